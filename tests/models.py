@@ -1,0 +1,120 @@
+"""Small models for tests: one by hand, and a hypothesis strategy over every legal combination of the axes."""
+
+import dataclasses as dc
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from txtrain.model import axes
+from txtrain.model.build import build_model
+from txtrain.model.config import InitConfig, ModelConfig
+from txtrain.model.transformer import Transformer
+from txtrain.registry import TABLE
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """Two layers of everything that Llama has, narrow enough for any test."""
+    base: dict[str, Any] = {
+        "family": "test",
+        "n_layers": 2,
+        "dim": 32,
+        "n_heads": 4,
+        "vocab_size": 61,
+        "max_seq_len": 48,
+        "attention": axes.AttentionConfig(type="mha"),
+        "ffn": axes.GatedConfig(type="swiglu"),
+        "position": axes.RoPEConfig(type="rope"),
+        "norm": axes.RMSNormConfig(type="rms"),
+        "embedding": axes.TokenEmbeddingConfig(type="token"),
+        "init": InitConfig(std=0.15),  # wide enough that a wrong mask shows in the logits
+    }
+    return ModelConfig(**base | changes)
+
+
+def seeded(config: ModelConfig, seed: int = 0) -> Transformer:
+    torch.manual_seed(seed)
+    return build_model(config)
+
+
+def shake(model: Transformer, seed: int = 1) -> Transformer:
+    """No parameter stays at its neutral value: zeros and ones would hide a missing bias or gain."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    return model
+
+
+def ids(batch: int = 2, length: int = 16, vocab: int = 61, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+attentions = st.builds(
+    lambda kind, head_dim, window, softcap, scale, qk_norm, bias: axes.AttentionConfig(
+        type=kind,
+        n_kv_heads={"mha": None, "gqa": 2, "mqa": 1}[kind],
+        head_dim=head_dim,
+        window=window,
+        softcap=softcap,
+        scale=scale,
+        qk_norm=qk_norm,
+        bias=bias,
+    ),
+    st.sampled_from(["mha", "gqa", "mqa"]),
+    st.sampled_from([None, 6, 16]),
+    st.sampled_from([None, 1, 3, (4, None), (None, 2)]),
+    st.sampled_from([None, 4.0]),
+    st.sampled_from([None, 0.3]),
+    st.booleans(),
+    st.booleans(),
+)
+activations = st.sampled_from(["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"])
+ffns = st.one_of(
+    st.builds(axes.MLPConfig, type=st.just("mlp"), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
+    st.builds(axes.GatedConfig, type=st.sampled_from(["swiglu", "geglu"]), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
+)
+scalings = st.sampled_from(
+    [
+        None,
+        axes.LinearScaling(rope_type="linear", factor=2.0),
+        axes.NTKScaling(rope_type="ntk", factor=2.0),
+        axes.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16),
+        axes.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=16),
+    ]
+)
+positions = st.one_of(
+    st.builds(axes.PositionConfig, type=st.just("none")),
+    st.builds(axes.SinusoidalConfig, type=st.just("sinusoidal")),
+    st.builds(axes.LearnedConfig, type=st.just("learned")),
+    st.builds(axes.RoPEConfig, type=st.just("rope"), theta=st.sampled_from([100.0, 1e4]), scaling=scalings),
+    st.builds(axes.RelativeConfig, type=st.just("relative"), n_buckets=st.sampled_from([8, 32]), max_distance=st.just(20)),
+    st.builds(axes.AlibiConfig, type=st.just("alibi")),
+)
+norms = st.one_of(
+    st.builds(axes.LayerNormConfig, type=st.just("layer"), bias=st.booleans()),
+    st.builds(axes.RMSNormConfig, type=st.just("rms"), unit_offset=st.booleans()),
+    st.builds(axes.NoNormConfig, type=st.just("none")),
+)
+
+model_configs = st.builds(
+    tiny,
+    n_layers=st.sampled_from([1, 2, 3]),
+    attention=attentions,
+    ffn=ffns,
+    position=positions,
+    norm=norms,
+    norm_position=st.sampled_from(sorted(TABLE["norm_position"])),
+    final_norm=st.sampled_from([None, True, False]),
+    embedding=st.builds(axes.TokenEmbeddingConfig, type=st.just("token"), scale=st.booleans()),
+    tie_word_embeddings=st.booleans(),
+    logit_softcap=st.sampled_from([None, 5.0]),
+    init=st.builds(
+        InitConfig,
+        distribution=st.sampled_from(["normal", "truncated_normal", "xavier_uniform"]),
+        std=st.just(0.1),
+        scale_residual=st.booleans(),
+    ),
+).filter(lambda config: not list(config.check()))
+
+replace = dc.replace

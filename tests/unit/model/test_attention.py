@@ -1,0 +1,158 @@
+"""Every kernel equals the plain formula, values and gradients; the plain formula equals a loop."""
+
+import itertools
+import math
+
+import pytest
+import torch
+
+from txtrain.model import attention
+from txtrain.model.mask import Mask, choose_kernel, prepare
+
+B, N, K, T, H = 2, 4, 2, 12, 8
+DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
+VALID = torch.tensor([[False] * 3 + [True] * 9, [True] * 12])
+MASKS = {
+    "causal": {},
+    "window": {"window": 4},
+    "window of one": {"window": 1},
+    "documents": {"documents_BS": DOCUMENTS},
+    "documents, window": {"documents_BS": DOCUMENTS, "window": 3},
+    "padding": {"valid_BS": VALID},
+    "padding, window": {"valid_BS": VALID, "window": 3},
+    "bidirectional": {"causal": False},
+    "bidirectional, padding": {"causal": False, "valid_BS": VALID},
+}
+
+
+def inputs(n_queries=T, dtype=torch.float32, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = [(B, N, n_queries, H), (B, K, T, H), (B, K, T, H)]
+    return [torch.randn(s, generator=g).to(dtype).requires_grad_() for s in shapes]
+
+
+def run(kernel, mask, q, k, v, bias=None, softcap=None, scale=0.3):
+    prepared = prepare(mask, kernel, bias, torch.device("cpu"), q.dtype)
+    return attention.KERNELS[kernel](q, k, v, prepared, scale, softcap, 0.0)
+
+
+def by_loops(mask, q, k, v, bias, softcap, scale=0.3):
+    """Attention as one would write it on paper."""
+    out = torch.zeros_like(q)
+    shift = k.shape[2] - q.shape[2]
+    for b, n, t in itertools.product(range(B), range(N), range(q.shape[2])):
+        scores = {}
+        for s in range(k.shape[2]):
+            i = t + shift
+            hidden = (mask.causal and s > i) or (mask.window is not None and i - s >= mask.window)
+            hidden |= mask.documents_BS is not None and bool(mask.documents_BS[b, i] != mask.documents_BS[b, s])
+            hidden |= mask.valid_BS is not None and not mask.valid_BS[b, s]
+            if not hidden:
+                x = (q[b, n, t] @ k[b, n * K // N, s]).item() * scale
+                x = math.tanh(x / softcap) * softcap if softcap else x
+                scores[s] = x + (bias[0, n, t, s].item() if bias is not None else 0.0)
+        total = sum(math.exp(x) for x in scores.values())
+        for s, x in scores.items():
+            out[b, n, t] += math.exp(x) / total * v[b, n * K // N, s]
+    return out
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("n_queries", [T, 5])
+def test_plain_equals_loops(name, softcap, with_bias, n_queries):
+    mask = Mask(n_queries, T, **MASKS[name])
+    q, k, v = (x.detach() for x in inputs(n_queries))
+    bias = torch.randn(1, N, n_queries, T) if with_bias else None
+    torch.testing.assert_close(run("plain", mask, q, k, v, bias, softcap), by_loops(mask, q, k, v, bias, softcap), rtol=1e-5, atol=1e-6)
+
+
+def values_and_gradients(kernel, mask, bias, softcap, n_queries):
+    q, k, v = inputs(n_queries)
+    leaves = [q, k, v] + ([bias.requires_grad_()] if bias is not None else [])
+    out = run(kernel, mask, q, k, v, bias, softcap)
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(5))
+    return out, torch.autograd.grad((out * weights).sum(), leaves)
+
+
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("n_queries", [T, 5, 1])
+def test_sdpa_equals_plain_with_gradients(name, with_bias, n_queries):
+    mask = Mask(n_queries, T, **MASKS[name])
+    kernel = choose_kernel(mask, device_type="cpu", softcap=False, bias=with_bias, dropout=False, half=False)
+    assert kernel in ("sdpa", "sdpa_masked")
+    bias = torch.randn(1, N, n_queries, T, generator=torch.Generator().manual_seed(3)) if with_bias else None
+    expected, expected_gradients = values_and_gradients("plain", mask, bias, None, n_queries)
+    got, gradients = values_and_gradients(kernel, mask, bias, None, n_queries)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    for g, e in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_flex_equals_plain(name, softcap, with_bias):
+    """Forward only: flex attention has no backward on the CPU (see the gpu-marked test)."""
+    mask = Mask(T, T, **MASKS[name])
+    q, k, v = (x.detach() for x in inputs())
+    bias = torch.randn(1, N, T, T) if with_bias else None
+    with torch.no_grad():
+        torch.testing.assert_close(run("flex", mask, q, k, v, bias, softcap), run("plain", mask, q, k, v, bias, softcap), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_cuda_kernels_equal_plain_in_bf16(name, softcap, with_bias):
+    device, length, size = torch.device("cuda"), 256, 64
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(B, n, length, size, generator=g).to(device, torch.bfloat16).requires_grad_() for n in (N, K, K))
+    wide = {key: value.repeat_interleave(length // T + 1, 1)[:, :length].to(device) if torch.is_tensor(value) else value for key, value in MASKS[name].items()}
+    mask = Mask(length, length, **wide)
+    bias = torch.randn(1, N, length, length, generator=g).to(device) if with_bias else None
+    kernel = choose_kernel(mask, device_type="cuda", softcap=softcap is not None, bias=with_bias, dropout=False, half=True)
+    results = []
+    for name_of_kernel in ("plain", kernel):
+        prepared = prepare(mask, name_of_kernel, bias, device, torch.bfloat16)
+        out = attention.KERNELS[name_of_kernel](q, k, v, prepared, 0.125, softcap, 0.0)
+        results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
+    for got, expected in zip(results[1], results[0], strict=True):
+        assert (got - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kernel", ["plain", "sdpa_masked"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients(kernel, dtype):
+    mask = Mask(T, T, valid_BS=VALID)
+    for bias in (None, torch.randn(1, N, T, T)):
+        q, k, v = inputs(dtype=dtype)
+        out = run(kernel, mask, q, k, v, bias)
+        assert (out[0, :, :3] == 0).all()
+        gradients = torch.autograd.grad(out.sum(), (q, k, v))
+        assert all(g.isfinite().all() for g in gradients)
+        assert (gradients[0][0, :, :3] == 0).all()
+
+
+def kernel_of(device_type="cpu", softcap=False, bias=False, dropout=False, half=True, **mask):
+    return choose_kernel(Mask(T, T, **mask), device_type=device_type, softcap=softcap, bias=bias, dropout=dropout, half=half)
+
+
+def test_the_kernel_follows_mask_and_device():
+    assert kernel_of() == kernel_of("cuda") == "sdpa"
+    assert kernel_of(window=T) == "sdpa", "a window as wide as the sequence hides nothing"
+    assert kernel_of(window=3) == kernel_of(documents_BS=DOCUMENTS) == kernel_of(valid_BS=VALID) == kernel_of(bias=True) == "sdpa_masked"
+    assert kernel_of("cuda", window=3) == kernel_of("cuda", valid_BS=VALID) == kernel_of("cuda", bias=True) == kernel_of("cuda", softcap=True) == "flex"
+    assert kernel_of("cuda", documents_BS=DOCUMENTS) == kernel_of("cuda", documents_BS=DOCUMENTS, window=3) == "varlen"
+    assert kernel_of("cuda", documents_BS=DOCUMENTS, half=False) == "flex"
+    assert kernel_of(softcap=True) == kernel_of("cuda", softcap=True, dropout=True) == "plain"
+    assert kernel_of("cuda", documents_BS=DOCUMENTS, dropout=True) == "sdpa_masked"
+
+
+def test_document_offsets_lay_the_batch_end_to_end():
+    prepared = prepare(Mask(T, T, documents_BS=DOCUMENTS), "varlen", None, torch.device("cpu"), torch.float32)
+    assert prepared.offsets.tolist() == [0, 5, 12, 24]

@@ -1,0 +1,61 @@
+import pytest
+import torch
+
+from tests.models import ids, seeded, tiny
+from txtrain.model import axes
+from txtrain.model.cache import GROWTH, LayerCache
+
+
+@pytest.mark.parametrize("window", [None, 1, 2, 5, 300])
+@pytest.mark.parametrize("chunks", [[1] * 40, [7, 1, 1, 30, 2, 1], [50] + [1] * 700])
+def test_update_returns_what_the_window_may_need(window, chunks):
+    cache, written = LayerCache(window), torch.zeros(1, 2, 0, 3)
+    for i, n in enumerate(chunks):
+        new = torch.randn(1, 2, n, 3, generator=torch.Generator().manual_seed(i))
+        written = torch.cat((written, new), 2)
+        (got,) = cache.update(new)
+        held = written.shape[2] if window is None else min(written.shape[2], n + window - 1)
+        assert torch.equal(got, written[:, :, -held:])
+
+
+def test_a_windowed_cache_does_not_grow_with_the_text():
+    cache = LayerCache(window=8)
+    for _ in range(1000):
+        cache.update(torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, 1, 4))
+    assert cache.n_bytes() == 2 * 4 * 4 * (7 + 8)
+    cache = LayerCache(window=8)
+    cache.update(torch.zeros(1, 1, 500, 4))
+    cache.update(torch.zeros(1, 1, 1, 4))
+    assert cache.n_bytes() == 4 * 4 * (7 + 8), "the buffer of a long prompt is let go"
+
+
+def test_an_open_cache_grows_by_blocks():
+    cache = LayerCache()
+    cache.update(torch.zeros(1, 1, 10, 4))
+    assert cache.buffers[0].shape[2] == 10 + GROWTH
+
+
+def test_select_keeps_rows_in_order():
+    model = seeded(tiny(attention=axes.AttentionConfig(type="mha", window=(4, None)))).eval()
+    tokens = ids(batch=3)
+    mask = torch.ones_like(tokens)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    rows = torch.tensor([2, 1])
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=mask, position_ids=positions).logits
+        past = model(tokens[:, :10], attention_mask=mask[:, :10], position_ids=positions[:, :10], use_cache=True).past_key_values
+        past.select(rows)
+        rest = model(tokens[rows, 10:], attention_mask=mask[rows], position_ids=positions[rows, 10:], past_key_values=past).logits
+    torch.testing.assert_close(rest, whole[rows, 10:], rtol=1e-4, atol=1e-4)
+
+
+def test_contradictions_are_refused():
+    model, tokens = seeded(tiny()), ids()
+    past = model(tokens, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="document_ids"):
+        model(tokens, document_ids=torch.zeros_like(tokens), past_key_values=past)
+    with pytest.raises(ValueError, match="`attention_mask` must have 16 columns, or 32"):
+        model(tokens, attention_mask=torch.ones(2, 5), past_key_values=past)
+    with pytest.raises(ValueError, match="not both"):
+        model(tokens, inputs_embeds=torch.zeros(2, 16, 32))

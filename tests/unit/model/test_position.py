@@ -1,0 +1,114 @@
+import math
+
+import pytest
+import torch
+
+from tests.models import ids, seeded, tiny
+from txtrain.model import axes, position
+
+
+def test_rotation_turns_each_pair_by_position_times_frequency():
+    rope = position.RoPE(8, theta=100.0)
+    x = torch.randn(1, 1, 5, 8)
+    turned = rope.rotation(torch.arange(5)[None] + 3, x.dtype)(x)
+    for t in range(5):
+        for i in range(4):
+            angle = (t + 3) * 100.0 ** (-2 * i / 8)
+            a, b = x[0, 0, t, i], x[0, 0, t, i + 4]
+            assert turned[0, 0, t, i] == pytest.approx((a * math.cos(angle) - b * math.sin(angle)).item(), abs=1e-5)
+            assert turned[0, 0, t, i + 4] == pytest.approx((b * math.cos(angle) + a * math.sin(angle)).item(), abs=1e-5)
+
+
+def test_linear_scaling_divides_positions():
+    plain = position.frequencies(8, 1e4, None).inverse
+    assert torch.equal(position.frequencies(8, 1e4, axes.LinearScaling(rope_type="linear", factor=4.0)).inverse, plain / 4)
+
+
+def test_ntk_scaling_keeps_the_highest_frequency_and_stretches_the_lowest():
+    plain = position.frequencies(64, 1e4, None).inverse
+    ntk = position.frequencies(64, 1e4, axes.NTKScaling(rope_type="ntk", factor=4.0)).inverse
+    assert ntk[0] == plain[0]
+    assert (plain[-1] / ntk[-1]).item() == pytest.approx(4.0, rel=1e-4)
+
+
+def test_yarn_interpolates_long_wavelengths_and_keeps_short_ones():
+    scaling = axes.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=64)
+    plain, (yarn, factor) = position.frequencies(64, 1e4, None).inverse, position.frequencies(64, 1e4, scaling)
+    assert yarn[0] == plain[0]
+    assert (plain[-1] / yarn[-1]).item() == pytest.approx(4.0)
+    assert factor == pytest.approx(0.1 * math.log(4) + 1)
+
+
+def test_llama3_blends_between_its_two_wavelengths():
+    scaling = axes.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=64, low_freq_factor=1.0, high_freq_factor=4.0)
+    plain, scaled = position.frequencies(64, 1e4, None).inverse, position.frequencies(64, 1e4, scaling).inverse
+    wavelength, ratio = 2 * math.pi / plain, plain / scaled
+    assert torch.allclose(ratio[wavelength < 16], torch.tensor(1.0))
+    assert torch.allclose(ratio[wavelength > 64], torch.tensor(8.0))
+    between = ratio[(wavelength > 16) & (wavelength < 64)]
+    assert len(between) > 0
+    assert ((between > 1) & (between < 8)).all()
+
+
+@pytest.mark.parametrize(
+    ("n_heads", "expected"),
+    [
+        (1, [2**-8]),
+        (4, [2**-2, 2**-4, 2**-6, 2**-8]),
+        (6, [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]),  # the four of 4 heads, then every other one of 8
+    ],
+)
+def test_alibi_slopes(n_heads, expected):
+    assert list(position.alibi_slopes(n_heads)) == pytest.approx(expected)
+
+
+def test_alibi_bias_is_minus_slope_times_distance():
+    bias = position.ALiBi(2).bias(torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2, 3, 4]]))
+    assert bias.shape == (1, 2, 2, 5)
+    assert bias[0, 0, 0].tolist() == [-(2**-4) * d for d in (3, 2, 1, 0, 1)]
+
+
+def test_t5_buckets_are_exact_up_to_half_then_logarithmic():
+    causal = position.RelativeBias(2, n_buckets=32, max_distance=128, causal=True)
+    distances = torch.arange(200)
+    buckets = causal.bucket(-distances)
+    assert buckets[:16].tolist() == list(range(16))
+    assert (buckets.diff() >= 0).all()
+    assert buckets[127] <= 31
+    assert (buckets[128:] == 31).all()
+    assert (causal.bucket(distances) == 0).all(), "a causal table does not look ahead"
+    both = position.RelativeBias(2, n_buckets=32, max_distance=128, causal=False)
+    assert both.bucket(torch.tensor([-3, 3])).tolist() == [3, 19]
+
+
+def test_sinusoids_have_the_papers_values():
+    added = position.Sinusoidal(6, 1e4).add(torch.zeros(1, 4, 6), torch.arange(4)[None])
+    for t in range(4):
+        for i in range(3):
+            angle = t / 1e4 ** (2 * i / 6)
+            assert added[0, t, 2 * i].item() == pytest.approx(math.sin(angle), abs=1e-6)
+            assert added[0, t, 2 * i + 1].item() == pytest.approx(math.cos(angle), abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["rope", "relative", "alibi"])
+def test_relative_schemes_see_distances_only(kind):
+    option = {"rope": axes.RoPEConfig, "relative": axes.RelativeConfig, "alibi": axes.AlibiConfig}[kind](type=kind)
+    model = seeded(tiny(position=option)).eval()
+    tokens = ids()
+    shifted = model(tokens, position_ids=(torch.arange(16) + 1000)[None].expand_as(tokens)).logits
+    torch.testing.assert_close(shifted, model(tokens).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["sinusoidal", "learned", "rope", "relative", "alibi"])
+def test_every_scheme_tells_order(kind):
+    option = {
+        "sinusoidal": axes.SinusoidalConfig,
+        "learned": axes.LearnedConfig,
+        "rope": axes.RoPEConfig,
+        "relative": axes.RelativeConfig,
+        "alibi": axes.AlibiConfig,
+    }[kind](type=kind)
+    model = seeded(tiny(position=option, n_layers=1)).eval()
+    a = model(torch.tensor([[5, 9, 7]])).logits[0, -1]
+    b = model(torch.tensor([[9, 5, 7]])).logits[0, -1]
+    assert (a - b).abs().max() > 1e-3

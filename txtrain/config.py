@@ -1,0 +1,239 @@
+"""The typed configuration of each verb, and the checks that need more than one group. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import txtrain.data.config
+from txtrain.errors import divisors_near
+from txtrain.model.config import ModelConfig
+from txtrain.registry import BASES, axis, register
+
+# --------------------------------------------------------------------------------------------- objective, optimizer, scheduler
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    type: str
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    type: str
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # parameters whose dotted name has one of these as a pattern (re.search)
+
+    def check(self) -> Iterator[str]:
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                yield f"`optimizer.{name}` must be at least 0, but is {getattr(self, name)} instead."
+        for pattern in self.no_decay:
+            try:
+                re.compile(pattern)
+            except re.error as e:
+                yield f"`optimizer.no_decay` must be regular expressions, but {pattern!r} is not one: {e}."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AdamConfig(OptimizerConfig):
+    """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    def check(self) -> Iterator[str]:
+        yield from OptimizerConfig.check(self)
+        if not all(0 <= b < 1 for b in self.betas):
+            yield f"`optimizer.betas` must be two numbers at least 0 and below 1, but is {list(self.betas)} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio at the last step."""
+
+    type: str
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+
+    def check(self) -> Iterator[str]:
+        if self.warmup_steps < 0:
+            yield f"`scheduler.warmup_steps` must be at least 0, but is {self.warmup_steps} instead."
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield f"`scheduler.min_lr_ratio` must be from 0 to 1, but is {self.min_lr_ratio} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    type: str
+
+
+# ----------------------------------------------------------------------------------------------------------- trainer, save, ...
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Lightning's words. Every interval counts steps; a step is one optimizer update. The first limit that is reached ends the run."""
+
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_tokens: int | None = None
+    max_time: str | None = None  # DD:HH:MM:SS
+    val_check_interval: int = 100  # steps
+    limit_val_batches: int = 32  # of global_batch_size sequences each
+    log_every_n_steps: int = 10
+    gradient_clip_val: float | None = 1.0  # by the global norm; null: never
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = "auto"
+    compile: bool = False
+    deterministic: bool = False
+    fast_dev_run: bool | int = False  # so many steps (true: 1) of training and validation, then stop; nothing saved
+    overfit_batches: int = 0  # train on the first so many global batches again and again
+
+    def check(self) -> Iterator[str]:
+        limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
+        if all(getattr(self, name) is None for name in limits):
+            yield "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: nothing would end the run."
+        for name in ("max_steps", "max_epochs", "max_tokens", "val_check_interval", "limit_val_batches", "log_every_n_steps", "devices"):
+            value = getattr(self, name)
+            low = 0 if name == "limit_val_batches" else 1
+            if isinstance(value, int) and value < low:
+                yield f"`trainer.{name}` must be at least {low}, but is {value} instead."
+        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                yield f"`trainer.{name}` must be at least 0, but is {getattr(self, name)} instead."
+        if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
+            yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """When checkpoints are written. The last step, an interrupt and a new best always write one as far as these allow."""
+
+    every_n_steps: int = 200
+    keep_last: int = 2  # the newest so many
+    keep_best: int = 1  # and the best so many by validation loss
+
+    def check(self) -> Iterator[str]:
+        for name, low in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
+            if getattr(self, name) < low:
+                yield f"`save.{name}` must be at least {low}, but is {getattr(self, name)} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Continuations written at each validation: to the screen and to samples.txt."""
+
+    prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
+    n: int = 2
+    max_new_tokens: int = 40
+    temperature: float = 0.8
+
+    def check(self) -> Iterator[str]:
+        for name in ("n", "max_new_tokens", "temperature"):
+            if getattr(self, name) < 0:
+                yield f"`sample.{name}` must be at least 0, but is {getattr(self, name)} instead."
+
+
+# --------------------------------------------------------------------------------------------------------------------- verbs
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Train:
+    model: ModelConfig
+    data: Any = axis("data")
+    objective: Any = axis("objective")
+    optimizer: Any = axis("optimizer")
+    scheduler: Any = axis("scheduler")
+    strategy: Any = axis("strategy")
+    trainer: TrainerConfig
+    save: SaveConfig
+    sample: SampleConfig
+    logger: dict[str, Any]  # Lightning loggers by _target_
+    callbacks: dict[str, Any]  # Lightning callbacks by _target_
+    name: str = "default"  # part of the run's folder
+    run_dir: str | None = None
+    seed: int = 1337
+    imports: tuple[str, ...] = ()
+    resume: str = "auto"  # auto, never, or a run or checkpoint
+
+    @property
+    def seq_len(self) -> int:
+        return int(self.data.seq_len or self.model.max_seq_len)
+
+    @property
+    def micro_batch_size(self) -> int:
+        return int(self.data.micro_batch_size or self.data.global_batch_size)
+
+    def check(self) -> Iterator[str]:
+        """Problems of each group first; those between groups only where the groups are sound."""
+        groups = [getattr(self, f.name) for f in dc.fields(self)]
+        problems = [p for group in groups if hasattr(group, "check") for p in group.check()]
+        yield from problems
+        if not problems:
+            yield from self._check_between()
+
+    def _check_between(self) -> Iterator[str]:
+        data = self.data
+        if self.model.position.type == "learned" and self.seq_len > self.model.max_seq_len:
+            yield (
+                f"`data.seq_len` must be at most model.max_seq_len ({self.model.max_seq_len}) with model/position=learned, "
+                f"but is {self.seq_len} instead. Nearest: {self.model.max_seq_len}."
+            )
+        if data.global_batch_size % self.micro_batch_size:
+            near = ", ".join(map(str, divisors_near(self.micro_batch_size, data.global_batch_size)))
+            yield (
+                f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
+                f"but is {self.micro_batch_size} instead. Nearest: {near}."
+            )
+        if self.trainer.devices not in ("auto", 1):
+            yield f"`trainer.devices` must be 1 with strategy={self.strategy.type}, but is {self.trainer.devices} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Generate:
+    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    prompt: str | None = None  # `-`: standard input
+    prompt_file: str | None = None  # one prompt a line
+    max_new_tokens: int = 64
+    temperature: float = 0.8  # 0: the most likely token
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    stream: bool = True  # print tokens as they come, where one prompt is given
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    imports: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
+        if (self.prompt is None) == (self.prompt_file is None):
+            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
+        if self.max_new_tokens < 1:
+            yield f"`max_new_tokens` must be at least 1, but is {self.max_new_tokens} instead."
+        if self.temperature < 0:
+            yield f"`temperature` must be at least 0, but is {self.temperature} instead."
+        if self.top_k is not None and self.top_k < 1:
+            yield f"`top_k` must be at least 1 or null, but is {self.top_k} instead."
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
+
+
+ROOTS: dict[str, type] = {"train": Train, "generate": Generate}
+
+register("objective", "causal_lm", "txtrain.objectives.causal_lm:CausalLM", ObjectiveConfig)
+register("optimizer", "adamw", "txtrain.optim:adamw", AdamConfig)
+register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)
+register("scheduler", "constant", "txtrain.optim:Constant", SchedulerConfig)
+register("scheduler", "linear", "txtrain.optim:Linear", SchedulerConfig)
+register("scheduler", "cosine", "txtrain.optim:Cosine", SchedulerConfig)
+register("strategy", "auto", "txtrain.parallel:OneProcess", StrategyConfig)
+
+BASES.update(objective=ObjectiveConfig, optimizer=OptimizerConfig, scheduler=SchedulerConfig)

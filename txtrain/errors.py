@@ -1,0 +1,35 @@
+"""The user's mistake, in one grammar: the dotted path, the value, what is allowed, the nearest right one."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class ConfigError(ValueError):
+    """What a user can put right. One problem a line; the command line prints it and exits with 2."""
+
+    def __init__(self, *problems: str) -> None:
+        self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
+        super().__init__("\n".join(self.problems))
+
+    def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
+        return (ConfigError, self.problems)  # exceptions cross process borders: launchers pickle them
+
+
+def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str | None:
+    """The option that `word` was most likely meant to be, or None."""
+    got = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=cutoff)
+    return got[0] if got else None
+
+
+def hint(word: object, options: Iterable[object], template: str = "{}") -> str:
+    """` Did you mean X?`, or nothing; ready to be appended to a sentence."""
+    got = nearest(word, options)
+    return f" Did you mean {template.format(got)}?" if got else ""
+
+
+def divisors_near(value: int, total: int, n: int = 2) -> list[int]:
+    """The divisors of `total` closest to `value`, ascending: what to write instead of a number that does not divide."""
+    divisors = [d for d in range(1, abs(total) + 1) if total % d == 0] if abs(total) <= 1_000_000 else []
+    return sorted(sorted(divisors, key=lambda d: (abs(d - value), d))[:n])

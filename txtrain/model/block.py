@@ -1,0 +1,26 @@
+"""One layer. Axes meet here and nowhere else."""
+
+# B batch, T positions, D model size
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from txtrain.model.attention import Context
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each joined to the stream by the norm position's rule."""
+
+    def __init__(self, attention: nn.Module, attention_residual: nn.Module, ffn: nn.Module, ffn_residual: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+        self.attention_residual = attention_residual
+        self.ffn = ffn
+        self.ffn_residual = ffn_residual
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = self.attention_residual(x_BTD, partial(self.attention, context=context))
+        return self.ffn_residual(x_BTD, self.ffn)

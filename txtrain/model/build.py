@@ -1,0 +1,89 @@
+"""From a ModelConfig to a Transformer: the one place that calls constructors.
+
+A component's constructor gets its own knobs, resolved (`config.arguments`), and whatever of the model's values it names:
+dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), causal, norm (a function of a size).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from txtrain.model.axes import Component
+from txtrain.model.block import Block
+from txtrain.model.config import ModelConfig
+from txtrain.model.init import init_weights
+from txtrain.model.transformer import Transformer
+from txtrain.registry import resolve
+
+
+def build_model(config: ModelConfig) -> Transformer:
+    """The model that the config describes, initialised by the family's rule from torch's generator.
+
+    Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
+    """
+    if torch.get_default_device().type == "meta":
+        return _transformer(config)
+    with torch.device("meta"):
+        model = _transformer(config)
+    model.to_empty(device=torch.get_default_device())
+    init_weights(model)
+    return model
+
+
+def _transformer(config: ModelConfig) -> Transformer:
+    norm = make_norm(config)
+    return Transformer(
+        config,
+        embedding=construct("embedding", config.embedding, config),
+        position=construct("position", config.position, config),
+        blocks=[make_block(config, layer) for layer in range(config.n_layers)],
+        final_norm=norm(config.dim) if config.has_final_norm else None,
+    )
+
+
+def make_block(config: ModelConfig, layer: int) -> Block:
+    return Block(
+        attention=construct("attention", config.attention, config, layer),
+        attention_residual=construct("norm_position", config.residual, config, layer),
+        ffn=construct("ffn", config.ffn, config, layer),
+        ffn_residual=construct("norm_position", config.residual, config, layer),
+    )
+
+
+def make_norm(config: ModelConfig) -> Callable[[int], nn.Module]:
+    return lambda size: construct("norm", config.norm, config, dim=size)
+
+
+def construct(axis: str, component: Component, model: ModelConfig, layer: int = 0, **override: Any) -> Any:
+    """The module of one option."""
+    cls = resolve(axis, component.type)
+    shared: dict[str, Any] = {
+        "dim": model.dim,
+        "n_heads": model.n_heads,
+        "n_layers": model.n_layers,
+        "vocab_size": model.vocab_size,
+        "max_seq_len": model.max_seq_len,
+        "dropout": model.dropout,
+        "layer": layer,
+        "causal": model.topology == "decoder",
+    }
+    if axis != "norm":
+        shared["norm"] = make_norm(model)
+    shared |= override
+    named = inspect.signature(cls).parameters
+    return cls(**{k: v for k, v in shared.items() if k in named} | component.arguments(model, layer))
+
+
+def count_component(component: Component, model: ModelConfig, layer: int) -> int:
+    """Parameters of an option that has no closed form."""
+    axis = next(name for name, c in model.components() if c is component or c == component)
+    with torch.device("meta"):
+        module = construct(axis, component, model, layer)
+    return sum(p.numel() for p in module.parameters())
+
+

@@ -1,0 +1,79 @@
+"""How weights start: each paper's rule, the same numbers whatever is built, in which order, and on how many devices.
+
+One draw from torch's generator seeds the model; each parameter then has a generator of its own, seeded by that draw and by its name.
+"""
+
+
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from txtrain.model.config import InitConfig
+from txtrain.model.head import LMHead
+
+
+def init_weights(model: nn.Module) -> None:
+    """Fill a materialised model (`to_empty`) in place by `model.config.init`.
+
+    Raises:
+        ValueError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
+    """
+    config: Any = model.config
+    seed = int(torch.randint(0, 2**62, ()).item())
+    residual = _residual_projections(model)
+    residual_factor = (2 * config.n_layers) ** -0.5 if config.init.scale_residual else 1.0
+    with torch.no_grad():
+        for name, module in model.named_modules():
+            if isinstance(module, nn.Linear):
+                _matrix(module.weight, config.init, residual_factor if module in residual else 1.0, _generator(module.weight, seed, name))
+                if module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, nn.Embedding):
+                std = config.init.position_std if name.startswith("position.") else config.init.embedding_std
+                _normal(module.weight, config.init, config.init.std if std is None else std, _generator(module.weight, seed, name))
+            elif isinstance(module, LMHead):
+                if module.weight is not None:
+                    _matrix(module.weight, config.init, 1.0, _generator(module.weight, seed, name))
+            elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+                _reset(name, module, seed)
+
+
+def _residual_projections(model: nn.Module) -> set[nn.Module]:
+    """The matrices that write into the residual stream, as their owners name them."""
+    return {getattr(m, child) for m in model.modules() for child in getattr(m, "residual_projections", ())}
+
+
+def _generator(like: Tensor, seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _matrix(weight: Tensor, init: InitConfig, factor: float, generator: torch.Generator) -> None:
+    if init.distribution == "xavier_uniform":
+        nn.init.xavier_uniform_(weight, gain=factor, generator=generator)
+    else:
+        _normal(weight, init, init.std * factor, generator)
+
+
+def _normal(weight: Tensor, init: InitConfig, std: float, generator: torch.Generator) -> None:
+    if init.distribution == "truncated_normal":
+        nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
+    else:
+        nn.init.normal_(weight, std=std, generator=generator)
+
+
+def _reset(name: str, module: nn.Module, seed: int) -> None:
+    """Norms, and a user's own modules: torch's convention, under a seed of their own."""
+    reset = getattr(module, "reset_parameters", None)
+    if reset is None:
+        raise ValueError(f"`{name}` ({type(module).__name__}) owns parameters or buffers: it must have a method reset_parameters() that fills them.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1)
+        reset()
+
+

@@ -1,0 +1,156 @@
+"""What may attend to what, declared; and the one function that picks the kernel for it.
+
+    causal        i sees j <= i                    window w     i sees j with i - j < w
+    documents     i sees its own document          padding      nobody sees a padding token
+
+        causal            causal, window 3       causal, documents 0 0 1 1
+        x . . . .         x . . . .              x . . .
+        x x . . .         x x . . .              x x . .
+        x x x . .         x x x . .              . . x .
+        x x x x .         . x x x .              . . x x
+        x x x x x         . . x x x
+
+A mask is drawn (materialised, [B or 1, 1 or N, T, S]) only for the kernels that need it drawn, and once for all layers that share it.
+A row that sees nothing attends to nothing: its output is 0, never NaN.
+"""
+
+# B batch, T query positions, S key positions (the last T of them are the queries'), N heads
+
+from __future__ import annotations
+
+import dataclasses as dc
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+Kernel = Literal["plain", "sdpa", "sdpa_masked", "flex", "varlen"]
+
+
+@dc.dataclass(frozen=True)
+class Mask:
+    """The declaration. `documents_BS` and `valid_BS` are None where all tokens are of one document, or none is padding."""
+
+    n_queries: int
+    n_keys: int
+    causal: bool = True
+    window: int | None = None
+    documents_BS: Tensor | None = None
+    valid_BS: Tensor | None = None
+
+    def windowed(self, window: int | None, n_keys: int) -> Mask:
+        """For a layer with that window whose cache holds the last n_keys keys."""
+        valid = None if self.valid_BS is None else self.valid_BS[:, -n_keys:]
+        return dc.replace(self, window=window, n_keys=n_keys, valid_BS=valid)
+
+    @property
+    def window_hides(self) -> bool:
+        return self.window is not None and self.n_keys > self.window
+
+    @property
+    def square(self) -> bool:
+        return self.n_queries == self.n_keys
+
+    @property
+    def drawn_by_flag(self) -> bool:
+        """Whether `is_causal` alone, or no mask at all, says everything."""
+        whole = self.documents_BS is None and self.valid_BS is None and not self.window_hides
+        return whole and (not self.causal or self.square or self.n_queries == 1)
+
+    @property
+    def sees_all(self) -> bool:
+        return self.drawn_by_flag and (not self.causal or self.n_queries == 1)
+
+    def visible(self, device: torch.device) -> Tensor:
+        """True where query t may see key s, [B or 1, 1, T, S]."""
+        k = torch.arange(self.n_keys, device=device)
+        q = k[-self.n_queries :, None]
+        seen = (q >= k) if self.causal else torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=device)
+        if self.window is not None:
+            seen = seen & (q - k < self.window)
+        seen = seen[None, None]
+        if self.documents_BS is not None:
+            d = self.documents_BS
+            seen = seen & (d[:, None, -self.n_queries :, None] == d[:, None, None, :])
+        if self.valid_BS is not None:
+            seen = seen & self.valid_BS[:, None, None, :]
+        return seen
+
+
+def choose_kernel(mask: Mask, *, device_type: str, softcap: bool, bias: bool, dropout: bool, half: bool) -> Kernel:
+    """The fastest kernel that is right for this mask.
+
+    On CUDA a mask is never drawn: flex attention computes windows, documents, padding, softcaps and biases block by block, and
+    skips the blocks that nobody sees; packed documents alone, in half precision, go to the variable-length flash kernel. Dropout
+    on the probabilities exists in SDPA only. On the CPU flex attention and varlen have no backward: SDPA takes what it can
+    express, with the mask drawn if it must be, and the plain formula takes softcaps.
+    """
+    if softcap and (device_type != "cuda" or dropout):
+        return "plain"
+    if device_type == "cuda" and not dropout:
+        if softcap or bias:
+            return "flex"
+        if mask.documents_BS is not None and mask.valid_BS is None and mask.square and mask.causal and half:
+            return "varlen"
+        return "sdpa" if mask.drawn_by_flag else "flex"
+    return "sdpa" if mask.drawn_by_flag and not bias else "sdpa_masked"
+
+
+@dc.dataclass(frozen=True)
+class PreparedMask:
+    """A mask with whatever its kernel reads, made once a forward for all layers that share it."""
+
+    declared: Mask
+    kernel: Kernel
+    bias: Tensor | None = None  # plain, flex: added to the scores, [B or 1, N, T, S]
+    visible: Tensor | None = None  # plain: boolean, [B or 1, 1, T, S]
+    additive: Tensor | None = None  # sdpa_masked: boolean, or in the scores' dtype where it carries the bias too
+    blocks: Any = None  # flex: a BlockMask
+    offsets: Tensor | None = None  # varlen: where each document starts in the flattened batch, and the end, int32
+
+
+def prepare(mask: Mask, kernel: Kernel, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> PreparedMask:
+    bias = None if bias is None else bias.to(dtype)
+    if kernel == "flex":
+        return PreparedMask(mask, kernel, bias=bias, blocks=block_mask(mask, device))
+    if kernel == "varlen":
+        return PreparedMask(mask, kernel, offsets=document_offsets(mask))
+    if kernel == "sdpa":
+        return PreparedMask(mask, kernel)
+    visible = None if mask.sees_all else mask.visible(device)
+    if kernel == "plain":
+        return PreparedMask(mask, kernel, bias=bias, visible=visible)
+    additive = visible if bias is None else bias if visible is None else bias.masked_fill(~visible, -torch.inf)
+    return PreparedMask(mask, kernel, additive=additive)
+
+
+def block_mask(mask: Mask, device: torch.device) -> Any:
+    """The declaration in flex attention's words: a function of indices, and the blocks of 128 x 128 that anybody sees."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    shift = mask.n_keys - mask.n_queries
+    documents, valid = mask.documents_BS, mask.valid_BS
+
+    def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        q = t + shift
+        ok = (q >= s) if mask.causal else (s >= 0)
+        if mask.window is not None:
+            ok = ok & (q - s < mask.window)
+        if documents is not None:
+            ok = ok & (documents[b, q] == documents[b, s])
+        if valid is not None:
+            ok = ok & valid[b, s]
+        return ok
+
+    batch = documents if documents is not None else valid
+    return create_block_mask(seen, None if batch is None else batch.shape[0], None, mask.n_queries, mask.n_keys, device=device)
+
+
+def document_offsets(mask: Mask) -> Tensor:
+    """Starts of all documents in the batch laid end to end, and its length, int32: the `cu_seqlens` of flash attention."""
+    assert mask.documents_BS is not None
+    d = mask.documents_BS
+    starts = torch.ones_like(d, dtype=torch.bool)
+    starts[:, 1:] = d[:, 1:] != d[:, :-1]
+    end = torch.tensor([d.numel()], device=d.device)
+    return torch.cat((starts.flatten().nonzero().flatten(), end)).to(torch.int32)

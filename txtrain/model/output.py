@@ -1,0 +1,41 @@
+"""What a model returns: attributes, and what Hugging Face's trainers and collators expect of one."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from typing import Any
+
+from torch import Tensor
+from torch.utils import _pytree
+
+from txtrain.model.cache import Cache
+
+
+@dc.dataclass
+class ModelOutput:
+    """Fields that a model or call does not have are None. `output[0]` and `output["loss"]` work as in Hugging Face: only what is there counts."""
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None  # [B, T, V]
+    past_key_values: Cache | None = None
+    last_hidden_state: Tensor | None = None  # [B, T, D]
+    aux: dict[str, Tensor] | None = None  # statistics of this forward
+
+    def to_tuple(self) -> tuple[Any, ...]:
+        return tuple(value for _, value in self.items())
+
+    def items(self) -> list[tuple[str, Any]]:
+        return [(f.name, value) for f in dc.fields(self) if (value := getattr(self, f.name)) is not None]
+
+    def keys(self) -> list[str]:
+        return [name for name, _ in self.items()]
+
+    def __getitem__(self, key: int | slice | str) -> Any:
+        return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self.keys()
+
+
+# FSDP and DDP look for tensors in outputs through pytree; a class it does not know is a leaf, and its hooks would be lost.
+_pytree.register_dataclass(ModelOutput)
