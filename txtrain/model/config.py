@@ -49,6 +49,9 @@ class ModelConfig:
     embedding: Any = axis("embedding")
     tie_word_embeddings: bool = True
     logit_softcap: float | None = None  # softcap * tanh(logits / softcap)
+    bos_token_id: int | None = None  # null: the tokenizer's, once it is known
+    eos_token_id: int | tuple[int, ...] | None = None  # any of several ends a text
+    pad_token_id: int | None = None
     init: InitConfig = dc.field(default_factory=InitConfig)
 
     # ---------------------------------------------------------------------------------------------------------- legality
@@ -67,6 +70,10 @@ class ModelConfig:
             value = getattr(self.init, name)
             if value is not None and value < 0:
                 yield f"`model.init.{name}` must be at least 0, but is {value} instead."
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            value = getattr(self, name)
+            if any(not 0 <= v < self.vocab_size for v in (value if isinstance(value, tuple) else (value or 0,))):
+                yield f"`model.{name}` must be null or from 0 to {self.vocab_size - 1}, but is {value} instead."
         for _, component in self.components():
             yield from component.check(self)
 

@@ -38,6 +38,8 @@ class Rotation(NamedTuple):
 class Position(nn.Module):
     """No position (NoPE, Kazemnejad et al. 2023, 2305.19466), and the base of all schemes."""
 
+    max_positions: int | None = None  # None: any length
+
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
         return x_BTD
 
@@ -70,6 +72,7 @@ class Learned(Position):
     def __init__(self, dim: int, max_seq_len: int) -> None:
         super().__init__()
         self.embedding = nn.Embedding(max_seq_len, dim)
+        self.max_positions = max_seq_len
 
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
         return x_BTD + self.embedding(position_ids_BT)

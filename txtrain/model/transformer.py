@@ -95,6 +95,7 @@ class Transformer(Stack):
         use_cache: bool = False,
         num_items_in_batch: Tensor | int | None = None,
         return_logits: bool = True,
+        logits_to_keep: int = 0,
     ) -> ModelOutput:
         """One pass.
 
@@ -107,16 +108,19 @@ class Transformer(Stack):
             past_key_values: what the last call returned; it is updated in place.
             num_items_in_batch: the loss is its sum over the targets divided by this; by default by the number of targets here.
             return_logits: False computes the loss by chunks and never holds all logits.
+            logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels.
 
         Raises:
-            ValueError: inputs contradict each other.
+            ValueError: inputs contradict each other, or exceed the model's learned positions.
         """
         x_BTD = self._embedded(input_ids, inputs_embeds)
         B, T = x_BTD.shape[:2]
-        cache = past_key_values or (self.new_cache() if use_cache else None)
+        cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         past = 0 if cache is None else cache.length
         if cache is not None and document_ids is not None:
             raise ValueError("`document_ids` must not be given together with a cache: packed documents are for training.")
+        if self.max_positions is not None and past + T > self.max_positions:
+            raise ValueError(f"`input_ids` must have at most {self.max_positions - past} positions here, but has {T}: model.max_seq_len is learned.")
         valid_BS = self._valid(attention_mask, cache, B, T)
         positions, distances = self._positions(position_ids, document_ids, cache, past, T, x_BTD.device)
         x_BTD = self.dropout(self.position.add(x_BTD, positions))
@@ -125,10 +129,15 @@ class Transformer(Stack):
             cache.length = past + T
         loss = logits = None
         if return_logits:
-            logits = self.head(x_BTD, self.embedding.weight_VD)
+            logits = self.head(x_BTD[:, -logits_to_keep:], self.embedding.weight_VD)
         if labels is not None:
             loss = self._loss(x_BTD, logits, shifted(labels), num_items_in_batch)
         return ModelOutput(loss=loss, logits=logits, past_key_values=cache, last_hidden_state=x_BTD)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Positions that the model has vectors for; None: any number."""
+        return self.position.max_positions
 
     def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
         if (input_ids is None) == (inputs_embeds is None):
