@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import txtrain.data.config
+import txtrain.data.config  # noqa: F401  (registers the sources)
 from txtrain.errors import divisors_near
 from txtrain.model.config import ModelConfig
 from txtrain.registry import BASES, axis, register

@@ -123,7 +123,7 @@ def _config_from_constructor(axis: str, name: str, cls: type) -> type:
     base = BASES[axis]
     inherited = {f.name for f in dc.fields(base)}
     try:
-        hints = get_type_hints(cls.__init__)
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
     except Exception:  # a hint that cannot be evaluated here leaves its knob untyped
         hints = {}
     fields: list[Any] = []
@@ -131,5 +131,5 @@ def _config_from_constructor(axis: str, name: str, cls: type) -> type:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is p.empty or p.name in inherited:
             continue
         default = tuple(p.default) if isinstance(p.default, list) else p.default
-        fields.append((p.name, hints.get(p.name, Any), dc.field(default=default)))
+        fields.append((p.name, hints.get(p.name, Any), knob(default, carry=p.name in ("bias", "dropout"))))  # these are no option's mechanism
     return dc.make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), frozen=True, kw_only=True, namespace={"__module__": cls.__module__})

@@ -1,0 +1,226 @@
+"""Verbs, flags, spellings, mistakes: one helpful message, exit code 2, nothing written."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+import txtrain
+from txtrain import cli as command_line
+from txtrain.cli import main
+from txtrain.composition import compose
+from txtrain.config import Train
+from txtrain.errors import ConfigError
+from txtrain.typed import build
+
+MISTAKES = [
+    ("data.seq_ln=3", "Did you mean data.seq_len?"),
+    ("model=mistrall", "Did you mean model=mistral?"),
+    ("model/attention=gqaa", "must be one of gqa, mha, mqa. Did you mean model/attention=gqa?"),
+    ("+model.attention.typo=1", "`model.attention.typo=1`: model.attention has no key typo."),
+    ("model.n_heads=5 model.dim=64", "`model.n_heads` must divide model.dim (64)"),
+    ("model.n_heads=8 model/attention=gqa model.attention.n_kv_heads=3", "must divide model.n_heads (8), but is 3 instead. Nearest: 2, 4."),
+    ("trainer.max_steps=-1", "`trainer.max_steps` must be at least 1, but is -1 instead."),
+    ("trainer.max_steps=abc", "`trainer.max_steps` must be an integer or null, but is 'abc' instead."),
+    # spellings that people try
+    ("model.position=rope", "Write model/position=rope."),
+    ("model/norm_position=pre", "Write model.norm_position=pre."),
+    ("model.attention=mla", "Write model/attention=NAME, one of gqa, mha, mqa."),
+    ("--model=mistral", "write model=mistral"),
+    ("--config x.yaml", "recipe=NAME"),
+    ("lr=3e-4", "Did you mean optimizer.lr?"),
+    ("data.batch_size=8", "Did you mean data.global_batch_size?"),
+    ("trainer.accumulate_grad_batches=4", "Did you mean data.micro_batch_size? Accumulation is derived"),
+    ("trainer.gradient_accumulation_steps=4", "Did you mean data.micro_batch_size? Accumulation is derived"),
+    ("model.num_key_value_heads=4", "Did you mean model.attention.n_kv_heads?"),
+    ("per_device_train_batch_size=4", "Did you mean data.micro_batch_size?"),
+    ("window=4", "Did you mean model.attention.window?"),
+    ("report_to=wandb", "Did you mean logger=NAME?"),
+    # options, groups, keys
+    ("modle=gpt2", "Did you mean model?"),
+    ("model/atention=mqa", "Did you mean model/attention=mqa?"),
+    ("model.atention.window=4", "Did you mean model.attention.window?"),
+    ("data/seq_len=4", "Write data.seq_len=4."),
+    ("data.text_column=x", "Only data=hf has it."),
+    ("data=text", "`data.path` must be given."),
+    ("recipe=nope", "`recipe=nope` must be one of"),
+    ("model=null", "must be one of"),
+    ("model=1", "must be one of"),
+    ("model=[gpt2,llama2]", "To run each: -m model=gpt2,llama2."),
+    ("model@x=gpt2", "Write model=gpt2."),
+    ("optimizer.type=adam", "write optimizer=adam"),
+    ("model.attention.type=mqa", "write model/attention=mqa"),
+    ("model.position={type:rope}", "write model/position=rope"),
+    ("model={attention:{type:mqa}}", "write model/attention=mqa"),
+    ("docs=3", "the configuration has no key docs"),
+    ("~foo", "foo"),
+    ("hydra/launcher=nope -m", "Could not find 'hydra/launcher/nope'"),
+    # values
+    ("model.norm_position=per", "must be one of pre, post, inner, sandwich, but is 'per' instead. Did you mean pre?"),
+    ("model.n_layers=2.5", "must be an integer"),
+    ("model.n_layers=true", "must be an integer"),
+    ("model.n_layers=", "must be an integer"),
+    ("model.tie_word_embeddings=1", "must be true or false"),
+    ("optimizer.lr=nan", "must be a number"),
+    ("optimizer.lr=1e-3,2e-3", "-m runs each"),
+    ("optimizer.betas=[0.9]", "a list of 2 values"),
+    ("model.dim=${nope}", "`model.dim`: Interpolation key 'nope' not found."),
+    ("model.dim=(", "Quote it"),
+    ("model/position=rope model.position.scaling={rope_type:liner,factor:2}", "Did you mean linear?"),
+    ("model/position=rope model.position.scaling.factor=2", "`model.position.scaling.rope_type` must be one of"),
+    ("save=none", "`save` must be a mapping"),
+    # verbs and flags
+    ("trian", "Did you mean train?"),
+    ("plan", "must be a verb (train, generate)"),
+    ("mistral", "Did you mean model=mistral?"),
+    ("model=gpt2 train", "The verb comes first."),
+    ("--confg", "Did you mean --cfg?"),
+    ("--cfg jub", "Did you mean job?"),
+    ("--cfg", "must be followed by"),
+    ("--config-dir nope", "must be a folder that exists"),
+    ("--info", "is not a flag"),
+    # generate
+    ("generate model=gpt2", "the configuration has no key model"),
+    ("generate prompt=x", "`checkpoint` must be given"),
+    ("generate checkpoint=x", "`prompt` must be given"),
+    ("generate checkpoint=x prompt=y max_length=3", "Did you mean max_new_tokens?"),
+    # code
+    ("optimizer._target_=os.system", "only under logger and callbacks"),
+    ("logger.x._target_=os.system", "must be a class in lightning.pytorch.loggers"),
+    ("callbacks.x._target_=lightning.pytorch.callbacks.timer.os.system", "must be a class in lightning.pytorch.loggers"),
+    ("callbacks.x._target_=txtrain.sweep.subprocess.Popen", "must be a class in lightning.pytorch.loggers"),
+    ("logger.x={_target_:lightning.pytorch.loggers.CSVLogger,y:{_target_:os.system}}", "`logger.x.y._target_` must be a class"),
+]
+
+
+@pytest.mark.parametrize(("line", "says"), MISTAKES, ids=[line for line, _ in MISTAKES])
+def test_a_mistake_is_told_in_one_message_and_leaves_nothing(line, says, capsys, clean_room):
+    assert main(line.split()) == 2
+    out, err = capsys.readouterr()
+    assert says in err
+    assert err.count("\n") == 1
+    assert err.startswith("txtrain: ")
+    assert "Traceback" not in err
+    assert not out
+    assert not list(clean_room.iterdir())
+
+
+def test_all_problems_are_told_at_once(capsys):
+    assert main(["model.n_layers=x", "optimizer.lr=y", "foo=1"]) == 2
+    assert capsys.readouterr().err.count("txtrain: ") == 3
+
+
+def test_python_raises_the_same_words_as_a_value_error():
+    with pytest.raises(ConfigError, match=r"Did you mean data\.seq_len\?") as e:
+        txtrain.compose(["data.seq_ln=3"])
+    assert isinstance(e.value, ValueError)
+    with pytest.raises(ConfigError, match="`verb` must be one of"):
+        txtrain.compose([], verb="trian")
+
+
+def test_a_mistake_shows_its_traceback_only_when_asked(cli, clean_room):
+    quiet, loud = cli("model=mistrl"), cli("model=mistrl", TXTRAIN_DEBUG="1")
+    assert (quiet.returncode, loud.returncode) == (2, 2)
+    assert "Traceback" not in quiet.stderr
+    assert "Traceback" in loud.stderr
+    assert not list(clean_room.iterdir())
+
+
+def test_alone_is_gpt2_on_wikitext():
+    cfg = compose()
+    assert (cfg.model.family, cfg.data.type, cfg.name) == ("gpt2", "wikitext", "gpt2-wikitext")
+    assert compose(["model=mistral_7b", "data=python_docs"]).name == "mistral_7b-python_docs"
+    assert compose(["name=mine"]).name == "mine"
+
+
+@pytest.mark.parametrize("flags", [["--cfg", "job"], ["--cfg=job"], ["-c", "job", "--resolve"]])
+def test_cfg_job_prints_what_builds_the_same_config(flags, capsys):
+    overrides = ["model=mistral", "model.n_layers=3", "optimizer.lr=1e-5"]
+    assert main([overrides[0], *flags, *overrides[1:]]) == 0
+    assert build(Train, yaml.safe_load(capsys.readouterr().out)) == compose(overrides)
+
+
+def test_cfg_job_of_a_sweep_prints_each(capsys):
+    assert main(["-m", "model=gpt2,mistral", "--cfg", "job"]) == 0
+    assert [c["model"]["family"] for c in yaml.safe_load_all(capsys.readouterr().out)] == ["gpt2", "mistral"]
+
+
+@pytest.mark.parametrize("what", ["hydra", "all"])
+def test_cfg_of_hydra_is_printed(what, capsys):
+    assert main(["--cfg", what, "--resolve"]) == 0
+    assert "launcher" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["generate", "-h"]])
+def test_help_answers_at_once(args, cli):
+    begin = time.perf_counter()
+    said = cli(*args)
+    assert time.perf_counter() - begin < 1.0
+    assert said.returncode == 0
+    assert not said.stderr
+    assert max(map(len, said.stdout.splitlines())) < 160
+
+
+def test_help_names_every_option():
+    from txtrain.usage import usage
+
+    text = usage("train")
+    for name in [*txtrain.families(), "swiglu", "alibi", "python_docs", "cosine", "adamw", "tensorboard", "norm_position"]:
+        assert name in text, name
+
+
+@pytest.mark.parametrize(
+    ("args", "absent"),
+    [("['--help']", "hydra torch"), ("['train', '--help']", "hydra torch"), ("['--cfg', 'job']", "torch lightning datasets")],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(args, absent):
+    code = f"import sys, txtrain.cli as c; c.main({args}); print([m for m in {absent.split()} if m in sys.modules], file=sys.stderr)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "[]\n"
+
+
+def test_a_run_gets_the_config_its_grafts_and_what_was_given(monkeypatch):
+    import txtrain.run
+
+    calls = []
+    monkeypatch.setattr(txtrain.run, "run_train", lambda config, **origin: calls.append((config, origin)) or 75)
+    assert main(["model=gpt2", "model/ffn=swiglu", "name=x"]) == 75
+    config, origin = calls[0]
+    assert config == compose(["model=gpt2", "model/ffn=swiglu", "name=x"])
+    assert origin["given"] == ["model", "model/ffn", "name"]
+    assert origin["grafts"]["ffn"]["to"] == "swiglu"
+
+
+def test_a_further_rank_takes_the_first_ones_config_whatever_the_line_says(monkeypatch, clean_room, capsys):
+    assert main(["model=mistral", "--cfg", "job"]) == 0
+    (clean_room / "config.yaml").write_text(capsys.readouterr().out)
+    calls = []
+    monkeypatch.setattr(command_line, "run", lambda composed: calls.append(composed) or 0)
+    monkeypatch.setenv("TXTRAIN_CONFIG", str(clean_room / "config.yaml"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert main(["-m", "model=gpt2,llama2"]) == 0
+    assert [c.config.model.family for c in calls] == ["mistral"]
+    monkeypatch.setenv("TXTRAIN_CONFIG", str(clean_room / "config.yaml"))
+    monkeypatch.delenv("LOCAL_RANK")  # a forgotten variable does not hide what is typed
+    assert main(["model=gpt2"]) == 0
+    assert calls[-1].config.model.family == "gpt2"
+
+
+def test_it_works_inside_another_hydra_application():
+    from hydra import compose as other
+    from hydra import initialize_config_dir
+
+    from txtrain.places import CONF
+
+    with initialize_config_dir(str(CONF), version_base=None):
+        assert txtrain.compose(["model=gpt2"]).model.family == "gpt2"
+        assert other("generate").prompt is None
+
+
+def test_a_job_composes_in_a_tenth_of_a_second_or_so(job):
+    job("model=mistral")
+    begin = time.perf_counter()
+    job("model=gemma2", "model/attention=mqa", "model.n_layers=2")
+    assert time.perf_counter() - begin < 1.0

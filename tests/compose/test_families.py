@@ -1,0 +1,70 @@
+"""The families and sizes: published counts, what a laptop preset must allow."""
+
+import re
+
+import pytest
+
+import txtrain
+from txtrain.places import CONF
+
+PUBLISHED = {
+    "gpt1_base": 116_534_784,
+    "gpt2_small": 124_439_808,
+    "gpt2_medium": 354_823_168,
+    "gpt2_large": 774_030_080,
+    "gpt2_xl": 1_557_611_200,
+    "llama2_7b": 6_738_415_616,
+    "llama2_13b": 13_015_864_320,
+    "llama2_70b": 68_976_648_192,
+    "mistral_7b": 7_241_732_096,
+    "gemma_2b": 2_506_172_416,
+    "gemma_7b": 8_537_680_896,
+    "gemma2_2b": 2_614_341_888,
+    "gemma2_9b": 9_241_705_984,
+    "gemma2_27b": 27_227_128_320,
+}
+LAPTOP = ["gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2"]
+
+
+def test_the_families_are_those_tested_here():
+    assert sorted(txtrain.families()) == sorted([*LAPTOP, *PUBLISHED])
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_size_has_the_published_number_of_parameters(name, job):
+    model = job(f"model={name}").config.model
+    assert model.n_params == PUBLISHED[name]
+    assert name == f"{model.family}_{model.size}"
+
+
+@pytest.mark.parametrize("name", LAPTOP)
+def test_laptop_size_knows_its_published_ones_and_no_ancestors(name, job):
+    model = job(f"model={name}").config.model
+    assert (model.family, model.size) == (name, "laptop")
+    assert model.published == {n: count for n, count in PUBLISHED.items() if n.rpartition("_")[0] == name}
+    assert 1e6 < model.n_params < 20e6
+
+
+@pytest.mark.parametrize("name", LAPTOP)
+def test_laptop_size_shrinks_to_four_heads_on_64(name, job):
+    model = job(f"model={name}", "model.n_heads=4", "model.dim=64").config.model
+    assert model.attention.n_kv_heads in (None, 1, 2)
+    assert model.attention.heads(model)[2] % 2 == 0
+
+
+@pytest.mark.parametrize("name", txtrain.families())
+def test_file_opens_with_its_delta(name):
+    first = (CONF / "model" / f"{name}.yaml").read_text().splitlines()[0]
+    assert re.match(r"# .+ = .+", first), first
+
+
+def test_what_the_papers_say(job):
+    gpt1, gpt2, llama2, mistral, gemma, gemma2 = (job(f"model={name}").config.model for name in LAPTOP)
+    assert (gpt1.norm_position, gpt1.has_final_norm, gpt1.dropout, gpt1.init.scale_residual) == ("post", False, 0.1, False)
+    assert (gpt2.norm_position, gpt2.has_final_norm, gpt2.dropout, gpt2.init.scale_residual) == ("pre", True, 0.0, True)
+    assert (llama2.tie_word_embeddings, llama2.attention.bias, llama2.ffn.bias, llama2.norm.eps) == (False, False, False, 1e-5)
+    assert (llama2.init.scale_residual, llama2.init.position_std) == (False, None)
+    assert (mistral.attention.type, mistral.attention.n_kv_heads, mistral.attention.window) == ("gqa", 2, 64)
+    assert (gemma.embedding.scale, gemma.norm.unit_offset, gemma.norm.eps, gemma.ffn.activation) == (True, True, 1e-6, "gelu_tanh")
+    assert (gemma2.norm_position, gemma2.attention.window, gemma2.attention.softcap, gemma2.logit_softcap) == ("sandwich", (64, None), 50.0, 30.0)
+    assert job("model=gemma2_27b").config.model.attention.scale == pytest.approx(144**-0.5, rel=1e-15)

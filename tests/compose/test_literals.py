@@ -1,0 +1,47 @@
+"""Values that are taken as typed."""
+
+from functools import reduce
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
+
+from txtrain.literals import LITERALS, quote
+from txtrain.overrides import expand, parse
+
+NASTY = r"""
+Once upon a time, there|It's|"quoted"|a=b|f(x)|trailing | leading|123|1e-3|null|true||ünï→🙂|昔々、ある所に
+${nope}|\${x}|\\${x}|\|a\|\'|\\'|${|$|${a}\|x\\|a'\|{a: b}|[1,2]|#c|a: b|????|~|-|*
+"""
+VALUES = [*(value for line in NASTY.strip("\n").split("\n") for value in line.split("|")), "line\nbreak", "tab\t"]
+
+
+@pytest.mark.parametrize("value", VALUES)
+def test_prompt_arrives_unchanged(value, job):
+    config = job(f"prompt={value}", f"checkpoint={value}", verb="generate").config
+    assert (config.prompt, config.checkpoint) == (value, value)
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.text(st.sampled_from("\\'\"${}()[],=: a1é\n%@#&*?!~+-."), max_size=12) | st.text(max_size=12))
+def test_any_value_comes_back_from_hydras_grammar_and_omegaconfs_interpolation(value):
+    (override,) = parse([f"prompt={quote(value)}"])
+    config = OmegaConf.create({"prompt": override.value()})
+    assert value in (OmegaConf.to_container(config, resolve=True)["prompt"], "???")  # ???: OmegaConf's own word for a missing value
+
+
+@pytest.mark.parametrize("key", ["run_dir", "name", "data.path", "data.tokenizer"])
+def test_keys_of_train_arrive_unchanged(key, job):
+    value = "runs/x/step=6, it's (7) ${a}"
+    assert reduce(getattr, key.split("."), job(f"{key}={value}").config) == value
+
+
+def test_every_literal_key_is_one_of_the_contract():
+    contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
+    assert sorted(LITERALS) == sorted(contract)
+
+
+def test_in_a_sweep_every_comma_separates(job):
+    jobs = expand(["prompt=It's a=b,123, ${x}", "checkpoint=r"], True)
+    assert [line for lines in jobs for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]

@@ -1,0 +1,115 @@
+"""resume=RUN: the configuration of an earlier run, with key=value on top."""
+
+import pytest
+import yaml
+
+from txtrain.cli import main
+from txtrain.errors import ConfigError
+from txtrain.typed import plain
+
+
+@pytest.fixture
+def run(job, clean_room):
+    """run("model=mistral", ...) leaves a run's folder with that configuration."""
+
+    def leave(*overrides, folder="out, 1"):
+        (clean_room / folder / "checkpoints/step_00000006").mkdir(parents=True)
+        (clean_room / folder / "config.yaml").write_text(yaml.safe_dump(plain(job(*overrides).config)))
+        return folder
+
+    return leave
+
+
+@pytest.mark.parametrize("inside", ["", "/checkpoints/step_00000006", "/"])
+def test_the_runs_own_configuration_with_values_on_top(run, job, inside):
+    folder = run("model=mistral", "data.path=a${b}", "optimizer.lr=1e-5")
+    made = job(f"resume={folder}{inside}", "optimizer.lr=2e-5", "trainer.max_steps=7", "logger=wandb", "name=${x}, y", "model.attention.window=7")
+    config = made.config
+    assert (config.model.family, config.data.path, config.model.attention.n_kv_heads) == ("mistral", "a${b}", 2)
+    assert (config.optimizer.lr, config.trainer.max_steps, config.name, config.model.attention.window) == (2e-5, 7, "${x}, y", 7)
+    assert set(config.logger) == {"wandb"}
+    assert (config.resume, config.run_dir) == (f"{folder}{inside}", folder)
+    assert made.given == ["resume", "optimizer.lr", "trainer.max_steps", "logger", "name", "model.attention.window"]
+
+
+def test_a_group_chosen_anew_comes_from_its_file(run, job):
+    folder = run("trainer.max_steps=5", "trainer.val_check_interval=3")
+    assert job(f"resume={folder}", "trainer=default", "trainer.max_steps=9").config.trainer.val_check_interval == 100
+    assert job(f"resume={folder}", "trainer.max_steps=9").config.trainer.val_check_interval == 3
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("model/attention=mqa", "a resumed run keeps its parts; only strategy, trainer, logger"),
+        ("model=gpt2", "keeps its parts"),
+        ("data=python_docs", "keeps its parts"),
+        ("recipe=x", "keeps its parts"),
+        ("~logger", "keeps its parts"),
+        ("optimizer.lrr=1", r"Did you mean optimizer\.lr\?"),
+        ("trainer=nope", "`trainer=nope` must be one of default"),
+        ("model.n_layers=x", "must be an integer"),
+    ],
+)
+def test_what_a_resumed_run_may_not_change(override, says, run, job):
+    folder = run()
+    with pytest.raises(ConfigError, match=says):
+        job(f"resume={folder}", override)
+
+
+def test_no_run_no_resume(run, job, clean_room):
+    with pytest.raises(ConfigError, match="'nope' does not exist"):
+        job("resume=nope")
+    (clean_room / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"'empty' has no config\.yaml"):
+        job("resume=empty")
+    folder = run()
+    (clean_room / folder / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="not valid YAML"):
+        job(f"resume={folder}")
+    (clean_room / folder / "config.yaml").write_text("- a")
+    with pytest.raises(ConfigError, match="not a mapping"):
+        job(f"resume={folder}")
+
+
+def test_a_run_is_resumed_alone(run, capsys):
+    folder = run(folder="r")
+    assert main(["-m", f"resume={folder}", "seed=1,2"]) == 2
+    assert "without -m" in capsys.readouterr().err
+
+
+def test_code_is_never_imported_by_a_checkpoints_word(run, job, clean_room, forget, monkeypatch):
+    (clean_room / "own_part.py").write_text(
+        "import pathlib, txtrain\npathlib.Path('ran').touch()\n"
+        "@txtrain.component('ffn', 'mine')\nclass Mine:\n    def __init__(self, dim, width: int = 3): pass\n"
+    )
+    folder = run("imports=[own_part.py]", "model/ffn=mine")
+    from txtrain.registry import TABLE
+
+    (clean_room / "ran").unlink()
+    del TABLE["ffn"]["mine"]
+    with pytest.raises(ConfigError, match=r"the run used imports=\[.*own_part\.py\]"):
+        job(f"resume={folder}")
+    assert not (clean_room / "ran").exists()
+    import sys
+
+    del sys.modules["own_part"]
+    assert job(f"resume={folder}", "imports=[own_part.py]").config.model.ffn.type == "mine"
+    assert (clean_room / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("optimizer", {"_target_": "os.system"}, "only under logger and callbacks"),
+        ("logger", {"x": {"_target_": "os.system"}}, "must be a class in"),
+        ("logger", {"x": {"_target_": "lightning.pytorch.loggers.logger.os.system"}}, "must be a class in"),
+        ("callbacks", {"x": {"_target_": "own_part.Thing"}}, "must be a class in"),
+    ],
+)
+def test_a_checkpoint_names_no_class_but_lightnings(key, value, says, run, job, clean_room):
+    folder = run()
+    file = clean_room / folder / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {key: value}))
+    with pytest.raises(ConfigError, match=says):
+        job(f"resume={folder}")

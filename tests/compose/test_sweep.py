@@ -1,0 +1,140 @@
+"""-m: validated before the first starts, every job runs, one process each, exit codes."""
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from txtrain import sweep as sweep_module
+from txtrain.cli import main
+
+# Stands in for `python -m txtrain`: takes the job, leaves what it got, ends as it is told.
+CHILD = """
+import pathlib, sys, types, yaml
+import txtrain, txtrain.typed
+stand_in = txtrain.run = sys.modules["txtrain.run"] = types.ModuleType("txtrain.run")  # before torch is imported
+def run_train(config, *, grafts, given, **_):
+    folder = pathlib.Path(config.run_dir); folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.typed.plain(config)))
+    (folder / "notes.yaml").write_text(yaml.safe_dump({"grafts": grafts, "given": given}))
+    if config.seed == 7: raise RuntimeError("seed 7")
+    return {8: 75, 9: 2}.get(config.seed, 0)
+stand_in.run_train = run_train
+from txtrain.cli import main
+sys.exit(main())
+"""
+
+COUNTS_SIGNALS = """
+import signal, sys, time
+n = 0
+def count(*_):
+    global n
+    n += 1
+signal.signal(signal.SIGINT, count)
+print(flush=True)
+while not n: time.sleep(0.01)
+time.sleep(0.3)
+sys.exit(75 if n == 1 else 3)
+"""
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Children that do not train."""
+
+    def start(verb, file):
+        environment = os.environ | {"TXTRAIN_CONFIG": str(file)}
+        return subprocess.Popen([sys.executable, "-c", CHILD, verb], env=environment, start_new_session=True)
+
+    monkeypatch.setattr(sweep_module, "_start", start)
+
+
+def test_every_combination_gets_a_numbered_folder(fake, clean_room):
+    assert main(["-m", "model=gpt2,mistral", "model.norm_position=pre,post", "name=a b", "model/ffn=geglu"]) == 0
+    runs = sorted((clean_room / "runs/a b").iterdir())
+    assert [r.name.rpartition("-")[2] for r in runs] == ["0", "1", "2", "3"]
+    made = [yaml.safe_load((r / "config.yaml").read_text())["model"] for r in runs]
+    assert [(m["family"], m["norm_position"]) for m in made] == list(itertools.product(["gpt2", "mistral"], ["pre", "post"]))
+    notes = yaml.safe_load((runs[1] / "notes.yaml").read_text())
+    assert notes["given"] == ["model", "model.norm_position", "name", "model/ffn"]
+    assert notes["grafts"]["ffn"]["to"] == "geglu"
+    assert notes["grafts"]["norm_position"]["to"] == "post"
+    assert {p.name for p in clean_room.iterdir()} == {"runs"}  # no multirun.yaml, no .hydra
+
+
+def test_a_run_dir_that_is_given_holds_the_numbers(fake, clean_room):
+    assert main(["-m", "seed=1,2", "run_dir=out"]) == 0
+    assert sorted(p.name for p in (clean_room / "out").iterdir()) == ["0", "1"]
+
+
+def test_nothing_starts_if_one_job_is_wrong(fake, clean_room, capsys):
+    assert main(["-m", "model=gpt2,mistral", "model.attention.window=5,x"]) == 2
+    assert "`model.attention.window` must be" in capsys.readouterr().err
+    assert not list(clean_room.iterdir())
+
+
+@pytest.mark.parametrize(("seeds", "code"), [("7,1", 1), ("8,1", 75), ("8,7,1", 1), ("9,1", 1), ("1,2", 0)])
+def test_every_job_runs_and_the_worst_decides(seeds, code, fake, clean_room, capfd):
+    assert main(["-m", f"seed={seeds}", "run_dir=out"]) == code
+    assert len(list((clean_room / "out").iterdir())) == len(seeds.split(","))
+    told = capfd.readouterr().err
+    assert told.count("(exit code") == len(set(seeds) & {"7", "9"})
+    assert told.count("was preempted") == seeds.count("8")
+
+
+def test_a_signal_reaches_the_running_job_once_and_no_other_starts(clean_room, monkeypatch):
+    started = []
+
+    def start(verb, file):
+        child = subprocess.Popen([sys.executable, "-c", COUNTS_SIGNALS], stdout=subprocess.PIPE, start_new_session=True)
+        child.stdout.readline()
+        started.append(child)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        return child
+
+    monkeypatch.setattr(sweep_module, "_start", start)
+    old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        assert main(["-m", "seed=1,2,3", "run_dir=out"]) == 75
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert [child.returncode for child in started] == [75]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_named_launcher_of_hydra_gets_the_jobs(clean_room, monkeypatch):
+    ran = []
+    monkeypatch.setattr("txtrain.cli.run", lambda composed: ran.append(composed) or (75 if composed.config.seed == 2 else 0))
+    assert main(["-m", "seed=1,2", "model/ffn=swiglu", "hydra/launcher=basic", "name=it's $x"]) == 75
+    assert [c.config.run_dir.rpartition("-")[2] for c in ran] == ["0", "1"]
+    assert all(c.config.run_dir.startswith("runs/it's $x/") for c in ran)
+    assert ran[1].grafts["ffn"]["to"] == "swiglu"
+    assert ran[1].given == ["seed", "model/ffn", "name"]
+    assert [p.name for p in clean_room.rglob("*")] == ["runs"]  # Hydra's launcher makes it; nothing in it
+
+
+def test_a_sweep_over_prompts_writes_no_folder(monkeypatch, clean_room):
+    said = []
+    monkeypatch.setattr(sweep_module, "_in_subprocesses", lambda verb, jobs: said.extend(j.config.prompt for j in jobs) or [0] * len(jobs))
+    assert main(["generate", "-m", "checkpoint=r", "prompt=a b,it's", "temperature=0,1"]) == 0
+    assert said == ["a b", "a b", "it's", "it's"]
+    assert not list(clean_room.iterdir())
+
+
+def test_ranges_and_globs_are_swept(monkeypatch):
+    jobs = []
+    monkeypatch.setattr(sweep_module, "_in_subprocesses", lambda verb, made: jobs.extend(made) or [0] * len(made))
+    assert main(["-m", "model/attention=glob(*)", "seed=range(1,3)"]) == 0
+    assert [(j.config.model.attention.type, j.config.seed) for j in jobs] == list(itertools.product(["gqa", "mha", "mqa"], [1, 2]))
+
+
+def test_composing_jobs_is_quick(job):
+    begin = time.perf_counter()
+    for seed in range(5):
+        job(f"seed={seed}")
+    assert time.perf_counter() - begin < 5

@@ -1,0 +1,5 @@
+import sys
+
+from txtrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,137 @@
+"""verb -> compose -> typed config -> run; exit codes; nothing else."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from txtrain.errors import ConfigError, hint
+
+if TYPE_CHECKING:
+    from txtrain.composition import Composed, Loader
+
+VERBS = ("train", "generate")
+_FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
+_SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
+_FILE_FLAGS = ("--config", "--config-name", "--config-path", "-cn", "-cp")
+_CFG = ("job", "hydra", "all")
+
+
+class CommandLine(NamedTuple):
+    verb: str | None  # None: not given
+    flags: dict[str, str]
+    overrides: list[str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a failure (by exception), 2 the user's mistake, 75 preempted after a complete checkpoint."""
+    try:
+        return _main(list(sys.argv[1:] if argv is None else argv))
+    except ConfigError as e:
+        if os.environ.get("TXTRAIN_DEBUG") == "1":
+            import traceback
+
+            traceback.print_exc()
+        for problem in e.problems:
+            print(f"txtrain: {problem}", file=sys.stderr)
+        return 2
+
+
+def parse(argv: Sequence[str]) -> CommandLine:
+    """Flags stand anywhere, the verb first among the rest. Not argparse, which knows nothing of KEY=VALUE and of our words."""
+    flags: dict[str, str] = {}
+    rest: list[str] = []
+    words = iter(argv)
+    for word in words:
+        name, equals, value = word.partition("=")
+        name = _SHORT.get(name, name)
+        if not word.startswith("-"):
+            rest.append(word)
+        elif name not in _FLAGS or (equals and not _FLAGS[name]):
+            raise ConfigError(_not_a_flag(word))
+        elif _FLAGS[name] and not equals:
+            flags[name] = next(words, "")
+        else:
+            flags[name] = value
+        if name in flags and _FLAGS[name] and not flags[name]:
+            raise ConfigError(f"`{name}` must be followed by {' or '.join(_CFG) if name == '--cfg' else 'a folder'}.")
+    if (shown := flags.get("--cfg", "job")) not in _CFG:
+        raise ConfigError(f"`--cfg` must be one of {', '.join(_CFG)}, but is {shown!r} instead.{hint(shown, _CFG)}")
+    verb = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("~") else None
+    if verb is not None and verb not in VERBS:
+        from txtrain.places import options
+
+        model = f" Did you mean model={verb}?" if verb in options("model") else ""
+        raise ConfigError(f"`{verb}` must be a verb ({', '.join(VERBS)}) or KEY=VALUE.{model or hint(verb, VERBS)}")
+    return CommandLine(verb, flags, rest)
+
+
+def _not_a_flag(word: str) -> str:
+    name, equals, _ = word.partition("=")
+    known = [*_FLAGS, *_SHORT]
+    if name in _FILE_FLAGS:
+        return f"`{name}` is not a flag. A named run is recipe=NAME; a folder of your own options and recipes is --config-dir DIR."
+    if equals and name not in known:
+        return f"`{word}` is not a flag. Overrides have no dashes: write {word.lstrip('-')}."
+    return f"`{word}` is not a flag. Flags: {', '.join(known)}.{hint(name, known)}"
+
+
+def _main(argv: list[str]) -> int:
+    line = parse(argv)
+    if "--help" in line.flags:
+        from txtrain.usage import usage
+
+        print(usage(line.verb), end="")
+        return 0
+    verb = line.verb or "train"
+    handed = os.environ.pop("TXTRAIN_CONFIG", None)
+    if handed and ("LOCAL_RANK" in os.environ or not line.overrides):
+        from txtrain.composition import from_file
+
+        return run(from_file(verb, handed))
+    from txtrain.composition import compose_job, make_loader
+    from txtrain.overrides import expand
+
+    loader = make_loader(line.flags.get("--config-dir"))
+    multirun = "--multirun" in line.flags
+    jobs = [compose_job(verb, job, loader) for job in expand(line.overrides, multirun, loader)]
+    if multirun and getattr(jobs[0][0].config, "resume", "auto") not in ("auto", "never"):
+        raise ConfigError("`resume`: a run is resumed alone, without -m.")
+    if "--cfg" in line.flags:
+        return _show(line, verb, loader, jobs)
+    if multirun:
+        from txtrain.sweep import sweep
+
+        return sweep(verb, loader, jobs)
+    return run(jobs[0][0])
+
+
+def run(composed: Composed) -> int:
+    from txtrain.config import Generate
+
+    if isinstance(composed.config, Generate):
+        from txtrain.prompting import run_generate
+
+        return run_generate(composed.config)
+    from txtrain.run import run_train
+
+    return run_train(composed.config, grafts=composed.grafts, given=composed.given)
+
+
+def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[str]]]) -> int:
+    """`--cfg job` prints the typed, resolved config, one document a job; the others are Hydra's view."""
+    if line.flags["--cfg"] == "job":
+        import yaml
+
+        from txtrain.typed import plain
+
+        documents: list[Any] = [plain(composed.config) for composed, _ in jobs]
+        print(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True), end="")
+        return 0
+    from hydra._internal.hydra import Hydra
+
+    resolve = "--resolve" in line.flags
+    Hydra("txtrain", loader).show_cfg(verb, jobs[0][1], cfg_type=line.flags["--cfg"], package=None, resolve=resolve)
+    return 0

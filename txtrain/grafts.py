@@ -1,0 +1,157 @@
+"""The graft rule: whose values survive when another option is chosen on an axis.
+
+A file's values for an axis hold for the option that this file selects. Families, sizes and recipes are layers of that one rule:
+Mistral is Llama 2 with a graft. When Hydra loads such a file, the values that do not survive the way from the file's own option to
+the chosen one are taken out before the merge, so that the order leaf < family < size < recipe < command line stays Hydra's own.
+
+    llama2.yaml        mistral.yaml       model/attention=mqa
+    mha ------------>  gqa ------------>  mqa
+    bias: false kept   window: 64 kept    (same class: only what the leaf files set is the mechanism)
+                       n_kv_heads dropped
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses as dc
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+from hydra.core.default_element import ConfigDefault, GroupDefault, ResultDefault
+from omegaconf import OmegaConf
+
+from txtrain.errors import ConfigError
+from txtrain.registry import MODEL_AXES, TABLE, group_of
+
+_TYPED = frozenset(group_of(axis) for axis in TABLE)  # groups whose options carry `type`
+
+
+def is_family(path: str | None) -> bool:
+    return path is not None and path.startswith("model/") and path.count("/") == 1
+
+
+def is_recipe(path: str | None) -> bool:
+    return path is not None and path.startswith("recipes/")
+
+
+class GraftedRepository:
+    """A Hydra config repository in which each file's values for an axis are those that survive the chosen options.
+
+    Attributes:
+        report: axis -> {from, to, kept, dropped}, of the axes where the chosen option is not the family's (or recipe's) own;
+            complete once every file has been loaded.
+        types: typed group -> the `type` that its chosen file sets.
+    """
+
+    def __init__(self, repository: Any, defaults: list[ResultDefault], named: frozenset[str]) -> None:
+        self.repository = repository
+        self.named = named  # paths of the options that the command line names: these may bring imports
+        paths = [d.config_path for d in defaults if d.config_path is not None]
+        self.families = [p for p in paths if is_family(p)]  # ancestors first
+        self.recipes = [p for p in paths if is_recipe(p)]
+        self.chosen = {axis: p.split("/")[2] for p in paths for axis in MODEL_AXES if p.startswith(f"model/{axis}/")}
+        groups = [(p, p.rpartition("/")[0]) for p in paths]
+        self.types = {g: kind for p, g in groups if g in _TYPED and (kind := self._leaf(p).get("type"))}
+        self.report: dict[str, dict[str, Any]] = {}
+        for axis, to in self.chosen.items() if self.families else ():
+            own = [self.selected(self.families[-1], axis), *(self.selected(r, axis) for r in self.recipes)]
+            if others := [option for option in own if option not in (None, to)]:
+                self.report[axis] = {"from": others[0], "to": to, "kept": {}, "dropped": {}}
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.repository, name)
+
+    @property
+    def norm_position(self) -> str:
+        """The family's own. It is a plain value, so that nothing needs filtering."""
+        own = [str(p) for f in self.families if (p := self._leaf(f).get("norm_position"))]
+        return own[-1] if own else "pre"
+
+    # ------------------------------------------------------------------------------------------------------- Hydra's hook
+
+    def load_config(self, config_path: str) -> Any:
+        result = self.repository.load_config(config_path)
+        if result is None:
+            return None
+        result = copy.deepcopy(result)  # the repository caches
+        if result.provider == "command-line" and result.config.get("imports"):
+            if config_path not in self.named:
+                group, _, option = config_path.rpartition("/")
+                name = f"{group}={option}"
+                raise ConfigError(f"`imports` in {config_path}.yaml must be asked for: name {name} on the command line, or the files as imports=[...].")
+            del result.config["imports"]  # done already, before composing
+        if is_family(config_path):
+            self._filter(result.config, self.families[self.families.index(config_path) :])
+            self._keep_labels_apart(result.config, config_path)
+        elif is_recipe(config_path):
+            self._filter(result.config.get("model") or {}, [config_path])
+        return result
+
+    def _filter(self, node: Any, layers: list[str]) -> None:
+        """Take out of `node`, the model values of layers[0], what does not survive."""
+        for axis in MODEL_AXES:
+            values = _plain(node[axis]) if axis in node and axis in self.chosen else None
+            if not isinstance(values, dict):
+                continue
+            own = [option for layer in layers if (option := self.selected(layer, axis)) is not None]
+            for name, value in values.items():
+                if not all(self.survives(axis, name, a, b) for a, b in pairwise(own)):
+                    del node[axis][name]  # lost within the family: no news
+                elif own and own[-1] != self.chosen[axis]:
+                    kept = self.survives(axis, name, own[-1], self.chosen[axis])
+                    self.report[axis]["kept" if kept else "dropped"][name] = value
+                    if not kept:
+                        del node[axis][name]
+
+    def _keep_labels_apart(self, node: Any, path: str) -> None:
+        """`published` belongs to the family that says it: mappings merge, so that an ancestor's would stay in."""
+        heirs = self.families[self.families.index(path) + 1 :]
+        if "published" in node and any("family" in self._leaf(h) for h in heirs):
+            del node["published"]
+
+    # ----------------------------------------------------------------------------------------------------------- the rule
+
+    def survives(self, axis: str, name: str, mine: str, want: str) -> bool:
+        """Whether a value for the knob `name`, given for option `mine`, holds for option `want` too."""
+        if mine == want:
+            return True
+        a, b = self._config_class(axis, mine), self._config_class(axis, want)
+        if a is None or b is None:
+            return False
+        if a is b:  # options of one class differ only in what their own files set
+            return name not in {*self._leaf(f"model/{axis}/{mine}"), *self._leaf(f"model/{axis}/{want}")}
+        return all(name in {f.name for f in dc.fields(cls) if f.metadata.get("carry")} for cls in (a, b))
+
+    def selected(self, path: str, axis: str) -> str | None:
+        """The option of `axis` that the file at `path` selects if nothing overrides it."""
+        result = self.repository.load_config(path)
+        defaults = (result.defaults_list or []) if result else []
+        for d in defaults:
+            if isinstance(d, GroupDefault) and d.group in (axis, f"/model/{axis}"):
+                return str(d.value)
+        for parent in self._parents(path, defaults):
+            if (option := self.selected(parent, axis)) is not None:
+                return option
+        return self.selected(self.families[-1], axis) if is_recipe(path) and self.families else None
+
+    @staticmethod
+    def _parents(path: str, defaults: list[Any]) -> Iterator[str]:
+        for d in defaults:
+            if isinstance(d, ConfigDefault) and not d.is_self() and d.path is not None:
+                yield d.path[1:] if d.path.startswith("/") else f"{path.rpartition('/')[0]}/{d.path}"
+            elif isinstance(d, GroupDefault) and d.group == "/model":
+                yield f"model/{d.value}"
+
+    def _leaf(self, path: str) -> dict[str, Any]:
+        result = self.repository.load_config(path)
+        made = _plain(result.config) if result else None
+        return made if isinstance(made, dict) else {}
+
+    def _config_class(self, axis: str, option: str) -> type | None:
+        kind = self._leaf(f"model/{axis}/{option}").get("type", option)
+        return TABLE[axis][kind].config if kind in TABLE[axis] else None
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=False) if OmegaConf.is_config(node) else node

@@ -1,0 +1,27 @@
+"""Values that are taken as typed. Everything else on the command line is Hydra's override grammar."""
+
+from __future__ import annotations
+
+import re
+
+LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"])
+
+
+def escape(value: str) -> str:
+    """What OmegaConf's interpolation turns back into `value`: it halves the backslashes before `${`, and only those."""
+    return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
+
+
+def quote(value: str) -> str:
+    """The one spelling that Hydra's parser and then OmegaConf's interpolation turn back into `value`."""
+    from hydra.core.override_parser.types import Quote, QuotedString
+
+    return QuotedString(escape(value), Quote.single).with_quotes()
+
+
+def protect(override: str, sweep: bool) -> str:
+    """The override with a literal key's value quoted; in a sweep every comma separates values."""
+    key, equals, value = override.partition("=")
+    if not equals or key.lstrip("+") not in LITERALS:
+        return override
+    return f"{key}={','.join(map(quote, value.split(',') if sweep else [value]))}"

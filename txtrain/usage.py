@@ -1,0 +1,119 @@
+"""What `--help` prints. Names of options are read from the files; nothing heavy is imported."""
+
+from __future__ import annotations
+
+import re
+
+from txtrain import places
+from txtrain.registry import MODEL_AXES
+
+FLAGS = """\
+  -m, --multirun             run every combination of the comma-separated values
+  -c, --cfg job|hydra|all    print the configuration and stop; --resolve: with Hydra's own references filled in
+  -cd, --config-dir DIR      your own options and recipes beside the packaged ones
+  -h, --help                 this text; txtrain VERB --help for the keys of a verb
+"""
+
+OVERVIEW = f"""\
+txtrain [VERB] [KEY=VALUE ...]          train any transformer by composing its parts
+
+Verbs
+  train      pretrain a model (the default); `txtrain` alone is model=gpt2 data=wikitext
+  generate   continue prompts with a trained model
+
+Examples
+  txtrain model=mistral data=wikitext
+  txtrain model=gpt2 model.norm_position=post model/position=rope model/ffn=swiglu
+  txtrain -m model=gpt2 model.norm_position=pre,post,sandwich
+  txtrain resume=runs/mistral-wikitext/2026-12-01_12-00-00 trainer.max_steps=1200
+  txtrain generate checkpoint=RUN prompt="Once upon a time, " temperature=0
+
+Flags, anywhere on the line
+{FLAGS}
+`txtrain train --help` lists the keys; `txtrain ... --cfg job` prints every value that a run would use.
+Exit codes: 0 done, 1 failed, 2 a mistake on the command line, 75 preempted after a complete checkpoint. TXTRAIN_DEBUG=1 shows tracebacks.
+"""
+
+TRAIN = """\
+txtrain [train] [KEY=VALUE ...]
+
+Model: one option an axis; a swap keeps what is not part of the old mechanism and says what it drops
+  model=NAME                       {models}
+  model/attention=NAME             {attention}
+  model/ffn=NAME                   {ffn}
+  model/position=NAME              {position}
+  model/norm=NAME                  {norm}
+  model.norm_position=NAME         pre, post, inner, sandwich
+  model.n_layers, dim, n_heads     size; also vocab_size, max_seq_len, dropout, tie_word_embeddings, logit_softcap
+  model.attention.KEY              n_kv_heads, head_dim, window (4096, or a pattern over layers: [4096,null]), softcap, scale, qk_norm, bias
+  model.ffn.KEY                    hidden_dim (null: the usual ratio), activation, bias
+  model.position.KEY               of rope: theta, scaling ({{rope_type: yarn, factor: 4, original_max_seq_len: 4096}}); others have their own
+
+Data
+  data=NAME                        {data}
+  data.path, data.val_path         files, folders or globs; of data=hf what load_dataset takes, with data.name, split, text_column
+  data.tokenizer                   train (a BPE of model.vocab_size), bytes, or a folder, file or hub name
+  data.seq_len                     tokens a sequence; null: model.max_seq_len
+  data.global_batch_size           sequences a step, over all processes
+  data.micro_batch_size            sequences a process at a time; accumulation is derived
+
+Training: every interval counts steps, a step is one update
+  objective=NAME                   {objective}
+  optimizer=NAME                   {optimizer}; optimizer.lr, weight_decay, betas, no_decay
+  scheduler=NAME                   {scheduler}; scheduler.warmup_steps, min_lr_ratio
+  strategy=NAME                    {strategy}
+  trainer.max_steps                or max_epochs, max_tokens, max_time=DD:HH:MM:SS: the first that is reached ends the run
+  trainer.val_check_interval       steps between validations; limit_val_batches: of so many batches
+  trainer.precision                32-true, bf16-mixed, bf16-true
+  trainer.KEY                      gradient_clip_val, log_every_n_steps, accelerator, devices, compile, deterministic, fast_dev_run, overfit_batches
+  save.every_n_steps               also keep_last, keep_best
+  sample.KEY                       continuations at each validation: prompts, n, max_new_tokens, temperature
+  logger=NAME                      {logger}, or a list; metrics.csv is always written
+
+Run
+  recipe=NAME                      {recipes}
+  name, run_dir, seed              the run's folder is run_dir, or runs/<name>/<date>_<time>
+  resume=auto|never|RUN            auto: go on from the newest checkpoint of run_dir; RUN: a folder or a checkpoint, key=value on top
+  imports=[mine.py]                your own parts, registered by @txtrain.component
+
+Flags
+{flags}"""
+
+GENERATE = """\
+txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
+
+  checkpoint=PATH                  a run's folder (its newest checkpoint), or one checkpoint
+  prompt=TEXT                      taken as typed; `-` reads standard input
+  prompt_file=FILE                 one prompt a line
+  max_new_tokens=64                tokens to add at most
+  temperature=0.8                  0: always the most likely token
+  top_k, top_p, min_p              null: off
+  seed=0                           of the draws
+  stream=true                      print tokens as they come, for one prompt
+  accelerator=auto                 auto, cpu, gpu
+  imports=[mine.py]                the user's own parts that the run was made with
+
+Flags
+{flags}"""
+
+
+def usage(verb: str | None) -> str:
+    """The help of a verb, or of the program."""
+    if verb is None:
+        return OVERVIEW
+    if verb == "generate":
+        return GENERATE.format(flags=FLAGS)
+    groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}
+    options = {name: ", ".join(places.options(group)) or "none yet" for name, group in groups.items()}
+    return TRAIN.format(models=_models(), flags=FLAGS, **options)
+
+
+def _models() -> str:
+    """Each family, and its published sizes in the order in which its file gives them."""
+    published = {}
+    for name in places.options("model"):
+        text = (places.CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8")
+        if found := re.search(r"^published: \{(.*)\}", text, re.MULTILINE):
+            published[name] = re.findall(r"(\w+):", found[1])
+    sizes = "\n".join(f"{'':35}{', '.join(names)}" for names in published.values())
+    return f"{', '.join(published)} (laptop size), or as published:\n{sizes}"
