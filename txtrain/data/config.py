@@ -72,11 +72,11 @@ class PythonDocsConfig(DataConfig):
 
 
 for name, target, config in (
-    ("text", "TextFiles", TextConfig),
-    ("hf", "HubDataset", HFConfig),
-    ("wikitext", "WikiText", WikiTextConfig),
-    ("python_docs", "PythonDocs", PythonDocsConfig),
+    ("text", "text:TextFiles", TextConfig),
+    ("hf", "hf:HubDataset", HFConfig),
+    ("wikitext", "wikitext:WikiText", WikiTextConfig),
+    ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
 ):
-    register("data", name, f"txtrain.data.sources:{target}", config)
+    register("data", name, f"txtrain.data.{target}", config)
 
 BASES["data"] = DataConfig

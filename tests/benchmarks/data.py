@@ -1,0 +1,77 @@
+"""Throughput of the data path on this machine: tokenising, packed batches, the loader.
+
+    python tests/benchmarks/data.py [TEXT_FILE]        by default: the docstrings of the standard library
+
+Prints one line a row; best of the repeats, because other processes only ever slow it down.
+"""
+
+import contextlib
+import itertools
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from torch.utils.data import DataLoader
+
+from txtrain.data.cache import TokenFile
+from txtrain.data.order import GlobalOrder, OrderHash, ShareSampler
+from txtrain.data.packing import PackedSamples
+from txtrain.data.python_docs import PythonDocs
+from txtrain.data.samples import OrderedSamples
+from txtrain.data.split import Corpus
+from txtrain.data.text import TextFiles
+from txtrain.data.tokenise import _pieces as cut_up
+from txtrain.data.tokenise import tokenise
+from txtrain.data.tokenizer import allow_threads, train_tokenizer
+
+SEQ_LEN, BATCH, REPEATS = 256, 64, 3
+
+
+def best(work: Callable[[], object]) -> float:
+    """Seconds of the fastest of REPEATS."""
+    times = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def main() -> None:
+    source = TextFiles(sys.argv[1]) if len(sys.argv) > 1 else PythonDocs()
+    texts = list(source.documents("train"))
+    megabytes = sum(len(t.encode()) for t in texts) / 1e6
+    tokenizer = train_tokenizer(texts, 8192)
+    print(f"{megabytes:.1f} MB, {len(texts)} documents, {os.cpu_count()} cores")
+
+    allow_threads(True)
+    pieces = [piece.text for piece in cut_up(("train", t) for t in texts)]
+    bare = best(lambda: tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False))
+    print(f"encode_batch_fast alone            {megabytes / bare:8.1f} MB/s")
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):
+        ours = best(lambda: tokenise(Corpus(source, 0.05), tokenizer, Path(folder)))
+        print(f"text to cache                      {megabytes / ours:8.1f} MB/s   {bare / ours:.2f} of it")
+
+        samples = PackedSamples(TokenFile(Path(folder), "train"), SEQ_LEN)
+        order = GlobalOrder(len(samples), BATCH, seed=0)
+        steps = [order.rows(order.indices(step)) for step in range(400)]
+        seconds = best(lambda: [samples.batch(rows) for rows in steps])
+        print(f"packed batches                     {len(steps) * BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")
+        for workers in (0, 2):
+            allow_threads(False)
+            loader = DataLoader(OrderedSamples(samples, order), batch_sampler=ShareSampler(order), num_workers=workers, collate_fn=lambda b: b)
+            iterator = iter(loader)
+            seconds = best(lambda iterator=iterator: list(itertools.islice(iterator, 400)))
+            print(f"loader, {workers} workers                  {400 * BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")
+    seconds = best(lambda: OrderHash(order)(10_000))
+    print(f"order hash                         {10_000 * BATCH / seconds / 1e6:8.1f} M samples/s")
+    rows = np.arange(1_000_000)
+    print(f"permutation                        {1 / best(lambda: order.rows(rows)):8.1f} M samples/s")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""The order of samples as arithmetic: what step s trains on is a pure function of (seed, s).
+
+Step s (0-based) holds the global sample indices g = s*G .. s*G + G - 1. Index g lies in epoch g // n and stands there for the row
+permutation(seed, epoch)[g % n]. Nothing is stored and nothing is shuffled: a run resumes at any step, on any number of processes,
+with the same samples. The permutation is a keyed bijection, so that it costs no memory however many samples there are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Indices = NDArray[np.int64]
+_Words = NDArray[np.uint64]
+
+_ROUNDS = 6
+_CHUNK = 1 << 16  # indices at a time when a hash catches up
+
+
+def _mix(x: _Words) -> _Words:
+    """splitmix64's finaliser (Steele et al. 2014): every bit of the input moves half of the output's bits."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def permutation(positions: Indices, n: int, seed: int, epoch: Indices | int = 0) -> Indices:
+    """The rows that stand at `positions` (each in 0..n-1) of the shuffled range(n), for each position's own `epoch`.
+
+    An unbalanced Feistel network over the smallest power of two that holds n; results outside are sent through again until they
+    fall inside (cycle walking, Black and Rogaway 2002), less than once a position on average.
+    """
+    bits = (n - 1).bit_length()
+    low_bits = np.uint64(bits // 2)
+    low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
+    key = _mix(_mix(np.asarray(seed & 0xFFFFFFFFFFFFFFFF, np.uint64)[None]) ^ np.asarray(epoch, np.int64).astype(np.uint64))
+    keys = np.broadcast_to(key, positions.shape)
+
+    def scramble(x: _Words, key: _Words) -> _Words:
+        high, low = x >> low_bits, x & low_mask
+        for i in range(_ROUNDS):
+            key = key + np.uint64(0x9E3779B97F4A7C15)
+            if i % 2:
+                low = low ^ (_mix(high ^ key) & low_mask)
+            else:
+                high = high ^ (_mix(low ^ key) & high_mask)
+        return high << low_bits | low
+
+    rows = scramble(positions.astype(np.uint64), keys)
+    while (outside := np.flatnonzero(rows >= n)).size:
+        rows[outside] = scramble(rows[outside], keys[outside])
+    return rows.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class GlobalOrder:
+    """Which samples each step holds. overfit_batches: only the samples of the first so many steps, again and again."""
+
+    n: int  # samples in the training set
+    global_batch_size: int
+    seed: int
+    overfit_batches: int = 0
+
+    def indices(self, step: int, n_steps: int = 1) -> Indices:
+        """Global sample indices of the steps from `step` on: int64 [n_steps * global_batch_size]."""
+        size = self.global_batch_size
+        if not self.overfit_batches:
+            return np.arange(step * size, (step + n_steps) * size, dtype=np.int64)
+        steps = np.arange(step, step + n_steps, dtype=np.int64) % self.overfit_batches
+        return (steps[:, None] * size + np.arange(size)).ravel()
+
+    def rows(self, indices: Indices) -> Indices:
+        """Rows of the training set for global sample indices."""
+        return permutation(indices % self.n, self.n, self.seed, indices // self.n)
+
+
+class ShareSampler:
+    """One list of global sample indices a step: this rank's contiguous share of the step, from `start_step` on, without end."""
+
+    def __init__(self, order: GlobalOrder, rank: int = 0, world_size: int = 1, start_step: int = 0) -> None:
+        share = order.global_batch_size // world_size
+        self.order, self.start_step = order, start_step
+        self.share = slice(rank * share, (rank + 1) * share)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        step = self.start_step
+        while True:
+            yield self.order.indices(step)[self.share].tolist()
+            step += 1
+
+
+class OrderHash:
+    """A hash of the rows of steps 1..step in their order. Cheap while steps grow: it continues where it last stood."""
+
+    def __init__(self, order: GlobalOrder) -> None:
+        self.order = order
+        self._step, self._hash = 0, hashlib.sha256()
+
+    def __call__(self, step: int) -> str:
+        if step < self._step:
+            self._step, self._hash = 0, hashlib.sha256()
+        stride = max(1, _CHUNK // self.order.global_batch_size)
+        for first in range(self._step, step, stride):
+            rows = self.order.rows(self.order.indices(first, min(stride, step - first)))
+            self._hash.update(rows.astype("<i8").tobytes())
+        self._step = step
+        return self._hash.hexdigest()[:16]

@@ -1,0 +1,56 @@
+"""Samples of seq_len tokens, cut from one stream of documents when they are read.
+
+                 T = 5, a stride of 4: a sample's last token is the next one's first
+    stream    a a a b b b b c c c c c ...
+    sample 0  a a a b b
+    sample 1          b b b c c
+    sample 2                  c c c c c
+
+The model predicts labels[:, t+1] from position t, so the first token of a sample is never a target: with that overlap every token
+of the stream is a target exactly once. Packing happens at read time from the documents' offsets; one cache serves every seq_len.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from txtrain.data.cache import TokenFile
+from txtrain.data.order import Indices
+
+
+class PackedSamples:
+    """Row i covers stream[i * (seq_len - 1) :][:seq_len]. Shorter than one sample at the end: left out."""
+
+    def __init__(self, tokens: TokenFile, seq_len: int, cross_document_attention: bool = False) -> None:
+        self.tokens, self.seq_len, self.cross_document_attention = tokens, seq_len, cross_document_attention
+
+    def __len__(self) -> int:
+        return max(0, (len(self.tokens) - 1) // (self.seq_len - 1))
+
+    def batch(self, rows: Indices) -> dict[str, Tensor]:
+        """input_ids and labels, int64 [B, T]; document_ids, int64 [B, T] from 0 in each row, unless documents may see each other.
+
+        One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what it is.
+        """
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens.ids, self.seq_len)[:: self.seq_len - 1]
+        input_ids = torch.from_numpy(windows[rows].astype(np.int64))
+        if self.cross_document_attention:
+            return {"input_ids": input_ids, "labels": input_ids.clone()}
+        starts = torch.from_numpy(self._document_starts(rows))
+        labels = input_ids.masked_fill(starts, -100)
+        starts[:, 0] = False  # the row's first document is number 0, whether it begins here or before
+        return {"input_ids": input_ids, "labels": labels, "document_ids": starts.cumsum(1)}
+
+    def _document_starts(self, rows: Indices) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
+        """[B, T]: whether a document begins at this token."""
+        offsets = self.tokens.offsets
+        begin = rows * (self.seq_len - 1)
+        first, last = np.searchsorted(offsets, begin), np.searchsorted(offsets, begin + self.seq_len)
+        n_starts = last - first
+        row = np.repeat(np.arange(len(rows)), n_starts)
+        within = np.arange(len(row)) - np.repeat(np.cumsum(n_starts) - n_starts, n_starts)
+        starts = np.zeros((len(rows), self.seq_len), dtype=np.bool_)
+        starts[row, offsets[first[row] + within] - begin[row]] = True
+        return starts

@@ -1,0 +1,66 @@
+"""Datasets as the loaders read them: a whole batch at once, addressed by global sample index."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from txtrain.data.order import GlobalOrder, Indices
+from txtrain.data.sources import Samples
+from txtrain.errors import ConfigError
+
+
+class Rows(Protocol):
+    """Samples that are read by row, many at a time."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Indices) -> dict[str, Tensor]: ...
+
+
+class OrderedSamples(Dataset[dict[str, Tensor]]):
+    """What a loader indexes: global sample indices to rows by the order, or rows themselves without one.
+
+    The index travels in the batch as `sample_index`, int64 [B]: later random draws are functions of it, not of the process.
+    """
+
+    def __init__(self, rows: Rows, order: GlobalOrder | None = None) -> None:
+        self.rows, self.order = rows, order
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        index = np.asarray(indices, dtype=np.int64)
+        batch = self.rows.batch(self.order.rows(index) if self.order else index)
+        return {**batch, "sample_index": torch.from_numpy(index)}
+
+
+class ListedSamples:
+    """Some rows of a source's own samples, stacked. `labels` are the input_ids where the source gives none."""
+
+    def __init__(self, samples: Samples, rows: Indices) -> None:
+        self.samples, self.rows = samples, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Indices) -> dict[str, Tensor]:
+        picked = [self.samples[int(self.rows[row])] for row in rows]
+        batch = {key: _stack(key, [sample[key] for sample in picked]) for key in picked[0]}
+        if "input_ids" in batch:
+            batch.setdefault("labels", batch["input_ids"].clone())
+        return batch
+
+
+def _stack(key: str, values: list[Any]) -> Tensor:
+    tensors = [torch.as_tensor(value) for value in values]
+    if len({t.shape for t in tensors}) > 1:
+        shapes = sorted({tuple(t.shape) for t in tensors})
+        raise ConfigError(f"`samples()`: {key!r} must have one shape in all samples, but has {' and '.join(map(str, shapes[:3]))}.")
+    return torch.stack(tensors)

@@ -1,0 +1,87 @@
+"""A corpus to a cache folder: documents as bos + tokens + eos, tokenised on all cores while they stream by."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from txtrain.data.cache import TokenWriter
+from txtrain.data.progress import Progress
+from txtrain.data.sources import Split, describe
+from txtrain.data.split import Corpus
+from txtrain.data.tokenizer import Tokenizer, allow_threads
+
+_PIECE = 1 << 18  # characters: longer documents are encoded in pieces, which keeps memory bounded and all cores busy
+_BATCH = 1 << 22  # characters a batch
+
+
+class Piece(NamedTuple):
+    split: Split
+    text: str
+    begins: bool  # its document
+    ends: bool
+
+
+def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
+    """Both splits of the corpus into `folder`, in one pass."""
+    allow_threads(True)
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    eos = [tokenizer.eos_id]
+    writer = TokenWriter(folder, tokenizer.vocab_size)
+    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress, writer.open():
+        for pieces, encoded in _encode(_batches(_pieces(corpus.documents())), tokenizer):
+            for piece, ids in zip(pieces, encoded, strict=True):
+                writer.append(piece.split, [*(bos if piece.begins else []), *ids, *(eos if piece.ends else [])], piece.ends)
+            progress.advance(sum(len(piece.text.encode()) for piece in pieces))
+    progress.done(f"tokenised {{size}}: {writer.n_tokens:,} tokens in {{seconds}}")
+    writer.finish(source=describe(corpus.source, type(corpus.source).__name__), tokenizer=tokenizer.fingerprint)
+
+
+def _pieces(documents: Iterable[tuple[Split, str]]) -> Iterator[Piece]:
+    for split, text in documents:
+        at = 0
+        while len(text) - at > _PIECE and (cut := _cut(text, at)):
+            yield Piece(split, text[at:cut], at == 0, False)
+            at = cut
+        yield Piece(split, text[at:], at == 0, True)
+
+
+def _cut(text: str, at: int) -> int | None:
+    """Where the piece from `at` ends: before a run of white space that begins with a line's end; None if there is no such place.
+
+    There GPT-2's pre-tokenizer splits in any case, so that the tokens are those of the whole document. A tokenizer that puts a space
+    before each text (SentencePiece's) gets one such token more at each cut.
+    """
+    cut = text.find("\n", at + _PIECE - (_PIECE >> 3))
+    while cut > 0 and text[cut - 1].isspace():
+        cut = text.find("\n", cut + 1)
+    return cut if cut > at else None
+
+
+def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text)
+        if size >= _BATCH:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode(batches: Iterator[list[Piece]], tokenizer: Tokenizer) -> Iterator[tuple[list[Piece], Iterator[list[int]]]]:
+    """Each batch with its ids, one batch ahead: the library's threads encode it while this one copies and writes the last."""
+    encode = partial(tokenizer.backend.encode_batch_fast, add_special_tokens=False)
+    with ThreadPoolExecutor(1) as pool:
+        ahead: tuple[list[Piece], Future[Any]] | None = None
+        for batch in batches:
+            last, ahead = ahead, (batch, pool.submit(encode, [p.text for p in batch]))
+            if last:
+                yield last[0], (e.ids for e in last[1].result())
+        if ahead:
+            yield ahead[0], (e.ids for e in ahead[1].result())
