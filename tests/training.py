@@ -1,0 +1,67 @@
+"""Tiny runs for tests: a second of training on a page of text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from txtrain.composition import compose
+from txtrain.config import Train
+from txtrain.metrics import read
+
+EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm")  # the others are wall-clock
+TINY = (
+    "model=llama2",
+    "model.n_layers=2",
+    "model.dim=32",
+    "model.n_heads=2",
+    "model.vocab_size=257",
+    "model.max_seq_len=32",
+    "data=text",
+    "data.tokenizer=bytes",
+    "data.global_batch_size=8",
+    "data.val_fraction=0.2",
+    "optimizer.lr=0.01",
+    "scheduler.warmup_steps=4",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=5",
+    "trainer.limit_val_batches=2",
+    "trainer.log_every_n_steps=1",
+    "save.every_n_steps=4",
+    "sample.n=0",
+)
+
+
+def write_text(path: Path) -> Path:
+    """A few hundred short documents."""
+    path.write_text("\n".join(f"The {i}th line says that {i} times {i % 7} is {i * (i % 7)}, which is what it is." for i in range(400)) + "\n")
+    return path
+
+
+def tiny(folder: Path, *overrides: str) -> Train:
+    """A typed config of a tiny run on a text in `folder`; its cache lies there too."""
+    text = folder / "text.txt"
+    if not text.exists():
+        write_text(text)
+    config = compose([*TINY, f"data.path={text}", f"data.cache_dir={folder / 'cache'}", *overrides])
+    assert isinstance(config, Train)
+    return config
+
+
+def rows(run_dir: Path) -> list[dict[str, str]]:
+    """metrics.csv as text, without what the clock says."""
+    return [{name: row[name] for name in EXACT} for row in read(run_dir / "metrics.csv")]
+
+
+def weights(run_dir: Path) -> dict[str, bytes]:
+    """Every tensor of the newest checkpoint, optimizer included."""
+    import torch
+    from safetensors import safe_open
+
+    from txtrain.checkpoint import locate
+
+    found: dict[str, bytes] = {}
+    for shard in locate(run_dir).glob("*.safetensors"):
+        with safe_open(shard, "pt") as f:
+            found |= {name: f.get_tensor(name).reshape(-1).view(torch.uint8).numpy().tobytes() for name in f.keys()}  # noqa: SIM118
+    return found

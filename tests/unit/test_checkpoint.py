@@ -1,0 +1,151 @@
+"""The format: complete or absent, by canonical names, without a pickle."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+
+from txtrain import checkpoint
+from txtrain.errors import ConfigError
+
+
+class Kill(BaseException):
+    """Stands for a SIGKILL: nothing may catch it."""
+
+
+def model_and_optimizer(seed, cls=torch.optim.AdamW):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    model.register_buffer("counts", torch.randint(9, (5,)))
+    optimizer = cls(model.parameters(), lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(2, 3)).pow(2).sum().backward()
+        optimizer.step()
+    return model, optimizer
+
+
+def save(run, step, seed, val_loss=None):
+    tensors = checkpoint.training_tensors(*model_and_optimizer(seed))
+    path = checkpoint.path_of(run, step)
+    checkpoint.save(path, tensors, {"step": step, "metrics": {"val_loss": val_loss} if val_loss else {}}, beside=lambda _: None)
+    return path
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
+def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
+    saved = checkpoint.training_tensors(*model_and_optimizer(0, cls))
+    path = checkpoint.path_of(tmp_path, 3)
+    checkpoint.save(path, saved, {}, beside=lambda _: None)
+    model, _ = model_and_optimizer(1, cls)
+    optimizer = cls(model.parameters(), lr=0.1)
+    checkpoint.load_training(path, model, optimizer)
+    loaded = checkpoint.training_tensors(model, optimizer)
+    assert loaded.keys() == saved.keys()
+    assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
+def test_names_are_canonical(tmp_path):
+    names = checkpoint.shapes(save(tmp_path, 1, seed=0))
+    assert {"model.0.weight", "model.counts", "optimizer.0.weight.exp_avg", "optimizer.1.bias.step"} <= names.keys()
+    assert names["optimizer.0.weight.exp_avg"] == (4, 3)
+
+
+def test_weights_alone_need_no_optimizer(tmp_path):
+    path = save(tmp_path, 1, seed=0)
+    want, got = model_and_optimizer(0)[0].state_dict(), model_and_optimizer(1)[0]
+    checkpoint.load_weights(path, got)
+    assert all(torch.equal(got.state_dict()[name], want[name]) for name in want)
+
+
+def test_another_model_is_refused_by_name_and_shape(tmp_path):
+    path = save(tmp_path, 1, seed=0)
+    other = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
+    other.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
+    with pytest.raises(ConfigError, match=r"model\.0\.bias is \(4,\) there, \(5,\) here"):
+        checkpoint.load_weights(path, other)
+
+
+def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
+    path = save(tmp_path, 1, seed=0)
+    assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json", ""}
+    assert json.loads((path / "complete").read_text()).keys() == {p.name for p in path.iterdir()} - {"complete"}
+
+
+@pytest.fixture
+def killer(monkeypatch):
+    """Makes the n-th call that changes the disk die instead; counts them."""
+
+    class Killer:
+        at, calls = None, 0
+
+        def wrap(self, owner, name):
+            real = getattr(owner, name)
+
+            def call(*args, **kwargs):
+                self.calls += 1
+                if self.at is not None and self.calls >= self.at:  # the dead do nothing more
+                    raise Kill
+                return real(*args, **kwargs)
+
+            monkeypatch.setattr(owner, name, call)
+
+    made = Killer()
+    for owner, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (Path, "rename"), (Path, "mkdir"), (shutil, "rmtree"), (os, "unlink")):
+        made.wrap(owner, name)
+    return made
+
+
+@pytest.mark.parametrize("same_step", [False, True], ids=["next step", "same step again"])
+def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_path, killer, same_step):
+    def attempt(run, at):
+        save(run, 1, seed=0)
+        killer.calls, killer.at = 0, at
+        save(run, 1 if same_step else 2, seed=1)
+        checkpoint.rotate(run, keep_last=1, keep_best=0)
+        killer.at = None
+
+    attempt(tmp_path / "counted", None)
+    moments = killer.calls
+    assert moments > 8
+    outcomes = set()
+    for at in range(1, moments + 1):
+        run = tmp_path / str(at)
+        with pytest.raises((Kill, CheckpointException)):  # torch wraps whatever is raised within it
+            attempt(run, at)
+        killer.at = None
+        checkpoint.clean(run)
+        newest = checkpoint.locate(run)
+        for each in checkpoint.complete(run):
+            checkpoint.verify(each)
+        model, optimizer = model_and_optimizer(2)
+        checkpoint.load_training(newest, model, optimizer)
+        found = {seed for seed in (0, 1) if torch.equal(model[0].weight, model_and_optimizer(seed)[0][0].weight)}
+        assert len(found) == 1, f"killed at call {at}: neither the old nor the new"
+        assert {p.name for p in (run / "checkpoints").iterdir()} <= {"step_00000001", "step_00000002"}, f"killed at call {at}: leftovers"
+        outcomes |= found
+    assert outcomes == {0, 1}
+
+
+def test_rotation_keeps_the_newest_and_the_best(tmp_path):
+    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
+        save(tmp_path, step, seed=0, val_loss=loss)
+    checkpoint.rotate(tmp_path, keep_last=2, keep_best=1)
+    assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [2, 4, 5]
+    checkpoint.rotate(tmp_path, keep_last=1, keep_best=0)
+    assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [5]
+
+
+def test_locate_takes_a_run_or_a_checkpoint_and_says_what_is_wrong(tmp_path):
+    first, second = save(tmp_path, 1, seed=0), save(tmp_path, 20, seed=0)
+    assert (checkpoint.locate(tmp_path), checkpoint.locate(str(first))) == (second, first)
+    (second / "complete").unlink()
+    assert checkpoint.locate(tmp_path) == first
+    with pytest.raises(ConfigError, match=r"`checkpoint` must be .* does not exist"):
+        checkpoint.locate(tmp_path / "nowhere")

@@ -1,0 +1,221 @@
+"""Checkpoints: `checkpoints/step_00000100/`, complete or absent.
+
+    shard-*.safetensors   model.<parameter> and optimizer.<parameter>.<state>, by canonical name: written and read by
+                          torch.distributed.checkpoint, so that any number of processes under any strategy can read it
+    state.json            the integers of the run, and what belongs to this step
+    config.yaml tokenizer/
+    complete              JSON, name -> size of every file; written last
+
+DCP's own storage keeps its index in a pickle (`.metadata`). Nothing in a checkpoint may be unpickled, so the safetensors storage
+of DCP is used: it keeps the index in the headers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from txtrain import files
+from txtrain.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
+_NAME = re.compile(r"step_(\d{8,})")
+
+# ------------------------------------------------------------------------------------------------------------------- finding
+
+
+def path_of(run_dir: Path, step: int) -> Path:
+    return run_dir / FOLDER / f"step_{step:08d}"
+
+
+def step_of(path: Path) -> int:
+    found = _NAME.fullmatch(path.name)
+    assert found, path
+    return int(found[1])
+
+
+def is_complete(path: Path) -> bool:
+    return (path / MARKER).is_file()
+
+
+def complete(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [p for p in (run_dir / FOLDER).glob("step_*") if _NAME.fullmatch(p.name) and is_complete(p)]
+    return sorted(found, key=step_of)
+
+
+def locate(where: str | Path, key: str = "checkpoint") -> Path:
+    """The checkpoint meant by a run's folder (its newest) or by a checkpoint's.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(where).expanduser()
+    if is_complete(path):
+        return path
+    found = complete(path)
+    if found:
+        return found[-1]
+    what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"
+    raise ConfigError(f"`{key}` must be a run's folder or one of its checkpoints, but {str(where)!r} {what}.")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    return state
+
+
+def verify(path: Path) -> None:
+    """Check a complete checkpoint against its marker, without reading the tensors.
+
+    Raises:
+        ConfigError: a file is missing, cut short or unreadable; names the older checkpoints.
+    """
+    try:
+        wrong = [name for name, size in json.loads((path / MARKER).read_text()).items() if (path / name).stat().st_size != size]
+        read_state(path)
+        problem = f"{wrong[0]} has another size than when it was written" if wrong else None
+        if problem is None:
+            shapes(path)
+    except Exception as e:  # whatever a damaged file makes the readers say
+        problem = f"{type(e).__name__}: {e}".splitlines()[0]
+    if problem is None:
+        return
+    older = [p.name for p in complete(path.parent.parent) if step_of(p) < step_of(path)] if _NAME.fullmatch(path.name) else []
+    way_out = f"Move it away to continue from an older one ({', '.join(reversed(older))})." if older else "There is no older one."
+    raise ConfigError(f"The checkpoint {path} cannot be read: {problem}. {way_out}")
+
+
+# ------------------------------------------------------------------------------------------------------------------- tensors
+
+
+def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
+    import torch
+
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            assert isinstance(value, torch.Tensor), f"{type(optimizer).__name__} keeps {key} of {names[parameter]} as {type(value).__name__}"
+            tensors[f"optimizer.{names[parameter]}.{key}"] = value
+    return tensors
+
+
+def allocate(optimizer: Optimizer) -> None:
+    """Make the optimizer's state tensors, to be read into: they come with a first step, here of gradient 0 at rate 0."""
+    import torch
+
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for parameter in group["params"]:
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+
+
+def shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor in a checkpoint."""
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+    entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "") -> None:
+    """Read every tensor of `into`, in place. prefix: those of the checkpoint that must all be wanted.
+
+    Raises:
+        ConfigError: the names or shapes differ.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
+    wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
+    if saved != wanted:
+        name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here.")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """The model's weights from a checkpoint, in place."""
+    load_tensors(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, prefix="model.")
+
+
+def load_training(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    """The model's weights and the optimizer's state from a checkpoint, in place."""
+    allocate(optimizer)
+    load_tensors(path, training_tensors(model, optimizer))
+
+
+# -------------------------------------------------------------------------------------------------------------------- writing
+
+
+def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None]) -> None:
+    """Write a checkpoint under another name, then give it its own: a kill at any moment leaves a complete one or none.
+
+    Args:
+        state: JSON values.
+        beside: writes what else belongs into the folder it is given.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+    part, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
+    if part.exists():
+        shutil.rmtree(part)
+    part.mkdir(parents=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save_tensors(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=True)
+    files.write(part / STATE, json.dumps(state, indent=1))
+    beside(part)
+    sizes = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*")) if p.is_file()}
+    for name in sizes:
+        files.sync(part / name)
+    files.write(part / MARKER, json.dumps(sizes, indent=1))
+    if path.exists():  # written again at the same step: after the validation that an interrupt had cut short
+        path.rename(old)
+    part.rename(path)
+    files.sync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a killed run left behind."""
+    for old in (run_dir / FOLDER).glob("step_*.old"):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    for rest in [*(run_dir / FOLDER).glob("step_*.tmp"), *(run_dir / FOLDER).glob("step_*.old")]:
+        shutil.rmtree(rest)
+
+
+def rotate(run_dir: Path, keep_last: int, keep_best: int) -> None:
+    """Remove all but the newest `keep_last` and the `keep_best` with the lowest validation loss."""
+    found = complete(run_dir)
+    losses = {path: read_state(path)["metrics"].get("val_loss") for path in found}
+    validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
+    kept = {*found[-keep_last:], *validated[:keep_best]}
+    for path in found:
+        if path not in kept:
+            gone = path.with_name(path.name + ".tmp")  # removed from sight at once, from the disk by and by
+            path.rename(gone)
+            shutil.rmtree(gone)

@@ -1,0 +1,68 @@
+"""metrics.csv: one row a logged step, never a gap and never a double, whatever happens to the process."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from txtrain import files
+
+COLUMNS = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+
+Row = Mapping[str, float | int | None]
+
+
+class MetricsFile:
+    """A CSV file with a fixed header, appended to.
+
+    Args:
+        columns: step first.
+        keep: the rows up to this step stay; later ones, and a line that a killed run left unfinished, go.
+    """
+
+    def __init__(self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0) -> None:
+        self.columns = columns
+        rows = [row for row in read(path) if int(row["step"]) <= keep] if keep else []
+        files.write(path, "".join(map(self._line, [dict(zip(columns, columns, strict=True)), *rows])))
+        self.latest = _latest(rows)  # of each column, the last value written
+        self._file: TextIO = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        out = io.StringIO()
+        csv.writer(out, lineterminator="\n").writerow(["" if row.get(name) is None else row[name] for name in self.columns])
+        return out.getvalue()
+
+    def write(self, row: Row) -> None:
+        """Floats are written so that reading them back gives the same number; None is an empty cell."""
+        self.latest |= {name: value for name, value in row.items() if value is not None}
+        self._file.write(self._line(row))
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Everything written is on the disk when this returns."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, also of one that is being written: without its unfinished last line."""
+    if not path.exists():
+        return []
+    text = path.read_text(encoding="utf-8")
+    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    return [row for row in rows if None not in row.values() and None not in row]
+
+
+def latest(path: Path) -> dict[str, float]:
+    """Of each column, its last value."""
+    return _latest(read(path))
+
+
+def _latest(rows: list[dict[str, str]]) -> dict[str, float]:
+    return {name: float(text) for row in rows for name, text in row.items() if text}

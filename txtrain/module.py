@@ -1,0 +1,199 @@
+"""The LightningModule: one batch is one global step, one step is one optimizer update."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from txtrain.config import Train
+from txtrain.limits import Limits
+from txtrain.objectives import Batch, Objective
+from txtrain.optim import parameter_groups
+from txtrain.parallel import OneProcess
+from txtrain.registry import make
+
+
+class LitModule(pl.LightningModule):
+    """A model, an objective, an optimizer and a schedule, for `txtrain.train` or one's own lightning.Trainer.
+
+    Its batches are those of `txtrain.DataModule`: this process' share of one global batch, which is cut into micro-batches here. The
+    trainer's own accumulation and clipping stay off. With a trainer of one's own, `max_steps` there ends the run, and the schedule
+    still follows the limits of `config.trainer`.
+
+    Args:
+        config: from `txtrain.compose`.
+        model: trained as it is; by default config.model's, initialised from config.seed.
+    """
+
+    def __init__(self, config: Train, model: nn.Module | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.objective: Objective = make("objective", config.objective)
+        self.parallel: OneProcess = make("strategy", config.strategy)
+        self.model = model if model is not None else described(config)
+        self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
+        self.val_metrics: dict[str, float] = {}  # of the latest validation
+        self._token_bytes: Tensor | None = None
+        self._sums: dict[str, float] = {}
+
+    @property
+    def tokens(self) -> int:
+        """Token positions trained on so far, over all processes."""
+        return self.samples * self.config.seq_len
+
+    @property
+    def samples(self) -> int:
+        """Sequences trained on so far, over all processes."""
+        return self.step * int(self.config.data.global_batch_size)
+
+    @property
+    def _data(self) -> object:
+        """The trainer's data module; None where it was given loaders."""
+        return getattr(self.trainer, "datamodule", None)
+
+    # ------------------------------------------------------------------------------------------------------------- set-up
+
+    def setup(self, stage: str | None = None) -> None:
+        self.plan(Limits.of(self.config, getattr(self._data, "n_train", 0)).steps)
+
+    def plan(self, total_steps: int | None) -> None:
+        """Fix the schedule for a run of so many steps.
+
+        Raises:
+            ConfigError: the schedule needs a number of steps and none is known.
+        """
+        self.schedule = make("scheduler", self.config.scheduler, total_steps=total_steps)
+
+    def configure_model(self) -> None:
+        """Allocate and initialise on the device, once; a model without storage until then costs nothing to describe."""
+        if any(p.is_meta for p in self.model.parameters()):
+            from txtrain.model.init import init_weights
+
+            seed_everything(self.config.seed)
+            self.model.to_empty(device=self.device)
+            init_weights(self.model)
+        self.model.train()  # Lightning leaves a module in the mode in which it finds it
+        if self.config.trainer.compile:
+            compile_blocks(self.model)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        config = self.config.optimizer
+        groups = parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
+        optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        return optimizer
+
+    def on_fit_start(self) -> None:
+        table = getattr(self._data, "token_bytes", None)
+        if table is not None:
+            self._token_bytes = torch.as_tensor(table).to(self.device)
+
+    # ----------------------------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One update. Returns the terms of the global batch, their weighted sum as `loss`, and the gradient's norm before clipping.
+
+        Nothing here waits for the device.
+        """
+        seed_everything(self.config.seed, self.step, self.global_rank)
+        denominators = self.parallel.reduce(self.objective.denominators(batch))
+        shares: list[dict[str, Tensor]] = []
+        micro_batches = list(cut(batch, self.config.micro_batch_size))
+        for i, micro_batch in enumerate(micro_batches, start=1):
+            with self.parallel.micro_batch(self, last=i == len(micro_batches)):
+                terms = self.objective(self.model, micro_batch, denominators)
+                total = self.objective.total(terms)
+                self.manual_backward(total * self.parallel.gradient_factor)
+            shares.append({name: share.detach() for name, share in {**terms, "loss": total}.items()})
+        norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.optimizer.lr * self.schedule(self.step + 1)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return {**self.parallel.reduce(add(shares)), "grad_norm": norm}
+
+    # --------------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums = {}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        for micro_batch in cut(batch, self.config.micro_batch_size):
+            counts = self.objective.denominators(micro_batch)
+            sums = self.objective(self.model, micro_batch, {name: torch.ones_like(n) for name, n in counts.items()})
+            for name, value in sums.items():
+                self._add(name, value)
+                self._add(f"{name}/n", counts[name])
+            ids = self.objective.target_ids(micro_batch)
+            if ids is not None and self._token_bytes is not None:
+                self._add("bytes", self._token_bytes[ids].sum())
+
+    def _add(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value)  # a Python float: double precision on every device
+
+    def on_validation_epoch_end(self) -> None:
+        """val_loss, weighted by targets and not by batches; perplexity; bits per byte, which compares across tokenizers."""
+        names = self.objective.weights
+        means = {name: self._sums[name] / self._sums[f"{name}/n"] for name in names}
+        loss = sum(weight * means[name] for name, weight in names.items())
+        self.val_metrics = {"val_loss": loss}
+        if self.objective.perplexity:
+            self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
+        if self._sums.get("bytes"):
+            self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
+        self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+
+def described(config: Train) -> nn.Module:
+    """The model without storage: shapes only."""
+    from txtrain.model.build import build_model
+
+    with torch.device("meta"):
+        return build_model(config.model)
+
+
+def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts of at most `size` samples."""
+    n = len(next(iter(batch.values())))
+    for start in range(0, n, size):
+        yield {name: value[start : start + size] for name, value in batch.items()}
+
+
+def add(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
+
+
+def seed_everything(seed: int, step: int | None = None, rank: int = 0) -> None:
+    """Seed Python, NumPy and torch for the initial weights (step: None), or for one step of one process.
+
+    Every step starts from its own seed, so that what happens between steps (a validation, a sample, a callback, a kill and a resume)
+    cannot shift a random number of a later one, and there is no generator state to save.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    mixed = int.from_bytes(digest, "little") >> 1
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed would format a stack trace each time where there is no GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(mixed)
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile block by block: all have the same shapes, so one compilation serves every layer."""
+    from txtrain.model.block import Block
+
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.compile()
+
+

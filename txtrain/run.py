@@ -1,0 +1,175 @@
+"""A run, from its configuration to its folder. `train` is the whole of it; each line is a noun of the domain."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from torch import nn
+
+from txtrain import folder, screen
+from txtrain.config import Train
+from txtrain.data.module import DataModule
+from txtrain.data.sources import settle
+from txtrain.errors import ConfigError
+from txtrain.folder import RunFolder
+from txtrain.limits import Limits
+from txtrain.metrics import latest
+from txtrain.module import LitModule
+from txtrain.parallel import precision_dtype
+from txtrain.progress import Display
+from txtrain.recorder import Recorder, check_data
+from txtrain.stop import Preempted, Stop
+from txtrain.throughput import Machine
+from txtrain.trainer import instances, loggers, make_trainer, quiet
+
+PREEMPTED = 75  # EX_TEMPFAIL: try again, for schedulers and for `-m`
+
+
+@dc.dataclass(frozen=True)
+class Result:
+    """What `txtrain.train` returns.
+
+    Attributes:
+        run_dir: None with trainer.fast_dev_run, which writes nothing.
+        metrics: of each column of metrics.csv, its last value.
+        status: complete or preempted.
+    """
+
+    run_dir: Path | None
+    metrics: dict[str, float]
+    status: str = "complete"
+
+
+@dc.dataclass(frozen=True)
+class Origin:
+    """How the configuration came about; recorded in run.json. default_run_dir: where run_dir is null (the jobs of `-m`)."""
+
+    grafts: Mapping[str, Any] = dc.field(default_factory=dict)
+    given: Sequence[str] = ()
+    default_run_dir: str | None = None
+
+
+def train(
+    cfg: Train,
+    model: nn.Module | None = None,
+    data: DataModule | None = None,
+    callbacks: Sequence[pl.Callback] = (),
+    *,
+    origin: Origin | None = None,
+) -> Result:
+    """Train a model, and leave a folder that `generate` and `resume` understand.
+
+    Args:
+        model: trained as it is; by default cfg.model's, freshly initialised.
+        data: by default cfg.data's.
+        callbacks: Lightning callbacks.
+
+    Raises:
+        ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
+    """
+    origin = origin or Origin()
+    with quiet():
+        cfg, fallback = settle(short(cfg)) if data is None else (short(cfg), None)
+        display = Display()
+        display.lines(screen.opening(cfg, fallback))
+        place = None if cfg.trainer.fast_dev_run else folder.choose(cfg, origin.given, origin.default_run_dir)
+        data = data or DataModule(cfg, fallback)
+        data.prepare()
+        limits = Limits.of(cfg, data.n_train)
+        module = LitModule(cfg, model)
+        module.plan(limits.steps)
+        if place is not None and place.checkpoint is not None:
+            check_data(place, data)
+            if _nothing_left(place, limits):
+                return _finished(place, display)
+        machine = Machine.of(module.parallel.device(cfg), precision_dtype(cfg.trainer.precision))
+        if place is not None:
+            place.create(cfg, _facts(cfg, module, data, machine, origin, fallback))
+        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts))
+        recorder = Recorder(cfg, data, place, limits, display, machine)
+        called = [*callbacks, *instances(cfg.callbacks), recorder]
+        trainer = make_trainer(cfg, module.parallel, limits, called, loggers(cfg, place), validate_first=recorder.open is not None)
+        return _fit(trainer, module, data, recorder)
+
+
+def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], default_run_dir: str | None = None) -> int:
+    """`txtrain train`: the exit code. The user's mistakes are raised, for the command line to print.
+
+    Raises:
+        ConfigError: as `train`.
+    """
+    try:
+        result = train(config, origin=Origin(grafts, given, default_run_dir))
+    except ConfigError:
+        raise
+    except KeyboardInterrupt:
+        print("txtrain: stopped before the first step.", file=sys.stderr)
+        return 1
+    except Exception:
+        traceback.print_exc()
+        return 1
+    return PREEMPTED if result.status == "preempted" else 0
+
+
+def short(cfg: Train) -> Train:
+    """With trainer.fast_dev_run=n: n steps, then n batches of validation."""
+    n = int(cfg.trainer.fast_dev_run)
+    if n == 0:
+        return cfg
+    limit = min(n, cfg.trainer.limit_val_batches)
+    return dc.replace(cfg, trainer=dc.replace(cfg.trainer, max_steps=n, val_check_interval=n, limit_val_batches=limit, log_every_n_steps=1))
+
+
+def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Recorder) -> Result:
+    """Run Lightning's loop, and leave the folder with the status that the run has."""
+    place, status = recorder.folder, "failed"
+    try:
+        with Stop() as stop:
+            recorder.stop = stop
+            trainer.fit(module, datamodule=data)
+        status = "complete"
+    except Preempted:
+        status = "preempted"
+    finally:
+        recorder.close()
+        if place is not None:
+            place.end(status)
+    where = place.path if place is not None else None
+    if status == "preempted":
+        recorder.display.line(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
+    elif where is not None:
+        recorder.display.line(f"done: {where}", style="bold")
+    return Result(where, dict(recorder.metrics), status)
+
+
+def _nothing_left(place: RunFolder, limits: Limits) -> bool:
+    state = place.state
+    return state["open_row"] is None and limits.reached(state["step"], state["seconds"])
+
+
+def _finished(place: RunFolder, display: Display) -> Result:
+    """The run had reached its end; it may have been killed before it could say so."""
+    display.line(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
+    place.end("complete")
+    return Result(place.path, latest(place.path / "metrics.csv"))
+
+
+def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, origin: Origin, fallback: str | None) -> dict[str, Any]:
+    """What run.json says."""
+    return {
+        "name": cfg.name,
+        **folder.environment(machine.name),
+        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "data": {"source": data.source, "fingerprint": data.fingerprint},
+        "data_order_hash": None,
+        "fallback": fallback,
+        "given": list(origin.given),
+        "grafts": dict(origin.grafts),
+        "step": 0,
+    }

@@ -1,0 +1,38 @@
+"""Continuations of a few prompts, so that one sees what the model has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from txtrain.config import Train
+
+
+def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+    """Prompt and continuation, for config.sample's prompts or the first words of the first validation documents.
+
+    The same seed each time, so that what changes is the model. `check` is called after each token and may raise to stop.
+    """
+    from txtrain.generation import generate
+
+    tokenizer, wanted = data.tokenizer, config.sample
+    if tokenizer is None or wanted.max_new_tokens == 0:
+        return []
+    made = []
+    room = config.model.max_seq_len - 1
+    for prompt in wanted.prompts or (data.prompts(wanted.n) if wanted.n else []):
+        ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)][-room:]
+        out = generate(
+            module.model,
+            torch.tensor([ids], device=module.device),
+            max_new_tokens=min(wanted.max_new_tokens, room + 1 - len(ids)),
+            temperature=wanted.temperature,
+            eos_token_id=tokenizer.eos_id,
+            seed=config.seed,
+            on_token=lambda *_: check(),
+        )
+        new = [token for token in out[0, len(ids) :].tolist() if token != tokenizer.eos_id]
+        made.append(f"{prompt}|{tokenizer.decode(new)}")
+    return made

@@ -1,0 +1,115 @@
+"""Tokens per second, and the share of the hardware's peak that they need (MFU, 2204.02311, appendix B)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import torch
+
+from txtrain.screen import count
+
+# Dense matrix products in FLOP/s as the makers publish them: bfloat16 on tensor cores; float32 without TF32.
+PUBLISHED: dict[str, dict[torch.dtype, float]] = {
+    "A100": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
+    "H100 PCIe": {torch.bfloat16: 756e12, torch.float32: 51e12},
+    "H100 80GB HBM3": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "H200": {torch.bfloat16: 989e12, torch.float32: 67e12},
+    "L40S": {torch.bfloat16: 362e12, torch.float32: 91.6e12},
+    "L4": {torch.bfloat16: 121e12, torch.float32: 30.3e12},
+}
+
+
+class Peak(NamedTuple):
+    """flops: per second, of one device. source: where the number is from."""
+
+    flops: float
+    source: str
+
+
+class Machine(NamedTuple):
+    """name: of the device. peak: FLOP/s against which the MFU is counted."""
+
+    name: str
+    peak: Peak
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Machine:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}"
+        return cls(name, peak(device, dtype))
+
+    def __str__(self) -> str:
+        return f"{self.name}; MFU against {_si(self.peak.flops)}FLOP/s, {self.peak.source}"
+
+
+def _si(n: float) -> str:
+    return count(n).replace("B", "G")
+
+
+@cache
+def peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The published figure of a known GPU; else what a matrix product reaches here, now."""
+    exact_float32 = torch.get_float32_matmul_precision() == "highest"  # else TF32, for which another figure holds
+    if device.type == "cuda" and (dtype != torch.float32 or exact_float32):
+        name = torch.cuda.get_device_name(device)
+        for part in sorted(PUBLISHED, key=len, reverse=True):
+            if part in name and dtype in PUBLISHED[part]:
+                return Peak(PUBLISHED[part][dtype], f"published for {part}")
+    return _measured(device, dtype)
+
+
+def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
+    size = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))  # no random numbers: measuring changes nothing
+
+    def once() -> float:
+        start = time.perf_counter()
+        (a @ b)[0, 0].item()  # waits for the device
+        return time.perf_counter() - start
+
+    once()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < 0.2 and len(times) < 20):
+        times.append(once())
+    threads = f", {_threads()}" if device.type == "cpu" else ""
+    return Peak(2 * size**3 / min(times), f"measured: {size}-cube matmul, {str(dtype).removeprefix('torch.')}{threads}")
+
+
+def _threads() -> str:
+    n = torch.get_num_threads()
+    return "1 thread" if n == 1 else f"{n} threads"
+
+
+class Meter:
+    """Counts tokens against time spent in training: waiting for data counts, validating, sampling and saving do not.
+
+    Args:
+        seconds: of training before this process.
+    """
+
+    def __init__(self, seconds: float = 0.0, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.seconds = seconds
+        self._clock = clock
+        self._mark: float | None = None
+        self._tokens, self._since = 0, 0.0
+
+    def start(self) -> None:
+        """Training goes on from here."""
+        self._mark = self._clock()
+
+    def count(self, tokens: int) -> None:
+        """A step is done."""
+        now = self._clock()
+        passed = now - (now if self._mark is None else self._mark)
+        self._mark = now
+        self.seconds += passed
+        self._since += passed
+        self._tokens += tokens
+
+    def rate(self) -> float:
+        """Tokens per second since the last call."""
+        tokens, seconds = self._tokens, self._since
+        self._tokens, self._since = 0, 0.0
+        return tokens / seconds if seconds > 0 else 0.0

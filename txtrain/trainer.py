@@ -1,0 +1,114 @@
+"""lightning.Trainer as this project uses it: its loop, without its files, bars, checkpoints and remarks."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from txtrain.config import Train
+from txtrain.errors import ConfigError
+from txtrain.folder import RunFolder
+from txtrain.limits import Limits
+from txtrain.parallel import OneProcess
+from txtrain.typed import plain
+
+
+def make_trainer(
+    config: Train,
+    parallel: OneProcess,
+    limits: Limits,
+    callbacks: Sequence[pl.Callback],
+    loggers: Sequence[Any],
+    validate_first: bool,
+) -> pl.Trainer:
+    """A trainer whose every interval counts optimizer updates.
+
+    Args:
+        validate_first: a validation was cut short by an interrupt; Lightning's check before training then runs it in full.
+    """
+    trainer = config.trainer
+    return pl.Trainer(
+        **parallel.trainer_arguments(config),
+        precision=trainer.precision,
+        max_epochs=-1,
+        max_steps=-1 if limits.steps is None else limits.steps,
+        val_check_interval=trainer.val_check_interval,
+        check_val_every_n_epoch=None,  # else Lightning counts from the start of an epoch
+        limit_val_batches=trainer.limit_val_batches,
+        num_sanity_val_steps=-1 if validate_first else 0,
+        log_every_n_steps=trainer.log_every_n_steps,
+        deterministic=trainer.deterministic,
+        callbacks=list(callbacks),
+        logger=list(loggers) or False,
+        enable_checkpointing=any(isinstance(c, pl.callbacks.Checkpoint) for c in callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # the order is the data module's
+        inference_mode=False,  # compiled blocks would be compiled once more for it
+    )
+
+
+def loggers(config: Train, folder: RunFolder | None) -> list[Any]:
+    """The loggers of the config, which keep what they write in the run's folder, and go on with the same run when it is resumed."""
+    if folder is None:
+        return []
+    made = []
+    for name, node in config.logger.items():
+        accepted = inspect.signature(_class(node)).parameters
+        fitting = {"save_dir": str(folder.path), "name": config.name if "id" in accepted else name, "version": ""}
+        if "id" in accepted:  # Weights & Biases
+            fitting |= {"id": hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:12], "resume": "allow"}
+            del fitting["version"]
+        (logger,) = instances({name: {**{k: v for k, v in fitting.items() if k in accepted or k == "resume"}, **node}})
+        logger.log_hyperparams(plain(config))
+        made.append(logger)
+    return made
+
+
+def _class(node: Mapping[str, Any]) -> Any:
+    from hydra.utils import get_class
+
+    return get_class(node["_target_"])
+
+
+def instances(nodes: Mapping[str, Any]) -> list[Any]:
+    """Lightning objects by `_target_`; which targets are allowed was checked when the configuration was composed."""
+    from hydra.utils import instantiate
+
+    made = []
+    for name, node in nodes.items():
+        try:
+            made.append(instantiate(dict(node)))
+        except Exception as e:  # whatever a constructor says to the user's arguments
+            cause = e.__cause__ or e
+            raise ConfigError(f"`{name}` ({node.get('_target_')}) cannot be made: {type(cause).__name__}: {cause}".splitlines()[0]) from e
+    return made
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without Lightning's remarks on hardware, workers and services (TXTRAIN_DEBUG=1 shows them); global switches as before afterwards."""
+    names = ("lightning.pytorch", "lightning.fabric")
+    levels = {name: logging.getLogger(name).level for name in names}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    try:
+        with warnings.catch_warnings():
+            if os.environ.get("TXTRAIN_DEBUG") != "1":
+                for name in names:
+                    logging.getLogger(name).setLevel(logging.ERROR)
+                warnings.filterwarnings("ignore", module=r"lightning(\.|_utilities).*")
+                warnings.filterwarnings("ignore", message=r".*(does not have many workers|`_?pytree|isinstance\(treespec)")
+            yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)
