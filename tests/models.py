@@ -27,6 +27,7 @@ def tiny(**changes: Any) -> ModelConfig:
         "position": axes.RoPEConfig(type="rope"),
         "norm": axes.RMSNormConfig(type="rms"),
         "embedding": axes.TokenEmbeddingConfig(type="token"),
+        "head": axes.LMHeadConfig(type="lm"),
         "init": InitConfig(std=0.15),  # wide enough that a wrong mask shows in the logits
     }
     return ModelConfig(**base | changes)

@@ -23,7 +23,7 @@ class Option(NamedTuple):
 TABLE: dict[str, dict[str, Option]] = {}
 
 # Where an axis is chosen on the command line. Axes of the model are groups below model/; all others are groups of their own name.
-MODEL_AXES = ("attention", "ffn", "position", "norm", "embedding")
+MODEL_AXES = ("attention", "ffn", "position", "norm", "embedding", "head")
 GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 
 # norm_position is a plain value (model.norm_position=post): its options have no knobs.

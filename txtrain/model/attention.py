@@ -4,27 +4,17 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from txtrain.model.cache import LayerCache
+from txtrain.model.context import AnyContext
 from txtrain.model.mask import Kernel, PreparedMask
 from txtrain.model.position import Rotation
-
-
-@dc.dataclass(frozen=True)
-class Context:
-    """What the stack hands to a block's attention: made once a forward, never changed by it, but for the cache."""
-
-    mask: PreparedMask
-    rotation: Rotation | None = None
-    cache: LayerCache | None = None
 
 
 class MultiHeadAttention(nn.Module):
@@ -64,21 +54,25 @@ class MultiHeadAttention(nn.Module):
         self.q_norm = norm(head_dim) if qk_norm else None
         self.k_norm = norm(head_dim) if qk_norm else None
 
-    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
-        q_BTNH = self.q_proj(x_BTD).view(heads)
-        k_BTKH = self.k_proj(x_BTD).view(heads)
-        v_BTKH = self.v_proj(x_BTD).view(heads)
-        if self.q_norm is not None and self.k_norm is not None:
-            q_BTNH, k_BTKH = self.q_norm(q_BTNH), self.k_norm(k_BTKH)
-        q_BNTH, k_BKSH, v_BKSH = q_BTNH.transpose(1, 2), k_BTKH.transpose(1, 2), v_BTKH.transpose(1, 2)
+    def forward(self, x_BTD: Tensor, context: AnyContext) -> Tensor:
+        q_BNTH = self._heads(self.q_proj(x_BTD))
+        if self.q_norm is not None:
+            q_BNTH = self.q_norm(q_BNTH)
         if context.rotation is not None:
-            q_BNTH, k_BKSH = context.rotation(q_BNTH), context.rotation(k_BKSH)
-        if context.cache is not None:
-            k_BKSH, v_BKSH = context.cache.update(k_BKSH, v_BKSH)
+            q_BNTH = context.rotation(q_BNTH)
+        k_BKSH, v_BKSH = context.attended(x_BTD, partial(self._keys_and_values, rotation=context.rotation))
         dropout = self.dropout if self.training else 0.0
         y_BNTH = attend(q_BNTH, k_BKSH, v_BKSH, context.mask, self.scale, self.softcap, dropout)
         return self.o_proj(y_BNTH.transpose(1, 2).flatten(-2))
+
+    def _keys_and_values(self, x_BSD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
+        k_BKSH = self._heads(self.k_proj(x_BSD))
+        if self.k_norm is not None:
+            k_BKSH = self.k_norm(k_BKSH)
+        return (k_BKSH if rotation is None else rotation(k_BKSH)), self._heads(self.v_proj(x_BSD))
+
+    def _heads(self, x_BTE: Tensor) -> Tensor:
+        return x_BTE.view(*x_BTE.shape[:2], -1, self.head_dim).transpose(1, 2)
 
 
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: PreparedMask, scale: float, softcap: float | None, dropout: float) -> Tensor:

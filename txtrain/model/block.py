@@ -5,10 +5,11 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
-from txtrain.model.attention import Context
+from txtrain.model.context import Context
 
 
 class Block(nn.Module):
@@ -23,4 +24,18 @@ class Block(nn.Module):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = self.attention_residual(x_BTD, partial(self.attention, context=context))
-        return self.ffn_residual(x_BTD, self.ffn)
+        return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn)))
+
+
+class CrossBlock(Block):
+    """The same with attention to another stack's output in between (Vaswani et al. 2017)."""
+
+    def __init__(self, cross_attention: nn.Module, cross_attention_residual: nn.Module, **of_block: Any) -> None:
+        super().__init__(**of_block)
+        self.cross_attention = cross_attention
+        self.cross_attention_residual = cross_attention_residual
+
+    def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
+        x_BTD = self.attention_residual(x_BTD, partial(self.attention, context=context))
+        x_BTD = self.cross_attention_residual(x_BTD, partial(self.cross_attention, context=context.memory))
+        return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn)))

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from txtrain.model.axes import Component
-from txtrain.model.block import Block
+from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.init import init_weights
+from txtrain.model.stack import Stack
 from txtrain.model.transformer import Transformer
 from txtrain.registry import resolve
 
@@ -36,23 +37,47 @@ def build_model(config: ModelConfig) -> Transformer:
 
 
 def _transformer(config: ModelConfig) -> Transformer:
-    norm = make_norm(config)
+    norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
     return Transformer(
         config,
-        embedding=construct("embedding", config.embedding, config),
-        position=construct("position", config.position, config),
-        blocks=[make_block(config, layer) for layer in range(config.n_layers)],
+        embedding=make_embedding(config),
+        position=construct("position", config.position, config, causal=config.topology != "encoder"),
+        blocks=[make_block(config, layer, crossed=two_stacks) for layer in range(config.n_layers)],
         final_norm=norm(config.dim) if config.has_final_norm else None,
+        head=construct("head", config.head, config),
+        encoder=make_encoder(config) if two_stacks else None,
+        encoder_embedding=make_embedding(config) if two_stacks and not config.share_embeddings else None,
     )
 
 
-def make_block(config: ModelConfig, layer: int) -> Block:
-    return Block(
-        attention=construct("attention", config.attention, config, layer),
-        attention_residual=construct("norm_position", config.residual, config, layer),
-        ffn=construct("ffn", config.ffn, config, layer),
-        ffn_residual=construct("norm_position", config.residual, config, layer),
+def make_encoder(config: ModelConfig) -> Stack:
+    """The stack that reads the source, beside a decoder."""
+    return Stack(
+        construct("position", config.position, config, causal=False),
+        [make_block(config, layer) for layer in range(config.encoder_layers)],
+        make_norm(config)(config.dim) if config.has_final_norm else None,
+        causal=False,
+        output_dropout=config.output_dropout,
     )
+
+
+def make_embedding(config: ModelConfig) -> Any:
+    norm = make_norm(config)(config.dim) if config.embedding.norm else None
+    return construct("embedding", config.embedding, config, norm=norm)
+
+
+def make_block(config: ModelConfig, layer: int, crossed: bool = False) -> Block:
+    parts: dict[str, nn.Module] = {
+        "attention": construct("attention", config.attention, config, layer),
+        "attention_residual": construct("norm_position", config.residual, config, layer),
+        "ffn": construct("ffn", config.ffn, config, layer),
+        "ffn_residual": construct("norm_position", config.residual, config, layer),
+    }
+    if not crossed:
+        return Block(**parts)
+    # A window is of positions in one sequence: what crosses to the other sees all of it.
+    across = construct("attention", config.attention, config, layer, window=None)
+    return CrossBlock(cross_attention=across, cross_attention_residual=construct("norm_position", config.residual, config, layer), **parts)
 
 
 def make_norm(config: ModelConfig) -> Callable[[int], nn.Module]:
@@ -70,13 +95,13 @@ def construct(axis: str, component: Component, model: ModelConfig, layer: int = 
         "max_seq_len": model.max_seq_len,
         "dropout": model.dropout,
         "layer": layer,
-        "causal": model.topology == "decoder",
+        "causal": model.topology != "encoder",
     }
     if axis != "norm":
         shared["norm"] = make_norm(model)
-    shared |= override
     named = inspect.signature(cls).parameters
-    return cls(**{k: v for k, v in shared.items() if k in named} | component.arguments(model, layer))
+    arguments = {k: v for k, v in (shared | override).items() if k in named} | component.arguments(model, layer)
+    return cls(**arguments | {k: v for k, v in override.items() if k in arguments})
 
 
 def count_component(component: Component, model: ModelConfig, layer: int) -> int:

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,11 +64,33 @@ class LayerCache:
         return sum(b.numel() * b.element_size() for b in self.buffers)
 
 
+class MemoryCache:
+    """What one layer's cross-attention attends to: projected from the other stack's output at first use, then kept."""
+
+    def __init__(self) -> None:
+        self.kept: tuple[Tensor, ...] = ()
+
+    def once(self, output_BSD: Tensor | None, project: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        if not self.kept:
+            assert output_BSD is not None
+            self.kept = project(output_BSD)
+        return self.kept
+
+    def select(self, rows: Tensor) -> None:
+        self.kept = tuple(x.index_select(0, rows) for x in self.kept)
+
+    def n_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.kept)
+
+
 class Cache:
     """The past of all layers; what a model returns as `past_key_values` and takes back. It is updated in place."""
 
-    def __init__(self, windows: list[int | None]) -> None:
+    def __init__(self, windows: list[int | None], with_memory: bool = False) -> None:
         self.layers = [LayerCache(w) for w in windows]
+        self.memories = [MemoryCache() for _ in windows] if with_memory else []
+        self.memory_length = 0  # of the other stack's output; 0: not read yet
+        self.memory_valid_BS: Tensor | None = None  # which of it is no padding; None: all
         self.length = 0  # tokens read, windows or not
         self.valid_BS: Tensor | None = None  # which of them are no padding; None: all
         self.positions_BS: Tensor | None = None  # their position ids, where the caller gave them
@@ -77,13 +101,17 @@ class Cache:
 
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch, in this order: finished ones leave, beams are copied."""
-        for layer in self.layers:
-            layer.select(rows)
+        for part in self._parts():
+            part.select(rows)
+        self.memory_valid_BS = None if self.memory_valid_BS is None else self.memory_valid_BS.index_select(0, rows)
         self.valid_BS = None if self.valid_BS is None else self.valid_BS.index_select(0, rows)
         self.positions_BS = None if self.positions_BS is None or self.positions_BS.shape[0] == 1 else self.positions_BS.index_select(0, rows)
 
     def n_bytes(self) -> int:
-        return sum(layer.n_bytes() for layer in self.layers)
+        return sum(part.n_bytes() for part in self._parts())
+
+    def _parts(self) -> list[LayerCache | MemoryCache]:
+        return [*self.layers, *self.memories]
 
 
 def append(past: Tensor | None, new: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, Literal
 
 from txtrain.model import axes
@@ -14,10 +15,11 @@ from txtrain.registry import TABLE, axis, choice
 class InitConfig:
     """How weights start. Biases start at 0 and norms at the identity in all of them."""
 
-    distribution: Literal["normal", "truncated_normal", "xavier_uniform"] = "normal"  # of the matrices; embeddings are always (truncated) normal
-    std: float = 0.02
+    distribution: Literal["normal", "truncated_normal", "xavier_uniform", "fan_in"] = "normal"  # of the matrices; of embeddings: (truncated) normal
+    std: float = 0.02  # fan_in (T5): divided by the square root of a matrix' inputs
     embedding_std: float | None = None  # null: std
     position_std: float | None = None  # of learned positions; null: std
+    head_std: float | None = None  # of an output matrix of its own; null: as other matrices
     scale_residual: bool = False  # matrices that write into the residual stream divided by sqrt(2 n_layers) (GPT-2)
 
 
@@ -32,13 +34,15 @@ class ModelConfig:
     size: str = "laptop"
     published: dict[str, int] = dc.field(default_factory=dict)  # the family's published models and their parameters
 
-    topology: Literal["decoder"] = "decoder"
-    n_layers: int
+    topology: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    n_layers: int  # of the decoder where there are two stacks
+    n_encoder_layers: int | None = None  # encoder_decoder; null: n_layers
     dim: int
     n_heads: int
-    vocab_size: int
+    vocab_size: int  # 0 for images
     max_seq_len: int
     dropout: float = 0.0  # of the embedding's sum and of each sublayer's output
+    output_dropout: float = 0.0  # of what leaves a stack (T5)
 
     norm_position: str = choice("norm_position", "pre")
     final_norm: bool | None = None  # after the last block; null: yes, unless the norm position is post
@@ -47,33 +51,39 @@ class ModelConfig:
     position: Any = axis("position")
     norm: Any = axis("norm")
     embedding: Any = axis("embedding")
+    head: Any = axis("head")
+    share_embeddings: bool = True  # encoder_decoder: source and target read one table
     tie_word_embeddings: bool = True
     logit_softcap: float | None = None  # softcap * tanh(logits / softcap)
     bos_token_id: int | None = None  # null: the tokenizer's, once it is known
     eos_token_id: int | tuple[int, ...] | None = None  # any of several ends a text
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None  # encoder_decoder: what the target begins with; null: pad_token_id
     init: InitConfig = dc.field(default_factory=InitConfig)
 
     # ---------------------------------------------------------------------------------------------------------- legality
 
     def check(self) -> Iterator[str]:
         """Problems as finished sentences; none if the model can be built."""
-        for name in ("n_layers", "dim", "n_heads", "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                yield f"`model.{name}` must be at least 1, but is {getattr(self, name)} instead."
+        for name in ("n_layers", "n_encoder_layers", "dim", "n_heads", "max_seq_len"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"`model.{name}` must be at least 1, but is {value} instead."
                 return  # what follows divides by them
-        if not 0 <= self.dropout < 1:
-            yield f"`model.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+        for name in ("dropout", "output_dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                yield f"`model.{name}` must be at least 0 and below 1, but is {getattr(self, name)} instead."
         if self.logit_softcap is not None and not self.logit_softcap > 0:
             yield f"`model.logit_softcap` must be above 0 or null, but is {self.logit_softcap} instead."
-        for name in ("std", "embedding_std", "position_std"):
+        for name in ("std", "embedding_std", "position_std", "head_std"):
             value = getattr(self.init, name)
             if value is not None and value < 0:
                 yield f"`model.init.{name}` must be at least 0, but is {value} instead."
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
             value = getattr(self, name)
-            if any(not 0 <= v < self.vocab_size for v in (value if isinstance(value, tuple) else (value or 0,))):
-                yield f"`model.{name}` must be null or from 0 to {self.vocab_size - 1}, but is {value} instead."
+            # No upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
+            if any(v < 0 for v in (value if isinstance(value, tuple) else (value or 0,))):
+                yield f"`model.{name}` must be null or at least 0, but is {value} instead."
         for _, component in self.components():
             yield from component.check(self)
 
@@ -97,16 +107,24 @@ class ModelConfig:
 
     # ------------------------------------------------------------------------------------------------------- closed forms
 
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the encoder beside a decoder; 0 where there is one stack."""
+        return (self.n_encoder_layers or self.n_layers) if self.topology == "encoder_decoder" else 0
+
     def n_params_by_part(self) -> dict[str, int]:
-        """Trainable parameters by part. A tied head owns none."""
-        layers = range(self.n_layers)
+        """Trainable parameters by part. A tied head owns no matrix."""
+        layers, encoder_layers = range(self.n_layers), range(self.encoder_layers)
+        n_stacks = 2 if encoder_layers else 1
+        n_sublayers = 2 * self.n_layers + 2 * len(encoder_layers) + (self.n_layers if encoder_layers else 0)
+        attention = sum(self.attention.n_params(self, i) for i in (*layers, *encoder_layers))
         return {
-            "embedding": self.embedding.n_params(self),
-            "position": self.position.n_params(self),
-            "attention": sum(self.attention.n_params(self, i) for i in layers),
-            "ffn": sum(self.ffn.n_params(self, i) for i in layers),
-            "norms": 2 * self.n_layers * self.residual.n_params(self) + (self.norm.n_params(self) if self.has_final_norm else 0),
-            "head": 0 if self.tie_word_embeddings else self.vocab_size * self.dim,
+            "embedding": self.embedding.n_params(self) * (1 if self.share_embeddings else n_stacks),
+            "position": self.position.n_params(self) * n_stacks,
+            "attention": attention + (sum(self.attention.n_params(self, i) for i in layers) if encoder_layers else 0),
+            "ffn": sum(self.ffn.n_params(self, i) for i in (*layers, *encoder_layers)),
+            "norms": n_sublayers * self.residual.n_params(self) + (self.norm.n_params(self) * n_stacks if self.has_final_norm else 0),
+            "head": self.head.n_params(self),
         }
 
     @property
@@ -116,11 +134,16 @@ class ModelConfig:
     def flops_per_token(self, seq_len: int) -> float:
         """Floating-point operations of forward and backward a trained token, the backward twice the forward; no recomputation.
 
-        Matrix products only, attention in full (PaLM, 2204.02311, appendix B), a window counted as its width.
+        Matrix products only, attention in full (PaLM, 2204.02311, appendix B), a window counted as its width. With two stacks: a token
+        of the target and one of the source, both of seq_len tokens.
         """
-        forward = 2.0 * self.vocab_size * self.dim  # the head, tied or not
+        forward = self.head.flops(self, seq_len) + self.embedding.flops(self, seq_len)
         for i in range(self.n_layers):
             forward += self.attention.flops(self, seq_len, i) + self.ffn.flops(self, seq_len, i)
+        for i in range(self.encoder_layers):
+            forward += self.attention.flops(self, seq_len, i) + self.ffn.flops(self, seq_len, i)
+        if self.encoder_layers:
+            forward += sum(self.attention.flops(self, seq_len, i) for i in range(self.n_layers))
         return 3.0 * forward
 
     def to_dict(self) -> dict[str, Any]:
@@ -129,3 +152,24 @@ class ModelConfig:
 
         made: dict[str, Any] = plain(self)
         return made
+
+    # What transformers.Trainer and its callbacks ask of a config beside to_dict.
+
+    def to_json_string(self) -> str:
+        import json
+
+        return json.dumps(self.to_dict(), indent=2)
+
+    def get_text_config(self) -> SimpleNamespace:
+        """Where the trainer writes the ids of its tokenizer: a copy, since a config is a value."""
+        return SimpleNamespace(bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id)
+
+
+def _set(config: ModelConfig, name: str, value: Any) -> None:
+    """Fields are frozen. transformers.Trainer marks every model's config with names that are none (use_cache): let it."""
+    if name in ModelConfig.__dataclass_fields__:
+        raise dc.FrozenInstanceError(f"cannot assign to field {name!r}")
+    object.__setattr__(config, name, value)
+
+
+ModelConfig.__setattr__ = _set  # type: ignore[method-assign, assignment]  # a frozen dataclass may not define its own

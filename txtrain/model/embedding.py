@@ -1,6 +1,6 @@
-"""What enters the first block."""
+"""What enters the first block: vectors of tokens, or of patches of an image."""
 
-# B batch, T positions, D model size, V vocabulary
+# B batch, T positions, D model size, V vocabulary, C channels, H and W pixels
 
 from __future__ import annotations
 
@@ -14,11 +14,15 @@ class TokenEmbedding(nn.Module):
     """One vector a token; a tied head reads the same weight.
 
     scale: times sqrt(dim) (Vaswani et al. 2017; Gemma), the factor rounded to the vectors' dtype as the published models do.
+    n_types: kinds of segments, each with a vector that is added (BERT). norm: over the sum with the position, applied by the model.
+    padding_idx: a token whose vector is not trained by being looked up.
     """
 
-    def __init__(self, dim: int, vocab_size: int, scale: bool = False) -> None:
+    def __init__(self, dim: int, vocab_size: int, scale: bool = False, n_types: int = 0, padding_idx: int | None = None, norm: nn.Module | None = None) -> None:
         super().__init__()
-        self.token = nn.Embedding(vocab_size, dim)
+        self.token = nn.Embedding(vocab_size, dim, padding_idx)
+        self.segment = nn.Embedding(n_types, dim) if n_types else None
+        self.norm = norm
         self.scale = math.sqrt(dim) if scale else None
 
     @property
@@ -27,8 +31,45 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         x_BTD: Tensor = self.token(input_ids_BT)
-        return self.scaled(x_BTD)
-
-    def scaled(self, x_BTD: Tensor) -> Tensor:
-        """Vectors given by the caller (`inputs_embeds`) are scaled like those looked up."""
         return x_BTD if self.scale is None else x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device=x_BTD.device)
+
+    def add_types(self, x_BTD: Tensor, token_type_ids_BT: Tensor | None) -> Tensor:
+        """Segment vectors added; without ids all tokens are of segment 0."""
+        if self.segment is None:
+            if token_type_ids_BT is not None:
+                raise ValueError("`token_type_ids` must not be given: the model has no segments (model.embedding.n_types is 0).")
+            return x_BTD
+        if token_type_ids_BT is None:
+            return x_BTD + self.segment.weight[0]
+        return x_BTD + self.segment(token_type_ids_BT)
+
+
+class PatchEmbedding(nn.Module):
+    """A linear map of each square of pixels, left to right and top to bottom, after a vector for the class (ViT, 2010.11929)."""
+
+    weight_VD = None  # there is nothing for a head to read
+
+    def __init__(self, dim: int, patch_size: int, n_channels: int, class_token: bool, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.patch = nn.Conv2d(n_channels, dim, kernel_size=patch_size, stride=patch_size)
+        self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
+        self.norm = norm
+
+    def reset_parameters(self) -> None:
+        if self.class_token is not None:
+            nn.init.zeros_(self.class_token)
+
+    def forward(self, pixel_values_BCHW: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Vectors [B, T, D], and the rows and columns of patches.
+
+        Raises:
+            ValueError: the image is no whole number of patches.
+        """
+        height, width = pixel_values_BCHW.shape[-2:]
+        p = self.patch.stride[0]
+        if height % p or width % p:
+            raise ValueError(f"`pixel_values` must be a multiple of {p} pixels high and wide, but is {height} x {width} instead.")
+        x_BTD = self.patch(pixel_values_BCHW).flatten(2).transpose(1, 2)
+        if self.class_token is not None:
+            x_BTD = torch.cat((self.class_token.expand(len(x_BTD), -1, -1), x_BTD), dim=1)
+        return x_BTD, (height // p, width // p)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.model.config import InitConfig
-from txtrain.model.head import LMHead
+from txtrain.model.head import ClassHead, LMHead
 
 
 def init_weights(model: nn.Module) -> None:
@@ -26,19 +26,26 @@ def init_weights(model: nn.Module) -> None:
     config: Any = model.config
     seed = int(torch.randint(0, 2**62, ()).item())
     residual = _residual_projections(model)
+    classifier = next((m.classifier for m in model.modules() if isinstance(m, ClassHead)), None)
+    gains = _query_gains(model) if config.init.distribution == "fan_in" else {}
     residual_factor = (2 * config.n_layers) ** -0.5 if config.init.scale_residual else 1.0
     with torch.no_grad():
         for name, module in model.named_modules():
-            if isinstance(module, nn.Linear):
-                _matrix(module.weight, config.init, residual_factor if module in residual else 1.0, _generator(module.weight, seed, name))
+            if module is classifier:
+                _output(classifier.weight, config.init, _generator(classifier.weight, seed, name))
+                classifier.bias.zero_()
+            elif isinstance(module, (nn.Linear, nn.Conv2d)):
+                factor = (residual_factor if module in residual else 1.0) * gains.get(module, 1.0)
+                _matrix(module.weight, config.init, factor, _generator(module.weight, seed, name))
                 if module.bias is not None:
                     module.bias.zero_()
             elif isinstance(module, nn.Embedding):
-                std = config.init.position_std if name.startswith("position.") else config.init.embedding_std
+                std = config.init.position_std if "position" in name.split(".") else config.init.embedding_std
                 _normal(module.weight, config.init, config.init.std if std is None else std, _generator(module.weight, seed, name))
             elif isinstance(module, LMHead):
+                module.reset_parameters()
                 if module.weight is not None:
-                    _matrix(module.weight, config.init, 1.0, _generator(module.weight, seed, name))
+                    _output(module.weight, config.init, _generator(module.weight, seed, name))
             elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
                 _reset(name, module, seed)
 
@@ -46,6 +53,12 @@ def init_weights(model: nn.Module) -> None:
 def _residual_projections(model: nn.Module) -> set[nn.Module]:
     """The matrices that write into the residual stream, as their owners name them."""
     return {getattr(m, child) for m in model.modules() for child in getattr(m, "residual_projections", ())}
+
+
+def _query_gains(model: nn.Module) -> dict[nn.Module, float]:
+    """Scores start with deviation 1 whatever attention.scale is: T5, whose scale is 1, starts its queries smaller instead."""
+    scaled: list[Any] = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "scale") and hasattr(m, "head_dim")]
+    return {m.q_proj: m.head_dim**-0.5 / m.scale for m in scaled}
 
 
 def _generator(like: Tensor, seed: int, name: str) -> torch.Generator:
@@ -56,8 +69,18 @@ def _generator(like: Tensor, seed: int, name: str) -> torch.Generator:
 def _matrix(weight: Tensor, init: InitConfig, factor: float, generator: torch.Generator) -> None:
     if init.distribution == "xavier_uniform":
         nn.init.xavier_uniform_(weight, gain=factor, generator=generator)
+    elif init.distribution == "fan_in":
+        _normal(weight, init, init.std * factor * weight[0].numel() ** -0.5, generator)
     else:
         _normal(weight, init, init.std * factor, generator)
+
+
+def _output(weight: Tensor, init: InitConfig, generator: torch.Generator) -> None:
+    """An output matrix of its own."""
+    if init.head_std is None:
+        _matrix(weight, init, 1.0, generator)
+    else:
+        _normal(weight, init, init.head_std, generator)
 
 
 def _normal(weight: Tensor, init: InitConfig, std: float, generator: torch.Generator) -> None:

@@ -1,7 +1,8 @@
 """What may attend to what, declared; and the one function that picks the kernel for it.
 
-    causal        i sees j <= i                    window w     i sees j with i - j < w
+    causal        i sees j <= i                    window w     i sees j with |i - j| < w
     documents     i sees its own document          padding      nobody sees a padding token
+    prefix        everybody sees it, also from before (prefix LM)
 
         causal            causal, window 3       causal, documents 0 0 1 1
         x . . . .         x . . . .              x . . .
@@ -14,7 +15,7 @@ A mask is drawn (materialised, [B or 1, 1 or N, T, S]) only for the kernels that
 A row that sees nothing attends to nothing: its output is 0, never NaN.
 """
 
-# B batch, T query positions, S key positions (the last T of them are the queries'), N heads
+# B batch, T query positions, S key positions (in self-attention the last T of them are the queries'), N heads
 
 from __future__ import annotations
 
@@ -29,7 +30,10 @@ Kernel = Literal["plain", "sdpa", "sdpa_masked", "flex", "varlen"]
 
 @dc.dataclass(frozen=True)
 class Mask:
-    """The declaration. `documents_BS` and `valid_BS` are None where all tokens are of one document, or none is padding."""
+    """The declaration. None: all keys are of one document, none is padding, none is prefix.
+
+    query_documents_BT: in cross-attention, whose queries are of another sequence; otherwise the last T of documents_BS.
+    """
 
     n_queries: int
     n_keys: int
@@ -37,6 +41,8 @@ class Mask:
     window: int | None = None
     documents_BS: Tensor | None = None
     valid_BS: Tensor | None = None
+    prefix_BS: Tensor | None = None
+    query_documents_BT: Tensor | None = None
 
     def windowed(self, window: int | None, n_keys: int) -> Mask:
         """For a layer with that window whose cache holds the last n_keys keys."""
@@ -54,24 +60,30 @@ class Mask:
     @property
     def drawn_by_flag(self) -> bool:
         """Whether `is_causal` alone, or no mask at all, says everything."""
-        whole = self.documents_BS is None and self.valid_BS is None and not self.window_hides
+        whole = self.documents_BS is None and self.valid_BS is None and self.prefix_BS is None and not self.window_hides
         return whole and (not self.causal or self.square or self.n_queries == 1)
 
     @property
     def sees_all(self) -> bool:
         return self.drawn_by_flag and (not self.causal or self.n_queries == 1)
 
+    @property
+    def documents_of_queries(self) -> Tensor:
+        assert self.documents_BS is not None
+        return self.documents_BS[:, -self.n_queries :] if self.query_documents_BT is None else self.query_documents_BT
+
     def visible(self, device: torch.device) -> Tensor:
         """True where query t may see key s, [B or 1, 1, T, S]."""
         k = torch.arange(self.n_keys, device=device)
-        q = k[-self.n_queries :, None]
+        q = k[-self.n_queries :, None] if self.n_queries <= self.n_keys else torch.arange(self.n_queries, device=device)[:, None]
         seen = (q >= k) if self.causal else torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=device)
-        if self.window is not None:
-            seen = seen & (q - k < self.window)
         seen = seen[None, None]
+        if self.prefix_BS is not None:
+            seen = seen | self.prefix_BS[:, None, None, :]
+        if self.window is not None:
+            seen = seen & ((q - k).abs() < self.window)
         if self.documents_BS is not None:
-            d = self.documents_BS
-            seen = seen & (d[:, None, -self.n_queries :, None] == d[:, None, None, :])
+            seen = seen & (self.documents_of_queries[:, None, :, None] == self.documents_BS[:, None, None, :])
         if self.valid_BS is not None:
             seen = seen & self.valid_BS[:, None, None, :]
         return seen
@@ -90,7 +102,7 @@ def choose_kernel(mask: Mask, *, device_type: str, softcap: bool, bias: bool, dr
     if device_type == "cuda" and not dropout:
         if softcap or bias:
             return "flex"
-        if mask.documents_BS is not None and mask.valid_BS is None and mask.square and mask.causal and half:
+        if mask.documents_BS is not None and mask.valid_BS is None and mask.prefix_BS is None and mask.square and mask.causal and half:
             return "varlen"
         return "sdpa" if mask.drawn_by_flag else "flex"
     return "sdpa" if mask.drawn_by_flag and not bias else "sdpa_masked"
@@ -128,21 +140,24 @@ def block_mask(mask: Mask, device: torch.device) -> Any:
     """The declaration in flex attention's words: a function of indices, and the blocks of 128 x 128 that anybody sees."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    shift = mask.n_keys - mask.n_queries
-    documents, valid = mask.documents_BS, mask.valid_BS
+    shift = max(mask.n_keys - mask.n_queries, 0)
+    documents, valid, prefix = mask.documents_BS, mask.valid_BS, mask.prefix_BS
+    query_documents = None if documents is None else mask.documents_of_queries
 
     def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
         q = t + shift
         ok = (q >= s) if mask.causal else (s >= 0)
+        if prefix is not None:
+            ok = ok | prefix[b, s]
         if mask.window is not None:
-            ok = ok & (q - s < mask.window)
-        if documents is not None:
-            ok = ok & (documents[b, q] == documents[b, s])
+            ok = ok & ((q - s).abs() < mask.window)
+        if documents is not None and query_documents is not None:
+            ok = ok & (query_documents[b, t] == documents[b, s])
         if valid is not None:
             ok = ok & valid[b, s]
         return ok
 
-    batch = documents if documents is not None else valid
+    batch = next((x for x in (documents, valid, prefix) if x is not None), None)
     return create_block_mask(seen, None if batch is None else batch.shape[0], None, mask.n_queries, mask.n_keys, device=device)
 
 

@@ -10,19 +10,25 @@ from torch.utils import _pytree
 
 from txtrain.model.cache import Cache
 
+_BESIDE = ("last_hidden_state", "encoder_last_hidden_state", "aux")
+
 
 @dc.dataclass
 class ModelOutput:
     """Fields that a model or call does not have are None. `output[0]` and `output["loss"]` work as in Hugging Face: only what is there counts."""
 
     loss: Tensor | None = None
-    logits: Tensor | None = None  # [B, T, V]
+    logits: Tensor | None = None  # [B, T, V], or [B, classes]
+    nsp_logits: Tensor | None = None  # [B, 2]
+    mtp_logits: tuple[Tensor, ...] | None = None  # one [B, T, V] for each further token that is predicted
     past_key_values: Cache | None = None
     last_hidden_state: Tensor | None = None  # [B, T, D]
+    encoder_last_hidden_state: Tensor | None = None  # [B, S, D]
     aux: dict[str, Tensor] | None = None  # statistics of this forward
 
     def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(value for _, value in self.items())
+        """What a causal model of Hugging Face returns: transformers.Trainer takes all after the loss for predictions."""
+        return tuple(value for name, value in self.items() if name not in _BESIDE)
 
     def items(self) -> list[tuple[str, Any]]:
         return [(f.name, value) for f in dc.fields(self) if (value := getattr(self, f.name)) is not None]

@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txtrain.model import axes
@@ -40,7 +41,8 @@ class Position(nn.Module):
 
     max_positions: int | None = None  # None: any length
 
-    def add(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
+    def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """grid: rows and columns of an image's patches, which come last in x."""
         return x_BTD
 
     def rotation(self, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotation | None:
@@ -59,7 +61,7 @@ class Sinusoidal(Position):
         self.dim = dim
         self.theta = theta
 
-    def add(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
+    def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         half = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x_BTD.device)
         angles = position_ids_BT[..., None].float() * torch.exp(half * (-math.log(self.theta) / self.dim))
         table_BTD = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
@@ -67,15 +69,28 @@ class Sinusoidal(Position):
 
 
 class Learned(Position):
-    """One trained vector a position (BERT, GPT)."""
+    """One trained vector a position (BERT, GPT). An image of another resolution reads the table interpolated in two dimensions (ViT)."""
 
-    def __init__(self, dim: int, max_seq_len: int) -> None:
+    def __init__(self, dim: int, max_seq_len: int, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(max_seq_len, dim)
         self.max_positions = max_seq_len
+        self.grid = grid
 
-    def add(self, x_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
+    def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        if grid != self.grid and grid is not None:
+            return x_BTD + self.interpolated(grid).to(x_BTD.dtype)
         return x_BTD + self.embedding(position_ids_BT)
+
+    def interpolated(self, grid: tuple[int, int]) -> Tensor:
+        """The table for other rows and columns: bicubic over the patches, the class token's vector as it is. [1, T, D]."""
+        assert self.grid is not None
+        table = self.embedding.weight
+        n_patches = self.grid[0] * self.grid[1]
+        before, patches = table[:-n_patches], table[-n_patches:]
+        image = patches.T.reshape(1, -1, *self.grid)
+        resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((before, resized.flatten(2)[0].T))[None]
 
 
 class RelativeBias(Position):

@@ -1,96 +1,87 @@
-"""The Transformer: embedding, blocks, head. One class for every family."""
+"""The Transformer: embedding, blocks, head. One class for every family and topology."""
 
-# B batch, T positions given, S positions seen (past + T), D model size, V vocabulary
+# B batch, T positions given, S positions seen (past + T), D model size, V vocabulary, C channels, H and W pixels
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses as dc
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
 
-from txtrain.model.attention import Context
 from txtrain.model.cache import Cache, append
 from txtrain.model.config import ModelConfig
-from txtrain.model.embedding import TokenEmbedding
-from txtrain.model.head import LMHead, cross_entropy, shifted
-from txtrain.model.mask import Mask, PreparedMask, choose_kernel, prepare
+from txtrain.model.embedding import PatchEmbedding, TokenEmbedding
+from txtrain.model.head import IGNORED, Head, cross_entropy
 from txtrain.model.output import ModelOutput
 from txtrain.model.position import Position
+from txtrain.model.stack import Given, Memory, Stack
+
+Embedding = TokenEmbedding | PatchEmbedding
 
 
-class Stack(nn.Module):
-    """Blocks of one kind with their position module and final norm: what masks, positions and caches are made for."""
+@dc.dataclass(frozen=True)
+class Inputs:
+    """One stack's inputs, as `forward` got them."""
 
-    def __init__(self, position: Position, blocks: list[nn.Module], final_norm: nn.Module | None, causal: bool) -> None:
-        super().__init__()
-        self.position = position
-        self.blocks = nn.ModuleList(blocks)
-        self.final_norm = final_norm
-        self.causal = causal
-
-    def new_cache(self) -> Cache:
-        return Cache([getattr(block.attention, "window", None) for block in self.blocks])
-
-    def run(
-        self, x_BTD: Tensor, position_ids_BT: Tensor, distances_BS: Tensor, valid_BS: Tensor | None, documents_BS: Tensor | None, cache: Cache | None
-    ) -> Tensor:
-        """[B, T, D] through all blocks. distances: the positions of all keys, of which the differences are distances."""
-        declared = Mask(x_BTD.shape[1], distances_BS.shape[1], self.causal, None, documents_BS, valid_BS)
-        rotation = self.position.rotation(position_ids_BT, x_BTD.dtype)
-        masks: dict[tuple[Any, ...], PreparedMask] = {}
-        for i, block in enumerate(self.blocks):
-            layer_cache = cache.layers[i] if cache is not None else None
-            n_keys = declared.n_keys if layer_cache is None else layer_cache.n_held + declared.n_queries
-            key = (*_needs(block.attention), n_keys)
-            if key not in masks:
-                masks[key] = self._prepared(declared, *key, x_BTD, distances_BS)
-            x_BTD = block(x_BTD, context=Context(masks[key], rotation, layer_cache))
-        return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
-
-    def _prepared(
-        self, declared: Mask, window: int | None, softcap: bool, dropout: bool, n_keys: int, x_BTD: Tensor, distances_BS: Tensor
-    ) -> PreparedMask:
-        mask = declared.windowed(window, n_keys)
-        distances_BS = distances_BS[:, -n_keys:]
-        bias = self.position.bias(distances_BS[:, -mask.n_queries :], distances_BS)
-        device, dtype = x_BTD.device, x_BTD.dtype
-        if torch.is_autocast_enabled(device.type):
-            dtype = torch.get_autocast_dtype(device.type)
-        half = dtype in (torch.bfloat16, torch.float16)
-        kernel = choose_kernel(mask, device_type=device.type, softcap=softcap, bias=bias is not None, dropout=dropout, half=half)
-        return prepare(mask, kernel, bias, device, dtype)
-
-
-def _needs(attention: Any) -> tuple[int | None, bool, bool]:
-    """What the choice of a kernel depends on beside the mask: window, whether scores are capped, whether probabilities are dropped."""
-    window, softcap = getattr(attention, "window", None), getattr(attention, "softcap", None)
-    return window, softcap is not None, bool(attention.training and getattr(attention, "dropout", 0.0))
+    ids: Tensor | None = None
+    embeds: Tensor | None = None
+    mask: Tensor | None = None
+    positions: Tensor | None = None
+    documents: Tensor | None = None
+    types: Tensor | None = None
+    pixels: Tensor | None = None
+    prefix: Tensor | None = None
 
 
 class Transformer(Stack):
-    """A decoder-only model. Forward takes and returns what Hugging Face users expect, and changes nothing in the model.
+    """A decoder, an encoder, or (with `encoder`) both. Forward takes and returns what Hugging Face users expect, and changes nothing here.
 
+    The stack that ends in the head is this module itself (`blocks.0...`); an encoder beside it is `encoder.blocks.0...`.
     Build it with `txtrain.build_model(config)`.
     """
 
     accepts_loss_kwargs = True  # transformers.Trainer: it may pass num_items_in_batch
+    loss_type: str | None = "ForCausalLM"  # transformers.Trainer: labels are shifted here, the first of a row is no target
+    tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from; they go along when it is saved
 
-    def __init__(self, config: ModelConfig, embedding: TokenEmbedding, position: Position, blocks: list[nn.Module], final_norm: nn.Module | None) -> None:
-        super().__init__(position, blocks, final_norm, causal=True)
+    def __init__(
+        self,
+        config: ModelConfig,
+        embedding: Embedding,
+        position: Position,
+        blocks: Sequence[nn.Module],
+        final_norm: nn.Module | None,
+        head: Head,
+        encoder: Stack | None = None,
+        encoder_embedding: TokenEmbedding | None = None,
+    ) -> None:
+        super().__init__(position, blocks, final_norm, causal=config.topology != "encoder", output_dropout=config.output_dropout)
         self.config = config
         self.embedding = embedding
         self.dropout = nn.Dropout(config.dropout)
-        self.head = LMHead(config.dim, config.vocab_size, config.tie_word_embeddings, config.logit_softcap)
+        self.head = head
+        self.encoder = encoder
+        self.encoder_embedding = encoder_embedding  # None: the source reads `embedding`
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         document_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        prefix_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None,
+        decoder_document_ids: Tensor | None = None,
         labels: Tensor | None = None,
+        next_sentence_label: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         num_items_in_batch: Tensor | int | None = None,
@@ -100,99 +91,193 @@ class Transformer(Stack):
         """One pass.
 
         Args:
-            input_ids: [B, T], or inputs_embeds: [B, T, D] in its place.
+            input_ids: [B, T] (of the encoder where there is one), or inputs_embeds: [B, T, D] in its place, as `self.embedding` gives them:
+                scaled where it scales. For images pixel_values: [B, C, H, W].
             attention_mask: [B, T], or [B, S] with a cache; 1 for a real token, 0 for padding.
+            token_type_ids: [B, T]; the segment of each token.
             position_ids: [B, T]; by default 0, 1, 2, ... after what the cache holds, restarting at each document.
             document_ids: [B, T]; tokens attend within their document only. Not with a cache.
-            labels: [B, T], as input_ids, -100 where nothing is to be predicted; shifted here: logits at t predict label t + 1.
+            prefix_mask: [B, T]; true for tokens that a causal model's every token may see, also from before (prefix LM).
+            decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids: the same of the target, where there are
+                two stacks; ids by default the labels shifted to the right, after the start token.
+            labels: [B, T]; -100 where nothing is to be predicted. A causal model shifts them here: logits at t predict label t + 1.
+                [B] for one class a sequence.
+            next_sentence_label: [B]; 0 if the second sentence follows the first, 1 if not. Its loss is added.
             past_key_values: what the last call returned; it is updated in place.
             num_items_in_batch: the loss is its sum over the targets divided by this; by default by the number of targets here.
             return_logits: False computes the loss by chunks and never holds all logits.
             logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels.
 
         Raises:
-            ValueError: inputs contradict each other, or exceed the model's learned positions.
+            ValueError: inputs contradict each other, are not of this topology, or exceed the model's learned positions.
         """
-        x_BTD = self._embedded(input_ids, inputs_embeds)
-        B, T = x_BTD.shape[:2]
+        main = Inputs(input_ids, inputs_embeds, attention_mask, position_ids, document_ids, token_type_ids, pixel_values, prefix_mask)
+        target = Inputs(decoder_input_ids, None, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
-        past = 0 if cache is None else cache.length
-        if cache is not None and document_ids is not None:
-            raise ValueError("`document_ids` must not be given together with a cache: packed documents are for training.")
-        if self.max_positions is not None and past + T > self.max_positions:
-            raise ValueError(f"`input_ids` must have at most {self.max_positions - past} positions here, but has {T}: model.max_seq_len is learned.")
-        valid_BS = self._valid(attention_mask, cache, B, T)
-        positions, distances = self._positions(position_ids, document_ids, cache, past, T, x_BTD.device)
-        x_BTD = self.dropout(self.position.add(x_BTD, positions))
-        x_BTD = self.run(x_BTD, positions, distances, valid_BS, document_ids, cache)
-        if cache is not None:
-            cache.length = past + T
-        loss = logits = None
+        record: dict[str, dict[str, Tensor]] = {}
+        if self.encoder is None:
+            self._refuse_target(target)
+            memory, encoded = None, None
+        else:
+            memory = self._encoded(self.encoder, main, cache, record)
+            encoded = memory.output_BSD
+            main = self._target(target, labels)
+        x_BTD, valid_BT = self._read(self, self.embedding, main, cache, memory, record)
+        x_BTD_kept = x_BTD[:, -logits_to_keep:]
+        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=encoded, aux=_named(record))
+        out.nsp_logits = self.head.sentence_logits(x_BTD)
         if return_logits:
-            logits = self.head(x_BTD[:, -logits_to_keep:], self.embedding.weight_VD)
+            out.logits = self.head(x_BTD_kept, self.embedding.weight_VD, valid_BT)
         if labels is not None:
-            loss = self._loss(x_BTD, logits, shifted(labels), num_items_in_batch)
-        return ModelOutput(loss=loss, logits=logits, past_key_values=cache, last_hidden_state=x_BTD)
+            out.loss = self._loss(x_BTD, out.logits, labels, num_items_in_batch, valid_BT)
+        if next_sentence_label is not None:
+            sentence_loss = self._sentence_loss(out.nsp_logits, next_sentence_label)
+            out.loss = sentence_loss if out.loss is None else out.loss + sentence_loss
+        return out
 
     @property
     def max_positions(self) -> int | None:
         """Positions that the model has vectors for; None: any number."""
         return self.position.max_positions
 
-    def _embedded(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("`input_ids` or `inputs_embeds` must be given, and not both.")
-        if inputs_embeds is not None:
-            return self.embedding.scaled(inputs_embeds)
-        return self.embedding(input_ids)
+    # ------------------------------------------------------------------------------------------------------------- inputs
 
-    def _loss(self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None) -> Tensor:
+    def _read(
+        self,
+        stack: Stack,
+        embedding: Embedding,
+        given: Inputs,
+        cache: Cache | None = None,
+        memory: Memory | None = None,
+        record: dict[str, dict[str, Tensor]] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """One sequence through one stack: its last hidden state, and which of it is real (None: all)."""
+        x_BTD, grid = _embedded(embedding, given)
+        B, T = x_BTD.shape[:2]
+        past = 0 if cache is None else cache.length
+        if cache is not None and (given.documents is not None or (given.prefix is not None and past)):
+            raise ValueError("`document_ids` must not be given together with a cache, nor a prefix_mask after its first call: they are for training.")
+        limit = stack.position.max_positions
+        if limit is not None and grid is None and past + T > limit:
+            raise ValueError(f"`input_ids` must have at most {limit - past} positions here, but has {T}: model.max_seq_len is learned.")
+        valid_BS = _valid(given.mask, cache, B, T)
+        positions, distances = _positions(given.positions, given.documents, cache, past, T, x_BTD.device)
+        x_BTD = stack.position.add(x_BTD, positions, grid)
+        if embedding.norm is not None:
+            x_BTD = embedding.norm(x_BTD)
+        prefix = None if given.prefix is None else given.prefix.bool()
+        x_BTD = stack.run(self.dropout(x_BTD), Given(positions, distances, valid_BS, given.documents, prefix, grid), cache, memory, record)
+        if cache is not None:
+            cache.length = past + T
+        return x_BTD, valid_BS
+
+    def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: dict[str, dict[str, Tensor]]) -> Memory:
+        """The source read, or what the cache knows of it."""
+        if cache is not None and cache.memory_length:
+            return Memory(None, cache.memory_length, cache.memory_valid_BS)
+        statistics: dict[str, dict[str, Tensor]] = {}
+        x_BSD, valid_BS = self._read(encoder, self.encoder_embedding or self.embedding, source, record=statistics)
+        record.update({f"encoder.{name}": values for name, values in statistics.items()})
+        if cache is not None:
+            cache.memory_length, cache.memory_valid_BS = x_BSD.shape[1], valid_BS
+        return Memory(x_BSD, x_BSD.shape[1], valid_BS, source.documents)
+
+    def _target(self, target: Inputs, labels: Tensor | None) -> Inputs:
+        """Teacher forcing: the decoder reads the labels, one position later."""
+        if target.ids is not None:
+            return target
+        if labels is None:
+            raise ValueError("`decoder_input_ids` or `labels` must be given to a model with an encoder and a decoder.")
+        return dc.replace(target, ids=self.shifted_right(labels))
+
+    def shifted_right(self, labels_BT: Tensor) -> Tensor:
+        """What the decoder reads to predict these labels: the start token, then all but the last of them."""
+        start = self.config.decoder_start_token_id
+        pad = self.config.pad_token_id or 0
+        first = labels_BT.new_full((len(labels_BT), 1), pad if start is None else start)
+        return torch.cat((first, labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)), dim=1)
+
+    @staticmethod
+    def _refuse_target(target: Inputs) -> None:
+        given = [f"decoder_{n}" for n in ("ids", "mask", "positions", "documents") if getattr(target, n) is not None]
+        if given:
+            raise ValueError("`decoder_input_ids` and the like must not be given: the model has one stack.")
+
+    # --------------------------------------------------------------------------------------------------------------- loss
+
+    def _loss(self, x_BTD: Tensor, logits: Tensor | None, labels: Tensor, n_items: Tensor | int | None, valid_BT: Tensor | None) -> Tensor:
+        targets = self.head.targets(labels)
         if n_items is None:
-            n_items = (targets != -100).sum()
+            n_items = (targets != IGNORED).sum()
         denominator = torch.as_tensor(n_items, dtype=torch.float32, device=x_BTD.device)
         if logits is not None:
             return cross_entropy(logits, targets, denominator)
-        return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator)
+        return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator, valid_BT)
 
     @staticmethod
-    def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -> Tensor | None:
-        """[B, S] True for real tokens, or None where all are; remembered in the cache."""
-        past = 0 if cache is None else cache.length
-        known = None if cache is None else cache.valid_BS
-        if attention_mask is None and known is None:
+    def _sentence_loss(logits: Tensor | None, labels_B: Tensor) -> Tensor:
+        if logits is None:
+            raise ValueError("`next_sentence_label` must not be given: the model's head has no next sentence (model.head.next_sentence).")
+        return cross_entropy(logits, labels_B, (labels_B != IGNORED).sum())
+
+
+def _embedded(embedding: Embedding, given: Inputs) -> tuple[Tensor, tuple[int, int] | None]:
+    """Vectors [B, T, D], and the rows and columns of patches where they are an image's."""
+    inputs = [x for x in (given.ids, given.embeds, given.pixels) if x is not None]
+    if len(inputs) != 1:
+        raise ValueError("`input_ids`, `inputs_embeds` or `pixel_values` must be given, and only one of them.")
+    if isinstance(embedding, PatchEmbedding):
+        if given.pixels is None:
+            raise ValueError("`pixel_values` must be given: the model reads images.")
+        return embedding(given.pixels)
+    if given.pixels is not None:
+        raise ValueError("`pixel_values` must not be given: the model reads tokens.")
+    x_BTD = embedding(given.ids) if given.embeds is None else given.embeds
+    return embedding.add_types(x_BTD, given.types), None
+
+
+def _named(record: dict[str, dict[str, Tensor]]) -> dict[str, Tensor] | None:
+    """`blocks.3.load`, ...; None where no layer keeps statistics."""
+    return {f"{layer}.{name}": value for layer, values in record.items() for name, value in values.items()} or None
+
+
+def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -> Tensor | None:
+    """[B, S] True for real tokens, or None where all are; remembered in the cache."""
+    past = 0 if cache is None else cache.length
+    known = None if cache is None else cache.valid_BS
+    if attention_mask is None:
+        if known is None:
             return None
-        device = attention_mask.device if attention_mask is not None else known.device  # type: ignore[union-attr]
-        if attention_mask is None:
-            attention_mask = torch.ones(B, T, dtype=torch.bool, device=device)
-        if attention_mask.shape[1] not in (T, past + T):
-            raise ValueError(f"`attention_mask` must have {T} columns, or {past + T} with those of the cache, but has {attention_mask.shape[1]} instead.")
-        valid = attention_mask.bool()
-        if valid.shape[1] != past + T:
-            valid = append(torch.ones(1, past, dtype=torch.bool, device=device) if known is None else known, valid)
-        if device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
-            return None  # collators often send a mask of ones; on a GPU the look would wait for the device
-        if cache is not None:
-            cache.valid_BS = valid
-        return valid
+        attention_mask = torch.ones(B, T, dtype=torch.bool, device=known.device)
+    if attention_mask.shape[1] not in (T, past + T):
+        raise ValueError(f"`attention_mask` must have {T} columns, or {past + T} with those of the cache, but has {attention_mask.shape[1]} instead.")
+    valid = attention_mask.bool()
+    if valid.shape[1] != past + T:
+        valid = append(torch.ones(1, past, dtype=torch.bool, device=valid.device) if known is None else known, valid)
+    if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+        return None  # collators often send a mask of ones; on a GPU the look would wait for the device
+    if cache is not None:
+        cache.valid_BS = valid
+    return valid
 
-    @staticmethod
-    def _positions(
-        position_ids: Tensor | None, document_ids: Tensor | None, cache: Cache | None, past: int, T: int, device: torch.device
-    ) -> tuple[Tensor, Tensor]:
-        """Position ids of the new tokens [B or 1, T], and of all keys [B or 1, S] for distances.
 
-        Distances between default positions are those between indices, also within a document that starts later: no batch dimension.
-        """
-        index_1S = torch.arange(past + T, device=device)[None]
-        if position_ids is not None:
-            if cache is None:
-                return position_ids, position_ids
-            cache.positions_BS = append(index_1S[:, :past] if cache.positions_BS is None else cache.positions_BS, position_ids)
-            return position_ids, cache.positions_BS
-        if document_ids is not None:
-            starts = torch.ones_like(document_ids, dtype=torch.bool)
-            starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-            return index_1S - torch.where(starts, index_1S, 0).cummax(dim=1).values, index_1S
-        if cache is not None and cache.positions_BS is not None:
-            raise ValueError("`position_ids` must be given again: this cache was filled with explicit ones.")
-        return index_1S[:, past:], index_1S
+def _positions(
+    position_ids: Tensor | None, document_ids: Tensor | None, cache: Cache | None, past: int, T: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Position ids of the new tokens [B or 1, T], and of all keys [B or 1, S] for distances.
+
+    Distances between default positions are those between indices, also within a document that starts later: no batch dimension.
+    """
+    index_1S = torch.arange(past + T, device=device)[None]
+    if position_ids is not None:
+        if cache is None:
+            return position_ids, position_ids
+        cache.positions_BS = append(index_1S[:, :past] if cache.positions_BS is None else cache.positions_BS, position_ids)
+        return position_ids, cache.positions_BS
+    if document_ids is not None:
+        starts = torch.ones_like(document_ids, dtype=torch.bool)
+        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        return index_1S - torch.where(starts, index_1S, 0).cummax(dim=1).values, index_1S
+    if cache is not None and cache.positions_BS is not None:
+        raise ValueError("`position_ids` must be given again: this cache was filled with explicit ones.")
+    return index_1S[:, past:], index_1S

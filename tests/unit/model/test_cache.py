@@ -57,5 +57,5 @@ def test_contradictions_are_refused():
         model(tokens, document_ids=torch.zeros_like(tokens), past_key_values=past)
     with pytest.raises(ValueError, match="`attention_mask` must have 16 columns, or 32"):
         model(tokens, attention_mask=torch.ones(2, 5), past_key_values=past)
-    with pytest.raises(ValueError, match="not both"):
+    with pytest.raises(ValueError, match="only one of them"):
         model(tokens, inputs_embeds=torch.zeros(2, 16, 32))

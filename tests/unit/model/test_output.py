@@ -8,7 +8,8 @@ def test_absent_fields_do_not_count():
     out = ModelOutput(logits=torch.zeros(1), last_hidden_state=torch.ones(1))
     assert out.loss is None
     assert out[0] is out.logits
-    assert out["last_hidden_state"] is out[1]
+    assert out.to_tuple() == (out.logits,)
+    assert out["last_hidden_state"] is out.last_hidden_state
     assert out.keys() == ["logits", "last_hidden_state"]
     assert "loss" not in out
 

@@ -1,0 +1,78 @@
+"""Norm kinds, and where a sublayer's norm sits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from txtrain.model.axes.base import Component, config
+from txtrain.registry import knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+
+
+@config
+class NoNormConfig(Component):
+    def n_params_of(self, size: int) -> int:
+        return 0
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return self.n_params_of(model.dim)
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return 0.0
+
+
+@config
+class LayerNormConfig(NoNormConfig):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (1607.06450)."""
+
+    eps: float = knob(1e-5, carry=True)
+    bias: bool = True
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        if not self.eps > 0:
+            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
+
+    def n_params_of(self, size: int) -> int:
+        return 2 * size if self.bias else size
+
+
+@config
+class RMSNormConfig(NoNormConfig):
+    """x / sqrt(mean(x^2) + eps) * weight (1910.07467); with unit_offset, * (1 + weight), as in Gemma."""
+
+    eps: float = knob(1e-5, carry=True)
+    unit_offset: bool = False
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        if not self.eps > 0:
+            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
+
+    def n_params_of(self, size: int) -> int:
+        return size
+
+
+@config
+class NormPositionConfig(Component):
+    """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
+
+    n_norms: ClassVar[int] = 1
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return self.n_norms * model.norm.n_params_of(model.dim)
+
+
+@config
+class SandwichConfig(NormPositionConfig):
+    n_norms: ClassVar[int] = 2
+
+
+register("norm", "none", "txtrain.model.norm:NoNorm", NoNormConfig)
+register("norm", "layer", "txtrain.model.norm:LayerNorm", LayerNormConfig)
+register("norm", "rms", "txtrain.model.norm:RMSNorm", RMSNormConfig)
+register("norm_position", "pre", "txtrain.model.residual:PreNorm", NormPositionConfig)
+register("norm_position", "post", "txtrain.model.residual:PostNorm", NormPositionConfig)
+register("norm_position", "inner", "txtrain.model.residual:InnerNorm", NormPositionConfig)
+register("norm_position", "sandwich", "txtrain.model.residual:SandwichNorm", SandwichConfig)
