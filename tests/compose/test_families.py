@@ -22,8 +22,25 @@ PUBLISHED = {
     "gemma2_2b": 2_614_341_888,
     "gemma2_9b": 9_241_705_984,
     "gemma2_27b": 27_227_128_320,
+    "transformer_base": 63_082_496,  # the paper rounds to 65 M, the next one to 213 M
+    "transformer_big": 214_245_376,
+    "bert_base": 110_106_428,
+    "bert_large": 336_226_108,
+    "t5_small": 60_506_624,
+    "t5_base": 222_903_552,
+    "t5_large": 737_668_096,
+    "t5_3b": 2_851_598_336,
+    "t5_11b": 11_307_321_344,
+    "t5_v1_1_small": 76_961_152,
+    "t5_v1_1_base": 247_577_856,
+    "t5_v1_1_large": 783_150_080,
+    "t5_v1_1_xl": 2_849_757_184,
+    "t5_v1_1_xxl": 11_135_332_352,
+    "vit_b16": 86_567_656,
+    "vit_l16": 304_326_632,
+    "vit_h14": 632_045_800,
 }
-LAPTOP = ["gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2"]
+LAPTOP = ["gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2", "transformer", "bert", "t5", "t5_v1_1", "vit"]
 
 
 def test_the_families_are_those_tested_here():
@@ -59,7 +76,7 @@ def test_file_opens_with_its_delta(name):
 
 
 def test_what_the_papers_say(job):
-    gpt1, gpt2, llama2, mistral, gemma, gemma2 = (job(f"model={name}").config.model for name in LAPTOP)
+    gpt1, gpt2, llama2, mistral, gemma, gemma2, transformer, bert, t5, t5_v1_1, vit = (job(f"model={name}").config.model for name in LAPTOP)
     assert (gpt1.norm_position, gpt1.has_final_norm, gpt1.dropout, gpt1.init.scale_residual) == ("post", False, 0.1, False)
     assert (gpt2.norm_position, gpt2.has_final_norm, gpt2.dropout, gpt2.init.scale_residual) == ("pre", True, 0.0, True)
     assert (llama2.tie_word_embeddings, llama2.attention.bias, llama2.ffn.bias, llama2.norm.eps) == (False, False, False, 1e-5)
@@ -68,3 +85,10 @@ def test_what_the_papers_say(job):
     assert (gemma.embedding.scale, gemma.norm.unit_offset, gemma.norm.eps, gemma.ffn.activation) == (True, True, 1e-6, "gelu_tanh")
     assert (gemma2.norm_position, gemma2.attention.window, gemma2.attention.softcap, gemma2.logit_softcap) == ("sandwich", (64, None), 50.0, 30.0)
     assert job("model=gemma2_27b").config.model.attention.scale == pytest.approx(144**-0.5, rel=1e-15)
+    assert (transformer.norm_position, transformer.has_final_norm, transformer.embedding.scale, transformer.ffn.activation) == ("post", False, True, "relu")
+    assert (transformer.dropout, transformer.attention.dropout, transformer.share_embeddings, transformer.tie_word_embeddings) == (0.1, 0.0, True, True)
+    assert (bert.norm.eps, bert.embedding.norm, bert.embedding.n_types, bert.head.type, bert.ffn.activation) == (1e-12, True, 2, "mlm", "gelu")
+    assert (t5.attention.scale, t5.head.scale, t5.tie_word_embeddings, t5.ffn.activation, t5.ffn.bias) == (1.0, True, True, "relu", False)
+    assert (t5_v1_1.attention.scale, t5_v1_1.head.scale, t5_v1_1.tie_word_embeddings, t5_v1_1.ffn.type) == (1.0, False, False, "geglu")
+    assert (t5.position.n_buckets, t5.position.max_distance, t5.norm.eps, t5.attention.bias) == (32, 128, 1e-6, False)
+    assert (vit.norm_position, vit.has_final_norm, vit.head.type, vit.embedding.type, vit.embedding.norm) == ("pre", True, "class", "patch", False)

@@ -112,3 +112,24 @@ def test_mistakes_are_named():
         generate(model, tokens, torch.cat((torch.ones(2, 8), torch.zeros(2, 1)), 1))
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, tokens[:, :0])
+
+
+TWO_STACKS = {"topology": "encoder_decoder", "position": axes.RelativeConfig(type="relative"), "attention": MIXED, "pad_token_id": 0}
+
+
+def test_an_encoder_and_decoder_answer_as_without_a_cache():
+    model = shake(seeded(tiny(**TWO_STACKS))).eval()
+    source, answer = ids(length=9), torch.zeros(2, 1, dtype=torch.long)
+    for _ in range(12):
+        answer = torch.cat((answer, model(source, decoder_input_ids=answer).logits[:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(generate(model, source, max_new_tokens=12), answer)
+
+
+def test_a_padded_source_is_answered_as_it_is_alone():
+    model = shake(seeded(tiny(**TWO_STACKS))).eval()
+    source = ids(length=9)
+    mask = torch.ones_like(source)
+    mask[0, 6:] = 0
+    together = generate(model, source, mask, max_new_tokens=8)
+    assert torch.equal(together[0], generate(model, source[:1, :6], max_new_tokens=8)[0])
+    assert torch.equal(together[1], generate(model, source[1:], max_new_tokens=8)[0])
