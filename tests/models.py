@@ -42,16 +42,23 @@ def shake(model: Transformer, seed: int = 1) -> Transformer:
     """No parameter stays at its neutral value: zeros and ones would hide a missing bias or gain."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for p in model.parameters():
+        for p in filter(lambda p: p.requires_grad, model.parameters()):  # tables that are computed are none
             p.add_(torch.randn(p.shape, generator=generator) * 0.1)
     return model
+
+
+def moved(config: ModelConfig, a: torch.Tensor, b: torch.Tensor) -> float:
+    """The largest difference, as a share of the largest value; 0 where it is rounding: how many tokens an expert has in a batch
+    changes that of its products, and nothing else."""
+    difference = ((a - b).abs().max() / a.abs().max()).item()
+    return 0.0 if hasattr(config.ffn, "n_experts") and difference < 1e-5 else difference
 
 
 def ids(batch: int = 2, length: int = 16, vocab: int = 61, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, vocab, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-attentions = st.builds(
+multi_head = st.builds(
     lambda kind, head_dim, window, softcap, scale, qk_norm, bias: axes.AttentionConfig(
         type=kind,
         n_kv_heads={"mha": None, "gqa": 2, "mqa": 1}[kind],
@@ -70,8 +77,37 @@ attentions = st.builds(
     st.booleans(),
     st.booleans(),
 )
+latent = st.builds(
+    axes.MLAConfig,
+    type=st.just("mla"),
+    q_rank=st.sampled_from([None, 6]),
+    kv_rank=st.sampled_from([None, 10]),
+    nope_dim=st.sampled_from([None, 5]),
+    rope_dim=st.sampled_from([None, 6]),
+    v_dim=st.sampled_from([None, 7]),
+    scale=st.sampled_from([None, 0.3]),
+    bias=st.booleans(),
+)
+attentions = st.one_of(multi_head, multi_head, latent)
 activations = st.sampled_from(["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"])
+mixtures = st.builds(
+    axes.MoEConfig,
+    type=st.sampled_from(["moe", "moe_softmax"]),
+    n_experts=st.sampled_from([4, 8]),
+    top_k=st.sampled_from([2, 3]),
+    n_shared=st.sampled_from([0, 1, 2]),
+    hidden_dim=st.sampled_from([None, 12, 13]),  # 13: rows that the grouped kernel does not take
+    activation=activations,
+    dense_layers=st.sampled_from([0, 1]),
+    gate=st.sampled_from(["sigmoid", "softmax"]),
+    normalise=st.booleans(),
+    routed_scale=st.sampled_from([1.0, 2.5]),
+    n_groups=st.sampled_from([1, 2]),
+    bias_update_rate=st.sampled_from([0.0, 1e-3]),
+    aux_weight=st.sampled_from([0.0, 0.1]),
+)
 ffns = st.one_of(
+    mixtures,
     st.builds(axes.MLPConfig, type=st.just("mlp"), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
     st.builds(axes.GatedConfig, type=st.sampled_from(["swiglu", "geglu"]), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
 )

@@ -8,16 +8,13 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import txtrain.data.config  # noqa: F401  (registers the sources)
-from txtrain.errors import divisors_near
+from txtrain import legality, peaks
+from txtrain.errors import divisors_near, hint
 from txtrain.model.config import ModelConfig
+from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
 from txtrain.registry import BASES, axis, register
 
-# --------------------------------------------------------------------------------------------- objective, optimizer, scheduler
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class ObjectiveConfig:
-    type: str
+# -------------------------------------------------------------------------------------------------------- optimizer, scheduler
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -159,11 +156,20 @@ class Train:
     run_dir: str | None = None
     seed: int = 1337
     imports: tuple[str, ...] = ()
+    init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
     resume: str = "auto"  # auto, never, or a run or checkpoint
 
     @property
     def seq_len(self) -> int:
         return int(self.data.seq_len or self.model.max_seq_len)
+
+    @property
+    def lengths(self) -> tuple[int, int | None]:
+        """Positions of one sample as the model reads it, at most: of the source, and of the target where there are two stacks."""
+        if self.model.topology != "encoder_decoder":
+            return self.seq_len, None
+        source, target = self.objective.lengths(self.seq_len)
+        return source, target
 
     @property
     def micro_batch_size(self) -> int:
@@ -179,6 +185,7 @@ class Train:
 
     def _check_between(self) -> Iterator[str]:
         data = self.data
+        yield from legality.problems(self)
         if self.model.position.type == "learned" and self.seq_len > self.model.max_seq_len:
             yield (
                 f"`data.seq_len` must be at most model.max_seq_len ({self.model.max_seq_len}) with model/position=learned, "
@@ -190,8 +197,39 @@ class Train:
                 f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
                 f"but is {self.micro_batch_size} instead. Nearest: {near}."
             )
+        yield from self.objective.check_with(self)
         if self.trainer.devices not in ("auto", 1):
             yield f"`trainer.devices` must be 1 with strategy={self.strategy.type}, but is {self.trainer.devices} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Of which devices `plan` tells the time, and how."""
+
+    device: str = "H100"  # one of txtrain.peaks
+    n_devices: int = 1
+    peak_flops: float | None = None  # FLOP/s of one device; null: the published figure of plan.device at trainer.precision
+    mfu: float = 0.4  # share of the peak that the run reaches
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    format: Literal["text", "json"] = "text"
+
+    def check(self) -> Iterator[str]:
+        if self.device not in peaks.PUBLISHED:
+            known = ", ".join(peaks.PUBLISHED)
+            yield f"`plan.device` must be one of {known}, but is {self.device} instead: for another give plan.peak_flops.{hint(self.device, peaks.PUBLISHED)}"
+        if self.n_devices < 1:
+            yield f"`plan.n_devices` must be at least 1, but is {self.n_devices} instead."
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            yield f"`plan.peak_flops` must be above 0 or null, but is {self.peak_flops} instead."
+        if not 0 < self.mfu <= 1:
+            yield f"`plan.mfu` must be above 0 and at most 1, but is {self.mfu} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Plan(Train):
+    """What `train` would run, and how to count it."""
+
+    plan: PlanConfig = dc.field(default_factory=PlanConfig)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -226,9 +264,21 @@ class Generate:
                 yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
 
 
-ROOTS: dict[str, type] = {"train": Train, "generate": Generate}
+@dc.dataclass(frozen=True, kw_only=True)
+class Export:
+    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    out: str | None = None  # a new folder
+    imports: tuple[str, ...] = ()
 
-register("objective", "causal_lm", "txtrain.objectives.causal_lm:CausalLM", ObjectiveConfig)
+    def check(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
+        if self.out is None:
+            yield "`out` must be given: the folder to write."
+
+
+ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan}
+
 register("optimizer", "adamw", "txtrain.optim:adamw", AdamConfig)
 register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)
 register("scheduler", "constant", "txtrain.optim:Constant", SchedulerConfig)
@@ -236,4 +286,4 @@ register("scheduler", "linear", "txtrain.optim:Linear", SchedulerConfig)
 register("scheduler", "cosine", "txtrain.optim:Cosine", SchedulerConfig)
 register("strategy", "auto", "txtrain.parallel:OneProcess", StrategyConfig)
 
-BASES.update(objective=ObjectiveConfig, optimizer=OptimizerConfig, scheduler=SchedulerConfig)
+BASES.update(optimizer=OptimizerConfig, scheduler=SchedulerConfig)

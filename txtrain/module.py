@@ -6,15 +6,18 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from txtrain import balance
 from txtrain.config import Train
 from txtrain.limits import Limits
-from txtrain.objectives import Batch, Objective
+from txtrain.objectives.base import Batch, Objective
+from txtrain.objectives.build import build_objective
 from txtrain.optim import parameter_groups
 from txtrain.parallel import OneProcess
 from txtrain.registry import make
@@ -36,7 +39,7 @@ class LitModule(pl.LightningModule):
         super().__init__()
         self.automatic_optimization = False
         self.config = config
-        self.objective: Objective = make("objective", config.objective)
+        self.objective: Objective = build_objective(config)
         self.parallel: OneProcess = make("strategy", config.strategy)
         self.model = model if model is not None else described(config)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
@@ -55,7 +58,7 @@ class LitModule(pl.LightningModule):
         return self.step * int(self.config.data.global_batch_size)
 
     @property
-    def _data(self) -> object:
+    def _data(self) -> Any:
         """The trainer's data module; None where it was given loaders."""
         return getattr(self.trainer, "datamodule", None)
 
@@ -98,20 +101,21 @@ class LitModule(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One update. Returns the terms of the global batch, their weighted sum as `loss`, and the gradient's norm before clipping.
+        """One update. Returns the terms of the global batch, what is reported of them as `loss`, and the gradient's norm before clipping.
 
         Nothing here waits for the device.
         """
         seed_everything(self.config.seed, self.step, self.global_rank)
-        denominators = self.parallel.reduce(self.objective.denominators(batch))
+        counts = self.parallel.reduce(self.objective.denominators(batch))
+        denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
+        model = balance.Observed(self.model)
         shares: list[dict[str, Tensor]] = []
         micro_batches = list(cut(batch, self.config.micro_batch_size))
         for i, micro_batch in enumerate(micro_batches, start=1):
             with self.parallel.micro_batch(self, last=i == len(micro_batches)):
-                terms = self.objective(self.model, micro_batch, denominators)
-                total = self.objective.total(terms)
-                self.manual_backward(total * self.parallel.gradient_factor)
-            shares.append({name: share.detach() for name, share in {**terms, "loss": total}.items()})
+                terms = self.objective(model, micro_batch, denominators)
+                self.manual_backward(self.objective.total(terms) * self.parallel.gradient_factor)
+            shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
@@ -119,8 +123,10 @@ class LitModule(pl.LightningModule):
             group["lr"] = self.config.optimizer.lr * self.schedule(self.step + 1)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        visits = self.parallel.reduce(model.counts)
+        balance.update(self.model, visits)
         self.step += 1
-        return {**self.parallel.reduce(add(shares)), "grad_norm": norm}
+        return {**self.parallel.reduce(add(shares)), "grad_norm": norm, **balance.measured(visits)}
 
     # --------------------------------------------------------------------------------------------------------- validation
 
@@ -129,11 +135,9 @@ class LitModule(pl.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for micro_batch in cut(batch, self.config.micro_batch_size):
-            counts = self.objective.denominators(micro_batch)
-            sums = self.objective(self.model, micro_batch, {name: torch.ones_like(n) for name, n in counts.items()})
-            for name, value in sums.items():
+            for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
                 self._add(name, value)
-                self._add(f"{name}/n", counts[name])
+                self._add(f"{name}/n", n)
             ids = self.objective.target_ids(micro_batch)
             if ids is not None and self._token_bytes is not None:
                 self._add("bytes", self._token_bytes[ids].sum())
@@ -142,11 +146,13 @@ class LitModule(pl.LightningModule):
         self._sums[name] = self._sums.get(name, 0.0) + float(value)  # a Python float: double precision on every device
 
     def on_validation_epoch_end(self) -> None:
-        """val_loss, weighted by targets and not by batches; perplexity; bits per byte, which compares across tokenizers."""
-        names = self.objective.weights
-        means = {name: self._sums[name] / self._sums[f"{name}/n"] for name in names}
-        loss = sum(weight * means[name] for name, weight in names.items())
-        self.val_metrics = {"val_loss": loss}
+        """val_loss, weighted by targets and not by batches; what the objective tells; perplexity; bits per byte, which compares across tokenizers."""
+        means = {name: value / max(self._sums[f"{name}/n"], 1.0) for name, value in self._sums.items() if f"{name}/n" in self._sums}
+        self.val_metrics = {"val_loss": self.objective.reported(means)}
+        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
+        self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
+        if any(name not in means for name in self.objective.metrics):
+            self.val_metrics |= self.objective.examine(self.model, self._data, self.config.micro_batch_size)
         if self.objective.perplexity:
             self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
         if self._sums.get("bytes"):

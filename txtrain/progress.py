@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from txtrain.metrics import Row
+from txtrain.metrics import COLUMNS, Row
 from txtrain.screen import duration
 
 
@@ -57,9 +57,9 @@ class Display:
         parts = [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"{row['tokens_per_second']:,.0f} tokens/s"]
         if row.get("mfu") is not None:
             parts.append(f"MFU {row['mfu']:.1%}")
-        step, tokens, rate = row["step"], row["tokens"], row["tokens_per_second"]
-        if self.total is not None and step and tokens and rate:
-            parts.append(f"{duration((self.total - step) * (tokens / step) / rate)} left")
+        step, seconds = row["step"], row["seconds"]
+        if self.total is not None and step and seconds:
+            parts.append(f"{duration((self.total - step) * seconds / step)} left")
         return "  ".join(parts)
 
     def stop(self) -> None:
@@ -69,6 +69,8 @@ class Display:
 
 
 def _validation(row: Row) -> str:
+    """The loss first, then what the objective tells of validation beside it."""
     names = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
-    digits = {"val_loss": ".4f", "perplexity": ".2f", "bits_per_byte": ".4f"}
-    return "  ".join(f"{text} {row[name]:{digits[name]}}" for name, text in names.items() if row.get(name) is not None)
+    own = (name for name in row if name not in COLUMNS and f"val_{name}" not in row)
+    names |= {name: name.removeprefix("val_").replace("_", " ") for name in own}
+    return "  ".join(f"{text} {value:{'.2f' if value >= 10 else '.4f'}}" for name, text in names.items() if (value := row.get(name)) is not None)

@@ -10,15 +10,15 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from txtrain import checkpoint, files
+from txtrain import balance, checkpoint, files
 from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
 from txtrain.metrics import COLUMNS, MetricsFile
 from txtrain.module import LitModule
+from txtrain.objectives.build import build_objective
 from txtrain.progress import Display
-from txtrain.samples import continuations
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine, Meter
 
@@ -44,6 +44,7 @@ class Recorder(pl.Callback):
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.best = math.inf
         self.ended = False
+        self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model)
         self._file: MetricsFile | None = None
 
     # ------------------------------------------------------------------------------------------------------------ the start
@@ -59,7 +60,7 @@ class Recorder(pl.Callback):
             _continue_counting(trainer, module.step)
         losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
-        self._file = MetricsFile(self.folder.path / "metrics.csv", keep=module.step - (self.open is not None))
+        self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
         kept = samples.read_bytes()[: self.state["samples_size"]] if module.step and samples.exists() else b""
@@ -77,7 +78,7 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         module, trainer_config = _lit(pl_module), self.config.trainer
-        self.meter.count(self.config.data.global_batch_size * self.config.seq_len)
+        self.meter.count(module.objective.positions(batch, self.config.seq_len) * trainer.world_size)
         self.display.step(module.step)
         if self.limits.reached(module.step, self.meter.seconds):
             trainer.should_stop = True
@@ -108,8 +109,9 @@ class Recorder(pl.Callback):
             "loss": loss,
             "lr": self.config.optimizer.lr * module.schedule(module.step),
             "grad_norm": float(outputs["grad_norm"]),
+            **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
             "tokens_per_second": rate,
-            "mfu": rate * self.config.model.flops_per_token(self.config.seq_len) / self.machine.peak.flops,
+            "mfu": rate * self.config.model.flops_per_token(*self.config.lengths) / self.machine.peak.flops,
             "seconds": self.meter.seconds,
         }
 
@@ -121,7 +123,7 @@ class Recorder(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
         assert self.open is not None
-        texts = continuations(module, self.data, self.config, check=lambda: self._check(module))
+        texts = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
         self.open |= module.val_metrics
         self._close(trainer, module, texts)
         self.meter.start()
@@ -162,7 +164,7 @@ class Recorder(pl.Callback):
             self.metrics |= {name: value for name, value in row.items() if value is not None}
         self.display.row(row)
         for logger in trainer.loggers:
-            logger.log_metrics({name: row[name] for name in COLUMNS[1:] if row.get(name) is not None}, step=row["step"])
+            logger.log_metrics({name: row[name] for name in self.columns[1:] if row.get(name) is not None}, step=row["step"])
 
     def _write_samples(self, step: int, texts: list[str]) -> None:
         for text in texts:

@@ -33,6 +33,7 @@ def continuations(module: Any, data: Any, config: Train, check: Callable[[], Non
             seed=config.seed,
             on_token=lambda *_: check(),
         )
-        new = [token for token in out[0, len(ids) :].tolist() if token != tokenizer.eos_id]
+        begin = len(ids) if config.model.topology == "decoder" else 1  # a decoder beside an encoder answers from its start token on
+        new = [token for token in out[0, begin:].tolist() if token != tokenizer.eos_id]
         made.append(f"{prompt}|{tokenizer.decode(new)}")
     return made

@@ -35,7 +35,7 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
     rows = [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
-        ("data", f"{data.source}; {data.n_train:,} training and {data.n_val:,} validation sequences of {config.seq_len} tokens"),
+        ("data", f"{data.source}; {data.n_train:,} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", tokenizer),
         ("step", batch(config)),
         ("in all", budget(config, limits, data.n_train) + (f"; continues after step {done}" if done else "")),
@@ -44,6 +44,12 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
     return [f"  {name:<14}{text}" for name, text in rows]
+
+
+def samples(config: Train) -> str:
+    """`sequences of 256 tokens`, or what the data are made of."""
+    kinds = {"pairs": f"pairs of at most {config.seq_len} tokens a side", "images": f"images in {config.seq_len} positions"}
+    return kinds.get(config.data.kind, f"sequences of {config.seq_len} tokens")
 
 
 def batch(config: Train) -> str:
@@ -98,6 +104,8 @@ def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
 
 
 def _value(value: object) -> str:
+    if dc.is_dataclass(value):
+        return "{" + ", ".join(f"{f.name}={_value(v)}" for f in dc.fields(value) if (v := getattr(value, f.name)) != f.default) + "}"
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(map(_value, value)) + "]"
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

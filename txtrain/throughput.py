@@ -9,17 +9,8 @@ from typing import NamedTuple
 
 import torch
 
+from txtrain.peaks import named
 from txtrain.screen import count
-
-# Dense matrix products in FLOP/s as the makers publish them: bfloat16 on tensor cores; float32 without TF32.
-PUBLISHED: dict[str, dict[torch.dtype, float]] = {
-    "A100": {torch.bfloat16: 312e12, torch.float32: 19.5e12},
-    "H100 PCIe": {torch.bfloat16: 756e12, torch.float32: 51e12},
-    "H100 80GB HBM3": {torch.bfloat16: 989e12, torch.float32: 67e12},
-    "H200": {torch.bfloat16: 989e12, torch.float32: 67e12},
-    "L40S": {torch.bfloat16: 362e12, torch.float32: 91.6e12},
-    "L4": {torch.bfloat16: 121e12, torch.float32: 30.3e12},
-}
 
 
 class Peak(NamedTuple):
@@ -53,15 +44,14 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The published figure of a known GPU; else what a matrix product reaches here, now."""
     exact_float32 = torch.get_float32_matmul_precision() == "highest"  # else TF32, for which another figure holds
     if device.type == "cuda" and (dtype != torch.float32 or exact_float32):
-        name = torch.cuda.get_device_name(device)
-        for part in sorted(PUBLISHED, key=len, reverse=True):
-            if part in name and dtype in PUBLISHED[part]:
-                return Peak(PUBLISHED[part][dtype], f"published for {part}")
+        known = named(torch.cuda.get_device_name(device))
+        if known is not None and (flops := known.flops(str(dtype).removeprefix("torch."))):
+            return Peak(flops, f"published for {known.called}")
     return _measured(device, dtype)
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
-    size = 1024 if device.type == "cpu" else 8192
+    size = 512 if device.type == "cpu" else 8192  # 512: over in a millisecond, so that some go undisturbed on a machine that is shared
     a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))  # no random numbers: measuring changes nothing
 
     def once() -> float:
@@ -71,7 +61,7 @@ def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
 
     once()
     times: list[float] = []
-    while len(times) < 3 or (sum(times) < 0.2 and len(times) < 20):
+    while len(times) < 3 or (sum(times) < 0.2 and len(times) < 200):
         times.append(once())
     threads = f", {_threads()}" if device.type == "cpu" else ""
     return Peak(2 * size**3 / min(times), f"measured: {size}-cube matmul, {str(dtype).removeprefix('torch.')}{threads}")

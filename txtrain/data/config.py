@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import Literal
+from typing import ClassVar, Literal
 
 from txtrain.registry import BASES, register
 
@@ -24,6 +24,9 @@ class DataConfig:
     val_fraction: float = 0.05  # of the text, where the source has no validation split of its own
     num_workers: int = 0
     cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
+
+    kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.legality`)
+    scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
 
     def check(self) -> Iterator[str]:
         for name in ("seq_len", "global_batch_size", "micro_batch_size"):
@@ -71,11 +74,92 @@ class PythonDocsConfig(DataConfig):
     """`data=python_docs`: the help texts and docstrings that every Python installation carries."""
 
 
+@dc.dataclass(frozen=True, kw_only=True)
+class TranslationConfig(DataConfig):
+    """`data=translation`: pairs of texts."""
+
+    kind: ClassVar = "pairs"
+
+    path: str | None = None  # a .tsv (or .gz); or the sources, with target_path beside them; or a set of load_dataset
+    target_path: str | None = None  # line by line what those of data.path are translated to
+    val_path: str | None = None
+    val_target_path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    columns: tuple[int, int] | tuple[str, str] | None = None  # source and target; null: the last two of a .tsv's 2 or 3, or a set's only two
+    swap: bool = False  # translate the other way
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ReverseConfig(DataConfig):
+    """`data=reverse`: random strings, to be written backwards. No files."""
+
+    kind: ClassVar = "pairs"
+    scores: ClassVar = ("exact_match",)
+
+    n_pairs: int = 20_000
+    min_length: int = 4
+    max_length: int = 16
+    symbols: Literal["digits", "letters"] = "letters"
+
+    def check(self) -> Iterator[str]:
+        yield from DataConfig.check(self)
+        if self.n_pairs < 100:
+            yield f"`data.n_pairs` must be at least 100, but is {self.n_pairs} instead."
+        if not 1 <= self.min_length <= self.max_length:
+            yield f"`data.min_length` must be from 1 to data.max_length ({self.max_length}), but is {self.min_length} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PixelConfig(DataConfig):
+    """Keys of every source of images. They are brought to the model's image_size and n_channels."""
+
+    kind: ClassVar = "images"
+
+    mean: tuple[float, ...] | None = None  # a channel's, of pixels from 0 to 1; null: measured on training images
+    std: tuple[float, ...] | None = None
+    crop_padding: int = 0  # in training: a random window of the image whose edge goes on for so many pixels
+    flip: bool = False  # in training: half of the images mirrored
+
+    def check(self) -> Iterator[str]:
+        yield from DataConfig.check(self)
+        if self.seq_len is not None:
+            yield f"`data.seq_len` must be null for images, whose positions are the model's patches, but is {self.seq_len} instead."
+        if self.crop_padding < 0:
+            yield f"`data.crop_padding` must be at least 0, but is {self.crop_padding} instead."
+        if self.std is not None and min(self.std, default=0) <= 0:
+            yield f"`data.std` must be null or above 0, but is {list(self.std)} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ImagesConfig(PixelConfig):
+    """`data=images`: folders, arrays, IDX files, or a hub set."""
+
+    path: str | None = None
+    val_path: str | None = None
+    labels: str | None = None  # the .npy that belongs to an .npy of images
+    val_labels: str | None = None
+    name: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    columns: tuple[str, str] = ("image", "label")  # of a set
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class DigitsConfig(PixelConfig):
+    """`data=digits`: 1,797 digits of 8 x 8 pixels, inside scikit-learn."""
+
+
 for name, target, config in (
     ("text", "text:TextFiles", TextConfig),
     ("hf", "hf:HubDataset", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
+    ("translation", "translation:Translation", TranslationConfig),
+    ("reverse", "reverse:Reverse", ReverseConfig),
+    ("images", "image_files:ImageFiles", ImagesConfig),
+    ("digits", "digits:Digits", DigitsConfig),
 ):
     register("data", name, f"txtrain.data.{target}", config)
 

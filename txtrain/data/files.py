@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import glob
+import gzip
 import hashlib
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -57,12 +59,12 @@ def missing(name: str, key: str, what: str = "an existing file, glob or folder")
 
 
 def read_text(path: Path, key: str) -> str:
-    """A UTF-8 file as one string, line ends as \\n.
+    """A UTF-8 file as one string, line ends as \\n; unpacked if its name ends in .gz.
 
     Raises:
         ConfigError: it is not UTF-8, or holds NUL bytes, as binary files do; says where.
     """
-    raw = path.read_bytes()
+    raw = read_bytes(path, key)
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
@@ -70,6 +72,21 @@ def read_text(path: Path, key: str) -> str:
     if "\0" in text:
         raise ConfigError(f"`{key}` must be text, but {path} is a binary file: byte 0x00 at offset {raw.index(0)}.")
     return text.replace("\r\n", "\n")
+
+
+def read_bytes(path: Path, key: str) -> bytes:
+    """A file's bytes; unpacked if its name ends in .gz.
+
+    Raises:
+        ConfigError: it is no gzip file, or cut off.
+    """
+    raw = path.read_bytes()
+    if path.suffix != ".gz":
+        return raw
+    try:
+        return gzip.decompress(raw)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise ConfigError(f"`{key}` must be a whole gzip file, but {path} is not: {e}.") from None
 
 
 def files_identity(files: Iterable[Path]) -> str:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import lightning.pytorch as L
@@ -15,17 +14,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from txtrain.config import Train
-from txtrain.data.cache import TokenFile, build_folder, cache_root
-from txtrain.data.order import GlobalOrder, OrderHash, ShareSampler
-from txtrain.data.packing import PackedSamples
-from txtrain.data.samples import ListedSamples, OrderedSamples, Rows
-from txtrain.data.sources import SampleSource, TextSource, build_source, describe, has_validation, is_text, settle
-from txtrain.data.split import Corpus, digest, is_held_out
-from txtrain.data.tokenise import tokenise
-from txtrain.data.tokenizer import Tokenizer, allow_threads, train_tokenizer
+from txtrain.data.lengths import LengthOrder
+from txtrain.data.order import GlobalOrder, Indices, OrderHash, ShareSampler
+from txtrain.data.prepared import prepare
+from txtrain.data.samples import OrderedSamples, Rows
+from txtrain.data.sources import build_source, describe, settle
+from txtrain.data.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
-
-log = logging.getLogger(__name__)
+from txtrain.objectives.build import build_objective
 
 Batch = dict[str, Tensor]
 _PROMPT = re.compile(r"\s*(?:\S+\s+){0,5}\S+")
@@ -34,9 +30,10 @@ _PROMPT = re.compile(r"\s*(?:\S+\s+){0,5}\S+")
 class DataModule(L.LightningDataModule):
     """The training and validation batches of a run.
 
-    A batch holds `input_ids` and `labels` (-100: not a target), `document_ids` unless documents may attend to each other, all int64
-    [B, T], and `sample_index`, int64 [B]. After `prepare()`: `tokenizer` (None for a source of ready samples), `n_train`, `n_val`
-    (samples), `source` (for the screen), `fingerprint` (of text, tokenizer and packing), `token_bytes`.
+    A batch holds what the objective reads: of text `input_ids` and `labels` (-100: not a target), `document_ids` unless documents may
+    attend to each other, all int64 [B, T]; of images `pixel_values`, float32 [B, C, H, W], and `labels` [B]; and always `sample_index`,
+    int64 [B]. After `prepare()`: `tokenizer` (None without text), `n_train`, `n_val` (samples), `source` (for the screen),
+    `fingerprint` (of contents, tokenizer and packing), `token_bytes`.
 
     start_step: set it before fit; the first training batch is the one of this step (0-based).
     fallback: why the data are not those that were asked for (`txtrain.data.sources.settle`), or None.
@@ -74,64 +71,20 @@ class DataModule(L.LightningDataModule):
         self.fallback = self.fallback or reason
         config = self.config
         source = build_source(config)
-        train, val = self._from_text(source) if is_text(source) else self._from_samples(source)  # type: ignore[arg-type]
-        self.n_train, self.n_val = len(train), len(val)
+        made = prepare(source, config, build_objective(config))
+        self.tokenizer, self.fingerprint, self._val_text = made.tokenizer, made.fingerprint, made.text
+        self.token_bytes = None if made.tokenizer is None else made.tokenizer.token_bytes()
+        self.n_train, self.n_val = len(made.train), len(made.validation)
         self.source = describe(source, config.data.type)
-        self.order = GlobalOrder(self.n_train, config.data.global_batch_size, config.seed, config.trainer.overfit_batches)
+        self.order = self._order(made.lengths)
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
-        self._train, self._val = train, val
+        self._train, self._val = made.train, made.validation
 
-    def _from_text(self, source: TextSource) -> tuple[Rows, Rows]:
-        config, data = self.config, self.config.data
-        corpus = Corpus(source, data.val_fraction)
-        self.tokenizer = self._tokenizer(corpus)
-        self.token_bytes = self.tokenizer.token_bytes()
-        key = digest(corpus.fingerprint, self.tokenizer.fingerprint)
-        tokenizer = self.tokenizer
-        folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty))
-        self.fingerprint = digest(key, config.seq_len, data.cross_document_attention)
-        self._val_tokens = TokenFile(folder, "validation")
-        train, val = (PackedSamples(tokens, config.seq_len, data.cross_document_attention) for tokens in (TokenFile(folder, "train"), self._val_tokens))
-        remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
-        _refuse_short(train, "training", "more text")
-        _refuse_short(val, "validation", remedy)
-        return train, val
-
-    def _tokenizer(self, corpus: Corpus) -> Tokenizer:
-        name, vocab_size = self.config.data.tokenizer, self.config.model.vocab_size
-        if name == "train":
-            key = digest(corpus.fingerprint, "byte-level BPE", vocab_size)
-            made = build_folder(
-                cache_root(self.config.data.cache_dir) / f"tokenizer-{key}",
-                lambda empty: train_tokenizer(corpus.training_texts(), vocab_size).save(empty),
-            )
-            tokenizer = Tokenizer.load(made)
-            if tokenizer.vocab_size < vocab_size:
-                log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
-        else:
-            tokenizer = Tokenizer.load(name)
-        if tokenizer.vocab_size > vocab_size:
-            raise ConfigError(
-                f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, but is {vocab_size} instead. "
-                f"Nearest: {tokenizer.vocab_size}."
-            )
-        return tokenizer
-
-    def _from_samples(self, source: SampleSource) -> tuple[Rows, Rows]:
-        self.tokenizer = self.token_bytes = None
-        data, samples = self.config.data, source.samples("train")
-        if has_validation(source):
-            held_out = source.samples("validation")
-            train, val = ListedSamples(samples, np.arange(len(samples))), ListedSamples(held_out, np.arange(len(held_out)))
-        else:
-            held = np.array([is_held_out(k, data.val_fraction) for k in range(len(samples))], dtype=np.bool_)
-            train, val = ListedSamples(samples, np.flatnonzero(~held)), ListedSamples(samples, np.flatnonzero(held))
-        for part, rows in (("training", train), ("validation", val)):
-            if not len(rows):
-                raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
-        known = source.identity() if hasattr(source, "identity") else repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)])
-        self.fingerprint = digest(repr(data), len(train), len(val), known)
-        return train, val
+    def _order(self, lengths: Indices | None) -> GlobalOrder:
+        config, size = self.config, self.config.data.global_batch_size
+        if lengths is None or len(lengths) < size:
+            return GlobalOrder(self.n_train, size, config.seed, config.trainer.overfit_batches)
+        return LengthOrder(self.n_train, size, config.seed, config.trainer.overfit_batches, lengths=lengths)
 
     # ------------------------------------------------------------------------------------------------------------ loaders
 
@@ -140,7 +93,7 @@ class DataModule(L.LightningDataModule):
         self.prepare()
         assert self._train is not None
         rank, world_size = self._rank()
-        return self._loader(OrderedSamples(self._train, self.order), ShareSampler(self.order, rank, world_size, self.start_step))
+        return self._loader(OrderedSamples(self._train, self.config.seed, self.order), ShareSampler(self.order, rank, world_size, self.start_step))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
         """Global batches, the same at every call: rows spread evenly over the validation set where the limit leaves some out."""
@@ -149,7 +102,15 @@ class DataModule(L.LightningDataModule):
         n = min(self.n_val, self.config.trainer.limit_val_batches * size)
         rows = np.arange(n) * self.n_val // max(n, 1)
         batches = [rows[i : i + size].tolist() for i in range(0, n, size)]
-        return self._loader(OrderedSamples(self._val), batches) if batches else []
+        return self._loader(OrderedSamples(self._val, self.config.seed), batches) if batches else []
+
+    def examples(self, n: int, batch_size: int) -> Iterator[Batch]:
+        """n validation samples (all, if there are fewer), spread evenly over the set, the same at every call."""
+        self.prepare()
+        n = min(n, self.n_val)
+        rows = np.arange(n) * self.n_val // max(n, 1)
+        samples = OrderedSamples(self._val, self.config.seed)
+        return (samples.__getitems__(rows[i : i + batch_size].tolist()) for i in range(0, n, batch_size))
 
     def _rank(self) -> tuple[int, int]:
         """(rank, world size), checked against the batch."""
@@ -179,23 +140,14 @@ class DataModule(L.LightningDataModule):
     # ------------------------------------------------------------------------------------------------------------ samples
 
     def prompts(self, n: int) -> list[str]:
-        """The first words of the first n validation documents; fewer if there are fewer, none without a tokenizer."""
+        """The first words of the first n validation documents; fewer if there are fewer, none where there are no documents."""
         self.prepare()
-        if self.tokenizer is None:
+        if self.tokenizer is None or self._val_text is None:
             return []
-        documents = (self._val_tokens.document(i)[:64].tolist() for i in range(min(n, self._val_tokens.n_documents)))
+        documents = (self._val_text.document(i)[:64].tolist() for i in range(min(n, self._val_text.n_documents)))
         return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids)))]
 
 
 def _as_it_is(batch: Any) -> Any:
     """The dataset gives whole batches: nothing is left to collate."""
     return batch
-
-
-def _refuse_short(samples: PackedSamples, part: str, remedy: str) -> None:
-    if not len(samples):
-        tokens = samples.tokens
-        raise ConfigError(
-            f"`data.seq_len` must be at most {len(tokens)}, the tokens of the {part} text ({tokens.n_documents} documents), "
-            f"but is {samples.seq_len} instead. Give {remedy}, or a smaller data.seq_len."
-        )

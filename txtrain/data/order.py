@@ -21,7 +21,7 @@ _ROUNDS = 6
 _CHUNK = 1 << 16  # indices at a time when a hash catches up
 
 
-def _mix(x: _Words) -> _Words:
+def mix(x: _Words) -> _Words:
     """splitmix64's finaliser (Steele et al. 2014): every bit of the input moves half of the output's bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -37,7 +37,7 @@ def permutation(positions: Indices, n: int, seed: int, epoch: Indices | int = 0)
     bits = (n - 1).bit_length()
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
-    key = _mix(_mix(np.asarray(seed & 0xFFFFFFFFFFFFFFFF, np.uint64)[None]) ^ np.asarray(epoch, np.int64).astype(np.uint64))
+    key = mix(mix(np.asarray(seed & 0xFFFFFFFFFFFFFFFF, np.uint64)[None]) ^ np.asarray(epoch, np.int64).astype(np.uint64))
     keys = np.broadcast_to(key, positions.shape)
 
     def scramble(x: _Words, key: _Words) -> _Words:
@@ -45,9 +45,9 @@ def permutation(positions: Indices, n: int, seed: int, epoch: Indices | int = 0)
         for i in range(_ROUNDS):
             key = key + np.uint64(0x9E3779B97F4A7C15)
             if i % 2:
-                low = low ^ (_mix(high ^ key) & low_mask)
+                low = low ^ (mix(high ^ key) & low_mask)
             else:
-                high = high ^ (_mix(low ^ key) & high_mask)
+                high = high ^ (mix(low ^ key) & high_mask)
         return high << low_bits | low
 
     rows = scramble(positions.astype(np.uint64), keys)

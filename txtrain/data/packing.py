@@ -6,8 +6,9 @@
     sample 1          b b b c c
     sample 2                  c c c c c
 
-The model predicts labels[:, t+1] from position t, so the first token of a sample is never a target: with that overlap every token
-of the stream is a target exactly once. Packing happens at read time from the documents' offsets; one cache serves every seq_len.
+A causal model predicts labels[:, t+1] from position t, so the first token of a sample is never a target: with that overlap every token
+of the stream is a target exactly once. Where a token may be predicted from both sides there is none.
+Packing happens at read time from the documents' offsets; one cache serves every seq_len.
 """
 
 from __future__ import annotations
@@ -17,24 +18,26 @@ import torch
 from torch import Tensor
 
 from txtrain.data.cache import TokenFile
+from txtrain.data.draws import Draws
 from txtrain.data.order import Indices
 
 
 class PackedSamples:
-    """Row i covers stream[i * (seq_len - 1) :][:seq_len]. Shorter than one sample at the end: left out."""
+    """Row i covers stream[i * (seq_len - overlap) :][:seq_len]. Shorter than one sample at the end: left out."""
 
-    def __init__(self, tokens: TokenFile, seq_len: int, cross_document_attention: bool = False) -> None:
+    def __init__(self, tokens: TokenFile, seq_len: int, cross_document_attention: bool = False, overlap: int = 1) -> None:
         self.tokens, self.seq_len, self.cross_document_attention = tokens, seq_len, cross_document_attention
+        self.overlap, self.stride = overlap, seq_len - overlap
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - 1) // (self.seq_len - 1))
+        return max(0, (len(self.tokens) - self.overlap) // self.stride)
 
-    def batch(self, rows: Indices) -> dict[str, Tensor]:
+    def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids and labels, int64 [B, T]; document_ids, int64 [B, T] from 0 in each row, unless documents may see each other.
 
         One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what it is.
         """
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens.ids, self.seq_len)[:: self.seq_len - 1]
+        windows = np.lib.stride_tricks.sliding_window_view(self.tokens.ids, self.seq_len)[:: self.stride]
         input_ids = torch.from_numpy(windows[rows].astype(np.int64))
         if self.cross_document_attention:
             return {"input_ids": input_ids, "labels": input_ids.clone()}
@@ -46,7 +49,7 @@ class PackedSamples:
     def _document_starts(self, rows: Indices) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
         """[B, T]: whether a document begins at this token."""
         offsets = self.tokens.offsets
-        begin = rows * (self.seq_len - 1)
+        begin = rows * self.stride
         first, last = np.searchsorted(offsets, begin), np.searchsorted(offsets, begin + self.seq_len)
         n_starts = last - first
         row = np.repeat(np.arange(len(rows)), n_starts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,34 +10,49 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from txtrain.data.draws import Draws
 from txtrain.data.order import GlobalOrder, Indices
 from txtrain.data.sources import Samples
 from txtrain.errors import ConfigError
 
 
 class Rows(Protocol):
-    """Samples that are read by row, many at a time."""
+    """Samples that are read by row, many at a time. What is random in them comes from `draws`, and from nowhere else."""
 
     def __len__(self) -> int: ...
 
-    def batch(self, rows: Indices) -> dict[str, Tensor]: ...
+    def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]: ...
+
+
+class Mapped:
+    """Rows, and what is done to each batch of them: masks, crops."""
+
+    def __init__(self, rows: Rows, change: Callable[[dict[str, Tensor], Draws], dict[str, Tensor]]) -> None:
+        self.rows, self.change = rows, change
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]:
+        return self.change(self.rows.batch(rows, draws), draws)
 
 
 class OrderedSamples(Dataset[dict[str, Tensor]]):
-    """What a loader indexes: global sample indices to rows by the order, or rows themselves without one.
+    """What a loader indexes: global sample indices to rows by the order, or rows themselves without one (validation).
 
-    The index travels in the batch as `sample_index`, int64 [B]: later random draws are functions of it, not of the process.
+    The index travels in the batch as `sample_index`, int64 [B].
     """
 
-    def __init__(self, rows: Rows, order: GlobalOrder | None = None) -> None:
-        self.rows, self.order = rows, order
+    def __init__(self, rows: Rows, seed: int, order: GlobalOrder | None = None) -> None:
+        self.rows, self.seed, self.order = rows, seed, order
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         index = np.asarray(indices, dtype=np.int64)
-        batch = self.rows.batch(self.order.rows(index) if self.order else index)
+        draws = Draws(self.seed, "train", index) if self.order else Draws(0, "validation", index)  # for runs of any seed the same
+        batch = self.rows.batch(self.order.rows(index) if self.order else index, draws)
         return {**batch, "sample_index": torch.from_numpy(index)}
 
 
@@ -50,7 +65,7 @@ class ListedSamples:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def batch(self, rows: Indices) -> dict[str, Tensor]:
+    def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         picked = [self.samples[int(self.rows[row])] for row in rows]
         batch = {key: _stack(key, [sample[key] for sample in picked]) for key in picked[0]}
         if "input_ids" in batch:

@@ -8,8 +8,10 @@ A source of text needs one method; your own takes a few lines:
         def documents(self, split):                          # "train"; "validation" only with has_validation = True
             yield from ...                                   # one str a document, the same ones at every call
 
-A source of anything else has `samples(split)` instead: a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with
-`input_ids` and, if they differ, `labels`; then there is no tokenizer.
+A source of pairs of texts has `pairs(split)` instead: (source, target), both str. A source of images has `images(split)`: an object
+with `labels`, int64 [N], and `read(i)`, the image as an array [H, W] or [H, W, C]. A source of anything else has `samples(split)`:
+a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input_ids` and, if they differ, `labels`; then there is no
+tokenizer. What is not text says so beside its knobs: `kind: ClassVar = "pairs"` (or "images") in its nested Config.
 
 Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
 default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
@@ -22,7 +24,7 @@ import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol, TypeGuard, cast
+from typing import Any, Literal, Protocol
 
 from txtrain.config import Train
 from txtrain.data.config import DataConfig, PythonDocsConfig
@@ -46,7 +48,8 @@ class SampleSource(Protocol):
     def samples(self, split: Split) -> Samples: ...
 
 
-Source = TextSource | SampleSource
+Source = Any  # of text, pairs, images or samples: told apart by the method that it has
+METHODS = ("documents", "pairs", "images", "samples")
 
 
 def build_source(config: Train) -> Source:
@@ -65,13 +68,10 @@ def build_source(config: Train) -> Source:
         elif p.default is p.empty:
             raise ConfigError(f"`data={config.data.type}`: {cls.__name__}.__init__ must give its parameter {p.name!r} a default: no key has that name.")
     source = cls(**given)
-    if not (is_text(source) or hasattr(source, "samples")):
-        raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have a method documents(split) or samples(split), but has neither.")
-    return cast(Source, source)
-
-
-def is_text(source: Source) -> TypeGuard[TextSource]:
-    return hasattr(source, "documents")
+    if not any(hasattr(source, method) for method in METHODS):
+        ways = ", ".join(f"{method}(split)" for method in METHODS)
+        raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
+    return source
 
 
 def has_validation(source: Source) -> bool:

@@ -16,6 +16,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+from numpy.typing import NDArray
+
 from txtrain.data.sources import Split, TextSource, has_validation, identity
 
 FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
@@ -76,6 +79,11 @@ def is_held_out(k: int, fraction: float) -> bool:
     begin, end = _first_of(run, fraction), _first_of(run + 1, fraction)
     draw = int.from_bytes(hashlib.sha256(str(run).encode()).digest()[:8], "little")
     return k == begin + draw % (end - begin)
+
+
+def held_out(n: int, fraction: float) -> NDArray[np.bool_]:
+    """`is_held_out` of n items, [n]."""
+    return np.array([is_held_out(k, fraction) for k in range(n)], dtype=np.bool_)
 
 
 def _first_of(run: int, fraction: float) -> int:

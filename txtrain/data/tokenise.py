@@ -1,4 +1,4 @@
-"""A corpus to a cache folder: documents as bos + tokens + eos, tokenised on all cores while they stream by."""
+"""A corpus to a cache folder: documents as (bos +) tokens + eos, tokenised on all cores while they stream by."""
 
 from __future__ import annotations
 
@@ -6,12 +6,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from txtrain.data.cache import TokenWriter
 from txtrain.data.progress import Progress
 from txtrain.data.sources import Split, describe
-from txtrain.data.split import Corpus
 from txtrain.data.tokenizer import Tokenizer, allow_threads
 
 _PIECE = 1 << 18  # characters: longer documents are encoded in pieces, which keeps memory bounded and all cores busy
@@ -25,10 +24,19 @@ class Piece(NamedTuple):
     ends: bool
 
 
-def tokenise(corpus: Corpus, tokenizer: Tokenizer, folder: Path) -> None:
+class Documents(Protocol):
+    """A corpus: documents, each with its split; `source` is where they are from."""
+
+    @property
+    def source(self) -> Any: ...
+
+    def documents(self) -> Iterator[tuple[Split, str]]: ...
+
+
+def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bool = True) -> None:
     """Both splits of the corpus into `folder`, in one pass."""
     allow_threads(True)
-    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
     eos = [tokenizer.eos_id]
     writer = TokenWriter(folder, tokenizer.vocab_size)
     with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress, writer.open():

@@ -15,6 +15,8 @@ from numpy.typing import NDArray
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 
+_OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
+
 # The user's own setting wins over ours; read before we ever write it.
 _USER_PARALLELISM = os.environ.get("TOKENIZERS_PARALLELISM")
 
@@ -51,6 +53,26 @@ class Tokenizer:
         text: str = self.backend.decode(list(ids))
         return text
 
+    def find(self, name: str) -> int | None:
+        """The id of a special token such as [MASK], also where the vocabulary has it under another usual name."""
+        found = (self.backend.token_to_id(n) for n in (name, *_OTHER_NAMES.get(name, ())))
+        return next((i for i in found if i is not None), None)
+
+    def id_of(self, name: str) -> int:
+        """As `find`, for a token that is known to be there."""
+        found = self.find(name)
+        assert found is not None, name
+        return found
+
+    def with_specials(self, names: Iterable[str]) -> Tokenizer:
+        """This one, or one with the missing special tokens behind its vocabulary, in the order of `names`."""
+        missing = [name for name in names if self.find(name) is None]
+        if not missing:
+            return self
+        backend = type(self.backend).from_str(self.backend.to_str())
+        backend.add_special_tokens(missing)
+        return Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id)
+
     def special_ids(self) -> set[int]:
         added = self.backend.get_added_tokens_decoder()
         named = {i for i in (self.bos_id, self.eos_id, self.pad_id) if i is not None}
@@ -61,12 +83,20 @@ class Tokenizer:
 
         For tokenizers that lose text (lower-casing, unknown words) it is the text that they decode to.
         """
-        kind = _alphabet(self.backend)
+        kind = self.alphabet
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             sizes[i] = _n_bytes(token, kind)
         sizes[list(self.special_ids())] = 0
         return sizes
+
+    @property
+    def alphabet(self) -> str:
+        """How the vocabulary writes text: its decoder's type, the first one in a sequence."""
+        decoder = json.loads(self.backend.to_str())["decoder"] or {"type": "none"}
+        if decoder["type"] == "Sequence":
+            decoder = decoder["decoders"][0]
+        return str(decoder["type"])
 
     @property
     def fingerprint(self) -> str:
@@ -78,6 +108,7 @@ class Tokenizer:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
+        named |= {f"{name}_token": self.find(f"[{name.upper()}]") for name in ("mask", "cls", "sep")}
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
         self.backend.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n")
@@ -92,14 +123,6 @@ class Tokenizer:
         from txtrain.data.tokenizer_files import load
 
         return byte_tokenizer() if os.fspath(name) == "bytes" else load(os.fspath(name))
-
-
-def _alphabet(backend: Any) -> str:
-    """How the vocabulary writes text: its decoder's type, the first one in a sequence."""
-    decoder = json.loads(backend.to_str())["decoder"] or {"type": "none"}
-    if decoder["type"] == "Sequence":
-        decoder = decoder["decoders"][0]
-    return str(decoder["type"])
 
 
 def _n_bytes(token: str, alphabet: str) -> int:

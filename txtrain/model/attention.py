@@ -145,8 +145,9 @@ def varlen(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask, scale: float, so
     length = q.shape[2]
     gqa = q.shape[1] != k.shape[1]
     assert mask.offsets is not None
-    out: Any = varlen_attn(flat(q), flat(k), flat(v), mask.offsets, mask.offsets, length, length, scale=scale, window_size=window, enable_gqa=gqa)
-    return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)
+    padded = v if v.shape[-1] == q.shape[-1] else F.pad(v, (0, q.shape[-1] - v.shape[-1]))  # the kernel wants heads of one size
+    out: Any = varlen_attn(flat(q), flat(k), flat(padded), mask.offsets, mask.offsets, length, length, scale=scale, window_size=window, enable_gqa=gqa)
+    return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)[..., : v.shape[-1]]
 
 
 KERNELS: dict[Kernel, Callable[..., Tensor]] = {

@@ -6,6 +6,7 @@ dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), cau
 
 from __future__ import annotations
 
+import dataclasses as dc
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from txtrain.model.axes import Component
+from txtrain.model.axes import Component, NormBase
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.init import init_weights
+from txtrain.model.mtp import FurtherToken
 from txtrain.model.stack import Stack
-from txtrain.model.transformer import Transformer
+from txtrain.model.transformer import SentencePairTransformer, Transformer
 from txtrain.registry import resolve
 
 
@@ -38,7 +40,8 @@ def build_model(config: ModelConfig) -> Transformer:
 
 def _transformer(config: ModelConfig) -> Transformer:
     norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
-    return Transformer(
+    cls = SentencePairTransformer if getattr(config.head, "next_sentence", False) else Transformer
+    return cls(
         config,
         embedding=make_embedding(config),
         position=construct("position", config.position, config, causal=config.topology != "encoder"),
@@ -47,6 +50,7 @@ def _transformer(config: ModelConfig) -> Transformer:
         head=construct("head", config.head, config),
         encoder=make_encoder(config) if two_stacks else None,
         encoder_embedding=make_embedding(config) if two_stacks and not config.share_embeddings else None,
+        mtp=[make_further_token(config, config.n_layers + i) for i in range(config.mtp_depth)],
     )
 
 
@@ -78,6 +82,12 @@ def make_block(config: ModelConfig, layer: int, crossed: bool = False) -> Block:
     # A window is of positions in one sequence: what crosses to the other sees all of it.
     across = construct("attention", config.attention, config, layer, window=None)
     return CrossBlock(cross_attention=across, cross_attention_residual=construct("norm_position", config.residual, config, layer), **parts)
+
+
+def make_further_token(config: ModelConfig, layer: int) -> FurtherToken:
+    """One module of multi-token prediction, its block as if it were that layer."""
+    norm = make_norm(config)
+    return FurtherToken(config.dim, norm, make_block(config, layer), norm(config.dim) if config.has_final_norm else None)
 
 
 def make_norm(config: ModelConfig) -> Callable[[int], nn.Module]:
@@ -112,3 +122,9 @@ def count_component(component: Component, model: ModelConfig, layer: int) -> int
     return sum(p.numel() for p in module.parameters())
 
 
+def count_norm(norm: NormBase, size: int) -> int:
+    """Parameters of a norm that has no closed form."""
+    knobs = {f.name: getattr(norm, f.name) for f in dc.fields(norm) if f.name != "type"}
+    with torch.device("meta"):
+        module = resolve("norm", norm.type)(dim=size, **knobs)
+    return sum(p.numel() for p in module.parameters())

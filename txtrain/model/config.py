@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from txtrain.model import axes
+from txtrain import legality
+from txtrain.model import axes, costs
 from txtrain.registry import TABLE, axis, choice
 
 
@@ -59,6 +60,7 @@ class ModelConfig:
     eos_token_id: int | tuple[int, ...] | None = None  # any of several ends a text
     pad_token_id: int | None = None
     decoder_start_token_id: int | None = None  # encoder_decoder: what the target begins with; null: pad_token_id
+    mtp_depth: int = 0  # further tokens than the next that are predicted in training, by a module each (DeepSeek-V3)
     init: InitConfig = dc.field(default_factory=InitConfig)
 
     # ---------------------------------------------------------------------------------------------------------- legality
@@ -70,6 +72,8 @@ class ModelConfig:
             if value is not None and value < 1:
                 yield f"`model.{name}` must be at least 1, but is {value} instead."
                 return  # what follows divides by them
+        if not 0 <= self.mtp_depth < self.max_seq_len:
+            yield f"`model.mtp_depth` must be from 0 to {self.max_seq_len - 1} (max_seq_len - 1), but is {self.mtp_depth} instead."
         for name in ("dropout", "output_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 yield f"`model.{name}` must be at least 0 and below 1, but is {getattr(self, name)} instead."
@@ -84,6 +88,7 @@ class ModelConfig:
             # No upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
             if any(v < 0 for v in (value if isinstance(value, tuple) else (value or 0,))):
                 yield f"`model.{name}` must be null or at least 0, but is {value} instead."
+        yield from legality.model_problems(self)
         for _, component in self.components():
             yield from component.check(self)
 
@@ -113,7 +118,7 @@ class ModelConfig:
         return (self.n_encoder_layers or self.n_layers) if self.topology == "encoder_decoder" else 0
 
     def n_params_by_part(self) -> dict[str, int]:
-        """Trainable parameters by part. A tied head owns no matrix."""
+        """Trainable parameters by part. A tied head owns no matrix; `mtp` is all that predicts further tokens than the next."""
         layers, encoder_layers = range(self.n_layers), range(self.encoder_layers)
         n_stacks = 2 if encoder_layers else 1
         n_sublayers = 2 * self.n_layers + 2 * len(encoder_layers) + (self.n_layers if encoder_layers else 0)
@@ -121,30 +126,50 @@ class ModelConfig:
         return {
             "embedding": self.embedding.n_params(self) * (1 if self.share_embeddings else n_stacks),
             "position": self.position.n_params(self) * n_stacks,
-            "attention": attention + (sum(self.attention.n_params(self, i) for i in layers) if encoder_layers else 0),
+            "attention": attention,
+            "cross_attention": sum(self.attention.n_params(self, i) for i in layers) if encoder_layers else 0,
             "ffn": sum(self.ffn.n_params(self, i) for i in (*layers, *encoder_layers)),
             "norms": n_sublayers * self.residual.n_params(self) + (self.norm.n_params(self) * n_stacks if self.has_final_norm else 0),
             "head": self.head.n_params(self),
+            "mtp": sum(self._mtp_params(self.n_layers + i) for i in range(self.mtp_depth)),
         }
+
+    def _mtp_params(self, layer: int) -> int:
+        """Of one module: projection, two norms before it, a block as if it were that layer, a norm before the head."""
+        block = self.attention.n_params(self, layer) + self.ffn.n_params(self, layer) + 2 * self.residual.n_params(self)
+        return 2 * self.dim**2 + block + (3 if self.has_final_norm else 2) * int(self.norm.n_params(self))
 
     @property
     def n_params(self) -> int:
         return sum(self.n_params_by_part().values())
 
-    def flops_per_token(self, seq_len: int) -> float:
+    @property
+    def n_active_params(self) -> int:
+        """Of these, what the logits of a token are made with: the experts that it visits, and no module for further tokens."""
+        parts = self.n_params_by_part()
+        layers = (*range(self.n_layers), *range(self.encoder_layers))
+        active = sum(self.ffn.n_active_params(self, i) for i in layers)
+        return sum(parts.values()) - parts["mtp"] - parts["ffn"] + active
+
+    def forward_flops(self, batch_size: int, seq_len: int, target_len: int | None = None) -> int:
+        """Floating-point operations of one forward pass with the logits of every position, as FlopCounterMode counts the plain formula.
+
+        Those of further tokens (mtp_depth) count too, as the model gives them wherever it has no cache. seq_len: of the source where there
+        are two stacks, target_len that of the target (None: the same).
+        """
+        return round(batch_size * sum(costs.forward_by_part(self, seq_len, target_len, dense=True, training=True).values()))
+
+    def flops_per_token(self, seq_len: int, target_len: int | None = None) -> float:
         """Floating-point operations of forward and backward a trained token, the backward twice the forward; no recomputation.
 
-        Matrix products only, attention in full (PaLM, 2204.02311, appendix B), a window counted as its width. With two stacks: a token
-        of the target and one of the source, both of seq_len tokens.
+        Matrix products only, attention in full (PaLM, 2204.02311, appendix B) but a window as its width: `txtrain.model.costs`. With
+        two stacks it is a token of the source and its share of the target; for images a position.
         """
-        forward = self.head.flops(self, seq_len) + self.embedding.flops(self, seq_len)
-        for i in range(self.n_layers):
-            forward += self.attention.flops(self, seq_len, i) + self.ffn.flops(self, seq_len, i)
-        for i in range(self.encoder_layers):
-            forward += self.attention.flops(self, seq_len, i) + self.ffn.flops(self, seq_len, i)
-        if self.encoder_layers:
-            forward += sum(self.attention.flops(self, seq_len, i) for i in range(self.n_layers))
-        return 3.0 * forward
+        return costs.training_flops(costs.forward_by_part(self, seq_len, target_len, dense=False, training=True)) / seq_len
+
+    def cache_bytes(self, seq_len: int, source_len: int = 0, bytes_per_value: int = 2) -> int:
+        """What the cache of one row holds after seq_len tokens; a windowed layer forgets, an encoder alone has none."""
+        return costs.cache_values(self, seq_len, source_len) * bytes_per_value
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `txtrain.typed.build(ModelConfig, d)` reads them back."""

@@ -21,13 +21,17 @@ Project = Callable[[Tensor], tuple[Tensor, ...]]  # [B, S, D] to what is attende
 
 @dc.dataclass(frozen=True)
 class Context:
-    """Of self-attention. `memory`: of the cross-attention beside it. `record`: where this layer's statistics go, by name."""
+    """Of self-attention. `memory`: of the cross-attention beside it. `record`: where this layer's statistics go, by name.
+
+    loss_scale: what an auxiliary loss of the layer is multiplied by, once the backward has begun (moe.py).
+    """
 
     mask: PreparedMask
     rotation: Rotation | None = None
     cache: LayerCache | None = None
     memory: MemoryContext | None = None
     record: dict[str, Tensor] | None = None
+    loss_scale: Tensor | None = None
 
     def attended(self, x_BTD: Tensor, project: Project) -> tuple[Tensor, ...]:
         """What the queries of x attend to: x itself, after what the cache holds."""
@@ -35,9 +39,14 @@ class Context:
         return new if self.cache is None else self.cache.update(*new)
 
     def for_ffn(self, ffn: nn.Module) -> dict[str, Any]:
-        """An FFN whose forward names `record` is given it (mixture of experts); the others take x alone."""
+        """What an FFN's forward names of `record`, `valid_BT` and `loss_scale` (mixture of experts); the others take x alone."""
         kind: Any = type(ffn)
-        return {"record": self.record} if _names_record(kind) else {}
+        if "record" not in _parameters(kind):
+            return {}
+        valid_BS = self.mask.declared.valid_BS
+        valid_BT = None if valid_BS is None else valid_BS[:, -self.mask.declared.n_queries :]
+        given = {"record": self.record, "valid_BT": valid_BT, "loss_scale": self.loss_scale}
+        return {name: given[name] for name in _parameters(kind) if name in given}
 
 
 @dc.dataclass(frozen=True)
@@ -60,5 +69,5 @@ AnyContext = Context | MemoryContext
 
 
 @lru_cache
-def _names_record(cls: Any) -> bool:
-    return "record" in inspect.signature(cls.forward).parameters
+def _parameters(cls: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(cls.forward).parameters)

@@ -46,12 +46,22 @@ def init_weights(model: nn.Module) -> None:
                 module.reset_parameters()
                 if module.weight is not None:
                     _output(module.weight, config.init, _generator(module.weight, seed, name))
+            elif hasattr(module, "stacked_projections"):
+                for child in module.stacked_projections:
+                    _stacked(getattr(module, child), residual, config.init, residual_factor, seed, f"{name}.{child}")
             elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
                 _reset(name, module, seed)
 
 
-def _residual_projections(model: nn.Module) -> set[nn.Module]:
-    """The matrices that write into the residual stream, as their owners name them."""
+def _stacked(weight: Tensor, residual: set[Any], init: InitConfig, residual_factor: float, seed: int, name: str) -> None:
+    """Matrices side by side in one parameter, each as it would be alone."""
+    generator = _generator(weight, seed, name)
+    for matrix in weight:
+        _matrix(matrix, init, residual_factor if weight in residual else 1.0, generator)
+
+
+def _residual_projections(model: nn.Module) -> set[Any]:
+    """What writes into the residual stream, as its owners name it: modules, or parameters that hold several matrices."""
     return {getattr(m, child) for m in model.modules() for child in getattr(m, "residual_projections", ())}
 
 

@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 from txtrain.model.cache import Cache
 
-_BESIDE = ("last_hidden_state", "encoder_last_hidden_state", "aux")
+_BESIDE = ("mtp_logits", "mtp_losses", "last_hidden_state", "encoder_last_hidden_state", "aux")
 
 
 @dc.dataclass
@@ -20,7 +20,8 @@ class ModelOutput:
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, T, V], or [B, classes]
     nsp_logits: Tensor | None = None  # [B, 2]
-    mtp_logits: tuple[Tensor, ...] | None = None  # one [B, T, V] for each further token that is predicted
+    mtp_logits: tuple[Tensor, ...] | None = None  # [B, T - k, V] for each further token k = 1, 2, ... that is predicted
+    mtp_losses: tuple[Tensor, ...] | None = None  # of these; no part of `loss`
     past_key_values: Cache | None = None
     last_hidden_state: Tensor | None = None  # [B, T, D]
     encoder_last_hidden_state: Tensor | None = None  # [B, S, D]

@@ -54,17 +54,22 @@ class Position(nn.Module):
 
 
 class Sinusoidal(Position):
-    """Sine in the even dimensions, cosine in the odd ones, wavelengths from 2 pi to theta * 2 pi (Vaswani et al. 2017)."""
+    """Sine in the even dimensions, cosine in the odd ones, wavelengths from 2 pi to theta * 2 pi (Vaswani et al. 2017).
 
-    def __init__(self, dim: int, theta: float) -> None:
+    layout: `halves` has all sines first, as the paper's own code and Marian do; which is the same up to a permutation of the dimensions.
+    """
+
+    def __init__(self, dim: int, theta: float, layout: str) -> None:
         super().__init__()
         self.dim = dim
         self.theta = theta
+        self.interleaved = layout == "interleaved"
 
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         half = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x_BTD.device)
         angles = position_ids_BT[..., None].float() * torch.exp(half * (-math.log(self.theta) / self.dim))
-        table_BTD = torch.stack((angles.sin(), angles.cos()), dim=-1).flatten(-2)
+        waves = (angles.sin(), angles.cos())
+        table_BTD = torch.stack(waves, dim=-1).flatten(-2) if self.interleaved else torch.cat(waves, dim=-1)
         return x_BTD + table_BTD.to(x_BTD.dtype)
 
 

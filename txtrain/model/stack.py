@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,30 @@ class Given:
     documents_BS: Tensor | None = None
     prefix_BS: Tensor | None = None
     grid: tuple[int, int] | None = None
+
+    def first(self, n: int) -> Given:
+        """Of the first n tokens alone, where nothing is cached."""
+        valid, documents, prefix = (None if x is None else x[:, :n] for x in (self.valid_BS, self.documents_BS, self.prefix_BS))
+        return Given(self.position_ids_BT[:, :n], self.distances_BS[:, :n], valid, documents, prefix, self.grid)
+
+
+@dc.dataclass
+class Record:
+    """What the blocks leave behind: their statistics, by the block's name. loss_scale: of their auxiliary losses, see context.py."""
+
+    statistics: dict[str, Tensor] = dc.field(default_factory=dict)
+    loss_scale: Tensor | None = None  # made where the first block computes
+
+    def scale_on(self, device: torch.device) -> Tensor:
+        if self.loss_scale is None:
+            self.loss_scale = torch.ones((), device=device)
+        return self.loss_scale
+
+    def has(self, kind: str) -> bool:
+        return any(name.rpartition(".")[2] == kind for name in self.statistics)
+
+    def keep(self, block: str, statistics: dict[str, Tensor]) -> None:
+        self.statistics.update({f"{block}.{name}": value for name, value in statistics.items()})
 
 
 @dc.dataclass(frozen=True)
@@ -58,14 +82,29 @@ class Stack(nn.Module):
         return Cache(windows, with_memory=hasattr(self.blocks[0], "cross_attention"))
 
     def run(
-        self, x_BTD: Tensor, given: Given, cache: Cache | None = None, memory: Memory | None = None, record: dict[str, dict[str, Tensor]] | None = None
+        self, x_BTD: Tensor, given: Given, cache: Cache | None = None, memory: Memory | None = None, record: Record | None = None, name: str = ""
     ) -> Tensor:
-        """[B, T, D] through all blocks. record: filled with each layer's statistics, by the block's name."""
+        """[B, T, D] through all blocks and the final norm. name: a prefix for the record."""
+        blocks = {f"{name}blocks.{i}": block for i, block in enumerate(self.blocks)}
+        x_BTD = self.through(blocks, x_BTD, given, cache, memory, record)
+        x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+        return self.output_dropout(x_BTD)
+
+    def through(
+        self,
+        blocks: Mapping[str, nn.Module],
+        x_BTD: Tensor,
+        given: Given,
+        cache: Cache | None = None,
+        memory: Memory | None = None,
+        record: Record | None = None,
+    ) -> Tensor:
+        """[B, T, D] through blocks, by their names in the record, that share masks and positions."""
         declared = Mask(x_BTD.shape[1], given.distances_BS.shape[1], self.causal, None, given.documents_BS, given.valid_BS, given.prefix_BS)
         rotation = self.position.rotation(given.position_ids_BT, x_BTD.dtype)
         masks: dict[tuple[Any, ...], PreparedMask] = {}
         crossed: dict[tuple[Any, ...], PreparedMask] = {}
-        for i, block in enumerate(self.blocks):
+        for i, (name, block) in enumerate(blocks.items()):
             layer_cache = cache.layers[i] if cache is not None else None
             n_keys = declared.n_keys if layer_cache is None else layer_cache.n_held + declared.n_queries
             key = (*_needs(block.attention), n_keys)
@@ -73,11 +112,11 @@ class Stack(nn.Module):
                 masks[key] = self._prepared(declared, *key, x_BTD, given.distances_BS)
             statistics: dict[str, Tensor] = {}
             across = None if memory is None else self._across(block, memory, cache.memories[i] if cache is not None else None, x_BTD, given, crossed)
-            x_BTD = block(x_BTD, context=Context(masks[key], rotation, layer_cache, across, statistics))
-            if record is not None and statistics:
-                record[f"blocks.{i}"] = statistics
-        x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
-        return self.output_dropout(x_BTD)
+            loss_scale = None if record is None else record.scale_on(x_BTD.device)
+            x_BTD = block(x_BTD, context=Context(masks[key], rotation, layer_cache, across, statistics, loss_scale))
+            if record is not None:
+                record.keep(name, statistics)
+        return x_BTD
 
     def _prepared(
         self, declared: Mask, window: int | None, softcap: bool, dropout: bool, n_keys: int, x_BTD: Tensor, distances_BS: Tensor

@@ -5,8 +5,11 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +18,11 @@ from txtrain.model.cache import Cache, append
 from txtrain.model.config import ModelConfig
 from txtrain.model.embedding import PatchEmbedding, TokenEmbedding
 from txtrain.model.head import IGNORED, Head, cross_entropy
+from txtrain.model.moe import AUX_LOSS, ScaleOf
+from txtrain.model.mtp import FurtherToken, further_targets
 from txtrain.model.output import ModelOutput
 from txtrain.model.position import Position
-from txtrain.model.stack import Given, Memory, Stack
+from txtrain.model.stack import Given, Memory, Record, Stack
 
 Embedding = TokenEmbedding | PatchEmbedding
 
@@ -36,6 +41,15 @@ class Inputs:
     prefix: Tensor | None = None
 
 
+@dc.dataclass(frozen=True)
+class Read:
+    """One stack's last hidden state [B, T, D], what was known of its tokens, and their vectors [B, T, D] as they were looked up."""
+
+    x_BTD: Tensor
+    given: Given
+    vectors_BTD: Tensor
+
+
 class Transformer(Stack):
     """A decoder, an encoder, or (with `encoder`) both. Forward takes and returns what Hugging Face users expect, and changes nothing here.
 
@@ -46,6 +60,7 @@ class Transformer(Stack):
     accepts_loss_kwargs = True  # transformers.Trainer: it may pass num_items_in_batch
     loss_type: str | None = "ForCausalLM"  # transformers.Trainer: labels are shifted here, the first of a row is no target
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from; they go along when it is saved
+    label_names: tuple[str, ...] = ()  # of the classes, as that folder has them; they go along too
 
     def __init__(
         self,
@@ -57,6 +72,7 @@ class Transformer(Stack):
         head: Head,
         encoder: Stack | None = None,
         encoder_embedding: TokenEmbedding | None = None,
+        mtp: Sequence[FurtherToken] = (),
     ) -> None:
         super().__init__(position, blocks, final_norm, causal=config.topology != "encoder", output_dropout=config.output_dropout)
         self.config = config
@@ -65,6 +81,7 @@ class Transformer(Stack):
         self.head = head
         self.encoder = encoder
         self.encoder_embedding = encoder_embedding  # None: the source reads `embedding`
+        self.mtp = nn.ModuleList(mtp)
 
     def forward(
         self,
@@ -81,10 +98,10 @@ class Transformer(Stack):
         decoder_position_ids: Tensor | None = None,
         decoder_document_ids: Tensor | None = None,
         labels: Tensor | None = None,
-        next_sentence_label: Tensor | None = None,
         past_key_values: Cache | None = None,
         use_cache: bool = False,
         num_items_in_batch: Tensor | int | None = None,
+        mtp_items_in_batch: Sequence[Tensor | int] | None = None,
         return_logits: bool = True,
         logits_to_keep: int = 0,
     ) -> ModelOutput:
@@ -102,9 +119,9 @@ class Transformer(Stack):
                 two stacks; ids by default the labels shifted to the right, after the start token.
             labels: [B, T]; -100 where nothing is to be predicted. A causal model shifts them here: logits at t predict label t + 1.
                 [B] for one class a sequence.
-            next_sentence_label: [B]; 0 if the second sentence follows the first, 1 if not. Its loss is added.
             past_key_values: what the last call returned; it is updated in place.
             num_items_in_batch: the loss is its sum over the targets divided by this; by default by the number of targets here.
+            mtp_items_in_batch: the same for the loss of each further token (`mtp_losses`; mtp.py). With a cache none is predicted.
             return_logits: False computes the loss by chunks and never holds all logits.
             logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels.
 
@@ -114,7 +131,7 @@ class Transformer(Stack):
         main = Inputs(input_ids, inputs_embeds, attention_mask, position_ids, document_ids, token_type_ids, pixel_values, prefix_mask)
         target = Inputs(decoder_input_ids, None, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
-        record: dict[str, dict[str, Tensor]] = {}
+        record = Record()
         if self.encoder is None:
             self._refuse_target(target)
             memory, encoded = None, None
@@ -122,17 +139,21 @@ class Transformer(Stack):
             memory = self._encoded(self.encoder, main, cache, record)
             encoded = memory.output_BSD
             main = self._target(target, labels)
-        x_BTD, valid_BT = self._read(self, self.embedding, main, cache, memory, record)
+        read = self._read(self, self.embedding, main, cache, memory, record)
+        x_BTD, valid_BT = read.x_BTD, read.given.valid_BS
         x_BTD_kept = x_BTD[:, -logits_to_keep:]
-        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=encoded, aux=_named(record))
+        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=encoded)
         out.nsp_logits = self.head.sentence_logits(x_BTD)
         if return_logits:
             out.logits = self.head(x_BTD_kept, self.embedding.weight_VD, valid_BT)
         if labels is not None:
-            out.loss = self._loss(x_BTD, out.logits, labels, num_items_in_batch, valid_BT)
-        if next_sentence_label is not None:
-            sentence_loss = self._sentence_loss(out.nsp_logits, next_sentence_label)
-            out.loss = sentence_loss if out.loss is None else out.loss + sentence_loss
+            out.loss, share = self._loss(x_BTD, out.logits, self.head.targets(labels), num_items_in_batch, valid_BT)
+        if self.mtp and cache is None and not logits_to_keep:
+            self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
+        if out.loss is not None and record.loss_scale is not None and record.has(AUX_LOSS):
+            out.loss, *further = ScaleOf.apply(record.loss_scale, share, out.loss, *(out.mtp_losses or ()))
+            out.mtp_losses = tuple(further) or None
+        out.aux = record.statistics or None
         return out
 
     @property
@@ -149,11 +170,12 @@ class Transformer(Stack):
         given: Inputs,
         cache: Cache | None = None,
         memory: Memory | None = None,
-        record: dict[str, dict[str, Tensor]] | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """One sequence through one stack: its last hidden state, and which of it is real (None: all)."""
-        x_BTD, grid = _embedded(embedding, given)
-        B, T = x_BTD.shape[:2]
+        record: Record | None = None,
+        name: str = "",
+    ) -> Read:
+        """One sequence through one stack."""
+        vectors_BTD, grid = _embedded(embedding, given)
+        B, T = vectors_BTD.shape[:2]
         past = 0 if cache is None else cache.length
         if cache is not None and (given.documents is not None or (given.prefix is not None and past)):
             raise ValueError("`document_ids` must not be given together with a cache, nor a prefix_mask after its first call: they are for training.")
@@ -161,23 +183,23 @@ class Transformer(Stack):
         if limit is not None and grid is None and past + T > limit:
             raise ValueError(f"`input_ids` must have at most {limit - past} positions here, but has {T}: model.max_seq_len is learned.")
         valid_BS = _valid(given.mask, cache, B, T)
-        positions, distances = _positions(given.positions, given.documents, cache, past, T, x_BTD.device)
-        x_BTD = stack.position.add(x_BTD, positions, grid)
+        positions, distances = _positions(given.positions, given.documents, cache, past, T, vectors_BTD.device)
+        x_BTD = stack.position.add(vectors_BTD, positions, grid)
         if embedding.norm is not None:
             x_BTD = embedding.norm(x_BTD)
         prefix = None if given.prefix is None else given.prefix.bool()
-        x_BTD = stack.run(self.dropout(x_BTD), Given(positions, distances, valid_BS, given.documents, prefix, grid), cache, memory, record)
+        known = Given(positions, distances, valid_BS, given.documents, prefix, grid)
+        x_BTD = stack.run(self.dropout(x_BTD), known, cache, memory, record, name)
         if cache is not None:
             cache.length = past + T
-        return x_BTD, valid_BS
+        return Read(x_BTD, known, vectors_BTD)
 
-    def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: dict[str, dict[str, Tensor]]) -> Memory:
+    def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: Record) -> Memory:
         """The source read, or what the cache knows of it."""
         if cache is not None and cache.memory_length:
             return Memory(None, cache.memory_length, cache.memory_valid_BS)
-        statistics: dict[str, dict[str, Tensor]] = {}
-        x_BSD, valid_BS = self._read(encoder, self.encoder_embedding or self.embedding, source, record=statistics)
-        record.update({f"encoder.{name}": values for name, values in statistics.items()})
+        read = self._read(encoder, self.encoder_embedding or self.embedding, source, record=record, name="encoder.")
+        x_BSD, valid_BS = read.x_BTD, read.given.valid_BS
         if cache is not None:
             cache.memory_length, cache.memory_valid_BS = x_BSD.shape[1], valid_BS
         return Memory(x_BSD, x_BSD.shape[1], valid_BS, source.documents)
@@ -205,20 +227,59 @@ class Transformer(Stack):
 
     # --------------------------------------------------------------------------------------------------------------- loss
 
-    def _loss(self, x_BTD: Tensor, logits: Tensor | None, labels: Tensor, n_items: Tensor | int | None, valid_BT: Tensor | None) -> Tensor:
-        targets = self.head.targets(labels)
-        if n_items is None:
-            n_items = (targets != IGNORED).sum()
-        denominator = torch.as_tensor(n_items, dtype=torch.float32, device=x_BTD.device)
+    def _loss(
+        self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None, valid_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The loss, and which share of the batch's targets is here."""
+        here = (targets != IGNORED).sum()
+        denominator = torch.as_tensor(here if n_items is None else n_items, dtype=torch.float32, device=x_BTD.device)
         if logits is not None:
-            return cross_entropy(logits, targets, denominator)
-        return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator, valid_BT)
+            return cross_entropy(logits, targets, denominator), here / denominator
+        return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator, valid_BT), here / denominator
 
-    @staticmethod
-    def _sentence_loss(logits: Tensor | None, labels_B: Tensor) -> Tensor:
-        if logits is None:
-            raise ValueError("`next_sentence_label` must not be given: the model's head has no next sentence (model.head.next_sentence).")
-        return cross_entropy(logits, labels_B, (labels_B != IGNORED).sum())
+    def _predict_further(
+        self, out: ModelOutput, read: Read, record: Record, labels: Tensor | None, n_items: Sequence[Tensor | int] | None, return_logits: bool
+    ) -> None:
+        """Multi-token prediction: its logits, and its losses where there are labels."""
+        x_BTD, logits, losses = read.x_BTD, [], []
+        modules: Any = self.mtp
+        for i, module in enumerate(modules):
+            k, n = i + 1, x_BTD.shape[1] - 1
+            if n < 1 or (labels is None and not return_logits):
+                break
+            through = partial(self.through, {f"mtp.{i}.block": module.block}, given=read.given.first(n), record=record)
+            x_BTD, entering_BTD = module(x_BTD[:, :n], read.vectors_BTD[:, k:], through)
+            if return_logits:
+                logits.append(self.head(entering_BTD, self.embedding.weight_VD))
+            if labels is not None:
+                targets = further_targets(labels, read.given.documents_BS, k)
+                items = None if n_items is None else n_items[i]
+                losses.append(self._loss(entering_BTD, logits[-1] if return_logits else None, targets, items, None)[0])
+        out.mtp_logits, out.mtp_losses = tuple(logits) or None, tuple(losses) or None
+
+
+def _signature_with(function: Callable[..., Any], name: str) -> inspect.Signature:
+    """The function's own, and one keyword more: what trainers and collators look at."""
+    known = inspect.signature(function)
+    return known.replace(parameters=[*known.parameters.values(), inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)])
+
+
+class SentencePairTransformer(Transformer):
+    """With a head that tells whether the second sentence follows the first (BERT).
+
+    A class of its own because `transformers.Trainer` takes every parameter of forward with "label" in its name for one that each batch has.
+    """
+
+    def forward(self, *inputs: Any, next_sentence_label: Tensor | None = None, **named: Any) -> ModelOutput:
+        """As `Transformer.forward`. next_sentence_label: [B]; 0 if the second sentence follows the first, 1 if not. Its loss is added."""
+        out = super().forward(*inputs, **named)
+        if next_sentence_label is not None:
+            assert out.nsp_logits is not None
+            loss = cross_entropy(out.nsp_logits, next_sentence_label, (next_sentence_label != IGNORED).sum())
+            out.loss = loss if out.loss is None else out.loss + loss
+        return out
+
+    forward.__signature__ = _signature_with(Transformer.forward, "next_sentence_label")  # type: ignore[attr-defined]
 
 
 def _embedded(embedding: Embedding, given: Inputs) -> tuple[Tensor, tuple[int, int] | None]:
@@ -234,11 +295,6 @@ def _embedded(embedding: Embedding, given: Inputs) -> tuple[Tensor, tuple[int, i
         raise ValueError("`pixel_values` must not be given: the model reads tokens.")
     x_BTD = embedding(given.ids) if given.embeds is None else given.embeds
     return embedding.add_types(x_BTD, given.types), None
-
-
-def _named(record: dict[str, dict[str, Tensor]]) -> dict[str, Tensor] | None:
-    """`blocks.3.load`, ...; None where no layer keeps statistics."""
-    return {f"{layer}.{name}": value for layer, values in record.items() for name, value in values.items()} or None
 
 
 def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -> Tensor | None:

@@ -1,14 +1,38 @@
-"""The protocol between an objective and the training step."""
+"""The protocol between an objective, the data and the training step."""
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
+
+from txtrain.data.packing import PackedSamples
+
+if TYPE_CHECKING:
+    from txtrain.config import Train
+    from txtrain.data.cache import TokenFile
+    from txtrain.data.module import DataModule
+    from txtrain.data.samples import Rows
+    from txtrain.data.tokenizer import Tokenizer
+
+IGNORED = -100  # a label that is no target, as in Hugging Face
 
 Batch = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
+Counted = dict[str, tuple[Tensor, Tensor]]
+
+
+@dc.dataclass(frozen=True)
+class TokenisedText:
+    """One split of a text, of which an objective makes its samples."""
+
+    tokens: TokenFile
+    tokenizer: Tokenizer
+    seq_len: int
+    cross_document_attention: bool = False
 
 
 class Objective:
@@ -17,10 +41,24 @@ class Objective:
     A term is a sum over the whole global batch divided by a denominator of the whole global batch. The training step asks for the
     denominators first, reduces them over all processes, and then calls the objective once a micro-batch: what comes back are shares
     that add up to the terms. So neither the micro-batch nor the number of processes changes the loss (a mean of means would).
+
+    What a sample is, is the objective's too: masks, spans and pairs are made where the data are read, from the numbers of
+    `txtrain.data.draws`, so that they depend on the seed and the sample's global index alone.
     """
 
     weights: Mapping[str, float] = {"loss": 1.0}  # the total is the weighted sum of the terms named here
+    beside: tuple[str, ...] = ()  # those that are minimised but no part of the loss that is told: it compares with models that lack them
     perplexity: bool = False  # whether exp of the term `loss` is a perplexity: it is in nats a token
+    metrics: tuple[str, ...] = ()  # what validation tells beside the terms, from `validate` or `examine`
+    special_tokens: tuple[str, ...] = ()  # that a tokenizer must have; missing ones are added behind its vocabulary
+
+    # --------------------------------------------------------------------------------------------------------------- data
+
+    def samples(self, text: TokenisedText) -> Rows:
+        """Samples of a text: by default sequences that a causal model predicts token by token."""
+        return PackedSamples(text.tokens, text.seq_len, text.cross_document_attention)
+
+    # ----------------------------------------------------------------------------------------------------------- training
 
     def denominators(self, batch: Batch) -> Terms:
         """By what each term is divided: how many targets `batch` ([B, ...], any part of a step) has for it."""
@@ -30,10 +68,52 @@ class Objective:
         """This micro-batch's share of each term, already divided; scalars with a gradient."""
         raise NotImplementedError
 
+    def total(self, terms: Terms) -> Tensor:
+        """What is minimised."""
+        return sum((weight * terms[name] for name, weight in self.weights.items()), start=next(iter(terms.values())).new_zeros(()))
+
+    def reported(self, terms: Mapping[str, Any]) -> Any:
+        """`loss` and `val_loss`."""
+        return sum(weight * terms[name] for name, weight in self.weights.items() if name not in self.beside)
+
+    # --------------------------------------------------------------------------------------------------------- validation
+
+    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
+        """Sum and count in this batch, of each term and of those `metrics` that are means over samples or targets."""
+        counts = self.denominators(batch)
+        sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
+        return {name: (value, counts[name]) for name, value in sums.items()}
+
+    def examine(self, model: Any, data: DataModule | None, micro_batch_size: int) -> dict[str, float]:
+        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders."""
+        return {}
+
+    def positions(self, batch: Batch, seq_len: int) -> int:
+        """Token positions of the batch, padding included: what throughput is counted in. Of two stacks, those of the longer one."""
+        read = [batch[name].numel() for name in ("input_ids", "labels") if name in batch and batch[name].ndim == 2]
+        return max(read, default=len(batch["sample_index"]) * seq_len)
+
     def target_ids(self, batch: Batch) -> Tensor | None:
         """The token ids [n] that the term `loss` predicts; None where it predicts no text. Bits per byte are counted on these."""
         return None
 
-    def total(self, terms: Terms) -> Tensor:
-        """What is minimised."""
-        return sum((weight * terms[name] for name, weight in self.weights.items()), start=next(iter(terms.values())).new_zeros(()))
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+        """A few lines of what the model says, for the screen and samples.txt. check: called after each token; it may raise to stop."""
+        return []
+
+    # ------------------------------------------------------------------------------------------------------------ columns
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What metrics.csv has beside the columns of every run, known before the first step."""
+        terms = [name for name in self.weights if name != "loss"]
+        return (*terms, *(f"val_{name}" for name in terms), *self.metrics)
+
+
+def n_targets(labels: Tensor) -> Tensor:
+    return (labels != IGNORED).sum()
+
+
+def n_right(logits: Tensor, labels: Tensor) -> Tensor:
+    """How many of the labels that are targets are the most likely ones: logits [..., classes], labels [...]."""
+    return ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()

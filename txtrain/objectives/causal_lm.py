@@ -7,18 +7,28 @@ from typing import Any
 
 from torch import Tensor
 
-from txtrain.objectives.base import Batch, Objective, Terms
-
-IGNORED = -100  # a label that is no target, as in Hugging Face
+from txtrain.config import Train
+from txtrain.model.mtp import further_targets
+from txtrain.objectives.base import IGNORED, Batch, Objective, Terms, n_targets
+from txtrain.samples import continuations
 
 
 class CausalLM(Objective):
-    """Cross-entropy of token t + 1 given tokens 0..t, in nats a token, over all targets of the global batch."""
+    """Cross-entropy of token t + 1 given tokens 0..t, in nats a token, over all targets of the global batch.
+
+    With mtp_depth also of token t + 2, t + 3, ... as terms of their own, `mtp_loss`, `mtp_loss_2`, ..., of weight mtp_weight together.
+    """
 
     perplexity = True
 
+    def __init__(self, mtp_weight: float = 0.3, mtp_depth: int = 0) -> None:
+        self.beside = tuple("mtp_loss" if k == 1 else f"mtp_loss_{k}" for k in range(1, mtp_depth + 1))
+        self.weights = {"loss": 1.0, **dict.fromkeys(self.beside, mtp_weight / max(mtp_depth, 1))}
+
     def denominators(self, batch: Batch) -> Terms:
-        return {"loss": (batch["labels"][:, 1:] != IGNORED).sum().clamp(min=1)}  # a batch without a target has loss 0, not NaN
+        labels, documents = batch["labels"], batch.get("document_ids")
+        targets = [labels[:, 1:], *(further_targets(labels, documents, k + 1) for k in range(len(self.beside)))]
+        return dict(zip(("loss", *self.beside), map(n_targets, targets), strict=True))
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         output = model(
@@ -26,10 +36,18 @@ class CausalLM(Objective):
             document_ids=batch.get("document_ids"),
             labels=batch["labels"],
             num_items_in_batch=denominators["loss"],
+            **self._of_further(denominators),
             return_logits=False,  # [B, T, V] at once would be the largest tensor of the step
         )
-        return {"loss": output.loss}
+        return {"loss": output.loss, **dict(zip(self.beside, output.mtp_losses or (), strict=True))}
+
+    def _of_further(self, denominators: Terms) -> dict[str, Any]:
+        """Not named to a model that predicts none: it may be the user's own."""
+        return {"mtp_items_in_batch": [denominators[name] for name in self.beside]} if self.beside else {}
 
     def target_ids(self, batch: Batch) -> Tensor:
         labels = batch["labels"][:, 1:]
         return labels[labels != IGNORED]
+
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+        return continuations(module, data, config, check)

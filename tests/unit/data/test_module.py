@@ -142,7 +142,7 @@ def test_prompts_are_first_words_of_validation_documents(make_config, tmp_path: 
 def test_the_second_time_nothing_is_tokenised(config, monkeypatch) -> None:
     first = DataModule(config)
     first.prepare()
-    monkeypatch.setattr("txtrain.data.module.tokenise", lambda *_: pytest.fail("tokenised twice"))
+    monkeypatch.setattr("txtrain.data.prepared.tokenise", lambda *_: pytest.fail("tokenised twice"))
     for other in (config, with_data(config, seq_len=8, global_batch_size=2)):
         DataModule(other).prepare()
     assert len(list(Path(os.environ["TXTRAIN_CACHE"]).iterdir())) == 1
@@ -169,7 +169,7 @@ def test_trained_tokenizer_sees_training_text_only_and_is_cached(config, monkeyp
     module.prepare()
     assert module.tokenizer.vocab_size <= 512
     assert f"{module.tokenizer.vocab_size} tokens" in caplog.text
-    monkeypatch.setattr("txtrain.data.module.train_tokenizer", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr("txtrain.data.prepared.train_tokenizer", lambda *_: pytest.fail("trained twice"))
     again = DataModule(with_data(config, seq_len=8))
     again.prepare()
     assert again.tokenizer.fingerprint == module.tokenizer.fingerprint
@@ -205,7 +205,7 @@ def test_a_text_shorter_than_one_sequence_says_how_much_there_is(make_config, tm
     with pytest.raises(ConfigError, match=r"validation text.*val_fraction"):
         DataModule(make_config("text", {"path": str(path), "seq_len": 30})).prepare()
     path.write_text("  \n ")
-    with pytest.raises(ConfigError, match="at most 0"):
+    with pytest.raises(ConfigError, match="must have training text, but has none"):
         DataModule(make_config("text", {"path": str(path)})).prepare()
 
 

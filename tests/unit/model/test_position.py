@@ -82,7 +82,9 @@ def test_t5_buckets_are_exact_up_to_half_then_logarithmic():
 
 
 def test_sinusoids_have_the_papers_values():
-    added = position.Sinusoidal(6, 1e4).add(torch.zeros(1, 4, 6), torch.arange(4)[None])
+    added = position.Sinusoidal(6, 1e4, "interleaved").add(torch.zeros(1, 4, 6), torch.arange(4)[None])
+    halves = position.Sinusoidal(6, 1e4, "halves").add(torch.zeros(1, 4, 6), torch.arange(4)[None])
+    assert torch.equal(halves, torch.cat((added[..., 0::2], added[..., 1::2]), -1))
     for t in range(4):
         for i in range(3):
             angle = t / 1e4 ** (2 * i / 6)

@@ -12,7 +12,9 @@ from txtrain.model.axes.base import Component
 from txtrain.model.axes.embedding import PatchEmbeddingConfig, TokenEmbeddingConfig
 from txtrain.model.axes.ffn import Activation, GatedConfig, MLPConfig
 from txtrain.model.axes.head import ClassHeadConfig, LMHeadConfig, MLMHeadConfig
-from txtrain.model.axes.norm import LayerNormConfig, NoNormConfig, NormPositionConfig, RMSNormConfig, SandwichConfig
+from txtrain.model.axes.mla import MLAConfig
+from txtrain.model.axes.moe import MoEConfig
+from txtrain.model.axes.norm import LayerNormConfig, NoNormConfig, NormBase, NormPositionConfig, RMSNormConfig, SandwichConfig
 from txtrain.model.axes.position import (
     AlibiConfig,
     LearnedConfig,
@@ -40,10 +42,13 @@ __all__ = [
     "LearnedConfig",
     "LinearScaling",
     "Llama3Scaling",
+    "MLAConfig",
     "MLMHeadConfig",
     "MLPConfig",
+    "MoEConfig",
     "NTKScaling",
     "NoNormConfig",
+    "NormBase",
     "NormPositionConfig",
     "PatchEmbeddingConfig",
     "PositionConfig",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from txtrain.errors import divisors_near
 from txtrain.model.axes.base import Component, config
@@ -17,9 +17,37 @@ if TYPE_CHECKING:
 class AttentionBase(Component):
     """What the other axes may ask of any attention."""
 
+    rotary_knob: ClassVar[str] = "head_dim"  # whose value rotary_dim is
+
     def rotary_dim(self, model: ModelConfig) -> int:
         """The size of the part of a head that position turns."""
         return model.dim // model.n_heads
+
+    def window_at(self, layer: int) -> int | None:
+        """How far a position of that layer sees; None: all the way."""
+        return None
+
+    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+        """Forward FLOPs of a token that attends (query and output), and of one that is attended to (key and value)."""
+        return self.n_params(model, layer), self.n_params(model, layer)
+
+    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+        """Forward FLOPs of one token that attends to one other: the score, and the weighted sum. 0: nothing is known of it."""
+        return 0.0
+
+    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+        """Numbers that the cache keeps of a token. An option that says nothing keeps keys and values of all heads."""
+        return 2 * model.dim
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        """A token of a sequence that attends to itself. A causal mask is not deducted (PaLM, 2204.02311, appendix B); a window is."""
+        seen = self.seen(seq_len, layer, causal=model.topology != "encoder")
+        return sum(self.projection_flops(model, layer)) + self.score_flops(model, layer) * seen
+
+    def seen(self, seq_len: int, layer: int, *, causal: bool) -> int:
+        """Positions within reach of one in a sequence: the window to one side, or to both where nothing is causal."""
+        window = self.window_at(layer)
+        return seq_len if window is None else min(seq_len, window if causal else 2 * window - 1)
 
 
 @config
@@ -86,19 +114,22 @@ class AttentionConfig(AttentionBase):
             "attention_dropout": model.dropout if self.dropout is None else self.dropout,
         }
 
-    def _weights(self, model: ModelConfig) -> int:
-        n, kv, h = self.heads(model)
-        return 2 * model.dim * h * (n + kv)
-
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         n, kv, h = self.heads(model)
         bias = (h * (n + 2 * kv) + model.dim) if self.bias else 0
-        return self._weights(model) + bias + (2 * model.norm.n_params_of(h) if self.qk_norm else 0)
+        return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(h) if self.qk_norm else 0)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+        n, kv, h = self.heads(model)
+        return 4.0 * model.dim * h * n, 4.0 * model.dim * h * kv
+
+    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
         n, _, h = self.heads(model)
-        seen = min(seq_len, self.window_at(layer) or seq_len)  # causal attention is counted in full, as in PaLM's appendix B
-        return 2.0 * self._weights(model) + 4.0 * n * h * seen
+        return 4.0 * n * h
+
+    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+        _, kv, h = self.heads(model)
+        return 2 * kv * h
 
 
 register("attention", "mha gqa mqa", "txtrain.model.attention:MultiHeadAttention", AttentionConfig)

@@ -37,9 +37,13 @@ class Component:
 
         return count_component(self, model, layer)
 
+    def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
+        """Of these, the ones that a token meets: all, unless an option chooses among them."""
+        return self.n_params(model, layer)
+
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         """Forward floating-point operations a token: a multiply and an add for each parameter, unless an option knows better."""
         return 2.0 * self.n_params(model, layer)
 
 
-BASES["ffn"] = BASES["norm"] = BASES["norm_position"] = Component
+BASES["ffn"] = BASES["norm_position"] = Component

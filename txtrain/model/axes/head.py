@@ -58,7 +58,8 @@ class MLMHeadConfig(Component):
         return (0 if model.tie_word_embeddings else model.vocab_size * d) + model.vocab_size + dense + model.norm.n_params_of(d) + sentence
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
-        return 2.0 * model.dim * (model.vocab_size + model.dim)
+        sentence = 2.0 * model.dim * (model.dim + 2) / seq_len if self.next_sentence else 0.0  # one position of the sequence
+        return 2.0 * model.dim * (model.vocab_size + model.dim) + sentence
 
 
 @config

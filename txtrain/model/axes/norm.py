@@ -6,16 +6,21 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
 
 from txtrain.model.axes.base import Component, config
-from txtrain.registry import knob, register
+from txtrain.registry import BASES, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
 
 
 @config
-class NoNormConfig(Component):
+class NormBase(Component):
+    """What the other axes may ask of any norm."""
+
     def n_params_of(self, size: int) -> int:
-        return 0
+        """Parameters of the norm over so many values; of a user's own it is built on the meta device and counted."""
+        from txtrain.model.build import count_norm
+
+        return count_norm(self, size)
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return self.n_params_of(model.dim)
@@ -25,7 +30,15 @@ class NoNormConfig(Component):
 
 
 @config
-class LayerNormConfig(NoNormConfig):
+class NoNormConfig(NormBase):
+    """The identity."""
+
+    def n_params_of(self, size: int) -> int:
+        return 0
+
+
+@config
+class LayerNormConfig(NormBase):
     """(x - mean) / sqrt(variance + eps) * weight + bias (1607.06450)."""
 
     eps: float = knob(1e-5, carry=True)
@@ -40,7 +53,7 @@ class LayerNormConfig(NoNormConfig):
 
 
 @config
-class RMSNormConfig(NoNormConfig):
+class RMSNormConfig(NormBase):
     """x / sqrt(mean(x^2) + eps) * weight (1910.07467); with unit_offset, * (1 + weight), as in Gemma."""
 
     eps: float = knob(1e-5, carry=True)
@@ -76,3 +89,4 @@ register("norm_position", "pre", "txtrain.model.residual:PreNorm", NormPositionC
 register("norm_position", "post", "txtrain.model.residual:PostNorm", NormPositionConfig)
 register("norm_position", "inner", "txtrain.model.residual:InnerNorm", NormPositionConfig)
 register("norm_position", "sandwich", "txtrain.model.residual:SandwichNorm", SandwichConfig)
+BASES["norm"] = NormBase

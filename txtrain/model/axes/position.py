@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from txtrain.model.axes.base import Component, config
 from txtrain.registry import BASES, register
@@ -29,6 +29,7 @@ class SinusoidalConfig(PositionConfig):
     """Fixed sines and cosines added to the embedding (1706.03762)."""
 
     theta: float = 10_000.0
+    layout: Literal["interleaved", "halves"] = "interleaved"  # sines in the even dimensions (the paper), or in the first half (tensor2tensor, Marian)
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         if model.dim % 2:
@@ -107,7 +108,8 @@ class RoPEConfig(PositionConfig):
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         if model.attention.rotary_dim(model) % 2:
-            yield f"`model.attention.head_dim` must be even with model/position=rope, but is {model.attention.rotary_dim(model)} instead."
+            knob = model.attention.rotary_knob
+            yield f"`model.attention.{knob}` must be even with model/position=rope, but is {model.attention.rotary_dim(model)} instead."
         if not self.theta > 0:
             yield f"`model.position.theta` must be above 0, but is {self.theta} instead."
         if self.scaling is not None:

@@ -1,0 +1,174 @@
+import dataclasses as dc
+import gzip
+import itertools
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from tests.models import tiny
+from txtrain.data.augment import Augment
+from txtrain.data.draws import Draws
+from txtrain.data.image_files import read_idx
+from txtrain.data.module import DataModule
+from txtrain.data.sources import build_source
+from txtrain.errors import ConfigError
+from txtrain.model import axes
+
+RNG = np.random.default_rng(0)
+PIXELS, LABELS = RNG.integers(0, 256, (120, 6, 6), dtype=np.uint8), np.arange(120) % 5
+
+
+def idx(array: np.ndarray, kind: int = 8) -> bytes:
+    return bytes([0, 0, kind, array.ndim]) + struct.pack(f">{array.ndim}i", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def config(make_config):
+    def make(kind: str = "images", size: int = 6, channels: int = 1, n_classes: int = 5, **data):
+        made = make_config(kind, {"seq_len": None, "val_fraction": 0.2, **data})
+        patch = axes.PatchEmbeddingConfig(type="patch", image_size=size, patch_size=2, n_channels=channels)
+        model = tiny(
+            topology="encoder",
+            vocab_size=0,
+            embedding=patch,
+            head=axes.ClassHeadConfig(type="class", n_classes=n_classes),
+            position=axes.LearnedConfig(type="learned"),
+            max_seq_len=patch.n_positions(),
+            tie_word_embeddings=False,
+        )
+        return dc.replace(made, model=model)
+
+    return make
+
+
+def everything(module: DataModule) -> tuple[torch.Tensor, torch.Tensor]:
+    module.prepare()
+    parts = [rows.batch(np.arange(len(rows)), Draws(0, "train", np.arange(len(rows)))) for rows in (module._train, module._val)]
+    return torch.cat([p["pixel_values"] for p in parts]), torch.cat([p["labels"] for p in parts])
+
+
+@pytest.mark.parametrize("layout", ["idx", "idx.gz", "idx folder", "npz", "npz with validation", "npy", "folders", "folders with validation"])
+def test_every_layout_gives_the_same_images(layout, config, tmp_path):
+    keys = {}
+    if layout.startswith("idx"):
+        end = ".gz" if "gz" in layout else ""
+        pack = gzip.compress if end else bytes
+        parts = {"train": slice(0, 100), "t10k": slice(100, 120)} if "folder" in layout else {"train": slice(0, 120)}
+        for name, rows in parts.items():
+            (tmp_path / f"{name}-images-idx3-ubyte{end}").write_bytes(pack(idx(PIXELS[rows])))
+            (tmp_path / f"{name}-labels-idx1-ubyte{end}").write_bytes(pack(idx(LABELS[rows].astype(np.uint8))))
+        path = tmp_path if "folder" in layout else tmp_path / f"train-images-idx3-ubyte{end}"
+    elif layout == "npz":
+        path = tmp_path / "all.npz"
+        np.savez(path, images=PIXELS, labels=LABELS)
+    elif layout == "npz with validation":
+        path = tmp_path / "all.npz"
+        np.savez(path, x_train=PIXELS[:100], y_train=LABELS[:100], x_test=PIXELS[100:], y_test=LABELS[100:])
+    elif layout == "npy":
+        path = tmp_path / "x.npy"
+        np.save(path, PIXELS)
+        np.save(tmp_path / "y.npy", LABELS)
+        keys["labels"] = str(tmp_path / "y.npy")
+    else:
+        image = pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
+        path = tmp_path / "set"
+        for i, (pixels, label) in enumerate(zip(PIXELS, LABELS, strict=True)):
+            part = ("train" if i < 100 else "val") if "validation" in layout else "."
+            folder = path / part / f"class{label}"
+            folder.mkdir(parents=True, exist_ok=True)
+            image.fromarray(pixels).save(folder / f"{i:03}.png")
+    module = DataModule(config(path=str(path), mean=(0.0,), std=(1.0,), **keys))
+    pixels, labels = everything(module)
+    own_split = "validation" in layout or layout.split()[-1] == "folder"
+    assert (module.n_train, module.n_val) == ((100, 20) if own_split else (96, 24))
+    got = {(tuple(p.flatten().tolist()), int(label)) for p, label in zip(pixels * 255, labels, strict=True)}
+    wanted = {(tuple(p.flatten().astype(float).tolist()), int(label)) for p, label in zip(PIXELS, LABELS, strict=True)}
+    assert {(tuple(round(v) for v in p), label) for p, label in got} == wanted
+
+
+def test_images_are_normalised_by_what_the_training_part_measures(config, tmp_path):
+    np.savez(tmp_path / "all.npz", x=PIXELS, y=LABELS)
+    module = DataModule(config(path=str(tmp_path / "all.npz")))
+    module.prepare()
+    pixels = module._train.batch(np.arange(96))["pixel_values"]
+    assert pixels.dtype == torch.float32
+    assert float(pixels.mean()) == pytest.approx(0, abs=1e-5)
+    assert float(pixels.std()) == pytest.approx(1, abs=1e-3)
+    (batch,) = itertools.islice(module.train_dataloader(), 1)
+    assert {k: (v.dtype, tuple(v.shape)) for k, v in batch.items()} == {
+        "pixel_values": (torch.float32, (4, 1, 6, 6)),
+        "labels": (torch.int64, (4,)),
+        "sample_index": (torch.int64, (4,)),
+    }
+
+
+def test_images_get_the_models_size_and_channels(config, tmp_path):
+    np.savez(tmp_path / "gray.npz", x=PIXELS, y=LABELS)
+    np.savez(tmp_path / "colour.npz", x=np.repeat(PIXELS[..., None], 3, -1), y=LABELS)
+    plain, _ = everything(DataModule(config(path=str(tmp_path / "gray.npz"), mean=(0.0,), std=(1.0,))))
+    colour, _ = everything(DataModule(config(path=str(tmp_path / "gray.npz"), channels=3, size=12, mean=(0.0,), std=(1.0,))))
+    assert colour.shape == (120, 3, 12, 12)
+    assert torch.allclose(colour.mean((1, 2, 3)), plain.mean((1, 2, 3)), atol=0.02)
+    gray, _ = everything(DataModule(config(path=str(tmp_path / "colour.npz"), mean=(0.0,), std=(1.0,))))
+    assert torch.allclose(gray, plain, atol=1e-6), "equal channels have that luminance"
+
+
+def test_digits_need_no_files(config):
+    module = DataModule(config("digits", size=8, n_classes=10))
+    module.prepare()
+    assert (module.n_train, module.n_val, module.tokenizer, module.prompts(2)) == (1438, 359, None, [])
+    labels = module._val.batch(np.arange(359))["labels"]
+    assert labels.bincount().min() > 25
+
+
+def test_a_crop_is_a_window_of_the_padded_image_and_a_flip_is_a_mirror():
+    pixels = torch.rand(400, 2, 5, 5) + 1
+    batch, draws = {"pixel_values": pixels, "labels": torch.zeros(400)}, Draws(0, "train", np.arange(400))
+    moved = Augment(2, flip=False)(batch, draws)["pixel_values"]
+    padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), mode="replicate")
+    places = []
+    for i in range(400):
+        found = [(y, x) for y in range(5) for x in range(5) if torch.equal(padded[i, :, y : y + 5, x : x + 5], moved[i])]
+        assert len(found) == 1
+        places += found
+    assert set(places) == {(y, x) for y in range(5) for x in range(5)}
+    flipped = Augment(0, flip=True)(batch, draws)["pixel_values"]
+    mirrored = (flipped == pixels.flip(-1)).all(-1).all(-1).all(-1)
+    assert bool(((flipped == pixels).all(-1).all(-1).all(-1) | mirrored).all())
+    assert 0.4 < float(mirrored.float().mean()) < 0.6
+    again = Augment(2, flip=False)({"pixel_values": pixels[7:9]}, Draws(0, "train", np.array([7, 8])))["pixel_values"]
+    assert torch.equal(again, moved[7:9]), "a crop is the sample's, whatever batch it is in"
+
+
+def test_validation_images_are_not_augmented(config):
+    plain, moved = (DataModule(config("digits", size=8, n_classes=10, crop_padding=p)) for p in (0, 2))
+    for a, b in zip(plain.val_dataloader(), moved.val_dataloader(), strict=True):
+        assert torch.equal(a["pixel_values"], b["pixel_values"])
+    a, b = (next(iter(m.train_dataloader())) for m in (plain, moved))
+    assert not torch.equal(a["pixel_values"], b["pixel_values"])
+
+
+def test_mistakes_are_told(config, tmp_path):
+    np.savez(tmp_path / "all.npz", x=PIXELS, y=LABELS)
+    with pytest.raises(ConfigError, match=r"model\.head\.n_classes.*at least 5.*but is 3 instead"):
+        DataModule(config(path=str(tmp_path / "all.npz"), n_classes=3)).prepare()
+    np.savez(tmp_path / "short.npz", x=PIXELS, y=LABELS[:7])
+    with pytest.raises(ConfigError, match=r"labels \[N\], but they are \[120, 6, 6\] and \[7\]"):
+        build_source(config(path=str(tmp_path / "short.npz")))
+    np.savez(tmp_path / "named.npz", a=PIXELS, b=LABELS)
+    with pytest.raises(ConfigError, match="but holds a, b"):
+        build_source(config(path=str(tmp_path / "named.npz")))
+    np.save(tmp_path / "object.npy", np.array([{}]))
+    with pytest.raises(ConfigError, match="without Python objects"):
+        build_source(config(path=str(tmp_path / "object.npy"), labels=str(tmp_path / "object.npy")))
+    cut = tmp_path / "cut-images-idx3-ubyte"
+    cut.write_bytes(idx(PIXELS)[:-5])
+    with pytest.raises(ConfigError, match="must hold 120 x 6 x 6 values"):
+        read_idx(cut, "data.path")
+    with pytest.raises(ConfigError, match=r"no cut-labels-idx1-ubyte"):
+        build_source(config(path=str(cut)))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="must hold a folder of"):
+        build_source(config(path=str(tmp_path / "empty")))

@@ -1,0 +1,156 @@
+"""What holds for every objective: the same batches, losses and runs, however they are made."""
+
+import csv
+import dataclasses as dc
+import itertools
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import txtrain
+from tests.training import weights
+from tests.unit.objectives.conftest import KINDS
+from txtrain.data.draws import Draws
+from txtrain.data.module import DataModule
+from txtrain.module import LitModule, cut
+from txtrain.registry import TABLE
+
+EVERY = pytest.mark.parametrize("kind", KINDS)
+
+
+def batches(config, n: int = 3, *, start: int = 0, rank: tuple[int, int] | None = None) -> list[dict[str, torch.Tensor]]:
+    module = DataModule(config)
+    module.start_step = start
+    if rank is not None:
+        module.trainer = SimpleNamespace(global_rank=rank[0], world_size=rank[1])
+    return list(itertools.islice(module.train_dataloader(), n))
+
+
+def joined(parts: list[dict[str, torch.Tensor]], like: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Shares of a batch side by side; a share of short samples may be padded less than the whole."""
+    fill = {"labels": -100, "input_ids": 256}
+
+    def widened(name: str, x: torch.Tensor) -> torch.Tensor:
+        missing = like[name].shape[-1] - x.shape[-1] if x.ndim == 2 else 0
+        return torch.nn.functional.pad(x, (0, missing), value=fill.get(name, 0)) if missing else x
+
+    return {name: torch.cat([widened(name, part[name]) for part in parts]) for name in like}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@EVERY
+def test_batches_do_not_depend_on_workers_processes_micro_batches_or_the_start(kind, config):
+    base = config(kind)
+    plain = batches(base, 4)
+    for other in (dc.replace(base.data, num_workers=2), dc.replace(base.data, micro_batch_size=2)):
+        assert all(map(same, batches(dc.replace(base, data=other), 4), plain))
+    for a, b in zip(batches(base, 2, start=2), plain[2:], strict=True):
+        assert same(a, b)
+    for world_size in (2, 4):
+        shares = [batches(base, 3, rank=(r, world_size)) for r in range(world_size)]
+        for parts, whole in zip(zip(*shares, strict=True), plain, strict=False):
+            assert same(joined(list(parts), whole), whole)
+
+
+@EVERY
+def test_every_reading_of_a_sample_is_another_one_and_every_validation_the_same(kind, config):
+    base = config(kind)
+    module = DataModule(base)
+    first = list(module.val_dataloader())
+    assert all(map(same, module.val_dataloader(), first))
+    assert all(map(same, DataModule(base).val_dataloader(), first))
+    if kind == "seq2seq":
+        return  # nothing in it is drawn
+    n = module.n_train
+    rows = module._train
+    index = torch.arange(4).numpy()
+    (a, b) = (rows.batch(index, Draws(base.seed, "train", index + n * e)) for e in (0, 1))
+    assert not same(a, b), "the next epoch draws anew"
+
+
+@EVERY
+def test_losses_and_gradients_do_not_depend_on_the_micro_batch(kind, config):
+    base = config(kind)
+    module = LitModule(base)
+    module.configure_model()
+    model, objective = module.model.train(), module.objective
+    (batch,) = batches(base, 1)
+    n = objective.denominators(batch)
+    results = []
+    for size in (8, 3):
+        model.zero_grad()
+        total = 0.0
+        for part in cut(batch, size):
+            loss = objective.total(objective(model, part, n))
+            loss.backward()
+            total += float(loss.detach())
+        results.append((total, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (one, gradient), (other, other_gradient) = results
+    assert math.isfinite(one)
+    assert other == pytest.approx(one, rel=1e-5)
+    assert torch.allclose(gradient, other_gradient, rtol=1e-3, atol=1e-5), float((gradient - other_gradient).abs().max())
+
+
+@EVERY
+def test_a_step_without_targets_is_0(kind, config):
+    base = config(kind)
+    module = LitModule(base)
+    (batch,) = batches(base, 1)
+    if batch["labels"].ndim == 1:
+        return  # every image has a class
+    module.configure_model()
+    empty = {**batch, "labels": torch.full_like(batch["labels"], -100)}
+    counts = module.objective.denominators(empty)
+    terms = module.objective(module.model, empty, {name: n.clamp(min=1) for name, n in counts.items()})
+    assert float(terms[next(iter(terms))]) == 0.0
+
+
+@EVERY
+def test_the_loss_falls_and_the_columns_are_told(kind, config, tmp_path):
+    made = txtrain.train(config(kind, "trainer.max_steps=40", "trainer.val_check_interval=40", "trainer.overfit_batches=1", "save.every_n_steps=100"))
+    with open(tmp_path / "run" / "metrics.csv") as f:
+        rows = list(csv.DictReader(f))
+    losses = [float(row["loss"]) for row in rows]
+    assert losses[-1] < 0.8 * losses[0], losses[:: len(losses) - 1]
+    module = LitModule(config(kind))
+    for column in module.objective.columns:
+        assert rows[-1][column], column
+        assert math.isfinite(float(rows[-1][column]))
+    assert made.metrics["val_loss"] > 0
+    if "nsp_loss" in module.objective.columns:
+        assert float(rows[-1]["loss"]) == pytest.approx(float(rows[-1]["mlm_loss"]) + float(rows[-1]["nsp_loss"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["masked_lm with pairs", "span_corruption", "seq2seq", "image_classification"])
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, config, tmp_path):
+    rows = {}
+    for name, stops in (("whole", [12]), ("parts", [4, 7, 12])):
+        for stop in stops:
+            txtrain.train(config(kind, f"run_dir={tmp_path / name}", f"trainer.max_steps={stop}", "scheduler=constant"))
+        with open(tmp_path / name / "metrics.csv") as f:
+            rows[name] = [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "seconds")} for row in csv.DictReader(f)]
+    trained = [row for row in rows["parts"] if row["val_loss"] == ""]
+    assert trained == [row for row in rows["whole"] if row["step"] in {r["step"] for r in trained}]
+    assert [row["loss"] for row in rows["parts"]] == [row["loss"] for row in rows["whole"]]
+    assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
+
+
+def test_the_objective_of_the_documentation_trains(config, tmp_path):
+    page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "focal.py").write_text(code)
+    before = {axis: dict(options) for axis, options in TABLE.items()}
+    try:
+        made = txtrain.train(config("prefix_lm", f"imports=[{tmp_path / 'focal.py'}]", "objective=focal", "objective.gamma=1.0", "trainer.max_steps=3"))
+    finally:
+        for axis, options in before.items():
+            TABLE[axis].clear()
+            TABLE[axis].update(options)
+    assert 0 < made.metrics["loss"] < 7

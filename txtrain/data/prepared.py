@@ -1,0 +1,166 @@
+"""From a source to samples that are read by row: one way for each kind of source."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from txtrain.config import Train
+from txtrain.data.cache import TokenFile, build_folder, cache_root
+from txtrain.data.images import prepare_images
+from txtrain.data.order import Indices
+from txtrain.data.pairs import PairCorpus, PairSamples
+from txtrain.data.samples import ListedSamples, Rows
+from txtrain.data.sources import SampleSource, Source, TextSource, has_validation
+from txtrain.data.split import Corpus, digest, held_out
+from txtrain.data.tokenise import tokenise
+from txtrain.data.tokenizer import Tokenizer, train_tokenizer
+from txtrain.errors import ConfigError
+from txtrain.objectives.base import Objective, TokenisedText
+
+log = logging.getLogger(__name__)
+
+
+@dc.dataclass(frozen=True)
+class Prepared:
+    """Both splits, ready to be read.
+
+    Attributes:
+        fingerprint: of contents, tokenizer and packing.
+        lengths: of the training rows, where batches are to hold samples of about one length.
+        text: the validation documents, where there are documents.
+    """
+
+    train: Rows
+    validation: Rows
+    fingerprint: str
+    tokenizer: Tokenizer | None = None
+    lengths: Indices | None = None
+    text: TokenFile | None = None
+
+
+def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
+    """Everything that takes time: the tokenizer trained or loaded, the text tokenised into the cache, the images found.
+
+    Raises:
+        ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
+    """
+    way: Callable[[Any, Train, Objective], Prepared] = next(way for method, way in _WAYS.items() if hasattr(source, method))
+    return way(source, config, objective)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(source: TextSource, config: Train, objective: Objective) -> Prepared:
+    data = config.data
+    corpus = Corpus(source, data.val_fraction)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty))
+    texts = [TokenisedText(TokenFile(folder, split), tokenizer, config.seq_len, data.cross_document_attention) for split in ("train", "validation")]
+    train, validation = (objective.samples(text) for text in texts)
+    remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
+    _refuse_short(train, texts[0], "training", "more text")
+    _refuse_short(validation, texts[1], "validation", remedy)
+    fingerprint = digest(key, config.seq_len, data.cross_document_attention)
+    return Prepared(train, validation, fingerprint, tokenizer, text=texts[1].tokens)
+
+
+def make_tokenizer(corpus: Corpus | PairCorpus, config: Train, special_tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
+
+    Raises:
+        ConfigError: it has more tokens than the model.
+    """
+    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    if name == "train":
+        tokenizer = _trained(corpus, vocab_size, special_tokens, config.data.cache_dir)
+    else:
+        loaded = Tokenizer.load(name)
+        tokenizer = loaded.with_specials(special_tokens)
+        if tokenizer is not loaded and name != "bytes":
+            log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, tokenizer.vocab_size - loaded.vocab_size)
+    if tokenizer.vocab_size > vocab_size:
+        raise ConfigError(
+            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, but is {vocab_size} instead. "
+            f"Nearest: {tokenizer.vocab_size}."
+        )
+    return tokenizer
+
+
+def _trained(corpus: Corpus | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None) -> Tokenizer:
+    key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
+
+    def fill(empty: Any) -> None:
+        train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens)).with_specials(special_tokens).save(empty)
+
+    tokenizer = Tokenizer.load(build_folder(cache_root(cache_dir) / f"tokenizer-{key}", fill))
+    if tokenizer.vocab_size < vocab_size:
+        log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
+    return tokenizer
+
+
+def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) -> None:
+    if not len(samples):
+        tokens = text.tokens
+        if not tokens.n_documents:
+            raise ConfigError(f"`data` must have {part} text, but has none: white space aside, there is too little to divide. Give {remedy}.")
+        raise ConfigError(
+            f"`data.seq_len` must be at most {len(tokens)}, the tokens of the {part} text ({tokens.n_documents} documents), "
+            f"but is {text.seq_len} instead. Give {remedy}, or a smaller data.seq_len."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------- pairs
+
+
+def _pairs(source: Any, config: Train, objective: Objective) -> Prepared:
+    data = config.data
+    corpus = PairCorpus(source, data.val_fraction)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, with_bos=False))
+    train, validation = (PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation"))
+    for rows, part in ((train, "training"), (validation, "validation")):
+        if not len(rows):
+            raise ConfigError(
+                f"`data={data.type}` must have at least one {part} pair of at most data.seq_len={config.seq_len} tokens a side, "
+                f"but has none: {rows.n_all} in all."
+            )
+        if rows.n_all > len(rows):
+            log.warning("%d of %d %s pairs are longer than data.seq_len=%d and left out", rows.n_all - len(rows), rows.n_all, part, config.seq_len)
+    return Prepared(train, validation, digest(key, config.seq_len), tokenizer, lengths=train.lengths)
+
+
+# -------------------------------------------------------------------------------------------------------------------- images
+
+
+def _images(source: Any, config: Train, objective: Objective) -> Prepared:
+    train, validation, known = prepare_images(source, config)
+    return Prepared(train, validation, known)
+
+
+# ------------------------------------------------------------------------------------------------------------- ready samples
+
+
+def _samples(source: SampleSource, config: Train, objective: Objective) -> Prepared:
+    data, samples = config.data, source.samples("train")
+    if has_validation(source):
+        others = source.samples("validation")
+        train, validation = ListedSamples(samples, np.arange(len(samples))), ListedSamples(others, np.arange(len(others)))
+    else:
+        held = held_out(len(samples), data.val_fraction)
+        train, validation = ListedSamples(samples, np.flatnonzero(~held)), ListedSamples(samples, np.flatnonzero(held))
+    for part, rows in (("training", train), ("validation", validation)):
+        if not len(rows):
+            raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
+    known = source.identity() if hasattr(source, "identity") else repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)])
+    return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
+
+
+_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples}

@@ -1,0 +1,205 @@
+"""The objective group: knobs of each option, and what it goes with. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from txtrain.registry import BASES, register
+
+if TYPE_CHECKING:
+    from txtrain.config import Train
+
+Score = Literal["exact_match", "bleu", "chrf"]
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """What the option goes with stands beside its knobs; `txtrain.legality` refuses the rest. None: anything."""
+
+    type: str
+
+    topologies: ClassVar[tuple[str, ...] | None] = None
+    heads: ClassVar[tuple[str, ...] | None] = None
+    reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
+
+    def arguments(self, config: Train) -> dict[str, Any]:
+        """What the objective is given beside the knobs, or in place of one that was left open (null)."""
+        return {}
+
+    def check(self) -> Iterator[str]:
+        """Problems of the knobs themselves."""
+        yield from ()
+
+    def check_with(self, config: Train) -> Iterator[str]:
+        """Problems of the knobs beside the model and the data."""
+        yield from ()
+
+    def lengths(self, seq_len: int) -> tuple[int, int]:
+        """Tokens of a source and of its target, at most, where there are two stacks."""
+        return seq_len, seq_len
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class CausalLMConfig(ObjectiveConfig):
+    topologies: ClassVar = ("decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("text",)
+
+    mtp_weight: float = 0.3  # of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2)
+
+    def arguments(self, config: Train) -> dict[str, Any]:
+        return {"mtp_depth": config.model.mtp_depth}
+
+    def check(self) -> Iterator[str]:
+        if self.mtp_weight < 0:
+            yield f"`objective.mtp_weight` must be at least 0, but is {self.mtp_weight} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MaskedLMConfig(ObjectiveConfig):
+    """BERT's (1810.04805): of the tokens chosen, mask_share become the mask, random_share a random token, the rest stay as they are."""
+
+    topologies: ClassVar = ("encoder",)
+    heads: ClassVar = ("mlm", "lm")
+    reads: ClassVar = ("text",)
+
+    probability: float = 0.15  # of a token to be chosen, and then predicted
+    mask_share: float = 0.8
+    random_share: float = 0.1
+    whole_word: bool = False  # all tokens of a word or none
+    next_sentence: bool | None = None  # pairs of segments, and whether they follow each other; null: where the model's head can tell
+
+    def arguments(self, config: Train) -> dict[str, Any]:
+        return {"next_sentence": self.pairs(config.model.head), "segments": bool(getattr(config.model.embedding, "n_types", 0))}
+
+    def pairs(self, head: object) -> bool:
+        """Whether samples are pairs of segments, with a model that ends in `head`."""
+        return bool(getattr(head, "next_sentence", False)) if self.next_sentence is None else self.next_sentence
+
+    def check(self) -> Iterator[str]:
+        if not 0 < self.probability < 1:
+            yield f"`objective.probability` must be above 0 and below 1, but is {self.probability} instead."
+        for name in ("mask_share", "random_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                yield f"`objective.{name}` must be from 0 to 1, but is {getattr(self, name)} instead."
+        if self.mask_share + self.random_share > 1 + 1e-9:
+            yield f"`objective.random_share` must be at most {1 - self.mask_share:.3g} beside mask_share={self.mask_share}, but is {self.random_share} instead."
+
+    def check_with(self, config: Train) -> Iterator[str]:
+        head, embedding = config.model.head, config.model.embedding
+        if not self.pairs(head):
+            return
+        if not getattr(head, "next_sentence", False):
+            yield (
+                f"`objective.next_sentence` must be false or null with model/head={head.type}, which cannot tell whether sentences follow each other, "
+                "but is true instead. Nearest: null."
+            )
+        if config.seq_len < 8:
+            yield f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."
+        if getattr(embedding, "n_types", 2) not in (0, 2):
+            yield f"`model.embedding.n_types` must be 0 or 2 for pairs of segments, but is {embedding.n_types} instead. Nearest: 2."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SpanCorruptionConfig(ObjectiveConfig):
+    """T5's (1910.10683): spans of the input make way for sentinels, and the target tells what was there."""
+
+    topologies: ClassVar = ("encoder_decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("text",)
+
+    density: float = 0.15  # share of the tokens that is dropped
+    mean_length: float = 3.0  # tokens a span
+    n_sentinels: int = 100  # <extra_id_0>, <extra_id_1>, ...: added to a tokenizer that lacks them
+
+    def lengths(self, seq_len: int) -> tuple[int, int]:
+        from txtrain.objectives.spans import Lengths
+
+        fitting = Lengths.fitting(seq_len, self.density, self.mean_length)
+        return (seq_len, seq_len) if fitting is None else (fitting.input_length, fitting.target_length)
+
+    def check(self) -> Iterator[str]:
+        if not 0 < self.density < 1:
+            yield f"`objective.density` must be above 0 and below 1, but is {self.density} instead."
+        if self.mean_length < 1:
+            yield f"`objective.mean_length` must be at least 1, but is {self.mean_length} instead."
+        if self.n_sentinels < 1:
+            yield f"`objective.n_sentinels` must be at least 1, but is {self.n_sentinels} instead."
+
+    def check_with(self, config: Train) -> Iterator[str]:
+        from txtrain.objectives.spans import Lengths
+
+        lengths = Lengths.fitting(config.seq_len, self.density, self.mean_length)
+        if lengths is None:
+            yield f"`data.seq_len` must be at least 4 for corrupted spans, but is {config.seq_len} instead. Nearest: 4."
+        elif lengths.n_spans > self.n_sentinels:
+            yield (
+                f"`objective.n_sentinels` must be at least {lengths.n_spans}, the spans of a sequence of {config.seq_len} tokens, "
+                f"but is {self.n_sentinels} instead. Nearest: {lengths.n_spans}."
+            )
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PrefixLMConfig(ObjectiveConfig):
+    """The rest of a sequence after a prefix of random length, which is seen from both sides (1801.10198; 1910.10683, section 3.2)."""
+
+    topologies: ClassVar = ("decoder", "encoder_decoder")
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("text",)
+
+    def arguments(self, config: Train) -> dict[str, Any]:
+        return {"two_stacks": config.model.topology == "encoder_decoder"}
+
+    def check_with(self, config: Train) -> Iterator[str]:
+        if config.seq_len < 3:
+            yield f"`data.seq_len` must be at least 3 for a prefix and its rest, but is {config.seq_len} instead. Nearest: 3."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(ObjectiveConfig):
+    """The target of a pair, given its source."""
+
+    topologies: ClassVar = ("encoder_decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("pairs",)
+
+    label_smoothing: float = 0.0  # in training only (1706.03762: 0.1)
+    scores: tuple[Score, ...] | None = None  # of greedily decoded validation pairs; null: the data's own
+    n_decoded: int = 64  # pairs decoded at each validation; 0: none
+
+    def arguments(self, config: Train) -> dict[str, Any]:
+        return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
+
+    def check(self) -> Iterator[str]:
+        if not 0 <= self.label_smoothing < 1:
+            yield f"`objective.label_smoothing` must be at least 0 and below 1, but is {self.label_smoothing} instead."
+        if self.n_decoded < 0:
+            yield f"`objective.n_decoded` must be at least 0, but is {self.n_decoded} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ImageClassificationConfig(ObjectiveConfig):
+    topologies: ClassVar = ("encoder",)
+    heads: ClassVar = ("class",)
+    reads: ClassVar = ("images",)
+
+    label_smoothing: float = 0.0  # in training only
+
+    def check(self) -> Iterator[str]:
+        if not 0 <= self.label_smoothing < 1:
+            yield f"`objective.label_smoothing` must be at least 0 and below 1, but is {self.label_smoothing} instead."
+
+
+for name, target, config in (
+    ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
+    ("masked_lm", "masked_lm:MaskedLM", MaskedLMConfig),
+    ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
+    ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),
+    ("seq2seq", "seq2seq:Seq2Seq", Seq2SeqConfig),
+    ("image_classification", "image_classification:ImageClassification", ImageClassificationConfig),
+):
+    register("objective", name, f"txtrain.objectives.{target}", config)
+
+BASES["objective"] = ObjectiveConfig

@@ -1,0 +1,41 @@
+"""One class an image (ViT: Dosovitskiy et al. 2020, 2010.11929)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from txtrain.objectives.base import Batch, Counted, Objective, Terms, n_right
+
+
+class ImageClassification(Objective):
+    """Cross-entropy of the class, in nats an image. Validation: without smoothing; the share of right classes, and of those among the best 5."""
+
+    metrics = ("top1", "top5")
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        self.label_smoothing = label_smoothing
+
+    def denominators(self, batch: Batch) -> Terms:
+        return {"loss": torch.tensor(len(batch["labels"]), device=batch["labels"].device)}
+
+    def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        logits_BC = model(pixel_values=batch["pixel_values"]).logits
+        total = F.cross_entropy(logits_BC.float(), batch["labels"], reduction="sum", label_smoothing=self.label_smoothing)
+        return {"loss": total / denominators["loss"]}
+
+    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
+        logits_BC, labels_B = model(pixel_values=batch["pixel_values"]).logits, batch["labels"]
+        count = self.denominators(batch)["loss"]
+        loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+        return {"loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count), "top5": (n_among(logits_BC, labels_B, 5), count)}
+
+
+def n_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:
+    """How many labels are among the k most likely classes (of fewer than k classes, all are)."""
+    best_BK = logits_BC.topk(min(k, logits_BC.shape[-1])).indices
+    return (best_BK == labels_B[:, None]).any(-1).sum()

@@ -1,0 +1,84 @@
+"""Predict hidden tokens from both sides (BERT: Devlin et al. 2018, 1810.04805), and whether the second segment follows the first."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from txtrain.data.packing import PackedSamples
+from txtrain.data.samples import Mapped, Rows
+from txtrain.model.head import cross_entropy
+from txtrain.objectives.base import Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
+from txtrain.objectives.masking import Masking
+from txtrain.objectives.sentence_pairs import SentencePairs
+
+
+class MaskedLM(Objective):
+    """Cross-entropy of the chosen tokens, in nats a token; with next_sentence that of the two classes, in nats a pair, beside it.
+
+    segments: the model has vectors for them.
+    """
+
+    def __init__(
+        self,
+        probability: float = 0.15,
+        mask_share: float = 0.8,
+        random_share: float = 0.1,
+        whole_word: bool = False,
+        next_sentence: bool = False,
+        segments: bool = True,
+    ) -> None:
+        self.masking = partial(Masking, probability=probability, mask_share=mask_share, random_share=random_share, whole_word=whole_word)
+        self.next_sentence, self.segments = next_sentence, segments
+        self.special_tokens = ("[CLS]", "[SEP]", "[MASK]") if next_sentence else ("[MASK]",)
+        self.weights = {"mlm_loss": 1.0, "nsp_loss": 1.0} if next_sentence else {"loss": 1.0}
+        self.metrics = ("masked_accuracy", "nsp_accuracy") if next_sentence else ("masked_accuracy",)
+
+    @property
+    def term(self) -> str:
+        """The name of the masked tokens' term."""
+        return next(iter(self.weights))
+
+    def samples(self, text: TokenisedText) -> Rows:
+        rows: Rows
+        if self.next_sentence:
+            rows = SentencePairs(text.tokens, text.tokenizer, text.seq_len)
+        else:
+            rows = PackedSamples(text.tokens, text.seq_len, text.cross_document_attention, overlap=0)
+        return Mapped(rows, self.masking(text.tokenizer))
+
+    def denominators(self, batch: Batch) -> Terms:
+        counts = {self.term: n_targets(batch["labels"])}
+        if self.next_sentence:
+            counts["nsp_loss"] = n_targets(batch["next_sentence_label"])
+        return counts
+
+    def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        return self._terms(self._output(model, batch, denominators, return_logits=False), batch, denominators)
+
+    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
+        counts = self.denominators(batch)
+        ones = {name: torch.ones_like(n) for name, n in counts.items()}
+        output = self._output(model, batch, ones, return_logits=True)
+        found = {name: (value, counts[name]) for name, value in self._terms(output, batch, ones).items()}
+        found["masked_accuracy"] = n_right(output.logits, batch["labels"]), counts[self.term]
+        if self.next_sentence:
+            found["nsp_accuracy"] = n_right(output.nsp_logits, batch["next_sentence_label"]), counts["nsp_loss"]
+        return found
+
+    def _output(self, model: Callable[..., Any], batch: Batch, denominators: Terms, return_logits: bool) -> Any:
+        names = ("attention_mask", "document_ids", *(["token_type_ids"] if self.segments else []))
+        given: dict[str, Tensor] = {name: batch[name] for name in names if name in batch}
+        return model(
+            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators[self.term], return_logits=return_logits, **given
+        )
+
+    def _terms(self, output: Any, batch: Batch, denominators: Terms) -> Terms:
+        terms = {self.term: output.loss}
+        if self.next_sentence:
+            terms["nsp_loss"] = cross_entropy(output.nsp_logits, batch["next_sentence_label"], denominators["nsp_loss"])
+        return terms

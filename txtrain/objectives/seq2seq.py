@@ -1,0 +1,99 @@
+"""The target of a pair given its source: an encoder reads, a decoder writes (Vaswani et al. 2017, 1706.03762)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from txtrain.config import Train
+from txtrain.generation import generate
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, n_targets
+from txtrain.objectives.config import Score
+from txtrain.objectives.scores import SCORES
+
+_LONGER = 50  # tokens that an answer may have more than its source (1706.03762, section 6.1)
+
+
+class Seq2Seq(Objective):
+    """Cross-entropy of the target with teacher forcing, in nats a token, its end included.
+
+    label_smoothing: in training, that share of the weight lies on all tokens alike (Szegedy et al. 2015, 1512.00567). Validation tells
+    the plain cross-entropy, and `scores` of what greedy decoding makes of n_decoded validation pairs.
+    """
+
+    perplexity = True
+
+    def __init__(self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 64) -> None:
+        self.label_smoothing, self.metrics, self.n_decoded = label_smoothing, tuple(scores), n_decoded
+
+    def denominators(self, batch: Batch) -> Terms:
+        return {"loss": n_targets(batch["labels"])}
+
+    def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        if not self.label_smoothing:
+            return self._plain(model, batch, denominators)
+        logits = model(**_given(batch)).logits
+        total = F.cross_entropy(
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return {"loss": total / denominators["loss"]}
+
+    @staticmethod
+    def _plain(model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        return {"loss": model(**_given(batch), num_items_in_batch=denominators["loss"], return_logits=False).loss}
+
+    # --------------------------------------------------------------------------------------------------------- validation
+
+    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
+        count = n_targets(batch["labels"])
+        return {"loss": (self._plain(model, batch, {"loss": torch.ones_like(count)})["loss"], count)}
+
+    def target_ids(self, batch: Batch) -> Tensor:
+        return batch["labels"][batch["labels"] != IGNORED]
+
+    def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
+        if data is None:
+            return {}
+        answers: list[list[int]] = []
+        references: list[list[int]] = []
+        for batch in data.examples(self.n_decoded, micro_batch_size):
+            answers += answered(model, batch, data.tokenizer.eos_id)
+            references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end
+        return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
+
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+        return list(self._shown(module.model, data, config, check)) if config.sample.n and config.sample.max_new_tokens else []
+
+    @staticmethod
+    def _shown(model: Any, data: Any, config: Train, check: Callable[[], None]) -> Iterator[str]:
+        for batch in data.examples(config.sample.n, 1):
+            (answer,) = answered(model, batch, data.tokenizer.eos_id, check)
+            source = batch["input_ids"][batch["attention_mask"] != 0].tolist()
+            yield f"{data.tokenizer.decode(source)}|{data.tokenizer.decode(answer)}"
+
+
+def _given(batch: Batch) -> dict[str, Tensor]:
+    return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+
+
+def answered(model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None) -> list[list[int]]:
+    """What greedy decoding answers to each source, up to the end token. check: called after each token."""
+    device = next(model.parameters()).device
+    source = batch["input_ids"].to(device)
+    limit = source.shape[1] + _LONGER
+    if model.max_positions is not None:
+        limit = min(limit, model.max_positions - 1)
+    ids = generate(
+        model,
+        source,
+        batch["attention_mask"].to(device),
+        max_new_tokens=limit,
+        eos_token_id=eos_id,
+        on_token=None if check is None else lambda _: check(),
+    )
+    rows = (row[1:] for row in ids.tolist())  # without the start token
+    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
