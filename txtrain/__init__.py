@@ -9,7 +9,7 @@ from txtrain.errors import ConfigError
 from txtrain.registry import component
 
 if TYPE_CHECKING:
-    from txtrain.api import build_model, compose, families, generate, train
+    from txtrain.api import build_model, compose, families, generate, load_pretrained, plan, save_pretrained, train
     from txtrain.data.module import DataModule
     from txtrain.module import LitModule
 
@@ -20,12 +20,28 @@ _LAZY = {
     "compose": "txtrain.api",
     "families": "txtrain.api",
     "generate": "txtrain.api",
+    "load_pretrained": "txtrain.api",
+    "save_pretrained": "txtrain.api",
+    "plan": "txtrain.api",
     "train": "txtrain.api",
     "LitModule": "txtrain.module",
     "DataModule": "txtrain.data.module",
 }
 
-__all__ = ["ConfigError", "DataModule", "LitModule", "build_model", "component", "compose", "families", "generate", "train"]
+__all__ = [
+    "ConfigError",
+    "DataModule",
+    "LitModule",
+    "build_model",
+    "component",
+    "compose",
+    "families",
+    "generate",
+    "load_pretrained",
+    "plan",
+    "save_pretrained",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

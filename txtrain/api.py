@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from txtrain import places
 
 if TYPE_CHECKING:
+    import torch
     from lightning.pytorch import Callback
     from torch import Tensor, nn
 
     from txtrain.config import Generate, Train
     from txtrain.data.module import DataModule
+    from txtrain.data.tokenizer import Tokenizer
     from txtrain.model.config import ModelConfig
     from txtrain.model.transformer import Transformer
+    from txtrain.planning import Figures
     from txtrain.run import Result
 
 
@@ -50,6 +54,30 @@ def train(cfg: Train, model: nn.Module | None = None, data: DataModule | None = 
     from txtrain.run import train as trained
 
     return trained(cfg, model=model, data=data, callbacks=callbacks)
+
+
+def plan(cfg: Train) -> Figures:
+    """Parameters, FLOPs, cache, steps and time of what `train` would run, in closed form: nothing is built, torch stays out.
+
+    cfg: composed with verb="plan" it also says of which devices the time is (`plan.device`, `plan.mfu`, ...).
+    """
+    from txtrain.planning import figures
+
+    return figures(cfg)
+
+
+def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a Hugging Face folder, an export, a run or a checkpoint, in eval mode. See `txtrain.loading.load_pretrained`."""
+    from txtrain.loading import load_pretrained as loaded
+
+    return loaded(where, dtype)
+
+
+def save_pretrained(model: Transformer, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None) -> None:
+    """Write a Hugging Face folder: config.json, model.safetensors, the tokenizer. See `txtrain.hf.saving.save_pretrained`."""
+    from txtrain.hf.saving import save_pretrained as saved
+
+    saved(model, folder, tokenizer)
 
 
 def generate(

@@ -1,15 +1,17 @@
-"""A trained model from a run's folder or one of its checkpoints, with the tokenizer that it was trained with."""
+"""A trained model and its tokenizer from wherever they lie: a run, one of its checkpoints, or a Hugging Face folder."""
 
 from __future__ import annotations
 
 import dataclasses as dc
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from txtrain import checkpoint
 from txtrain.errors import ConfigError
+from txtrain.initial import tokenizer_folder
 from txtrain.model.config import ModelConfig
 from txtrain.typed import build
 
@@ -21,37 +23,98 @@ if TYPE_CHECKING:
 
 
 @dc.dataclass(frozen=True)
+class Described:
+    """path: the checkpoint's or the folder's. tokenizer: the folder that holds it, None where there is none."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: Path | None
+    is_hf: bool
+
+
+@dc.dataclass(frozen=True)
 class Loaded:
-    """path: the checkpoint's own folder. tokenizer: None where the run had none."""
+    """tokenizer: None where there is none."""
 
     path: Path
     model: Transformer
     tokenizer: Tokenizer | None
 
 
-def load(where: str | Path, device: torch.device | str = "cpu") -> Loaded:
-    """The model of a checkpoint (a run's newest one), on the device, in evaluation mode.
+def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Described:
+    """What lies there, without reading weights or importing torch. key: what an error calls it.
 
     Raises:
-        ConfigError: there is no checkpoint, it is damaged, or it needs components that were not imported.
+        ConfigError: there is no model, or its config is damaged, hostile, not supported, or needs components that were not imported.
+    """
+    folder = Path(where).expanduser()
+    if (folder / "config.json").is_file():
+        from txtrain.hf.classes import read_config
+
+        _, model = read_config(folder)
+        return Described(folder, model, tokenizer_folder(folder), True)
+    path = checkpoint.locate(folder, key)
+    return Described(path, _saved_config(path, key), tokenizer_folder(path / "tokenizer"), False)
+
+
+def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint") -> Loaded:
+    """The model, on the device, in evaluation mode, and its tokenizer.
+
+    Raises:
+        ConfigError: as `describe`, or the weights are not the model's.
+    """
+    from txtrain.data.tokenizer import Tokenizer
+
+    found = describe(where, key)
+    tokenizer = None if found.tokenizer is None else Tokenizer.load(found.tokenizer)
+    return Loaded(found.path, _model(found, device, tokenizer), tokenizer)
+
+
+def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Transformer:
+    """The model of a Hugging Face folder, an export, a run (its newest checkpoint) or a checkpoint, on the default device, in eval mode.
+
+    Args:
+        dtype: of the parameters; None: torch's default.
+
+    Raises:
+        ConfigError: as `load`.
     """
     import torch
 
-    from txtrain.data.tokenizer import Tokenizer
+    if (Path(where).expanduser() / "config.json").is_file() or not checkpoint.exists(Path(where)):
+        from txtrain.hf.loading import load_pretrained as from_hf
+
+        return from_hf(where, dtype)
+    return load(where, torch.get_default_device()).model.to(dtype or torch.get_default_dtype())
+
+
+def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None) -> Transformer:
+    import torch
+
     from txtrain.model.build import build_model
 
-    path = checkpoint.locate(where)
-    checkpoint.verify(path)
-    config = model_config(path)
+    if found.is_hf:
+        from txtrain.hf.loading import load_pretrained as from_hf
+
+        with torch.device(device):
+            return from_hf(found.path)
+    checkpoint.verify(found.path)
     with torch.device("meta"):
-        model = build_model(config)
+        model = build_model(_with_ids(found.model, tokenizer))
     model.to_empty(device=device)
-    checkpoint.load_weights(path, model)
-    folder = path / "tokenizer"
-    return Loaded(path, model.eval(), Tokenizer.load(folder) if folder.is_dir() else None)
+    checkpoint.load_weights(found.path, model)
+    return model.eval()
 
 
-def model_config(path: Path) -> ModelConfig:
+def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """Ids that the config leaves to the tokenizer."""
+    if tokenizer is None:
+        return config
+    known: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return dc.replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+
+
+def _saved_config(path: Path, key: str) -> ModelConfig:
     """From a checkpoint's config.yaml, which is data: what it names in `imports` is not imported."""
     raw = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     try:
@@ -60,4 +123,4 @@ def model_config(path: Path) -> ModelConfig:
         if not raw.get("imports"):
             raise
         again = f"imports=[{','.join(raw['imports'])}]"
-        raise ConfigError(*e.problems, f"`checkpoint`: its run used {again}. Code is never imported by a checkpoint's word: name it again.") from e
+        raise ConfigError(*e.problems, f"`{key}`: its run used {again}. Code is never imported by a checkpoint's word: name it again.") from e

@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from tests.parity.pairs import SEEDS, difference, inputs, labelled, logits_of, pair
+from tests.parity.test_forward import padded
+
+every_bert = pytest.mark.parametrize("family", ["bert", "bert_mlm"])
+every_seed = pytest.mark.parametrize("seed", SEEDS)
+
+
+@torch.no_grad()
+@every_bert
+@every_seed
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_real_tokens_do_not_see_padding(family, seed, side, record):
+    p = pair(family, seed)
+    ids, mask = padded(p, side)
+    types = inputs(p)["token_type_ids"]
+    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
+        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "position_ids": positions}
+        theirs = p.theirs(**given)
+        theirs = theirs.prediction_logits if family == "bert" else theirs.logits
+        record(family, f"{side} padding", difference(p.ours(**given).logits[mask.bool()], theirs[mask.bool()]))
+
+
+@torch.no_grad()
+@every_bert
+@every_seed
+def test_vectors_in_place_of_tokens_and_no_segments_equal(family, seed, record):
+    p = pair(family, seed)
+    x = torch.randn(2, 9, p.ours.config.dim, generator=torch.Generator().manual_seed(seed))
+    record(family, "inputs_embeds", difference(logits_of(p.ours(inputs_embeds=x)), logits_of(p.theirs(inputs_embeds=x))))
+
+
+@torch.no_grad()
+@every_seed
+def test_loss_of_sentences_is_added_to_that_of_masked_words(seed, record):
+    p, given = pair("bert", seed), labelled(pair("bert", seed))
+    both = p.ours(**given).loss
+    sentences = {"next_sentence_label": given.pop("next_sentence_label")}
+    words = p.ours(**given).loss
+    del given["labels"]
+    assert torch.allclose(words + p.ours(**given, **sentences).loss, both)
+    record("bert", "loss", difference(both, p.theirs(**labelled(p)).loss))
+
+
+@torch.no_grad()
+@every_seed
+def test_images_of_another_resolution_equal(seed, record):
+    """Rows and columns of patches differ from each other too."""
+    p = pair("vit", seed)
+    e = p.ours.config.embedding
+    pixels = torch.randn(2, e.n_channels, 5 * e.patch_size, 7 * e.patch_size, generator=torch.Generator().manual_seed(seed))
+    record("vit", "another resolution", difference(p.ours(pixel_values=pixels).logits, p.theirs(pixels, interpolate_pos_encoding=True).logits))

@@ -1,0 +1,250 @@
+import json
+import os
+import pickle
+import struct
+import time
+
+import pytest
+import torch
+
+from tests.unit.hf.folders import config_of, edit_config, llama, rewrite, tensors
+from txtrain.errors import ConfigError
+from txtrain.hf.loading import load_pretrained
+
+QUICKLY = 2.0  # seconds
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return llama(tmp_path / "model")
+
+
+def refused(folder, match):
+    """With a ConfigError in one or two lines, before anything is built."""
+    begin = time.perf_counter()
+    with pytest.raises(ConfigError, match=match) as e:
+        load_pretrained(folder)
+    assert time.perf_counter() - begin < QUICKLY
+    assert all(len(problem) < 600 for problem in e.value.problems)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/txtrain-was-run",)
+
+
+@pytest.mark.parametrize("payload", [Bomb(), {"model.norm.weight": Bomb()}, {"model.norm.weight": "x"}, [torch.ones(1)], {1: torch.ones(1)}])
+def test_a_pickle_is_not_run(folder, payload):
+    (folder / "model.safetensors").unlink()
+    for protocol in (pickle.dumps(payload), None):
+        if protocol is None:
+            torch.save(payload, folder / "pytorch_model.bin")
+        else:
+            (folder / "pytorch_model.bin").write_bytes(protocol)
+        refused(folder, r"pytorch_model\.bin must hold")
+        assert not os.path.exists("/tmp/txtrain-was-run")
+
+
+def test_a_tensor_that_claims_more_than_its_storage_is_refused(folder):
+    weights = tensors(folder)
+    weights["model.embed_tokens.weight"] = torch.ones(1).expand(61, 32)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin")
+    refused(folder, "plain tensors")
+
+
+def test_code_is_not_run(folder):
+    (folder / "modeling_llama.py").write_text("raise SystemExit('was run')")
+    (folder / "tokenizer.py").write_text("raise SystemExit('was run')")
+    load_pretrained(folder)
+    refused(edit_config(folder, auto_map={"AutoModelForCausalLM": "modeling_llama.Mine"}), "auto_map")
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"num_hidden_layers": 10**9}, "1,000,000,000 layers"),
+        ({"num_hidden_layers": 10**12}, "num_hidden_layers"),
+        ({"vocab_size": 10**12}, "vocab_size"),
+        ({"vocab_size": 10**9}, "parameters"),
+        ({"hidden_size": 2**31 - 4, "head_dim": 2, "intermediate_size": 2**31 - 1}, "parameters"),
+        ({"head_dim": 10**9}, "parameters"),
+        ({"vocab_size": 10**400}, "vocab_size"),
+        ({"num_hidden_layers": 3}, "parameters"),
+        ({"num_hidden_layers": 1}, "no place for"),
+        ({"intermediate_size": 80}, "must be"),
+    ],
+)
+def test_a_config_that_claims_too_much_is_refused_before_memory_is_taken(folder, changes, match):
+    refused(edit_config(folder, **changes), match)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", '{"model_type": "llama"', "[]", "null", '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, "\xff\xfe", '{"vocab_size": ' + "9" * 5000 + "}"],
+)
+def test_broken_json_is_refused(folder, text):
+    (folder / "config.json").write_bytes(text.encode("latin-1"))
+    refused(folder, r"config\.json")
+
+
+def test_a_folder_that_is_none_is_refused(tmp_path, folder):
+    refused(tmp_path / "nothing", "not there")
+    refused(folder / "config.json", "a file")
+    refused(tmp_path, r"config\.json")
+    (folder / "model.safetensors").unlink()
+    refused(folder, r"one of model\.safetensors")
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    refused(folder, r"config\.json")
+
+
+# ------------------------------------------------------------------------------------------------------------------ sharded
+
+
+def sharded(folder, place=lambda name: name):
+    """The folder's weights in two files, each under the name that `place` gives it in the index."""
+    from safetensors.torch import save_file
+
+    weights = tensors(folder)
+    (folder / "model.safetensors").unlink()
+    names = sorted(weights)
+    places = {}
+    for file, part in (("a.safetensors", names[:4]), ("b.safetensors", names[4:])):
+        save_file({name: weights[name] for name in part}, folder / file)
+        places |= {name: place(file) for name in part}
+    return places
+
+
+def index(folder, places):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return folder
+
+
+def test_a_sound_index_is_read(folder):
+    before = load_pretrained(folder).state_dict()
+    after = load_pretrained(index(folder, sharded(folder))).state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("lead", ["../", "/etc/", "./", "sub/../", "..\\"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(folder, lead):
+    refused(index(folder, sharded(folder, lambda name: lead + name)), "leads out")
+
+
+def test_a_link_out_of_the_folder_is_refused_but_for_the_hubs_cache(folder, tmp_path):
+    (folder / "model.safetensors").rename(tmp_path / "elsewhere")
+    (folder / "model.safetensors").symlink_to(tmp_path / "elsewhere")
+    refused(folder, "link")
+    cache = tmp_path / "models--x--y"
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots" / "1234").mkdir(parents=True)
+    (tmp_path / "elsewhere").rename(cache / "blobs" / "abc")
+    (folder / "config.json").rename(cache / "blobs" / "def")
+    for name, blob in (("model.safetensors", "abc"), ("config.json", "def")):
+        (cache / "snapshots" / "1234" / name).symlink_to(f"../../blobs/{blob}")
+    load_pretrained(cache / "snapshots" / "1234")
+
+
+def test_an_index_that_is_not_true_is_refused(folder):
+    places = sharded(folder)
+    refused(index(folder, {**places, "ghost": "a.safetensors"}), "ghost")
+    refused(index(folder, {**places, "model.norm.weight": "c.safetensors"}), r"c\.safetensors must be in the folder")
+    refused(index(folder, {name: file for name, file in places.items() if name != "model.norm.weight"}), "must name all tensors")
+    refused(index(folder, {}), "weight_map")
+    refused(index(folder, {"model.norm.weight": 3}), "weight_map")
+    (folder / "b.safetensors").write_bytes((folder / "a.safetensors").read_bytes())
+    refused(index(folder, dict.fromkeys(places, "a.safetensors") | {next(iter(places)): "b.safetensors"}), "must be in")
+
+
+# ------------------------------------------------------------------------------------------------------------------ tensors
+
+
+def test_missing_and_extra_tensors_are_named(folder):
+    weights = tensors(folder)
+    rewrite(folder, {name: t for name, t in weights.items() if name != "model.norm.weight"} | {"pad": torch.zeros(1000)})
+    refused(folder, r"must hold model\.norm\.weight, but does not")
+    rewrite(folder, weights | {"model.layers.0.self_attn.q_norm.weight": torch.ones(8)})
+    refused(folder, r"no place for, but holds model\.layers\.0\.self_attn\.q_norm\.weight")
+
+
+def test_buffers_of_old_folders_are_let_through(folder):
+    before = load_pretrained(folder)
+    rewrite(folder, tensors(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)})
+    assert load_pretrained(folder).config == before.config
+
+
+def test_wrong_shapes_and_dtypes_are_named(folder):
+    weights = tensors(folder)
+    rewrite(folder, weights | {"model.norm.weight": torch.ones(64)})
+    refused(folder, r"model\.norm\.weight must be \[32\], but is \[64\]")
+    rewrite(folder, weights | {"model.norm.weight": torch.ones(32, dtype=torch.int64)})
+    refused(folder, r"model\.norm\.weight must be one of F64, F32, F16, BF16, but is I64")
+
+
+def test_a_tied_head_must_be_the_embedding(folder):
+    weights = tensors(folder)
+    assert config_of(folder)["tie_word_embeddings"]
+    load_pretrained(rewrite(folder, weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}))
+    refused(rewrite(folder, weights | {"lm_head.weight": torch.ones(61, 32)}), "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("cut", [1, 7, 100, 5000])
+def test_a_truncated_file_is_refused(folder, cut):
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[:-cut])
+    refused(folder, r"model\.safetensors must be a whole safetensors file")
+    (folder / "model.safetensors").write_bytes(whole[:cut])
+    refused(folder, r"model\.safetensors")
+
+
+def with_header(folder, change):
+    """The same bytes under another header."""
+    whole = (folder / "model.safetensors").read_bytes()
+    n = struct.unpack("<Q", whole[:8])[0]
+    text = change(json.loads(whole[8 : 8 + n]))
+    text = (text if isinstance(text, str) else json.dumps(text)).encode()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + whole[8 + n :])
+    return folder
+
+
+def changed(**what):
+    return lambda header: {**header, "model.norm.weight": {**header["model.norm.weight"], **what}}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        changed(data_offsets=[0, 10**15]),
+        changed(data_offsets=[-4, 124]),
+        changed(data_offsets=[0, 128]),  # overlaps another
+        changed(data_offsets=[0]),
+        changed(data_offsets=None),
+        changed(data_offsets=[1e400, 2]),
+        changed(shape=[10**18, 10**18]),
+        changed(shape=[-32]),
+        changed(shape=["32"]),
+        changed(shape=[True] * 5),
+        changed(shape=None),
+        changed(dtype="F4096"),
+        changed(dtype=["F32"]),
+        lambda header: {**header, "model.norm.weight": 7},
+        lambda header: {name: entry for name, entry in header.items() if name != "model.norm.weight"},  # a hole
+        lambda header: json.dumps(header)[:-1] + ', "model.norm.weight": {}}',  # a name twice
+        lambda header: "{",
+        lambda header: "[]",
+    ],
+)
+def test_a_header_that_does_not_fit_its_file_is_refused(folder, change):
+    refused(with_header(folder, change), "header|whole safetensors file")
+
+
+def test_an_endless_header_is_refused(folder):
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", 2**62) + b"{}")
+    refused(folder, "whole safetensors file")
+
+
+def test_a_pipe_is_not_waited_for(folder):
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    refused(folder, r"one of model\.safetensors")

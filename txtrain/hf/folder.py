@@ -1,0 +1,65 @@
+"""A model's folder, of which only the files in it count: no name may lead out of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from txtrain.errors import ConfigError
+
+# What a tokenizer of transformers is made of, and how images are to be scaled. Copied byte for byte, never opened here.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "tokenizer.model",
+    "spiece.model",
+    "vocab.json",
+    "merges.txt",
+    "vocab.txt",
+    *("source.spm", "target.spm"),
+    "preprocessor_config.json",
+)
+_LARGEST_TOKENIZER_FILE = 200_000_000  # bytes; Gemma's has 34 million
+
+
+def checked(folder: str | os.PathLike[str]) -> Path:
+    path = Path(folder).expanduser()
+    if not path.is_dir():
+        raise ConfigError(f"`load_pretrained` must be given a folder, but {str(folder)!r} is {'a file' if path.exists() else 'not there'}.")
+    return path
+
+
+def member(folder: Path, name: str) -> Path | None:
+    """The regular file of that name directly in the folder, or None if there is none.
+
+    A link must stay in the folder, but for the hub's cache: snapshots/REVISION/NAME -> ../../blobs/HASH.
+
+    Raises:
+        ConfigError: the name or the link leads elsewhere.
+    """
+    if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
+        raise ConfigError(f"{folder}: a file must be named within the folder, but {name!r} leads out of it.")
+    path = folder / name
+    if not path.is_file():
+        return None
+    target, home = path.resolve(), folder.resolve()
+    cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
+    if target.parent != home and not cached:
+        raise ConfigError(f"{path} must be a file of the folder, but is a link to {target}.")
+    return path
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the tokenizer's files, as they are."""
+    found: dict[str, bytes] = {}
+    for name in TOKENIZER_FILES:
+        path = member(folder, name)
+        if path is None:
+            continue
+        if path.stat().st_size > _LARGEST_TOKENIZER_FILE:
+            raise ConfigError(f"{path} must be at most {_LARGEST_TOKENIZER_FILE:,} bytes, but has {path.stat().st_size:,}.")
+        found[name] = path.read_bytes()
+    return found

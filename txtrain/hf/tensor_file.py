@@ -1,0 +1,136 @@
+"""Files of tensors: safetensors read and written one tensor at a time, and torch's zip files without running what they hold.
+
+safetensors' own reader maps the file into memory, and its writer copies all tensors first: with them, a process grows to twice the
+model. Here it grows by one tensor.
+
+    8 bytes: n, little-endian | n bytes of JSON: name -> dtype, shape, [begin, end) | the tensors, without gaps
+"""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from txtrain.errors import ConfigError
+from txtrain.hf import strict_json
+from txtrain.hf.names import Shape, n_elements
+
+DTYPES: dict[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What else the format knows. Such tensors may be in a file (old buffers are), but no parameter can be read from them.
+_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8}
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+
+
+class Entry(NamedTuple):
+    shape: Shape
+    dtype: str  # safetensors' word
+
+
+class SafetensorsFile:
+    """A file whose header is known and consistent with its size; tensors are read when asked for."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.entries: dict[str, Entry] = {}
+        self._begin: dict[str, int] = {}
+        size = path.stat().st_size
+        with path.open("rb") as f:
+            n = int.from_bytes(f.read(8), "little")
+            if size < 8 or n > size - 8 or n > strict_json.LIMIT:
+                raise self._broken(f"its header is to have {n:,} bytes, the file has {size:,}")
+            header = strict_json.parse(f.read(n), f"The header of {path}")
+        header.pop("__metadata__", None)
+        end = 0
+        for name, said in sorted(header.items(), key=_begin_of):
+            entry, begin, length = self._entry(name, said)
+            if begin != end:
+                raise self._broken(f"{name} begins at byte {begin}, where {end} is expected")
+            self.entries[name], self._begin[name], end = entry, 8 + n + begin, begin + length
+        if 8 + n + end != size:
+            raise self._broken(f"it is to have {8 + n + end:,} bytes, but has {size:,}")
+
+    def _entry(self, name: str, said: Any) -> tuple[Entry, int, int]:
+        try:
+            dtype, shape, (begin, end) = said["dtype"], said["shape"], said["data_offsets"]
+            sound = all(type(v) is int and v >= 0 for v in (*shape, begin, end)) and end - begin == n_elements(shape) * _SIZES[dtype]
+        except (TypeError, KeyError, ValueError):
+            sound = False
+        if not sound:
+            raise self._broken(f"it describes {name} as {str(said)[:100]}")
+        return Entry(tuple(shape), dtype), begin, end - begin
+
+    def _broken(self, why: str) -> ConfigError:
+        return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, in memory of its own."""
+        entry = self.entries[name]
+        data = torch.empty(n_elements(entry.shape) * _SIZES[entry.dtype], dtype=torch.uint8, device="cpu")
+        with self.path.open("rb", buffering=0) as f:
+            f.seek(self._begin[name])
+            view, done = data.numpy().data, 0
+            while done < len(view):  # one call reads at most 2 GiB
+                got = f.readinto(view[done:])
+                if not got:
+                    raise self._broken(f"it ends within {name}")
+                done += got
+        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+
+
+def _begin_of(item: tuple[str, Any]) -> int:
+    try:
+        return int(item[1]["data_offsets"][0])
+    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
+        return -1  # not a tensor: refused when it is looked at
+
+
+class PickleFile:
+    """pytorch_model.bin: only tensors are unpickled, and the newer zip format is mapped, not read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as e:  # whatever a hostile pickle makes torch say
+            raise ConfigError(f"{path} must hold tensors and nothing else, but does not: {str(e).splitlines()[0][:200]}") from e
+        if not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold tensors by name, but holds a {type(loaded).__name__}.")
+        self._tensors: dict[str, Tensor] = dict(loaded)
+        self.entries = {name: self._entry(name, tensor) for name, tensor in loaded.items()}
+
+    def _entry(self, name: Any, tensor: Any) -> Entry:
+        plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
+        # A stride of 0 makes a small file claim any size.
+        if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise ConfigError(f"{self.path} must hold plain tensors by name, but {str(name)[:100]!r} is none.")
+        words = {dtype: word for word, dtype in DTYPES.items()}
+        return Entry(tuple(tensor.shape), words.get(tensor.dtype, str(tensor.dtype)))
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]) -> None:
+    """Write tensors one by one; each is asked for when its turn comes, so that joined ones need memory for one only."""
+    words = {dtype: word for word, dtype in DTYPES.items()}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, shape in shapes.items():
+        begin, end = end, end + n_elements(shape) * dtypes[name].itemsize
+        header[name] = {"dtype": words[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    with path.open("wb") as f:
+        f.write(len(text).to_bytes(8, "little") + text)
+        for name in shapes:
+            f.write(tensor(name).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+
+
+def bytes_of(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype]) -> int:
+    return sum(n_elements(shape) * dtypes[name].itemsize for name, shape in shapes.items())

@@ -1,0 +1,95 @@
+"""The weights of a folder, in however many files: what they hold is known before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from txtrain.errors import ConfigError
+from txtrain.hf import strict_json
+from txtrain.hf.folder import member
+from txtrain.hf.names import respelt
+from txtrain.hf.tensor_file import DTYPES, Entry, PickleFile, SafetensorsFile
+
+TensorFile = SafetensorsFile | PickleFile
+
+# In the order of preference: the format, a file, and the index of several.
+_FORMATS: tuple[tuple[type[TensorFile], str, str], ...] = (
+    (SafetensorsFile, "model.safetensors", "model.safetensors.index.json"),
+    (PickleFile, "pytorch_model.bin", "pytorch_model.bin.index.json"),
+)
+
+
+class Weights:
+    """All tensors of a folder by name."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._places: dict[str, tuple[TensorFile, str]] = {}  # the file, and the name there
+        for file in _open(folder):
+            for name in file.entries:
+                if name in self._places:
+                    raise ConfigError(f"{folder}: {name} must be in one file, but is in {self._places[name][0].path.name} and in {file.path.name}.")
+                self._places[name] = file, name
+
+    def add_prefix(self, prefix: str, but: str) -> None:
+        """A folder of the class without a head leaves out the prefix: put it before all names, except those that begin with `but`."""
+        if not any(name.startswith(prefix) for name in self._places):
+            self._places = {name if name.startswith(but) else prefix + name: place for name, place in self._places.items()}
+
+    def rename(self, renamed: Iterable[tuple[str, str]]) -> None:
+        """Names that match a pattern become what the pattern's replacement says."""
+        places: dict[str, tuple[TensorFile, str]] = {}
+        for name, place in self._places.items():
+            new = respelt(name, renamed)
+            if new in places:
+                raise ConfigError(f"{self.folder}: {new} must be there once, but is there as {places[new][1]} and as {place[1]}.")
+            places[new] = place
+        self._places = places
+
+    def entries(self) -> dict[str, Entry]:
+        return {name: file.entries[there] for name, (file, there) in self._places.items()}
+
+    def read(self, name: str) -> Tensor:
+        """One tensor on the CPU."""
+        file, there = self._places[name]
+        return file.read(there)
+
+    def same(self, a: str, b: str) -> bool:
+        """Whether two tensors are equal, in the second's dtype."""
+        entries = self.entries()
+        if entries[a].shape != entries[b].shape or not {entries[a].dtype, entries[b].dtype} <= DTYPES.keys():
+            return False
+        there = self.read(b)
+        return torch.equal(self.read(a).to(there.dtype), there)
+
+
+def _open(folder: Path) -> list[TensorFile]:
+    for open_file, single, index in _FORMATS:
+        if (path := member(folder, single)) is not None:
+            return [open_file(path)]
+        if (path := member(folder, index)) is not None:
+            return _open_shards(folder, open_file, path)
+    raise ConfigError(f"{folder} must hold one of {', '.join(name for _, *names in _FORMATS for name in names)}, but holds none of them.")
+
+
+def _open_shards(folder: Path, open_file: type[TensorFile], index: Path) -> list[TensorFile]:
+    places: Any = strict_json.read(index).get("weight_map")
+    if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
+        raise ConfigError(f"{index}: `weight_map` must say for each tensor the file that it is in.")
+    files: dict[str, TensorFile] = {}
+    for name in sorted(set(places.values())):
+        if (path := member(folder, name)) is None:
+            raise ConfigError(f"{index}: {name} must be in the folder, but is not.")
+        files[name] = open_file(path)
+    for tensor, name in places.items():
+        if tensor not in files[name].entries:
+            raise ConfigError(f"{index}: {tensor} must be in {name}, but is not.")
+    for name, file in files.items():
+        if unlisted := [tensor for tensor in file.entries if tensor not in places]:
+            raise ConfigError(f"{index} must name all tensors, but not {unlisted[0]} of {name}.")
+    return list(files.values())
