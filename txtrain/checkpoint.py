@@ -69,6 +69,12 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
     raise ConfigError(f"`{key}` must be a run's folder or one of its checkpoints, but {str(where)!r} {what}.")
 
 
+def exists(where: str | Path) -> bool:
+    """Whether `locate` would find one."""
+    path = Path(where).expanduser()
+    return is_complete(path) or bool(complete(path))
+
+
 def read_state(path: Path) -> dict[str, Any]:
     state: dict[str, Any] = json.loads((path / STATE).read_text())
     return state

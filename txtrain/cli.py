@@ -12,7 +12,7 @@ from txtrain.errors import ConfigError, hint
 if TYPE_CHECKING:
     from txtrain.composition import Composed, Loader
 
-VERBS = ("train", "generate")
+VERBS = ("train", "generate", "export", "plan")
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
 _SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
 _FILE_FLAGS = ("--config", "--config-name", "--config-path", "-cn", "-cp")
@@ -37,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         for problem in e.problems:
             print(f"txtrain: {problem}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # a run that has begun answers it with a checkpoint
+        print("\ntxtrain: interrupted.", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # `| head` has seen enough; what Python would still flush at its end goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -109,15 +115,23 @@ def _main(argv: list[str]) -> int:
 
 
 def run(composed: Composed) -> int:
-    from txtrain.config import Generate
+    from txtrain.config import Export, Generate, Plan
 
+    if isinstance(composed.config, Plan):
+        from txtrain.planning import run_plan
+
+        return run_plan(composed.config)
+    if isinstance(composed.config, Export):
+        from txtrain.exporting import run_export
+
+        return run_export(composed.config)
     if isinstance(composed.config, Generate):
         from txtrain.prompting import run_generate
 
         return run_generate(composed.config)
     from txtrain.run import run_train
 
-    return run_train(composed.config, grafts=composed.grafts, given=composed.given)
+    return run_train(composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder)
 
 
 def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[str]]]) -> int:

@@ -26,6 +26,7 @@ from txtrain.config import ROOTS, Generate, Train
 from txtrain.errors import ConfigError
 from txtrain.grafts import GraftedRepository
 from txtrain.imports import import_user, target_problems
+from txtrain.initial import applied
 from txtrain.overrides import check, expand, groups_of, hydra_errors, parse
 from txtrain.places import CONF, DATA
 from txtrain.typed import build, plain
@@ -40,11 +41,13 @@ class Composed:
     Attributes:
         grafts: axis -> {from, to, kept, dropped} for each axis that is not the family's own.
         given: keys that the user set.
+        folder: under runs/<name>/, where config.run_dir is null; None: the time or the SLURM job. Jobs of `-m` have numbers.
     """
 
     config: Any
     grafts: dict[str, dict[str, Any]]
     given: list[str]
+    folder: str | None = None
 
 
 # ------------------------------------------------------------------------------------------------------------------- loading
@@ -142,12 +145,12 @@ def compose_job(verb: str, overrides: list[str], loader: Loader) -> tuple[Compos
     with hydra_errors():
         loader.imports(overrides)  # the user's options must exist before they are looked up
         values = {o.key_or_group: o.value() for o in parse(overrides) if not o.is_delete()}
-        if root is Train and str(values.get("resume", "auto")) not in ("auto", "never"):
+        if issubclass(root, Train) and str(values.get("resume", "auto")) not in ("auto", "never"):
             from txtrain.resumption import resumed
 
             return resumed(verb, str(values["resume"]), overrides, loader), overrides
         lines = check(overrides, loader, root)
-        return typed(load(verb, lines, loader), root), lines
+        return applied(typed(load(verb, lines, loader), root)), lines
 
 
 def load(verb: str, lines: list[str], loader: Loader) -> DictConfig:
@@ -159,7 +162,7 @@ def load(verb: str, lines: list[str], loader: Loader) -> DictConfig:
 
 def to_file(job: Composed, file: Path) -> None:
     """What `from_file` reads in a process that we start."""
-    notes = {"grafts": job.grafts, "given": job.given}
+    notes = {"grafts": job.grafts, "given": job.given, "folder": job.folder}
     file.write_text(yaml.safe_dump(plain(job.config) | {NOTES: notes}, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -169,7 +172,7 @@ def from_file(verb: str, file: str) -> Composed:
     notes = raw.pop(NOTES, {})
     for what in raw["imports"]:
         import_user(what, Path.cwd())
-    return Composed(build(ROOTS[verb], raw), notes.get("grafts", {}), notes.get("given", []))
+    return Composed(build(ROOTS[verb], raw), notes.get("grafts", {}), notes.get("given", []), notes.get("folder"))
 
 
 # ------------------------------------------------------------------------------------------------------------------ the door
@@ -181,7 +184,7 @@ def typed(cfg: DictConfig, root: type) -> Composed:
     with open_dict(cfg):
         cfg.pop("hydra", None)  # holds ??? and resolvers of its own
         notes: Any = OmegaConf.to_container(cfg.pop(NOTES), resolve=False)
-        if root is Train and cfg.get("name") is None:
+        if issubclass(root, Train) and cfg.get("name") is None:
             cfg.name = "-".join(str(notes["choices"][g]).replace("/", "-") for g in ("model", "data") if notes["choices"].get(g))
     raw: Any = OmegaConf.to_container(cfg, resolve=True)
     raw["imports"] = notes["imports"]

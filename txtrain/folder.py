@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import datetime
 import json
 import os
 import platform
+import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from txtrain import checkpoint, files
+from txtrain import checkpoint, files, lock
 from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.typed import plain
@@ -43,6 +45,8 @@ class RunFolder:
     path: Path
     checkpoint: Path | None = None
     exclusive: bool = False
+    _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
+    _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
 
     @property
     def state(self) -> dict[str, Any]:
@@ -51,9 +55,11 @@ class RunFolder:
 
     def create(self, config: Train, facts: Mapping[str, Any]) -> None:
         """Make the folder and write config.yaml and run.json. Nothing is written before this."""
+        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         if self.exclusive:
             self._claim()
         self.path.mkdir(parents=True, exist_ok=True)
+        self._own()
         checkpoint.clean(self.path)
         self.write_config(config, self.path)
         before = self._read() if self.checkpoint is not None else {}
@@ -70,6 +76,35 @@ class RunFolder:
             except FileExistsError:
                 number += 1
                 self.path = first.with_name(f"{first.name}_{number}")
+                self._made = [self.path]
+
+    def discard(self) -> None:
+        """Take back what `create` made: the run cannot start after all."""
+        self._release()
+        if self.path in self._made:
+            shutil.rmtree(self.path)
+        for parent in self._made:
+            with contextlib.suppress(OSError):  # another run has come into it
+                parent.rmdir()
+
+    def _own(self) -> None:
+        """No other process may write here while this one does. The system gives the lock back when a process ends, however it ends.
+
+        Raises:
+            ConfigError: another process writes to the folder, or has since this one chose its checkpoint.
+        """
+        self._lock = lock.acquire(self.path)
+        if self._lock is None:
+            raise ConfigError(f"`run_dir` must be a folder that no other process writes to, but another one is training in {str(self.path)!r}.")
+        newest = checkpoint.complete(self.path)[-1:]
+        if newest and newest != [self.checkpoint]:
+            self._release()
+            raise ConfigError(f"`run_dir`: another process has trained in {str(self.path)!r} since this one looked. Start again to continue from there.")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
 
     def write_config(self, config: Train, into: Path) -> None:
         """`txtrain resume=RUN` and `checkpoint=` need nothing but this."""
@@ -82,6 +117,7 @@ class RunFolder:
 
     def end(self, status: str) -> None:
         self.update(status=status, ended=_now())
+        self._release()
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -94,19 +130,20 @@ class RunFolder:
 # ------------------------------------------------------------------------------------------------------------------ choosing
 
 
-def choose(config: Train, given: Sequence[str] = (), default: str | None = None) -> RunFolder:
+def choose(config: Train, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
     """The folder that the run writes to, and the checkpoint that it continues from. Writes nothing.
 
     Args:
         given: the keys that the user set.
-        default: the folder where config.run_dir is null; by default runs/<name>/<job or time>.
+        name: of the folder under runs/<name>/, where config.run_dir is null; by default the SLURM job or the time.
 
     Raises:
         ConfigError: the run cannot be continued: its checkpoint is unreadable, or its config is another.
     """
     if config.resume not in ("auto", "never"):
         return _named(config, given)
-    path, exclusive = _path(config, default)
+    path, exclusive = _path(config, name)
+    _refuse_file(path)
     found = checkpoint.complete(path)
     if not found:
         return RunFolder(path, exclusive=exclusive)
@@ -116,6 +153,13 @@ def choose(config: Train, given: Sequence[str] = (), default: str | None = None)
             "Give another run_dir, or resume=auto to continue that run."
         )
     return _continue(config, path, found[-1])
+
+
+def _refuse_file(path: Path) -> None:
+    """Before anything is done that the run could not keep."""
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
 
 
 def _named(config: Train, given: Sequence[str]) -> RunFolder:
@@ -156,10 +200,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _path(config: Train, default: str | None) -> tuple[Path, bool]:
+def _path(config: Train, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
-    if config.run_dir is not None or default is not None:
-        return Path(config.run_dir or default or "").expanduser(), False
+    if config.run_dir is not None:
+        return Path(config.run_dir).expanduser(), False
+    if name is not None:
+        return Path("runs") / config.name / name, False
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     if job:  # a requeued job has the same number: it finds its own checkpoints
         task = os.environ.get("SLURM_ARRAY_TASK_ID")

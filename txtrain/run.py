@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import nn
 
 from txtrain import folder, screen
@@ -48,11 +49,11 @@ class Result:
 
 @dc.dataclass(frozen=True)
 class Origin:
-    """How the configuration came about; recorded in run.json. default_run_dir: where run_dir is null (the jobs of `-m`)."""
+    """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`)."""
 
     grafts: Mapping[str, Any] = dc.field(default_factory=dict)
     given: Sequence[str] = ()
-    default_run_dir: str | None = None
+    folder: str | None = None
 
 
 def train(
@@ -78,34 +79,36 @@ def train(
         cfg, fallback = settle(short(cfg)) if data is None else (short(cfg), None)
         display = Display()
         display.lines(screen.opening(cfg, fallback))
-        place = None if cfg.trainer.fast_dev_run else folder.choose(cfg, origin.given, origin.default_run_dir)
+        place = None if cfg.trainer.fast_dev_run else folder.choose(cfg, origin.given, origin.folder)
+        module = LitModule(cfg, initial_model(cfg, place) if model is None else model)
+        device = module.parallel.device(cfg)
         data = data or DataModule(cfg, fallback)
         data.prepare()
         limits = Limits.of(cfg, data.n_train)
-        module = LitModule(cfg, model)
         module.plan(limits.steps)
         if place is not None and place.checkpoint is not None:
             check_data(place, data)
             if _nothing_left(place, limits):
                 return _finished(place, display)
-        machine = Machine.of(module.parallel.device(cfg), precision_dtype(cfg.trainer.precision))
-        if place is not None:
-            place.create(cfg, _facts(cfg, module, data, machine, origin, fallback))
-        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts))
+        machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         recorder = Recorder(cfg, data, place, limits, display, machine)
         called = [*callbacks, *instances(cfg.callbacks), recorder]
-        trainer = make_trainer(cfg, module.parallel, limits, called, loggers(cfg, place), validate_first=recorder.open is not None)
+        if place is not None:
+            place.create(cfg, _facts(cfg, module, data, machine, origin, fallback))
+        told = _loggers(cfg, place)
+        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts))
+        trainer = make_trainer(cfg, module.parallel, limits, called, told, validate_first=recorder.open is not None)
         return _fit(trainer, module, data, recorder)
 
 
-def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], default_run_dir: str | None = None) -> int:
+def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None) -> int:
     """`txtrain train`: the exit code. The user's mistakes are raised, for the command line to print.
 
     Raises:
         ConfigError: as `train`.
     """
     try:
-        result = train(config, origin=Origin(grafts, given, default_run_dir))
+        result = train(config, origin=Origin(grafts, given, folder))
     except ConfigError:
         raise
     except KeyboardInterrupt:
@@ -115,6 +118,20 @@ def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str],
         traceback.print_exc()
         return 1
     return PREEMPTED if result.status == "preempted" else 0
+
+
+def initial_model(cfg: Train, place: RunFolder | None) -> nn.Module | None:
+    """With init_from the model that the run starts from; a run that continues has its weights in its own checkpoint."""
+    if cfg.init_from is None or (place is not None and place.checkpoint is not None):
+        return None
+    from txtrain.loading import load
+    from txtrain.model.build import build_model
+
+    found = load(cfg.init_from, key="init_from").model
+    with torch.device("meta"):
+        model = build_model(cfg.model)  # of other dropouts, perhaps
+    model.load_state_dict(found.state_dict(), assign=True)
+    return model
 
 
 def short(cfg: Train) -> Train:
@@ -146,6 +163,16 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     elif where is not None:
         recorder.display.line(f"done: {where}", style="bold")
     return Result(where, dict(recorder.metrics), status)
+
+
+def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
+    """They write into the run's folder, so it is there before one of them can fail: no key for a service, a wrong argument."""
+    try:
+        return loggers(cfg, place)
+    except Exception:
+        if place is not None:
+            place.discard()
+        raise
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:

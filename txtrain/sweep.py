@@ -33,7 +33,7 @@ def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]])
     if any(line.lstrip("+").startswith("hydra/launcher=") for line in jobs[0][1]):
         codes = _through_launcher(verb, loader, [lines for _, lines in jobs], stamp)
     else:
-        codes = _in_subprocesses(verb, [in_folder(job, stamp, number) for number, (job, _) in enumerate(jobs)])
+        codes = _in_subprocesses(verb, [in_folder(job, stamp, number) for number, (job, _) in enumerate(jobs)], varied([lines for _, lines in jobs]))
     for number, code in enumerate(codes):
         if code:
             print(f"txtrain: job {number} {'was preempted' if code == PREEMPTED else f'failed (exit code {code})'}", file=sys.stderr)
@@ -47,14 +47,20 @@ def in_folder(job: Composed, stamp: str, number: int) -> Composed:
     config = job.config
     if not hasattr(config, "run_dir"):
         return job
-    folder = f"{config.run_dir}/{number}" if config.run_dir else f"runs/{config.name}/{stamp}-{number}"
-    return dc.replace(job, config=dc.replace(config, run_dir=folder))
+    if config.run_dir is None:
+        return dc.replace(job, folder=f"{stamp}-{number}")
+    return dc.replace(job, config=dc.replace(config, run_dir=f"{config.run_dir}/{number}"))
+
+
+def varied(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Of each job's overrides those that not all jobs have: `model.norm_position=post`."""
+    return [" ".join(line.lstrip("+") for line in lines if not all(line in other for other in jobs)) for lines in jobs]
 
 
 # ------------------------------------------------------------------------------------------------------------- one by one
 
 
-def _in_subprocesses(verb: str, jobs: Sequence[Composed]) -> list[int]:
+def _in_subprocesses(verb: str, jobs: Sequence[Composed], labels: Sequence[str]) -> list[int]:
     """Exit codes of the jobs that were started. A signal goes to the running job, and no other is started."""
     codes: list[int] = []
     with tempfile.TemporaryDirectory(prefix="txtrain-") as folder, _Forwarding() as signals:
@@ -63,7 +69,7 @@ def _in_subprocesses(verb: str, jobs: Sequence[Composed]) -> list[int]:
                 break
             file = Path(folder) / f"{number}.yaml"
             to_file(job, file)
-            print(f"txtrain: job {number} of {len(jobs)}", file=sys.stderr)
+            print(f"txtrain: job {number} (of 0 to {len(jobs) - 1}): {labels[number]}", file=sys.stderr)
             codes.append(signals.wait(_start(verb, file)))
     return codes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from txtrain import places
+from txtrain.peaks import PUBLISHED
 from txtrain.registry import MODEL_AXES
 
 FLAGS = """\
@@ -20,6 +21,8 @@ txtrain [VERB] [KEY=VALUE ...]          train any transformer by composing its p
 Verbs
   train      pretrain a model (the default); `txtrain` alone is model=gpt2 data=wikitext
   generate   continue prompts with a trained model
+  plan       parameters, FLOPs, cache, steps and time of what train would run, without building it
+  export     a checkpoint as a folder of Hugging Face
 
 Examples
   txtrain model=mistral data=wikitext
@@ -27,6 +30,7 @@ Examples
   txtrain -m model=gpt2 model.norm_position=pre,post,sandwich
   txtrain resume=runs/mistral-wikitext/2026-12-01_12-00-00 trainer.max_steps=1200
   txtrain generate checkpoint=RUN prompt="Once upon a time, " temperature=0
+  txtrain plan model=mistral_7b plan.device=H100 plan.n_devices=64 trainer.precision=bf16-mixed
 
 Flags, anywhere on the line
 {FLAGS}
@@ -73,8 +77,33 @@ Training: every interval counts steps, a step is one update
 Run
   recipe=NAME                      {recipes}
   name, run_dir, seed              the run's folder is run_dir, or runs/<name>/<date>_<time>
+  init_from=DIR                    start from the weights of a Hugging Face folder, an export, a run or a checkpoint
   resume=auto|never|RUN            auto: go on from the newest checkpoint of run_dir; RUN: a folder or a checkpoint, key=value on top
   imports=[mine.py]                your own parts, registered by @txtrain.component
+
+Flags
+{flags}"""
+
+EXPORT = """\
+txtrain export checkpoint=RUN out=DIR
+
+  checkpoint=PATH                  a run's folder (its newest checkpoint), or one checkpoint
+  out=DIR                          a new folder: config.json, model.safetensors, tokenizer; the class is the one that equals the model
+  imports=[mine.py]                the user's own parts that the run was made with
+
+Flags
+{flags}"""
+
+PLAN = """\
+txtrain plan [KEY=VALUE ...]      what `txtrain train` with the same keys would run, counted; nothing is built, no data is read
+
+  plan.device=NAME                 {devices}: its published peak at trainer.precision
+  plan.peak_flops=NUMBER           FLOP/s of another device
+  plan.n_devices=1                 as many of them
+  plan.mfu=0.4                     share of the peak that the run reaches
+  plan.cache_dtype=bfloat16        of the key-value cache: bfloat16, float32
+  plan.format=text                 text, json
+  Every key of train: txtrain train --help
 
 Flags
 {flags}"""
@@ -82,7 +111,7 @@ Flags
 GENERATE = """\
 txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
 
-  checkpoint=PATH                  a run's folder (its newest checkpoint), or one checkpoint
+  checkpoint=PATH                  a run's folder (its newest checkpoint), one checkpoint, or a Hugging Face folder
   prompt=TEXT                      taken as typed; `-` reads standard input
   prompt_file=FILE                 one prompt a line
   max_new_tokens=64                tokens to add at most
@@ -101,8 +130,12 @@ def usage(verb: str | None) -> str:
     """The help of a verb, or of the program."""
     if verb is None:
         return OVERVIEW
+    if verb == "export":
+        return EXPORT.format(flags=FLAGS)
     if verb == "generate":
         return GENERATE.format(flags=FLAGS)
+    if verb == "plan":
+        return PLAN.format(flags=FLAGS, devices=", ".join(PUBLISHED))
     groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}
     options = {name: ", ".join(places.options(group)) or "none yet" for name, group in groups.items()}
     return TRAIN.format(models=_models(), flags=FLAGS, **options)

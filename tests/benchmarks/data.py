@@ -63,7 +63,7 @@ def main() -> None:
         print(f"packed batches                     {len(steps) * BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")
         for workers in (0, 2):
             allow_threads(False)
-            loader = DataLoader(OrderedSamples(samples, order), batch_sampler=ShareSampler(order), num_workers=workers, collate_fn=lambda b: b)
+            loader = DataLoader(OrderedSamples(samples, 0, order), batch_sampler=ShareSampler(order), num_workers=workers, collate_fn=lambda b: b)
             iterator = iter(loader)
             seconds = best(lambda iterator=iterator: list(itertools.islice(iterator, 400)))
             print(f"loader, {workers} workers                  {400 * BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")

@@ -52,8 +52,8 @@ def cli():
 
 
 @pytest.fixture
-def forget():
-    """Take back what a test registers and imports."""
+def forget(loader):
+    """Take back what a test registers and imports. loader: what Hydra itself registers at its first use must stay."""
     from hydra.core.config_store import ConfigStore
 
     from txtrain.registry import TABLE

@@ -1,5 +1,6 @@
 """Verbs, flags, spellings, mistakes: one helpful message, exit code 2, nothing written."""
 
+import resource
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from txtrain.typed import build
 MISTAKES = [
     ("data.seq_ln=3", "Did you mean data.seq_len?"),
     ("model=mistrall", "Did you mean model=mistral?"),
-    ("model/attention=gqaa", "must be one of gqa, mha, mqa. Did you mean model/attention=gqa?"),
+    ("model/attention=gqaa", "must be one of gqa, mha, mla, mqa. Did you mean model/attention=gqa?"),
     ("+model.attention.typo=1", "`model.attention.typo=1`: model.attention has no key typo."),
     ("model.n_heads=5 model.dim=64", "`model.n_heads` must divide model.dim (64)"),
     ("model.n_heads=8 model/attention=gqa model.attention.n_kv_heads=3", "must divide model.n_heads (8), but is 3 instead. Nearest: 2, 4."),
@@ -27,7 +28,7 @@ MISTAKES = [
     # spellings that people try
     ("model.position=rope", "Write model/position=rope."),
     ("model/norm_position=pre", "Write model.norm_position=pre."),
-    ("model.attention=mla", "Write model/attention=NAME, one of gqa, mha, mqa."),
+    ("model.attention=mla", "Write model/attention=mla."),
     ("--model=mistral", "write model=mistral"),
     ("--config x.yaml", "recipe=NAME"),
     ("lr=3e-4", "Did you mean optimizer.lr?"),
@@ -73,7 +74,7 @@ MISTAKES = [
     ("save=none", "`save` must be a mapping"),
     # verbs and flags
     ("trian", "Did you mean train?"),
-    ("plan", "must be a verb (train, generate)"),
+    ("serve", "must be a verb (train, generate, export, plan)"),
     ("mistral", "Did you mean model=mistral?"),
     ("model=gpt2 train", "The verb comes first."),
     ("--confg", "Did you mean --cfg?"),
@@ -155,9 +156,9 @@ def test_cfg_of_hydra_is_printed(what, capsys):
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["generate", "-h"]])
 def test_help_answers_at_once(args, cli):
-    begin = time.perf_counter()
+    begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # not the clock: other tests run beside this one
     said = cli(*args)
-    assert time.perf_counter() - begin < 1.0
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin < 0.5
     assert said.returncode == 0
     assert not said.stderr
     assert max(map(len, said.stdout.splitlines())) < 160
@@ -221,6 +222,6 @@ def test_it_works_inside_another_hydra_application():
 
 def test_a_job_composes_in_a_tenth_of_a_second_or_so(job):
     job("model=mistral")
-    begin = time.perf_counter()
+    begin = time.process_time()
     job("model=gemma2", "model/attention=mqa", "model.n_layers=2")
-    assert time.perf_counter() - begin < 1.0
+    assert time.process_time() - begin < 0.6

@@ -6,7 +6,6 @@ import yaml
 import txtrain
 from txtrain.cli import main
 from txtrain.errors import ConfigError
-from txtrain.places import options
 from txtrain.registry import resolve
 
 MINE = """
@@ -34,18 +33,6 @@ def user(clean_room, forget):
     (folder / "data/corpus.yaml").write_text("type: text\npath: x\n")
     (folder / "model/own.yaml").write_text("defaults: [llama2, _self_]\nfamily: own\nffn: {bias: true}\n")
     return folder
-
-
-@pytest.mark.parametrize("name", options("recipes"))
-def test_packaged_recipe_composes(name, job):
-    assert job(f"recipe={name}").config.name
-
-
-@pytest.mark.parametrize("group", ["data", "objective", "optimizer", "scheduler", "strategy", "trainer", "logger", "callbacks"])
-def test_every_packaged_option_composes(group, job):
-    for option in options(group):
-        path = ["data.path=x"] if option in ("text", "hf") else []
-        job(f"{group}={option}", *path)
 
 
 def test_recipe_and_its_other_names_are_one(user, job):

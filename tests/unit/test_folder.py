@@ -34,8 +34,8 @@ def test_under_slurm_the_folder_survives_a_requeue(config, monkeypatch):
 
 
 def test_a_given_folder_wins_over_the_sweeps_and_that_over_the_clock(config):
-    assert str(folder.choose(config, default="runs/sweep-1").path) == "runs/sweep-1"
-    assert str(folder.choose(dc.replace(config, run_dir="mine"), default="runs/sweep-1").path) == "mine"
+    assert str(folder.choose(config, name="sweep-1").path) == "runs/try/sweep-1"
+    assert str(folder.choose(dc.replace(config, run_dir="mine"), name="sweep-1").path) == "mine"
 
 
 def test_choosing_writes_nothing(config, tmp_path):

@@ -3,7 +3,9 @@ import random
 import numpy as np
 import torch
 
+import txtrain
 from tests.training import tiny
+from txtrain.data.packing import PackedSamples
 from txtrain.module import LitModule, cut, seed_everything
 from txtrain.objectives.causal_lm import CausalLM
 
@@ -62,8 +64,13 @@ def test_validation_is_weighted_by_targets_and_counts_bytes(tmp_path, monkeypatc
     assert module.val_metrics["bits_per_byte"] == 8 / np.log(2) / (1 + 2 + 3 + 3)
 
 
-def test_a_batch_without_a_target_has_a_denominator():
-    assert int(CausalLM().denominators({"labels": torch.full((2, 4), -100)})["loss"]) == 1
+def test_a_step_without_a_target_has_loss_0(tmp_path, monkeypatch):
+    def nothing(self, rows, draws=None):
+        return {"input_ids": torch.zeros(len(rows), 32, dtype=torch.long), "labels": torch.full((len(rows), 32), -100)}
+
+    monkeypatch.setattr(PackedSamples, "batch", nothing)
+    made = txtrain.train(tiny(tmp_path, "trainer.fast_dev_run=2"))
+    assert (made.metrics["loss"], made.metrics["val_loss"]) == (0.0, 0.0)
 
 
 def test_compilation_is_of_every_block_and_renames_nothing(tmp_path):

@@ -49,7 +49,7 @@ def test_without_a_terminal_rows_are_time_stamped_lines():
     out = io.StringIO()
     display = Display(Console(file=out, highlight=False, soft_wrap=True))
     display.start(0, total=600)
-    row = {"step": 10, "tokens": 20480, "loss": 5.25, "lr": 1e-3, "tokens_per_second": 2048.0, "mfu": 0.41, "val_loss": 5.0, "perplexity": 148.41}
+    row = {"step": 10, "tokens": 20480, "loss": 5.25, "lr": 1e-3, "tokens_per_second": 2048.0, "mfu": 0.41, "seconds": 10.0, "val_loss": 5.0, "perplexity": 148.41}  # noqa: E501
     display.row(row)
     first, second = out.getvalue().splitlines()
     assert first[8:] == "  step 10/600  loss 5.2500  lr 1.00e-03  2,048 tokens/s  MFU 41.0%  9 min 50 s left"
@@ -61,7 +61,7 @@ def test_on_a_terminal_there_is_one_bar():
     display = Display(Console(file=out, force_terminal=True, width=120, highlight=False))
     display.start(5, total=20)
     display.step(6)
-    display.row({"step": 6, "tokens": 600, "loss": 5.25, "lr": 1e-3, "tokens_per_second": 100.0, "mfu": None})
+    display.row({"step": 6, "tokens": 600, "loss": 5.25, "lr": 1e-3, "tokens_per_second": 100.0, "mfu": None, "seconds": 6.0})
     display.stop()
     assert "step 6/20" in out.getvalue()
     assert "loss 5.2500" in out.getvalue()

@@ -22,7 +22,7 @@ def test_the_meter_counts_training_and_not_what_is_between():
 
 def test_an_unknown_device_is_measured_and_says_so():
     found = peak(torch.device("cpu"), torch.float32)
-    assert found.source.startswith("measured: 1024-cube matmul, float32, ")
+    assert found.source.startswith("measured: 512-cube matmul, float32, ")
     assert 1e9 < found.flops < 1e14
     assert peak(torch.device("cpu"), torch.float32) is found, "measured twice"
     assert "FLOP/s, measured" in str(Machine.of(torch.device("cpu"), torch.float32))
