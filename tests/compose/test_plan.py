@@ -36,10 +36,8 @@ def plan(*overrides: str) -> Figures:
 
 
 def published(name: str, *overrides: str) -> Figures:
-    if name.startswith("vit"):
-        return plan(f"model={name}", "objective=image_classification", "data=digits", *overrides)
-    objective = {"t5": "span_corruption", "transformer": "span_corruption", "bert": "masked_lm"}.get(name.split("_")[0], "causal_lm")
-    return plan(f"model={name}", f"objective={objective}", *overrides)
+    """With its family's own objective and data."""
+    return plan(f"model={name}", *overrides)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
