@@ -92,7 +92,7 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask, scale: float, sof
         scores = scores + mask.bias
     if mask.visible is not None:
         scores = scores.masked_fill(~mask.visible, torch.finfo(scores.dtype).min)
-    p = torch.softmax(scores, dim=-1, dtype=torch.float32)
+    p = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
     if mask.visible is not None and mask.declared.valid_BS is not None:
         p = p.masked_fill(~mask.visible, 0.0)  # only padding can leave a row that sees nothing, and the minimum spread it evenly
     p = F.dropout(p.to(v.dtype), dropout)

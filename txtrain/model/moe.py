@@ -117,8 +117,9 @@ class MixtureOfExperts(nn.Module):
         return WithLoss.apply(y_BTD, aux * self.aux_weight, loss_scale)
 
     def _scores(self, x_ND: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)  # in half precision near scores would be equal ones
         with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.float(), self.router.weight.float())
+            logits_NE = F.linear(x_ND.to(dtype), self.router.weight.to(dtype))
         return logits_NE.sigmoid() if self.gate == "sigmoid" else logits_NE.softmax(-1)
 
     def choose(self, scores_NE: Tensor) -> tuple[Tensor, Tensor]:
