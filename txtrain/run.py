@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from txtrain import folder, screen
 from txtrain.config import Train
 from txtrain.data.module import DataModule
 from txtrain.data.sources import settle
-from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
 from txtrain.metrics import latest
@@ -102,20 +101,15 @@ def train(
 
 
 def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None) -> int:
-    """`txtrain train`: the exit code. The user's mistakes are raised, for the command line to print.
+    """`txtrain train`: the exit code. What goes wrong is raised: Python itself tells a failure by its traceback and exit code 1.
 
     Raises:
-        ConfigError: as `train`.
+        ConfigError: as `train`, for the command line to print.
     """
     try:
         result = train(config, origin=Origin(grafts, given, folder))
-    except ConfigError:
-        raise
     except KeyboardInterrupt:
         print("txtrain: stopped before the first step.", file=sys.stderr)
-        return 1
-    except Exception:
-        traceback.print_exc()
         return 1
     return PREEMPTED if result.status == "preempted" else 0
 
@@ -167,12 +161,12 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
 
 def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
     """They write into the run's folder, so it is there before one of them can fail: no key for a service, a wrong argument."""
-    try:
-        return loggers(cfg, place)
-    except Exception:
+    with contextlib.ExitStack() as undo:
         if place is not None:
-            place.discard()
-        raise
+            undo.callback(place.discard)
+        made = loggers(cfg, place)
+        undo.pop_all()
+        return made
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:

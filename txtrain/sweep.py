@@ -126,7 +126,7 @@ def task(cfg: DictConfig) -> int:
     saved, holder.cfg = holder.cfg, None  # Lightning would start its ranks by Hydra's command line, the whole sweep again
     try:
         return run(in_folder(typed(cfg, ROOTS[verb]), stamp, number))
-    except Exception:
+    except Exception:  # the border of a job: anything that leaves it would end the other jobs of Hydra's launcher
         traceback.print_exc()
         return 1
     finally:
