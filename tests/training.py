@@ -9,6 +9,17 @@ from txtrain.config import Train
 from txtrain.metrics import read
 
 EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm")  # the others are wall-clock
+RUN = (
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=12",
+    "trainer.val_check_interval=5",
+    "trainer.limit_val_batches=2",
+    "trainer.log_every_n_steps=1",
+    "save.every_n_steps=4",
+    "sample.n=0",
+    "data.global_batch_size=8",
+    "data.val_fraction=0.2",
+)
 TINY = (
     "model=llama2",
     "model.n_layers=2",
@@ -18,17 +29,9 @@ TINY = (
     "model.max_seq_len=32",
     "data=text",
     "data.tokenizer=bytes",
-    "data.global_batch_size=8",
-    "data.val_fraction=0.2",
     "optimizer.lr=0.01",
     "scheduler.warmup_steps=4",
-    "trainer.accelerator=cpu",
-    "trainer.max_steps=12",
-    "trainer.val_check_interval=5",
-    "trainer.limit_val_batches=2",
-    "trainer.log_every_n_steps=1",
-    "save.every_n_steps=4",
-    "sample.n=0",
+    *RUN,
 )
 
 

@@ -9,23 +9,30 @@ from txtrain.errors import ConfigError
 from txtrain.registry import component
 
 if TYPE_CHECKING:
-    from txtrain.api import build_model, compose, families, generate, load_pretrained, plan, save_pretrained, train
+    from txtrain.composition import compose
     from txtrain.data.module import DataModule
+    from txtrain.generation import generate
+    from txtrain.hf.saving import save_pretrained
+    from txtrain.loading import load_pretrained
+    from txtrain.model.build import build_model
     from txtrain.module import LitModule
+    from txtrain.places import families
+    from txtrain.planning import plan
+    from txtrain.run import train
 
 __version__ = "0.1.0"
 
-_LAZY = {
-    "build_model": "txtrain.api",
-    "compose": "txtrain.api",
-    "families": "txtrain.api",
-    "generate": "txtrain.api",
-    "load_pretrained": "txtrain.api",
-    "save_pretrained": "txtrain.api",
-    "plan": "txtrain.api",
-    "train": "txtrain.api",
-    "LitModule": "txtrain.module",
+_LAZY = {  # where each name stands; imported when it is first asked for
     "DataModule": "txtrain.data.module",
+    "LitModule": "txtrain.module",
+    "build_model": "txtrain.model.build",
+    "compose": "txtrain.composition",
+    "families": "txtrain.places",
+    "generate": "txtrain.generation",
+    "load_pretrained": "txtrain.loading",
+    "plan": "txtrain.planning",
+    "save_pretrained": "txtrain.hf.saving",
+    "train": "txtrain.run",
 }
 
 __all__ = [

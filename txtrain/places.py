@@ -9,6 +9,11 @@ DATA = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # holds co
 CONF = DATA / "conf"
 
 
+def families() -> list[str]:
+    """The names that `model=` accepts: families at laptop size, and published models."""
+    return options("model")
+
+
 def options(group: str) -> list[str]:
     """Names of the packaged options of a group, such as model or model/attention; `recipes` too."""
     folder = DATA / group if group == "recipes" else CONF / group

@@ -63,8 +63,11 @@ class Figures:
         return dc.asdict(self)
 
 
-def figures(config: Train) -> Figures:
-    """The figures of what `train` would run; of a `Train` with the defaults of the group `plan`."""
+def plan(config: Train) -> Figures:
+    """Parameters, FLOPs, cache, steps and time of what `train` would run, in closed form: nothing is built, torch stays out.
+
+    config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
+    """
     how = config.plan if isinstance(config, Plan) else PlanConfig()
     model, (source, target) = config.model, config.lengths
     inference = costs.forward_by_part(model, source, target, dense=False)
@@ -142,7 +145,7 @@ def name_of(model: ModelConfig) -> str:
 
 def run_plan(config: Plan) -> int:
     """Print the figures. Exit code 0."""
-    found = figures(config)
+    found = plan(config)
     if config.plan.format == "json":
         print(json.dumps(found.to_dict(), indent=2))
         return 0

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.models import shake
 from tests.parity.pairs import Pair, difference, our_cached, their_cached, tokens
-from tests.parity.test_forward import labels_of, padded
+from tests.parity.test_forward import labels_of, with_padding
 from tests.parity.test_round_trip import fields
 from txtrain.errors import ConfigError
 from txtrain.hf.deepseek import ROWS
@@ -151,12 +151,8 @@ def test_cached_decoding_equals(seed, n_prompt, record):
 @each_seed
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_real_tokens_do_not_see_padding(seed, side, record):
-    p = pair(seed)
-    ids, mask = padded(p, side)
-    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
-        theirs = p.theirs(ids, attention_mask=mask, position_ids=positions).logits
-        ours = p.ours(ids, attention_mask=mask, position_ids=positions).logits
-        record(NAME, f"{side} padding", difference(ours[mask.bool()], theirs[mask.bool()]))
+    for found in with_padding(pair(seed), side):
+        record(NAME, f"{side} padding", found)
 
 
 @torch.no_grad()

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from tests.parity.pairs import SEEDS, difference, inputs, labelled, logits_of, pair
-from tests.parity.test_forward import padded
+from tests.parity.test_forward import with_padding
 
 every_bert = pytest.mark.parametrize("family", ["bert", "bert_mlm"])
 every_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -14,13 +14,8 @@ every_seed = pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_real_tokens_do_not_see_padding(family, seed, side, record):
     p = pair(family, seed)
-    ids, mask = padded(p, side)
-    types = inputs(p)["token_type_ids"]
-    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
-        given = {"input_ids": ids, "attention_mask": mask, "token_type_ids": types, "position_ids": positions}
-        theirs = p.theirs(**given)
-        theirs = theirs.prediction_logits if family == "bert" else theirs.logits
-        record(family, f"{side} padding", difference(p.ours(**given).logits[mask.bool()], theirs[mask.bool()]))
+    for found in with_padding(p, side, token_type_ids=inputs(p)["token_type_ids"]):
+        record(family, f"{side} padding", found)
 
 
 @torch.no_grad()

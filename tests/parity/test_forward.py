@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,6 +24,18 @@ def padded(p: Pair, side: str) -> tuple[torch.Tensor, torch.Tensor]:
     for row, n in ((1, 5), (2, 14)):
         mask[row, slice(None, n) if side == "left" else slice(-n, None)] = 0
     return ids, mask
+
+
+def with_padding(p: Pair, side: str, **beside: torch.Tensor) -> Iterator[float]:
+    """Differences of the real tokens' logits, positions counted over the padding and from the mask."""
+    ids, mask = padded(p, side)
+    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
+        given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, **beside}
+        yield difference(*(_of_tokens(model(**given))[mask.bool()] for model in (p.ours, p.theirs)))
+
+
+def _of_tokens(out: Any) -> torch.Tensor:
+    return out.prediction_logits if hasattr(out, "prediction_logits") else out.logits
 
 
 @torch.no_grad()
@@ -83,12 +98,8 @@ def test_cached_decoding_equals(family, seed, n_prompt, record):
 @every_seed
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_real_tokens_do_not_see_padding(family, seed, side, record):
-    p = pair(family, seed)
-    ids, mask = padded(p, side)
-    for positions in (None, (mask.cumsum(1) - 1).clamp(min=0)):
-        theirs = p.theirs(ids, attention_mask=mask, position_ids=positions).logits
-        ours = p.ours(ids, attention_mask=mask, position_ids=positions).logits
-        record(family, f"{side} padding", difference(ours[mask.bool()], theirs[mask.bool()]))
+    for found in with_padding(pair(family, seed), side):
+        record(family, f"{side} padding", found)
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from txtrain import files
 from txtrain.data.sources import Split
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
@@ -56,20 +57,12 @@ def build_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     try:
         fill(temporary)
         for path in temporary.iterdir():
-            _sync(path)
+            files.sync(path)
         with suppress(OSError):  # somebody else was first
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _remove_stale(root: Path) -> None:

@@ -6,6 +6,7 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import Any
 
+from txtrain.hf.gpt1 import GPT1
 from txtrain.hf.llama2 import ACTIVATIONS
 from txtrain.hf.names import Row, linear
 from txtrain.hf.parts import Choice, Field, Fields, Heads, TokenIds, Values, boolean, number
@@ -60,23 +61,30 @@ MASKED_WORDS = (
 )
 SENTENCES = (linear("bert.pooler.dense", "head.pooler"), linear("cls.seq_relationship", "head.next_sentence"))
 
+SIZES = (
+    Field("hidden_size", "dim"),
+    Field("num_hidden_layers", "n_layers"),
+    Heads(n_kv_heads=None, head_dim=None),
+    Field("intermediate_size", "ffn.hidden_dim"),
+)
+RATES = (
+    Field("hidden_dropout_prob", "dropout", number),
+    Field("attention_probs_dropout_prob", "attention.dropout", number),
+    Field("initializer_range", "init.std", number),
+    Field("layer_norm_eps", "norm.eps", number),
+)
+
 BERT = HFClass(
     architecture="BertForPreTraining",
     model_type="bert",
     family="bert",
     parts=(
         Field("vocab_size", "vocab_size"),
-        Field("hidden_size", "dim"),
-        Field("num_hidden_layers", "n_layers"),
-        Heads(n_kv_heads=None, head_dim=None),
-        Field("intermediate_size", "ffn.hidden_dim"),
+        *SIZES,
         BodyAndHead("hidden_act", "ffn.activation", words=ACTIVATIONS),
-        Field("hidden_dropout_prob", "dropout", number),
-        Field("attention_probs_dropout_prob", "attention.dropout", number),
+        *RATES,
         Field("max_position_embeddings", "max_seq_len"),
         Field("type_vocab_size", "embedding.n_types"),
-        Field("initializer_range", "init.std", number),
-        Field("layer_norm_eps", "norm.eps", number),
         Field("tie_word_embeddings", "tie_word_embeddings", boolean),
         TokenIds(freezes_pad=True),
     ),
@@ -93,20 +101,7 @@ BERT = HFClass(
         "eos_token_id": None,
         "pad_token_id": 0,
     },
-    fixed={
-        "topology": "encoder",
-        "norm_position": "post",
-        "final_norm": False,
-        "attention.bias": True,
-        "ffn.type": "mlp",
-        "ffn.bias": True,
-        "position.type": "learned",
-        "norm.type": "layer",
-        "embedding.type": "token",
-        "embedding.norm": True,
-        "head.type": "mlm",
-        "head.next_sentence": True,
-    },
+    fixed={**GPT1.fixed, "topology": "encoder", "embedding.norm": True, "head.type": "mlm", "head.next_sentence": True},
     rows=(*BODY, *SENTENCES, *MASKED_WORDS),
     base="",
     must_be={

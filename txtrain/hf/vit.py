@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses as dc
 
 from txtrain.errors import ConfigError
+from txtrain.hf.bert import RATES, SIZES
 from txtrain.hf.llama2 import ACTIVATIONS
 from txtrain.hf.names import Row, linear
-from txtrain.hf.parts import Choice, Field, Fields, Heads, Values, integer, number
+from txtrain.hf.parts import Choice, Fields, Values, integer
 from txtrain.hf.table import HFClass
 
 
@@ -63,15 +64,9 @@ VIT = HFClass(
     model_type="vit",
     family="vit",
     parts=(
-        Field("hidden_size", "dim"),
-        Field("num_hidden_layers", "n_layers"),
-        Heads(n_kv_heads=None, head_dim=None),
-        Field("intermediate_size", "ffn.hidden_dim"),
+        *SIZES,
         Choice("hidden_act", "ffn.activation", words=ACTIVATIONS),
-        Field("hidden_dropout_prob", "dropout", number),
-        Field("attention_probs_dropout_prob", "attention.dropout", number),
-        Field("initializer_range", "init.std", number),
-        Field("layer_norm_eps", "norm.eps", number),
+        *RATES,
         Patches(),
         Classes(),
     ),

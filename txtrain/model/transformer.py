@@ -132,20 +132,13 @@ class Transformer(Stack):
         target = Inputs(decoder_input_ids, None, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         record = Record()
-        if self.encoder is None:
-            self._refuse_target(target)
-            memory, encoded = None, None
-        else:
-            memory = self._encoded(self.encoder, main, cache, record)
-            encoded = memory.output_BSD
-            main = self._target(target, labels)
+        main, memory = self._sides(main, target, labels, cache, record)
         read = self._read(self, self.embedding, main, cache, memory, record)
         x_BTD, valid_BT = read.x_BTD, read.given.valid_BS
-        x_BTD_kept = x_BTD[:, -logits_to_keep:]
-        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=encoded)
+        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=None if memory is None else memory.output_BSD)
         out.nsp_logits = self.head.sentence_logits(x_BTD)
         if return_logits:
-            out.logits = self.head(x_BTD_kept, self.embedding.weight_VD, valid_BT)
+            out.logits = self.head(x_BTD[:, -logits_to_keep:], self.embedding.weight_VD, valid_BT)
         if labels is not None:
             out.loss, share = self._loss(x_BTD, out.logits, self.head.targets(labels), num_items_in_batch, valid_BT)
         if self.mtp and cache is None and not logits_to_keep:
@@ -194,6 +187,16 @@ class Transformer(Stack):
             cache.length = past + T
         return Read(x_BTD, known, vectors_BTD)
 
+    def _sides(
+        self, main: Inputs, target: Inputs, labels: Tensor | None, cache: Cache | None, record: Record
+    ) -> tuple[Inputs, Memory | None]:
+        """What the stack that ends in the head reads, and what it looks at: with two stacks the target, and the source as the encoder read it."""
+        if self.encoder is not None:
+            return self._target(target, labels), self._encoded(self.encoder, main, cache, record)
+        if any(given is not None for given in vars(target).values()):
+            raise ValueError("`decoder_input_ids` and the like must not be given: the model has one stack.")
+        return main, None
+
     def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: Record) -> Memory:
         """The source read, or what the cache knows of it."""
         if cache is not None and cache.memory_length:
@@ -218,12 +221,6 @@ class Transformer(Stack):
         pad = self.config.pad_token_id or 0
         first = labels_BT.new_full((len(labels_BT), 1), pad if start is None else start)
         return torch.cat((first, labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)), dim=1)
-
-    @staticmethod
-    def _refuse_target(target: Inputs) -> None:
-        given = [f"decoder_{n}" for n in ("ids", "mask", "positions", "documents") if getattr(target, n) is not None]
-        if given:
-            raise ValueError("`decoder_input_ids` and the like must not be given: the model has one stack.")
 
     # --------------------------------------------------------------------------------------------------------------- loss
 

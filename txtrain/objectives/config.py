@@ -158,14 +158,24 @@ class PrefixLMConfig(ObjectiveConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Seq2SeqConfig(ObjectiveConfig):
+class SmoothedConfig(ObjectiveConfig):
+    """Objectives whose labels may be smoothed (1512.00567)."""
+
+    label_smoothing: float = 0.0  # in training only; 1706.03762: 0.1
+
+    def check(self) -> Iterator[str]:
+        if not 0 <= self.label_smoothing < 1:
+            yield f"`objective.label_smoothing` must be at least 0 and below 1, but is {self.label_smoothing} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Seq2SeqConfig(SmoothedConfig):
     """The target of a pair, given its source."""
 
     topologies: ClassVar = ("encoder_decoder",)
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("pairs",)
 
-    label_smoothing: float = 0.0  # in training only (1706.03762: 0.1)
     scores: tuple[Score, ...] | None = None  # of greedily decoded validation pairs; null: the data's own
     n_decoded: int = 64  # pairs decoded at each validation; 0: none
 
@@ -173,23 +183,18 @@ class Seq2SeqConfig(ObjectiveConfig):
         return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
 
     def check(self) -> Iterator[str]:
-        if not 0 <= self.label_smoothing < 1:
-            yield f"`objective.label_smoothing` must be at least 0 and below 1, but is {self.label_smoothing} instead."
+        yield from SmoothedConfig.check(self)
         if self.n_decoded < 0:
             yield f"`objective.n_decoded` must be at least 0, but is {self.n_decoded} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ImageClassificationConfig(ObjectiveConfig):
+class ImageClassificationConfig(SmoothedConfig):
+    """The class of an image."""
+
     topologies: ClassVar = ("encoder",)
     heads: ClassVar = ("class",)
     reads: ClassVar = ("images",)
-
-    label_smoothing: float = 0.0  # in training only
-
-    def check(self) -> Iterator[str]:
-        if not 0 <= self.label_smoothing < 1:
-            yield f"`objective.label_smoothing` must be at least 0 and below 1, but is {self.label_smoothing} instead."
 
 
 for name, target, config in (

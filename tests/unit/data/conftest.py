@@ -68,3 +68,12 @@ def corpus_file(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text("".join(f"line {i} of the corpus says {i * i}\n" for i in range(40)))
     return path
+
+
+@pytest.fixture
+def own_axis() -> Iterator[None]:
+    """Take back what a test registers."""
+    before = dict(TABLE["data"])
+    yield
+    TABLE["data"].clear()
+    TABLE["data"].update(before)

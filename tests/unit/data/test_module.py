@@ -12,7 +12,6 @@ import torch
 import txtrain
 from txtrain.data.module import DataModule
 from txtrain.errors import ConfigError
-from txtrain.registry import TABLE
 
 
 @pytest.fixture
@@ -210,14 +209,6 @@ def test_a_text_shorter_than_one_sequence_says_how_much_there_is(make_config, tm
 
 
 # -------------------------------------------------------------------------------------------------------------- user's source
-
-
-@pytest.fixture
-def own_axis():
-    before = dict(TABLE["data"])
-    yield
-    TABLE["data"].clear()
-    TABLE["data"].update(before)
 
 
 @pytest.mark.usefixtures("own_axis")

@@ -13,7 +13,6 @@ from txtrain.data.sources import build_source, settle
 from txtrain.data.text import TextFiles
 from txtrain.data.wikitext import WikiText, articles
 from txtrain.errors import ConfigError
-from txtrain.registry import TABLE
 
 # ------------------------------------------------------------------------------------------------------------------ data=text
 
@@ -257,14 +256,6 @@ def test_python_docs_are_megabytes_of_text_and_the_same_twice() -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ the user's own
-
-
-@pytest.fixture
-def own_axis():
-    before = dict(TABLE["data"])
-    yield
-    TABLE["data"].clear()
-    TABLE["data"].update(before)
 
 
 @pytest.mark.usefixtures("own_axis")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.training import RUN
 from txtrain.composition import compose
 from txtrain.config import Train
 from txtrain.data.cache import TokenFile, TokenWriter
@@ -14,17 +15,6 @@ from txtrain.data.tokenizer import Tokenizer, byte_tokenizer
 from txtrain.objectives.base import TokenisedText
 
 SHAPE = ("model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.dropout=0", "optimizer.lr=0.01", "scheduler.warmup_steps=4")
-RUN = (
-    "trainer.accelerator=cpu",
-    "trainer.max_steps=12",
-    "trainer.val_check_interval=5",
-    "trainer.limit_val_batches=2",
-    "trainer.log_every_n_steps=1",
-    "save.every_n_steps=4",
-    "sample.n=0",
-    "data.global_batch_size=8",
-    "data.val_fraction=0.2",
-)
 TEXT = ("model.vocab_size=400", "model.max_seq_len=32", "data=text", "data.tokenizer=bytes")
 KINDS: dict[str, tuple[str, ...]] = {
     "masked_lm": ("model=bert", "objective=masked_lm", "model.head.next_sentence=false", *TEXT),
