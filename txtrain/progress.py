@@ -32,8 +32,9 @@ class Display:
         """Training begins after `step` steps. total: None where only the time ends the run."""
         self.total = total
         if self.console.is_terminal and self._bar is None:
-            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False)
-            self._bar = Progress(*columns, console=self.console, refresh_per_second=4)
+            # What the text leaves is the bar's: 80 columns hold both.
+            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}", markup=False)
+            self._bar = Progress(*columns, console=self.console, refresh_per_second=4, expand=True)
             self._task = self._bar.add_task("train", total=self.total, completed=step, text="")
             self._bar.start()
 
@@ -44,17 +45,17 @@ class Display:
 
     def row(self, row: Row) -> None:
         """A logged step, as it is in metrics.csv."""
-        text = self._text(row)
+        loss, rest = f"loss {row['loss']:.4f}", self._speed(row)
         if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, text=text)
+            self._bar.update(self._task, text=f"{loss}  {rest}")
         else:
             of = "" if self.total is None else f"/{self.total}"
-            self.line(f"{time.strftime('%H:%M:%S')}  step {row['step']}{of}  {text}")
+            self.line(f"{time.strftime('%H:%M:%S')}  step {row['step']}{of}  {loss}  lr {row['lr']:.2e}  {rest}")
         if row.get("val_loss") is not None:
             self.line(f"{time.strftime('%H:%M:%S')}  step {row['step']}  {_validation(row)}", style="bold")
 
-    def _text(self, row: Row) -> str:
-        parts = [f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}", f"{row['tokens_per_second']:,.0f} tokens/s"]
+    def _speed(self, row: Row) -> str:
+        parts = [f"{row['tokens_per_second']:,.0f} tokens/s"]
         if row.get("mfu") is not None:
             parts.append(f"MFU {row['mfu']:.1%}")
         step, seconds = row["step"], row["seconds"]

@@ -77,3 +77,15 @@ def test_a_time_limit_alone_is_a_budget(tmp_path):
     config = tiny(tmp_path)
     config = dc.replace(config, trainer=dc.replace(config.trainer, max_time="00:01:00:00"))
     assert screen.budget(config, Limits(None, 3600.0), 100) == "at most 00:01:00:00 (DD:HH:MM:SS)"
+
+
+def test_eighty_columns_hold_the_bar_and_the_time_left():
+    out = io.StringIO()
+    display = Display(Console(file=out, force_terminal=True, width=80, color_system=None))
+    display.start(0, 600)
+    display.step(510)
+    display.row({"step": 510, "tokens": 1, "loss": 12.3456, "lr": 1e-3, "tokens_per_second": 123456.0, "mfu": 0.41, "seconds": 3600.0})
+    display.stop()
+    last = [line for line in out.getvalue().replace("\r", "\n").splitlines() if "step 510/600" in line][-1]
+    assert "loss 12.3456  123,456 tokens/s  MFU 41.0%  10 min 35 s left" in last
+    assert "━" * 3 in last
