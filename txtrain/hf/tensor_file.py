@@ -9,6 +9,7 @@ model. Here it grows by one tensor.
 from __future__ import annotations
 
 import json
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -96,9 +97,11 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except Exception as e:  # whatever a hostile pickle makes torch say
-            raise ConfigError(f"{path} must hold tensors and nothing else, but does not: {str(e).splitlines()[0][:200]}") from e
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about the pickle's age
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except Exception as e:  # whatever a hostile pickle makes torch say; it would advise to unpickle all the same
+            raise ConfigError(f"{path} must hold tensors and nothing else, but does not: it is damaged, or would run code. Nothing of it was.") from e
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold tensors by name, but holds a {type(loaded).__name__}.")
         self._tensors: dict[str, Tensor] = dict(loaded)
