@@ -141,8 +141,12 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
-def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "") -> None:
-    """Read every tensor of `into`, in place. prefix: those of the checkpoint that must all be wanted.
+def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group: Any = None) -> None:
+    """Read every tensor of `into`, in place; of a tensor that lies over processes each reads its part.
+
+    Args:
+        prefix: those of the checkpoint that must all be wanted.
+        group: the processes that read together; None: this one alone.
 
     Raises:
         ConfigError: the names or shapes differ.
@@ -157,7 +161,7 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "") -> No
         raise ConfigError(f"The checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here.")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), no_dist=True)
+        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
@@ -165,34 +169,61 @@ def load_weights(path: Path, model: nn.Module) -> None:
     load_tensors(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, prefix="model.")
 
 
-def load_training(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def load_training(path: Path, model: nn.Module, optimizer: Optimizer, group: Any = None) -> None:
     """The model's weights and the optimizer's state from a checkpoint, in place."""
     allocate(optimizer)
-    load_tensors(path, training_tensors(model, optimizer))
+    load_tensors(path, training_tensors(model, optimizer), group=group)
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None]) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], group: Any = None) -> None:
     """Write a checkpoint under another name, then give it its own: a kill at any moment leaves a complete one or none.
 
     Args:
         state: JSON values.
         beside: writes what else belongs into the folder it is given.
+        group: the processes that write together, each its parts; all of them call this. None: this one alone.
     """
+    import torch.distributed as dist
+
+    first = group is None or dist.get_rank() == 0
+    part = path.with_name(path.name + ".tmp")
+    if first:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+    _meet(group)
+    write_tensors(part, tensors, group)
+    _meet(group)
+    if first:
+        files.write(part / STATE, json.dumps(state, indent=1))
+        beside(part)
+        _seal(part, path)
+    _meet(group)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
-    part, old = path.with_name(path.name + ".tmp"), path.with_name(path.name + ".old")
-    if part.exists():
-        shutil.rmtree(part)
-    part.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save_tensors(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(part), save_distributed=True), no_dist=True)
-    files.write(part / STATE, json.dumps(state, indent=1))
-    beside(part)
+        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+        save_tensors(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+
+
+def _meet(group: Any) -> None:
+    if group is not None:
+        import torch.distributed as dist
+
+        dist.barrier(group=group)
+
+
+def _seal(part: Path, path: Path) -> None:
+    """All of it on the disk, the marker last; then its own name."""
+    old = path.with_name(path.name + ".old")
     sizes = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*")) if p.is_file()}
     for name in sizes:
         files.sync(part / name)

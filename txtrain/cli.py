@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             import traceback
 
             traceback.print_exc()
-        for problem in e.problems:
+        for problem in e.problems:  # none where another process of the run tells them
             print(f"txtrain: {problem}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # a run that has begun answers it with a checkpoint
@@ -129,6 +129,10 @@ def run(composed: Composed) -> int:
         from txtrain.prompting import run_generate
 
         return run_generate(composed.config)
+    from txtrain.launch import launch, n_processes
+
+    if (n := n_processes(composed.config)) > 1:
+        return launch(composed, n)
     from txtrain.run import run_train
 
     return run_train(composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder)

@@ -12,6 +12,7 @@ from txtrain import legality, peaks
 from txtrain.errors import divisors_near, hint
 from txtrain.model.config import ModelConfig
 from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
+from txtrain.parallel import config as parallel  # (registers the strategies)
 from txtrain.registry import BASES, axis, register
 
 # -------------------------------------------------------------------------------------------------------- optimizer, scheduler
@@ -63,11 +64,6 @@ class SchedulerConfig:
             yield f"`scheduler.min_lr_ratio` must be from 0 to 1, but is {self.min_lr_ratio} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
-class StrategyConfig:
-    type: str
-
-
 # ----------------------------------------------------------------------------------------------------------- trainer, save, ...
 
 
@@ -85,8 +81,12 @@ class TrainerConfig:
     gradient_clip_val: float | None = 1.0  # by the global norm; null: never
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = "auto"
+    devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
+    num_nodes: int = 1
     compile: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] | int = (
+        "none"  # computed again in the backward: all; all but products; every n-th block
+    )
     deterministic: bool = False
     fast_dev_run: bool | int = False  # so many steps (true: 1) of training and validation, then stop; nothing saved
     overfit_batches: int = 0  # train on the first so many global batches again and again
@@ -95,7 +95,7 @@ class TrainerConfig:
         limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
         if all(getattr(self, name) is None for name in limits):
             yield "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: nothing would end the run."
-        for name in ("max_steps", "max_epochs", "max_tokens", "val_check_interval", "limit_val_batches", "log_every_n_steps", "devices"):
+        for name in ("max_steps", "max_epochs", "max_tokens", "val_check_interval", "limit_val_batches", "log_every_n_steps", "devices", "num_nodes"):
             value = getattr(self, name)
             low = 0 if name == "limit_val_batches" else 1
             if isinstance(value, int) and value < low:
@@ -197,9 +197,9 @@ class Train:
                 f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
                 f"but is {self.micro_batch_size} instead. Nearest: {near}."
             )
+        elif (world := parallel.processes(self)) is not None:
+            yield from parallel.problems(self, world)
         yield from self.objective.check_with(self)
-        if self.trainer.devices not in ("auto", 1):
-            yield f"`trainer.devices` must be 1 with strategy={self.strategy.type}, but is {self.trainer.devices} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -284,6 +284,5 @@ register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)
 register("scheduler", "constant", "txtrain.optim:Constant", SchedulerConfig)
 register("scheduler", "linear", "txtrain.optim:Linear", SchedulerConfig)
 register("scheduler", "cosine", "txtrain.optim:Cosine", SchedulerConfig)
-register("strategy", "auto", "txtrain.parallel:OneProcess", StrategyConfig)
 
 BASES.update(optimizer=OptimizerConfig, scheduler=SchedulerConfig)

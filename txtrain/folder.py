@@ -216,7 +216,7 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
 # --------------------------------------------------------------------------------------------------------------------- facts
 
 
-def environment(device: str) -> dict[str, Any]:
+def environment(device: str, processes: int) -> dict[str, Any]:
     """What run.json says of the machine and the software."""
     import lightning
     import torch
@@ -231,7 +231,7 @@ def environment(device: str) -> dict[str, Any]:
             "lightning": lightning.__version__,
         },
         "git_commit": git_commit(),
-        "hardware": {"device": device, "processes": 1, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
+        "hardware": {"device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
     }
 
 

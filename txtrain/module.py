@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from txtrain import balance
+from txtrain.activations import wrap_blocks
 from txtrain.config import Train
+from txtrain.errors import ConfigError
 from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
 from txtrain.optim import parameter_groups
-from txtrain.parallel import OneProcess
+from txtrain.parallel.base import OneProcess
+from txtrain.parallel.build import make_parallel
 from txtrain.registry import make
 
 
@@ -33,19 +36,21 @@ class LitModule(pl.LightningModule):
     Args:
         config: from `txtrain.compose`.
         model: trained as it is; by default config.model's, initialised from config.seed.
+        parallel: the run's processes, started; by default those of config.strategy.
     """
 
-    def __init__(self, config: Train, model: nn.Module | None = None) -> None:
+    def __init__(self, config: Train, model: nn.Module | None = None, parallel: OneProcess | None = None) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
         self.objective: Objective = build_objective(config)
-        self.parallel: OneProcess = make("strategy", config.strategy)
+        self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
         self._sums: dict[str, float] = {}
+        self._is_set_up = False
 
     @property
     def tokens(self) -> int:
@@ -65,6 +70,14 @@ class LitModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------------- set-up
 
     def setup(self, stage: str | None = None) -> None:
+        """Raises:
+        ConfigError: a trainer of one's own has other processes than config.strategy; gradients would not be exchanged.
+        """
+        if self.trainer.world_size != self.parallel.world.size:
+            raise ConfigError(
+                f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, but it has {self.trainer.world_size} "
+                "processes: use txtrain.train, or start the script with torchrun and one Trainer device."
+            )
         self.plan(Limits.of(self.config, getattr(self._data, "n_train", 0)).steps)
 
     def plan(self, total_steps: int | None) -> None:
@@ -76,16 +89,16 @@ class LitModule(pl.LightningModule):
         self.schedule = make("scheduler", self.config.scheduler, total_steps=total_steps)
 
     def configure_model(self) -> None:
-        """Allocate and initialise on the device, once; a model without storage until then costs nothing to describe."""
+        """Lay the model over the processes, allocate and initialise it, once; a model without storage until then costs nothing to describe."""
+        if self._is_set_up:
+            return
+        self._is_set_up = True
+        wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
+        self.parallel.set_up(self.model, self.device)
         if any(p.is_meta for p in self.model.parameters()):
-            from txtrain.model.init import init_weights
-
             seed_everything(self.config.seed)
-            self.model.to_empty(device=self.device)
-            init_weights(self.model)
+            self.parallel.materialise(self.model, self.device)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
-        if self.config.trainer.compile:
-            compile_blocks(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config.optimizer
@@ -105,7 +118,7 @@ class LitModule(pl.LightningModule):
 
         Nothing here waits for the device.
         """
-        seed_everything(self.config.seed, self.step, self.global_rank)
+        seed_everything(self.config.seed, self.step, self.parallel.rank)
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
         model = balance.Observed(self.model)
@@ -134,19 +147,25 @@ class LitModule(pl.LightningModule):
         self._sums = {}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        for micro_batch in cut(batch, self.config.micro_batch_size):
+        """Every process makes the same number of forwards: one whose share is shorter repeats its first part, which counts for nothing."""
+        parts = [] if is_filler(batch) else list(cut(batch, self.config.micro_batch_size))
+        for i in range(self.parallel.most(len(parts))):
+            counts = i < len(parts)
+            micro_batch = parts[i] if counts else {name: value[:1] for name, value in batch.items()}
             for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
-                self._add(name, value)
-                self._add(f"{name}/n", n)
+                self._add(name, value, counts)
+                self._add(f"{name}/n", n, counts)
             ids = self.objective.target_ids(micro_batch)
             if ids is not None and self._token_bytes is not None:
-                self._add("bytes", self._token_bytes[ids].sum())
+                self._add("bytes", self._token_bytes[ids].sum(), counts)
 
-    def _add(self, name: str, value: Tensor) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value)  # a Python float: double precision on every device
+    def _add(self, name: str, value: Tensor, counts: bool) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + float(value) * counts  # a Python float: double precision on every device
 
     def on_validation_epoch_end(self) -> None:
         """val_loss, weighted by targets and not by batches; what the objective tells; perplexity; bits per byte, which compares across tokenizers."""
+        sums = self.parallel.reduce({name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in self._sums.items()})
+        self._sums = {name: float(value) for name, value in sums.items()}
         means = {name: value / max(self._sums[f"{name}/n"], 1.0) for name, value in self._sums.items() if f"{name}/n" in self._sums}
         self.val_metrics = {"val_loss": self.objective.reported(means)}
         self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
@@ -157,6 +176,7 @@ class LitModule(pl.LightningModule):
             self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
         if self._sums.get("bytes"):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
+        self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # one process' word: what follows from it must not differ
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
 
 
@@ -173,6 +193,12 @@ def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
     n = len(next(iter(batch.values())))
     for start in range(0, n, size):
         yield {name: value[start : start + size] for name, value in batch.items()}
+
+
+def is_filler(batch: Batch) -> bool:
+    """Whether the batch stands for the samples that a process does not have, so that all make the same number of forwards."""
+    index = batch.get("sample_index")
+    return index is not None and bool((index < 0).any())
 
 
 def add(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -192,14 +218,3 @@ def seed_everything(seed: int, step: int | None = None, rank: int = 0) -> None:
     torch.default_generator.manual_seed(mixed)  # torch.manual_seed would format a stack trace each time where there is no GPU
     if torch.cuda.is_available():
         torch.cuda.manual_seed(mixed)
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile block by block: all have the same shapes, so one compilation serves every layer."""
-    from txtrain.model.block import Block
-
-    for module in model.modules():
-        if isinstance(module, Block):
-            module.compile()
-
-

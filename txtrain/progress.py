@@ -15,8 +15,8 @@ from txtrain.screen import duration
 class Display:
     """Lines of text, and one bar below them where there is a terminal."""
 
-    def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=quiet)
         self.total: int | None = None
         self._bar: Progress | None = None
         self._task: TaskID | None = None
@@ -31,7 +31,7 @@ class Display:
     def start(self, step: int, total: int | None) -> None:
         """Training begins after `step` steps. total: None where only the time ends the run."""
         self.total = total
-        if self.console.is_terminal and self._bar is None:
+        if self.console.is_terminal and not self.console.quiet and self._bar is None:
             # What the text leaves is the bar's: 80 columns hold both.
             columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}", markup=False)
             self._bar = Progress(*columns, console=self.console, refresh_per_second=4, expand=True)

@@ -54,12 +54,14 @@ class Recorder(pl.Callback):
         if self.folder is None:
             return
         if self.folder.checkpoint is not None:
-            checkpoint.load_training(self.folder.checkpoint, module.model, trainer.optimizers[0])
+            module.parallel.load(self.folder.checkpoint, module.model, trainer.optimizers[0])
             module.step = self.state["step"]
             self.data.start_step = module.step
             _continue_counting(trainer, module.step)
         losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
+        if not module.parallel.is_first:
+            return
         self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
@@ -78,9 +80,9 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         module, trainer_config = _lit(pl_module), self.config.trainer
-        self.meter.count(module.objective.positions(batch, self.config.seq_len) * trainer.world_size)
+        self.meter.count(module.objective.positions(batch, self.config.seq_len) * module.parallel.size)
         self.display.step(module.step)
-        if self.limits.reached(module.step, self.meter.seconds):
+        if self._reached(module):
             trainer.should_stop = True
         last = trainer.should_stop
         validates = self._validates and (last or module.step % trainer_config.val_check_interval == 0)
@@ -92,6 +94,11 @@ class Recorder(pl.Callback):
                 self._leave(module)
             return
         self._close(trainer, module)
+
+    def _reached(self, module: LitModule) -> bool:
+        """Whether the run is over, which clocks of several processes may see differently."""
+        reached = self.limits.reached(module.step, self.meter.seconds)
+        return reached if self.limits.seconds is None else module.parallel.any(reached)
 
     @property
     def _validates(self) -> bool:
@@ -111,7 +118,7 @@ class Recorder(pl.Callback):
             "grad_norm": float(outputs["grad_norm"]),
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
             "tokens_per_second": rate,
-            "mfu": rate * self.config.model.flops_per_token(*self.config.lengths) / self.machine.peak.flops,
+            "mfu": rate * self.config.model.flops_per_token(*self.config.lengths) / (self.machine.peak.flops * module.parallel.world.size),
             "seconds": self.meter.seconds,
         }
 
@@ -142,7 +149,7 @@ class Recorder(pl.Callback):
             self._write_row(trainer, row)
         if texts:
             self._write_samples(module.step, texts)
-        self.ended = trainer.should_stop = trainer.should_stop or self.limits.reached(module.step, self.meter.seconds)
+        self.ended = trainer.should_stop = trainer.should_stop or self._reached(module)
         better = val_loss is not None and val_loss < self.best
         self.best = min(self.best, math.inf if val_loss is None else val_loss)
         if self.ended or (better and self.config.save.keep_best) or module.step % self.config.save.every_n_steps == 0:
@@ -153,7 +160,8 @@ class Recorder(pl.Callback):
 
     def _leave(self, module: LitModule) -> None:
         """Save and end the run where it is, this step's row open or closed."""
-        if self.folder is not None and not (self.open is None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))):
+        saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
+        if not module.parallel.first(lambda: self.open is None and saved):
             self._save(module, None)
         raise Preempted
 
@@ -167,6 +175,8 @@ class Recorder(pl.Callback):
             logger.log_metrics({name: row[name] for name in self.columns[1:] if row.get(name) is not None}, step=row["step"])
 
     def _write_samples(self, step: int, texts: list[str]) -> None:
+        if self._file is None and self.folder is not None:  # another process writes
+            return
         for text in texts:
             shown = " ".join(text.split())
             self.display.line(f"  {shown[:160]}{'...' if len(shown) > 160 else ''}", style="dim")
@@ -178,9 +188,10 @@ class Recorder(pl.Callback):
         if self.folder is None:
             return
         folder, path = self.folder, checkpoint.path_of(self.folder.path, module.step)
-        assert self._file is not None
-        self._file.sync()
-        files.sync(folder.path / "samples.txt")
+        samples = folder.path / "samples.txt"
+        if self._file is not None:
+            self._file.sync()
+            files.sync(samples)
         order = self.data.order_hash(module.step)
         state = {
             "step": module.step,
@@ -189,14 +200,16 @@ class Recorder(pl.Callback):
             "seconds": self.meter.seconds,
             "data_order_hash": order,
             "data_fingerprint": self.data.fingerprint,
-            "samples_size": (folder.path / "samples.txt").stat().st_size,
+            "samples_size": samples.stat().st_size if samples.exists() else 0,
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,
         }
-        optimizer = module.trainer.optimizers[0]
-        checkpoint.save(path, checkpoint.training_tensors(module.model, optimizer), state, beside=self._beside)
-        checkpoint.rotate(folder.path, self.config.save.keep_last, self.config.save.keep_best)
-        folder.update(data_order_hash=order, step=module.step)
+        parallel = module.parallel
+        tensors = parallel.training_tensors(module.model, module.trainer.optimizers[0])
+        checkpoint.save(path, tensors, state, self._beside, parallel.checkpoint_group)
+        if parallel.is_first:
+            checkpoint.rotate(folder.path, self.config.save.keep_last, self.config.save.keep_best)
+            folder.update(data_order_hash=order, step=module.step)
 
     def _beside(self, path: Path) -> None:
         assert self.folder is not None

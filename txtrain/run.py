@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import hashlib
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+import txtrain
 from txtrain import folder, screen
 from txtrain.config import Train
 from txtrain.data.module import DataModule
@@ -21,12 +24,14 @@ from txtrain.folder import RunFolder
 from txtrain.limits import Limits
 from txtrain.metrics import latest
 from txtrain.module import LitModule
-from txtrain.parallel import precision_dtype
+from txtrain.parallel.base import OneProcess, precision_dtype
+from txtrain.parallel.build import make_parallel
 from txtrain.progress import Display
 from txtrain.recorder import Recorder, check_data
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine
 from txtrain.trainer import instances, loggers, make_trainer, quiet
+from txtrain.typed import plain
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again, for schedulers and for `-m`
 
@@ -73,30 +78,31 @@ def train(
     Raises:
         ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
     """
-    origin = origin or Origin()
-    with quiet():
-        cfg, fallback = settle(short(cfg)) if data is None else (short(cfg), None)
-        display = Display()
+    origin, parallel = origin or Origin(), make_parallel(cfg)
+    with quiet(), parallel.started():
+        cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
+        display = Display(quiet=not parallel.is_first)
         display.lines(screen.opening(cfg, fallback))
-        place = None if cfg.trainer.fast_dev_run else folder.choose(cfg, origin.given, origin.folder)
-        module = LitModule(cfg, initial_model(cfg, place) if model is None else model)
-        device = module.parallel.device(cfg)
+        place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: folder.choose(cfg, origin.given, origin.folder))
+        device = parallel.device()
+        module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
         data = data or DataModule(cfg, fallback)
-        data.prepare()
+        parallel.in_turn(data.prepare)
+        parallel.agree(_common(cfg, data))
         limits = Limits.of(cfg, data.n_train)
         module.plan(limits.steps)
         if place is not None and place.checkpoint is not None:
             check_data(place, data)
             if _nothing_left(place, limits):
-                return _finished(place, display)
+                return _finished(place, display, parallel)
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         recorder = Recorder(cfg, data, place, limits, display, machine)
         called = [*callbacks, *instances(cfg.callbacks), recorder]
         if place is not None:
-            place.create(cfg, _facts(cfg, module, data, machine, origin, fallback))
-        told = _loggers(cfg, place)
-        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts))
-        trainer = make_trainer(cfg, module.parallel, limits, called, told, validate_first=recorder.open is not None)
+            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback))
+        told = parallel.first_only(lambda: _loggers(cfg, place)) or []
+        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
+        trainer = make_trainer(cfg, parallel, limits, called, told, validate_first=recorder.open is not None)
         return _fit(trainer, module, data, recorder)
 
 
@@ -149,7 +155,7 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
         status = "preempted"
     finally:
         recorder.close()
-        if place is not None:
+        if place is not None and module.parallel.is_first:
             place.end(status)
     where = place.path if place is not None else None
     if status == "preempted":
@@ -169,15 +175,33 @@ def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
         return made
 
 
+def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any]) -> None:
+    """The first process makes the folder; where it is then, all know."""
+
+    def create() -> Path:
+        place.create(cfg, facts)
+        return place.path
+
+    place.path = parallel.first(create)
+
+
+def _common(cfg: Train, data: DataModule) -> dict[str, str]:
+    """What the processes of one run must have alike."""
+    text = json.dumps(plain(cfg), sort_keys=True, default=str)
+    versions = {"the version of txtrain": txtrain.__version__, "the version of torch": torch.__version__}
+    return {"the configuration": hashlib.sha256(text.encode()).hexdigest()[:12], **versions, "data": data.fingerprint}
+
+
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:
     state = place.state
     return state["open_row"] is None and limits.reached(state["step"], state["seconds"])
 
 
-def _finished(place: RunFolder, display: Display) -> Result:
+def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
     """The run had reached its end; it may have been killed before it could say so."""
     display.line(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
-    place.end("complete")
+    if parallel.is_first:
+        place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))
 
 
@@ -185,7 +209,7 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
     """What run.json says."""
     return {
         "name": cfg.name,
-        **folder.environment(machine.name),
+        **folder.environment(machine.name, module.parallel.world.size),
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "data": {"source": data.source, "fingerprint": data.fingerprint},
         "data_order_hash": None,

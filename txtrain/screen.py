@@ -27,7 +27,7 @@ def opening(config: Train, fallback: str | None) -> list[str]:
     return [first] if fallback is None else [first, loud]
 
 
-def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts) -> list[str]:
+def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[str]:
     """The rest of the start screen. data: prepared."""
     trainer = config.trainer
     tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer}, {data.tokenizer.vocab_size:,} tokens"
@@ -40,6 +40,7 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
         ("step", batch(config)),
         ("in all", budget(config, limits, data.n_train) + (f"; continues after step {done}" if done else "")),
         ("device", f"{machine}"),
+        ("strategy", strategy),
         ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
@@ -72,11 +73,7 @@ def axes(model: ModelConfig) -> dict[str, str]:
     """Each axis: the chosen option and those of its knobs that are not at their default."""
     shown = {"shape": f"{model.n_layers} layers, dim {model.dim}, {model.n_heads} heads, vocabulary {model.vocab_size:,}"}
     for name, component in model.components():
-        knobs = [
-            f"{f.name}={_value(getattr(component, f.name))}"
-            for f in dc.fields(component)
-            if f.name != "type" and getattr(component, f.name) != f.default
-        ]
+        knobs = [f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component) if f.name != "type" and getattr(component, f.name) != f.default]
         shown[name.replace("_", " ")] = ", ".join([component.type, *knobs])
     return shown
 

@@ -18,7 +18,7 @@ from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
-from txtrain.parallel import OneProcess
+from txtrain.parallel.base import OneProcess
 from txtrain.typed import plain
 
 
@@ -37,8 +37,7 @@ def make_trainer(
     """
     trainer = config.trainer
     return pl.Trainer(
-        **parallel.trainer_arguments(config),
-        precision=trainer.precision,
+        **parallel.trainer_arguments(),
         max_epochs=-1,
         max_steps=-1 if limits.steps is None else limits.steps,
         val_check_interval=trainer.val_check_interval,

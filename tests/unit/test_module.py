@@ -73,13 +73,13 @@ def test_a_step_without_a_target_has_loss_0(tmp_path, monkeypatch):
     assert (made.metrics["loss"], made.metrics["val_loss"]) == (0.0, 0.0)
 
 
-def test_compilation_is_of_every_block_and_renames_nothing(tmp_path):
+def test_wrapping_blocks_renames_nothing(tmp_path):
+    from txtrain.activations import wrap_blocks
     from txtrain.model.block import Block
-    from txtrain.module import compile_blocks
 
     module = LitModule(tiny(tmp_path))
     module.configure_model()
     names = list(module.model.state_dict())
-    compile_blocks(module.model)
+    wrap_blocks(module.model, "full", compiled=True)
     assert list(module.model.state_dict()) == names
-    assert [m for m in module.model.modules() if isinstance(m, Block) and m._compiled_call_impl is None] == []
+    assert all("forward" in vars(m) for m in module.model.modules() if isinstance(m, Block))

@@ -24,7 +24,7 @@ def test_the_first_line_says_the_size_and_the_published_one():
 
 def test_the_table_says_axes_batch_budget_and_folder(tmp_path):
     config = tiny(tmp_path, "model/attention=gqa", "model.attention.n_kv_heads=1", "data.micro_batch_size=2")
-    shown = "\n".join(screen.table(config, data(), Limits(12, None), "CPU; MFU against 1 GFLOP/s", None, {}))
+    shown = "\n".join(screen.table(config, data(), Limits(12, None), "CPU; MFU against 1 GFLOP/s", None, {}, "auto, one process"))
     for text in (
         "gqa, n_kv_heads=1",
         "8 sequences x 32 = 256 tokens, in 4 micro-batches of 2",

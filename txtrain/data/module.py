@@ -17,7 +17,7 @@ from txtrain.config import Train
 from txtrain.data.lengths import LengthOrder
 from txtrain.data.order import GlobalOrder, Indices, OrderHash, ShareSampler
 from txtrain.data.prepared import prepare
-from txtrain.data.samples import OrderedSamples, Rows
+from txtrain.data.samples import FILLER, OrderedSamples, Rows
 from txtrain.data.sources import build_source, describe, settle
 from txtrain.data.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
@@ -92,16 +92,16 @@ class DataModule(L.LightningDataModule):
         """This rank's share of each global step, from start_step on, without end."""
         self.prepare()
         assert self._train is not None
-        rank, world_size = self._rank()
-        return self._loader(OrderedSamples(self._train, self.config.seed, self.order), ShareSampler(self.order, rank, world_size, self.start_step))
+        return self._loader(OrderedSamples(self._train, self.config.seed, self.order), ShareSampler(self.order, *self._rank(), self.start_step))
 
     def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
-        """Global batches, the same at every call: rows spread evenly over the validation set where the limit leaves some out."""
+        """This rank's share of global batches, the same at every call: rows spread evenly over the set where the limit leaves some out."""
         self.prepare()
         size = self.config.data.global_batch_size
         n = min(self.n_val, self.config.trainer.limit_val_batches * size)
         rows = np.arange(n) * self.n_val // max(n, 1)
-        batches = [rows[i : i + size].tolist() for i in range(0, n, size)]
+        rank, world_size = self._rank()
+        batches = [np.array_split(rows[i : i + size], world_size)[rank].tolist() or [FILLER] for i in range(0, n, size)]
         return self._loader(OrderedSamples(self._val, self.config.seed), batches) if batches else []
 
     def examples(self, n: int, batch_size: int) -> Iterator[Batch]:
@@ -113,9 +113,12 @@ class DataModule(L.LightningDataModule):
         return (samples.__getitems__(rows[i : i + batch_size].tolist()) for i in range(0, n, batch_size))
 
     def _rank(self) -> tuple[int, int]:
-        """(rank, world size), checked against the batch."""
+        """(rank, world size) among the processes that see different samples, checked against the batch."""
         if self.trainer is None:
             return 0, 1
+        parallel = getattr(self.trainer.lightning_module, "parallel", None)
+        if parallel is not None:
+            return parallel.rank, parallel.size
         size, world_size = self.config.data.global_batch_size, self.trainer.world_size
         if size % world_size:
             low = size // world_size * world_size

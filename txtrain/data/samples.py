@@ -15,6 +15,8 @@ from txtrain.data.order import GlobalOrder, Indices
 from txtrain.data.sources import Samples
 from txtrain.errors import ConfigError
 
+FILLER = -1  # an index that stands for no sample: what a process reads whose share is empty
+
 
 class Rows(Protocol):
     """Samples that are read by row, many at a time. What is random in them comes from `draws`, and from nowhere else."""
@@ -52,7 +54,7 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         index = np.asarray(indices, dtype=np.int64)
         draws = Draws(self.seed, "train", index) if self.order else Draws(0, "validation", index)  # for runs of any seed the same
-        batch = self.rows.batch(self.order.rows(index) if self.order else index, draws)
+        batch = self.rows.batch(self.order.rows(index) if self.order else index.clip(min=0), draws)
         return {**batch, "sample_index": torch.from_numpy(index)}
 
 

@@ -3,8 +3,6 @@
 One draw from torch's generator seeds the model; each parameter then has a generator of its own, seeded by that draw and by its name.
 """
 
-
-
 from __future__ import annotations
 
 import hashlib
@@ -23,45 +21,62 @@ def init_weights(model: nn.Module) -> None:
     Raises:
         ValueError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
     """
-    config: Any = model.config
-    seed = int(torch.randint(0, 2**62, ()).item())
-    residual = _residual_projections(model)
-    classifier = next((m.classifier for m in model.modules() if isinstance(m, ClassHead)), None)
-    gains = _query_gains(model) if config.init.distribution == "fan_in" else {}
-    residual_factor = (2 * config.n_layers) ** -0.5 if config.init.scale_residual else 1.0
+    initialiser = Initialiser(model)
     with torch.no_grad():
         for name, module in model.named_modules():
-            if module is classifier:
-                _output(classifier.weight, config.init, _generator(classifier.weight, seed, name))
-                classifier.bias.zero_()
-            elif isinstance(module, (nn.Linear, nn.Conv2d)):
-                factor = (residual_factor if module in residual else 1.0) * gains.get(module, 1.0)
-                _matrix(module.weight, config.init, factor, _generator(module.weight, seed, name))
-                if module.bias is not None:
-                    module.bias.zero_()
-            elif isinstance(module, nn.Embedding):
-                std = config.init.position_std if "position" in name.split(".") else config.init.embedding_std
-                _normal(module.weight, config.init, config.init.std if std is None else std, _generator(module.weight, seed, name))
-            elif isinstance(module, LMHead):
-                module.reset_parameters()
-                if module.weight is not None:
-                    _output(module.weight, config.init, _generator(module.weight, seed, name))
-            elif hasattr(module, "stacked_projections"):
-                for child in module.stacked_projections:
-                    _stacked(getattr(module, child), residual, config.init, residual_factor, seed, f"{name}.{child}")
-            elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
-                _reset(name, module, seed)
+            initialiser.fill(name, module)
 
 
-def _stacked(weight: Tensor, residual: set[Any], init: InitConfig, residual_factor: float, seed: int, name: str) -> None:
+class Initialiser:
+    """The rule of one model, module by module: in which order they are filled, and how many of them exist at a time, changes no value."""
+
+    def __init__(self, model: nn.Module) -> None:
+        config: Any = model.config
+        self.seed = int(torch.randint(0, 2**62, ()).item())
+        self.init: InitConfig = config.init
+        self._residual = _residual_projections(model)
+        self._classifier: Any = next((m.classifier for m in model.modules() if isinstance(m, ClassHead)), None)
+        self._gains = _query_gains(model) if config.init.distribution == "fan_in" else {}
+        self._residual_factor = (2 * config.n_layers) ** -0.5 if config.init.scale_residual else 1.0
+
+    def fill(self, name: str, module: Any) -> None:
+        """Fill what the module itself owns, its children aside. name: its own in the model."""
+        init = self.init
+        if module is self._classifier:
+            _output(module.weight, init, self._generator(module.weight, name))
+            module.bias.zero_()
+        elif isinstance(module, (nn.Linear, nn.Conv2d)):
+            factor = (self._residual_factor if module in self._residual else 1.0) * self._gains.get(module, 1.0)
+            _matrix(module.weight, init, factor, self._generator(module.weight, name))
+            if module.bias is not None:
+                module.bias.zero_()
+        elif isinstance(module, nn.Embedding):
+            std = init.position_std if "position" in name.split(".") else init.embedding_std
+            _normal(module.weight, init, init.std if std is None else std, self._generator(module.weight, name))
+        elif isinstance(module, LMHead):
+            module.reset_parameters()
+            if module.weight is not None:
+                _output(module.weight, init, self._generator(module.weight, name))
+        elif hasattr(module, "stacked_projections"):
+            for child in module.stacked_projections:
+                factor = self._residual_factor if child in getattr(module, "residual_projections", ()) else 1.0
+                _stacked(getattr(module, child), init, factor, self._generator(getattr(module, child), f"{name}.{child}"))
+        elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
+            _reset(name, module, self.seed)
+
+    def _generator(self, like: Tensor, name: str) -> torch.Generator:
+        digest = hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest()
+        return torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _stacked(weight: Tensor, init: InitConfig, factor: float, generator: torch.Generator) -> None:
     """Matrices side by side in one parameter, each as it would be alone."""
-    generator = _generator(weight, seed, name)
     for matrix in weight:
-        _matrix(matrix, init, residual_factor if weight in residual else 1.0, generator)
+        _matrix(matrix, init, factor, generator)
 
 
 def _residual_projections(model: nn.Module) -> set[Any]:
-    """What writes into the residual stream, as its owners name it: modules, or parameters that hold several matrices."""
+    """The modules that write into the residual stream, as their owners name them."""
     return {getattr(m, child) for m in model.modules() for child in getattr(m, "residual_projections", ())}
 
 
@@ -69,11 +84,6 @@ def _query_gains(model: nn.Module) -> dict[nn.Module, float]:
     """Scores start with deviation 1 whatever attention.scale is: T5, whose scale is 1, starts its queries smaller instead."""
     scaled: list[Any] = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "scale") and hasattr(m, "head_dim")]
     return {m.q_proj: m.head_dim**-0.5 / m.scale for m in scaled}
-
-
-def _generator(like: Tensor, seed: int, name: str) -> torch.Generator:
-    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-    return torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
 
 
 def _matrix(weight: Tensor, init: InitConfig, factor: float, generator: torch.Generator) -> None:
@@ -108,5 +118,3 @@ def _reset(name: str, module: nn.Module, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1)
         reset()
-
-

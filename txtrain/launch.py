@@ -1,0 +1,118 @@
+"""Start the processes of a run on this machine, wait for them, and let none outlive the others. No torch."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from txtrain.errors import ConfigError
+from txtrain.parallel.world import STORE, started
+
+if TYPE_CHECKING:
+    from txtrain.composition import Composed
+    from txtrain.config import Train
+
+GRACE = 5.0  # seconds in which the others may end by themselves, once one has failed
+_PR_SET_PDEATHSIG = 1
+
+
+def n_processes(config: Train) -> int:
+    """How many to start here: 1 where a launcher (torchrun, srun) has started this process as one of several, or where one suffices.
+
+    Raises:
+        ConfigError: the run is of several nodes, and this process was started alone.
+    """
+    if started():
+        return 1
+    if config.trainer.num_nodes > 1:
+        raise ConfigError(
+            f"`trainer.num_nodes` must be 1 where txtrain starts the processes itself, but is {config.trainer.num_nodes} instead. On each node: "
+            "torchrun --nnodes N --nproc-per-node DEVICES --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m txtrain ..., or srun in a job."
+        )
+    devices = config.trainer.devices
+    return _n_gpus(config.trainer.accelerator) if devices == "auto" else devices
+
+
+def _n_gpus(accelerator: str) -> int:
+    """All GPUs of the machine; 1 without any: a processor is one device."""
+    if accelerator == "cpu" or not (Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()):
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def launch(job: Composed, n: int) -> int:
+    """Run a `train` job in n processes; its exit code: that of the process which failed first, 0 if none did."""
+    from txtrain.composition import to_file
+
+    with tempfile.TemporaryDirectory(prefix="txtrain-") as folder:
+        file = Path(folder) / "config.yaml"
+        to_file(job, file)
+        threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // n))
+        common = {"TXTRAIN_CONFIG": str(file), STORE: str(Path(folder) / "store"), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+        environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads} for rank in range(n)]
+        return Group([sys.executable, "-m", "txtrain", "train"], environments).wait()
+
+
+class Group:
+    """Processes that live and die together. A signal to this one reaches each of them once; if this one is killed, so are they."""
+
+    def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
+        self._received = 0
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        for environment in environments:
+            # A session of its own: a terminal's Ctrl-C would reach it twice otherwise, and the second one means "at once".
+            self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent))
+        if self._received:  # between two starts
+            self._forward(self._received, None)
+
+    def _forward(self, number: int, _: Any) -> None:
+        self._received = number
+        for child in self._children:
+            if child.poll() is None:
+                child.send_signal(number)
+
+    def wait(self) -> int:
+        try:
+            return self._wait()
+        finally:
+            for child in self._children:
+                if child.poll() is None:
+                    child.kill()
+                child.wait()
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _wait(self) -> int:
+        first, deadline = 0, float("inf")
+        while any(child.poll() is None for child in self._children):
+            failed = next((c for c in self._children if c.poll() not in (None, 0)), None)
+            if failed is not None and not first:
+                first, deadline = failed.returncode, time.monotonic() + GRACE
+            if time.monotonic() > deadline:
+                self._tell(first)
+                break
+            time.sleep(0.05)
+        codes = [child.poll() for child in self._children]
+        first = first or next((code for code in codes if code), 0)
+        return 1 if first < 0 else first
+
+    def _tell(self, code: int) -> None:
+        rank = next(i for i, child in enumerate(self._children) if child.poll() == code)
+        what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
+        print(f"txtrain: process {rank} {what}: the others are ended.", file=sys.stderr)
+
+
+def _die_with_parent() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,8 @@
+"""Several processes as one run: which there are (world), what they ask of each other (base), how a model lies over them.
+
+config      the strategies' knobs, and what a layout of processes must divide; no torch
+world       this process' place among the others, from the launcher's environment; no torch
+base        what the training step asks of a strategy; one process answers trivially
+mesh        ddp, fsdp, hsdp, tp, fsdp_tp: FSDP2 and DTensor over a mesh of replicate x shard x tensor
+sharding    `fully_shard` by block, and initial values that do not depend on it
+"""

@@ -1,0 +1,158 @@
+"""What the training step asks of a strategy, and what the processes of a run ask of each other. One process answers trivially."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from txtrain.config import Train
+from txtrain.errors import ConfigError
+from txtrain.parallel.world import World
+
+T = TypeVar("T")
+
+
+class OneProcess:
+    """The methods are the whole of what differs between strategies. rank, size: among the processes that see different samples."""
+
+    gradient_factor = 1.0  # by which a loss is multiplied before backward, where the strategy averages gradients and we want sums
+    rank, size = 0, 1
+
+    def __init__(self, config: Train, world: World | None = None) -> None:
+        self.config, self.world = config, world or World()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes what one process writes for all."""
+        return self.world.rank == 0
+
+    @property
+    def title(self) -> str:
+        """Of the start screen."""
+        return f"{self.config.strategy.type}, one process"
+
+    def device(self) -> torch.device:
+        """Where this process computes.
+
+        Raises:
+            ConfigError: a GPU was asked for and there is none.
+        """
+        wanted = self.config.trainer.accelerator
+        if wanted == "gpu" and not torch.cuda.is_available():
+            raise ConfigError("`trainer.accelerator` must be cpu or auto here, but is gpu instead: torch sees no CUDA device.")
+        on_cpu = wanted == "cpu" or not torch.cuda.is_available()
+        return torch.device("cpu") if on_cpu else torch.device("cuda", self.world.local_rank)
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """The processes know of each other within."""
+        yield
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Arguments of lightning.Trainer."""
+        from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+
+        # Named, not detected: under SLURM Lightning would otherwise want one task a device and take the job's signals over.
+        accelerator = "cpu" if self.device().type == "cpu" else "gpu"
+        plugins = [LightningEnvironment()]
+        return {"strategy": "auto", "accelerator": accelerator, "devices": 1, "plugins": plugins, "precision": self.config.trainer.precision}
+
+    # ---------------------------------------------------------------------------------------------------------- agreements
+
+    def together(self, do: Callable[[], T]) -> T:
+        """What every process does. Where one makes a ConfigError, all end with it, and one of them tells it."""
+        return do()
+
+    def first(self, do: Callable[[], T]) -> T:
+        """What the first process does for all; its result, or its ConfigError, is everyone's."""
+        return do()
+
+    def first_only(self, do: Callable[[], T]) -> T | None:
+        """What the first process does and keeps; None in the others. Its ConfigError is everyone's."""
+        return do()
+
+    def in_turn(self, do: Callable[[], T]) -> T:
+        """The first process of each node, then the others: they find in the cache what it has made."""
+        return do()
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Raises:
+        ConfigError: a process was started with another configuration, other code or other data.
+        """
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in any process."""
+        return flag
+
+    def most(self, n: int) -> int:
+        """The largest n of the processes that see different samples."""
+        return n
+
+    def barrier(self) -> None:
+        """Wait for all."""
+
+    # ----------------------------------------------------------------------------------------------------------- the model
+
+    def set_up(self, model: nn.Module, device: torch.device) -> None:
+        """Allocate the model on the device, or lay it over the processes; a model without storage stays without until `materialise`."""
+
+    def materialise(self, model: nn.Module, device: torch.device) -> None:
+        """Storage and initial values for a model that was described on the meta device: the same values under every strategy."""
+        from txtrain.model.init import init_weights
+
+        model.to_empty(device=device)
+        init_weights(model)
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Each value summed over the processes that see different samples."""
+        return dict(sums)
+
+    def micro_batch(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Around the forward and backward of one micro-batch; gradients are exchanged with the last."""
+        return contextlib.nullcontext()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        """Clip the gradients to a global norm of at most `max_norm`; the norm before that, 0-dimensional, without waiting for the device."""
+        held = [p for p in parameters if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in held if p.grad is not None])
+        if max_norm is not None:
+            nn.utils.clip_grads_with_norm_(held, max_norm, norm)
+        return whole(norm)
+
+    # ----------------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def checkpoint_group(self) -> Any:
+        """The processes that write a checkpoint together, for torch.distributed.checkpoint; None: this one alone."""
+        return None
+
+    def training_tensors(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds, by canonical name; reading into them in place restores the run."""
+        from txtrain.checkpoint import training_tensors
+
+        return training_tensors(model, optimizer)
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+        """Read a checkpoint's weights and optimizer state, in place."""
+        from txtrain.checkpoint import load_training
+
+        load_training(path, model, optimizer, self.checkpoint_group)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that lies in parts over processes, put together; collective."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()
+
+
+def precision_dtype(precision: str) -> torch.dtype:
+    """What the matrix products are computed in."""
+    return torch.bfloat16 if precision.startswith("bf16") else torch.float32

@@ -1,0 +1,28 @@
+"""The strategy of a run, for the processes that there are."""
+
+from __future__ import annotations
+
+from txtrain.config import Train
+from txtrain.errors import ConfigError
+from txtrain.parallel.base import OneProcess
+from txtrain.parallel.world import World
+from txtrain.registry import resolve
+
+
+def make_parallel(config: Train) -> OneProcess:
+    """One process needs no strategy, whichever was named, unless it is one that changes what one process does.
+
+    Raises:
+        ConfigError: the processes that were started are not those that the configuration names, or cannot be laid out.
+    """
+    world = World.here()
+    named, nodes = config.trainer.devices, config.trainer.num_nodes
+    if named != "auto" and (named, nodes) != (world.local_size, world.n_nodes):
+        raise ConfigError(
+            f"`trainer.devices` must be the number of processes that were started on a node ({world.local_size}; trainer.num_nodes: {world.n_nodes}), "
+            f"but is {named} (trainer.num_nodes: {nodes}) instead. The command line starts the processes of one node by itself; "
+            "a script of your own and several nodes are started with torchrun or srun."
+        )
+    alone = world.size == 1 and not getattr(config.strategy, "cpu_offload", False) and not getattr(config.strategy, "stage", 0)
+    made: OneProcess = OneProcess(config, world) if alone else resolve("strategy", config.strategy.type)(config, world)
+    return made

@@ -1,0 +1,130 @@
+"""The strategies: their knobs, how they lay processes out, and what must divide. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from txtrain.errors import divisors_near
+from txtrain.registry import register
+
+if TYPE_CHECKING:
+    from txtrain.config import Train
+
+
+class Layout(NamedTuple):
+    """How many processes hold copies, hold shards of one copy, and share each layer's matrices. Their product is the world's size."""
+
+    replicate: int = 1
+    shard: int = 1
+    tensor: int = 1
+
+    @property
+    def data(self) -> int:
+        """Processes, or groups of them, that see different samples."""
+        return self.replicate * self.shard
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """Base: every process holds all of the model and sees its share of the samples."""
+
+    type: str
+
+    def layout(self, world: int) -> Layout:
+        """Of so many processes, `problems` being none."""
+        return Layout(replicate=world)
+
+    def problems(self, world: int) -> Iterator[str]:
+        """What `world` processes cannot be laid out for."""
+        yield from ()
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ShardedConfig(StrategyConfig):
+    """FSDP2 (2304.11277, by parameter): parameters, gradients and optimizer state in shards, a block's parameters gathered while it computes.
+
+    reshard_after_forward: give a block's gathered parameters back after its forward, and gather them again for its backward.
+    cpu_offload: shards, gradients and the optimizer live in the processor's memory.
+    """
+
+    reshard_after_forward: bool = True
+    cpu_offload: bool = False
+
+    def layout(self, world: int) -> Layout:
+        return Layout(shard=world)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class HybridConfig(ShardedConfig):
+    """Shards within each of dp_replicate_size groups, copies among the groups."""
+
+    dp_replicate_size: int = 2
+
+    def layout(self, world: int) -> Layout:
+        return Layout(replicate=self.dp_replicate_size, shard=world // self.dp_replicate_size)
+
+    def problems(self, world: int) -> Iterator[str]:
+        yield from _divides("dp_replicate_size", self.dp_replicate_size, world)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TensorConfig(StrategyConfig):
+    """Each layer's matrices are cut over the processes (1909.08053), its norms over positions (2205.05198). tp_size: null: all processes."""
+
+    tp_size: int | None = None
+
+    def layout(self, world: int) -> Layout:
+        tensor = self.tp_size or world
+        return Layout(replicate=world // tensor, tensor=tensor)
+
+    def problems(self, world: int) -> Iterator[str]:
+        yield from _divides("tp_size", self.tp_size or world, world)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ShardedTensorConfig(ShardedConfig):
+    """Matrices cut over tp_size processes, and these pieces in shards over the groups."""
+
+    tp_size: int = 2
+
+    def layout(self, world: int) -> Layout:
+        return Layout(shard=world // self.tp_size, tensor=self.tp_size)
+
+    def problems(self, world: int) -> Iterator[str]:
+        yield from _divides("tp_size", self.tp_size, world)
+
+
+def _divides(name: str, size: int, world: int) -> Iterator[str]:
+    if size < 1 or world % size:
+        near = ", ".join(map(str, divisors_near(max(size, 1), world)))
+        yield f"`strategy.{name}` must divide the number of processes ({world}), but is {size} instead. Nearest: {near}."
+
+
+def processes(config: Train) -> int | None:
+    """How many the run is started with; None: as many as there are devices."""
+    devices = config.trainer.devices
+    return None if devices == "auto" else devices * config.trainer.num_nodes
+
+
+def problems(config: Train, world: int) -> Iterator[str]:
+    """What so many processes do not allow: the strategy's layout, and the batch's shares."""
+    found = list(config.strategy.problems(world))
+    yield from found
+    if found:
+        return
+    size, data = config.data.global_batch_size, config.strategy.layout(world).data
+    if size % data:
+        low = size // data * data
+        near = ", ".join(str(n) for n in (low, low + data) if n)
+        yield f"`data.global_batch_size` must be a multiple of the {data} processes that see different samples, but is {size} instead. Nearest: {near}."
+    elif config.data.micro_batch_size and (size // data) % config.data.micro_batch_size:
+        micro, share = config.data.micro_batch_size, size // data
+        near = ", ".join(map(str, divisors_near(micro, share)))
+        yield f"`data.micro_batch_size` must divide a process' share of data.global_batch_size ({share}), but is {micro} instead. Nearest: {near}."
+
+
+register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
+register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", ShardedConfig)
+register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)

@@ -1,0 +1,255 @@
+"""ddp, fsdp, hsdp, tp and fsdp_tp: one mesh of processes, replicate x shard x tensor, and what is done along each of its dimensions."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from txtrain.config import Train
+from txtrain.errors import ConfigError
+from txtrain.parallel.base import OneProcess
+from txtrain.parallel.buckets import GradientBuckets
+from txtrain.parallel.config import problems
+from txtrain.parallel.world import STORE, World
+
+T = TypeVar("T")
+
+
+class Elsewhere(ConfigError):
+    """Another process has the user's mistake, and tells it: there is nothing to print here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+class Mesh(OneProcess):
+    """Several processes with torch.distributed: gloo between processors, NCCL between GPUs."""
+
+    def __init__(self, config: Train, world: World | None = None) -> None:
+        super().__init__(config, world)
+        if found := list(problems(config, self.world.size)):
+            raise ConfigError(*found)
+        self.layout = config.strategy.layout(self.world.size)
+        self.rank, self.size = self.world.rank // self.layout.tensor, self.layout.data
+        self._buckets: GradientBuckets | None = None
+        self._fsdp = False
+
+    @property
+    def title(self) -> str:
+        parts = {"copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor}
+        laid = " x ".join(f"{n} {what}" for what, n in parts.items() if n > 1)
+        return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "")
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        device = self.device()
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        mine = not dist.is_initialized()
+        if mine:
+            backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, **self._meeting_point(), rank=self.world.rank, world_size=self.world.size, timeout=timedelta(minutes=30))
+        self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
+        self.mesh = self._made(device.type)
+        try:
+            yield
+        finally:
+            if mine:
+                dist.destroy_process_group()
+
+    def _meeting_point(self) -> dict[str, Any]:
+        """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""
+        if STORE in os.environ or self.world.size == 1:
+            return {"init_method": f"file://{os.environ.get(STORE) or tempfile.mktemp(prefix='txtrain-')}"}
+        return {}
+
+    def _made(self, kind: str) -> DeviceMesh:
+        return init_device_mesh(kind, tuple(self.layout), mesh_dim_names=("replicate", "shard", "tensor"))
+
+    @property
+    def _data_mesh(self) -> DeviceMesh:
+        """The dimensions along which samples differ, without those of size 1."""
+        names = tuple(n for n, size in zip(("replicate", "shard"), self.layout[:2], strict=True) if size > 1)
+        return self.mesh[names or ("shard",)]
+
+    @property
+    def _data_group(self) -> dist.ProcessGroup:
+        mesh = self._data_mesh
+        return mesh.get_group() if mesh.ndim == 1 else mesh._flatten("data").get_group()
+
+    def trainer_arguments(self) -> dict[str, Any]:
+        precision = self.config.trainer.precision
+        return {
+            "strategy": ModelParallelStrategy(data_parallel_size=self.size, tensor_parallel_size=self.layout.tensor),
+            "accelerator": "cpu" if self.device().type == "cpu" else "gpu",
+            "devices": self.world.local_size,
+            "num_nodes": self.world.n_nodes,
+            "plugins": [WorldEnvironment(self.world)],
+            "precision": "32-true" if self._policy() and precision == "bf16-mixed" else precision,
+        }
+
+    def _policy(self) -> torch.dtype | None:
+        """With shards the parameters are gathered in what they are multiplied in; autocast would gather float32."""
+        return torch.bfloat16 if self._shards and self.config.trainer.precision == "bf16-mixed" else None
+
+    @property
+    def _shards(self) -> bool:
+        return self.layout.shard > 1 or getattr(self.config.strategy, "cpu_offload", False)
+
+    # ---------------------------------------------------------------------------------------------------------- agreements
+
+    def together(self, do: Callable[[], T]) -> T:
+        result, error = _tried(do)
+        errors: list[Any] = [None] * self.world.size
+        dist.all_gather_object(errors, error, group=self._control)
+        return self._answer(result, error, errors)
+
+    def first(self, do: Callable[[], T]) -> T:
+        result, error = _tried(do) if self.is_first else (None, None)
+        sent = [(result, error)]
+        dist.broadcast_object_list(sent, src=0, group=self._control)
+        if not self.is_first:
+            result, error = sent[0][0], None if sent[0][1] is None else Elsewhere()
+        if error is not None:
+            raise error
+        return result  # type: ignore[return-value]
+
+    def first_only(self, do: Callable[[], T]) -> T | None:
+        return self.together(do if self.is_first else lambda: None)
+
+    def in_turn(self, do: Callable[[], T]) -> T:
+        self.together(do if self.world.local_rank == 0 else lambda: None)
+        return self.together(do)
+
+    def _answer(self, result: T | None, error: ConfigError | None, errors: list[ConfigError | None]) -> T:
+        """The mistake is told by the lowest of the processes that have it."""
+        wrong = [rank for rank, found in enumerate(errors) if found is not None]
+        if not wrong:
+            return result  # type: ignore[return-value]
+        raise error if error is not None and wrong[0] == self.world.rank else Elsewhere()
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        gathered: list[Any] = [None] * self.world.size
+        dist.all_gather_object(gathered, dict(facts), group=self._control)
+        different = [
+            f"`{name}` must be the same in all processes, but is {theirs[name]} in process {rank} and {gathered[0][name]} in process 0."
+            for name in facts
+            for rank, theirs in enumerate(gathered)
+            if theirs[name] != gathered[0][name]
+        ]
+        if different:
+            raise ConfigError(*different) if self.is_first else Elsewhere()
+
+    def any(self, flag: bool) -> bool:
+        found = torch.tensor(int(flag))
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
+        return bool(found)
+
+    def most(self, n: int) -> int:
+        found = torch.tensor(n)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
+        return int(found)
+
+    def barrier(self) -> None:
+        dist.barrier(group=self._control)
+
+    # ----------------------------------------------------------------------------------------------------------- the model
+
+    def set_up(self, model: nn.Module, device: torch.device) -> None:
+        if self._shards:
+            from txtrain.parallel.sharding import shard
+
+            strategy = self.config.strategy
+            shard(model, self._data_mesh, self._policy(), strategy.reshard_after_forward, strategy.cpu_offload)
+            self._fsdp = True
+
+    def materialise(self, model: nn.Module, device: torch.device) -> None:
+        from txtrain.parallel.sharding import init_sharded
+
+        model.to_empty(device="cpu" if getattr(self.config.strategy, "cpu_offload", False) else device)
+        init_sharded(model, device)
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """One exchange for all values; sums of whole numbers stay exact."""
+        if self.size == 1 or not sums:
+            return dict(sums)
+        flat = torch.cat([value.detach().double().flatten() for value in sums.values()])
+        dist.all_reduce(flat, group=self._data_group)
+        parts = torch.split(flat, [value.numel() for value in sums.values()])
+        return {name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(sums.items(), parts, strict=True)}
+
+    @contextlib.contextmanager
+    def micro_batch(self, module: nn.Module, last: bool) -> Iterator[None]:
+        model: Any = module.model
+        if self._fsdp:
+            model.set_requires_gradient_sync(last)
+            model.set_is_last_backward(last)
+            yield
+        elif self.size > 1:
+            if self._buckets is None:
+                self._buckets = GradientBuckets(model.parameters(), self._data_group)
+            self._buckets.active = last
+            yield
+            if last:
+                self._buckets.finish()
+        else:
+            yield
+
+    # ----------------------------------------------------------------------------------------------------------- checkpoints
+
+    @property
+    def checkpoint_group(self) -> Any:
+        return self._control
+
+
+class WorldEnvironment(ClusterEnvironment):
+    """Lightning's view of processes that were started and have met before it came."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+
+    creates_processes_externally = True
+    main_address = "unused"
+    main_port = 0
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return self.world.size
+
+    def set_world_size(self, size: int) -> None:
+        assert size == self.world.size, (size, self.world)
+
+    def global_rank(self) -> int:
+        return self.world.rank
+
+    def set_global_rank(self, rank: int) -> None:
+        assert rank == self.world.rank, (rank, self.world)
+
+    def local_rank(self) -> int:
+        return self.world.local_rank
+
+    def node_rank(self) -> int:
+        return self.world.node
+
+
+def _tried(do: Callable[[], T]) -> tuple[T | None, ConfigError | None]:
+    try:
+        return do(), None
+    except ConfigError as e:
+        return None, e

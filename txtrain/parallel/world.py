@@ -1,0 +1,51 @@
+"""This process' place among those of a run, as its launcher's environment tells it. No torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from txtrain.errors import ConfigError
+
+STORE = "TXTRAIN_STORE"  # a file through which the processes of one machine find each other, in place of MASTER_ADDR and MASTER_PORT
+
+
+class World(NamedTuple):
+    """rank: of 0..size - 1 over all nodes. local_rank: of 0..local_size - 1 on this node."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @property
+    def n_nodes(self) -> int:
+        return self.size // self.local_size
+
+    @property
+    def node(self) -> int:
+        return self.rank // self.local_size
+
+    @classmethod
+    def here(cls, environment: Mapping[str, str] | None = None) -> World:
+        """From the variables that torchrun sets (and txtrain's own launcher); without them one process.
+
+        Raises:
+            ConfigError: some of the variables are missing or are no numbers.
+        """
+        given = os.environ if environment is None else environment
+        if "RANK" not in given or "WORLD_SIZE" not in given:
+            return cls()
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        try:
+            rank, size, local_rank, local_size = (int(given[name]) for name in names)
+        except (KeyError, ValueError) as e:
+            shown = ", ".join(f"{name}={given.get(name)}" for name in names)
+            raise ConfigError(f"The environment must tell this process' place as torchrun does, but has {shown}. Unset RANK to run alone.") from e
+        return cls(rank, size, local_rank, local_size)
+
+
+def started() -> bool:
+    """Whether a launcher has started this process as one of a run's."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
