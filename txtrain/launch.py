@@ -82,13 +82,19 @@ class Group:
             if child.poll() is None:
                 child.send_signal(number)
 
+    def end(self) -> None:
+        """At once."""
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+
     def wait(self) -> int:
+        """The exit code of the process that failed first, 1 if it was killed, 0 if none failed."""
         try:
             return self._wait()
         finally:
+            self.end()
             for child in self._children:
-                if child.poll() is None:
-                    child.kill()
                 child.wait()
             for number, handler in self._before.items():
                 signal.signal(number, handler)
