@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from tests.training import write_text
+from txtrain.checkpoint import load_tensors, locate, shapes
 from txtrain.metrics import read
 
 COMMON = (
@@ -53,3 +55,13 @@ def largest_differences(a: Path, b: Path, columns: tuple[str, ...] = ("loss", "v
     pairs = {name: [(float(x[name]), float(y[name])) for x, y in zip(ours, theirs, strict=True) if x[name]] for name in columns}
     assert all(pairs.values()), pairs
     return {name: max(abs(x - y) / abs(x) for x, y in values) for name, values in pairs.items()}
+
+
+def tensors(run_dir: Path) -> dict[str, Any]:
+    """Every tensor of the newest checkpoint, whole, by whomever it was written."""
+    import torch
+
+    path = locate(run_dir)
+    made = {name: torch.empty(shape, dtype=torch.float32) for name, shape in shapes(path).items()}
+    load_tensors(path, made)
+    return made
