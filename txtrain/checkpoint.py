@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from txtrain.config import SaveConfig
+
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -245,12 +247,13 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(rest)
 
 
-def rotate(run_dir: Path, keep_last: int, keep_best: int) -> None:
-    """Remove all but the newest `keep_last` and the `keep_best` with the lowest validation loss."""
+def rotate(run_dir: Path, keep: SaveConfig) -> None:
+    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps."""
     found = complete(run_dir)
     losses = {path: read_state(path)["metrics"].get("val_loss") for path in found}
     validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
-    kept = {*found[-keep_last:], *validated[:keep_best]}
+    every = keep.keep_every_n_steps
+    kept = {*found[-keep.keep_last :], *validated[: keep.keep_best], *(path for path in found if every and step_of(path) % every == 0)}
     for path in found:
         if path not in kept:
             gone = path.with_name(path.name + ".tmp")  # removed from sight at once, from the disk by and by

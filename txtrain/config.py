@@ -79,6 +79,7 @@ class TrainerConfig:
     limit_val_batches: int = 32  # of global_batch_size sequences each
     log_every_n_steps: int = 10
     gradient_clip_val: float | None = 1.0  # by the global norm; null: never
+    max_skipped_steps: int = 5  # in a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
@@ -100,7 +101,7 @@ class TrainerConfig:
             low = 0 if name == "limit_val_batches" else 1
             if isinstance(value, int) and value < low:
                 yield f"`trainer.{name}` must be at least {low}, but is {value} instead."
-        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val"):
+        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val", "max_skipped_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 yield f"`trainer.{name}` must be at least 0, but is {getattr(self, name)} instead."
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
@@ -114,11 +115,16 @@ class SaveConfig:
     every_n_steps: int = 200
     keep_last: int = 2  # the newest so many
     keep_best: int = 1  # and the best so many by validation loss
+    keep_every_n_steps: int | None = None  # and those of every so many steps, for good
+    async_: bool = False  # write while training goes on, from a copy in the processor's memory
 
     def check(self) -> Iterator[str]:
         for name, low in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
             if getattr(self, name) < low:
                 yield f"`save.{name}` must be at least {low}, but is {getattr(self, name)} instead."
+        every = self.keep_every_n_steps
+        if every is not None and (every < 1 or every % self.every_n_steps):
+            yield f"`save.keep_every_n_steps` must be a multiple of save.every_n_steps ({self.every_n_steps}) or null, but is {every} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -158,6 +164,8 @@ class Train:
     imports: tuple[str, ...] = ()
     init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
     resume: str = "auto"  # auto, never, or a run or checkpoint
+    resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
+    fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
 
     @property
     def seq_len(self) -> int:
@@ -200,6 +208,10 @@ class Train:
         elif (world := parallel.processes(self)) is not None:
             yield from parallel.problems(self, world)
         yield from self.objective.check_with(self)
+        if self.fork is not None and self.init_from is not None:
+            yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
+        if self.fork is not None and self.resume not in ("auto", "never"):
+            yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -47,6 +47,7 @@ class LitModule(pl.LightningModule):
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
+        self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
         self._sums: dict[str, float] = {}
@@ -116,7 +117,8 @@ class LitModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One update. Returns the terms of the global batch, what is reported of them as `loss`, and the gradient's norm before clipping.
 
-        Nothing here waits for the device.
+        A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state. It counts as a step, so that
+        the schedule and the order of the data go on.
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         counts = self.parallel.reduce(self.objective.denominators(batch))
@@ -129,17 +131,27 @@ class LitModule(pl.LightningModule):
                 terms = self.objective(model, micro_batch, denominators)
                 self.manual_backward(self.objective.total(terms) * self.parallel.gradient_factor)
             shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
+        terms = self.parallel.reduce(add(shares))
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
+        visits = self.parallel.reduce(model.counts)
+        # Loss and norm are the same in all processes: so is what follows.
+        if bool(torch.isfinite(norm + terms["loss"])):
+            self._update(visits)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        self.step += 1
+        return {**terms, "grad_norm": norm, **balance.measured(visits)}
+
+    def _update(self, visits: dict[str, Tensor]) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         for group in optimizer.param_groups:
             group["lr"] = self.config.optimizer.lr * self.schedule(self.step + 1)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        visits = self.parallel.reduce(model.counts)
         balance.update(self.model, visits)
-        self.step += 1
-        return {**self.parallel.reduce(add(shares)), "grad_norm": norm, **balance.measured(visits)}
 
     # --------------------------------------------------------------------------------------------------------- validation
 

@@ -15,7 +15,8 @@ from tests.distributed.runs import overrides
 
 def start(arguments, folder):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen([sys.executable, "-m", "txtrain", *arguments], cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    command, pipe = [sys.executable, "-m", "txtrain", *arguments], subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def children(pid):
@@ -54,7 +55,7 @@ def test_a_process_that_dies_takes_the_others_down(tmp_path, long_run, who):
     workers = children(command.pid)
     assert len(workers) == 2
     os.kill(workers[1] if who == "a process" else command.pid, signal.SIGKILL)
-    out, err = command.communicate(timeout=60)
+    _, err = command.communicate(timeout=60)
     assert command.returncode == (1 if who == "a process" else -signal.SIGKILL)
     if who == "a process":
         assert "process 1 was killed by SIGKILL" in err
@@ -68,7 +69,7 @@ def test_one_signal_to_the_command_stops_all_with_one_checkpoint(tmp_path, long_
     out, err = command.communicate(timeout=60)
     assert command.returncode == 75, err
     assert out.count("to continue: txtrain resume=") == 1
-    assert len([p for p in (tmp_path / "run/checkpoints").iterdir()]) == 1
+    assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
 
 
 def test_the_users_mistake_is_told_once(tmp_path):

@@ -21,12 +21,13 @@ def exact(folder, n):
     """Every run of EXACT uninterrupted, and stopped by a signal to one of its processes, then continued: bit for bit the same."""
     shape = ("data.global_batch_size=12", "model.dropout=0.1", f"trainer.devices={n}")
     whole = {way: Case(overrides(folder, "decoder", f"{way}-whole", *shape, *how)) for way, how in EXACT.items()}
-    stopped = {f"{way} stopped": Case(overrides(folder, "decoder", f"{way}-parts", *shape, *how), [f"SIGTERM {STOPS - 1} {n - 1}"]) for way, how in EXACT.items()}
+    parts = {way: overrides(folder, "decoder", f"{way}-parts", *shape, *how) for way, how in EXACT.items()}
+    stopped = {f"{way} stopped": Case(run, [f"SIGTERM {STOPS - 1} {n - 1}"]) for way, run in parts.items()}
     train(whole | stopped, n, folder / "first")
     for way in EXACT:
         assert read_state(locate(folder / f"{way}-parts"))["step"] == STOPS
         assert json.loads((folder / f"{way}-parts/run.json").read_text())["status"] == "preempted"
-    train({f"{way} continued": Case(case.overrides) for way, case in zip(EXACT, stopped.values(), strict=True)}, n, folder / "second")
+    train({f"{way} continued": Case(run) for way, run in parts.items()}, n, folder / "second")
     for way in EXACT:
         a, b = folder / f"{way}-whole", folder / f"{way}-parts"
         assert rows(a) == rows(b), way
