@@ -18,7 +18,8 @@ from txtrain.config import Train
 from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
-from txtrain.optim import parameter_groups
+from txtrain.optim.average import Average
+from txtrain.optim.groups import check_patterns, parameter_groups, set_rates
 from txtrain.parallel import OneProcess
 from txtrain.registry import make
 
@@ -42,6 +43,7 @@ class LitModule(pl.LightningModule):
         self.objective: Objective = build_objective(config)
         self.parallel: OneProcess = make("strategy", config.strategy)
         self.model = model if model is not None else described(config)
+        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
@@ -89,8 +91,9 @@ class LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config.optimizer
-        groups = parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
+        groups = parameter_groups(self.model.named_parameters(), config)
         optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        self.average = Average(self.model, self.config.ema)
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -119,19 +122,21 @@ class LitModule(pl.LightningModule):
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * self.schedule(self.step + 1)
+        set_rates(optimizer.optimizer, self.schedule(self.step + 1))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         visits = self.parallel.reduce(model.counts)
         balance.update(self.model, visits)
         self.step += 1
+        self.average.update(self.step)
         return {**self.parallel.reduce(add(shares)), "grad_norm": norm, **balance.measured(visits)}
 
     # --------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self._sums = {}
+        if self.config.ema.validate:
+            self.average.swap_in()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for micro_batch in cut(batch, self.config.micro_batch_size):
@@ -158,6 +163,9 @@ class LitModule(pl.LightningModule):
         if self._sums.get("bytes"):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def on_validation_end(self) -> None:
+        self.average.swap_out()
 
 
 def described(config: Train) -> nn.Module:
@@ -201,5 +209,3 @@ def compile_blocks(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.compile()
-
-

@@ -54,7 +54,7 @@ class Recorder(pl.Callback):
         if self.folder is None:
             return
         if self.folder.checkpoint is not None:
-            checkpoint.load_training(self.folder.checkpoint, module.model, trainer.optimizers[0])
+            checkpoint.load_training(self.folder.checkpoint, module.model, trainer.optimizers[0], module.average)
             module.step = self.state["step"]
             self.data.start_step = module.step
             _continue_counting(trainer, module.step)
@@ -124,6 +124,7 @@ class Recorder(pl.Callback):
         module = _lit(pl_module)
         assert self.open is not None
         texts = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        module.average.swap_out()
         self.open |= module.val_metrics
         self._close(trainer, module, texts)
         self.meter.start()
@@ -153,6 +154,7 @@ class Recorder(pl.Callback):
 
     def _leave(self, module: LitModule) -> None:
         """Save and end the run where it is, this step's row open or closed."""
+        module.average.swap_out()
         if self.folder is not None and not (self.open is None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))):
             self._save(module, None)
         raise Preempted
@@ -194,7 +196,7 @@ class Recorder(pl.Callback):
             "open_row": self.open,
         }
         optimizer = module.trainer.optimizers[0]
-        checkpoint.save(path, checkpoint.training_tensors(module.model, optimizer), state, beside=self._beside)
+        checkpoint.save(path, checkpoint.training_tensors(module.model, optimizer, module.average), state, beside=self._beside)
         checkpoint.rotate(folder.path, self.config.save.keep_last, self.config.save.keep_best)
         folder.update(data_order_hash=order, step=module.step)
 
