@@ -12,57 +12,11 @@ from txtrain import legality, peaks
 from txtrain.errors import divisors_near, hint
 from txtrain.model.config import ModelConfig
 from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
+from txtrain.optim.config import AdamConfig as AdamConfig  # (its module registers the optimizers and the schedulers)
+from txtrain.optim.config import EMAConfig
+from txtrain.optim.config import SchedulerConfig as SchedulerConfig
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import BASES, axis, register
-
-# -------------------------------------------------------------------------------------------------------- optimizer, scheduler
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    type: str
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # parameters whose dotted name has one of these as a pattern (re.search)
-
-    def check(self) -> Iterator[str]:
-        for name in ("lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                yield f"`optimizer.{name}` must be at least 0, but is {getattr(self, name)} instead."
-        for pattern in self.no_decay:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                yield f"`optimizer.no_decay` must be regular expressions, but {pattern!r} is not one: {e}."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class AdamConfig(OptimizerConfig):
-    """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-
-    def check(self) -> Iterator[str]:
-        yield from OptimizerConfig.check(self)
-        if not all(0 <= b < 1 for b in self.betas):
-            yield f"`optimizer.betas` must be two numbers at least 0 and below 1, but is {list(self.betas)} instead."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio at the last step."""
-
-    type: str
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-
-    def check(self) -> Iterator[str]:
-        if self.warmup_steps < 0:
-            yield f"`scheduler.warmup_steps` must be at least 0, but is {self.warmup_steps} instead."
-        if not 0 <= self.min_lr_ratio <= 1:
-            yield f"`scheduler.min_lr_ratio` must be from 0 to 1, but is {self.min_lr_ratio} instead."
-
+from txtrain.registry import axis
 
 # ----------------------------------------------------------------------------------------------------------- trainer, save, ...
 
@@ -155,6 +109,7 @@ class Train:
     strategy: Any = axis("strategy")
     trainer: TrainerConfig
     save: SaveConfig
+    ema: EMAConfig = dc.field(default_factory=EMAConfig)
     sample: SampleConfig
     logger: dict[str, Any]  # Lightning loggers by _target_
     callbacks: dict[str, Any]  # Lightning callbacks by _target_
@@ -247,6 +202,7 @@ class Plan(Train):
 @dc.dataclass(frozen=True, kw_only=True)
 class Generate:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     prompt: str | None = None  # `-`: standard input
     prompt_file: str | None = None  # one prompt a line
     max_new_tokens: int = 64
@@ -280,6 +236,7 @@ class Generate:
 class Export:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
     out: str | None = None  # a new folder
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     imports: tuple[str, ...] = ()
 
     def check(self) -> Iterator[str]:
@@ -291,10 +248,3 @@ class Export:
 
 ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan}
 
-register("optimizer", "adamw", "txtrain.optim:adamw", AdamConfig)
-register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)
-register("scheduler", "constant", "txtrain.optim:Constant", SchedulerConfig)
-register("scheduler", "linear", "txtrain.optim:Linear", SchedulerConfig)
-register("scheduler", "cosine", "txtrain.optim:Cosine", SchedulerConfig)
-
-BASES.update(optimizer=OptimizerConfig, scheduler=SchedulerConfig)

@@ -20,7 +20,8 @@ from txtrain.errors import ConfigError
 from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
-from txtrain.optim import parameter_groups
+from txtrain.optim.average import Average
+from txtrain.optim.groups import check_patterns, parameter_groups, set_rates
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.build import make_parallel
 from txtrain.registry import make
@@ -46,6 +47,7 @@ class LitModule(pl.LightningModule):
         self.objective: Objective = build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
@@ -103,8 +105,9 @@ class LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config.optimizer
-        groups = parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
+        groups = parameter_groups(self.model.named_parameters(), config)
         optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        self.average = Average(self.model, self.config.ema)
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -148,15 +151,17 @@ class LitModule(pl.LightningModule):
     def _update(self, visits: dict[str, Tensor]) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * self.schedule(self.step + 1)
+        set_rates(optimizer.optimizer, self.schedule(self.step + 1))
         optimizer.step()
         balance.update(self.model, visits)
+        self.average.update(self.step + 1)
 
     # --------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self._sums = {}
+        if self.config.ema.validate:
+            self.average.swap_in()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Every process makes the same number of forwards: one whose share is shorter repeats its first part, which counts for nothing."""
@@ -190,6 +195,9 @@ class LitModule(pl.LightningModule):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # one process' word: what follows from it must not differ
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def on_validation_end(self) -> None:
+        self.average.swap_out()
 
 
 def described(config: Train) -> nn.Module:

@@ -55,7 +55,7 @@ class Recorder(pl.Callback):
         if self.folder is None:
             return
         if self.folder.source is not None:
-            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0])
+            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
             module.step = self.folder.first_step
             module.skipped, module.skipped_in_a_row = self.state.get("skipped", (0, 0))
             self.data.start_step = module.step
@@ -114,7 +114,7 @@ class Recorder(pl.Callback):
             files.write(path, json.dumps({"step": module.step, "sample_index": self.data.order.indices(module.step - 1).tolist(), **_floats(outputs)}))
             where = f" The samples of this step: {path}."
         raise FloatingPointError(
-            f"Step {module.step} has {what}, as had the {n - 1} before it.{where} "
+            f"Step {module.step} is not finite: {what}" + (f", after {n - 1} others in a row" if n > 1 else "") + f".{where} "
             "Try a lower optimizer.lr, more scheduler.warmup_steps, or trainer.precision=32-true."
         )
 
@@ -153,6 +153,7 @@ class Recorder(pl.Callback):
         module = _lit(pl_module)
         assert self.open is not None
         texts = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        module.average.swap_out()
         self.open |= module.val_metrics
         self._close(trainer, module, texts)
         self.meter.start()
@@ -182,6 +183,7 @@ class Recorder(pl.Callback):
 
     def _leave(self, module: LitModule) -> None:
         """Save and end the run where it is, this step's row open or closed."""
+        module.average.swap_out()
         saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
         if not module.parallel.first(lambda: self.open is None and saved):
             self._save(module, None)
@@ -228,7 +230,7 @@ class Recorder(pl.Callback):
             "skipped": (module.skipped, module.skipped_in_a_row),
         }
         parallel = module.parallel
-        tensors = parallel.training_tensors(module.model, module.trainer.optimizers[0])
+        tensors = parallel.training_tensors(module.model, module.trainer.optimizers[0], module.average)
         checkpoint.save(path, tensors, state, self._beside, parallel.checkpoint_group)
         if parallel.is_first:
             checkpoint.rotate(folder.path, self.config.save)
