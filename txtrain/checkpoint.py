@@ -2,7 +2,7 @@
 
     shard-*.safetensors   model.<parameter> and optimizer.<parameter>.<state>, by canonical name: written and read by
                           torch.distributed.checkpoint, so that any number of processes under any strategy can read it
-    state.json            the integers of the run, and what belongs to this step
+    state.json            the integers of the run, what belongs to this step, and the optimizer's state that is no tensor
     config.yaml tokenizer/
     complete              JSON, name -> size of every file; written last
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
+NUMBERS = "optimizer"  # in state.json: what the optimizer keeps as plain numbers
 _NAME = re.compile(r"step_(\d{8,})")
 
 # ------------------------------------------------------------------------------------------------------------------- finding
@@ -106,30 +107,10 @@ def verify(path: Path) -> None:
 
 def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
-    import torch
+    from txtrain import optimizer_state
 
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            assert isinstance(value, torch.Tensor), f"{type(optimizer).__name__} keeps {key} of {names[parameter]} as {type(value).__name__}"
-            tensors[f"optimizer.{names[parameter]}.{key}"] = value
-    return tensors
-
-
-def allocate(optimizer: Optimizer) -> None:
-    """Make the optimizer's state tensors, to be read into: they come with a first step, here of gradient 0 at rate 0."""
-    import torch
-
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
+    return tensors | {f"optimizer.{name}": tensor for name, tensor in optimizer_state.tensors(model, optimizer).items()}
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -167,8 +148,11 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def load_training(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """The model's weights and the optimizer's state from a checkpoint, in place."""
-    allocate(optimizer)
+    from txtrain import optimizer_state
+
+    optimizer_state.allocate(optimizer)
     load_tensors(path, training_tensors(model, optimizer))
+    optimizer_state.restore_numbers(read_state(path).get(NUMBERS, {}), model, optimizer)
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing

@@ -18,7 +18,7 @@ from txtrain.config import Train
 from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
-from txtrain.optim import parameter_groups
+from txtrain.optim import Groups, parameter_groups
 from txtrain.parallel import OneProcess
 from txtrain.registry import make
 
@@ -88,10 +88,12 @@ class LitModule(pl.LightningModule):
             compile_blocks(self.model)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        config = self.config.optimizer
-        groups = parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
-        optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        optimizer: torch.optim.Optimizer = make("optimizer", self.config.optimizer, params=self.parameter_groups())
         return optimizer
+
+    def parameter_groups(self) -> Groups:
+        config = self.config.optimizer
+        return parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
 
     def on_fit_start(self) -> None:
         table = getattr(self._data, "token_bytes", None)

@@ -10,7 +10,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from txtrain import balance, checkpoint, files
+from txtrain import balance, checkpoint, files, optimizer_state
 from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
@@ -182,6 +182,7 @@ class Recorder(pl.Callback):
         self._file.sync()
         files.sync(folder.path / "samples.txt")
         order = self.data.order_hash(module.step)
+        optimizer = module.trainer.optimizers[0]
         state = {
             "step": module.step,
             "tokens": module.tokens,
@@ -192,8 +193,8 @@ class Recorder(pl.Callback):
             "samples_size": (folder.path / "samples.txt").stat().st_size,
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,
+            checkpoint.NUMBERS: optimizer_state.numbers(module.model, optimizer),
         }
-        optimizer = module.trainer.optimizers[0]
         checkpoint.save(path, checkpoint.training_tensors(module.model, optimizer), state, beside=self._beside)
         checkpoint.rotate(folder.path, self.config.save.keep_last, self.config.save.keep_best)
         folder.update(data_order_hash=order, step=module.step)

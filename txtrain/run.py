@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from txtrain import folder, screen
+from txtrain import folder, optimizer_state, screen
 from txtrain.config import Train
 from txtrain.data.module import DataModule
 from txtrain.data.sources import settle
@@ -81,6 +81,7 @@ def train(
         place = None if cfg.trainer.fast_dev_run else folder.choose(cfg, origin.given, origin.folder)
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model)
         device = module.parallel.device(cfg)
+        optimizer_state.check(cfg.optimizer, module.parameter_groups())
         data = data or DataModule(cfg, fallback)
         data.prepare()
         limits = Limits.of(cfg, data.n_train)
