@@ -1,16 +1,14 @@
-"""txtrain: train any transformer by composing its parts. Light to import: torch comes with first use."""
+"""txtrain: train any transformer by composing its parts. Light to import: everything comes with first use."""
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from txtrain.errors import ConfigError
-from txtrain.registry import component
-
+TYPE_CHECKING = False  # as typing's, without importing it
 if TYPE_CHECKING:
+    from typing import Any
+
     from txtrain.composition import compose
     from txtrain.data.module import DataModule
+    from txtrain.errors import ConfigError
     from txtrain.generation import generate
     from txtrain.hf.saving import save_pretrained
     from txtrain.loading import load_pretrained
@@ -18,14 +16,17 @@ if TYPE_CHECKING:
     from txtrain.module import LitModule
     from txtrain.places import families
     from txtrain.planning import plan
+    from txtrain.registry import component
     from txtrain.run import train
 
 __version__ = "0.1.0"
 
 _LAZY = {  # where each name stands; imported when it is first asked for
+    "ConfigError": "txtrain.errors",
     "DataModule": "txtrain.data.module",
     "LitModule": "txtrain.module",
     "build_model": "txtrain.model.build",
+    "component": "txtrain.registry",
     "compose": "txtrain.composition",
     "families": "txtrain.places",
     "generate": "txtrain.generation",
@@ -53,6 +54,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        import importlib
+
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'txtrain' has no attribute {name!r}")
 

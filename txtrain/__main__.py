@@ -1,5 +1,15 @@
+"""What `txtrain` and `python -m txtrain` start."""
+
 import sys
 
-from txtrain.cli import main
+from txtrain.interrupt import EndsAtOnce
 
-sys.exit(main())
+
+def main() -> int:
+    with EndsAtOnce():
+        from txtrain import cli
+    return cli.main()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

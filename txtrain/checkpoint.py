@@ -2,7 +2,7 @@
 
     shard-*.safetensors   model.<parameter>, optimizer.<parameter>.<state> and ema.<parameter>, by canonical name: written and read
                           by torch.distributed.checkpoint, so that any number of processes under any strategy can read it
-    state.json            the integers of the run, and what belongs to this step
+    state.json            the integers of the run, what belongs to this step, and the optimizer's state that is no tensor
     config.yaml tokenizer/
     complete              JSON, name -> size of every file; written last
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from txtrain.optim.average import Average
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
+NUMBERS = "optimizer"  # in state.json: what the optimizer keeps as plain numbers
 _NAME = re.compile(r"step_(\d{8,})")
 
 # ------------------------------------------------------------------------------------------------------------------- finding
@@ -109,30 +110,11 @@ def verify(path: Path) -> None:
 
 def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | None = None) -> dict[str, Tensor]:
     """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
-    import torch
+    from txtrain.optim import state as optimizer_state
 
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            assert isinstance(value, torch.Tensor), f"{type(optimizer).__name__} keeps {key} of {names[parameter]} as {type(value).__name__}"
-            tensors[f"optimizer.{names[parameter]}.{key}"] = value
+    tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state.tensors(model, optimizer).items()}
     return tensors if average is None else tensors | average.tensors()
-
-
-def allocate(optimizer: Optimizer) -> None:
-    """Make the optimizer's state tensors, to be read into: they come with a first step, here of gradient 0 at rate 0."""
-    import torch
-
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-        for parameter in group["params"]:
-            parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
@@ -188,10 +170,13 @@ def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: A
     An average that the checkpoint does not have starts from its weights; one that is not wanted is left there. Whether a run may
     begin or end one there is for its configuration to say.
     """
-    allocate(optimizer)
+    from txtrain.optim import state as optimizer_state
+
+    optimizer_state.allocate(optimizer)
     tensors = training_tensors(model, optimizer)
     for prefix in ("model.", "optimizer."):
         load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group)
+    optimizer_state.restore_numbers(read_state(path).get(NUMBERS, {}), model, optimizer)
     if average is not None and average.values:
         if any(name.startswith("ema.") for name in shapes(path)):
             load_tensors(path, average.tensors(), prefix="ema.", group=group)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from txtrain.errors import ConfigError, hint
+from txtrain.interrupt import EndsAtOnce
 
 if TYPE_CHECKING:
     from txtrain.composition import Composed, Loader
 
+Work = Callable[[], int]  # returns the exit code
 VERBS = ("train", "generate", "export", "plan")
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
 _SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
@@ -28,7 +31,9 @@ class CommandLine(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a failure (by exception), 2 the user's mistake, 75 preempted after a complete checkpoint."""
     try:
-        return _main(list(sys.argv[1:] if argv is None else argv))
+        with EndsAtOnce():
+            work = _work(list(sys.argv[1:] if argv is None else argv))
+        return work()
     except ConfigError as e:
         if os.environ.get("TXTRAIN_DEBUG") == "1":
             import traceback
@@ -84,19 +89,20 @@ def _not_a_flag(word: str) -> str:
     return f"`{word}` is not a flag. Flags: {', '.join(known)}.{hint(name, known)}"
 
 
-def _main(argv: list[str]) -> int:
+def _work(argv: list[str]) -> Work:
+    """What the command line asks for, composed and imported, but for what only prints: that is done."""
     line = parse(argv)
     if "--help" in line.flags:
         from txtrain.usage import usage
 
         print(usage(line.verb), end="")
-        return 0
+        return _nothing
     verb = line.verb or "train"
     handed = os.environ.pop("TXTRAIN_CONFIG", None)
     if handed and ("LOCAL_RANK" in os.environ or not line.overrides):
         from txtrain.composition import from_file
 
-        return run(from_file(verb, handed))
+        return work_of(from_file(verb, handed))
     from txtrain.composition import compose_job, make_loader
     from txtrain.overrides import expand
 
@@ -106,39 +112,48 @@ def _main(argv: list[str]) -> int:
     if multirun and getattr(jobs[0][0].config, "resume", "auto") not in ("auto", "never"):
         raise ConfigError("`resume`: a run is resumed alone, without -m.")
     if "--cfg" in line.flags:
-        return _show(line, verb, loader, jobs)
+        _show(line, verb, loader, jobs)
+        return _nothing
     if multirun:
         from txtrain.sweep import sweep
 
-        return sweep(verb, loader, jobs)
-    return run(jobs[0][0])
+        return partial(sweep, verb, loader, jobs)
+    return work_of(jobs[0][0])
+
+
+def _nothing() -> int:
+    return 0
 
 
 def run(composed: Composed) -> int:
+    return work_of(composed)()
+
+
+def work_of(composed: Composed) -> Work:
     from txtrain.config import Export, Generate, Plan
 
     if isinstance(composed.config, Plan):
         from txtrain.planning import run_plan
 
-        return run_plan(composed.config)
+        return partial(run_plan, composed.config)
     if isinstance(composed.config, Export):
         from txtrain.exporting import run_export
 
-        return run_export(composed.config)
+        return partial(run_export, composed.config)
     if isinstance(composed.config, Generate):
         from txtrain.prompting import run_generate
 
-        return run_generate(composed.config)
+        return partial(run_generate, composed.config)
     from txtrain.launch import launch, n_processes
 
     if (n := n_processes(composed.config)) > 1:
-        return launch(composed, n)
+        return partial(launch, composed, n)
     from txtrain.run import run_train
 
-    return run_train(composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder)
+    return partial(run_train, composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder)
 
 
-def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[str]]]) -> int:
+def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[str]]]) -> None:
     """`--cfg job` prints the typed, resolved config, one document a job; the others are Hydra's view."""
     if line.flags["--cfg"] == "job":
         import yaml
@@ -147,9 +162,8 @@ def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Compose
 
         documents: list[Any] = [plain(composed.config) for composed, _ in jobs]
         print(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True), end="")
-        return 0
+        return
     from hydra._internal.hydra import Hydra
 
     resolve = "--resolve" in line.flags
     Hydra("txtrain", loader).show_cfg(verb, jobs[0][1], cfg_type=line.flags["--cfg"], package=None, resolve=resolve)
-    return 0

@@ -139,16 +139,17 @@ class Train:
         return int(self.data.micro_batch_size or self.data.global_batch_size)
 
     def check(self) -> Iterator[str]:
-        """Problems of each group first; those between groups only where the groups are sound."""
+        """Problems of each group first, then what model, objective and data are wrong for; what compares values only where the groups are sound."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [p for group in groups if hasattr(group, "check") for p in group.check()]
         yield from problems
+        if not any(legality.model_problems(self.model)):
+            yield from legality.problems(self)
         if not problems:
             yield from self._check_between()
 
     def _check_between(self) -> Iterator[str]:
         data = self.data
-        yield from legality.problems(self)
         if self.model.position.type == "learned" and self.seq_len > self.model.max_seq_len:
             yield (
                 f"`data.seq_len` must be at most model.max_seq_len ({self.model.max_seq_len}) with model/position=learned, "

@@ -21,7 +21,7 @@ from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
 from txtrain.optim.average import Average
-from txtrain.optim.groups import check_patterns, parameter_groups, set_rates
+from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.build import make_parallel
 from txtrain.registry import make
@@ -104,11 +104,12 @@ class LitModule(pl.LightningModule):
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        config = self.config.optimizer
-        groups = parameter_groups(self.model.named_parameters(), config)
-        optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        optimizer: torch.optim.Optimizer = make("optimizer", self.config.optimizer, params=self.parameter_groups())
         self.average = Average(self.model, self.config.ema)
         return optimizer
+
+    def parameter_groups(self) -> Groups:
+        return parameter_groups(self.model.named_parameters(), self.config.optimizer)
 
     def on_fit_start(self) -> None:
         table = getattr(self._data, "token_bytes", None)

@@ -19,6 +19,7 @@ from txtrain.limits import Limits
 from txtrain.metrics import COLUMNS, MetricsFile
 from txtrain.module import LitModule
 from txtrain.objectives.build import build_objective
+from txtrain.optim import state as optimizer_state
 from txtrain.progress import Display
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine, Meter
@@ -217,6 +218,7 @@ class Recorder(pl.Callback):
             self._file.sync()
             files.sync(samples)
         order = self.data.order_hash(module.step)
+        optimizer = module.trainer.optimizers[0]
         state = {
             "step": module.step,
             "tokens": module.tokens,
@@ -228,9 +230,10 @@ class Recorder(pl.Callback):
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,
             "skipped": (module.skipped, module.skipped_in_a_row),
+            checkpoint.NUMBERS: optimizer_state.numbers(module.model, optimizer),
         }
         parallel = module.parallel
-        tensors = parallel.training_tensors(module.model, module.trainer.optimizers[0], module.average)
+        tensors = parallel.training_tensors(module.model, optimizer, module.average)
         checkpoint.save(path, tensors, state, self._beside, parallel.checkpoint_group)
         if parallel.is_first:
             checkpoint.rotate(folder.path, self.config.save)

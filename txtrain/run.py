@@ -22,6 +22,7 @@ from txtrain.folder import RunFolder
 from txtrain.limits import Limits
 from txtrain.metrics import latest
 from txtrain.module import LitModule
+from txtrain.optim import state as optimizer_state
 from txtrain.parallel.base import OneProcess, precision_dtype
 from txtrain.parallel.build import make_parallel
 from txtrain.progress import Display
@@ -85,6 +86,7 @@ def train(
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: folder.choose(cfg, origin.given, origin.folder))
         device = parallel.device()
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
+        optimizer_state.check(cfg.optimizer, module.parameter_groups())
         data = data or DataModule(cfg, fallback)
         parallel.in_turn(data.prepare)
         parallel.agree({"the fingerprint of the data": data.fingerprint})

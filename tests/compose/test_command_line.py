@@ -198,7 +198,7 @@ def test_a_further_rank_takes_the_first_ones_config_whatever_the_line_says(monke
     assert main(["model=mistral", "--cfg", "job"]) == 0
     (clean_room / "config.yaml").write_text(capsys.readouterr().out)
     calls = []
-    monkeypatch.setattr(command_line, "run", lambda composed: calls.append(composed) or 0)
+    monkeypatch.setattr(command_line, "work_of", lambda composed: lambda: calls.append(composed) or 0)
     monkeypatch.setenv("TXTRAIN_CONFIG", str(clean_room / "config.yaml"))
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert main(["-m", "model=gpt2,llama2"]) == 0

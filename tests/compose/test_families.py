@@ -4,9 +4,12 @@ import math
 import re
 
 import pytest
+from omegaconf import OmegaConf
 
 import txtrain
+from tests.compose.conftest import ROOT
 from txtrain.places import CONF
+from txtrain.typed import plain
 
 PUBLISHED = {
     "gpt1_base": 116_534_784,
@@ -75,6 +78,27 @@ def test_laptop_size_shrinks_to_four_heads_on_64(name, job):
 def test_file_opens_with_its_delta(name):
     first = (CONF / "model" / f"{name}.yaml").read_text().splitlines()[0]
     assert re.match(r"# .+ = .+", first), first
+
+
+def told_in_the_documentation() -> list[tuple[str, str]]:
+    """Family and YAML of each section of docs/families.md."""
+    page = (ROOT / "docs" / "families.md").read_text(encoding="utf-8")
+    return re.findall(r"^## [^\n]*: `(\w+)`[^\n]*\n.*?```yaml\n(.*?)```", page, re.DOTALL | re.MULTILINE)
+
+
+def test_the_documentation_has_every_family():
+    assert sorted(family for family, _ in told_in_the_documentation()) == sorted(set(LAPTOP) - {"t5_v1_1"})  # in T5's section
+
+
+@pytest.mark.parametrize(("family", "text"), told_in_the_documentation())
+def test_what_the_documentation_says_of_a_family_is_so(family, text, job):
+    config = plain(job(f"model={family}").config.model)
+    told = OmegaConf.to_container(OmegaConf.create(text))  # which reads 1e-6 as a number
+    chosen = {key.removeprefix("override "): option for d in told.pop("defaults") if isinstance(d, dict) for key, option in d.items()}
+    assert {axis: config[axis]["type"] for axis in chosen} == chosen
+    for key, value in told.items():
+        got = {k: config[key][k] for k in value} if isinstance(value, dict) else config[key]
+        assert got == value, f"{family}: {key}"
 
 
 def test_what_the_papers_say(job):

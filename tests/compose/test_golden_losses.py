@@ -12,9 +12,9 @@ import pytest
 
 import txtrain
 from tests.compose.conftest import ROOT
-from tests.compose.test_swaps import DECODERS
 from tests.training import rows
 
+DECODERS = ["gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2"]
 FOLDER = ROOT / "tests/golden/losses"
 STEPS = 20
 RUN = (

@@ -210,9 +210,11 @@ class Sign(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group["params"]:
-                m = self.state[p].setdefault("m", torch.zeros_like(p))
+                state = self.state[p]
+                m = state.setdefault("m", torch.zeros_like(p))
                 m.lerp_(p.grad, 1 - group["beta"])
-                p.sub_(group["lr"] * m.sign())
+                state["step"] = state.get("step", 0) + 1
+                p.sub_(group["lr"] * m.sign() / state["step"] ** 0.5)
 """
 SCHEDULER = """
 import txtrain
@@ -255,3 +257,30 @@ def test_a_part_of_ones_own_trains_and_resumes(axis, clean_room, forget):
     resumed = txtrain.train(txtrain.compose(["resume=run", "trainer.max_steps=10"]))
     assert read(resumed.run_dir / "metrics.csv")[-1]["step"] == "10"
     assert set(EXACT) <= set(read(resumed.run_dir / "metrics.csv")[-1])
+
+
+def test_a_number_that_an_optimizer_of_ones_own_counts_with_is_resumed(clean_room, forget):
+    (clean_room / "mine.py").write_text(OPTIMIZER)
+    overrides = ["imports=[mine.py]", *PARTS["optimizer"][1], "scheduler=constant"]
+    table = learns(clean_room, *overrides)
+    half = txtrain.compose([*overrides, *TEXT, *SMALL, "run_dir=half", "trainer.max_steps=4", "trainer.overfit_batches=1"])
+    txtrain.train(half)
+    resumed = txtrain.train(txtrain.compose(["resume=half", "imports=[mine.py]", "trainer.max_steps=8"]))
+    assert rows(resumed.run_dir) == table
+    assert weights(resumed.run_dir) == weights(clean_room / "run")
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"),
+    [
+        ('self.state[p]["history"] = [0.5]', "'history' of a parameter as list"),
+        ('self.state[p]["norm"] = None', "'norm' of a parameter as NoneType"),
+        ('self.state["all"]["step"] = 1', "state['all'], which is no parameter's"),
+        ('group["step"] = group.get("step", 0) + 1', "'step' in a parameter group"),
+    ],
+)
+def test_what_an_optimizer_keeps_and_no_checkpoint_could_hold_is_refused_before_anything_is_written(kept, told, clean_room, forget):
+    (clean_room / "mine.py").write_text(OPTIMIZER.replace('state["step"] = state.get("step", 0) + 1', f'{kept}; state["step"] = 1'))
+    with pytest.raises(txtrain.ConfigError, match=f"`optimizer` must keep .*, but sign keeps {re.escape(told)} instead"):
+        learns(clean_room, "imports=[mine.py]", *PARTS["optimizer"][1])
+    assert not (clean_room / "run").exists()

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from tests.parity.pairs import FAMILIES
+from tests.parity.every import EVERY
 from tests.parity.report import write
 
 ALLOWED = 1e-5
@@ -33,6 +33,5 @@ def record():
 
 def pytest_sessionfinish(session, exitstatus):
     if os.environ.get("TXTRAIN_WRITE_DOCS") == "1" and exitstatus == 0 and SEEN and not hasattr(session.config, "workerinput"):
-        families = (*FAMILIES, "deepseek_r1")
-        table = {check: {family: max(seen[family]) for family in families if family in seen} for check, seen in SEEN.items()}
-        write(Path(session.config.rootpath) / "docs" / "parity.md", table, families)
+        table = {check: {family: max(seen[family]) for family in EVERY if family in seen} for check, seen in SEEN.items()}
+        write(Path(session.config.rootpath) / "docs" / "parity.md", table, EVERY)

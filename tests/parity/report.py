@@ -26,8 +26,15 @@ bert is `BertForPreTraining`, bert_mlm `BertForMaskedLM`, transformer `MarianMTM
 | another resolution | images with more patches than the table of positions has, and not square |
 | inputs_embeds | vectors in place of tokens; before version 5, Gemma's classes scaled them too, here they enter as they are |
 | round trip | every tensor and every field of the configuration, `transformers` -> here -> `transformers` |
-| losses of the Trainer | ten steps of `transformers.Trainer` with gradient accumulation, the same batches through both models |
+| losses of the Trainer | ten steps of `transformers.Trainer` without dropout, the same batches through both models |
 | bf16 logits | not a difference but a ratio: ours to the nearest of their runs / theirs among each other (eager, SDPA, autocast); 1 is allowed |
+
+An empty cell is something that the class does not do (BERT and ViT decode nothing, images have no padding), or that this page was not yet
+written with under that version.
+
+With gradient accumulation the Trainer tells a model how many targets a batch has. The loss of our models is divided by it whatever the family, so that
+accumulation changes nothing; that of BERT's, T5's and Marian's classes in `transformers` is not, and they are compared without. Marian's bias
+on the logits is a buffer there and never trained; here it is a parameter, frozen for the comparison.
 
 A key's bias in attention without rotary positions has a gradient of nothing but rounding: it is compared with the largest gradient.
 

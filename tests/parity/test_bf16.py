@@ -3,7 +3,9 @@ import itertools
 import pytest
 import torch
 
-from tests.parity.pairs import DECODERS, FAMILIES, SEEDS, difference, inputs, logits_of, pair, tokens
+from tests.parity.every import EVERY, pair
+from tests.parity.pairs import DECODERS, SEEDS, difference, inputs, logits_of, tokens
+from tests.parity.test_deepseek import eager
 from txtrain.hf.loading import load_pretrained
 
 
@@ -15,7 +17,8 @@ def their_runs(p):
     """Runs of transformers in bfloat16: eager, SDPA where the class has it, and autocast over weights in float32."""
 
     def loaded(attention):
-        return type(p.theirs).from_pretrained(p.folder, dtype=torch.bfloat16, attn_implementation=attention).eval()(**in_bf16(inputs(p)))
+        model = type(p.theirs).from_pretrained(p.folder, dtype=torch.bfloat16, attn_implementation=attention)
+        return eager(model.eval())(**in_bf16(inputs(p)))
 
     runs = [loaded("eager"), *([loaded("sdpa")] if p.theirs._supports_sdpa else [])]
     with torch.autocast("cpu", torch.bfloat16):
@@ -23,7 +26,7 @@ def their_runs(p):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_bf16_differs_by_no_more_than_two_runs_of_theirs(family, record):
     ours, theirs = [], []
     for seed in SEEDS:

@@ -105,6 +105,14 @@ def as_in_a_folder(named):
 
 @torch.no_grad()
 @each_seed
+def test_vectors_in_place_of_tokens_equal(seed, record):
+    p = pair(seed)
+    x = torch.randn(2, 9, p.ours.config.dim, generator=torch.Generator().manual_seed(seed))
+    record(NAME, "inputs_embeds", difference(p.ours(inputs_embeds=x).logits, p.theirs(inputs_embeds=x).logits))
+
+
+@torch.no_grad()
+@each_seed
 def test_logits_equal(seed, record):
     p = pair(seed)
     record(NAME, "logits", difference(p.ours(tokens(p)).logits, p.theirs(tokens(p)).logits))

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from txtrain import checkpoint
 from txtrain.config import SaveConfig
 from txtrain.errors import ConfigError
+from txtrain.optim import state as optimizer_state
 
 
 class Kill(BaseException):
@@ -38,11 +39,24 @@ def save(run, step, seed, val_loss=None):
     return path
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop])
+class Counting(torch.optim.SGD):
+    """Keeps numbers of Python beside its tensors, of each kind."""
+
+    def step(self, closure=None):
+        super().step(closure)
+        for p in self.param_groups[0]["params"]:
+            state = self.state[p]
+            state["step"], state["sum"] = state.get("step", 0) + 1, state.get("sum", 0.1) + float(p.grad.abs().sum()) / 3
+            state["even"] = state["step"] % 2 == 0
+            state["m"] = state.get("m", 0) + p.grad
+
+
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, Counting])
 def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
-    saved = checkpoint.training_tensors(*model_and_optimizer(0, cls))
+    before = model_and_optimizer(0, cls)
+    saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
     path = checkpoint.path_of(tmp_path, 3)
-    checkpoint.save(path, saved, {}, beside=lambda _: None)
+    checkpoint.save(path, saved, {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
     model, _ = model_and_optimizer(1, cls)
     optimizer = cls(model.parameters(), lr=0.1)
     checkpoint.load_training(path, model, optimizer)
@@ -50,6 +64,21 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
     assert loaded.keys() == saved.keys()
     assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
     assert optimizer.param_groups[0]["lr"] == 0.1
+    restored = optimizer_state.numbers(model, optimizer)
+    assert {name: (type(n), n) for name, n in restored.items()} == {name: (type(n), n) for name, n in numbers.items()}
+    if cls is Counting:
+        kept = optimizer.state[model[0].weight]
+        assert (kept["step"], kept["even"], len(restored)) == (3, False, 12)
+
+
+def test_numbers_of_another_optimizer_are_refused(tmp_path):
+    before = model_and_optimizer(0, Counting)
+    path = checkpoint.path_of(tmp_path, 3)
+    numbers = optimizer_state.numbers(*before)
+    del numbers["0.bias.sum"]
+    checkpoint.save(path, checkpoint.training_tensors(*before), {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    with pytest.raises(ConfigError, match=r"another optimizer: 0\.bias\.sum is no number there"):
+        checkpoint.load_training(path, *model_and_optimizer(1, Counting))
 
 
 def test_names_are_canonical(tmp_path):

@@ -21,6 +21,8 @@ CHUNK_ELEMENTS = 1 << 22  # logits held at a time, where the caller does not wan
 class Head(nn.Module):
     """What the transformer asks of a head. `embedding_VD` is the embedding's weight, for heads that are tied to it."""
 
+    shift: bool = False  # whether position t predicts label t + 1, as a causal model's does, or label t
+
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
         """Logits: [B, T, V], or [B, classes]."""
         raise NotImplementedError

@@ -58,7 +58,7 @@ class Transformer(Stack):
     """
 
     accepts_loss_kwargs = True  # transformers.Trainer: it may pass num_items_in_batch
-    loss_type: str | None = "ForCausalLM"  # transformers.Trainer: labels are shifted here, the first of a row is no target
+    loss_type: str | None  # transformers.Trainer: ForCausalLM where labels are shifted here, so that the first of a row is no target
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from; they go along when it is saved
     label_names: tuple[str, ...] = ()  # of the classes, as that folder has them; they go along too
 
@@ -79,6 +79,7 @@ class Transformer(Stack):
         self.embedding = embedding
         self.dropout = nn.Dropout(config.dropout)
         self.head = head
+        self.loss_type = "ForCausalLM" if head.shift else None
         self.encoder = encoder
         self.encoder_embedding = encoder_embedding  # None: the source reads `embedding`
         self.mtp = nn.ModuleList(mtp)
