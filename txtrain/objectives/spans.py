@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 
-
 SENTINEL = re.compile(r"(<extra_id_\d+>)")  # as `sentinel` makes them
 
 
