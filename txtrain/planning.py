@@ -71,7 +71,7 @@ def plan(config: Train) -> Figures:
     how = config.plan if isinstance(config, Plan) else PlanConfig()
     model, (source, target) = config.model, config.lengths
     inference = costs.forward_by_part(model, source, target, dense=False)
-    training = costs.forward_by_part(model, source, target, dense=False, training=True)
+    training = costs.forward_by_part(model, source, target, dense=False, training=True, target_share=config.objective.target_share)
     per_sample = costs.training_flops(training)
     peak = peak_of(config, how)
     step_flops = per_sample * config.data.global_batch_size

@@ -1,4 +1,4 @@
-"""`txtrain generate`: prompts in, continuations out."""
+"""`txtrain generate`: prompts in, continuations out; of an encoder and a decoder, answers."""
 
 from __future__ import annotations
 
@@ -14,24 +14,28 @@ from txtrain.config import Generate
 from txtrain.data.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.generation import generate
-from txtrain.loading import load
+from txtrain.loading import Loaded, load
+from txtrain.objectives.spans import SENTINEL
 
 BATCH = 16  # prompts at a time
+SEPARATOR = "|"  # between a prompt and its answer, as in samples.txt
 
 
 def run_generate(config: Generate) -> int:
     """Print each prompt with its continuation. One prompt is printed as it grows.
 
     Raises:
-        ConfigError: no such checkpoint or file of prompts, nothing to continue, or more tokens than the model has positions.
+        ConfigError: no such checkpoint or file of prompts, nothing to continue, a model that writes no text, or more tokens than it has
+            positions.
     """
     prompts = read_prompts(config)
     device = pick_device(config.accelerator)
     assert config.checkpoint is not None
     loaded = load(config.checkpoint, device, weights=config.weights)
-    if loaded.tokenizer is None:
-        raise ConfigError(f"`checkpoint` must have a tokenizer to continue text, but {str(loaded.path)!r} has none: it was not trained on text.")
-    rows = [encode(loaded.tokenizer, prompt) for prompt in prompts]
+    _check_writes(loaded)
+    assert loaded.tokenizer is not None
+    answers = _answers(loaded.model)
+    rows = [encode(loaded.tokenizer, prompt, answers) for prompt in prompts]
     _check_length(loaded.model, rows, config.max_new_tokens)
     if len(prompts) == 1 and config.stream:
         _stream(loaded.model, loaded.tokenizer, prompts[0], rows[0], config)
@@ -39,8 +43,24 @@ def run_generate(config: Generate) -> int:
     for start in range(0, len(prompts), BATCH):
         texts = _continuations(loaded.model, loaded.tokenizer, rows[start : start + BATCH], config)
         for prompt, text in zip(prompts[start : start + BATCH], texts, strict=True):
-            print(prompt + text, flush=True)
+            print(prompt + (SEPARATOR if answers else "") + text, flush=True)
     return 0
+
+
+def _check_writes(loaded: Loaded) -> None:
+    where = str(loaded.path)
+    if loaded.model.config.topology == "encoder":
+        raise ConfigError(
+            f"`checkpoint` must be of a model that writes, a decoder or an encoder with one, but {where!r} is an encoder ({loaded.model.config.family}), "
+            "which reads a whole text and continues none."
+        )
+    if loaded.tokenizer is None:
+        raise ConfigError(f"`checkpoint` must have a tokenizer to continue text, but {where!r} has none: it was not trained on text.")
+
+
+def _answers(model: Any) -> bool:
+    """Whether what is written answers the prompt and does not continue it: an encoder reads it."""
+    return model.encoder is not None
 
 
 def read_prompts(config: Generate) -> list[str]:
@@ -69,14 +89,21 @@ def pick_device(accelerator: str) -> torch.device:
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def encode(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """As a document begins in training: an empty prompt is the beginning of any."""
+def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:
+    """As a document begins in training: an empty prompt is the beginning of any. answers: as a source ends, its sentinels being tokens."""
+    if answers:
+        pieces = [(piece, tokenizer.find(piece) if SENTINEL.fullmatch(piece) else None) for piece in SENTINEL.split(prompt)]
+        return [*(i for text, known in pieces for i in (tokenizer.encode(text) if known is None else [known])), tokenizer.eos_id]
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     return [begin, *tokenizer.encode(prompt)]
 
 
 def _check_length(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     longest, limit = max(map(len, rows)), model.max_positions
+    if _answers(model):
+        if limit is not None and longest > limit:
+            raise ConfigError(f"`prompt` must have at most {limit} tokens, its end among them, but has {longest}: {limit} positions were learned.")
+        longest = 1  # the answer has its own positions, and a start token
     if limit is not None and longest + max_new_tokens > limit:
         room = limit - longest
         problem = f"must be at most {room}" if room > 0 else "has no room"
@@ -88,24 +115,27 @@ def _continuations(model: Any, tokenizer: Tokenizer, rows: Sequence[Sequence[int
     ids = torch.tensor([[tokenizer.eos_id] * (width - len(row)) + list(row) for row in rows], device=_device(model))
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=_device(model))
     out = generate(model, ids, mask, **_how(config, tokenizer))
-    return [tokenizer.decode(_before_end(row, tokenizer.eos_id)) for row in out[:, width:].tolist()]
+    answers = _answers(model)
+    new = out[:, 1 if answers else width :]  # an answer stands behind its start token
+    return [tokenizer.decode(_before_end(row, tokenizer.eos_id), special=answers) for row in new.tolist()]
 
 
 def _stream(model: Any, tokenizer: Tokenizer, prompt: str, row: Sequence[int], config: Generate) -> None:
-    print(prompt, end="", flush=True)
-    generate(model, torch.tensor([row], device=_device(model)), on_token=_printer(tokenizer), **_how(config, tokenizer))
+    answers = _answers(model)
+    print(prompt, end=SEPARATOR if answers else "", flush=True)
+    generate(model, torch.tensor([row], device=_device(model)), on_token=_printer(tokenizer, answers), **_how(config, tokenizer))
     print(flush=True)
 
 
-def _printer(tokenizer: Tokenizer) -> Callable[[Tensor], None]:
-    """Prints what each token adds to the text. A character of several tokens waits until it is whole."""
+def _printer(tokenizer: Tokenizer, special: bool = False) -> Callable[[Tensor], None]:
+    """Prints what each token adds to the text, special ones by their names where they are asked for. A character of several tokens waits until it is whole."""
     ids: list[int] = []
     printed = ""
 
     def on_token(new_B: Tensor) -> None:
         nonlocal printed
         ids.append(int(new_B[0]))
-        text = tokenizer.decode(_before_end(ids, tokenizer.eos_id))
+        text = tokenizer.decode(_before_end(ids, tokenizer.eos_id), special=special)
         if text.endswith("\ufffd"):
             return
         print(text[len(printed) :], end="", flush=True)

@@ -83,7 +83,7 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         module, trainer_config = _lit(pl_module), self.config.trainer
-        self.meter.count(module.objective.positions(batch, self.config.seq_len) * module.parallel.size)
+        self.meter.count(*self._work(module, batch))
         self.display.step(module.step)
         if module.skipped_in_a_row:
             self._skipped(module, outputs)
@@ -128,10 +128,17 @@ class Recorder(pl.Callback):
     def _validates(self) -> bool:
         return self.config.trainer.limit_val_batches > 0 and self.data.n_val > 0
 
+    def _work(self, module: LitModule, batch: Any) -> tuple[int, float]:
+        """Token positions and floating-point operations of a step that had batches of this shape in every process."""
+        model, n = self.config.model, self.config.data.global_batch_size
+        lengths = module.objective.lengths(batch, self.config.seq_len)
+        longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
+        return n * longer, n * model.flops_per_sample(*lengths, self.config.objective.target_share)
+
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What is known of the step without a validation. Waits for the device."""
         loss = float(outputs["loss"])
-        rate = self.meter.rate()
+        tokens_per_second, flops_per_second = self.meter.rates()
         return {
             "step": module.step,
             "tokens": module.tokens,
@@ -140,8 +147,8 @@ class Recorder(pl.Callback):
             "grad_norm": float(outputs["grad_norm"]),
             "skipped_steps": module.skipped,
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
-            "tokens_per_second": rate,
-            "mfu": rate * self.config.model.flops_per_token(*self.config.lengths) / (self.machine.peak.flops * module.parallel.world.size),
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops_per_second / (self.machine.peak.flops * module.parallel.world.size),
             "seconds": self.meter.seconds,
         }
 

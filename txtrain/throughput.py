@@ -73,7 +73,7 @@ def _threads() -> str:
 
 
 class Meter:
-    """Counts tokens against time spent in training: waiting for data counts, validating, sampling and saving do not.
+    """Counts tokens and operations against time spent in training: waiting for data counts, validating, sampling and saving do not.
 
     Args:
         seconds: of training before this process.
@@ -83,13 +83,13 @@ class Meter:
         self.seconds = seconds
         self._clock = clock
         self._mark: float | None = None
-        self._tokens, self._since = 0, 0.0
+        self._tokens, self._flops, self._since = 0, 0.0, 0.0
 
     def start(self) -> None:
         """Training goes on from here."""
         self._mark = self._clock()
 
-    def count(self, tokens: int) -> None:
+    def count(self, tokens: int, flops: float) -> None:
         """A step is done."""
         now = self._clock()
         passed = now - (now if self._mark is None else self._mark)
@@ -97,9 +97,10 @@ class Meter:
         self.seconds += passed
         self._since += passed
         self._tokens += tokens
+        self._flops += flops
 
-    def rate(self) -> float:
-        """Tokens per second since the last call."""
-        tokens, seconds = self._tokens, self._since
-        self._tokens, self._since = 0, 0.0
-        return tokens / seconds if seconds > 0 else 0.0
+    def rates(self) -> tuple[float, float]:
+        """Tokens and floating-point operations per second since the last call."""
+        counted, seconds = (self._tokens, self._flops), self._since
+        self._tokens, self._flops, self._since = 0, 0.0, 0.0
+        return (counted[0] / seconds, counted[1] / seconds) if seconds > 0 else (0.0, 0.0)

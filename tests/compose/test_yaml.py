@@ -30,10 +30,11 @@ NEEDED = {  # what the other files go with
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
 ROOTS = {"base": "train", "train": "train", "generate": "generate checkpoint=x prompt=x", "export": "export checkpoint=x out=y", "plan": "plan"}
+SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?"
 HEADER = re.compile(
     r"# @package _global_\n"  # Hydra reads it on the first lines only
     r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)\n"
-    r"# (?P<hardware>.+?): (?P<time>.+?), validation \d\.\d\d nats/token, \d\.\d\d bits/byte \((?P<date>\d{4}-\d\d-\d\d), seeds? \d+.*\)\n"
+    rf"# (?P<hardware>.+?): (?P<time>.+?), validation ({SEEN}) \((?P<date>\d{{4}}-\d\d-\d\d), seeds? \d+.*\)\n"
     r"(#.*\n)+# scaled: (.+\n)+# kept: (.+\n)+"
 )
 

@@ -93,6 +93,21 @@ def test_of_a_sequence_shorter_than_the_further_tokens_nothing_is_counted_twice(
     closed_forms_equal_the_built_model(tiny(mtp_depth=3), seq_len=2)
 
 
+@pytest.mark.parametrize(("head", "n_targets"), [("mlm", 3), ("mlm", 12), ("lm", 3)])
+def test_of_masked_lm_the_operations_that_a_training_step_does_are_counted(head, n_targets):
+    """BERT's head skips what is no target; a plain one does not."""
+    heads = {"mlm": axes.MLMHeadConfig(type="mlm", next_sentence=True), "lm": axes.LMHeadConfig(type="lm")}
+    config = tiny(topology="encoder", head=heads[head], position=axes.LearnedConfig(type="learned"))
+    model = seeded(config)
+    labels = torch.full((BATCH, 12), -100)
+    labels[:, :n_targets] = 5
+    in_place = {torch.ops.aten.addmm_: lambda _, a, b, **__: 2 * a[0] * a[1] * b[1]}  # torch counts only the one that makes a new tensor
+    with mock.patch.object(stack, "choose_kernel", return_value="plain"), FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        out = model(ids(BATCH, 12), labels=labels, return_logits=False)
+        (out.loss + (0 if out.nsp_logits is None else out.nsp_logits.sum())).backward()
+    assert counter.get_total_flops() == round(BATCH * config.flops_per_sample(12, target_share=n_targets / 12))
+
+
 # ---------------------------------------------------------------------------------------------------------------- conventions
 
 

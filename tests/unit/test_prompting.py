@@ -149,6 +149,73 @@ def test_learned_positions_end_and_the_message_says_how_many_are_left(tmp_path, 
     assert said(capsys, f"checkpoint={run}", "prompt=12345", f"max_new_tokens={room}").startswith("12345")
 
 
+# ------------------------------------------------------------------------------------------------------ an encoder, a decoder, both
+
+
+@pytest.fixture(scope="module")
+def two_stacks(tmp_path_factory):
+    """The folder of a run of an encoder and a decoder that fill gaps."""
+    folder = tmp_path_factory.mktemp("t5")
+    config = tiny(folder, "model=t5", "model.vocab_size=400", "trainer.max_steps=2", "trainer.limit_val_batches=0", f"run_dir={folder / 'run'}")
+    return txtrain.train(config).run_dir.resolve()
+
+
+def test_an_encoder_reads_a_prompt_as_a_source_of_training_ends_with_its_sentinels(two_stacks, capsys, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prompting, "generate", lambda model, ids, **how: seen.extend(ids[0].tolist()))
+    prompt = "a <extra_id_0> b<extra_id_1><extra_id_999>"
+    assert said(capsys, f"checkpoint={two_stacks}", f"prompt={prompt}") == f"{prompt}|\n"
+    tokenizer = load(two_stacks).tokenizer
+    first, second = (tokenizer.id_of(f"<extra_id_{k}>") for k in (0, 1))
+    text = [*tokenizer.encode("a "), first, *tokenizer.encode(" b"), second, *tokenizer.encode("<extra_id_999>")]  # the last is no token of it
+    assert seen == [*text, tokenizer.eos_id]
+
+
+def test_an_answer_is_printed_behind_its_prompt_whole_with_its_sentinels(two_stacks, capsys, monkeypatch, folder):
+    tokenizer = load(two_stacks).tokenizer
+    answer = [tokenizer.id_of("<extra_id_0>"), *tokenizer.encode(" gap"), tokenizer.id_of("<extra_id_1>"), tokenizer.eos_id]
+
+    def answering(model, ids, mask=None, on_token=None, **how):
+        for token in answer if on_token else ():
+            on_token(torch.tensor([token]))
+        return torch.tensor([[tokenizer.eos_id, *answer]] * len(ids))
+
+    monkeypatch.setattr(prompting, "generate", answering)
+    prompts = ["short", "a prompt that is longer than its answer"]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    assert said(capsys, f"checkpoint={two_stacks}", "prompt_file=prompts.txt") == "".join(f"{p}|<extra_id_0> gap<extra_id_1>\n" for p in prompts)
+    assert said(capsys, f"checkpoint={two_stacks}", "prompt=short") == "short|<extra_id_0> gap<extra_id_1>\n"
+
+
+def test_rows_of_answers_do_not_disturb_each_other(two_stacks, capsys, folder):
+    prompts = ["a <extra_id_0>", "a longer one with <extra_id_0> in it"]
+    (folder / "prompts.txt").write_text("\n".join(prompts))
+    greedy = [f"checkpoint={two_stacks}", "max_new_tokens=6", "temperature=0"]
+    assert said(capsys, *greedy, "prompt_file=prompts.txt") == "".join(said(capsys, *greedy, f"prompt={prompt}") for prompt in prompts)
+
+
+def test_the_answers_positions_are_not_the_prompts(tmp_path, capsys):
+    config = tiny(tmp_path, "model=t5", "model/position=learned", "model.vocab_size=400", "trainer.max_steps=1", "trainer.limit_val_batches=0")
+    run, limit = txtrain.train(config).run_dir, config.model.max_seq_len
+    at_most = ["generate", f"checkpoint={run}", f"prompt={'x' * (limit - 1)}"]
+    assert main([*at_most, f"max_new_tokens={limit - 1}"]) == 0
+    capsys.readouterr()
+    assert main([*at_most, f"max_new_tokens={limit}"]) == 2
+    assert f"must be at most {limit - 1} after a prompt of 1 tokens" in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={run}", f"prompt={'x' * limit}", "max_new_tokens=1"]) == 2
+    assert f"`prompt` must have at most {limit} tokens, its end among them, but has {limit + 1}" in capsys.readouterr().err
+
+
+def test_an_encoder_alone_continues_nothing_and_says_so(tmp_path, capsys):
+    overrides = ("model=bert", "model.head.next_sentence=false", "model.vocab_size=400", "trainer.max_steps=1", "trainer.limit_val_batches=0")
+    run = txtrain.train(tiny(tmp_path, *overrides)).run_dir
+    capsys.readouterr()
+    assert main(["generate", f"checkpoint={run}", "prompt=x"]) == 2
+    out, err = capsys.readouterr()
+    assert "is an encoder (bert), which reads a whole text and continues none." in err
+    assert (err.count("\n"), out) == (1, "")
+
+
 def test_a_damaged_checkpoint_is_refused(run, folder, capsys):
     copy = shutil.copytree(run, folder / "copy")
     (shard,) = copy.glob("checkpoints/*/*.safetensors")

@@ -10,14 +10,14 @@ def test_the_meter_counts_training_and_not_what_is_between():
     meter.start()
     for _ in range(2):
         now[0] += 2.0
-        meter.count(tokens=50)
+        meter.count(tokens=50, flops=3.0)
     now[0] += 1000.0  # a validation
     meter.start()
     now[0] += 1.0
-    meter.count(tokens=50)
+    meter.count(tokens=50, flops=3.0)
     assert meter.seconds == 105.0
-    assert meter.rate() == pytest.approx(150 / 5)
-    assert meter.rate() == 0.0, "nothing was counted since the last call"
+    assert meter.rates() == pytest.approx((150 / 5, 9 / 5))
+    assert meter.rates() == (0.0, 0.0), "nothing was counted since the last call"
 
 
 def test_an_unknown_device_is_measured_and_says_so():

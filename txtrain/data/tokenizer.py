@@ -48,9 +48,9 @@ class Tokenizer:
         """On all cores: several times faster than one text after another."""
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """Text, special tokens left out."""
-        text: str = self.backend.decode(list(ids))
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """Text; special tokens are left out, or with `special` written as their names."""
+        text: str = self.backend.decode(list(ids), skip_special_tokens=not special)
         return text
 
     def find(self, name: str) -> int | None:

@@ -159,13 +159,17 @@ class ModelConfig:
         """
         return round(batch_size * sum(costs.forward_by_part(self, seq_len, target_len, dense=True, training=True).values()))
 
+    def flops_per_sample(self, seq_len: int, target_len: int | None = None, target_share: float = 1.0) -> float:
+        """As `flops_per_token`, of a whole sequence, pair or image. target_share: of the positions that have a target (`costs.forward_by_part`)."""
+        return costs.training_flops(costs.forward_by_part(self, seq_len, target_len, dense=False, training=True, target_share=target_share))
+
     def flops_per_token(self, seq_len: int, target_len: int | None = None) -> float:
         """Floating-point operations of forward and backward a trained token, the backward twice the forward; no recomputation.
 
         Matrix products only, attention in full (PaLM, 2204.02311, appendix B) but a window as its width: `txtrain.model.costs`. With
         two stacks it is a token of the source and its share of the target; for images a position.
         """
-        return costs.training_flops(costs.forward_by_part(self, seq_len, target_len, dense=False, training=True)) / seq_len
+        return self.flops_per_sample(seq_len, target_len) / seq_len
 
     def cache_bytes(self, seq_len: int, source_len: int = 0, bytes_per_value: int = 2) -> int:
         """What the cache of one row holds after seq_len tokens; a windowed layer forgets, an encoder alone has none."""

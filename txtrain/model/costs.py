@@ -20,13 +20,16 @@ if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
 
 
-def forward_by_part(model: ModelConfig, seq_len: int, target_len: int | None = None, *, dense: bool, training: bool = False) -> dict[str, float]:
-    """FLOPs of one sample's forward pass, by part; logits of every position.
+def forward_by_part(
+    model: ModelConfig, seq_len: int, target_len: int | None = None, *, dense: bool, training: bool = False, target_share: float = 1.0
+) -> dict[str, float]:
+    """FLOPs of one sample's forward pass, by part; logits of every position that the head does not skip.
 
     Args:
         seq_len: positions of the sequence; of the source where there are two stacks. An image's: patches, and the class token.
         target_len: of the target, where there are two stacks; None: seq_len.
         training: with the modules that predict further tokens (`mtp`), which decoding does without.
+        target_share: of the positions that have a target. Only a head that skips the others costs less for it (BERT's).
     """
     encoder_layers = range(model.encoder_layers)
     length = (target_len or seq_len) if encoder_layers else seq_len  # of the stack that ends in the head
@@ -37,7 +40,7 @@ def forward_by_part(model: ModelConfig, seq_len: int, target_len: int | None = N
         "attention": sum(attention for attention, _ in blocks),
         "cross_attention": sum(_cross_attention(model, length, seq_len, i) for i in range(model.n_layers)) if encoder_layers else 0.0,
         "ffn": sum(ffn for _, ffn in blocks),
-        "head": length * model.head.flops(model, length),
+        "head": length * model.head.training_flops(model, length, target_share),
         "mtp": sum(_further_token(model, length, depth, dense) for depth in range(1, model.mtp_depth + 1)) if training else 0.0,
     }
     return {name: flops for name, flops in parts.items() if flops}

@@ -104,7 +104,7 @@ class Transformer(Stack):
         num_items_in_batch: Tensor | int | None = None,
         mtp_items_in_batch: Sequence[Tensor | int] | None = None,
         return_logits: bool = True,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
     ) -> ModelOutput:
         """One pass.
 
@@ -124,7 +124,8 @@ class Transformer(Stack):
             num_items_in_batch: the loss is its sum over the targets divided by this; by default by the number of targets here.
             mtp_items_in_batch: the same for the loss of each further token (`mtp_losses`; mtp.py). With a cache none is predicted.
             return_logits: False computes the loss by chunks and never holds all logits.
-            logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels.
+            logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels. Or a mask [B, T]: logits [n, V] of the
+                positions where it is true. The loss is of all targets nevertheless. Not with a head that pools.
 
         Raises:
             ValueError: inputs contradict each other, are not of this topology, or exceed the model's learned positions.
@@ -138,11 +139,12 @@ class Transformer(Stack):
         x_BTD, valid_BT = read.x_BTD, read.given.valid_BS
         out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=None if memory is None else memory.output_BSD)
         out.nsp_logits = self.head.sentence_logits(x_BTD)
+        masked = isinstance(logits_to_keep, Tensor)
         if return_logits:
-            out.logits = self.head(x_BTD[:, -logits_to_keep:], self.embedding.weight_VD, valid_BT)
+            out.logits = self.head(_kept(x_BTD, logits_to_keep), self.embedding.weight_VD, valid_BT)
         if labels is not None:
-            out.loss, share = self._loss(x_BTD, out.logits, self.head.targets(labels), num_items_in_batch, valid_BT)
-        if self.mtp and cache is None and not logits_to_keep:
+            out.loss, share = self._loss(x_BTD, None if masked else out.logits, self.head.targets(labels), num_items_in_batch, valid_BT)
+        if self.mtp and cache is None and not masked and not logits_to_keep:
             self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
         if out.loss is not None and record.loss_scale is not None and record.has(AUX_LOSS):
             out.loss, *further = ScaleOf.apply(record.loss_scale, share, out.loss, *(out.mtp_losses or ()))
@@ -293,6 +295,11 @@ def _embedded(embedding: Embedding, given: Inputs) -> tuple[Tensor, tuple[int, i
         raise ValueError("`pixel_values` must not be given: the model reads tokens.")
     x_BTD = embedding(given.ids) if given.embeds is None else given.embeds
     return embedding.add_types(x_BTD, given.types), None
+
+
+def _kept(x_BTD: Tensor, positions: int | Tensor) -> Tensor:
+    """The last so many positions (0: all), [B, positions, D], or those where a mask [B, T] is true, [n, D]."""
+    return x_BTD[positions] if isinstance(positions, Tensor) else x_BTD[:, -positions:]
 
 
 def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -> Tensor | None:

@@ -88,10 +88,10 @@ class Objective:
         """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders."""
         return {}
 
-    def positions(self, batch: Batch, seq_len: int) -> int:
-        """Token positions of the batch, padding included: what throughput is counted in. Of two stacks, those of the longer one."""
-        read = [batch[name].numel() for name in ("input_ids", "labels") if name in batch and batch[name].ndim == 2]
-        return max(read, default=len(batch["sample_index"]) * seq_len)
+    def lengths(self, batch: Batch, seq_len: int) -> tuple[int, int]:
+        """Positions of a sample of the batch, padding included: of what is read, and of what is written where a second stack writes."""
+        read, written = (batch[name].shape[1] if name in batch and batch[name].ndim == 2 else seq_len for name in ("input_ids", "labels"))
+        return read, written
 
     def target_ids(self, batch: Batch) -> Tensor | None:
         """The token ids [n] that the term `loss` predicts; None where it predicts no text. Bits per byte are counted on these."""

@@ -24,6 +24,11 @@ class ObjectiveConfig:
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
 
+    @property
+    def target_share(self) -> float:
+        """Of the positions that have a target, about: a head may skip the others."""
+        return 1.0
+
     def arguments(self, config: Train) -> dict[str, Any]:
         """What the objective is given beside the knobs, or in place of one that was left open (null)."""
         return {}
@@ -70,6 +75,10 @@ class MaskedLMConfig(ObjectiveConfig):
     random_share: float = 0.1
     whole_word: bool = False  # all tokens of a word or none
     next_sentence: bool | None = None  # pairs of segments, and whether they follow each other; null: where the model's head can tell
+
+    @property
+    def target_share(self) -> float:
+        return self.probability
 
     def arguments(self, config: Train) -> dict[str, Any]:
         return {"next_sentence": self.pairs(config.model.head), "segments": bool(getattr(config.model.embedding, "n_types", 0))}

@@ -12,7 +12,7 @@ from torch import Tensor
 from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
 from txtrain.model.head import cross_entropy
-from txtrain.objectives.base import Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
 from txtrain.objectives.masking import Masking
 from txtrain.objectives.sentence_pairs import SentencePairs
 
@@ -58,24 +58,24 @@ class MaskedLM(Objective):
         return counts
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
-        return self._terms(self._output(model, batch, denominators, return_logits=False), batch, denominators)
+        return self._terms(self._output(model, batch, denominators), batch, denominators)
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
         counts = self.denominators(batch)
         ones = {name: torch.ones_like(n) for name, n in counts.items()}
-        output = self._output(model, batch, ones, return_logits=True)
+        is_target_BT = batch["labels"] != IGNORED
+        output = self._output(model, batch, ones, logits_to_keep=is_target_BT)  # [B, T, V] at once would be the largest tensor of the run
         found = {name: (value, counts[name]) for name, value in self._terms(output, batch, ones).items()}
-        found["masked_accuracy"] = n_right(output.logits, batch["labels"]), counts[self.term]
+        found["masked_accuracy"] = n_right(output.logits, batch["labels"][is_target_BT]), counts[self.term]
         if self.next_sentence:
             found["nsp_accuracy"] = n_right(output.nsp_logits, batch["next_sentence_label"]), counts["nsp_loss"]
         return found
 
-    def _output(self, model: Callable[..., Any], batch: Batch, denominators: Terms, return_logits: bool) -> Any:
+    def _output(self, model: Callable[..., Any], batch: Batch, denominators: Terms, logits_to_keep: Tensor | None = None) -> Any:
         names = ("attention_mask", "document_ids", *(["token_type_ids"] if self.segments else []))
-        given: dict[str, Tensor] = {name: batch[name] for name in names if name in batch}
-        return model(
-            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators[self.term], return_logits=return_logits, **given
-        )
+        given: dict[str, Any] = {name: batch[name] for name in names if name in batch}
+        wanted: dict[str, Any] = {"return_logits": False} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+        return model(input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators[self.term], **wanted, **given)
 
     def _terms(self, output: Any, batch: Batch, denominators: Terms) -> Terms:
         terms = {self.term: output.loss}

@@ -22,7 +22,7 @@ from txtrain.data.order import Indices
 from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
 from txtrain.objectives.base import Batch, Objective, Terms, TokenisedText, n_targets
-from txtrain.objectives.spans import Lengths
+from txtrain.objectives.spans import Lengths, sentinel
 
 
 class SpanCorruption(Objective):
@@ -30,7 +30,7 @@ class SpanCorruption(Objective):
 
     def __init__(self, density: float = 0.15, mean_length: float = 3.0, n_sentinels: int = 100) -> None:
         self.density, self.mean_length = density, mean_length
-        self.names = tuple(f"<extra_id_{k}>" for k in range(n_sentinels))
+        self.names = tuple(sentinel(k) for k in range(n_sentinels))
         self.special_tokens = self.names[::-1]  # behind a vocabulary the first sentinel is the last token, as in T5
 
     def samples(self, text: TokenisedText) -> Rows:

@@ -3,6 +3,14 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
+
+SENTINEL = re.compile(r"(<extra_id_\d+>)")  # as `sentinel` makes them
+
+
+def sentinel(k: int) -> str:
+    """The token that stands for span k: T5's own name of it."""
+    return f"<extra_id_{k}>"
 
 
 @dc.dataclass(frozen=True)

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from tests.unit.objectives.conftest import draws, tokenised
+from txtrain.data.module import DataModule
 from txtrain.errors import ConfigError
+from txtrain.module import LitModule
 from txtrain.objectives.build import build_objective
 from txtrain.objectives.masked_lm import MaskedLM
 from txtrain.objectives.masking import Masking
@@ -147,6 +149,32 @@ def test_padding_is_never_masked(pairs):
     filled = {**batch, "input_ids": torch.where(batch["attention_mask"] == 0, 65, batch["input_ids"])}  # a letter as padding
     made = Masking(tokenizer, 0.9, 0.8, 0.1, False)(filled, draws(len(rows)))
     assert bool((made["labels"][batch["attention_mask"] == 0] == -100).all())
+
+
+@pytest.mark.parametrize("kind", ["masked_lm", "masked_lm with pairs"])
+def test_validation_tells_what_the_logits_of_all_positions_would(kind, config):
+    module = LitModule(config(kind))
+    module.configure_model()
+    model, objective = module.model.eval(), module.objective
+    data = DataModule(module.config)
+    batch = next(iter(data.val_dataloader()))
+    shapes = []
+
+    def called(**given):
+        out = model(**given)
+        shapes.append(tuple(out.logits.shape))
+        return out
+
+    with torch.no_grad():
+        found = objective.validate(called, batch)
+        logits = model(**{name: batch[name] for name in ("input_ids", "attention_mask", "document_ids", "token_type_ids") if name in batch}).logits
+    chosen = batch["labels"] != -100
+    n = int(chosen.sum())
+    assert shapes == [(n, 400)], "of the targets alone"
+    right, count = found["masked_accuracy"]
+    assert (int(right), int(count)) == (int((logits.argmax(-1) == batch["labels"])[chosen].sum()), n)
+    loss = found[objective.term][0]
+    assert float(loss) == pytest.approx(float(torch.nn.functional.cross_entropy(logits[chosen], batch["labels"][chosen], reduction="sum")), rel=1e-5)
 
 
 def test_the_head_decides_whether_there_are_pairs(config):

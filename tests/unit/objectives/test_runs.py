@@ -17,6 +17,7 @@ from tests.unit.objectives.conftest import KINDS
 from txtrain.data.draws import Draws
 from txtrain.data.module import DataModule
 from txtrain.module import LitModule, cut
+from txtrain.recorder import Recorder
 from txtrain.registry import TABLE
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
@@ -126,6 +127,21 @@ def test_the_loss_falls_and_the_columns_are_told(kind, config, tmp_path):
     assert made.metrics["val_loss"] > 0
     if "nsp_loss" in module.objective.columns:
         assert float(rows[-1]["loss"]) == pytest.approx(float(rows[-1]["mlm_loss"]) + float(rows[-1]["nsp_loss"]), rel=1e-6)
+
+
+@EVERY
+def test_throughput_counts_the_positions_that_a_batch_has(kind, config):
+    base = config(kind)
+    (batch,) = batches(base, 1)
+    tokens, flops = Recorder(base, None, None, None, None, None)._work(LitModule(base), batch)
+    n, (source, target) = len(batch["sample_index"]), base.lengths
+    if kind == "seq2seq":  # pairs of 9 tokens at most, in batches of their own length
+        source, target = batch["input_ids"].shape[1], batch["labels"].shape[1]
+        assert max(source, target) <= 16 < base.seq_len
+    elif kind == "prefix_lm of two stacks":
+        source, target = source - 1, target - 1
+    assert tokens == n * max(source, target or 0)
+    assert flops == pytest.approx(n * base.model.flops_per_sample(source, target, base.objective.target_share), rel=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["masked_lm with pairs", "span_corruption", "seq2seq", "image_classification"])

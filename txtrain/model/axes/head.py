@@ -14,7 +14,16 @@ if TYPE_CHECKING:
 
 
 @config
-class LMHeadConfig(Component):
+class HeadConfig(Component):
+    """What every head has."""
+
+    def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
+        """Forward operations a position in training, where so many of the positions have a target: as many as ever, unless a head skips the rest."""
+        return self.flops(model, seq_len)
+
+
+@config
+class LMHeadConfig(HeadConfig):
     """Logits over the vocabulary, by the embedding's own weight where model.tie_word_embeddings is true."""
 
     bias: bool = knob(False, carry=True)
@@ -37,7 +46,7 @@ class LMHeadConfig(Component):
 
 
 @config
-class MLMHeadConfig(Component):
+class MLMHeadConfig(HeadConfig):
     """BERT's (1810.04805): dense, activation, norm, then the vocabulary with a bias; beside it the pooler and the next-sentence head."""
 
     activation: Activation = "gelu"
@@ -58,12 +67,15 @@ class MLMHeadConfig(Component):
         return (0 if model.tie_word_embeddings else model.vocab_size * d) + model.vocab_size + dense + model.norm.n_params_of(d) + sentence
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return self.training_flops(model, seq_len, target_share=1.0)
+
+    def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
         sentence = 2.0 * model.dim * (model.dim + 2) / seq_len if self.next_sentence else 0.0  # one position of the sequence
-        return 2.0 * model.dim * (model.vocab_size + model.dim) + sentence
+        return 2.0 * model.dim * (model.vocab_size + model.dim) * target_share + sentence
 
 
 @config
-class ClassHeadConfig(Component):
+class ClassHeadConfig(HeadConfig):
     """One score a class for the whole sequence. pooling: the first position (ViT's class token), the last, or the mean of the real ones."""
 
     n_classes: int = 1000
