@@ -177,7 +177,7 @@ class Seq2SeqConfig(SmoothedConfig):
     reads: ClassVar = ("pairs",)
 
     scores: tuple[Score, ...] | None = None  # of decoded validation pairs; null: the data's own
-    n_decoded: int = 64  # pairs decoded at each validation; 0: none
+    n_decoded: int = 256  # pairs decoded at each validation; 0: none
     num_beams: int = 1  # of decoding; 1: greedy; 1706.03762: 4
     length_penalty: float = 0.6  # with beams (1609.08144): above 0, longer answers are preferred
 

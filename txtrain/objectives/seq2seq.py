@@ -29,7 +29,7 @@ class Seq2Seq(Objective):
     perplexity = True
 
     def __init__(
-        self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 64, num_beams: int = 1, length_penalty: float = 0.6
+        self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 256, num_beams: int = 1, length_penalty: float = 0.6
     ) -> None:
         self.label_smoothing, self.metrics, self.n_decoded = label_smoothing, tuple(scores), n_decoded
         self.num_beams, self.length_penalty = num_beams, length_penalty
