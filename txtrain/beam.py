@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ def beam_search(
     max_new_tokens: int = 64,
     eos_token_id: int | None = None,
     pad_token_id: int | None = None,
+    on_step: Callable[[], None] | None = None,
 ) -> Tensor:
     """The continuation of each row with the highest log-probability / ((5 + its length) / 6) ** length_penalty (Wu et al. 2016, 1609.08144).
 
@@ -29,6 +31,7 @@ def beam_search(
         input_ids: [B, P]; a source to an encoder, or a prompt.
         num_beams: 1 is greedy decoding.
         eos_token_id: by default the configured one.
+        on_step: called after each token; it may raise to stop.
 
     Returns:
         As `generate`: the prompt (of a decoder beside an encoder the start token) and the new tokens, padded, [B, at most T + max_new_tokens].
@@ -45,7 +48,10 @@ def beam_search(
         text = Text(model, input_ids, attention_mask, max_new_tokens)
         search = _Search(text, num_beams, length_penalty, ends, max_new_tokens)
         for _ in range(max_new_tokens):
-            if search.step():
+            decided = search.step()
+            if on_step is not None:
+                on_step()
+            if decided:
                 break
         return search.best(pad)
 

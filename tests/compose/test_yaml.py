@@ -27,14 +27,15 @@ NEEDED = {  # what the other files go with
     "conf/objective/span_corruption": "model=t5",
     "conf/model/embedding/patch": IMAGES,
     "conf/model/head/class": IMAGES,
+    "recipes/vit_fashion_mnist": "data.path=x",
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
 ROOTS = {"base": "train", "train": "train", "generate": "generate checkpoint=x prompt=x", "export": "export checkpoint=x out=y", "plan": "plan"}
-SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?"
+SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte(, BLEU \d+\.\d, chrF \d+\.\d)?|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
 HEADER = re.compile(
     r"# @package _global_\n"  # Hydra reads it on the first lines only
-    r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)\n"
-    rf"# (?P<hardware>.+?): (?P<time>.+?), validation ({SEEN}) \((?P<date>\d{{4}}-\d\d-\d\d), seeds? \d+.*\)\n"
+    r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)( data\.path=\S+)?\n"
+    rf"# (?P<hardware>.+?): (?P<time>.+?), validation (?P<seen>{SEEN}) \((?P<date>\d{{4}}-\d\d-\d\d), seeds? \d+.*\)\n"
     r"(#.*\n)+# scaled: (.+\n)+# kept: (.+\n)+"
 )
 

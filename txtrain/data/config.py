@@ -120,6 +120,8 @@ class PixelConfig(DataConfig):
     mean: tuple[float, ...] | None = None  # a channel's, of pixels from 0 to 1; null: measured on training images
     std: tuple[float, ...] | None = None
     crop_padding: int = 0  # in training: a random window of the image whose edge goes on for so many pixels
+    rotation: float = 0.0  # in training: each image turned by at most so many degrees to either side
+    shift: float = 0.0  # in training: each image moved by at most this share of its side up or down, and left or right
     flip: bool = False  # in training: half of the images mirrored
 
     def check(self) -> Iterator[str]:
@@ -128,6 +130,10 @@ class PixelConfig(DataConfig):
             yield f"`data.seq_len` must be null for images, whose positions are the model's patches, but is {self.seq_len} instead."
         if self.crop_padding < 0:
             yield f"`data.crop_padding` must be at least 0, but is {self.crop_padding} instead."
+        if not 0 <= self.rotation <= 180:
+            yield f"`data.rotation` must be from 0 to 180 degrees, but is {self.rotation} instead."
+        if not 0 <= self.shift < 1:
+            yield f"`data.shift` must be at least 0 and below 1, a share of the image's side, but is {self.shift} instead."
         if self.std is not None and min(self.std, default=0) <= 0:
             yield f"`data.std` must be null or above 0, but is {list(self.std)} instead."
 

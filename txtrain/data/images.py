@@ -123,5 +123,5 @@ def prepare_images(source: ImageSource, config: Train) -> tuple[Rows, Rows, str]
     train.normalised(data.mean, data.std)
     known = source.identity() if hasattr(source, "identity") else repr([len(every.labels), every.labels[:100].tolist()])
     fingerprint = digest(data.type, known, None if has_validation(source) else data.val_fraction, embedding.image_size, data.mean, data.std)
-    augmented = Mapped(train, Augment(data.crop_padding, data.flip)) if data.crop_padding or data.flip else train
-    return augmented, validation, fingerprint
+    augment = Augment(data.crop_padding, data.rotation, data.shift, data.flip)
+    return Mapped(train, augment) if augment else train, validation, fingerprint

@@ -185,16 +185,19 @@ class Seq2SeqConfig(SmoothedConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("pairs",)
 
-    scores: tuple[Score, ...] | None = None  # of greedily decoded validation pairs; null: the data's own
-    n_decoded: int = 64  # pairs decoded at each validation; 0: none
+    scores: tuple[Score, ...] | None = None  # of decoded validation pairs; null: the data's own
+    n_decoded: int = 256  # pairs decoded at each validation; 0: none
+    num_beams: int = 1  # of decoding; 1: greedy; 1706.03762: 4
+    length_penalty: float = 0.6  # with beams (1609.08144): above 0, longer answers are preferred
 
     def arguments(self, config: Train) -> dict[str, Any]:
         return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
 
     def check(self) -> Iterator[str]:
         yield from SmoothedConfig.check(self)
-        if self.n_decoded < 0:
-            yield f"`objective.n_decoded` must be at least 0, but is {self.n_decoded} instead."
+        for name, low in (("n_decoded", 0), ("num_beams", 1), ("length_penalty", 0)):
+            if getattr(self, name) < low:
+                yield f"`objective.{name}` must be at least {low}, but is {getattr(self, name)} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from txtrain.beam import beam_search
 from txtrain.config import Train
 from txtrain.generation import generate
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, n_targets
@@ -22,13 +23,16 @@ class Seq2Seq(Objective):
     """Cross-entropy of the target with teacher forcing, in nats a token, its end included.
 
     label_smoothing: in training, that share of the weight lies on all tokens alike (Szegedy et al. 2015, 1512.00567). Validation tells
-    the plain cross-entropy, and `scores` of what greedy decoding makes of n_decoded validation pairs.
+    the plain cross-entropy, and `scores` of what decoding (greedy, or by num_beams) makes of n_decoded validation pairs.
     """
 
     perplexity = True
 
-    def __init__(self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 64) -> None:
+    def __init__(
+        self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 256, num_beams: int = 1, length_penalty: float = 0.6
+    ) -> None:
         self.label_smoothing, self.metrics, self.n_decoded = label_smoothing, tuple(scores), n_decoded
+        self.num_beams, self.length_penalty = num_beams, length_penalty
 
     def denominators(self, batch: Batch) -> Terms:
         return {"loss": n_targets(batch["labels"])}
@@ -61,39 +65,34 @@ class Seq2Seq(Objective):
         answers: list[list[int]] = []
         references: list[list[int]] = []
         for batch in data.examples(self.n_decoded, micro_batch_size):
-            answers += answered(model, batch, data.tokenizer.eos_id)
+            answers += self.answered(model, batch, data.tokenizer.eos_id)
             references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end
         return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
 
     def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
         return list(self._shown(module.model, data, config, check)) if config.sample.n and config.sample.max_new_tokens else []
 
-    @staticmethod
-    def _shown(model: Any, data: Any, config: Train, check: Callable[[], None]) -> Iterator[str]:
+    def _shown(self, model: Any, data: Any, config: Train, check: Callable[[], None]) -> Iterator[str]:
         for batch in data.examples(config.sample.n, 1):
-            (answer,) = answered(model, batch, data.tokenizer.eos_id, check)
+            (answer,) = self.answered(model, batch, data.tokenizer.eos_id, check)
             source = batch["input_ids"][batch["attention_mask"] != 0].tolist()
             yield f"{data.tokenizer.decode(source)}|{data.tokenizer.decode(answer)}"
+
+    def answered(self, model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None) -> list[list[int]]:
+        """The answer to each source, up to the end token. check: called after each token."""
+        device = next(model.parameters()).device
+        source, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
+        limit = source.shape[1] + _LONGER
+        if model.max_positions is not None:
+            limit = min(limit, model.max_positions - 1)
+        if self.num_beams == 1:
+            on_token = None if check is None else lambda _: check()
+            ids = generate(model, source, mask, max_new_tokens=limit, eos_token_id=eos_id, on_token=on_token)
+        else:
+            ids = beam_search(model, source, mask, self.num_beams, self.length_penalty, max_new_tokens=limit, eos_token_id=eos_id, on_step=check)
+        rows = (row[1:] for row in ids.tolist())  # without the start token
+        return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 
 def _given(batch: Batch) -> dict[str, Tensor]:
     return {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
-
-
-def answered(model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None) -> list[list[int]]:
-    """What greedy decoding answers to each source, up to the end token. check: called after each token."""
-    device = next(model.parameters()).device
-    source = batch["input_ids"].to(device)
-    limit = source.shape[1] + _LONGER
-    if model.max_positions is not None:
-        limit = min(limit, model.max_positions - 1)
-    ids = generate(
-        model,
-        source,
-        batch["attention_mask"].to(device),
-        max_new_tokens=limit,
-        eos_token_id=eos_id,
-        on_token=None if check is None else lambda _: check(),
-    )
-    rows = (row[1:] for row in ids.tolist())  # without the start token
-    return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]

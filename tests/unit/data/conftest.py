@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from tests.models import tiny
-from txtrain.config import AdamConfig, ObjectiveConfig, SampleConfig, SaveConfig, SchedulerConfig, StrategyConfig, Train, TrainerConfig
+from txtrain.config import AdamConfig, ObjectiveConfig, SampleConfig, SaveConfig, SchedulerConfig, Train, TrainerConfig
+from txtrain.parallel.config import StrategyConfig
 from txtrain.data import hub
 from txtrain.registry import TABLE
 

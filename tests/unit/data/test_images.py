@@ -126,7 +126,7 @@ def test_digits_need_no_files(config):
 def test_a_crop_is_a_window_of_the_padded_image_and_a_flip_is_a_mirror():
     pixels = torch.rand(400, 2, 5, 5) + 1
     batch, draws = {"pixel_values": pixels, "labels": torch.zeros(400)}, Draws(0, "train", np.arange(400))
-    moved = Augment(2, flip=False)(batch, draws)["pixel_values"]
+    moved = Augment(crop_padding=2)(batch, draws)["pixel_values"]
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), mode="replicate")
     places = []
     for i in range(400):
@@ -134,12 +134,53 @@ def test_a_crop_is_a_window_of_the_padded_image_and_a_flip_is_a_mirror():
         assert len(found) == 1
         places += found
     assert set(places) == {(y, x) for y in range(5) for x in range(5)}
-    flipped = Augment(0, flip=True)(batch, draws)["pixel_values"]
+    flipped = Augment(flip=True)(batch, draws)["pixel_values"]
     mirrored = (flipped == pixels.flip(-1)).all(-1).all(-1).all(-1)
     assert bool(((flipped == pixels).all(-1).all(-1).all(-1) | mirrored).all())
     assert 0.4 < float(mirrored.float().mean()) < 0.6
-    again = Augment(2, flip=False)({"pixel_values": pixels[7:9]}, Draws(0, "train", np.array([7, 8])))["pixel_values"]
-    assert torch.equal(again, moved[7:9]), "a crop is the sample's, whatever batch it is in"
+
+
+def test_a_turn_is_a_turn_in_pixels_and_a_shift_a_share_of_the_side():
+    """On ramps bilinear sampling is exact, away from the edge."""
+    y, x = torch.meshgrid(torch.arange(12.0) - 5.5, torch.arange(20.0) - 9.5, indexing="ij")  # from the centre
+    ramps = torch.stack((x, y)).expand(300, 2, 12, 20)
+    batch, draws = {"pixel_values": ramps}, Draws(0, "train", np.arange(300))
+    inner = (slice(None), slice(None), slice(5, 7), slice(5, 15))
+    turned = Augment(rotation=15)(batch, draws)["pixel_values"][inner]
+    cos, sin = turned[:, 0, 0, 1] - turned[:, 0, 0, 0], turned[:, 1, 0, 1] - turned[:, 1, 0, 0]
+    assert torch.allclose(cos**2 + sin**2, torch.ones(300), atol=1e-4)
+    expected = torch.stack((cos[:, None, None] * x - sin[:, None, None] * y, sin[:, None, None] * x + cos[:, None, None] * y), 1)[inner]
+    assert torch.allclose(turned, expected, atol=1e-4)
+    degrees = torch.atan2(sin, cos).rad2deg()
+    assert -15 <= float(degrees.min()) < -14 < 14 < float(degrees.max()) <= 15
+    moved = Augment(shift=0.1)(batch, draws)["pixel_values"][inner] - ramps[inner]
+    assert torch.allclose(moved, moved[:, :, :1, :1].expand_as(moved), atol=1e-5)
+    for channel, most in ((0, 2.0), (1, 1.2)):  # a tenth of 20 and of 12 pixels
+        by = moved[:, channel, 0, 0]
+        assert -most - 1e-5 <= float(by.min()) < -0.9 * most < 0.9 * most < float(by.max()) <= most + 1e-5
+
+
+AUGMENTATIONS = {"crop_padding": 2, "rotation": 20.0, "shift": 0.2, "flip": True}
+
+
+@pytest.mark.parametrize("names", [*([name] for name in AUGMENTATIONS), list(AUGMENTATIONS)], ids="+".join)
+def test_an_augmentation_is_a_function_of_the_seed_and_the_samples_index(names):
+    change = Augment(**{name: AUGMENTATIONS[name] for name in names})
+    pixels = torch.rand(1, 1, 6, 6).expand(40, -1, -1, -1)  # one image, so that only the numbers drawn differ
+    together = change({"pixel_values": pixels}, Draws(3, "train", np.arange(40)))["pixel_values"]
+    some = np.array([31, 2, 7])
+    assert torch.equal(change({"pixel_values": pixels[:3]}, Draws(3, "train", some))["pixel_values"], together[some]), "whatever batch it is in"
+    others = change({"pixel_values": pixels}, Draws(4, "train", np.arange(40)))["pixel_values"]
+    assert not torch.equal(others, together), "another seed"
+    assert len({tuple(p.flatten().tolist()) for p in together}) > (1 if names == ["flip"] else 10), "another index"
+
+
+def test_augmented_images_do_not_depend_on_the_batch_they_are_read_in(config):
+    small, large = (
+        DataModule(config("digits", size=8, n_classes=10, rotation=10.0, shift=0.1, crop_padding=1, flip=True, global_batch_size=n)) for n in (4, 8)
+    )
+    halves = [batch["pixel_values"] for batch in itertools.islice(small.train_dataloader(), 2)]
+    assert torch.equal(torch.cat(halves), next(iter(large.train_dataloader()))["pixel_values"])
 
 
 def test_validation_images_are_not_augmented(config):

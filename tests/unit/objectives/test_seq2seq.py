@@ -5,12 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from txtrain.beam import beam_search
 from txtrain.data.module import DataModule
 from txtrain.data.tokenizer import byte_tokenizer
 from txtrain.module import LitModule
 from txtrain.objectives.build import build_objective
 from txtrain.objectives.scores import SCORES
-from txtrain.objectives.seq2seq import Seq2Seq, answered
+from txtrain.objectives.seq2seq import Seq2Seq
 
 
 @pytest.fixture
@@ -59,7 +60,27 @@ def test_answers_end_before_their_end_token(case, monkeypatch):
     model, batch = case
     made = torch.tensor([[0, 5, 6, 256, 256], [0, 5, 6, 7, 8]])
     monkeypatch.setattr("txtrain.objectives.seq2seq.generate", lambda *args, **kwargs: made)
-    assert answered(model, batch, 256) == [[5, 6], [5, 6, 7, 8]]
+    assert Seq2Seq().answered(model, batch, 256) == [[5, 6], [5, 6, 7, 8]]
+
+
+def test_beams_answer_what_the_beam_search_finds_and_may_be_stopped(case):
+    model, batch = case
+    objective = Seq2Seq(num_beams=3, length_penalty=1.0)
+    limit = batch["input_ids"].shape[1] + 50
+    found = beam_search(model, batch["input_ids"], batch["attention_mask"], 3, 1.0, max_new_tokens=limit, eos_token_id=256)
+    answers = objective.answered(model, batch, 256)
+    for answer, row in zip(answers, found[:, 1:].tolist(), strict=True):
+        assert answer == (row[: row.index(256)] if 256 in row else row)
+    assert answers != Seq2Seq().answered(model, batch, 256)
+    calls = itertools.count()
+
+    def stop():
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        objective.answered(model, batch, 256, stop)
+    assert next(calls) == 3
 
 
 def test_scores_are_those_of_known_answers():
@@ -84,11 +105,11 @@ def test_decoding_looks_at_so_many_pairs_spread_over_validation(config, monkeypa
     data.prepare()
     seen = []
 
-    def perfect(model, batch, eos_id):
+    def perfect(self, model, batch, eos_id):
         seen.append(batch)
         return [row[row != -100].tolist()[:-1] for row in batch["labels"]]
 
-    monkeypatch.setattr("txtrain.objectives.seq2seq.answered", perfect)
+    monkeypatch.setattr(Seq2Seq, "answered", perfect)
     assert Seq2Seq(scores=("exact_match",), n_decoded=10).examine(SimpleNamespace(), data, 4) == {"exact_match": 1.0}
     assert [len(b["labels"]) for b in seen] == [4, 4, 2]
     assert torch.cat([b["sample_index"] for b in seen]).tolist() == [i * data.n_val // 10 for i in range(10)]
