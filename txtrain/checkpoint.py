@@ -187,6 +187,10 @@ def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: A
 # -------------------------------------------------------------------------------------------------------------------- writing
 
 
+class SaveError(OSError):
+    """A checkpoint could not be written; those that there were are as they were."""
+
+
 def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], group: Any = None) -> None:
     """Write a checkpoint under another name, then give it its own: a kill at any moment leaves a complete one or none.
 
@@ -194,26 +198,35 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], be
         state: JSON values.
         beside: writes what else belongs into the folder it is given.
         group: the processes that write together, each its parts; all of them call this. None: this one alone.
+
+    Raises:
+        SaveError: a disk is full or gone, in all processes where it is so in one.
     """
     import torch.distributed as dist
 
     first = group is None or dist.get_rank() == 0
     part = path.with_name(path.name + ".tmp")
-    if first:
-        if part.exists():
-            shutil.rmtree(part)
+
+    def begin() -> None:
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    _meet(group)
-    write_tensors(part, tensors, group)
-    _meet(group)
-    if first:
+
+    def finish() -> None:
         files.write(part / STATE, json.dumps(state, indent=1))
         beside(part)
         _seal(part, path)
-    _meet(group)
+
+    try:
+        for do in (begin if first else None, lambda: write_tensors(part, tensors, group), finish if first else None):
+            _alike(do, group)
+    except SaveError:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
+    """Each process its parts of the tensors, as safetensors."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -223,11 +236,28 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None
         save_tensors(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def _meet(group: Any) -> None:
-    if group is not None:
-        import torch.distributed as dist
+def _alike(do: Callable[[], None] | None, group: Any) -> None:
+    """One part of a save; where the system refuses it to one process, it has failed for all."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.api import CheckpointException
 
-        dist.barrier(group=group)
+    error = None
+    try:
+        if do is not None:
+            do()
+    except OSError as e:
+        error = str(e)
+    except CheckpointException as e:  # what DCP makes of what its processes met
+        met = [exception for exception, _ in e.failures.values()]
+        if not all(isinstance(exception, OSError) for exception in met):
+            raise
+        error = str(met[0])
+    errors: list[Any] = [error]
+    if group is not None:
+        errors = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+    if found := [text for text in errors if text is not None]:
+        raise SaveError(found[0])
 
 
 def _seal(part: Path, path: Path) -> None:

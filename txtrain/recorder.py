@@ -21,6 +21,7 @@ from txtrain.module import LitModule
 from txtrain.objectives.build import build_objective
 from txtrain.optim import state as optimizer_state
 from txtrain.progress import Display
+from txtrain.saver import Saver
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine, Meter
 
@@ -48,6 +49,7 @@ class Recorder(pl.Callback):
         self.ended = False
         self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model)
         self._file: MetricsFile | None = None
+        self._saver: Saver | None = None
 
     # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -55,6 +57,7 @@ class Recorder(pl.Callback):
         module = _lit(pl_module)
         if self.folder is None:
             return
+        self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
         if self.folder.source is not None:
             module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
             module.step = self.folder.first_step
@@ -184,7 +187,7 @@ class Recorder(pl.Callback):
         better = val_loss is not None and val_loss < self.best
         self.best = min(self.best, math.inf if val_loss is None else val_loss)
         if self.ended or (better and self.config.save.keep_best) or module.step % self.config.save.every_n_steps == 0:
-            self._save(module, val_loss)
+            self._save(module, val_loss, must=self.ended)
             self.meter.start()
         if not self.ended and module.parallel.any(self.stop.requested):
             self._leave(module)
@@ -192,9 +195,11 @@ class Recorder(pl.Callback):
     def _leave(self, module: LitModule) -> None:
         """Save and end the run where it is, this step's row open or closed."""
         module.average.swap_out()
+        if self._saver is not None:
+            self._saver.wait()
         saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
         if not module.parallel.first(lambda: self.open is None and saved):
-            self._save(module, None)
+            self._save(module, None, must=True)
         raise Preempted
 
     def _write_row(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
@@ -216,7 +221,8 @@ class Recorder(pl.Callback):
             with open(self.folder.path / "samples.txt", "a", encoding="utf-8") as f:
                 f.write("".join(f"--- step {step}\n{text}\n\n" for text in texts))
 
-    def _save(self, module: LitModule, val_loss: float | None) -> None:
+    def _save(self, module: LitModule, val_loss: float | None, must: bool) -> None:
+        """must: it is the run's last."""
         if self.folder is None:
             return
         folder, path = self.folder, checkpoint.path_of(self.folder.path, module.step)
@@ -239,12 +245,16 @@ class Recorder(pl.Callback):
             "skipped": (module.skipped, module.skipped_in_a_row),
             checkpoint.NUMBERS: optimizer_state.numbers(module.model, optimizer),
         }
-        parallel = module.parallel
-        tensors = parallel.training_tensors(module.model, optimizer, module.average)
-        checkpoint.save(path, tensors, state, self._beside, parallel.checkpoint_group)
-        if parallel.is_first:
-            checkpoint.rotate(folder.path, self.config.save)
-            folder.update(data_order_hash=order, step=module.step)
+        assert self._saver is not None
+        self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)
+
+    def _saved(self, path: Path) -> None:
+        """A checkpoint is complete."""
+        assert self.folder is not None
+        if self._file is not None:  # this process writes
+            checkpoint.rotate(self.folder.path, self.config.save)
+            state = checkpoint.read_state(path)
+            self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"])
 
     def _beside(self, path: Path) -> None:
         assert self.folder is not None
@@ -252,10 +262,16 @@ class Recorder(pl.Callback):
         if self.data.tokenizer is not None:
             self.data.tokenizer.save(path / "tokenizer")
 
+    def _warn(self, text: str) -> None:
+        self.display.line(text, style="bold")
+
     # ---------------------------------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
+        """What is being written is written to its end."""
         self.display.stop()
+        if self._saver is not None:
+            self._saver.wait()
         if self._file is not None:
             self._file.close()
 

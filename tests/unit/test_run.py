@@ -444,3 +444,70 @@ def test_loggers_write_the_columns_of_metrics_csv_into_the_folder(folder):
     read = EventAccumulator(str(events)).Reload()
     assert {"loss", "val_loss", "lr", "grad_norm", "tokens_per_second"} <= set(read.Tags()["scalars"])
     assert [e.step for e in read.Scalars("loss")] == [2, 4, 5, 6]
+
+
+@pytest.mark.parametrize("stopped_at", [None, 6])
+def test_a_checkpoint_written_behind_the_training_is_the_one_that_waiting_would_have_given(folder, stopped_at):
+    behind, waiting = folder / f"behind-{stopped_at}", folder / f"waiting-{stopped_at}"
+    for run_dir, how in ((behind, "true"), (waiting, "false")):
+        config = tiny(folder, f"run_dir={run_dir}", f"save.async={how}", "save.every_n_steps=1", "save.keep_last=20")
+        if stopped_at is not None:
+            assert train(config, callbacks=[Interrupt("on_train_batch_start", step=stopped_at)]).status == "preempted"
+        assert train(config).status == "complete"
+    assert rows(behind) == rows(waiting)
+    ours, theirs = ([*map(checkpoint.step_of, checkpoint.complete(run))] for run in (behind, waiting))
+    assert ours == theirs == [*range(1, 13)]
+    for a, b in zip(checkpoint.complete(behind), checkpoint.complete(waiting), strict=True):
+        assert weights(a) == weights(b)
+
+
+@pytest.mark.parametrize("how", ["true", "false"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, capsys, how):
+    real = checkpoint.write_tensors
+
+    def full(path, tensors, group=None):
+        if path.name == "step_00000008.tmp":
+            (path / "shard.safetensors").write_text("half of it")
+            raise OSError(28, "No space left on device")
+        real(path, tensors, group)
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    run_dir = folder / f"full-{how}"
+    result = train(tiny(folder, f"run_dir={run_dir}", f"save.async={how}", "save.keep_best=0", "save.keep_last=9"))
+    assert result.status == "complete"
+    assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000012"]
+    assert "step_00000008 could not be saved" in capsys.readouterr().out
+
+
+def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(folder, monkeypatch):
+    def full(path, tensors, group=None):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    with pytest.raises(checkpoint.SaveError, match="No space left"):
+        train(tiny(folder, f"run_dir={folder / 'full-last'}"))
+    assert json.loads((folder / "full-last/run.json").read_text())["status"] == "failed"
+
+
+def test_a_fork_goes_on_from_anothers_state_as_the_uninterrupted_run_would(folder):
+    stable = ("scheduler=wsd", "scheduler.decay_steps=4")
+    whole = train(tiny(folder, f"run_dir={folder / 'wsd-12'}", *stable)).run_dir
+    train(tiny(folder, f"run_dir={folder / 'wsd-20'}", *stable, "trainer.max_steps=20", "save.keep_last=9"))
+    parent = folder / "wsd-20/checkpoints/step_00000008"
+    forked = train(tiny(folder, f"run_dir={folder / 'forked'}", *stable, f"fork={parent}")).run_dir
+    assert rows(forked) == rows(whole)[8:]
+    assert weights(forked) == weights(whole)
+    told = json.loads((forked / "run.json").read_text())
+    assert told["parent"] == {"checkpoint": str(parent), "step": 8}
+    again = train(tiny(folder, f"run_dir={forked}", *stable, f"fork={parent}", "trainer.max_steps=12"))
+    assert again.metrics["step"] == 12
+
+
+def test_what_a_fork_and_a_continued_run_may_not_change_unless_it_is_named(folder):
+    run = train(tiny(folder, f"run_dir={folder / 'to-change'}", "trainer.max_steps=4")).run_dir
+    with pytest.raises(ConfigError, match=r"`model.n_layers` must be 2 to fork"):
+        train(tiny(folder, f"run_dir={folder / 'other'}", f"fork={run}", "model.n_layers=3"))
+    assert not (folder / "other").exists()
+    with pytest.raises(ConfigError, match=r"(?s)`optimizer.lr` must be 0.01.*resume_allow=\[KEY"):
+        train(tiny(folder, f"run_dir={run}", "optimizer.lr=0.02", "trainer.max_steps=6"))
+    assert train(tiny(folder, f"run_dir={run}", "optimizer.lr=0.02", "trainer.max_steps=6", "resume_allow=[optimizer]")).metrics["step"] == 6

@@ -8,8 +8,8 @@ import pytest
 
 from tests.models import tiny
 from txtrain.config import AdamConfig, ObjectiveConfig, SampleConfig, SaveConfig, SchedulerConfig, Train, TrainerConfig
-from txtrain.parallel.config import StrategyConfig
 from txtrain.data import hub
+from txtrain.parallel.config import StrategyConfig
 from txtrain.registry import TABLE
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"

@@ -1,0 +1,80 @@
+"""When a checkpoint is written: while the training waits, or behind its back from a copy."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from txtrain import checkpoint
+
+
+class Saver:
+    """Writes one checkpoint after the other; a full disk costs a checkpoint, not the run.
+
+    Args:
+        group: the processes that write together (`OneProcess.checkpoint_group`).
+        behind: go on training while a copy in the processor's memory is written.
+        done: called with each checkpoint that is complete, in the order of their steps.
+        warn: told of one that could not be written.
+    """
+
+    def __init__(self, group: Any, behind: bool, done: Callable[[Path], None], warn: Callable[[str], None]) -> None:
+        self.group, self.behind, self.done, self.warn = group, behind, done, warn
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+        if behind and group is not None:  # collectives of two threads must not meet in one group
+            import torch.distributed as dist
+
+            self.group = dist.new_group(backend="gloo")
+
+    def save(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], must: bool) -> None:
+        """Write it, or begin to. must: be done when this returns, and raise where it cannot be: nothing comes after it.
+
+        Raises:
+            SaveError: with `must`.
+        """
+        self.wait()
+        if must or not self.behind:
+            self._write(path, tensors, state, beside, must)
+            return
+        copies = _copied(tensors)
+        self._thread = threading.Thread(target=self._try, args=(path, copies, state, beside), name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until nothing is being written. What the thread met that was no full disk is raised here."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _try(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None]) -> None:
+        try:
+            self._write(path, tensors, state, beside, must=False)
+        except BaseException as e:  # the border of the thread: `wait` raises it where it is seen
+            self._error = e
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], must: bool) -> None:
+        try:
+            checkpoint.save(path, tensors, state, beside, self.group)
+        except checkpoint.SaveError as e:
+            if must:
+                raise
+            self.warn(f"{path.name} could not be saved ({e}): the run goes on, older checkpoints are as they were.")
+            return
+        self.done(path)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In the processor's memory; of a tensor that lies over processes this one's part."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    stager = DefaultStager(StagingOptions(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False))
+    copies: Any = stager.stage(dict(tensors))
+    return dict(copies)
