@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import txtrain.data.config  # noqa: F401  (registers the sources)
 from txtrain import legality, peaks
@@ -20,6 +20,10 @@ from txtrain.registry import BASES, axis, register
 
 @dc.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
+    """elementwise: whether the update of an element is a function of that element's values and gradients alone."""
+
+    elementwise: ClassVar[bool] = False
+
     type: str
     lr: float = 1e-3
     weight_decay: float = 0.1
@@ -39,6 +43,8 @@ class OptimizerConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class AdamConfig(OptimizerConfig):
     """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
+
+    elementwise = True
 
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
@@ -199,6 +205,7 @@ class Train:
             )
         elif (world := parallel.processes(self)) is not None:
             yield from parallel.problems(self, world)
+        yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
 
 

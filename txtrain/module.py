@@ -103,7 +103,7 @@ class LitModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config.optimizer
         groups = parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
-        optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        optimizer: torch.optim.Optimizer = self.parallel.optimizer(self.model, make("optimizer", config, params=groups))
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -121,13 +121,13 @@ class LitModule(pl.LightningModule):
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
-        model = balance.Observed(self.model)
+        model = balance.Observed(self.parallel.forward(self.model))
         shares: list[dict[str, Tensor]] = []
         micro_batches = list(cut(batch, self.config.micro_batch_size))
         for i, micro_batch in enumerate(micro_batches, start=1):
             with self.parallel.micro_batch(self, last=i == len(micro_batches)):
                 terms = self.objective(model, micro_batch, denominators)
-                self.manual_backward(self.objective.total(terms) * self.parallel.gradient_factor)
+                self.parallel.backward(self, self.objective.total(terms))
             shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
         optimizer = self.optimizers()

@@ -109,15 +109,27 @@ class OneProcess:
         model.to_empty(device=device)
         init_weights(model)
 
+    def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
+        """What steps, of the optimizer over the model's parameters: itself, or what does the same on parts of them."""
+        return optimizer
+
     # ------------------------------------------------------------------------------------------------------------ the step
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each value summed over the processes that see different samples."""
         return dict(sums)
 
+    def forward(self, model: nn.Module) -> Callable[..., Any]:
+        """What a micro-batch is given to, in place of the model."""
+        return model
+
     def micro_batch(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around the forward and backward of one micro-batch; gradients are exchanged with the last."""
         return contextlib.nullcontext()
+
+    def backward(self, module: Any, loss: Tensor) -> None:
+        """module: the LightningModule. loss: this process' share of the global batch's, so that gradients are to be summed."""
+        module.manual_backward(loss * self.gradient_factor)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         """Clip the gradients to a global norm of at most `max_norm`; the norm before that, 0-dimensional, without waiting for the device."""
