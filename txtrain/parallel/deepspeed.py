@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
@@ -21,7 +21,7 @@ from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.mesh import Mesh
-from txtrain.parallel.partitions import Part, parts
+from txtrain.parallel.partitions import Part, global_norm, parts
 from txtrain.parallel.world import World
 
 BUCKET = 50_000_000  # elements of gradients that are summed at a time
@@ -134,7 +134,7 @@ class ZeRO(Mesh):
                 deepspeed.utils.set_z3_leaf_module(module, True)  # gathered as one, as FSDP2 does
         whole = Whole(model)
         self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
-        self._parts = list(parts(names, self.engine.optimizer, self.stage))
+        self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
             self._gather_around(whole)
         for part in self._parts:
@@ -190,12 +190,8 @@ class ZeRO(Mesh):
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         """The engine clips, when it steps."""
-        from deepspeed.runtime.utils import combine_grad_norm_groups
-
-        optimizer = self.engine.optimizer
-        optimizer.clip_grad = 0.0 if max_norm is None else max(max_norm, torch.finfo(torch.float32).tiny)  # 0: never
-        norm: Tensor = combine_grad_norm_groups(optimizer._get_norm_groups()) if self.stage == 3 else optimizer.scaled_global_norm()
-        return norm
+        self.engine.optimizer.clip_grad = 0.0 if max_norm is None else max(max_norm, torch.finfo(torch.float32).tiny)  # 0: never
+        return global_norm(self.engine.optimizer)
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -241,17 +237,19 @@ class ZeRO(Mesh):
             share.ds_tensor.data[: part.length].copy_(values.flatten()[part.offset : part.offset + part.length])
 
     def _allocate(self) -> None:
-        """Make the core's state, as `checkpoint.allocate` does; of stage 3 it knows no parameters between steps."""
+        """Make the core's state, as `checkpoint.allocate` does: of all parts at once, which it is not given between steps."""
         from txtrain.checkpoint import allocate
 
         groups, masters = self._core.param_groups, list(dict.fromkeys(part.master for part in self._parts))
-        before = [group["params"] for group in groups]
-        groups[0]["params"], *others = [masters, *([] for _ in groups[1:])]
-        for group, none in zip(groups[1:], others, strict=True):
-            group["params"] = none
+        before, gradients = [group["params"] for group in groups], [master.grad for master in masters]
+        for group in groups:
+            group["params"] = []
+        groups[0]["params"] = masters
         allocate(self._core)
         for group, params in zip(groups, before, strict=True):
             group["params"] = params
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient  # with offload the place that gradients are copied to
         if self.stage < 3:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 

@@ -47,14 +47,37 @@ class Part:
         self.of(flat).copy_(values.flatten().narrow(0, self.offset - offset, self.length) if self.length else values.flatten()[:0])
 
 
-def parts(names: dict[nn.Parameter, str], optimizer: Any, stage: int) -> Iterator[Part]:
-    """Of every parameter of a deepspeed ZeRO optimizer, in the order of its groups."""
-    yield from _scattered(names, optimizer) if stage == 3 else _flattened(names, optimizer)
+# DeepSpeed has three optimizers: for stages 1 and 2, for stage 3, and for stage 1 where gradients are added up in float32 beside bfloat16
+# parameters. What follows are the places where each keeps its tensors, as of 0.19.8.
 
 
-def _flattened(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
+def parts(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
+    """Of every parameter of one of these optimizers, in the order of its groups."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _scattered(names, optimizer)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        yield from _flattened(names, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+    else:
+        yield from _flattened(names, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
+
+
+def global_norm(optimizer: Any) -> Tensor:
+    """Of the gradients that the next step will use; infinite if one is not finite. Collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        norms = optimizer._get_norm_groups()
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        norms = [optimizer.scaled_global_norm()]
+    else:
+        from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+        norms = [get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0])]
+    norms = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms])
+    return torch.where((norms < 0).any(), torch.inf, norms.square().sum().sqrt())  # -1 stands for what is not finite
+
+
+def _flattened(names: dict[nn.Parameter, str], groups: list[Any], masters: list[Tensor]) -> Iterator[Part]:
     """Stages 1 and 2: each process updates one piece of a group's parameters laid end to end."""
-    for group, master in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+    for group, master in zip(groups, masters, strict=True):
         for parameter in group:
             place = parameter._hp_mapping
             if place is None:
