@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from safetensors.torch import load_file
 
 from tests.distributed.zero_cases import launch
 from tests.training import TINY, rows, write_text
@@ -65,8 +66,9 @@ class Runs:
         return max(abs(a - b) / abs(b) for a, b in pairs)
 
     def tensors(self, name: str) -> dict[str, bytes]:
-        """What the processes wrote into the newest checkpoint."""
-        return {file.name: file.read_bytes() for file in locate(self.folder / name).glob("*.safetensors")}
+        """What each process wrote into the newest checkpoint."""
+        files = sorted(locate(self.folder / name).glob("*.safetensors"))
+        return {f"{f.name}/{key}": tensor.numpy().tobytes() for f in files for key, tensor in load_file(f).items()}
 
     def assert_same(self, name: str, reference: str) -> None:
         assert rows(self.folder / name) == rows(self.folder / reference), name
@@ -159,7 +161,7 @@ def test_on_as_many_processes_it_is_bit_for_bit_the_uninterrupted_run(matrix, so
     matrix.assert_same(f"{source}-{target}", f"whole-{source}")
 
 
-HALF_PRECISION = 3e-3  # relative, of losses after 10 steps: bfloat16 weights beside autocast, which keeps what is no product in float32
+HALF_PRECISION = 2e-3  # relative, of losses after 10 steps: bfloat16 weights beside autocast, which keeps what is no product in float32
 WITHOUT_DROPOUT = ("model.dropout=0", "model.vocab_size=360", "optimizer.lr=0.001")
 MODELS = {
     "moe": ("model=deepseek_r1", *WITHOUT_DROPOUT),

@@ -65,6 +65,7 @@ class ZeRO(Mesh):
         added = {"DS_ACCELERATOR": "cpu" if on_cpu else "cuda", "LOCAL_RANK": str(self.world.local_rank)}
         added = {name: value for name, value in added.items() if name not in os.environ}
         os.environ.update(added)  # it knows its device by these alone
+        mine = not torch.distributed.is_initialized()
         try:
             with super().started():
                 import deepspeed
@@ -81,6 +82,9 @@ class ZeRO(Mesh):
                 finally:
                     if self.engine is not None:
                         self.engine.destroy()
+                    if mine:  # it holds on to groups that end here
+                        deepspeed.utils.groups._release_process_group_references()
+                        deepspeed.comm.comm.cdb = None
         finally:
             for name in added:
                 del os.environ[name]
