@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,12 +53,30 @@ def work(file: str) -> int:
             shutil.copytree(source, values["run_dir"])
         dist.barrier()
         try:
-            train(compose([*(o for o in overrides if not o.startswith("copy=")), f"trainer.devices={size}"]))
+            config = compose([*(o for o in overrides if not o.startswith("copy=")), f"trainer.devices={size}"])
+            train(config, callbacks=[in_parts(size)] if getattr(config.strategy, "stage", 0) == 3 else [])
         except Exception:
             Path(f"{file}.{name}-{rank}.txt").write_text(f"{name}, process {rank} of {size}:\n{traceback.format_exc()}")
             return 1  # the others may wait for this one: the group ends
     dist.destroy_process_group()
     return 0
+
+
+def in_parts(size: int) -> Any:
+    """Stage 3: after the set-up and after each step a process holds its part of every parameter, and nothing else."""
+    import lightning.pytorch as pl
+
+    class InParts(pl.Callback):
+        def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
+            for name, parameter in pl_module.model.named_parameters():
+                held: Any = parameter
+                assert parameter.numel() == 0, f"{name}: {parameter.numel()} elements"
+                assert held.ds_tensor.numel() == -(-held.ds_numel // size), f"{name}: {held.ds_tensor.numel()} of {held.ds_numel}"
+
+        def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *_: Any) -> None:
+            self.on_fit_start(trainer, pl_module)
+
+    return InParts()
 
 
 if __name__ == "__main__":
