@@ -7,7 +7,7 @@ gradient pulls against the language model's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ class Observed:
     does not count twice.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model
         self.counts: dict[str, Tensor] = {}  # by the layer's name, [E]
 

@@ -163,6 +163,7 @@ class Train:
             )
         elif (world := parallel.processes(self)) is not None:
             yield from parallel.problems(self, world)
+        yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."

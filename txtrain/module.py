@@ -104,7 +104,7 @@ class LitModule(pl.LightningModule):
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = make("optimizer", self.config.optimizer, params=self.parameter_groups())
+        optimizer: torch.optim.Optimizer = self.parallel.optimizer(self.model, make("optimizer", self.config.optimizer, params=self.parameter_groups()))
         self.average = Average(self.model, self.config.ema)
         return optimizer
 
@@ -127,13 +127,13 @@ class LitModule(pl.LightningModule):
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
-        model = balance.Observed(self.model)
+        model = balance.Observed(self.parallel.forward(self.model))
         shares: list[dict[str, Tensor]] = []
         micro_batches = list(cut(batch, self.config.micro_batch_size))
         for i, micro_batch in enumerate(micro_batches, start=1):
             with self.parallel.micro_batch(self, last=i == len(micro_batches)):
                 terms = self.objective(model, micro_batch, denominators)
-                self.manual_backward(self.objective.total(terms) * self.parallel.gradient_factor)
+                self.parallel.backward(self, self.objective.total(terms))
             shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
         terms = self.parallel.reduce(add(shares))
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
@@ -143,9 +143,9 @@ class LitModule(pl.LightningModule):
             self._update(visits)
             self.skipped_in_a_row = 0
         else:
+            self.parallel.discard(self.optimizers())
             self.skipped += 1
             self.skipped_in_a_row += 1
-        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
         self.step += 1
         return {**terms, "grad_norm": norm, **balance.measured(visits)}
 
@@ -154,6 +154,7 @@ class LitModule(pl.LightningModule):
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
         set_rates(optimizer.optimizer, self.schedule(self.step + 1))
         optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         balance.update(self.model, visits)
         self.average.update(self.step + 1)
 

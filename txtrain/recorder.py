@@ -19,7 +19,6 @@ from txtrain.limits import Limits
 from txtrain.metrics import COLUMNS, MetricsFile
 from txtrain.module import LitModule
 from txtrain.objectives.build import build_objective
-from txtrain.optim import state as optimizer_state
 from txtrain.progress import Display
 from txtrain.saver import Saver
 from txtrain.stop import Preempted, Stop
@@ -243,7 +242,7 @@ class Recorder(pl.Callback):
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,
             "skipped": (module.skipped, module.skipped_in_a_row),
-            checkpoint.NUMBERS: optimizer_state.numbers(module.model, optimizer),
+            checkpoint.NUMBERS: module.parallel.training_numbers(module.model, optimizer),
         }
         assert self._saver is not None
         self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)

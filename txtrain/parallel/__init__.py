@@ -4,5 +4,7 @@ config      the strategies' knobs, and what a layout of processes must divide; n
 world       this process' place among the others, from the launcher's environment; no torch
 base        what the training step asks of a strategy; one process answers trivially
 mesh        ddp, fsdp, hsdp, tp, fsdp_tp: FSDP2 and DTensor over a mesh of replicate x shard x tensor
+deepspeed   deepspeed_stage_1, _2, _3: ZeRO over the same processes
+partitions  which elements of each parameter ZeRO keeps where, and how a checkpoint's tensors are made of them
 sharding    `fully_shard` by block, and initial values that do not depend on it
 """

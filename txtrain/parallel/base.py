@@ -110,15 +110,27 @@ class OneProcess:
         model.to_empty(device=device)
         init_weights(model)
 
+    def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
+        """What steps, of the optimizer over the model's parameters: itself, or what does the same on parts of them."""
+        return optimizer
+
     # ------------------------------------------------------------------------------------------------------------ the step
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Each value summed over the processes that see different samples."""
         return dict(sums)
 
+    def forward(self, model: nn.Module) -> Callable[..., Any]:
+        """What a micro-batch is given to, in place of the model."""
+        return model
+
     def micro_batch(self, module: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Around the forward and backward of one micro-batch; gradients are exchanged with the last."""
         return contextlib.nullcontext()
+
+    def backward(self, module: Any, loss: Tensor) -> None:
+        """module: the LightningModule. loss: this process' share of the global batch's, so that gradients are to be summed."""
+        module.manual_backward(loss * self.gradient_factor)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         """Clip the gradients to a global norm of at most `max_norm`; the norm before that, 0-dimensional, without waiting for the device."""
@@ -127,6 +139,10 @@ class OneProcess:
         if max_norm is not None:
             nn.utils.clip_grads_with_norm_(held, max_norm, norm)
         return whole(norm)
+
+    def discard(self, optimizer: Any) -> None:
+        """Forget the gradients of a step that is not finite."""
+        optimizer.zero_grad(set_to_none=True)
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
@@ -140,6 +156,12 @@ class OneProcess:
         from txtrain.checkpoint import training_tensors
 
         return training_tensors(model, optimizer, average)
+
+    def training_numbers(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """What the optimizer keeps beside tensors, by canonical name."""
+        from txtrain.optim.state import numbers
+
+        return dict(numbers(model, optimizer))
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
         """Read a checkpoint's weights, optimizer state and averaged weights, in place."""

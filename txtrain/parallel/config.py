@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from txtrain.errors import divisors_near
-from txtrain.registry import register
+from txtrain.registry import TABLE, register
 
 if TYPE_CHECKING:
     from txtrain.config import Train
@@ -38,6 +38,10 @@ class StrategyConfig:
 
     def problems(self, world: int) -> Iterator[str]:
         """What `world` processes cannot be laid out for."""
+        yield from ()
+
+    def check_with(self, config: Train) -> Iterator[str]:
+        """What of the rest of a configuration does not go together with this, on however many processes."""
         yield from ()
 
 
@@ -96,6 +100,51 @@ class ShardedTensorConfig(ShardedConfig):
         yield from _divides("tp_size", self.tp_size, world)
 
 
+@dc.dataclass(frozen=True, kw_only=True)
+class ZeROConfig(StrategyConfig):
+    """DeepSpeed's ZeRO (1910.02054): optimizer state in parts over the processes (stage 1), gradients too (2), parameters too (3).
+
+    cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, live in the processor's memory.
+    """
+
+    stage: ClassVar[int]
+    cpu_offload: bool = False
+
+    def layout(self, world: int) -> Layout:
+        return Layout(shard=world)
+
+    def check_with(self, config: Train) -> Iterator[str]:
+        optimizer, precision = config.optimizer, config.trainer.precision
+        if not optimizer.elementwise:
+            known = ", ".join(name for name, option in TABLE["optimizer"].items() if getattr(option.config, "elementwise", False))
+            yield (
+                f"`optimizer` must be one of {known} with strategy={self.type}, but is {optimizer.type} instead: "
+                "ZeRO updates pieces of flattened parameters, and an element's update may depend on nothing but that element. Nearest: strategy=fsdp."
+            )
+        if config.ema.decay is not None:
+            yield (
+                f"`ema.decay` must be null with strategy={self.type}, but is {config.ema.decay} instead: the weights lie in flat pieces, "
+                "of which no average is kept. Nearest: strategy=fsdp."
+            )
+        if precision == "bf16-true":
+            yield (
+                f"`trainer.precision` must be 32-true or bf16-mixed with strategy={self.type}, but is bf16-true instead: "
+                "ZeRO keeps float32 master weights. Nearest: bf16-mixed."
+            )
+
+
+class ZeRO1Config(ZeROConfig):
+    stage = 1
+
+
+class ZeRO2Config(ZeROConfig):
+    stage = 2
+
+
+class ZeRO3Config(ZeROConfig):
+    stage = 3
+
+
 def _divides(name: str, size: int, world: int) -> Iterator[str]:
     if size < 1 or world % size:
         near = ", ".join(map(str, divisors_near(max(size, 1), world)))
@@ -128,3 +177,6 @@ def problems(config: Train, world: int) -> Iterator[str]:
 register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
 register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", ShardedConfig)
 register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
+register("strategy", "deepspeed_stage_1", "txtrain.parallel.deepspeed:ZeRO", ZeRO1Config)
+register("strategy", "deepspeed_stage_2", "txtrain.parallel.deepspeed:ZeRO", ZeRO2Config)
+register("strategy", "deepspeed_stage_3", "txtrain.parallel.deepspeed:ZeRO", ZeRO3Config)

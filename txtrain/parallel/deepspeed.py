@@ -1,0 +1,319 @@
+"""deepspeed_stage_1, _2, _3: ZeRO (1910.02054) by DeepSpeed's engine. It is imported here alone, when such a run starts."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.optim import Optimizer
+
+from txtrain.config import Train
+from txtrain.errors import ConfigError
+from txtrain.optim.average import Average
+from txtrain.optim.state import allocate
+from txtrain.parallel.base import OneProcess
+from txtrain.parallel.mesh import Mesh
+from txtrain.parallel.partitions import Part, global_norm, parts
+from txtrain.parallel.world import World
+
+BUCKET = 50_000_000  # elements of gradients that are summed at a time
+
+
+class ZeRO(Mesh):
+    """Optimizer state (stage 1), gradients (2) and parameters (3) in parts over the processes.
+
+    Masters and optimizer state are float32, and gradients are summed in float32, whatever is multiplied. DeepSpeed's own accumulation,
+    averaging and schedules stay out of it, and its checkpoints are not used.
+    """
+
+    def __init__(self, config: Train, world: World | None = None) -> None:
+        super().__init__(config, world)
+        if importlib.util.find_spec("deepspeed") is None:
+            raise ConfigError(f"`strategy={config.strategy.type}` needs the package deepspeed, which is not installed here. Nearest: strategy=fsdp.")
+        self.stage: int = config.strategy.stage
+        # A sum for stages 1 and 2; stage 3 can only average.
+        self.gradient_factor = float(self.size) if self.stage == 3 else 1.0
+        self.engine: Any = None
+        self._kept: dict[str, tuple[int, Tensor]] = {}  # by parameter: the number of the first element, and float32 values from there on
+        self._parts: list[Part] = []
+
+    @property
+    def _shards(self) -> bool:
+        return True
+
+    @property
+    def _half(self) -> bool:
+        return self._policy() is not None
+
+    @property
+    def _core(self) -> Optimizer:
+        """The optimizer that the engine steps, on flat tensors."""
+        core: Optimizer = self.engine.optimizer.optimizer
+        return core
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        on_cpu = self.device().type == "cpu"
+        added = {"DS_ACCELERATOR": "cpu" if on_cpu else "cuda", "LOCAL_RANK": str(self.world.local_rank)}
+        added = {name: value for name, value in added.items() if name not in os.environ}
+        os.environ.update(added)  # it knows its device by these alone
+        mine = not torch.distributed.is_initialized()
+        try:
+            with super().started():
+                import deepspeed
+
+                if os.environ.get("TXTRAIN_DEBUG") != "1":
+                    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+                    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
+                if on_cpu:  # a collective in shared memory, for which a compiler would be run for half a minute
+                    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+                deepspeed.init_distributed("gloo" if on_cpu else "nccl", auto_mpi_discovery=False, verbose=False)
+                self._rows = init_device_mesh("cpu", (self.world.size,))
+                try:
+                    yield
+                finally:
+                    if self.engine is not None:
+                        self.engine.destroy()
+                    if mine:  # it holds on to groups that end here
+                        deepspeed.utils.groups._release_process_group_references()
+                        deepspeed.comm.comm.cdb = None
+        finally:
+            for name in added:
+                del os.environ[name]
+
+    # ----------------------------------------------------------------------------------------------------------- the model
+
+    def set_up(self, model: nn.Module, device: torch.device) -> None:
+        if any(not p.requires_grad for p in model.parameters()):
+            raise ConfigError(f"`strategy` must not be {self.config.strategy.type} for a model with frozen parameters. Nearest: fsdp.")
+
+    def materialise(self, model: nn.Module, device: torch.device) -> None:
+        """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
+        if self.stage < 3:
+            OneProcess.materialise(self, model, device)
+            return
+        import deepspeed
+
+        from txtrain.model.init import Initialiser
+
+        initialiser = Initialiser(model)
+        with torch.no_grad():
+            for name, module in model.named_modules():
+                module.to_empty(device=device, recurse=False)
+                initialiser.fill(name, module)
+                own = list(module.named_parameters(name, recurse=False))
+                if not own:
+                    continue
+                for full_name, parameter in own:
+                    self._keep_share(full_name, parameter)
+                deepspeed.zero.Init(module=nn.ParameterList(p for _, p in own), config_dict_or_path=self._engine_config(), dtype=own[0][1].dtype)
+
+    def _keep_share(self, name: str, parameter: nn.Parameter) -> None:
+        """Before a parameter is rounded and cut: the float32 values that this process will update."""
+        if not self._half:
+            return
+        size = -(-parameter.numel() // self.size)
+        first = min(self.rank * size, parameter.numel())
+        self._kept[name] = first, parameter.detach().flatten()[first : first + size].clone()
+        parameter.data = parameter.data.bfloat16()
+
+    def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
+        import deepspeed
+
+        from txtrain.model.block import Block
+
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        if self._half and not self._kept:
+            self._kept = {name: (0, parameter.detach()) for parameter, name in names.items()}
+        for module in model.modules():
+            if isinstance(module, Block):
+                deepspeed.utils.set_z3_leaf_module(module, True)  # gathered as one, as FSDP2 does
+        whole = Whole(model)
+        self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
+        self._parts = list(parts(names, self.engine.optimizer))
+        if self.stage == 3:
+            self._gather_around(whole)
+        for part in self._parts:
+            if part.name in self._kept:
+                first, values = self._kept[part.name]
+                part.fill(part.master, values, first)
+        self._kept = {}
+        return EngineOptimizer(self.engine, self._core)
+
+    def _gather_around(self, whole: Whole) -> None:
+        """What is outside the blocks is read by the model's forward itself (a tied head, the chunked loss): there from its start to its end."""
+        import deepspeed
+
+        from txtrain.model.block import Block
+
+        within = {p for module in whole.modules() if isinstance(module, Block) for p in module.parameters()}
+        for parameter in whole.parameters():
+            if parameter not in within:
+                for module in (whole, whole.model):
+                    deepspeed.zero.register_external_parameter(module, parameter)
+
+    def _engine_config(self) -> dict[str, Any]:
+        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": BUCKET}
+        if self.stage == 3:
+            # Nothing small stays gathered, and torch.nn.functional.linear stays torch's.
+            zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
+        if self.config.strategy.cpu_offload:
+            place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+            zero |= {"offload_optimizer": place} | ({"offload_param": place} if self.stage == 3 else {})
+        made: dict[str, Any] = {
+            "train_micro_batch_size_per_gpu": 1,  # never used: batches are not its own
+            "steps_per_print": 1 << 60,
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "communication_data_type": "fp32",
+            "data_types": {"grad_accum_dtype": "fp32"},
+        }
+        return made | ({"bf16": {"enabled": True}} if self._half else {}) | ({"gradient_allreduce_op": "sum"} if self.stage < 3 else {})
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def forward(self, model: nn.Module) -> Callable[..., Any]:
+        return Called(self.engine, model)
+
+    @contextlib.contextmanager
+    def micro_batch(self, module: nn.Module, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, module: Any, loss: Tensor) -> None:
+        self.engine.backward(loss * self.gradient_factor)
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        """The engine clips, when it steps."""
+        self.engine.optimizer.clip_grad = 0.0 if max_norm is None else max(max_norm, torch.finfo(torch.float32).tiny)  # 0: never
+        return global_norm(self.engine.optimizer)
+
+    def discard(self, optimizer: Any) -> None:
+        """The engine leaves out a step whose norm is not finite, and forgets what it has gathered of it."""
+        optimizer.step()
+
+    # ----------------------------------------------------------------------------------------------------------- checkpoints
+
+    def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
+        """Copies, by rows over the processes, in the processor's memory. Collective; one tensor at a time exists whole."""
+        found = {f"model.{name}": buffer for name, buffer in _buffers(model).items()}
+        for part in self._parts:
+            found[f"model.{part.name}"] = self._by_rows(part.whole(part.master, self._data_group))
+            for key, state in self._core.state[part.master].items():
+                value = self._by_rows(part.whole(state, self._data_group)) if state.ndim else state.clone()
+                found[f"optimizer.{part.name}.{key}"] = value
+        return found
+
+    def _by_rows(self, whole: Tensor) -> Tensor:
+        size = -(-len(whole) // self.size)
+        mine = whole[self.rank * size : (self.rank + 1) * size].to("cpu", copy=True)
+        return DTensor.from_local(mine, self._rows, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+
+    def training_numbers(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        """None: what updates elements one by one keeps tensors."""
+        return {}
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+        from txtrain.checkpoint import load_tensors
+
+        self._allocate()
+        tensors = self.training_tensors(model, optimizer, average)
+        load_tensors(path, tensors, group=self.checkpoint_group)
+        for part in self._parts:
+            whole: Any = tensors[f"model.{part.name}"]
+            values = whole.full_tensor()
+            part.fill(part.master, values.to(part.master.device))
+            self._set_computed(part, values)
+            for key, state in self._core.state[part.master].items():
+                saved: Any = tensors[f"optimizer.{part.name}.{key}"]
+                if state.ndim:
+                    part.fill(state, saved.full_tensor().to(state.device))
+                else:
+                    state.copy_(saved)
+
+    def _set_computed(self, part: Part, values: Tensor) -> None:
+        """What is multiplied, beside the masters."""
+        if self.stage < 3:
+            part.parameter.data.copy_(values)
+        else:
+            share: Any = part.parameter
+            share.ds_tensor.data[: part.length].copy_(values.flatten()[part.offset : part.offset + part.length])
+
+    def _allocate(self) -> None:
+        """Make the core's state, as `optim.state.allocate` does: of all parts at once, which it is not given between steps."""
+        groups, masters = self._core.param_groups, list(dict.fromkeys(part.master for part in self._parts))
+        before, gradients = [group["params"] for group in groups], [master.grad for master in masters]
+        for group in groups:
+            group["params"] = []
+        groups[0]["params"] = masters
+        allocate(self._core)
+        for group, params in zip(groups, before, strict=True):
+            group["params"] = params
+        for master, gradient in zip(masters, gradients, strict=True):
+            master.grad = gradient  # with offload the place that gradients are copied to
+        if self.stage < 3:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _buffers(model: nn.Module) -> dict[str, Tensor]:
+    parameters = {name for name, _ in model.named_parameters()}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
+
+
+class Whole(nn.Module):
+    """The model as DeepSpeed sees it: what it returns is a dict, in which tensors are found for the hooks of the backward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *given: Any, **named: Any) -> dict[str, Any]:
+        return dict(self.model(*given, **named).items())
+
+
+class Called:
+    """The model, called through the engine."""
+
+    def __init__(self, engine: Any, model: nn.Module) -> None:
+        self._engine, self._model = engine, model
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        from txtrain.model.output import ModelOutput
+
+        return ModelOutput(**self._engine(*given, **named))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+class EngineOptimizer:
+    """The engine's step where Lightning expects an optimizer."""
+
+    def __init__(self, engine: Any, core: Optimizer) -> None:
+        self._engine, self.defaults, self.state = engine, core.defaults, core.state
+        self.param_groups = core.param_groups
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        result = None if closure is None else closure()
+        self._engine.step()
+        return result
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._engine.optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        raise NotImplementedError("ZeRO's state is read by ZeRO.load")

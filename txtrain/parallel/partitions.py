@@ -1,0 +1,98 @@
+"""Where ZeRO keeps each parameter: which of its elements this process updates, and how parts of all processes become whole again.
+
+ZeRO lays the parameters of a group end to end, flattened, and cuts this at any element. A checkpoint holds tensors of the parameters' own
+shapes; so one parameter at a time is put together and cut anew by rows, as FSDP2 holds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dc.dataclass(frozen=True)
+class Part:
+    """Elements offset .. offset + length of a flattened parameter are start .. start + length of this process' flat float32 tensor `master`.
+
+    length is 0 where the process has none of the parameter's; master is then any of the group's, to tell which state there is.
+    """
+
+    name: str
+    parameter: nn.Parameter
+    shape: torch.Size
+    master: Tensor
+    offset: int
+    length: int
+    start: int
+
+    def of(self, flat: Tensor) -> Tensor:
+        """This process' elements of the parameter in a tensor laid out as `master`."""
+        return flat.detach().narrow(0, self.start, self.length)
+
+    def whole(self, flat: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """The parameter, or a state of its shape, in every process of the group; collective."""
+        found = torch.zeros(self.shape.numel(), dtype=flat.dtype, device=flat.device)
+        found.narrow(0, self.offset, self.length).copy_(self.of(flat))
+        bits = found.view(torch.int32) if found.element_size() == 4 else found  # one process has bits, the others 0: exact, -0.0 included
+        dist.all_reduce(bits, group=group)
+        return found.view(self.shape)
+
+    def fill(self, flat: Tensor, values: Tensor, offset: int = 0) -> None:
+        """Set this process' elements from the flattened parameter's values, of which the first given is number `offset`."""
+        self.of(flat).copy_(values.flatten().narrow(0, self.offset - offset, self.length) if self.length else values.flatten()[:0])
+
+
+# DeepSpeed has three optimizers: for stages 1 and 2, for stage 3, and for stage 1 where gradients are added up in float32 beside bfloat16
+# parameters. What follows are the places where each keeps its tensors, as of 0.19.8.
+
+
+def parts(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
+    """Of every parameter of one of these optimizers, in the order of its groups."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        yield from _scattered(names, optimizer)
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        yield from _flattened(names, optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups)
+    else:
+        yield from _flattened(names, optimizer.bf16_groups, optimizer.fp32_groups_flat_partition)
+
+
+def global_norm(optimizer: Any) -> Tensor:
+    """Of the gradients that the next step will use; infinite if one is not finite. Collective."""
+    if hasattr(optimizer, "fp32_partitioned_groups_flat"):
+        norms = optimizer._get_norm_groups()
+    elif hasattr(optimizer, "single_partition_of_fp32_groups"):
+        norms = [optimizer.scaled_global_norm()]
+    else:
+        from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+        norms = [get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0])]
+    norms = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms])
+    return torch.where((norms < 0).any(), torch.inf, norms.square().sum().sqrt())  # -1 stands for what is not finite
+
+
+def _flattened(names: dict[nn.Parameter, str], groups: list[Any], masters: list[Tensor]) -> Iterator[Part]:
+    """Stages 1 and 2: each process updates one piece of a group's parameters laid end to end."""
+    for group, master in zip(groups, masters, strict=True):
+        for parameter in group:
+            place = parameter._hp_mapping
+            if place is None:
+                yield Part(names[parameter], parameter, parameter.shape, master, 0, 0, 0)
+            else:
+                here, there = place.lp_fragment_address, place.hp_fragment_address
+                yield Part(names[parameter], parameter, parameter.shape, master, here.start, here.numel, there.start)
+
+
+def _scattered(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
+    """Stage 3: each process has an equal piece of every parameter, filled up at the end where its size does not divide."""
+    for group in optimizer.fp16_groups:
+        for parameter in group:
+            number, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            total = parameter.ds_numel
+            offset = min(parameter.ds_zero_partition_rank * size, total)
+            master = optimizer.fp32_partitioned_groups_flat[number]
+            yield Part(names[parameter], parameter, parameter.ds_shape, master, offset, min(size, total - offset), start)
