@@ -128,3 +128,5 @@ def problems(config: Train, world: int) -> Iterator[str]:
 register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
 register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", ShardedConfig)
 register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
+register("strategy", "tp", "txtrain.parallel.mesh:Mesh", TensorConfig)
+register("strategy", "fsdp_tp", "txtrain.parallel.mesh:Mesh", ShardedTensorConfig)
