@@ -1,6 +1,7 @@
 """One process of the group that test_tensor.py starts: trains each case with its parts cut, and alone, and writes how far they differ.
 
-    python -m tests.distributed.tensor_cases cases.json out.json      with RANK, WORLD_SIZE, ... set, as a launcher does
+    python -m tests.distributed.tensor_cases compare cases.json out.json      with RANK, WORLD_SIZE, ... set, as a launcher does
+    python -m tests.distributed.tensor_cases train runs.json                  overrides of runs, one after the other
 """
 
 from __future__ import annotations
@@ -15,17 +16,45 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
+import txtrain
 from tests.models import tiny
 from txtrain.composition import compose
 from txtrain.config import Train
 from txtrain.model import axes
+from txtrain.model.attention import MultiHeadAttention
 from txtrain.model.config import InitConfig, ModelConfig
 from txtrain.module import LitModule, add, cut, described, seed_everything
 from txtrain.parallel.base import OneProcess, whole
+from txtrain.parallel.buckets import local
 from txtrain.parallel.build import make_parallel
+from txtrain.registry import TABLE, component, register
 
 STEPS, BATCH = 6, 8
+
+
+@component("ffn", "tests_own_ffn")
+class OwnFFN(nn.Module):
+    """A component that no rule cuts."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.a, self.b, self.gain = nn.Linear(dim, 2 * dim), nn.Linear(2 * dim, dim), nn.Parameter(torch.empty(dim))
+
+    def reset_parameters(self) -> None:
+        nn.init.ones_(self.gain)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x_BTD)).cumsum(1)) * self.gain  # across positions
+
+
+class OwnAttention(MultiHeadAttention):
+    """Nor this."""
+
+
+register("attention", "tests_own_attention", OwnAttention, axes.AttentionConfig)
 
 
 def attention(**knobs: Any) -> axes.AttentionConfig:
@@ -60,6 +89,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "encoder": {"topology": "encoder", "head": mlm, "position": axes.LearnedConfig(type="learned"), "embedding": axes.TokenEmbeddingConfig(type="token", n_types=2)},
     "two stacks": {"topology": "encoder_decoder", "position": relative, "pad_token_id": 0, "attention": attention(bias=True)},
     "two stacks, alibi": {"topology": "encoder_decoder", "position": axes.AlibiConfig(type="alibi"), "share_embeddings": False, "pad_token_id": 0},
+    "an FFN of one's own": {"ffn": TABLE["ffn"]["tests_own_ffn"].config(type="tests_own_ffn")},
+    "an attention of one's own": {"attention": attention(type="tests_own_attention"), "position": relative},
+    "the same across": {"attention": attention(type="tests_own_attention"), "topology": "encoder_decoder", "pad_token_id": 0},
+    "dropout": {"attention": attention(dropout=0.1), "ffn": dc.replace(mlp, dropout=0.2), "dropout": 0.3},
     "images": {
         "topology": "encoder",
         "embedding": patches,
@@ -111,6 +144,7 @@ class Trained:
     def __init__(self, config: Train, parallel: OneProcess, length: int) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self._autocast = parallel.trainer_arguments()["precision"] == "bf16-mixed"
         module = LitModule(config, described(config), parallel)
         module.configure_model()
         self.model: Any = module.model
@@ -130,8 +164,7 @@ class Trained:
         shares = []
         parts = list(cut(batch, module.config.data.micro_batch_size or len(batch["labels"])))
         for i, part in enumerate(parts, start=1):
-            precision = module.config.trainer.precision
-            half = torch.autocast("cpu", torch.bfloat16) if precision == "bf16-mixed" and not parallel._policy() else contextlib.nullcontext()  # type: ignore[attr-defined]
+            half = torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext()
             with parallel.micro_batch(module, last=i == len(parts)), half:
                 out = self.model(**part, num_items_in_batch=counts["n"], return_logits=False, **({"mtp_items_in_batch": [counts["n"]] * depth} if depth else {}))
                 loss = out.loss + sum(out.mtp_losses or (), start=0.0)
@@ -150,33 +183,51 @@ class Trained:
         return logits
 
 
-def compared(case: Case) -> dict[str, float]:
-    """Largest relative differences between one process and the processes that there are."""
+def copies(model: nn.Module, parallel: Any) -> float:
+    """The largest difference between the processes that hold a parameter whole."""
+    group, size = parallel.mesh["tensor"].get_group(), parallel.layout.tensor
+    largest = 0.0
+    for p in model.parameters():
+        if p.placements[-1].is_replicate():  # type: ignore[attr-defined]
+            mine = local(p.detach())
+            theirs = [torch.empty_like(mine) for _ in range(size)]
+            dist.all_gather(theirs, mine.contiguous(), group=group)
+            largest = max([largest, *(float((mine - other).abs().max()) for other in theirs if other.numel())])
+    return largest
+
+
+def compared(case: Case, first: bool) -> dict[str, Any]:
+    """Largest relative differences between one process and the processes that there are; known to the first."""
     config = config_of(case)
-    alone = Trained(dc.replace(config, strategy=config_of(Case(case.model)).strategy, trainer=dc.replace(config.trainer, devices=1)), OneProcess(config), case.length)
     parallel = make_parallel(config)
     with parallel.started():
         together = Trained(config, parallel, case.length)
-        found = {name: max(abs(x - y) / abs(x) for x, y in zip(getattr(alone, name), getattr(together, name), strict=True)) for name in ("losses", "norms")}
-        assert alone.parameters.keys() == together.parameters.keys()
-        far = {n: float((a - together.parameters[n]).abs().max() / a.abs().max().clamp(min=1e-2)) for n, a in alone.parameters.items()}
-        name = max(far, key=lambda n: far[n])
-        return {**found, "parameters": far[name], f"worst: {name}": 0.0, "falls": alone.losses[0] - alone.losses[-1]}
+        equal = copies(together.model, parallel)
+    if not first:
+        return {}
+    alone = Trained(dc.replace(config, strategy=compose([]).strategy), OneProcess(config), case.length)
+    found = {name: max(abs(x - y) / abs(x) for x, y in zip(getattr(alone, name), getattr(together, name), strict=True)) for name in ("losses", "norms")}
+    assert alone.parameters.keys() == together.parameters.keys()
+    far = {n: float((a - together.parameters[n]).abs().max() / a.abs().max().clamp(min=1e-2)) for n, a in alone.parameters.items()}
+    name = max(far, key=lambda n: far[n])
+    return {**found, "parameters": far[name], "copies": equal, "which": name}
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    import torch.distributed as dist
-
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)
-    cases = {name: Case(**{**value, "overrides": tuple(value["overrides"])}) for name, value in json.loads(Path(sys.argv[1]).read_text()).items()}
+    what, given = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
+    if what == "train":
+        for overrides in given:
+            txtrain.train(txtrain.compose(overrides))
+        return
     found: dict[str, Any] = {}
-    for name, case in cases.items():
-        found[name] = compared(case)
+    for name, case in given.items():
+        found[name] = compared(Case(case["model"], tuple(case["overrides"]), case["length"]), first=rank == 0)
         if rank == 0:
-            Path(sys.argv[2]).write_text(json.dumps(found, indent=1))
-            print(name, {k: f"{v:.1e}" for k, v in found[name].items()}, flush=True)
+            Path(sys.argv[3]).write_text(json.dumps(found, indent=1))
+            print(f"{name}:", *(f"{k} {v:.1e}" if isinstance(v, float) else v for k, v in found[name].items()), flush=True)
 
 
 if __name__ == "__main__":

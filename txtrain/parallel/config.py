@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from txtrain.errors import divisors_near
+from txtrain.parallel import cuttable
 from txtrain.registry import register
 
 if TYPE_CHECKING:
@@ -114,7 +115,10 @@ def problems(config: Train, world: int) -> Iterator[str]:
     yield from found
     if found:
         return
-    size, data = config.data.global_batch_size, config.strategy.layout(world).data
+    layout = config.strategy.layout(world)
+    if layout.tensor > 1:
+        yield from cuttable.problems(config.model, "strategy.tp_size", layout.tensor, world)
+    size, data = config.data.global_batch_size, layout.data
     if size % data:
         low = size // data * data
         near = ", ".join(str(n) for n in (low, low + data) if n)

@@ -75,8 +75,8 @@ class Lanes:
 
     def gathered(self, x_BPD: Tensor, length: int) -> Tensor:
         """[B, T, D] of everyone's positions."""
-        all_WBPD = self.stacked(x_BPD)
-        return all_WBPD.movedim(0, 1).flatten(1, 2)[:, :length]
+        all_BTD = self.stacked(x_BPD).movedim(0, 1).flatten(1, 2)
+        return all_BTD if all_BTD.shape[1] == length else all_BTD[:, :length].contiguous()
 
     def reduced(self, x_BTD: Tensor) -> Tensor:
         """[B, P, D]: this process' positions, summed over everyone's parts."""
@@ -101,7 +101,7 @@ class _Split(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, lanes: Lanes) -> Tensor:
         ctx.lanes, ctx.length = lanes, x.shape[1]
-        return lanes.mine(x).contiguous()
+        return lanes.mine(x).clone(memory_format=torch.contiguous_format)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -116,7 +116,7 @@ class _Join(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ctx.lanes.mine(grad), None, None
+        return ctx.lanes.mine(grad).contiguous(), None, None
 
 
 class _Enter(torch.autograd.Function):

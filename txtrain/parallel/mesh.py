@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.buckets import GradientBuckets
 from txtrain.parallel.config import problems
@@ -53,7 +54,8 @@ class Mesh(OneProcess):
     def title(self) -> str:
         parts = {"copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor}
         laid = " x ".join(f"{n} {what}" for what, n in parts.items() if n > 1)
-        return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "")
+        whole = cuttable.whole(self.config.model) if self.layout.tensor > 1 else []
+        return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "") + "".join(f"; {w} is whole in each" for w in whole)
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import inspect
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from typing import Any
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
+from txtrain.errors import ConfigError
 from txtrain.model.attention import MultiHeadAttention
 from txtrain.model.block import Block
 from txtrain.model.context import AnyContext, MemoryContext
@@ -140,10 +142,15 @@ class Cut:
 
     def _cut_sublayer(self, sublayer: nn.Module) -> None:
         rule = RULES.get(type(sublayer))
-        if rule is None:
+        if rule is not None:
+            rule(self, sublayer)
+        elif "loss_scale" in inspect.signature(sublayer.forward).parameters:
+            raise ConfigError(
+                f"`strategy` must be without tensor parallelism for {type(sublayer).__name__}: no rule cuts it, and its auxiliary loss would count "
+                f"{self.lanes.size} times where every process computes it. Nearest: strategy=fsdp."
+            )
+        else:
             _wrap(sublayer, "forward", self._whole)
-            return
-        rule(self, sublayer)
 
     def _whole(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Tensor:
         """Every process computes all positions, and keeps its own."""
@@ -285,11 +292,6 @@ class Cut:
             torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grad_norm_
         return norm
 
-    def uncut(self) -> list[str]:
-        """Types of sublayers that are whole in every process."""
-        found = (s for block in self.model.modules() if isinstance(block, Block) for s in sublayers(block) if type(s) not in RULES)
-        return sorted({type(s).__name__ for s in found})
-
 
 RULES: dict[type, Callable[[Cut, Any], None]] = {
     MultiHeadAttention: Cut.multi_head,
@@ -354,7 +356,7 @@ def reading(cls: type, names: tuple[str, ...]) -> type:
 
 def _read(module: nn.Module, name: str) -> Tensor | None:
     parameter: Any = module._parameters[name]
-    if not isinstance(parameter, DTensor):
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # the latter: FSDP has not gathered it, and asks for it
         return parameter
     part = parameter.to_local(grad_placements=parameter.placements)  # a replicated gradient may be a part of a sum: `Cut.replicated`
     rows = module.__dict__.get(ROWS)
