@@ -1,7 +1,7 @@
 """One process of the group that test_tensor.py starts: trains each case with its parts cut, and alone, and writes how far they differ.
 
-    python -m tests.distributed.tensor_cases compare cases.json out.json      with RANK, WORLD_SIZE, ... set, as a launcher does
-    python -m tests.distributed.tensor_cases train runs.json                  overrides of runs, one after the other
+python -m tests.distributed.tensor_cases compare cases.json out.json      with RANK, WORLD_SIZE, ... set, as a launcher does
+python -m tests.distributed.tensor_cases train runs.json                  overrides of runs, one after the other
 """
 
 from __future__ import annotations
@@ -66,6 +66,7 @@ moe = axes.MoEConfig(type="moe", n_experts=4, hidden_dim=16, dense_layers=1)
 mlp = axes.MLPConfig(type="mlp", hidden_dim=20)
 layer = axes.LayerNormConfig(type="layer")
 relative = axes.RelativeConfig(type="relative", n_buckets=8, max_distance=20)
+learned = axes.LearnedConfig(type="learned")
 mlm = axes.MLMHeadConfig(type="mlm")
 classes = axes.ClassHeadConfig(type="class", n_classes=5, pooling="first")
 patches = axes.PatchEmbeddingConfig(type="patch", image_size=12, patch_size=4)
@@ -80,13 +81,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "relative": {"position": relative, "ffn": mlp},
     "alibi": {"position": axes.AlibiConfig(type="alibi"), "norm_position": "inner"},
     "alibi and softcap": {"position": axes.AlibiConfig(type="alibi"), "attention": attention(softcap=4.0)},
-    "learned, mlp, post": {"position": axes.LearnedConfig(type="learned"), "ffn": mlp, "norm": layer, "norm_position": "post"},
+    "learned, mlp, post": {"position": learned, "ffn": mlp, "norm": layer, "norm_position": "post"},
     "padded tokens, scaled": {"embedding": tokens},
     "mla": {"attention": mla},
     "moe": {"ffn": moe},
     "moe with an auxiliary loss": {"ffn": dc.replace(moe, type="moe_softmax", gate="softmax", aux_weight=0.1, bias_update_rate=0.0, dense_layers=0)},
     "further tokens": {"mtp_depth": 2, "attention": mla, "ffn": moe},
-    "encoder": {"topology": "encoder", "head": mlm, "position": axes.LearnedConfig(type="learned"), "embedding": axes.TokenEmbeddingConfig(type="token", n_types=2)},
+    "encoder": {"topology": "encoder", "head": mlm, "position": learned, "embedding": axes.TokenEmbeddingConfig(type="token", n_types=2)},
     "two stacks": {"topology": "encoder_decoder", "position": relative, "pad_token_id": 0, "attention": attention(bias=True)},
     "two stacks, alibi": {"topology": "encoder_decoder", "position": axes.AlibiConfig(type="alibi"), "share_embeddings": False, "pad_token_id": 0},
     "an FFN of one's own": {"ffn": TABLE["ffn"]["tests_own_ffn"].config(type="tests_own_ffn")},
@@ -97,7 +98,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "topology": "encoder",
         "embedding": patches,
         "head": classes,
-        "position": axes.LearnedConfig(type="learned"),
+        "position": learned,
         "max_seq_len": 10,
         "vocab_size": 0,
         "tie_word_embeddings": False,
@@ -144,10 +145,14 @@ class Trained:
     def __init__(self, config: Train, parallel: OneProcess, length: int) -> None:
         self.losses: list[float] = []
         self.norms: list[float] = []
+        self.dropped: dict[str, torch.Tensor] = {}
         self._autocast = parallel.trainer_arguments()["precision"] == "bf16-mixed"
         module = LitModule(config, described(config), parallel)
         module.configure_model()
         self.model: Any = module.model
+        for name, part in self.model.named_modules():
+            if isinstance(part, nn.Dropout) and part.p:
+                part.register_forward_hook(lambda _, given, out, name=name: self.dropped.setdefault(name, (out == 0).flatten()[:200]))
         # Adam would move a parameter whose gradient is rounding alone (a key's bias) by the whole rate.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.5)
         for step in range(STEPS):
@@ -166,7 +171,7 @@ class Trained:
         for i, part in enumerate(parts, start=1):
             half = torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext()
             with parallel.micro_batch(module, last=i == len(parts)), half:
-                out = self.model(**part, num_items_in_batch=counts["n"], return_logits=False, **({"mtp_items_in_batch": [counts["n"]] * depth} if depth else {}))
+                out = self.model(**part, num_items_in_batch=counts["n"], mtp_items_in_batch=[counts["n"]] * depth, return_logits=False)
                 loss = out.loss + sum(out.mtp_losses or (), start=0.0)
                 loss.backward()
             shares.append({"loss": loss.detach()})
@@ -196,13 +201,20 @@ def copies(model: nn.Module, parallel: Any) -> float:
     return largest
 
 
+def misdropped(trained: Trained, parallel: Any) -> list[str]:
+    """Where processes drop alike what is different, or differently what is the same: within the blocks, and outside them."""
+    theirs: list[Any] = [None] * parallel.layout.tensor
+    dist.all_gather_object(theirs, trained.dropped, group=parallel.mesh["tensor"].get_group())
+    return [name for name, mine in theirs[0].items() for other in theirs[1:] if torch.equal(mine, other[name]) == name.startswith("blocks.")]
+
+
 def compared(case: Case, first: bool) -> dict[str, Any]:
     """Largest relative differences between one process and the processes that there are; known to the first."""
     config = config_of(case)
     parallel = make_parallel(config)
     with parallel.started():
         together = Trained(config, parallel, case.length)
-        equal = copies(together.model, parallel)
+        equal, dropped = copies(together.model, parallel), misdropped(together, parallel)
     if not first:
         return {}
     alone = Trained(dc.replace(config, strategy=compose([]).strategy), OneProcess(config), case.length)
@@ -210,7 +222,7 @@ def compared(case: Case, first: bool) -> dict[str, Any]:
     assert alone.parameters.keys() == together.parameters.keys()
     far = {n: float((a - together.parameters[n]).abs().max() / a.abs().max().clamp(min=1e-2)) for n, a in alone.parameters.items()}
     name = max(far, key=lambda n: far[n])
-    return {**found, "parameters": far[name], "copies": equal, "which": name}
+    return {**found, "parameters": far[name], "copies": equal, "misdropped": dropped, "which": name}
 
 
 def main() -> None:

@@ -17,9 +17,9 @@ from tests.training import TINY, rows, write_text
 from txtrain.errors import ConfigError
 
 ALLOWED = 1e-5  # relative, float32: the order of summation
-ROUNDED = 2e-2  # bfloat16 has 8 bits
+ROUNDED = 2e-2  # losses and norms in bfloat16, which has 8 bits; single logits are no measure there (another expert may be chosen)
 TP, MIXED, LENGTH = "strategy=tp", "trainer.precision=bf16-mixed", 15  # positions that two processes cannot share evenly
-RANDOM = "dropout"  # what is dropped is no other process' business: only the copies are compared
+RANDOM = "dropout"  # cannot equal one process: what is dropped within a block is each process' own
 
 
 def together(arguments, n, folder, timeout=400):
@@ -54,9 +54,10 @@ def compare(cases, n, folder):
     wrong = []
     for name, case in cases.items():
         allowed = ROUNDED if MIXED in case.overrides else ALLOWED
-        columns = [] if case.model == RANDOM else ["losses", "norms", "parameters"]
+        columns = [] if case.model == RANDOM else ["losses", "norms"] if MIXED in case.overrides else ["losses", "norms", "parameters"]
         wrong += [f"{name}: {c} {found[name][c]:.1e}, allowed {allowed:.0e} ({found[name]['which']})" for c in columns if not found[name][c] < allowed]
         wrong += [f"{name}: copies differ by {found[name]['copies']:.1e}"] if found[name]["copies"] else []
+        wrong += [f"{name}: {where} is dropped wrongly" for where in found[name]["misdropped"]]
     assert not wrong, "\n".join(wrong)
 
 

@@ -54,7 +54,7 @@ class Lanes:
         return _Leave.apply(x_BTD, self)  # type: ignore[no-any-return, no-untyped-call]
 
     def spread(self, x: Tensor) -> Tensor:
-        return _Spread.apply(x, self) if x.requires_grad else x  # type: ignore[no-any-return, no-untyped-call]
+        return _Spread.apply(x, self) if x.requires_grad else x  # type: ignore[no-untyped-call]
 
     def summed(self, x: Tensor) -> Tensor:
         return _Summed.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
@@ -80,16 +80,17 @@ class Lanes:
 
     def reduced(self, x_BTD: Tensor) -> Tensor:
         """[B, P, D]: this process' positions, summed over everyone's parts."""
-        parts_WBPD = self.padded(x_BTD, 1).unflatten(1, (self.size, -1)).movedim(1, 0).contiguous()
+        padded_BTD = self.padded(x_BTD, 1)
+        parts_WBPD = torch.stack(padded_BTD.chunk(self.size, dim=1))
         out = torch.empty_like(parts_WBPD[0])
         _reduce_scatter(out, parts_WBPD.flatten(0, 1), group=self.group)
         return out
 
     def stacked(self, x: Tensor) -> Tensor:
         """[W, ...] of everyone's x."""
-        out = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        _all_gather(out, x.contiguous(), group=self.group)
-        return out.unflatten(0, (self.size, -1))
+        out = x.new_empty(self.size, *x.shape)
+        _all_gather(out.flatten(0, 1), x.contiguous(), group=self.group)
+        return out
 
     def total(self, x: Tensor) -> Tensor:
         x = x.clone(memory_format=torch.contiguous_format)

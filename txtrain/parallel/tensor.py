@@ -209,14 +209,14 @@ class Cut:
             self._by_columns(ffn.down_proj)
             _wrap(ffn, "forward", self._entered)
         else:
-            assert ffn.down_proj.bias is None
+            assert ffn.down_proj._parameters["bias"] is None  # it would be added by each
             self._place(ffn.down_proj, weight=Shard(1))
 
     def mixture(self, mixture: MixtureOfExperts) -> None:
         """Every process routes all tokens alike, and computes a part of each expert. The auxiliary loss is everyone's: each counts a share."""
         self._place(mixture.experts, gate_proj=Shard(1), up_proj=Shard(1), down_proj=Shard(2))
         if mixture.shared is not None:
-            assert type(mixture.shared) is GatedFFN
+            assert isinstance(mixture.shared, GatedFFN)
             self.feed_forward(mixture.shared, leaves=False)
         mixture.aux_weight /= self.lanes.size
         _wrap(mixture, "forward", lambda forward, *args, **given: self.lanes.leave(self._entered(forward, *args, **given)))
@@ -242,23 +242,24 @@ class Cut:
         linear.__dict__[ROWS] = rows
 
     def _place(self, owner: nn.Module, **placements: Placement) -> None:
+        if not placements:
+            return
         for name, placement in placements.items():
             parameter = owner._parameters.get(name)
             if parameter is None:
                 continue
             placed = distribute_tensor(parameter.detach(), self.lanes.mesh, [placement], src_data_rank=None)
             owner._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
-        owner.__class__ = reading(type(owner), tuple(name for name, p in owner._parameters.items() if p is not None))
+        cls: Any = type(owner)
+        owner.__class__ = reading(cls, tuple(name for name, _ in _parameters(owner)))
 
     def rest(self) -> None:
         """What no rule has placed is whole; and of all that is whole, whose gradient is a part of a sum."""
         within = {id(p) for m in self.model.modules() if isinstance(m, Block) for p in m.modules()}
         for module in self.model.modules():
-            whole = {name: Replicate() for name, p in module._parameters.items() if p is not None and not isinstance(p, DTensor)}
-            if whole:
-                self._place(module, **whole)
-            for name, p in module._parameters.items():
-                if isinstance(p, DTensor) and p.placements[0].is_replicate():
+            self._place(module, **{name: Replicate() for name, p in _parameters(module) if not isinstance(p, DTensor)})
+            for name, p in _parameters(module):
+                if p.placements[0].is_replicate():
                     # Outside the blocks everyone has all of it: counting shares of it keeps the copies equal to the bit on any device.
                     self.replicated.append((module, name, 1.0 if id(module) in within else 1.0 / self.lanes.size))
 
@@ -345,6 +346,12 @@ def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:
 
 # ------------------------------------------------------------------------------------------------------------------- modules
 
+
+def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
+    """The module's own."""
+    return [(name, p) for name, p in module._parameters.items() if p is not None]
+
+
 ROWS = "_rows_read"  # which rows of its parameters a module reads, where not all
 
 
@@ -354,7 +361,7 @@ def reading(cls: type, names: tuple[str, ...]) -> type:
     return type(cls.__name__, (cls,), {name: property(partial(_read, name=name)) for name in names} | {"__module__": cls.__module__})
 
 
-def _read(module: nn.Module, name: str) -> Tensor | None:
+def _read(module: nn.Module, name: str) -> Any:
     parameter: Any = module._parameters[name]
     if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # the latter: FSDP has not gathered it, and asks for it
         return parameter
