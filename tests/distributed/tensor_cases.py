@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +153,7 @@ class Trained:
         self.model: Any = module.model
         for name, part in self.model.named_modules():
             if isinstance(part, nn.Dropout) and part.p:
-                part.register_forward_hook(lambda _, given, out, name=name: self.dropped.setdefault(name, (out == 0).flatten()[:200]))
+                part.register_forward_hook(partial(self._note, name))
         # Adam would move a parameter whose gradient is rounding alone (a key's bias) by the whole rate.
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.5)
         for step in range(STEPS):
@@ -162,6 +163,9 @@ class Trained:
         self.parameters = {name: whole(p.detach()).clone() for name, p in self.model.named_parameters()}
         logits = self._evaluated(batch_of(config.model, length, 99))
         self.parameters["logits"] = logits
+
+    def _note(self, name: str, part: nn.Module, given: Any, out: torch.Tensor) -> None:
+        self.dropped.setdefault(name, (out == 0).flatten()[:200])
 
     def _step(self, module: LitModule, parallel: OneProcess, batch: dict[str, torch.Tensor]) -> None:
         depth = module.config.model.mtp_depth

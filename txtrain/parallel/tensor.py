@@ -115,6 +115,7 @@ class Cut:
                     self._cut_sublayer(sublayer)
                 _wrap(block, "forward", self._through_block, chain[0] is block, chain[-1] is block)
 
+    @partial(torch.compiler.disable, recursive=False)  # what it calls is compiled: this changes the process' state
     def _through_block(self, first: bool, last: bool, forward: Forward, x: Tensor, context: Any) -> Tensor:
         """The first block of a stack takes all positions and the last one gives them back; between them each process has its own."""
         self._length = context.mask.declared.n_queries
