@@ -1,7 +1,7 @@
 """Checkpoints: `checkpoints/step_00000100/`, complete or absent.
 
-    shard-*.safetensors   model.<parameter> and optimizer.<parameter>.<state>, by canonical name: written and read by
-                          torch.distributed.checkpoint, so that any number of processes under any strategy can read it
+    shard-*.safetensors   model.<parameter>, optimizer.<parameter>.<state> and ema.<parameter>, by canonical name: written and read
+                          by torch.distributed.checkpoint, so that any number of processes under any strategy can read it
     state.json            the integers of the run, and what belongs to this step
     config.yaml tokenizer/
     complete              JSON, name -> size of every file; written last
@@ -26,6 +26,9 @@ from txtrain.errors import ConfigError
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
+
+    from txtrain.config import SaveConfig
+    from txtrain.optim.average import Average
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 _NAME = re.compile(r"step_(\d{8,})")
@@ -104,7 +107,7 @@ def verify(path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------------- tensors
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | None = None) -> dict[str, Tensor]:
     """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
     import torch
 
@@ -114,7 +117,7 @@ def training_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor
         for key, value in state.items():
             assert isinstance(value, torch.Tensor), f"{type(optimizer).__name__} keeps {key} of {names[parameter]} as {type(value).__name__}"
             tensors[f"optimizer.{names[parameter]}.{key}"] = value
-    return tensors
+    return tensors if average is None else tensors | average.tensors()
 
 
 def allocate(optimizer: Optimizer) -> None:
@@ -164,15 +167,36 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
         load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
-    """The model's weights from a checkpoint, in place."""
-    load_tensors(path, {f"model.{name}": tensor for name, tensor in model.state_dict().items()}, prefix="model.")
+def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
+    """The model's weights from a checkpoint, in place. weights: `ema` for the averaged ones; what is not averaged comes from the model.
+
+    Raises:
+        ConfigError: the checkpoint is of another model, or has no averaged weights.
+    """
+    state = model.state_dict()
+    load_tensors(path, {f"model.{name}": tensor for name, tensor in state.items()}, prefix="model.")
+    if weights == "ema":
+        averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
+        if not averaged:
+            raise ConfigError(f"`weights` must be model, but is ema instead: {path} has no averaged weights. A run with ema.decay=0.999 keeps them.")
+        load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, prefix="ema.")
 
 
-def load_training(path: Path, model: nn.Module, optimizer: Optimizer, group: Any = None) -> None:
-    """The model's weights and the optimizer's state from a checkpoint, in place."""
+def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None) -> None:
+    """The model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
+
+    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there. Whether a run may
+    begin or end one there is for its configuration to say.
+    """
     allocate(optimizer)
-    load_tensors(path, training_tensors(model, optimizer), group=group)
+    tensors = training_tensors(model, optimizer)
+    for prefix in ("model.", "optimizer."):
+        load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group)
+    if average is not None and average.values:
+        if any(name.startswith("ema.") for name in shapes(path)):
+            load_tensors(path, average.tensors(), prefix="ema.", group=group)
+        else:
+            average.restart()
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing
@@ -245,12 +269,13 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(rest)
 
 
-def rotate(run_dir: Path, keep_last: int, keep_best: int) -> None:
-    """Remove all but the newest `keep_last` and the `keep_best` with the lowest validation loss."""
+def rotate(run_dir: Path, keep: SaveConfig) -> None:
+    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps."""
     found = complete(run_dir)
     losses = {path: read_state(path)["metrics"].get("val_loss") for path in found}
     validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
-    kept = {*found[-keep_last:], *validated[:keep_best]}
+    every = keep.keep_every_n_steps
+    kept = {*found[-keep.keep_last :], *validated[: keep.keep_best], *(path for path in found if every and step_of(path) % every == 0)}
     for path in found:
         if path not in kept:
             gone = path.with_name(path.name + ".tmp")  # removed from sight at once, from the disk by and by

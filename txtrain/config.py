@@ -12,57 +12,11 @@ from txtrain import legality, peaks
 from txtrain.errors import divisors_near, hint
 from txtrain.model.config import ModelConfig
 from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
+from txtrain.optim.config import AdamConfig as AdamConfig  # (its module registers the optimizers and the schedulers)
+from txtrain.optim.config import EMAConfig
+from txtrain.optim.config import SchedulerConfig as SchedulerConfig
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import BASES, axis, register
-
-# -------------------------------------------------------------------------------------------------------- optimizer, scheduler
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    type: str
-    lr: float = 1e-3
-    weight_decay: float = 0.1
-    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # parameters whose dotted name has one of these as a pattern (re.search)
-
-    def check(self) -> Iterator[str]:
-        for name in ("lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                yield f"`optimizer.{name}` must be at least 0, but is {getattr(self, name)} instead."
-        for pattern in self.no_decay:
-            try:
-                re.compile(pattern)
-            except re.error as e:
-                yield f"`optimizer.no_decay` must be regular expressions, but {pattern!r} is not one: {e}."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class AdamConfig(OptimizerConfig):
-    """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
-
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-
-    def check(self) -> Iterator[str]:
-        yield from OptimizerConfig.check(self)
-        if not all(0 <= b < 1 for b in self.betas):
-            yield f"`optimizer.betas` must be two numbers at least 0 and below 1, but is {list(self.betas)} instead."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class SchedulerConfig:
-    """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio at the last step."""
-
-    type: str
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-
-    def check(self) -> Iterator[str]:
-        if self.warmup_steps < 0:
-            yield f"`scheduler.warmup_steps` must be at least 0, but is {self.warmup_steps} instead."
-        if not 0 <= self.min_lr_ratio <= 1:
-            yield f"`scheduler.min_lr_ratio` must be from 0 to 1, but is {self.min_lr_ratio} instead."
-
+from txtrain.registry import axis
 
 # ----------------------------------------------------------------------------------------------------------- trainer, save, ...
 
@@ -79,6 +33,7 @@ class TrainerConfig:
     limit_val_batches: int = 32  # of global_batch_size sequences each
     log_every_n_steps: int = 10
     gradient_clip_val: float | None = 1.0  # by the global norm; null: never
+    max_skipped_steps: int = 5  # in a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
@@ -100,7 +55,7 @@ class TrainerConfig:
             low = 0 if name == "limit_val_batches" else 1
             if isinstance(value, int) and value < low:
                 yield f"`trainer.{name}` must be at least {low}, but is {value} instead."
-        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val"):
+        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val", "max_skipped_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 yield f"`trainer.{name}` must be at least 0, but is {getattr(self, name)} instead."
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
@@ -114,11 +69,16 @@ class SaveConfig:
     every_n_steps: int = 200
     keep_last: int = 2  # the newest so many
     keep_best: int = 1  # and the best so many by validation loss
+    keep_every_n_steps: int | None = None  # and those of every so many steps, for good
+    async_: bool = False  # write while training goes on, from a copy in the processor's memory
 
     def check(self) -> Iterator[str]:
         for name, low in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
             if getattr(self, name) < low:
                 yield f"`save.{name}` must be at least {low}, but is {getattr(self, name)} instead."
+        every = self.keep_every_n_steps
+        if every is not None and (every < 1 or every % self.every_n_steps):
+            yield f"`save.keep_every_n_steps` must be a multiple of save.every_n_steps ({self.every_n_steps}) or null, but is {every} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -149,6 +109,7 @@ class Train:
     strategy: Any = axis("strategy")
     trainer: TrainerConfig
     save: SaveConfig
+    ema: EMAConfig = dc.field(default_factory=EMAConfig)
     sample: SampleConfig
     logger: dict[str, Any]  # Lightning loggers by _target_
     callbacks: dict[str, Any]  # Lightning callbacks by _target_
@@ -158,6 +119,8 @@ class Train:
     imports: tuple[str, ...] = ()
     init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
     resume: str = "auto"  # auto, never, or a run or checkpoint
+    resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
+    fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
 
     @property
     def seq_len(self) -> int:
@@ -200,6 +163,10 @@ class Train:
         elif (world := parallel.processes(self)) is not None:
             yield from parallel.problems(self, world)
         yield from self.objective.check_with(self)
+        if self.fork is not None and self.init_from is not None:
+            yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
+        if self.fork is not None and self.resume not in ("auto", "never"):
+            yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -235,6 +202,7 @@ class Plan(Train):
 @dc.dataclass(frozen=True, kw_only=True)
 class Generate:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     prompt: str | None = None  # `-`: standard input
     prompt_file: str | None = None  # one prompt a line
     max_new_tokens: int = 64
@@ -268,6 +236,7 @@ class Generate:
 class Export:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
     out: str | None = None  # a new folder
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     imports: tuple[str, ...] = ()
 
     def check(self) -> Iterator[str]:
@@ -279,10 +248,3 @@ class Export:
 
 ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan}
 
-register("optimizer", "adamw", "txtrain.optim:adamw", AdamConfig)
-register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)
-register("scheduler", "constant", "txtrain.optim:Constant", SchedulerConfig)
-register("scheduler", "linear", "txtrain.optim:Linear", SchedulerConfig)
-register("scheduler", "cosine", "txtrain.optim:Cosine", SchedulerConfig)
-
-BASES.update(optimizer=OptimizerConfig, scheduler=SchedulerConfig)

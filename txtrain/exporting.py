@@ -21,7 +21,7 @@ def run_export(config: Export) -> int:
     out = Path(config.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is {'not empty' if out.is_dir() else 'a file'}.")
-    loaded = load(config.checkpoint)
+    loaded = load(config.checkpoint, weights=config.weights)
     save_pretrained(loaded.model, out, loaded.tokenizer)
     n = sum(p.numel() for p in loaded.model.parameters())
     print(f"{loaded.path} -> {out}: {n:,} parameters, {'with its tokenizer' if loaded.tokenizer else 'no tokenizer'}")

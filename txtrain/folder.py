@@ -30,6 +30,7 @@ FREE = (
     "save",
     "sample",
     "resume",
+    "resume_allow",
     "run_dir",
     "imports",
     "data.micro_batch_size",
@@ -40,10 +41,12 @@ FREE = (
 
 @dc.dataclass
 class RunFolder:
-    """path: the folder. checkpoint: what the run continues from; None: it starts anew. exclusive: the folder must be a new one."""
+    """path: the folder. checkpoint: what the run continues from; None: it starts anew. parent: the checkpoint of another run that a new
+    one starts from, with that one's step as its first. exclusive: the folder must be a new one."""
 
     path: Path
     checkpoint: Path | None = None
+    parent: Path | None = None
     exclusive: bool = False
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
@@ -52,6 +55,16 @@ class RunFolder:
     def state(self) -> dict[str, Any]:
         """The counters at the checkpoint; empty for a new run."""
         return {} if self.checkpoint is None else checkpoint.read_state(self.checkpoint)
+
+    @property
+    def source(self) -> Path | None:
+        """Where weights and optimizer state come from."""
+        return self.checkpoint or self.parent
+
+    @property
+    def first_step(self) -> int:
+        """Updates that are done before this process begins."""
+        return 0 if self.source is None else int(checkpoint.read_state(self.source)["step"])
 
     def create(self, config: Train, facts: Mapping[str, Any]) -> None:
         """Make the folder and write config.yaml and run.json. Nothing is written before this."""
@@ -64,7 +77,8 @@ class RunFolder:
         self.write_config(config, self.path)
         before = self._read() if self.checkpoint is not None else {}
         now = {**facts, "status": "running", "started": before.get("started") or _now(), "ended": None}
-        now |= {key: before[key] for key in ("fallback", "grafts") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        now |= {"parent": None if self.parent is None else {"checkpoint": str(self.parent.resolve()), "step": self.first_step}}
+        now |= {key: before[key] for key in ("fallback", "grafts", "parent") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
 
     def _claim(self) -> None:
@@ -146,7 +160,7 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
     _refuse_file(path)
     found = checkpoint.complete(path)
     if not found:
-        return RunFolder(path, exclusive=exclusive)
+        return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
     if config.resume == "never":
         raise ConfigError(
             f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(found)}. "
@@ -178,26 +192,50 @@ def _named(config: Train, given: Sequence[str]) -> RunFolder:
 
 def _continue(config: Train, path: Path, newest: Path) -> RunFolder:
     checkpoint.verify(newest)
-    saved = yaml.safe_load((newest / "config.yaml").read_text())
-    different = differences(saved, plain(config))
-    if different:
-        listed = [f"`{key}` must be {old!r} to continue {path}, but is {new!r} instead." for key, old, new in different]
-        raise ConfigError(*listed, "Give these values, or train anew in another run_dir.")
+    different = differences(_saved(newest), plain(config))
+    _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
     return RunFolder(path, newest)
+
+
+def _parent(config: Train) -> Path:
+    """The checkpoint to fork from: of the same model and kind of optimizer; all else is the new run's own."""
+    assert config.fork is not None
+    found = checkpoint.locate(config.fork, key="fork")
+    checkpoint.verify(found)
+    different = [d for d in differences(_saved(found), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
+    _refuse(different, config.resume_allow, f"to fork {found}", "Give these values, or start from the weights alone with init_from")
+    return found
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text())
+    return saved
+
+
+def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], why: str, remedy: str) -> None:
+    """Keys whose values differ; those of `allowed`, and what lies below them, may."""
+    listed = [
+        f"`{key}` must be {old!r} {why}, but is {new!r} instead."
+        for key, old, new in different
+        if not any(key == may or key.startswith(may + ".") for may in allowed)
+    ]
+    if listed:
+        raise ConfigError(*listed, f"{remedy}, or allow them by name: resume_allow=[KEY, ...].")
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
-    old, new = _flat(saved), _flat(wanted)
+    old, new = flat(saved), flat(wanted)
     keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in FREE)]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
     for key, value in tree.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
 
 
 def _path(config: Train, name: str | None) -> tuple[Path, bool]:

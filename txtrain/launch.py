@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from txtrain.composition import Composed
     from txtrain.config import Train
 
-GRACE = 5.0  # seconds in which the others may end by themselves, once one has failed
+USER, PREEMPTED = 2, 75  # exit codes that all processes have agreed on
+AGREED, GRACE = 600.0, 5.0  # seconds in which the others may end by themselves, once one has ended so, or has failed
 _PR_SET_PDEATHSIG = 1
 
 
@@ -82,35 +83,35 @@ class Group:
             if child.poll() is None:
                 child.send_signal(number)
 
+    def end(self) -> None:
+        """At once."""
+        for child in self._children:
+            if child.poll() is None:
+                child.kill()
+
     def wait(self) -> int:
+        """The exit code of the process that failed first, 1 if it was killed, 0 if none failed."""
         try:
             return self._wait()
         finally:
+            self.end()
             for child in self._children:
-                if child.poll() is None:
-                    child.kill()
                 child.wait()
             for number, handler in self._before.items():
                 signal.signal(number, handler)
 
     def _wait(self) -> int:
         first, deadline = 0, float("inf")
-        while any(child.poll() is None for child in self._children):
-            failed = next((c for c in self._children if c.poll() not in (None, 0)), None)
+        while any(child.poll() is None for child in self._children) and time.monotonic() < deadline:
+            failed = next((i for i, child in enumerate(self._children) if child.poll() not in (None, 0)), None)
             if failed is not None and not first:
-                first, deadline = failed.returncode, time.monotonic() + GRACE
-            if time.monotonic() > deadline:
-                self._tell(first)
-                break
+                first = self._children[failed].returncode
+                deadline = time.monotonic() + (AGREED if first in (USER, PREEMPTED) else GRACE)
+                if first < 0:  # it had no word of its own
+                    print(f"txtrain: process {failed} was killed by {signal.Signals(-first).name}: the others are ended.", file=sys.stderr, flush=True)
             time.sleep(0.05)
-        codes = [child.poll() for child in self._children]
-        first = first or next((code for code in codes if code), 0)
+        first = first or next((child.returncode for child in self._children if child.returncode), 0)
         return 1 if first < 0 else first
-
-    def _tell(self, code: int) -> None:
-        rank = next(i for i, child in enumerate(self._children) if child.poll() == code)
-        what = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"has ended with exit code {code}"
-        print(f"txtrain: process {rank} {what}: the others are ended.", file=sys.stderr)
 
 
 def _die_with_parent() -> None:

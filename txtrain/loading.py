@@ -57,24 +57,28 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     return Described(path, _saved_config(path, key), tokenizer_folder(path / "tokenizer"), False)
 
 
-def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint") -> Loaded:
+def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
     """The model, on the device, in evaluation mode, and its tokenizer.
 
+    Args:
+        weights: model, or ema for the averaged ones.
+
     Raises:
-        ConfigError: as `describe`, or the weights are not the model's.
+        ConfigError: as `describe`, or the weights are not the model's, or there are no averaged ones.
     """
     from txtrain.data.tokenizer import Tokenizer
 
     found = describe(where, key)
     tokenizer = None if found.tokenizer is None else Tokenizer.load(found.tokenizer)
-    return Loaded(found.path, _model(found, device, tokenizer), tokenizer)
+    return Loaded(found.path, _model(found, device, tokenizer, weights), tokenizer)
 
 
-def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Transformer:
+def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
     """The model of a Hugging Face folder, an export, a run (its newest checkpoint) or a checkpoint, on the default device, in eval mode.
 
     Args:
         dtype: of the parameters; None: torch's default.
+        weights: model, or ema for the averaged ones of a run with ema.decay.
 
     Raises:
         ConfigError: as `load`.
@@ -84,11 +88,17 @@ def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = N
     if (Path(where).expanduser() / "config.json").is_file() or not checkpoint.exists(Path(where)):
         from txtrain.hf.loading import load_pretrained as from_hf
 
+        _refuse_average(where, weights)
         return from_hf(where, dtype)
-    return load(where, torch.get_default_device()).model.to(dtype or torch.get_default_dtype())
+    return load(where, torch.get_default_device(), weights=weights).model.to(dtype or torch.get_default_dtype())
 
 
-def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None) -> Transformer:
+def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
+    if weights != "model":
+        raise ConfigError(f"`weights` must be model for a Hugging Face folder, but is {weights} instead: {os.fspath(where)!r} has one set of weights.")
+
+
+def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str) -> Transformer:
     import torch
 
     from txtrain.model.build import build_model
@@ -96,13 +106,14 @@ def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | 
     if found.is_hf:
         from txtrain.hf.loading import load_pretrained as from_hf
 
+        _refuse_average(found.path, weights)
         with torch.device(device):
             return from_hf(found.path)
     checkpoint.verify(found.path)
     with torch.device("meta"):
         model = build_model(_with_ids(found.model, tokenizer))
     model.to_empty(device=device)
-    checkpoint.load_weights(found.path, model)
+    checkpoint.load_weights(found.path, model, weights)
     return model.eval()
 
 

@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from txtrain import files
 
-COLUMNS = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "tokens_per_second", "mfu", "seconds")
+COLUMNS = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "tokens_per_second", "mfu", "seconds")
 
 Row = Mapping[str, float | int | None]
 

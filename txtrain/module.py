@@ -20,7 +20,8 @@ from txtrain.errors import ConfigError
 from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
-from txtrain.optim import parameter_groups
+from txtrain.optim.average import Average
+from txtrain.optim.groups import check_patterns, parameter_groups, set_rates
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.build import make_parallel
 from txtrain.registry import make
@@ -46,7 +47,9 @@ class LitModule(pl.LightningModule):
         self.objective: Objective = build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
+        self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
         self._sums: dict[str, float] = {}
@@ -102,8 +105,9 @@ class LitModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         config = self.config.optimizer
-        groups = parameter_groups(self.model.named_parameters(), config.weight_decay, config.no_decay)
+        groups = parameter_groups(self.model.named_parameters(), config)
         optimizer: torch.optim.Optimizer = make("optimizer", config, params=groups)
+        self.average = Average(self.model, self.config.ema)
         return optimizer
 
     def on_fit_start(self) -> None:
@@ -116,7 +120,8 @@ class LitModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One update. Returns the terms of the global batch, what is reported of them as `loss`, and the gradient's norm before clipping.
 
-        Nothing here waits for the device.
+        A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state. It counts as a step, so that
+        the schedule and the order of the data go on.
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         counts = self.parallel.reduce(self.objective.denominators(batch))
@@ -129,22 +134,34 @@ class LitModule(pl.LightningModule):
                 terms = self.objective(model, micro_batch, denominators)
                 self.manual_backward(self.objective.total(terms) * self.parallel.gradient_factor)
             shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
+        terms = self.parallel.reduce(add(shares))
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
+        visits = self.parallel.reduce(model.counts)
+        # Loss and norm are the same in all processes: so is what follows.
+        if bool(torch.isfinite(norm + terms["loss"])):
+            self._update(visits)
+            self.skipped_in_a_row = 0
+        else:
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.optimizers().zero_grad(set_to_none=True)  # type: ignore[union-attr]
+        self.step += 1
+        return {**terms, "grad_norm": norm, **balance.measured(visits)}
+
+    def _update(self, visits: dict[str, Tensor]) -> None:
         optimizer = self.optimizers()
         assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
-        for group in optimizer.param_groups:
-            group["lr"] = self.config.optimizer.lr * self.schedule(self.step + 1)
+        set_rates(optimizer.optimizer, self.schedule(self.step + 1))
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        visits = self.parallel.reduce(model.counts)
         balance.update(self.model, visits)
-        self.step += 1
-        return {**self.parallel.reduce(add(shares)), "grad_norm": norm, **balance.measured(visits)}
+        self.average.update(self.step + 1)
 
     # --------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self._sums = {}
+        if self.config.ema.validate:
+            self.average.swap_in()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Every process makes the same number of forwards: one whose share is shorter repeats its first part, which counts for nothing."""
@@ -178,6 +195,9 @@ class LitModule(pl.LightningModule):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # one process' word: what follows from it must not differ
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def on_validation_end(self) -> None:
+        self.average.swap_out()
 
 
 def described(config: Train) -> nn.Module:

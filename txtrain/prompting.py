@@ -28,7 +28,7 @@ def run_generate(config: Generate) -> int:
     prompts = read_prompts(config)
     device = pick_device(config.accelerator)
     assert config.checkpoint is not None
-    loaded = load(config.checkpoint, device)
+    loaded = load(config.checkpoint, device, weights=config.weights)
     if loaded.tokenizer is None:
         raise ConfigError(f"`checkpoint` must have a tokenizer to continue text, but {str(loaded.path)!r} has none: it was not trained on text.")
     rows = [encode(loaded.tokenizer, prompt) for prompt in prompts]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -53,9 +54,10 @@ class Recorder(pl.Callback):
         module = _lit(pl_module)
         if self.folder is None:
             return
-        if self.folder.checkpoint is not None:
-            module.parallel.load(self.folder.checkpoint, module.model, trainer.optimizers[0])
-            module.step = self.state["step"]
+        if self.folder.source is not None:
+            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
+            module.step = self.folder.first_step
+            module.skipped, module.skipped_in_a_row = self.state.get("skipped", (0, 0))
             self.data.start_step = module.step
             _continue_counting(trainer, module.step)
         losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
@@ -65,7 +67,7 @@ class Recorder(pl.Callback):
         self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
-        kept = samples.read_bytes()[: self.state["samples_size"]] if module.step and samples.exists() else b""
+        kept = samples.read_bytes()[: self.state["samples_size"]] if self.state and samples.exists() else b""
         files.write(samples, kept.decode())
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -82,6 +84,8 @@ class Recorder(pl.Callback):
         module, trainer_config = _lit(pl_module), self.config.trainer
         self.meter.count(module.objective.positions(batch, self.config.seq_len) * module.parallel.size)
         self.display.step(module.step)
+        if module.skipped_in_a_row:
+            self._skipped(module, outputs)
         if self._reached(module):
             trainer.should_stop = True
         last = trainer.should_stop
@@ -95,6 +99,25 @@ class Recorder(pl.Callback):
             return
         self._close(trainer, module)
 
+    def _skipped(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Raises:
+        FloatingPointError: too many steps in a row; the batch that did it is named in the run's folder.
+        """
+        n, allowed = module.skipped_in_a_row, self.config.trainer.max_skipped_steps
+        what = f"loss {float(outputs['loss'])}, gradient norm {float(outputs['grad_norm'])}"
+        if n <= allowed:
+            self.display.line(f"step {module.step} is skipped: {what} ({n} in a row, {allowed} allowed)", style="bold")
+            return
+        where = ""
+        if self.folder is not None and module.parallel.is_first:
+            path = self.folder.path / "nonfinite.json"
+            files.write(path, json.dumps({"step": module.step, "sample_index": self.data.order.indices(module.step - 1).tolist(), **_floats(outputs)}))
+            where = f" The samples of this step: {path}."
+        raise FloatingPointError(
+            f"Step {module.step} is not finite: {what}" + (f", after {n - 1} others in a row" if n > 1 else "") + f".{where} "
+            "Try a lower optimizer.lr, more scheduler.warmup_steps, or trainer.precision=32-true."
+        )
+
     def _reached(self, module: LitModule) -> bool:
         """Whether the run is over, which clocks of several processes may see differently."""
         reached = self.limits.reached(module.step, self.meter.seconds)
@@ -107,8 +130,6 @@ class Recorder(pl.Callback):
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What is known of the step without a validation. Waits for the device."""
         loss = float(outputs["loss"])
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss} at step {module.step}. Try a lower optimizer.lr, more scheduler.warmup_steps, or 32-true.")
         rate = self.meter.rate()
         return {
             "step": module.step,
@@ -116,6 +137,7 @@ class Recorder(pl.Callback):
             "loss": loss,
             "lr": self.config.optimizer.lr * module.schedule(module.step),
             "grad_norm": float(outputs["grad_norm"]),
+            "skipped_steps": module.skipped,
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
             "tokens_per_second": rate,
             "mfu": rate * self.config.model.flops_per_token(*self.config.lengths) / (self.machine.peak.flops * module.parallel.world.size),
@@ -131,6 +153,7 @@ class Recorder(pl.Callback):
         module = _lit(pl_module)
         assert self.open is not None
         texts = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        module.average.swap_out()
         self.open |= module.val_metrics
         self._close(trainer, module, texts)
         self.meter.start()
@@ -160,6 +183,7 @@ class Recorder(pl.Callback):
 
     def _leave(self, module: LitModule) -> None:
         """Save and end the run where it is, this step's row open or closed."""
+        module.average.swap_out()
         saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
         if not module.parallel.first(lambda: self.open is None and saved):
             self._save(module, None)
@@ -203,12 +227,13 @@ class Recorder(pl.Callback):
             "samples_size": samples.stat().st_size if samples.exists() else 0,
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,
+            "skipped": (module.skipped, module.skipped_in_a_row),
         }
         parallel = module.parallel
-        tensors = parallel.training_tensors(module.model, module.trainer.optimizers[0])
+        tensors = parallel.training_tensors(module.model, module.trainer.optimizers[0], module.average)
         checkpoint.save(path, tensors, state, self._beside, parallel.checkpoint_group)
         if parallel.is_first:
-            checkpoint.rotate(folder.path, self.config.save.keep_last, self.config.save.keep_best)
+            checkpoint.rotate(folder.path, self.config.save)
             folder.update(data_order_hash=order, step=module.step)
 
     def _beside(self, path: Path) -> None:
@@ -223,6 +248,10 @@ class Recorder(pl.Callback):
         self.display.stop()
         if self._file is not None:
             self._file.close()
+
+
+def _floats(outputs: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: str(float(value)) for name, value in outputs.items()}  # JSON has no word for what is not finite
 
 
 def check_data(folder: RunFolder, data: Any) -> None:

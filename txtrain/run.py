@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import hashlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -80,6 +78,7 @@ def train(
     """
     origin, parallel = origin or Origin(), make_parallel(cfg)
     with quiet(), parallel.started():
+        parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(quiet=not parallel.is_first)
         display.lines(screen.opening(cfg, fallback))
@@ -88,11 +87,12 @@ def train(
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
         data = data or DataModule(cfg, fallback)
         parallel.in_turn(data.prepare)
-        parallel.agree(_common(cfg, data))
+        parallel.agree({"the fingerprint of the data": data.fingerprint})
         limits = Limits.of(cfg, data.n_train)
         module.plan(limits.steps)
         if place is not None and place.checkpoint is not None:
-            check_data(place, data)
+            if "data" not in cfg.resume_allow:
+                check_data(place, data)
             if _nothing_left(place, limits):
                 return _finished(place, display, parallel)
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
@@ -122,7 +122,7 @@ def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str],
 
 def initial_model(cfg: Train, place: RunFolder | None) -> nn.Module | None:
     """With init_from the model that the run starts from; a run that continues has its weights in its own checkpoint."""
-    if cfg.init_from is None or (place is not None and place.checkpoint is not None):
+    if cfg.init_from is None or (place is not None and place.source is not None):
         return None
     from txtrain.loading import load
     from txtrain.model.build import build_model
@@ -185,11 +185,10 @@ def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[s
     place.path = parallel.first(create)
 
 
-def _common(cfg: Train, data: DataModule) -> dict[str, str]:
-    """What the processes of one run must have alike."""
-    text = json.dumps(plain(cfg), sort_keys=True, default=str)
-    versions = {"the version of txtrain": txtrain.__version__, "the version of torch": torch.__version__}
-    return {"the configuration": hashlib.sha256(text.encode()).hexdigest()[:12], **versions, "data": data.fingerprint}
+def _common(cfg: Train) -> dict[str, str]:
+    """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named."""
+    versions = {"txtrain": txtrain.__version__, "torch": torch.__version__}
+    return {**{key: str(value) for key, value in folder.flat(plain(cfg)).items()}, **{f"the version of {k}": v for k, v in versions.items()}}
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:

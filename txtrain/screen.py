@@ -31,7 +31,7 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
     """The rest of the start screen. data: prepared."""
     trainer = config.trainer
     tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer}, {data.tokenizer.vocab_size:,} tokens"
-    done = 0 if place is None else place.state.get("step", 0)
+    done = 0 if place is None else place.first_step
     rows = [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),

@@ -41,7 +41,7 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
 def plain(obj: Any) -> Any:
     """Dicts, lists and values only; `build` reads them back, also after YAML or JSON."""
     if dc.is_dataclass(obj) and not isinstance(obj, type):
-        return {f.name: plain(getattr(obj, f.name)) for f in dc.fields(obj)}
+        return {key_of(f): plain(getattr(obj, f.name)) for f in dc.fields(obj)}
     if isinstance(obj, (list, tuple)):
         return [plain(v) for v in obj]
     if isinstance(obj, Mapping):
@@ -58,7 +58,7 @@ def key_paths(cls: type) -> dict[str, None]:
 def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, None]:  # n_options: components may be registered later
     paths: dict[str, None] = {}
     for f in dc.fields(cls):
-        path = _join(prefix, f.name)
+        path = _join(prefix, key_of(f))
         paths[path] = None
         for part in _parts(cls, f):
             paths |= _key_paths(part, path, n_options)
@@ -71,6 +71,11 @@ def _parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
         yield from dict.fromkeys(option.config for option in TABLE.get(f.metadata["axis"], {}).values())
     elif dc.is_dataclass(hint_of := hints(cls)[f.name]):
         yield typing.cast(type, hint_of)
+
+
+def key_of(field: dc.Field[Any]) -> str:
+    """The field's key on the command line: a word that Python keeps for itself has an underscore behind it here (`async_`)."""
+    return field.name.removesuffix("_")
 
 
 @cache
@@ -93,7 +98,7 @@ class _Reader:
         """`axis`: the axis that `cls` is an option of, if it is one."""
         if not isinstance(raw, Mapping):
             return self.problem(f"`{path}` must be a mapping, but is {raw!r} instead.")
-        fields = {f.name: f for f in dc.fields(cls) if f.init}
+        fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         known = key_paths(self.root)
         for key in raw:
             if key not in fields:
@@ -101,7 +106,7 @@ class _Reader:
         values = {}
         for name, f in fields.items():
             if name in raw:
-                values[name] = self.field(cls, f, raw[name], _join(path, name))
+                values[f.name] = self.field(cls, f, raw[name], _join(path, name))
             elif f.default is dc.MISSING and f.default_factory is dc.MISSING:
                 self.problem(f"`{_join(path, name)}` must be given.")
         return _BAD if self.problems else cls(**values)

@@ -63,8 +63,10 @@ Data
 
 Training: every interval counts steps, a step is one update
   objective=NAME                   {objective}
-  optimizer=NAME                   {optimizer}; optimizer.lr, weight_decay, betas, no_decay
+  optimizer=NAME                   {optimizer}; optimizer.lr, weight_decay, betas, no_decay,
+                                   groups=[{{pattern: embedding, lr_scale: 0.1, weight_decay: 0.0}}]: of several that match the last holds
   scheduler=NAME                   {scheduler}; scheduler.warmup_steps, min_lr_ratio
+  ema.decay                        null: no average of the weights; also every_n_steps, validate
   strategy=NAME                    {strategy}
   trainer.max_steps                or max_epochs, max_tokens, max_time=DD:HH:MM:SS: the first that is reached ends the run
   trainer.val_check_interval       steps between validations; limit_val_batches: of so many batches
@@ -88,6 +90,7 @@ EXPORT = """\
 txtrain export checkpoint=RUN out=DIR
 
   checkpoint=PATH                  a run's folder (its newest checkpoint), or one checkpoint
+  weights=model                    ema: the averaged weights of a run with ema.decay
   out=DIR                          a new folder: config.json, model.safetensors, tokenizer; the class is the one that equals the model
   imports=[mine.py]                the user's own parts that the run was made with
 
@@ -112,6 +115,7 @@ GENERATE = """\
 txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
 
   checkpoint=PATH                  a run's folder (its newest checkpoint), one checkpoint, or a Hugging Face folder
+  weights=model                    ema: the averaged weights of a run with ema.decay
   prompt=TEXT                      taken as typed; `-` reads standard input
   prompt_file=FILE                 one prompt a line
   max_new_tokens=64                tokens to add at most

@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 
 from txtrain import checkpoint
+from txtrain.config import SaveConfig
 from txtrain.errors import ConfigError
 
 
@@ -108,7 +109,7 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_pat
         save(run, 1, seed=0)
         killer.calls, killer.at = 0, at
         save(run, 1 if same_step else 2, seed=1)
-        checkpoint.rotate(run, keep_last=1, keep_best=0)
+        checkpoint.rotate(run, SaveConfig(keep_last=1, keep_best=0))
         killer.at = None
 
     attempt(tmp_path / "counted", None)
@@ -136,9 +137,9 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_pat
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
         save(tmp_path, step, seed=0, val_loss=loss)
-    checkpoint.rotate(tmp_path, keep_last=2, keep_best=1)
+    checkpoint.rotate(tmp_path, SaveConfig(keep_last=2, keep_best=1))
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [2, 4, 5]
-    checkpoint.rotate(tmp_path, keep_last=1, keep_best=0)
+    checkpoint.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [5]
 
 

@@ -381,9 +381,31 @@ def test_deterministic_is_switched_on_for_the_run_and_off_after_it(folder):
     assert (seen, torch.are_deterministic_algorithms_enabled()) == ([True], False)
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(folder):
-    with pytest.raises(FloatingPointError, match=r"nan at step 3"):
-        train(tiny(folder, f"run_dir={folder / 'nan'}", "trainer.max_steps=9", "trainer.gradient_clip_val=null"), callbacks=[Poison()])
+def test_losses_that_are_not_finite_end_the_run_and_name_the_batch(folder):
+    config = tiny(folder, f"run_dir={folder / 'nan'}", "trainer.max_steps=9", "trainer.gradient_clip_val=null", "trainer.max_skipped_steps=2")
+    with pytest.raises(FloatingPointError, match=r"Step 5 is not finite: loss nan, .* after 2 others in a row"):
+        train(config, callbacks=[Poison()])
+    assert json.loads((folder / "nan/run.json").read_text())["status"] == "failed"
+    assert json.loads((folder / "nan/nonfinite.json").read_text())["sample_index"] == [32, 33, 34, 35, 36, 37, 38, 39]
+
+
+def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(folder):
+    """Neither weights nor the optimizer's state; the steps after it are as if it had not been, but for their place in the order."""
+    seen = {}
+
+    class Once(pl.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            seen[module.step] = {name: p.detach().clone() for name, p in module.model.named_parameters()}
+            if module.step == 3:
+                self.hook = next(module.model.parameters()).register_hook(lambda grad: grad * float("inf"))
+            elif module.step == 4:
+                self.hook.remove()
+
+    result = train(tiny(folder, f"run_dir={folder / 'skipped'}", "trainer.max_steps=6"), callbacks=[Once()])
+    assert all(seen[3][name].equal(seen[4][name]) for name in seen[3])
+    assert not all(seen[4][name].equal(seen[5][name]) for name in seen[3])
+    assert result.metrics["skipped_steps"] == 1
+    assert result.metrics["loss"] < 5
 
 
 class Poison(pl.Callback):

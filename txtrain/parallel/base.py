@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.optim.average import Average
 from txtrain.parallel.world import World
 
 T = TypeVar("T")
@@ -134,17 +135,17 @@ class OneProcess:
         """The processes that write a checkpoint together, for torch.distributed.checkpoint; None: this one alone."""
         return None
 
-    def training_tensors(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
         """Everything that a checkpoint holds, by canonical name; reading into them in place restores the run."""
         from txtrain.checkpoint import training_tensors
 
-        return training_tensors(model, optimizer)
+        return training_tensors(model, optimizer, average)
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-        """Read a checkpoint's weights and optimizer state, in place."""
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+        """Read a checkpoint's weights, optimizer state and averaged weights, in place."""
         from txtrain.checkpoint import load_training
 
-        load_training(path, model, optimizer, self.checkpoint_group)
+        load_training(path, model, optimizer, average, self.checkpoint_group)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,0 +1,172 @@
+"""The exponential moving average of the weights."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from torch import nn
+
+import txtrain
+from tests.training import rows, tiny, weights
+from txtrain import checkpoint
+from txtrain.cli import main
+from txtrain.errors import ConfigError
+from txtrain.loading import load
+from txtrain.optim.average import Average
+from txtrain.optim.config import EMAConfig
+from txtrain.run import train
+
+
+def model_of(value, dtype=torch.float32):
+    model = nn.Linear(2, 1, dtype=dtype)
+    with torch.no_grad():
+        model.weight.fill_(value)
+        model.bias.fill_(-value)
+    return model
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_average_is_the_recurrence_and_begins_with_the_first_weights_it_sees(every):
+    model = model_of(9.0)
+    average = Average(model, EMAConfig(decay=0.75, every_n_steps=every))
+    want = None
+    for step in range(1, 13):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        average.update(step)
+        if step % every == 0:
+            want = step if want is None else 0.75 * want + 0.25 * step
+    torch.testing.assert_close(average.values["weight"], torch.full((1, 2), float(want)), rtol=1e-6, atol=0)
+
+
+def test_it_is_torchs():
+    from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+    model = model_of(0.0)
+    ours, theirs = Average(model, EMAConfig(decay=0.9)), AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    for step in range(1, 8):
+        with torch.no_grad():
+            model.weight.copy_(torch.randn(1, 2))
+        ours.update(step)
+        theirs.update_parameters(model)
+    torch.testing.assert_close(ours.values["weight"], theirs.module.weight, rtol=1e-6, atol=1e-7)
+
+
+def test_it_is_float32_where_the_weights_are_less_and_leaves_them_as_they_were():
+    model = model_of(1.0, torch.bfloat16)
+    average = Average(model, EMAConfig(decay=0.999))
+    average.update(1)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    average.update(2)
+    assert average.values["weight"].dtype == torch.float32
+    assert average.values["weight"][0, 0] == pytest.approx(1.001)
+    average.swap_in()
+    average.swap_in()
+    assert model.weight[0, 0] == 1.0
+    average.swap_out()
+    average.swap_out()
+    assert model.weight[0, 0] == 2.0
+    assert average.values["weight"][0, 0] == pytest.approx(1.001)
+
+
+def test_frozen_weights_are_not_averaged_and_without_a_decay_nothing_is():
+    model = model_of(1.0)
+    model.bias.requires_grad_(False)
+    assert Average(model, EMAConfig(decay=0.5)).tensors().keys() == {"ema.weight"}
+    off = Average(model, EMAConfig())
+    off.update(1)
+    off.swap_in()
+    assert off.tensors() == {}
+
+
+class Stop(pl.Callback):
+    """Asks the run to end as Ctrl-C does, at a hook of a step."""
+
+    def __init__(self, hook, step):
+        self.step = step
+        setattr(self, hook, self.fire)
+
+    def fire(self, trainer, module, *args, **kwargs):
+        if module.step == self.step:
+            next(c for c in trainer.callbacks if hasattr(c, "stop")).stop.requested = True
+
+
+EMA = ("ema.decay=0.8", "ema.every_n_steps=2", "model.dropout=0.1")
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_validation_batch_end"])
+@pytest.mark.parametrize("validate", ["true", "false"])
+def test_a_resumed_run_equals_the_uninterrupted_one_also_when_stopped_while_the_average_is_in_place(tmp_path, validate, hook):
+    more = (*EMA, f"ema.validate={validate}", "sample.n=1", "sample.max_new_tokens=4")
+    train(tiny(tmp_path, *more, f"run_dir={tmp_path / 'whole'}"))
+    config = tiny(tmp_path, *more, f"run_dir={tmp_path / 'parts'}")
+    assert train(config, callbacks=[Stop(hook, step=5)]).status == "preempted"
+    assert train(config).status == "complete"
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
+    assert (tmp_path / "parts/samples.txt").read_text() == (tmp_path / "whole/samples.txt").read_text()
+
+
+def test_validating_with_the_average_changes_the_validation_and_no_training(tmp_path):
+    for name, more in {"plain": (), "kept": EMA[:2], "used": (*EMA[:2], "ema.validate=true")}.items():
+        train(tiny(tmp_path, *more, f"run_dir={tmp_path / name}"))
+    plain, kept, used = (rows(tmp_path / name) for name in ("plain", "kept", "used"))
+    assert kept == plain
+    assert [row["loss"] for row in used] == [row["loss"] for row in plain]
+    assert [row["val_loss"] for row in used] != [row["val_loss"] for row in plain]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("averaged")
+    train(tiny(folder, *EMA, f"run_dir={folder / 'run'}"))
+    train(tiny(folder, f"run_dir={folder / 'without'}", "trainer.max_steps=1", "scheduler=constant"))
+    return folder / "run"
+
+
+def test_the_averaged_weights_are_found_by_their_canonical_names(run, capsys):
+    averaged, trained = load(run, weights="ema").model, load(run).model
+    path = checkpoint.locate(run)
+    saved = {f"ema.{name}": torch.empty_like(p) for name, p in trained.named_parameters()}
+    checkpoint.load_tensors(path, saved, prefix="ema.")
+    for name, p in averaged.named_parameters():
+        assert torch.equal(p, saved[f"ema.{name}"])
+        assert not torch.equal(p, trained.get_parameter(name)), name
+    python = txtrain.load_pretrained(run, weights="ema")
+    assert all(torch.equal(a, b) for a, b in zip(python.parameters(), averaged.parameters(), strict=True))
+    out = run.parent / "exported"
+    assert main(["export", f"checkpoint={run}", f"out={out}", "weights=ema"]) == 0
+    back = txtrain.load_pretrained(out)
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), averaged.parameters(), strict=True))
+    capsys.readouterr()
+    assert main(["generate", f"checkpoint={run}", "prompt=The ", "weights=ema", "temperature=0", "max_new_tokens=3"]) == 0
+    assert capsys.readouterr().out.startswith("The ")
+
+
+def test_a_checkpoint_without_an_average_says_so(run):
+    with pytest.raises(ConfigError, match=r"`weights` must be model, but is ema instead: .* has no averaged weights"):
+        load(run.parent / "without", weights="ema")
+    with pytest.raises(ConfigError, match=r"`weights` must be one of model, ema.*Did you mean ema"):
+        txtrain.compose(["checkpoint=x", "prompt=x", "weights=emma"], verb="generate")
+    with pytest.raises(ConfigError, match=r"`ema\.decay` must be 0\.8 to continue"):
+        train(tiny(run.parent, *EMA, "ema.decay=0.9", f"run_dir={run}", "trainer.max_steps=20"))
+
+
+def test_a_hugging_face_folder_has_one_set_of_weights(run):
+    out = run.parent / "folder"
+    txtrain.save_pretrained(load(run).model, out)
+    for use in (lambda: load(out, weights="ema"), lambda: txtrain.load_pretrained(out, weights="ema")):
+        with pytest.raises(ConfigError, match="`weights` must be model for a Hugging Face folder"):
+            use()
+
+
+def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(run):
+    from txtrain.module import LitModule
+
+    config = tiny(run.parent, *EMA)
+    module = LitModule(config)
+    module.configure_model()
+    optimizer = module.configure_optimizers()
+    path = checkpoint.locate(run.parent / "without")
+    checkpoint.load_training(path, module.model, optimizer, module.average)
+    assert all(torch.equal(value, module.model.get_parameter(name)) for name, value in module.average.values.items())

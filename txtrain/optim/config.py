@@ -1,0 +1,300 @@
+"""The groups `optimizer`, `scheduler` and `ema`: typed, without torch; and the bytes that an optimizer's state takes."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Literal
+
+from txtrain.registry import BASES, register
+
+Shape = tuple[int, ...]
+
+# ------------------------------------------------------------------------------------------------------------------ optimizer
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class GroupConfig:
+    """What holds for the parameters whose dotted name has the pattern (re.search) instead of the optimizer's own values."""
+
+    pattern: str
+    lr_scale: float | None = None  # the rate as a multiple of what it would be
+    weight_decay: float | None = None  # comes before no_decay
+
+    def matches(self, name: str) -> bool:
+        return re.search(self.pattern, name) is not None
+
+    def check(self, path: str) -> Iterator[str]:
+        yield from pattern_problems(f"{path}.pattern", (self.pattern,))
+        for name in ("lr_scale", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                yield f"`{path}.{name}` must be at least 0 or null, but is {value} instead."
+        if self.lr_scale is None and self.weight_decay is None:
+            yield f"`{path}` must give lr_scale, weight_decay or both, but gives {self.pattern!r} neither."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    type: str
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # parameters whose dotted name has one of these as a pattern (re.search)
+    groups: tuple[GroupConfig, ...] = ()  # of several that match, the last that gives a value holds
+
+    elementwise: ClassVar[bool] = False  # true: a value's update needs no other value, so that parameters may be flattened and cut anywhere
+
+    def check(self) -> Iterator[str]:
+        for name in ("lr", "weight_decay"):
+            if getattr(self, name) < 0:
+                yield f"`optimizer.{name}` must be at least 0, but is {getattr(self, name)} instead."
+        yield from pattern_problems("optimizer.no_decay", self.no_decay)
+        for i, group in enumerate(self.groups):
+            yield from group.check(f"optimizer.groups[{i}]")
+
+    def settings(self, name: str, shape: Shape) -> dict[str, Any]:
+        """What holds for a parameter, as the keys of its group in the optimizer. peak_lr: its rate where the schedule is 1."""
+        found: dict[str, Any] = {
+            "peak_lr": self.rate(name, shape),
+            "weight_decay": 0.0 if any(re.search(p, name) for p in self.no_decay) else self.weight_decay,
+        }
+        scale = 1.0
+        for group in self.groups:
+            if group.matches(name):
+                scale = scale if group.lr_scale is None else group.lr_scale
+                found["weight_decay"] = found["weight_decay"] if group.weight_decay is None else group.weight_decay
+        return found | {"peak_lr": scale * found["peak_lr"]}
+
+    def rate(self, name: str, shape: Shape) -> float:
+        """The rate of a parameter that no group scales."""
+        return self.lr
+
+    def state_values(self, name: str, shape: Shape) -> int | None:
+        """Values kept for a parameter beside it, a counter of the steps not among them; None: not known."""
+        return None
+
+    def state_bytes(self, shapes: Mapping[str, Shape], bytes_per_value: int = 4) -> int | None:
+        """Bytes of the whole state. None: an optimizer of the user's own, of which nothing is known.
+
+        Args:
+            shapes: of the parameters held here, by their canonical names.
+            bytes_per_value: of the parameters' own type, in which the state is kept.
+        """
+        values = [self.state_values(name, shape) for name, shape in shapes.items()]
+        known = [v for v in values if v is not None]
+        counters = sum(STEP_BYTES for name, shape in shapes.items() if self.counts_steps(name, shape))
+        return sum(known) * bytes_per_value + counters if len(known) == len(values) else None
+
+    def counts_steps(self, name: str, shape: Shape) -> bool:
+        """Whether a parameter has a counter of its own in the state."""
+        return False
+
+
+STEP_BYTES = 4  # a counter of the steps is one float32
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AdamConfig(OptimizerConfig):
+    """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+
+    elementwise: ClassVar[bool] = True
+
+    def check(self) -> Iterator[str]:
+        yield from OptimizerConfig.check(self)
+        yield from beta_problems("optimizer.betas", self.betas)
+
+    def state_values(self, name: str, shape: Shape) -> int:
+        return 2 * math.prod(shape)
+
+    def counts_steps(self, name: str, shape: Shape) -> bool:
+        return True
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LionConfig(OptimizerConfig):
+    """The sign of an interpolated momentum (2302.06675). The rate is some 3 to 10 times lower than AdamW's, the decay as much higher."""
+
+    lr: float = 1e-4
+    weight_decay: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.99)  # of the update, and of the momentum that is kept
+
+    elementwise: ClassVar[bool] = True
+
+    def check(self) -> Iterator[str]:
+        yield from OptimizerConfig.check(self)
+        yield from beta_problems("optimizer.betas", self.betas)
+
+    def state_values(self, name: str, shape: Shape) -> int:
+        return math.prod(shape)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AdafactorConfig(OptimizerConfig):
+    """Second moments of a matrix as its rows' and columns' (1804.04235). As T5 uses it, the rate comes from outside and is relative."""
+
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    beta1: float | None = None  # null: no momentum, and no memory for one
+    beta2_decay: float = 0.8  # beta2 at step t is 1 - t^-beta2_decay
+    clip_threshold: float = 1.0  # of the root mean square of a parameter's update, before its rate
+    eps: tuple[float, float] = (1e-30, 1e-3)  # added to squared gradients; least root mean square by which a rate is scaled
+    scale_parameter: bool = True  # the rate is a share of the parameter's root mean square
+    relative_step: bool = False  # the share is also at most 1/sqrt(step), as in the paper
+
+    def check(self) -> Iterator[str]:
+        yield from OptimizerConfig.check(self)
+        if self.beta1 is not None:
+            yield from beta_problems("optimizer.beta1", (self.beta1,))
+        if not 0 < self.beta2_decay <= 1:
+            yield f"`optimizer.beta2_decay` must be above 0 and at most 1, but is {self.beta2_decay} instead."
+        if self.clip_threshold <= 0:
+            yield f"`optimizer.clip_threshold` must be above 0, but is {self.clip_threshold} instead."
+        if min(self.eps) < 0:
+            yield f"`optimizer.eps` must be two numbers at least 0, but is {list(self.eps)} instead."
+
+    def state_values(self, name: str, shape: Shape) -> int:
+        moments = math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
+        return moments + (0 if self.beta1 is None else math.prod(shape))
+
+    def state_bytes(self, shapes: Mapping[str, Shape], bytes_per_value: int = 4) -> int | None:
+        return OptimizerConfig.state_bytes(self, shapes, 4)  # float32, whatever the parameters are
+
+    def counts_steps(self, name: str, shape: Shape) -> bool:
+        return True
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MuonConfig(OptimizerConfig):
+    """Matrices of the hidden layers by Muon (Jordan 2024; 2502.16982 for its scale beside AdamW), everything else by AdamW."""
+
+    momentum: float = 0.95
+    nesterov: bool = True
+    ns_steps: int = 5  # of the Newton-Schulz iteration
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # in which it is computed
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"  # torch's words; the former lets one lr serve both
+    adamw: tuple[str, ...] = ("embedding", r"^head\.")  # matrices that AdamW trains, as patterns of their dotted name (re.search)
+    adamw_lr: float | None = None  # null: lr
+    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    adamw_eps: float = 1e-8
+
+    def check(self) -> Iterator[str]:
+        yield from OptimizerConfig.check(self)
+        yield from pattern_problems("optimizer.adamw", self.adamw)
+        yield from beta_problems("optimizer.momentum", (self.momentum,))
+        yield from beta_problems("optimizer.adamw_betas", self.adamw_betas)
+        if not 1 <= self.ns_steps < 100:
+            yield f"`optimizer.ns_steps` must be from 1 to 99, but is {self.ns_steps} instead."
+        if self.adamw_lr is not None and self.adamw_lr < 0:
+            yield f"`optimizer.adamw_lr` must be at least 0 or null, but is {self.adamw_lr} instead."
+
+    def is_matrix(self, name: str, shape: Shape) -> bool:
+        """Whether Muon trains it: a matrix, or a stack of them (the weights of experts), that is no table and no head."""
+        return len(shape) in (2, 3) and not any(re.search(p, name) for p in self.adamw)
+
+    def rate(self, name: str, shape: Shape) -> float:
+        return self.lr if self.adamw_lr is None or self.is_matrix(name, shape) else self.adamw_lr
+
+    def settings(self, name: str, shape: Shape) -> dict[str, Any]:
+        return {**OptimizerConfig.settings(self, name, shape), "use_muon": self.is_matrix(name, shape)}
+
+    def state_values(self, name: str, shape: Shape) -> int:
+        return math.prod(shape) * (1 if self.is_matrix(name, shape) else 2)
+
+    def counts_steps(self, name: str, shape: Shape) -> bool:
+        return not self.is_matrix(name, shape)
+
+
+def pattern_problems(path: str, patterns: tuple[str, ...]) -> Iterator[str]:
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as e:
+            yield f"`{path}` must be regular expressions, but {pattern!r} is not one: {e}."
+
+
+def beta_problems(path: str, betas: tuple[float, ...]) -> Iterator[str]:
+    if not all(0 <= b < 1 for b in betas):
+        what, value = ("a number", betas[0]) if len(betas) == 1 else ("two numbers", list(betas))
+        yield f"`{path}` must be {what} at least 0 and below 1, but is {value} instead."
+
+
+# ------------------------------------------------------------------------------------------------------------------ scheduler
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SchedulerConfig:
+    """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio."""
+
+    type: str
+    warmup_steps: int = 0
+    min_lr_ratio: float = 0.0
+
+    def check(self) -> Iterator[str]:
+        if self.warmup_steps < 0:
+            yield f"`scheduler.warmup_steps` must be at least 0, but is {self.warmup_steps} instead."
+        if not 0 <= self.min_lr_ratio <= 1:
+            yield f"`scheduler.min_lr_ratio` must be from 0 to 1, but is {self.min_lr_ratio} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class InverseSqrtConfig(SchedulerConfig):
+    timescale: int | None = None  # the share is 1 up to this step, then sqrt(timescale / step); null: warmup_steps
+
+    def check(self) -> Iterator[str]:
+        yield from SchedulerConfig.check(self)
+        if self.timescale is not None and self.timescale < max(1, self.warmup_steps):
+            low = max(1, self.warmup_steps)
+            yield f"`scheduler.timescale` must be at least {low} with warmup_steps={self.warmup_steps}, but is {self.timescale} instead. Nearest: {low}."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class WSDConfig(SchedulerConfig):
+    decay_steps: int | None = None  # the last so many; null: decay_ratio of the run
+    decay_ratio: float = 0.1
+    decay_type: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
+
+    def check(self) -> Iterator[str]:
+        yield from SchedulerConfig.check(self)
+        if self.decay_steps is not None and self.decay_steps < 0:
+            yield f"`scheduler.decay_steps` must be at least 0 or null, but is {self.decay_steps} instead."
+        if not 0 <= self.decay_ratio <= 1:
+            yield f"`scheduler.decay_ratio` must be from 0 to 1, but is {self.decay_ratio} instead."
+
+
+# ------------------------------------------------------------------------------------------------------------------------ ema
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class EMAConfig:
+    """An exponential moving average of the weights, beside them."""
+
+    decay: float | None = None  # null: none is kept
+    every_n_steps: int = 1
+    validate: bool = False  # validate, sample and choose the best checkpoint with the averaged weights
+
+    def check(self) -> Iterator[str]:
+        if self.decay is not None and not 0 <= self.decay < 1:
+            yield f"`ema.decay` must be at least 0 and below 1, or null, but is {self.decay} instead."
+        if self.every_n_steps < 1:
+            yield f"`ema.every_n_steps` must be at least 1, but is {self.every_n_steps} instead."
+        if self.validate and self.decay is None:
+            yield "`ema.validate` must be false without an average, but is true instead. Add ema.decay=0.999."
+
+
+register("optimizer", "adamw", "txtrain.optim.adam:adamw", AdamConfig)
+register("optimizer", "adam", "txtrain.optim.adam:adam", AdamConfig)
+register("optimizer", "adafactor", "txtrain.optim.adafactor:Adafactor", AdafactorConfig)
+register("optimizer", "muon", "txtrain.optim.muon:Muon", MuonConfig)
+register("optimizer", "lion", "txtrain.optim.lion:Lion", LionConfig)
+register("scheduler", "constant", "txtrain.optim.schedules:Constant", SchedulerConfig)
+register("scheduler", "linear", "txtrain.optim.schedules:Linear", SchedulerConfig)
+register("scheduler", "cosine", "txtrain.optim.schedules:Cosine", SchedulerConfig)
+register("scheduler", "inverse_sqrt", "txtrain.optim.schedules:InverseSqrt", InverseSqrtConfig)
+register("scheduler", "wsd", "txtrain.optim.schedules:WSD", WSDConfig)
+
+BASES.update(optimizer=OptimizerConfig, scheduler=SchedulerConfig)
