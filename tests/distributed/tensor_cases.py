@@ -20,7 +20,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-import txtrain
 from tests.models import tiny
 from txtrain.composition import compose
 from txtrain.config import Train
@@ -233,16 +232,11 @@ def main() -> None:
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)
-    what, given = sys.argv[1], json.loads(Path(sys.argv[2]).read_text())
-    if what == "train":
-        for overrides in given:
-            txtrain.train(txtrain.compose(overrides))
-        return
     found: dict[str, Any] = {}
-    for name, case in given.items():
+    for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
         found[name] = compared(Case(case["model"], tuple(case["overrides"]), case["length"]), first=rank == 0)
         if rank == 0:
-            Path(sys.argv[3]).write_text(json.dumps(found, indent=1))
+            Path(sys.argv[2]).write_text(json.dumps(found, indent=1))
             print(f"{name}:", *(f"{k} {v:.1e}" if isinstance(v, float) else v for k, v in found[name].items()), flush=True)
 
 
