@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import pytest
+from torch import nn
 
 import txtrain
 from tests.distributed import tensor_cases
@@ -101,6 +102,17 @@ def test_a_checkpoint_goes_from_tp_to_any_strategy_and_back(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- what is refused
 
 
+@txtrain.component("ffn", "tests_auxiliary")
+class Auxiliary(nn.Module):
+    """With a loss that each process would add."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+
+    def forward(self, x_BTD, record=None, loss_scale=None):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("given", "said"),
     [
@@ -115,6 +127,7 @@ def test_a_checkpoint_goes_from_tp_to_any_strategy_and_back(tmp_path):
             ["strategy=tp", "trainer.devices=4", "model.n_heads=4", "model.vocab_size=5"],
             r"must leave each process a part of model.vocab_size \(5\), but is 4 instead. Nearest .*: 1, 2\.",
         ),
+        (["strategy=tp", "trainer.devices=2", "model/ffn=tests_auxiliary"], r"`strategy` must be without tensor parallelism with model/ffn=tests_auxiliary"),
         (["strategy=tp", "trainer.devices=2", "model/ffn=moe", "model.ffn.dense_layers=1", "model.ffn.dense_hidden_dim=9"], r"dense_hidden_dim \(9\)"),
     ],
 )

@@ -5,6 +5,6 @@ world       this process' place among the others, from the launcher's environmen
 base        what the training step asks of a strategy; one process answers trivially
 mesh        ddp, fsdp, hsdp, tp, fsdp_tp: FSDP2 and DTensor over a mesh of replicate x shard x tensor
 cuttable    what tensor parallelism must be able to divide; no torch
-tensor      each layer's matrices in parts, by component type; lanes: how activations pass between them
+tensor      each layer's matrices in parts, by component type; parts, lanes: what it reads and how activations pass
 sharding    `fully_shard` by block, and initial values that do not depend on it
 """

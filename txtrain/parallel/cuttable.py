@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from txtrain.registry import TABLE
+from txtrain.registry import TABLE, resolve
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -52,6 +53,12 @@ CUT: dict[str, Callable[[ModelConfig, Any], Iterator[Size]]] = {
 }
 
 
+_COUNTED = (
+    "`strategy` must be without tensor parallelism with {}, but has it: no rule cuts it, and its auxiliary loss would count in every process. "
+    "Nearest: strategy=fsdp."
+)
+
+
 def _rule(axis: str, component: Any) -> Callable[[ModelConfig, Any], Iterator[Size]] | None:
     target = TABLE[axis][component.type].target
     return CUT.get(target) if isinstance(target, str) else None
@@ -77,6 +84,8 @@ def problems(model: ModelConfig, key: str, size: int, world: int) -> Iterator[st
         if not s.fits(size):
             how = "divide, or be a multiple of," if s.shared else "divide"
             yield f"`{key}` must {how} {s.key} ({s.value}), but is {size} instead. {near}"
+    if _rule("ffn", model.ffn) is None and "loss_scale" in inspect.signature(resolve("ffn", model.ffn.type).forward).parameters:
+        yield _COUNTED.format(f"model/ffn={model.ffn.type}")
     if not _leaves_rows(model, size):
         yield f"`{key}` must leave each process a part of model.vocab_size ({model.vocab_size}), but is {size} instead. {near}"
 

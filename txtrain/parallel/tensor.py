@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,18 +28,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 
-from txtrain.errors import ConfigError
 from txtrain.model.attention import MultiHeadAttention
 from txtrain.model.block import Block
 from txtrain.model.context import AnyContext, MemoryContext
 from txtrain.model.embedding import TokenEmbedding
 from txtrain.model.ffn import MLP, GatedFFN
-from txtrain.model.head import LMHead, Vocabulary
+from txtrain.model.head import LMHead
 from txtrain.model.mla import LatentAttention
 from txtrain.model.moe import MixtureOfExperts
 from txtrain.model.position import Position, RelativeBias
 from txtrain.parallel.buckets import GradientBuckets, local
 from txtrain.parallel.lanes import Lanes
+from txtrain.parallel.parts import ROWS, VocabularyPart, own_parameters, reading, rows_here, wrap
 
 Forward = Callable[..., Any]
 
@@ -72,17 +71,17 @@ class Cut:
         for module in self.model.modules():
             if isinstance(module, TokenEmbedding):
                 self._place(module.token, weight=Shard(0))
-                _wrap(module.token, "forward", self._looked_up, module.token)
+                wrap(module.token, "forward", self._looked_up, module.token)
             elif isinstance(module, LMHead):
                 config: Any = self.model.config
                 self._place(module, weight=Shard(0), bias=Shard(0))
                 module.vocabulary = VocabularyPart(self.lanes, config.vocab_size)
-                _wrap(module, "entering", lambda entering, x: self.lanes.spread(entering(x)))
-                _wrap(module, "forward", lambda forward, *args, n=config.vocab_size: self.lanes.classes(forward(*args), n))
+                wrap(module, "entering", lambda entering, x: self.lanes.spread(entering(x)))
+                wrap(module, "forward", lambda forward, *args, n=config.vocab_size: self.lanes.classes(forward(*args), n))
 
     def _looked_up(self, token: nn.Embedding, forward: Forward, ids_BT: Tensor) -> Tensor:
         """Each process looks up the tokens that it has; the others' vectors are 0 there."""
-        rows_BT, is_here_BT = _rows_here(ids_BT, self.lanes, token.num_embeddings, len(token.weight))
+        rows_BT, is_here_BT = rows_here(ids_BT, self.lanes, token.num_embeddings, len(token.weight))
         padding = token.padding_idx
         if padding is not None:
             padding -= self.lanes.rank * -(-token.num_embeddings // self.lanes.size)
@@ -96,8 +95,8 @@ class Cut:
             if isinstance(module, RelativeBias) and self._heads_are_cut:
                 self._place(module.embedding, weight=Shard(1))
             elif isinstance(module, Position):
-                _wrap(module, "bias", self._spread)
-                _wrap(module, "rotation", self._spread)
+                wrap(module, "bias", self._spread)
+                wrap(module, "rotation", self._spread)
 
     def _spread(self, hook: Forward, *args: Any) -> Any:
         made = hook(*args)
@@ -113,7 +112,7 @@ class Cut:
             for block in chain:
                 for sublayer in sublayers(block):
                     self._cut_sublayer(sublayer)
-                _wrap(block, "forward", self._through_block, chain[0] is block, chain[-1] is block)
+                wrap(block, "forward", self._through_block, chain[0] is block, chain[-1] is block)
 
     @partial(torch.compiler.disable, recursive=False)  # what it calls is compiled: this changes the process' state
     def _through_block(self, first: bool, last: bool, forward: Forward, x: Tensor, context: Any) -> Tensor:
@@ -143,15 +142,10 @@ class Cut:
 
     def _cut_sublayer(self, sublayer: nn.Module) -> None:
         rule = RULES.get(type(sublayer))
-        if rule is not None:
-            rule(self, sublayer)
-        elif "loss_scale" in inspect.signature(sublayer.forward).parameters:
-            raise ConfigError(
-                f"`strategy` must be without tensor parallelism for {type(sublayer).__name__}: no rule cuts it, and its auxiliary loss would count "
-                f"{self.lanes.size} times where every process computes it. Nearest: strategy=fsdp."
-            )
+        if rule is None:
+            wrap(sublayer, "forward", self._whole)
         else:
-            _wrap(sublayer, "forward", self._whole)
+            rule(self, sublayer)
 
     def _whole(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Tensor:
         """Every process computes all positions, and keeps its own."""
@@ -199,7 +193,7 @@ class Cut:
 
     def _by_heads(self, attention: nn.Module, n_heads: int) -> None:
         self._heads_are_cut = True
-        _wrap(attention, "forward", self._entered_by_heads, n_heads)
+        wrap(attention, "forward", self._entered_by_heads, n_heads)
 
     def feed_forward(self, ffn: MLP | GatedFFN, leaves: bool = True) -> None:
         """leaves: whether it is a sublayer of its own; otherwise its output is a part of its owner's sum."""
@@ -208,7 +202,7 @@ class Cut:
             self._by_rows(ffn.gate_proj)
         if leaves:
             self._by_columns(ffn.down_proj)
-            _wrap(ffn, "forward", self._entered)
+            wrap(ffn, "forward", self._entered)
         else:
             assert ffn.down_proj._parameters["bias"] is None  # it would be added by each
             self._place(ffn.down_proj, weight=Shard(1))
@@ -220,7 +214,7 @@ class Cut:
             assert isinstance(mixture.shared, GatedFFN)
             self.feed_forward(mixture.shared, leaves=False)
         mixture.aux_weight /= self.lanes.size
-        _wrap(mixture, "forward", lambda forward, *args, **given: self.lanes.leave(self._entered(forward, *args, **given)))
+        wrap(mixture, "forward", lambda forward, *args, **given: self.lanes.leave(self._entered(forward, *args, **given)))
 
     # -------------------------------------------------------------------------------------------------------------- matrices
 
@@ -231,7 +225,7 @@ class Cut:
     def _by_columns(self, linear: nn.Linear) -> None:
         """Each process some inputs: a part of every output, summed before the bias is added."""
         self._place(linear, weight=Shard(1), bias=Replicate())
-        _wrap(linear, "forward", self._reduced, linear)
+        wrap(linear, "forward", self._reduced, linear)
 
     def _reduced(self, linear: nn.Linear, forward: Forward, x: Tensor) -> Tensor:
         y = self.lanes.leave(F.linear(x, linear.weight))
@@ -252,14 +246,14 @@ class Cut:
             placed = distribute_tensor(parameter.detach(), self.lanes.mesh, [placement], src_data_rank=None)
             owner._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
         cls: Any = type(owner)
-        owner.__class__ = reading(cls, tuple(name for name, _ in _parameters(owner)))
+        owner.__class__ = reading(cls, tuple(name for name, _ in own_parameters(owner)))
 
     def rest(self) -> None:
         """What no rule has placed is whole; and of all that is whole, whose gradient is a part of a sum."""
         within = {id(p) for m in self.model.modules() if isinstance(m, Block) for p in m.modules()}
         for module in self.model.modules():
-            self._place(module, **{name: Replicate() for name, p in _parameters(module) if not isinstance(p, DTensor)})
-            for name, p in _parameters(module):
+            self._place(module, **{name: Replicate() for name, p in own_parameters(module) if not isinstance(p, DTensor)})
+            for name, p in own_parameters(module):
                 if p.placements[0].is_replicate():
                     # Outside the blocks everyone has all of it: counting shares of it keeps the copies equal to the bit on any device.
                     self.replicated.append((module, name, 1.0 if id(module) in within else 1.0 / self.lanes.size))
@@ -309,31 +303,6 @@ def sublayers(block: nn.Module) -> Iterator[nn.Module]:
     return (child for name, child in block.named_children() if hasattr(block, f"{name}_residual"))
 
 
-class VocabularyPart(Vocabulary):
-    """Some rows here, the rest in the other processes; what each of them finds of a chunk is exchanged at once."""
-
-    def __init__(self, lanes: Lanes, vocab_size: int) -> None:
-        self.lanes, self.vocab_size = lanes, vocab_size
-
-    def rows_per_chunk(self, weight_VD: Tensor) -> int:
-        """As many in each process: they meet at every chunk."""
-        return super().rows_per_chunk(weight_VD.new_empty(-(-self.vocab_size // self.lanes.size), 0))
-
-    def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-        return _rows_here(targets_C, self.lanes, self.vocab_size, n_rows)
-
-    def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
-        log_z_WC, target_WC = self.lanes.stacked(torch.stack(super().log_z_and_target(logits_CV, rows_C, is_here_C))).unbind(1)
-        return log_z_WC.logsumexp(0), target_WC.sum(0)
-
-
-def _rows_here(ids: Tensor, lanes: Lanes, n: int, n_here: int) -> tuple[Tensor, Tensor]:
-    """The row of each id among this process' rows of n, and whether it is one of them (0 where not)."""
-    rows = ids - lanes.rank * -(-n // lanes.size)
-    is_here = (rows >= 0) & (rows < n_here)
-    return rows.masked_fill(~is_here, 0), is_here
-
-
 def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:
     """What is added to the scores, of this process' heads."""
     mine = n_heads // lanes.size
@@ -343,34 +312,3 @@ def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:
 
     mask = context.mask
     return dc.replace(context, mask=dc.replace(mask, bias=narrowed(mask.bias), additive=narrowed(mask.additive)))
-
-
-# ------------------------------------------------------------------------------------------------------------------- modules
-
-
-def _parameters(module: nn.Module) -> list[tuple[str, Any]]:
-    """The module's own."""
-    return [(name, p) for name, p in module._parameters.items() if p is not None]
-
-
-ROWS = "_rows_read"  # which rows of its parameters a module reads, where not all
-
-
-@lru_cache
-def reading(cls: type, names: tuple[str, ...]) -> type:
-    """The class, whose parameters of these names are read as this process' part of them. What is registered stays what it is."""
-    return type(cls.__name__, (cls,), {name: property(partial(_read, name=name)) for name in names} | {"__module__": cls.__module__})
-
-
-def _read(module: nn.Module, name: str) -> Any:
-    parameter: Any = module._parameters[name]
-    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # the latter: FSDP has not gathered it, and asks for it
-        return parameter
-    part = parameter.to_local(grad_placements=parameter.placements)  # a replicated gradient may be a part of a sum: `Cut.replicated`
-    rows = module.__dict__.get(ROWS)
-    return part if rows is None else part[rows]
-
-
-def _wrap(module: nn.Module, method: str, around: Callable[..., Any], *given: Any) -> None:
-    """Call `around(*given, method, ...)` in the method's place."""
-    setattr(module, method, partial(around, *given, getattr(module, method)))
