@@ -96,8 +96,8 @@ class LitModule(pl.LightningModule):
         if self._is_set_up:
             return
         self._is_set_up = True
-        wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         self.parallel.set_up(self.model, self.device)
+        wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
             self.parallel.materialise(self.model, self.device)

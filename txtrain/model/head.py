@@ -18,6 +18,22 @@ IGNORED = -100  # a label that is no target, as in torch and Hugging Face
 CHUNK_ELEMENTS = 1 << 22  # logits held at a time, where the caller does not want them
 
 
+class Vocabulary:
+    """Which rows of the output matrix are here: all of them, unless the matrix lies in parts somewhere else too."""
+
+    def rows_per_chunk(self, weight_VD: Tensor) -> int:
+        """Tokens whose logits are held at a time."""
+        return max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+
+    def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
+        """The row of each target here, and whether it is here."""
+        return targets_C.clamp(min=0), targets_C != IGNORED
+
+    def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm of the softmax' denominator, and the target's logit, both over the whole vocabulary: [C]."""
+        return logits_CV.logsumexp(-1), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
+
+
 class Head(nn.Module):
     """What the transformer asks of a head. `embedding_VD` is the embedding's weight, for heads that are tied to it."""
 
@@ -45,6 +61,8 @@ class LMHead(Head):
 
     shift: position t predicts label t + 1 (a causal model); otherwise label t. scale: what enters is multiplied by it (T5 v1.0).
     """
+
+    vocabulary = Vocabulary()
 
     def __init__(
         self, dim: int, vocab_size: int, tied: bool, softcap: float | None = None, bias: bool = False, scale: float | None = None, shift: bool = True
@@ -86,7 +104,7 @@ class LMHead(Head):
             x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
             bias_V = bias_V if bias_V is None else bias_V.to(dtype)
         with torch.autocast(x_ND.device.type, enabled=False):
-            return ChunkedCrossEntropy.apply(x_ND, weight_VD, bias_V, targets_N, denominator, self.softcap, torch.is_grad_enabled())
+            return ChunkedCrossEntropy.apply(x_ND, weight_VD, bias_V, targets_N, denominator, self.softcap, self.vocabulary, torch.is_grad_enabled())
 
 
 class MLMHead(LMHead):
@@ -174,7 +192,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, denominator: Tensor, softcap: float | None, with_grad: bool
+        ctx: Any,
+        x_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
+        targets_N: Tensor,
+        denominator: Tensor,
+        softcap: float | None,
+        vocabulary: Vocabulary,
+        with_grad: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         need_x, need_weight, need_bias = (with_grad and need for need in ctx.needs_input_grad[:3])
@@ -182,10 +208,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight_VD) if need_weight else None
         grad_bias = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if need_bias else None
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        size = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        size = vocabulary.rows_per_chunk(weight_VD)
         for start in range(0, x_ND.shape[0], size):
             rows = slice(start, start + size)
-            loss, grad_CV = _chunk(x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, need_x or need_weight or need_bias)
+            loss, grad_CV = _chunk(x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, need_x or need_weight or need_bias)
             total += loss
             if grad_CV is None:
                 continue
@@ -204,24 +230,24 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         scaled = (None if g is None or grad is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _chunk(
-    x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None, with_grad: bool
+    x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None, vocabulary: Vocabulary, with_grad: bool
 ) -> tuple[Tensor, Tensor | None]:
     """Summed loss of a chunk, and its gradient by the logits before the cap, both in float32."""
     logits_CV = F.linear(x_CD, weight_VD, bias_V).float()
     if softcap is not None:
         logits_CV = logits_CV.div_(softcap).tanh_().mul_(softcap)
     is_target_C = targets_C != IGNORED
-    index_C1 = targets_C.clamp(min=0)[:, None]
-    log_z_C = logits_CV.logsumexp(-1)
-    loss = ((log_z_C - logits_CV.gather(1, index_C1).squeeze(1)) * is_target_C).sum()
+    rows_C, is_here_C = vocabulary.find(targets_C, weight_VD.shape[0])
+    log_z_C, target_C = vocabulary.log_z_and_target(logits_CV, rows_C, is_here_C)
+    loss = ((log_z_C - target_C) * is_target_C).sum()
     if not with_grad:
         return loss, None
     slope_CV = None if softcap is None else 1 - (logits_CV / softcap).square()
     grad_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
-    grad_CV.scatter_add_(1, index_C1, torch.full_like(index_C1, -1, dtype=grad_CV.dtype))
+    grad_CV.scatter_add_(1, rows_C[:, None], -is_here_C[:, None].to(grad_CV.dtype))
     grad_CV.mul_(is_target_C[:, None])
     return loss, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)

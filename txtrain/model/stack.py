@@ -111,7 +111,7 @@ class Stack(nn.Module):
             if key not in masks:
                 masks[key] = self._prepared(declared, *key, x_BTD, given.distances_BS)
             statistics: dict[str, Tensor] = {}
-            across = None if memory is None else self._across(block, memory, cache.memories[i] if cache is not None else None, x_BTD, given, crossed)
+            across = None if memory is None else self._across(block, memory, cache.memories[i] if cache is not None else None, declared, x_BTD, given, crossed)
             loss_scale = None if record is None else record.scale_on(x_BTD.device)
             x_BTD = block(x_BTD, context=Context(masks[key], rotation, layer_cache, across, statistics, loss_scale))
             if record is not None:
@@ -127,12 +127,12 @@ class Stack(nn.Module):
         return _with_kernel(mask, bias, softcap, dropout, x_BTD)
 
     def _across(
-        self, block: nn.Module, memory: Memory, cache: Any, x_BTD: Tensor, given: Given, masks: dict[tuple[Any, ...], PreparedMask]
+        self, block: nn.Module, memory: Memory, cache: Any, declared: Mask, x_BTD: Tensor, given: Given, masks: dict[tuple[Any, ...], PreparedMask]
     ) -> MemoryContext:
         _, softcap, dropout = key = _needs(block.cross_attention)
         if key not in masks:
             queries = given.documents_BS
-            mask = Mask(x_BTD.shape[1], memory.length, False, None, memory.documents_BS, memory.valid_BS, query_documents_BT=queries)
+            mask = Mask(declared.n_queries, memory.length, False, None, memory.documents_BS, memory.valid_BS, query_documents_BT=queries)
             masks[key] = _with_kernel(mask, None, softcap, dropout, x_BTD)
         return MemoryContext(masks[key], memory.output_BSD, cache)
 

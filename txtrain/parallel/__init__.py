@@ -6,5 +6,7 @@ base        what the training step asks of a strategy; one process answers trivi
 mesh        ddp, fsdp, hsdp, tp, fsdp_tp: FSDP2 and DTensor over a mesh of replicate x shard x tensor
 deepspeed   deepspeed_stage_1, _2, _3: ZeRO over the same processes
 partitions  which elements of each parameter ZeRO keeps where, and how a checkpoint's tensors are made of them
+cuttable    what tensor parallelism must be able to divide; no torch
+tensor      each layer's matrices in parts, by component type; parts, lanes: what it reads and how activations pass
 sharding    `fully_shard` by block, and initial values that do not depend on it
 """

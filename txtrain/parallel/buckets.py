@@ -47,7 +47,7 @@ class GradientBuckets:
     def _send(self) -> None:
         """The next bucket: gradients end to end, and behind them which of them there are."""
         bucket = self._buckets[len(self._sent)]
-        parts = [_local(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
+        parts = [local(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
         there = parts[0].new_tensor([p.grad is not None for p in bucket])
         flat = torch.cat([*parts, there])
         self._sent.append((dist.all_reduce(flat, group=self._group, async_op=True), flat))
@@ -58,18 +58,18 @@ class GradientBuckets:
             self._send()
         for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
             work.wait()
-            sizes = [_local(p).numel() for p in bucket]
+            sizes = [local(p).numel() for p in bucket]
             *parts, there = torch.split(flat, [*sizes, len(bucket)])
             for i, (parameter, part) in enumerate(zip(bucket, parts, strict=True)):
                 if parameter.grad is not None:
-                    _local(parameter.grad).copy_(part.view_as(_local(parameter)))
+                    local(parameter.grad).copy_(part.view_as(local(parameter)))
                 elif there[i]:  # another process had one
                     parameter.grad = torch.zeros_like(parameter)
-                    _local(parameter.grad).copy_(part.view_as(_local(parameter)))
+                    local(parameter.grad).copy_(part.view_as(local(parameter)))
         self._waiting, self._sent, self.active = [], [], False
 
 
-def _local(tensor: Tensor) -> Tensor:
+def local(tensor: Tensor) -> Tensor:
     """This process' part of a tensor that lies over several."""
     part = getattr(tensor, "_local_tensor", None)
     return tensor.detach() if part is None else part
@@ -80,7 +80,7 @@ def _in_buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[
     buckets: list[list[nn.Parameter]] = []
     size, kind = 0, None
     for parameter in reversed(parameters):
-        held = _local(parameter)
+        held = local(parameter)
         if not buckets or size >= bucket_bytes or kind != (held.dtype, held.device):
             buckets.append([])
             size, kind = 0, (held.dtype, held.device)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from txtrain.errors import divisors_near
+from txtrain.parallel import cuttable
 from txtrain.registry import TABLE, register
 
 if TYPE_CHECKING:
@@ -163,7 +164,10 @@ def problems(config: Train, world: int) -> Iterator[str]:
     yield from found
     if found:
         return
-    size, data = config.data.global_batch_size, config.strategy.layout(world).data
+    layout = config.strategy.layout(world)
+    if layout.tensor > 1:
+        yield from cuttable.problems(config.model, "strategy.tp_size", layout.tensor, world)
+    size, data = config.data.global_batch_size, layout.data
     if size % data:
         low = size // data * data
         near = ", ".join(str(n) for n in (low, low + data) if n)
@@ -180,3 +184,5 @@ register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
 register("strategy", "deepspeed_stage_1", "txtrain.parallel.deepspeed:ZeRO", ZeRO1Config)
 register("strategy", "deepspeed_stage_2", "txtrain.parallel.deepspeed:ZeRO", ZeRO2Config)
 register("strategy", "deepspeed_stage_3", "txtrain.parallel.deepspeed:ZeRO", ZeRO3Config)
+register("strategy", "tp", "txtrain.parallel.mesh:Mesh", TensorConfig)
+register("strategy", "fsdp_tp", "txtrain.parallel.mesh:Mesh", ShardedTensorConfig)

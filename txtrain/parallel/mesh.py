@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,10 +18,14 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.buckets import GradientBuckets
 from txtrain.parallel.config import problems
 from txtrain.parallel.world import STORE, World
+
+if TYPE_CHECKING:
+    from txtrain.parallel.tensor import Cut
 
 T = TypeVar("T")
 
@@ -44,12 +48,14 @@ class Mesh(OneProcess):
         self.rank, self.size = self.world.rank // self.layout.tensor, self.layout.data
         self._buckets: GradientBuckets | None = None
         self._fsdp = False
+        self._cut: Cut | None = None
 
     @property
     def title(self) -> str:
         parts = {"copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor}
         laid = " x ".join(f"{n} {what}" for what, n in parts.items() if n > 1)
-        return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "")
+        whole = cuttable.whole(self.config.model) if self.layout.tensor > 1 else []
+        return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "") + "".join(f"; {w} is whole in each" for w in whole)
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
@@ -167,6 +173,10 @@ class Mesh(OneProcess):
     # ----------------------------------------------------------------------------------------------------------- the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
+        if self.layout.tensor > 1:
+            from txtrain.parallel.tensor import cut
+
+            self._cut = cut(model, self.mesh["tensor"])
         if self._shards:
             from txtrain.parallel.sharding import shard
 
@@ -207,6 +217,13 @@ class Mesh(OneProcess):
                 self._buckets.finish()
         else:
             yield
+        if last and self._cut is not None:
+            self._cut.sum_gradients()
+
+    def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
+        if self._cut is None:
+            return super().clip(parameters, max_norm)
+        return self._cut.clip(max_norm, self.mesh["shard"].get_group() if self.layout.shard > 1 else None)
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 
