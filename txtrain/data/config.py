@@ -41,10 +41,11 @@ class DataConfig:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TextConfig(DataConfig):
-    """`data=text`: .txt files."""
+    """`data=text`: files of text, or with texts in their rows."""
 
-    path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (all its .txt, recursively), or a list of them
+    path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them
     val_path: str | tuple[str, ...] | None = None
+    text_column: str = "text"  # of .jsonl and .parquet
 
 
 @dc.dataclass(frozen=True, kw_only=True)
