@@ -30,7 +30,7 @@ def opening(config: Train, fallback: str | None) -> list[str]:
 def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts) -> list[str]:
     """The rest of the start screen. data: prepared."""
     trainer = config.trainer
-    tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer}, {data.tokenizer.vocab_size:,} tokens"
+    tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
     done = 0 if place is None else place.state.get("step", 0)
     rows = [
         *axes(config.model).items(),

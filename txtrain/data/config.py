@@ -16,7 +16,7 @@ class DataConfig:
     """Keys that every source has. A user's own source derives from this, or gets these keys beside its constructor's."""
 
     type: str
-    tokenizer: Tokenizer = "train"
+    tokenizer: Tokenizer | None = "train"
     seq_len: int | None = None  # null: model.max_seq_len
     global_batch_size: int = 8  # sequences a step, over all processes
     micro_batch_size: int | None = None  # sequences a process at a time; null: its whole share
@@ -35,6 +35,8 @@ class DataConfig:
                 yield f"`data.{name}` must be at least {2 if name == 'seq_len' else 1}, but is {value} instead."
         if not 0 < self.val_fraction < 1:
             yield f"`data.val_fraction` must be above 0 and below 1, but is {self.val_fraction} instead."
+        if self.tokenizer is None and type(self).tokenizer is not None:
+            yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
         if self.num_workers < 0:
             yield f"`data.num_workers` must be at least 0, but is {self.num_workers} instead."
 
@@ -73,6 +75,16 @@ class WikiTextConfig(DataConfig):
 @dc.dataclass(frozen=True, kw_only=True)
 class PythonDocsConfig(DataConfig):
     """`data=python_docs`: the help texts and docstrings that every Python installation carries."""
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MemmapConfig(DataConfig):
+    """`data=memmap`: tokens that are there already."""
+
+    tokenizer: Tokenizer | None = None  # null: what a folder of `txtrain prepare` brings; of other tools' files nothing
+    path: str | tuple[str, ...] | None = None  # a folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list
+    val_path: str | tuple[str, ...] | None = None
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files that do not say
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -157,6 +169,7 @@ for name, target, config in (
     ("hf", "hf:HubDataset", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
+    ("memmap", "memmap:TokenFiles", MemmapConfig),
     ("translation", "translation:Translation", TranslationConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
     ("images", "image_files:ImageFiles", ImagesConfig),

@@ -144,8 +144,8 @@ class DataModule(L.LightningDataModule):
         self.prepare()
         if self.tokenizer is None or self._val_text is None:
             return []
-        documents = (self._val_text.document(i)[:64].tolist() for i in range(min(n, self._val_text.n_documents)))
-        return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids)))]
+        documents = self._val_text.beginnings(n, 64)
+        return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
 
 
 def _as_it_is(batch: Any) -> Any:

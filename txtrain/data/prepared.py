@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from txtrain.config import Train
-from txtrain.data.cache import TokenFile, build_folder, cache_root
+from txtrain.data.cache import SPLITS, TokenFile, build_folder, cache_root
 from txtrain.data.images import prepare_images
 from txtrain.data.order import Indices
 from txtrain.data.pairs import PairCorpus, PairSamples
@@ -19,6 +19,7 @@ from txtrain.data.sources import SampleSource, Source, TextSource, has_validatio
 from txtrain.data.split import Corpus, digest, held_out
 from txtrain.data.tokenise import tokenise
 from txtrain.data.tokenizer import Tokenizer, train_tokenizer
+from txtrain.data.tokens import Tokens
 from txtrain.errors import ConfigError
 from txtrain.objectives.base import Objective, TokenisedText
 
@@ -40,7 +41,7 @@ class Prepared:
     fingerprint: str
     tokenizer: Tokenizer | None = None
     lengths: Indices | None = None
-    text: TokenFile | None = None
+    text: Tokens | None = None
 
 
 def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
@@ -62,13 +63,36 @@ def _text(source: TextSource, config: Train, objective: Objective) -> Prepared:
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
     folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty))
-    texts = [TokenisedText(TokenFile(folder, split), tokenizer, config.seq_len, data.cross_document_attention) for split in ("train", "validation")]
-    train, validation = (objective.samples(text) for text in texts)
     remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
+    return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
+
+
+def _packed(splits: tuple[Tokens, Tokens], tokenizer: Tokenizer | None, key: str, config: Train, objective: Objective, remedy: str) -> Prepared:
+    """The objective's samples of both splits. key: of text and tokenizer."""
+    across = config.data.cross_document_attention
+    texts = [TokenisedText(tokens, tokenizer, config.seq_len, across) for tokens in splits]
+    train, validation = (objective.samples(text) for text in texts)
     _refuse_short(train, texts[0], "training", "more text")
     _refuse_short(validation, texts[1], "validation", remedy)
-    fingerprint = digest(key, config.seq_len, data.cross_document_attention)
-    return Prepared(train, validation, fingerprint, tokenizer, text=texts[1].tokens)
+    return Prepared(train, validation, digest(key, config.seq_len, across), tokenizer, text=splits[1])
+
+
+# -------------------------------------------------------------------------------------------------------------------- tokens
+
+
+def _tokens(source: Any, config: Train, objective: Objective) -> Prepared:
+    tokenizer: Tokenizer | None = source.tokenizer
+    below, eos_id = config.model.vocab_size, None
+    if tokenizer is not None:
+        tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
+        below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+    train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
+    for tokens in (train, validation):
+        tokens.probe()
+    return _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+
+
+# ----------------------------------------------------------------------------------------------------------------- tokenizer
 
 
 def make_tokenizer(corpus: Corpus | PairCorpus, config: Train, special_tokens: Sequence[str]) -> Tokenizer:
@@ -77,17 +101,20 @@ def make_tokenizer(corpus: Corpus | PairCorpus, config: Train, special_tokens: S
     Raises:
         ConfigError: it has more tokens than the model.
     """
-    name, vocab_size = config.data.tokenizer, config.model.vocab_size
+    name = config.data.tokenizer
     if name == "train":
-        tokenizer = _trained(corpus, vocab_size, special_tokens, config.data.cache_dir)
-    else:
-        loaded = Tokenizer.load(name)
-        tokenizer = loaded.with_specials(special_tokens)
-        if tokenizer is not loaded and name != "bytes":
-            log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, tokenizer.vocab_size - loaded.vocab_size)
-    if tokenizer.vocab_size > vocab_size:
+        return _fitted(_trained(corpus, config.model.vocab_size, special_tokens, config.data.cache_dir), name, config)
+    return _fitted(Tokenizer.load(name), name, config, special_tokens)
+
+
+def _fitted(tokenizer: Tokenizer, name: Any, config: Train, special_tokens: Sequence[str] = ()) -> Tokenizer:
+    """With the special tokens that are missing. name: what the user calls it."""
+    given, tokenizer = tokenizer.vocab_size, tokenizer.with_specials(special_tokens)
+    if tokenizer.vocab_size > given and name != "bytes":
+        log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, tokenizer.vocab_size - given)
+    if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, but is {vocab_size} instead. "
+            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, but is {config.model.vocab_size} instead. "
             f"Nearest: {tokenizer.vocab_size}."
         )
     return tokenizer
@@ -163,4 +190,4 @@ def _samples(source: SampleSource, config: Train, objective: Objective) -> Prepa
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
-_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples}
+_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens}

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from txtrain.data.packing import PackedSamples
+from txtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from txtrain.config import Train
-    from txtrain.data.cache import TokenFile
     from txtrain.data.module import DataModule
     from txtrain.data.samples import Rows
     from txtrain.data.tokenizer import Tokenizer
+    from txtrain.data.tokens import Tokens
 
 IGNORED = -100  # a label that is no target, as in Hugging Face
 
@@ -29,10 +30,21 @@ Counted = dict[str, tuple[Tensor, Tensor]]
 class TokenisedText:
     """One split of a text, of which an objective makes its samples."""
 
-    tokens: TokenFile
-    tokenizer: Tokenizer
+    tokens: Tokens
+    tokenizer: Tokenizer | None  # None: files of tokens of which nobody knows what they stand for
     seq_len: int
     cross_document_attention: bool = False
+
+    @property
+    def words(self) -> Tokenizer:
+        """The tokenizer, for an objective that cannot do without.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("`data.tokenizer` must be given with this objective, which needs tokens of its own, but is null instead.")
+        return self.tokenizer
 
 
 class Objective:

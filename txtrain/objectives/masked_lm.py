@@ -46,10 +46,10 @@ class MaskedLM(Objective):
     def samples(self, text: TokenisedText) -> Rows:
         rows: Rows
         if self.next_sentence:
-            rows = SentencePairs(text.tokens, text.tokenizer, text.seq_len)
+            rows = SentencePairs(text.tokens, text.words, text.seq_len)
         else:
             rows = PackedSamples(text.tokens, text.seq_len, text.cross_document_attention, overlap=0)
-        return Mapped(rows, self.masking(text.tokenizer))
+        return Mapped(rows, self.masking(text.words))
 
     def denominators(self, batch: Batch) -> Terms:
         counts = {self.term: n_targets(batch["labels"])}
