@@ -12,7 +12,7 @@ from txtrain.errors import ConfigError, hint
 if TYPE_CHECKING:
     from txtrain.composition import Composed, Loader
 
-VERBS = ("train", "generate", "export", "plan")
+VERBS = ("train", "generate", "export", "plan", "prepare")
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
 _SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
 _FILE_FLAGS = ("--config", "--config-name", "--config-path", "-cn", "-cp")
@@ -115,12 +115,16 @@ def _main(argv: list[str]) -> int:
 
 
 def run(composed: Composed) -> int:
-    from txtrain.config import Export, Generate, Plan
+    from txtrain.config import Export, Generate, Plan, Prepare
 
     if isinstance(composed.config, Plan):
         from txtrain.planning import run_plan
 
         return run_plan(composed.config)
+    if isinstance(composed.config, Prepare):
+        from txtrain.preparing import run_prepare
+
+        return run_prepare(composed.config)
     if isinstance(composed.config, Export):
         from txtrain.exporting import run_export
 

@@ -233,6 +233,30 @@ class Plan(Train):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How `prepare` writes."""
+
+    shard_tokens: int = 100_000_000  # a file ends with the document that fills it so far
+
+    def check(self) -> Iterator[str]:
+        if self.shard_tokens < 1:
+            yield f"`prepare.shard_tokens` must be at least 1, but is {self.shard_tokens} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Prepare(Train):
+    """What `train` would tokenise, and where to."""
+
+    out: str | None = None  # a folder that does not exist, or one that an earlier `prepare` of the same could not finish
+    prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
+
+    def check(self) -> Iterator[str]:
+        if self.out is None:
+            yield "`out` must be given: the folder to write."
+        yield from Train.check(self)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class Generate:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
     prompt: str | None = None  # `-`: standard input
@@ -277,7 +301,7 @@ class Export:
             yield "`out` must be given: the folder to write."
 
 
-ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan}
+ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare}
 
 register("optimizer", "adamw", "txtrain.optim:adamw", AdamConfig)
 register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)

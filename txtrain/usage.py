@@ -22,6 +22,7 @@ Verbs
   train      pretrain a model (the default); `txtrain` alone is model=gpt2 data=wikitext
   generate   continue prompts with a trained model
   plan       parameters, FLOPs, cache, steps and time of what train would run, without building it
+  prepare    tokenise ahead of time, for data=memmap
   export     a checkpoint as a folder of Hugging Face
 
 Examples
@@ -108,6 +109,18 @@ txtrain plan [KEY=VALUE ...]      what `txtrain train` with the same keys would 
 Flags
 {flags}"""
 
+PREPARE = """\
+txtrain prepare data=... out=DIR [KEY=VALUE ...]      what `txtrain train` with the same keys would tokenise, in files that
+                                 `txtrain data=memmap data.path=DIR` trains on: the same samples in the same order
+
+  out=DIR                          a new folder, or one of the same command that was stopped: it goes on where it stood
+  prepare.shard_tokens=100000000   a file ends with the document that fills it so far
+  data, data.tokenizer             what is read, and by which tokenizer; model.vocab_size and objective say what a trained one needs
+  Every key of train: txtrain train --help
+
+Flags
+{flags}"""
+
 GENERATE = """\
 txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
 
@@ -134,6 +147,8 @@ def usage(verb: str | None) -> str:
         return EXPORT.format(flags=FLAGS)
     if verb == "generate":
         return GENERATE.format(flags=FLAGS)
+    if verb == "prepare":
+        return PREPARE.format(flags=FLAGS)
     if verb == "plan":
         return PLAN.format(flags=FLAGS, devices=", ".join(PUBLISHED))
     groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}

@@ -17,6 +17,7 @@ FAMILIES = {"bert": "objective=masked_lm", "t5": "objective=span_corruption", "t
 NEEDED = {  # what the other files go with
     "conf/data/text": "data.path=x",
     "conf/data/hf": "data.path=x",
+    "conf/data/memmap": "data.path=x",
     "conf/data/digits": IMAGES,
     "conf/data/images": f"{IMAGES} data.path=x",
     "conf/data/reverse": PAIRS,
@@ -29,7 +30,14 @@ NEEDED = {  # what the other files go with
     "conf/model/head/class": IMAGES,
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
-ROOTS = {"base": "train", "train": "train", "generate": "generate checkpoint=x prompt=x", "export": "export checkpoint=x out=y", "plan": "plan"}
+ROOTS = {
+    "base": "train",
+    "train": "train",
+    "generate": "generate checkpoint=x prompt=x",
+    "export": "export checkpoint=x out=y",
+    "plan": "plan",
+    "prepare": "prepare out=x",
+}
 HEADER = re.compile(
     r"# @package _global_\n"  # Hydra reads it on the first lines only
     r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)\n"

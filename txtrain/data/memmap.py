@@ -82,8 +82,9 @@ class TokenFiles:
         if given is None:
             return Tokenizer.load(next(iter(told.values())) / "tokenizer") if told else None
         tokenizer = Tokenizer.load(given)
-        if told and tokenizer.fingerprint not in told:
-            (folder,) = told.values()
+        for known, folder in told.items():
+            if tokenizer.fingerprint in (known, Tokenizer.load(folder / "tokenizer").fingerprint):
+                continue
             raise ConfigError(f"`data.tokenizer` must be the one of {folder}, but is {given} instead. Leave it out: the folder brings it.")
         return tokenizer
 

@@ -17,13 +17,15 @@ from txtrain.data.pairs import PairCorpus, PairSamples
 from txtrain.data.samples import ListedSamples, Rows
 from txtrain.data.sources import SampleSource, Source, TextSource, has_validation
 from txtrain.data.split import Corpus, digest, held_out
-from txtrain.data.tokenise import tokenise
+from txtrain.data.tokenise import Limit, tokenise
 from txtrain.data.tokenizer import Tokenizer, train_tokenizer
 from txtrain.data.tokens import Tokens
 from txtrain.errors import ConfigError
 from txtrain.objectives.base import Objective, TokenisedText
 
 log = logging.getLogger(__name__)
+
+_LARGE = 1_000_000_000  # bytes of text that a run on several nodes still tokenises by itself
 
 
 @dc.dataclass(frozen=True)
@@ -62,9 +64,14 @@ def _text(source: TextSource, config: Train, objective: Objective) -> Prepared:
     corpus = Corpus(source, data.val_fraction)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty))
+    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
     remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
     return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
+
+
+def _limit(config: Train) -> Limit | None:
+    n_nodes = getattr(config.trainer, "num_nodes", 1)
+    return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
 
 
 def _packed(splits: tuple[Tokens, Tokens], tokenizer: Tokenizer | None, key: str, config: Train, objective: Objective, remedy: str) -> Prepared:
@@ -151,7 +158,7 @@ def _pairs(source: Any, config: Train, objective: Objective) -> Prepared:
     corpus = PairCorpus(source, data.val_fraction)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, with_bos=False))
+    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config)))
     train, validation = (PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation"))
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
