@@ -12,7 +12,7 @@ from txtrain.errors import ConfigError, hint
 if TYPE_CHECKING:
     from txtrain.composition import Composed, Loader
 
-VERBS = ("train", "generate", "export", "plan", "prepare")
+VERBS = ("train", "generate", "export", "plan", "prepare", "preview")
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
 _SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
 _FILE_FLAGS = ("--config", "--config-name", "--config-path", "-cn", "-cp")
@@ -115,7 +115,7 @@ def _main(argv: list[str]) -> int:
 
 
 def run(composed: Composed) -> int:
-    from txtrain.config import Export, Generate, Plan, Prepare
+    from txtrain.config import Export, Generate, Plan, Prepare, Preview
 
     if isinstance(composed.config, Plan):
         from txtrain.planning import run_plan
@@ -125,6 +125,10 @@ def run(composed: Composed) -> int:
         from txtrain.preparing import run_prepare
 
         return run_prepare(composed.config)
+    if isinstance(composed.config, Preview):
+        from txtrain.previewing import run_preview
+
+        return run_preview(composed.config)
     if isinstance(composed.config, Export):
         from txtrain.exporting import run_export
 

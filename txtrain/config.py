@@ -257,6 +257,25 @@ class Prepare(Train):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """What `preview` shows."""
+
+    n: int = 3  # samples, from the first step on
+    split: Literal["train", "validation"] = "train"
+
+    def check(self) -> Iterator[str]:
+        if self.n < 1:
+            yield f"`preview.n` must be at least 1, but is {self.n} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Preview(Train):
+    """What `train` would read, shown."""
+
+    preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class Generate:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
     prompt: str | None = None  # `-`: standard input
@@ -301,7 +320,7 @@ class Export:
             yield "`out` must be given: the folder to write."
 
 
-ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare}
+ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare, "preview": Preview}
 
 register("optimizer", "adamw", "txtrain.optim:adamw", AdamConfig)
 register("optimizer", "adam", "txtrain.optim:adam", AdamConfig)

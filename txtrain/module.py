@@ -45,7 +45,9 @@ class LitModule(pl.LightningModule):
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
+        self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
+        self._sums_of_sets: dict[int, dict[str, float]] = {}  # of named validation sets, by their number
 
     @property
     def tokens(self) -> int:
@@ -97,6 +99,7 @@ class LitModule(pl.LightningModule):
         table = getattr(self._data, "token_bytes", None)
         if table is not None:
             self._token_bytes = torch.as_tensor(table).to(self.device)
+        self._val_names = getattr(self._data, "val_names", ())
 
     # ----------------------------------------------------------------------------------------------------------- training
 
@@ -131,24 +134,28 @@ class LitModule(pl.LightningModule):
     # --------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = {}
+        self._sums, self._sums_of_sets = {}, {}
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        of_set = self._sums_of_sets.setdefault(dataloader_idx, {})
         for micro_batch in cut(batch, self.config.micro_batch_size):
             for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
-                self._add(name, value)
-                self._add(f"{name}/n", n)
+                for key, summand in ((name, float(value)), (f"{name}/n", float(n))):
+                    self._add(key, summand)
+                    of_set[key] = of_set.get(key, 0.0) + summand
             ids = self.objective.target_ids(micro_batch)
             if ids is not None and self._token_bytes is not None:
                 self._add("bytes", self._token_bytes[ids].sum())
 
-    def _add(self, name: str, value: Tensor) -> None:
+    def _add(self, name: str, value: Tensor | float) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + float(value)  # a Python float: double precision on every device
 
     def on_validation_epoch_end(self) -> None:
         """val_loss, weighted by targets and not by batches; what the objective tells; perplexity; bits per byte, which compares across tokenizers."""
-        means = {name: value / max(self._sums[f"{name}/n"], 1.0) for name, value in self._sums.items() if f"{name}/n" in self._sums}
+        means = _means(self._sums)
         self.val_metrics = {"val_loss": self.objective.reported(means)}
+        for number, name in enumerate(self._val_names):
+            self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
         self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
         self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
         if any(name not in means for name in self.objective.metrics):
@@ -158,6 +165,10 @@ class LitModule(pl.LightningModule):
         if self._sums.get("bytes"):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
 
 
 def described(config: Train) -> nn.Module:

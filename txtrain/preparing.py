@@ -62,6 +62,8 @@ def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
     source = build_source(settle(config)[0])
     if not hasattr(source, "documents"):
         raise ConfigError(f"`data` must be a source of text to be tokenised, but is {data.type} instead.")
+    if getattr(source, "named", None):
+        raise ConfigError("`data.val_path` must be one path, or null, to be prepared: give the named ones to the run.")
     corpus = Corpus(source, data.val_fraction)
     return corpus, make_tokenizer(corpus, config, build_objective(config).special_tokens)
 

@@ -44,7 +44,7 @@ class Recorder(pl.Callback):
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.best = math.inf
         self.ended = False
-        self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model)
+        self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model) + data.columns
         self._file: MetricsFile | None = None
 
     # ------------------------------------------------------------------------------------------------------------ the start
@@ -110,6 +110,7 @@ class Recorder(pl.Callback):
             "lr": self.config.optimizer.lr * module.schedule(module.step),
             "grad_norm": float(outputs["grad_norm"]),
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
+            **self.data.measures(module.step),
             "tokens_per_second": rate,
             "mfu": rate * self.config.model.flops_per_token(*self.config.lengths) / self.machine.peak.flops,
             "seconds": self.meter.seconds,

@@ -23,6 +23,7 @@ Verbs
   generate   continue prompts with a trained model
   plan       parameters, FLOPs, cache, steps and time of what train would run, without building it
   prepare    tokenise ahead of time, for data=memmap
+  preview    samples as the model will see them, trained tokens in colour
   export     a checkpoint as a folder of Hugging Face
 
 Examples
@@ -121,6 +122,16 @@ txtrain prepare data=... out=DIR [KEY=VALUE ...]      what `txtrain train` with 
 Flags
 {flags}"""
 
+PREVIEW = """\
+txtrain preview data=... [KEY=VALUE ...]      the first samples of `txtrain train` with the same keys, as the model will see them
+
+  preview.n=3                      so many
+  preview.split=train              train, validation
+  Every key of train: txtrain train --help. NO_COLOR=1: trained tokens stand between marks instead
+
+Flags
+{flags}"""
+
 GENERATE = """\
 txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
 
@@ -147,8 +158,8 @@ def usage(verb: str | None) -> str:
         return EXPORT.format(flags=FLAGS)
     if verb == "generate":
         return GENERATE.format(flags=FLAGS)
-    if verb == "prepare":
-        return PREPARE.format(flags=FLAGS)
+    if verb in ("prepare", "preview"):
+        return {"prepare": PREPARE, "preview": PREVIEW}[verb].format(flags=FLAGS)
     if verb == "plan":
         return PLAN.format(flags=FLAGS, devices=", ".join(PUBLISHED))
     groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}

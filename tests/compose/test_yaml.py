@@ -17,6 +17,7 @@ FAMILIES = {"bert": "objective=masked_lm", "t5": "objective=span_corruption", "t
 NEEDED = {  # what the other files go with
     "conf/data/text": "data.path=x",
     "conf/data/hf": "data.path=x",
+    "conf/data/mixture": "data.sources.a={type:text,path:x}",
     "conf/data/memmap": "data.path=x",
     "conf/data/digits": IMAGES,
     "conf/data/images": f"{IMAGES} data.path=x",
@@ -37,6 +38,7 @@ ROOTS = {
     "export": "export checkpoint=x out=y",
     "plan": "plan",
     "prepare": "prepare out=x",
+    "preview": "preview",
 }
 HEADER = re.compile(
     r"# @package _global_\n"  # Hydra reads it on the first lines only

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, axes, register
 
 Tokenizer = str  # folder, file or hub name; `bytes`; `train`
 
@@ -46,7 +47,7 @@ class TextConfig(DataConfig):
     """`data=text`: files of text, or with texts in their rows."""
 
     path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them
-    val_path: str | tuple[str, ...] | None = None
+    val_path: str | tuple[str, ...] | dict[str, str] | None = None  # or a name and a path for each of several validation sets
     text_column: str = "text"  # of .jsonl and .parquet
 
 
@@ -85,6 +86,48 @@ class MemmapConfig(DataConfig):
     path: str | tuple[str, ...] | None = None  # a folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list
     val_path: str | tuple[str, ...] | None = None
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files that do not say
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MixtureConfig(DataConfig):
+    """`data=mixture`: several sources of text, each with its share of the samples."""
+
+    sources: dict[str, Any] = axes("data")  # a name, and the keys of its source with its `type`
+    weights: dict[str, float] | None = None  # of each name; null: as many samples as each has
+
+    shared: ClassVar = ("tokenizer", "seq_len", "global_batch_size", "micro_batch_size", "cross_document_attention", "num_workers", "cache_dir")
+
+    def part(self, name: str) -> Any:
+        """The config of a source, with the keys that are the mixture's."""
+        return dc.replace(self.sources[name], **{key: getattr(self, key) for key in self.shared})
+
+    def check(self) -> Iterator[str]:
+        yield from DataConfig.check(self)
+        if not self.sources:
+            yield "`data.sources` must name at least one source: data.sources.NAME.type=text data.sources.NAME.path=..."
+        for name, source in self.sources.items():
+            key = f"data.sources.{name}"
+            if not re.fullmatch(r"\w[\w-]*", name):
+                yield f"`{key}`: a name must be of letters, digits, _ and -, but is {name!r} instead."
+            if source.type == "mixture" or source.kind != "text":
+                yield f"`{key}.type` must be a source of text, but is {source.type} instead."
+                continue
+            yield from (problem.replace("`data.", f"`{key}.", 1) for problem in self.part(name).check())
+            for shared in self.shared:
+                if getattr(source, shared) != getattr(type(source), shared):
+                    yield f"`{key}.{shared}` must not be given: it is one for all sources. Write data.{shared}={getattr(source, shared)}."
+        yield from self._check_weights()
+
+    def _check_weights(self) -> Iterator[str]:
+        if self.weights is None:
+            return
+        if self.weights.keys() != self.sources.keys():
+            yield f"`data.weights` must be of {', '.join(self.sources)}, but is of {', '.join(self.weights) or 'nothing'} instead."
+        for name, weight in self.weights.items():
+            if not weight > 0:
+                yield f"`data.weights.{name}` must be above 0, but is {weight} instead. To leave a source out: take it out of data.sources."
+        if self.weights and 0 < min(self.weights.values()) < 1e-6 * sum(self.weights.values()):
+            yield f"`data.weights` must not be below a millionth of their sum, but are {self.weights} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -170,6 +213,7 @@ for name, target, config in (
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
     ("memmap", "memmap:TokenFiles", MemmapConfig),
+    ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
     ("images", "image_files:ImageFiles", ImagesConfig),

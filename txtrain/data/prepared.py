@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import dataclasses as dc
 import logging
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from txtrain.config import Train
 from txtrain.data.cache import SPLITS, TokenFile, build_folder, cache_root
+from txtrain.data.config import MixtureConfig
 from txtrain.data.images import prepare_images
+from txtrain.data.mixture import MixedRows
 from txtrain.data.order import Indices
 from txtrain.data.pairs import PairCorpus, PairSamples
 from txtrain.data.samples import ListedSamples, Rows
-from txtrain.data.sources import SampleSource, Source, TextSource, has_validation
-from txtrain.data.split import Corpus, digest, held_out
+from txtrain.data.sources import SampleSource, Source, TextSource, build_source, has_validation, settle
+from txtrain.data.split import Corpora, Corpus, ValidationSet, digest, held_out
 from txtrain.data.tokenise import Limit, tokenise
 from txtrain.data.tokenizer import Tokenizer, train_tokenizer
 from txtrain.data.tokens import Tokens
@@ -36,6 +42,8 @@ class Prepared:
         fingerprint: of contents, tokenizer and packing.
         lengths: of the training rows, where batches are to hold samples of about one length.
         text: the validation documents, where there are documents.
+        named: validation sets with names; then `validation` is all of them.
+        shares: of the sources of a mixture, by name: the rows that each has, and its share of the samples.
     """
 
     train: Rows
@@ -44,6 +52,8 @@ class Prepared:
     tokenizer: Tokenizer | None = None
     lengths: Indices | None = None
     text: Tokens | None = None
+    named: Mapping[str, Rows] = dc.field(default_factory=dict)
+    shares: Mapping[str, tuple[int, Fraction]] = dc.field(default_factory=dict)
 
 
 def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
@@ -59,14 +69,73 @@ def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
 # ---------------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(source: TextSource, config: Train, objective: Objective) -> Prepared:
+def _text(source: TextSource, config: Train, objective: Objective, tokenizer: Tokenizer | None = None) -> Prepared:
+    """tokenizer: of a mixture."""
     data = config.data
     corpus = Corpus(source, data.val_fraction)
-    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
+    tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
+    key, folder = _tokenised(corpus, tokenizer, config)
+    sets = source.validation_sets() if hasattr(source, "validation_sets") else {}
+    if not sets:
+        remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
+        return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
+    made = []
+    for name, one in sets.items():
+        other, beside = _tokenised(ValidationSet(one), tokenizer, config)
+        splits = TokenFile(folder, "train"), TokenFile(beside, "validation")
+        made.append(_packed(splits, tokenizer, digest(key, other), config, objective, f"a longer data.val_path.{name}"))
+    named = {name: part.validation for name, part in zip(sets, made, strict=True)}
+    return dc.replace(made[0], validation=MixedRows([*named.values()]), named=named, fingerprint=digest(*(part.fingerprint for part in made)))
+
+
+def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: Train) -> tuple[str, Path]:
+    """The key of a text by a tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
-    remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
-    return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
+    return key, build_folder(cache_root(config.data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
+
+
+def _mixture(source: Any, config: Train, objective: Objective) -> Prepared:
+    """The samples of all sources, by one tokenizer, and one validation set of each."""
+    if config.data.tokenizer == "train" and any(type(one).tokenizer is None for one in source.parts().values()):
+        raise ConfigError("`data.tokenizer` must be given with a data=memmap among data.sources: a folder of txtrain prepare has one in FOLDER/tokenizer.")
+    configs = {name: dc.replace(config, data=_as_named(config.data.part(name))) for name in source.parts()}
+    sources = {name: _told(name, lambda one=one: build_source(settle(one)[0])) for name, one in configs.items()}  # type: ignore[misc]
+    corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in sources.items() if hasattr(s, "documents")]
+    tokenizer = make_tokenizer(Corpora(tuple(corpora)), config, objective.special_tokens)
+    made: dict[str, Prepared] = {}
+    for name, s in sources.items():
+        way = partial(_text, tokenizer=tokenizer) if hasattr(s, "documents") else _tokens
+        made[name] = _told(name, lambda way=way, s=s, name=name: way(s, configs[name], objective))  # type: ignore[misc]
+    shares = source.shares([len(part.train) for part in made.values()])
+    named = {(f"{name}.{one}" if part.named else name): rows for name, part in made.items() for one, rows in (part.named or {"": part.validation}).items()}
+    return Prepared(
+        train=MixedRows([part.train for part in made.values()]),
+        validation=MixedRows([*named.values()]),
+        fingerprint=digest("mixture", *((name, part.fingerprint, str(share)) for (name, part), share in zip(made.items(), shares, strict=True))),
+        tokenizer=tokenizer,
+        text=next(iter(made.values())).text,
+        named=named,
+        shares={name: (len(part.train), share) for (name, part), share in zip(made.items(), shares, strict=True)},
+    )
+
+
+def _as_named(data: Any) -> Any:
+    """Nothing stands in for a source of a mixture that cannot be had."""
+    return dc.replace(data, offline_fallback="never") if hasattr(data, "offline_fallback") else data
+
+
+def _told(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; its complaints about `data` are about this source."""
+    try:
+        return make()
+    except ConfigError as e:
+        raise ConfigError(*(_of_source(name, problem) for problem in e.problems)) from e
+
+
+def _of_source(name: str, problem: str) -> str:
+    if re.match(rf"`data\.({'|'.join(MixtureConfig.shared)})\b", problem):
+        return f"{problem} (data.sources.{name})"
+    return re.sub(r"`data\b", f"`data.sources.{name}", problem, count=1)
 
 
 def _limit(config: Train) -> Limit | None:
@@ -102,7 +171,7 @@ def _tokens(source: Any, config: Train, objective: Objective) -> Prepared:
 # ----------------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def make_tokenizer(corpus: Corpus | PairCorpus, config: Train, special_tokens: Sequence[str]) -> Tokenizer:
+def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: Train, special_tokens: Sequence[str]) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
     Raises:
@@ -127,7 +196,7 @@ def _fitted(tokenizer: Tokenizer, name: Any, config: Train, special_tokens: Sequ
     return tokenizer
 
 
-def _trained(corpus: Corpus | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None) -> Tokenizer:
+def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None) -> Tokenizer:
     key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
 
     def fill(empty: Any) -> None:
@@ -197,4 +266,4 @@ def _samples(source: SampleSource, config: Train, objective: Objective) -> Prepa
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
-_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens}
+_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture}

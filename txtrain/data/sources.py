@@ -50,7 +50,14 @@ class SampleSource(Protocol):
 
 
 Source = Any  # of text, pairs, images or samples: told apart by the method that it has
-METHODS = ("documents", "pairs", "images", "samples", "tokens")
+METHODS = (  # the first four are for everyone's own
+    "documents",
+    "pairs",
+    "images",
+    "samples",
+    "tokens",
+    "parts",
+)
 
 
 def build_source(config: Train) -> Source:
@@ -70,7 +77,7 @@ def build_source(config: Train) -> Source:
             raise ConfigError(f"`data={config.data.type}`: {cls.__name__}.__init__ must give its parameter {p.name!r} a default: no key has that name.")
     source = cls(**given)
     if not any(hasattr(source, method) for method in METHODS):
-        ways = ", ".join(f"{method}(split)" for method in METHODS)
+        ways = ", ".join(f"{method}(split)" for method in METHODS[:4])
         raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
     return source
 

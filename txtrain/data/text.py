@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from txtrain.data.documents import KINDS, documents_of, has_rows
@@ -18,21 +18,31 @@ class TextFiles:
         ConfigError: a path that does not exist, or a file in both path and val_path.
     """
 
-    def __init__(self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None = None, text_column: str = "text") -> None:
+    def __init__(
+        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | Mapping[str, str] | None = None, text_column: str = "text"
+    ) -> None:
         if not path:
             raise ConfigError("`data.path` must be given with data=text: a file, a glob, or a folder of .txt, .jsonl or .parquet files.")
         self.files: dict[Split, list[Path]] = {"train": find_files(path, "data.path", KINDS)}
-        if val_path:
+        self.named: dict[str, list[Path]] = {}  # validation sets that have names
+        if isinstance(val_path, Mapping):
+            self.named = {name: find_files(one, f"data.val_path.{name}", KINDS) for name, one in val_path.items()}
+        elif val_path:
             self.files["validation"] = find_files(val_path, "data.val_path", KINDS)
-            if both := set(self.files["train"]) & set(self.files["validation"]):
-                raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
+        held = {file for files in (self.files.get("validation", []), *self.named.values()) for file in files}
+        if both := set(self.files["train"]) & held:
+            raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
         self.path, self.text_column = path, text_column
         self.has_validation = bool(val_path)
 
     def documents(self, split: Split) -> Iterator[str]:
         key = "data.path" if split == "train" else "data.val_path"
-        for file in self.files[split]:
+        for file in self.files.get(split, ()):
             yield from documents_of(file, key, self.text_column)
+
+    def validation_sets(self) -> dict[str, TextFiles]:
+        """A source for each named set; its training documents are all."""
+        return {name: TextFiles(tuple(map(str, files)), None, self.text_column) for name, files in self.named.items()}
 
     def identity(self) -> str:
         column = f"{self.text_column} " if any(map(has_rows, self._all)) else ""
