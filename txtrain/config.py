@@ -197,6 +197,8 @@ class Train:
                 f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
                 f"but is {self.micro_batch_size} instead. Nearest: {near}."
             )
+        if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
+            yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
         yield from self.objective.check_with(self)
         if self.trainer.devices not in ("auto", 1):
             yield f"`trainer.devices` must be 1 with strategy={self.strategy.type}, but is {self.trainer.devices} instead."

@@ -12,6 +12,7 @@ import torch
 
 from txtrain import balance, checkpoint, files
 from txtrain.config import Train
+from txtrain.data.stream import Position
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
@@ -42,6 +43,7 @@ class Recorder(pl.Callback):
         self.meter = Meter(self.state.get("seconds", 0.0))
         self.open: dict[str, Any] | None = self.state.get("open_row")  # of a step that is not closed yet
         self.metrics: dict[str, float] = {}  # of each column, its latest value
+        self.position: Any = None  # of a stream, where the next step can be read from
         self.best = math.inf
         self.ended = False
         self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model) + data.columns
@@ -57,6 +59,9 @@ class Recorder(pl.Callback):
             checkpoint.load_training(self.folder.checkpoint, module.model, trainer.optimizers[0])
             module.step = self.state["step"]
             self.data.start_step = module.step
+            if self.state.get("stream_position"):
+                self.data.start_position = Position(*self.state["stream_position"])
+                self.position = self.data.start_position
             _continue_counting(trainer, module.step)
         losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
@@ -78,6 +83,8 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         module, trainer_config = _lit(pl_module), self.config.trainer
+        if "stream_position" in batch:
+            self.position = batch["stream_position"][-1]
         self.meter.count(module.objective.positions(batch, self.config.seq_len) * trainer.world_size)
         self.display.step(module.step)
         if self.limits.reached(module.step, self.meter.seconds):
@@ -190,6 +197,7 @@ class Recorder(pl.Callback):
             "seconds": self.meter.seconds,
             "data_order_hash": order,
             "data_fingerprint": self.data.fingerprint,
+            "stream_position": None if self.position is None else [int(n) for n in self.position],
             "samples_size": (folder.path / "samples.txt").stat().st_size,
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,

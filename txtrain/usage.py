@@ -58,8 +58,10 @@ Model: one option an axis; a swap keeps what is not part of the old mechanism an
 Data
   data=NAME                        {data}
   data.path, data.val_path         files, folders or globs; of data=hf what load_dataset takes, with data.name, split, text_column
+  data.sources, data.weights       of data=mixture: data.sources.NAME.type=text data.sources.NAME.path=... data.weights={{NAME:0.7,...}}
   data.tokenizer                   train (a BPE of model.vocab_size), bytes, or a folder, file or hub name
   data.seq_len                     tokens a sequence; null: model.max_seq_len
+  data.packing                     concat (documents are cut where a sequence ends), best_fit (whole documents, and padding)
   data.global_batch_size           sequences a step, over all processes
   data.micro_batch_size            sequences a process at a time; accumulation is derived
 

@@ -22,6 +22,7 @@ class DataConfig:
     global_batch_size: int = 8  # sequences a step, over all processes
     micro_batch_size: int | None = None  # sequences a process at a time; null: its whole share
     cross_document_attention: bool = False
+    packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
     val_fraction: float = 0.05  # of the text, where the source has no validation split of its own
     num_workers: int = 0
     cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
@@ -36,6 +37,8 @@ class DataConfig:
                 yield f"`data.{name}` must be at least {2 if name == 'seq_len' else 1}, but is {value} instead."
         if not 0 < self.val_fraction < 1:
             yield f"`data.val_fraction` must be above 0 and below 1, but is {self.val_fraction} instead."
+        if self.packing != "concat" and self.kind != "text":
+            yield f"`data.packing` must be concat with data={self.type}, which is no text, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
             yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
         if self.num_workers < 0:
@@ -61,6 +64,16 @@ class HFConfig(DataConfig):
     val_split: str | None = None  # null: `validation` where the set has it, else val_fraction of the training split
     val_path: str | None = None  # another path of load_dataset, its `val_split` or `split`
     text_column: str = "text"
+    streaming: bool = False  # read as it comes, in the order of the set; never as a whole
+
+    def check(self) -> Iterator[str]:
+        yield from DataConfig.check(self)
+        if self.streaming and self.packing != "concat":
+            yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
+        if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
+            yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, whose rows come one behind the other, but is {self.num_workers} instead."
+        if self.streaming and self.tokenizer == "train":
+            yield "`data.tokenizer` must be bytes, or a folder, file or hub name with data.streaming=true, but is train instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -95,7 +108,7 @@ class MixtureConfig(DataConfig):
     sources: dict[str, Any] = axes("data")  # a name, and the keys of its source with its `type`
     weights: dict[str, float] | None = None  # of each name; null: as many samples as each has
 
-    shared: ClassVar = ("tokenizer", "seq_len", "global_batch_size", "micro_batch_size", "cross_document_attention", "num_workers", "cache_dir")
+    shared: ClassVar = ("tokenizer", "seq_len", "global_batch_size", "micro_batch_size", "cross_document_attention", "packing", "num_workers", "cache_dir")
 
     def part(self, name: str) -> Any:
         """The config of a source, with the keys that are the mixture's."""
@@ -112,6 +125,8 @@ class MixtureConfig(DataConfig):
             if source.type == "mixture" or source.kind != "text":
                 yield f"`{key}.type` must be a source of text, but is {source.type} instead."
                 continue
+            if getattr(source, "streaming", False):
+                yield f"`{key}.streaming` must be false in a mixture, but is true instead."
             yield from (problem.replace("`data.", f"`{key}.", 1) for problem in self.part(name).check())
             for shared in self.shared:
                 if getattr(source, shared) != getattr(type(source), shared):
@@ -209,7 +224,7 @@ class DigitsConfig(PixelConfig):
 
 for name, target, config in (
     ("text", "text:TextFiles", TextConfig),
-    ("hf", "hf:HubDataset", HFConfig),
+    ("hf", "hf:hub_source", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
     ("memmap", "memmap:TokenFiles", MemmapConfig),

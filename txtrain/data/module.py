@@ -20,6 +20,7 @@ from txtrain.data.order import GlobalOrder, OrderHash, ShareSampler
 from txtrain.data.prepared import Prepared, prepare
 from txtrain.data.samples import OrderedSamples, Rows
 from txtrain.data.sources import Split, build_source, describe, settle
+from txtrain.data.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
 from txtrain.objectives.build import build_objective
@@ -50,6 +51,8 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.config, self.fallback = config, fallback
         self.start_step = 0
+        self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
+        self._stream: StreamTokens | None = None
         self._train: Rows | None = None
         self._mixed: tuple[str, ...] = ()  # names of a mixture's sources
 
@@ -78,7 +81,7 @@ class DataModule(L.LightningDataModule):
         self.token_bytes = None if made.tokenizer is None else made.tokenizer.token_bytes()
         self.n_train, self.n_val = len(made.train), len(made.validation)
         self.source = describe(source, config.data.type)
-        self.val_names = tuple(made.named)
+        self.val_names, self._stream = tuple(made.named), made.stream
         self.order = self._order(made)
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
         self._train, self._val, self._named = made.train, made.validation, made.named
@@ -90,6 +93,8 @@ class DataModule(L.LightningDataModule):
             sizes, shares = zip(*made.shares.values(), strict=True)
             self._mixed = tuple(made.shares)
             return MixtureOrder(*given, sizes=sizes, shares=shares)
+        if made.stream is not None:
+            return StreamOrder(*given)
         if made.lengths is None or len(made.lengths) < size:
             return GlobalOrder(*given)
         return LengthOrder(*given, lengths=made.lengths)
@@ -116,7 +121,10 @@ class DataModule(L.LightningDataModule):
         self.prepare()
         assert self._train is not None
         rank, world_size = self._rank()
-        return self._loader(OrderedSamples(self._train, self.config.seed, self.order), ShareSampler(self.order, rank, world_size, self.start_step))
+        if self._stream is not None:
+            self._stream.go_to(self.start_position)
+        samples = OrderedSamples(self._train, self.config.seed, self.order, self._stream)
+        return self._loader(samples, ShareSampler(self.order, rank, world_size, self.start_step))
 
     def val_dataloader(self) -> Any:
         """Global batches, the same at every call: rows spread evenly over the validation set where the limit leaves some out.

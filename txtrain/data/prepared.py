@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 
 from txtrain.config import Train
-from txtrain.data.cache import SPLITS, TokenFile, build_folder, cache_root
+from txtrain.data.best_fit import FORMAT as best_fit_format
+from txtrain.data.best_fit import write_plan
+from txtrain.data.cache import SPLITS, TokenFile, TokenWriter, build_folder, cache_root
 from txtrain.data.config import MixtureConfig
 from txtrain.data.images import prepare_images
 from txtrain.data.mixture import MixedRows
@@ -22,7 +24,8 @@ from txtrain.data.order import Indices
 from txtrain.data.pairs import PairCorpus, PairSamples
 from txtrain.data.samples import ListedSamples, Rows
 from txtrain.data.sources import SampleSource, Source, TextSource, build_source, has_validation, settle
-from txtrain.data.split import Corpora, Corpus, ValidationSet, digest, held_out
+from txtrain.data.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
+from txtrain.data.stream import StreamTokens
 from txtrain.data.tokenise import Limit, tokenise
 from txtrain.data.tokenizer import Tokenizer, train_tokenizer
 from txtrain.data.tokens import Tokens
@@ -43,6 +46,7 @@ class Prepared:
         lengths: of the training rows, where batches are to hold samples of about one length.
         text: the validation documents, where there are documents.
         named: validation sets with names; then `validation` is all of them.
+        stream: where the training tokens are read as they come.
         shares: of the sources of a mixture, by name: the rows that each has, and its share of the samples.
     """
 
@@ -54,6 +58,7 @@ class Prepared:
     text: Tokens | None = None
     named: Mapping[str, Rows] = dc.field(default_factory=dict)
     shares: Mapping[str, tuple[int, Fraction]] = dc.field(default_factory=dict)
+    stream: StreamTokens | None = None
 
 
 def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
@@ -143,14 +148,22 @@ def _limit(config: Train) -> Limit | None:
     return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
 
 
-def _packed(splits: tuple[Tokens, Tokens], tokenizer: Tokenizer | None, key: str, config: Train, objective: Objective, remedy: str) -> Prepared:
+def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: Train, objective: Objective, remedy: str) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer."""
     across = config.data.cross_document_attention
-    texts = [TokenisedText(tokens, tokenizer, config.seq_len, across) for tokens in splits]
+    best_fit = config.data.packing == "best_fit"
+    plans = [_plan(tokens, key, config) if best_fit else None for tokens in splits]
+    texts = [TokenisedText(tokens, tokenizer, config.seq_len, across, plan) for tokens, plan in zip(splits, plans, strict=True)]
     train, validation = (objective.samples(text) for text in texts)
     _refuse_short(train, texts[0], "training", "more text")
     _refuse_short(validation, texts[1], "validation", remedy)
-    return Prepared(train, validation, digest(key, config.seq_len, across), tokenizer, text=splits[1])
+    fingerprint = digest(key, config.seq_len, across, *([best_fit_format] if best_fit else []))
+    return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
+
+
+def _plan(tokens: Tokens, key: str, config: Train) -> Path:
+    folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
+    return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty))
 
 
 # -------------------------------------------------------------------------------------------------------------------- tokens
@@ -166,6 +179,31 @@ def _tokens(source: Any, config: Train, objective: Objective) -> Prepared:
     for tokens in (train, validation):
         tokens.probe()
     return _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+
+
+# -------------------------------------------------------------------------------------------------------------------- stream
+
+
+def _stream(source: Any, config: Train, objective: Objective) -> Prepared:
+    """Training tokens as they come, behind as much validation text as the run reads, which is kept in the cache."""
+    tokenizer = _fitted(Tokenizer.load(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
+    n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
+    key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
+
+    def fill(empty: Path) -> None:
+        writer = TokenWriter(empty, tokenizer.vocab_size)
+        with writer.open():
+            for text in source.validation():
+                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+                writer.append("validation", [*bos, *tokenizer.encode(text), tokenizer.eos_id], ends=True)
+                if writer.n_tokens >= n_tokens:
+                    break
+        writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
+
+    validation = TokenFile(build_folder(cache_root(config.data.cache_dir) / digest(key, n_tokens), fill), "validation")
+    stream = StreamTokens(source.stream, tokenizer)
+    made = _packed((stream, validation), tokenizer, key, config, objective, "a larger data.val_fraction, or another data.val_split")
+    return dc.replace(made, stream=stream)
 
 
 # ----------------------------------------------------------------------------------------------------------------- tokenizer
@@ -266,4 +304,4 @@ def _samples(source: SampleSource, config: Train, objective: Objective) -> Prepa
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
-_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture}
+_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture, "stream": _stream}

@@ -56,6 +56,7 @@ METHODS = (  # the first four are for everyone's own
     "images",
     "samples",
     "tokens",
+    "stream",
     "parts",
 )
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from txtrain.data.best_fit import BestFitSamples
 from txtrain.data.packing import PackedSamples
 from txtrain.errors import ConfigError
 
@@ -34,6 +36,15 @@ class TokenisedText:
     tokenizer: Tokenizer | None  # None: files of tokens of which nobody knows what they stand for
     seq_len: int
     cross_document_attention: bool = False
+    plan: Path | None = None  # a folder that says which documents each sequence holds (data.packing=best_fit)
+
+    def sequences(self, overlap: int = 1) -> Rows:
+        """Packed as the run says. overlap: of neighbours, where documents are cut: 1 where a sequence's first token is no target."""
+        if self.plan is None:
+            return PackedSamples(self.tokens, self.seq_len, self.cross_document_attention, overlap)
+        tokenizer = self.tokenizer
+        pad_id = 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, self.cross_document_attention)
 
     @property
     def words(self) -> Tokenizer:
@@ -68,7 +79,7 @@ class Objective:
 
     def samples(self, text: TokenisedText) -> Rows:
         """Samples of a text: by default sequences that a causal model predicts token by token."""
-        return PackedSamples(text.tokens, text.seq_len, text.cross_document_attention)
+        return text.sequences()
 
     # ----------------------------------------------------------------------------------------------------------- training
 

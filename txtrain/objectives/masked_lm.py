@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
 from txtrain.model.head import cross_entropy
 from txtrain.objectives.base import Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
@@ -48,7 +47,7 @@ class MaskedLM(Objective):
         if self.next_sentence:
             rows = SentencePairs(text.tokens, text.words, text.seq_len)
         else:
-            rows = PackedSamples(text.tokens, text.seq_len, text.cross_document_attention, overlap=0)
+            rows = text.sequences(overlap=0)
         return Mapped(rows, self.masking(text.words))
 
     def denominators(self, batch: Batch) -> Terms:
