@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from txtrain.composition import Composed, Loader
 
 Work = Callable[[], int]  # returns the exit code
-VERBS = ("train", "generate", "export", "plan")
+VERBS = ("train", "generate", "export", "plan", "prepare", "preview")
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
 _SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
 _FILE_FLAGS = ("--config", "--config-name", "--config-path", "-cn", "-cp")
@@ -130,12 +130,20 @@ def run(composed: Composed) -> int:
 
 
 def work_of(composed: Composed) -> Work:
-    from txtrain.config import Export, Generate, Plan
+    from txtrain.config import Export, Generate, Plan, Prepare, Preview
 
     if isinstance(composed.config, Plan):
         from txtrain.planning import run_plan
 
         return partial(run_plan, composed.config)
+    if isinstance(composed.config, Prepare):
+        from txtrain.preparing import run_prepare
+
+        return partial(run_prepare, composed.config)
+    if isinstance(composed.config, Preview):
+        from txtrain.previewing import run_preview
+
+        return partial(run_preview, composed.config)
     if isinstance(composed.config, Export):
         from txtrain.exporting import run_export
 

@@ -163,6 +163,8 @@ class Train:
             )
         elif (world := parallel.processes(self)) is not None:
             yield from parallel.problems(self, world)
+        if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
+            yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
         if self.fork is not None and self.init_from is not None:
@@ -199,6 +201,49 @@ class Plan(Train):
     """What `train` would run, and how to count it."""
 
     plan: PlanConfig = dc.field(default_factory=PlanConfig)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How `prepare` writes."""
+
+    shard_tokens: int = 100_000_000  # a file ends with the document that fills it so far
+
+    def check(self) -> Iterator[str]:
+        if self.shard_tokens < 1:
+            yield f"`prepare.shard_tokens` must be at least 1, but is {self.shard_tokens} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Prepare(Train):
+    """What `train` would tokenise, and where to."""
+
+    out: str | None = None  # a folder that does not exist, or one that an earlier `prepare` of the same could not finish
+    prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
+
+    def check(self) -> Iterator[str]:
+        if self.out is None:
+            yield "`out` must be given: the folder to write."
+        yield from Train.check(self)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """What `preview` shows."""
+
+    n: int = 3  # samples, from the first step on
+    split: Literal["train", "validation"] = "train"
+
+    def check(self) -> Iterator[str]:
+        if self.n < 1:
+            yield f"`preview.n` must be at least 1, but is {self.n} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Preview(Train):
+    """What `train` would read, shown."""
+
+    preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -248,5 +293,5 @@ class Export:
             yield "`out` must be given: the folder to write."
 
 
-ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan}
+ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare, "preview": Preview}
 

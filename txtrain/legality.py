@@ -82,6 +82,13 @@ RUN_RULES = (
 
 OBJECTIVE_RULES = (
     Rule({"objective": ("prefix_lm",)}, "model.mtp_depth", (0,), "causal_lm alone trains the modules for further tokens"),
+    Rule(
+        {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)},
+        "data.packing",
+        ("concat",),
+        "the sequence is cut anywhere, padding would be on both sides",
+    ),
+    Rule({"objective": ("span_corruption",)}, "data.packing", ("concat",), "padding would be corrupted, and be a target"),
 )
 
 DECLARED = {"topologies": "model.topology", "heads": "model/head", "reads": KIND}  # attributes of an objective's config, and what they restrict
@@ -148,6 +155,7 @@ class _Option:
 
     type: str
     kind: str | None = None
+    packing: str = "concat"
 
 
 # -------------------------------------------------------------------------------------------------------------------- values

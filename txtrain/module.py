@@ -52,8 +52,10 @@ class LitModule(pl.LightningModule):
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
+        self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
         self._is_set_up = False
+        self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
 
     @property
     def tokens(self) -> int:
@@ -115,6 +117,7 @@ class LitModule(pl.LightningModule):
         table = getattr(self._data, "token_bytes", None)
         if table is not None:
             self._token_bytes = torch.as_tensor(table).to(self.device)
+        self._val_names = getattr(self._data, "val_names", ())
 
     # ----------------------------------------------------------------------------------------------------------- training
 
@@ -161,32 +164,41 @@ class LitModule(pl.LightningModule):
     # --------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums = {}
+        self._sums_of_sets = {}
         if self.config.ema.validate:
             self.average.swap_in()
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Every process makes the same number of forwards: one whose share is shorter repeats its first part, which counts for nothing."""
+        sums = self._sums_of_sets.setdefault(dataloader_idx, {})
         parts = [] if is_filler(batch) else list(cut(batch, self.config.micro_batch_size))
         for i in range(self.parallel.most(len(parts))):
             counts = i < len(parts)
             micro_batch = parts[i] if counts else {name: value[:1] for name, value in batch.items()}
             for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
-                self._add(name, value, counts)
-                self._add(f"{name}/n", n, counts)
+                _add(sums, name, value, counts)
+                _add(sums, f"{name}/n", n, counts)
             ids = self.objective.target_ids(micro_batch)
             if ids is not None and self._token_bytes is not None:
-                self._add("bytes", self._token_bytes[ids].sum(), counts)
+                _add(sums, "bytes", self._token_bytes[ids].sum(), counts)
 
-    def _add(self, name: str, value: Tensor, counts: bool) -> None:
-        self._sums[name] = self._sums.get(name, 0.0) + float(value) * counts  # a Python float: double precision on every device
+    def _gather_sums(self) -> None:
+        """Of all processes, each set's own and of all sets together."""
+        here = {f"{number} {name}": value for number, sums in self._sums_of_sets.items() for name, value in sums.items()}
+        everywhere = self.parallel.reduce({key: torch.tensor(value, dtype=torch.float64, device=self.device) for key, value in here.items()})
+        self._sums = {}
+        for key, value in everywhere.items():
+            number, name = key.split(" ", 1)
+            self._sums_of_sets[int(number)][name] = float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def on_validation_epoch_end(self) -> None:
         """val_loss, weighted by targets and not by batches; what the objective tells; perplexity; bits per byte, which compares across tokenizers."""
-        sums = self.parallel.reduce({name: torch.tensor(value, dtype=torch.float64, device=self.device) for name, value in self._sums.items()})
-        self._sums = {name: float(value) for name, value in sums.items()}
-        means = {name: value / max(self._sums[f"{name}/n"], 1.0) for name, value in self._sums.items() if f"{name}/n" in self._sums}
+        self._gather_sums()
+        means = _means(self._sums)
         self.val_metrics = {"val_loss": self.objective.reported(means)}
+        for number, name in enumerate(self._val_names):
+            self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
         self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
         self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
         if any(name not in means for name in self.objective.metrics):
@@ -200,6 +212,14 @@ class LitModule(pl.LightningModule):
 
     def on_validation_end(self) -> None:
         self.average.swap_out()
+
+
+def _add(sums: dict[str, float], name: str, value: Tensor, counts: bool) -> None:
+    sums[name] = sums.get(name, 0.0) + float(value) * counts  # a Python float: double precision on every device
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
 
 
 def described(config: Train) -> nn.Module:

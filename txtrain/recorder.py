@@ -13,6 +13,7 @@ import torch
 
 from txtrain import balance, checkpoint, files
 from txtrain.config import Train
+from txtrain.data.stream import Position
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
@@ -44,9 +45,10 @@ class Recorder(pl.Callback):
         self.meter = Meter(self.state.get("seconds", 0.0))
         self.open: dict[str, Any] | None = self.state.get("open_row")  # of a step that is not closed yet
         self.metrics: dict[str, float] = {}  # of each column, its latest value
+        self.position: Any = None  # of a stream, where the next step can be read from
         self.best = math.inf
         self.ended = False
-        self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model)
+        self.columns = COLUMNS + build_objective(config).columns + balance.columns(config.model) + data.columns
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
 
@@ -62,6 +64,9 @@ class Recorder(pl.Callback):
             module.step = self.folder.first_step
             module.skipped, module.skipped_in_a_row = self.state.get("skipped", (0, 0))
             self.data.start_step = module.step
+            if self.state.get("stream_position"):
+                self.data.start_position = Position(*self.state["stream_position"])
+                self.position = self.data.start_position
             _continue_counting(trainer, module.step)
         losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
@@ -85,6 +90,8 @@ class Recorder(pl.Callback):
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
         module, trainer_config = _lit(pl_module), self.config.trainer
+        if "stream_position" in batch:
+            self.position = batch["stream_position"][-1]
         self.meter.count(*self._work(module, batch))
         self.display.step(module.step)
         if module.skipped_in_a_row:
@@ -149,6 +156,7 @@ class Recorder(pl.Callback):
             "grad_norm": float(outputs["grad_norm"]),
             "skipped_steps": module.skipped,
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
+            **self.data.measures(module.step),
             "tokens_per_second": tokens_per_second,
             "mfu": flops_per_second / (self.machine.peak.flops * module.parallel.world.size),
             "seconds": self.meter.seconds,
@@ -238,6 +246,7 @@ class Recorder(pl.Callback):
             "seconds": self.meter.seconds,
             "data_order_hash": order,
             "data_fingerprint": self.data.fingerprint,
+            "stream_position": None if self.position is None else [int(n) for n in self.position],
             "samples_size": samples.stat().st_size if samples.exists() else 0,
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,

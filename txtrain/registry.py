@@ -67,6 +67,11 @@ def axis(name: str) -> Any:
     return dc.field(metadata={"axis": name})
 
 
+def axes(name: str) -> Any:
+    """A field whose value is a mapping from names of the user's to configs of options of that axis."""
+    return dc.field(metadata={"axes": name})
+
+
 def choice(name: str, default: Any = dc.MISSING) -> Any:
     """A string field whose value is the name of one option of that axis."""
     return dc.field(default=default, metadata={"choice": name})

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from txtrain.folder import RunFolder
     from txtrain.limits import Limits
 
+_UNCOUNTED = 1 << 40  # what is said to have more samples is a stream
 Grafts = Mapping[str, Mapping[str, Any]]
 
 
@@ -30,12 +31,12 @@ def opening(config: Train, fallback: str | None) -> list[str]:
 def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[str]:
     """The rest of the start screen. data: prepared."""
     trainer = config.trainer
-    tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer}, {data.tokenizer.vocab_size:,} tokens"
+    tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
     done = 0 if place is None else place.first_step
     rows = [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
-        ("data", f"{data.source}; {data.n_train:,} training and {data.n_val:,} validation {samples(config)}"),
+        ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", tokenizer),
         ("step", batch(config)),
         ("in all", budget(config, limits, data.n_train) + (f"; continues after step {done}" if done else "")),
@@ -45,6 +46,10 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
     return [f"  {name:<14}{text}" for name, text in rows]
+
+
+def _number(n_train: int) -> str:
+    return "endless" if n_train > _UNCOUNTED else f"{n_train:,}"
 
 
 def samples(config: Train) -> str:
@@ -66,7 +71,8 @@ def budget(config: Train, limits: Limits, n_train: int) -> str:
     if limits.steps is None:
         return time[0]
     samples = limits.steps * config.data.global_batch_size
-    return ", ".join([f"{limits.steps:,} steps", f"{count(samples * config.seq_len)} tokens", f"{samples / n_train:.2f} epochs", *time])
+    epochs = [] if n_train > _UNCOUNTED else [f"{samples / n_train:.2f} epochs"]
+    return ", ".join([f"{limits.steps:,} steps", f"{count(samples * config.seq_len)} tokens", *epochs, *time])
 
 
 def axes(model: ModelConfig) -> dict[str, str]:

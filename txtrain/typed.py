@@ -114,6 +114,9 @@ class _Reader:
     def field(self, cls: type, f: dc.Field[Any], value: Any, path: str) -> Any:
         if "axis" in f.metadata:
             return self.option(f, value, path)
+        if "axes" in f.metadata and isinstance(value, Mapping):
+            each = dc.field(metadata={"axis": f.metadata["axes"]})
+            return {str(name): self.option(each, one, f"{path}.{name}") for name, one in value.items()}
         if "choice" in f.metadata and isinstance(value, str) and value != _MISSING:
             return value if value in (options := TABLE[f.metadata["choice"]]) else self.not_an_option(path, value, options)
         return self.value(hints(cls)[f.name], value, path)
@@ -125,7 +128,7 @@ class _Reader:
         if raw is None and f.metadata.get("optional"):
             return None
         if not isinstance(raw, Mapping):
-            how = f"write {group_of(axis)}={raw}" if tag == "type" else f"write {path}={{{tag}: {next(iter(options))}, ...}}"
+            how = f"write {group_of(axis)}={raw}" if tag == "type" and path == axis else f"write {path}={{{tag}: {next(iter(options))}, ...}}"
             return self.problem(f"`{path}` must be a mapping{' or null' if f.metadata.get('optional') else ''}, but is {raw!r} instead: {how}.")
         kind = raw.get(tag)
         if not isinstance(kind, str) or kind not in options:

@@ -22,6 +22,8 @@ Verbs
   train      pretrain a model (the default); `txtrain` alone is model=gpt2 data=wikitext
   generate   continue prompts with a trained model
   plan       parameters, FLOPs, cache, steps and time of what train would run, without building it
+  prepare    tokenise ahead of time, for data=memmap
+  preview    samples as the model will see them, trained tokens in colour
   export     a checkpoint as a folder of Hugging Face
 
 Examples
@@ -56,8 +58,10 @@ Model: one option an axis; a swap keeps what is not part of the old mechanism an
 Data
   data=NAME                        {data}
   data.path, data.val_path         files, folders or globs; of data=hf what load_dataset takes, with data.name, split, text_column
+  data.sources, data.weights       of data=mixture: data.sources.NAME.type=text data.sources.NAME.path=... data.weights={{NAME:0.7,...}}
   data.tokenizer                   train (a BPE of model.vocab_size), bytes, or a folder, file or hub name
   data.seq_len                     tokens a sequence; null: model.max_seq_len
+  data.packing                     concat (documents are cut where a sequence ends), best_fit (whole documents, and padding)
   data.global_batch_size           sequences a step, over all processes
   data.micro_batch_size            sequences a process at a time; accumulation is derived
 
@@ -111,6 +115,28 @@ txtrain plan [KEY=VALUE ...]      what `txtrain train` with the same keys would 
 Flags
 {flags}"""
 
+PREPARE = """\
+txtrain prepare data=... out=DIR [KEY=VALUE ...]      what `txtrain train` with the same keys would tokenise, in files that
+                                 `txtrain data=memmap data.path=DIR` trains on: the same samples in the same order
+
+  out=DIR                          a new folder, or one of the same command that was stopped: it goes on where it stood
+  prepare.shard_tokens=100000000   a file ends with the document that fills it so far
+  data, data.tokenizer             what is read, and by which tokenizer; model.vocab_size and objective say what a trained one needs
+  Every key of train: txtrain train --help
+
+Flags
+{flags}"""
+
+PREVIEW = """\
+txtrain preview data=... [KEY=VALUE ...]      the first samples of `txtrain train` with the same keys, as the model will see them
+
+  preview.n=3                      so many
+  preview.split=train              train, validation
+  Every key of train: txtrain train --help. NO_COLOR=1: trained tokens stand between marks instead
+
+Flags
+{flags}"""
+
 GENERATE = """\
 txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
 
@@ -138,6 +164,8 @@ def usage(verb: str | None) -> str:
         return EXPORT.format(flags=FLAGS)
     if verb == "generate":
         return GENERATE.format(flags=FLAGS)
+    if verb in ("prepare", "preview"):
+        return {"prepare": PREPARE, "preview": PREVIEW}[verb].format(flags=FLAGS)
     if verb == "plan":
         return PLAN.format(flags=FLAGS, devices=", ".join(PUBLISHED))
     groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}

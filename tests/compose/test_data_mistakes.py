@@ -15,7 +15,7 @@ MISTAKES = [
     ("data=text data.path=blank.txt", "`data` must have training text, but has none"),
     ("data=text data.path=nul.txt", "is a binary file: byte 0x00 at offset 3."),
     ("data=text data.path=latin.txt", "must be text in UTF-8"),
-    ("data=text data.path=folder", "the folder folder must hold .txt files with text, but holds none."),
+    ("data=text data.path=folder", "the folder folder must hold .txt, .jsonl or .parquet files with text, but holds none."),
     ("data=text data.path=*.md", "`data.path` must match files with text, but '*.md' matches none."),
     ("data=text data.path=short.txt data.tokenizer=bytes", "`data.seq_len` must be at most"),
     ("data=text data.path=good.txt data.tokenizer=bytes data.seq_len=5000 model=llama2 data.val_fraction=0.01", "of the validation text"),

@@ -17,6 +17,8 @@ FAMILIES = {"bert": "objective=masked_lm", "t5": "objective=span_corruption", "t
 NEEDED = {  # what the other files go with
     "conf/data/text": "data.path=x",
     "conf/data/hf": "data.path=x",
+    "conf/data/mixture": "data.sources.a={type:text,path:x}",
+    "conf/data/memmap": "data.path=x",
     "conf/data/digits": IMAGES,
     "conf/data/images": f"{IMAGES} data.path=x",
     "conf/data/reverse": PAIRS,
@@ -30,8 +32,16 @@ NEEDED = {  # what the other files go with
     "recipes/vit_fashion_mnist": "data.path=x",
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
-ROOTS = {"base": "train", "train": "train", "generate": "generate checkpoint=x prompt=x", "export": "export checkpoint=x out=y", "plan": "plan"}
 SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte(, BLEU \d+\.\d, chrF \d+\.\d)?|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
+ROOTS = {
+    "base": "train",
+    "train": "train",
+    "generate": "generate checkpoint=x prompt=x",
+    "export": "export checkpoint=x out=y",
+    "plan": "plan",
+    "prepare": "prepare out=x",
+    "preview": "preview",
+}
 HEADER = re.compile(
     r"# @package _global_\n"  # Hydra reads it on the first lines only
     r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)( data\.path=\S+)?\n"

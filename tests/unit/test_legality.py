@@ -36,6 +36,7 @@ class Named:
     type: str = "any"
     kind: str = "text"
     seq_len: int | None = None
+    packing: str = "concat"
 
 
 def chosen(choices: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
@@ -53,7 +54,14 @@ def chosen(choices: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
 
 def broken(rule: Rule) -> dict[str, Any]:
     """Choices that break the rule."""
-    wrong = {"model.logit_softcap": 5.0, "model.vocab_size": 61, "model.n_encoder_layers": 2, "model.mtp_depth": 1, "data.seq_len": 8}
+    wrong = {
+        "model.logit_softcap": 5.0,
+        "model.vocab_size": 61,
+        "model.n_encoder_layers": 2,
+        "model.mtp_depth": 1,
+        "data.seq_len": 8,
+        "data.packing": "best_fit",
+    }
     others = {
         "model.topology": ("decoder", "encoder", "encoder_decoder"),
         "model.head.pooling": ("first", "last", "mean"),

@@ -18,7 +18,7 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from txtrain import files
 from txtrain.data.sources import Split
+from txtrain.data.tokens import Shard, Tokens
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -114,34 +115,20 @@ class TokenWriter:
         return sum(self._n.values())
 
 
-class TokenFile:
-    """One split of a cache folder. The arrays are opened where they are read: a copy sent to a worker process carries paths only."""
+class TokenFile(Tokens):
+    """One split of a cache folder."""
 
     def __init__(self, folder: Path, split: Split) -> None:
-        self.folder, self.split = folder, split
-
-    @cached_property
-    def ids(self) -> NDArray[np.unsignedinteger[Any]]:
-        path = self.folder / f"{self.split}.bin"
-        dtype = json.loads((self.folder / "meta.json").read_text())["dtype"]
-        if not path.stat().st_size:  # an empty file cannot be mapped
-            return np.zeros(0, dtype=dtype)
-        return np.memmap(path, dtype=dtype, mode="r")
-
-    @cached_property
-    def offsets(self) -> NDArray[np.int64]:
-        loaded: NDArray[np.int64] = np.load(self.folder / f"{self.split}.offsets.npy", mmap_mode="r")
-        return loaded
-
-    def __len__(self) -> int:
-        return int(self.offsets[-1])
+        path = folder / f"{split}.bin"
+        dtype = json.loads((folder / "meta.json").read_text())["dtype"]
+        n_tokens = path.stat().st_size // np.dtype(dtype).itemsize
+        super().__init__([Shard(path, dtype, n_tokens, borders=partial(_offsets, folder / f"{split}.offsets.npy"))], split)
 
     @property
-    def n_documents(self) -> int:
-        return len(self.offsets) - 1
+    def ids(self) -> NDArray[np.unsignedinteger[Any]]:
+        return self.shards[0].ids
 
-    def document(self, i: int) -> NDArray[np.unsignedinteger[Any]]:
-        return self.ids[self.offsets[i] : self.offsets[i + 1]]
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"folder": self.folder, "split": self.split}
+def _offsets(path: Path) -> NDArray[np.int64]:
+    loaded: NDArray[np.int64] = np.load(path, mmap_mode="r")
+    return loaded

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, axes, register
 
 Tokenizer = str  # folder, file or hub name; `bytes`; `train`
 
@@ -16,11 +17,12 @@ class DataConfig:
     """Keys that every source has. A user's own source derives from this, or gets these keys beside its constructor's."""
 
     type: str
-    tokenizer: Tokenizer = "train"
+    tokenizer: Tokenizer | None = "train"
     seq_len: int | None = None  # null: model.max_seq_len
     global_batch_size: int = 8  # sequences a step, over all processes
     micro_batch_size: int | None = None  # sequences a process at a time; null: its whole share
     cross_document_attention: bool = False
+    packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
     val_fraction: float = 0.05  # of the text, where the source has no validation split of its own
     num_workers: int = 0
     cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
@@ -35,16 +37,21 @@ class DataConfig:
                 yield f"`data.{name}` must be at least {2 if name == 'seq_len' else 1}, but is {value} instead."
         if not 0 < self.val_fraction < 1:
             yield f"`data.val_fraction` must be above 0 and below 1, but is {self.val_fraction} instead."
+        if self.packing != "concat" and self.kind != "text":
+            yield f"`data.packing` must be concat with data={self.type}, which is no text, but is {self.packing} instead."
+        if self.tokenizer is None and type(self).tokenizer is not None:
+            yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
         if self.num_workers < 0:
             yield f"`data.num_workers` must be at least 0, but is {self.num_workers} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TextConfig(DataConfig):
-    """`data=text`: .txt files."""
+    """`data=text`: files of text, or with texts in their rows."""
 
-    path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (all its .txt, recursively), or a list of them
-    val_path: str | tuple[str, ...] | None = None
+    path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them
+    val_path: str | tuple[str, ...] | dict[str, str] | None = None  # or a name and a path for each of several validation sets
+    text_column: str = "text"  # of .jsonl and .parquet
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -57,6 +64,16 @@ class HFConfig(DataConfig):
     val_split: str | None = None  # null: `validation` where the set has it, else val_fraction of the training split
     val_path: str | None = None  # another path of load_dataset, its `val_split` or `split`
     text_column: str = "text"
+    streaming: bool = False  # read as it comes, in the order of the set; never as a whole
+
+    def check(self) -> Iterator[str]:
+        yield from DataConfig.check(self)
+        if self.streaming and self.packing != "concat":
+            yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
+        if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
+            yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, whose rows come one behind the other, but is {self.num_workers} instead."
+        if self.streaming and self.tokenizer == "train":
+            yield "`data.tokenizer` must be bytes, or a folder, file or hub name with data.streaming=true, but is train instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -72,6 +89,60 @@ class WikiTextConfig(DataConfig):
 @dc.dataclass(frozen=True, kw_only=True)
 class PythonDocsConfig(DataConfig):
     """`data=python_docs`: the help texts and docstrings that every Python installation carries."""
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MemmapConfig(DataConfig):
+    """`data=memmap`: tokens that are there already."""
+
+    tokenizer: Tokenizer | None = None  # null: what a folder of `txtrain prepare` brings; of other tools' files nothing
+    path: str | tuple[str, ...] | None = None  # a folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list
+    val_path: str | tuple[str, ...] | None = None
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files that do not say
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MixtureConfig(DataConfig):
+    """`data=mixture`: several sources of text, each with its share of the samples."""
+
+    sources: dict[str, Any] = axes("data")  # a name, and the keys of its source with its `type`
+    weights: dict[str, float] | None = None  # of each name; null: as many samples as each has
+
+    shared: ClassVar = ("tokenizer", "seq_len", "global_batch_size", "micro_batch_size", "cross_document_attention", "packing", "num_workers", "cache_dir")
+
+    def part(self, name: str) -> Any:
+        """The config of a source, with the keys that are the mixture's."""
+        return dc.replace(self.sources[name], **{key: getattr(self, key) for key in self.shared})
+
+    def check(self) -> Iterator[str]:
+        yield from DataConfig.check(self)
+        if not self.sources:
+            yield "`data.sources` must name at least one source: data.sources.NAME.type=text data.sources.NAME.path=..."
+        for name, source in self.sources.items():
+            key = f"data.sources.{name}"
+            if not re.fullmatch(r"\w[\w-]*", name):
+                yield f"`{key}`: a name must be of letters, digits, _ and -, but is {name!r} instead."
+            if source.type == "mixture" or source.kind != "text":
+                yield f"`{key}.type` must be a source of text, but is {source.type} instead."
+                continue
+            if getattr(source, "streaming", False):
+                yield f"`{key}.streaming` must be false in a mixture, but is true instead."
+            yield from (problem.replace("`data.", f"`{key}.", 1) for problem in self.part(name).check())
+            for shared in self.shared:
+                if getattr(source, shared) != getattr(type(source), shared):
+                    yield f"`{key}.{shared}` must not be given: it is one for all sources. Write data.{shared}={getattr(source, shared)}."
+        yield from self._check_weights()
+
+    def _check_weights(self) -> Iterator[str]:
+        if self.weights is None:
+            return
+        if self.weights.keys() != self.sources.keys():
+            yield f"`data.weights` must be of {', '.join(self.sources)}, but is of {', '.join(self.weights) or 'nothing'} instead."
+        for name, weight in self.weights.items():
+            if not weight > 0:
+                yield f"`data.weights.{name}` must be above 0, but is {weight} instead. To leave a source out: take it out of data.sources."
+        if self.weights and 0 < min(self.weights.values()) < 1e-6 * sum(self.weights.values()):
+            yield f"`data.weights` must not be below a millionth of their sum, but are {self.weights} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -159,9 +230,11 @@ class DigitsConfig(PixelConfig):
 
 for name, target, config in (
     ("text", "text:TextFiles", TextConfig),
-    ("hf", "hf:HubDataset", HFConfig),
+    ("hf", "hf:hub_source", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
+    ("memmap", "memmap:TokenFiles", MemmapConfig),
+    ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
     ("images", "image_files:ImageFiles", ImagesConfig),

@@ -63,8 +63,8 @@ def offline() -> Iterator[None]:
 
 
 @functools.cache
-def load_dataset(path: str, name: str | None, split: str | None = None) -> Any:
-    """`datasets.load_dataset`: a local file or folder at once, a hub name from the cache, else from the hub.
+def load_dataset(path: str, name: str | None, split: str | None = None, streaming: bool = False) -> Any:
+    """`datasets.load_dataset`: a local file or folder at once, a hub name from the cache, else from the hub; streamed, always from there.
 
     Raises:
         HubUnreachable: neither the cache nor the hub has an answer.
@@ -73,9 +73,13 @@ def load_dataset(path: str, name: str | None, split: str | None = None) -> Any:
 
     with _quietly():
         if loader := _LOADERS.get(os.path.splitext(path)[1]) if os.path.isfile(path) else None:
-            return datasets.load_dataset(loader, data_files=path, split=split)
+            return datasets.load_dataset(loader, data_files=path, split=split, streaming=streaming)
         if os.path.exists(path):
-            return datasets.load_dataset(path, name, split=split)
+            return datasets.load_dataset(path, name, split=split, streaming=streaming)
+        if streaming:
+            if reason := why_unreachable():
+                raise HubUnreachable(f"it is streamed, and {reason}")
+            return datasets.load_dataset(path, name, split=split, streaming=True)
         try:
             with offline():
                 return datasets.load_dataset(path, name, split=split)

@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader
 
 from txtrain.config import Train
 from txtrain.data.lengths import LengthOrder
-from txtrain.data.order import GlobalOrder, Indices, OrderHash, ShareSampler
-from txtrain.data.prepared import prepare
+from txtrain.data.mixture import MixtureOrder
+from txtrain.data.order import GlobalOrder, OrderHash, ShareSampler
+from txtrain.data.prepared import Prepared, prepare
 from txtrain.data.samples import FILLER, OrderedSamples, Rows
-from txtrain.data.sources import build_source, describe, settle
+from txtrain.data.sources import Split, build_source, describe, settle
+from txtrain.data.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
 from txtrain.objectives.build import build_objective
@@ -49,7 +51,10 @@ class DataModule(L.LightningDataModule):
         super().__init__()
         self.config, self.fallback = config, fallback
         self.start_step = 0
+        self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
+        self._stream: StreamTokens | None = None
         self._train: Rows | None = None
+        self._mixed: tuple[str, ...] = ()  # names of a mixture's sources
 
     # ------------------------------------------------------------------------------------------------------------ prepare
 
@@ -76,15 +81,38 @@ class DataModule(L.LightningDataModule):
         self.token_bytes = None if made.tokenizer is None else made.tokenizer.token_bytes()
         self.n_train, self.n_val = len(made.train), len(made.validation)
         self.source = describe(source, config.data.type)
-        self.order = self._order(made.lengths)
+        self.val_names, self._stream = tuple(made.named), made.stream
+        self.order = self._order(made)
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
-        self._train, self._val = made.train, made.validation
+        self._train, self._val, self._named = made.train, made.validation, made.named
 
-    def _order(self, lengths: Indices | None) -> GlobalOrder:
+    def _order(self, made: Prepared) -> GlobalOrder:
         config, size = self.config, self.config.data.global_batch_size
-        if lengths is None or len(lengths) < size:
-            return GlobalOrder(self.n_train, size, config.seed, config.trainer.overfit_batches)
-        return LengthOrder(self.n_train, size, config.seed, config.trainer.overfit_batches, lengths=lengths)
+        given = self.n_train, size, config.seed, config.trainer.overfit_batches
+        if made.shares:
+            sizes, shares = zip(*made.shares.values(), strict=True)
+            self._mixed = tuple(made.shares)
+            return MixtureOrder(*given, sizes=sizes, shares=shares)
+        if made.stream is not None:
+            return StreamOrder(*given)
+        if made.lengths is None or len(made.lengths) < size:
+            return GlobalOrder(*given)
+        return LengthOrder(*given, lengths=made.lengths)
+
+    # ----------------------------------------------------------------------------------------------------------- metrics
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What metrics.csv has of these data: the loss on each named validation set; of a mixture tokens and epochs of each source."""
+        return (*(f"val_loss/{name}" for name in self.val_names), *(f"{what}/{name}" for what in ("tokens", "epochs") for name in self._mixed))
+
+    def measures(self, step: int) -> dict[str, float]:
+        """The values of those columns that are known after `step` steps without a validation."""
+        if not isinstance(self.order, MixtureOrder):
+            return {}
+        counts = dict(zip(self._mixed, self.order.counts(step).tolist(), strict=True))
+        epochs = {f"epochs/{name}": n / size for (name, n), size in zip(counts.items(), self.order.sizes, strict=True)}
+        return {f"tokens/{name}": n * self.config.seq_len for name, n in counts.items()} | epochs
 
     # ------------------------------------------------------------------------------------------------------------ loaders
 
@@ -92,17 +120,26 @@ class DataModule(L.LightningDataModule):
         """This rank's share of each global step, from start_step on, without end."""
         self.prepare()
         assert self._train is not None
-        return self._loader(OrderedSamples(self._train, self.config.seed, self.order), ShareSampler(self.order, *self._rank(), self.start_step))
+        if self._stream is not None:
+            self._stream.go_to(self.start_position)
+        samples = OrderedSamples(self._train, self.config.seed, self.order, self._stream)
+        return self._loader(samples, ShareSampler(self.order, *self._rank(), self.start_step))
 
-    def val_dataloader(self) -> DataLoader[Batch] | list[Batch]:
-        """This rank's share of global batches, the same at every call: rows spread evenly over the set where the limit leaves some out."""
+    def val_dataloader(self) -> Any:
+        """This rank's share of global batches, the same at every call: rows spread evenly over the set where the limit leaves some out.
+
+        Of named sets a list: each has its own loader and its own limit.
+        """
         self.prepare()
+        return [self._val_loader(rows) for rows in self._named.values()] if self.val_names else self._val_loader(self._val)
+
+    def _val_loader(self, samples: Rows) -> DataLoader[Batch] | list[Batch]:
         size = self.config.data.global_batch_size
-        n = min(self.n_val, self.config.trainer.limit_val_batches * size)
-        rows = np.arange(n) * self.n_val // max(n, 1)
+        n = min(len(samples), self.config.trainer.limit_val_batches * size)
+        rows = np.arange(n) * len(samples) // max(n, 1)
         rank, world_size = self._rank()
         batches = [np.array_split(rows[i : i + size], world_size)[rank].tolist() or [FILLER] for i in range(0, n, size)]
-        return self._loader(OrderedSamples(self._val, self.config.seed), batches) if batches else []
+        return self._loader(OrderedSamples(samples, self.config.seed), batches) if batches else []
 
     def examples(self, n: int, batch_size: int) -> Iterator[Batch]:
         """n validation samples (all, if there are fewer), spread evenly over the set, the same at every call."""
@@ -111,6 +148,15 @@ class DataModule(L.LightningDataModule):
         rows = np.arange(n) * self.n_val // max(n, 1)
         samples = OrderedSamples(self._val, self.config.seed)
         return (samples.__getitems__(rows[i : i + batch_size].tolist()) for i in range(0, n, batch_size))
+
+    def first(self, n: int, split: Split = "train") -> Batch:
+        """The first n samples that training reads, or of the validation set (all, if there are fewer)."""
+        self.prepare()
+        assert self._train is not None
+        if split == "validation":
+            return OrderedSamples(self._val, self.config.seed).__getitems__(range(min(n, self.n_val)))
+        steps = -(-n // self.config.data.global_batch_size)
+        return OrderedSamples(self._train, self.config.seed, self.order).__getitems__(self.order.indices(0, steps)[:n].tolist())
 
     def _rank(self) -> tuple[int, int]:
         """(rank, world size) among the processes that see different samples, checked against the batch."""
@@ -147,8 +193,8 @@ class DataModule(L.LightningDataModule):
         self.prepare()
         if self.tokenizer is None or self._val_text is None:
             return []
-        documents = (self._val_text.document(i)[:64].tolist() for i in range(min(n, self._val_text.n_documents)))
-        return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids)))]
+        documents = self._val_text.beginnings(n, 64)
+        return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
 
 
 def _as_it_is(batch: Any) -> Any:

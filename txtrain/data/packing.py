@@ -13,19 +13,18 @@ Packing happens at read time from the documents' offsets; one cache serves every
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from txtrain.data.cache import TokenFile
 from txtrain.data.draws import Draws
 from txtrain.data.order import Indices
+from txtrain.data.tokens import Tokens
 
 
 class PackedSamples:
     """Row i covers stream[i * (seq_len - overlap) :][:seq_len]. Shorter than one sample at the end: left out."""
 
-    def __init__(self, tokens: TokenFile, seq_len: int, cross_document_attention: bool = False, overlap: int = 1) -> None:
+    def __init__(self, tokens: Tokens, seq_len: int, cross_document_attention: bool = False, overlap: int = 1) -> None:
         self.tokens, self.seq_len, self.cross_document_attention = tokens, seq_len, cross_document_attention
         self.overlap, self.stride = overlap, seq_len - overlap
 
@@ -37,23 +36,11 @@ class PackedSamples:
 
         One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what it is.
         """
-        windows = np.lib.stride_tricks.sliding_window_view(self.tokens.ids, self.seq_len)[:: self.stride]
-        input_ids = torch.from_numpy(windows[rows].astype(np.int64))
+        begin = rows * self.stride
+        input_ids = torch.from_numpy(self.tokens.windows(begin, self.seq_len))
         if self.cross_document_attention:
             return {"input_ids": input_ids, "labels": input_ids.clone()}
-        starts = torch.from_numpy(self._document_starts(rows))
+        starts = torch.from_numpy(self.tokens.starts(begin, self.seq_len))
         labels = input_ids.masked_fill(starts, -100)
         starts[:, 0] = False  # the row's first document is number 0, whether it begins here or before
         return {"input_ids": input_ids, "labels": labels, "document_ids": starts.cumsum(1)}
-
-    def _document_starts(self, rows: Indices) -> np.ndarray[tuple[int, int], np.dtype[np.bool_]]:
-        """[B, T]: whether a document begins at this token."""
-        offsets = self.tokens.offsets
-        begin = rows * self.stride
-        first, last = np.searchsorted(offsets, begin), np.searchsorted(offsets, begin + self.seq_len)
-        n_starts = last - first
-        row = np.repeat(np.arange(len(rows)), n_starts)
-        within = np.arange(len(row)) - np.repeat(np.cumsum(n_starts) - n_starts, n_starts)
-        starts = np.zeros((len(rows), self.seq_len), dtype=np.bool_)
-        starts[row, offsets[first[row] + within] - begin[row]] = True
-        return starts

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from txtrain.data.cache import TokenFile
 from txtrain.data.draws import Draws
 from txtrain.data.lengths import BUCKET
 from txtrain.data.order import Indices
 from txtrain.data.sources import Split, has_validation
 from txtrain.data.split import FORMAT, digest
 from txtrain.data.tokenizer import Tokenizer
+from txtrain.data.tokens import Tokens
 
 Pair = tuple[str, str]
 
@@ -76,7 +76,7 @@ class PairSamples:
     tokens: documents 2 k and 2 k + 1 are the sides of pair k, each with the end token behind it.
     """
 
-    def __init__(self, tokens: TokenFile, tokenizer: Tokenizer, seq_len: int) -> None:
+    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
         self.pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         longer = np.diff(tokens.offsets).reshape(-1, 2).max(axis=1)

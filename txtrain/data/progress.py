@@ -19,7 +19,7 @@ class Progress:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
         self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(label, total=total)
-        self._n_bytes, self._began = 0, time.monotonic()
+        self.n_bytes, self._began = 0, time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -29,10 +29,10 @@ class Progress:
         self._bar.stop()
 
     def advance(self, n_bytes: int) -> None:
-        self._n_bytes += n_bytes
+        self.n_bytes += n_bytes
         self._bar.advance(self._task, n_bytes)
 
     def done(self, line: str) -> None:
         """The line that stays; {size} and {seconds} are filled in."""
         seconds = f"{time.monotonic() - self._began:.1f} s"
-        self._console.print(line.format(size=f"{self._n_bytes / 1e6:.1f} MB", seconds=seconds))
+        self._console.print(line.format(size=f"{self.n_bytes / 1e6:.1f} MB", seconds=seconds))

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from txtrain.data.draws import Draws
 from txtrain.data.order import GlobalOrder, Indices
 from txtrain.data.sources import Samples
+from txtrain.data.stream import StreamTokens
 from txtrain.errors import ConfigError
 
 FILLER = -1  # an index that stands for no sample: what a process reads whose share is empty
@@ -42,11 +43,12 @@ class Mapped:
 class OrderedSamples(Dataset[dict[str, Tensor]]):
     """What a loader indexes: global sample indices to rows by the order, or rows themselves without one (validation).
 
-    The index travels in the batch as `sample_index`, int64 [B].
+    The index travels in the batch as `sample_index`, int64 [B]; of a stream also `stream_position`, int64 [B, 3]: a `Position` from
+    which the next batch can be read.
     """
 
-    def __init__(self, rows: Rows, seed: int, order: GlobalOrder | None = None) -> None:
-        self.rows, self.seed, self.order = rows, seed, order
+    def __init__(self, rows: Rows, seed: int, order: GlobalOrder | None = None, stream: StreamTokens | None = None) -> None:
+        self.rows, self.seed, self.order, self.stream = rows, seed, order, stream
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -55,6 +57,8 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
         index = np.asarray(indices, dtype=np.int64)
         draws = Draws(self.seed, "train", index) if self.order else Draws(0, "validation", index)  # for runs of any seed the same
         batch = self.rows.batch(self.order.rows(index) if self.order else index.clip(min=0), draws)
+        if self.stream is not None:
+            batch = {**batch, "stream_position": torch.tensor([self.stream.position] * len(index))}
         return {**batch, "sample_index": torch.from_numpy(index)}
 
 

@@ -11,7 +11,8 @@ A source of text needs one method; your own takes a few lines:
 A source of pairs of texts has `pairs(split)` instead: (source, target), both str. A source of images has `images(split)`: an object
 with `labels`, int64 [N], and `read(i)`, the image as an array [H, W] or [H, W, C]. A source of anything else has `samples(split)`:
 a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input_ids` and, if they differ, `labels`; then there is no
-tokenizer. What is not text says so beside its knobs: `kind: ClassVar = "pairs"` (or "images") in its nested Config.
+tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
+`kind: ClassVar = "pairs"` (or "images") in its nested Config.
 
 Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
 default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
@@ -49,7 +50,15 @@ class SampleSource(Protocol):
 
 
 Source = Any  # of text, pairs, images or samples: told apart by the method that it has
-METHODS = ("documents", "pairs", "images", "samples")
+METHODS = (  # the first four are for everyone's own
+    "documents",
+    "pairs",
+    "images",
+    "samples",
+    "tokens",
+    "stream",
+    "parts",
+)
 
 
 def build_source(config: Train) -> Source:
@@ -69,7 +78,7 @@ def build_source(config: Train) -> Source:
             raise ConfigError(f"`data={config.data.type}`: {cls.__name__}.__init__ must give its parameter {p.name!r} a default: no key has that name.")
     source = cls(**given)
     if not any(hasattr(source, method) for method in METHODS):
-        ways = ", ".join(f"{method}(split)" for method in METHODS)
+        ways = ", ".join(f"{method}(split)" for method in METHODS[:4])
         raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
     return source
 

@@ -52,6 +52,34 @@ class Corpus:
         return digest(FORMAT, identity(self.source), None if has_validation(self.source) else self.val_fraction)
 
 
+@dataclass(frozen=True)
+class ValidationSet:
+    """All documents of a source, for validation."""
+
+    source: TextSource
+
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        return (("validation", text) for text in _written(self.source.documents("train")))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(FORMAT, "validation set", identity(self.source))
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Several, as far as a tokenizer that is trained on all of them reads them."""
+
+    corpora: tuple[Corpus, ...]
+
+    def training_texts(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(corpus.training_texts() for corpus in self.corpora)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest("corpora", *(corpus.fingerprint for corpus in self.corpora))
+
+
 def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 

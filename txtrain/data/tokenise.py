@@ -12,6 +12,7 @@ from txtrain.data.cache import TokenWriter
 from txtrain.data.progress import Progress
 from txtrain.data.sources import Split, describe
 from txtrain.data.tokenizer import Tokenizer, allow_threads
+from txtrain.errors import ConfigError
 
 _PIECE = 1 << 18  # characters: longer documents are encoded in pieces, which keeps memory bounded and all cores busy
 _BATCH = 1 << 22  # characters a batch
@@ -33,19 +34,53 @@ class Documents(Protocol):
     def documents(self) -> Iterator[tuple[Split, str]]: ...
 
 
-def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bool = True) -> None:
-    """Both splits of the corpus into `folder`, in one pass."""
+class Writer(Protocol):
+    """Where tokens go, document after document; `ends`: these are the last of their document."""
+
+    def append(self, split: Split, ids: list[int], ends: bool) -> None: ...
+
+
+def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bool = True, limit: Limit | None = None) -> None:
+    """Both splits of the corpus into `folder`, in one pass.
+
+    Raises:
+        ConfigError: there is more text than the limit allows.
+    """
+    writer = TokenWriter(folder, tokenizer.vocab_size)
+    if limit is not None:
+        limit.check(getattr(corpus.source, "n_bytes", None) or 0)
+    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress, writer.open():
+        for n_bytes in write_tokens(corpus.documents(), tokenizer, writer, with_bos):
+            progress.advance(n_bytes)
+            if limit is not None:
+                limit.check(progress.n_bytes)
+    progress.done(f"tokenised {{size}}: {writer.n_tokens:,} tokens in {{seconds}}")
+    writer.finish(source=describe(corpus.source, type(corpus.source).__name__), tokenizer=tokenizer.fingerprint)
+
+
+class Limit(NamedTuple):
+    """Of text that a run tokenises by itself: on many nodes all but one process of each would wait for it."""
+
+    n_bytes: int
+    why: str  # such as trainer.num_nodes=4
+
+    def check(self, n_bytes: int) -> None:
+        if n_bytes > self.n_bytes:
+            raise ConfigError(
+                f"`data` must be tokenised beforehand with {self.why} if it is more than {self.n_bytes / 1e9:g} GB, and it is {n_bytes / 1e9:.3g} GB or more: "
+                "txtrain prepare data=... out=DIR (and this run's model, objective and tokenizer), then data=memmap data.path=DIR."
+            )
+
+
+def write_tokens(documents: Iterable[tuple[Split, str]], tokenizer: Tokenizer, writer: Writer, with_bos: bool = True) -> Iterator[int]:
+    """Write the documents, and yield from time to time how many bytes of text came since the last time."""
     allow_threads(True)
     bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
     eos = [tokenizer.eos_id]
-    writer = TokenWriter(folder, tokenizer.vocab_size)
-    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress, writer.open():
-        for pieces, encoded in _encode(_batches(_pieces(corpus.documents())), tokenizer):
-            for piece, ids in zip(pieces, encoded, strict=True):
-                writer.append(piece.split, [*(bos if piece.begins else []), *ids, *(eos if piece.ends else [])], piece.ends)
-            progress.advance(sum(len(piece.text.encode()) for piece in pieces))
-    progress.done(f"tokenised {{size}}: {writer.n_tokens:,} tokens in {{seconds}}")
-    writer.finish(source=describe(corpus.source, type(corpus.source).__name__), tokenizer=tokenizer.fingerprint)
+    for pieces, encoded in _encode(_batches(_pieces(documents)), tokenizer):
+        for piece, ids in zip(pieces, encoded, strict=True):
+            writer.append(piece.split, [*(bos if piece.begins else []), *ids, *(eos if piece.ends else [])], piece.ends)
+        yield sum(len(piece.text.encode()) for piece in pieces)
 
 
 def _pieces(documents: Iterable[tuple[Split, str]]) -> Iterator[Piece]:

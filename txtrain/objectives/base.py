@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from txtrain.data.best_fit import BestFitSamples
 from txtrain.data.packing import PackedSamples
+from txtrain.errors import ConfigError
 
 if TYPE_CHECKING:
     from txtrain.config import Train
-    from txtrain.data.cache import TokenFile
     from txtrain.data.module import DataModule
     from txtrain.data.samples import Rows
     from txtrain.data.tokenizer import Tokenizer
+    from txtrain.data.tokens import Tokens
 
 IGNORED = -100  # a label that is no target, as in Hugging Face
 
@@ -29,10 +32,30 @@ Counted = dict[str, tuple[Tensor, Tensor]]
 class TokenisedText:
     """One split of a text, of which an objective makes its samples."""
 
-    tokens: TokenFile
-    tokenizer: Tokenizer
+    tokens: Tokens
+    tokenizer: Tokenizer | None  # None: files of tokens of which nobody knows what they stand for
     seq_len: int
     cross_document_attention: bool = False
+    plan: Path | None = None  # a folder that says which documents each sequence holds (data.packing=best_fit)
+
+    def sequences(self, overlap: int = 1) -> Rows:
+        """Packed as the run says. overlap: of neighbours, where documents are cut: 1 where a sequence's first token is no target."""
+        if self.plan is None:
+            return PackedSamples(self.tokens, self.seq_len, self.cross_document_attention, overlap)
+        tokenizer = self.tokenizer
+        pad_id = 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, self.cross_document_attention)
+
+    @property
+    def words(self) -> Tokenizer:
+        """The tokenizer, for an objective that cannot do without.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        if self.tokenizer is None:
+            raise ConfigError("`data.tokenizer` must be given with this objective, which needs tokens of its own, but is null instead.")
+        return self.tokenizer
 
 
 class Objective:
@@ -56,7 +79,7 @@ class Objective:
 
     def samples(self, text: TokenisedText) -> Rows:
         """Samples of a text: by default sequences that a causal model predicts token by token."""
-        return PackedSamples(text.tokens, text.seq_len, text.cross_document_attention)
+        return text.sequences()
 
     # ----------------------------------------------------------------------------------------------------------- training
 

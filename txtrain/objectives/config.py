@@ -105,6 +105,8 @@ class MaskedLMConfig(ObjectiveConfig):
                 f"`objective.next_sentence` must be false or null with model/head={head.type}, which cannot tell whether sentences follow each other, "
                 "but is true instead. Nearest: null."
             )
+        if config.data.packing != "concat":
+            yield f"`data.packing` must be concat for pairs of segments, which are cut from documents, but is {config.data.packing} instead."
         if config.seq_len < 8:
             yield f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."
         if getattr(embedding, "n_types", 2) not in (0, 2):

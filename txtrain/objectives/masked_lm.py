@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
 from txtrain.model.head import cross_entropy
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
@@ -46,10 +45,10 @@ class MaskedLM(Objective):
     def samples(self, text: TokenisedText) -> Rows:
         rows: Rows
         if self.next_sentence:
-            rows = SentencePairs(text.tokens, text.tokenizer, text.seq_len)
+            rows = SentencePairs(text.tokens, text.words, text.seq_len)
         else:
-            rows = PackedSamples(text.tokens, text.seq_len, text.cross_document_attention, overlap=0)
-        return Mapped(rows, self.masking(text.tokenizer))
+            rows = text.sequences(overlap=0)
+        return Mapped(rows, self.masking(text.words))
 
     def denominators(self, batch: Batch) -> Terms:
         counts = {self.term: n_targets(batch["labels"])}

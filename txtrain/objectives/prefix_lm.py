@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from txtrain.data.draws import Draws
-from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
 from txtrain.objectives.base import IGNORED, Batch, Objective, Terms, TokenisedText, n_targets
 from txtrain.objectives.causal_lm import CausalLM
@@ -26,7 +25,7 @@ class PrefixLM(Objective):
         self.two_stacks = two_stacks
 
     def samples(self, text: TokenisedText) -> Rows:
-        rows = PackedSamples(text.tokens, text.seq_len, text.cross_document_attention, overlap=0 if self.two_stacks else 1)
+        rows = text.sequences(overlap=0 if self.two_stacks else 1)
         return Mapped(rows, between_stacks if self.two_stacks else within_one)
 
     def denominators(self, batch: Batch) -> Terms:

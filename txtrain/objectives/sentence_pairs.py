@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from txtrain.data.cache import TokenFile
 from txtrain.data.draws import Draws
 from txtrain.data.order import Indices
 from txtrain.data.tokenizer import Tokenizer
+from txtrain.data.tokens import Tokens
 from txtrain.errors import ConfigError
 
 FOLLOWS, ELSEWHERE = 0, 1  # BERT's labels
@@ -29,7 +29,7 @@ class SentencePairs:
         ConfigError: there are not two documents with two tokens.
     """
 
-    def __init__(self, tokens: TokenFile, tokenizer: Tokenizer, seq_len: int) -> None:
+    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, seq_len: int) -> None:
         self.tokens, self.seq_len, self.room = tokens, seq_len, seq_len - 3
         self.cls, self.sep = tokenizer.id_of("[CLS]"), tokenizer.id_of("[SEP]")
         skip = 0 if tokenizer.bos_id is None else 1  # in the cache a document is bos + text + eos
@@ -71,8 +71,8 @@ class SentencePairs:
         for i in range(shape[0]):
             middle, end = length[i] + 2, length[i] + second_length[i] + 3
             ids[i, 0] = self.cls
-            ids[i, 1 : middle - 1] = self.tokens.ids[begin[i] : begin[i] + length[i]]
-            ids[i, middle : end - 1] = self.tokens.ids[second[i] : second[i] + second_length[i]]
+            ids[i, 1 : middle - 1] = self.tokens.read(begin[i], begin[i] + length[i])
+            ids[i, middle : end - 1] = self.tokens.read(second[i], second[i] + second_length[i])
             types[i, middle:end] = 1
             mask[i, :end] = 1
         return {name: torch.from_numpy(array) for name, array in (("input_ids", ids), ("token_type_ids", types), ("attention_mask", mask))}

@@ -37,8 +37,8 @@ class SpanCorruption(Objective):
         lengths = Lengths.fitting(text.seq_len, self.density, self.mean_length)
         assert lengths is not None  # the config was checked
         rows = PackedSamples(text.tokens, lengths.n_tokens, text.cross_document_attention, overlap=0)
-        sentinels = np.array([text.tokenizer.id_of(name) for name in self.names[: lengths.n_spans]])
-        return Mapped(rows, Corruption(lengths, sentinels, text.tokenizer.eos_id))
+        sentinels = np.array([text.words.id_of(name) for name in self.names[: lengths.n_spans]])
+        return Mapped(rows, Corruption(lengths, sentinels, text.words.eos_id))
 
     def denominators(self, batch: Batch) -> Terms:
         return {"loss": n_targets(batch["labels"])}

@@ -1,0 +1,106 @@
+"""`txtrain preview`: pieces, trained tokens, borders, for every objective."""
+
+import re
+
+import pytest
+
+from tests.training import write_text
+from txtrain.cli import main
+
+SMALL = ("model.n_layers=1", "model.dim=32", "model.vocab_size=400", "data.tokenizer=bytes", "data.seq_len=40", "data.global_batch_size=4")
+TEXT = ("data=text", "data.path=text.jsonl", *SMALL)
+
+
+@pytest.fixture
+def preview(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "4000")
+    for name in ("FORCE_COLOR", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "text.jsonl").write_text("".join(f'{{"text": "Number {i}."}}\n' for i in range(300)))
+
+    def run(*line: str) -> str:
+        assert main(["preview", *line]) == 0
+        return capsys.readouterr().out
+
+    return run
+
+
+def trained(text: str) -> list[str]:
+    return re.findall("«(.*?)»", text)
+
+
+def test_a_causal_model_is_trained_on_all_but_the_first_of_each_document(preview):
+    first, *samples = preview("model=llama2", *TEXT, "preview.n=2").strip().split("sample ")
+    assert "objective=causal_lm" in first
+    assert len(samples) == 2
+    head, line = samples[0].splitlines()
+    pieces = re.split(" ‖ |·", line.strip())
+    assert len(pieces) == 40
+    assert int(re.search(r"(\d+) trained", head)[1]) == len(trained(line))
+    assert line.count("‖") + 1 == int(re.search(r"(\d+) documents", head)[1])
+    assert "<|endoftext|>·«N»·«u»·«m»·«b»·«e»·«r»·« »" in line
+    assert f"«.»·«<|endoftext|>» ‖ <|endoftext|>·«N»" in line  # noqa: F541
+
+
+def test_masked_tokens_are_shown_with_what_they_hide(preview):
+    out = preview("model=bert", "objective.next_sentence=false", *TEXT, "preview.n=8")
+    assert re.search(r"\[MASK\]«[^»]+»", out)
+    assert 0.05 < len(trained(out)) / (8 * 40) < 0.3
+    pairs = preview("model=bert", *TEXT)
+    assert "the second segment" in pairs
+    assert "padding" in pairs
+
+
+def test_corrupted_spans_are_input_and_target(preview):
+    out = preview("model=t5", *TEXT, "preview.n=1")
+    source, target = re.search(r"\n  input   (.*)\n  target  (.*)\n", out).groups()
+    assert not trained(source)
+    assert source.count("<extra_id_0>") == 1
+    assert trained(target)[0] == "<extra_id_0>"
+    assert trained(target)[-1] == "<|endoftext|>"
+
+
+def test_pairs_are_input_and_target(preview):
+    out = preview("model=transformer", "objective=seq2seq", "data=reverse", "model.n_layers=1", "model.dim=32", "model.vocab_size=300", "preview.n=1")
+    source, target = re.search(r"\n  input   (.*)\n  target  (.*)\n", out).groups()
+    letters = re.sub(r" \(\d+ padding\)", "", source).split("·")
+    assert trained(target)[:-1] == letters[:-1][::-1]
+
+
+def test_a_prefix_is_not_trained(preview):
+    out = preview("model=gpt2", "objective=prefix_lm", *TEXT, "preview.n=1")
+    n = int(re.search(r"the first (\d+) seen", out)[1])
+    assert not trained("·".join(re.split(" ‖ |·", out.splitlines()[-1])[:n]))
+
+
+def test_images_are_drawn(preview):
+    out = preview("model=vit", "data=digits", "objective=image_classification", "preview.n=1")
+    head, *rows = out.splitlines()[1:]
+    assert re.match(r"sample 0: class \d, \d channels? of \d+ x \d+|sample 0: class \d, \d channels of", head)
+    assert len({len(row) for row in rows}) == 1
+    assert len(set("".join(rows))) > 4
+
+
+def test_colours_are_for_those_who_see_them(preview, monkeypatch):
+    line = ("model=llama2", *TEXT, "preview.n=1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm-256color")
+    assert "\x1b[1;32m" in preview(*line)
+    assert "«" not in preview(*line)
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = preview(*line)
+    assert "32m" not in out
+    assert trained(out)
+
+
+def test_validation_can_be_seen_and_text_without_a_tokenizer_is_numbers(preview, tmp_path):
+    write_text(tmp_path / "text.txt")
+    assert "; validation, " in preview("model=llama2", *TEXT, "preview.split=validation")
+    (tmp_path / "a.bin").write_bytes(bytes(range(200)) * 40)
+    out = preview("model=llama2", "data=memmap", "data.path=a.bin", "data.seq_len=8", "preview.n=1", "model.vocab_size=60000")
+    assert re.search(r"\n  \d+·«\d+»·", out)
+
+
+def test_a_mistake_is_told(capsys):
+    assert main(["preview", "data=python_docs", "preview.n=0"]) == 2
+    assert "`preview.n` must be at least 1, but is 0 instead." in capsys.readouterr().err
