@@ -162,7 +162,7 @@ class DataModule(L.LightningDataModule):
         """(rank, world size) among the processes that see different samples, checked against the batch."""
         if self.trainer is None:
             return 0, 1
-        parallel = getattr(self.trainer.lightning_module, "parallel", None)
+        parallel = getattr(getattr(self.trainer, "lightning_module", None), "parallel", None)
         if parallel is not None:
             return parallel.rank, parallel.size
         size, world_size = self.config.data.global_batch_size, self.trainer.world_size
