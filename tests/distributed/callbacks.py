@@ -18,17 +18,25 @@ class Signal(pl.Callback):
 
 
 class Poison(pl.Callback):
-    """A weight of one process that is not a number at a step."""
+    """A gradient of one process that is not finite, in one step."""
 
     def __init__(self, step: int, rank: int) -> None:
         self.step, self.rank = step, rank
+        self.hooks = []
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         if module.step == self.step and trainer.global_rank == self.rank:
-            batch["input_ids"][:] = 0
+            norm = module.model.final_norm
+            self.hooks = [norm.register_forward_hook(lambda module, given, out: out * float("inf"))]
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        while self.hooks:
+            self.hooks.pop().remove()
 
 
 def named(text: str) -> pl.Callback:
-    """`SIGTERM 6 1`: that signal before step 7 to process 1."""
+    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`."""
     what, step, rank = text.split()
+    if what == "POISON":
+        return Poison(int(step), int(rank))
     return Signal(int(step), int(rank), getattr(signal, what))

@@ -15,9 +15,11 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.optim import Optimizer
 
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.optim.average import Average
 from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.buckets import GradientBuckets
@@ -230,6 +232,22 @@ class Mesh(OneProcess):
     @property
     def checkpoint_group(self) -> Any:
         return self._control
+
+    def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
+        self._shard_again(model)
+        return super().training_tensors(model, optimizer, average)
+
+    def training_numbers(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+        self._shard_again(model)
+        return super().training_numbers(model, optimizer)
+
+    def _shard_again(self, model: nn.Module) -> None:
+        """FSDP2 leaves the root's parameters gathered after a forward without a backward: they are others than the optimizer's."""
+        if self._fsdp:
+            from txtrain.parallel.sharding import sharded
+
+            for module in sharded(model):
+                module.reshard()
 
 
 class WorldEnvironment(ClusterEnvironment):

@@ -1,0 +1,77 @@
+"""Every strategy beside one process, on one curve: `python -m tests.benchmarks.strategies [FOLDER]`.
+
+Trains the same run under each strategy on two processes (four for hsdp and fsdp_tp) and prints the losses side by side with the largest
+relative difference, as docs/distributed.md has them; with matplotlib installed it also draws FOLDER/strategies.png. Two processors and no hub suffice.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from txtrain.metrics import read
+
+STRATEGIES = {
+    "one process": ("strategy=auto", "trainer.devices=1"),
+    "ddp": ("strategy=ddp", "trainer.devices=2"),
+    "fsdp": ("strategy=fsdp", "trainer.devices=2"),
+    "tp": ("strategy=tp", "trainer.devices=2"),
+    "deepspeed_stage_1": ("strategy=deepspeed_stage_1", "trainer.devices=2"),
+    "deepspeed_stage_2": ("strategy=deepspeed_stage_2", "trainer.devices=2"),
+    "deepspeed_stage_3": ("strategy=deepspeed_stage_3", "trainer.devices=2"),
+    "hsdp": ("strategy=hsdp", "trainer.devices=4"),
+    "fsdp_tp": ("strategy=fsdp_tp", "trainer.devices=4"),
+}
+RUN = (
+    "model=llama2",
+    "data=wikitext",
+    "trainer.accelerator=cpu",
+    "trainer.max_steps=20",
+    "trainer.log_every_n_steps=1",
+    "trainer.limit_val_batches=0",
+    "data.global_batch_size=8",
+    "data.seq_len=64",
+    "scheduler.warmup_steps=5",
+    "sample.n=0",
+)
+SHOWN = (1, 5, 10, 15, 20)
+
+
+def losses(folder: Path, name: str, how: tuple[str, ...]) -> list[float]:
+    run_dir = folder / name.replace(" ", "_")
+    subprocess.run([sys.executable, "-m", "txtrain", *RUN, *how, f"run_dir={run_dir}"], check=True, stdout=subprocess.DEVNULL)
+    return [float(row["loss"]) for row in read(run_dir / "metrics.csv")]
+
+
+def main() -> None:
+    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="strategies-"))
+    reference: list[float] = []
+    print(f"| strategy | processes | {' | '.join(f'step {n}' for n in SHOWN)} | largest relative difference |")
+    print(f"|---|---|{'---|' * len(SHOWN)}---|")
+    curves = {}
+    for name, how in STRATEGIES.items():
+        curves[name] = seen = losses(folder, name, how)
+        reference = reference or seen
+        difference = max(abs(a - b) / a for a, b in zip(reference, seen, strict=True))
+        print(f"| {name} | {how[1][-1]} | {' | '.join(f'{seen[n - 1]:.5f}' for n in SHOWN)} | {difference:.1e} |", flush=True)
+    draw(curves, folder / "strategies.png")
+
+
+def draw(curves: dict[str, list[float]], path: Path) -> None:
+    try:
+        from matplotlib import pyplot
+    except ImportError:
+        return
+    for i, (name, seen) in enumerate(curves.items()):  # they lie on each other: the later the thinner
+        pyplot.plot(range(1, len(seen) + 1), seen, label=name, linewidth=len(curves) - i)
+    pyplot.xlabel("step")
+    pyplot.ylabel("loss, nats a token")
+    pyplot.legend()
+    pyplot.savefig(path, dpi=80)
+    print(path)
+
+
+if __name__ == "__main__":
+    main()
