@@ -35,6 +35,10 @@ class OptimizerConfig:
             except re.error as e:
                 yield f"`optimizer.no_decay` must be regular expressions, but {pattern!r} is not one: {e}."
 
+    def state_bytes(self, n_params: int, bytes_per_param: int) -> int:
+        """What the optimizer keeps of so many parameters between steps: two averages, unless an option keeps something else."""
+        return 2 * n_params * bytes_per_param
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class AdamConfig(OptimizerConfig):

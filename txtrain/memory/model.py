@@ -34,13 +34,13 @@ class Traced:
         memory = None
         if model.encoder_layers:
             table = self._table()
-            memory, _ = self._read(model.encoder_layers, table, batch.source, batch.source_masked, False, None, "encoder")
+            memory = self._read(model.encoder_layers, table, batch.source, batch.source_masked, False, None)[0]
             self.table = table if model.share_embeddings else self._table()
         else:
             self.table = self._table()
         length = batch.target or batch.source
         masked = batch.target_masked if model.encoder_layers else batch.source_masked
-        x, vectors = self._read(model.n_layers, self.table, length, masked, model.topology != "encoder", memory, "")
+        x, vectors = self._read(model.n_layers, self.table, length, masked, model.topology != "encoder", memory)
         place = Place(model, 0, batch.n, length, length)
         terms = [model.head.trace_loss(t, x, place, batch, self.table)]
         x_before = x
@@ -58,7 +58,7 @@ class Traced:
         return self.t.parameter(self.model.vocab_size, self.model.dim) if self.model.vocab_size else None
 
     def _read(
-        self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool, memory: Value | None, stack: str
+        self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool, memory: Value | None
     ) -> tuple[Value, Value]:
         """What leaves a stack, and the vectors that entered it. The order is that of `Transformer._read`."""
         model, t = self.model, self.t

@@ -75,7 +75,7 @@ def attend(t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int
     assert mask is not None
     scores = place.batch * heads[0] * place.queries * place.keys
     if mask.kernel == "plain":
-        return _plain(t, q, k, v, mask, scores, softcap, dropout)
+        return _plain(t, q, k, v, mask, scores, heads, softcap, dropout)
     if mask.kernel in ("flex", "varlen"):
         return _flash(t, q, k, v, None, scores // place.keys)
     learned = mask.bias is not None and mask.bias.edge is not None
@@ -100,8 +100,9 @@ def _flash(t: Tape, q: Value, k: Value, v: Value, mask: Value | None, rows: int)
     return t.made([q, k, v], n, q.size, saved, backward, out)
 
 
-def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, softcap: bool, dropout: float) -> Value:
-    scores = t.scaled(t.matmul(t.copy(q), t.copy(k), n_scores))
+def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, heads: tuple[int, int], softcap: bool, dropout: float) -> Value:
+    k, v = (_repeated(t, x, heads[0] // heads[1]) for x in (k, v))  # where several query heads read one
+    scores = t.scaled(t.matmul(t.copy(q), k, n_scores))
     if softcap:
         scores = t.scaled(t.activation(t.scaled(scores), "tanh"))
     if mask.bias is not None:
@@ -112,7 +113,7 @@ def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, so
     if mask.visible is not None and mask.declared.valid_BS:
         p = _filled(t, p, p.n, mask.visible)
     p = t.dropout(p, dropout)
-    return t.copy(t.matmul(p, t.copy(v), q.n // k.n * v.n))
+    return t.copy(t.matmul(p, v, q.n // k.n * v.n))
 
 
 def _filled(t: Tape, x: Value, n: int, where: Value) -> Value:

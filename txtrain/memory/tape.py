@@ -97,6 +97,7 @@ class Group:
 
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
+        self.live = self  # the group of another tape that stands for the same parameters
 
     @property
     def n(self) -> int:
@@ -128,6 +129,9 @@ class Tape:
         self.parameters: list[Parameter] = []
         self.leaves: dict[int, Leaf] = {}
         self.kind = "activations"
+        self.accumulates = False  # gradients of earlier micro-batches are there, and take the new ones in
+        self.autocast = False  # products in 2 bytes beside parameters in 4
+        self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
         self.shared: dict[str, Parameter] = {}
         self.recording = True  # what gradients need is kept
         self.replayed: Iterator[Parameter] | None = None  # those of a block that is computed again
@@ -166,10 +170,11 @@ class Tape:
 
     # --------------------------------------------------------------------------------------------------------- operations
 
-    def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Parameter | None = None) -> Value:
+    def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None) -> Value:
         """x times a matrix [outputs, inputs]."""
-        weight = self.parameter(outputs, inputs) if weight is None else weight
-        shift = [self.parameter(outputs)] if bias else []
+        own = self.parameter(outputs, inputs) if weight is None else weight
+        shift = [self.low(self.parameter(outputs))] if bias else []
+        x, weight = self.low(x), self.low(own)
         wants = x.edge is not None
 
         def backward(g: Bytes) -> Gradients:
@@ -236,9 +241,11 @@ class Tape:
 
         def backward(g: Bytes) -> Gradients:
             second = self.bytes(n, size) if minus and wants[1] else g
-            return (self._summed(g if wants[0] else None, sizes[0], size), self._summed(second if wants[1] else None, sizes[1], size))
+            both = [self._summed(x if wanted else None, small, size) for x, wanted, small in zip((g, second), wants, sizes, strict=True)]
+            return tuple(x if x is None or own == size else self.bytes(n, own) for x, own in zip(both, own_sizes, strict=True))
 
         wants, sizes = (a.edge is not None, b.edge is not None), (a.n if a.n < n else 0, b.n if b.n < n else 0)
+        own_sizes = (a.size, b.size)
         return self.made([a, b], n, size, None, backward)
 
     def mean(self, x: Value, n: int) -> Value:
@@ -337,15 +344,15 @@ class Tape:
         return self.copy(view) if copies else view
 
     def added_up(self, x: Value, n: int, order: Value) -> Value:
-        """Rows of x added into n elements of zeros."""
+        """Rows of x added into n elements of zeros; torch keeps the rows, though it needs but their shape."""
         zeros, nbytes = self.bytes(n, x.size), x.nbytes
-        made = self.made([x], n, x.size, order.storage, lambda g: (Bytes(self.meter, nbytes, self.kind),))
+        made = self.made([x], n, x.size, (order.storage, x.storage), lambda g: (Bytes(self.meter, nbytes, self.kind),))
         del zeros
         return made
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int) -> Value:
         """Rows of x, each times the matrix of its expert."""
-        weight = self.parameter(experts, inputs * outputs)
+        x, weight = self.low(x), self.low(self.parameter(experts, inputs * outputs))
         nbytes, whole = x.nbytes, weight.n * x.size
 
         def backward(g: Bytes) -> Gradients:
@@ -353,9 +360,10 @@ class Tape:
 
         return self.made([x, weight], x.n // inputs * outputs, x.size, x.storage, backward)
 
-    def chunked_loss(self, x: Value, weight: Parameter, shift: Parameter | None, dim: int, vocabulary: int, capped: bool) -> Value:
+    def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
         """`head.ChunkedCrossEntropy`: gradients are made in the forward, by chunks of tokens."""
         n, rows = x.n // dim, max(1, CHUNK_ELEMENTS // vocabulary)
+        x, weight, shift = self.low(x), self.low(weight), None if shift is None else self.low(shift)
         gradients = [self.bytes(x.n, x.size), self.bytes(weight.n, x.size), *([self.bytes(vocabulary, 4)] if shift else [])]
         for start in range(0, min(n, 2 * rows), rows):  # the third chunk and those after it are like the second
             chunk = min(rows, n - start) * vocabulary
@@ -416,6 +424,25 @@ class Tape:
 
         return self.made(inputs, out.n, out.size, None, backward, out.storage)
 
+    def hook(self, x: Value, act: Callable[[], None]) -> Value:
+        """The value itself; `act` when its gradient is complete."""
+
+        def backward(g: Bytes) -> Gradients:
+            act()
+            return (g,)
+
+        return self.made([x], x.n, x.size, None, backward, x.storage)
+
+    def low(self, x: Value) -> Value:
+        """As autocast has it: in 2 bytes, parameters once for all their uses."""
+        if not self.autocast or x.size == 2:
+            return x
+        if not isinstance(x, Parameter):
+            return self.to(x, 2)
+        if id(x) not in self.casts:
+            self.casts[id(x)] = self.to(x, 2)
+        return self.casts[id(x)]
+
     # ----------------------------------------------------------------------------------------------------------- backward
 
     def backward(self, root: Value, gradient: Bytes | None = None) -> None:
@@ -464,7 +491,7 @@ class Tape:
     def _arrived(self, parameter: Parameter, gradient: Bytes | None) -> None:
         if gradient is None:
             return
-        if parameter.gradient is None:
+        if parameter.gradient is None and not self.accumulates:
             parameter.gradient = gradient.becomes("gradients")
 
 
