@@ -55,9 +55,7 @@ def shapes_of(config: Train, n: int) -> Shapes:
 def batch_of(config: Train, n: int) -> Batch:
     """The same, as the model's trace reads it."""
     shapes = shapes_of(config, n)
-    source, target = config.lengths
-    if "input_ids" in shapes:
-        source = shapes["input_ids"][1]
+    source = shapes["input_ids"][1] if "input_ids" in shapes else config.lengths[0]
     two = config.model.topology == "encoder_decoder"
     names = {"documents_BS": "document_ids", "valid_BS": "attention_mask", "prefix_BS": "prefix_mask"}
     masked = {ours: True for ours, name in names.items() if name in shapes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from txtrain.memory.parts import Declared, Drawn, Place, choose, draw
 from txtrain.memory.tape import Parameter, Tape, Value
@@ -13,8 +13,6 @@ from txtrain.memory.tape import Parameter, Tape, Value
 if TYPE_CHECKING:
     from txtrain.memory.batch import Batch
     from txtrain.model.config import ModelConfig
-
-Run = Callable[[str, Callable[..., Value], Sequence[Value]], Value]
 
 
 @dc.dataclass
@@ -42,14 +40,14 @@ class Traced:
         masked = batch.target_masked if model.encoder_layers else batch.source_masked
         x, vectors = self._read(model.n_layers, self.table, length, masked, model.topology != "encoder", memory)
         place = Place(model, 0, batch.n, length, length)
-        terms = [model.head.trace_loss(t, x, place, batch, self.table)]
+        terms: list[Value] = [model.head.trace_loss(t, x, place, batch, self.table)]
         x_before = x
         del x
         for depth in range(1, model.mtp_depth + 1):
             x_before, term = self._further(x_before, vectors, depth, length, masked, place)
             terms.append(term)
         del x_before, vectors
-        total = terms.pop()
+        total: Value = terms.pop()
         while terms:
             total = t.add(total, terms.pop())
         return total
@@ -57,9 +55,7 @@ class Traced:
     def _table(self) -> Parameter | None:
         return self.t.parameter(self.model.vocab_size, self.model.dim) if self.model.vocab_size else None
 
-    def _read(
-        self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool, memory: Value | None
-    ) -> tuple[Value, Value]:
+    def _read(self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool, memory: Value | None) -> tuple[Value, Value]:
         """What leaves a stack, and the vectors that entered it. The order is that of `Transformer._read`."""
         model, t = self.model, self.t
         place = Place(model, 0, self.batch.n, length, length, device=self.device)
@@ -71,7 +67,8 @@ class Traced:
         x = self._through(range(n_layers), x, place, masked, causal, memory)
         if model.has_final_norm:
             x = model.norm.trace(t, x, place)
-        return t.dropout(x, model.output_dropout), vectors
+        left: Value = t.dropout(x, model.output_dropout)
+        return left, vectors
 
     def _through(self, layers: Sequence[int], x: Value, place: Place, masked: dict[str, bool], causal: bool, memory: Value | None) -> Value:
         model, t = self.model, self.t
@@ -85,10 +82,11 @@ class Traced:
                 masks[window] = self._drawn(dc.replace(declared, window=window), place)
             mask = masks[window]
             here = dc.replace(place, layer=layer, rotation=rotation, mask=mask)
-            learned = mask.bias is not None and mask.bias.edge is not None
-            inputs = [x, *([mask.bias] if learned else []), *([memory] if memory is not None else [])]
-            del x
-            x = self.around(partial(self._block, here, across, learned), inputs)
+            bias = mask.bias if mask.bias is not None and mask.bias.edge is not None else None
+            inputs = [x, *(y for y in (bias, memory) if y is not None)]
+            block = partial(self._block, here, across, bias is not None)
+            del x, bias
+            x = self.around(block, inputs)
             del inputs
         return x
 
@@ -117,7 +115,8 @@ class Traced:
         if across is not None:
             crossing = dc.replace(across, layer=here.layer, memory=others[-1])
             x = model.residual.joined(t, x, lambda y: model.attention.trace(t, y, crossing), here)
-        return model.residual.joined(t, x, lambda y: model.ffn.trace(t, y, here), here)
+        left: Value = model.residual.joined(t, x, lambda y: model.ffn.trace(t, y, here), here)
+        return left
 
     def _further(self, x: Value, vectors: Value, depth: int, length: int, masked: dict[str, bool], place: Place) -> tuple[Value, Value]:
         """`mtp.FurtherToken`, and its loss."""
@@ -130,13 +129,3 @@ class Traced:
         x = self._through([model.n_layers + depth - 1], x, here, masked, True, None)
         entering = model.norm.trace(t, x, here) if model.has_final_norm else x
         return x, model.head.trace_loss(t, entering, here, self.batch, self.table)
-
-
-def plain(t: Tape, block: Callable[..., Value], inputs: Sequence[Value]) -> Value:
-    """A block as it is."""
-    return block(t, *inputs)
-
-
-def again(t: Tape, selective: bool, block: Callable[..., Any], inputs: Sequence[Value]) -> Value:
-    """A block that is computed again in its backward."""
-    return t.checkpoint(block, inputs, selective)

@@ -128,6 +128,8 @@ def _math(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, hea
     added = mask.bias
     if added is None and (mask.visible is not None or (mask.declared.causal and place.queries > 1)):
         added = t.constant(place.queries * place.keys if mask.visible is None else mask.visible.n)
+    size = q.size
+    q, k, v = (t.to(x, 4) for x in (q, k, v))  # half precision is computed in float32
     q, k = t.scaled(q), t.scaled(k)
     if heads[0] != heads[1]:
         k, v = (_repeated(t, x, heads[0] // heads[1]) for x in (k, v))
@@ -135,7 +137,7 @@ def _math(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, hea
     if added is not None:
         scores = t.add(scores, added)
     p = t.dropout(t.softmax(scores), dropout)
-    return t.copy(t.matmul(p, t.copy(v), v.n // place.keys * place.queries))
+    return t.copy(t.to(t.matmul(p, t.copy(v), v.n // place.keys * place.queries), size))
 
 
 def _repeated(t: Tape, x: Value, times: int) -> Value:

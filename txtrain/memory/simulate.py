@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -69,13 +69,16 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
     from txtrain.model.build import build_model, transformer
 
     is_fake = isinstance(mode, FakeTensorMode)
-    with mode:
-        module = Unattended(config, (transformer if is_fake else build_model)(config.model), parallel)
+    with mode, _precision(config, parallel) as dtype:
+        with _default(dtype):
+            model = (transformer if is_fake else build_model)(config.model)
+        module = Unattended(config, model, parallel)
         module.configure_model()
         optimizer = module.attach(config.trainer.max_steps)
         batch = tensors_of(config, config.data.global_batch_size // parallel.size)
         tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else MemTracker()
         tracker.track_inputs(tuple(batch.values())) if module.is_sharded else tracker.track_external(module.model, optimizer, *batch.values())
+        module.after_backward = tracker.reset_mod_stats  # it takes a second forward for a mistake
         sent = Sent()
         for step in range(STEPS):
             sent.clear()
@@ -84,6 +87,25 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
     return Simulated(peak.pop("Total"), peak, now["Total"], sent.bytes, sent.calls)
+
+
+@contextlib.contextmanager
+def _precision(config: Train, parallel: OneProcess) -> Iterator[torch.dtype]:
+    """As Lightning's plugin has it: the parameters' type, and autocast around the step where the strategy does not see to it."""
+    precision = config.trainer.precision
+    casts = precision == "bf16-mixed" and not (parallel.world.size > 1 and config.strategy.layout(parallel.world.size).shard > 1)
+    with torch.autocast("cpu", torch.bfloat16, enabled=casts, cache_enabled=True):
+        yield torch.bfloat16 if precision == "bf16-true" else torch.float32
+
+
+@contextlib.contextmanager
+def _default(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def _of_cpu(snapshot: dict[torch.device, dict[Any, int]]) -> dict[str, int]:
@@ -110,7 +132,9 @@ def _processes(config: Train, world: int) -> Iterator[OneProcess]:
 
 
 class Unattended(LitModule):
-    """Steps without a trainer."""
+    """Steps without a trainer. after_backward: of each micro-batch."""
+
+    after_backward: Callable[[], None] | None = None
 
     def attach(self, total_steps: int | None) -> torch.optim.Optimizer:
         self.plan(total_steps or STEPS)
@@ -128,7 +152,9 @@ class Unattended(LitModule):
         return self._optimizer
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        loss.backward()
+        torch.autograd.backward(loss)
+        if self.after_backward is not None:
+            self.after_backward()
 
 
 class _Plain(LightningOptimizer):
@@ -138,11 +164,11 @@ class _Plain(LightningOptimizer):
         return self._optimizer.step()
 
 
-class Sent(TorchDispatchMode):
+class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Bytes of the full buffer of each collective, and how often it was called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.bytes: dict[str, int] = {}
         self.calls: dict[str, int] = {}
 
@@ -170,7 +196,7 @@ NAMES = {
 }
 
 
-class _AsReal(TorchDispatchMode):
+class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Where torch's fake tensors differ from real ones.
 
     A choice by a mask has no size: it is taken to be `n_chosen`. A flag is taken to be unset: some token is padding. Flash attention's
@@ -178,12 +204,13 @@ class _AsReal(TorchDispatchMode):
     """
 
     def __init__(self, n_chosen: int | None) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.n_chosen = n_chosen
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (ATEN.index.Tensor, ATEN.index_put.default) and args[1][0].dtype == torch.bool:
             shape, n = args[1][0].shape, self.n_chosen
+            assert n is not None, "an objective that chooses positions tells how many"
             args = (args[0], [torch.zeros(n, dtype=torch.int64) for _ in shape], *args[2:])
         if func is ATEN._local_scalar_dense.default and args[0].dtype == torch.bool:
             return False
