@@ -19,6 +19,7 @@ SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed", "trainer.activation_
 MORE = [
     (1, ("trainer.activation_checkpointing=selective", "data.micro_batch_size=2")),
     (2, ("strategy=fsdp", "data.micro_batch_size=1")),
+    (1, ("trainer.precision=bf16-mixed",)),
     (4, ("strategy=hsdp", "trainer.activation_checkpointing=2")),
     (1, ("trainer.precision=bf16-true",)),
     (4, ("strategy=ddp",)),

@@ -45,7 +45,8 @@ def rotated(t: Tape, x: Value, rotation: tuple[Value, Value] | None, several: bo
         return x
     cos, sin = rotation
     a, b = t.split(t.back_copied(x) if several else x, x.n // 2, x.n // 2)
-    return t.cat(t.add(t.mul(a, cos), t.mul(b, sin), minus=True), t.add(t.mul(b, cos), t.mul(a, sin)))
+    turned = t.cat(t.add(t.mul(a, cos), t.mul(b, sin), minus=True), t.add(t.mul(b, cos), t.mul(a, sin)))
+    return t.to(turned, x.size)
 
 
 def gated(t: Tape, x: Value, dim: int, width: int, activation: str, dropout: float, bias: bool = False) -> Value:
@@ -84,7 +85,7 @@ def attend(t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int
         return _math(t, q, k, v, mask, scores, heads, dropout, place)
     added = mask.bias if mask.bias is not None else mask.visible
     if mask.bias is None and added is not None:  # a boolean mask becomes one of numbers in each call
-        added = t.constant(added.n)
+        added = t.constant(added.n, q.size)
     return _flash(t, q, k, v, added, scores // place.keys)
 
 

@@ -69,11 +69,12 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
     from txtrain.model.build import build_model, transformer
 
     is_fake = isinstance(mode, FakeTensorMode)
-    with mode, _precision(config, parallel) as dtype:
-        with _default(dtype):
-            model = (transformer if is_fake else build_model)(config.model)
+    with mode, _default(torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32):
+        model = (transformer if is_fake else build_model)(config.model)
         module = Unattended(config, model, parallel)
-        module.configure_model()
+    module.configure_model()  # outside: a mesh looks into itself with real tensors
+    parallel.reduce({"first": torch.zeros(())})
+    with mode, _precision(config, parallel):
         optimizer = module.attach(config.trainer.max_steps)
         batch = tensors_of(config, config.data.global_batch_size // parallel.size)
         tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else MemTracker()
@@ -90,12 +91,12 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
 
 
 @contextlib.contextmanager
-def _precision(config: Train, parallel: OneProcess) -> Iterator[torch.dtype]:
-    """As Lightning's plugin has it: the parameters' type, and autocast around the step where the strategy does not see to it."""
+def _precision(config: Train, parallel: OneProcess) -> Iterator[None]:
+    """As Lightning's plugin has it: autocast around the step where the strategy does not see to it."""
     precision = config.trainer.precision
     casts = precision == "bf16-mixed" and not (parallel.world.size > 1 and config.strategy.layout(parallel.world.size).shard > 1)
     with torch.autocast("cpu", torch.bfloat16, enabled=casts, cache_enabled=True):
-        yield torch.bfloat16 if precision == "bf16-true" else torch.float32
+        yield
 
 
 @contextlib.contextmanager
