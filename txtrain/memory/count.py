@@ -47,6 +47,7 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     share = max(1, config.data.global_batch_size // layout.data)
     micro = min(micro or config.data.micro_batch_size or share, share)
     strategy = _Sharded(config, layout) if layout.shard > 1 else _Copies(config, layout)
+    strategy.n_micro_batches = math.ceil(share / micro)
     strategy.step(micro, several=micro < share)
     static = {**strategy.states(), "batch": nbytes_of(config, share)}
     meter = strategy.t.meter
@@ -67,7 +68,7 @@ class _Copies:
         self.stored = 2 if precision == "bf16-true" else FLOAT32
         self.t = Tape(2 if precision == "bf16-true" or (precision == "bf16-mixed" and parts) else FLOAT32)
         self.t.autocast = precision == "bf16-mixed" and not parts
-        self.seen = 0
+        self.seen, self.n_micro_batches = 0, 1
 
     @property
     def n_params(self) -> int:
@@ -164,7 +165,7 @@ class _Sharded(_Copies):
         groups = [self.root, *self.groups]
         again = self.groups if self.config.strategy.reshard_after_forward else []
         found = {
-            "all_gather": self.t.size * sum(map(self._padded, [*groups, *again])),
+            "all_gather": self.n_micro_batches * self.t.size * sum(map(self._padded, [*groups, *again])),
             "reduce_scatter": FLOAT32 * sum(map(self._padded, groups)),
         }
         return found | ({"all_reduce": FLOAT32 * self._mine()} if self.layout.replicate > 1 else {})

@@ -74,7 +74,7 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         module = Unattended(config, model, parallel)
     module.configure_model()  # outside: a mesh looks into itself with real tensors
     parallel.reduce({"first": torch.zeros(())})
-    with mode, _precision(config, parallel):
+    with mode:
         optimizer = module.attach(config.trainer.max_steps)
         batch = tensors_of(config, config.data.global_batch_size // parallel.size)
         tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else MemTracker()
@@ -83,7 +83,7 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         sent = Sent()
         for step in range(STEPS):
             sent.clear()
-            with _AsReal(n_chosen(config, config.micro_batch_size)) if is_fake else contextlib.nullcontext(), sent, tracker:
+            with _AsReal(n_chosen(config, config.micro_batch_size)) if is_fake else contextlib.nullcontext(), sent, tracker, _precision(config, parallel):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
