@@ -198,7 +198,9 @@ class Tape(Recorder):
     def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
         """`head.ChunkedCrossEntropy`: gradients are made in the forward, by chunks of tokens."""
         n, rows = x.n // dim, max(1, CHUNK_ELEMENTS // vocabulary)
-        x, weight, shift = self.low(x), self.low(weight), None if shift is None else self.low(shift)
+        x = self.low(x)
+        if self.autocast:  # the loss casts by itself: the copies are not kept
+            weight, shift = self.to(weight, 2), None if shift is None else self.to(shift, 2)
         gradients = [self.bytes(x.n, x.size), self.bytes(weight.n, x.size), *([self.bytes(vocabulary, 4)] if shift else [])]
         for start in range(0, min(n, 2 * rows), rows):  # the third chunk and those after it are like the second
             chunk = min(rows, n - start) * vocabulary
