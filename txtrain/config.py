@@ -10,6 +10,7 @@ from typing import Any, Literal
 import txtrain.data.config  # noqa: F401  (registers the sources)
 from txtrain import legality, peaks
 from txtrain.errors import divisors_near, hint
+from txtrain.memory.sizes import bytes_of
 from txtrain.model.config import ModelConfig
 from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
 from txtrain.optim.config import AdamConfig as AdamConfig  # (its module registers the optimizers and the schedulers)
@@ -39,9 +40,7 @@ class TrainerConfig:
     devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
     num_nodes: int = 1
     compile: bool = False
-    activation_checkpointing: Literal["none", "full", "selective"] | int = (
-        "none"  # computed again in the backward: all; all but products; every n-th block
-    )
+    activation_checkpointing: Literal["none", "full", "selective"] | int = "none"  # computed again in the backward: all; all but products; every n-th block
     deterministic: bool = False
     fast_dev_run: bool | int = False  # so many steps (true: 1) of training and validation, then stop; nothing saved
     overfit_batches: int = 0  # train on the first so many global batches again and again
@@ -162,7 +161,7 @@ class Train:
                 f"but is {self.micro_batch_size} instead. Nearest: {near}."
             )
         elif (world := parallel.processes(self)) is not None:
-            yield from parallel.problems(self, world)
+            yield from self._check_processes(world)
         if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
             yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
         yield from self.strategy.check_with(self)
@@ -172,13 +171,18 @@ class Train:
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
 
+    def _check_processes(self, world: int) -> Iterator[str]:
+        yield from parallel.problems(self, world)
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Of which devices `plan` tells the time, and how."""
+    """Of which devices `plan` tells time and memory, and how."""
 
     device: str = "H100"  # one of txtrain.peaks
-    n_devices: int = 1
+    n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
+    simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
     peak_flops: float | None = None  # FLOP/s of one device; null: the published figure of plan.device at trainer.precision
     mfu: float = 0.4  # share of the peak that the run reaches
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
@@ -188,7 +192,9 @@ class PlanConfig:
         if self.device not in peaks.PUBLISHED:
             known = ", ".join(peaks.PUBLISHED)
             yield f"`plan.device` must be one of {known}, but is {self.device} instead: for another give plan.peak_flops.{hint(self.device, peaks.PUBLISHED)}"
-        if self.n_devices < 1:
+        if self.memory is not None and not bytes_of(self.memory):
+            yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
+        if self.n_devices is not None and self.n_devices < 1:
             yield f"`plan.n_devices` must be at least 1, but is {self.n_devices} instead."
         if self.peak_flops is not None and not self.peak_flops > 0:
             yield f"`plan.peak_flops` must be above 0 or null, but is {self.peak_flops} instead."
@@ -201,6 +207,21 @@ class Plan(Train):
     """What `train` would run, and how to count it."""
 
     plan: PlanConfig = dc.field(default_factory=PlanConfig)
+
+    def _check_between(self) -> Iterator[str]:
+        yield from Train._check_between(self)
+        if not (self.data.global_batch_size % self.micro_batch_size) and parallel.processes(self) is None:
+            yield from self._check_processes(self.plan.n_devices or 1)
+        started, asked = parallel.processes(self), self.plan.n_devices
+        if started is not None and asked not in (None, started):
+            yield (
+                f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on trainer.num_nodes={self.trainer.num_nodes} says, "
+                f"but is {asked} instead. Nearest: null."
+            )
+
+    def _check_processes(self, world: int) -> Iterator[str]:
+        """How the processes lie must be sound; that the batch has as many shares is told beside the figures."""
+        yield from self.strategy.problems(world)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -9,9 +9,15 @@ from typing import Any
 
 from txtrain import peaks, screen
 from txtrain.config import Plan, PlanConfig, Train
+from txtrain.errors import ConfigError
 from txtrain.limits import seconds_of
+from txtrain.memory.count import NotCounted, memory
+from txtrain.memory.fit import largest_micro_batch, remedy
+from txtrain.memory.sizes import bytes_of
+from txtrain.memory.tape import NotTraced
 from txtrain.model import costs
 from txtrain.model.config import ModelConfig
+from txtrain.parallel.config import problems, processes
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -30,6 +36,11 @@ class Figures:
         cache_bytes_per_token: what one more token adds while no window is full; cache_bytes: after seq_len tokens.
         steps, tokens, flops, seconds: of the whole run; null where nothing but the data or a clock could tell.
         limited_by: the key of the limit that ends the run.
+        memory: bytes of one process at the fullest moment of a step, memory_by_part: what they are (`txtrain.memory.count`); null where it
+            is not counted, memory_missing: why. refused: what `train` would say to such a batch; a process is then counted with one
+            sample at least. memory_simulated: as the real model showed it, with plan.simulate=true.
+        micro_batch_size: of that step; largest_micro_batch_size: that fits into plan.memory.
+        communicated: bytes of the whole buffers a process exchanges in a step, by collective.
         device, n_devices, peak_flops, mfu: what the time stands on; peak_flops of one device.
     """
 
@@ -57,6 +68,14 @@ class Figures:
     n_devices: int
     peak_flops: float
     mfu: float
+    memory: int | None
+    memory_by_part: dict[str, int]
+    memory_missing: str | None
+    refused: str | None
+    memory_simulated: int | None
+    micro_batch_size: int | None
+    largest_micro_batch_size: int | None
+    communicated: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as plan.format=json prints them."""
@@ -67,6 +86,9 @@ def plan(config: Train) -> Figures:
     """Parameters, FLOPs, cache, steps and time of what `train` would run, in closed form: nothing is built, torch stays out.
 
     config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
+
+    Raises:
+        ConfigError: it does not fit into plan.memory.
     """
     how = config.plan if isinstance(config, Plan) else PlanConfig()
     model, (source, target) = config.model, config.lengths
@@ -75,7 +97,8 @@ def plan(config: Train) -> Figures:
     per_sample = costs.training_flops(training)
     peak = peak_of(config, how)
     step_flops = per_sample * config.data.global_batch_size
-    steps, limit = budget(config, step_flops / (peak * how.mfu * how.n_devices))
+    n_devices = processes(config) or how.n_devices or 1
+    steps, limit = budget(config, step_flops / (peak * how.mfu * n_devices))
     total = None if steps is None else steps * step_flops
     size = BYTES[how.cache_dtype]
     held = (target or source, source if target else 0)
@@ -98,13 +121,55 @@ def plan(config: Train) -> Figures:
         steps=steps,
         tokens=None if steps is None else steps * config.data.global_batch_size * source,
         flops=total,
-        seconds=None if total is None else total / (peak * how.mfu * how.n_devices),
+        seconds=None if total is None else total / (peak * how.mfu * n_devices),
         limited_by=limit,
         device=f"{peak:.4g} FLOP/s each" if how.peak_flops else how.device,
-        n_devices=how.n_devices,
+        n_devices=n_devices,
         peak_flops=peak,
         mfu=how.mfu,
+        **memory_of(config, how, n_devices),
     )
+
+
+def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
+    """The figures of memory and of what is sent.
+
+    Raises:
+        ConfigError: it does not fit into plan.memory.
+    """
+    found, missing = None, None
+    try:
+        found = memory(config, n_devices)
+    except NotTraced as e:
+        missing = f"{e.args[0]} does not say what it computes (`trace` of its config); plan.simulate=true looks at the module."
+    except NotCounted as e:
+        missing = str(e)
+    room = bytes_of(how.memory) if how.memory else None
+    if room is not None and found is None:
+        raise ConfigError(f"`plan.memory` must be null here: {missing}.")
+    if found is not None and room is not None and found.peak > room:
+        raise ConfigError(
+            f"`plan.memory` must be at least {found.peak / 1e9:.1f}GB for micro-batches of {found.micro_batch_size}, but is {how.memory} instead. "
+            f"{remedy(config, n_devices, room)}"
+        )
+    simulated = None
+    refused = next(problems(config, n_devices), None)
+    if how.simulate:
+        if refused:
+            raise ConfigError(refused)
+        from txtrain.memory.simulate import simulate
+
+        simulated = simulate(config, world=n_devices).peak
+    return {
+        "memory": None if found is None else found.peak,
+        "memory_by_part": {} if found is None else found.parts,
+        "memory_missing": missing,
+        "refused": refused,
+        "memory_simulated": simulated,
+        "micro_batch_size": None if found is None else found.micro_batch_size,
+        "largest_micro_batch_size": None if found is None or room is None else largest_micro_batch(config, n_devices, room),
+        "communicated": {} if found is None else found.communicated,
+    }
 
 
 def sample_of(model: ModelConfig) -> str:
@@ -169,6 +234,7 @@ def lines(config: Train, f: Figures) -> list[str]:
         _section("parts", _parts(f)),
         _section("FLOPs", _flops(f)),
         _section("cache", _cache(model, f)),
+        _section(f"memory of {'the' if f.n_devices == 1 else 'each'} process", _memory(f)),
         _section("run", _run(config, f)),
     ]
     return [head, *(line for section in sections for line in section)]
@@ -235,6 +301,20 @@ def _run(config: Train, f: Figures) -> list[tuple[str, str]]:
         ("compute", flops(f.flops)),
         ("time", f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s ({config.trainer.precision}); training only"),
     ]
+
+
+def _memory(f: Figures) -> list[tuple[str, str]]:
+    if f.memory is None:
+        rows = [("not counted", f.memory_missing or "")]
+    else:
+        rows = [("train refuses", f.refused)] if f.refused else []
+        rows += [(name, f"{size(n):>12}{n / f.memory:>8.1%}") for name, n in sorted(f.memory_by_part.items(), key=lambda row: -row[1])]
+        rows.append(("in all", f"{size(f.memory):>12}{'':8}  at the fullest moment of a step of micro-batches of {f.micro_batch_size}"))
+    if f.memory_simulated is not None:
+        rows.append(("simulated", f"{size(f.memory_simulated):>12}{'':8}  the real model without storage, with the CPU's kernels"))
+    if f.largest_micro_batch_size is not None:
+        rows.append(("largest micro-batch", f"{f.largest_micro_batch_size:>12,}"))
+    return [*rows, *((f"{name}, a step", f"{size(n):>12}") for name, n in f.communicated.items())]
 
 
 def a(noun: str) -> str:

@@ -106,7 +106,9 @@ txtrain plan [KEY=VALUE ...]      what `txtrain train` with the same keys would 
 
   plan.device=NAME                 {devices}: its published peak at trainer.precision
   plan.peak_flops=NUMBER           FLOP/s of another device
-  plan.n_devices=1                 as many of them
+  plan.n_devices=null              as many of them (null: trainer.devices * trainer.num_nodes)
+  plan.memory=null                 of one device, such as 80GB: exit code 2 if a step does not fit
+  plan.simulate=false              also watch the real model take a step without storage
   plan.mfu=0.4                     share of the peak that the run reaches
   plan.cache_dtype=bfloat16        of the key-value cache: bfloat16, float32
   plan.format=text                 text, json

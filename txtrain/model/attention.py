@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txtrain.model.context import AnyContext
-from txtrain.model.mask import Kernel, PreparedMask
+from txtrain.model.kernels import Kernel
+from txtrain.model.mask import PreparedMask
 from txtrain.model.position import Rotation
 
 
@@ -76,7 +77,7 @@ class MultiHeadAttention(nn.Module):
 
 
 def attend(q_BNTH: Tensor, k_BKSH: Tensor, v_BKSH: Tensor, mask: PreparedMask, scale: float, softcap: float | None, dropout: float) -> Tensor:
-    """[B, N, T, H]. The kernel was chosen with the mask (`mask.choose_kernel`); all of them equal `plain`, gradients included."""
+    """[B, N, T, H]. The kernel was chosen with the mask (`kernels.choose_kernel`); all of them equal `plain`, gradients included."""
     return KERNELS[mask.kernel](q_BNTH, k_BKSH, v_BKSH, mask, scale, softcap, dropout)
 
 

@@ -30,15 +30,16 @@ def build_model(config: ModelConfig) -> Transformer:
     Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
     """
     if torch.get_default_device().type == "meta":
-        return _transformer(config)
+        return transformer(config)
     with torch.device("meta"):
-        model = _transformer(config)
+        model = transformer(config)
     model.to_empty(device=torch.get_default_device())
     init_weights(model)
     return model
 
 
-def _transformer(config: ModelConfig) -> Transformer:
+def transformer(config: ModelConfig) -> Transformer:
+    """The model on torch's default device, without initial values."""
     norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
     cls = SentencePairTransformer if getattr(config.head, "next_sentence", False) else Transformer
     return cls(

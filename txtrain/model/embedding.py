@@ -69,7 +69,7 @@ class PatchEmbedding(nn.Module):
         p = self.patch.stride[0]
         if height % p or width % p:
             raise ValueError(f"`pixel_values` must be a multiple of {p} pixels high and wide, but is {height} x {width} instead.")
-        x_BTD = self.patch(pixel_values_BCHW).flatten(2).transpose(1, 2)
+        x_BTD = self.patch(pixel_values_BCHW.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x_BTD = torch.cat((self.class_token.expand(len(x_BTD), -1, -1), x_BTD), dim=1)
         return x_BTD, (height // p, width // p)

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from txtrain.memory.tape import CHUNK_ELEMENTS
 from txtrain.model.ffn import ACTIVATIONS
 
 IGNORED = -100  # a label that is no target, as in torch and Hugging Face
-CHUNK_ELEMENTS = 1 << 22  # logits held at a time, where the caller does not want them
 
 
 class Vocabulary:

@@ -1,4 +1,4 @@
-"""What may attend to what, declared; and the one function that picks the kernel for it.
+"""What may attend to what, declared; and drawn for the kernels that need it drawn (kernels.py picks one).
 
     causal        i sees j <= i                    window w     i sees j with |i - j| < w
     documents     i sees its own document          padding      nobody sees a padding token
@@ -20,25 +20,21 @@ A row that sees nothing attends to nothing: its output is 0, never NaN.
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Kernel = Literal["plain", "sdpa", "sdpa_masked", "flex", "varlen"]
+from txtrain.model.kernels import Declared, Kernel
 
 
 @dc.dataclass(frozen=True)
-class Mask:
+class Mask(Declared):
     """The declaration. None: all keys are of one document, none is padding, none is prefix.
 
     query_documents_BT: in cross-attention, whose queries are of another sequence; otherwise the last T of documents_BS.
     """
 
-    n_queries: int
-    n_keys: int
-    causal: bool = True
-    window: int | None = None
     documents_BS: Tensor | None = None
     valid_BS: Tensor | None = None
     prefix_BS: Tensor | None = None
@@ -48,24 +44,6 @@ class Mask:
         """For a layer with that window whose cache holds the last n_keys keys."""
         valid = None if self.valid_BS is None else self.valid_BS[:, -n_keys:]
         return dc.replace(self, window=window, n_keys=n_keys, valid_BS=valid)
-
-    @property
-    def window_hides(self) -> bool:
-        return self.window is not None and self.n_keys > self.window
-
-    @property
-    def square(self) -> bool:
-        return self.n_queries == self.n_keys
-
-    @property
-    def drawn_by_flag(self) -> bool:
-        """Whether `is_causal` alone, or no mask at all, says everything."""
-        whole = self.documents_BS is None and self.valid_BS is None and self.prefix_BS is None and not self.window_hides
-        return whole and (not self.causal or self.square or self.n_queries == 1)
-
-    @property
-    def sees_all(self) -> bool:
-        return self.drawn_by_flag and (not self.causal or self.n_queries == 1)
 
     @property
     def documents_of_queries(self) -> Tensor:
@@ -87,25 +65,6 @@ class Mask:
         if self.valid_BS is not None:
             seen = seen & self.valid_BS[:, None, None, :]
         return seen
-
-
-def choose_kernel(mask: Mask, *, device_type: str, softcap: bool, bias: bool, dropout: bool, half: bool) -> Kernel:
-    """The fastest kernel that is right for this mask.
-
-    On CUDA a mask is never drawn: flex attention computes windows, documents, padding, softcaps and biases block by block, and
-    skips the blocks that nobody sees; packed documents alone, in half precision, go to the variable-length flash kernel. Dropout
-    on the probabilities exists in SDPA only. On the CPU flex attention and varlen have no backward: SDPA takes what it can
-    express, with the mask drawn if it must be, and the plain formula takes softcaps.
-    """
-    if softcap and (device_type != "cuda" or dropout):
-        return "plain"
-    if device_type == "cuda" and not dropout:
-        if softcap or bias:
-            return "flex"
-        if mask.documents_BS is not None and mask.valid_BS is None and mask.prefix_BS is None and mask.square and mask.causal and half:
-            return "varlen"
-        return "sdpa" if mask.drawn_by_flag else "flex"
-    return "sdpa" if mask.drawn_by_flag and not bias else "sdpa_masked"
 
 
 @dc.dataclass(frozen=True)

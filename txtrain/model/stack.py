@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from txtrain.model.cache import Cache
 from txtrain.model.context import Context, MemoryContext
-from txtrain.model.mask import Mask, PreparedMask, choose_kernel, prepare
+from txtrain.model.kernels import choose_kernel
+from txtrain.model.mask import Mask, PreparedMask, prepare
 from txtrain.model.position import Position
 
 

@@ -69,12 +69,16 @@ class Mesh(OneProcess):
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, **self._meeting_point(), rank=self.world.rank, world_size=self.world.size, timeout=timedelta(minutes=30))
         self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
-        self.mesh = self._made(device.type)
+        self.meet(device.type)
         try:
             yield
         finally:
             if mine:
                 dist.destroy_process_group()
+
+    def meet(self, kind: str = "cpu") -> None:
+        """Lay the processes out, once they know of each other. kind: of device."""
+        self.mesh = self._made(kind)
 
     def _meeting_point(self) -> dict[str, Any]:
         """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""

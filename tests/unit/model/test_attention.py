@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from txtrain.model import attention
-from txtrain.model.mask import Mask, choose_kernel, prepare
+from txtrain.model.kernels import choose_kernel
+from txtrain.model.mask import Mask, prepare
 
 B, N, K, T, H = 2, 4, 2, 12, 8
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])

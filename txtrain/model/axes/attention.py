@@ -10,6 +10,8 @@ from txtrain.model.axes.base import Component, config
 from txtrain.registry import BASES, knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -22,6 +24,11 @@ class AttentionBase(Component):
     def rotary_dim(self, model: ModelConfig) -> int:
         """The size of the part of a head that position turns."""
         return model.dim // model.n_heads
+
+    def dropped(self, model: ModelConfig) -> float:
+        """The share of the probabilities that is dropped in training."""
+        own: float | None = getattr(self, "dropout", None)
+        return model.dropout if own is None else own
 
     def window_at(self, layer: int) -> int | None:
         """How far a position of that layer sees; None: all the way."""
@@ -111,7 +118,7 @@ class AttentionConfig(AttentionBase):
             "scale": head_dim**-0.5 if self.scale is None else self.scale,
             "qk_norm": self.qk_norm,
             "bias": self.bias,
-            "attention_dropout": model.dropout if self.dropout is None else self.dropout,
+            "attention_dropout": self.dropped(model),
         }
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
@@ -130,6 +137,20 @@ class AttentionConfig(AttentionBase):
     def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
         _, kv, h = self.heads(model)
         return 2 * kv * h
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        from txtrain.memory.parts import attend, rotated
+
+        model, norm = place.model, place.model.norm
+        n, kv, h = self.heads(model)
+        q = t.linear(x, model.dim, n * h, self.bias)
+        q = rotated(t, norm.trace_of(t, q, h) if self.qk_norm else q, place.rotation, n > 1)
+        source = x if place.memory is None else place.memory
+        k = t.linear(source, model.dim, kv * h, self.bias)
+        k = rotated(t, norm.trace_of(t, k, h) if self.qk_norm else k, place.rotation, kv > 1)
+        v = t.linear(source, model.dim, kv * h, self.bias)
+        y = attend(t, q, k, v, place, (n, kv), self.softcap is not None, self.dropped(model), same_size=True)
+        return t.linear(y, n * h, model.dim, self.bias)
 
 
 register("attention", "mha gqa mqa", "txtrain.model.attention:MultiHeadAttention", AttentionConfig)

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 from txtrain.registry import BASES, knob
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 T = TypeVar("T")
@@ -44,6 +46,16 @@ class Component:
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         """Forward floating-point operations a token: a multiply and an add for each parameter, unless an option knows better."""
         return 2.0 * self.n_params(model, layer)
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        """What the module computes, in the operations of `txtrain.memory.tape`: of x [B, T, D] at that place of a model.
+
+        Raises:
+            NotTraced: the option does not say. `plan.simulate=true` looks at the module itself.
+        """
+        from txtrain.memory.tape import NotTraced
+
+        raise NotTraced(self.type)
 
 
 BASES["ffn"] = BASES["norm_position"] = Component

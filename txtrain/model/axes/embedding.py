@@ -9,6 +9,9 @@ from txtrain.model.axes.base import Component, config
 from txtrain.registry import knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.batch import Batch
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Parameter, Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -29,6 +32,16 @@ class EmbeddingBase(Component):
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
+    def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
+        """Vectors of all positions. table: of the vocabulary.
+
+        Raises:
+            NotTraced: the option does not say.
+        """
+        from txtrain.memory.tape import NotTraced
+
+        raise NotTraced(self.type)
+
 
 @config
 class TokenEmbeddingConfig(EmbeddingBase):
@@ -48,6 +61,16 @@ class TokenEmbeddingConfig(EmbeddingBase):
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return (model.vocab_size + self.n_types) * model.dim + EmbeddingBase.n_params(self, model)
+
+    def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
+        dim = place.model.dim
+        assert table is not None
+        x = t.lookup(table, place.tokens, dim)
+        x = t.scaled(x) if self.scale else x
+        if not self.n_types:
+            return x
+        types = t.parameter(self.n_types, dim)
+        return t.add(x, t.lookup(types, place.tokens if batch.types else 1, dim))
 
 
 @config
@@ -95,6 +118,15 @@ class PatchEmbeddingConfig(EmbeddingBase):
         rows, columns = self.grid()
         patches = 2.0 * model.dim * self.n_channels * self.patch_size**2
         return patches * rows * columns / self.n_positions()  # the class token costs none
+
+    def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
+        dim, pixels = place.model.dim, self.n_channels * self.patch_size**2
+        rows, columns = self.grid()
+        image = t.constant(place.batch * rows * columns * pixels)
+        x = t.linear(image, pixels, dim, bias=True)
+        if not self.class_token:
+            return x
+        return t.cat(t.expanded(t.parameter(dim), place.batch * dim), t.back_copied(x))
 
 
 register("embedding", "token", "txtrain.model.embedding:TokenEmbedding", TokenEmbeddingConfig)

@@ -10,6 +10,8 @@ from txtrain.model.axes.base import Component, config
 from txtrain.registry import knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
@@ -45,6 +47,11 @@ class MLPConfig(Component):
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 2.0 * self.n_matrices * model.dim * self.width(model)
 
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        d, f = place.model.dim, self.width(place.model)
+        h = t.activation(t.linear(x, d, f, self.bias), self.activation)
+        return t.linear(t.dropout(h, self.dropout), f, d, self.bias)
+
 
 @config
 class GatedConfig(MLPConfig):
@@ -58,6 +65,11 @@ class GatedConfig(MLPConfig):
 
     def width(self, model: ModelConfig) -> int:
         return self.hidden_dim or math.ceil(model.dim / 3) * 8
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        from txtrain.memory.parts import gated
+
+        return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 
 register("ffn", "mlp", "txtrain.model.ffn:MLP", MLPConfig)

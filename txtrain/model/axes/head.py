@@ -10,6 +10,9 @@ from txtrain.model.axes.ffn import Activation
 from txtrain.registry import knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.batch import Batch
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Parameter, Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -40,6 +43,11 @@ class LMHeadConfig(HeadConfig):
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return (0 if model.tie_word_embeddings else model.vocab_size * model.dim) + (model.vocab_size if self.bias else 0)
+
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        """The loss of what leaves the last norm. table: the embedding's, which a tied head reads."""
+        x = t.scaled(x) if self.scale else x
+        return vocabulary_loss(t, x, place.model, table, self.bias, batch.smoothed)
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 2.0 * model.vocab_size * model.dim
@@ -73,6 +81,18 @@ class MLMHeadConfig(HeadConfig):
         sentence = 2.0 * model.dim * (model.dim + 2) / seq_len if self.next_sentence else 0.0  # one position of the sequence
         return 2.0 * model.dim * (model.vocab_size + model.dim) * target_share + sentence
 
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        model, d = place.model, place.model.dim
+        pooled = None
+        if self.next_sentence:
+            pooled = t.activation(t.linear(t.sliced(x, place.batch * d, copies=True), d, d, bias=True), "tanh")
+            pooled = t.linear(pooled, d, 2, bias=True)
+        chosen = batch.chosen or place.tokens
+        x = t.picked(x, chosen * d, index=8 * 2 * chosen)
+        x = model.norm.trace_of(t, t.activation(t.linear(x, d, d, bias=True), self.activation), d)
+        loss = vocabulary_loss(t, x, model, table, bias=True, smoothed=False)
+        return loss if pooled is None else t.add(loss, t.softmax(pooled))
+
 
 @config
 class ClassHeadConfig(HeadConfig):
@@ -90,6 +110,25 @@ class ClassHeadConfig(HeadConfig):
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 2.0 * model.dim * self.n_classes / seq_len  # one position of the sequence
+
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        d = place.model.dim
+        return t.softmax(t.to(t.linear(t.sliced(x, place.batch * d), d, self.n_classes, bias=True), 4))
+
+
+def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | None, bias: bool, smoothed: bool) -> Value:
+    """By chunks; smoothed: of all logits at once."""
+    from txtrain.memory.tape import Parameter
+
+    d, v, capped = model.dim, model.vocab_size, model.logit_softcap is not None
+    weight = table if model.tie_word_embeddings else t.kept("head", lambda: t.parameter(v, d))
+    shift = t.kept("head_bias", lambda: t.parameter(v)) if bias else None
+    assert isinstance(weight, Parameter)
+    if not smoothed:
+        return t.chunked_loss(x, weight, shift, d, v, capped)
+    logits = t.linear(x, d, v, weight=weight)
+    logits = t.scaled(t.activation(t.scaled(logits), "tanh")) if capped else logits
+    return t.softmax(t.to(logits, 4))
 
 
 register("head", "lm", "txtrain.model.head:LMHead", LMHeadConfig)

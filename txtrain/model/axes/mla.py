@@ -11,6 +11,8 @@ from txtrain.model.axes.base import config
 from txtrain.registry import knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -73,7 +75,7 @@ class MLAConfig(AttentionBase):
             **sizes._asdict(),
             "scale": sizes.qk_dim**-0.5 * _yarn_sharpening(model) if self.scale is None else self.scale,
             "bias": self.bias,
-            "attention_dropout": model.dropout if self.dropout is None else self.dropout,
+            "attention_dropout": self.dropped(model),
         }
 
     def _weights(self, model: ModelConfig) -> tuple[int, int]:
@@ -101,6 +103,27 @@ class MLAConfig(AttentionBase):
         """The latent and the rotated key, whatever the number of heads."""
         s = self.sizes(model)
         return s.kv_rank + s.rope_dim
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        """In the expanded form, in which it is trained."""
+        from txtrain.memory.parts import attend, rotated
+
+        model, s = place.model, self.sizes(place.model)
+        n, keys = model.n_heads, place.batch * place.keys
+        q = x
+        if s.q_rank is not None:
+            q = model.norm.trace_of(t, t.linear(x, model.dim, s.q_rank, self.bias), s.q_rank)
+        q = t.back_copied(t.linear(q, s.q_rank or model.dim, n * s.qk_dim))
+        q_plain, q_turned = t.split(q, place.tokens * n * s.nope_dim, place.tokens * n * s.rope_dim)
+        q_turned = rotated(t, q_turned, place.rotation, several=False)
+        source = x if place.memory is None else place.memory
+        latent = model.norm.trace_of(t, t.linear(source, model.dim, s.kv_rank, self.bias), s.kv_rank)
+        k_turned = rotated(t, t.linear(source, model.dim, s.rope_dim, self.bias), place.rotation, several=False)
+        k_plain = t.back_copied(t.linear(latent, s.kv_rank, n * s.nope_dim))
+        v = t.linear(latent, s.kv_rank, n * s.v_dim)
+        k = t.cat(k_plain, t.expanded(k_turned, keys * n * s.rope_dim))
+        y = attend(t, t.cat(q_plain, q_turned), k, v, place, (n, n), False, self.dropped(model), same_size=s.qk_dim == s.v_dim)
+        return t.linear(y, n * s.v_dim, model.dim, self.bias)
 
 
 def _yarn_sharpening(model: ModelConfig) -> float:

@@ -12,6 +12,8 @@ from txtrain.model.axes.ffn import Activation
 from txtrain.registry import knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -101,6 +103,28 @@ class MoEConfig(Component):
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 2.0 * self.n_active_params(model, layer)
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        from txtrain.memory.parts import gated
+
+        model, d, f, n = place.model, place.model.dim, self.width(place.model), place.tokens
+        if place.layer < self.dense_layers:
+            return gated(t, x, d, self.dense_width(model), self.activation, self.dropout)
+        rows, experts = n * self.top_k, self.n_experts
+        scores = t.pointwise(t.linear(t.to(x, 4), d, experts), "result")
+        weights = t.picked(scores, rows, index=8 * rows)  # of the experts that are chosen
+        if self.normalise:
+            weights = t.mul(weights, t.mean(weights, n))
+        weights = t.scaled(weights)
+        order = t.constant(2 * rows, 8)  # which row is which token's, and where
+        h = t.picked(x, rows * d, index=0)
+        gate = t.activation(t.grouped(h, d, f, experts), self.activation)
+        h = t.mul(gate, t.grouped(h, d, f, experts))
+        del gate
+        h = t.grouped(t.dropout(h, self.dropout), f, d, experts)
+        y = t.to(t.added_up(t.mul(h, t.picked(weights, rows, index=0)), n * d, order), x.size)
+        del h, order
+        return t.add(y, gated(t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
 
 
 register("ffn", "moe moe_softmax", "txtrain.model.moe:feed_forward", MoEConfig)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from txtrain.model.axes.base import Component, config
 from txtrain.registry import BASES, knob, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -28,6 +31,15 @@ class NormBase(Component):
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        return self.trace_of(t, x, place.model.dim)
+
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        """Of values of that size."""
+        from txtrain.memory.tape import NotTraced
+
+        raise NotTraced(self.type)
+
 
 @config
 class NoNormConfig(NormBase):
@@ -35,6 +47,9 @@ class NoNormConfig(NormBase):
 
     def n_params_of(self, size: int) -> int:
         return 0
+
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        return x
 
 
 @config
@@ -51,6 +66,9 @@ class LayerNormConfig(NormBase):
     def n_params_of(self, size: int) -> int:
         return 2 * size if self.bias else size
 
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        return t.layer_norm(x, size, self.bias)
+
 
 @config
 class RMSNormConfig(NormBase):
@@ -66,12 +84,23 @@ class RMSNormConfig(NormBase):
     def n_params_of(self, size: int) -> int:
         return size
 
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        return t.rms_norm(x, size, self.unit_offset)
+
 
 @config
 class NormPositionConfig(Component):
     """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
 
     n_norms: ClassVar[int] = 1
+
+    def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
+        """What leaves a sublayer f and its residual connection."""
+        norm = partial(place.model.norm.trace, t, place=place)
+        before, after = self.type in ("pre", "sandwich"), self.type in ("inner", "sandwich")
+        y = f(norm(x) if before else x)
+        y = t.add(x, t.dropout(norm(y) if after else y, place.model.dropout))
+        return norm(y) if self.type == "post" else y
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return self.n_norms * model.norm.n_params_of(model.dim)

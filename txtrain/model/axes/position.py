@@ -10,6 +10,8 @@ from txtrain.model.axes.base import Component, config
 from txtrain.registry import BASES, register
 
 if TYPE_CHECKING:
+    from txtrain.memory.parts import Place
+    from txtrain.memory.tape import Tape, Value
     from txtrain.model.config import ModelConfig
 
 
@@ -23,6 +25,20 @@ class PositionConfig(Component):
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
+    # In the operations of `txtrain.memory.tape`. restarting: positions begin anew with each document, so that rows differ.
+
+    def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
+        """The embedding with what is added to it."""
+        return x
+
+    def trace_rotation(self, t: Tape, place: Place, restarting: bool) -> tuple[Value, Value] | None:
+        """Cosines and sines."""
+        return None
+
+    def trace_bias(self, t: Tape, place: Place) -> Value | None:
+        """What is added to the scores."""
+        return None
+
 
 @config
 class SinusoidalConfig(PositionConfig):
@@ -35,6 +51,9 @@ class SinusoidalConfig(PositionConfig):
         if model.dim % 2:
             yield f"`model.dim` must be even with model/position=sinusoidal, but is {model.dim} instead. Nearest: {model.dim - 1}, {model.dim + 1}."
 
+    def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
+        return t.add(x, t.constant((place.tokens if restarting else place.queries) * place.model.dim))
+
 
 @config
 class LearnedConfig(PositionConfig):
@@ -45,6 +64,10 @@ class LearnedConfig(PositionConfig):
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return model.max_seq_len * model.dim
+
+    def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
+        table = t.parameter(place.model.max_seq_len, place.model.dim)
+        return t.add(x, t.lookup(table, place.tokens if restarting else place.queries, place.model.dim))
 
 
 @config
@@ -106,6 +129,10 @@ class RoPEConfig(PositionConfig):
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         return {"rotary_dim": model.attention.rotary_dim(model), "theta": self.theta, "scaling": self.scaling}
 
+    def trace_rotation(self, t: Tape, place: Place, restarting: bool) -> tuple[Value, Value] | None:
+        n = (place.tokens if restarting else place.queries) * place.model.attention.rotary_dim(place.model) // 2
+        return t.constant(n), t.constant(n)
+
     def check(self, model: ModelConfig) -> Iterator[str]:
         if model.attention.rotary_dim(model) % 2:
             knob = model.attention.rotary_knob
@@ -132,10 +159,18 @@ class RelativeConfig(PositionConfig):
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return self.n_buckets * model.n_heads
 
+    def trace_bias(self, t: Tape, place: Place) -> Value | None:
+        n = place.queries * place.keys
+        table = t.parameter(self.n_buckets, place.model.n_heads)
+        return t.lookup(table, n, place.model.n_heads, index=8 * n)
+
 
 @config
 class AlibiConfig(PositionConfig):
     """A penalty on the scores that grows with distance, one slope a head (2108.12409)."""
+
+    def trace_bias(self, t: Tape, place: Place) -> Value | None:
+        return t.constant(place.model.n_heads * place.queries * place.keys)
 
 
 register("position", "none", "txtrain.model.position:Position", PositionConfig)

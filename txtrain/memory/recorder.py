@@ -1,0 +1,284 @@
+"""A forward and its backward in bytes: what autograd keeps, makes and gives back, in the order in which it does. No torch.
+
+Each component's config says what its module computes (`trace`, beside `flops`) in the operations of tape.py. An operation takes the
+bytes of its result, keeps what its gradient needs, and knows what its gradient makes. The bytes of a value are given back when
+nobody holds it any more: by Python's own count of references, as in torch. Nothing is computed, and no number is rounded.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Sequence
+from itertools import count
+from typing import Any
+
+
+class NotTraced(Exception):
+    """An option of the user's own does not say what it computes."""
+
+
+Gradients = tuple["Bytes | None", ...]
+
+
+class Meter:
+    """Bytes held, by kind, and what they were at the fullest moment."""
+
+    def __init__(self) -> None:
+        self.now = self.peak = 0
+        self.by_kind: dict[str, int] = {}
+        self.at_peak: dict[str, int] = {}
+        self.largest = 0  # of the storages that lived for one moment
+
+    def take(self, n: int, kind: str) -> None:
+        self.now += n
+        self.by_kind[kind] = self.by_kind.get(kind, 0) + n
+        if self.now > self.peak:
+            self.peak, self.at_peak = self.now, dict(self.by_kind)
+
+    def give(self, n: int, kind: str) -> None:
+        self.now -= n
+        self.by_kind[kind] -= n
+
+
+class Bytes:
+    """A storage: taken when made, given back when nobody refers to it."""
+
+    __slots__ = ("kind", "meter", "n")
+
+    def __init__(self, meter: Meter, n: int, kind: str) -> None:
+        self.meter, self.n, self.kind = meter, n, kind
+        meter.take(n, kind)
+
+    def __del__(self) -> None:
+        self.meter.give(self.n, self.kind)
+
+    def becomes(self, kind: str) -> Bytes:
+        self.meter.by_kind[self.kind] -= self.n
+        self.meter.by_kind[kind] = self.meter.by_kind.get(kind, 0) + self.n
+        self.kind = kind
+        return self
+
+
+class Node:
+    """What makes a value's gradient into those of its inputs. `saved` is given back once that is done."""
+
+    __slots__ = ("backward", "edges", "number", "saved")
+
+    def __init__(self, number: int, edges: Sequence[tuple[Node, int] | None], saved: Any, backward: Callable[..., Gradients]) -> None:
+        self.number, self.edges, self.saved, self.backward = number, edges, saved, backward
+
+
+class Value:
+    """n elements of `size` bytes each in some storage; `edge`: the node that made it and which of its results it is, None without a gradient."""
+
+    __slots__ = ("edge", "n", "size", "storage")
+
+    def __init__(self, n: int, size: int, storage: Bytes | None, edge: tuple[Node, int] | None = None) -> None:
+        self.n, self.size, self.storage, self.edge = n, size, storage, edge
+
+    @property
+    def nbytes(self) -> int:
+        return self.n * self.size
+
+
+class Parameter(Value):
+    """A leaf of rows x columns elements in the storage of its group; `node` gathers its gradient."""
+
+    __slots__ = ("gradient", "group", "rows")
+    gradient: Bytes | None
+
+    def __init__(self, rows: int, n: int, size: int, group: Group) -> None:
+        super().__init__(n, size, None)
+        self.rows, self.group, self.gradient = rows, group, None
+        group.parameters.append(self)
+
+
+class Group:
+    """Parameters that are gathered and reduced together."""
+
+    def __init__(self) -> None:
+        self.parameters: list[Parameter] = []
+        self.live = self  # the group of another tape that stands for the same parameters
+
+    @property
+    def n(self) -> int:
+        return sum(p.n for p in self.parameters)
+
+
+class Leaf(Node):
+    __slots__ = ("parameter",)
+
+    def __init__(self, parameter: Parameter) -> None:
+        super().__init__(-1, (), None, lambda g: ())
+        self.parameter = parameter
+
+
+class Source(Node):
+    """An input of a block that is computed again."""
+
+    __slots__ = ("gradient",)
+    gradient: Bytes | None
+
+
+class Recorder:
+    """size: bytes of an element of parameters and activations as they compute. training: dropout drops."""
+
+    def __init__(self, size: int = 4, recording: bool = True) -> None:
+        self.size, self.meter = size, Meter()
+        self.numbers = count()
+        self.group = self.root = Group()
+        self.parameters: list[Parameter] = []
+        self.leaves: dict[int, Leaf] = {}
+        self.kind = "activations"
+        self.accumulates = False  # gradients of earlier micro-batches are there, and take the new ones in
+        self.autocast = False  # products in 2 bytes beside parameters in 4
+        self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
+        self.shared: dict[str, Parameter] = {}
+        self.recording = True  # what gradients need is kept
+        self.replayed: Iterator[Parameter] | None = None  # those of a block that is computed again
+        self.products: list[Bytes] | None = None  # selective checkpointing: what products gave
+
+    # ----------------------------------------------------------------------------------------------------------- building
+
+    def bytes(self, n: int, size: int | None = None, kind: str | None = None) -> Bytes:
+        return Bytes(self.meter, n * (self.size if size is None else size), kind or self.kind)
+
+    def constant(self, n: int, size: int | None = None) -> Value:
+        """A value without a gradient."""
+        size = self.size if size is None else size
+        return Value(n, size, self.bytes(n, size))
+
+    def parameter(self, rows: int, columns: int = 1) -> Parameter:
+        if self.replayed is not None:
+            return next(self.replayed)
+        made = Parameter(rows, rows * columns, self.size, self.group)
+        self.parameters.append(made)
+        leaf = Leaf(made)
+        self.leaves[id(made)] = leaf
+        made.edge = (leaf, 0)
+        return made
+
+    def made(self, inputs: Sequence[Value], n: int, size: int, saved: Any, backward: Callable[..., Gradients], storage: Bytes | None = None) -> Value:
+        """The result of an operation on `inputs`. saved: what its gradient reads; backward: the result's gradient -> those of the inputs."""
+        storage = Bytes(self.meter, n * size, self.kind) if storage is None else storage
+        edges = tuple(x.edge for x in inputs)
+        if not self.recording or all(edge is None for edge in edges):
+            return Value(n, size, storage)
+        return Value(n, size, storage, (Node(next(self.numbers), edges, saved, backward), 0))
+
+    def like(self, x: Value) -> Bytes:
+        return Bytes(self.meter, x.n * x.size, self.kind)
+
+    def product(self, n: int, size: int) -> Bytes:
+        """The storage of a product's result: under selective checkpointing it is kept for the second time."""
+        if self.products is None:
+            return self.bytes(n, size)
+        if self.replayed is not None:
+            return self.products.pop(0)
+        self.products.append(self.bytes(n, size))
+        return self.products[-1]
+
+    def hook(self, x: Value, act: Callable[[], None]) -> Value:
+        """The value itself; `act` when its gradient is complete."""
+
+        def backward(g: Bytes) -> Gradients:
+            act()
+            return (g,)
+
+        return self.made([x], x.n, x.size, None, backward, x.storage)
+
+    def checkpoint(self, block: Callable[..., Value], inputs: Sequence[Value], selective: bool) -> Value:
+        """A block whose forward keeps its inputs alone (selective: and what products gave), and is computed again in the backward."""
+        self.recording, first = False, len(self.parameters)
+        self.products = [] if selective else None
+        plain = [Value(x.n, x.size, x.storage) for x in inputs]
+        out = block(self, *plain)
+        del plain
+        self.recording, products, self.products = True, self.products, None
+        own = self.parameters[first:]
+        copies = [(x.n, x.size, x.storage, x.edge is not None) for x in inputs]
+
+        def backward(g: Bytes) -> Gradients:
+            sources = [Source(-2 - i, (), None, _done) for i in range(len(copies))]
+            values = [Value(n, size, storage, (s, 0) if wants else None) for (n, size, storage, wants), s in zip(copies, sources, strict=True)]
+            copies.clear()
+            self.replayed, self.products, before, self.kind = iter(own), products, self.kind, "recomputed"
+            result = block(self, *values)
+            self.replayed, self.products, self.kind = None, None, before
+            result.storage = None  # the last sum is not computed again
+            del values
+            self.backward(result, g)
+            return tuple(source.gradient for source in sources)
+
+        return self.made(inputs, out.n, out.size, None, backward, out.storage)
+
+    # ----------------------------------------------------------------------------------------------------------- backward
+
+    def backward(self, root: Value, gradient: Bytes | None = None) -> None:
+        """Gradients of all parameters, in autograd's order: the latest operation first. gradient: of the root, which needs none."""
+        assert root.edge is not None
+        before, self.kind = self.kind, "temporaries"
+        first, i = root.edge
+        waiting = _dependencies(first)
+        given: dict[Node, dict[int, Bytes]] = {first: {i: self.like(root) if gradient is None else gradient}}
+        gradient = None
+        ready = [(-first.number, first)]
+        root.edge, root.storage = None, None
+        del first
+        while ready:
+            node = heapq.heappop(ready)[1]
+            for edge, made in self._stepped(node, given.pop(node, {})):
+                self._sent(edge, made, waiting, given, ready)
+            del edge, made
+        self.kind = before
+
+    def _stepped(self, node: Node, given: dict[int, Bytes]) -> list[tuple[tuple[Node, int], Bytes | None]]:
+        if given:
+            made = node.backward(given.get(0, next(iter(given.values()))))
+        else:
+            made = (None,) * len(node.edges)
+        node.saved, node.backward = None, _done
+        sent = [(edge, g) for edge, g in zip(node.edges, made, strict=True) if edge is not None]
+        sent.reverse()
+        return sent
+
+    def _sent(self, edge: tuple[Node, int], gradient: Bytes | None, waiting: dict[Node, int], given: Any, ready: Any) -> None:
+        node, i = edge
+        waiting[node] -= 1
+        if gradient is not None:
+            held = given.setdefault(node, {})
+            # Out of place, as autograd does while a tracker watches; without one it adds in place where nobody else holds the first.
+            held[i] = Bytes(self.meter, gradient.n, self.kind) if i in held else gradient
+        if waiting[node] == 0:
+            if isinstance(node, Leaf):
+                self._arrived(node.parameter, given.pop(node, {}).get(0))
+            elif isinstance(node, Source):
+                node.gradient = given.pop(node, {}).get(0)
+            else:
+                heapq.heappush(ready, (-node.number, node))
+
+    def _arrived(self, parameter: Parameter, gradient: Bytes | None) -> None:
+        if gradient is None:
+            return
+        if parameter.gradient is None and not self.accumulates:
+            parameter.gradient = gradient.becomes("gradients")
+
+
+def _done(*_: Any) -> Gradients:
+    raise AssertionError("a backward went through here before")
+
+
+def _dependencies(root: Node) -> dict[Node, int]:
+    """How many gradients each node waits for."""
+    found: dict[Node, int] = {root: 0}
+    stack = [root]
+    while stack:
+        for edge in stack.pop().edges:
+            if edge is None:
+                continue
+            node = edge[0]
+            if node not in found:
+                found[node] = 0
+                stack.append(node)
+            found[node] += 1
+    return found
