@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 
 from txtrain import places
 from txtrain.peaks import PUBLISHED
@@ -72,11 +73,15 @@ Training: every interval counts steps, a step is one update
   scheduler=NAME                   {scheduler}; scheduler.warmup_steps, min_lr_ratio
   ema.decay                        null: no average of the weights; also every_n_steps, validate
   strategy=NAME                    {strategy}
+                                   strategy.dp_replicate_size, tp_size, cpu_offload, reshard_after_forward, where the option has them
+  trainer.devices, num_nodes       processes on each node (auto: one a GPU, or one), and nodes; docs/distributed.md
+  trainer.activation_checkpointing none, full, selective, or n: every n-th block is computed again in the backward
   trainer.max_steps                or max_epochs, max_tokens, max_time=DD:HH:MM:SS: the first that is reached ends the run
   trainer.val_check_interval       steps between validations; limit_val_batches: of so many batches
   trainer.precision                32-true, bf16-mixed, bf16-true
-  trainer.KEY                      gradient_clip_val, log_every_n_steps, accelerator, devices, compile, deterministic, fast_dev_run, overfit_batches
-  save.every_n_steps               also keep_last, keep_best
+  trainer.KEY                      gradient_clip_val, log_every_n_steps, accelerator, compile, deterministic, max_skipped_steps
+                                   fast_dev_run, overfit_batches
+  save.every_n_steps               also keep_last, keep_best, keep_every_n_steps; save.async=true writes while training goes on
   sample.KEY                       continuations at each validation: prompts, n, max_new_tokens, temperature
   logger=NAME                      {logger}, or a list; metrics.csv is always written
 
@@ -85,6 +90,8 @@ Run
   name, run_dir, seed              the run's folder is run_dir, or runs/<name>/<date>_<time>
   init_from=DIR                    start from the weights of a Hugging Face folder, an export, a run or a checkpoint
   resume=auto|never|RUN            auto: go on from the newest checkpoint of run_dir; RUN: a folder or a checkpoint, key=value on top
+  resume_allow=[KEY, ...]          what may differ from the run that is continued
+  fork=CHECKPOINT                  a run of its own from another's weights, optimizer state and step
   imports=[mine.py]                your own parts, registered by @txtrain.component
 
 Flags
@@ -172,6 +179,7 @@ def usage(verb: str | None) -> str:
         return PLAN.format(flags=FLAGS, devices=", ".join(PUBLISHED))
     groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}
     options = {name: ", ".join(places.options(group)) or "none yet" for name, group in groups.items()}
+    options["recipes"] = f"\n{'':35}".join(textwrap.wrap(options["recipes"], 110))
     return TRAIN.format(models=_models(), flags=FLAGS, **options)
 
 
