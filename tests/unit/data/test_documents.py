@@ -95,7 +95,7 @@ MISTAKES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "raw", "says"), MISTAKES)
+@pytest.mark.parametrize(("name", "raw", "says"), MISTAKES, ids=[f"{i} {name}" for i, (name, *_) in enumerate(MISTAKES)])  # gzip tells the time
 def test_what_is_wrong_in_a_file_is_told_with_its_place(name: str, raw: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(ConfigError, match=says) as e:
