@@ -142,7 +142,7 @@ class LitModule(pl.LightningModule):
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
         visits = self.parallel.reduce(model.counts)
         # Loss and norm are the same in all processes: so is what follows.
-        if bool(torch.isfinite(norm + terms["loss"])):
+        if self.is_finite(norm + terms["loss"]):
             self._update(visits)
             self.skipped_in_a_row = 0
         else:
@@ -151,6 +151,10 @@ class LitModule(pl.LightningModule):
             self.skipped_in_a_row += 1
         self.step += 1
         return {**terms, "grad_norm": norm, **balance.measured(visits)}
+
+    def is_finite(self, total: Tensor) -> bool:
+        """Of the loss and the gradient's norm. Waits for the device: what is not finite must not reach the weights."""
+        return bool(torch.isfinite(total))
 
     def _update(self, visits: dict[str, Tensor]) -> None:
         optimizer = self.optimizers()

@@ -47,7 +47,7 @@ def test_a_group_chosen_anew_comes_from_its_file(run, job):
         ("recipe=x", "keeps its parts"),
         ("~logger", "keeps its parts"),
         ("optimizer.lrr=1", r"Did you mean optimizer\.lr\?"),
-        ("trainer=nope", "`trainer=nope` must be one of default, long, short"),
+        ("trainer=nope", "`trainer=nope` must be one of default, long, longer, medium, short"),
         ("model.n_layers=x", "must be an integer"),
     ],
 )

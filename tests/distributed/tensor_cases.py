@@ -54,9 +54,6 @@ class OwnAttention(MultiHeadAttention):
     """Nor this."""
 
 
-register("attention", "tests_own_attention", OwnAttention, axes.AttentionConfig)
-
-
 def attention(**knobs: Any) -> axes.AttentionConfig:
     return axes.AttentionConfig(**{"type": "mha"} | knobs)
 
@@ -229,6 +226,7 @@ def compared(case: Case, first: bool) -> dict[str, Any]:
 
 
 def main() -> None:
+    register("attention", "tests_own_attention", OwnAttention, axes.AttentionConfig)  # here: what only imports this has no such option
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)

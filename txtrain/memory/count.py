@@ -101,9 +101,9 @@ class _Copies:
 
     def kept(self, n: int) -> int:
         """What an optimizer that treats all elements alike keeps of n of them."""
-        found = self.config.optimizer.state_bytes({"": (n,)}, self.stored)
-        assert found is not None, self.config.optimizer
-        return int(found)
+        values = self.config.optimizer.state_values("", (n,))
+        assert values is not None, self.config.optimizer
+        return int(values) * self.stored
 
     def communicated(self) -> dict[str, int]:
         return {"all_reduce": self.gradients} if self.layout.replicate > 1 else {}

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from txtrain.config import Train
 from txtrain.memory.batch import n_chosen, tensors_of
+from txtrain.model.position import frequencies
 from txtrain.module import LitModule
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.config import processes
@@ -57,7 +58,10 @@ def simulate(config: Train, *, world: int | None = None) -> Simulated:
         ConfigError: so many processes cannot be laid out.
     """
     with _processes(config, world or processes(config) or 1) as parallel:
-        return _tracked(config, parallel, FakeTensorMode(allow_non_fake_inputs=True))
+        try:
+            return _tracked(config, parallel, FakeTensorMode(allow_non_fake_inputs=True))
+        finally:
+            frequencies.cache_clear()  # those that were made here have no values
 
 
 def measure(config: Train, parallel: OneProcess) -> Simulated:
@@ -148,6 +152,9 @@ class Unattended(LitModule):
         from torch.distributed.fsdp import FSDPModule
 
         return isinstance(self.model, FSDPModule)
+
+    def is_finite(self, total: Tensor) -> bool:
+        return True  # there are no values
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         return self._optimizer
