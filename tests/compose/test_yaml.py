@@ -30,6 +30,7 @@ NEEDED = {  # what the other files go with
     "conf/model/embedding/patch": IMAGES,
     "conf/model/head/class": IMAGES,
     "recipes/vit_fashion_mnist": "data.path=x",
+    "recipes/transformer_translation": "data.path=x",
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
 SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte(, BLEU \d+\.\d, chrF \d+\.\d)?|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
