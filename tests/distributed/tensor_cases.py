@@ -35,7 +35,9 @@ from txtrain.registry import TABLE, component, register
 STEPS, BATCH = 6, 8
 
 
-@component("ffn", "tests_own_ffn")
+OWN_FFN = "an FFN of one's own"
+
+
 class OwnFFN(nn.Module):
     """A component that no rule cuts."""
 
@@ -87,7 +89,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "encoder": {"topology": "encoder", "head": mlm, "position": learned, "embedding": axes.TokenEmbeddingConfig(type="token", n_types=2)},
     "two stacks": {"topology": "encoder_decoder", "position": relative, "pad_token_id": 0, "attention": attention(bias=True)},
     "two stacks, alibi": {"topology": "encoder_decoder", "position": axes.AlibiConfig(type="alibi"), "share_embeddings": False, "pad_token_id": 0},
-    "an FFN of one's own": {"ffn": TABLE["ffn"]["tests_own_ffn"].config(type="tests_own_ffn")},
+    OWN_FFN: {},  # its config is made by `own_parts`
     "an attention of one's own": {"attention": attention(type="tests_own_attention"), "position": relative},
     "the same across": {"attention": attention(type="tests_own_attention"), "topology": "encoder_decoder", "pad_token_id": 0},
     "dropout": {"attention": attention(dropout=0.1), "ffn": dc.replace(mlp, dropout=0.2), "dropout": 0.3},
@@ -225,8 +227,15 @@ def compared(case: Case, first: bool) -> dict[str, Any]:
     return {**found, "parameters": far[name], "copies": equal, "misdropped": dropped, "which": name}
 
 
+def own_parts() -> None:
+    """Register them: not when this is imported, or every test after it would find such options."""
+    register("attention", "tests_own_attention", OwnAttention, axes.AttentionConfig)
+    component("ffn", "tests_own_ffn")(OwnFFN)
+    MODELS[OWN_FFN] = {"ffn": TABLE["ffn"]["tests_own_ffn"].config(type="tests_own_ffn")}
+
+
 def main() -> None:
-    register("attention", "tests_own_attention", OwnAttention, axes.AttentionConfig)  # here: what only imports this has no such option
+    own_parts()
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo", init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)
