@@ -16,6 +16,7 @@ from tests.distributed.runs import largest_differences, overrides
 from tests.distributed.tensor_cases import MODELS
 from tests.training import TINY
 from txtrain.errors import ConfigError
+from txtrain.registry import TABLE
 
 ALLOWED = 1e-5  # relative, float32: the order of summation
 ROUNDED = 2e-2  # losses and norms in bfloat16, which has 8 bits; single logits are no measure there (another expert may be chosen)
@@ -102,7 +103,6 @@ def test_a_checkpoint_goes_from_tp_to_any_strategy_and_back(tmp_path):
 # ----------------------------------------------------------------------------------------------------------- what is refused
 
 
-@txtrain.component("ffn", "tests_auxiliary")
 class Auxiliary(nn.Module):
     """With a loss that each process would add."""
 
@@ -131,6 +131,8 @@ class Auxiliary(nn.Module):
         (["strategy=tp", "trainer.devices=2", "model/ffn=moe", "model.ffn.dense_layers=1", "model.ffn.dense_hidden_dim=9"], r"dense_hidden_dim \(9\)"),
     ],
 )
-def test_what_cannot_be_cut_is_refused_at_composition(given, said):
+def test_what_cannot_be_cut_is_refused_at_composition(given, said, monkeypatch):
+    monkeypatch.setitem(TABLE, "ffn", dict(TABLE["ffn"]))  # other tests of this process shall not find it
+    txtrain.component("ffn", "tests_auxiliary")(Auxiliary)
     with pytest.raises(ConfigError, match=said):
         txtrain.compose([*TINY, "data.path=none.txt", *given])
