@@ -22,7 +22,7 @@ from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
-from txtrain.parallel.buckets import GradientBuckets
+from txtrain.parallel.buckets import GradientBuckets, as_read
 from txtrain.parallel.config import problems
 from txtrain.parallel.world import STORE, World
 
@@ -219,7 +219,7 @@ class Mesh(OneProcess):
             yield
         elif self.size > 1:
             if self._buckets is None:
-                self._buckets = GradientBuckets(model.parameters(), self._data_group)
+                self._buckets = GradientBuckets(as_read(model), self._data_group)
             self._buckets.active = last
             yield
             if last:
