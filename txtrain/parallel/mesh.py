@@ -22,7 +22,7 @@ from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
-from txtrain.parallel.buckets import GradientBuckets, local
+from txtrain.parallel.buckets import GradientBuckets, as_read, local
 from txtrain.parallel.clipping import clip
 from txtrain.parallel.config import problems
 from txtrain.parallel.world import STORE, World, by_srun
@@ -72,9 +72,10 @@ class Mesh(OneProcess):
         if mine:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, **self._meeting_point(), rank=self.world.rank, world_size=self.world.size, timeout=timedelta(minutes=30))
-        self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
-        self.meet(device.type)
         try:
+            self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
+            self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})  # or they would wait for each other below
+            self.meet(device.type)
             yield
         finally:
             if mine:
@@ -168,11 +169,13 @@ class Mesh(OneProcess):
     def agree(self, facts: Mapping[str, str]) -> None:
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, dict(facts), group=self._control)
+        names = dict.fromkeys(name for theirs in gathered for name in theirs)  # one of another kind has other names
         different = [
-            f"`{name}` must be the same in all processes, but is {theirs[name]} in process {rank} and {gathered[0][name]} in process 0."
-            for name in facts
+            f"`{name}` must be the same in all processes, but is {theirs.get(name, 'not there')} in process {rank} "
+            f"and {gathered[0].get(name, 'not there')} in process 0."
+            for name in names
             for rank, theirs in enumerate(gathered)
-            if theirs[name] != gathered[0][name]
+            if theirs.get(name) != gathered[0].get(name)
         ]
         if different:
             raise ConfigError(*different) if self.is_first else Elsewhere()
@@ -232,7 +235,7 @@ class Mesh(OneProcess):
             yield
         elif self.size > 1:
             if self._buckets is None:
-                self._buckets = GradientBuckets(model.parameters(), self._data_group)
+                self._buckets = GradientBuckets(as_read(model), self._data_group)
             self._buckets.active = last
             yield
             if last:
