@@ -1,5 +1,6 @@
 """Memory as it is counted equals memory as torch's tracker sees it on the real wrapped model."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,15 +10,16 @@ import torch
 
 import txtrain
 from txtrain.config import Train
+from txtrain.memory import zero
 from txtrain.memory.batch import batch_of
-from txtrain.memory.copies import Copies
+from txtrain.memory.copies import Copies, NotCounted
 from txtrain.memory.count import memory
 from txtrain.memory.model import Traced
 from txtrain.memory.simulate import measure, simulate
 from txtrain.memory.tape import Tape
 from txtrain.memory.updates import _registered
 from txtrain.parallel.base import OneProcess
-from txtrain.parallel.config import Layout
+from txtrain.parallel.config import BUCKET, Layout
 
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
 SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")
@@ -122,6 +124,19 @@ def test_counted_equals_measured_on_real_tensors(family):
     assert abs(counted.peak / seen.peak - 1) < 0.03, f"counted {counted.peak:,}, measured {seen.peak:,}"
 
 
+def in_two_processes(tmp_path, *command: str) -> list[str]:
+    """What each of two processes that meet prints."""
+    here = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TXTRAIN_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, *command], env=here | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    try:
+        return [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+
+
 TWO = """
 import json, sys, txtrain
 from txtrain.memory.simulate import measure
@@ -142,19 +157,53 @@ with make_parallel(txtrain.compose(cases[0])).started():
 )
 def test_counted_equals_measured_in_two_processes_for_every_family(tmp_path, overrides):
     words = [f"model={family} trainer.accelerator=cpu model.n_layers=2 data.global_batch_size=4 trainer.devices=2 {overrides}" for family in FAMILIES]
-    here = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TXTRAIN_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", TWO, *words], env=here | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=600)[0].split() for process in started]
-    finally:
-        for process in started:
-            process.kill()
+    said = [output.split() for output in in_two_processes(tmp_path, "-c", TWO, *words)]
     counted = [memory(txtrain.compose(case.split()), 2).peak for case in words]
     for peaks in said:
         off = {family: n / int(peak) - 1 for family, n, peak in zip(FAMILIES, counted, peaks, strict=True)}
         assert all(abs(deviation) < 0.03 for deviation in off.values()), off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "bucket", "overrides"),
+    [
+        ("llama2", BUCKET, "strategy=deepspeed_stage_1"),
+        ("llama2", BUCKET, "strategy=deepspeed_stage_2"),
+        ("llama2", 400_000, "strategy=deepspeed_stage_1 data.seq_len=16"),
+        ("gpt2", 400_000, "strategy=deepspeed_stage_2 data.seq_len=64 data.micro_batch_size=1"),
+        ("t5", 400_000, "strategy=deepspeed_stage_1 data.seq_len=64 data.micro_batch_size=1"),
+    ],
+)
+def test_counted_equals_measured_under_zero(tmp_path, monkeypatch, family, bucket, overrides):
+    """bucket: also a small one, beside which the rest is seen. The first process: the second may have fewer parameters in part."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(zero, "BUCKET", bucket)
+    words = [f"model={family}", "trainer.accelerator=cpu", "model.n_layers=2", "data.global_batch_size=4", "trainer.devices=2", *overrides.split()]
+    seen = json.loads(in_two_processes(tmp_path, "-m", "tests.unit.zero_memory", str(bucket), *words)[0].splitlines()[-1])
+    counted = memory(txtrain.compose(words), 2)
+    assert abs(counted.held / seen["held"] - 1) < 0.001, (counted.held, seen)
+    assert abs(counted.peak / seen["peak"] - 1) < 0.03, (counted.peak, counted.parts, seen)
+
+
+def test_what_is_not_counted_says_why():
+    for overrides, said in [
+        (("strategy=deepspeed_stage_3",), "gathers ahead"),
+        (("strategy=deepspeed_stage_2", "trainer.precision=bf16-mixed"), "trainer.precision=bf16-mixed"),
+        (("strategy=deepspeed_stage_2", "strategy.cpu_offload=true"), "strategy.cpu_offload=true"),
+    ]:
+        with pytest.raises(NotCounted, match=said):
+            memory(composed("llama2", *overrides), 2)
+
+
+def test_what_is_offloaded_is_counted_apart():
+    config = ("model=llama2", "strategy=fsdp", "data.global_batch_size=4")
+    on, off = (memory(txtrain.compose([*config, f"strategy.cpu_offload={flag}"]), 4) for flag in ("true", "false"))
+    states = ("parameters", "optimizer")
+    assert {name: on.host_parts[name] for name in states} == {name: off.parts[name] for name in states}
+    assert on.host_parts["gradients"] * 4 == pytest.approx(4 * txtrain.compose(list(config)).model.n_params)
+    assert on.held == off.held - sum(off.parts[name] for name in states)
+    assert not off.host
 
 
 @pytest.mark.parametrize("overrides", [(), ("model/attention=mla",), ("model/ffn=moe", "model.norm_position=sandwich"), ("model/position=relative",)])

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from txtrain.memory import updates
 from txtrain.memory.batch import batch_of
 from txtrain.memory.cut import CutTape, CutTraced
 from txtrain.memory.model import Traced
-from txtrain.memory.tape import Group, Tape, Value
+from txtrain.memory.tape import Bytes, Group, Tape, Value
 from txtrain.memory.updates import Held
 from txtrain.parallel.config import Layout
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
 
 Block = Callable[..., Value]
 FLOAT32 = 4
+
+
+class NotCounted(Exception):
+    """A choice whose memory has no closed form here; the text says which and why."""
 
 
 class Copies:
@@ -78,6 +83,22 @@ class Copies:
         """What this process keeps of each parameter."""
         return [Held(p.name, self.shapes[p.name], self.own(p.shape)) for p in self.pieces]
 
+    def states(self) -> dict[str, int]:
+        """Bytes between steps, beside the batch.
+
+        Raises:
+            NotCounted: an optimizer of the user's own does not say what it keeps.
+        """
+        optimizer = updates.states(self.config.optimizer, self.held, self.stored)
+        if optimizer is None:
+            raise NotCounted(f"optimizer={self.config.optimizer.type} does not say what it keeps of a parameter (`state_values` of its config)")
+        parameters = self.stored * sum(h.n for h in self.held)
+        return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.held)}
+
+    def update(self) -> dict[str, int]:
+        """Bytes beside these while the optimizer steps."""
+        return {"gradients": self.gradients, "temporaries": updates.made(self.config.optimizer, self.held, self.stored)}
+
     @property
     def gradients(self) -> int:
         """Bytes, when the optimizer steps."""
@@ -90,6 +111,13 @@ class Copies:
         if self.layout.tensor > 1:
             found["all_reduce"] = found.get("all_reduce", 0) + self.in_common
         return found
+
+    def exchanged(self) -> dict[str, int]:
+        """Bytes of whole buffers in a step, those of the update among them."""
+        sent = self.communicated()
+        for name, n in self.config.optimizer.update_sent(self.held, self.stored).items():
+            sent[name] = sent.get(name, 0) + n
+        return sent
 
     @property
     def in_common(self) -> int:
@@ -109,7 +137,7 @@ class Copies:
         self.t.sent = {name: n * self.n_micro_batches for name, n in self.t.sent.items()}
 
     def before(self) -> None:
-        self.earlier = self.t.bytes(sum(p.n for p in self.pieces), self.stored, "gradients")
+        self.earlier: Bytes | None = self.t.bytes(sum(p.n for p in self.pieces), self.stored, "gradients")
         self.t.accumulates = True
 
     def around(self, block: Block, inputs: Sequence[Value]) -> Value:

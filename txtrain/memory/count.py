@@ -6,10 +6,10 @@ import dataclasses as dc
 import math
 from typing import TYPE_CHECKING
 
-from txtrain.memory import updates
 from txtrain.memory.batch import nbytes_of
-from txtrain.memory.copies import Copies
+from txtrain.memory.copies import Copies, NotCounted
 from txtrain.memory.shards import Shards
+from txtrain.memory.zero import Partitions
 from txtrain.parallel.config import Layout
 
 if TYPE_CHECKING:
@@ -37,10 +37,6 @@ class Memory:
     host_parts: dict[str, int] = dc.field(default_factory=dict)
 
 
-class NotCounted(Exception):
-    """A choice whose memory has no closed form here; the text says which and why."""
-
-
 def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     """Counted for micro-batches of `micro` samples (None: as configured) on each of `world` processes.
 
@@ -52,21 +48,11 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     layout = config.strategy.layout(world) if world > 1 else Layout()
     share = max(1, config.data.global_batch_size // layout.data)
     micro = min(micro or config.data.micro_batch_size or share, share)
-    strategy = Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
+    strategy = _strategy(config, layout)
     strategy.n_micro_batches = math.ceil(share / micro)
     strategy.step(micro, several=micro < share)
-    meter, held = strategy.t.meter, strategy.held
-    optimizer = updates.states(config.optimizer, held, strategy.stored)
-    if optimizer is None:
-        raise NotCounted(f"optimizer={config.optimizer.type} does not say what it keeps of a parameter (`state_values` of its config)")
-    states = {
-        "parameters": strategy.stored * sum(h.n for h in held),
-        "optimizer": optimizer,
-        "averaged": updates.averaged(config.ema, held),
-    }
-    beside = {"gradients": strategy.gradients, "temporaries": updates.made(config.optimizer, held, strategy.stored)}
-    static = {"batch": nbytes_of(config, share)}
-    host = {}
+    meter, states, beside = strategy.t.meter, strategy.states(), strategy.update()
+    static, host = {"batch": nbytes_of(config, share)}, {}
     if strategy.offloads:
         host, beside = _parts(states, beside), {}
     else:
@@ -74,10 +60,13 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     static = _parts(static)
     in_step = _parts(meter.at_peak) if meter.peak >= sum(beside.values()) else _parts(beside)
     between = sum(static.values())
-    sent = strategy.communicated()
-    for name, n in config.optimizer.update_sent(held, strategy.stored).items():
-        sent[name] = sent.get(name, 0) + n
-    return Memory(micro, between + sum(in_step.values()), static | in_step, between, sent, sum(host.values()), host)
+    return Memory(micro, between + sum(in_step.values()), static | in_step, between, strategy.exchanged(), sum(host.values()), host)
+
+
+def _strategy(config: Train, layout: Layout) -> Copies:
+    if hasattr(config.strategy, "stage") and layout.shard > 1:
+        return Partitions(config, layout)
+    return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
 
 
 def _parts(*parts: dict[str, int]) -> dict[str, int]:
@@ -86,7 +75,12 @@ def _parts(*parts: dict[str, int]) -> dict[str, int]:
 
 def _refuse_uncounted(config: Train, world: int) -> None:
     strategy = config.strategy
+    offloads = getattr(strategy, "cpu_offload", False)
     if hasattr(strategy, "stage"):
-        raise NotCounted(f"strategy={strategy.type}: what DeepSpeed's engine holds is not counted yet")
-    if getattr(strategy, "cpu_offload", False) and strategy.layout(world).shard == 1:
+        if strategy.stage == 3:
+            raise NotCounted(f"strategy={strategy.type}: what DeepSpeed gathers ahead and keeps depends on the order that it saw, and is not counted")
+        if offloads or config.trainer.precision != "32-true" or world == 1:
+            what = "strategy.cpu_offload=true" if offloads else f"trainer.precision={config.trainer.precision}" if world > 1 else "one process"
+            raise NotCounted(f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted")
+    elif offloads and strategy.layout(world).shard == 1:
         raise NotCounted("strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted")

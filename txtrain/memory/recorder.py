@@ -135,6 +135,7 @@ class Recorder:
         self.leaves: dict[int, Leaf] = {}
         self.kind = "activations"
         self.accumulates = False  # gradients of earlier micro-batches are there, and take the new ones in
+        self.arrived: Callable[[Parameter], None] | None = None  # told of each gradient that is complete
         self.autocast = False  # products in 2 bytes beside parameters in 4
         self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
         self.shared: dict[str, Parameter] = {}
@@ -296,6 +297,9 @@ class Recorder:
             return
         if parameter.gradient is None and not self.accumulates:
             parameter.gradient = gradient.becomes("gradients")
+        del gradient
+        if self.arrived is not None:
+            self.arrived(parameter)
 
 
 def _holds(saved: Any) -> bool:

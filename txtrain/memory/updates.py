@@ -10,7 +10,7 @@ from txtrain.optim.config import Held, OptimizerConfig
 if TYPE_CHECKING:
     from txtrain.optim.config import EMAConfig
 
-__all__ = ["Held", "averaged", "made", "states"]
+__all__ = ["Held", "averaged", "grouped", "made", "states"]
 
 # How modules of a model are registered, in which order their parameters enter the optimizer; a stable sort of the forward's own order.
 MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
@@ -24,10 +24,15 @@ def states(config: OptimizerConfig, held: Sequence[Held], size: int) -> int | No
 
 def made(config: OptimizerConfig, held: Sequence[Held], size: int) -> int:
     """Bytes made at the fullest moment of an update, beside states and gradients: of one group of parameters after the other."""
+    return max((config.update_bytes(group, size) for group in grouped(config, held)), default=0)
+
+
+def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
+    """The optimizer's groups, as `txtrain.optim.groups` makes them."""
     groups: dict[tuple[tuple[str, Any], ...], list[Held]] = {}
     for h in sorted(held, key=_registered):
         groups.setdefault(tuple(sorted(config.settings(h.name, h.shape).items())), []).append(h)
-    return max((config.update_bytes(group, size) for group in groups.values()), default=0)
+    return list(groups.values())
 
 
 def averaged(config: EMAConfig, held: Sequence[Held]) -> int:
