@@ -11,7 +11,8 @@ from txtrain import peaks, screen
 from txtrain.config import Plan, PlanConfig, Train
 from txtrain.errors import ConfigError
 from txtrain.limits import seconds_of
-from txtrain.memory.count import NotCounted, memory
+from txtrain.memory.copies import NotCounted
+from txtrain.memory.count import memory
 from txtrain.memory.fit import largest_micro_batch, remedy
 from txtrain.memory.sizes import bytes_of
 from txtrain.memory.tape import NotTraced

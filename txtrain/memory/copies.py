@@ -38,19 +38,23 @@ class Copies:
         self._survey()
 
     @property
+    def device(self) -> str:
+        """The kind of it."""
+        return "cpu" if self.config.trainer.accelerator == "cpu" else "cuda"
+
+    @property
     def offloads(self) -> bool:
         """Whether states and gradients lie in the processor's memory, and that is another than the device's."""
-        return bool(getattr(self.config.strategy, "cpu_offload", False)) and self.config.trainer.accelerator != "cpu"
+        return bool(getattr(self.config.strategy, "cpu_offload", False)) and self.device != "cpu"
 
     # ------------------------------------------------------------------------------------------------------------ the model
 
     def _tape(self, size: int = FLOAT32) -> Tape:
-        return CutTape(self.config.model, self.layout.tensor, size) if self.layout.tensor > 1 else Tape(size)
+        return CutTape(self.config.model, self.layout.tensor, size, self.device) if self.layout.tensor > 1 else Tape(size)
 
     def _loss(self, n: int, t: Tape, around: Callable[[Block, Sequence[Value]], Value]) -> Value:
-        device = "cpu" if self.config.trainer.accelerator == "cpu" else "cuda"
         traced = CutTraced if isinstance(t, CutTape) else Traced
-        return traced(self.config.model, batch_of(self.config, n), t, around, device).loss()
+        return traced(self.config.model, batch_of(self.config, n), t, around, self.device).loss()
 
     def _survey(self) -> None:
         """Parameters by block, and the shapes of the whole ones."""

@@ -83,9 +83,9 @@ class Extent(NamedTuple):
 class CutTape(Tape):
     """A tape of one of `parts` processes that share each layer's matrices."""
 
-    def __init__(self, model: ModelConfig, parts: int, size: int = 4) -> None:
+    def __init__(self, model: ModelConfig, parts: int, size: int, device: str) -> None:
         super().__init__(size)
-        self.parts = parts
+        self.parts, self.device = parts, device
         axes = (("embedding", model.embedding), ("head", model.head))
         self.by_vocabulary = {name for axis, c in axes for name in BY_VOCABULARY.get(_target(axis, c), ())}
         self.sums: tuple[str, ...] = ()  # modules of the sublayer that computes whose output is a part of a sum
@@ -214,6 +214,8 @@ class CutTape(Tape):
         stacked = self.bytes(mine * self.parts, size)
         self._send("reduce_scatter", stacked.n)
         made = self.bytes(mine, size)
+        if self.device == "cpu":  # gloo sums a copy of what it scatters
+            self.bytes(stacked.n, 1)
         del padded, stacked
         return made
 

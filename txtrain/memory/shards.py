@@ -112,6 +112,8 @@ class Shards(Copies):
         if self.offloads:  # the one before has been copied to the processor's memory
             self.made.clear()
         self.made.append(self.t.bytes(self._padded(group) // self.layout.shard, self.stored, "gradients"))
+        if self.device == "cpu":  # gloo sums a copy of what it scatters
+            self.t.bytes(self._padded(group), self.stored, "reduced")
 
     def after_backward(self) -> None:
         del self.whole_root

@@ -91,7 +91,8 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         for step in range(STEPS):
             sent.clear()
             as_real = _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
-            with as_real, sent, tracker, _precision(config, parallel):
+            as_gloo: Any = _AsGloo() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+            with as_real, sent, tracker, as_gloo, _precision(config, parallel):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
@@ -206,6 +207,18 @@ NAMES = {
     "reduce_scatter_base": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
 }
+
+
+class _AsGloo(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gloo sums a copy of what it reduces and scatters; the group that sends nothing makes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(t is DTensor for t in types):
+            return NotImplemented
+        copy = args[1].clone() if func is torch.ops.c10d._reduce_scatter_base_.default else None
+        result = func(*args, **(kwargs or {}))
+        del copy
+        return result
 
 
 class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]

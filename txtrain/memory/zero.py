@@ -78,7 +78,8 @@ class Partitions(Copies):
             if self.kept is None:
                 self.kept = self.t.bytes(self.copied, FLOAT32, "gradients")
         if self.large is not None:
-            self.large.gradient = self.large = None
+            self.large.gradient = None
+            self.large = None
         self.filled = 0
 
     def _side_by_side(self, n: int) -> int:
