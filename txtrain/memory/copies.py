@@ -10,7 +10,7 @@ from txtrain.memory import updates
 from txtrain.memory.batch import batch_of
 from txtrain.memory.cut import CutTape, CutTraced
 from txtrain.memory.model import Traced
-from txtrain.memory.tape import Bytes, Group, Tape, Value
+from txtrain.memory.tape import Bytes, Group, Parameter, Tape, Value
 from txtrain.memory.updates import Held
 from txtrain.parallel.config import Layout
 
@@ -22,7 +22,11 @@ FLOAT32 = 4
 
 
 class NotCounted(Exception):
-    """A choice whose memory has no closed form here; the text says which and why."""
+    """A choice whose memory has no closed form here; the text says which and why. communicated: what is counted nevertheless, as in Memory."""
+
+    def __init__(self, why: str, communicated: dict[str, int] | None = None) -> None:
+        super().__init__(why)
+        self.communicated = communicated or {}
 
 
 class Copies:
@@ -78,14 +82,14 @@ class Copies:
 
     # -------------------------------------------------------------------------------------------------------------- states
 
-    def own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """What the first process keeps of a piece of such a shape."""
-        return shape
+    def own(self, p: Parameter) -> tuple[int, ...]:
+        """The shape of what the first process keeps of a piece."""
+        return p.shape
 
     @property
     def held(self) -> list[Held]:
         """What this process keeps of each parameter."""
-        return [Held(p.name, self.shapes[p.name], self.own(p.shape)) for p in self.pieces]
+        return [Held(p.name, self.shapes[p.name], self.own(p)) for p in self.pieces]
 
     def states(self) -> dict[str, int]:
         """Bytes between steps, beside the batch.

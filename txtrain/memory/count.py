@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from txtrain.memory.batch import nbytes_of
 from txtrain.memory.copies import Copies, NotCounted
 from txtrain.memory.shards import Shards
+from txtrain.memory.travel import rows_to_experts
 from txtrain.memory.zero import Partitions
 from txtrain.parallel.config import Layout
 
@@ -76,6 +77,9 @@ def _parts(*parts: dict[str, int]) -> dict[str, int]:
 def _refuse_uncounted(config: Train, world: int) -> None:
     strategy = config.strategy
     offloads = getattr(strategy, "cpu_offload", False)
+    if getattr(strategy, "ep_size", 1) > 1:
+        why = f"strategy.ep_size={strategy.ep_size}: what experts receive is held beside their shards, and is not counted yet"
+        raise NotCounted(why, {"all_to_all": rows_to_experts(config, world)})
     if hasattr(strategy, "stage"):
         if strategy.stage == 3:
             raise NotCounted(f"strategy={strategy.type}: what DeepSpeed gathers ahead and keeps depends on the order that it saw, and is not counted")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from txtrain.memory.copies import FLOAT32, Block, Copies
-from txtrain.memory.tape import Bytes, Group, Value
+from txtrain.memory.tape import Bytes, Group, Parameter, Value
 from txtrain.parallel.config import Layout
 
 if TYPE_CHECKING:
@@ -28,12 +28,24 @@ class Shards(Copies):
 
     # ------------------------------------------------------------------------------------------------------------- sizes
 
-    def own(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (math.ceil(shape[0] / self.layout.shard), *shape[1:])
+    def own(self, p: Parameter) -> tuple[int, ...]:
+        along = self._along(p)
+        return tuple(math.ceil(n / self.layout.shard) if dim == along else n for dim, n in enumerate(p.shape))
+
+    def _along(self, p: Parameter) -> int:
+        """The dimension that is cut: where the shards do not divide the number of stacked experts, one within each (`sharding.Along`)."""
+        if ".experts." not in p.name:
+            return 0
+        taken = {dim for dim in (1, 2) if p.shape[dim] != self.shapes[p.name][dim]}  # by tensor parallelism
+        return next((dim for dim, n in enumerate(p.shape) if n % self.layout.shard == 0 and dim not in taken), 0)
+
+    def _rearranged(self, group: Group) -> Bytes:
+        """What FSDP2 copies once more, in which what each process has lies side by side, after gathering."""
+        return self.t.bytes(sum(p.n for p in group.parameters if self._along(p)), kind="gathered")
 
     def _padded(self, group: Group) -> int:
         """Elements of the whole buffer: rows of each parameter up to a multiple of the shards."""
-        return sum(math.prod(self.own(p.shape)) for p in group.parameters) * self.layout.shard
+        return sum(math.prod(self.own(p)) for p in group.parameters) * self.layout.shard
 
     def communicated(self) -> dict[str, int]:
         found = dict(self.t.sent)
@@ -63,6 +75,7 @@ class Shards(Copies):
     def _gathered(self, group: Group) -> Bytes:
         buffer = self._buffer(group)
         whole = self.t.bytes(group.n, kind="gathered")
+        self._rearranged(group)
         self.stale = buffer
         return whole
 
@@ -95,6 +108,7 @@ class Shards(Copies):
         if number not in self.whole:
             buffer = self.prefetched.pop(number, None) or self._buffer(self.groups[number])
             self.whole[number] = self.t.bytes(self.groups[number].n, kind="gathered")
+            self._rearranged(self.groups[number])
             del buffer
         self._prefetch(number - 1)
 
@@ -105,6 +119,7 @@ class Shards(Copies):
 
     def _reduce(self, group: Group, live: Group) -> None:
         self.reduced = None
+        self.t.bytes(max((p.n for p in group.parameters if self._along(p)), default=0), kind="reduced")  # one after the other is arranged anew
         self.reduced = self.t.bytes(self._padded(group), self.stored, "reduced")
         for p in live.parameters:
             p.gradient = None

@@ -256,21 +256,23 @@ class MuonConfig(OptimizerConfig):
 
     def _of_matrix(self, h: Held, before: int, size: int) -> int:
         low, wanted = (2 if self.ns_dtype == "bfloat16" else 4), h.n * size if self.nesterov else 0
-        whole = self._is_gathered(h)
-        n, side = (math.prod(h.shape) if whole else h.n), min(h.shape[-2:])
-        squares = n // math.prod(h.shape[-2:]) * side**2 * low
-        gathered = n * size if whole else 0
+        n, side = (math.prod(h.shape) if self._is_gathered(h) else h.n), min(h.shape[-2:])
+        if len(h.shape) == 3 and h.own[-2:] != h.shape[-2:]:  # cut within its matrices: each process computes some of them
+            shares = math.prod(h.shape) // h.n
+            n = math.ceil(h.shape[0] / shares) * math.prod(h.shape[-2:])
+        squares = math.ceil(n / math.prod(h.shape[-2:])) * side**2 * low
+        gathered = n * size if h.own[-2:] != h.shape[-2:] else 0
         iteration = max(2 * n * low + 2 * squares, n * low + n * size)
         return before * size + wanted + gathered + iteration
 
     def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
-        """Matrices are gathered."""
+        """Matrices are gathered. (What of a stack that is cut within its matrices goes to and fro is not counted.)"""
         found = sum(math.prod(h.shape) * size for h in held if self.is_matrix(h.name, h.shape) and self._is_gathered(h))
         return {"all_gather": found} if found else {}
 
     def _is_gathered(self, h: Held) -> bool:
-        """A stack that is cut between its matrices is not."""
-        return h.own[-2:] != h.shape[-2:] if len(h.shape) == 3 else h.own != h.shape
+        """A stack is not."""
+        return len(h.shape) == 2 and h.own != h.shape
 
 
 def _after(held: Sequence[Held]) -> list[tuple[int, Held]]:
