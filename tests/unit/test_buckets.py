@@ -33,13 +33,16 @@ def test_gradients_are_on_their_way_before_the_last_ones_are_there(name, group):
     sent, seen, last = {}, {}, model.embedding.token.weight
     for order, given in (("as read", parameters), ("as named", list(model.parameters()))):
         model.zero_grad(set_to_none=True)
-        looking = last.register_post_accumulate_grad_hook(lambda _: sent.update({order: count()}))
+        made = []
+
+        def look(_, order=order, made=made):
+            (buckets,) = made
+            sent[order] = sum(p.numel() for bucket in buckets._buckets[: len(buckets._sent)] for p in bucket)
+
+        looking = last.register_post_accumulate_grad_hook(look)
         buckets = GradientBuckets(given, group, bucket_bytes=1)
+        made.append(buckets)
         buckets.active = True
-
-        def count(buckets=buckets):
-            return sum(p.numel() for bucket in buckets._buckets[: len(buckets._sent)] for p in bucket)
-
         out = model(ids(), labels=ids(), return_logits=False)
         (out.loss + sum(out.mtp_losses or ())).backward()
         looking.remove()
