@@ -66,6 +66,16 @@ class RunFolder:
         """Updates that are done before this process begins."""
         return 0 if self.source is None else int(checkpoint.read_state(self.source)["step"])
 
+    @property
+    def kept(self) -> int:
+        """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
+        return self.first_step - (self.state["open_row"] is not None) if self.checkpoint is not None else 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty where there is none."""
+        return self._read()
+
     def create(self, config: Train, facts: Mapping[str, Any]) -> None:
         """Make the folder and write config.yaml and run.json. Nothing is written before this."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
@@ -74,12 +84,22 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._own()
         checkpoint.clean(self.path)
+        before = self._read() if self.checkpoint is not None else self._of_the_same(config)
         self.write_config(config, self.path)
-        before = self._read() if self.checkpoint is not None else {}
         now = {**facts, "status": "running", "started": before.get("started") or _now(), "ended": None}
-        now |= {"parent": None if self.parent is None else {"checkpoint": str(self.parent.resolve()), "step": self.first_step}}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
+        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
+
+    def _of_the_same(self, config: Train) -> dict[str, Any]:
+        """What run.json says of a run of the same configuration that was ended before its first checkpoint: this is that run."""
+        file = self.path / "config.yaml"
+        same = config.resume == "auto" and file.is_file() and not differences(_saved(self.path), plain(config))
+        return self._read() if same else {}
+
+    def _of_parent(self, parent: Path) -> dict[str, Any]:
+        theirs = RunFolder(parent.parent.parent).facts
+        return {"checkpoint": str(parent.resolve()), "step": self.first_step, "wandb_id": theirs.get("wandb_id")}
 
     def _claim(self) -> None:
         """Two runs may start within one second."""

@@ -20,6 +20,7 @@ from txtrain.data.module import DataModule
 from txtrain.data.sources import settle
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
+from txtrain.loggers.build import Loggers, make_loggers
 from txtrain.metrics import latest
 from txtrain.module import LitModule
 from txtrain.optim import state as optimizer_state
@@ -29,7 +30,7 @@ from txtrain.progress import Display
 from txtrain.recorder import Recorder, check_data
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine
-from txtrain.trainer import instances, loggers, make_trainer, quiet
+from txtrain.trainer import instances, make_trainer, quiet
 from txtrain.typed import plain
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again, for schedulers and for `-m`
@@ -102,9 +103,9 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks), recorder]
         if place is not None:
             _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback))
-        told = parallel.first_only(lambda: _loggers(cfg, place)) or []
+        recorder.loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or recorder.loggers
         display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
-        trainer = make_trainer(cfg, parallel, limits, called, told, validate_first=recorder.open is not None)
+        trainer = make_trainer(cfg, parallel, limits, called, recorder.loggers.lightning, validate_first=recorder.open is not None)
         return _fit(trainer, module, data, recorder)
 
 
@@ -156,7 +157,7 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     except Preempted:
         status = "preempted"
     finally:
-        recorder.close()
+        recorder.close(status)
         if place is not None and module.parallel.is_first:
             place.end(status)
     where = place.path if place is not None else None
@@ -167,12 +168,13 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     return Result(where, dict(recorder.metrics), status)
 
 
-def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
-    """They write into the run's folder, so it is there before one of them can fail: no key for a service, a wrong argument."""
+def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
+    """They write into the run's folder, so it is there before one of them can fail: a wrong argument."""
+    if place is None:
+        return Loggers()
     with contextlib.ExitStack() as undo:
-        if place is not None:
-            undo.callback(place.discard)
-        made = loggers(cfg, place)
+        undo.callback(place.discard)
+        made = make_loggers(cfg, place, lambda text: display.line(text, style="bold"))
         undo.pop_all()
         return made
 

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from txtrain.config import Train
+from txtrain.objectives.base import Shown
 
 
-def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
     """Prompt and continuation, for config.sample's prompts or the first words of the first validation documents.
 
     The same seed each time, so that what changes is the model. `check` is called after each token and may raise to stop.
@@ -35,5 +36,5 @@ def continuations(module: Any, data: Any, config: Train, check: Callable[[], Non
         )
         begin = len(ids) if config.model.topology == "decoder" else 1  # a decoder beside an encoder answers from its start token on
         new = [token for token in out[0, begin:].tolist() if token != tokenizer.eos_id]
-        made.append(f"{prompt}|{tokenizer.decode(new)}")
+        made.append(Shown(prompt, tokenizer.decode(new)))
     return made
