@@ -29,6 +29,7 @@ FREE = (
     "callbacks",
     "save",
     "sample",
+    "layer_stats",
     "resume",
     "resume_allow",
     "run_dir",
@@ -264,6 +265,9 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
         return Path(config.run_dir).expanduser(), False
     if name is not None:
         return Path("runs") / config.name / name, False
+    trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
+    if trial:  # its agent may run several in one job; one that was preempted comes again under its id
+        return Path("runs") / config.name / f"sweep-{trial}", False
     job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
     if job:  # a requeued job has the same number: it finds its own checkpoints
         task = os.environ.get("SLURM_ARRAY_TASK_ID")

@@ -59,6 +59,7 @@ class Recorder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
+        self.columns += module.layers.columns
         if self.folder is None:
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
@@ -159,6 +160,7 @@ class Recorder(pl.Callback):
             "grad_norm": float(outputs["grad_norm"]),
             "skipped_steps": module.skipped,
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
+            **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
             "tokens_per_second": tokens_per_second,
             "mfu": flops_per_second / (self.machine.peak.flops * module.parallel.world.size),

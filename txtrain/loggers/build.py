@@ -87,8 +87,10 @@ def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, 
         x_axis = node.pop("x_axis", "step")
         done = place.first_step
         later = {"purge_step": (done * config.data.global_batch_size * config.seq_len if x_axis == "tokens" else done) + 1} if done else {}
-        return TensorBoard(*instances({name: {**fitting, **later, **_given(node)}}), x_axis)
-    return Sink(*instances({name: {**{k: v for k, v in fitting.items() if k in accepted}, **node}}))
+        (logger,) = instances({name: {**fitting, **later, **_given(node)}})
+        return TensorBoard(logger, x_axis)
+    (logger,) = instances({name: {**{k: v for k, v in fitting.items() if k in accepted}, **node}})
+    return Sink(logger)
 
 
 def _wandb(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, Any]) -> Sink:

@@ -26,9 +26,9 @@ def last_step(folder: Path, run_id: str) -> int | None:
 def _steps(file: Path) -> Iterator[int]:
     from wandb.proto import wandb_internal_pb2
 
-    parse: Any = wandb_internal_pb2.Record.FromString
+    messages: Any = wandb_internal_pb2  # made at run time
     for data in records(file.read_bytes()):
-        record = parse(data)
+        record = messages.Record.FromString(data)
         if record.WhichOneof("record_type") == "history":
             items = {(item.key or ".".join(item.nested_key)): item.value_json for item in record.history.item}
             yield int(json.loads(items["_step"])) if "_step" in items else record.history.step.num
@@ -36,7 +36,8 @@ def _steps(file: Path) -> Iterator[int]:
 
 def records(data: bytes) -> Iterator[bytes]:
     """The records of a log, up to the first that is not whole."""
-    at, parts = _HEADER, []
+    at = _HEADER
+    parts: list[bytes] = []
     while at + _FRAGMENT.size <= len(data):
         if _BLOCK - at % _BLOCK < _FRAGMENT.size:  # a block's end that no header fits into
             at += _BLOCK - at % _BLOCK

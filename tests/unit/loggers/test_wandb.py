@@ -9,6 +9,7 @@ import time
 
 import lightning.pytorch as pl
 import pytest
+import wandb
 
 from tests.training import tiny
 from tests.wandb_file import WandbFile, wandb_files
@@ -72,6 +73,7 @@ def steps(run_dir):
 @pytest.fixture(scope="module")
 def whole(folder):
     """A run from its first step to its last, and what it said."""
+    wandb.teardown()  # it reads its variables once
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WANDB_MODE", "offline")
         patch.setenv("WANDB_TAGS", "from,outside")
@@ -204,6 +206,7 @@ def test_a_run_that_was_ended_before_its_first_checkpoint_keeps_its_id_and_anoth
 
 
 def test_without_a_key_the_run_is_offline_and_says_so_with_the_command(folder, monkeypatch, capsys):
+    wandb.teardown()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("NETRC", str(folder / "no_netrc"))
@@ -217,6 +220,7 @@ def test_without_a_key_the_run_is_offline_and_says_so_with_the_command(folder, m
 
 @pytest.mark.slow
 def test_without_a_network_the_run_is_offline(folder, monkeypatch, capsys):
+    wandb.teardown()
     monkeypatch.delenv("WANDB_MODE")
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
