@@ -58,7 +58,7 @@ class Loggers:
         """Once. status: complete, preempted, failed."""
         lines, self._lines = self._lines, []
         for sink, line in lines:
-            line.close(partial(sink.close, status), sink.patience / 3 if status == "preempted" else sink.patience)
+            line.close(partial(sink.close, status), sink.patience(status))
 
     def _tell(self, event: Callable[[Sink], Callable[[], object]]) -> None:
         for sink, line in self._lines:

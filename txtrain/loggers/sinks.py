@@ -12,13 +12,8 @@ from txtrain.objectives.base import Shown
 class Sink:
     """A Lightning logger: rows go to log_metrics; samples and checkpoints it has no place for.
 
-    Everything is called from the logger's own thread (`txtrain.loggers.line`), in order.
-
-    Attributes:
-        patience: seconds that the end of a run waits for it; of one that is preempted a third.
+    Everything but `patience` is called from the logger's own thread (`txtrain.loggers.line`), in order.
     """
-
-    patience = 60.0
 
     def __init__(self, logger: Any, x_axis: str = "step") -> None:
         self.logger, self.x_axis = logger, x_axis
@@ -39,6 +34,10 @@ class Sink:
 
     def checkpoint(self, path: Path, step: int, best: bool) -> None:
         """A checkpoint is complete; best: by validation loss."""
+
+    def patience(self, status: str) -> float:
+        """Seconds that the end of a run waits for it. SLURM gives a preempted one half a minute for everything."""
+        return 10.0 if status == "preempted" else 40.0
 
     def close(self, status: str) -> None:
         """status: complete, preempted or failed."""

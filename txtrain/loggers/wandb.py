@@ -41,6 +41,7 @@ VARIABLES = {  # of each word of ours that wins over it
 }
 _BY_SWEEP = ("project", "entity")  # the agent of a sweep names them
 _REOPENINGS = 3  # of one process: more than that is no accident
+FINISH, UPLOAD = 30.0, 3600.0  # seconds that a run's end waits for its last rows, for its last checkpoint; what remains is on the disk
 EXIT_CODES = {"complete": 0, "preempted": 75, "failed": 1}
 
 
@@ -68,19 +69,19 @@ class WandbLogger(lightning.WandbLogger):
         """online, offline, disabled; None: whatever W&B's own settings say."""
         return os.environ.get("WANDB_MODE") or ("offline" if self._offline else self._wandb_init.get("mode"))
 
-    def silence(self) -> Any:
+    def quiet_settings(self) -> Any:
         """W&B's settings, the user's among them. W&B's own lines are left to TXTRAIN_DEBUG=1: we say where the run is."""
         import wandb
 
         variables = {name.removeprefix("WANDB_").lower() for name in os.environ if name.startswith("WANDB_")}
-        ours = {"finish_timeout": Sink.patience, "silent": os.environ.get("TXTRAIN_DEBUG") != "1"}
+        ours = {"finish_timeout": FINISH, "silent": os.environ.get("TXTRAIN_DEBUG") != "1"}
         return wandb.Settings(**{name: value for name, value in {**ours, **self._settings}.items() if name not in variables})
 
     def open(self, mode: str | None) -> Any:
         """The W&B run, opened."""
         import wandb
 
-        self._experiment = wandb.init(**{**self._wandb_init, "mode": mode}, settings=self.silence())
+        self._experiment = wandb.init(**{**self._wandb_init, "mode": mode}, settings=self.quiet_settings())
         return self._experiment
 
     @property
@@ -111,6 +112,7 @@ class WandB(Sink):
         self._told: dict[str, Any] = {}
         self._reopenings = 0
         self._newest: tuple[Path, int, bool] | None = None  # checkpoint that is not uploaded
+        self._artifact: Any = None  # the one that was logged last
         self._run: Any = None
         self._has = -1  # rows up to this step are there
 
@@ -135,7 +137,7 @@ class WandB(Sink):
         import wandb
 
         mode, self._why = self.logger.mode, "WANDB_MODE" if os.environ.get("WANDB_MODE") else "as asked for"
-        if mode is None and wandb.setup(self.logger.silence()).settings.mode not in ("offline", "disabled"):
+        if mode is None and wandb.setup(self.logger.quiet_settings()).settings.mode not in ("offline", "disabled"):
             mode, self._why = _reachable()
         try:
             self._run = self.logger.open(mode)
@@ -161,12 +163,12 @@ class WandB(Sink):
             return -1 if found is None else found
         return int(self._run.starting_step) - 1
 
-    def _do(self, what: Callable[[], object]) -> None:
+    def _do(self, what: Callable[[], Any]) -> Any:
         """With the service started anew, where it is gone: SLURM's SIGTERM reaches it as well as the run, and it ends at once."""
         import wandb
 
         try:
-            what()
+            return what()
         except Exception:
             if self._reopenings == _REOPENINGS:
                 raise
@@ -174,7 +176,7 @@ class WandB(Sink):
             with contextlib.suppress(Exception):  # it says once more that the service is gone
                 wandb.teardown()
             self._open()
-            what()
+            return what()
 
     # -------------------------------------------------------------------------------------------------------------- events
 
@@ -209,12 +211,18 @@ class WandB(Sink):
         self._newest = None
         artifact = wandb.Artifact(self.artifact or f"model-{self._run.id}", type="model", metadata={"step": step})
         artifact.add_dir(str(path))
-        self._do(lambda: self._run.log_artifact(artifact, aliases=["latest", f"step-{step}", *(["best"] if best else [])]))
+        aliases = ["latest", f"step-{step}", *(["best"] if best else [])]
+        self._artifact = self._do(lambda: self._run.log_artifact(artifact, aliases=aliases))
+
+    def patience(self, status: str) -> float:
+        return UPLOAD if status == "complete" and self.log_model else super().patience(status)
 
     def close(self, status: str) -> None:
         """A preempted run ends with exit code 75 and is marked, so that its sweep does not take it for a failed one."""
         if self.log_model and status == "complete":
             self._upload()
+            if self._artifact is not None and not (self._run.offline or self._run.disabled):
+                self._artifact.wait()
         if status == "preempted":
             self._do(lambda: self._run.mark_preempting())
         self._do(lambda: self._run.finish(exit_code=EXIT_CODES[status]))
