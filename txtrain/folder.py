@@ -99,8 +99,8 @@ class RunFolder:
         return self._read() if same else {}
 
     def _of_parent(self, parent: Path) -> dict[str, Any]:
-        theirs = RunFolder(parent.parent.parent).facts
-        return {"checkpoint": str(parent.resolve()), "step": self.first_step, "wandb_id": theirs.get("wandb_id")}
+        logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
+        return {"checkpoint": str(parent.resolve()), "step": self.first_step} | ({"wandb_id": logged} if logged else {})
 
     def _claim(self) -> None:
         """Two runs may start within one second."""

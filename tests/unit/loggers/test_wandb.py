@@ -145,7 +145,7 @@ def test_rows_that_a_killed_process_took_with_it_are_sent_again(folder):
     train(config(folder, "killed"), callbacks=[interrupt_at(8)])
     (file,) = wandb_files(folder / "killed")
     data = file.path.read_bytes()
-    cut = next(n for n in range(len(data), 0, -500) if WandbFileOf(file.path, data[:n]).steps[-1:] == [5])
+    cut = next(n for n in range(len(data), 0, -100) if WandbFileOf(file.path, data[:n]).steps[-1:] == [5])
     file.path.write_bytes(data[:cut])
     train(config(folder, "killed"))
     first, second = wandb_files(folder / "killed")
@@ -164,7 +164,6 @@ def WandbFileOf(path, data):
 
 def test_a_service_that_is_killed_alone_is_started_anew(folder):
     """SLURM sends SIGTERM to every process of a job, and the service ends at once, with what it has not written."""
-    assert not service()
 
     def kill():
         while not service():
