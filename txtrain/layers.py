@@ -85,7 +85,7 @@ class LayerStats:
     @torch.no_grad()
     def _norms(self) -> dict[str, Tensor]:
         held = [(layer_of(name), p) for name, p in self.model.named_parameters() if p.requires_grad]
-        groups = {f"grad_norm/{layer}": [p.grad for of, p in held if of == layer and p.grad is not None] for layer, _ in held}
+        groups: dict[str, list[Any]] = {f"grad_norm/{layer}": [p.grad for of, p in held if of == layer and p.grad is not None] for layer, _ in held}
         groups |= {f"weight_norm/{layer}": [p for of, p in held if of == layer] for layer, _ in held}
         device = held[0][1].device
         sums = torch.stack([_squares(tensors, self.parallel.world.size, device) for tensors in groups.values()])

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,11 @@ import time
 import lightning.pytorch as pl
 import pytest
 import wandb
+from PIL import Image
 
-from tests.training import tiny
+from tests.training import RUN, tiny
 from tests.wandb_file import WandbFile, wandb_files
+from txtrain.composition import compose
 from txtrain.metrics import read
 from txtrain.run import train
 
@@ -119,6 +122,25 @@ def test_samples_are_tables_and_the_last_checkpoint_an_artifact(whole):
     assert len(table["data"]) == 2
     assert [row["_step"] for row in whole.history if "samples.nrows" in row] == [5, 10, 12]
     assert (f"model-{whole.id}", "model", ["latest", "step-12", "best"]) in whole.artifacts
+
+
+def test_images_are_shown_with_label_and_prediction(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    given = ("model.n_layers=1", "model.dim=32", "model.n_heads=2", "trainer.max_steps=2", "sample.n=3", f"run_dir={folder / 'images'}")
+    train(compose(["model=vit", *RUN, *given, "logger=[wandb,tensorboard]"]))
+    (file,) = wandb_files(folder / "images")
+    shown = file.history[-1]
+    assert (shown["samples/images._type"], shown["samples/images.count"], shown["_step"]) == ("images/separated", 3, 2)
+    assert all(re.fullmatch(r"label \d, predicted \d \(0\.\d\d\)", caption) for caption in shown["samples/images.captions"])
+    pictures = [*(file.path.parent / "files" / "media" / "images").rglob("*.png")]
+    assert len(pictures) == 3
+    assert all(Image.open(picture).size == (8, 8) and Image.open(picture).convert("RGB").getextrema()[0] == (0, 255) for picture in pictures)
+    events = EventAccumulator(str(folder / "images" / "tensorboard"), size_guidance={"images": 0}).Reload()
+    assert [event.step for event in events.Images("samples/images/0")] == [2]
+    text = (folder / "images" / "samples.txt").read_text()
+    assert text.count("label") == 3
+    assert "|predicted " in text
 
 
 def test_a_complete_run_ends_with_exit_code_0(whole):
