@@ -7,12 +7,14 @@ not asked for.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from txtrain import balance
 from txtrain.config import LayerStatsConfig
@@ -98,11 +100,10 @@ def _squares(tensors: list[Any], n_processes: int, device: torch.device) -> Tens
     """This process' share of the sum of squares over all processes: what several hold alike counts as one part for each."""
     total = torch.zeros((), dtype=torch.float64, device=device)
     for tensor in tensors:
-        mesh, placements = getattr(tensor, "device_mesh", None), getattr(tensor, "placements", ())
-        parts = 1
-        for i, placement in enumerate(placements):
-            parts *= 1 if placement.is_replicate() else mesh.size(i)
-        part = tensor.to_local() if mesh is not None else tensor
+        part, parts = tensor, 1
+        if isinstance(tensor, DTensor):
+            part = tensor.to_local()
+            parts = math.prod(tensor.device_mesh.size(i) for i, placement in enumerate(tensor.placements) if not placement.is_replicate())
         total += part.double().square().sum().to(device) * (parts / n_processes)
     return total
 
