@@ -19,6 +19,7 @@ import yaml
 from txtrain import checkpoint, files, lock
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.slurm import Job
 from txtrain.typed import plain
 
 # What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
@@ -49,6 +50,7 @@ class RunFolder:
     checkpoint: Path | None = None
     parent: Path | None = None
     exclusive: bool = False
+    _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
 
@@ -91,6 +93,7 @@ class RunFolder:
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
         now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
+        self._owned = True
 
     def _of_the_same(self, config: Train) -> dict[str, Any]:
         """What run.json says of a run of the same configuration that was ended before its first checkpoint: this is that run."""
@@ -154,6 +157,11 @@ class RunFolder:
         self.update(status=status, ended=_now())
         self._release()
 
+    def stopped(self) -> None:
+        """The process ends before its first step: what this start has said of itself is over."""
+        if self._owned:
+            self.update(status="preempted", ended=_now())
+
     def _read(self) -> dict[str, Any]:
         try:
             read: dict[str, Any] = json.loads((self.path / "run.json").read_text())
@@ -182,12 +190,18 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
     found = checkpoint.complete(path)
     if not found:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
-    if config.resume == "never":
+    if config.resume == "never" and not _again(path):
         raise ConfigError(
             f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(found)}. "
             "Give another run_dir, or resume=auto to continue that run."
         )
     return _continue(config, path, found[-1])
+
+
+def _again(path: Path) -> bool:
+    """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
+    job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}
+    return job is not None and job.restarts > 0 and before.get("job") == job.number
 
 
 def _refuse_file(path: Path) -> None:
@@ -268,10 +282,8 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
     if trial:  # its agent may run several in one job; one that was preempted comes again under its id
         return Path("runs") / config.name / f"sweep-{trial}", False
-    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
-    if job:  # a requeued job has the same number: it finds its own checkpoints
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        return Path("runs") / config.name / (f"slurm-{job}_{task}" if task else f"slurm-{job}"), False
+    if job := Job.here():  # a requeued job has the same number: it finds its own checkpoints
+        return Path("runs") / config.name / f"slurm-{job.number}", False
     return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
 
 

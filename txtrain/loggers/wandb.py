@@ -194,7 +194,7 @@ class WandB(Sink):
         logged: dict[str, Any] = {}
         if images := [one for one in shown if one.image is not None]:
             logged["samples/images"] = [wandb.Image(one.image.permute(1, 2, 0).numpy(), caption=one.caption) for one in images if one.image is not None]
-        logged["samples"] = wandb.Table(columns=["step", "given", "answer"], data=[[step, one.given, one.answer] for one in shown])
+        logged["samples"] = wandb.Table(columns=["step", "given", "answer"], data=[[step, one.given, one.answer or ""] for one in shown])
         self._do(lambda: self._run.log(logged, step=step))
 
     def checkpoint(self, path: Path, step: int, best: bool) -> None:

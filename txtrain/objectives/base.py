@@ -59,16 +59,16 @@ class TokenisedText:
 
 
 class Shown(NamedTuple):
-    """What a model was given and what it answered. image: what `given` tells of, [C, H, W] from 0 to 1."""
+    """What a model was given and what it answered; answer: None where it stands within the text. image: what `given` tells of, [C, H, W] from 0 to 1."""
 
     given: str
-    answer: str
+    answer: str | None = None
     image: Tensor | None = None
 
     @property
     def text(self) -> str:
         """Of the screen and samples.txt."""
-        return f"{self.given}|{self.answer}"
+        return self.given if self.answer is None else f"{self.given}|{self.answer}"
 
     @property
     def caption(self) -> str:
@@ -91,6 +91,7 @@ class Objective:
     beside: tuple[str, ...] = ()  # those that are minimised but no part of the loss that is told: it compares with models that lack them
     perplexity: bool = False  # whether exp of the term `loss` is a perplexity: it is in nats a token
     metrics: tuple[str, ...] = ()  # what validation tells beside the terms, from `validate` or `examine`
+    check: Callable[[], None] = staticmethod(lambda: None)  # the run's: it may raise to stop what takes long
     special_tokens: tuple[str, ...] = ()  # that a tokenizer must have; missing ones are added behind its vocabulary
 
     # --------------------------------------------------------------------------------------------------------------- data
@@ -126,7 +127,10 @@ class Objective:
         return {name: (value, counts[name]) for name, value in sums.items()}
 
     def examine(self, model: Any, data: DataModule | None, micro_batch_size: int) -> dict[str, float]:
-        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders."""
+        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders.
+
+        What takes long calls `self.check()` from time to time, in all processes alike.
+        """
         return {}
 
     def lengths(self, batch: Batch, seq_len: int) -> tuple[int, int]:
