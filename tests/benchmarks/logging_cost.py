@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import txtrain
 from txtrain.recorder import Recorder
 
-ROUNDS, BLOCK, BEFORE = 24, 20, 20
+ROUNDS, BLOCK, BEFORE = 20, 20, 20
 ARMS = {"no row": 10**9, "a row every 10 steps": 10, "a row every step": 1}
 
 

@@ -13,8 +13,7 @@ from txtrain.metrics import read
 STATS = ("trainer.max_steps=2", "trainer.val_check_interval=2", "layer_stats.every_n_steps=1")
 OUTPUTS = "layer_stats.activations=true"
 HOW = {
-    "ddp": ("strategy=ddp", "data.micro_batch_size=2", OUTPUTS, "logger=wandb"),
-    "fsdp": ("strategy=fsdp", OUTPUTS),
+    "fsdp": ("strategy=fsdp", "data.micro_batch_size=2", OUTPUTS, "logger=wandb"),
     "tp": ("strategy=tp",),
 }
 
@@ -36,7 +35,7 @@ def test_layers_in_two_processes_are_those_of_one_and_one_wandb_run(tmp_path, mo
         monkeypatch.delenv(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     compare(tmp_path, "decoder", HOW, 2)
-    (file,) = wandb_files(tmp_path / "ddp")
+    (file,) = wandb_files(tmp_path / "fsdp")
     assert file.steps == [1, 2]
     assert file.exit_code == 0
     assert file.config["run"]["hardware"]["processes"] == 2
@@ -46,6 +45,6 @@ def test_layers_in_two_processes_are_those_of_one_and_one_wandb_run(tmp_path, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["experts", "two stacks"])
 def test_layers_of_other_models_in_four_processes_are_those_of_one(tmp_path, model):
-    how = {name: (f"strategy={name}", OUTPUTS) for name in ("hsdp", "fsdp")}
+    how = {name: (f"strategy={name}", OUTPUTS) for name in ("ddp", "hsdp", "fsdp")}
     how |= {"fsdp_tp": ("strategy=fsdp_tp",), "tp of 2": ("strategy=tp", "strategy.tp_size=2")}
     compare(tmp_path, model, how, 4)

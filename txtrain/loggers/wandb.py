@@ -193,7 +193,7 @@ class WandB(Sink):
             return
         logged: dict[str, Any] = {}
         if images := [one for one in shown if one.image is not None]:
-            logged["samples/images"] = [wandb.Image(one.image.permute(1, 2, 0).numpy(), caption=one.caption) for one in images if one.image is not None]
+            logged["samples/images"] = [wandb.Image(_pixels(one.image), caption=one.caption) for one in images]
         logged["samples"] = wandb.Table(columns=["step", "given", "answer"], data=[[step, one.given, one.answer or ""] for one in shown])
         self._do(lambda: self._run.log(logged, step=step))
 
@@ -244,6 +244,11 @@ def _reachable() -> tuple[str, str]:
     except Exception as e:  # no network, no such host, a key that is not valid
         return "offline", _short(e)
     return ("online", "") if known else ("offline", "no API key: WANDB_API_KEY, or `wandb login`")
+
+
+def _pixels(image_CHW: Any) -> Any:
+    """[H, W, C], bytes: W&B takes floats of one channel for bytes."""
+    return (image_CHW * 255).round().byte().permute(1, 2, 0).numpy()
 
 
 def _short(e: Exception) -> str:
