@@ -1,6 +1,6 @@
 """What metrics.csv and W&B (offline) cost a step: one run in which blocks of steps take turns without a row, with the default's, with all.
 
-    python -m tests.benchmarks.logging_cost [OVERRIDE...]       by default model=mistral data=python_docs data.global_batch_size=8
+    python -m tests.benchmarks.logging_cost [OVERRIDE...]       by default model=mistral data=python_docs data.global_batch_size=1
 
 A step is timed from its start to the next one's, what is between steps included. Blocks of a round are neighbours in time, so that
 what else runs on the machine meets all of them; the ratio is the median over rounds.
@@ -18,7 +18,7 @@ import lightning.pytorch as pl
 import txtrain
 from txtrain.recorder import Recorder
 
-ROUNDS, BLOCK, BEFORE = 20, 20, 20
+ROUNDS, BLOCK, BEFORE = 12, 20, 20
 ARMS = {"no row": 10**9, "a row every 10 steps": 10, "a row every step": 1}
 
 
@@ -46,7 +46,7 @@ class TakingTurns(pl.Callback):
 
 def main() -> None:
     os.environ |= {"WANDB_MODE": "offline"}
-    given = sys.argv[1:] or ["model=mistral", "data=python_docs", "data.global_batch_size=8"]
+    given = sys.argv[1:] or ["model=mistral", "data=python_docs", "data.global_batch_size=1"]
     with tempfile.TemporaryDirectory() as folder:
         fixed = [
             f"run_dir={folder}/run",
