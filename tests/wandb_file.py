@@ -25,7 +25,7 @@ class WandbFile:
         self.summary: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.metrics: dict[str, str] = {}
-        self.artifacts: list[tuple[str, str, list[str]]] = []  # name, type, aliases
+        self.artifacts: list[tuple[str, str, list[str]]] = []  # name, type, aliases in order
         self.name = self.project = self.group = self.entity = ""
         self.tags: list[str] = []
         self.exit_code: int | None = None
@@ -52,7 +52,7 @@ class WandbFile:
         elif kind == "metric":
             self.metrics[record.metric.name or record.metric.glob_name] = record.metric.step_metric
         elif kind == "artifact":
-            self.artifacts.append((record.artifact.name, record.artifact.type, list(record.artifact.aliases)))
+            self.artifacts.append((record.artifact.name, record.artifact.type, sorted(record.artifact.aliases)))
         elif kind == "preempting":
             self.preempted = True
         elif kind == "exit":

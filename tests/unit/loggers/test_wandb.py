@@ -121,7 +121,7 @@ def test_samples_are_tables_and_the_last_checkpoint_an_artifact(whole):
     assert table["columns"] == ["step", "given", "answer"]
     assert [row[:2] for row in table["data"]] in ([[step, "The"], [step, "A"]] for step in (5, 10, 12))
     assert [row["_step"] for row in whole.history if "samples.nrows" in row] == [5, 10, 12]
-    assert (f"model-{whole.id}", "model", ["latest", "step-12", "best"]) in whole.artifacts
+    assert (f"model-{whole.id}", "model", ["best", "latest", "step-12"]) in whole.artifacts
 
 
 def test_images_are_shown_with_label_and_prediction(folder):
