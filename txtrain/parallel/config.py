@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
 
 
+BUCKET = 50_000_000  # elements of gradients that DeepSpeed sums at a time
+
+
 class Layout(NamedTuple):
     """How many processes hold copies, hold shards of one copy, and share each layer's matrices. Their product is the world's size."""
 
