@@ -96,6 +96,18 @@ class SampleConfig:
                 yield f"`sample.{name}` must be at least 0, but is {getattr(self, name)} instead."
 
 
+@dc.dataclass(frozen=True, kw_only=True)
+class LayerStatsConfig:
+    """Figures of each layer in metrics.csv and the loggers: gradient and weight norms, and of each mixture how even its load is."""
+
+    every_n_steps: int | None = None  # in the row of every so many steps; null: never
+    activations: bool = False  # also the root mean square of what each block puts out
+
+    def check(self) -> Iterator[str]:
+        if self.every_n_steps is None and self.activations:
+            yield "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."
+
+
 # --------------------------------------------------------------------------------------------------------------------- verbs
 
 
@@ -111,6 +123,7 @@ class Train:
     save: SaveConfig
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
     sample: SampleConfig
+    layer_stats: LayerStatsConfig = dc.field(default_factory=LayerStatsConfig)
     logger: dict[str, Any]  # Lightning loggers by _target_
     callbacks: dict[str, Any]  # Lightning callbacks by _target_
     name: str = "default"  # part of the run's folder
@@ -165,12 +178,28 @@ class Train:
             yield from self._check_processes(world)
         if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
             yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
+        yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_layer_stats(self) -> Iterator[str]:
+        every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
+        if every is None:
+            return
+        if every < 1 or every % rows:
+            yield (
+                f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
+                f"Nearest: {max(1, round(every / rows)) * rows}."
+            )
+        if self.layer_stats.activations and self.strategy.type in ("tp", "fsdp_tp"):
+            yield (
+                f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: a block's output lies in parts, "
+                "padded to equal lengths. Gradient and weight norms are told under it."
+            )
 
     def _check_processes(self, world: int) -> Iterator[str]:
         yield from parallel.problems(self, world)

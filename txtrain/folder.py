@@ -6,6 +6,7 @@ import contextlib
 import dataclasses as dc
 import datetime
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -29,6 +30,7 @@ FREE = (
     "callbacks",
     "save",
     "sample",
+    "layer_stats",
     "resume",
     "resume_allow",
     "run_dir",
@@ -67,6 +69,16 @@ class RunFolder:
         """Updates that are done before this process begins."""
         return 0 if self.source is None else int(checkpoint.read_state(self.source)["step"])
 
+    @property
+    def kept(self) -> int:
+        """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
+        return self.first_step - (self.state["open_row"] is not None) if self.checkpoint is not None else 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty where there is none."""
+        return self._read()
+
     def create(self, config: Train, facts: Mapping[str, Any]) -> None:
         """Make the folder and write config.yaml and run.json. Nothing is written before this."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
@@ -75,13 +87,23 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         self._own()
         checkpoint.clean(self.path)
+        before = self._read() if self.checkpoint is not None else self._of_the_same(config)
         self.write_config(config, self.path)
-        before = self._read() if self.checkpoint is not None else {}
         now = {**facts, "status": "running", "started": before.get("started") or _now(), "ended": None}
-        now |= {"parent": None if self.parent is None else {"checkpoint": str(self.parent.resolve()), "step": self.first_step}}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
+        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
+
+    def _of_the_same(self, config: Train) -> dict[str, Any]:
+        """What run.json says of a run of the same configuration that was ended before its first checkpoint: this is that run."""
+        file = self.path / "config.yaml"
+        same = config.resume == "auto" and file.is_file() and not differences(_saved(self.path), plain(config))
+        return self._read() if same else {}
+
+    def _of_parent(self, parent: Path) -> dict[str, Any]:
+        logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
+        return {"checkpoint": str(parent.resolve()), "step": self.first_step} | ({"wandb_id": logged} if logged else {})
 
     def _claim(self) -> None:
         """Two runs may start within one second."""
@@ -257,6 +279,9 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
         return Path(config.run_dir).expanduser(), False
     if name is not None:
         return Path("runs") / config.name / name, False
+    trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
+    if trial:  # its agent may run several in one job; one that was preempted comes again under its id
+        return Path("runs") / config.name / f"sweep-{trial}", False
     if job := Job.here():  # a requeued job has the same number: it finds its own checkpoints
         return Path("runs") / config.name / f"slurm-{job.number}", False
     return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,10 @@ from txtrain.deadline import Deadline
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
+from txtrain.loggers.build import Loggers
 from txtrain.metrics import COLUMNS, MetricsFile
 from txtrain.module import LitModule
+from txtrain.objectives.base import Shown
 from txtrain.objectives.build import build_objective
 from txtrain.progress import Display
 from txtrain.saver import Saver
@@ -44,6 +46,7 @@ class Recorder(pl.Callback):
     def __init__(self, config: Train, data: Any, folder: RunFolder | None, limits: Limits, display: Display, machine: Machine) -> None:
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
         self.display, self.machine = display, machine
+        self.loggers = Loggers()  # none; replaced by those of the run
         self.stop = Stop()  # replaced by the one that owns the signals, where there is one
         self.deadline = Deadline(None)  # replaced by that of a job
         self.state: dict[str, Any] = folder.state if folder else {}
@@ -61,6 +64,7 @@ class Recorder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
+        self.columns += module.layers.columns
         module.objective.check = partial(self._check, module)
         if self.folder is None:
             return
@@ -171,6 +175,7 @@ class Recorder(pl.Callback):
             "grad_norm": float(outputs["grad_norm"]),
             "skipped_steps": module.skipped,
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
+            **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
             "tokens_per_second": tokens_per_second,
             "mfu": flops_per_second / (self.machine.peak.flops * module.parallel.world.size),
@@ -185,10 +190,10 @@ class Recorder(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
         assert self.open is not None
-        texts = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        shown = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
         module.average.swap_out()
         self.open |= module.val_metrics
-        self._close(trainer, module, texts)
+        self._close(trainer, module, shown)
         self.meter.start()
 
     def _check(self, module: LitModule) -> None:
@@ -197,14 +202,14 @@ class Recorder(pl.Callback):
 
     # ---------------------------------------------------------------------------------------------------- the end of a step
 
-    def _close(self, trainer: pl.Trainer, module: LitModule, texts: list[str] | None = None) -> None:
+    def _close(self, trainer: pl.Trainer, module: LitModule, shown: Sequence[Shown] = ()) -> None:
         """The step is complete: write what belongs to it, save if it is time, stop if it was asked for."""
         row, self.open = self.open, None
         val_loss = row.get("val_loss") if row else None
         if row is not None:
-            self._write_row(trainer, row)
-        if texts:
-            self._write_samples(module.step, texts)
+            self._write_row(row)
+        if shown:
+            self._write_samples(module, shown)
         self.ended = trainer.should_stop = trainer.should_stop or self._reached(module)
         better = val_loss is not None and val_loss < self.best
         self.best = min(self.best, math.inf if val_loss is None else val_loss)
@@ -224,24 +229,24 @@ class Recorder(pl.Callback):
             self._save(module, None, must=True)
         raise Preempted
 
-    def _write_row(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+    def _write_row(self, row: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(row)
         else:
             self.metrics |= {name: value for name, value in row.items() if value is not None}
         self.display.row(row)
-        for logger in trainer.loggers:
-            logger.log_metrics({name: row[name] for name in self.columns[1:] if row.get(name) is not None}, step=row["step"])
+        self.loggers.row(row["step"], {name: row[name] for name in self.columns[1:] if row.get(name) is not None})
 
-    def _write_samples(self, step: int, texts: list[str]) -> None:
+    def _write_samples(self, module: LitModule, shown: Sequence[Shown]) -> None:
         if self._file is None and self.folder is not None:  # another process writes
             return
-        for text in texts:
-            shown = " ".join(text.split())
-            self.display.line(f"  {shown[:160]}{'...' if len(shown) > 160 else ''}", style="dim")
+        for one in shown:
+            line = " ".join(one.text.split())
+            self.display.line(f"  {line[:160]}{'...' if len(line) > 160 else ''}", style="dim")
+        self.loggers.samples(module.step, module.tokens, shown)
         if self.folder is not None:
             with open(self.folder.path / "samples.txt", "a", encoding="utf-8") as f:
-                f.write("".join(f"--- step {step}\n{text}\n\n" for text in texts))
+                f.write("".join(f"--- step {module.step}\n{one.text}\n\n" for one in shown))
 
     def _save(self, module: LitModule, val_loss: float | None, must: bool) -> None:
         """must: it is the run's last."""
@@ -280,6 +285,7 @@ class Recorder(pl.Callback):
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
             self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"])
+            self.loggers.checkpoint(path, state["step"], best=state["metrics"].get("val_loss", math.inf) <= self.best)
 
     def _beside(self, path: Path) -> None:
         assert self.folder is not None

@@ -22,6 +22,7 @@ from txtrain.data.sources import settle
 from txtrain.deadline import Deadline
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
+from txtrain.loggers.build import Loggers, make_loggers
 from txtrain.metrics import latest
 from txtrain.module import LitModule
 from txtrain.optim import state as optimizer_state
@@ -33,7 +34,7 @@ from txtrain.recorder import Recorder, check_data
 from txtrain.slurm import Job
 from txtrain.stop import Cause, Preempted, Stop
 from txtrain.throughput import Machine
-from txtrain.trainer import instances, loggers, make_trainer, quiet
+from txtrain.trainer import instances, make_trainer, quiet
 from txtrain.typed import plain
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again, for schedulers and for `-m`
@@ -108,9 +109,9 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks), recorder]
         if place is not None:
             _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback))
-        told = parallel.first_only(lambda: _loggers(cfg, place)) or []
+        recorder.loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or recorder.loggers
         display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
-        trainer = make_trainer(cfg, parallel, limits, called, told, validate_first=recorder.open is not None)
+        trainer = make_trainer(cfg, parallel, limits, called, recorder.loggers.lightning, validate_first=recorder.open is not None)
         recorder.deadline = Deadline(parallel.first(_end_of_job))
         return _fit(trainer, module, data, recorder, stop)
 
@@ -163,10 +164,12 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     except Preempted:
         status = "preempted"
     finally:
-        recorder.close()
-        if place is not None and parallel.is_first:
-            place.end(status)
-        finish(trainer.loggers, status)
+        try:
+            recorder.close()
+            if place is not None and parallel.is_first:
+                place.end(status)
+        finally:
+            recorder.loggers.close(status)
     where = place.path if place is not None else None
     if status == "preempted":
         recorder.display.line(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
@@ -175,12 +178,6 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     elif where is not None:
         recorder.display.line(f"done: {where}", style="bold")
     return Result(where, dict(recorder.metrics), status)
-
-
-def finish(loggers: Sequence[Any], status: str) -> None:
-    """The last word to each logger, of what the run came to: complete, preempted, failed. Lightning has told them success or failed."""
-    for logger in loggers:
-        logger.finalize(status)
 
 
 def _end_of_job() -> float | None:
@@ -212,12 +209,13 @@ def _last_words(cfg: Train, place: RunFolder | None, cause: Cause) -> None:
     _requeue(cfg, cause, say)
 
 
-def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
-    """They write into the run's folder, so it is there before one of them can fail: no key for a service, a wrong argument."""
+def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
+    """They write into the run's folder, so it is there before one of them can fail: a wrong argument."""
+    if place is None:
+        return Loggers()
     with contextlib.ExitStack() as undo:
-        if place is not None:
-            undo.callback(place.discard)
-        made = loggers(cfg, place)
+        undo.callback(place.discard)
+        made = make_loggers(cfg, place, lambda text: display.line(text, style="bold"))
         undo.pop_all()
         return made
 

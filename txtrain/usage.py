@@ -85,6 +85,9 @@ Training: every interval counts steps, a step is one update
   save.every_n_steps               also keep_last, keep_best, keep_every_n_steps; save.async=true writes while training goes on
   sample.KEY                       continuations at each validation: prompts, n, max_new_tokens, temperature
   logger=NAME                      {logger}, or a list; metrics.csv is always written
+  logger.KEY                       of wandb: project, entity, group, tags, log_model (true: the last checkpoint, all), mode (online, offline);
+                                   x_axis=step, tokens. WANDB_* variables win; docs/logging.md
+  layer_stats.every_n_steps        gradient and weight norms of each layer in every so many steps' rows; layer_stats.activations=true: and outputs
 
 Run
   recipe=NAME                      {recipes}
