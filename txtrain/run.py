@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,8 +26,10 @@ from txtrain.module import LitModule
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.base import OneProcess, precision_dtype
 from txtrain.parallel.build import make_parallel
+from txtrain.profiled import Profiled
 from txtrain.progress import Display
 from txtrain.recorder import Recorder, check_data
+from txtrain.remarks import marked
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine
 from txtrain.trainer import instances, loggers, make_trainer, quiet
@@ -52,11 +55,13 @@ class Result:
 
 @dc.dataclass(frozen=True)
 class Origin:
-    """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`)."""
+    """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`).
+    start: when this process was started, by the system's clock."""
 
     grafts: Mapping[str, Any] = dc.field(default_factory=dict)
     given: Sequence[str] = ()
     folder: str | None = None
+    start: float = dc.field(default_factory=time.time)
 
 
 def train(
@@ -78,11 +83,14 @@ def train(
         ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
     """
     origin, parallel = origin or Origin(), make_parallel(cfg)
-    with quiet(), parallel.started():
+    with quiet(), parallel.started(), marked(parallel.world.rank, parallel.is_new) if parallel.world.size > 1 else contextlib.nullcontext():
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
-        display = Display(quiet=not parallel.is_first)
-        display.lines(screen.opening(cfg, fallback))
+        display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
+        first, *loud = screen.opening(cfg, fallback)
+        display.line(first)
+        for text in loud:
+            display.tell(text)
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: folder.choose(cfg, origin.given, origin.folder))
         device = parallel.device()
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
@@ -99,23 +107,23 @@ def train(
                 return _finished(place, display, parallel)
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         recorder = Recorder(cfg, data, place, limits, display, machine)
-        called = [*callbacks, *instances(cfg.callbacks), recorder]
+        called = [*callbacks, *instances(cfg.callbacks), *([Profiled(cfg, place, display)] if cfg.profile else []), recorder]
         if place is not None:
-            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback))
+            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         told = parallel.first_only(lambda: _loggers(cfg, place)) or []
-        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
+        display.table(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
         trainer = make_trainer(cfg, parallel, limits, called, told, validate_first=recorder.open is not None)
         return _fit(trainer, module, data, recorder)
 
 
-def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None) -> int:
+def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None, start: float | None = None) -> int:
     """`txtrain train`: the exit code. What goes wrong is raised: Python itself tells a failure by its traceback and exit code 1.
 
     Raises:
         ConfigError: as `train`, for the command line to print.
     """
     try:
-        result = train(config, origin=Origin(grafts, given, folder))
+        result = train(config, origin=Origin(grafts, given, folder, time.time() if start is None else start))
     except KeyboardInterrupt:
         print("txtrain: stopped before the first step.", file=sys.stderr)
         return 1
@@ -158,12 +166,14 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     finally:
         recorder.close()
         if place is not None and module.parallel.is_first:
-            place.end(status)
+            place.end(status, goodput=recorder.watch.goodput())
     where = place.path if place is not None else None
     if status == "preempted":
-        recorder.display.line(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
-    elif where is not None:
-        recorder.display.line(f"done: {where}", style="bold")
+        recorder.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
+        return Result(where, dict(recorder.metrics), status)
+    recorder.display.table(recorder.watch.summary(module, recorder.metrics))
+    if where is not None:
+        recorder.display.tell(f"done: {where}", style="bold")
     return Result(where, dict(recorder.metrics), status)
 
 
@@ -177,11 +187,11 @@ def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
         return made
 
 
-def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any]) -> None:
+def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any], start: float) -> None:
     """The first process makes the folder; where it is then, all know."""
 
     def create() -> Path:
-        place.create(cfg, facts)
+        place.create(cfg, facts, start)
         return place.path
 
     place.path = parallel.first(create)
@@ -200,7 +210,7 @@ def _nothing_left(place: RunFolder, limits: Limits) -> bool:
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
     """The run had reached its end; it may have been killed before it could say so."""
-    display.line(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
+    display.tell(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
     if parallel.is_first:
         place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))

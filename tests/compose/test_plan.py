@@ -164,7 +164,7 @@ def test_a_device_is_known_by_the_longest_part_of_its_name():
     assert named("NVIDIA L40S") is PEAKS["L40S"]
     assert named("NVIDIA L4") is PEAKS["L4"]
     assert named("NVIDIA H100 80GB HBM3") is PEAKS["H100"]
-    assert named("NVIDIA GeForce RTX 4090") is None
+    assert named("NVIDIA GeForce RTX 2080") is None
 
 
 def test_the_page_shows_what_its_commands_print(capsys):

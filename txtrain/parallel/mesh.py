@@ -24,6 +24,7 @@ from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.buckets import GradientBuckets
 from txtrain.parallel.config import problems
+from txtrain.parallel.traffic import timed
 from txtrain.parallel.world import STORE, World
 
 if TYPE_CHECKING:
@@ -71,7 +72,8 @@ class Mesh(OneProcess):
         self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
         self.meet(device.type)
         try:
-            yield
+            with timed(self.phases) if device.type == "cpu" else contextlib.nullcontext():
+                yield
         finally:
             if mine:
                 dist.destroy_process_group()
@@ -176,6 +178,10 @@ class Mesh(OneProcess):
     def barrier(self) -> None:
         dist.barrier(group=self._control)
 
+    def is_new(self, key: str) -> bool:
+        store: Any = dist.distributed_c10d._get_default_store()
+        return bool(store.add(key, 1) == 1)
+
     # ----------------------------------------------------------------------------------------------------------- the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
@@ -203,7 +209,8 @@ class Mesh(OneProcess):
         if self.size == 1 or not sums:
             return dict(sums)
         flat = torch.cat([value.detach().double().flatten() for value in sums.values()])
-        dist.all_reduce(flat, group=self._data_group)
+        with self.phases.within("communication"):
+            dist.all_reduce(flat, group=self._data_group)
         parts = torch.split(flat, [value.numel() for value in sums.values()])
         return {name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(sums.items(), parts, strict=True)}
 
@@ -220,11 +227,13 @@ class Mesh(OneProcess):
             self._buckets.active = last
             yield
             if last:
-                self._buckets.finish()
+                with self.phases.within("communication"):
+                    self._buckets.finish()
         else:
             yield
         if last and self._cut is not None:
-            self._cut.sum_gradients()
+            with self.phases.within("communication"):
+                self._cut.sum_gradients()
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         if self._cut is None:
