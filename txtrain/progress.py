@@ -15,7 +15,7 @@ from txtrain.metrics import COLUMNS, PHASES, Row
 from txtrain.screen import duration
 
 Verbosity = Literal["quiet", "normal", "verbose"]
-_BAR = 10  # columns at least
+_BAR = 5  # columns at least
 
 
 class Display:
@@ -38,12 +38,13 @@ class Display:
     # -------------------------------------------------------------------------------------------------------------- lines
 
     def tell(self, text: str, style: str | None = None) -> None:
-        """What must be known, also where all else is quiet."""
+        """What must be known, also where all else is quiet. Not wrapped: a path in it can be copied."""
         self.console.print(self._stamp() + text, style=style, markup=False)
 
     def line(self, text: str, style: str | None = None) -> None:
+        """On a terminal wrapped between words."""
         if self.verbosity != "quiet":
-            self.tell(text, style)
+            self.console.print(self._stamp() + text, style=style, markup=False, soft_wrap=not self._moves)
 
     def lines(self, texts: Iterable[str]) -> None:
         for text in texts:
@@ -53,7 +54,8 @@ class Display:
         """What the model wrote."""
         if self.verbosity != "quiet":
             shown = " ".join(text.split())
-            self.console.print(f"  {shown[:160]}{'...' if len(shown) > 160 else ''}", style="dim", markup=False)
+            shown = f"  {shown[:160]}{'...' if len(shown) > 160 else ''}"
+            self.console.print(shown, style="dim", markup=False, soft_wrap=not self._moves)
 
     def table(self, rows: Iterable[tuple[str, str]]) -> None:
         """Names and what they are. On a terminal a long text goes on below itself; elsewhere a row is a line, for grep."""
