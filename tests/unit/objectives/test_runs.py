@@ -160,6 +160,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, config, tmp_pa
     assert weights(tmp_path / "whole") == weights(tmp_path / "parts")
 
 
+def test_gaps_are_filled_where_the_screen_shows_samples(config, tmp_path):
+    shown = config("span_corruption", "trainer.max_steps=60", "trainer.val_check_interval=60", "sample.n=2", "sample.max_new_tokens=20", "sample.temperature=0")
+    txtrain.train(shown)
+    first, second = (tmp_path / "run" / "samples.txt").read_text().strip().split("\n\n")
+    for text in (first, second):
+        assert text.startswith("--- step 60\n")
+        assert "«" in text, "after 60 steps an answer begins with the first gap's name"
+        assert text.endswith("»"), "no more is shown than what was filled"
+
+
+def test_prompts_of_spans_have_their_gaps_where_they_are_written(config, tmp_path):
+    shown = config("span_corruption", "trainer.max_steps=2", "trainer.val_check_interval=2", 'sample.prompts=["The <extra_id_0> says <extra_id_1>."]')
+    txtrain.train(shown)
+    text = (tmp_path / "run" / "samples.txt").read_text()
+    assert re.match(r"--- step 2\nThe («.*»|<extra_id_0>)", text, re.DOTALL)
+
+
 def test_the_objective_of_the_documentation_trains(config, tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
