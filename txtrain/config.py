@@ -228,6 +228,9 @@ class Plan(Train):
                 f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on trainer.num_nodes={self.trainer.num_nodes} says, "
                 f"but is {asked} instead. Nearest: null."
             )
+        accelerator, precision = peaks.PUBLISHED[self.plan.device], self.trainer.precision
+        if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
+            yield f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but is {precision} instead."
 
     def _check_processes(self, world: int) -> Iterator[str]:
         """How the processes lie must be sound; that the batch has as many shares is told beside the figures."""
