@@ -6,6 +6,8 @@ import warnings
 
 import lightning.pytorch as pl
 
+from tests.distributed.variations import VARIATIONS
+
 
 class Signal(pl.Callback):
     """A signal to one process of the run at a step."""
@@ -55,7 +57,9 @@ class Warn(pl.Callback):
 
 
 def named(text: str) -> pl.Callback:
-    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`."""
+    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`; or one of VARIATIONS."""
+    if text in VARIATIONS:
+        return VARIATIONS[text]()
     what, step, rank = text.split()
     if what == "HIT":
         return Hit(int(step))
