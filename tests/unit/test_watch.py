@@ -194,11 +194,11 @@ def test_a_run_that_has_diverged_ends_where_asked_and_says_the_key(runs):
 
 def test_a_slow_run_is_told_why_once_enough_has_been_seen(runs, capsys, monkeypatch):
     monkeypatch.setattr("txtrain.slowness.SECONDS", 0.02)
-    config = tiny(runs, f"run_dir={runs / 'slow'}", *LONG)
+    config = tiny(runs, f"run_dir={runs / 'slow'}", *LONG, "trainer.max_steps=30")
     read_them = OrderedSamples.__getitems__
 
     def slowly(self, rows):
-        time.sleep(0.03)
+        time.sleep(0.1)
         return read_them(self, rows)
 
     monkeypatch.setattr(OrderedSamples, "__getitems__", slowly)
@@ -239,7 +239,8 @@ def test_a_profile_is_a_trace_of_its_steps(runs, capsys):
     said = capsys.readouterr().out
     path = run / "profile/steps_4_6_rank0.json.gz"
     assert f"profile of steps 4 to 6: {path}" in said
-    assert "aten::mm" in said
+    assert "share  calls  operator" in said
+    assert said.count("aten::") >= 5
     with gzip.open(path) as f:
         names = [event.get("name") for event in json.load(f)["traceEvents"]]
     assert [n for n in dict.fromkeys(names) if n and n.startswith("step ")] == ["step 4", "step 5", "step 6"]
@@ -271,7 +272,7 @@ def test_a_profile_without_a_folder_shows_its_operators(runs, capsys, tmp_path, 
     train(tiny(runs, "trainer.fast_dev_run=2", "profile=true", "profile_steps=[1,2]"))
     said = capsys.readouterr().out
     assert "profile of steps 1 to 2; trainer.fast_dev_run keeps no trace" in said
-    assert "aten::mm" in said
+    assert said.count("aten::") >= 5
     assert not list(tmp_path.iterdir())
 
 
