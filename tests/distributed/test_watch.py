@@ -21,7 +21,9 @@ def test_communication_is_counted_and_warnings_are_told_once(tmp_path):
     ways = {"ddp": (), "fsdp": (), "deepspeed_stage_2": (), "tp": ()}
     cases = {}
     for way in ways:
-        run = overrides(tmp_path, "decoder", way, "trainer.devices=2", "trainer.max_steps=4", "trainer.val_check_interval=4", f"strategy={way}", "verbosity=quiet")
+        run = overrides(
+            tmp_path, "decoder", way, "trainer.devices=2", "trainer.max_steps=4", "trainer.val_check_interval=4", f"strategy={way}", "verbosity=quiet"
+        )
         cases[way] = group.Case(run, ["WARN * *"] if way == "ddp" else [])
     said = trained(cases, tmp_path)
     for way in ways:

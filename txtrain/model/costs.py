@@ -51,9 +51,7 @@ def training_flops(forward: Mapping[str, float]) -> float:
     return 3.0 * sum(forward.values()) - forward.get("embedding", 0.0)
 
 
-def recomputed_flops(
-    model: ModelConfig, seq_len: int, target_len: int | None = None, *, checkpointing: str | int, dense: bool = False
-) -> float:
+def recomputed_flops(model: ModelConfig, seq_len: int, target_len: int | None = None, *, checkpointing: str | int, dense: bool = False) -> float:
     """Of one sample, what activation checkpointing computes a second time: the forward of every block, or of every n-th.
 
     checkpointing: none, full, selective (which keeps what matrix products gave), or n.
