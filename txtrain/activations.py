@@ -48,7 +48,7 @@ def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: A
 
 
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    forward, again = create_selective_checkpoint_contexts(_policy)
+    forward, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
     return _OfKept(forward), _OfKept(again)
 
 

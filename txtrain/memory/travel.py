@@ -19,7 +19,8 @@ def rows_to_experts(config: Train, world: int) -> int:
     model, precision = config.model, config.trainer.precision
     share = config.data.global_batch_size / config.strategy.layout(world).data
     values = sum(_trips(config, number) * positions for number, positions in _mixtures(config)) * model.ffn.top_k * model.dim
-    return round(share * values * (4 if precision == "32-true" else 2))
+    bytes_sent: int = round(share * values * (4 if precision == "32-true" else 2))
+    return bytes_sent
 
 
 def _trips(config: Train, block: int) -> int:
