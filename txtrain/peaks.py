@@ -34,7 +34,7 @@ def _device(called: str, source: str, bfloat16: float | None, tf32: float | None
     """In TFLOP/s. float16: None: as bfloat16."""
     half = bfloat16 if float16 is None else float16
     assert half is not None
-    return Accelerator(called, source, *(None if n is None else n * 1e12 for n in (bfloat16, half, tf32)), float32=float32 * 1e12)  # type: ignore[arg-type]
+    return Accelerator(called, source, bfloat16 and bfloat16 * 1e12, half * 1e12, tf32 and tf32 * 1e12, float32 * 1e12)
 
 
 _AMPERE, _ADA = "NVIDIA GA102 architecture paper", "NVIDIA Ada architecture paper"

@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from txtrain.config import Train
@@ -194,8 +195,7 @@ class Mesh(OneProcess):
         dist.barrier(group=self._control)
 
     def is_new(self, key: str) -> bool:
-        store: Any = dist.distributed_c10d._get_default_store()
-        return bool(store.add(key, 1) == 1)
+        return bool(_get_default_store().add(key, 1) == 1)
 
     # ----------------------------------------------------------------------------------------------------------- the model
 
