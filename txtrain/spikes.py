@@ -9,7 +9,7 @@ from typing import Any
 
 WINDOW = 64  # steps that a loss is compared with
 ENOUGH = 32  # of them before anything is said
-DEVIATIONS = 8.0  # above the median, in standard deviations of the window as its median absolute deviation estimates them
+DEVIATIONS = 8.0  # above the median, in standard deviations of the noise
 LEAST = 0.1  # and at least this part of the median
 LOST = 0.25  # of what has been learnt since the beginning
 FACTOR = 1.5  # times the lowest median
@@ -28,8 +28,8 @@ class Spike:
 class Losses:
     """Watches the loss of every step. `state` goes into the checkpoint, so that a resumed run sees what the uninterrupted one does.
 
-    A spike is above the median of the last 64 losses by 8 of their standard deviations (robustly: 1.4826 times their median absolute
-    deviation) and by a tenth of the median. A spike that stays is soon the median itself, and then no spike any more.
+    A spike is above the median of the last 64 losses by 8 standard deviations of what is noise in them (robustly, and whatever way the loss
+    goes meanwhile: by the median of the differences from step to step) and by a tenth of the median. A spike that stays is soon the median itself, and then no spike any more.
 
     A step is far off where its loss is above 1.5 times the lowest median of the run, and a quarter of what was learnt is lost: of the
     way from the highest loss of the first 32 steps down to that median. The run has diverged when that has been so for many steps in a row (`far_off`).
@@ -63,7 +63,7 @@ class Losses:
         return found
 
     def _spike(self, step: int, loss: float, median: float) -> Spike | None:
-        deviation = 1.4826 * _median(abs(x - median) for x in self.window)
+        deviation = 1.4826 / math.sqrt(2) * _median(abs(b - a) for a, b in zip(self.window, self.window[1:], strict=False))
         if loss - median <= max(DEVIATIONS * deviation, LEAST * abs(median)):
             return None
         self.n_spikes += 1
