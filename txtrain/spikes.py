@@ -29,7 +29,8 @@ class Losses:
     """Watches the loss of every step. `state` goes into the checkpoint, so that a resumed run sees what the uninterrupted one does.
 
     A spike is above the median of the last 64 losses by 8 standard deviations of what is noise in them (robustly, and whatever way the loss
-    goes meanwhile: by the median of the differences from step to step) and by a tenth of the median. A spike that stays is soon the median itself, and then no spike any more.
+    goes meanwhile: by the median of the differences from step to step) and by a tenth of the median.
+    A spike that stays is soon the median itself, and then no spike any more.
 
     A step is far off where its loss is above 1.5 times the lowest median of the run, and a quarter of what was learnt is lost: of the
     way from the highest loss of the first 32 steps down to that median. The run has diverged when that has been so for many steps in a row (`far_off`).
