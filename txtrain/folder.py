@@ -10,6 +10,7 @@ import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,9 @@ FREE = (
     "resume",
     "resume_allow",
     "run_dir",
+    "verbosity",
+    "profile",
+    "profile_steps",
     "imports",
     "data.micro_batch_size",
     "data.num_workers",
@@ -50,6 +54,7 @@ class RunFolder:
     checkpoint: Path | None = None
     parent: Path | None = None
     exclusive: bool = False
+    began: float | None = None  # when the run was first started, in seconds of the system's clock, without the time in which it was complete
     _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
@@ -79,27 +84,30 @@ class RunFolder:
         """What run.json says; empty where there is none."""
         return self._read()
 
-    def create(self, config: Train, facts: Mapping[str, Any]) -> None:
-        """Make the folder and write config.yaml and run.json. Nothing is written before this."""
+    def create(self, config: Train, facts: Mapping[str, Any], start: float | None = None) -> None:
+        """Make the folder and write config.yaml and run.json. Nothing is written before this. start: of this process, by the system's clock."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         if self.exclusive:
             self._claim()
         self.path.mkdir(parents=True, exist_ok=True)
         self._own()
         checkpoint.clean(self.path)
-        before = self._read() if self.checkpoint is not None else self._of_the_same(config)
+        before = self._read() if self.checkpoint is not None or self._started_before(config) else {}
         self.write_config(config, self.path)
-        now = {**facts, "status": "running", "started": before.get("started") or _now(), "ended": None}
+        life = _life(before, time.time() if start is None else start)
+        self.began = life["first_start"] + life["complete_for"]
+        now = {**facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
         now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
-    def _of_the_same(self, config: Train) -> dict[str, Any]:
-        """What run.json says of a run of the same configuration that was ended before its first checkpoint: this is that run."""
-        file = self.path / "config.yaml"
-        same = config.resume == "auto" and file.is_file() and not differences(_saved(self.path), plain(config))
-        return self._read() if same else {}
+    def _started_before(self, config: Train) -> bool:
+        """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
+        try:
+            return config.resume == "auto" and not differences(_saved(self.path), plain(config))
+        except (OSError, yaml.YAMLError, AttributeError):  # none, or half of one
+            return False
 
     def _of_parent(self, parent: Path) -> dict[str, Any]:
         logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
@@ -153,8 +161,8 @@ class RunFolder:
         """Change some values of run.json."""
         files.write(self.path / "run.json", json.dumps({**self._read(), **values}, indent=2) + "\n")
 
-    def end(self, status: str) -> None:
-        self.update(status=status, ended=_now())
+    def end(self, status: str, **values: Any) -> None:
+        self.update(status=status, ended=_now(), **values)
         self._release()
 
     def stopped(self) -> None:
@@ -316,6 +324,16 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:
+    """Of all starts of a run. before: what run.json said. complete_for: seconds in which it was complete and nothing was left to do, until
+    it was given more."""
+    first = before.get("first_start", start)
+    idle = before.get("complete_for", 0.0)
+    if before.get("status") == "complete" and before.get("ended"):
+        idle += max(0.0, start - datetime.datetime.fromisoformat(before["ended"]).timestamp())
+    return {"first_start": first, "complete_for": idle, "starts": before.get("starts", 0) + 1}
 
 
 def _now() -> str:

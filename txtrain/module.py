@@ -130,6 +130,7 @@ class LitModule(pl.LightningModule):
         the schedule and the order of the data go on.
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
+        phases = self.parallel.phases
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
         model = balance.Observed(self.parallel.forward(self.model))
@@ -142,6 +143,7 @@ class LitModule(pl.LightningModule):
                     self.parallel.backward(self, self.objective.total(terms))
                 shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
         terms = self.parallel.reduce(add(shares))
+        phases.enter("optimizer")
         visits = self.parallel.reduce(model.counts)
         layers = self.layers.measure(self.step + 1, visits)
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
