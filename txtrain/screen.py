@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from txtrain.config import Train
 from txtrain.model.config import ModelConfig
+from txtrain.slurm import Job
 
 if TYPE_CHECKING:
     from txtrain.data.module import DataModule
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 _UNCOUNTED = 1 << 40  # what is said to have more samples is a stream
 Grafts = Mapping[str, Mapping[str, Any]]
+
+
+def restarted(place: RunFolder | None) -> list[str]:
+    """Before anything else, where SLURM has started the job again and there is nothing to go on from."""
+    job = Job.here()
+    if place is None or job is None or job.restarts == 0 or place.checkpoint is not None:
+        return []
+    start = "starts at step 0" if place.parent is None else f"is forked from {place.parent} again"
+    return [f"SLURM restart {job.restarts} of job {job.number}, and {place.path} has no complete checkpoint: the run {start}."]
 
 
 def opening(config: Train, fallback: str | None) -> list[str]:
@@ -28,12 +38,12 @@ def opening(config: Train, fallback: str | None) -> list[str]:
     return [first] if fallback is None else [first, loud]
 
 
-def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[str]:
-    """The rest of the start screen. data: prepared."""
+def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[tuple[str, str]]:
+    """The rest of the start screen: names and what they are. data: prepared."""
     trainer = config.trainer
     tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
     done = 0 if place is None else place.first_step
-    rows = [
+    return [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
@@ -45,7 +55,6 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
         ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
-    return [f"  {name:<14}{text}" for name, text in rows]
 
 
 def _number(n_train: int) -> str:

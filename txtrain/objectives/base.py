@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -58,6 +58,24 @@ class TokenisedText:
         return self.tokenizer
 
 
+class Shown(NamedTuple):
+    """What a model was given and what it answered; answer: None where it stands within the text. image: what `given` tells of, [C, H, W] from 0 to 1."""
+
+    given: str
+    answer: str | None = None
+    image: Tensor | None = None
+
+    @property
+    def text(self) -> str:
+        """Of the screen and samples.txt."""
+        return self.given if self.answer is None else f"{self.given}|{self.answer}"
+
+    @property
+    def caption(self) -> str:
+        """Of the image."""
+        return f"{self.given}, {self.answer}"
+
+
 class Objective:
     """Base of every objective.
 
@@ -73,6 +91,7 @@ class Objective:
     beside: tuple[str, ...] = ()  # those that are minimised but no part of the loss that is told: it compares with models that lack them
     perplexity: bool = False  # whether exp of the term `loss` is a perplexity: it is in nats a token
     metrics: tuple[str, ...] = ()  # what validation tells beside the terms, from `validate` or `examine`
+    check: Callable[[], None] = staticmethod(lambda: None)  # the run's: it may raise to stop what takes long
     special_tokens: tuple[str, ...] = ()  # that a tokenizer must have; missing ones are added behind its vocabulary
 
     # --------------------------------------------------------------------------------------------------------------- data
@@ -108,7 +127,10 @@ class Objective:
         return {name: (value, counts[name]) for name, value in sums.items()}
 
     def examine(self, model: Any, data: DataModule | None, micro_batch_size: int) -> dict[str, float]:
-        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders."""
+        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders.
+
+        What takes long calls `self.check()` from time to time, in all processes alike.
+        """
         return {}
 
     def lengths(self, batch: Batch, seq_len: int) -> tuple[int, int]:
@@ -120,8 +142,11 @@ class Objective:
         """The token ids [n] that the term `loss` predicts; None where it predicts no text. Bits per byte are counted on these."""
         return None
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
-        """A few lines of what the model says, for the screen and samples.txt. check: called after each token; it may raise to stop."""
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+        """A little of what the model says, for the screen, samples.txt and the loggers; in all processes alike.
+
+        check: called after each token; it may raise to stop.
+        """
         return []
 
     # ------------------------------------------------------------------------------------------------------------ columns

@@ -9,8 +9,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -21,8 +21,13 @@ from txtrain.data.draws import Draws
 from txtrain.data.order import Indices
 from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
-from txtrain.objectives.base import Batch, Objective, Terms, TokenisedText, n_targets
+from txtrain.objectives.base import Batch, Objective, Shown, Terms, TokenisedText, n_targets
 from txtrain.objectives.spans import Lengths, sentinel
+from txtrain.samples import encode, said
+
+if TYPE_CHECKING:
+    from txtrain.config import Train
+    from txtrain.data.tokenizer import Tokenizer
 
 
 class SpanCorruption(Objective):
@@ -53,6 +58,17 @@ class SpanCorruption(Objective):
             return_logits=False,
         )
         return {"loss": output.loss}
+
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+        """Texts with gaps (config.sample's prompts, or documents of the validation set), up to the last gap that the model fills: what it says is
+        between « and »."""
+        tokenizer, wanted = data.tokenizer, config.sample
+        if not wanted.max_new_tokens:
+            return []
+        gaps = {tokenizer.id_of(name) for name in self.names}
+        prompts = [encode(tokenizer, prompt, answers=True) for prompt in wanted.prompts]
+        sources = prompts or [_first_document(batch) for batch in data.examples(wanted.n, 1)]
+        return [Shown(_filled(ids, said(module, tokenizer, ids, config, check), gaps, tokenizer)) for ids in sources]
 
 
 class Corruption:
@@ -108,6 +124,30 @@ def _segments(draws: Draws, name: str, n_items: int, n_segments: int) -> Indices
     inner = np.argsort(draws.uniform(name, n_items - 1), axis=1, kind="stable")[:, : n_segments - 1] + 1
     borders = np.sort(inner, axis=1)
     return np.diff(borders, axis=1, prepend=0, append=n_items)
+
+
+def _first_document(batch: Batch) -> list[int]:
+    """Of a batch of one, the ids of what it begins with: other documents behind it are not read together with it in training."""
+    (ids,), documents = batch["input_ids"], batch.get("document_ids")
+    read: list[int] = (ids if documents is None else ids[documents[0] == documents[0, 0]]).tolist()
+    return read
+
+
+def _filled(ids: Sequence[int], answer: Sequence[int], gaps: Collection[int], tokenizer: Tokenizer) -> str:
+    """The text up to the last gap that is filled, all of it where none is; gaps that are left out keep their names."""
+    fillings: dict[int, list[int]] = {}
+    filling: list[int] = []  # what stands before the first gap fills none
+    for token in answer:
+        if token in gaps:
+            filling = fillings.setdefault(token, [])
+        else:
+            filling.append(token)
+    last = max((i for i, token in enumerate(ids) if token in fillings), default=len(ids) - 1)
+    text, begin = "", 0
+    for i in (i for i in range(last + 1) if ids[i] in gaps):
+        inside = f"«{tokenizer.decode(fillings[ids[i]])}»" if ids[i] in fillings else tokenizer.decode([ids[i]], special=True)
+        text, begin = text + tokenizer.decode(ids[begin:i]) + inside, i + 1
+    return text + tokenizer.decode(ids[begin : last + 1])
 
 
 def _within(begin_BS: Indices, length_BS: Indices, L: int) -> NDArray[np.bool_]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.base import OneProcess
-from txtrain.parallel.world import World
+from txtrain.parallel.world import World, by_srun
 from txtrain.registry import resolve
 
 
@@ -15,6 +15,8 @@ def make_parallel(config: Train) -> OneProcess:
     Raises:
         ConfigError: the processes that were started are not those that the configuration names, or cannot be laid out.
     """
+    if task := by_srun():
+        task.check(config.trainer)
     world = World.here()
     named, nodes = config.trainer.devices, config.trainer.num_nodes
     if named != "auto" and (named, nodes) != (world.local_size, world.n_nodes):
@@ -23,6 +25,8 @@ def make_parallel(config: Train) -> OneProcess:
             f"but is {named} (trainer.num_nodes: {nodes}) instead. The command line starts the processes of one node by itself; "
             "a script of your own and several nodes are started with torchrun or srun."
         )
+    if world.size == 1 and getattr(config.strategy, "ep_size", 1) > 1:
+        raise ConfigError(*config.strategy.problems(1, config.model))
     alone = world.size == 1 and not getattr(config.strategy, "cpu_offload", False) and not getattr(config.strategy, "stage", 0)
     made: OneProcess = OneProcess(config, world) if alone else resolve("strategy", config.strategy.type)(config, world)
     return made
