@@ -126,6 +126,11 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
+def optimizer_names(path: Path) -> set[str]:
+    """`<parameter>.<key>` of every tensor of the optimizer's state. A parameter that had no gradient until then has none."""
+    return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
+
+
 def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group: Any = None) -> None:
     """Read every tensor of `into`, in place; of a tensor that lies over processes each reads its part.
 
@@ -172,11 +177,13 @@ def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: A
     """
     from txtrain.optim import state as optimizer_state
 
+    numbers = read_state(path).get(NUMBERS, {})
     optimizer_state.allocate(optimizer)
+    optimizer_state.forget({*optimizer_names(path), *numbers}, model, optimizer)
     tensors = training_tensors(model, optimizer)
     for prefix in ("model.", "optimizer."):
         load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group)
-    optimizer_state.restore_numbers(read_state(path).get(NUMBERS, {}), model, optimizer)
+    optimizer_state.restore_numbers(numbers, model, optimizer)
     if average is not None and average.values:
         if any(name.startswith("ema.") for name in shapes(path)):
             load_tensors(path, average.tensors(), prefix="ema.", group=group)

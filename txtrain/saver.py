@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from txtrain import checkpoint
@@ -29,6 +30,7 @@ class Saver:
         self._measured = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._copies: Copies | None = None
         if behind and group is not None:  # collectives of two threads must not meet in one group
             import torch.distributed as dist
 
@@ -44,7 +46,8 @@ class Saver:
         if must or not self.behind:
             self._write(path, tensors, state, beside, must)
             return
-        copies = _copied(tensors)
+        self._copies = self._copies or Copies()
+        copies = self._copies.of(tensors)
         self._thread = threading.Thread(target=self._try, args=(path, copies, state, beside), name="checkpoint", daemon=False)
         self._thread.start()
 
@@ -77,10 +80,17 @@ class Saver:
         self.done(path)
 
 
-def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the processor's memory; of a tensor that lies over processes this one's part."""
-    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+class Copies:
+    """In the processor's memory; of a tensor that lies over processes this one's part. The memory is kept and used again: to get it from the
+    system takes longer than to copy."""
 
-    stager = DefaultStager(StagingOptions(use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False))
-    copies: Any = stager.stage(dict(tensors))
-    return dict(copies)
+    def __init__(self) -> None:
+        from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+        gpu = torch.cuda.is_available()  # pinned memory: at the full speed of the bus, all copies under way at once and then waited for
+        self._stager = DefaultStager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu))
+
+    def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those that were made before change with it."""
+        copies: Any = self._stager.stage(dict(tensors))
+        return dict(copies)

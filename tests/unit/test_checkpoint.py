@@ -71,6 +71,42 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
         assert (kept["step"], kept["even"], len(restored)) == (3, False, 12)
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, Counting])
+def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_path, cls):
+    """BERT's head for sentence pairs where there are none; an expert that no token has come to."""
+
+    class Partly(cls):
+        def step(self, closure=None):
+            held = self.param_groups[0]["params"]
+            self.param_groups[0]["params"] = [p for p in held if p.grad is not None]
+            super().step(closure)
+            self.param_groups[0]["params"] = held
+
+    def made(seed, steps):
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+        optimizer = Partly(model.parameters(), lr=0.1)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            model[0](torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+        return model, optimizer
+
+    before, path = made(0, 3), checkpoint.path_of(tmp_path, 3)
+    saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
+    checkpoint.save(path, saved, {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    after = made(1, 0)
+    checkpoint.load_training(path, *after)
+    loaded = checkpoint.training_tensors(*after)
+    assert loaded.keys() == saved.keys()
+    assert not [name for name in loaded if name.startswith("optimizer.1.")]
+    assert all(torch.equal(loaded[name], saved[name]) for name in saved)
+    assert optimizer_state.numbers(*after) == numbers
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    with pytest.raises(ConfigError, match="of another model: optimizer"):
+        checkpoint.load_training(path, other, torch.optim.RMSprop(other.parameters(), momentum=0.9))
+
+
 def test_numbers_of_another_optimizer_are_refused(tmp_path):
     before = model_and_optimizer(0, Counting)
     path = checkpoint.path_of(tmp_path, 3)

@@ -489,18 +489,29 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(folder, monkeypa
     assert json.loads((folder / "full-last/run.json").read_text())["status"] == "failed"
 
 
-def test_a_fork_goes_on_from_anothers_state_as_the_uninterrupted_run_would(folder):
-    stable = ("scheduler=wsd", "scheduler.decay_steps=4")
-    whole = train(tiny(folder, f"run_dir={folder / 'wsd-12'}", *stable)).run_dir
-    train(tiny(folder, f"run_dir={folder / 'wsd-20'}", *stable, "trainer.max_steps=20", "save.keep_last=9"))
-    parent = folder / "wsd-20/checkpoints/step_00000008"
-    forked = train(tiny(folder, f"run_dir={folder / 'forked'}", *stable, f"fork={parent}")).run_dir
-    assert rows(forked) == rows(whole)[8:]
-    assert weights(forked) == weights(whole)
-    told = json.loads((forked / "run.json").read_text())
-    assert told["parent"] == {"checkpoint": str(parent), "step": 8}
-    again = train(tiny(folder, f"run_dir={forked}", *stable, f"fork={parent}", "trainer.max_steps=12"))
-    assert again.metrics["step"] == 12
+DECAYS = {  # steps of the run, and how it ends
+    "1-sqrt": (12, ("scheduler.decay_steps=4",)),
+    "linear, after two stable steps more": (14, ("scheduler.decay_steps=4", "scheduler.decay_type=linear")),
+    "cosine, under way at once": (11, ("scheduler.decay_steps=3", "scheduler.decay_type=cosine", "scheduler.min_lr_ratio=0.1")),
+}
+
+
+def test_three_decays_forked_from_one_checkpoint_are_the_uninterrupted_runs_with_their_schedules(folder):
+    stable, at = ("scheduler=wsd", "model.dropout=0.1", "data.micro_batch_size=4"), 8
+    train(tiny(folder, f"run_dir={folder / 'stable'}", *stable, "scheduler.decay_steps=4", "trainer.max_steps=20", "save.keep_last=9"))
+    parent = folder / f"stable/checkpoints/step_{at:08d}"
+    for name, (steps, shape) in DECAYS.items():
+        shaped = (*stable, *shape, f"trainer.max_steps={steps}")
+        whole = train(tiny(folder, f"run_dir={folder / f'{name}, whole'}", *shaped)).run_dir
+        forked = train(tiny(folder, f"run_dir={folder / f'{name}, forked'}", *shaped, f"fork={parent}")).run_dir
+        assert rows(forked) == rows(whole)[at:], name
+        assert [int(row["step"]) for row in rows(forked)] == [*range(at + 1, steps + 1)]
+        assert weights(forked) == weights(whole), name
+        assert json.loads((forked / "run.json").read_text())["parent"] == {"checkpoint": str(parent), "step": at}
+    rates = {name: float(rows(folder / f"{name}, forked")[-1]["lr"]) for name in DECAYS}
+    assert len(set(rates.values())) > 1, f"no decay differs from another: {rates}"
+    again = train(tiny(folder, f"run_dir={forked}", *shaped, f"fork={parent}"))
+    assert again.metrics["step"] == steps, "a fork that is complete is not begun again"
 
 
 def test_what_a_fork_and_a_continued_run_may_not_change_unless_it_is_named(folder):

@@ -85,6 +85,17 @@ def allocate(optimizer: Optimizer) -> None:
         group["lr"] = rate
 
 
+def forget(saved: Container[str], model: nn.Module, optimizer: Optimizer) -> None:
+    """Give up what `allocate` made for parameters of which nothing was saved: they have had no gradient yet, and so no state.
+
+    saved: `<parameter>.<key>`.
+    """
+    had = {parameter for name, (parameter, _, _) in _entries(model, optimizer).items() if name in saved}
+    for parameter in [*optimizer.state] if had else ():  # nothing at all: another optimizer's, which is refused where it is read
+        if parameter not in had:
+            del optimizer.state[parameter]
+
+
 def check(config: OptimizerConfig, groups: list[dict[str, Any]]) -> None:
     """Make a first step of another optimizer of that kind, on a few zeros, and look at what it keeps.
 

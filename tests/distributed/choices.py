@@ -1,0 +1,74 @@
+"""What an exact resume is proved for: every objective, optimizer, schedule, dropout, accumulation, precision and packing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.distributed.covering import Case
+from tests.training import write_text
+
+STEPS = 8
+RUN = (
+    "trainer.accelerator=cpu",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_check_interval=3",
+    "trainer.limit_val_batches=1",
+    "trainer.log_every_n_steps=1",
+    "save.every_n_steps=100",
+    "save.keep_best=0",
+    "sample.n=1",
+    "sample.max_new_tokens=2",
+    "data.global_batch_size=8",
+    "data.val_fraction=0.2",
+    "model.n_layers=2",
+    "model.dim=32",
+    "model.n_heads=4",
+)
+TEXT = ("data=text", "data.tokenizer=bytes", "model.vocab_size=360", "model.max_seq_len=32")
+OBJECTIVES = {
+    "causal_lm": ("model=llama2", *TEXT),
+    "causal_lm + mtp": ("model=deepseek_r1", *TEXT),  # and experts, whose biases move with each step
+    "masked_lm + nsp": ("model=bert", *TEXT),
+    "masked_lm": ("model=bert", "objective.next_sentence=false", *TEXT),
+    "span_corruption": ("model=t5", *TEXT),
+    "prefix_lm": ("model=llama2", "objective=prefix_lm", *TEXT),
+    "seq2seq": ("model=transformer", "data=reverse", "data.n_pairs=400", "model.vocab_size=257", "model.max_seq_len=32"),
+    "image_classification": ("model=vit", "data.crop_padding=1"),
+}
+CHOICES = {
+    "objective": OBJECTIVES,
+    "optimizer": {name: (f"optimizer={name}", "optimizer.lr=0.003") for name in ("adamw", "adam", "adafactor", "muon", "lion")},
+    "schedule": {
+        "constant": ("scheduler=constant", "scheduler.warmup_steps=3"),
+        "cosine": ("scheduler=cosine", "scheduler.warmup_steps=3"),
+        "linear": ("scheduler=linear", "scheduler.warmup_steps=3"),
+        "inverse_sqrt": ("scheduler=inverse_sqrt", "scheduler.warmup_steps=3"),
+        "wsd": ("scheduler=wsd", "scheduler.warmup_steps=3", "scheduler.decay_steps=4"),
+    },
+    "dropout": {"none": ("model.dropout=0",), "dropout": ("model.dropout=0.1",)},
+    "micro-batches": {"one": (), "several": ("data.micro_batch_size=2",)},
+    "precision": {name: (f"trainer.precision={name}",) for name in ("32-true", "bf16-mixed", "bf16-true")},
+    "packing": {"concat": (), "best_fit": ("data.packing=best_fit",)},
+    "average": {"none": (), "ema": ("ema.decay=0.9",)},
+}
+PACKED = ("causal_lm", "causal_lm + mtp", "masked_lm", "prefix_lm")
+
+
+def allowed(case: Case) -> bool:
+    """What is not is refused at composition, which has tests of its own."""
+    return case["packing"] != "best_fit" or case["objective"] in PACKED
+
+
+def overrides(case: Case, folder: Path, run: str) -> list[str]:
+    """Of the case's run in folder/run, which shares text and cache with the others."""
+    text = folder / "text"
+    if not text.exists():
+        text.mkdir(parents=True)
+        lines = write_text(text / "0.txt").read_text().splitlines(keepends=True)
+        for i in range(8):  # documents: BERT's pairs need several
+            (text / f"{i}.txt").write_text("".join(lines[i::8]))
+    chosen = [override for name, value in case.items() for override in CHOICES[name][value]]
+    path = [f"data.path={text}"] if "data=text" in chosen else []
+    groups = [o for o in (*chosen, *RUN) if "." not in o.split("=")[0]]
+    values = {o.split("=")[0]: o for o in (*RUN, *chosen) if "." in o.split("=")[0]}
+    return [*groups, *values.values(), *path, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / run}"]
