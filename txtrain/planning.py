@@ -195,7 +195,9 @@ def peak_of(config: Train, how: PlanConfig) -> float:
     if how.peak_flops is not None:
         return how.peak_flops
     accelerator = peaks.PUBLISHED[how.device]
-    return accelerator.float32 if config.trainer.precision == "32-true" else accelerator.bfloat16
+    flops = accelerator.flops("float32" if config.trainer.precision == "32-true" else "bfloat16")
+    assert flops is not None, "Plan's check"
+    return flops
 
 
 def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | None]:

@@ -160,6 +160,11 @@ class ZeROConfig(StrategyConfig):
                 f"`optimizer` must be one of {known} with strategy={self.type}, but is {optimizer.type} instead: "
                 "ZeRO updates pieces of flattened parameters, and an element's update may depend on nothing but that element. Nearest: strategy=fsdp."
             )
+        if config.layer_stats.every_n_steps is not None:
+            yield (
+                f"`layer_stats.every_n_steps` must be null with strategy={self.type}, but is {config.layer_stats.every_n_steps} instead: "
+                "gradients lie in flat pieces that know of no layer. Nearest: strategy=fsdp."
+            )
         if config.ema.decay is not None:
             yield (
                 f"`ema.decay` must be null with strategy={self.type}, but is {config.ema.decay} instead: the weights lie in flat pieces, "
