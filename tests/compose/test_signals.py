@@ -41,7 +41,7 @@ def asked(folder):
     return (folder / "asked").read_text().splitlines() if (folder / "asked").exists() else []
 
 
-def wait_for(there, seconds=120):
+def wait_for(there, seconds=300):
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end
