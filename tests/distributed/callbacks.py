@@ -1,13 +1,16 @@
 """What a test does to a run from within, by a text that crosses to the worker."""
 
+import hashlib
 import json
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 
 from tests.distributed.variations import VARIATIONS
+from txtrain import checkpoint
 
 
 class Signal(pl.Callback):
@@ -61,11 +64,48 @@ class Warn(pl.Callback):
         warnings.warn(f"what {trainer.global_rank} has", stacklevel=1)
 
 
+class Copy(pl.Callback):
+    """What the run has read from its checkpoint, written as another one before a step is made."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, module):
+        tensors = module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
+        checkpoint.save(self.path, tensors, {}, lambda folder: None, module.parallel.checkpoint_group)
+
+
+class Samples(pl.Callback):
+    """A line in path-<rank> for each sample that a process trains on: step, global index, and a hash of all that the batch has of it."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        with open(f"{self.path}-{trainer.global_rank}", "a") as f:
+            for i, index in enumerate(batch["sample_index"].tolist()):
+                f.write(f"{module.step + 1} {index} {hash_of({name: value[i] for name, value in batch.items()})}\n")
+
+
+def hash_of(sample):
+    """Pairs are padded to the longest of those that lie beside them: of equal numbers at the end of a row one counts."""
+    sha = hashlib.sha256()
+    for name in sorted(sample):
+        values = sample[name].flatten().tolist()
+        while len(values) > 1 and values[-1] == values[-2]:
+            values.pop()
+        sha.update(f"{name} {values}".encode())
+    return sha.hexdigest()
+
+
 def named(text: str) -> pl.Callback:
-    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`; or one of VARIATIONS."""
+    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`; `COPY path`; `SAMPLES path`; or one of VARIATIONS."""
     if text in VARIATIONS:
         return VARIATIONS[text]()
-    what, step, rank = text.split()
+    what, rest = text.split(" ", 1)
+    if what in ("COPY", "SAMPLES"):
+        return {"COPY": Copy, "SAMPLES": Samples}[what](rest)
+    step, rank = rest.split()
     if what == "HIT":
         return Hit(int(step))
     if what == "WARN":

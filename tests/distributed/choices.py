@@ -1,4 +1,4 @@
-"""What an exact resume is proved for: every objective, optimizer, schedule, dropout, accumulation, precision and packing."""
+"""What an exact resume is proved for: every objective, optimizer, schedule, dropout, accumulation, precision, packing and strategy."""
 
 from __future__ import annotations
 
@@ -51,15 +51,20 @@ CHOICES = {
     "packing": {"concat": (), "best_fit": ("data.packing=best_fit",)},
     "average": {"none": (), "ema": ("ema.decay=0.9",)},
 }
+STRATEGIES = {name: (f"strategy={name}",) for name in ("ddp", "fsdp", "tp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3")}
 PACKED = ("causal_lm", "causal_lm + mtp", "masked_lm", "prefix_lm")
 
 
 def allowed(case: Case) -> bool:
     """What is not is refused at composition, which has tests of its own."""
-    return case["packing"] != "best_fit" or case["objective"] in PACKED
+    if case["packing"] == "best_fit" and case["objective"] not in PACKED:
+        return False
+    if case.get("strategy", "").startswith("deepspeed"):
+        return case["optimizer"] in ("adamw", "adam", "lion") and case["precision"] != "bf16-true" and case["average"] == "none"
+    return True
 
 
-def overrides(case: Case, folder: Path, run: str) -> list[str]:
+def overrides(case: Case, folder: Path, run: str, n: int = 1) -> list[str]:
     """Of the case's run in folder/run, which shares text and cache with the others."""
     text = folder / "text"
     if not text.exists():
@@ -67,8 +72,9 @@ def overrides(case: Case, folder: Path, run: str) -> list[str]:
         lines = write_text(text / "0.txt").read_text().splitlines(keepends=True)
         for i in range(8):  # documents: BERT's pairs need several
             (text / f"{i}.txt").write_text("".join(lines[i::8]))
-    chosen = [override for name, value in case.items() for override in CHOICES[name][value]]
+    tables = CHOICES | {"strategy": STRATEGIES}
+    chosen = [override for name, value in case.items() for override in tables[name][value]]
     path = [f"data.path={text}"] if "data=text" in chosen else []
     groups = [o for o in (*chosen, *RUN) if "." not in o.split("=")[0]]
     values = {o.split("=")[0]: o for o in (*RUN, *chosen) if "." in o.split("=")[0]}
-    return [*groups, *values.values(), *path, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / run}"]
+    return [*groups, *values.values(), *path, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / run}", f"trainer.devices={n}"]

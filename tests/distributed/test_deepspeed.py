@@ -14,7 +14,7 @@ from tests.device import accelerator
 from tests.distributed.zero_cases import launch
 from tests.training import TINY, rows, write_text
 from txtrain import ConfigError, train
-from txtrain.checkpoint import locate
+from txtrain.checkpoint import locate, read_state
 from txtrain.composition import compose
 from txtrain.metrics import read
 from txtrain.parallel.config import ZeRO2Config
@@ -88,12 +88,15 @@ def runs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(runs):
-    """Every stage on two processes, with accumulation; stopped and continued; and continued from one process."""
+    """Every stage on two processes, with accumulation; stopped and continued; continued from one process; and one run in three parts."""
     accumulated = "data.micro_batch_size=1"
     cases = {stage: runs.case(stage, f"strategy={stage}", accumulated) for stage in STAGES}
     cases["half"] = runs.case("half", "strategy=deepspeed_stage_3", accumulated, steps=HALF)
     cases["continued"] = runs.case("continued", "strategy=deepspeed_stage_3", accumulated, copy="half")
     cases["one-3"] = runs.case("one-3", "strategy=deepspeed_stage_3", copy="one-half")
+    runs.alone("first-part", steps=3)
+    cases["second-part"] = runs.case("second-part", "strategy=fsdp", copy="first-part", steps=HALF)
+    cases["third-part"] = runs.case("third-part", "strategy=deepspeed_stage_2", copy="second-part")
     runs.together(2, cases)
     return runs
 
@@ -118,6 +121,12 @@ def test_a_checkpoint_of_one_process_is_continued_by_stage_3(two):
 def test_a_checkpoint_of_stage_3_is_continued_by_one_process(two):
     two.alone("half-one", copy="half")
     assert two.difference("half-one", "one") < TOLERANCE
+
+
+def test_one_process_then_two_under_fsdp_then_two_under_zero_are_one_run(two):
+    assert two.difference("third-part", "one") < TOLERANCE
+    hashes = {read_state(locate(two.folder / run))["data_order_hash"] for run in ("one", "third-part")}
+    assert len(hashes) == 1, "other samples, or in another order"
 
 
 def test_what_zero_cannot_do_is_refused_where_it_is_composed():

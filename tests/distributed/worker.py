@@ -22,7 +22,10 @@ def main() -> None:
         dist.init_process_group(BACKEND, init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)
     for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
         print(f"--- {name}", flush=True)
-        txtrain.train(txtrain.compose(case["overrides"]), callbacks=[named(what) for what in case["callbacks"]])
+        config = [txtrain.compose(case["overrides"]) if rank == 0 else None]  # once for all: it takes as long as a tiny run
+        if size > 1:
+            dist.broadcast_object_list(config)
+        txtrain.train(config[0], callbacks=[named(what) for what in case["callbacks"]])
 
 
 if __name__ == "__main__":

@@ -224,22 +224,26 @@ class ZeRO(Mesh):
         return {}
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
-        from txtrain.checkpoint import load_tensors
+        from txtrain.checkpoint import load_tensors, optimizer_names
 
         self._allocate()
         tensors = self.training_tensors(model, optimizer, average)
+        saved = optimizer_names(path)
+        # A parameter without a gradient so far has no state elsewhere; here it has zeros.
+        new = {part.name for part in self._parts if saved and not any(f"{part.name}.{key}" in saved for key in self._core.state[part.master])}
+        tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("optimizer.").rpartition(".")[0] not in new}
         load_tensors(path, tensors, group=self.checkpoint_group)
         for part in self._parts:
             whole: Any = tensors[f"model.{part.name}"]
             values = whole.full_tensor()
             part.fill(part.master, values.to(part.master.device))
             self._set_computed(part, values)
-            for key, state in self._core.state[part.master].items():
-                saved: Any = tensors[f"optimizer.{part.name}.{key}"]
+            for key, state in self._core.state[part.master].items() if part.name not in new else ():
+                value: Any = tensors[f"optimizer.{part.name}.{key}"]
                 if state.ndim:
-                    part.fill(state, saved.full_tensor().to(state.device))
+                    part.fill(state, value.full_tensor().to(state.device))
                 else:
-                    state.copy_(saved)
+                    state.copy_(value)
 
     def _set_computed(self, part: Part, values: Tensor) -> None:
         """What is multiplied, beside the masters."""

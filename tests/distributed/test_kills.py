@@ -1,0 +1,51 @@
+"""kill -9 at any moment costs no more than the steps since the last complete checkpoint, and changes nothing."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+
+import pytest
+
+from tests.compose.conftest import ROOT
+from tests.training import rows, weights
+
+STEPS = 12
+EVERY_STEP = (f"trainer.max_steps={STEPS}", "save.every_n_steps=1", "model.dropout=0.1", "data.micro_batch_size=2")
+BEHIND = "save.async=true"
+CHUNKS = {  # of ten kills each
+    "waiting": (1, ()),
+    "behind": (1, (BEHIND,)),
+    "behind, seldom": (1, (BEHIND, "save.every_n_steps=3")),
+    "numbers beside tensors": (1, ("optimizer=muon", "optimizer.lr=0.01", "ema.decay=0.9")),
+    "bfloat16": (1, (BEHIND, "trainer.precision=bf16-mixed", "optimizer=adafactor", "optimizer.lr=0.01")),
+    "ddp": (2, ("strategy=ddp", BEHIND)),
+    "fsdp": (2, ("strategy=fsdp",)),
+    "fsdp, behind": (2, ("strategy=fsdp", BEHIND)),
+}
+
+
+def killed_and_continued(folder, kills, n, overrides):
+    """Every continuation ends with the rows and weights of the run that nobody killed. Gives the number of kills that met a save, and what each left."""
+    seed = random.randrange(10**6)
+    last = {override.split("=")[0]: override for override in (*EVERY_STEP, *overrides)}
+    program = [sys.executable, "-m", "tests.distributed.kills", str(folder), str(seed), str(kills), str(n), *last.values()]
+    done = subprocess.run(program, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=1800)
+    assert done.returncode == 0, f"seed {seed}: {done.stderr[-4000:]}"
+    left = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(left) == kills, (seed, left)
+    one, tensors = rows(folder / "whole"), weights(folder / "whole")
+    assert [int(row["step"]) for row in one] == [*range(1, STEPS + 1)]
+    for i in range(kills):
+        assert rows(folder / str(i)) == one, f"seed {seed}, kill {i}, which left {left[i]}"
+        assert weights(folder / str(i)) == tensors, f"seed {seed}, kill {i}, which left {left[i]}"
+    return sum(any(not name[-1].isdigit() for name in names) for names in left), left
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", CHUNKS)
+def test_ten_runs_killed_at_random_moments_end_as_the_one_that_was_not(chunk, tmp_path):
+    met, left = killed_and_continued(tmp_path, 10, *CHUNKS[chunk])
+    print(f"{met} of 10 kills met a save: {left}")
+    assert met, f"no kill met a save: {left}"
