@@ -15,7 +15,7 @@ from txtrain.data.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.generation import generate
 from txtrain.loading import Loaded, load
-from txtrain.objectives.spans import SENTINEL
+from txtrain.samples import encode
 
 BATCH = 16  # prompts at a time
 SEPARATOR = "|"  # between a prompt and its answer, as in samples.txt
@@ -87,15 +87,6 @@ def pick_device(accelerator: str) -> torch.device:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("`accelerator` must be cpu or auto here, but is gpu instead: torch sees no CUDA device.")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:
-    """As a document begins in training: an empty prompt is the beginning of any. answers: as a source ends, its sentinels being tokens."""
-    if answers:
-        pieces = [(piece, tokenizer.find(piece) if SENTINEL.fullmatch(piece) else None) for piece in SENTINEL.split(prompt)]
-        return [*(i for text, known in pieces for i in (tokenizer.encode(text) if known is None else [known])), tokenizer.eos_id]
-    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
-    return [begin, *tokenizer.encode(prompt)]
 
 
 def _check_length(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:

@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
 from txtrain.objectives.base import Batch, Objective, Terms, TokenisedText, n_targets
 from txtrain.objectives.spans import Lengths, sentinel
+from txtrain.samples import encode, said
+
+if TYPE_CHECKING:
+    from txtrain.config import Train
 
 
 class SpanCorruption(Objective):
@@ -53,6 +57,23 @@ class SpanCorruption(Objective):
             return_logits=False,
         )
         return {"loss": output.loss}
+
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+        """Gapped texts (config.sample's prompts, or documents of the validation set, each up to its last gap that was filled), and what fills them."""
+        tokenizer, wanted = data.tokenizer, config.sample
+        if not wanted.max_new_tokens:
+            return []
+        gaps = {tokenizer.find(name) for name in self.names}
+        unseen = tokenizer.special_ids() - gaps
+        sources = [encode(tokenizer, prompt, answers=True) for prompt in wanted.prompts]
+        shown = []
+        for ids in sources or [_first_document(batch) for batch in data.examples(wanted.n, 1)]:
+            answer = said(module, tokenizer, ids, config, check)
+            filled = gaps.intersection(answer)
+            last = max((i for i, token in enumerate(ids) if token in filled), default=len(ids) - 1)
+            texts = ((token for token in part if token not in unseen) for part in (ids[: last + 1], answer))
+            shown.append("|".join(tokenizer.decode(part, special=True) for part in texts))
+        return shown
 
 
 class Corruption:
@@ -108,6 +129,13 @@ def _segments(draws: Draws, name: str, n_items: int, n_segments: int) -> Indices
     inner = np.argsort(draws.uniform(name, n_items - 1), axis=1, kind="stable")[:, : n_segments - 1] + 1
     borders = np.sort(inner, axis=1)
     return np.diff(borders, axis=1, prepend=0, append=n_items)
+
+
+def _first_document(batch: Batch) -> list[int]:
+    """Of a batch of one, the ids of what it begins with: other documents behind it are not read together with it in training."""
+    (ids,), documents = batch["input_ids"], batch.get("document_ids")
+    read: list[int] = (ids if documents is None else ids[documents[0] == documents[0, 0]]).tolist()
+    return read
 
 
 def _within(begin_BS: Indices, length_BS: Indices, L: int) -> NDArray[np.bool_]:
