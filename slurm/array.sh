@@ -32,7 +32,8 @@ if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
   exec sbatch "--job-name=$name" "--array=$(IFS=,; echo "${todo[*]}")" "${options[@]}" "$0" "$file" "$@"
 fi
 member "$SLURM_ARRAY_TASK_ID" && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK} && code=0
-srun --wait=300 "${CONTAINER[@]}" txtrain train "$@" "${words[@]}" || code=$?
-(( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) || exit "$code" # 75: stopped after a checkpoint; above 128: killed
-[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID" # neither txtrain nor SLURM has
+srun --wait=900 "${CONTAINER[@]}" txtrain train "$@" "${words[@]}" || code=$?
+# 75: stopped after a checkpoint; above 128: killed. Requeued here where neither txtrain nor SLURM has done so, unless it is not wanted.
+(( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ "$* ${words[*]}" != *auto_requeue=false* ]] || exit "$code"
+[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

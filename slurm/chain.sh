@@ -32,7 +32,8 @@ case ${1:-} in
       echo "$stage: job $id"
     done && exit ;;
 esac
-SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK srun --wait=300 "${CONTAINER[@]}" txtrain "${work[@]}" || code=$?
-(( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) || exit "$code" # 75: stopped after a checkpoint; above 128: killed
-[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID" # neither txtrain nor SLURM has
+SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK srun --wait=900 "${CONTAINER[@]}" txtrain "${work[@]}" || code=$?
+# 75: stopped after a checkpoint; above 128: killed. Requeued here where neither txtrain nor SLURM has done so, unless it is not wanted.
+(( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ "${work[*]}" != *auto_requeue=false* ]] || exit "$code"
+[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -30,8 +30,8 @@ here=("${CONTAINER[@]}") # without srun: none of its options
 
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}
 code=0
-srun --wait=300 "${CONTAINER[@]}" txtrain train "${layout[@]}" "${small[@]}" "$@" || code=$?
-# 75: stopped after a checkpoint; above 128: killed. Requeued here where neither txtrain nor SLURM has done so.
-(( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) || exit "$code"
+srun --wait=900 "${CONTAINER[@]}" txtrain train "${layout[@]}" "${small[@]}" "$@" || code=$?
+# 75: stopped after a checkpoint; above 128: killed. Requeued here where neither txtrain nor SLURM has done so, unless it is not wanted.
+(( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ "$*" != *auto_requeue=false* ]] || exit "$code"
 [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"
 exit "$code"

@@ -232,7 +232,7 @@ def _parameters(how: SlurmConfig, nodes: int, tasks: int) -> dict[str, Any]:
     of_slurm = ("partition", "account", "qos", "constraint", "exclude", "gres", "comment", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu")
     further = {"requeue": True, "signal": f"USR1@{how.signal_delay_s}"} | how.additional_parameters
     values = everywhere | {"nodes": nodes, "tasks_per_node": tasks} | {f"slurm_{key}": getattr(how, key) for key in (*of_slurm, "array_parallelism")}
-    values |= {"slurm_additional_parameters": further, "slurm_srun_args": ["--wait=300"]}
+    values |= {"slurm_additional_parameters": further, "slurm_srun_args": ["--wait=900"]}
     values |= {"slurm_setup": [*SETUP, *how.setup], "slurm_teardown": TEARDOWN.splitlines()}
     return {key: value for key, value in values.items() if value is not None}
 
