@@ -93,6 +93,7 @@ Run
   resume_allow=[KEY, ...]          what may differ from the run that is continued
   fork=CHECKPOINT                  a run of its own from another's weights, optimizer state and step
   imports=[mine.py]                your own parts, registered by @txtrain.component
+  -m hydra/launcher=slurm          a sweep as one array of a cluster: hydra.launcher.partition, timeout_min, gpus_per_node, ...; slurm/README.md
 
 Flags
 {flags}"""
