@@ -7,6 +7,8 @@ import torch
 
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start
+for name in [name for name in os.environ if name.startswith("SLURM_") and name != "SLURM_CONF"]:
+    del os.environ[name]  # of a job that runs the tests: what they stop must not requeue it
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -42,6 +42,7 @@ class TrainerConfig:
     compile: bool = False
     activation_checkpointing: Literal["none", "full", "selective"] | int = "none"  # computed again in the backward: all; all but products; every n-th block
     deterministic: bool = False
+    auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
     fast_dev_run: bool | int = False  # so many steps (true: 1) of training and validation, then stop; nothing saved
     overfit_batches: int = 0  # train on the first so many global batches again and again
 

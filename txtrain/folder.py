@@ -6,7 +6,6 @@ import contextlib
 import dataclasses as dc
 import datetime
 import json
-import os
 import platform
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import yaml
 from txtrain import checkpoint, files, lock
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.slurm import Job
 from txtrain.typed import plain
 
 # What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
@@ -48,6 +48,7 @@ class RunFolder:
     checkpoint: Path | None = None
     parent: Path | None = None
     exclusive: bool = False
+    _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
 
@@ -80,6 +81,7 @@ class RunFolder:
         now |= {"parent": None if self.parent is None else {"checkpoint": str(self.parent.resolve()), "step": self.first_step}}
         now |= {key: before[key] for key in ("fallback", "grafts", "parent") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
+        self._owned = True
 
     def _claim(self) -> None:
         """Two runs may start within one second."""
@@ -133,6 +135,11 @@ class RunFolder:
         self.update(status=status, ended=_now())
         self._release()
 
+    def stopped(self) -> None:
+        """The process ends before its first step: what this start has said of itself is over."""
+        if self._owned:
+            self.update(status="preempted", ended=_now())
+
     def _read(self) -> dict[str, Any]:
         try:
             read: dict[str, Any] = json.loads((self.path / "run.json").read_text())
@@ -161,12 +168,18 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
     found = checkpoint.complete(path)
     if not found:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
-    if config.resume == "never":
+    if config.resume == "never" and not _again(path):
         raise ConfigError(
             f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(found)}. "
             "Give another run_dir, or resume=auto to continue that run."
         )
     return _continue(config, path, found[-1])
+
+
+def _again(path: Path) -> bool:
+    """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
+    job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}
+    return job is not None and job.restarts > 0 and before.get("job") == job.number
 
 
 def _refuse_file(path: Path) -> None:
@@ -244,10 +257,8 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
         return Path(config.run_dir).expanduser(), False
     if name is not None:
         return Path("runs") / config.name / name, False
-    job = os.environ.get("SLURM_ARRAY_JOB_ID") or os.environ.get("SLURM_JOB_ID")
-    if job:  # a requeued job has the same number: it finds its own checkpoints
-        task = os.environ.get("SLURM_ARRAY_TASK_ID")
-        return Path("runs") / config.name / (f"slurm-{job}_{task}" if task else f"slurm-{job}"), False
+    if job := Job.here():  # a requeued job has the same number: it finds its own checkpoints
+        return Path("runs") / config.name / f"slurm-{job.number}", False
     return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
 
 

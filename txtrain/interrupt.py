@@ -1,32 +1,60 @@
-"""Ctrl-C before there is anything to save. It stands in front of every other import, and so imports next to nothing itself."""
+"""Signals before there is anything to save. It stands in front of every other import, and so imports next to nothing itself."""
 
 import os
 import signal
+import sys
+
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # of a training: it may be run again, and has lost nothing
+NOT_AGAIN = "trainer.auto_requeue=false"  # on the command line: all that is known of the configuration so early
 
 
 class EndsAtOnce:
     """`with EndsAtOnce():` Ctrl-C ends the process with one line and exit code 1, while modules are imported and the command line is read.
 
     Python's own answer is an exception, and one that is raised within an import comes out as a traceback, as another exception, or
-    not at all. Whoever has an answer of their own, or was told to ignore the signal, keeps it.
+    not at all. Whoever has an answer of their own, or was told to ignore the signal, keeps it. A training that is preempted so early
+    ends with exit code 75, and a SLURM job is requeued.
     """
 
     def __init__(self) -> None:
-        self.held = False
+        self.held: list[tuple[int, object]] = []
 
     def __enter__(self) -> None:
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            try:
-                signal.signal(signal.SIGINT, _end)
-            except ValueError:  # not the main thread, to which Python delivers signals
-                return
-            self.held = True
+        answers = {signal.SIGINT: (signal.default_int_handler, _end)}
+        if is_training(sys.argv[1:]):
+            answers |= dict.fromkeys(PREEMPTING, (signal.SIG_DFL, _stop))
+        for number, (default, answer) in answers.items():
+            if signal.getsignal(number) is default:
+                try:
+                    signal.signal(number, answer)
+                except ValueError:  # not the main thread, to which Python delivers signals
+                    return
+                self.held.append((number, default))
 
     def __exit__(self, *exception: object) -> None:
-        if self.held:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+        for number, default in self.held:
+            signal.signal(number, default)  # type: ignore[arg-type]
+
+
+def is_training(words: list[str]) -> bool:
+    """Whether the command line is of `txtrain train`, before it is read: its first word that is neither a flag nor KEY=VALUE is a verb."""
+    verbs = [word for word in words if "=" not in word and not word.startswith("-")]
+    return not verbs or verbs[0] == "train"
 
 
 def _end(number: int, frame: object) -> None:
     os.write(2, b"\ntxtrain: interrupted.\n")
     os._exit(1)
+
+
+def _stop(number: int, frame: object) -> None:
+    try:
+        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
+            os.write(2, f"\ntxtrain: {signal.Signals(number).name}: stopped before the first step.\n".encode())
+            from txtrain.slurm import Job
+
+            job = Job.here()
+            if job is not None and NOT_AGAIN not in sys.argv:
+                os.write(2, f"txtrain: {job.requeue()}\n".encode())
+    finally:
+        os._exit(75)

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.errors import ConfigError
-from txtrain.parallel.world import STORE, started
+from txtrain.interrupt import NOT_AGAIN
+from txtrain.parallel.world import STORE, by_srun, started
 
 if TYPE_CHECKING:
     from txtrain.composition import Composed
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 USER, PREEMPTED = 2, 75  # exit codes that all processes have agreed on
 AGREED, GRACE = 600.0, 5.0  # seconds in which the others may end by themselves, once one has ended so, or has failed
+FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
 
@@ -29,14 +31,17 @@ def n_processes(config: Train) -> int:
     """How many to start here: 1 where a launcher (torchrun, srun) has started this process as one of several, or where one suffices.
 
     Raises:
-        ConfigError: the run is of several nodes, and this process was started alone.
+        ConfigError: the run is of several nodes, and this process was started alone; or srun has started other tasks than it names.
     """
+    if task := by_srun():
+        task.check(config.trainer)
     if started():
         return 1
     if config.trainer.num_nodes > 1:
         raise ConfigError(
             f"`trainer.num_nodes` must be 1 where txtrain starts the processes itself, but is {config.trainer.num_nodes} instead. On each node: "
-            "torchrun --nnodes N --nproc-per-node DEVICES --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m txtrain ..., or srun in a job."
+            "torchrun --nnodes N --nproc-per-node DEVICES --rdzv-backend c10d --rdzv-endpoint HOST:PORT -m txtrain ..., or in a SLURM job "
+            f"srun --nodes={config.trainer.num_nodes} --ntasks-per-node=DEVICES txtrain ..."
         )
     devices = config.trainer.devices
     return _n_gpus(config.trainer.accelerator) if devices == "auto" else devices
@@ -61,7 +66,8 @@ def launch(job: Composed, n: int) -> int:
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // n))
         common = {"TXTRAIN_CONFIG": str(file), STORE: str(Path(folder) / "store"), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
         environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads} for rank in range(n)]
-        return Group([sys.executable, "-m", "txtrain", "train"], environments).wait()
+        said = [] if job.config.trainer.auto_requeue else [NOT_AGAIN]  # the rest is in the file; this must be known before it is read
+        return Group([sys.executable, "-m", "txtrain", "train", *said], environments).wait()
 
 
 class Group:
@@ -70,7 +76,7 @@ class Group:
     def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
         self._received = 0
         self._children: list[subprocess.Popen[bytes]] = []
-        self._before = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+        self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
         for environment in environments:
             # A session of its own: a terminal's Ctrl-C would reach it twice otherwise, and the second one means "at once".
             self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from txtrain import balance, checkpoint, files
 from txtrain.config import Train
 from txtrain.data.stream import Position
+from txtrain.deadline import Deadline
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
@@ -24,6 +26,8 @@ from txtrain.progress import Display
 from txtrain.saver import Saver
 from txtrain.stop import Preempted, Stop
 from txtrain.throughput import Machine, Meter
+
+SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 
 
 class Recorder(pl.Callback):
@@ -41,6 +45,7 @@ class Recorder(pl.Callback):
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
         self.display, self.machine = display, machine
         self.stop = Stop()  # replaced by the one that owns the signals, where there is one
+        self.deadline = Deadline(None)  # replaced by that of a job
         self.state: dict[str, Any] = folder.state if folder else {}
         self.meter = Meter(self.state.get("seconds", 0.0))
         self.open: dict[str, Any] | None = self.state.get("open_row")  # of a step that is not closed yet
@@ -56,9 +61,12 @@ class Recorder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
+        module.objective.check = partial(self._check, module)
         if self.folder is None:
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
+        guess = 3 * 4 * self.config.model.n_params / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
+        self._saver.longest = self.state.get("save_seconds") or guess
         if self.folder.source is not None:
             module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
             module.step = self.folder.first_step
@@ -100,7 +108,7 @@ class Recorder(pl.Callback):
             trainer.should_stop = True
         last = trainer.should_stop
         validates = self._validates and (last or module.step % trainer_config.val_check_interval == 0)
-        stopping = module.parallel.any(self.stop.requested)
+        stopping = self._stopping(module)
         if validates or last or module.step % trainer_config.log_every_n_steps == 0:
             self.open = self._row(module, outputs)
         if validates:
@@ -108,6 +116,13 @@ class Recorder(pl.Callback):
                 self._leave(module)
             return
         self._close(trainer, module)
+
+    def _stopping(self, module: LitModule) -> bool:
+        """Whether the run ends here because a process was asked to, or because the job's end is near by the first one's clock; all agree."""
+        if module.parallel.is_first and self.deadline.near(self._saver.longest if self._saver else 0.0):
+            assert self.deadline.end is not None
+            self.stop.end_is_near(self.deadline.end)
+        return self.stop.agree(module.parallel.most)
 
     def _skipped(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> None:
         """Raises:
@@ -177,7 +192,7 @@ class Recorder(pl.Callback):
         self.meter.start()
 
     def _check(self, module: LitModule) -> None:
-        if module.parallel.any(self.stop.requested):
+        if self._stopping(module):
             self._leave(module)
 
     # ---------------------------------------------------------------------------------------------------- the end of a step
@@ -196,7 +211,7 @@ class Recorder(pl.Callback):
         if self.ended or (better and self.config.save.keep_best) or module.step % self.config.save.every_n_steps == 0:
             self._save(module, val_loss, must=self.ended)
             self.meter.start()
-        if not self.ended and module.parallel.any(self.stop.requested):
+        if not self.ended and self._stopping(module):
             self._leave(module)
 
     def _leave(self, module: LitModule) -> None:
@@ -232,6 +247,8 @@ class Recorder(pl.Callback):
         """must: it is the run's last."""
         if self.folder is None:
             return
+        assert self._saver is not None
+        self.deadline.pause()
         folder, path = self.folder, checkpoint.path_of(self.folder.path, module.step)
         samples = folder.path / "samples.txt"
         if self._file is not None:
@@ -250,10 +267,10 @@ class Recorder(pl.Callback):
             "samples_size": samples.stat().st_size if samples.exists() else 0,
             "metrics": {} if val_loss is None else {"val_loss": val_loss},
             "open_row": self.open,
+            "save_seconds": self._saver.longest,
             "skipped": (module.skipped, module.skipped_in_a_row),
             checkpoint.NUMBERS: module.parallel.training_numbers(module.model, optimizer),
         }
-        assert self._saver is not None
         self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)
 
     def _saved(self, path: Path) -> None:

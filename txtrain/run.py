@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,11 @@ import torch
 from torch import nn
 
 import txtrain
-from txtrain import folder, screen
+from txtrain import folder, screen, slurm
 from txtrain.config import Train
 from txtrain.data.module import DataModule
 from txtrain.data.sources import settle
+from txtrain.deadline import Deadline
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
 from txtrain.metrics import latest
@@ -25,9 +28,11 @@ from txtrain.module import LitModule
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.base import OneProcess, precision_dtype
 from txtrain.parallel.build import make_parallel
+from txtrain.parallel.world import World
 from txtrain.progress import Display
 from txtrain.recorder import Recorder, check_data
-from txtrain.stop import Preempted, Stop
+from txtrain.slurm import Job
+from txtrain.stop import Cause, Preempted, Stop
 from txtrain.throughput import Machine
 from txtrain.trainer import instances, loggers, make_trainer, quiet
 from txtrain.typed import plain
@@ -77,13 +82,15 @@ def train(
     Raises:
         ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
     """
-    origin, parallel = origin or Origin(), make_parallel(cfg)
-    with quiet(), parallel.started():
+    origin, world = origin or Origin(), World.here()
+    stop = Stop(first=world.rank == 0, several=world.size > 1, last_words=partial(_last_words, cfg, None))
+    with stop, quiet(), (parallel := make_parallel(cfg)).started():
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(quiet=not parallel.is_first)
-        display.lines(screen.opening(cfg, fallback))
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: folder.choose(cfg, origin.given, origin.folder))
+        stop.last_words = partial(_last_words, cfg, place)
+        display.lines([*screen.restarted(place), *screen.opening(cfg, fallback)])
         device = parallel.device()
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
@@ -105,7 +112,8 @@ def train(
         told = parallel.first_only(lambda: _loggers(cfg, place)) or []
         display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
         trainer = make_trainer(cfg, parallel, limits, called, told, validate_first=recorder.open is not None)
-        return _fit(trainer, module, data, recorder)
+        recorder.deadline = Deadline(parallel.first(_end_of_job))
+        return _fit(trainer, module, data, recorder, stop)
 
 
 def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None) -> int:
@@ -145,26 +153,64 @@ def short(cfg: Train) -> Train:
     return dc.replace(cfg, trainer=dc.replace(cfg.trainer, max_steps=n, val_check_interval=n, limit_val_batches=limit, log_every_n_steps=1))
 
 
-def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Recorder) -> Result:
+def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Recorder, stop: Stop) -> Result:
     """Run Lightning's loop, and leave the folder with the status that the run has."""
-    place, status = recorder.folder, "failed"
+    place, parallel, status = recorder.folder, module.parallel, "failed"
     try:
-        with Stop() as stop:
-            recorder.stop = stop
-            trainer.fit(module, datamodule=data)
+        stop.hold()
+        recorder.stop = stop
+        trainer.fit(module, datamodule=data)
         status = "complete"
     except Preempted:
         status = "preempted"
     finally:
         recorder.close()
-        if place is not None and module.parallel.is_first:
+        if place is not None and parallel.is_first:
             place.end(status)
+        finish(trainer.loggers, status)
     where = place.path if place is not None else None
     if status == "preempted":
         recorder.display.line(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
+        # The others wait for the first: some launchers end all at the first exit code that is not 0.
+        stop.deaf = bool(parallel.first(lambda: _requeue(recorder.config, stop.agreed, recorder.display.line)))
     elif where is not None:
         recorder.display.line(f"done: {where}", style="bold")
     return Result(where, dict(recorder.metrics), status)
+
+
+def finish(loggers: Sequence[Any], status: str) -> None:
+    """The last word to each logger, of what the run came to: complete, preempted, failed. Lightning has told them success or failed."""
+    for logger in loggers:
+        logger.finalize(status)
+
+
+def _end_of_job() -> float | None:
+    job = Job.here()
+    return None if job is None else job.end()
+
+
+def _requeue(cfg: Train, cause: Cause, say: Callable[[str], None]) -> bool:
+    """Whether SLURM runs the job again at our word. Who stops a run by hand does not want it back."""
+    job = Job.here()
+    if job is None or cause == Cause.PERSON:
+        return False
+    if cfg.trainer.auto_requeue:
+        say(job.requeue())
+    else:
+        say(f"Job {job.number} is not requeued: trainer.auto_requeue=false.")
+    return slurm.has_requeued()
+
+
+def _last_words(cfg: Train, place: RunFolder | None, cause: Cause) -> None:
+    """Of the first process, where a run is stopped before its first step is done."""
+
+    def say(text: str) -> None:
+        os.write(2, f"txtrain: {text}\n".encode())
+
+    say("stopped before the first step.")
+    if place is not None:
+        place.stopped()
+    _requeue(cfg, cause, say)
 
 
 def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
@@ -211,6 +257,7 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
     return {
         "name": cfg.name,
         **folder.environment(machine.name, module.parallel.world.size),
+        "slurm": None if (job := Job.here()) is None else {"job": job.number, "restarts": job.restarts},
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "data": {"source": data.source, "fingerprint": data.fingerprint},
         "data_order_hash": None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ class Saver:
 
     def __init__(self, group: Any, behind: bool, done: Callable[[Path], None], warn: Callable[[str], None]) -> None:
         self.group, self.behind, self.done, self.warn = group, behind, done, warn
+        self.longest = 0.0  # seconds that a save took; before the first what its owner expects
+        self._measured = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         if behind and group is not None:  # collectives of two threads must not meet in one group
@@ -62,7 +65,10 @@ class Saver:
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], must: bool) -> None:
         try:
+            begun = time.monotonic()
             checkpoint.save(path, tensors, state, beside, self.group)
+            seconds = time.monotonic() - begun
+            self.longest, self._measured = max(self.longest, seconds) if self._measured else seconds, True
         except checkpoint.SaveError as e:
             if must:
                 raise

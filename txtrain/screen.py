@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from txtrain.config import Train
 from txtrain.model.config import ModelConfig
+from txtrain.slurm import Job
 
 if TYPE_CHECKING:
     from txtrain.data.module import DataModule
@@ -16,6 +17,15 @@ if TYPE_CHECKING:
 
 _UNCOUNTED = 1 << 40  # what is said to have more samples is a stream
 Grafts = Mapping[str, Mapping[str, Any]]
+
+
+def restarted(place: RunFolder | None) -> list[str]:
+    """Before anything else, where SLURM has started the job again and there is nothing to go on from."""
+    job = Job.here()
+    if place is None or job is None or job.restarts == 0 or place.checkpoint is not None:
+        return []
+    start = "starts at step 0" if place.parent is None else f"is forked from {place.parent} again"
+    return [f"SLURM restart {job.restarts} of job {job.number}, and {place.path} has no complete checkpoint: the run {start}."]
 
 
 def opening(config: Train, fallback: str | None) -> list[str]:

@@ -89,7 +89,7 @@ def _start(verb: str, file: Path) -> subprocess.Popen[bytes]:
 
 
 class _Forwarding:
-    """SIGINT and SIGTERM reach the running job once. It is a session of its own: a terminal's Ctrl-C would come to it twice otherwise,
+    """Signals reach the running job once. It is a session of its own: a terminal's Ctrl-C would come to it twice otherwise,
     and the second one means "at once"."""
 
     def __init__(self) -> None:
@@ -98,7 +98,7 @@ class _Forwarding:
         self._old: dict[int, Any] = {}
 
     def __enter__(self) -> _Forwarding:
-        self._old = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM)}
+        self._old = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -81,6 +81,7 @@ Training: every interval counts steps, a step is one update
   trainer.precision                32-true, bf16-mixed, bf16-true
   trainer.KEY                      gradient_clip_val, log_every_n_steps, accelerator, compile, deterministic, max_skipped_steps
                                    fast_dev_run, overfit_batches
+  trainer.auto_requeue=true        in a SLURM job: on SIGUSR1, SIGTERM, or before the job's end, save and have SLURM run the job again
   save.every_n_steps               also keep_last, keep_best, keep_every_n_steps; save.async=true writes while training goes on
   sample.KEY                       continuations at each validation: prompts, n, max_new_tokens, temperature
   logger=NAME                      {logger}, or a list; metrics.csv is always written

@@ -24,6 +24,7 @@ from txtrain.data.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
 from txtrain.objectives.build import build_objective
+from txtrain.stop import ignore
 
 Batch = dict[str, Tensor]
 _PROMPT = re.compile(r"\s*(?:\S+\s+){0,5}\S+")
@@ -181,6 +182,7 @@ class DataModule(L.LightningDataModule):
             batch_sampler=batches,
             num_workers=data.num_workers,
             persistent_workers=data.num_workers > 0,
+            worker_init_fn=ignore,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available() and self.config.trainer.accelerator != "cpu",
             generator=torch.Generator(),  # the loader draws a seed for its workers; never from the generator that the run resumes

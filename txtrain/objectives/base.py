@@ -73,6 +73,7 @@ class Objective:
     beside: tuple[str, ...] = ()  # those that are minimised but no part of the loss that is told: it compares with models that lack them
     perplexity: bool = False  # whether exp of the term `loss` is a perplexity: it is in nats a token
     metrics: tuple[str, ...] = ()  # what validation tells beside the terms, from `validate` or `examine`
+    check: Callable[[], None] = staticmethod(lambda: None)  # the run's: it may raise to stop what takes long
     special_tokens: tuple[str, ...] = ()  # that a tokenizer must have; missing ones are added behind its vocabulary
 
     # --------------------------------------------------------------------------------------------------------------- data
@@ -108,7 +109,10 @@ class Objective:
         return {name: (value, counts[name]) for name, value in sums.items()}
 
     def examine(self, model: Any, data: DataModule | None, micro_batch_size: int) -> dict[str, float]:
-        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders."""
+        """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders.
+
+        What takes long calls `self.check()` from time to time, in all processes alike.
+        """
         return {}
 
     def lengths(self, batch: Batch, seq_len: int) -> tuple[int, int]:

@@ -79,15 +79,15 @@ class Seq2Seq(Objective):
             yield f"{data.tokenizer.decode(source)}|{data.tokenizer.decode(answer)}"
 
     def answered(self, model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None) -> list[list[int]]:
-        """The answer to each source, up to the end token. check: called after each token."""
+        """The answer to each source, up to the end token. check: called after each token; by default the objective's."""
+        check = check or self.check
         device = next(model.parameters()).device
         source, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
         limit = source.shape[1] + _LONGER
         if model.max_positions is not None:
             limit = min(limit, model.max_positions - 1)
         if self.num_beams == 1:
-            on_token = None if check is None else lambda _: check()
-            ids = generate(model, source, mask, max_new_tokens=limit, eos_token_id=eos_id, on_token=on_token)
+            ids = generate(model, source, mask, max_new_tokens=limit, eos_token_id=eos_id, on_token=lambda _: check())
         else:
             ids = beam_search(model, source, mask, self.num_beams, self.length_penalty, max_new_tokens=limit, eos_token_id=eos_id, on_step=check)
         rows = (row[1:] for row in ids.tolist())  # without the start token

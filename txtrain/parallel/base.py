@@ -42,13 +42,20 @@ class OneProcess:
         """Where this process computes.
 
         Raises:
-            ConfigError: a GPU was asked for and there is none.
+            ConfigError: a GPU was asked for and there is none, or none for this process.
         """
         wanted = self.config.trainer.accelerator
         if wanted == "gpu" and not torch.cuda.is_available():
             raise ConfigError("`trainer.accelerator` must be cpu or auto here, but is gpu instead: torch sees no CUDA device.")
         on_cpu = wanted == "cpu" or not torch.cuda.is_available()
-        return torch.device("cpu") if on_cpu else torch.device("cuda", self.world.local_rank)
+        if on_cpu:
+            return torch.device("cpu")
+        if self.world.local_rank >= (n := torch.cuda.device_count()):
+            raise ConfigError(
+                f"`trainer.devices` must be at most the GPUs that each process of a node sees ({n}), but is {self.world.local_size} instead. "
+                "In a SLURM job: --gpus-per-node=N; with --gpus-per-task a process sees its own alone, and NCCL cannot use the others."
+            )
+        return torch.device("cuda", self.world.local_rank)
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
@@ -92,7 +99,7 @@ class OneProcess:
         return flag
 
     def most(self, n: int) -> int:
-        """The largest n of the processes that see different samples."""
+        """The largest n of all processes."""
         return n
 
     def barrier(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.base import OneProcess
-from txtrain.parallel.world import World
+from txtrain.parallel.world import World, by_srun
 from txtrain.registry import resolve
 
 
@@ -15,6 +15,8 @@ def make_parallel(config: Train) -> OneProcess:
     Raises:
         ConfigError: the processes that were started are not those that the configuration names, or cannot be laid out.
     """
+    if task := by_srun():
+        task.check(config.trainer)
     world = World.here()
     named, nodes = config.trainer.devices, config.trainer.num_nodes
     if named != "auto" and (named, nodes) != (world.local_size, world.n_nodes):

@@ -24,7 +24,8 @@ from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
 from txtrain.parallel.buckets import GradientBuckets
 from txtrain.parallel.config import problems
-from txtrain.parallel.world import STORE, World
+from txtrain.parallel.world import STORE, World, by_srun
+from txtrain.slurm import meeting_point
 
 if TYPE_CHECKING:
     from txtrain.parallel.tensor import Cut
@@ -84,6 +85,9 @@ class Mesh(OneProcess):
         """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""
         if STORE in os.environ or self.world.size == 1:
             return {"init_method": f"file://{os.environ.get(STORE) or tempfile.mktemp(prefix='txtrain-')}"}
+        if by_srun():
+            address, port = meeting_point()
+            return {"init_method": f"tcp://{f'[{address}]' if ':' in address else address}:{port}"}
         return {}
 
     def _made(self, kind: str) -> DeviceMesh:
@@ -164,9 +168,7 @@ class Mesh(OneProcess):
             raise ConfigError(*different) if self.is_first else Elsewhere()
 
     def any(self, flag: bool) -> bool:
-        found = torch.tensor(int(flag))
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
-        return bool(found)
+        return bool(self.most(int(flag)))
 
     def most(self, n: int) -> int:
         found = torch.tensor(n)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from txtrain.errors import ConfigError
+from txtrain.slurm import Task
 
 STORE = "TXTRAIN_STORE"  # a file through which the processes of one machine find each other, in place of MASTER_ADDR and MASTER_PORT
 
@@ -29,14 +30,15 @@ class World(NamedTuple):
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> World:
-        """From the variables that torchrun sets (and txtrain's own launcher); without them one process.
+        """From the variables that torchrun sets (and txtrain's own launcher), else from srun's; without them one process.
 
         Raises:
             ConfigError: some of the variables are missing or are no numbers.
         """
         given = os.environ if environment is None else environment
         if "RANK" not in given or "WORLD_SIZE" not in given:
-            return cls()
+            task = Task.here(given)
+            return cls() if task is None else cls(task.rank, task.size, task.local_rank, task.tasks[task.node])
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         try:
             rank, size, local_rank, local_size = (int(given[name]) for name in names)
@@ -48,4 +50,9 @@ class World(NamedTuple):
 
 def started() -> bool:
     """Whether a launcher has started this process as one of a run's."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or Task.here() is not None
+
+
+def by_srun() -> Task | None:
+    """This process' place, where nothing but srun has started it."""
+    return None if "RANK" in os.environ and "WORLD_SIZE" in os.environ else Task.here()

@@ -83,6 +83,22 @@ def test_beams_answer_what_the_beam_search_finds_and_may_be_stopped(case):
     assert next(calls) == 3
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_decoding_for_a_score_is_stopped_between_two_tokens(num_beams, case, config):
+    data, calls = DataModule(config("seq2seq")), itertools.count()
+    data.prepare()
+    objective = Seq2Seq(num_beams=num_beams, scores=("exact_match",), n_decoded=4)
+
+    def stop():
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+
+    objective.check = stop
+    with pytest.raises(KeyboardInterrupt):
+        objective.examine(case[0], data, 4)
+    assert next(calls) == 3
+
+
 def test_scores_are_those_of_known_answers():
     tokenizer = byte_tokenizer()
     said = [tokenizer.encode(t) for t in ("the cat sat on the mat today", "a dog barked at the old tree")]
