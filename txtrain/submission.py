@@ -6,6 +6,7 @@ its last job ended, `jobs.json` which job is whose. SLURM is asked by squeue alo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import getpass
 import hashlib
@@ -49,6 +50,9 @@ class Member:
     job: Composed
     label: str
     folder: Path  # of the sweep
+
+    def __str__(self) -> str:
+        return f"member {self.number}" + (f" ({self.label})" if self.label else "")
 
     @property
     def file(self) -> Path:
@@ -104,17 +108,10 @@ def submit(verb: str, jobs: Sequence[Composed], labels: Sequence[str], how: Slur
     left = [m for m in members if states[m.number] in ENDED - {"complete"} or not states[m.number]]
     for m in members:
         if m not in left:
-            _say(f"member {m.number} ({m.label}) is {states[m.number]}: not submitted again")
+            _say(f"{m} is {states[m.number]}: not submitted again")
     _check(left, how)
     if left:
-        folder.mkdir(parents=True, exist_ok=True)
-        release = lock.acquire(folder)
-        if release is None:
-            raise ConfigError(f"`hydra.launcher.submitit_folder`: another process is submitting the same sweep ({folder}).")
-        try:
-            queue.add(_array(verb, left, how), left)
-        finally:
-            release()
+        _submit(verb, left, how, queue)
         _say(f"submitted {len(left)} of {len(members)} members; logs in {folder / 'logs'}")
     if not how.wait and left:
         _say("the same command says how they are; squeue --me shows the queue")
@@ -175,7 +172,7 @@ def _check(members: Sequence[Member], how: SlurmConfig) -> None:
         try:
             _check_one(m, how)
         except ConfigError as e:
-            problems += [f"member {m.number} ({m.label}): {problem}" for problem in e.problems]
+            problems += [f"{m}: {problem}" for problem in e.problems]
     if problems:
         raise ConfigError(*problems)
 
@@ -188,7 +185,7 @@ def _check_one(m: Member, how: SlurmConfig) -> None:
 
     figures = plan(build(Plan, {key: value for key, value in plain(config).items() if key in _PLANNED} | {"plan": {"memory": how.gpu_memory}}))
     memory = "" if figures.memory is None else f", {size(figures.memory)} a process"
-    _say(f"member {m.number} ({m.label}): {count(figures.n_params)} parameters{memory}")
+    _say(f"{m}: {count(figures.n_params)} parameters{memory}")
     if m.run_dir is not None and (m.run_dir / "checkpoints").exists():
         from txtrain.folder import choose
 
@@ -199,6 +196,30 @@ _PLANNED = {f.name.removesuffix("_") for f in dc.fields(Train)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------- submitting
+
+
+def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue) -> None:
+    """Raises:
+    ConfigError: SLURM refuses it, or the same sweep is submitted elsewhere.
+    """
+    folder = members[0].folder
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    release = lock.acquire(folder)
+    try:
+        if release is None or queue.read() != queue.jobs:
+            raise ConfigError(f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). Start again to wait for it.")
+        queue.add(_array(verb, members, how), members)
+    except ConfigError:
+        if folder in made:
+            shutil.rmtree(folder)
+        for path in made:
+            with contextlib.suppress(OSError):  # something else has come into it
+                path.rmdir()
+        raise
+    finally:
+        if release is not None:
+            release()
 
 
 def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
@@ -216,8 +237,9 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
         m.record.unlink(missing_ok=True)
         to_file(m.job, m.file)
     executor = submitit.AutoExecutor(folder=str(members[0].folder / "logs"), cluster="slurm", slurm_python=how.python)
-    executor.update_parameters(**_parameters(how, *layout(members[0].job.config, how)))
-    arguments = [(verb, str(m.file), str(m.record), m.digest) for m in members]
+    config = members[0].job.config
+    executor.update_parameters(**_parameters(how, *layout(config, how), requeue=not isinstance(config, Train) or config.trainer.auto_requeue))
+    arguments = [(verb, str(m.file.resolve()), str(m.record.resolve()), m.digest) for m in members]
     try:
         submitted = executor.map_array(member.run, *zip(*arguments, strict=True))
     except FailedJobError as e:
@@ -226,14 +248,14 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
     return [job.job_id for job in submitted]
 
 
-def _parameters(how: SlurmConfig, nodes: int, tasks: int) -> dict[str, Any]:
+def _parameters(how: SlurmConfig, nodes: int, tasks: int, requeue: bool) -> dict[str, Any]:
     """In submitit's words. Its own signal would have it requeue the job: txtrain's is sent instead."""
     everywhere = {key: getattr(how, key) for key in ("name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "stderr_to_stdout")}
     of_slurm = ("partition", "account", "qos", "constraint", "exclude", "gres", "comment", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu")
     further = {"requeue": True, "signal": f"USR1@{how.signal_delay_s}"} | how.additional_parameters
     values = everywhere | {"nodes": nodes, "tasks_per_node": tasks} | {f"slurm_{key}": getattr(how, key) for key in (*of_slurm, "array_parallelism")}
     values |= {"slurm_additional_parameters": further, "slurm_srun_args": ["--wait=900"]}
-    values |= {"slurm_setup": [*SETUP, *how.setup], "slurm_teardown": TEARDOWN.splitlines()}
+    values |= {"slurm_setup": [*SETUP, *how.setup], "slurm_teardown": TEARDOWN.splitlines() if requeue else []}
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -245,10 +267,14 @@ class Queue:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "jobs.json"
-        self.jobs: dict[int, str] = {int(n): job for n, job in json.loads(self.path.read_text()).items()} if self.path.exists() else {}
+        self.jobs = self.read()
         self._gone: dict[int, float] = {}  # since when a member without a result is not in the queue
         self._known: Mapping[str, str] = {}
-        self.look()
+        if said := self.look():
+            raise ConfigError(f"`hydra/launcher=slurm`: squeue does not say which members are in the queue: {said}.")
+
+    def read(self) -> dict[int, str]:
+        return {int(n): job for n, job in json.loads(self.path.read_text()).items()} if self.path.exists() else {}
 
     def add(self, jobs: Sequence[str], members: Sequence[Member]) -> None:
         self.jobs |= {m.number: job for m, job in zip(members, jobs, strict=True)}
@@ -256,15 +282,17 @@ class Queue:
         self._gone.clear()
         self._known = dict.fromkeys(jobs, "PENDING")
 
-    def look(self) -> None:
-        """Ask squeue. What it does not answer leaves the last answer standing: a controller that restarts has lost nobody's jobs."""
+    def look(self) -> str:
+        """Ask squeue; why it does not answer, if so. The last answer stands then: a controller that restarts has lost nobody's jobs."""
         command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
         except subprocess.TimeoutExpired:
-            return
-        if done.returncode == 0:
-            self._known = dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+            return "no answer for a minute"
+        if done.returncode:
+            return " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        self._known = dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+        return ""
 
     def state(self, m: Member) -> str:
         """complete, failed, preempted, lost (its job has left the queue without a word), else SLURM's word; empty: it has had no job."""
@@ -293,7 +321,7 @@ def _wait(members: Sequence[Member], queue: Queue) -> int:
             states = {m.number: queue.patient(m) for m in members}
             for m in members:
                 if told.get(m.number) != states[m.number] and not (m.number not in told and states[m.number] in ENDED | {"pending"}):
-                    _say(f"member {m.number} ({m.label}): {states[m.number]}, job {queue.jobs.get(m.number, '-')}")
+                    _say(f"{m}: {states[m.number]}, job {queue.jobs.get(m.number, '-')}")
             told = states
             if set(states.values()) <= ENDED:
                 break
@@ -302,7 +330,8 @@ def _wait(members: Sequence[Member], queue: Queue) -> int:
             queue.look()
     except KeyboardInterrupt:
         running = " ".join(sorted({queue.jobs[n].partition("_")[0] for n, state in told.items() if state not in ENDED}))
-        _say(f"\nno longer waiting; the jobs go on. The same command waits again, squeue --me shows them, scancel {running} ends them.")
+        print(file=sys.stderr)  # behind the ^C
+        _say(f"no longer waiting; the jobs go on. The same command waits again, squeue --me shows them, scancel {running} ends them.")
         return PREEMPTED
     print("\n".join(table(members, queue, states)))
     found = set(states.values())
@@ -321,7 +350,7 @@ def table(members: Sequence[Member], queue: Queue, states: Mapping[int, str]) ->
 
 
 def _say(text: str) -> None:
-    print(f"txtrain: {text}" if not text.startswith("\n") else f"\ntxtrain: {text[1:]}", file=sys.stderr, flush=True)
+    print(f"txtrain: {text}", file=sys.stderr, flush=True)
 
 
 def _digest(what: Any) -> str:
