@@ -29,9 +29,9 @@ def paced(seconds: float) -> list[str]:
     return ["imports=[tests.slurm.pace]", "callbacks.pace._target_=tests.slurm.pace.Pace", f"callbacks.pace.seconds={seconds}"]
 
 
-def submit(cluster: Cluster, folder: Path, script: str, *words: str) -> str:
+def submit(cluster: Cluster, folder: Path, script: str, *words: str, **env: str) -> str:
     """`bash slurm/SCRIPT WORDS` in `folder`; the job's number, which sbatch says last, after the plan."""
-    return cluster.call("bash", str(ROOT / "slurm" / script), "--parsable", *words, cwd=folder).split()[-1]
+    return cluster.call("bash", str(ROOT / "slurm" / script), "--parsable", *words, cwd=folder, **env).split()[-1]
 
 
 def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
