@@ -3,6 +3,7 @@
 import pytest
 
 from tests.slurm.jobs import ONE_CPU, TWO_NODES, facts, said, submit
+from tests.training import write_text
 from txtrain.metrics import read
 
 # Stands in for txtrain: its first start ends as $MODE says, its second well. `requeue`: it asks SLURM itself, as txtrain does.
@@ -36,8 +37,9 @@ def ending(cluster, tmp_path):
 
 
 def test_the_smoke_test_trains_on_two_nodes_to_its_end(cluster, tmp_path):
+    text = ["data=text", f"data.path={write_text(tmp_path / 'text.txt')}", "data.val_fraction=0.2", f"data.cache_dir={tmp_path / 'cache'}"]
     steps = ["trainer.max_steps=4", "trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "sample.n=0"]
-    number = submit(cluster, tmp_path, "cpu_smoke.sh", *steps)
+    number = submit(cluster, tmp_path, "cpu_smoke.sh", *text, *steps)
     job = cluster.until(number, "ended")
     assert (job["JobState"], job["NumNodes"], job["NumTasks"]) == ("COMPLETED", "2", "2"), said(tmp_path, number)
     run = tmp_path / f"runs/smoke/slurm-{number}"
