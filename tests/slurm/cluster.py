@@ -179,7 +179,7 @@ class Cluster:
         words = self.call("scontrol", "-o", "show", "job", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def until(self, number: str, state: str, timeout: float = 240) -> dict[str, str]:
+    def until(self, number: str, state: str, timeout: float = 400) -> dict[str, str]:
         """Wait for a job's state: a word of SLURM's, or `ended` for any of those that a job does not leave again.
 
         Raises:

@@ -39,7 +39,7 @@ def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
     return lambda: (run_dir / "metrics.csv").exists() and (run_dir / "metrics.csv").read_text().count("\n") > step
 
 
-def when(true: Callable[[], bool], cluster: Cluster, timeout: float = 240) -> None:
+def when(true: Callable[[], bool], cluster: Cluster, timeout: float = 400) -> None:
     """Wait.
 
     Raises:

@@ -47,7 +47,7 @@ def started(cluster, folder, request, monkeypatch):
 
 def ends_as(run, whole, cluster, number, folder, restarts):
     """The run is complete after so many restarts, equal to the uninterrupted one, and one run for W&B."""
-    job = cluster.until(number, "ended", timeout=330)
+    job = cluster.until(number, "ended", timeout=900)
     text = said(folder, number)
     assert job["JobState"] == "COMPLETED", text
     assert int(job["Restarts"]) in restarts, text

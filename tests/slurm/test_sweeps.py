@@ -32,7 +32,7 @@ class Sweep:
         command = [sys.executable, "-m", "txtrain", *SWEEP, f"seed={seeds}", *overrides(folder), *words]
         with open(self.log, "w") as out:
             self.process = subprocess.Popen(command, cwd=folder, env=cluster.environment, stdout=out, stderr=out)
-        self.timer = threading.Timer(400, self.process.kill)
+        self.timer = threading.Timer(900, self.process.kill)
         self.timer.start()
 
     def end(self):
