@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"])
+LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer", "data.cache_dir"])
 
 
 def escape(value: str) -> str:

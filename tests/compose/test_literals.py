@@ -31,7 +31,7 @@ def test_any_value_comes_back_from_hydras_grammar_and_omegaconfs_interpolation(v
     assert value in (OmegaConf.to_container(config, resolve=True)["prompt"], "???")  # ???: OmegaConf's own word for a missing value
 
 
-@pytest.mark.parametrize("key", ["run_dir", "name", "data.path", "data.tokenizer"])
+@pytest.mark.parametrize("key", ["run_dir", "name", "data.path", "data.tokenizer", "data.cache_dir"])
 def test_keys_of_train_arrive_unchanged(key, job):
     value = "runs/x/step=6, it's (7) ${a}"
     assert reduce(getattr, key.split("."), job(f"{key}={value}").config) == value
@@ -39,7 +39,7 @@ def test_keys_of_train_arrive_unchanged(key, job):
 
 def test_every_literal_key_is_one_of_the_contract():
     contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
-    assert sorted(LITERALS) == sorted(contract)
+    assert sorted(LITERALS) == sorted([*contract, "data.cache_dir"])  # a folder as the others are
 
 
 def test_in_a_sweep_every_comma_separates(job):

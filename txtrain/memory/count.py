@@ -198,7 +198,7 @@ class _Sharded(_Copies):
     def before(self, micro: int) -> None:
         """Gradients of earlier micro-batches lie whole in every process: none is reduced before the last."""
         self.earlier_of = {id(g): self.t.bytes(g.n, FLOAT32, "gradients") for g in (self.root, *self.groups)}
-        self.t.accumulates = False
+        self.t.accumulates = self.t.size == FLOAT32  # else they are made into float32 after the block, and added
 
     def _buffer(self, group: Group) -> Bytes:
         return self.t.bytes(self._padded(group), kind="gathered")

@@ -80,14 +80,15 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
     parallel.reduce({"first": torch.zeros(())})
     with mode:
         optimizer = module.attach(config.trainer.max_steps)
-        batch = tensors_of(config, config.data.global_batch_size // parallel.size)
+        share = config.data.global_batch_size // parallel.size
+        batch = tensors_of(config, share)
         tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else MemTracker()
         tracker.track_inputs(tuple(batch.values())) if module.is_sharded else tracker.track_external(module.model, optimizer, *batch.values())
         module.after_backward = tracker.reset_mod_stats  # it takes a second forward for a mistake
         sent = Sent()
         for step in range(STEPS):
             sent.clear()
-            with _AsReal(n_chosen(config, config.micro_batch_size)) if is_fake else contextlib.nullcontext(), sent, tracker, _precision(config, parallel):
+            with _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext(), sent, tracker, _precision(config, parallel):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()

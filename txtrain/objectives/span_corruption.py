@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from txtrain.samples import encode, said
 
 if TYPE_CHECKING:
     from txtrain.config import Train
+    from txtrain.data.tokenizer import Tokenizer
 
 
 class SpanCorruption(Objective):
@@ -59,21 +60,15 @@ class SpanCorruption(Objective):
         return {"loss": output.loss}
 
     def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
-        """Gapped texts (config.sample's prompts, or documents of the validation set, each up to its last gap that was filled), and what fills them."""
+        """Texts with gaps (config.sample's prompts, or documents of the validation set), up to the last gap that the model fills: what it says is
+        between « and »."""
         tokenizer, wanted = data.tokenizer, config.sample
         if not wanted.max_new_tokens:
             return []
-        gaps = {tokenizer.find(name) for name in self.names}
-        unseen = tokenizer.special_ids() - gaps
-        sources = [encode(tokenizer, prompt, answers=True) for prompt in wanted.prompts]
-        shown = []
-        for ids in sources or [_first_document(batch) for batch in data.examples(wanted.n, 1)]:
-            answer = said(module, tokenizer, ids, config, check)
-            filled = gaps.intersection(answer)
-            last = max((i for i, token in enumerate(ids) if token in filled), default=len(ids) - 1)
-            texts = ((token for token in part if token not in unseen) for part in (ids[: last + 1], answer))
-            shown.append("|".join(tokenizer.decode(part, special=True) for part in texts))
-        return shown
+        gaps = {tokenizer.id_of(name) for name in self.names}
+        prompts = [encode(tokenizer, prompt, answers=True) for prompt in wanted.prompts]
+        sources = prompts or [_first_document(batch) for batch in data.examples(wanted.n, 1)]
+        return [_filled(ids, said(module, tokenizer, ids, config, check), gaps, tokenizer) for ids in sources]
 
 
 class Corruption:
@@ -136,6 +131,23 @@ def _first_document(batch: Batch) -> list[int]:
     (ids,), documents = batch["input_ids"], batch.get("document_ids")
     read: list[int] = (ids if documents is None else ids[documents[0] == documents[0, 0]]).tolist()
     return read
+
+
+def _filled(ids: Sequence[int], answer: Sequence[int], gaps: Collection[int], tokenizer: Tokenizer) -> str:
+    """The text up to the last gap that is filled, all of it where none is; gaps that are left out keep their names."""
+    fillings: dict[int, list[int]] = {}
+    filling: list[int] = []  # what stands before the first gap fills none
+    for token in answer:
+        if token in gaps:
+            filling = fillings.setdefault(token, [])
+        else:
+            filling.append(token)
+    last = max((i for i, token in enumerate(ids) if token in fillings), default=len(ids) - 1)
+    text, begin = "", 0
+    for i in (i for i in range(last + 1) if ids[i] in gaps):
+        inside = f"«{tokenizer.decode(fillings[ids[i]])}»" if ids[i] in fillings else tokenizer.decode([ids[i]], special=True)
+        text, begin = text + tokenizer.decode(ids[begin:i]) + inside, i + 1
+    return text + tokenizer.decode(ids[begin : last + 1])
 
 
 def _within(begin_BS: Indices, length_BS: Indices, L: int) -> NDArray[np.bool_]:

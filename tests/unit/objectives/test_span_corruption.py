@@ -5,8 +5,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.objectives.conftest import draws, tokenised
+from txtrain.data.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
-from txtrain.objectives.span_corruption import Corruption, SpanCorruption, _segments
+from txtrain.objectives.span_corruption import Corruption, SpanCorruption, _filled, _segments
 from txtrain.objectives.spans import Lengths
 
 DOCUMENTS = [f"Document {i} tells what number {i} is, and nothing else. " * (1 + i % 3) for i in range(40)]
@@ -102,3 +103,18 @@ def test_tokens_keep_their_document_on_either_side(tmp_path):
 def test_sentinels_must_be_enough(config):
     with pytest.raises(ConfigError, match=r"objective\.n_sentinels.*at least 2, the spans of a sequence of 32 tokens, but is 1 instead"):
         config("span_corruption", "objective.n_sentinels=1")
+
+
+def test_a_text_is_shown_with_its_gaps_filled_up_to_the_last_filling():
+    words = byte_tokenizer().with_specials(("<extra_id_0>", "<extra_id_1>", "<extra_id_2>"))
+    first, second, third = gaps = [words.id_of(f"<extra_id_{k}>") for k in range(3)]
+    source = [*words.encode("Thank "), first, *words.encode(" me to "), second, *words.encode(" party "), third, *words.encode(" week")]
+    fill = {first: "you for", second: "your", third: "last"}
+
+    def shown(*named):
+        return _filled(source, [*words.encode("lost"), *(i for gap in named for i in (gap, *words.encode(fill[gap])))], gaps, words)
+
+    assert shown(first, second, third) == "Thank «you for» me to «your» party «last»"
+    assert shown(first) == "Thank «you for»"
+    assert shown(second) == "Thank <extra_id_0> me to «your»"
+    assert shown() == "Thank <extra_id_0> me to <extra_id_1> party <extra_id_2> week"
