@@ -176,7 +176,7 @@ def test_under_submitit_one_preemption_is_one_requeue(how, cluster, tmp_path):
     assert code == 0, text
     assert cluster.job(number)["Restarts"] == "1"
     log = next(tmp_path.glob("runs/sweeps/*/logs/*_log.out")).read_text()
-    assert log.count("again") == 1
+    assert log.count("SLURM runs job") == 1, log
     assert "Calling checkpoint method" not in log  # submitit's
     alone = tmp_path / "alone"
     cluster.call("txtrain", *overrides(tmp_path, "seed=1", f"run_dir={alone}"))
