@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.compose.conftest import ROOT
+from txtrain.launch import _die_with_parent
 
 COMMANDS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -90,12 +91,13 @@ class Cluster:
 
     Args:
         grace: seconds that a preempted job of `main` has between the signal and its end.
+        attached: the daemons end with the process that starts them, however it ends.
     """
 
-    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4, gpus: int = 2, grace: int = 60) -> None:
+    def __init__(self, folder: Path, nodes: int = 2, cpus: int = 4, gpus: int = 2, grace: int = 60, attached: bool = False) -> None:
         assert len(str(folder)) <= LONGEST, f"{folder}: sockets in so long a path cannot be bound"
         self.folder, self.nodes, self.cpus, self.gpus, self.grace = folder, nodes, cpus, gpus, grace
-        self.conf = folder / "slurm.conf"
+        self.conf, self.attached = folder / "slurm.conf", attached
 
     # -------------------------------------------------------------------------------------------------------------- start, stop
 
@@ -236,7 +238,8 @@ class Cluster:
     def _launch(self, name: str, *command: str) -> None:
         """Start a daemon, and record it: its number, and the time at which that number was given to it."""
         with open(self.folder / "log" / f"{name}.out", "ab") as out:
-            child = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=self.environment, start_new_session=True)
+            how = {"stdout": out, "stderr": out, "stdin": subprocess.DEVNULL, "env": self.environment, "start_new_session": True}
+            child = subprocess.Popen(command, preexec_fn=_die_with_parent if self.attached else None, **how)
         (self.folder / "run" / f"{name}.json").write_text(json.dumps([child.pid, _started(child.pid)]))
 
     def _alive(self, name: str) -> int | None:

@@ -13,7 +13,7 @@ def cluster():
     if why := missing():
         pytest.skip(why)
     folder = Path(tempfile.mkdtemp(prefix="txtrain-slurm-"))  # not pytest's: its path is too long for a socket
-    made = Cluster(folder)
+    made = Cluster(folder, attached=True)
     try:
         made.start()
         yield made
