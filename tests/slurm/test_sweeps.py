@@ -3,6 +3,7 @@
 import dataclasses as dc
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +15,7 @@ from txtrain import submission
 from txtrain.composition import Composed, compose
 from txtrain.errors import ConfigError
 from txtrain.launcher import SlurmConfig
+from txtrain.member import own_signals
 from txtrain.submission import Member, Queue
 
 SWEEP = ("-m", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1")
@@ -112,6 +114,32 @@ def test_the_same_sweep_is_found_again_by_its_members(tmp_path):
     assert submission.identity("train", lines) == submission.identity("train", [list(line) for line in lines])
     assert submission.identity("train", lines) != submission.identity("train", lines[:1])
     assert submission.identity("train", lines) != submission.identity("generate", lines)
+
+
+def test_a_member_takes_the_signals_from_submitit_and_hears_its_own_as_the_end_of_time():
+    pytest.importorskip("submitit")
+    numbers = (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    heard = []
+    try:
+        for number in numbers:
+            signal.signal(number, lambda number, _: heard.append(f"submitit {number}"))
+        own_signals()
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        signal.signal(signal.SIGUSR1, lambda number, _: heard.append(number))
+        signal.raise_signal(signal.SIGUSR2)
+        assert heard == [signal.SIGUSR1]
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def test_a_members_script_requeues_unless_that_is_not_wanted_and_has_txtrains_signal():
+    wanted = submission._parameters(SlurmConfig(signal_delay_s=90), 2, 4, requeue=True)
+    assert (wanted["nodes"], wanted["tasks_per_node"]) == (2, 4)
+    assert wanted["slurm_additional_parameters"] == {"requeue": True, "signal": "USR1@90"}
+    assert any("scontrol requeue" in line for line in wanted["slurm_teardown"])
+    assert submission._parameters(SlurmConfig(), 1, 1, requeue=False)["slurm_teardown"] == []
 
 
 # --------------------------------------------------------------------------------------------------------------------- on a cluster
