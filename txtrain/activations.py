@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from txtrain.model.block import Block
@@ -42,8 +43,29 @@ def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> N
 def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    contexts: dict[str, Any] = {"context_fn": functools.partial(create_selective_checkpoint_contexts, _policy)} if selective else {}
+    contexts: dict[str, Any] = {"context_fn": _contexts} if selective else {}
     return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+
+
+def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
+    forward, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return _OfKept(forward), _OfKept(again)
+
+
+class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows torch's mode those operations alone whose results are kept. It numbers all that it sees, and wants the same numbers again; but
+    FSDP's gathering of experts within a block is other operations when they are there already."""
+
+    def __init__(self, mode: Any) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.mode = mode
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True  # as torch's own
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.mode.__torch_dispatch__(func, types, args, kwargs) if func in KEPT else func(*args, **(kwargs or {}))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -222,7 +222,7 @@ class Plan(Train):
 
     def _check_processes(self, world: int) -> Iterator[str]:
         """How the processes lie must be sound; that the batch has as many shares is told beside the figures."""
-        yield from self.strategy.problems(world)
+        yield from self.strategy.problems(world, self.model)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -20,13 +20,13 @@ class EndsAtOnce:
         self.held: list[tuple[int, object]] = []
 
     def __enter__(self) -> None:
-        answers = {signal.SIGINT: (signal.default_int_handler, _end)}
+        answers: dict[int, tuple[object, object]] = {signal.SIGINT: (signal.default_int_handler, _end)}
         if is_training(sys.argv[1:]):
             answers |= dict.fromkeys(PREEMPTING, (signal.SIG_DFL, _stop))
         for number, (default, answer) in answers.items():
             if signal.getsignal(number) is default:
                 try:
-                    signal.signal(number, answer)
+                    signal.signal(number, answer)  # type: ignore[arg-type]
                 except ValueError:  # not the main thread, to which Python delivers signals
                     return
                 self.held.append((number, default))

@@ -137,13 +137,14 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     Raises:
         ConfigError: it does not fit into plan.memory.
     """
-    found, missing = None, None
+    found, missing, communicated = None, None, {}
     try:
         found = memory(config, n_devices)
+        communicated = found.communicated
     except NotTraced as e:
         missing = f"{e.args[0]} does not say what it computes (`trace` of its config); plan.simulate=true looks at the module."
     except NotCounted as e:
-        missing = str(e)
+        missing, communicated = str(e), e.communicated
     room = bytes_of(how.memory) if how.memory else None
     if room is not None and found is None:
         raise ConfigError(f"`plan.memory` must be null here: {missing}.")
@@ -157,6 +158,10 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     if how.simulate:
         if refused:
             raise ConfigError(refused)
+        if getattr(config.strategy, "ep_size", 1) > 1:
+            raise ConfigError(
+                f"`plan.simulate` must be false with strategy.ep_size={config.strategy.ep_size}: how many rows a process gets is known to the router alone."
+            )
         from txtrain.memory.simulate import simulate
 
         simulated = simulate(config, world=n_devices).peak
@@ -168,7 +173,7 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
         "memory_simulated": simulated,
         "micro_batch_size": None if found is None else found.micro_batch_size,
         "largest_micro_batch_size": None if found is None or room is None else largest_micro_batch(config, n_devices, room),
-        "communicated": {} if found is None else found.communicated,
+        "communicated": communicated,
     }
 
 

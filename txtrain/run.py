@@ -15,8 +15,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-import txtrain
-from txtrain import folder, screen, slurm
+from txtrain import code, folder, screen, slurm
 from txtrain.config import Train
 from txtrain.data.module import DataModule
 from txtrain.data.sources import settle
@@ -234,9 +233,8 @@ def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[s
 
 
 def _common(cfg: Train) -> dict[str, str]:
-    """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named."""
-    versions = {"txtrain": txtrain.__version__, "torch": torch.__version__}
-    return {**{key: str(value) for key, value in folder.flat(plain(cfg)).items()}, **{f"the version of {k}": v for k, v in versions.items()}}
+    """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named, and the code."""
+    return {**{key: str(value) for key, value in folder.flat(plain(cfg)).items()}, **code.versions(cfg.imports)}
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:

@@ -68,6 +68,8 @@ _THEIRS = {
     "trainer.precision": "bf16 fp16 dtype torch_dtype mixed_precision",
     "trainer.compile": "torch_compile use_compile",
     "trainer.devices": "gpus n_gpus num_gpus nproc_per_node world_size",
+    "strategy.tp_size": "tp tensor_parallel_size tensor_model_parallel_size tensor_parallel_degree",
+    "strategy.ep_size": "ep expert_parallel_size expert_model_parallel_size expert_parallel_degree",
     "save.every_n_steps": "save_steps save_interval save_every ckpt_interval checkpoint_interval",
     "save.keep_last": "save_total_limit",
     "run_dir": "output_dir out_dir save_dir log_dir",

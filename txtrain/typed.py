@@ -102,7 +102,8 @@ class _Reader:
         known = key_paths(self.root)
         for key in raw:
             if key not in fields:
-                self.problem(unknown_key(_join(path, str(key)), raw[key], fields, known, axis))
+                reason = getattr(cls, "absent", {}).get(key, "")
+                self.problem(unknown_key(_join(path, str(key)), raw[key], fields, known, axis) + reason)
         values = {}
         for name, f in fields.items():
             if name in raw:

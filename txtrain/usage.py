@@ -73,7 +73,7 @@ Training: every interval counts steps, a step is one update
   scheduler=NAME                   {scheduler}; scheduler.warmup_steps, min_lr_ratio
   ema.decay                        null: no average of the weights; also every_n_steps, validate
   strategy=NAME                    {strategy}
-                                   strategy.dp_replicate_size, tp_size, cpu_offload, reshard_after_forward, where the option has them
+                                   strategy.dp_replicate_size, tp_size, ep_size, cpu_offload, reshard_after_forward, where the option has them
   trainer.devices, num_nodes       processes on each node (auto: one a GPU, or one), and nodes; docs/distributed.md
   trainer.activation_checkpointing none, full, selective, or n: every n-th block is computed again in the backward
   trainer.max_steps                or max_epochs, max_tokens, max_time=DD:HH:MM:SS: the first that is reached ends the run

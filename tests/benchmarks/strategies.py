@@ -1,7 +1,8 @@
 """Every strategy beside one process, on one curve: `python -m tests.benchmarks.strategies [FOLDER]`.
 
-Trains the same run under each strategy on two processes (four for hsdp and fsdp_tp) and prints the losses side by side with the largest
-relative difference, as docs/distributed.md has them; with matplotlib installed it also draws FOLDER/strategies.png. Two processors and no hub suffice.
+Trains the same run under each strategy on two processes (and on four under hsdp and fsdp_tp) and prints the losses side by side with the
+largest relative difference, as docs/distributed.md has them; with matplotlib installed it also draws FOLDER/strategies.png. Two processors
+and no hub suffice. A run that FOLDER has is not made again.
 """
 
 from __future__ import annotations
@@ -12,18 +13,11 @@ import tempfile
 from pathlib import Path
 
 from txtrain.metrics import read
+from txtrain.places import options
 
-STRATEGIES = {
-    "one process": ("strategy=auto", "trainer.devices=1"),
-    "ddp": ("strategy=ddp", "trainer.devices=2"),
-    "fsdp": ("strategy=fsdp", "trainer.devices=2"),
-    "tp": ("strategy=tp", "trainer.devices=2"),
-    "deepspeed_stage_1": ("strategy=deepspeed_stage_1", "trainer.devices=2"),
-    "deepspeed_stage_2": ("strategy=deepspeed_stage_2", "trainer.devices=2"),
-    "deepspeed_stage_3": ("strategy=deepspeed_stage_3", "trainer.devices=2"),
-    "hsdp": ("strategy=hsdp", "trainer.devices=4"),
-    "fsdp_tp": ("strategy=fsdp_tp", "trainer.devices=4"),
-}
+STRATEGIES = {name: 2 for name in options("strategy") if name != "auto"}  # and the number of processes
+WIDER = {"hsdp": 4, "fsdp_tp": 4}  # on two processes one of their two dimensions is of size 1
+RUNS = [("auto", 1), *STRATEGIES.items(), *WIDER.items()]
 RUN = (
     "model=llama2",
     "data=wikitext",
@@ -39,9 +33,10 @@ RUN = (
 SHOWN = (1, 5, 10, 15, 20)
 
 
-def losses(folder: Path, name: str, how: tuple[str, ...]) -> list[float]:
-    run_dir = folder / name.replace(" ", "_")
-    subprocess.run([sys.executable, "-m", "txtrain", *RUN, *how, f"run_dir={run_dir}"], check=True, stdout=subprocess.DEVNULL)
+def losses(folder: Path, strategy: str, n: int) -> list[float]:
+    run_dir = folder / f"{strategy}_{n}"  # complete or continued, if it is there
+    how = (f"strategy={strategy}", f"trainer.devices={n}", f"run_dir={run_dir}")
+    subprocess.run([sys.executable, "-m", "txtrain", *RUN, *how], check=True, stdout=subprocess.DEVNULL)
     return [float(row["loss"]) for row in read(run_dir / "metrics.csv")]
 
 
@@ -51,11 +46,12 @@ def main() -> None:
     print(f"| strategy | processes | {' | '.join(f'step {n}' for n in SHOWN)} | largest relative difference |")
     print(f"|---|---|{'---|' * len(SHOWN)}---|")
     curves = {}
-    for name, how in STRATEGIES.items():
-        curves[name] = seen = losses(folder, name, how)
+    for strategy, n in RUNS:
+        name = "one process" if n == 1 else strategy
+        curves[f"{name}, {n}"] = seen = losses(folder, strategy, n)
         reference = reference or seen
         difference = max(abs(a - b) / a for a, b in zip(reference, seen, strict=True))
-        print(f"| {name} | {how[1][-1]} | {' | '.join(f'{seen[n - 1]:.5f}' for n in SHOWN)} | {difference:.1e} |", flush=True)
+        print(f"| {name} | {n} | {' | '.join(f'{seen[n - 1]:.5f}' for n in SHOWN)} | {difference:.1e} |", flush=True)
     draw(curves, folder / "strategies.png")
 
 

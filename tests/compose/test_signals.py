@@ -24,11 +24,16 @@ def run(clean_room, monkeypatch):
     program(clean_room / "bin", "squeue", "exit 1")
     environment = os.environ | {"PATH": f"{clean_room}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17", "OMP_NUM_THREADS": "1"}
 
-    def begin(*overrides, verb=(), **more):
-        command = [sys.executable, "-m", "txtrain", *verb, *overrides]
-        return subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    begun = []
 
-    return begin
+    def begin(*overrides, verb=(), program=("-m", "txtrain"), **more):
+        command = [sys.executable, *program, *verb, *overrides]
+        begun.append(subprocess.Popen(command, env=environment | more, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield begin
+    for command in begun:
+        command.kill()
 
 
 def asked(folder):
@@ -68,13 +73,15 @@ def test_what_is_no_training_is_ended_by_a_signal_as_ever(run, clean_room):
 
 
 LONG_START = """
-    import hashlib, pathlib, sys
+    import ctypes, pathlib, sys
     from txtrain.data.module import DataModule
     from txtrain.cli import main
 
-    def prepare(self):                        # C code, in which Python answers no signal
+    def prepare(self):                        # waits for a lock that is never opened, in C, where Python answers no signal
         pathlib.Path("preparing").touch()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+        lock = ctypes.create_string_buffer(64)
+        for _ in range(2):
+            ctypes.CDLL(None).pthread_mutex_lock(lock)
 
     DataModule.prepare = prepare
     sys.exit(main(sys.argv[1:]))
@@ -84,17 +91,10 @@ LONG_START = """
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 1)], ids=["USR1", "INT"])
 def test_a_start_that_takes_long_is_left_though_python_answers_no_signal(number, code, run, clean_room):
     (clean_room / "long.py").write_text(textwrap.dedent(LONG_START))
-    command = run(*TINY, "data.path=text.txt", "run_dir=run")
-    command.kill()
-    command.communicate()
-    environment = os.environ | {"PATH": f"{clean_room}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": "17"}
-    command = subprocess.Popen([sys.executable, "long.py", *TINY, "data.path=text.txt", "run_dir=run"], env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        wait_for((clean_room / "preparing").exists)
-        command.send_signal(number)
-        _, err = command.communicate(timeout=60)
-    finally:
-        command.kill()
+    command = run(*TINY, "data.path=text.txt", "run_dir=run", program=("long.py",))
+    wait_for((clean_room / "preparing").exists)
+    command.send_signal(number)
+    _, err = command.communicate(timeout=60)
     assert command.returncode == code, err
     assert err.count("stopped before the first step.") == 1
     assert asked(clean_room) == (["requeue 17"] if code == 75 else [])

@@ -5,6 +5,8 @@ import signal
 
 import lightning.pytorch as pl
 
+from tests.distributed.variations import VARIATIONS
+
 
 class Signal(pl.Callback):
     """A signal to one process of the run at a step."""
@@ -35,7 +37,9 @@ class Poison(pl.Callback):
 
 
 def named(text: str) -> pl.Callback:
-    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`."""
+    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; or one of VARIATIONS."""
+    if text in VARIATIONS:
+        return VARIATIONS[text]()
     what, step, rank = text.split()
     if what == "POISON":
         return Poison(int(step), int(rank))

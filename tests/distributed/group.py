@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.compose.conftest import ROOT
+from tests.device import DEVICE, VARIABLE, needs
 from txtrain.launch import Group
 
 
@@ -21,7 +22,7 @@ class Case:
     callbacks: Sequence[str] = ()  # see callbacks.py
 
 
-def train(cases: Mapping[str, Case], n: int, folder: Path, timeout: float = 240) -> None:
+def train(cases: Mapping[str, Case], n: int, folder: Path, timeout: float = 240, device: str = DEVICE) -> None:
     """Train every case in the same n processes.
 
     Raises:
@@ -30,13 +31,14 @@ def train(cases: Mapping[str, Case], n: int, folder: Path, timeout: float = 240)
     folder.mkdir(parents=True, exist_ok=True)
     listed = folder / "cases.json"
     listed.write_text(json.dumps({name: dc.asdict(case) for name, case in cases.items()}))
-    run([sys.executable, "-m", "tests.distributed.worker", str(listed)], n, folder, timeout)
+    run([sys.executable, "-m", "tests.distributed.worker", str(listed)], n, folder, timeout, device=device)
 
 
-def run(command: Sequence[str], n: int, folder: Path, timeout: float = 240, ends_with: int = 0) -> str:
+def run(command: Sequence[str], n: int, folder: Path, timeout: float = 240, ends_with: int = 0, device: str = DEVICE) -> str:
     """A command in n processes that find each other as a launcher's would; what they wrote, one after the other."""
+    needs(n, device)
     store = folder / f"store-{os.urandom(4).hex()}"
-    common = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "TXTRAIN_STORE": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    common = {"WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), "TXTRAIN_STORE": str(store), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), VARIABLE: device}
     logs = [folder / f"log-{rank}.txt" for rank in range(n)]
     shell = ["bash", "-c", 'exec "$@" > "$TXTRAIN_TEST_LOG" 2>&1', "bash", *command]
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "TXTRAIN_TEST_LOG": str(logs[rank])} for rank in range(n)]
@@ -54,5 +56,6 @@ def run(command: Sequence[str], n: int, folder: Path, timeout: float = 240, ends
 
 def command_line(arguments: Sequence[str], folder: Path, timeout: float = 240) -> subprocess.CompletedProcess[str]:
     """txtrain, as typed; it starts the processes itself."""
+    needs(max([1, *(int(a.split("=")[1]) for a in arguments if a.startswith("trainer.devices="))]))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "txtrain", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)

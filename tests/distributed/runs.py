@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tests.device import accelerator
 from tests.training import write_text
 from txtrain.checkpoint import load_tensors, locate, shapes
 from txtrain.metrics import read
 
 COMMON = (
-    "trainer.accelerator=cpu",
+    accelerator(),
     "trainer.max_steps=10",
     "trainer.val_check_interval=5",
     "trainer.limit_val_batches=2",
@@ -31,6 +32,7 @@ MODELS = {
     "tied decoder with softcaps and windows": ("model=gemma2", *TEXT, "model.attention.window=[8,null]"),
     "encoder": ("model=bert", *TEXT),
     "two stacks": ("model=t5", *TEXT, "model.output_dropout=0", "model.ffn.dropout=0"),
+    "two stacks of 2017": ("model=transformer", "data=reverse", "objective.n_decoded=0", "model.max_seq_len=32"),
     "images": ("model=vit",),
     "experts": ("model=deepseek_r1", *TEXT),
 }

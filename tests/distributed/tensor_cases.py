@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from tests.device import BACKEND, DEVICE, accelerator
 from tests.models import tiny
 from txtrain.composition import compose
 from txtrain.config import Train
@@ -115,7 +116,7 @@ class Case:
 
 
 def config_of(case: Case) -> Train:
-    fixed = ("model=llama2", "data=text", "data.tokenizer=bytes", "data.path=none.txt", "trainer.accelerator=cpu", f"data.global_batch_size={BATCH}")
+    fixed = ("model=llama2", "data=text", "data.tokenizer=bytes", "data.path=none.txt", accelerator(), f"data.global_batch_size={BATCH}")
     config = compose([*fixed, *case.overrides])
     assert isinstance(config, Train)
     model = tiny(**{"init": InitConfig(std=0.1)} | MODELS[case.model])
@@ -145,8 +146,10 @@ class Trained:
         self.losses: list[float] = []
         self.norms: list[float] = []
         self.dropped: dict[str, torch.Tensor] = {}
+        self._device = parallel.device()
         self._autocast = parallel.trainer_arguments()["precision"] == "bf16-mixed"
         module = LitModule(config, described(config), parallel)
+        module._device = self._device  # as a trainer would: there is nothing yet that `.to` could move
         module.configure_model()
         self.model: Any = module.model
         for name, part in self.model.named_modules():
@@ -156,14 +159,13 @@ class Trained:
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.3, momentum=0.5)
         for step in range(STEPS):
             seed_everything(0, step, parallel.rank)
-            batch = {name: x.chunk(parallel.size)[parallel.rank] for name, x in batch_of(config.model, length, step).items()}
+            batch = {name: x.chunk(parallel.size)[parallel.rank].to(self._device) for name, x in batch_of(config.model, length, step).items()}
             self._step(module, parallel, batch)
-        self.parameters = {name: whole(p.detach()).clone() for name, p in self.model.named_parameters()}
-        logits = self._evaluated(batch_of(config.model, length, 99))
-        self.parameters["logits"] = logits
+        self.parameters = {name: whole(p.detach()).cpu().clone() for name, p in self.model.named_parameters()}
+        self.parameters["logits"] = self._evaluated({name: x.to(self._device) for name, x in batch_of(config.model, length, 99).items()})
 
     def _note(self, name: str, part: nn.Module, given: Any, out: torch.Tensor) -> None:
-        self.dropped.setdefault(name, (out == 0).flatten()[:200])
+        self.dropped.setdefault(name, (out == 0).flatten()[:200].cpu())
 
     def _step(self, module: LitModule, parallel: OneProcess, batch: dict[str, torch.Tensor]) -> None:
         depth = module.config.model.mtp_depth
@@ -171,7 +173,7 @@ class Trained:
         shares = []
         parts = list(cut(batch, module.config.data.micro_batch_size or len(batch["labels"])))
         for i, part in enumerate(parts, start=1):
-            half = torch.autocast("cpu", torch.bfloat16) if self._autocast else contextlib.nullcontext()
+            half = torch.autocast(self._device.type, torch.bfloat16) if self._autocast else contextlib.nullcontext()
             with parallel.micro_batch(module, last=i == len(parts)), half:
                 out = self.model(**part, num_items_in_batch=counts["n"], mtp_items_in_batch=[counts["n"]] * depth, return_logits=False)
                 loss = out.loss + sum(out.mtp_losses or (), start=0.0)
@@ -185,7 +187,7 @@ class Trained:
     @torch.no_grad()
     def _evaluated(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         self.model.eval()
-        logits: torch.Tensor = self.model(**batch).logits
+        logits: torch.Tensor = self.model(**batch).logits.cpu()
         self.model.train()
         return logits
 
@@ -238,7 +240,9 @@ def main() -> None:
     own_parts()
     torch.set_num_threads(1)
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(BACKEND, init_method=f"file://{os.environ['TXTRAIN_STORE']}", rank=rank, world_size=size)
     found: dict[str, Any] = {}
     for name, case in json.loads(Path(sys.argv[1]).read_text()).items():
         found[name] = compared(Case(case["model"], tuple(case["overrides"]), case["length"]), first=rank == 0)

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 from safetensors.torch import load_file
 
+from tests.device import accelerator
 from tests.distributed.zero_cases import launch
 from tests.training import TINY, rows, write_text
 from txtrain import ConfigError, train
@@ -22,9 +23,10 @@ pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="deepspeed")
 
 STEPS, HALF = 10, 6  # the last step, and one with a checkpoint
 TOLERANCE = 1e-5  # relative, in float32
-REPLACED = ("data.global_batch_size", "save.every_n_steps", "trainer.max_steps", "trainer.val_check_interval")
+REPLACED = ("data.global_batch_size", "save.every_n_steps", "trainer.accelerator", "trainer.max_steps", "trainer.val_check_interval")
 HERE = (
     *(o for o in TINY if o.split("=")[0] not in REPLACED),
+    accelerator(),
     "trainer.val_check_interval=3",
     "scheduler=constant",
     "model.max_seq_len=16",

@@ -1,6 +1,8 @@
 """What one process meets, all answer; none is left behind."""
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from tests.distributed import group
 from tests.distributed.group import command_line
 from tests.distributed.runs import overrides
 from txtrain.metrics import read
+from txtrain.places import options
 
 
 def start(arguments, folder):
@@ -84,13 +87,51 @@ def test_the_users_mistake_is_told_once(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_processes_that_were_started_differently_are_told_so(tmp_path):
-    run = overrides(tmp_path, "decoder", "run", "trainer.devices=2", "strategy=ddp")
-    command = ["bash", "-c", f'exec {sys.executable} -m txtrain "$@" optimizer.lr=0.00$((RANK + 1))', "bash", *run]
-    said = group.run(command, 2, tmp_path, ends_with=2)
-    assert said.count("txtrain: ") == 1
+def differently(folder, before, *more):
+    """What two processes say that are not started alike. before: shell, in which $RANK is known; more: arguments, likewise."""
+    run = overrides(folder, "decoder", "run", "trainer.devices=2", "strategy=ddp")
+    said = group.run(["bash", "-c", f'{before}; exec {sys.executable} -m txtrain "$@" {" ".join(more)}', "bash", *run], 2, folder, ends_with=2)
+    told, silent = said.split("=== process 1")
+    assert "txtrain: " in told
+    assert "Traceback" not in told
+    assert not silent.strip(), "one process tells it"
+    assert not (folder / "run").exists()
+    return told
+
+
+def test_processes_with_another_configuration_or_other_code_are_told_so(tmp_path):
+    """On two machines the package and a file of one's own may differ, though they are called the same."""
+    for rank in (0, 1):
+        machine = tmp_path / str(rank)
+        for part in ("txtrain", "conf", "recipes"):
+            shutil.copytree(ROOT / part, machine / part, ignore=shutil.ignore_patterns("__pycache__"))
+        (machine / "mine.py").write_text(f"SCALE = {rank}\n")
+    with (tmp_path / "1/txtrain/balance.py").open("a") as f:
+        f.write("# changed\n")
+    said = differently(tmp_path, f'cd {tmp_path}/$RANK; export PYTHONPATH="$PWD"', "imports=[mine]", "optimizer.lr=0.00$((RANK + 1))")
     assert "`optimizer.lr` must be the same in all processes, but is 0.002 in process 1 and 0.001 in process 0." in said
-    assert not (tmp_path / "run").exists()
+    for name in ("txtrain", "mine"):
+        found = re.search(rf"`the code of {name}` must be the same in all processes, but is (\w{{12}}) in process 1 and (\w{{12}}) in process 0", said)
+        assert found, said
+        assert found[1] != found[2]
+    assert said.count("must be the same") == 3
+
+
+@pytest.mark.slow
+def test_processes_of_different_strategies_do_not_wait_for_each_other(tmp_path):
+    said = differently(tmp_path, "how=(ddp tp)", "strategy=${how[$RANK]}")
+    assert "`strategy.type` must be the same in all processes, but is tp in process 1 and ddp in process 0." in said
+    assert "`strategy.tp_size` must be the same in all processes, but is None in process 1 and not there in process 0." in said
+
+
+@pytest.mark.slow
+def test_processes_that_read_other_data_are_told_so(tmp_path):
+    """The same path, on two machines that have another text there."""
+    for rank in (0, 1):
+        (tmp_path / str(rank)).mkdir()
+        (tmp_path / str(rank) / "text.txt").write_text(f"A line of machine {rank}, of many.\n" * 200)
+    said = differently(tmp_path, f"cd {tmp_path}/$RANK", "data.path=text.txt", "data.cache_dir=cache")
+    assert re.search("`the fingerprint of the data` must be the same in all processes, but is .* in process 1 and .* in process 0", said), said
 
 
 def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path):
@@ -108,11 +149,17 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path
         assert float(rows[5]["loss"]) == pytest.approx(float(seen["ddp"][5]["loss"]), rel=1e-5), way
 
 
-def test_torchrun_starts_the_same_run(tmp_path):
-    run = overrides(tmp_path, "decoder", "run", "trainer.max_steps=2", "strategy=fsdp")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "txtrain", *run]
+SIZES = {"hsdp": 4, "fsdp_tp": 4}  # processes, where two would not show what the strategy is
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in options("strategy") if s not in ("auto", "fsdp"))])
+def test_torchrun_starts_the_same_run(tmp_path, strategy):
+    n = SIZES.get(strategy, 2)
+    run = overrides(tmp_path, "decoder", "run", "trainer.max_steps=2", f"strategy={strategy}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n), "-m", "txtrain", *run]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(torchrun, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("done:") == 1
-    assert "fsdp, 2 processes" in done.stdout
+    assert f"{strategy}, {n} processes" in done.stdout
+    assert [int(row["step"]) for row in read(tmp_path / "run/metrics.csv")] == [1, 2]

@@ -15,11 +15,14 @@ import traceback
 from pathlib import Path
 from typing import Any
 
+from tests.device import needs
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def launch(n: int, cases: dict[str, list[str]], folder: Path, seconds: float = 300) -> None:
     """Run the cases on n processes; `copy=FOLDER` among a case's overrides: its run_dir starts as a copy of that folder."""
+    needs(n)
     file = folder / f"cases{n}-{time.time_ns()}.json"
     file.write_text(json.dumps(list(cases.items())))
     command = [sys.executable, "-m", "tests.distributed.zero_cases", str(n), str(file)]
@@ -39,13 +42,17 @@ def start(n: int, file: str) -> int:
 
 
 def work(file: str) -> int:
+    import torch
     import torch.distributed as dist
 
+    from tests.device import BACKEND, DEVICE
     from txtrain import train
     from txtrain.composition import compose
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{file}.store", rank=rank, world_size=size)
+    if DEVICE == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group(BACKEND, init_method=f"file://{file}.store", rank=rank, world_size=size)
     for name, overrides in json.loads(Path(file).read_text()):
         values = dict(o.split("=", 1) for o in overrides)
         source = values.pop("copy", None)

@@ -7,8 +7,10 @@ from tests.models import ids, seeded, shake
 from tests.models import tiny as model_of
 from tests.training import rows, tiny, weights
 from txtrain import balance
+from txtrain.data.module import DataModule
 from txtrain.metrics import read
 from txtrain.model import axes
+from txtrain.objectives.build import build_objective
 from txtrain.run import train
 
 SMALL = (
@@ -40,6 +42,16 @@ def test_counts_add_up_over_forwards_and_the_model_is_called_as_it_is():
     for layer, counts in observed.counts.items():
         assert torch.equal(counts, sum(out.aux[f"{layer}.expert_counts"] for out in outputs))
     assert observed.config is model.config
+
+
+def test_padding_behind_packed_documents_is_no_visit(tmp_path):
+    """It would be all of one token, and the balance would be sought for it."""
+    config = tiny(tmp_path, *SMALL, "data.packing=best_fit")
+    batch, objective, model = DataModule(config).first(8), build_objective(config), balance.Observed(seeded(config.model))
+    objective(model, batch, objective.denominators(batch))
+    n_real = int(batch["attention_mask"].sum())
+    assert n_real < batch["attention_mask"].numel()
+    assert model.counts["blocks.0"].sum() == model.counts["blocks.1"].sum() == n_real * config.model.ffn.top_k
 
 
 def test_load_is_the_largest_share_over_the_mean():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from txtrain.memory.batch import batch_of, nbytes_of
 from txtrain.memory.model import Traced
 from txtrain.memory.tape import Bytes, Group, Parameter, Tape, Value
+from txtrain.memory.travel import rows_to_experts
 from txtrain.parallel.config import Layout
 
 if TYPE_CHECKING:
@@ -38,7 +39,11 @@ class Memory:
 
 
 class NotCounted(Exception):
-    """A choice whose memory has no closed form here; the text says which and why."""
+    """A choice whose memory has no closed form here; the text says which and why. communicated: what is counted nevertheless, as in Memory."""
+
+    def __init__(self, why: str, communicated: dict[str, int] | None = None) -> None:
+        super().__init__(why)
+        self.communicated = communicated or {}
 
 
 def memory(config: Train, world: int, micro: int | None = None) -> Memory:
@@ -69,6 +74,9 @@ def _refuse_uncounted(config: Train, world: int) -> None:
     strategy, optimizer = config.strategy, config.optimizer
     if world > 1 and strategy.layout(world).tensor > 1:
         raise NotCounted(f"strategy={strategy.type} cuts matrices, whose pieces are not counted yet")
+    if getattr(strategy, "ep_size", 1) > 1:
+        why = f"strategy.ep_size={strategy.ep_size}: what experts receive is held beside their shards, and is not counted yet"
+        raise NotCounted(why, {"all_to_all": rows_to_experts(config, world)})
     if hasattr(strategy, "stage"):
         raise NotCounted(f"strategy={strategy.type}: what DeepSpeed's engine holds is not counted yet")
     if getattr(strategy, "cpu_offload", False):
@@ -170,7 +178,17 @@ class _Sharded(_Copies):
         """Elements of the whole buffer: rows of each parameter up to a multiple of the shards."""
         return sum(self._shard(p) for p in group.parameters) * self.layout.shard
 
+    def _cut_within(self, p: Parameter) -> bool:
+        """Whether experts are cut within each, as the shards do not divide their number (`sharding.Along`)."""
+        return bool(p.rows % self.layout.shard) and any(size % self.layout.shard == 0 for size in p.within)
+
+    def _rearranged(self, group: Group) -> int:
+        """Elements that FSDP2 copies once more, in which what each process has lies side by side: after gathering, and before reduction."""
+        return sum(p.n for p in group.parameters if self._cut_within(p))
+
     def _shard(self, p: Parameter) -> int:
+        if self._cut_within(p):
+            return p.n // self.layout.shard
         return math.ceil(p.rows / self.layout.shard) * (p.n // p.rows)
 
     def _mine(self) -> int:
@@ -206,6 +224,7 @@ class _Sharded(_Copies):
     def _gathered(self, group: Group) -> Bytes:
         buffer = self._buffer(group)
         whole = self.t.bytes(group.n, kind="gathered")
+        self.t.bytes(self._rearranged(group), kind="gathered")
         self.stale = buffer
         return whole
 
@@ -238,6 +257,7 @@ class _Sharded(_Copies):
         if number not in self.whole:
             buffer = self.prefetched.pop(number, None) or self._buffer(self.groups[number])
             self.whole[number] = self.t.bytes(self.groups[number].n, kind="gathered")
+            self.t.bytes(self._rearranged(self.groups[number]), kind="gathered")
             del buffer
         self._prefetch(number - 1)
 
@@ -248,7 +268,9 @@ class _Sharded(_Copies):
 
     def _reduce(self, group: Group, live: Group) -> None:
         self.reduced = None
+        rearranged = self.t.bytes(self._rearranged(group), kind="reduced")
         self.reduced = self.t.bytes(self._padded(group), FLOAT32, "reduced")
+        del rearranged
         for p in live.parameters:
             p.gradient = None
         if hasattr(self, "earlier_of"):

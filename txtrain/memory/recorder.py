@@ -82,14 +82,15 @@ class Value:
 
 
 class Parameter(Value):
-    """A leaf of rows x columns elements in the storage of its group; `node` gathers its gradient."""
+    """A leaf of rows x columns elements in the storage of its group; `node` gathers its gradient. within: of stacked matrices, the sizes of one."""
 
-    __slots__ = ("gradient", "group", "rows")
+    __slots__ = ("gradient", "group", "rows", "within")
     gradient: Bytes | None
 
     def __init__(self, rows: int, n: int, size: int, group: Group) -> None:
         super().__init__(n, size, None)
         self.rows, self.group, self.gradient = rows, group, None
+        self.within: tuple[int, ...] = ()
         group.parameters.append(self)
 
 

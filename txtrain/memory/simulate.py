@@ -88,7 +88,8 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         sent = Sent()
         for step in range(STEPS):
             sent.clear()
-            with _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext(), sent, tracker, _precision(config, parallel):
+            as_real = _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
+            with as_real, sent, tracker, _precision(config, parallel):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()

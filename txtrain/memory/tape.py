@@ -187,7 +187,9 @@ class Tape(Recorder):
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int) -> Value:
         """Rows of x, each times the matrix of its expert."""
-        x, weight = self.low(x), self.low(self.parameter(experts, inputs * outputs))
+        stack = self.parameter(experts, inputs * outputs)
+        stack.within = (outputs, inputs)
+        x, weight = self.low(x), self.low(stack)
         nbytes, whole = x.nbytes, weight.n * x.size
 
         def backward(g: Bytes) -> Gradients:

@@ -6,6 +6,7 @@ One draw from torch's generator seeds the model; each parameter then has a gener
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -59,20 +60,21 @@ class Initialiser:
                 _output(module.weight, init, self._generator(module.weight, name))
         elif hasattr(module, "stacked_projections"):
             for child in module.stacked_projections:
-                factor = self._residual_factor if child in getattr(module, "residual_projections", ()) else 1.0
-                _stacked(getattr(module, child), init, factor, self._generator(getattr(module, child), f"{name}.{child}"))
+                self.fill_stacked(name, module, child, getattr(module, child))
         elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
             _reset(name, module, self.seed)
+
+    def fill_stacked(self, name: str, module: Any, child: str, matrices: Iterable[Tensor]) -> None:
+        """Fill matrices that lie side by side in one parameter, each as it would be alone; they may be made one by one."""
+        factor = self._residual_factor if child in getattr(module, "residual_projections", ()) else 1.0
+        generator = None
+        for matrix in matrices:
+            generator = generator or self._generator(matrix, f"{name}.{child}")
+            _matrix(matrix, self.init, factor, generator)
 
     def _generator(self, like: Tensor, name: str) -> torch.Generator:
         digest = hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest()
         return torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _stacked(weight: Tensor, init: InitConfig, factor: float, generator: torch.Generator) -> None:
-    """Matrices side by side in one parameter, each as it would be alone."""
-    for matrix in weight:
-        _matrix(matrix, init, factor, generator)
 
 
 def _residual_projections(model: nn.Module) -> set[Any]:

@@ -216,14 +216,18 @@ class Transformer(Stack):
             return target
         if labels is None:
             raise ValueError("`decoder_input_ids` or `labels` must be given to a model with an encoder and a decoder.")
-        return dc.replace(target, ids=self.shifted_right(labels))
+        return dc.replace(target, ids=self.shifted_right(labels, target.documents))
 
-    def shifted_right(self, labels_BT: Tensor) -> Tensor:
-        """What the decoder reads to predict these labels: the start token, then all but the last of them."""
+    def shifted_right(self, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+        """What the decoder reads to predict these labels: the start token, then all but the last of them; so in each document of a row."""
         start = self.config.decoder_start_token_id
         pad = self.config.pad_token_id or 0
-        first = labels_BT.new_full((len(labels_BT), 1), pad if start is None else start)
-        return torch.cat((first, labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)), dim=1)
+        start = pad if start is None else start
+        first = labels_BT.new_full((len(labels_BT), 1), start)
+        before_BT = labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)
+        if document_ids_BT is not None:
+            before_BT = before_BT.masked_fill(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], start)
+        return torch.cat((first, before_BT), dim=1)
 
     # --------------------------------------------------------------------------------------------------------------- loss
 

@@ -17,11 +17,14 @@ class CausalLM(Objective):
     """Cross-entropy of token t + 1 given tokens 0..t, in nats a token, over all targets of the global batch.
 
     With mtp_depth also of token t + 2, t + 3, ... as terms of their own, `mtp_loss`, `mtp_loss_2`, ..., of weight mtp_weight together.
+    counts_tokens: the model counts who visits its experts, and is told which tokens are padding. Others need not know, since nothing
+    that is trained reads a token behind it; without a mask there are kernels for documents alone.
     """
 
     perplexity = True
 
-    def __init__(self, mtp_weight: float = 0.3, mtp_depth: int = 0) -> None:
+    def __init__(self, mtp_weight: float = 0.3, mtp_depth: int = 0, counts_tokens: bool = False) -> None:
+        self.counts_tokens = counts_tokens
         self.beside = tuple("mtp_loss" if k == 1 else f"mtp_loss_{k}" for k in range(1, mtp_depth + 1))
         self.weights = {"loss": 1.0, **dict.fromkeys(self.beside, mtp_weight / max(mtp_depth, 1))}
 
@@ -36,6 +39,7 @@ class CausalLM(Objective):
             document_ids=batch.get("document_ids"),
             labels=batch["labels"],
             num_items_in_batch=denominators["loss"],
+            **({"attention_mask": batch.get("attention_mask")} if self.counts_tokens else {}),
             **self._of_further(denominators),
             return_logits=False,  # [B, T, V] at once would be the largest tensor of the step
         )

@@ -55,7 +55,7 @@ class CausalLMConfig(ObjectiveConfig):
     mtp_weight: float = 0.3  # of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2)
 
     def arguments(self, config: Train) -> dict[str, Any]:
-        return {"mtp_depth": config.model.mtp_depth}
+        return {"mtp_depth": config.model.mtp_depth, "counts_tokens": hasattr(config.model.ffn, "n_experts")}
 
     def check(self) -> Iterator[str]:
         if self.mtp_weight < 0:

@@ -51,16 +51,31 @@ def kept_without(state: dict[str, Tensor], name: str, like: Tensor, dim: int) ->
 def by_matrix(x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
     """function of a whole matrix, or of a stack of whole ones; cut as `x` is.
 
-    Every process computes the whole matrix: the same one, bit for bit, wherever `x` is cut. A stack that is cut between its matrices
-    (experts) is not gathered.
+    Every process computes the whole matrix: the same one, bit for bit, wherever `x` is cut. A stack (experts) is not gathered: each process
+    computes those of its matrices that it has; where they are cut, the processes that share some compute some of them each.
     """
     if not isinstance(x, DTensor):
         return function(x)
-    if x.ndim == 3 and all(p.is_replicate() or _cuts(p, 0) for p in x.placements):
-        part = function(x.to_local()).contiguous()
-        return DTensor.from_local(part, x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
+    within = [i for i, p in enumerate(x.placements) if not p.is_replicate() and not _cuts(p, 0)]
+    if x.ndim == 3 and len(within) < 2:
+        part = _some_of_a_stack(x, within[0], function) if within else function(x.to_local())
+        return DTensor.from_local(part.contiguous(), x.device_mesh, x.placements, run_check=False, shape=x.shape, stride=x.stride())
     whole = function(x.full_tensor()).contiguous()
     return DTensor.from_local(whole, x.device_mesh, [Replicate()] * x.device_mesh.ndim, run_check=False).redistribute(placements=x.placements)
+
+
+def _some_of_a_stack(x: DTensor, i: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """This process' part of function of each matrix, where they are cut over dimension i of the mesh."""
+    mesh = x.device_mesh if x.device_mesh.ndim == 1 else x.device_mesh[x.device_mesh.mesh_dim_names[i]]  # type: ignore[index]
+    part, dim = x.to_local(), x.placements[i].dim  # type: ignore[attr-defined]
+    shape = torch.Size([*part.shape[:dim], x.shape[dim], *part.shape[dim + 1 :]])
+    stride = torch.empty(shape, device="meta").stride()
+    cut = DTensor.from_local(part, mesh, [x.placements[i]], run_check=False, shape=shape, stride=stride)
+    some = cut.redistribute(placements=[Shard(0)])
+    held = some.to_local()
+    made = function(held).contiguous() if len(held) else held
+    whole = DTensor.from_local(made, mesh, [Shard(0)], run_check=False, shape=some.shape, stride=some.stride())
+    return whole.redistribute(placements=cut.placements).to_local()
 
 
 def _added_up(part: Tensor, like: Tensor, cut: Callable[[Placement], bool]) -> Tensor:

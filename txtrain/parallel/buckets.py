@@ -13,11 +13,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from txtrain.model.embedding import PatchEmbedding, TokenEmbedding
+from txtrain.model.position import Position
+from txtrain.model.stack import Stack
+
 BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
 
 
 class GradientBuckets:
-    """Sums the gradients of the parameters over a process group, bucket by bucket, the last parameters (whose gradients come first) first.
+    """Sums the gradients of the parameters over a process group, bucket by bucket, the last parameters first: let them be in the order in
+    which a forward reads them (`as_read`), so that their gradients come in the opposite one.
 
     Set `active` for a backward with which gradients are to be exchanged; `finish()` after it. A bucket is sent as soon as its gradients
     are there and all buckets before it are sent: every process sends them in the same order. A parameter that got no gradient in any
@@ -67,6 +72,21 @@ class GradientBuckets:
                     parameter.grad = torch.zeros_like(parameter)
                     local(parameter.grad).copy_(part.view_as(local(parameter)))
         self._waiting, self._sent, self.active = [], [], False
+
+
+def as_read(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters about as a forward reads them: what embeds tokens and positions, a stack within the model, the rest.
+
+    An embedding's gradient is the last to be whole. Where the model names it behind its blocks, a bucket that it is in would keep all
+    the others waiting until the backward has ended.
+    """
+    embedded = _below(model, (TokenEmbedding, PatchEmbedding, Position))
+    within = _below(model, (Stack,))
+    return sorted(model.parameters(), key=lambda p: 0 if id(p) in embedded else 1 if id(p) in within else 2)
+
+
+def _below(model: nn.Module, kinds: tuple[type, ...]) -> set[int]:
+    return {id(p) for module in model.modules() if module is not model and isinstance(module, kinds) for p in module.parameters()}
 
 
 def local(tensor: Tensor) -> Tensor:

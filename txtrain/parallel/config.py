@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -12,6 +13,7 @@ from txtrain.registry import TABLE, register
 
 if TYPE_CHECKING:
     from txtrain.config import Train
+    from txtrain.model.config import ModelConfig
 
 
 class Layout(NamedTuple):
@@ -29,15 +31,16 @@ class Layout(NamedTuple):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Base: every process holds all of the model and sees its share of the samples."""
+    """Base: every process holds all of the model and sees its share of the samples. absent: why it has not a key that others have."""
 
+    absent: ClassVar[dict[str, str]] = {"ep_size": " Copies of a model have all experts."}
     type: str
 
     def layout(self, world: int) -> Layout:
         """Of so many processes, `problems` being none."""
         return Layout(replicate=world)
 
-    def problems(self, world: int) -> Iterator[str]:
+    def problems(self, world: int, model: ModelConfig) -> Iterator[str]:
         """What `world` processes cannot be laid out for."""
         yield from ()
 
@@ -62,7 +65,32 @@ class ShardedConfig(StrategyConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class HybridConfig(ShardedConfig):
+class FullyShardedConfig(ShardedConfig):
+    """ep_size: processes over which the experts of each mixture are divided (2006.16668); what is left of the shards cuts each of them. 1: none."""
+
+    ep_size: int = 1
+
+    def problems(self, world: int, model: ModelConfig) -> Iterator[str]:
+        yield from self._experts(self.layout(world).shard, model)
+
+    def _experts(self, shards: int, model: ModelConfig) -> Iterator[str]:
+        """What the shards, or the model, do not allow of ep_size."""
+        n, path = self.ep_size, "strategy.ep_size"
+        if n == 1:
+            return
+        experts = cuttable.experts(model)
+        if experts is None:
+            yield f"`{path}` must be 1 with model/ffn={model.ffn.type}, which has no experts to divide, but is {n} instead. Nearest: 1."
+            return
+        near = f"Nearest that both allow: {', '.join(map(str, divisors_near(n, math.gcd(shards, experts))))}."
+        if n < 1 or shards % n:
+            yield f"`{path}` must divide the processes that hold shards of one model ({shards}), but is {n} instead. {near}"
+        elif experts % n:
+            yield f"`{path}` must divide model.ffn.n_experts ({experts}), but is {n} instead. {near}"
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class HybridConfig(FullyShardedConfig):
     """Shards within each of dp_replicate_size groups, copies among the groups."""
 
     dp_replicate_size: int = 2
@@ -70,21 +98,26 @@ class HybridConfig(ShardedConfig):
     def layout(self, world: int) -> Layout:
         return Layout(replicate=self.dp_replicate_size, shard=world // self.dp_replicate_size)
 
-    def problems(self, world: int) -> Iterator[str]:
-        yield from _divides("dp_replicate_size", self.dp_replicate_size, world)
+    def problems(self, world: int, model: ModelConfig) -> Iterator[str]:
+        found = list(_divides("dp_replicate_size", self.dp_replicate_size, world))
+        yield from found or super().problems(world, model)
+
+
+CUT_ALREADY = {"ep_size": " Tensor parallelism gives each process a part of every expert instead."}
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TensorConfig(StrategyConfig):
     """Each layer's matrices are cut over the processes (1909.08053), its norms over positions (2205.05198). tp_size: null: all processes."""
 
+    absent = CUT_ALREADY
     tp_size: int | None = None
 
     def layout(self, world: int) -> Layout:
         tensor = self.tp_size or world
         return Layout(replicate=world // tensor, tensor=tensor)
 
-    def problems(self, world: int) -> Iterator[str]:
+    def problems(self, world: int, model: ModelConfig) -> Iterator[str]:
         yield from _divides("tp_size", self.tp_size or world, world)
 
 
@@ -92,12 +125,13 @@ class TensorConfig(StrategyConfig):
 class ShardedTensorConfig(ShardedConfig):
     """Matrices cut over tp_size processes, and these pieces in shards over the groups."""
 
+    absent = CUT_ALREADY
     tp_size: int = 2
 
     def layout(self, world: int) -> Layout:
         return Layout(shard=world // self.tp_size, tensor=self.tp_size)
 
-    def problems(self, world: int) -> Iterator[str]:
+    def problems(self, world: int, model: ModelConfig) -> Iterator[str]:
         yield from _divides("tp_size", self.tp_size, world)
 
 
@@ -108,6 +142,7 @@ class ZeROConfig(StrategyConfig):
     cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, live in the processor's memory.
     """
 
+    absent = {"ep_size": " ZeRO lays all parameters end to end and cuts them over all processes alike."}
     stage: ClassVar[int]
     cpu_offload: bool = False
 
@@ -160,7 +195,7 @@ def processes(config: Train) -> int | None:
 
 def problems(config: Train, world: int) -> Iterator[str]:
     """What so many processes do not allow: the strategy's layout, and the batch's shares."""
-    found = list(config.strategy.problems(world))
+    found = list(config.strategy.problems(world, config.model))
     yield from found
     if found:
         return
@@ -179,7 +214,7 @@ def problems(config: Train, world: int) -> Iterator[str]:
 
 
 register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
-register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", ShardedConfig)
+register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", FullyShardedConfig)
 register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
 register("strategy", "deepspeed_stage_1", "txtrain.parallel.deepspeed:ZeRO", ZeRO1Config)
 register("strategy", "deepspeed_stage_2", "txtrain.parallel.deepspeed:ZeRO", ZeRO2Config)

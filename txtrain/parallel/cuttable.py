@@ -1,4 +1,4 @@
-"""What tensor parallelism must be able to divide, told of a configuration by component type, as tensor.py cuts modules by type. No torch."""
+"""What is divided over processes, told of a configuration by component type, as tensor.py and experts.py divide modules by type. No torch."""
 
 from __future__ import annotations
 
@@ -44,13 +44,19 @@ def _mixture(model: ModelConfig, ffn: Any) -> Iterator[Size]:
         yield Size("model.ffn.dense_hidden_dim", ffn.dense_width(model))
 
 
+MIXTURE = "txtrain.model.moe:feed_forward"
 CUT: dict[str, Callable[[ModelConfig, Any], Iterator[Size]]] = {
     "txtrain.model.attention:MultiHeadAttention": _multi_head,
     "txtrain.model.mla:LatentAttention": _latent,
     "txtrain.model.ffn:MLP": _feed_forward,
     "txtrain.model.ffn:GatedFFN": _feed_forward,
-    "txtrain.model.moe:feed_forward": _mixture,
+    MIXTURE: _mixture,
 }
+
+
+def experts(model: ModelConfig) -> int | None:
+    """How many each mixture has; None: there is none that can be divided by experts."""
+    return int(model.ffn.n_experts) if TABLE["ffn"][model.ffn.type].target == MIXTURE else None
 
 
 _COUNTED = (

@@ -22,7 +22,8 @@ from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel import cuttable
 from txtrain.parallel.base import OneProcess
-from txtrain.parallel.buckets import GradientBuckets
+from txtrain.parallel.buckets import GradientBuckets, as_read, local
+from txtrain.parallel.clipping import clip
 from txtrain.parallel.config import problems
 from txtrain.parallel.world import STORE, World, by_srun
 from txtrain.slurm import meeting_point
@@ -52,11 +53,13 @@ class Mesh(OneProcess):
         self._buckets: GradientBuckets | None = None
         self._fsdp = False
         self._cut: Cut | None = None
+        self._ep_size = getattr(config.strategy, "ep_size", 1)
 
     @property
     def title(self) -> str:
         parts = {"copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor}
         laid = " x ".join(f"{n} {what}" for what, n in parts.items() if n > 1)
+        laid += f", experts divided over {self._ep_size}" if self._ep_size > 1 else ""
         whole = cuttable.whole(self.config.model) if self.layout.tensor > 1 else []
         return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "") + "".join(f"; {w} is whole in each" for w in whole)
 
@@ -69,9 +72,10 @@ class Mesh(OneProcess):
         if mine:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, **self._meeting_point(), rank=self.world.rank, world_size=self.world.size, timeout=timedelta(minutes=30))
-        self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
-        self.meet(device.type)
         try:
+            self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
+            self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})  # or they would wait for each other below
+            self.meet(device.type)
             yield
         finally:
             if mine:
@@ -79,7 +83,10 @@ class Mesh(OneProcess):
 
     def meet(self, kind: str = "cpu") -> None:
         """Lay the processes out, once they know of each other. kind: of device."""
-        self.mesh = self._made(kind)
+        self.mesh = init_device_mesh(kind, tuple(self.layout), mesh_dim_names=("replicate", "shard", "tensor"))
+        if self._ep_size > 1:
+            shape = self.layout.replicate, self.layout.shard // self._ep_size, self._ep_size
+            self.expert_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "expert"))
 
     def _meeting_point(self) -> dict[str, Any]:
         """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""
@@ -90,14 +97,18 @@ class Mesh(OneProcess):
             return {"init_method": f"tcp://{f'[{address}]' if ':' in address else address}:{port}"}
         return {}
 
-    def _made(self, kind: str) -> DeviceMesh:
-        return init_device_mesh(kind, tuple(self.layout), mesh_dim_names=("replicate", "shard", "tensor"))
-
     @property
     def _data_mesh(self) -> DeviceMesh:
         """The dimensions along which samples differ, without those of size 1."""
         names = tuple(n for n, size in zip(("replicate", "shard"), self.layout[:2], strict=True) if size > 1)
         return self.mesh[names or ("shard",)]
+
+    @property
+    def _mesh_of_experts(self) -> DeviceMesh | None:
+        """Over which a process' experts lie in shards, and copies; None: as everything else."""
+        if self._ep_size == 1:
+            return None
+        return self.expert_mesh["replicate", "shard"] if self.layout.replicate > 1 else self.expert_mesh["shard"]
 
     @property
     def _data_group(self) -> dist.ProcessGroup:
@@ -158,11 +169,13 @@ class Mesh(OneProcess):
     def agree(self, facts: Mapping[str, str]) -> None:
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, dict(facts), group=self._control)
+        names = dict.fromkeys(name for theirs in gathered for name in theirs)  # one of another kind has other names
         different = [
-            f"`{name}` must be the same in all processes, but is {theirs[name]} in process {rank} and {gathered[0][name]} in process 0."
-            for name in facts
+            f"`{name}` must be the same in all processes, but is {theirs.get(name, 'not there')} in process {rank} "
+            f"and {gathered[0].get(name, 'not there')} in process 0."
+            for name in names
             for rank, theirs in enumerate(gathered)
-            if theirs[name] != gathered[0][name]
+            if theirs.get(name) != gathered[0].get(name)
         ]
         if different:
             raise ConfigError(*different) if self.is_first else Elsewhere()
@@ -185,11 +198,15 @@ class Mesh(OneProcess):
             from txtrain.parallel.tensor import cut
 
             self._cut = cut(model, self.mesh["tensor"])
+        if self._ep_size > 1:
+            from txtrain.parallel.experts import divide
+
+            divide(model, self.expert_mesh["expert"])
         if self._shards:
             from txtrain.parallel.sharding import shard
 
             strategy = self.config.strategy
-            shard(model, self._data_mesh, self._policy(), strategy.reshard_after_forward, strategy.cpu_offload)
+            shard(model, self._data_mesh, self._policy(), strategy.reshard_after_forward, strategy.cpu_offload, self._mesh_of_experts)
             self._fsdp = True
 
     def materialise(self, model: nn.Module, device: torch.device) -> None:
@@ -218,7 +235,7 @@ class Mesh(OneProcess):
             yield
         elif self.size > 1:
             if self._buckets is None:
-                self._buckets = GradientBuckets(model.parameters(), self._data_group)
+                self._buckets = GradientBuckets(as_read(model), self._data_group)
             self._buckets.active = last
             yield
             if last:
@@ -229,9 +246,12 @@ class Mesh(OneProcess):
             self._cut.sum_gradients()
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        if self._cut is None:
-            return super().clip(parameters, max_norm)
-        return self._cut.clip(max_norm, self.mesh["shard"].get_group() if self.layout.shard > 1 else None)
+        shards = self.mesh["shard"].get_group() if self.layout.shard > 1 else None
+        if self._cut is not None:
+            return self._cut.clip(max_norm, shards)
+        if self._ep_size > 1:  # parameters lie over two meshes, but each of their elements once among the shards
+            return clip([(local(p.grad), 1.0) for p in parameters if p.grad is not None], max_norm, shards)
+        return super().clip(parameters, max_norm)
 
     # ----------------------------------------------------------------------------------------------------------- checkpoints
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
 from txtrain.model.head import Vocabulary
 from txtrain.parallel.lanes import Lanes
@@ -37,6 +38,20 @@ def _read(module: nn.Module, name: str) -> Any:
     part = parameter.to_local(grad_placements=parameter.placements)  # a replicated gradient may be a part of a sum: `Cut.replicated`
     rows = module.__dict__.get(ROWS)
     return part if rows is None else part[rows]
+
+
+def place(owner: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
+    """Lay parameters of a module over a mesh of one dimension; it reads this process' part of all that it owns."""
+    if not placements:
+        return
+    for name, placement in placements.items():
+        parameter = owner._parameters.get(name)
+        if parameter is None:
+            continue
+        placed = distribute_tensor(parameter.detach(), mesh, [placement], src_data_rank=None)
+        owner._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
+    cls: Any = type(owner)
+    owner.__class__ = reading(cls, tuple(name for name, _ in own_parameters(owner)))
 
 
 def wrap(module: nn.Module, method: str, around: Callable[..., Any], *given: Any) -> None:

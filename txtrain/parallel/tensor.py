@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from txtrain.model.attention import MultiHeadAttention
 from txtrain.model.block import Block
@@ -38,8 +38,9 @@ from txtrain.model.mla import LatentAttention
 from txtrain.model.moe import MixtureOfExperts
 from txtrain.model.position import Position, RelativeBias
 from txtrain.parallel.buckets import GradientBuckets, local
+from txtrain.parallel.clipping import clip
 from txtrain.parallel.lanes import Lanes
-from txtrain.parallel.parts import ROWS, VocabularyPart, own_parameters, reading, rows_here, wrap
+from txtrain.parallel.parts import ROWS, VocabularyPart, own_parameters, place, rows_here, wrap
 
 Forward = Callable[..., Any]
 
@@ -237,16 +238,7 @@ class Cut:
         linear.__dict__[ROWS] = rows
 
     def _place(self, owner: nn.Module, **placements: Placement) -> None:
-        if not placements:
-            return
-        for name, placement in placements.items():
-            parameter = owner._parameters.get(name)
-            if parameter is None:
-                continue
-            placed = distribute_tensor(parameter.detach(), self.lanes.mesh, [placement], src_data_rank=None)
-            owner._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
-        cls: Any = type(owner)
-        owner.__class__ = reading(cls, tuple(name for name, _ in own_parameters(owner)))
+        place(owner, self.lanes.mesh, **placements)
 
     def rest(self) -> None:
         """What no rule has placed is whole; and of all that is whole, whose gradient is a part of a sum."""
@@ -270,7 +262,6 @@ class Cut:
                 local(parameter.grad).mul_(share)
         self._buckets.finish()
 
-    @torch.no_grad()
     def clip(self, max_norm: float | None, shards: dist.ProcessGroup | None) -> Tensor:
         """As `OneProcess.clip`. What lies in parts is counted by who has it, what is whole once.
 
@@ -278,15 +269,7 @@ class Cut:
         """
         whole = {id(owner._parameters[name]) for owner, name, _ in self.replicated}
         held = [(local(p.grad), 1.0 / self.lanes.size if id(p) in whole else 1.0) for p in self.model.parameters() if p.grad is not None]
-        grads = [grad for grad, _ in held]
-        norms = torch.stack(torch._foreach_norm(grads)).double()
-        total = (norms.square() * norms.new_tensor([share for _, share in held])).sum()
-        for group in filter(None, (self.lanes.group, shards)):
-            dist.all_reduce(total, group=group)
-        norm = total.sqrt().to(grads[0].dtype)
-        if max_norm is not None:
-            torch._foreach_mul_(grads, torch.clamp(max_norm / (norm + 1e-6), max=1.0))  # as torch.nn.utils.clip_grad_norm_
-        return norm
+        return clip(held, max_norm, self.lanes.group, shards)
 
 
 RULES: dict[type, Callable[[Cut, Any], None]] = {

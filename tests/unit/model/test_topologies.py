@@ -121,6 +121,15 @@ def test_padding_packing_and_cache_change_nothing_between_two_stacks(config: Mod
     torch.testing.assert_close(torch.cat(pieces, 1), alone, rtol=1e-4, atol=1e-4)
 
 
+def test_a_packed_target_begins_anew_with_each_document():
+    """Otherwise the first word of a document would be predicted from the last one of another."""
+    model, source, target = shake(seeded(tiny(topology="encoder_decoder", pad_token_id=0))).eval(), ids(length=11), ids(seed=1)
+    documents = torch.tensor([0] * 5 + [1] * 6).expand_as(source), torch.tensor([0] * 9 + [1] * 7).expand_as(target)
+    packed = model(source, document_ids=documents[0], labels=target, decoder_document_ids=documents[1]).logits
+    halves = (model(source[:, :5], labels=target[:, :9]).logits, model(source[:, 5:], labels=target[:, 9:]).logits)
+    torch.testing.assert_close(packed, torch.cat(halves, 1), rtol=1e-4, atol=1e-4)
+
+
 def test_a_prefix_is_seen_from_before_and_the_rest_is_not():
     model, tokens = shake(seeded(tiny())).eval(), ids()
     prefix = (torch.arange(16) < 6).expand_as(tokens)
