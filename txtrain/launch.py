@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -67,19 +68,23 @@ def launch(job: Composed, n: int) -> int:
         common = {"TXTRAIN_CONFIG": str(file), STORE: str(Path(folder) / "store"), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
         environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads} for rank in range(n)]
         said = [] if job.config.trainer.auto_requeue else [NOT_AGAIN]  # the rest is in the file; this must be known before it is read
-        return Group([sys.executable, "-m", "txtrain", "train", *said], environments).wait()
+        return Group([sys.executable, "-m", "txtrain", "train", *said], environments, held=True).wait()
 
 
 class Group:
-    """Processes that live and die together. A signal to this one reaches each of them once; if this one is killed, so are they."""
+    """Processes that live and die together. A signal to this one reaches each of them once; if this one is killed, so are they.
 
-    def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]]) -> None:
+    Args:
+        held: signals wait until the command takes them (EndsAtOnce does): an interpreter that is just starting would die of them.
+    """
+
+    def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]], held: bool = False) -> None:
         self._received = 0
         self._children: list[subprocess.Popen[bytes]] = []
         self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
         for environment in environments:
             # A session of its own: a terminal's Ctrl-C would reach it twice otherwise, and the second one means "at once".
-            self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_die_with_parent))
+            self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=partial(_begin, held)))
         if self._received:  # between two starts
             self._forward(self._received, None)
 
@@ -120,6 +125,9 @@ class Group:
         return 1 if first < 0 else first
 
 
-def _die_with_parent() -> None:
+def _begin(held: bool) -> None:
+    """In the new process: it dies with its parent."""
+    if held:
+        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -13,6 +13,7 @@ import pytest
 from tests.compose.conftest import ROOT
 from tests.training import TINY, rows, weights, write_text
 from tests.unit.test_slurm import program
+from txtrain.launch import Group
 
 
 @pytest.fixture
@@ -70,6 +71,24 @@ def test_what_is_no_training_is_ended_by_a_signal_as_ever(run, clean_room):
     command.communicate(timeout=60)
     assert command.returncode == -signal.SIGTERM
     assert asked(clean_room) == []
+
+
+def test_a_signal_to_the_launcher_waits_for_processes_that_are_just_starting(clean_room):
+    begins = """
+        import pathlib, time
+        pathlib.Path("begun").touch()
+        time.sleep(1)
+        from txtrain.interrupt import EndsAtOnce
+        EndsAtOnce().__enter__()
+        time.sleep(60)
+    """
+    group = Group([sys.executable, "-c", textwrap.dedent(begins)], [dict(os.environ)], held=True)
+    try:
+        wait_for((clean_room / "begun").exists)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert group.wait() == 75
+    finally:
+        group.end()
 
 
 LONG_START = """

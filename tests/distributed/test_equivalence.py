@@ -4,7 +4,11 @@ import pytest
 
 from tests.distributed.equivalence import KINDS, WAYS, Runs
 
-SHARED = ("ddp, accumulation", "fsdp")  # of every kind in the default run
+LATER = ("compiled", "bf16", "deepspeed", "checkpointing full", "on 4", "two copies")  # in names: in the slow half; ZeRO's own tests have its stages
+EVERYWHERE = {  # of every kind, by the number of processes
+    1: ("activation checkpointing, every 2nd block, and accumulation", "documents apart and padded, beside packed"),
+    2: ("ddp, accumulation", "fsdp"),
+}
 
 
 def cells(n, kinds, ways=WAYS):
@@ -16,34 +20,18 @@ def runs(tmp_path_factory):
     return Runs(tmp_path_factory.mktemp("equivalence"))
 
 
-def quick(n, zero=False):
-    """Of the decoder all that needs no compiler; ZeRO's own tests have its stages."""
-    return [way for way in WAYS if "compiled" not in way and "bf16" not in way and ("deepspeed" in way) == zero]
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_a_decoders_steps_are_the_same_however_they_are_made(runs, n):
+    runs.compare(cells(n, ["decoder"], [way for way in WAYS if not any(word in way for word in LATER)]))
 
 
-def test_a_decoder_in_one_process_equals_itself(runs):
-    runs.compare(cells(1, ["decoder"], quick(1)))
-
-
-def test_every_kind_of_model_in_one_process_equals_itself(runs):
-    ways = ("activation checkpointing, every 2nd block, and accumulation", "documents apart and padded, beside packed", "loss by chunks of 5 tokens")
-    runs.compare(cells(1, [k for k in KINDS if k != "decoder"], ways))
-
-
-def test_a_decoder_in_two_processes_equals_one(runs):
-    runs.compare(cells(2, ["decoder"], quick(2)))
-
-
-def test_every_kind_of_model_in_two_processes_equals_one(runs):
-    runs.compare(cells(2, [k for k in KINDS if k != "decoder"], SHARED))
-
-
-def test_a_decoder_in_four_processes_equals_one(runs):
-    runs.compare(cells(4, ["decoder"], quick(4)))
+@pytest.mark.parametrize("n", EVERYWHERE)
+def test_so_are_those_of_every_kind_of_model(runs, n):
+    runs.compare(cells(n, [kind for kind in KINDS if kind != "decoder"], EVERYWHERE[n]))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_way_equals_one_process(runs, kind, n):
+def test_every_way_is_the_same_for_every_kind(runs, kind, n):
     runs.compare(cells(n, [kind]))

@@ -68,20 +68,29 @@ def test_two_processes_equal_one(reference, tmp_path):
     compare(reference, cases, 2, starts=starts, properties=True)
 
 
+WAYS = {
+    "micro-batches": ((), ("data.micro_batch_size=1",)),
+    "checkpointing": ((), ("trainer.activation_checkpointing=full",)),
+    "selective": ((), ("trainer.activation_checkpointing=selective", "data.micro_batch_size=2")),
+    "offload": ((), ("strategy.cpu_offload=true",)),
+    "gathered experts kept": ((), ("strategy.reshard_after_forward=false",)),
+}
+OPTIMIZERS = {
+    "lion, averaged": (("optimizer=lion", "ema.decay=0.9", "ema.validate=true"), ()),
+    "adafactor": (("optimizer=adafactor",), ()),
+    "muon": (("optimizer=muon",), ()),
+}
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one_however_the_step_is_made(reference):
-    ways = {
-        "micro-batches": ((), ("data.micro_batch_size=1",)),
-        "checkpointing": ((), ("trainer.activation_checkpointing=full",)),
-        "selective": ((), ("trainer.activation_checkpointing=selective", "data.micro_batch_size=2")),
-        "offload": ((), ("strategy.cpu_offload=true",)),
-        "gathered experts kept": ((), ("strategy.reshard_after_forward=false",)),
-        "lion, averaged": (("optimizer=lion", "ema.decay=0.9", "ema.validate=true"), ()),
-        "adafactor": (("optimizer=adafactor",), ()),
-        "muon": (("optimizer=muon",), ()),
-    }
-    cases = {name: (DEEPSEEK, both, (*EP, *how)) for name, (both, how) in ways.items()}
-    compare(reference, {**cases, "graft": (GRAFT, (), EP)}, 2)
+@pytest.mark.parametrize("ways", [WAYS, OPTIMIZERS], ids=["the step", "the update"])
+def test_two_processes_equal_one_however_it_is_made(reference, ways):
+    compare(reference, {name: (DEEPSEEK, both, (*EP, *how)) for name, (both, how) in ways.items()}, 2)
+
+
+@pytest.mark.slow
+def test_sizes_that_the_grouped_kernel_does_not_take(reference):
+    compare(reference, {"graft": (GRAFT, (), EP)}, 2)
 
 
 @pytest.mark.slow

@@ -23,7 +23,10 @@ def whole(monkeypatch, **how):
     return seen
 
 
-@pytest.mark.parametrize("kind", KINDS)
+SHOWN = ("decoder", "T5", "experts")  # one block, two stacks, routing
+
+
+@pytest.mark.parametrize("kind", [*SHOWN, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in SHOWN)])
 def test_a_blocks_graph_is_whole(kind, tmp_path, monkeypatch):
     """Forward and backward, training and validation; traced, not compiled, which takes a minute and finds nothing more."""
     blocks = whole(monkeypatch, backend="eager")

@@ -47,7 +47,9 @@ def test_counts_add_up_over_forwards_and_the_model_is_called_as_it_is():
 def test_padding_behind_packed_documents_is_no_visit(tmp_path):
     """It would be all of one token, and the balance would be sought for it."""
     config = tiny(tmp_path, *SMALL, "data.packing=best_fit")
-    batch, objective, model = DataModule(config).first(8), build_objective(config), balance.Observed(seeded(config.model))
+    data, objective, model = DataModule(config), build_objective(config), balance.Observed(seeded(config.model))
+    data.prepare()
+    batch = data.first(data.n_train)
     objective(model, batch, objective.denominators(batch))
     n_real = int(batch["attention_mask"].sum())
     assert n_real < batch["attention_mask"].numel()

@@ -267,13 +267,18 @@ def test_what_a_job_may_not_continue_it_may_when_slurm_starts_it_again(folder, j
 
 
 def test_a_run_saves_and_stops_before_the_known_end_of_its_job(folder, job, monkeypatch, capfd):
-    asked = job()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", str(time.time() + 6))
+    asked, end = job(), []
+
+    def soon():
+        end.append(time.time() + 4)
+        return end[0]
+
+    monkeypatch.setattr("txtrain.run._end_of_job", soon)
     config = config_of(folder, "end", "trainer.max_steps=1000000", "trainer.limit_val_batches=0", "save.every_n_steps=1000000")
     assert train(config).status == "preempted"
-    assert time.time() < float(os.environ["SLURM_JOB_END_TIME"])
     assert asked() == ["scontrol requeue 17"]
-    assert capfd.readouterr().err.count("the job ends at ") == 1
+    clock = time.strftime("%H:%M:%S", time.localtime(end[0]))
+    assert capfd.readouterr().err.count(f"the job ends at {clock}: stopping after this step") == 1
     assert checkpoint.read_state(checkpoint.locate(folder / "end"))["step"] == int(rows(folder / "end")[-1]["step"])
     assert json.loads((folder / "end/run.json").read_text())["status"] == "preempted"
 

@@ -94,8 +94,8 @@ def plain(q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask, scale: float, sof
     if mask.visible is not None:
         scores = scores.masked_fill(~mask.visible, torch.finfo(scores.dtype).min)
     p = torch.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
-    if mask.visible is not None and mask.declared.valid_BS is not None:
-        p = p.masked_fill(~mask.visible, 0.0)  # only padding can leave a row that sees nothing, and the minimum spread it evenly
+    if mask.visible is not None and mask.declared.may_see_nothing:
+        p = p.masked_fill(~mask.visible, 0.0)  # the minimum spread it evenly
     p = F.dropout(p.to(v.dtype), dropout)
     return (p.view(B, k.shape[1], -1, T, p.shape[-1]) @ v[:, :, None]).flatten(1, 2)
 

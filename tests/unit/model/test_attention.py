@@ -139,6 +139,20 @@ def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients(kernel, dtype):
         assert (gradients[0][0, :, :3] == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("kernel", ["plain", "sdpa_masked", "flex"])
+def test_a_document_without_a_source_sees_nothing_of_the_others(kernel):
+    """In cross-attention: a dropped span may hold all of a document."""
+    queries = torch.tensor([[0] * 5 + [2] * 7, [1] * 12])
+    mask = Mask(T, T, causal=False, documents_BS=DOCUMENTS, query_documents_BT=queries)
+    q, k, v = (x.detach() for x in inputs())
+    with torch.no_grad():
+        out = run(kernel, mask, q, k, v)
+    assert (out[0, :, 5:] == 0).all()
+    assert (out[1] == 0).all()
+    torch.testing.assert_close(out[:1, :, :5], run("plain", Mask(5, 5, causal=False), q[:1, :, :5], k[:1, :, :5], v[:1, :, :5]), rtol=1e-5, atol=1e-6)
+
+
 def kernel_of(device_type="cpu", softcap=False, bias=False, dropout=False, half=True, **mask):
     return choose_kernel(Mask(T, T, **mask), device_type=device_type, softcap=softcap, bias=bias, dropout=dropout, half=half)
 
