@@ -9,6 +9,7 @@ wants their nodes. Each node pretends to have GPUs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import getpass
 import json
 import os
@@ -23,7 +24,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.compose.conftest import ROOT
-from txtrain.launch import _die_with_parent
 
 COMMANDS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "squeue", "scancel", "scontrol", "sinfo")
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
@@ -288,6 +288,10 @@ def free_ports(n: int) -> int:
             for port in range(first, first + n):
                 held.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _started(pid: int) -> int | None:
