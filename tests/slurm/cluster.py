@@ -31,6 +31,8 @@ LONGEST = 60  # characters of the folder's path: the sockets of munge and of ste
 
 CONF = """\
 ClusterName=txtrain
+# the port at which the processes of a job meet is made of its number: two clusters on one machine must not have the same ones
+FirstJobId={job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 SlurmUser={user}
@@ -269,7 +271,7 @@ class Cluster:
     def _configure(self) -> None:
         port = free_ports(self.nodes + 1)
         host = socket.gethostname().partition(".")[0]
-        values = {"host": host, "port": port, "first": port + 1, "last": port + self.nodes, "user": getpass.getuser(), "folder": self.folder}
+        values = {"host": host, "port": port, "job": 10 * port, "first": port + 1, "last": port + self.nodes, "user": getpass.getuser(), "folder": self.folder}
         self.conf.write_text(CONF.format(**values, nodes=self.nodes, cpus=self.cpus, gpus=self.gpus, grace=self.grace))
         devices = [self.folder / "run" / f"gpu{i}" for i in range(self.gpus)]
         for device in devices:  # slurmd wants a file for each; empty ones do
