@@ -29,6 +29,8 @@ COMMANDS = ("munged", "munge", "slurmctld", "slurmd", "sbatch", "srun", "squeue"
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 LONGEST = 60  # characters of the folder's path: the sockets of munge and of steps lie in it, and the system allows about 100 for those
 
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}  # NODE_FAIL and PREEMPTED are passed through
+
 CONF = """\
 ClusterName=txtrain
 # the port at which the processes of a job meet is made of its number: two clusters on one machine must not have the same ones
@@ -189,13 +191,12 @@ class Cluster:
         Raises:
             AssertionError: it is not reached in time, or the job has ended otherwise.
         """
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}  # NODE_FAIL and PREEMPTED are passed through
         deadline = time.monotonic() + timeout
         while True:
             job = self.job(number)
-            if job["JobState"] == state or (state == "ended" and job["JobState"] in ended):
+            if job["JobState"] == state or (state == "ended" and job["JobState"] in ENDED):
                 return job
-            assert job["JobState"] not in ended, f"job {number} has ended as {job}"
+            assert job["JobState"] not in ENDED, f"job {number} has ended as {job}"
             assert time.monotonic() < deadline, f"job {number} is not {state} after {timeout} s: {job}\n{self.logs()}"
             time.sleep(0.3)
 

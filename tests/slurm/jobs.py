@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.compose.conftest import ROOT
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import ENDED, Cluster
 from tests.training import TINY, rows, weights, write_text
 
 STEPS = 24
@@ -39,16 +39,19 @@ def at_step(run_dir: Path, step: int) -> Callable[[], bool]:
     return lambda: (run_dir / "metrics.csv").exists() and (run_dir / "metrics.csv").read_text().count("\n") > step
 
 
-def when(true: Callable[[], bool], cluster: Cluster, timeout: float = 400) -> None:
-    """Wait.
+def when(true: Callable[[], bool], cluster: Cluster, job: str | None = None, timeout: float = 400) -> None:
+    """Wait, as long as there is a reason to: while `job` has not ended.
 
     Raises:
-        AssertionError: it does not come true in time.
+        AssertionError: it does not come true in time, or cannot any more.
     """
     deadline = time.monotonic() + timeout
     while not true():
         assert time.monotonic() < deadline, f"{cluster.quietly('squeue')}\n{cluster.logs()}"
-        time.sleep(0.2)
+        if job is not None:
+            found = cluster.job(job)
+            assert found["JobState"] not in ENDED or true(), f"job {job} has ended: {found}"
+        time.sleep(0.3)
 
 
 def facts(run_dir: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_a_job_whose_time_is_over_requeues_itself_and_goes_on(strategy, cluster,
 def test_a_job_that_gives_way_to_another_partition_is_requeued_once_for_each_time(cluster, folder, started, whole):
     number, run = started("ddp", 0.5)
     for step in (6, 12):
-        when(at_step(run, step), cluster)
+        when(at_step(run, step), cluster, number)
         high = cluster.call("sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1").strip()
         assert cluster.until(high, "ended")["JobState"] == "COMPLETED"
         cluster.until(number, "RUNNING")
@@ -86,9 +86,9 @@ def test_a_job_whose_node_dies_goes_on_when_there_is_one_again(cluster, folder, 
     """First the second node, then the one that runs the script."""
     number, run = started("ddp", 0.5)
     for node, step in (("node2", 6), ("node1", 14)):
-        when(at_step(run, step), cluster)
+        when(at_step(run, step), cluster, number)
         cluster.node_down(node)
-        when(lambda: cluster.job(number)["JobState"] == "PENDING", cluster)  # SLURM has noticed
+        when(lambda: cluster.job(number)["JobState"] == "PENDING", cluster, number)  # SLURM has noticed
         cluster.node_up(node)
         cluster.until(number, "RUNNING")
     ends_as(run, whole("ddp"), cluster, number, folder, [2])
@@ -98,11 +98,11 @@ def test_a_job_whose_processes_are_killed_goes_on(cluster, folder, started, whol
     """All of them by SIGKILL, which no process can answer."""
     number, run = started("fsdp", 0.5)
     for step in (6, 14):
-        when(at_step(run, step), cluster)
+        when(at_step(run, step), cluster, number)
         killed = list(cluster.processes(own="txtrain\0train"))
         assert len(killed) >= 2
         for pid in killed:
             os.kill(pid, signal.SIGKILL)
-        when(lambda: cluster.job(number)["JobState"] == "PENDING", cluster)
+        when(lambda: cluster.job(number)["JobState"] == "PENDING", cluster, number)
         cluster.until(number, "RUNNING")
     ends_as(run, whole("fsdp"), cluster, number, folder, [2])
