@@ -6,9 +6,8 @@ from pathlib import Path
 
 from txtrain.composition import compose
 from txtrain.config import Train
-from txtrain.metrics import read
+from txtrain.metrics import EXACT, read
 
-EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm")  # the others are wall-clock
 RUN = (
     "trainer.accelerator=cpu",
     "trainer.max_steps=12",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,6 +15,7 @@ from txtrain.interrupt import EndsAtOnce
 if TYPE_CHECKING:
     from txtrain.composition import Composed, Loader
 
+START = time.time()  # before the modules are imported that take long
 Work = Callable[[], int]  # returns the exit code
 VERBS = ("train", "generate", "export", "plan", "prepare", "preview")
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}  # whether a value follows
@@ -131,10 +133,11 @@ def _nothing() -> int:
 
 
 def run(composed: Composed) -> int:
-    return work_of(composed)()
+    return work_of(composed, time.time())()
 
 
-def work_of(composed: Composed) -> Work:
+def work_of(composed: Composed, start: float = START) -> Work:
+    """start: of what is to be done, by the system's clock."""
     from txtrain.config import Export, Generate, Plan, Prepare, Preview
 
     if isinstance(composed.config, Plan):
@@ -163,7 +166,7 @@ def work_of(composed: Composed) -> Work:
         return partial(launch, composed, n)
     from txtrain.run import run_train
 
-    return partial(run_train, composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder)
+    return partial(run_train, composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder, start=start)
 
 
 def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[str]]]) -> None:

@@ -27,6 +27,7 @@ from txtrain.errors import ConfigError
 from txtrain.grafts import GraftedRepository
 from txtrain.imports import import_user, target_problems
 from txtrain.initial import applied
+from txtrain.loggers.config import settled
 from txtrain.overrides import check, expand, groups_of, hydra_errors, parse
 from txtrain.places import CONF, DATA
 from txtrain.typed import build, plain
@@ -193,6 +194,8 @@ def typed(cfg: DictConfig, root: type) -> Composed:
     problems = [*_types_elsewhere(raw, notes["types"]), *target_problems(raw, raw["imports"])]
     if problems:
         raise ConfigError(*problems)
+    if "logger" in raw:
+        raw["logger"] = settled(raw["logger"])
     config: Any = build(root, raw)
     grafts = notes["grafts"] | _moved_norm(config, notes["norm_position"])
     return Composed(config, grafts, notes["given"])

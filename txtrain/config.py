@@ -35,6 +35,7 @@ class TrainerConfig:
     log_every_n_steps: int = 10
     gradient_clip_val: float | None = 1.0  # by the global norm; null: never
     max_skipped_steps: int = 5  # in a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run
+    max_divergent_steps: int | None = None  # in a row, whose loss is far above the best (`txtrain.spikes`); one more ends the run; null: it is only said
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
@@ -55,7 +56,7 @@ class TrainerConfig:
             low = 0 if name == "limit_val_batches" else 1
             if isinstance(value, int) and value < low:
                 yield f"`trainer.{name}` must be at least {low}, but is {value} instead."
-        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val", "max_skipped_steps"):
+        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val", "max_skipped_steps", "max_divergent_steps"):
             if getattr(self, name) is not None and getattr(self, name) < 0:
                 yield f"`trainer.{name}` must be at least 0, but is {getattr(self, name)} instead."
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
@@ -96,6 +97,18 @@ class SampleConfig:
                 yield f"`sample.{name}` must be at least 0, but is {getattr(self, name)} instead."
 
 
+@dc.dataclass(frozen=True, kw_only=True)
+class LayerStatsConfig:
+    """Figures of each layer in metrics.csv and the loggers: gradient and weight norms, and of each mixture how even its load is."""
+
+    every_n_steps: int | None = None  # in the row of every so many steps; null: never
+    activations: bool = False  # also the root mean square of what each block puts out
+
+    def check(self) -> Iterator[str]:
+        if self.every_n_steps is None and self.activations:
+            yield "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."
+
+
 # --------------------------------------------------------------------------------------------------------------------- verbs
 
 
@@ -111,6 +124,7 @@ class Train:
     save: SaveConfig
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
     sample: SampleConfig
+    layer_stats: LayerStatsConfig = dc.field(default_factory=LayerStatsConfig)
     logger: dict[str, Any]  # Lightning loggers by _target_
     callbacks: dict[str, Any]  # Lightning callbacks by _target_
     name: str = "default"  # part of the run's folder
@@ -121,6 +135,9 @@ class Train:
     resume: str = "auto"  # auto, never, or a run or checkpoint
     resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
     fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
+    verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed; metrics.csv is the same
+    profile: bool = False  # write a trace of a few steps into the run's folder
+    profile_steps: tuple[int, int] | None = None  # the first and the last of them; null: the fourth to the sixth of this start
 
     @property
     def seq_len(self) -> int:
@@ -165,12 +182,33 @@ class Train:
             yield from self._check_processes(world)
         if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
             yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
+        yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
+        if (steps := self.profile_steps) is not None:
+            if not self.profile:
+                yield f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add profile=true."
+            if not 1 <= steps[0] <= steps[1]:
+                yield f"`profile_steps` must be the first and the last step to trace, from 1 on, but is [{steps[0]},{steps[1]}] instead."
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_layer_stats(self) -> Iterator[str]:
+        every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
+        if every is None:
+            return
+        if every < 1 or every % rows:
+            yield (
+                f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
+                f"Nearest: {max(1, round(every / rows)) * rows}."
+            )
+        if self.layer_stats.activations and self.strategy.type in ("tp", "fsdp_tp"):
+            yield (
+                f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: a block's output lies in parts, "
+                "padded to equal lengths. Gradient and weight norms are told under it."
+            )
 
     def _check_processes(self, world: int) -> Iterator[str]:
         yield from parallel.problems(self, world)
@@ -219,6 +257,9 @@ class Plan(Train):
                 f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on trainer.num_nodes={self.trainer.num_nodes} says, "
                 f"but is {asked} instead. Nearest: null."
             )
+        accelerator, precision = peaks.PUBLISHED[self.plan.device], self.trainer.precision
+        if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
+            yield f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but is {precision} instead."
 
     def _check_processes(self, world: int) -> Iterator[str]:
         """How the processes lie must be sound; that the batch has as many shares is told beside the figures."""

@@ -6,9 +6,11 @@ import contextlib
 import dataclasses as dc
 import datetime
 import json
+import os
 import platform
 import shutil
 import subprocess
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,9 +31,13 @@ FREE = (
     "callbacks",
     "save",
     "sample",
+    "layer_stats",
     "resume",
     "resume_allow",
     "run_dir",
+    "verbosity",
+    "profile",
+    "profile_steps",
     "imports",
     "data.micro_batch_size",
     "data.num_workers",
@@ -48,6 +54,7 @@ class RunFolder:
     checkpoint: Path | None = None
     parent: Path | None = None
     exclusive: bool = False
+    began: float | None = None  # when the run was first started, in seconds of the system's clock, without the time in which it was complete
     _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
@@ -67,21 +74,44 @@ class RunFolder:
         """Updates that are done before this process begins."""
         return 0 if self.source is None else int(checkpoint.read_state(self.source)["step"])
 
-    def create(self, config: Train, facts: Mapping[str, Any]) -> None:
-        """Make the folder and write config.yaml and run.json. Nothing is written before this."""
+    @property
+    def kept(self) -> int:
+        """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
+        return self.first_step - (self.state["open_row"] is not None) if self.checkpoint is not None else 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty where there is none."""
+        return self._read()
+
+    def create(self, config: Train, facts: Mapping[str, Any], start: float | None = None) -> None:
+        """Make the folder and write config.yaml and run.json. Nothing is written before this. start: of this process, by the system's clock."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         if self.exclusive:
             self._claim()
         self.path.mkdir(parents=True, exist_ok=True)
         self._own()
         checkpoint.clean(self.path)
+        before = self._read() if self.checkpoint is not None or self._started_before(config) else {}
         self.write_config(config, self.path)
-        before = self._read() if self.checkpoint is not None else {}
-        now = {**facts, "status": "running", "started": before.get("started") or _now(), "ended": None}
-        now |= {"parent": None if self.parent is None else {"checkpoint": str(self.parent.resolve()), "step": self.first_step}}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        life = _life(before, time.time() if start is None else start)
+        self.began = life["first_start"] + life["complete_for"]
+        now = {**facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
+        now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
+        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
+
+    def _started_before(self, config: Train) -> bool:
+        """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
+        try:
+            return config.resume == "auto" and not differences(_saved(self.path), plain(config))
+        except (OSError, yaml.YAMLError, AttributeError):  # none, or half of one
+            return False
+
+    def _of_parent(self, parent: Path) -> dict[str, Any]:
+        logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
+        return {"checkpoint": str(parent.resolve()), "step": self.first_step} | ({"wandb_id": logged} if logged else {})
 
     def _claim(self) -> None:
         """Two runs may start within one second."""
@@ -131,8 +161,8 @@ class RunFolder:
         """Change some values of run.json."""
         files.write(self.path / "run.json", json.dumps({**self._read(), **values}, indent=2) + "\n")
 
-    def end(self, status: str) -> None:
-        self.update(status=status, ended=_now())
+    def end(self, status: str, **values: Any) -> None:
+        self.update(status=status, ended=_now(), **values)
         self._release()
 
     def stopped(self) -> None:
@@ -257,6 +287,9 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
         return Path(config.run_dir).expanduser(), False
     if name is not None:
         return Path("runs") / config.name / name, False
+    trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
+    if trial:  # its agent may run several in one job; one that was preempted comes again under its id
+        return Path("runs") / config.name / f"sweep-{trial}", False
     if job := Job.here():  # a requeued job has the same number: it finds its own checkpoints
         return Path("runs") / config.name / f"slurm-{job.number}", False
     return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
@@ -291,6 +324,16 @@ def git_commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:
+    """Of all starts of a run. before: what run.json said. complete_for: seconds in which it was complete and nothing was left to do, until
+    it was given more."""
+    first = before.get("first_start", start)
+    idle = before.get("complete_for", 0.0)
+    if before.get("status") == "complete" and before.get("ended"):
+        idle += max(0.0, start - datetime.datetime.fromisoformat(before["ended"]).timestamp())
+    return {"first_start": first, "complete_for": idle, "starts": before.get("starts", 0) + 1}
 
 
 def _now() -> str:

@@ -11,7 +11,10 @@ from typing import Any, TextIO
 
 from txtrain import files
 
-COLUMNS = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "tokens_per_second", "mfu", "seconds")
+PHASES = ("data", "forward_backward", "optimizer", "communication", "validation", "saving", "other")  # into which the time is split
+EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "loss_spikes")  # whatever happens to a run
+WALL_CLOCK = ("tokens_per_second", "mfu", "hfu", "seconds", "goodput", "memory_gib", *(f"time/{name}" for name in PHASES))  # what the clock and the machine say
+COLUMNS = EXACT + WALL_CLOCK
 
 Row = Mapping[str, float | int | None]
 
@@ -20,14 +23,14 @@ class MetricsFile:
     """A CSV file with a fixed header, appended to.
 
     Args:
-        columns: step first.
+        columns: step first; those that the file has beside them stay, empty from here on.
         keep: the rows up to this step stay; later ones, and a line that a killed run left unfinished, go.
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0) -> None:
-        self.columns = columns
+        self.columns = columns + tuple(name for name in _header(path) if keep and name not in columns)
         rows = [row for row in read(path) if int(row["step"]) <= keep] if keep else []
-        files.write(path, "".join(map(self._line, [dict(zip(columns, columns, strict=True)), *rows])))
+        files.write(path, "".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *rows])))
         self.latest = _latest(rows)  # of each column, the last value written
         self._file: TextIO = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
 
@@ -57,6 +60,13 @@ def read(path: Path) -> list[dict[str, str]]:
     text = path.read_text(encoding="utf-8")
     rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     return [row for row in rows if None not in row.values() and None not in row]
+
+
+def _header(path: Path) -> list[str]:
+    if not path.exists():
+        return []
+    with open(path, encoding="utf-8", newline="") as f:
+        return next(csv.reader(f), [])
 
 
 def latest(path: Path) -> dict[str, float]:

@@ -17,6 +17,7 @@ from txtrain import balance
 from txtrain.activations import wrap_blocks
 from txtrain.config import Train
 from txtrain.errors import ConfigError
+from txtrain.layers import LayerStats
 from txtrain.limits import Limits
 from txtrain.objectives.base import Batch, Objective
 from txtrain.objectives.build import build_objective
@@ -103,6 +104,7 @@ class LitModule(pl.LightningModule):
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
             self.parallel.materialise(self.model, self.device)
+        self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -128,19 +130,23 @@ class LitModule(pl.LightningModule):
         the schedule and the order of the data go on.
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
+        phases = self.parallel.phases
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
         model = balance.Observed(self.parallel.forward(self.model))
         shares: list[dict[str, Tensor]] = []
         micro_batches = list(cut(batch, self.config.micro_batch_size))
-        for i, micro_batch in enumerate(micro_batches, start=1):
-            with self.parallel.micro_batch(self, last=i == len(micro_batches)):
-                terms = self.objective(model, micro_batch, denominators)
-                self.parallel.backward(self, self.objective.total(terms))
-            shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
+        with self.layers.watch(self.step + 1):
+            for i, micro_batch in enumerate(micro_batches, start=1):
+                with self.parallel.micro_batch(self, last=i == len(micro_batches)):
+                    terms = self.objective(model, micro_batch, denominators)
+                    self.parallel.backward(self, self.objective.total(terms))
+                shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
         terms = self.parallel.reduce(add(shares))
-        norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
+        phases.enter("optimizer")
         visits = self.parallel.reduce(model.counts)
+        layers = self.layers.measure(self.step + 1, visits)
+        norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
         # Loss and norm are the same in all processes: so is what follows.
         if self.is_finite(norm + terms["loss"]):
             self._update(visits)
@@ -150,7 +156,7 @@ class LitModule(pl.LightningModule):
             self.skipped += 1
             self.skipped_in_a_row += 1
         self.step += 1
-        return {**terms, "grad_norm": norm, **balance.measured(visits)}
+        return {**terms, "grad_norm": norm, **balance.measured(visits), **layers}
 
     def is_finite(self, total: Tensor) -> bool:
         """Of the loss and the gradient's norm. Waits for the device: what is not finite must not reach the weights."""

@@ -1,34 +1,78 @@
-"""What the makers publish of their accelerators. No torch."""
+"""What the makers publish of their accelerators. No torch.
+
+Figures are of the makers' data sheets and architecture papers, of one device as torch counts them, dense (half of what is published
+"with sparsity"), and with float32 accumulation. A device that is not here, or a slice of one (MIG), is measured.
+"""
 
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 
 
 @dc.dataclass(frozen=True)
 class Accelerator:
-    """Dense matrix products in FLOP/s: bfloat16 on tensor cores; float32 without TF32. called: a part of the name that torch gives it."""
+    """Dense matrix products in FLOP/s; None: not published, or not possible there.
+
+    called: a part of the name that torch gives it.
+    float32: without TF32; of AMD's on matrix cores.
+    """
 
     called: str
-    bfloat16: float
+    source: str
+    bfloat16: float | None
+    float16: float
+    tf32: float | None
     float32: float
 
     def flops(self, dtype: str) -> float | None:
-        """None: nothing is published here for that dtype."""
-        return {"bfloat16": self.bfloat16, "float32": self.float32}.get(dtype)
+        """dtype: as torch calls it, or tf32."""
+        return {"bfloat16": self.bfloat16, "float16": self.float16, "tf32": self.tf32, "float32": self.float32}.get(dtype)
 
 
+def _device(called: str, source: str, bfloat16: float | None, tf32: float | None, float32: float, float16: float | None = None) -> Accelerator:
+    """In TFLOP/s. float16: None: as bfloat16."""
+    half = bfloat16 if float16 is None else float16
+    assert half is not None
+    return Accelerator(called, source, bfloat16 and bfloat16 * 1e12, half * 1e12, tf32 and tf32 * 1e12, float32 * 1e12)
+
+
+_AMPERE, _ADA = "NVIDIA GA102 architecture paper", "NVIDIA Ada architecture paper"
 PUBLISHED = {
-    "A100": Accelerator("A100", 312e12, 19.5e12),
-    "H100_PCIe": Accelerator("H100 PCIe", 756e12, 51e12),
-    "H100": Accelerator("H100 80GB HBM3", 989e12, 67e12),
-    "H200": Accelerator("H200", 989e12, 67e12),
-    "L40S": Accelerator("L40S", 362e12, 91.6e12),
-    "L4": Accelerator("L4", 121e12, 30.3e12),
+    "A100": _device("A100", "NVIDIA A100 data sheet", 312, 156, 19.5),
+    "H100_PCIe": _device("H100 PCIe", "NVIDIA H100 data sheet", 756, 378, 51),
+    "H100": _device("H100 80GB HBM3", "NVIDIA H100 data sheet", 989, 494.5, 67),
+    "H100_NVL": _device("H100 NVL", "NVIDIA H100 data sheet", 835.5, 417.5, 60),
+    "H200": _device("H200", "NVIDIA H200 data sheet", 989, 494.5, 67),
+    "H200_NVL": _device("H200 NVL", "NVIDIA H200 data sheet", 835.5, 417.5, 60),
+    "GH200": _device("GH200", "NVIDIA GH200 data sheet", 990, 494.5, 67),
+    "B200": _device("B200", "NVIDIA HGX B200 data sheet", 2250, 1125, 75),
+    "GB200": _device("GB200", "NVIDIA GB200 data sheet", 2500, 1250, 80),
+    "L4": _device("L4", "NVIDIA L4 data sheet", 121, 60, 30.3),
+    "L40": _device("L40", "NVIDIA L40 data sheet", 181, 90.5, 90.5),
+    "L40S": _device("L40S", "NVIDIA L40S data sheet", 362, 183, 91.6),
+    "A10": _device("A10", "NVIDIA A10 data sheet", 125, 62.5, 31.2),
+    "A10G": _device("A10G", "NVIDIA A10G data sheet", 70, 35, 35),
+    "A30": _device("A30", "NVIDIA A30 data sheet", 165, 82, 10.3),
+    "A40": _device("A40", "NVIDIA A40 data sheet", 149.7, 74.8, 37.4),
+    "V100": _device("V100-SXM2", "NVIDIA V100 data sheet", None, None, 15.7, float16=125),
+    "V100_PCIe": _device("V100-PCIE", "NVIDIA V100 data sheet", None, None, 14, float16=112),
+    "T4": _device("T4", "NVIDIA T4 data sheet", None, None, 8.1, float16=65),
+    "RTX_A6000": _device("RTX A6000", _AMPERE, 154.8, 77.4, 38.7),
+    "RTX_3090": _device("RTX 3090", _AMPERE, 71, 35.6, 35.6),
+    "RTX_4090": _device("RTX 4090", _ADA, 165.2, 82.6, 82.6),
+    "RTX_5090": _device("RTX 5090", "NVIDIA RTX Blackwell architecture paper", 209.5, 104.8, 104.8),
+    "MI250X": _device("MI250X", "AMD MI250X data sheet, one of its two dies", 191.5, None, 47.85),
+    "MI250": _device("MI250", "AMD MI250 data sheet, one of its two dies", 181, None, 45.25),
+    "MI210": _device("MI210", "AMD MI210 data sheet", 181, None, 45.3),
+    "MI300X": _device("MI300X", "AMD MI300X data sheet", 1307.4, 653.7, 163.4),
+    "MI300A": _device("MI300A", "AMD MI300A data sheet", 980.6, 490.3, 122.6),
+    "MI325X": _device("MI325X", "AMD MI325X data sheet", 1307.4, 653.7, 163.4),
 }
+_ANOTHER = re.compile(r"\b(Laptop|Max-Q|Ti|SUPER|D|MIG)\b")  # behind a name it means a smaller or larger device
 
 
 def named(device: str) -> Accelerator | None:
-    """The one that torch calls so; of several parts of a name the longest counts (an L40S is no L4)."""
-    found = [a for a in PUBLISHED.values() if a.called in device]
-    return max(found, key=lambda a: len(a.called), default=None)
+    """The one that torch calls so; of several whose words are in the name the longest (an H200 NVL is no H200)."""
+    found = [a for a in PUBLISHED.values() if re.search(rf"(?<!\w){re.escape(a.called)}(?!\w)", device)]
+    return None if _ANOTHER.search(device) else max(found, key=lambda a: len(a.called), default=None)

@@ -11,7 +11,8 @@ from txtrain import peaks, screen
 from txtrain.config import Plan, PlanConfig, Train
 from txtrain.errors import ConfigError
 from txtrain.limits import seconds_of
-from txtrain.memory.count import NotCounted, memory
+from txtrain.memory.copies import NotCounted
+from txtrain.memory.count import memory
 from txtrain.memory.fit import largest_micro_batch, remedy
 from txtrain.memory.sizes import bytes_of
 from txtrain.memory.tape import NotTraced
@@ -37,7 +38,8 @@ class Figures:
         steps, tokens, flops, seconds: of the whole run; null where nothing but the data or a clock could tell.
         limited_by: the key of the limit that ends the run.
         memory: bytes of one process at the fullest moment of a step, memory_by_part: what they are (`txtrain.memory.count`); null where it
-            is not counted, memory_missing: why. refused: what `train` would say to such a batch; a process is then counted with one
+            is not counted, memory_missing: why. memory_of_host, memory_of_host_by_part: what lies in the processor's memory instead
+            (strategy.cpu_offload). refused: what `train` would say to such a batch; a process is then counted with one
             sample at least. memory_simulated: as the real model showed it, with plan.simulate=true.
         micro_batch_size: of that step; largest_micro_batch_size: that fits into plan.memory.
         communicated: bytes of the whole buffers a process exchanges in a step, by collective.
@@ -70,6 +72,8 @@ class Figures:
     mfu: float
     memory: int | None
     memory_by_part: dict[str, int]
+    memory_of_host: int
+    memory_of_host_by_part: dict[str, int]
     memory_missing: str | None
     refused: str | None
     memory_simulated: int | None
@@ -168,6 +172,8 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     return {
         "memory": None if found is None else found.peak,
         "memory_by_part": {} if found is None else found.parts,
+        "memory_of_host": 0 if found is None else found.host,
+        "memory_of_host_by_part": {} if found is None else found.host_parts,
         "memory_missing": missing,
         "refused": refused,
         "memory_simulated": simulated,
@@ -189,7 +195,9 @@ def peak_of(config: Train, how: PlanConfig) -> float:
     if how.peak_flops is not None:
         return how.peak_flops
     accelerator = peaks.PUBLISHED[how.device]
-    return accelerator.float32 if config.trainer.precision == "32-true" else accelerator.bfloat16
+    flops = accelerator.flops("float32" if config.trainer.precision == "32-true" else "bfloat16")
+    assert flops is not None, "Plan's check"
+    return flops
 
 
 def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | None]:
@@ -315,6 +323,9 @@ def _memory(f: Figures) -> list[tuple[str, str]]:
         rows = [("train refuses", f.refused)] if f.refused else []
         rows += [(name, f"{size(n):>12}{n / f.memory:>8.1%}") for name, n in sorted(f.memory_by_part.items(), key=lambda row: -row[1])]
         rows.append(("in all", f"{size(f.memory):>12}{'':8}  at the fullest moment of a step of micro-batches of {f.micro_batch_size}"))
+        if f.memory_of_host:
+            parts = ", ".join(f"{name} {size(n)}" for name, n in f.memory_of_host_by_part.items())
+            rows.append(("in host memory", f"{size(f.memory_of_host):>12}{'':8}  {parts}"))
     if f.memory_simulated is not None:
         rows.append(("simulated", f"{size(f.memory_simulated):>12}{'':8}  the real model without storage, with the CPU's kernels"))
     if f.largest_micro_batch_size is not None:

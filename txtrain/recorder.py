@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +19,16 @@ from txtrain.deadline import Deadline
 from txtrain.errors import ConfigError
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
+from txtrain.loggers.build import Loggers
 from txtrain.metrics import COLUMNS, MetricsFile
 from txtrain.module import LitModule
+from txtrain.objectives.base import Shown
 from txtrain.objectives.build import build_objective
 from txtrain.progress import Display
 from txtrain.saver import Saver
 from txtrain.stop import Preempted, Stop
-from txtrain.throughput import Machine, Meter
+from txtrain.throughput import Machine
+from txtrain.watch import Watch
 
 SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 
@@ -44,10 +47,12 @@ class Recorder(pl.Callback):
     def __init__(self, config: Train, data: Any, folder: RunFolder | None, limits: Limits, display: Display, machine: Machine) -> None:
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
         self.display, self.machine = display, machine
+        self.loggers = Loggers()  # none; replaced by those of the run
         self.stop = Stop()  # replaced by the one that owns the signals, where there is one
         self.deadline = Deadline(None)  # replaced by that of a job
         self.state: dict[str, Any] = folder.state if folder else {}
-        self.meter = Meter(self.state.get("seconds", 0.0))
+        self.watch = Watch(config, data, folder, display, machine, self.state)
+        self.meter = self.watch.meter
         self.open: dict[str, Any] | None = self.state.get("open_row")  # of a step that is not closed yet
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.position: Any = None  # of a stream, where the next step can be read from
@@ -61,8 +66,10 @@ class Recorder(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
+        self.columns += module.layers.columns
         module.objective.check = partial(self._check, module)
         if self.folder is None:
+            self.watch.start(module)
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
         guess = 3 * 4 * self.config.model.n_params / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
@@ -76,6 +83,7 @@ class Recorder(pl.Callback):
                 self.data.start_position = Position(*self.state["stream_position"])
                 self.position = self.data.start_position
             _continue_counting(trainer, module.step)
+        self.watch.start(module)
         losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
         if not module.parallel.is_first:
@@ -93,15 +101,24 @@ class Recorder(pl.Callback):
         self.stop.hold()
         self.display.start(_lit(pl_module).step, self.limits.steps)
         self.meter.start()
+        _lit(pl_module).parallel.phases.enter("data")
 
     # ------------------------------------------------------------------------------------------------------- after each step
 
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        _lit(pl_module).parallel.phases.enter("forward_backward")
+
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        module, trainer_config = _lit(pl_module), self.config.trainer
+        _lit(pl_module).parallel.phases.enter("other")
+        self._end_step(trainer, _lit(pl_module), outputs, batch)
+        _lit(pl_module).parallel.phases.enter("data")
+
+    def _end_step(self, trainer: pl.Trainer, module: LitModule, outputs: Any, batch: Any) -> None:
+        trainer_config = self.config.trainer
         if "stream_position" in batch:
             self.position = batch["stream_position"][-1]
-        self.meter.count(*self._work(module, batch))
         self.display.step(module.step)
+        self.watch.step(module, outputs, *self._work(module, batch))
         if module.skipped_in_a_row:
             self._skipped(module, outputs)
         if self._reached(module):
@@ -131,7 +148,7 @@ class Recorder(pl.Callback):
         n, allowed = module.skipped_in_a_row, self.config.trainer.max_skipped_steps
         what = f"loss {float(outputs['loss'])}, gradient norm {float(outputs['grad_norm'])}"
         if n <= allowed:
-            self.display.line(f"step {module.step} is skipped: {what} ({n} in a row, {allowed} allowed)", style="bold")
+            self.display.tell(f"step {module.step} is skipped: {what} ({n} in a row, {allowed} allowed)", style="bold")
             return
         where = ""
         if self.folder is not None and module.parallel.is_first:
@@ -152,17 +169,17 @@ class Recorder(pl.Callback):
     def _validates(self) -> bool:
         return self.config.trainer.limit_val_batches > 0 and self.data.n_val > 0
 
-    def _work(self, module: LitModule, batch: Any) -> tuple[int, float]:
-        """Token positions and floating-point operations of a step that had batches of this shape in every process."""
+    def _work(self, module: LitModule, batch: Any) -> tuple[int, float, float]:
+        """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
         model, n = self.config.model, self.config.data.global_batch_size
         lengths = module.objective.lengths(batch, self.config.seq_len)
         longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
-        return n * longer, n * model.flops_per_sample(*lengths, self.config.objective.target_share)
+        again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
+        return n * longer, n * model.flops_per_sample(*lengths, self.config.objective.target_share), n * again
 
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What is known of the step without a validation. Waits for the device."""
         loss = float(outputs["loss"])
-        tokens_per_second, flops_per_second = self.meter.rates()
         return {
             "step": module.step,
             "tokens": module.tokens,
@@ -171,13 +188,15 @@ class Recorder(pl.Callback):
             "grad_norm": float(outputs["grad_norm"]),
             "skipped_steps": module.skipped,
             **{name: float(outputs[name]) for name in (*module.objective.weights, *balance.columns(self.config.model)) if name != "loss"},
+            **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
-            "tokens_per_second": tokens_per_second,
-            "mfu": flops_per_second / (self.machine.peak.flops * module.parallel.world.size),
-            "seconds": self.meter.seconds,
+            **self.watch.measures(module),
         }
 
     # --------------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _lit(pl_module).parallel.phases.enter("validation")
 
     def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._check(_lit(pl_module))
@@ -185,11 +204,14 @@ class Recorder(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
         assert self.open is not None
-        texts = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        shown = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
         module.average.swap_out()
+        module.parallel.phases.enter("other")
         self.open |= module.val_metrics
-        self._close(trainer, module, texts)
+        self.watch.add_times(module, self.open)
+        self._close(trainer, module, shown)
         self.meter.start()
+        module.parallel.phases.enter("data")
 
     def _check(self, module: LitModule) -> None:
         if self._stopping(module):
@@ -197,14 +219,14 @@ class Recorder(pl.Callback):
 
     # ---------------------------------------------------------------------------------------------------- the end of a step
 
-    def _close(self, trainer: pl.Trainer, module: LitModule, texts: list[str] | None = None) -> None:
+    def _close(self, trainer: pl.Trainer, module: LitModule, shown: Sequence[Shown] = ()) -> None:
         """The step is complete: write what belongs to it, save if it is time, stop if it was asked for."""
         row, self.open = self.open, None
         val_loss = row.get("val_loss") if row else None
         if row is not None:
-            self._write_row(trainer, row)
-        if texts:
-            self._write_samples(module.step, texts)
+            self._write_row(row)
+        if shown:
+            self._write_samples(module, shown)
         self.ended = trainer.should_stop = trainer.should_stop or self._reached(module)
         better = val_loss is not None and val_loss < self.best
         self.best = min(self.best, math.inf if val_loss is None else val_loss)
@@ -224,27 +246,30 @@ class Recorder(pl.Callback):
             self._save(module, None, must=True)
         raise Preempted
 
-    def _write_row(self, trainer: pl.Trainer, row: dict[str, Any]) -> None:
+    def _write_row(self, row: dict[str, Any]) -> None:
         if self._file is not None:
             self._file.write(row)
         else:
             self.metrics |= {name: value for name, value in row.items() if value is not None}
         self.display.row(row)
-        for logger in trainer.loggers:
-            logger.log_metrics({name: row[name] for name in self.columns[1:] if row.get(name) is not None}, step=row["step"])
+        self.loggers.row(row["step"], {name: row[name] for name in self.columns[1:] if row.get(name) is not None})
 
-    def _write_samples(self, step: int, texts: list[str]) -> None:
+    def _write_samples(self, module: LitModule, shown: Sequence[Shown]) -> None:
         if self._file is None and self.folder is not None:  # another process writes
             return
-        for text in texts:
-            shown = " ".join(text.split())
-            self.display.line(f"  {shown[:160]}{'...' if len(shown) > 160 else ''}", style="dim")
+        for one in shown:
+            self.display.text(one.text)
+        self.loggers.samples(module.step, module.tokens, shown)
         if self.folder is not None:
             with open(self.folder.path / "samples.txt", "a", encoding="utf-8") as f:
-                f.write("".join(f"--- step {step}\n{text}\n\n" for text in texts))
+                f.write("".join(f"--- step {module.step}\n{one.text}\n\n" for one in shown))
 
     def _save(self, module: LitModule, val_loss: float | None, must: bool) -> None:
         """must: it is the run's last."""
+        with module.parallel.phases.within("saving"):
+            self._save_now(module, val_loss, must)
+
+    def _save_now(self, module: LitModule, val_loss: float | None, must: bool) -> None:
         if self.folder is None:
             return
         assert self._saver is not None
@@ -260,7 +285,7 @@ class Recorder(pl.Callback):
             "step": module.step,
             "tokens": module.tokens,
             "samples": module.samples,
-            "seconds": self.meter.seconds,
+            **self.watch.state(),
             "data_order_hash": order,
             "data_fingerprint": self.data.fingerprint,
             "stream_position": None if self.position is None else [int(n) for n in self.position],
@@ -279,7 +304,8 @@ class Recorder(pl.Callback):
         if self._file is not None:  # this process writes
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
-            self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"])
+            self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"], goodput=self.watch.goodput())
+            self.loggers.checkpoint(path, state["step"], best=state["metrics"].get("val_loss", math.inf) <= self.best)
 
     def _beside(self, path: Path) -> None:
         assert self.folder is not None
@@ -288,7 +314,7 @@ class Recorder(pl.Callback):
             self.data.tokenizer.save(path / "tokenizer")
 
     def _warn(self, text: str) -> None:
-        self.display.line(text, style="bold")
+        self.display.tell(text, style="bold")
 
     # ---------------------------------------------------------------------------------------------------------------- the end
 

@@ -14,6 +14,7 @@ from txtrain.config import ROOTS
 from txtrain.errors import ConfigError
 from txtrain.imports import target_problems
 from txtrain.literals import escape
+from txtrain.loggers.config import settled
 from txtrain.overrides import check, groups_of, parse
 from txtrain.typed import build
 
@@ -57,6 +58,7 @@ def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Compos
     try:
         if problems := list(target_problems(raw, raw["imports"])):
             raise ConfigError(*problems)
+        raw["logger"] = settled(raw.get("logger") or {})
         config: Any = build(root, raw)
     except ConfigError as e:
         if not saved_imports or raw["imports"]:

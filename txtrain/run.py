@@ -6,6 +6,7 @@ import contextlib
 import dataclasses as dc
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -22,18 +23,21 @@ from txtrain.data.sources import settle
 from txtrain.deadline import Deadline
 from txtrain.folder import RunFolder
 from txtrain.limits import Limits
+from txtrain.loggers.build import Loggers, make_loggers
 from txtrain.metrics import latest
 from txtrain.module import LitModule
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.base import OneProcess, precision_dtype
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.world import World
+from txtrain.profiled import Profiled
 from txtrain.progress import Display
 from txtrain.recorder import Recorder, check_data
+from txtrain.remarks import marked
 from txtrain.slurm import Job
 from txtrain.stop import Cause, Preempted, Stop
 from txtrain.throughput import Machine
-from txtrain.trainer import instances, loggers, make_trainer, quiet
+from txtrain.trainer import instances, make_trainer, quiet
 from txtrain.typed import plain
 
 PREEMPTED = 75  # EX_TEMPFAIL: try again, for schedulers and for `-m`
@@ -56,11 +60,13 @@ class Result:
 
 @dc.dataclass(frozen=True)
 class Origin:
-    """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`)."""
+    """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`).
+    start: when this process was started, by the system's clock."""
 
     grafts: Mapping[str, Any] = dc.field(default_factory=dict)
     given: Sequence[str] = ()
     folder: str | None = None
+    start: float = dc.field(default_factory=time.time)
 
 
 def train(
@@ -83,13 +89,18 @@ def train(
     """
     origin, world = origin or Origin(), World.here()
     stop = Stop(first=world.rank == 0, several=world.size > 1, last_words=partial(_last_words, cfg, None))
-    with stop, quiet(), (parallel := make_parallel(cfg)).started():
+    with stop, quiet(), (parallel := make_parallel(cfg)).started(), marked(world.rank, parallel.is_new) if world.size > 1 else contextlib.nullcontext():
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
-        display = Display(quiet=not parallel.is_first)
+        display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: folder.choose(cfg, origin.given, origin.folder))
         stop.last_words = partial(_last_words, cfg, place)
-        display.lines([*screen.restarted(place), *screen.opening(cfg, fallback)])
+        for text in screen.restarted(place):
+            display.tell(text)
+        first, *loud = screen.opening(cfg, fallback)
+        display.line(first)
+        for text in loud:
+            display.tell(text)
         device = parallel.device()
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
@@ -105,24 +116,24 @@ def train(
                 return _finished(place, display, parallel)
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         recorder = Recorder(cfg, data, place, limits, display, machine)
-        called = [*callbacks, *instances(cfg.callbacks), recorder]
+        called = [*callbacks, *instances(cfg.callbacks), *([Profiled(cfg, place, display)] if cfg.profile else []), recorder]
         if place is not None:
-            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback))
-        told = parallel.first_only(lambda: _loggers(cfg, place)) or []
-        display.lines(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
-        trainer = make_trainer(cfg, parallel, limits, called, told, validate_first=recorder.open is not None)
+            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
+        recorder.loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or recorder.loggers
+        display.table(screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
+        trainer = make_trainer(cfg, parallel, limits, called, recorder.loggers.lightning, validate_first=recorder.open is not None)
         recorder.deadline = Deadline(parallel.first(_end_of_job))
         return _fit(trainer, module, data, recorder, stop)
 
 
-def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None) -> int:
+def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None, start: float | None = None) -> int:
     """`txtrain train`: the exit code. What goes wrong is raised: Python itself tells a failure by its traceback and exit code 1.
 
     Raises:
         ConfigError: as `train`, for the command line to print.
     """
     try:
-        result = train(config, origin=Origin(grafts, given, folder))
+        result = train(config, origin=Origin(grafts, given, folder, time.time() if start is None else start))
     except KeyboardInterrupt:
         print("txtrain: stopped before the first step.", file=sys.stderr)
         return 1
@@ -163,24 +174,22 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     except Preempted:
         status = "preempted"
     finally:
-        recorder.close()
-        if place is not None and parallel.is_first:
-            place.end(status)
-        finish(trainer.loggers, status)
+        try:
+            recorder.close()
+            if place is not None and parallel.is_first:
+                place.end(status, goodput=recorder.watch.goodput())
+        finally:
+            recorder.loggers.close(status)
     where = place.path if place is not None else None
     if status == "preempted":
-        recorder.display.line(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
+        recorder.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
-        stop.deaf = bool(parallel.first(lambda: _requeue(recorder.config, stop.agreed, recorder.display.line)))
-    elif where is not None:
-        recorder.display.line(f"done: {where}", style="bold")
+        stop.deaf = bool(parallel.first(lambda: _requeue(recorder.config, stop.agreed, recorder.display.tell)))
+        return Result(where, dict(recorder.metrics), status)
+    recorder.display.table(recorder.watch.summary(module, recorder.metrics))
+    if where is not None:
+        recorder.display.tell(f"done: {where}", style="bold")
     return Result(where, dict(recorder.metrics), status)
-
-
-def finish(loggers: Sequence[Any], status: str) -> None:
-    """The last word to each logger, of what the run came to: complete, preempted, failed. Lightning has told them success or failed."""
-    for logger in loggers:
-        logger.finalize(status)
 
 
 def _end_of_job() -> float | None:
@@ -212,21 +221,22 @@ def _last_words(cfg: Train, place: RunFolder | None, cause: Cause) -> None:
     _requeue(cfg, cause, say)
 
 
-def _loggers(cfg: Train, place: RunFolder | None) -> list[Any]:
-    """They write into the run's folder, so it is there before one of them can fail: no key for a service, a wrong argument."""
+def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
+    """They write into the run's folder, so it is there before one of them can fail: a wrong argument."""
+    if place is None:
+        return Loggers()
     with contextlib.ExitStack() as undo:
-        if place is not None:
-            undo.callback(place.discard)
-        made = loggers(cfg, place)
+        undo.callback(place.discard)
+        made = make_loggers(cfg, place, lambda text: display.tell(text, style="bold"))
         undo.pop_all()
         return made
 
 
-def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any]) -> None:
+def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any], start: float) -> None:
     """The first process makes the folder; where it is then, all know."""
 
     def create() -> Path:
-        place.create(cfg, facts)
+        place.create(cfg, facts, start)
         return place.path
 
     place.path = parallel.first(create)
@@ -244,7 +254,7 @@ def _nothing_left(place: RunFolder, limits: Limits) -> bool:
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
     """The run had reached its end; it may have been killed before it could say so."""
-    display.line(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
+    display.tell(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
     if parallel.is_first:
         place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))

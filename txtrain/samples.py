@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from txtrain.config import Train
+from txtrain.objectives.base import Shown
 from txtrain.objectives.spans import SENTINEL
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int
     return [begin, *tokenizer.encode(prompt)]
 
 
-def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
     """Prompt and continuation, for config.sample's prompts or the first words of the first validation documents."""
     tokenizer, wanted = data.tokenizer, config.sample
     if tokenizer is None or wanted.max_new_tokens == 0:
@@ -31,7 +32,7 @@ def continuations(module: Any, data: Any, config: Train, check: Callable[[], Non
     made = []
     for prompt in wanted.prompts or (data.prompts(wanted.n) if wanted.n else []):
         ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
-        made.append(f"{prompt}|{tokenizer.decode(said(module, tokenizer, ids, config, check))}")
+        made.append(Shown(prompt, tokenizer.decode(said(module, tokenizer, ids, config, check))))
     return made
 
 

@@ -38,12 +38,12 @@ def opening(config: Train, fallback: str | None) -> list[str]:
     return [first] if fallback is None else [first, loud]
 
 
-def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[str]:
-    """The rest of the start screen. data: prepared."""
+def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[tuple[str, str]]:
+    """The rest of the start screen: names and what they are. data: prepared."""
     trainer = config.trainer
     tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
     done = 0 if place is None else place.first_step
-    rows = [
+    return [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
@@ -55,7 +55,6 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
         ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
-    return [f"  {name:<14}{text}" for name, text in rows]
 
 
 def _number(n_train: int) -> str:

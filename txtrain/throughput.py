@@ -1,7 +1,12 @@
-"""Tokens per second, and the share of the hardware's peak that they need (MFU, 2204.02311, appendix B)."""
+"""Tokens per second, and the share of the hardware's peak that they need.
+
+MFU (2204.02311, appendix B) counts what a step needs; HFU what the device does for it, with what activation checkpointing computes again.
+"""
 
 from __future__ import annotations
 
+import resource
+import sys
 import time
 from collections.abc import Callable
 from functools import cache
@@ -42,11 +47,11 @@ def _si(n: float) -> str:
 @cache
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
     """The published figure of a known GPU; else what a matrix product reaches here, now."""
-    exact_float32 = torch.get_float32_matmul_precision() == "highest"  # else TF32, for which another figure holds
-    if device.type == "cuda" and (dtype != torch.float32 or exact_float32):
+    if device.type == "cuda":
+        tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         known = named(torch.cuda.get_device_name(device))
-        if known is not None and (flops := known.flops(str(dtype).removeprefix("torch."))):
-            return Peak(flops, f"published for {known.called}")
+        if known is not None and (flops := known.flops("tf32" if tf32 else str(dtype).removeprefix("torch."))):
+            return Peak(flops, f"published: {known.source}")
     return _measured(device, dtype)
 
 
@@ -83,14 +88,14 @@ class Meter:
         self.seconds = seconds
         self._clock = clock
         self._mark: float | None = None
-        self._tokens, self._flops, self._since = 0, 0.0, 0.0
+        self._tokens, self._flops, self._again, self._since = 0, 0.0, 0.0, 0.0
 
     def start(self) -> None:
         """Training goes on from here."""
         self._mark = self._clock()
 
-    def count(self, tokens: int, flops: float) -> None:
-        """A step is done."""
+    def count(self, tokens: int, flops: float, again: float = 0.0) -> None:
+        """A step is done. again: operations that were done a second time."""
         now = self._clock()
         passed = now - (now if self._mark is None else self._mark)
         self._mark = now
@@ -98,9 +103,18 @@ class Meter:
         self._since += passed
         self._tokens += tokens
         self._flops += flops
+        self._again += again
 
-    def rates(self) -> tuple[float, float]:
-        """Tokens and floating-point operations per second since the last call."""
-        counted, seconds = (self._tokens, self._flops), self._since
-        self._tokens, self._flops, self._since = 0, 0.0, 0.0
-        return (counted[0] / seconds, counted[1] / seconds) if seconds > 0 else (0.0, 0.0)
+    def rates(self) -> tuple[float, float, float]:
+        """Per second since the last call: tokens; floating-point operations; these and what was done a second time."""
+        tokens, flops, again, seconds = self._tokens, self._flops, self._again, self._since
+        self._tokens, self._flops, self._again, self._since = 0, 0.0, 0.0, 0.0
+        return (tokens / seconds, flops / seconds, (flops + again) / seconds) if seconds > 0 else (0.0, 0.0, 0.0)
+
+
+def memory(device: torch.device) -> int:
+    """Bytes at the fullest moment so far: of a GPU what tensors held, of a processor what the process held."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

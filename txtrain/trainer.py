@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import inspect
 import logging
 import os
 import warnings
@@ -16,10 +14,8 @@ import torch
 
 from txtrain.config import Train
 from txtrain.errors import ConfigError
-from txtrain.folder import RunFolder
 from txtrain.limits import Limits
 from txtrain.parallel.base import OneProcess
-from txtrain.typed import plain
 
 
 def make_trainer(
@@ -54,29 +50,6 @@ def make_trainer(
         use_distributed_sampler=False,  # the order is the data module's
         inference_mode=False,  # compiled blocks would be compiled once more for it
     )
-
-
-def loggers(config: Train, folder: RunFolder | None) -> list[Any]:
-    """The loggers of the config, which keep what they write in the run's folder, and go on with the same run when it is resumed."""
-    if folder is None:
-        return []
-    made = []
-    for name, node in config.logger.items():
-        accepted = inspect.signature(_class(node)).parameters
-        fitting = {"save_dir": str(folder.path), "name": config.name if "id" in accepted else name, "version": ""}
-        if "id" in accepted:  # Weights & Biases
-            fitting |= {"id": hashlib.sha256(str(folder.path.resolve()).encode()).hexdigest()[:12], "resume": "allow"}
-            del fitting["version"]
-        (logger,) = instances({name: {**{k: v for k, v in fitting.items() if k in accepted or k == "resume"}, **node}})
-        logger.log_hyperparams(plain(config))
-        made.append(logger)
-    return made
-
-
-def _class(node: Mapping[str, Any]) -> Any:
-    from hydra.utils import get_class
-
-    return get_class(node["_target_"])
 
 
 def instances(nodes: Mapping[str, Any]) -> list[Any]:

@@ -38,6 +38,13 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     return typing.cast(T, made)
 
 
+def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
+    """As `build`, of what lies at `path` of a configuration: the object, if nothing is wrong, and what is wrong."""
+    reader = _Reader(cls)
+    made = reader.dataclass(cls, raw, path, None)
+    return (None, reader.problems) if reader.problems else (typing.cast(T, made), [])
+
+
 def plain(obj: Any) -> Any:
     """Dicts, lists and values only; `build` reads them back, also after YAML or JSON."""
     if dc.is_dataclass(obj) and not isinstance(obj, type):

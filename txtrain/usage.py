@@ -80,11 +80,14 @@ Training: every interval counts steps, a step is one update
   trainer.val_check_interval       steps between validations; limit_val_batches: of so many batches
   trainer.precision                32-true, bf16-mixed, bf16-true
   trainer.KEY                      gradient_clip_val, log_every_n_steps, accelerator, compile, deterministic, max_skipped_steps
-                                   fast_dev_run, overfit_batches
+                                   fast_dev_run, overfit_batches, max_divergent_steps (null: a run that diverges is told of, not ended)
   trainer.auto_requeue=true        in a SLURM job: on SIGUSR1, SIGTERM, or before the job's end, save and have SLURM run the job again
   save.every_n_steps               also keep_last, keep_best, keep_every_n_steps; save.async=true writes while training goes on
   sample.KEY                       continuations at each validation: prompts, n, max_new_tokens, temperature
   logger=NAME                      {logger}, or a list; metrics.csv is always written
+  logger.KEY                       of wandb: project, entity, group, tags, log_model (true: the last checkpoint, all), mode (online, offline);
+                                   x_axis=step, tokens. WANDB_* variables win; docs/logging.md
+  layer_stats.every_n_steps        gradient and weight norms of each layer in every so many steps' rows; layer_stats.activations=true: and outputs
 
 Run
   recipe=NAME                      {recipes}
@@ -95,6 +98,8 @@ Run
   fork=CHECKPOINT                  a run of its own from another's weights, optimizer state and step
   imports=[mine.py]                your own parts, registered by @txtrain.component
   -m hydra/launcher=slurm          a sweep as one array of a cluster: hydra.launcher.partition, timeout_min, gpus_per_node, ...; slurm/README.md
+  verbosity=quiet|normal|verbose   of what is printed; also NO_COLOR=1
+  profile=true                     a trace of steps 4 to 6, or of profile_steps=[FIRST,LAST], into the run's folder
 
 Flags
 {flags}"""

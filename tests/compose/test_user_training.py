@@ -7,9 +7,9 @@ import yaml
 
 import txtrain
 from tests.compose.conftest import ROOT
-from tests.training import EXACT, rows, weights, write_text
+from tests.training import rows, weights, write_text
 from txtrain.cli import main
-from txtrain.metrics import read
+from txtrain.metrics import EXACT, read
 
 SMALL = (
     "model.n_layers=2",

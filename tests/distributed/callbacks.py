@@ -1,7 +1,9 @@
 """What a test does to a run from within, by a text that crosses to the worker."""
 
+import json
 import os
 import signal
+import warnings
 
 import lightning.pytorch as pl
 
@@ -36,11 +38,38 @@ class Poison(pl.Callback):
             self.hooks.pop().remove()
 
 
+class Hit(pl.Callback):
+    """Weights that are worth nothing, in every process, from a step on."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if module.step == self.step:
+            module.model.final_norm.weight.data.mul_(30)
+
+    def on_train_end(self, trainer, module):
+        (watch,) = (c.watch for c in trainer.callbacks if hasattr(c, "watch"))
+        print("LOSSES", json.dumps(watch.losses.state()), flush=True)
+
+
+class Warn(pl.Callback):
+    """A warning that every process has at each step, and one of its own."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        warnings.warn("what all have", stacklevel=1)
+        warnings.warn(f"what {trainer.global_rank} has", stacklevel=1)
+
+
 def named(text: str) -> pl.Callback:
-    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; or one of VARIATIONS."""
+    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`; or one of VARIATIONS."""
     if text in VARIATIONS:
         return VARIATIONS[text]()
     what, step, rank = text.split()
+    if what == "HIT":
+        return Hit(int(step))
+    if what == "WARN":
+        return Warn()
     if what == "POISON":
         return Poison(int(step), int(rank))
     return Signal(int(step), int(rank), getattr(signal, what))

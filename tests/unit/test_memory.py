@@ -6,13 +6,20 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import txtrain
 from txtrain.config import Train
+from txtrain.memory import zero
+from txtrain.memory.batch import batch_of
+from txtrain.memory.copies import Copies, NotCounted
 from txtrain.memory.count import memory
+from txtrain.memory.model import Traced
 from txtrain.memory.simulate import measure, simulate
 from txtrain.memory.tape import Tape
+from txtrain.memory.updates import _registered
 from txtrain.parallel.base import OneProcess
+from txtrain.parallel.config import BUCKET, Layout
 
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
 SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")
@@ -23,7 +30,14 @@ MORE = [
     (4, ("strategy=hsdp", "trainer.activation_checkpointing=2")),
     (1, ("trainer.precision=bf16-true",)),
     (4, ("strategy=ddp",)),
+    (2, ("strategy=fsdp", "data.micro_batch_size=1", "trainer.precision=bf16-true")),
 ]
+CUT = [
+    (2, ("strategy=tp",)),
+    (4, ("strategy=tp", "strategy.tp_size=2", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")),
+    (4, ("strategy=fsdp_tp", "data.micro_batch_size=1")),
+]
+SMALL = ("data.seq_len=16",)  # so that the update is the fullest moment of a step
 
 
 def composed(family: str, *overrides: str) -> Train:
@@ -35,8 +49,11 @@ def agree(config: Train, world: int, allowed: float = 0.02) -> None:
     counted, seen = memory(config, world), simulate(config, world=world)
     assert abs(counted.peak / seen.peak - 1) < allowed, f"counted {counted.peak:,} {counted.parts}, simulated {seen.peak:,} {seen.parts}"
     assert abs(counted.held / seen.held - 1) < 0.001, (counted.held, seen.held)
-    for name in ("all_gather", "reduce_scatter"):
-        assert counted.communicated.get(name, 0) == seen.communicated.get(name, 0), name
+    cut = config.strategy.layout(world).tensor > 1
+    for name in ("all_gather", "reduce_scatter", "all_reduce"):
+        a, b = counted.communicated.get(name, 0), seen.communicated.get(name, 0)
+        # Flags, norms and losses are a few numbers that are not counted.
+        assert abs(a - b) <= (0.005 * b + 4096 if cut or name == "all_reduce" else 0), (name, a, b)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -47,6 +64,44 @@ def test_counted_equals_simulated_on_one_process(family):
 @pytest.mark.parametrize("family", ["llama2", "t5", "deepseek_r1"])
 def test_counted_equals_simulated_in_shards(family):
     agree(composed(family, *SHARDED), 4)
+
+
+@pytest.mark.parametrize(("family", "world", "overrides"), [("t5", 2, CUT[0][1]), ("mistral", 4, CUT[2][1])])
+def test_counted_equals_simulated_in_pieces_of_each_matrix(family, world, overrides):
+    agree(composed(family, *overrides), world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "overrides"), CUT)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counted_equals_simulated_in_pieces_of_every_family(family, world, overrides):
+    agree(composed(family, *overrides), world)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", [("data.seq_len=63",), ("model/attention=mqa",), ("model/attention=mla", "model/position=alibi")])
+def test_counted_equals_simulated_in_uneven_pieces_and_with_what_processes_share(overrides):
+    """Positions that the processes do not divide; a key-value head that several read; a bias that is the same in all."""
+    agree(composed("mistral", "strategy=tp", *overrides), 2)
+
+
+@pytest.mark.parametrize("overrides", [("optimizer=adafactor",), ("optimizer=muon",)])
+def test_an_update_is_counted_as_it_is_simulated(overrides):
+    agree(composed("llama2", *SMALL, *overrides), 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [1, 4])
+@pytest.mark.parametrize("optimizer", ["adafactor optimizer.beta1=0.9", "adafactor", "muon", "lion ema.decay=0.9", "adamw ema.decay=0.9"])
+@pytest.mark.parametrize("family", ["bert", "deepseek_r1"])
+def test_an_update_is_counted_as_it_is_simulated_in_shards_too(family, optimizer, world):
+    strategy = ("strategy=fsdp",) if world > 1 else ()
+    agree(composed(family, *(() if family == "bert" else SMALL), *strategy, *f"optimizer={optimizer}".split()), world)
+
+
+def test_an_average_of_the_weights_is_held():
+    without, kept = memory(composed("gpt2"), 1), memory(composed("gpt2", "ema.decay=0.9"), 1)
+    assert kept.held - without.held == kept.parts["averaged"] == 4 * composed("gpt2").model.n_params
 
 
 @pytest.mark.slow
@@ -62,46 +117,117 @@ def test_counted_equals_simulated_at_a_published_size(name):
     agree(txtrain.compose([f"model={name}", "trainer.accelerator=cpu", *SHARDED, "data.global_batch_size=8"]), 8)
 
 
-@pytest.mark.parametrize("family", ["llama2", "gpt2"])
+@pytest.mark.parametrize("family", ["llama2", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in ("llama2", "gpt2"))])
 def test_counted_equals_measured_on_real_tensors(family):
-    config = composed(family, "data.seq_len=64")
+    config = composed(family, *(() if family in ("vit", "bert", "transformer") else ("data.seq_len=64",)))
     counted, seen = memory(config, 1), measure(config, OneProcess(config))
     assert abs(counted.peak / seen.peak - 1) < 0.03, f"counted {counted.peak:,}, measured {seen.peak:,}"
+
+
+def in_two_processes(tmp_path, *command: str) -> list[str]:
+    """What each of two processes that meet prints."""
+    here = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TXTRAIN_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen([sys.executable, *command], env=here | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"
+    ]
+    try:
+        return [process.communicate(timeout=600)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
 
 
 TWO = """
 import json, sys, txtrain
 from txtrain.memory.simulate import measure
 from txtrain.parallel.build import make_parallel
-config = txtrain.compose(sys.argv[1:])
-parallel = make_parallel(config)
-with parallel.started():
-    print(json.dumps(measure(config, parallel).peak))
+cases = [words.split() for words in sys.argv[1:]]
+with make_parallel(txtrain.compose(cases[0])).started():
+    for words in cases:
+        config = txtrain.compose(words)
+        parallel = make_parallel(config)
+        with parallel.started():
+            print(json.dumps(measure(config, parallel).peak), flush=True)
 """
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrides", [(), ("trainer.activation_checkpointing=full",), ("trainer.precision=bf16-mixed",)])
-def test_counted_equals_measured_in_two_processes_with_shards(tmp_path, overrides):
-    words = ["model=llama2", "trainer.accelerator=cpu", "model.n_layers=2", "data.global_batch_size=4", "strategy=fsdp", "trainer.devices=2", *overrides]
-    here = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "TXTRAIN_STORE": str(tmp_path / "store"), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen([sys.executable, "-c", TWO, *words], env=here | {"RANK": rank, "LOCAL_RANK": rank}, stdout=subprocess.PIPE, text=True) for rank in "01"
-    ]
-    try:
-        said = [process.communicate(timeout=120)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
+@pytest.mark.parametrize(
+    "overrides", ["strategy=fsdp", "strategy=fsdp trainer.activation_checkpointing=full", "strategy=fsdp trainer.precision=bf16-mixed", "strategy=tp"]
+)
+def test_counted_equals_measured_in_two_processes_for_every_family(tmp_path, overrides):
+    words = [f"model={family} trainer.accelerator=cpu model.n_layers=2 data.global_batch_size=4 trainer.devices=2 {overrides}" for family in FAMILIES]
+    said = [output.split() for output in in_two_processes(tmp_path, "-c", TWO, *words)]
+    counted = [memory(txtrain.compose(case.split()), 2).peak for case in words]
+    for peaks in said:
+        off = {family: n / int(peak) - 1 for family, n, peak in zip(FAMILIES, counted, peaks, strict=True)}
+        assert all(abs(deviation) < 0.03 for deviation in off.values()), off
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "bucket", "overrides"),
+    [
+        ("llama2", BUCKET, "strategy=deepspeed_stage_1"),
+        ("llama2", BUCKET, "strategy=deepspeed_stage_2"),
+        ("llama2", 400_000, "strategy=deepspeed_stage_1 data.seq_len=16"),
+        ("gpt2", 400_000, "strategy=deepspeed_stage_2 data.seq_len=64 data.micro_batch_size=1"),
+        ("t5", 400_000, "strategy=deepspeed_stage_1 data.seq_len=64 data.micro_batch_size=1"),
+    ],
+)
+def test_counted_equals_measured_under_zero(tmp_path, monkeypatch, family, bucket, overrides):
+    """bucket: also a small one, beside which the rest is seen. The first process: the second may have fewer parameters in part."""
+    pytest.importorskip("deepspeed")
+    monkeypatch.setattr(zero, "BUCKET", bucket)
+    words = [f"model={family}", "trainer.accelerator=cpu", "model.n_layers=2", "data.global_batch_size=4", "trainer.devices=2", *overrides.split()]
+    seen = json.loads(in_two_processes(tmp_path, "-m", "tests.unit.zero_memory", str(bucket), *words)[0].splitlines()[-1])
     counted = memory(txtrain.compose(words), 2)
-    for peak in map(json.loads, said):
-        assert abs(counted.peak / peak - 1) < 0.03, f"counted {counted.peak:,}, measured {peak:,}"
+    assert abs(counted.held / seen["held"] - 1) < 0.001, (counted.held, seen)
+    assert abs(counted.peak / seen["peak"] - 1) < 0.03, (counted.peak, counted.parts, seen)
 
 
+def test_what_is_not_counted_says_why():
+    for overrides, said in [
+        (("strategy=deepspeed_stage_3",), "gathers ahead"),
+        (("strategy=deepspeed_stage_2", "trainer.precision=bf16-mixed"), "trainer.precision=bf16-mixed"),
+        (("strategy=deepspeed_stage_2", "strategy.cpu_offload=true"), "strategy.cpu_offload=true"),
+    ]:
+        with pytest.raises(NotCounted, match=said):
+            memory(composed("llama2", *overrides), 2)
+
+
+def test_what_is_offloaded_is_counted_apart():
+    config = ("model=llama2", "strategy=fsdp", "data.global_batch_size=4")
+    on, off = (memory(txtrain.compose([*config, f"strategy.cpu_offload={flag}"]), 4) for flag in ("true", "false"))
+    states = ("parameters", "optimizer")
+    assert {name: on.host_parts[name] for name in states} == {name: off.parts[name] for name in states}
+    assert on.host_parts["gradients"] * 4 == pytest.approx(4 * txtrain.compose(list(config)).model.n_params)
+    assert on.held == off.held - sum(off.parts[name] for name in states)
+    assert not off.host
+
+
+@pytest.mark.parametrize("overrides", [(), ("model/attention=mla",), ("model/ffn=moe", "model.norm_position=sandwich"), ("model/position=relative",)])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_tape_meets_every_parameter_once(family):
-    config = composed(family)
-    assert memory(config, 1).parts["parameters"] == 4 * config.model.n_params
+def test_the_tape_meets_every_parameter_once_by_its_name_and_shape(family, overrides):
+    try:
+        model = composed(family, *overrides).model
+    except txtrain.ConfigError:
+        pytest.skip("not legal")
+    tape = Tape()
+    Traced(model, batch_of(composed(family, *overrides), 1), tape, lambda block, inputs: block(tape, *inputs)).loss()
+    with torch.device("meta"):
+        real = {name: tuple(p.shape) for name, p in txtrain.build_model(model).named_parameters()}
+    assert {p.name: p.shape for p in tape.parameters} == real
+    assert len(tape.parameters) == len(real)
+
+
+def test_parameters_enter_an_update_in_the_order_of_the_model():
+    """Of bert, deepseek_r1 and vit a few differ within their module, which no figure depends on."""
+    for family in ("transformer", "gpt2", "t5", "gemma2"):
+        config = composed(family)
+        with torch.device("meta"):
+            real = [name for name, _ in txtrain.build_model(config.model).named_parameters()]
+        assert [h.name for h in sorted(Copies(config, Layout()).held, key=_registered)] == real
 
 
 def test_a_tape_gives_everything_back():

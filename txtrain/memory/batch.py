@@ -72,10 +72,14 @@ def batch_of(config: Train, n: int) -> Batch:
 
 
 def tensors_of(config: Train, n: int) -> dict[str, Any]:
-    """The same as tensors, of zeros."""
+    """The same as tensors, of zeros; of labels only as many are targets as an objective chooses."""
     import torch
 
-    return {name: torch.zeros(size, dtype=torch.float32 if name == "pixel_values" else torch.int64) for name, size in shapes_of(config, n).items()}
+    made = {name: torch.zeros(size, dtype=torch.float32 if name == "pixel_values" else torch.int64) for name, size in shapes_of(config, n).items()}
+    chosen = n_chosen(config, 1)
+    if chosen is not None:
+        made["labels"][:, chosen:] = -100
+    return made
 
 
 def nbytes_of(config: Train, n: int) -> int:

@@ -33,6 +33,8 @@ class Place:
     memory: Value | None = None  # what is attended to, where it is another stack's output
     device: str = "cpu"
     scale: Value | None = None  # of auxiliary losses
+    first: bool = False  # of the blocks of its stack
+    last: bool = False
 
     @property
     def tokens(self) -> int:
@@ -51,8 +53,8 @@ def rotated(t: Tape, x: Value, rotation: tuple[Value, Value] | None, several: bo
 
 def gated(t: Tape, x: Value, dim: int, width: int, activation: str, dropout: float, bias: bool = False) -> Value:
     """down(act(gate(x)) * up(x))."""
-    h = t.mul(t.activation(t.linear(x, dim, width, bias), activation), t.linear(x, dim, width, bias))
-    return t.linear(t.dropout(h, dropout), width, dim, bias)
+    h = t.mul(t.activation(t.linear(x, dim, width, bias, name="gate_proj"), activation), t.linear(x, dim, width, bias, name="up_proj"))
+    return t.linear(t.dropout(h, dropout), width, dim, bias, name="down_proj")
 
 
 def choose(declared: Declared, device: str, bias: Value | None, softcap: bool, dropout: float, size: int) -> Kernel:

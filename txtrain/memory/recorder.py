@@ -7,7 +7,9 @@ nobody holds it any more: by Python's own count of references, as in torch. Noth
 
 from __future__ import annotations
 
+import contextlib
 import heapq
+import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
@@ -82,15 +84,14 @@ class Value:
 
 
 class Parameter(Value):
-    """A leaf of rows x columns elements in the storage of its group; `node` gathers its gradient. within: of stacked matrices, the sizes of one."""
+    """A leaf in the storage of its group; `node` gathers its gradient. name: canonical."""
 
-    __slots__ = ("gradient", "group", "rows", "within")
+    __slots__ = ("gradient", "group", "name", "shape")
     gradient: Bytes | None
 
-    def __init__(self, rows: int, n: int, size: int, group: Group) -> None:
-        super().__init__(n, size, None)
-        self.rows, self.group, self.gradient = rows, group, None
-        self.within: tuple[int, ...] = ()
+    def __init__(self, name: str, shape: tuple[int, ...], size: int, group: Group) -> None:
+        super().__init__(math.prod(shape), size, None)
+        self.name, self.shape, self.group, self.gradient = name, shape, group, None
         group.parameters.append(self)
 
 
@@ -129,14 +130,20 @@ class Recorder:
         self.numbers = count()
         self.group = self.root = Group()
         self.parameters: list[Parameter] = []
+        self.path = ""  # of the module that computes
+        self.sent: dict[str, int] = {}  # bytes of whole buffers, by collective
         self.leaves: dict[int, Leaf] = {}
         self.kind = "activations"
         self.accumulates = False  # gradients of earlier micro-batches are there, and take the new ones in
+        self.arrived: Callable[[Parameter], None] | None = None  # told of each gradient that is complete
         self.autocast = False  # products in 2 bytes beside parameters in 4
         self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
         self.shared: dict[str, Parameter] = {}
         self.recording = True  # what gradients need is kept
         self.replayed: Iterator[Parameter] | None = None  # those of a block that is computed again
+        self.n_saved = 0  # operations of which something was kept
+        self.last_save: int | None = None  # of a block that is computed again: what follows is not
+        self.stopped = False
         self.products: list[Bytes] | None = None  # selective checkpointing: what products gave
 
     # ----------------------------------------------------------------------------------------------------------- building
@@ -149,10 +156,28 @@ class Recorder:
         size = self.size if size is None else size
         return Value(n, size, self.bytes(n, size))
 
-    def parameter(self, rows: int, columns: int = 1) -> Parameter:
+    @contextlib.contextmanager
+    def at(self, path: str) -> Iterator[None]:
+        """Parameters that are met within belong to the module of that name."""
+        before, self.path = self.path, path
+        try:
+            yield
+        finally:
+            self.path = before
+
+    def within(self, name: str) -> contextlib.AbstractContextManager[None]:
+        """The same, of a module within the present one."""
+        return self.at(dotted(self.path, name))
+
+    def named(self, name: str, trace: Callable[..., Value], *args: Any) -> Value:
+        """What a module within the present one computes."""
+        with self.within(name):
+            return trace(*args)
+
+    def parameter(self, *shape: int, name: str = "weight") -> Parameter:
         if self.replayed is not None:
             return next(self.replayed)
-        made = Parameter(rows, rows * columns, self.size, self.group)
+        made = Parameter(dotted(self.path, name), shape, self.size, self.group)
         self.parameters.append(made)
         leaf = Leaf(made)
         self.leaves[id(made)] = leaf
@@ -161,10 +186,13 @@ class Recorder:
 
     def made(self, inputs: Sequence[Value], n: int, size: int, saved: Any, backward: Callable[..., Gradients], storage: Bytes | None = None) -> Value:
         """The result of an operation on `inputs`. saved: what its gradient reads; backward: the result's gradient -> those of the inputs."""
-        storage = Bytes(self.meter, n * size, self.kind) if storage is None else storage
+        storage = Bytes(self.meter, 0 if self.stopped else n * size, self.kind) if storage is None else storage
         edges = tuple(x.edge for x in inputs)
         if not self.recording or all(edge is None for edge in edges):
             return Value(n, size, storage)
+        if _holds(saved):
+            self.n_saved += 1
+            self.stopped = self.n_saved == self.last_save
         return Value(n, size, storage, (Node(next(self.numbers), edges, saved, backward), 0))
 
     def like(self, x: Value) -> Bytes:
@@ -203,15 +231,21 @@ class Recorder:
             sources = [Source(-2 - i, (), None, _done) for i in range(len(copies))]
             values = [Value(n, size, storage, (s, 0) if wants else None) for (n, size, storage, wants), s in zip(copies, sources, strict=True)]
             copies.clear()
+            self.last_save = self.saves_of(block, values, own, products)
             self.replayed, self.products, before, self.kind = iter(own), products, self.kind, "recomputed"
             result = block(self, *values)
             self.replayed, self.products, self.kind = None, None, before
+            self.last_save, self.stopped = None, False
             result.storage = None  # the last sum is not computed again
             del values
             self.backward(result, g)
             return tuple(source.gradient for source in sources)
 
         return self.made(inputs, out.n, out.size, None, backward, out.storage)
+
+    def saves_of(self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter], products: list[Bytes] | None) -> int | None:
+        """The number that `n_saved` will have when the last of what a block keeps is computed again; None: nothing is sent, it does not matter."""
+        return None
 
     # ----------------------------------------------------------------------------------------------------------- backward
 
@@ -263,6 +297,17 @@ class Recorder:
             return
         if parameter.gradient is None and not self.accumulates:
             parameter.gradient = gradient.becomes("gradients")
+        del gradient
+        if self.arrived is not None:
+            self.arrived(parameter)
+
+
+def _holds(saved: Any) -> bool:
+    return any(map(_holds, saved)) if isinstance(saved, (tuple, list)) else saved is not None
+
+
+def dotted(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _done(*_: Any) -> Gradients:

@@ -27,6 +27,7 @@ from txtrain.memory.batch import n_chosen, tensors_of
 from txtrain.model.position import frequencies
 from txtrain.module import LitModule
 from txtrain.parallel.base import OneProcess
+from txtrain.parallel.buckets import local
 from txtrain.parallel.config import processes
 from txtrain.parallel.world import World
 from txtrain.registry import resolve
@@ -83,13 +84,15 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         share = config.data.global_batch_size // parallel.size
         batch = tensors_of(config, share)
         tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else MemTracker()
-        tracker.track_inputs(tuple(batch.values())) if module.is_sharded else tracker.track_external(module.model, optimizer, *batch.values())
+        beside = (*batch.values(), *(local(value) for value in module.average.values.values()))
+        tracker.track_inputs(beside) if module.is_sharded else tracker.track_external(module.model, optimizer, *beside)
         module.after_backward = tracker.reset_mod_stats  # it takes a second forward for a mistake
         sent = Sent()
         for step in range(STEPS):
             sent.clear()
             as_real = _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
-            with as_real, sent, tracker, _precision(config, parallel):
+            as_gloo: Any = _AsGloo() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+            with as_real, sent, tracker, as_gloo, _precision(config, parallel):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
@@ -206,10 +209,23 @@ NAMES = {
 }
 
 
+class _AsGloo(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gloo sums a copy of what it reduces and scatters; the group that sends nothing makes none."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(t is DTensor for t in types):
+            return NotImplemented
+        copy = args[1].clone() if func is torch.ops.c10d._reduce_scatter_base_.default else None
+        result = func(*args, **(kwargs or {}))
+        del copy
+        return result
+
+
 class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Where torch's fake tensors differ from real ones.
 
-    A choice by a mask has no size: it is taken to be `n_chosen`. A flag is taken to be unset: some token is padding. Flash attention's
+    A choice by a mask has no size: it is taken to be `n_chosen`. A flag is taken to be unset: some token is padding;
+    a number (a drawn seed, a step) is taken to be 1. Flash attention's
     output lies position by position, not head by head. The grouped product takes float32.
     """
 
@@ -222,8 +238,8 @@ class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shape, n = args[1][0].shape, self.n_chosen
             assert n is not None, "an objective that chooses positions tells how many"
             args = (args[0], [torch.zeros(n, dtype=torch.int64) for _ in shape], *args[2:])
-        if func is ATEN._local_scalar_dense.default and args[0].dtype == torch.bool:
-            return False
+        if func is ATEN._local_scalar_dense.default:
+            return False if args[0].dtype == torch.bool else 1
         if func is ATEN._grouped_mm.default:
             return _grouped_mm(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from txtrain.memory.recorder import Bytes, Gradients, Group, Node, NotTraced, Parameter, Recorder, Value
+from txtrain.memory.recorder import Bytes, Gradients, Group, Node, NotTraced, Parameter, Recorder, Value, dotted
 
 CHUNK_ELEMENTS = 1 << 22  # logits that the loss holds at a time, where the caller does not want them
 
-__all__ = ["CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "NotTraced", "Parameter", "Tape", "Value"]
+__all__ = ["CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "NotTraced", "Parameter", "Tape", "Value", "dotted"]
 
 
 class Tape(Recorder):
     """A recorder with torch's operations, as the CPU's kernels do them."""
 
-    def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None) -> Value:
-        """x times a matrix [outputs, inputs]."""
-        own = self.parameter(outputs, inputs) if weight is None else weight
-        shift = [self.low(self.parameter(outputs))] if bias else []
+    def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = "") -> Value:
+        """x times a matrix [outputs, inputs]. name: of its module within the present one."""
+        own = self.parameter(outputs, inputs, name=dotted(name, "weight")) if weight is None else weight
+        shift = [self.low(self.parameter(outputs, name=dotted(name, "bias")))] if bias else []
         x, weight = self.low(x), self.low(own)
         wants = x.edge is not None
 
@@ -29,6 +29,10 @@ class Tape(Recorder):
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
         return self.made([x, weight, *shift], n, x.size, x.storage, backward, self.product(n, x.size))
+
+    def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
+        """Of the whole vocabulary."""
+        return self.linear(x, dim, vocabulary, weight=weight)
 
     def pointwise(self, x: Value, keeps: str = "input", temporaries: int = 0) -> Value:
         """A function of each element; keeps: input, result, or nothing, for its gradient."""
@@ -131,7 +135,7 @@ class Tape(Recorder):
         return self.made([x], n, x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),), x.storage)
 
     def layer_norm(self, x: Value, size: int, bias: bool) -> Value:
-        weights = [self.parameter(size) for _ in range(2 if bias else 1)]
+        weights = [self.parameter(size, name=name) for name in (("weight", "bias") if bias else ("weight",))]
         statistics = self.bytes(2 * x.n // size, 4)
         nbytes, wide = x.nbytes, x.size
 
@@ -185,11 +189,9 @@ class Tape(Recorder):
         del zeros
         return made
 
-    def grouped(self, x: Value, inputs: int, outputs: int, experts: int) -> Value:
+    def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
         """Rows of x, each times the matrix of its expert."""
-        stack = self.parameter(experts, inputs * outputs)
-        stack.within = (outputs, inputs)
-        x, weight = self.low(x), self.low(stack)
+        x, weight = self.low(x), self.low(self.parameter(experts, outputs, inputs, name=name))
         nbytes, whole = x.nbytes, weight.n * x.size
 
         def backward(g: Bytes) -> Gradients:
@@ -233,10 +235,11 @@ class Tape(Recorder):
         return logits
 
     def kept(self, name: str, make: Callable[[], Parameter]) -> Parameter:
-        """A parameter that several parts of the model share."""
-        if name not in self.shared:
-            self.shared[name] = make()
-        return self.shared[name]
+        """A parameter that several parts of the model share. name: any, in the module that computes."""
+        key = dotted(self.path, name)
+        if key not in self.shared:
+            self.shared[key] = make()
+        return self.shared[key]
 
     def low(self, x: Value) -> Value:
         """As autocast has it: in 2 bytes, parameters once for all their uses."""

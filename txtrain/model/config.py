@@ -163,6 +163,10 @@ class ModelConfig:
         """As `flops_per_token`, of a whole sequence, pair or image. target_share: of the positions that have a target (`costs.forward_by_part`)."""
         return costs.training_flops(costs.forward_by_part(self, seq_len, target_len, dense=False, training=True, target_share=target_share))
 
+    def recomputed_flops(self, seq_len: int, target_len: int | None = None, checkpointing: str | int = "none") -> float:
+        """What a trained sample costs beside `flops_per_sample`, where activations are computed again (`costs.recomputed_flops`)."""
+        return costs.recomputed_flops(self, seq_len, target_len, checkpointing=checkpointing)
+
     def flops_per_token(self, seq_len: int, target_len: int | None = None) -> float:
         """Floating-point operations of forward and backward a trained token, the backward twice the forward; no recomputation.
 

@@ -51,6 +51,24 @@ def training_flops(forward: Mapping[str, float]) -> float:
     return 3.0 * sum(forward.values()) - forward.get("embedding", 0.0)
 
 
+def recomputed_flops(model: ModelConfig, seq_len: int, target_len: int | None = None, *, checkpointing: str | int, dense: bool = False) -> float:
+    """Of one sample, what activation checkpointing computes a second time: the forward of every block, or of every n-th.
+
+    checkpointing: none, full, selective (which keeps what matrix products gave), or n.
+    """
+    if checkpointing in ("none", "selective"):
+        return 0.0
+    encoder_layers = range(model.encoder_layers)
+    length = (target_len or seq_len) if encoder_layers else seq_len
+    blocks = [sum(_block(model, length, i, model.topology != "encoder", dense)) for i in range(model.n_layers)]
+    if encoder_layers:
+        blocks = [block + _cross_attention(model, length, seq_len, i) for i, block in enumerate(blocks)]
+    blocks += [sum(_block(model, seq_len, i, False, dense)) for i in encoder_layers]
+    further = [(max(length - depth, 0), model.n_layers + depth - 1) for depth in range(1, model.mtp_depth + 1)]
+    blocks += [sum(_block(model, rest, layer, True, dense)) if rest else 0.0 for rest, layer in further]
+    return sum(blocks[:: 1 if checkpointing == "full" else int(checkpointing)])
+
+
 def _block(model: ModelConfig, seq_len: int, layer: int, causal: bool, dense: bool) -> tuple[float, float]:
     """Attention of a sequence to itself, and feed-forward."""
     of_query, of_key = model.attention.projection_flops(model, layer)

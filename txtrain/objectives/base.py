@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,6 +56,24 @@ class TokenisedText:
         if self.tokenizer is None:
             raise ConfigError("`data.tokenizer` must be given with this objective, which needs tokens of its own, but is null instead.")
         return self.tokenizer
+
+
+class Shown(NamedTuple):
+    """What a model was given and what it answered; answer: None where it stands within the text. image: what `given` tells of, [C, H, W] from 0 to 1."""
+
+    given: str
+    answer: str | None = None
+    image: Tensor | None = None
+
+    @property
+    def text(self) -> str:
+        """Of the screen and samples.txt."""
+        return self.given if self.answer is None else f"{self.given}|{self.answer}"
+
+    @property
+    def caption(self) -> str:
+        """Of the image."""
+        return f"{self.given}, {self.answer}"
 
 
 class Objective:
@@ -124,8 +142,11 @@ class Objective:
         """The token ids [n] that the term `loss` predicts; None where it predicts no text. Bits per byte are counted on these."""
         return None
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
-        """A few lines of what the model says, for the screen and samples.txt. check: called after each token; it may raise to stop."""
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+        """A little of what the model says, for the screen, samples.txt and the loggers; in all processes alike.
+
+        check: called after each token; it may raise to stop.
+        """
         return []
 
     # ------------------------------------------------------------------------------------------------------------ columns

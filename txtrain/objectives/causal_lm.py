@@ -9,7 +9,7 @@ from torch import Tensor
 
 from txtrain.config import Train
 from txtrain.model.mtp import further_targets
-from txtrain.objectives.base import IGNORED, Batch, Objective, Terms, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Objective, Shown, Terms, n_targets
 from txtrain.samples import continuations
 
 
@@ -53,5 +53,5 @@ class CausalLM(Objective):
         labels = batch["labels"][:, 1:]
         return labels[labels != IGNORED]
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
         return continuations(module, data, config, check)

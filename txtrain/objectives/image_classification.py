@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.objectives.base import Batch, Counted, Objective, Terms, n_right
+from txtrain.config import Train
+from txtrain.objectives.base import Batch, Counted, Objective, Shown, Terms, n_right
 
 
 class ImageClassification(Objective):
@@ -33,6 +34,20 @@ class ImageClassification(Objective):
         count = self.denominators(batch)["loss"]
         loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
         return {"loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count), "top5": (n_among(logits_BC, labels_B, 5), count)}
+
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+        return [self._shown(module, batch, check) for batch in data.examples(config.sample.n, 1)]
+
+    @staticmethod
+    def _shown(module: Any, batch: Batch, check: Callable[[], None]) -> Shown:
+        """A validation image with its class and the most likely one."""
+        check()
+        image_CHW, weight = batch["pixel_values"][0], next(module.model.parameters())
+        logits_C = module.model(pixel_values=image_CHW[None].to(weight.device, weight.dtype)).logits[0]
+        share, predicted = logits_C.float().softmax(-1).max(-1)
+        darkest, brightest = image_CHW.aminmax()
+        stretched = (image_CHW - darkest) / (brightest - darkest).clamp(min=1e-6)  # the data's mean and deviation are taken out of it
+        return Shown(f"label {int(batch['labels'][0])}", f"predicted {int(predicted)} ({float(share):.2f})", stretched)
 
 
 def n_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:

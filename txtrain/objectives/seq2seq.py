@@ -12,7 +12,7 @@ from torch import Tensor
 from txtrain.beam import beam_search
 from txtrain.config import Train
 from txtrain.generation import generate
-from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms, n_targets
 from txtrain.objectives.config import Score
 from txtrain.objectives.scores import SCORES
 
@@ -69,14 +69,14 @@ class Seq2Seq(Objective):
             references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end
         return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
         return list(self._shown(module.model, data, config, check)) if config.sample.n and config.sample.max_new_tokens else []
 
-    def _shown(self, model: Any, data: Any, config: Train, check: Callable[[], None]) -> Iterator[str]:
+    def _shown(self, model: Any, data: Any, config: Train, check: Callable[[], None]) -> Iterator[Shown]:
         for batch in data.examples(config.sample.n, 1):
             (answer,) = self.answered(model, batch, data.tokenizer.eos_id, check)
             source = batch["input_ids"][batch["attention_mask"] != 0].tolist()
-            yield f"{data.tokenizer.decode(source)}|{data.tokenizer.decode(answer)}"
+            yield Shown(data.tokenizer.decode(source), data.tokenizer.decode(answer))
 
     def answered(self, model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None) -> list[list[int]]:
         """The answer to each source, up to the end token. check: called after each token; by default the objective's."""

@@ -21,7 +21,7 @@ from txtrain.data.draws import Draws
 from txtrain.data.order import Indices
 from txtrain.data.packing import PackedSamples
 from txtrain.data.samples import Mapped, Rows
-from txtrain.objectives.base import Batch, Objective, Terms, TokenisedText, n_targets
+from txtrain.objectives.base import Batch, Objective, Shown, Terms, TokenisedText, n_targets
 from txtrain.objectives.spans import Lengths, sentinel
 from txtrain.samples import encode, said
 
@@ -59,7 +59,7 @@ class SpanCorruption(Objective):
         )
         return {"loss": output.loss}
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[str]:
+    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
         """Texts with gaps (config.sample's prompts, or documents of the validation set), up to the last gap that the model fills: what it says is
         between « and »."""
         tokenizer, wanted = data.tokenizer, config.sample
@@ -68,7 +68,7 @@ class SpanCorruption(Objective):
         gaps = {tokenizer.id_of(name) for name in self.names}
         prompts = [encode(tokenizer, prompt, answers=True) for prompt in wanted.prompts]
         sources = prompts or [_first_document(batch) for batch in data.examples(wanted.n, 1)]
-        return [_filled(ids, said(module, tokenizer, ids, config, check), gaps, tokenizer) for ids in sources]
+        return [Shown(_filled(ids, said(module, tokenizer, ids, config, check), gaps, tokenizer)) for ids in sources]
 
 
 class Corruption:

@@ -5,12 +5,25 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 import re
-from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Literal, NamedTuple
 
 from txtrain.registry import BASES, register
 
 Shape = tuple[int, ...]
+
+
+class Held(NamedTuple):
+    """A parameter of which a process holds some part. own: the shape of that part."""
+
+    name: str
+    shape: Shape
+    own: Shape
+
+    @property
+    def n(self) -> int:
+        return math.prod(self.own)
+
 
 # ------------------------------------------------------------------------------------------------------------------ optimizer
 
@@ -91,6 +104,18 @@ class OptimizerConfig:
         """Whether a parameter has a counter of its own in the state."""
         return False
 
+    def update_bytes(self, held: Sequence[Held], size: int) -> int:
+        """Bytes made at the fullest moment of the update of a group's parameters, in their order, beside state and gradients.
+
+        Args:
+            size: bytes of a parameter's element.
+        """
+        return 0  # fused kernels make none
+
+    def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
+        """Bytes that the update of these parameters exchanges, by collective, where a process holds parts of them."""
+        return {}
+
 
 STEP_BYTES = 4  # a counter of the steps is one float32
 
@@ -132,6 +157,10 @@ class LionConfig(OptimizerConfig):
     def state_values(self, name: str, shape: Shape) -> int:
         return math.prod(shape)
 
+    def update_bytes(self, held: Sequence[Held], size: int) -> int:
+        """A direction, while the one before is still there."""
+        return size * max(before + h.n for before, h in _after(held))
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class AdafactorConfig(OptimizerConfig):
@@ -166,6 +195,18 @@ class AdafactorConfig(OptimizerConfig):
 
     def counts_steps(self, name: str, shape: Shape) -> bool:
         return True
+
+    def update_bytes(self, held: Sequence[Held], size: int) -> int:
+        """In float32: squares and two products; what the parameter before made of them is still there, unless the momentum took it in.
+        From half precision also value and gradient."""
+        left = (0 if self.beta1 is not None else 1) + (size < 4)
+        return 4 * max(left * before + (3 + 2 * (size < 4)) * h.n for before, h in _after(held))
+
+    def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
+        """Sums along what is cut."""
+        cut = [(h, d) for h in held if len(h.shape) >= 2 for d in (-1, -2) if h.own[d] != h.shape[d]]
+        found = sum(4 * h.n // h.own[d] for h, d in cut)
+        return {"all_reduce": found} if found else {}
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -207,6 +248,36 @@ class MuonConfig(OptimizerConfig):
 
     def counts_steps(self, name: str, shape: Shape) -> bool:
         return not self.is_matrix(name, shape)
+
+    def update_bytes(self, held: Sequence[Held], size: int) -> int:
+        """What Muon wants of a matrix, the whole matrix where the process has a part of it, and the iteration's own; AdamW makes nothing."""
+        matrices = [h for h in held if self.is_matrix(h.name, h.shape)]
+        return max((self._of_matrix(h, before, size) for before, h in _after(matrices)), default=0)
+
+    def _of_matrix(self, h: Held, before: int, size: int) -> int:
+        low, wanted = (2 if self.ns_dtype == "bfloat16" else 4), h.n * size if self.nesterov else 0
+        n, side = (math.prod(h.shape) if self._is_gathered(h) else h.n), min(h.shape[-2:])
+        if len(h.shape) == 3 and h.own[-2:] != h.shape[-2:]:  # cut within its matrices: each process computes some of them
+            shares = math.prod(h.shape) // h.n
+            n = math.ceil(h.shape[0] / shares) * math.prod(h.shape[-2:])
+        squares = math.ceil(n / math.prod(h.shape[-2:])) * side**2 * low
+        gathered = n * size if h.own[-2:] != h.shape[-2:] else 0
+        iteration = max(2 * n * low + 2 * squares, n * low + n * size)
+        return before * size + wanted + gathered + iteration
+
+    def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
+        """Matrices are gathered. (What of a stack that is cut within its matrices goes to and fro is not counted.)"""
+        found = sum(math.prod(h.shape) * size for h in held if self.is_matrix(h.name, h.shape) and self._is_gathered(h))
+        return {"all_gather": found} if found else {}
+
+    def _is_gathered(self, h: Held) -> bool:
+        """A stack is not."""
+        return len(h.shape) == 2 and h.own != h.shape
+
+
+def _after(held: Sequence[Held]) -> list[tuple[int, Held]]:
+    """Each with the number of elements of the one before it."""
+    return list(zip([0, *(h.n for h in held)], held, strict=False))
 
 
 def pattern_problems(path: str, patterns: tuple[str, ...]) -> Iterator[str]:

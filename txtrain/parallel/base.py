@@ -15,6 +15,7 @@ from txtrain.config import Train
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel.world import World
+from txtrain.phases import Phases
 
 T = TypeVar("T")
 
@@ -27,6 +28,7 @@ class OneProcess:
 
     def __init__(self, config: Train, world: World | None = None) -> None:
         self.config, self.world = config, world or World()
+        self.phases = Phases()  # of this process' time
 
     @property
     def is_first(self) -> bool:
@@ -104,6 +106,10 @@ class OneProcess:
 
     def barrier(self) -> None:
         """Wait for all."""
+
+    def is_new(self, key: str) -> bool:
+        """Whether no process has asked for this key before; of several at once one is told so. Not collective."""
+        return True
 
     # ----------------------------------------------------------------------------------------------------------- the model
 

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
 
 
+BUCKET = 50_000_000  # elements of gradients that DeepSpeed sums at a time
+
+
 class Layout(NamedTuple):
     """How many processes hold copies, hold shards of one copy, and share each layer's matrices. Their product is the world's size."""
 
@@ -156,6 +159,11 @@ class ZeROConfig(StrategyConfig):
             yield (
                 f"`optimizer` must be one of {known} with strategy={self.type}, but is {optimizer.type} instead: "
                 "ZeRO updates pieces of flattened parameters, and an element's update may depend on nothing but that element. Nearest: strategy=fsdp."
+            )
+        if config.layer_stats.every_n_steps is not None:
+            yield (
+                f"`layer_stats.every_n_steps` must be null with strategy={self.type}, but is {config.layer_stats.every_n_steps} instead: "
+                "gradients lie in flat pieces that know of no layer. Nearest: strategy=fsdp."
             )
         if config.ema.decay is not None:
             yield (

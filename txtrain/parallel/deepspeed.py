@@ -22,11 +22,10 @@ from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
 from txtrain.parallel.base import OneProcess
+from txtrain.parallel.config import BUCKET
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.partitions import Part, global_norm, parts
 from txtrain.parallel.world import World
-
-BUCKET = 50_000_000  # elements of gradients that are summed at a time
 
 
 class ZeRO(Mesh):

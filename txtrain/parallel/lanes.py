@@ -19,7 +19,6 @@ T positions are padded to a multiple of the processes by zeros, which `join` and
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,9 +27,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-# torch 2.13 renames them; 2.11 has the old names alone.
-_all_gather: Callable[..., Any] = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter: Callable[..., Any] = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+def _all_gather(*args: Any, **kwargs: Any) -> None:
+    """torch 2.13 renames it; 2.11 has the old name alone. Looked up when it is called: `traffic.timed` may have put another in its place."""
+    (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(*args, **kwargs)
+
+
+def _reduce_scatter(*args: Any, **kwargs: Any) -> None:
+    """As `_all_gather`."""
+    (getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)(*args, **kwargs)
 
 
 class Lanes:

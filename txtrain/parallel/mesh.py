@@ -15,6 +15,7 @@ from lightning.fabric.plugins.environments.cluster_environment import ClusterEnv
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from txtrain.config import Train
@@ -25,6 +26,7 @@ from txtrain.parallel.base import OneProcess
 from txtrain.parallel.buckets import GradientBuckets, as_read, local
 from txtrain.parallel.clipping import clip
 from txtrain.parallel.config import problems
+from txtrain.parallel.traffic import timed
 from txtrain.parallel.world import STORE, World, by_srun
 from txtrain.slurm import meeting_point
 
@@ -76,7 +78,8 @@ class Mesh(OneProcess):
             self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
             self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})  # or they would wait for each other below
             self.meet(device.type)
-            yield
+            with timed(self.phases) if device.type == "cpu" else contextlib.nullcontext():
+                yield
         finally:
             if mine:
                 dist.destroy_process_group()
@@ -191,6 +194,9 @@ class Mesh(OneProcess):
     def barrier(self) -> None:
         dist.barrier(group=self._control)
 
+    def is_new(self, key: str) -> bool:
+        return bool(_get_default_store().add(key, 1) == 1)
+
     # ----------------------------------------------------------------------------------------------------------- the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
@@ -222,7 +228,8 @@ class Mesh(OneProcess):
         if self.size == 1 or not sums:
             return dict(sums)
         flat = torch.cat([value.detach().double().flatten() for value in sums.values()])
-        dist.all_reduce(flat, group=self._data_group)
+        with self.phases.within("communication"):
+            dist.all_reduce(flat, group=self._data_group)
         parts = torch.split(flat, [value.numel() for value in sums.values()])
         return {name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(sums.items(), parts, strict=True)}
 
@@ -239,11 +246,13 @@ class Mesh(OneProcess):
             self._buckets.active = last
             yield
             if last:
-                self._buckets.finish()
+                with self.phases.within("communication"):
+                    self._buckets.finish()
         else:
             yield
         if last and self._cut is not None:
-            self._cut.sum_gradients()
+            with self.phases.within("communication"):
+                self._cut.sum_gradients()
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
         shards = self.mesh["shard"].get_group() if self.layout.shard > 1 else None

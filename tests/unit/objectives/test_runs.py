@@ -16,6 +16,7 @@ from tests.training import weights
 from tests.unit.objectives.conftest import KINDS
 from txtrain.data.draws import Draws
 from txtrain.data.module import DataModule
+from txtrain.metrics import WALL_CLOCK
 from txtrain.module import LitModule, cut
 from txtrain.recorder import Recorder
 from txtrain.registry import TABLE
@@ -133,7 +134,7 @@ def test_the_loss_falls_and_the_columns_are_told(kind, config, tmp_path):
 def test_throughput_counts_the_positions_that_a_batch_has(kind, config):
     base = config(kind)
     (batch,) = batches(base, 1)
-    tokens, flops = Recorder(base, SimpleNamespace(columns=()), None, None, None, None)._work(LitModule(base), batch)
+    tokens, flops, again = Recorder(base, SimpleNamespace(columns=()), None, None, None, None)._work(LitModule(base), batch)
     n, (source, target) = len(batch["sample_index"]), base.lengths
     if kind == "seq2seq":  # pairs of 9 tokens at most, in batches of their own length
         source, target = batch["input_ids"].shape[1], batch["labels"].shape[1]
@@ -142,6 +143,7 @@ def test_throughput_counts_the_positions_that_a_batch_has(kind, config):
         source, target = source - 1, target - 1
     assert tokens == n * max(source, target or 0)
     assert flops == pytest.approx(n * base.model.flops_per_sample(source, target, base.objective.target_share), rel=1e-12)
+    assert again == 0
 
 
 @pytest.mark.parametrize("kind", ["masked_lm with pairs", "span_corruption", "seq2seq", "image_classification"])
@@ -151,7 +153,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(kind, config, tmp_pa
         for stop in stops:
             txtrain.train(config(kind, f"run_dir={tmp_path / name}", f"trainer.max_steps={stop}", "scheduler=constant"))
         with open(tmp_path / name / "metrics.csv") as f:
-            rows[name] = [{k: v for k, v in row.items() if k not in ("tokens_per_second", "mfu", "seconds")} for row in csv.DictReader(f)]
+            rows[name] = [{k: v for k, v in row.items() if k not in WALL_CLOCK} for row in csv.DictReader(f)]
     trained = [row for row in rows["parts"] if row["val_loss"] == ""]
     assert trained == [row for row in rows["whole"] if row["step"] in {r["step"] for r in trained}]
     assert [row["loss"] for row in rows["parts"]] == [row["loss"] for row in rows["whole"]]

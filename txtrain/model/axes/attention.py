@@ -143,14 +143,14 @@ class AttentionConfig(AttentionBase):
 
         model, norm = place.model, place.model.norm
         n, kv, h = self.heads(model)
-        q = t.linear(x, model.dim, n * h, self.bias)
-        q = rotated(t, norm.trace_of(t, q, h) if self.qk_norm else q, place.rotation, n > 1)
+        q = t.linear(x, model.dim, n * h, self.bias, name="q_proj")
+        q = rotated(t, t.named("q_norm", norm.trace_of, t, q, h) if self.qk_norm else q, place.rotation, n > 1)
         source = x if place.memory is None else place.memory
-        k = t.linear(source, model.dim, kv * h, self.bias)
-        k = rotated(t, norm.trace_of(t, k, h) if self.qk_norm else k, place.rotation, kv > 1)
-        v = t.linear(source, model.dim, kv * h, self.bias)
+        k = t.linear(source, model.dim, kv * h, self.bias, name="k_proj")
+        k = rotated(t, t.named("k_norm", norm.trace_of, t, k, h) if self.qk_norm else k, place.rotation, kv > 1)
+        v = t.linear(source, model.dim, kv * h, self.bias, name="v_proj")
         y = attend(t, q, k, v, place, (n, kv), self.softcap is not None, self.dropped(model), same_size=True)
-        return t.linear(y, n * h, model.dim, self.bias)
+        return t.linear(y, n * h, model.dim, self.bias, name="o_proj")
 
 
 register("attention", "mha gqa mqa", "txtrain.model.attention:MultiHeadAttention", AttentionConfig)

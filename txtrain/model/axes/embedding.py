@@ -69,7 +69,7 @@ class TokenEmbeddingConfig(EmbeddingBase):
         x = t.scaled(x) if self.scale else x
         if not self.n_types:
             return x
-        types = t.parameter(self.n_types, dim)
+        types = t.parameter(self.n_types, dim, name="segment.weight")
         return t.add(x, t.lookup(types, place.tokens if batch.types else 1, dim))
 
 
@@ -123,10 +123,11 @@ class PatchEmbeddingConfig(EmbeddingBase):
         dim, pixels = place.model.dim, self.n_channels * self.patch_size**2
         rows, columns = self.grid()
         image = t.constant(place.batch * rows * columns * pixels)
-        x = t.linear(image, pixels, dim, bias=True)
+        weight = t.parameter(dim, self.n_channels, self.patch_size, self.patch_size, name="patch.weight")
+        x = t.linear(image, pixels, dim, bias=True, weight=weight, name="patch")
         if not self.class_token:
             return x
-        return t.cat(t.expanded(t.parameter(dim), place.batch * dim), t.back_copied(x))
+        return t.cat(t.expanded(t.parameter(1, 1, dim, name="class_token"), place.batch * dim), t.back_copied(x))
 
 
 register("embedding", "token", "txtrain.model.embedding:TokenEmbedding", TokenEmbeddingConfig)

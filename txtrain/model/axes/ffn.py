@@ -49,8 +49,8 @@ class MLPConfig(Component):
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
         d, f = place.model.dim, self.width(place.model)
-        h = t.activation(t.linear(x, d, f, self.bias), self.activation)
-        return t.linear(t.dropout(h, self.dropout), f, d, self.bias)
+        h = t.activation(t.linear(x, d, f, self.bias, name="up_proj"), self.activation)
+        return t.linear(t.dropout(h, self.dropout), f, d, self.bias, name="down_proj")
 
 
 @config

@@ -85,11 +85,11 @@ class MLMHeadConfig(HeadConfig):
         model, d = place.model, place.model.dim
         pooled = None
         if self.next_sentence:
-            pooled = t.activation(t.linear(t.sliced(x, place.batch * d, copies=True), d, d, bias=True), "tanh")
-            pooled = t.linear(pooled, d, 2, bias=True)
+            pooled = t.activation(t.linear(t.sliced(x, place.batch * d, copies=place.batch > 1), d, d, bias=True, name="pooler"), "tanh")
+            pooled = t.linear(pooled, d, 2, bias=True, name="next_sentence")
         chosen = batch.chosen or place.tokens
         x = t.picked(x, chosen * d, index=8 * 2 * chosen)
-        x = model.norm.trace_of(t, t.activation(t.linear(x, d, d, bias=True), self.activation), d)
+        x = t.named("norm", model.norm.trace_of, t, t.activation(t.linear(x, d, d, bias=True, name="dense"), self.activation), d)
         loss = vocabulary_loss(t, x, model, table, bias=True, smoothed=False)
         return loss if pooled is None else t.add(loss, t.softmax(pooled))
 
@@ -113,7 +113,7 @@ class ClassHeadConfig(HeadConfig):
 
     def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
         d = place.model.dim
-        return t.softmax(t.to(t.linear(t.sliced(x, place.batch * d), d, self.n_classes, bias=True), 4))
+        return t.softmax(t.to(t.linear(t.sliced(x, place.batch * d), d, self.n_classes, bias=True, name="classifier"), 4))
 
 
 def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | None, bias: bool, smoothed: bool) -> Value:
@@ -122,11 +122,11 @@ def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | No
 
     d, v, capped = model.dim, model.vocab_size, model.logit_softcap is not None
     weight = table if model.tie_word_embeddings else t.kept("head", lambda: t.parameter(v, d))
-    shift = t.kept("head_bias", lambda: t.parameter(v)) if bias else None
+    shift = t.kept("head_bias", lambda: t.parameter(v, name="bias")) if bias else None
     assert isinstance(weight, Parameter)
     if not smoothed:
         return t.chunked_loss(x, weight, shift, d, v, capped)
-    logits = t.linear(x, d, v, weight=weight)
+    logits = t.logits(x, d, v, weight)
     logits = t.scaled(t.activation(t.scaled(logits), "tanh")) if capped else logits
     return t.softmax(t.to(logits, 4))
 

@@ -112,18 +112,18 @@ class MLAConfig(AttentionBase):
         n, keys = model.n_heads, place.batch * place.keys
         q = x
         if s.q_rank is not None:
-            q = model.norm.trace_of(t, t.linear(x, model.dim, s.q_rank, self.bias), s.q_rank)
-        q = t.back_copied(t.linear(q, s.q_rank or model.dim, n * s.qk_dim))
+            q = t.named("q_norm", model.norm.trace_of, t, t.linear(x, model.dim, s.q_rank, self.bias, name="q_down_proj"), s.q_rank)
+        q = t.back_copied(t.linear(q, s.q_rank or model.dim, n * s.qk_dim, name="q_proj"))
         q_plain, q_turned = t.split(q, place.tokens * n * s.nope_dim, place.tokens * n * s.rope_dim)
         q_turned = rotated(t, q_turned, place.rotation, several=False)
         source = x if place.memory is None else place.memory
-        latent = model.norm.trace_of(t, t.linear(source, model.dim, s.kv_rank, self.bias), s.kv_rank)
-        k_turned = rotated(t, t.linear(source, model.dim, s.rope_dim, self.bias), place.rotation, several=False)
-        k_plain = t.back_copied(t.linear(latent, s.kv_rank, n * s.nope_dim))
-        v = t.linear(latent, s.kv_rank, n * s.v_dim)
+        latent = t.named("kv_norm", model.norm.trace_of, t, t.linear(source, model.dim, s.kv_rank, self.bias, name="kv_down_proj"), s.kv_rank)
+        k_turned = rotated(t, t.linear(source, model.dim, s.rope_dim, self.bias, name="k_rope_proj"), place.rotation, several=False)
+        k_plain = t.back_copied(t.linear(latent, s.kv_rank, n * s.nope_dim, name="k_proj"))
+        v = t.linear(latent, s.kv_rank, n * s.v_dim, name="v_proj")
         k = t.cat(k_plain, t.expanded(k_turned, keys * n * s.rope_dim))
         y = attend(t, t.cat(q_plain, q_turned), k, v, place, (n, n), False, self.dropped(model), same_size=s.qk_dim == s.v_dim)
-        return t.linear(y, n * s.v_dim, model.dim, self.bias)
+        return t.linear(y, n * s.v_dim, model.dim, self.bias, name="o_proj")
 
 
 def _yarn_sharpening(model: ModelConfig) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import TYPE_CHECKING, ClassVar
 
 from txtrain.model.axes.base import Component, config
@@ -96,11 +95,14 @@ class NormPositionConfig(Component):
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
         """What leaves a sublayer f and its residual connection."""
-        norm = partial(place.model.norm.trace, t, place=place)
+
+        def norm(x: Value, name: str) -> Value:
+            return t.named(name if self.n_norms > 1 else "norm", place.model.norm.trace, t, x, place)
+
         before, after = self.type in ("pre", "sandwich"), self.type in ("inner", "sandwich")
-        y = f(norm(x) if before else x)
-        y = t.add(x, t.dropout(norm(y) if after else y, place.model.dropout))
-        return norm(y) if self.type == "post" else y
+        y = f(norm(x, "pre_norm") if before else x)
+        y = t.add(x, t.dropout(norm(y, "post_norm") if after else y, place.model.dropout))
+        return norm(y, "post_norm") if self.type == "post" else y
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return self.n_norms * model.norm.n_params_of(model.dim)

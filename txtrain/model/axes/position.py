@@ -66,7 +66,7 @@ class LearnedConfig(PositionConfig):
         return model.max_seq_len * model.dim
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
-        table = t.parameter(place.model.max_seq_len, place.model.dim)
+        table = t.parameter(place.model.max_seq_len, place.model.dim, name="embedding.weight")
         return t.add(x, t.lookup(table, place.tokens if restarting else place.queries, place.model.dim))
 
 
@@ -161,7 +161,7 @@ class RelativeConfig(PositionConfig):
 
     def trace_bias(self, t: Tape, place: Place) -> Value | None:
         n = place.queries * place.keys
-        table = t.parameter(self.n_buckets, place.model.n_heads)
+        table = t.kept("table", lambda: t.parameter(self.n_buckets, place.model.n_heads, name="embedding.weight"))
         return t.lookup(table, n, place.model.n_heads, index=8 * n)
 
 

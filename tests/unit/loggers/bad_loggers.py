@@ -1,0 +1,59 @@
+"""Loggers that a run must survive."""
+
+import time
+
+from lightning.pytorch.loggers import Logger
+
+
+class Raises(Logger):
+    """In every method that others call."""
+
+    name, version = "raises", ""
+
+    def __init__(self, start=True):
+        super().__init__()
+        self.start = start
+
+    def fail(self, *_, **__):
+        raise OSError("the server is gone")
+
+    log_metrics = save = finalize = log_graph = after_save_checkpoint = fail
+
+    def log_hyperparams(self, *_, **__):
+        if not self.start:
+            self.fail()
+
+
+class Sleeps(Logger):
+    """At each row, for longer than anybody waits."""
+
+    name, version = "sleeps", ""
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+    def log_metrics(self, metrics, step=None):
+        time.sleep(600)
+
+
+class Remembers(Logger):
+    """What it is told, by its path."""
+
+    name, version = "remembers", ""
+    told: dict = {}
+
+    def __init__(self, save_dir, name):
+        super().__init__()
+        self.events = self.told.setdefault(save_dir, [("named", name)])
+
+    def log_hyperparams(self, params):
+        self.events.append(("config", params["seed"], params["run"]["data"]["source"], params["plan"]["n_params"]))
+
+    def log_metrics(self, metrics, step=None):
+        self.events.append((step, metrics))
+
+    def save(self):
+        self.events.append("save")
+
+    def finalize(self, status):
+        self.events.append(status)

@@ -1,0 +1,140 @@
+"""FSDP2 by block, in its own order: a group's parameters are gathered into one buffer and copied out of it; in the backward the next
+group's buffer is there while one computes; gradients are copied into one buffer that lives until the next group's is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from txtrain.memory.copies import FLOAT32, Block, Copies
+from txtrain.memory.tape import Bytes, Group, Parameter, Value
+from txtrain.parallel.config import Layout
+
+if TYPE_CHECKING:
+    from txtrain.config import Train
+
+
+class Shards(Copies):
+    def __init__(self, config: Train, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.stale: Bytes | None = None  # the buffer of the last gathering in the forward, freed with the next
+        self.whole: dict[int, Bytes] = {}
+        self.prefetched: dict[int, Bytes] = {}
+        self.reduced: Bytes | None = None
+        self.made: list[Bytes] = []
+        self.earlier_of: dict[int, Bytes] = {}
+        self.whole_root = self._gathered(self.root)
+
+    # ------------------------------------------------------------------------------------------------------------- sizes
+
+    def own(self, p: Parameter) -> tuple[int, ...]:
+        along = self._along(p)
+        return tuple(math.ceil(n / self.layout.shard) if dim == along else n for dim, n in enumerate(p.shape))
+
+    def _along(self, p: Parameter) -> int:
+        """The dimension that is cut: where the shards do not divide the number of stacked experts, one within each (`sharding.Along`)."""
+        if ".experts." not in p.name:
+            return 0
+        taken = {dim for dim in (1, 2) if p.shape[dim] != self.shapes[p.name][dim]}  # by tensor parallelism
+        return next((dim for dim, n in enumerate(p.shape) if n % self.layout.shard == 0 and dim not in taken), 0)
+
+    def _rearranged(self, group: Group) -> Bytes:
+        """What FSDP2 copies once more, in which what each process has lies side by side, after gathering."""
+        return self.t.bytes(sum(p.n for p in group.parameters if self._along(p)), kind="gathered")
+
+    def _padded(self, group: Group) -> int:
+        """Elements of the whole buffer: rows of each parameter up to a multiple of the shards."""
+        return sum(math.prod(self.own(p)) for p in group.parameters) * self.layout.shard
+
+    def communicated(self) -> dict[str, int]:
+        found = dict(self.t.sent)
+        groups = [self.root, *self.groups]
+        again = self.groups if self.config.strategy.reshard_after_forward else []
+        gathered = self.n_micro_batches * self.t.size * sum(map(self._padded, [*groups, *again]))
+        reduced = self.stored * sum(map(self._padded, groups))
+        summed = (self.gradients if self.layout.replicate > 1 else 0) + (self.in_common if self.layout.tensor > 1 else 0)
+        for name, n in (("all_gather", gathered), ("reduce_scatter", reduced), ("all_reduce", summed)):
+            if n:
+                found[name] = found.get(name, 0) + n
+        return found
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def before(self) -> None:
+        """Gradients of earlier micro-batches lie whole in every process: none is reduced before the last."""
+        self.earlier_of = {id(g): self.t.bytes(g.n, self.stored, "gradients") for g in (self.root, *self.groups)}
+        self.t.accumulates = self.t.size == self.stored  # else they are made into float32 after the block, and added
+
+    def _buffer(self, group: Group) -> Bytes:
+        mine = self.t.bytes(self._padded(group) // self.layout.shard, self.stored, "gathered") if self.offloads else None  # copied to the device
+        buffer = self.t.bytes(self._padded(group), kind="gathered")
+        del mine
+        return buffer
+
+    def _gathered(self, group: Group) -> Bytes:
+        buffer = self._buffer(group)
+        whole = self.t.bytes(group.n, kind="gathered")
+        self._rearranged(group)
+        self.stale = buffer
+        return whole
+
+    def around(self, block: Block, inputs: Sequence[Value]) -> Value:
+        t, number = self.t, self.seen
+        self.seen += 1
+        self.whole[number] = self._gathered(self.groups[number])
+        x, *others = inputs
+        del inputs
+        x = t.hook(x, lambda: self._reduced(number))
+        t.group = Group()
+        mine = t.group
+        self.groups[number].live = mine
+        x = self.computed(number, block, [x, *others])
+        t.group = t.root
+        if self.config.strategy.reshard_after_forward:
+            del self.whole[number]
+        return t.hook(x, lambda: self._needed(number))
+
+    def after_forward(self) -> None:
+        self.stale = None
+        self._prefetch(len(self.groups) - 1)
+
+    def _prefetch(self, number: int) -> None:
+        if number >= 0 and number not in self.whole:
+            self.prefetched[number] = self._buffer(self.groups[number])
+
+    def _needed(self, number: int) -> None:
+        """Before a block's backward."""
+        if number not in self.whole:
+            buffer = self.prefetched.pop(number, None) or self._buffer(self.groups[number])
+            self.whole[number] = self.t.bytes(self.groups[number].n, kind="gathered")
+            self._rearranged(self.groups[number])
+            del buffer
+        self._prefetch(number - 1)
+
+    def _reduced(self, number: int) -> None:
+        """After a block's backward."""
+        del self.whole[number]
+        self._reduce(self.groups[number], self.groups[number].live)
+
+    def _reduce(self, group: Group, live: Group) -> None:
+        self.reduced = None
+        self.t.bytes(max((p.n for p in group.parameters if self._along(p)), default=0), kind="reduced")  # one after the other is arranged anew
+        self.reduced = self.t.bytes(self._padded(group), self.stored, "reduced")
+        for p in live.parameters:
+            p.gradient = None
+        self.earlier_of.pop(id(group), None)
+        if self.offloads:  # the one before has been copied to the processor's memory
+            self.made.clear()
+        self.made.append(self.t.bytes(self._padded(group) // self.layout.shard, self.stored, "gradients"))
+        if self.device == "cpu":  # gloo sums a copy of what it scatters
+            self.t.bytes(self._padded(group), self.stored, "reduced")
+
+    def after_backward(self) -> None:
+        del self.whole_root
+        self._reduce(self.root, self.t.root)
+        if self.layout.tensor > 1:
+            self.t.bytes(self.in_common, 1, "reduced")
+
+
+__all__ = ["FLOAT32", "Shards"]

@@ -1,0 +1,48 @@
+"""What an optimizer keeps, and makes while it steps, of the parameters that a process holds. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from txtrain.optim.config import Held, OptimizerConfig
+
+if TYPE_CHECKING:
+    from txtrain.optim.config import EMAConfig
+
+__all__ = ["Held", "averaged", "grouped", "made", "states"]
+
+# How modules of a model are registered, in which order their parameters enter the optimizer; a stable sort of the forward's own order.
+MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
+SUBLAYERS = ("attention", "attention_residual", "ffn", "ffn_residual", "cross_attention", "cross_attention_residual")
+
+
+def states(config: OptimizerConfig, held: Sequence[Held], size: int) -> int | None:
+    """Bytes kept between steps; None: an optimizer of the user's own does not say. size: bytes of a parameter's element."""
+    return config.state_bytes({h.name: h.own for h in held}, size)
+
+
+def made(config: OptimizerConfig, held: Sequence[Held], size: int) -> int:
+    """Bytes made at the fullest moment of an update, beside states and gradients: of one group of parameters after the other."""
+    return max((config.update_bytes(group, size) for group in grouped(config, held)), default=0)
+
+
+def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
+    """The optimizer's groups, as `txtrain.optim.groups` makes them."""
+    groups: dict[tuple[tuple[str, Any], ...], list[Held]] = {}
+    for h in sorted(held, key=_registered):
+        groups.setdefault(tuple(sorted(config.settings(h.name, h.shape).items())), []).append(h)
+    return list(groups.values())
+
+
+def averaged(config: EMAConfig, held: Sequence[Held]) -> int:
+    """Bytes of the averaged weights, in float32."""
+    return 0 if config.decay is None else 4 * sum(h.n for h in held)
+
+
+def _registered(h: Held) -> tuple[int, ...]:
+    first, *rest = h.name.split(".")
+    within = rest if first == "encoder" else [first, *rest]
+    number = int(within[1]) if within[0] in ("blocks", "mtp") else 0
+    sublayer = next((i for i, name in enumerate(SUBLAYERS) if name in within[2:4]), -1)
+    return (MODULES.index(first), MODULES.index(within[0]) if first == "encoder" else 0, number, sublayer)

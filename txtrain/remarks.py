@@ -1,0 +1,30 @@
+"""Python's warnings where a run has several processes: each text once in all of them, and whose it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, TextIO
+
+
+@contextlib.contextmanager
+def marked(rank: int, is_new: Callable[[str], bool]) -> Iterator[None]:
+    """Within this a warning of this process is one line `[rank N] file:line: Category: text`, unless another process has said it.
+
+    is_new: whether no process has asked for this key before; of several at once one is told so.
+    """
+
+    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None) -> None:
+        text = f"{category.__name__}: {message}"
+        if is_new("warning/" + hashlib.sha256(text.encode()).hexdigest()):
+            print(f"[rank {rank}] {filename}:{lineno}: {text}", file=file or sys.stderr, flush=True)
+
+    before: Any = warnings.showwarning
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before
