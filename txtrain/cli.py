@@ -105,12 +105,17 @@ def _work(argv: list[str]) -> Work:
         from txtrain.composition import from_file
 
         return work_of(from_file(verb, handed))
+    from txtrain import launcher
     from txtrain.composition import compose_job, make_loader
     from txtrain.overrides import expand
 
     loader = make_loader(line.flags.get("--config-dir"))
     multirun = "--multirun" in line.flags
+    if not multirun and (alone := [o for o in line.overrides if o.lstrip("+").startswith(("hydra/launcher=", "hydra.launcher."))]):
+        raise ConfigError(f"`{alone[0]}` is for -m, whose members a launcher runs: add -m (a sweep may have one member).")
     jobs = [compose_job(verb, job, loader) for job in expand(line.overrides, multirun, loader)]
+    if multirun and (unread := list(launcher.unread(jobs[0][1]))):
+        raise ConfigError(*unread)
     if multirun and getattr(jobs[0][0].config, "resume", "auto") not in ("auto", "never"):
         raise ConfigError("`resume`: a run is resumed alone, without -m.")
     if "--cfg" in line.flags:

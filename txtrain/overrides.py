@@ -14,6 +14,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
+from txtrain import launcher
 from txtrain.config import ROOTS
 from txtrain.errors import ConfigError, hint, nearest
 from txtrain.literals import protect
@@ -124,6 +125,10 @@ class _Checker:
 
     def line(self, o: Override) -> str:
         key, line = o.key_or_group, str(o.input_line).lstrip("+")
+        if key == launcher.GROUP and not o.is_delete():
+            self.problems += launcher.check_name(str(o.value()), self.loader)
+        if key.startswith("hydra.launcher.") and not o.is_delete():
+            return f"++{line}"  # its keys are checked where they are read, by who knows the near ones
         if o.is_hydra_override() or o.is_delete():
             return str(o.input_line)
         value: Any = o.value()

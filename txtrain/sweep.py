@@ -1,7 +1,8 @@
 """-m: every job is validated before the first starts, every job runs.
 
 One process a job: seeds, process groups and device memory of one job must not reach the next, as they do with Hydra's basic
-launcher. A launcher that the command line names (`hydra/launcher=submitit_slurm`) gets the jobs through Hydra's plugin interface.
+launcher. `hydra/launcher=slurm` makes them jobs of a cluster (submission.py); another launcher that the command line names gets them through
+Hydra's plugin interface.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from txtrain import launcher
 from txtrain.composition import Composed, Loader, to_file, typed
 from txtrain.config import ROOTS
 
@@ -30,7 +32,14 @@ PREEMPTED = 75
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]]) -> int:
     """Run all jobs. Exit code: 1 if one failed, else 75 if one was preempted, else 0."""
     stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
-    if any(line.lstrip("+").startswith("hydra/launcher=") for line in jobs[0][1]):
+    chosen, hydra = launcher.named(jobs[0][1]), [line for line in jobs[0][1] if line.lstrip("+").startswith("hydra")]
+    if chosen == "slurm":
+        from txtrain.submission import identity, submit
+
+        lines = [[line for line in of_job if line not in hydra] for _, of_job in jobs]
+        name, how = identity(verb, lines), launcher.slurm(verb, hydra, loader)
+        return submit(verb, [in_folder(job, name, number) for number, (job, _) in enumerate(jobs)], varied(lines), how, name)
+    if chosen is not None:
         codes = _through_launcher(verb, loader, [lines for _, lines in jobs], stamp)
     else:
         codes = _in_subprocesses(verb, [in_folder(job, stamp, number) for number, (job, _) in enumerate(jobs)], varied([lines for _, lines in jobs]))
@@ -142,6 +151,6 @@ def _through_launcher(verb: str, loader: Loader, jobs: Sequence[list[str]], stam
     hydra = [line for line in jobs[0] if line.lstrip("+").startswith("hydra")]
     master = Hydra("txtrain", loader).compose_config(verb, [*hydra, f"hydra.job.name={stamp}"], run_mode=RunMode.MULTIRUN)
     context = HydraContext(config_loader=loader, callbacks=Callbacks(master))
-    launcher = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
-    results = launcher.launch([[line for line in job if line not in hydra] for job in jobs], initial_job_idx=0)
+    plugin = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
+    results = plugin.launch([[line for line in job if line not in hydra] for job in jobs], initial_job_idx=0)
     return [int(result.return_value) for result in results]

@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -24,17 +24,29 @@ class Peak(NamedTuple):
     flops: float
     source: str
 
+    @property
+    def is_measured(self) -> bool:
+        return self.source.startswith("measured")
+
 
 class Machine(NamedTuple):
-    """name: of the device. peak: FLOP/s against which the MFU is counted."""
+    """name: of the device. peak: FLOP/s against which the MFU is counted. measure: that peak once more; None where it is published."""
 
     name: str
     peak: Peak
+    measure: Callable[[], Peak] | None = None
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Machine:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {_threads()}"
-        return cls(name, peak(device, dtype))
+        found = peak(device, dtype)
+        return cls(name, found, partial(_measured, device, dtype) if found.is_measured else None)
+
+    def reaching(self, flops: float) -> Machine:
+        """This one, or, where it has done more FLOP/s than its measured peak, with the peak measured again: something else had the device then."""
+        if self.measure is None or flops <= self.peak.flops:
+            return self
+        return self._replace(peak=max(self.peak, self.measure()))
 
     def __str__(self) -> str:
         return f"{self.name}; MFU against {_si(self.peak.flops)}FLOP/s, {self.peak.source}"

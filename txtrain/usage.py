@@ -97,6 +97,7 @@ Run
   resume_allow=[KEY, ...]          what may differ from the run that is continued
   fork=CHECKPOINT                  a run of its own from another's weights, optimizer state and step
   imports=[mine.py]                your own parts, registered by @txtrain.component
+  -m hydra/launcher=slurm          a sweep as one array of a cluster: hydra.launcher.partition, timeout_min, gpus_per_node, ...; slurm/README.md
   verbosity=quiet|normal|verbose   of what is printed; also NO_COLOR=1
   profile=true                     a trace of steps 4 to 6, or of profile_steps=[FIRST,LAST], into the run's folder
 

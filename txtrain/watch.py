@@ -112,7 +112,9 @@ class Watch:
     def measures(self, module: LitModule) -> dict[str, float | None]:
         """Columns of the row of this step, since the row before."""
         tokens_per_second, flops, with_again = self.meter.rates()
-        peak = self.machine.peak.flops * module.parallel.world.size
+        size = module.parallel.world.size
+        self._measure_again(with_again / size)
+        peak = self.machine.peak.flops * size
         row: dict[str, float | None] = {
             "loss_spikes": self.losses.n_spikes,
             "tokens_per_second": tokens_per_second,
@@ -125,6 +127,12 @@ class Watch:
         }
         self._judge(module, row)
         return row
+
+    def _measure_again(self, flops: float) -> None:
+        machine = self.machine.reaching(flops)
+        if machine.peak != self.machine.peak:
+            self.display.tell(f"  device        {machine}; measured again: more was done than had been measured at the start")
+        self.machine = machine
 
     def add_times(self, module: LitModule, row: dict[str, Any]) -> None:
         """What has passed since the row was begun belongs to it: a validation."""

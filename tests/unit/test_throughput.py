@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from txtrain.peaks import PUBLISHED, named
-from txtrain.throughput import Machine, Meter, memory, peak
+from txtrain.throughput import Machine, Meter, Peak, memory, peak
 
 
 def test_the_meter_counts_training_and_not_what_is_between():
@@ -118,3 +118,14 @@ def test_memory_is_the_fullest_moment_of_the_process():
     assert 10 << 20 < before <= after
     del held
     assert memory(torch.device("cpu")) >= after, "a peak does not go down"
+
+
+def test_a_peak_that_was_measured_while_something_else_had_the_device_is_measured_again():
+    disturbed = Machine("CPU", Peak(1e9, "measured: then"), measure=lambda: Peak(8e9, "measured: now"))
+    assert disturbed.reaching(1e9) == disturbed
+    assert disturbed.reaching(2e9).peak == Peak(8e9, "measured: now")
+    slower = disturbed._replace(measure=lambda: Peak(0.5e9, "measured: now"))
+    assert slower.reaching(2e9).peak.flops == 1e9, "a peak is never lowered"
+    published = Machine("H100", Peak(989e12, "published: data sheet"))
+    assert published.reaching(2e15) == published
+    assert Machine.of(torch.device("cpu"), torch.float32).measure is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ from txtrain.objectives.base import Shown
 class Sink:
     """A Lightning logger: rows go to log_metrics; samples and checkpoints it has no place for.
 
-    Everything but `patience` is called from the logger's own thread (`txtrain.loggers.line`), in order.
+    Everything but `patience` and making one is called from the logger's own thread (`txtrain.loggers.line`), in order.
     """
 
     def __init__(self, logger: Any, x_axis: str = "step") -> None:
         self.logger, self.x_axis = logger, x_axis
+        with contextlib.suppress(Exception):  # it is said when `open` meets it
+            _ = getattr(logger, "experiment", None)  # Lightning asks for it when training starts: two threads at once would make two
 
     def open(self, told: Mapping[str, Any]) -> None:
         """told: the configuration, and under `run` what run.json and plan say."""
