@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,25 +114,34 @@ def _continuations(model: Any, tokenizer: Tokenizer, rows: Sequence[Sequence[int
 def _stream(model: Any, tokenizer: Tokenizer, prompt: str, row: Sequence[int], config: Generate) -> None:
     answers = _answers(model)
     print(prompt, end=SEPARATOR if answers else "", flush=True)
-    generate(model, torch.tensor([row], device=_device(model)), on_token=_printer(tokenizer, answers), **_how(config, tokenizer))
+    printer = _Printer(tokenizer, answers)
+    generate(model, torch.tensor([row], device=_device(model)), on_token=printer, **_how(config, tokenizer))
+    printer.finish()
     print(flush=True)
 
 
-def _printer(tokenizer: Tokenizer, special: bool = False) -> Callable[[Tensor], None]:
-    """Prints what each token adds to the text, special ones by their names where they are asked for. A character of several tokens waits until it is whole."""
-    ids: list[int] = []
-    printed = ""
+class _Printer:
+    """Prints what each token adds to the text, special ones by their names where they are asked for. A character of several tokens waits until it is
+    whole; what is not when all is said, is printed as it is."""
 
-    def on_token(new_B: Tensor) -> None:
-        nonlocal printed
-        ids.append(int(new_B[0]))
-        text = tokenizer.decode(_before_end(ids, tokenizer.eos_id), special=special)
-        if text.endswith("\ufffd"):
-            return
-        print(text[len(printed) :], end="", flush=True)
-        printed = text
+    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
+        self.tokenizer, self.special = tokenizer, special
+        self._ids: list[int] = []
+        self._printed = ""
 
-    return on_token
+    def __call__(self, new_B: Tensor) -> None:
+        self._ids.append(int(new_B[0]))
+        if not self._text.endswith("\ufffd"):
+            self.finish()
+
+    @property
+    def _text(self) -> str:
+        return self.tokenizer.decode(_before_end(self._ids, self.tokenizer.eos_id), special=self.special)
+
+    def finish(self) -> None:
+        text = self._text
+        print(text[len(self._printed) :], end="", flush=True)
+        self._printed = text
 
 
 def _how(config: Generate, tokenizer: Tokenizer) -> dict[str, Any]:

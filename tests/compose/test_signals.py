@@ -174,7 +174,7 @@ DRIVER = """
     folder, phase, moments, times = Path(sys.argv[1]), sys.argv[2], random.Random(int(sys.argv[3])), int(sys.argv[4])
 
     class Phases(lightning.pytorch.Callback):          # a file says what is going on; the sleeps make moments of it
-        def setup(self, *args): note("training" if phase != "compile" else "compile")
+        def setup(self, *args, **kwargs): note("training" if phase != "compile" else "compile")
         def on_train_batch_start(self, *args): note("training"); time.sleep(0.02)
         def on_validation_start(self, *args): note("validation")
         def on_validation_batch_start(self, *args): time.sleep(0.02)

@@ -25,7 +25,7 @@ CHILD = """
 import pathlib, sys, types, yaml
 import txtrain, txtrain.typed
 stand_in = txtrain.run = sys.modules["txtrain.run"] = types.ModuleType("txtrain.run")  # before torch is imported
-def run_train(config, *, grafts, given, folder):
+def run_train(config, *, grafts, given, folder, start):
     folder = pathlib.Path(config.run_dir or f"runs/{config.name}/{folder}"); folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.typed.plain(config)))
     (folder / "notes.yaml").write_text(yaml.safe_dump({"grafts": grafts, "given": given}))

@@ -133,7 +133,7 @@ def test_what_zero_cannot_do_is_refused_where_it_is_composed():
     with pytest.raises(ConfigError, match=r"`trainer.precision` must be 32-true or bf16-mixed with strategy=deepspeed_stage_2, but is bf16-true"):
         compose([*HERE, "strategy=deepspeed_stage_2", "trainer.precision=bf16-true", "data.path=text.txt"])
     muon, trainer = SimpleNamespace(type="muon", elementwise=False), SimpleNamespace(precision="32-true")
-    whole_matrices = SimpleNamespace(ema=SimpleNamespace(decay=None), optimizer=muon, trainer=trainer)
+    whole_matrices = SimpleNamespace(ema=SimpleNamespace(decay=None), optimizer=muon, trainer=trainer, layer_stats=SimpleNamespace(every_n_steps=None))
     (problem,) = ZeRO2Config(type="deepspeed_stage_2").check_with(whole_matrices)
     assert problem.startswith("`optimizer` must be one of adamw, adam")
 

@@ -23,7 +23,7 @@ def compare(folder, model, how, n):
     train({name: Case(overrides(folder, model, name, f"trainer.devices={n}", *STATS, *given)) for name, given in how.items()}, n, folder / "group")
     for name in how:
         first = read(folder / name / "metrics.csv")[0]
-        columns = tuple(column for column in first if "/" in column)
+        columns = tuple(column for column in first if "/" in column and not column.startswith("time/"))
         assert {"grad_norm/blocks.0", "weight_norm/embedding"} <= set(columns)
         assert ("activation_rms/blocks.1" in columns) == (OUTPUTS in how[name])
         for column, difference in largest_differences(reference, folder / name, columns).items():

@@ -98,7 +98,7 @@ def test_every_key_reaches_the_generation(run, capsys, monkeypatch):
 
 def test_a_character_of_several_tokens_waits_until_it_is_whole(capsys):
     tokenizer = Tokenizer.load("bytes")
-    show = prompting._printer(tokenizer)
+    show = prompting._Printer(tokenizer)
     shown = []
     for token in [*tokenizer.encode("a½世"), tokenizer.eos_id]:
         show(torch.tensor([token]))

@@ -92,7 +92,7 @@ def attend(t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int
 
 
 def _flash(t: Tape, q: Value, k: Value, v: Value, mask: Value | None, rows: int) -> Value:
-    n = q.n // k.n * v.n if q.n >= k.n else v.n
+    n = q.n * v.n // k.n  # heads of values may be smaller than those of keys, and a decoder's queries fewer than the keys
     out, log_sums = t.product(n, q.size), t.product(rows, 4)
     sizes = [x.nbytes for x in (q, k, v)]
 
@@ -116,7 +116,7 @@ def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, he
     if mask.visible is not None and mask.declared.valid_BS:
         p = _filled(t, p, p.n, mask.visible)
     p = t.dropout(p, dropout)
-    return t.copy(t.matmul(p, v, q.n // k.n * v.n))
+    return t.copy(t.matmul(p, v, q.n * v.n // k.n))
 
 
 def _filled(t: Tape, x: Value, n: int, where: Value) -> Value:

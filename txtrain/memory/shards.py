@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from txtrain.memory.copies import FLOAT32, Block, Copies
 from txtrain.memory.tape import Bytes, Group, Parameter, Value
+from txtrain.memory.updates import registered
 from txtrain.parallel.config import Layout
 
 if TYPE_CHECKING:
@@ -119,16 +120,31 @@ class Shards(Copies):
 
     def _reduce(self, group: Group, live: Group) -> None:
         self.reduced = None
-        self.t.bytes(max((p.n for p in group.parameters if self._along(p)), default=0), kind="reduced")  # one after the other is arranged anew
+        cut = [p.n for p in group.parameters if self._along(p)]
+        self.t.bytes(max(cut, default=0), kind="reduced")  # one after the other is arranged anew
+        before = self.t.bytes(cut[-1] if cut else 0, kind="reduced")  # of the last of these, what it was before stays with the last gradient
         self.reduced = self.t.bytes(self._padded(group), self.stored, "reduced")
+        earlier = self.earlier_of.pop(id(group), None)
+        last = self._left(group, live, earlier is not None)
         for p in live.parameters:
             p.gradient = None
-        self.earlier_of.pop(id(group), None)
+        del earlier
         if self.offloads:  # the one before has been copied to the processor's memory
             self.made.clear()
         self.made.append(self.t.bytes(self._padded(group) // self.layout.shard, self.stored, "gradients"))
         if self.device == "cpu":  # gloo sums a copy of what it scatters
             self.t.bytes(self._padded(group), self.stored, "reduced")
+        del before, last
+
+    def _left(self, group: Group, live: Group, several: bool) -> Bytes | None:
+        """The gradient of a group's last parameter: FSDP2's loop over them still names it while the buffer is reduced.
+
+        several: it is a sum over micro-batches, and a part of `earlier_of`.
+        """
+        i = max(range(len(group.parameters)), key=lambda i: (registered(group.parameters[i].name), i))
+        if self._along(group.parameters[i]):
+            return None  # counted as what it was before
+        return self.t.bytes(group.parameters[i].n, self.stored, "gradients") if several else live.parameters[i].gradient
 
     def after_backward(self) -> None:
         del self.whole_root

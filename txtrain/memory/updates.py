@@ -10,7 +10,7 @@ from txtrain.optim.config import Held, OptimizerConfig
 if TYPE_CHECKING:
     from txtrain.optim.config import EMAConfig
 
-__all__ = ["Held", "averaged", "grouped", "made", "states"]
+__all__ = ["Held", "averaged", "grouped", "made", "registered", "states"]
 
 # How modules of a model are registered, in which order their parameters enter the optimizer; a stable sort of the forward's own order.
 MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
@@ -30,7 +30,7 @@ def made(config: OptimizerConfig, held: Sequence[Held], size: int) -> int:
 def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
     """The optimizer's groups, as `txtrain.optim.groups` makes them."""
     groups: dict[tuple[tuple[str, Any], ...], list[Held]] = {}
-    for h in sorted(held, key=_registered):
+    for h in sorted(held, key=lambda h: registered(h.name)):
         groups.setdefault(tuple(sorted(config.settings(h.name, h.shape).items())), []).append(h)
     return list(groups.values())
 
@@ -40,8 +40,9 @@ def averaged(config: EMAConfig, held: Sequence[Held]) -> int:
     return 0 if config.decay is None else 4 * sum(h.n for h in held)
 
 
-def _registered(h: Held) -> tuple[int, ...]:
-    first, *rest = h.name.split(".")
+def registered(name: str) -> tuple[int, ...]:
+    """A parameter's place in the model, by its name."""
+    first, *rest = name.split(".")
     within = rest if first == "encoder" else [first, *rest]
     number = int(within[1]) if within[0] in ("blocks", "mtp") else 0
     sublayer = next((i for i, name in enumerate(SUBLAYERS) if name in within[2:4]), -1)
