@@ -292,6 +292,7 @@ def test_eight_runs_that_are_told_to_stop_at_random_moments_of_a_phase_equal_the
     at_random_moments(tmp_path, phase, 8)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_at_a_random_moment_of_a_save_equals_the_uninterrupted_one(tmp_path):
     at_random_moments(tmp_path, "saving", 2)
 

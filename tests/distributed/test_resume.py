@@ -42,6 +42,7 @@ def test_two_processes_stopped_and_continued_are_bit_for_bit_the_uninterrupted_r
     exact(tmp_path, 2, EXACT | CUT)
 
 
+@pytest.mark.slow
 def test_three_processes_too(tmp_path):
     """From three on the order of summation shows: DistributedDataParallel fails this."""
     exact(tmp_path, 3)
