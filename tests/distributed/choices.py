@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tests.distributed.covering import Case
-from tests.training import write_text
+from tests.distributed.runs import documents
 
 STEPS = 8
 RUN = (
@@ -66,12 +66,7 @@ def allowed(case: Case) -> bool:
 
 def overrides(case: Case, folder: Path, run: str, n: int = 1) -> list[str]:
     """Of the case's run in folder/run, which shares text and cache with the others."""
-    text = folder / "text"
-    if not text.exists():
-        text.mkdir(parents=True)
-        lines = write_text(text / "0.txt").read_text().splitlines(keepends=True)
-        for i in range(8):  # documents: BERT's pairs need several
-            (text / f"{i}.txt").write_text("".join(lines[i::8]))
+    text = documents(folder / "text")
     tables = CHOICES | {"strategy": STRATEGIES}
     chosen = [override for name, value in case.items() for override in tables[name][value]]
     path = [f"data.path={text}"] if "data=text" in chosen else []

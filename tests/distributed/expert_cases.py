@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import sys
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import txtrain
 from tests.distributed.callbacks import named
+from tests.distributed.group import as_worker
 from txtrain.composition import compose
 from txtrain.memory.travel import rows_to_experts
 from txtrain.model.build import build_model
@@ -185,8 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # the others wait for this one
+    as_worker(main)

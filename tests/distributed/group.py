@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tests.compose.conftest import ROOT
@@ -44,6 +45,7 @@ def run(command: Sequence[str], n: int, folder: Path, timeout: float = 240, ends
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "TXTRAIN_TEST_LOG": str(logs[rank])} for rank in range(n)]
     group = Group(shell, [os.environ | common | place for place in places])
     timer = threading.Timer(timeout, group.end)
+    timer.daemon = True  # an interrupt before it is cancelled does not keep the tests waiting
     timer.start()
     try:
         code = group.wait()
@@ -59,3 +61,20 @@ def command_line(arguments: Sequence[str], folder: Path, timeout: float = 240) -
     needs(max([1, *(int(a.split("=")[1]) for a in arguments if a.startswith("trainer.devices="))]))
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-m", "txtrain", *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout)
+
+
+def as_worker(main: Callable[[], None]) -> None:
+    """Run main as one process of a group: where it fails, it ends at once after its traceback, since the others wait for it."""
+    try:
+        main()
+    except BaseException:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True

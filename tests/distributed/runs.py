@@ -38,14 +38,19 @@ MODELS = {
 }
 
 
+def documents(folder: Path) -> Path:
+    """A folder of eight texts, made if it is not there: BERT's pairs need several."""
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        lines = write_text(folder / "0.txt").read_text().splitlines(keepends=True)
+        for i in range(8):
+            (folder / f"{i}.txt").write_text("".join(lines[i::8]))
+    return folder
+
+
 def overrides(folder: Path, model: str, name: str, *more: str) -> list[str]:
     """Of a run in folder/name. All runs of a folder share text and cache."""
-    text = folder / "text"
-    if not text.exists():
-        text.mkdir(parents=True)
-        lines = write_text(text / "0.txt").read_text().splitlines(keepends=True)
-        for i in range(8):  # documents: BERT's pairs need several
-            (text / f"{i}.txt").write_text("".join(lines[i::8]))
+    text = documents(folder / "text")
     data = [f"data.path={text}"] if "data=text" in MODELS[model] else []
     return [*MODELS[model], *COMMON, *data, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / name}", *more]
 

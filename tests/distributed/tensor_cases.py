@@ -11,7 +11,6 @@ import dataclasses as dc
 import json
 import os
 import sys
-import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tests.device import BACKEND, DEVICE, accelerator
+from tests.distributed.group import as_worker
 from tests.models import tiny
 from txtrain.composition import compose
 from txtrain.config import Train
@@ -252,8 +252,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)  # the others wait for this one
+    as_worker(main)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.compose.conftest import ROOT
 from tests.distributed import group
-from tests.distributed.group import command_line
+from tests.distributed.group import alive, command_line
 from tests.distributed.runs import overrides
 from txtrain.metrics import read
 from txtrain.places import options
@@ -27,14 +27,6 @@ def start(arguments, folder):
 def children(pid):
     found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout.split()
     return [int(child) for child in found]
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def wait_for(there, seconds=120):

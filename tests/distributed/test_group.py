@@ -1,6 +1,5 @@
 """The helper that starts processes for these tests: what fails is shown, nothing waits for ever, nothing stays behind."""
 
-import os
 import sys
 import time
 from pathlib import Path
@@ -8,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.distributed import group
+from tests.distributed.group import alive
 
 WAITS = "import os, pathlib, sys, time; pathlib.Path(f'pid-{os.environ[\"RANK\"]}').write_text(str(os.getpid())); "
 
@@ -18,14 +18,6 @@ def python(folder, code, n=2, **named):
 
 def left(folder):
     return [pid for file in sorted(Path(folder).glob("pid-*")) if alive(pid := int(file.read_text()))]
-
-
-def alive(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def test_the_workers_traceback_is_shown_and_the_others_are_ended(tmp_path):
