@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,21 +24,41 @@ def last_step(folder: Path, run_id: str) -> int | None:
     return max(steps, default=None)
 
 
-def _steps(file: Path) -> Iterator[int]:
+def is_written(file: Path, patience: float) -> bool:
+    """Whether a run that was finished is in its file to the end, after at most so many seconds: the service writes it after `finish` has returned."""
+    deadline = time.monotonic() + patience
+    while not (file.exists() and any(record.WhichOneof("record_type") == "exit" for record in _last(file))):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def _last(file: Path, blocks: int = 4) -> Iterator[Any]:
+    """The messages that begin in the last blocks."""
+    with file.open("rb") as stream:
+        size = stream.seek(0, 2)
+        at = stream.seek(max(0, size // _BLOCK - blocks + 1) * _BLOCK)
+        return _parsed(records(stream.read(), at=_HEADER if at == 0 else 0))
+
+
+def _parsed(found: Iterator[bytes]) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2
 
     messages: Any = wandb_internal_pb2  # made at run time
-    for data in records(file.read_bytes()):
-        record = messages.Record.FromString(data)
+    return (messages.Record.FromString(data) for data in found)
+
+
+def _steps(file: Path) -> Iterator[int]:
+    for record in _parsed(records(file.read_bytes())):
         if record.WhichOneof("record_type") == "history":
             items = {(item.key or ".".join(item.nested_key)): item.value_json for item in record.history.item}
             yield int(json.loads(items["_step"])) if "_step" in items else record.history.step.num
 
 
-def records(data: bytes) -> Iterator[bytes]:
-    """The records of a log, up to the first that is not whole."""
-    at = _HEADER
-    parts: list[bytes] = []
+def records(data: bytes, at: int = _HEADER) -> Iterator[bytes]:
+    """The records of a log that begin in it, up to the first that is not whole. at: where its first fragment lies; data begins with a block."""
+    parts: list[bytes] | None = None  # None: the record began before
     while at + _FRAGMENT.size <= len(data):
         if _BLOCK - at % _BLOCK < _FRAGMENT.size:  # a block's end that no header fits into
             at += _BLOCK - at % _BLOCK
@@ -46,7 +67,10 @@ def records(data: bytes) -> Iterator[bytes]:
         at += _FRAGMENT.size
         if not _FULL <= kind <= _LAST or at + length > len(data):
             return
-        parts = [*([] if kind in (_FULL, _FIRST) else parts), data[at : at + length]]
+        if kind in (_FULL, _FIRST):
+            parts = []
+        if parts is not None:
+            parts.append(data[at : at + length])
+            if kind in (_FULL, _LAST):
+                yield b"".join(parts)
         at += length
-        if kind in (_FULL, _LAST):
-            yield b"".join(parts)

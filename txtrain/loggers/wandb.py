@@ -21,7 +21,7 @@ from lightning.pytorch import loggers as lightning
 
 from txtrain import metrics as metrics_file
 from txtrain.folder import RunFolder
-from txtrain.loggers.offline import last_step
+from txtrain.loggers.offline import is_written, last_step
 from txtrain.loggers.sinks import Sink
 from txtrain.objectives.base import Shown
 
@@ -40,6 +40,7 @@ VARIABLES = {  # of each word of ours that wins over it
     "resume": "WANDB_RESUME",
 }
 _BY_SWEEP = ("project", "entity")  # the agent of a sweep names them
+_WRITING = 5.0  # seconds for the last block of an offline run's file
 _REOPENINGS = 3  # of one process: more than that is no accident
 FINISH, UPLOAD = 30.0, 3600.0  # seconds that a run's end waits for its last rows, for its last checkpoint; what remains is on the disk
 EXIT_CODES = {"complete": 0, "preempted": 75, "failed": 1}
@@ -226,6 +227,9 @@ class WandB(Sink):
         if status == "preempted":
             self._do(lambda: self._run.mark_preempting())
         self._do(lambda: self._run.finish(exit_code=EXIT_CODES[status]))
+        settings = self._run.settings
+        if settings._offline and not is_written(Path(settings.sync_file), _WRITING):  # who goes on with the run reads there what it has
+            raise TimeoutError(f"{settings.sync_file} has no end after {_WRITING:.0f} s")
 
 
 def kept_id(place: RunFolder, asked: str | None = None) -> str:

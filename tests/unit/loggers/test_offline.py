@@ -1,12 +1,13 @@
 """Which step W&B's files of a run end with: fragments over blocks, files that were cut."""
 
 import struct
+import threading
 import zlib
 
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from txtrain.loggers.offline import last_step, records
+from txtrain.loggers.offline import is_written, last_step, records
 
 
 def log(contents):
@@ -56,3 +57,17 @@ def test_the_last_step_is_that_of_all_processes_of_the_run(tmp_path):
         file.write_bytes(log([*map(row, steps), Record(num=3).SerializeToString()]))
     assert last_step(tmp_path, "abc") == 7
     assert last_step(tmp_path, "none") is None
+
+
+def test_a_file_is_written_when_the_runs_end_is_in_it(tmp_path):
+    end = Record()
+    end.exit.exit_code = 0
+    whole = log([*map(row, range(1, 20_000)), end.SerializeToString(), Record(num=3).SerializeToString()])
+    file = tmp_path / "run-abc.wandb"
+    assert not is_written(file, patience=0)
+    file.write_bytes(whole[:-20])
+    assert not is_written(file, patience=0)
+    later = threading.Timer(0.3, lambda: file.write_bytes(whole))
+    later.start()
+    assert is_written(file, patience=60)
+    later.join()
