@@ -30,11 +30,13 @@ class Peak(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """name: of the device. peak: FLOP/s against which the MFU is counted. measure: that peak once more; None where it is published."""
+    """name: of the device. peak: FLOP/s against which the MFU is counted. measure: that peak once more; None where it is published.
+    tries: how often it still is, as each takes a fifth of a second."""
 
     name: str
     peak: Peak
     measure: Callable[[], Peak] | None = None
+    tries: int = 5
 
     @classmethod
     def of(cls, device: torch.device, dtype: torch.dtype) -> Machine:
@@ -44,9 +46,9 @@ class Machine(NamedTuple):
 
     def reaching(self, flops: float) -> Machine:
         """This one, or, where it has done more FLOP/s than its measured peak, with the peak measured again: something else had the device then."""
-        if self.measure is None or flops <= self.peak.flops:
+        if self.measure is None or flops <= self.peak.flops or not self.tries:
             return self
-        return self._replace(peak=max(self.peak, self.measure()))
+        return self._replace(peak=max(self.peak, self.measure()), tries=self.tries - 1)
 
     def __str__(self) -> str:
         return f"{self.name}; MFU against {_si(self.peak.flops)}FLOP/s, {self.peak.source}"

@@ -63,7 +63,7 @@ def alone(n: int = 2000) -> float:
         outputs["loss"] = draws[i]
         for phase in ("forward_backward", "optimizer", "other"):
             module.parallel.phases.enter(phase)
-        watch.step(module, outputs, 2048, 1e9, 0.0)  # type: ignore[arg-type]
+        watch.step(module, outputs, 2048, 1.0, 0.0)  # type: ignore[arg-type]
         if i % 10 == 9:
             watch.measures(module)  # type: ignore[arg-type]
         module.parallel.phases.enter("data")
