@@ -184,7 +184,7 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Rec
     if status == "preempted":
         recorder.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
-        stop.deaf = bool(parallel.first(lambda: _requeue(recorder.config, stop.agreed, recorder.display.tell)))
+        stop.deaf = bool(parallel.first(lambda: _requeue(recorder.config, recorder.display.tell)))
         return Result(where, dict(recorder.metrics), status)
     recorder.display.table(recorder.watch.summary(module, recorder.metrics))
     if where is not None:
@@ -197,10 +197,10 @@ def _end_of_job() -> float | None:
     return None if job is None else job.end()
 
 
-def _requeue(cfg: Train, cause: Cause, say: Callable[[str], None]) -> bool:
-    """Whether SLURM runs the job again at our word. Who stops a run by hand does not want it back."""
+def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
+    """Whether SLURM runs the job again at our word. SIGINT is no exception: in a job it comes from `--signal=INT@300`; who wants an end of it calls scancel."""
     job = Job.here()
-    if job is None or cause == Cause.PERSON:
+    if job is None:
         return False
     if cfg.trainer.auto_requeue:
         say(job.requeue())
@@ -218,7 +218,8 @@ def _last_words(cfg: Train, place: RunFolder | None, cause: Cause) -> None:
     say("stopped before the first step.")
     if place is not None:
         place.stopped()
-    _requeue(cfg, cause, say)
+    if cause != Cause.PERSON:
+        _requeue(cfg, say)
 
 
 def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:

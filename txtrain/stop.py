@@ -25,7 +25,7 @@ class Preempted(Exception):
 
 
 class Cause(enum.IntEnum):
-    """Why a run stops. Of several processes the largest holds: who stops a run by hand does not want it back."""
+    """Why a run stops. Of several processes the largest holds. PERSON: SIGINT, which has no exit code 75 where there is nothing to save."""
 
     NONE = 0
     END = 1  # of the job is near
@@ -49,7 +49,6 @@ class Stop:
     def __init__(self, first: bool = True, several: bool = False, last_words: Callable[[Cause], None] = lambda cause: None) -> None:
         self.first, self.several, self.last_words = first, several, last_words
         self.asked = Cause.NONE  # of this process
-        self.agreed = Cause.NONE  # of all
         self.deaf = False  # whatever still comes, nobody answers: SLURM is ending the job at our own wish
         self._begun = False
         self._lock = threading.Lock()
@@ -80,8 +79,7 @@ class Stop:
 
     def agree(self, most: Callable[[int], int]) -> bool:
         """Whether the run must stop here. most: the largest number of all processes; each of them comes here at this moment of the run."""
-        agreed = Cause(most(int(self.asked)))
-        self.agreed = max(self.agreed, agreed)
+        agreed = most(int(self.asked))
         with self._lock:
             self._begun = True
         return bool(agreed)

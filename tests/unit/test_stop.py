@@ -15,7 +15,7 @@ from txtrain import checkpoint
 from txtrain.errors import ConfigError
 from txtrain.objectives.causal_lm import CausalLM
 from txtrain.run import run_train, train
-from txtrain.stop import PREEMPTING
+from txtrain.stop import PREEMPTING, SIGNALS
 
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME")
 
@@ -81,7 +81,7 @@ def deaf_no_more():
 pytestmark = pytest.mark.usefixtures("deaf_no_more")
 
 
-@pytest.mark.parametrize("number", PREEMPTING, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_a_preempted_job_is_requeued_once_when_its_checkpoint_is_complete_and_goes_on_exactly(number, folder, whole, job, capfd):
     config = config_of(folder, number.name)
     run, before = folder / number.name, {n: signal.getsignal(n) for n in PREEMPTING}
@@ -101,15 +101,6 @@ def test_a_preempted_job_is_requeued_once_when_its_checkpoint_is_complete_and_go
     assert rows(run) == rows(whole)
     assert weights(run) == weights(whole)
     assert json.loads((run / "run.json").read_text())["slurm"] == {"job": "17", "restarts": 0}
-
-
-def test_who_stops_a_job_by_hand_does_not_get_it_back(folder, job):
-    asked = job()
-    config = config_of(folder, "by hand")
-    assert train(config, callbacks=[Interrupt("on_train_batch_start", step=2)]).status == "preempted"
-    both = [Interrupt("on_train_batch_start", step=4, number=n) for n in (signal.SIGUSR1, signal.SIGINT)]
-    assert train(config, callbacks=both).status == "preempted"
-    assert asked() == []
 
 
 def test_a_job_that_must_not_be_requeued_is_not(folder, job, capfd):
