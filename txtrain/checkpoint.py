@@ -234,13 +234,13 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], be
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Each process its parts of the tensors, as safetensors."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+    from txtrain.storage import Writer
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
-        save_tensors(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
+        save_tensors(dict(tensors), storage_writer=Writer(folder), process_group=group, no_dist=group is None)
 
 
 def _alike(do: Callable[[], None] | None, group: Any) -> None:

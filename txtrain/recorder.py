@@ -117,6 +117,8 @@ class Recorder(pl.Callback):
         trainer_config = self.config.trainer
         if "stream_position" in batch:
             self.position = batch["stream_position"][-1]
+        if self._saver is not None and module.parallel.saves_in_place:
+            self._saver.prepare(lambda: module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average))
         self.display.step(module.step)
         self.watch.step(module, outputs, *self._work(module, batch))
         if module.skipped_in_a_row:

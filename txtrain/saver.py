@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,12 @@ class Saver:
 
             self.group = dist.new_group(backend="gloo")
 
+    def prepare(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
+        """Where checkpoints are written behind the training, take the memory of the copies beside it too, once: the first save would wait for it."""
+        if self.behind and self._copies is None:
+            self._copies = Copies()
+            self._start(partial(self._copies.of, tensors()))  # of values that change meanwhile: nobody reads them
+
     def save(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], must: bool) -> None:
         """Write it, or begin to. must: be done when this returns, and raise where it cannot be: nothing comes after it.
 
@@ -48,8 +55,7 @@ class Saver:
             return
         self._copies = self._copies or Copies()
         copies = self._copies.of(tensors)
-        self._thread = threading.Thread(target=self._try, args=(path, copies, state, beside), name="checkpoint", daemon=False)
-        self._thread.start()
+        self._start(partial(self._write, path, copies, state, beside, must=False))
 
     def wait(self) -> None:
         """Until nothing is being written. What the thread met that was no full disk is raised here."""
@@ -60,9 +66,13 @@ class Saver:
             error, self._error = self._error, None
             raise error
 
-    def _try(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None]) -> None:
+    def _start(self, work: Callable[[], object]) -> None:
+        self._thread = threading.Thread(target=self._try, args=(work,), name="checkpoint", daemon=False)
+        self._thread.start()
+
+    def _try(self, work: Callable[[], object]) -> None:
         try:
-            self._write(path, tensors, state, beside, must=False)
+            work()
         except BaseException as e:  # the border of the thread: `wait` raises it where it is seen
             self._error = e
 

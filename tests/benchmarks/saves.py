@@ -3,8 +3,8 @@
     python -m tests.benchmarks.saves [FOLDER] [key=value ...]        a decoder of 110 M parameters with AdamW's state
 
 Each round does all of them one after the other, so that the ratios hold on a machine that does other things as well; the middle of the
-rounds is printed, and the first asynchronous save apart: it makes the memory that later ones copy into. `torch.save` is followed by the
-same fsync. A step is one of 1 x 128 tokens; training goes on with such steps while a checkpoint is written behind it.
+rounds is printed, and the first asynchronous save apart: the memory that it copies into was taken beside the training, after the first step as
+in a run. `torch.save` is followed by the same fsync. A step is one of 1 x 128 tokens; training goes on with such steps while a checkpoint is written behind it.
 """
 
 from __future__ import annotations
@@ -76,6 +76,8 @@ def measure(folder: Path, training: Training) -> tuple[dict[str, list[float]], d
         torch.save(training.tensors(), path)
         files.sync(path)
 
+    behind.prepare(training.tensors)
+    training.step()
     for i in range(ROUNDS + 1):
         file, one, other = folder / "torch.pt", folder / "step_00000001", folder / "step_00000002"
         seen[TORCH].append(timed(lambda: with_torch(file)))  # noqa: B023

@@ -6,9 +6,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors
 import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain import checkpoint
 from txtrain.config import SaveConfig
@@ -215,3 +219,38 @@ def test_locate_takes_a_run_or_a_checkpoint_and_says_what_is_wrong(tmp_path):
     assert checkpoint.locate(tmp_path) == first
     with pytest.raises(ConfigError, match=r"`checkpoint` must be .* does not exist"):
         checkpoint.locate(tmp_path / "nowhere")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_the_file_is_the_one_that_dcp_and_safetensors_write(tmp_path):
+    """Every type and shape, through their readers; and through ours what theirs wrote."""
+    tensors = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(7).bfloat16(),
+        "half": torch.randn(1, 2, 3).half(),
+        "step": torch.tensor(3),
+        "empty": torch.zeros(0, 4),
+        "bytes": torch.arange(5, dtype=torch.uint8),
+        "double": torch.randn(2, 2).double(),
+    }
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for folder in (ours, theirs):
+        folder.mkdir()
+    checkpoint.write_tensors(ours, tensors | {"transposed": torch.arange(6.0).reshape(2, 3).T})
+    dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(theirs), save_distributed=True), no_dist=True)
+    names = [path.name for folder in (ours, theirs) for path in folder.iterdir()]
+    assert names == [names[0]] * 2
+    with safetensors.safe_open(ours / names[0], "pt") as one, safetensors.safe_open(theirs / names[0], "pt") as other:
+        assert one.metadata().keys() == other.metadata().keys()
+    found = load_file(ours / names[0])
+    assert found.pop("transposed").tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].equal(tensor), name
+        assert found[name].data_ptr() % tensor.element_size() == 0
+    into = {name: torch.full_like(tensor, 9) for name, tensor in tensors.items()}
+    checkpoint.load_tensors(theirs, into)
+    assert all(into[name].equal(tensor) for name, tensor in tensors.items())
+    dcp.load(into := {name: torch.full_like(tensor, 9) for name, tensor in tensors.items()}, storage_reader=HuggingFaceStorageReader(str(ours)), no_dist=True)
+    assert all(into[name].equal(tensor) for name, tensor in tensors.items())

@@ -31,3 +31,23 @@ def test_a_checkpoint_is_written_from_its_own_moment_while_the_tensors_go_on(tmp
     for step, path in enumerate(complete, start=1):
         (shard,) = path.glob("*.safetensors")
         assert (load_file(shard)["a"] == step).all()
+
+
+def test_the_copies_memory_is_there_before_the_first_save(tmp_path):
+    """And what was in it then is in no checkpoint."""
+    tensors, asked = {"a": torch.zeros(1 << 20)}, []
+    saver = Saver(None, behind=True, done=lambda path: None, warn=print)
+    for _ in range(3):
+        saver.prepare(lambda: asked.append(1) or tensors)
+    saver.wait()
+    memory = saver._copies.of(tensors)["a"]
+    tensors["a"].fill_(5)
+    saver.save(tmp_path / "step_00000001", tensors, {}, lambda path: None, must=False)
+    saver.wait()
+    (shard,) = (tmp_path / "step_00000001").glob("*.safetensors")
+    assert (load_file(shard)["a"] == 5).all()
+    assert (memory == 5).all(), "copied into what was there"
+    assert asked == [1]
+    waiting = Saver(None, behind=False, done=lambda path: None, warn=print)
+    waiting.prepare(lambda: asked.append(1) or tensors)
+    assert asked == [1], "who waits copies nothing"

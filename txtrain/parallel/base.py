@@ -25,6 +25,7 @@ class OneProcess:
 
     gradient_factor = 1.0  # by which a loss is multiplied before backward, where the strategy averages gradients and we want sums
     rank, size = 0, 1
+    saves_in_place = True  # a save has the very tensors that are trained, the same ones each time
 
     def __init__(self, config: Train, world: World | None = None) -> None:
         self.config, self.world = config, world or World()

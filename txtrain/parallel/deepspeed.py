@@ -35,6 +35,8 @@ class ZeRO(Mesh):
     averaging and schedules stay out of it, and its checkpoints are not used.
     """
 
+    saves_in_place = False
+
     def __init__(self, config: Train, world: World | None = None) -> None:
         super().__init__(config, world)
         if importlib.util.find_spec("deepspeed") is None:
