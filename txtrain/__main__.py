@@ -2,13 +2,15 @@
 
 import sys
 
-from txtrain.interrupt import EndsAtOnce
+from txtrain.interrupt import EndsAtOnce, nothing_is_left
 
 
 def main() -> int:
     with EndsAtOnce():
         from txtrain import cli
-    return cli.main()
+    code = cli.main()
+    nothing_is_left()
+    return code
 
 
 if __name__ == "__main__":

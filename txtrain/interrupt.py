@@ -37,6 +37,12 @@ class EndsAtOnce:
             signal.signal(number, default)  # type: ignore[arg-type]
 
 
+def nothing_is_left() -> None:
+    """The command has its exit code: from here on signals are ignored. Python's own end takes a while, and who is killed in it seems to have failed."""
+    for number in (signal.SIGINT, *PREEMPTING):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def is_training(words: list[str]) -> bool:
     """Whether the command line is of `txtrain train`, before it is read: its first word that is neither a flag nor KEY=VALUE is a verb."""
     verbs = [word for word in words if "=" not in word and not word.startswith("-")]
