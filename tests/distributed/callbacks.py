@@ -5,10 +5,12 @@ import json
 import os
 import signal
 import warnings
+from pathlib import Path
 
 import lightning.pytorch as pl
 
 from tests.distributed.variations import VARIATIONS
+from txtrain import checkpoint
 
 
 class Signal(pl.Callback):
@@ -62,6 +64,17 @@ class Warn(pl.Callback):
         warnings.warn(f"what {trainer.global_rank} has", stacklevel=1)
 
 
+class Copy(pl.Callback):
+    """What the run has read from its checkpoint, written as another one before a step is made."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_train_start(self, trainer, module):
+        tensors = module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
+        checkpoint.save(self.path, tensors, {}, lambda folder: None, module.parallel.checkpoint_group)
+
+
 class Samples(pl.Callback):
     """A line in path-<rank> for each sample that a process trains on: step, global index, and a hash of all that the batch has of it."""
 
@@ -86,12 +99,12 @@ def hash_of(sample):
 
 
 def named(text: str) -> pl.Callback:
-    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`; `SAMPLES path`; or one of VARIATIONS."""
+    """`SIGTERM 6 1`: that signal before step 7 to process 1; `POISON 6 1`; `HIT 6 *`; `WARN * *`; `COPY path`; `SAMPLES path`; or one of VARIATIONS."""
     if text in VARIATIONS:
         return VARIATIONS[text]()
     what, rest = text.split(" ", 1)
-    if what == "SAMPLES":
-        return Samples(rest)
+    if what in ("COPY", "SAMPLES"):
+        return {"COPY": Copy, "SAMPLES": Samples}[what](rest)
     step, rank = rest.split()
     if what == "HIT":
         return Hit(int(step))
