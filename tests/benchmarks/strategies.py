@@ -1,8 +1,9 @@
-"""Every strategy beside one process, on one curve: `python -m tests.benchmarks.strategies [FOLDER]`.
+"""Every strategy beside one process, on one curve: `python -m tests.benchmarks.strategies [FOLDER] [KEY=VALUE ...]`.
 
 Trains the same run under each strategy on two processes (and on four under hsdp and fsdp_tp) and prints the losses side by side with the
 largest relative difference, as docs/distributed.md has them; with matplotlib installed it also draws FOLDER/strategies.png. Two processors
-and no hub suffice. A run that FOLDER has is not made again.
+and no hub suffice: the text is that of data=python_docs, unless KEY=VALUE says otherwise (data=wikitext where there is a hub). A run that FOLDER
+has is not made again.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ WIDER = {"hsdp": 4, "fsdp_tp": 4}  # on two processes one of their two dimension
 RUNS = [("auto", 1), *STRATEGIES.items(), *WIDER.items()]
 RUN = (
     "model=llama2",
-    "data=wikitext",
+    "data=python_docs",
     "trainer.accelerator=cpu",
     "trainer.max_steps=20",
     "trainer.log_every_n_steps=1",
@@ -33,22 +34,23 @@ RUN = (
 SHOWN = (1, 5, 10, 15, 20)
 
 
-def losses(folder: Path, strategy: str, n: int) -> list[float]:
+def losses(folder: Path, strategy: str, n: int, *more: str) -> list[float]:
     run_dir = folder / f"{strategy}_{n}"  # complete or continued, if it is there
     how = (f"strategy={strategy}", f"trainer.devices={n}", f"run_dir={run_dir}")
-    subprocess.run([sys.executable, "-m", "txtrain", *RUN, *how], check=True, stdout=subprocess.DEVNULL)
+    subprocess.run([sys.executable, "-m", "txtrain", *RUN, *more, *how], check=True, stdout=subprocess.DEVNULL)
     return [float(row["loss"]) for row in read(run_dir / "metrics.csv")]
 
 
 def main() -> None:
-    folder = Path(sys.argv[1] if len(sys.argv) > 1 else tempfile.mkdtemp(prefix="strategies-"))
+    given = sys.argv[1:]
+    folder = Path(given.pop(0) if given and "=" not in given[0] else tempfile.mkdtemp(prefix="strategies-"))
     reference: list[float] = []
     print(f"| strategy | processes | {' | '.join(f'step {n}' for n in SHOWN)} | largest relative difference |")
     print(f"|---|---|{'---|' * len(SHOWN)}---|")
     curves = {}
     for strategy, n in RUNS:
         name = "one process" if n == 1 else strategy
-        curves[f"{name}, {n}"] = seen = losses(folder, strategy, n)
+        curves[f"{name}, {n}"] = seen = losses(folder, strategy, n, *given)
         reference = reference or seen
         difference = max(abs(a - b) / a for a, b in zip(reference, seen, strict=True))
         print(f"| {name} | {n} | {' | '.join(f'{seen[n - 1]:.5f}' for n in SHOWN)} | {difference:.1e} |", flush=True)

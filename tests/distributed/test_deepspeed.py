@@ -177,7 +177,7 @@ WITHOUT_DROPOUT = ("model.dropout=0", "model.vocab_size=360", "optimizer.lr=0.00
 MODELS = {
     "moe": ("model=deepseek_r1", *WITHOUT_DROPOUT),
     "tied": ("model=gemma2", *WITHOUT_DROPOUT),
-    "two-stacks": ("model=t5", "model.output_dropout=0", "model.ffn.dropout=0", "model.attention.dropout=0", *WITHOUT_DROPOUT),
+    "two-stacks": ("model=t5", "optimizer=adamw", "model.output_dropout=0", "model.ffn.dropout=0", "model.attention.dropout=0", *WITHOUT_DROPOUT),
 }
 
 
