@@ -1,7 +1,6 @@
 #!/usr/bin/env bash
 # A sweep: one run for each line of a file.   bash slurm/array.sh [--time=...] members.txt model=gpt2 data=memmap data.path=DIR    slurm/README.md
-#SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
+#SBATCH --nodes=1 --ntasks-per-node=1
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
@@ -31,9 +30,10 @@ if [[ -z ${SLURM_ARRAY_TASK_ID:-} ]]; then
   (( ${#todo[@]} )) || { echo "all of runs/$name are complete"; exit 0; }
   exec sbatch "--job-name=$name" "--array=$(IFS=,; echo "${todo[*]}")" "${options[@]}" "$0" "$file" "$@"
 fi
-member "$SLURM_ARRAY_TASK_ID" && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK} && code=0
+member "$SLURM_ARRAY_TASK_ID" && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK OMP_NUM_THREADS=${OMP_NUM_THREADS:-$SLURM_CPUS_PER_TASK}
+code=0 job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID # of one member SLURM_JOB_ID is the number of all
 srun --wait=900 "${CONTAINER[@]}" txtrain train "$@" "${words[@]}" || code=$?
 # 75: stopped after a checkpoint; above 128: killed. Requeued here where neither txtrain nor SLURM has done so, unless it is not wanted.
 (( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ "$* ${words[*]}" != *auto_requeue=false* ]] || exit "$code"
-[[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) != RUNNING ]] || scontrol requeue "$SLURM_JOB_ID"
+[[ $(squeue -h -j "$job" -o %T) != RUNNING ]] || scontrol requeue "$job"
 exit "$code"

@@ -20,7 +20,7 @@ case ${1:-} in
   prepare) work=(prepare "${MODEL[@]}" "${TOKENS[@]}" "out=$RUN/tokens") ;;
   pretrain) work=(train "${MODEL[@]}" data=memmap "data.path=$RUN/tokens" "${PRETRAIN[@]}" "${on[@]}" "run_dir=$RUN/pretrain") ;;
   tune) work=(train "init_from=$RUN/pretrain" "${TUNE[@]}" "${on[@]}" "run_dir=$RUN/tune") ;;
-  export) work=(export "checkpoint=$RUN/tune" "out=$RUN/export") && [[ ! -d $RUN/export ]] || exit 0 ;;
+  export) work=(export "checkpoint=$RUN/tune" "out=$RUN/export") && [[ ! -f $RUN/export/config.json ]] || exit 0; rm -rf "${RUN:?}/export" ;;
   *) for what in "data=memmap data.path=$RUN/tokens ${PRETRAIN[*]}" "${TUNE[*]}"; do # what cannot compose or fit ends here, before it waits in a queue
       read -ra words <<< "$what"
       "${here[@]}" txtrain train "${MODEL[@]}" "${words[@]}" "${on[@]}" --cfg job > /dev/null

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A minute on two nodes without a GPU: does training, gradient exchange, saving and requeueing work here?   bash slurm/cpu_smoke.sh   slurm/README.md
+# A minute on two nodes without a GPU: do the layout, training, gradient exchange and saving work here?   bash slurm/cpu_smoke.sh   slurm/README.md
 #SBATCH --job-name=txtrain-smoke
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Many nodes.   bash slurm/many_nodes.sh [--nodes=16] model=llama2_70b strategy=fsdp data=memmap data.path=/data/tokens        slurm/README.md
+# Many nodes.   bash slurm/many_nodes.sh [--nodes=16] KEY=VALUE...        slurm/README.md has examples
 #SBATCH --job-name=txtrain
 #SBATCH --nodes=4
 #SBATCH --ntasks-per-node=8

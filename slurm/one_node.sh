@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One node.   bash slurm/one_node.sh [--option-of-sbatch=...] model=mistral_7b data=memmap data.path=/data/tokens        slurm/README.md
+# One node.   bash slurm/one_node.sh [--OPTION-OF-SBATCH=...] KEY=VALUE...        slurm/README.md has examples
 #SBATCH --job-name=txtrain
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

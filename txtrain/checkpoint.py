@@ -57,6 +57,17 @@ def complete(run_dir: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def check_newest(run_dir: Path) -> None:
+    """A checkpoint gets its name when it is complete: one that has the name and no marker has lost it since, as in a copy that was cut short.
+
+    Raises:
+        ConfigError: the newest is such a one; names the older ones.
+    """
+    named = sorted((p for p in (run_dir / FOLDER).glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
+    if named and not is_complete(named[-1]):
+        verify(named[-1])
+
+
 def locate(where: str | Path, key: str = "checkpoint") -> Path:
     """The checkpoint meant by a run's folder (its newest) or by a checkpoint's.
 

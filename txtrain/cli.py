@@ -116,7 +116,7 @@ def _work(argv: list[str]) -> Work:
     jobs = [compose_job(verb, job, loader) for job in expand(line.overrides, multirun, loader)]
     if multirun and (unread := list(launcher.unread(jobs[0][1]))):
         raise ConfigError(*unread)
-    if multirun and getattr(jobs[0][0].config, "resume", "auto") not in ("auto", "never"):
+    if multirun and any(getattr(job.config, "resume", "auto") not in ("auto", "never") for job, _ in jobs):
         raise ConfigError("`resume`: a run is resumed alone, without -m.")
     if "--cfg" in line.flags:
         _show(line, verb, loader, jobs)

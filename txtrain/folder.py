@@ -195,6 +195,7 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
         return _named(config, given)
     path, exclusive = _path(config, name)
     _refuse_file(path)
+    checkpoint.check_newest(path)
     found = checkpoint.complete(path)
     if not found:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
@@ -224,6 +225,7 @@ def _named(config: Train, given: Sequence[str]) -> RunFolder:
         raise ConfigError(f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. Leave it out.")
     newest = checkpoint.locate(config.resume, key="resume")
     path = newest.parent.parent
+    checkpoint.check_newest(path)
     last = checkpoint.complete(path)[-1:]
     if last and checkpoint.step_of(last[0]) != checkpoint.step_of(newest):
         raise ConfigError(

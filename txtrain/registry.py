@@ -100,7 +100,7 @@ def component(axis: str, name: str) -> Callable[[T], T]:
         import txtrain.config  # noqa: F401  (fills BASES)
 
         own = vars(cls).get("Config")
-        config = _config_from_constructor(axis, name, cls) if own is None else _config_with_base(axis, own)
+        config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
         register(axis, name, cls, config)
         if axis not in VALUE_AXES:
             from hydra.core.config_store import ConfigStore
@@ -124,7 +124,7 @@ def _config_with_base(axis: str, own: type) -> type:
         raise ConfigError(f"`{own.__qualname__}` must be @dataclass(frozen=True, kw_only=True) to describe an option of {axis}: {e}.") from e
 
 
-def _config_from_constructor(axis: str, name: str, cls: type) -> type:
+def _config_from_constructor(axis: str, cls: type) -> type:
     base = BASES[axis]
     inherited = {f.name for f in dc.fields(base)}
     try:

@@ -68,9 +68,9 @@ def samples(config: Train) -> str:
 
 
 def batch(config: Train) -> str:
-    """`8 sequences x 256 = 2,048 tokens, in 2 micro-batches of 4`."""
+    """`8 sequences x 256 = 2,048 tokens: 2 micro-batches of 4`."""
     size, micro = config.data.global_batch_size, config.micro_batch_size
-    parts = f", in {size // micro} micro-batches of {micro}" if micro < size else ""
+    parts = f": {size // micro} micro-batches of {micro}" if micro < size else ""
     return f"{size} sequences x {config.seq_len} = {size * config.seq_len:,} tokens{parts}"
 
 

@@ -54,6 +54,8 @@ class Job:
         A job that SLURM runs again by itself needs no word of ours, and one that a person has cancelled must not come back: SLURM would
         requeue it if it were asked.
         """
+        if "WANDB_SWEEP_ID" in os.environ:
+            return f"Job {self.number} is not requeued: it is that of a W&B agent, which may have other trials."
         if self.number in _requeued:
             return f"SLURM runs job {self.number} again."
         state, reason, restarts = self._asked("State", "Reason", "RestartCnt")

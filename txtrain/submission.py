@@ -34,9 +34,10 @@ GRACE = 20.0  # seconds in which a shared file system may still show what a job 
 # As the scripts of slurm/: 75 is a run that has stopped after a checkpoint, above 128 one that was killed. Where neither txtrain nor SLURM has requeued
 # the job, its script does.
 TEARDOWN = """\
-code=$?
-if (( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ $(squeue -h -j "$SLURM_JOB_ID" -o %T) == RUNNING ]]; then
-  scontrol requeue "$SLURM_JOB_ID"
+code=$? job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+if (( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+  scontrol requeue "$job"
 fi
 exit "$code\""""
 SETUP = ("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",)
@@ -101,7 +102,7 @@ def submit(verb: str, jobs: Sequence[Composed], labels: Sequence[str], how: Slur
     """
     _check_commands()
     folder = Path(how.submitit_folder or f"runs/sweeps/{name.removeprefix('sweep-')}").expanduser()
-    jobs = [_laid_out(verb, job, how) for job in jobs]
+    jobs = [_laid_out(job, how) for job in jobs]
     members = [Member(number, job, label, folder) for number, (job, label) in enumerate(zip(jobs, labels, strict=True))]
     queue = Queue(folder)
     states = {m.number: queue.state(m) for m in members}
@@ -128,7 +129,7 @@ def _check_commands() -> None:
     try:
         import submitit  # noqa: F401
     except ImportError as e:
-        raise ConfigError("`hydra/launcher=slurm` needs submitit: pip install 'txtrain[slurm]'.") from e
+        raise ConfigError("`hydra/launcher=slurm` needs submitit: pip install submitit.") from e
 
 
 def layout(config: Any, how: SlurmConfig) -> tuple[int, int]:
@@ -139,7 +140,7 @@ def layout(config: Any, how: SlurmConfig) -> tuple[int, int]:
     return how.nodes or config.trainer.num_nodes, how.tasks_per_node or (devices if devices != "auto" else how.gpus_per_node or 1)
 
 
-def _laid_out(verb: str, job: Composed, how: SlurmConfig) -> Composed:
+def _laid_out(job: Composed, how: SlurmConfig) -> Composed:
     """The job with the processes that it will have: the launcher's where the configuration leaves them open.
 
     Raises:

@@ -25,13 +25,14 @@ from omegaconf import DictConfig
 from txtrain import launcher
 from txtrain.composition import Composed, Loader, to_file, typed
 from txtrain.config import ROOTS
+from txtrain.slurm import Job
 
 PREEMPTED = 75
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]]) -> int:
     """Run all jobs. Exit code: 1 if one failed, else 75 if one was preempted, else 0."""
-    stamp = time.strftime("%Y-%m-%d_%H-%M-%S")
+    stamp = f"slurm-{job.number}" if (job := Job.here()) else time.strftime("%Y-%m-%d_%H-%M-%S")  # a job that is requeued finds its members
     chosen, hydra = launcher.named(jobs[0][1]), [line for line in jobs[0][1] if line.lstrip("+").startswith("hydra")]
     if chosen == "slurm":
         from txtrain.submission import identity, submit

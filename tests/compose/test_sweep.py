@@ -74,6 +74,12 @@ def test_every_combination_gets_a_numbered_folder(fake, clean_room):
     assert {p.name for p in clean_room.iterdir()} == {"runs"}  # no multirun.yaml, no .hydra
 
 
+def test_in_a_slurm_job_the_members_folders_survive_a_requeue(fake, clean_room, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert main(["-m", "seed=1,2", "name=a"]) == 0
+    assert sorted(path.name for path in (clean_room / "runs/a").iterdir()) == ["slurm-77-0", "slurm-77-1"]
+
+
 def test_a_run_dir_that_is_given_holds_the_numbers(fake, clean_room):
     assert main(["-m", "seed=1,2", "run_dir=out"]) == 0
     assert sorted(p.name for p in (clean_room / "out").iterdir()) == ["0", "1"]

@@ -65,3 +65,19 @@ def test_what_only_the_first_start_knew_stays_in_run_json(config):
     again.create(config, {"fallback": None, "grafts": {}, "step": 0})
     told = again._read()
     assert (told["status"], told["fallback"], told["grafts"]) == ("running", "no hub", {"ffn": {"from": "mlp", "to": "swiglu"}})
+
+
+def test_a_newest_checkpoint_that_has_lost_its_marker_is_not_passed_over(config, tmp_path):
+    """Nothing silently starts at step 0, or from an older one."""
+    path = tmp_path / "run"
+    config = dc.replace(config, run_dir=str(path))
+    newest = path / "checkpoints/step_00000200"
+    newest.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .*complete.* There is no older one\."):
+        folder.choose(config)
+    older = path / "checkpoints/step_00000100"
+    older.mkdir()
+    (older / "complete").write_text("{}")
+    for resume in ("auto", str(path)):
+        with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .* an older one \(step_00000100\)\."):
+            folder.choose(dc.replace(config, run_dir=None if resume != "auto" else str(path), resume=resume))

@@ -31,7 +31,7 @@ def test_the_table_says_axes_batch_budget_and_folder(tmp_path):
     shown = "\n".join(text for _, text in rows)
     for text in (
         "gqa, n_kv_heads=1",
-        "8 sequences x 32 = 256 tokens, in 4 micro-batches of 2",
+        "8 sequences x 32 = 256 tokens: 4 micro-batches of 2",
         "12 steps, 3.07 k tokens, 0.96 epochs",
         "three files; 100 training and 9 validation sequences of 32 tokens",
         "MFU against 1 GFLOP/s",

@@ -189,6 +189,13 @@ def test_a_job_is_requeued_unless_slurm_does_it_or_a_person_has_cancelled_it(squ
     assert [line for line in asked() if line.startswith("scontrol")] == ["scontrol requeue 17_3"] * requeues
 
 
+def test_a_job_of_a_wandb_agent_is_not_requeued_for_one_of_its_trials(commands, monkeypatch):
+    asked = commands(scontrol="exit 0")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abc")
+    assert "W&B agent" in Job("17").requeue()
+    assert asked() == []
+
+
 def test_a_job_is_requeued_once(commands):
     asked = commands(scontrol="exit 0")
     assert all("runs job 17 again" in Job("17").requeue() for _ in range(2))
