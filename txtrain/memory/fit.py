@@ -37,8 +37,8 @@ def remedy(config: Train, world: int, room: int) -> str:
     for words, changed, processes in _changes(config, world):
         micro = largest_micro_batch(changed, processes, room)
         if micro is not None:
-            share = share_of(changed, processes)
-            asked = [*words, *([f"data.micro_batch_size={micro}"] if micro < share else [])]
+            given = changed.data.micro_batch_size or share_of(changed, processes)
+            asked = [*words, *([f"data.micro_batch_size={micro}"] if micro != given else [])]
             return f"It fits with {' '.join(asked)}."
     return "It fits on no number of processes up to 4,096 with strategy=fsdp: one block alone is too large. A model like this needs tensor parallelism."
 
