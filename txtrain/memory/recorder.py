@@ -220,7 +220,7 @@ class Recorder:
         """A block whose forward keeps its inputs alone (selective: and what products gave), and is computed again in the backward."""
         self.recording, first = False, len(self.parameters)
         self.products = [] if selective else None
-        plain = [Value(x.n, x.size, x.storage) for x in inputs]
+        plain = [Value(x.n, x.size, x.storage, x.edge) for x in inputs]  # with their edges: a bias that learns takes another kernel
         out = block(self, *plain)
         del plain
         self.recording, products, self.products = True, self.products, None

@@ -28,7 +28,8 @@ class Tape(Recorder):
 
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
-        return self.made([x, weight, *shift], n, x.size, x.storage, backward, self.product(n, x.size))
+        saved = (x.storage, weight.storage if wants else None)  # the latter where it is a copy of the parameter
+        return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 
     def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
         """Of the whole vocabulary."""
@@ -191,13 +192,23 @@ class Tape(Recorder):
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
         """Rows of x, each times the matrix of its expert."""
-        x, weight = self.low(x), self.low(self.parameter(experts, outputs, inputs, name=name))
-        nbytes, whole = x.nbytes, weight.n * x.size
+        both = x, self.parameter(experts, outputs, inputs, name=name)
+        x, weight = (self.to(y, 2) for y in both) if self.autocast else both  # each use casts anew: autocast itself does not know this product
+        nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs
+        aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # what the kernel asks for; else an expert at a time
+        apart = None if aligned else self.product(n, x.size)
 
         def backward(g: Bytes) -> Gradients:
-            return Bytes(self.meter, nbytes, self.kind), Bytes(self.meter, whole, self.kind)
+            rows, matrices = (None if aligned else Bytes(self.meter, size, self.kind) for size in (nbytes, whole))
+            of_weight = Bytes(self.meter, whole, self.kind)
+            del matrices
+            of_x = Bytes(self.meter, nbytes, self.kind)
+            del rows
+            return of_x, of_weight
 
-        return self.made([x, weight], x.n // inputs * outputs, x.size, x.storage, backward)
+        made = self.made([x, weight], n, x.size, (x.storage, weight.storage), backward)
+        del apart
+        return made
 
     def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
         """`head.ChunkedCrossEntropy`: gradients are made in the forward, by chunks of tokens."""
@@ -249,4 +260,7 @@ class Tape(Recorder):
             return self.to(x, 2)
         if id(x) not in self.casts:
             self.casts[id(x)] = self.to(x, 2)
-        return self.casts[id(x)]
+        cast = self.casts[id(x)]
+        if self.recording and cast.edge is None:  # made in a forward that is now computed again: its bytes are there, not the way back
+            cast = self.casts[id(x)] = self.made([x], x.n, 2, None, lambda g: (Bytes(self.meter, x.nbytes, self.kind),), cast.storage)
+        return cast
