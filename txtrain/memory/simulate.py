@@ -205,6 +205,7 @@ NAMES = {
     "all_reduce": "all_reduce",
     "allgather_base": "all_gather",
     "all_gather_into_tensor": "all_gather",
+    "alltoall_base": "all_to_all",
     "reduce_scatter_base": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
 }

@@ -210,6 +210,10 @@ class Tape(Recorder):
         del apart
         return made
 
+    def experts(self, x: Value, dim: int, compute: Callable[[Value], Value]) -> Value:
+        """What the experts of a mixture make of rows of so many elements."""
+        return compute(x)
+
     def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
         """`head.ChunkedCrossEntropy`: gradients are made in the forward, by chunks of tokens."""
         n, rows = x.n // dim, max(1, CHUNK_ELEMENTS // vocabulary)
