@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from txtrain.memory.recorder import Bytes, Gradients, Group, Node, NotTraced, Parameter, Recorder, Value, dotted
 
@@ -255,6 +256,15 @@ class Tape(Recorder):
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
+
+    @contextlib.contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Autocast is off within."""
+        before, self.autocast = self.autocast, False
+        try:
+            yield
+        finally:
+            self.autocast = before
 
     def low(self, x: Value) -> Value:
         """As autocast has it: in 2 bytes, parameters once for all their uses."""

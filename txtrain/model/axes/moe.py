@@ -111,7 +111,8 @@ class MoEConfig(Component):
         if place.layer < self.dense_layers:
             return gated(t, x, d, self.dense_width(model), self.activation, self.dropout)
         rows, experts = n * self.top_k, self.n_experts
-        scores = t.pointwise(t.linear(t.to(x, 4), d, experts, name="router"), "result")
+        with t.exactly():
+            scores = t.pointwise(t.linear(t.to(x, 4), d, experts, name="router"), "result")
         weights = t.picked(scores, rows, index=8 * rows)  # of the experts that are chosen
         if self.normalise:
             weights = t.mul(weights, t.mean(weights, n))
