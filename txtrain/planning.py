@@ -162,10 +162,6 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     if how.simulate:
         if refused:
             raise ConfigError(refused)
-        if getattr(config.strategy, "ep_size", 1) > 1:
-            raise ConfigError(
-                f"`plan.simulate` must be false with strategy.ep_size={config.strategy.ep_size}: how many rows a process gets is known to the router alone."
-            )
         from txtrain.memory.simulate import simulate
 
         simulated = simulate(config, world=n_devices).peak

@@ -5,9 +5,8 @@ import math
 import pytest
 
 import txtrain
-from tests.unit.test_memory import SHARDED, agree, composed
-from txtrain.errors import ConfigError
-from txtrain.memory.count import NotCounted, memory
+from tests.unit.test_memory import SHARDED, TWO, agree, composed, in_two_processes
+from txtrain.memory.count import memory
 from txtrain.memory.shards import Shards
 
 DIVIDED = ("strategy=fsdp", "strategy.ep_size=2", "trainer.devices=4")
@@ -39,18 +38,52 @@ def test_shards_beyond_the_number_of_experts_are_not_padded():
     assert 1 <= gathered[1024] / gathered[256] < 1.002
 
 
-def test_bytes_that_travel_to_experts_are_told_where_memory_is_not():
+def test_bytes_that_travel_to_experts_are_told():
     config = composed("deepseek_r1", *DIVIDED, "data.global_batch_size=4")
-    with pytest.raises(NotCounted, match=r"strategy.ep_size=2") as raised:
-        memory(config, 4)
     model, T = config.model, config.seq_len
     rows = ((model.n_layers - model.ffn.dense_layers) * T + model.mtp_depth * (T - 1)) * model.ffn.top_k
-    assert raised.value.communicated == {"all_to_all": 4 * rows * model.dim * 4}, "to the experts and back, forward and backward, float32"
-    plan = txtrain.plan(config)
-    assert (plan.memory, plan.communicated) == (None, raised.value.communicated)
+    sent = memory(config, 4).communicated
+    assert sent["all_to_all"] == 4 * rows * model.dim * 4, "to the experts and back, forward and backward, float32"
+    assert txtrain.plan(config).communicated == sent
 
 
-def test_what_the_router_alone_knows_is_not_simulated():
-    config = txtrain.compose(["model=deepseek_r1", *DIVIDED, "plan.simulate=true"], verb="plan")
-    with pytest.raises(ConfigError, match=r"`plan.simulate` must be false with strategy.ep_size=2"):
-        txtrain.plan(config)
+DIVISIONS = [
+    (4, ("strategy=fsdp", "strategy.ep_size=2")),
+    (2, ("strategy=fsdp", "strategy.ep_size=2", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")),
+    (4, ("strategy=fsdp", "strategy.ep_size=4", "data.seq_len=64", "data.global_batch_size=8", "data.micro_batch_size=1")),
+    (4, ("strategy=fsdp", "strategy.ep_size=2", "trainer.activation_checkpointing=full")),
+    (4, (*SHARDED, "strategy.ep_size=2", "model.n_layers=4")),
+    (4, ("strategy=fsdp", "strategy.ep_size=2", "strategy.reshard_after_forward=false")),
+    (8, ("strategy=hsdp", "strategy.ep_size=2", "trainer.activation_checkpointing=selective", "data.global_batch_size=8")),
+]
+
+
+@pytest.mark.parametrize(("world", "overrides"), [DIVISIONS[0], *(pytest.param(*case, marks=pytest.mark.slow) for case in DIVISIONS[1:])])
+def test_counted_equals_simulated_where_experts_are_divided(world, overrides):
+    config = composed("deepseek_r1", *overrides)
+    agree(config, world)
+
+
+# Of a batch of one token over and over, all rows would go to two experts.
+SPREAD = """
+import torch
+from txtrain.memory import simulate
+zeros_of = simulate.tensors_of
+def tensors_of(config, n):
+    torch.manual_seed(0)
+    return {name: torch.randint(0, config.model.vocab_size, value.shape) for name, value in zeros_of(config, n).items()}
+simulate.tensors_of = tensors_of
+"""
+
+
+@pytest.mark.slow
+def test_counted_equals_measured_where_two_processes_divide_experts(tmp_path):
+    """Where a router sends rows is its own: about as many come as go."""
+    cases = [
+        f"model=deepseek_r1 trainer.accelerator=cpu model.n_layers=2 data.global_batch_size=4 trainer.devices=2 strategy=fsdp strategy.ep_size=2 {more}"
+        for more in ("", "trainer.activation_checkpointing=full", "trainer.precision=bf16-mixed")
+    ]
+    counted = [memory(txtrain.compose(words.split()), 2).peak for words in cases]
+    for output in in_two_processes(tmp_path, "-c", SPREAD + TWO, *cases):
+        off = [n / int(peak) - 1 for n, peak in zip(counted, output.split(), strict=True)]
+        assert all(abs(deviation) < 0.03 for deviation in off), off

@@ -1,6 +1,8 @@
 """A real step of one of two processes under DeepSpeed, every storage watched: prints bytes held between steps and at the fullest moment.
 
-    python -m tests.unit.zero_memory BUCKET overrides...
+    python -m tests.unit.zero_memory BUCKET[,AHEAD] overrides...
+
+AHEAD: elements that stage 3 gathers ahead, and the distance between two uses of a parameter from which on it is given back.
 """
 
 import contextlib
@@ -64,8 +66,21 @@ class Stepped(_Plain):
         self._optimizer.zero_grad(set_to_none)
 
 
-def main(bucket: int, words: list[str]) -> None:
+def near(ahead: int) -> None:
+    made = deepspeed.ZeRO._engine_config
+
+    def config(self: Any) -> dict[str, Any]:
+        found = made(self)
+        found["zero_optimization"] |= {"stage3_prefetch_bucket_size": ahead, "stage3_max_reuse_distance": ahead}
+        return found
+
+    deepspeed.ZeRO._engine_config = config
+
+
+def main(bucket: int, ahead: int | None, words: list[str]) -> None:
     deepspeed.BUCKET = bucket
+    if ahead is not None:
+        near(ahead)
     config = txtrain.compose(words)
     parallel = make_parallel(config)
     with parallel.started():
@@ -82,4 +97,5 @@ def main(bucket: int, words: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2:])
+    sizes = [int(n) for n in sys.argv[1].split(",")]
+    main(sizes[0], sizes[1] if len(sizes) > 1 else None, sys.argv[2:])

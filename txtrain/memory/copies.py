@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from txtrain.memory import updates
 from txtrain.memory.batch import batch_of
 from txtrain.memory.cut import CutTape, CutTraced
+from txtrain.memory.divided import DividedTape
 from txtrain.memory.model import Traced
 from txtrain.memory.tape import Bytes, Group, Parameter, Tape, Value
 from txtrain.memory.updates import Held
@@ -34,6 +35,7 @@ class Copies:
 
     def __init__(self, config: Train, layout: Layout) -> None:
         self.config, self.layout = config, layout
+        self.ep_size: int = getattr(config.strategy, "ep_size", 1)
         precision, shards = config.trainer.precision, layout.shard > 1
         self.stored = 2 if precision == "bf16-true" else FLOAT32
         self.t = self._tape(2 if precision == "bf16-true" or (precision == "bf16-mixed" and shards) else FLOAT32)
@@ -54,16 +56,29 @@ class Copies:
     # ------------------------------------------------------------------------------------------------------------ the model
 
     def _tape(self, size: int = FLOAT32) -> Tape:
-        return CutTape(self.config.model, self.layout.tensor, size, self.device) if self.layout.tensor > 1 else Tape(size)
+        if self.layout.tensor > 1:
+            return CutTape(self.config.model, self.layout.tensor, size, self.device)
+        return DividedTape(size, self.ep_size) if self.ep_size > 1 else Tape(size)
 
     def _loss(self, n: int, t: Tape, around: Callable[[Block, Sequence[Value]], Value]) -> Value:
         traced = CutTraced if isinstance(t, CutTape) else Traced
         return traced(self.config.model, batch_of(self.config, n), t, around, self.device).loss()
 
     def _survey(self) -> None:
-        """Parameters by block, and the shapes of the whole ones."""
+        """Parameters by block, and of experts that are gathered by themselves; the shapes of the whole ones."""
         self.groups: list[Group] = []
+        self.experts: dict[int, Group] = {}  # by the number of their block
         t = self._tape()
+
+        def apart(x: Value, compute: Callable[[Value], Value]) -> Value:
+            of_block, t.group = t.group, Group()
+            self.experts[len(self.groups) - 1] = t.group
+            made = compute(x)
+            t.group = of_block
+            return made
+
+        if isinstance(t, DividedTape):
+            t.around = apart
 
         def surveyed(block: Block, inputs: Sequence[Value]) -> Value:
             t.group = Group()
@@ -75,7 +90,7 @@ class Copies:
         self._loss(1, t, surveyed)
         self.root, self.pieces = t.root, t.parameters
         self.shapes = {p.name: p.shape for p in self.pieces}
-        if self.layout.tensor > 1:
+        if self.layout.tensor > 1 or self.ep_size > 1:
             whole = Tape()
             Traced(self.config.model, batch_of(self.config, 1), whole, lambda block, inputs: block(whole, *inputs)).loss()
             self.shapes = {p.name: p.shape for p in whole.parameters}
@@ -89,7 +104,7 @@ class Copies:
     @property
     def held(self) -> list[Held]:
         """What this process keeps of each parameter."""
-        return [Held(p.name, self.shapes[p.name], self.own(p)) for p in self.pieces]
+        return [Held(p.name, self.shapes[p.name], self.own(p), p.shape) for p in self.pieces]
 
     def states(self) -> dict[str, int]:
         """Bytes between steps, beside the batch.

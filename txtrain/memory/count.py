@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from txtrain.memory.batch import nbytes_of
 from txtrain.memory.copies import Copies, NotCounted
+from txtrain.memory.gathered import Gathered
 from txtrain.memory.shards import Shards
 from txtrain.memory.travel import rows_to_experts
-from txtrain.memory.zero import Partitions
+from txtrain.memory.zero import Accumulated, Partitions
 from txtrain.parallel.config import Layout
 
 if TYPE_CHECKING:
@@ -61,12 +62,17 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     static = _parts(static)
     in_step = _parts(meter.at_peak) if meter.peak >= sum(beside.values()) else _parts(beside)
     between = sum(static.values())
-    return Memory(micro, between + sum(in_step.values()), static | in_step, between, strategy.exchanged(), sum(host.values()), host)
+    parts = {name: static.get(name, 0) + in_step.get(name, 0) for name in static | in_step}
+    sent = strategy.exchanged()
+    if strategy.ep_size > 1:
+        sent["all_to_all"] = rows_to_experts(config, world)
+    return Memory(micro, between + sum(in_step.values()), parts, between, sent, sum(host.values()), host)
 
 
 def _strategy(config: Train, layout: Layout) -> Copies:
-    if hasattr(config.strategy, "stage") and layout.shard > 1:
-        return Partitions(config, layout)
+    stage, half = getattr(config.strategy, "stage", 0), config.trainer.precision == "bf16-mixed"
+    if stage and layout.shard > 1:
+        return Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half else Partitions(config, layout)
     return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
 
 
@@ -77,14 +83,9 @@ def _parts(*parts: dict[str, int]) -> dict[str, int]:
 def _refuse_uncounted(config: Train, world: int) -> None:
     strategy = config.strategy
     offloads = getattr(strategy, "cpu_offload", False)
-    if getattr(strategy, "ep_size", 1) > 1:
-        why = f"strategy.ep_size={strategy.ep_size}: what experts receive is held beside their shards, and is not counted yet"
-        raise NotCounted(why, {"all_to_all": rows_to_experts(config, world)})
     if hasattr(strategy, "stage"):
-        if strategy.stage == 3:
-            raise NotCounted(f"strategy={strategy.type}: what DeepSpeed gathers ahead and keeps depends on the order that it saw, and is not counted")
-        if offloads or config.trainer.precision != "32-true" or world == 1:
-            what = "strategy.cpu_offload=true" if offloads else f"trainer.precision={config.trainer.precision}" if world > 1 else "one process"
+        if offloads or world == 1:
+            what = "strategy.cpu_offload=true" if offloads else "one process"
             raise NotCounted(f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted")
     elif offloads and strategy.layout(world).shard == 1:
         raise NotCounted("strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted")

@@ -135,6 +135,10 @@ class CutTape(Tape):
         del stacked
         return self.made([mine], n, mine.size, None, lambda g: (g,), whole)
 
+    def low(self, x: Value) -> Value:
+        """A process' part of a parameter is a view of it, of which autocast keeps no copy for the next use."""
+        return self.to(x, 2) if self.autocast else x
+
     # ------------------------------------------------------------------------------------------------------------------ lanes
 
     def mine(self, x: Value) -> Value:

@@ -98,8 +98,9 @@ class Traced:
         model, t = self.model, self.t
         with t.within("position"):
             bias = self._bias(place)
+        bias = None if bias is None else t.low(bias)
         softcap = getattr(model.attention, "softcap", None) is not None
-        kernel = choose(declared, self.device, bias, softcap, model.attention.dropped(model), t.size)
+        kernel = choose(declared, self.device, bias, softcap, model.attention.dropped(model), 2 if t.autocast else t.size)
         return draw(t, declared, kernel, bias, place.batch)
 
     def _bias(self, place: Place) -> Value | None:
@@ -110,9 +111,9 @@ class Traced:
     def _across(self, place: Place, memory: Value) -> Place:
         """Where a decoder's blocks look at what the encoder read."""
         model, batch = self.model, self.batch
-        declared = Declared(place.queries, batch.source, False, None, **batch.source_masked)
+        declared = Declared(place.queries, batch.source, False, None, **batch.source_masked, query_documents_BT=batch.target_masked.get("documents_BS"))
         softcap = getattr(model.attention, "softcap", None) is not None
-        kernel = choose(declared, self.device, None, softcap, model.attention.dropped(model), self.t.size)
+        kernel = choose(declared, self.device, None, softcap, model.attention.dropped(model), 2 if self.t.autocast else self.t.size)
         return dc.replace(place, keys=batch.source, mask=draw(self.t, declared, kernel, None, place.batch), memory=memory)
 
     def _block(self, here: Place, across: Place | None, learned: bool, t: Tape, x: Value, *others: Value) -> Value:

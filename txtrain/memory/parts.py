@@ -113,7 +113,7 @@ def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, he
     if mask.visible is not None:
         scores = _filled(t, scores, scores.n, mask.visible)
     p = t.to(t.softmax(t.to(scores, 4)), v.size)
-    if mask.visible is not None and mask.declared.valid_BS:
+    if mask.visible is not None and mask.declared.may_see_nothing:
         p = _filled(t, p, p.n, mask.visible)
     p = t.dropout(p, dropout)
     return t.copy(t.matmul(p, v, q.n * v.n // k.n))

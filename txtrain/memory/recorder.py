@@ -136,6 +136,7 @@ class Recorder:
         self.kind = "activations"
         self.accumulates = False  # gradients of earlier micro-batches are there, and take the new ones in
         self.arrived: Callable[[Parameter], None] | None = None  # told of each gradient that is complete
+        self.lies: Callable[[Parameter], Bytes | None] | None = None  # where a parameter does that is met, if it matters who holds that
         self.autocast = False  # products in 2 bytes beside parameters in 4
         self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
         self.shared: dict[str, Parameter] = {}
@@ -182,6 +183,8 @@ class Recorder:
         leaf = Leaf(made)
         self.leaves[id(made)] = leaf
         made.edge = (leaf, 0)
+        if self.lies is not None:
+            made.storage = self.lies(made)
         return made
 
     def made(self, inputs: Sequence[Value], n: int, size: int, saved: Any, backward: Callable[..., Gradients], storage: Bytes | None = None) -> Value:
@@ -220,7 +223,7 @@ class Recorder:
         """A block whose forward keeps its inputs alone (selective: and what products gave), and is computed again in the backward."""
         self.recording, first = False, len(self.parameters)
         self.products = [] if selective else None
-        plain = [Value(x.n, x.size, x.storage) for x in inputs]
+        plain = [Value(x.n, x.size, x.storage, x.edge) for x in inputs]  # with their edges: a bias that learns takes another kernel
         out = block(self, *plain)
         del plain
         self.recording, products, self.products = True, self.products, None
@@ -262,9 +265,9 @@ class Recorder:
         del first
         while ready:
             node = heapq.heappop(ready)[1]
-            for edge, made in self._stepped(node, given.pop(node, {})):
-                self._sent(edge, made, waiting, given, ready)
-            del edge, made
+            made = self._stepped(node, given.pop(node, {}))
+            while made:
+                self._sent(made, waiting, given, ready)
         self.kind = before
 
     def _stepped(self, node: Node, given: dict[int, Bytes]) -> list[tuple[tuple[Node, int], Bytes | None]]:
@@ -273,17 +276,18 @@ class Recorder:
         else:
             made = (None,) * len(node.edges)
         node.saved, node.backward = None, _done
-        sent = [(edge, g) for edge, g in zip(node.edges, made, strict=True) if edge is not None]
-        sent.reverse()
-        return sent
+        return [(edge, g) for edge, g in zip(node.edges, made, strict=True) if edge is not None]
 
-    def _sent(self, edge: tuple[Node, int], gradient: Bytes | None, waiting: dict[Node, int], given: Any, ready: Any) -> None:
-        node, i = edge
+    def _sent(self, made: list[tuple[tuple[Node, int], Bytes | None]], waiting: dict[Node, int], given: Any, ready: Any) -> None:
+        """The last of these, which nobody else holds any more when it has arrived."""
+        (node, i), gradient = made.pop()
         waiting[node] -= 1
         if gradient is not None:
             held = given.setdefault(node, {})
             # Out of place, as autograd does while a tracker watches; without one it adds in place where nobody else holds the first.
             held[i] = Bytes(self.meter, gradient.n, self.kind) if i in held else gradient
+            gradient = None
+            del held
         if waiting[node] == 0:
             if isinstance(node, Leaf):
                 self._arrived(node.parameter, given.pop(node, {}).get(0))

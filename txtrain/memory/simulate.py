@@ -21,6 +21,7 @@ from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from txtrain.config import Train
 from txtrain.memory.batch import n_chosen, tensors_of
@@ -204,6 +205,7 @@ NAMES = {
     "all_reduce": "all_reduce",
     "allgather_base": "all_gather",
     "all_gather_into_tensor": "all_gather",
+    "alltoall_base": "all_to_all",
     "reduce_scatter_base": "reduce_scatter",
     "reduce_scatter_tensor": "reduce_scatter",
 }
@@ -225,13 +227,14 @@ class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Where torch's fake tensors differ from real ones.
 
     A choice by a mask has no size: it is taken to be `n_chosen`. A flag is taken to be unset: some token is padding;
-    a number (a drawn seed, a step) is taken to be 1. Flash attention's
+    a number (a drawn seed, a step) is taken to be 1, but for what is counted: all experts are visited alike. Flash attention's
     output lies position by position, not head by head. The grouped product takes float32.
     """
 
     def __init__(self, n_chosen: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.n_chosen = n_chosen
+        self.counts: Any = WeakIdKeyDictionary()  # by storage of whole numbers: what they add up to, and how many of them do
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (ATEN.index.Tensor, ATEN.index_put.default) and args[1][0].dtype == torch.bool:
@@ -239,14 +242,29 @@ class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
             assert n is not None, "an objective that chooses positions tells how many"
             args = (args[0], [torch.zeros(n, dtype=torch.int64) for _ in shape], *args[2:])
         if func is ATEN._local_scalar_dense.default:
-            return False if args[0].dtype == torch.bool else 1
+            return False if args[0].dtype == torch.bool else self._number(args[0])
         if func is ATEN._grouped_mm.default:
             return _grouped_mm(*args, **(kwargs or {}))
         result = func(*args, **(kwargs or {}))
         if func is ATEN._scaled_dot_product_flash_attention_for_cpu.default:
             B, N, T, H = result[0].shape
             return result[0].new_empty(B, T, N, H).transpose(1, 2), *result[1:]
+        self._count(func, args, result)
         return result
+
+    def _number(self, x: Tensor) -> int:
+        total, n = self.counts.get(x.untyped_storage(), (1, 1))
+        return int(total // n + (int(x.storage_offset()) % n < total % n))
+
+    def _count(self, func: Any, args: Any, result: Any) -> None:
+        """Rows of each expert; of each process' experts; those that came from elsewhere, as many as went there."""
+        if func is ATEN.scatter_add.default and not args[0].is_floating_point():
+            self.counts[result.untyped_storage()] = args[2].numel(), args[0].numel()
+        elif func in (ATEN.sum.dim_IntList, ATEN.stack.default, ATEN.clone.default, ALL_TO_ALL):
+            made, source = (args[0], args[1]) if func is ALL_TO_ALL else (result, args[0][0] if func is ATEN.stack.default else args[0])
+            total, n = self.counts.get(source.untyped_storage(), (0, 0))
+            if total:
+                self.counts[made.untyped_storage()] = total, made.numel() if func is ATEN.sum.dim_IntList else n
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None) -> Tensor:
@@ -256,3 +274,4 @@ def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: None = None, out_dtype
 
 
 ATEN = torch.ops.aten
+ALL_TO_ALL = torch.ops.c10d.alltoall_base_.default

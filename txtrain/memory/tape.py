@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 
 from txtrain.memory.recorder import Bytes, Gradients, Group, Node, NotTraced, Parameter, Recorder, Value, dotted
 
@@ -28,7 +29,8 @@ class Tape(Recorder):
 
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
-        return self.made([x, weight, *shift], n, x.size, x.storage, backward, self.product(n, x.size))
+        saved = (x.storage, weight.storage if wants else None)  # the latter where it is a copy of the parameter
+        return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 
     def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
         """Of the whole vocabulary."""
@@ -191,13 +193,27 @@ class Tape(Recorder):
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
         """Rows of x, each times the matrix of its expert."""
-        x, weight = self.low(x), self.low(self.parameter(experts, outputs, inputs, name=name))
-        nbytes, whole = x.nbytes, weight.n * x.size
+        both = x, self.parameter(experts, outputs, inputs, name=name)
+        x, weight = (self.to(y, 2) for y in both) if self.autocast else both  # each use casts anew: autocast itself does not know this product
+        nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs
+        aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # what the kernel asks for; else an expert at a time
+        apart = None if aligned else self.product(n, x.size)
 
         def backward(g: Bytes) -> Gradients:
-            return Bytes(self.meter, nbytes, self.kind), Bytes(self.meter, whole, self.kind)
+            rows, matrices = (None if aligned else Bytes(self.meter, size, self.kind) for size in (nbytes, whole))
+            of_weight = Bytes(self.meter, whole, self.kind)
+            del matrices
+            of_x = Bytes(self.meter, nbytes, self.kind)
+            del rows
+            return of_x, of_weight
 
-        return self.made([x, weight], x.n // inputs * outputs, x.size, x.storage, backward)
+        made = self.made([x, weight], n, x.size, (x.storage, weight.storage), backward)
+        del apart
+        return made
+
+    def experts(self, x: Value, dim: int, compute: Callable[[Value], Value]) -> Value:
+        """What the experts of a mixture make of rows of so many elements."""
+        return compute(x)
 
     def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
         """`head.ChunkedCrossEntropy`: gradients are made in the forward, by chunks of tokens."""
@@ -241,6 +257,15 @@ class Tape(Recorder):
             self.shared[key] = make()
         return self.shared[key]
 
+    @contextlib.contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Autocast is off within."""
+        before, self.autocast = self.autocast, False
+        try:
+            yield
+        finally:
+            self.autocast = before
+
     def low(self, x: Value) -> Value:
         """As autocast has it: in 2 bytes, parameters once for all their uses."""
         if not self.autocast or x.size == 2:
@@ -249,4 +274,7 @@ class Tape(Recorder):
             return self.to(x, 2)
         if id(x) not in self.casts:
             self.casts[id(x)] = self.to(x, 2)
-        return self.casts[id(x)]
+        cast = self.casts[id(x)]
+        if self.recording and cast.edge is None:  # made in a forward that is now computed again: its bytes are there, not the way back
+            cast = self.casts[id(x)] = self.made([x], x.n, 2, None, lambda g: (Bytes(self.meter, x.nbytes, self.kind),), cast.storage)
+        return cast

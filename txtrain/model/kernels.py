@@ -10,7 +10,10 @@ Kernel = Literal["plain", "sdpa", "sdpa_masked", "flex", "varlen"]
 
 @dc.dataclass(frozen=True)
 class Declared:
-    """What may attend to what, as far as the choice of a kernel depends on it. None: no documents, no padding, no prefix."""
+    """What may attend to what, as far as the choice of a kernel and its work depend on it. None: no documents, no padding, no prefix.
+
+    query_documents_BT: in cross-attention, whose queries are of another sequence.
+    """
 
     n_queries: int
     n_keys: int
@@ -19,6 +22,12 @@ class Declared:
     documents_BS: Any = None
     valid_BS: Any = None
     prefix_BS: Any = None
+    query_documents_BT: Any = None
+
+    @property
+    def may_see_nothing(self) -> bool:
+        """Whether a row may have no key: all of them padding, or in cross-attention none of its document."""
+        return self.valid_BS is not None or self.query_documents_BT is not None
 
     @property
     def window_hides(self) -> bool:

@@ -46,11 +46,6 @@ class Mask(Declared):
         return dc.replace(self, window=window, n_keys=n_keys, valid_BS=valid)
 
     @property
-    def may_see_nothing(self) -> bool:
-        """Whether a row may have no key: all of them padding, or in cross-attention none of its document."""
-        return self.valid_BS is not None or self.query_documents_BT is not None
-
-    @property
     def documents_of_queries(self) -> Tensor:
         assert self.documents_BS is not None
         return self.documents_BS[:, -self.n_queries :] if self.query_documents_BT is None else self.query_documents_BT

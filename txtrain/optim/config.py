@@ -14,11 +14,12 @@ Shape = tuple[int, ...]
 
 
 class Held(NamedTuple):
-    """A parameter of which a process holds some part. own: the shape of that part."""
+    """A parameter of which a process holds some part. own: the shape of that part. piece: what is in shards, where tensor parallelism has cut first."""
 
     name: str
     shape: Shape
     own: Shape
+    piece: Shape | None = None
 
     @property
     def n(self) -> int:
@@ -203,8 +204,9 @@ class AdafactorConfig(OptimizerConfig):
         return 4 * max(left * before + (3 + 2 * (size < 4)) * h.n for before, h in _after(held))
 
     def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
-        """Sums along what is cut."""
-        cut = [(h, d) for h in held if len(h.shape) >= 2 for d in (-1, -2) if h.own[d] != h.shape[d]]
+        """Sums along what is cut, over each of the dimensions of processes that cut it."""
+        cuts = [(h, pair) for h in held for pair in ((h.shape, h.piece or h.shape), (h.piece or h.shape, h.own))]
+        cut = [(h, d) for h, (before, after) in cuts if len(h.shape) >= 2 for d in (-1, -2) if after[d] != before[d]]
         found = sum(4 * h.n // h.own[d] for h, d in cut)
         return {"all_reduce": found} if found else {}
 

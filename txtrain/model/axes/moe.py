@@ -111,17 +111,21 @@ class MoEConfig(Component):
         if place.layer < self.dense_layers:
             return gated(t, x, d, self.dense_width(model), self.activation, self.dropout)
         rows, experts = n * self.top_k, self.n_experts
-        scores = t.pointwise(t.linear(t.to(x, 4), d, experts, name="router"), "result")
+        with t.exactly():
+            scores = t.pointwise(t.linear(t.to(x, 4), d, experts, name="router"), "result")
         weights = t.picked(scores, rows, index=8 * rows)  # of the experts that are chosen
         if self.normalise:
             weights = t.mul(weights, t.mean(weights, n))
         weights = t.scaled(weights)
         order = t.constant(2 * rows, 8)  # which row is which token's, and where
-        h = t.picked(x, rows * d, index=0)
-        gate = t.activation(t.grouped(h, d, f, experts, "experts.gate_proj"), self.activation)
-        h = t.mul(gate, t.grouped(h, d, f, experts, "experts.up_proj"))
-        del gate
-        h = t.grouped(t.dropout(h, self.dropout), f, d, experts, "experts.down_proj")
+
+        def computed(h: Value) -> Value:
+            gate = t.activation(t.grouped(h, d, f, experts, "experts.gate_proj"), self.activation)
+            h = t.mul(gate, t.grouped(h, d, f, experts, "experts.up_proj"))
+            del gate
+            return t.grouped(t.dropout(h, self.dropout), f, d, experts, "experts.down_proj")
+
+        h = t.experts(t.picked(x, rows * d, index=0), d, computed)
         y = t.to(t.added_up(t.mul(h, t.picked(weights, rows, index=0)), n * d, order), x.size)
         del h, order
         return t.add(y, t.named("shared", gated, t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
