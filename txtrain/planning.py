@@ -151,7 +151,7 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
         missing, communicated = str(e), e.communicated
     room = bytes_of(how.memory) if how.memory else None
     if room is not None and found is None:
-        raise ConfigError(f"`plan.memory` must be null here: {missing}.")
+        raise ConfigError(f"`plan.memory` must be null here (in the scripts of slurm/: MEMORY=): {missing}.")
     if found is not None and room is not None and found.peak > room:
         raise ConfigError(
             f"`plan.memory` must be at least {found.peak / 1e9:.1f}GB for micro-batches of {found.micro_batch_size}, but is {how.memory} instead. "
