@@ -32,6 +32,10 @@ def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> N
     checkpointing: none, full, selective, or n for every n-th block.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
+    if compiled and checkpointing != "none":
+        # Of several compiled graphs that fit a call Dynamo takes the one that was used last; what is computed again would then save other tensors than the
+        # first time, where lengths differ (https://github.com/pytorch/pytorch/issues/166926). In the order in which they were made it takes the same one.
+        torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     for i, block in enumerate(blocks):
         if compiled:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]

@@ -11,6 +11,8 @@ import random
 import re
 from pathlib import Path
 
+import torch
+
 import txtrain
 from tests.device import DEVICE, accelerator, needs
 from tests.distributed.callbacks import named
@@ -181,6 +183,7 @@ class Runs:
 
     @staticmethod
     def _alone(given: list[str], variation: str) -> Path:
+        torch._dynamo.reset()  # graphs of the models before, of the same code: no command has them, and they make this one's sizes dynamic
         run = txtrain.train(txtrain.compose(given), callbacks=[named(variation)] if variation else []).run_dir
         assert run is not None
         return run
