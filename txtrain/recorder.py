@@ -307,7 +307,7 @@ class Recorder(pl.Callback):
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
             self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"], goodput=self.watch.goodput())
-            self.loggers.checkpoint(path, state["step"], best=state["metrics"].get("val_loss", math.inf) <= self.best)
+            self.loggers.checkpoint(path, state["step"], state["data_order_hash"], best=state["metrics"].get("val_loss", math.inf) <= self.best)
 
     def _beside(self, path: Path) -> None:
         assert self.folder is not None

@@ -51,8 +51,8 @@ class Loggers:
     def samples(self, step: int, tokens: int, shown: Sequence[Shown]) -> None:
         self._tell(lambda sink: partial(sink.samples, step, tokens, shown))
 
-    def checkpoint(self, path: Path, step: int, best: bool) -> None:
-        self._tell(lambda sink: partial(sink.checkpoint, path, step, best))
+    def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
+        self._tell(lambda sink: partial(sink.checkpoint, path, step, order_hash, best))
 
     def close(self, status: str) -> None:
         """Once. status: complete, preempted, failed."""

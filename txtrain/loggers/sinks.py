@@ -35,8 +35,8 @@ class Sink:
     def samples(self, step: int, tokens: int, shown: Sequence[Shown]) -> None:
         """What the objective showed at a validation."""
 
-    def checkpoint(self, path: Path, step: int, best: bool) -> None:
-        """A checkpoint is complete; best: by validation loss."""
+    def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
+        """A checkpoint is complete. order_hash: of the samples up to it, which as text is no metric; best: by validation loss."""
 
     def patience(self, status: str) -> float:
         """Seconds that the end of a run waits for it. SLURM gives a preempted one half a minute for everything."""

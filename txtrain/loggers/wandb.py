@@ -198,8 +198,9 @@ class WandB(Sink):
         logged["samples"] = wandb.Table(columns=["step", "given", "answer"], data=[[step, one.given, one.answer or ""] for one in shown])
         self._do(lambda: self._run.log(logged, step=step))
 
-    def checkpoint(self, path: Path, step: int, best: bool) -> None:
+    def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
         self._newest = path, step, best
+        self._do(lambda: self._run.summary.update({"data_order_hash": order_hash}))
         if self.log_model == "all":
             self._upload()
 

@@ -93,6 +93,7 @@ def test_the_history_is_metrics_csv(whole, folder):
     assert {name: whole.summary[name] for name in ("loss", "val_loss", "tokens")} == {
         name: written(folder / "whole")[-1][name] for name in ("loss", "val_loss", "tokens")
     }
+    assert whole.summary["data_order_hash"] == json.loads((folder / "whole" / "run.json").read_text())["data_order_hash"]
 
 
 def test_the_config_tells_of_code_data_and_plan(whole, folder):
