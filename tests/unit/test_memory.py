@@ -22,6 +22,7 @@ from txtrain.parallel.base import OneProcess
 from txtrain.parallel.config import BUCKET, Layout
 
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
+HALF = "trainer.precision=bf16-mixed"
 SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")
 MORE = [
     (1, ("trainer.activation_checkpointing=selective", "data.micro_batch_size=2")),
@@ -32,12 +33,17 @@ MORE = [
     (4, ("strategy=ddp",)),
     (2, ("strategy=fsdp", "data.micro_batch_size=1", "trainer.precision=bf16-true")),
 ]
+AUTOCAST = [
+    (1, (HALF, "trainer.activation_checkpointing=full")),
+    (1, (HALF, "trainer.activation_checkpointing=selective")),
+    (2, ("strategy=tp", HALF)),
+    (2, ("strategy=tp", HALF, "trainer.activation_checkpointing=full")),
+]
 CUT = [
     (2, ("strategy=tp",)),
     (4, ("strategy=tp", "strategy.tp_size=2", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")),
     (4, ("strategy=fsdp_tp", "data.micro_batch_size=1")),
 ]
-HALF = "trainer.precision=bf16-mixed"
 SMALL = ("data.seq_len=16",)  # so that the update is the fullest moment of a step
 
 
@@ -73,9 +79,9 @@ def test_counted_equals_simulated_in_pieces_of_each_matrix(family, world, overri
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "overrides"), CUT)
+@pytest.mark.parametrize(("world", "overrides"), [*CUT, *AUTOCAST, (4, SHARDED), *MORE])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_counted_equals_simulated_in_pieces_of_every_family(family, world, overrides):
+def test_counted_equals_simulated_for_every_family(family, world, overrides):
     agree(composed(family, *overrides), world)
 
 
@@ -103,28 +109,6 @@ def test_an_update_is_counted_as_it_is_simulated_in_shards_too(family, optimizer
 def test_an_average_of_the_weights_is_held():
     without, kept = memory(composed("gpt2"), 1), memory(composed("gpt2", "ema.decay=0.9"), 1)
     assert kept.held - without.held == kept.parts["averaged"] == 4 * composed("gpt2").model.n_params
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "overrides"), [(4, SHARDED), *MORE])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_counted_equals_simulated_under_every_strategy(family, world, overrides):
-    agree(composed(family, *overrides), world)
-
-
-AUTOCAST = [
-    (1, (HALF, "trainer.activation_checkpointing=full")),
-    (1, (HALF, "trainer.activation_checkpointing=selective")),
-    (2, ("strategy=tp", HALF)),
-    (2, ("strategy=tp", HALF, "trainer.activation_checkpointing=full")),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("world", "overrides"), AUTOCAST)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_counted_equals_simulated_under_autocast(family, world, overrides):
-    agree(composed(family, *overrides), world)
 
 
 @pytest.mark.slow
