@@ -53,8 +53,11 @@ def is_complete(path: Path) -> bool:
 
 def complete(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [p for p in (run_dir / FOLDER).glob("step_*") if _NAME.fullmatch(p.name) and is_complete(p)]
-    return sorted(found, key=step_of)
+    return [path for path in _named(run_dir) if is_complete(path)]
+
+
+def _named(run_dir: Path) -> list[Path]:
+    return sorted((p for p in (run_dir / FOLDER).glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
 
 
 def check_newest(run_dir: Path) -> None:
@@ -63,9 +66,9 @@ def check_newest(run_dir: Path) -> None:
     Raises:
         ConfigError: the newest is such a one; names the older ones.
     """
-    named = sorted((p for p in (run_dir / FOLDER).glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
-    if named and not is_complete(named[-1]):
-        verify(named[-1])
+    for newest in _named(run_dir)[-1:]:
+        if not is_complete(newest):
+            verify(newest)
 
 
 def locate(where: str | Path, key: str = "checkpoint") -> Path:

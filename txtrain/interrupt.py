@@ -4,7 +4,8 @@ import os
 import signal
 import sys
 
-PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # of a training: it may be run again, and has lost nothing
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # preemption; the job's end is near; the same by submitit
+PREEMPTED = 75  # exit code EX_TEMPFAIL: try again, for schedulers, for the scripts of slurm/ and for `-m`
 NOT_AGAIN = "trainer.auto_requeue=false"  # on the command line: all that is known of the configuration so early
 
 
@@ -64,4 +65,4 @@ def _stop(number: int, frame: object) -> None:
             if job is not None and NOT_AGAIN not in sys.argv:
                 os.write(2, f"txtrain: {job.requeue()}\n".encode())
     finally:
-        os._exit(75)
+        os._exit(PREEMPTED)

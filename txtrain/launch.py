@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.errors import ConfigError
-from txtrain.interrupt import NOT_AGAIN
+from txtrain.interrupt import NOT_AGAIN, PREEMPTED
 from txtrain.parallel.world import STORE, by_srun, started
 
 if TYPE_CHECKING:
     from txtrain.composition import Composed
     from txtrain.config import Train
 
-USER, PREEMPTED = 2, 75  # exit codes that all processes have agreed on
+USER = 2  # exit code of a mistake; as PREEMPTED, all processes have agreed on it
 AGREED, GRACE = 600.0, 5.0  # seconds in which the others may end by themselves, once one has ended so, or has failed
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1

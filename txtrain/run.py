@@ -22,6 +22,7 @@ from txtrain.data.module import DataModule
 from txtrain.data.sources import settle
 from txtrain.deadline import Deadline
 from txtrain.folder import RunFolder
+from txtrain.interrupt import PREEMPTED
 from txtrain.limits import Limits
 from txtrain.loggers.build import Loggers, make_loggers
 from txtrain.metrics import latest
@@ -39,8 +40,6 @@ from txtrain.stop import Cause, Preempted, Stop
 from txtrain.throughput import Machine
 from txtrain.trainer import instances, make_trainer, quiet
 from txtrain.typed import plain
-
-PREEMPTED = 75  # EX_TEMPFAIL: try again, for schedulers and for `-m`
 
 
 @dc.dataclass(frozen=True)

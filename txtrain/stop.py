@@ -14,8 +14,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from txtrain.errors import ConfigError
+from txtrain.interrupt import PREEMPTED, PREEMPTING
 
-PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # preemption; the job's end is near; the same by submitit
 SIGNALS = (signal.SIGINT, *PREEMPTING)
 PATIENCE = 5.0  # seconds in which a start may still reach the end of its first step
 
@@ -25,12 +25,11 @@ class Preempted(Exception):
 
 
 class Cause(enum.IntEnum):
-    """Why a run stops. Of several processes the largest holds. PERSON: SIGINT, which has no exit code 75 where there is nothing to save."""
+    """Why a run stops. PERSON: SIGINT, which has no exit code 75 where there is nothing to save. CLUSTER: its signals, or the end of the job is near."""
 
     NONE = 0
-    END = 1  # of the job is near
-    SIGNAL = 2
-    PERSON = 3
+    CLUSTER = 1
+    PERSON = 2
 
 
 class Stop:
@@ -68,14 +67,14 @@ class Stop:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if not self.asked and self.first:  # the console may be in the middle of a line and hold its lock: write past it
             os.write(2, f"\ntxtrain: {signal.Signals(number).name}: stopping after this step; a checkpoint follows.\n".encode())
-        self.asked = max(self.asked, Cause.PERSON if number == signal.SIGINT else Cause.SIGNAL)
+        self.asked = max(self.asked, Cause.PERSON if number == signal.SIGINT else Cause.CLUSTER)
 
     def end_is_near(self, when: float) -> None:
         """Of the job: when, in seconds since 1970."""
         if not self.asked:
             clock = time.strftime("%H:%M:%S", time.localtime(when))
             os.write(2, f"\ntxtrain: the job ends at {clock}: stopping after this step; a checkpoint follows.\n".encode())
-        self.asked = max(self.asked, Cause.END)
+        self.asked = max(self.asked, Cause.CLUSTER)
 
     def agree(self, most: Callable[[int], int]) -> bool:
         """Whether the run must stop here. most: the largest number of all processes; each of them comes here at this moment of the run."""
@@ -131,7 +130,7 @@ class Stop:
                     return
                 if deadline is None and any(number in numbers for number in SIGNALS):
                     deadline = time.monotonic() + PATIENCE
-                    cause = Cause.PERSON if signal.SIGINT in numbers else Cause.SIGNAL
+                    cause = Cause.PERSON if signal.SIGINT in numbers else Cause.CLUSTER
             elif deadline is not None:
                 self.asked = max(self.asked, cause)  # the main thread may not have come to it
                 self._leave()
@@ -146,7 +145,7 @@ class Stop:
                 if self.first:
                     self.last_words(self.asked)
             finally:
-                os._exit(1 if self.asked == Cause.PERSON else 75)
+                os._exit(1 if self.asked == Cause.PERSON else PREEMPTED)
 
 
 def ignore(*_: object) -> None:

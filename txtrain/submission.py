@@ -23,12 +23,12 @@ from txtrain import files, lock
 from txtrain.composition import Composed, to_file
 from txtrain.config import Plan, Train
 from txtrain.errors import ConfigError
+from txtrain.interrupt import PREEMPTED
 from txtrain.launcher import SlurmConfig
 from txtrain.metrics import latest
 from txtrain.screen import count
 from txtrain.typed import build, plain
 
-PREEMPTED = 75
 ENDED = {"complete", "failed", "lost", "preempted"}  # states that a member does not leave by itself
 GRACE = 20.0  # seconds in which a shared file system may still show what a job that has left the queue wrote last
 # As the scripts of slurm/: 75 is a run that has stopped after a checkpoint, above 128 one that was killed. Where neither txtrain nor SLURM has requeued

@@ -25,9 +25,8 @@ from omegaconf import DictConfig
 from txtrain import launcher
 from txtrain.composition import Composed, Loader, to_file, typed
 from txtrain.config import ROOTS
+from txtrain.interrupt import PREEMPTED
 from txtrain.slurm import Job
-
-PREEMPTED = 75
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]]) -> int:

@@ -62,7 +62,7 @@ def work(file: str) -> int:
         try:
             config = compose([*(o for o in overrides if not o.startswith("copy=")), f"trainer.devices={size}"])
             train(config, callbacks=[in_parts(size)] if getattr(config.strategy, "stage", 0) == 3 else [])
-        except Exception:
+        except Exception:  # the border of the process: the test shows it
             Path(f"{file}.{name}-{rank}.txt").write_text(f"{name}, process {rank} of {size}:\n{traceback.format_exc()}")
             return 1  # the others may wait for this one: the group ends
     dist.destroy_process_group()

@@ -21,6 +21,7 @@ from lightning.pytorch import loggers as lightning
 
 from txtrain import metrics as metrics_file
 from txtrain.folder import RunFolder
+from txtrain.interrupt import PREEMPTED
 from txtrain.loggers.offline import is_written, last_step
 from txtrain.loggers.sinks import Sink
 from txtrain.objectives.base import Shown
@@ -43,7 +44,7 @@ _BY_SWEEP = ("project", "entity")  # the agent of a sweep names them
 _WRITING = 5.0  # seconds for the last block of an offline run's file
 _REOPENINGS = 3  # of one process: more than that is no accident
 FINISH, UPLOAD = 30.0, 3600.0  # seconds that a run's end waits for its last rows, for its last checkpoint; what remains is on the disk
-EXIT_CODES = {"complete": 0, "preempted": 75, "failed": 1}
+EXIT_CODES = {"complete": 0, "preempted": PREEMPTED, "failed": 1}
 
 
 class WandbLogger(lightning.WandbLogger):
@@ -170,7 +171,7 @@ class WandB(Sink):
 
         try:
             return what()
-        except Exception:
+        except Exception:  # the client's have no base of their own: MailboxClosedError, HandleAbandonedError, a broken pipe
             if self._reopenings == _REOPENINGS:
                 raise
             self._reopenings += 1
