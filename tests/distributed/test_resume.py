@@ -48,6 +48,7 @@ def test_three_processes_too(tmp_path):
     exact(tmp_path, 3)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_number_of_processes_and_another_strategy(tmp_path):
     """The same samples in the same steps, whoever reads them."""
     shape = ("data.global_batch_size=12",)

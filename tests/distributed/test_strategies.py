@@ -49,5 +49,6 @@ def test_every_kind_of_model_in_two_processes_equals_one(reference):
     compare(reference, [m for m in MODELS if m != "decoder"], {way: HOW[way] for way in ("ddp, accumulation", "fsdp")}, 2)
 
 
+@pytest.mark.slow
 def test_three_and_four_processes_equal_one(reference):
     compare(reference, ["decoder"], {"hsdp": ("strategy=hsdp", "data.micro_batch_size=1"), "fsdp": ("strategy=fsdp",)}, 4)
