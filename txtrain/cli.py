@@ -164,9 +164,9 @@ def work_of(composed: Composed, start: float = START) -> Work:
 
     if (n := n_processes(composed.config)) > 1:
         return partial(launch, composed, n)
-    from txtrain.run import run_train
+    from txtrain.run import Origin, run_train
 
-    return partial(run_train, composed.config, grafts=composed.grafts, given=composed.given, folder=composed.folder, start=start)
+    return partial(run_train, composed.config, Origin(composed.grafts, composed.given, composed.folder, start, composed.notes))
 
 
 def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[str]]]) -> None:

@@ -22,10 +22,11 @@ from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from txtrain import targets
 from txtrain.config import ROOTS, Generate, Train
 from txtrain.errors import ConfigError
 from txtrain.grafts import GraftedRepository
-from txtrain.imports import import_user, target_problems
+from txtrain.imports import import_user
 from txtrain.initial import applied
 from txtrain.loggers.config import settled
 from txtrain.overrides import check, expand, groups_of, hydra_errors, parse
@@ -43,12 +44,14 @@ class Composed:
         grafts: axis -> {from, to, kept, dropped} for each axis that is not the family's own.
         given: keys that the user set.
         folder: under runs/<name>/, where config.run_dir is null; None: the time or the SLURM job. Jobs of `-m` have numbers.
+        notes: sentences for the start screen.
     """
 
     config: Any
     grafts: dict[str, dict[str, Any]]
     given: list[str]
     folder: str | None = None
+    notes: tuple[str, ...] = ()
 
 
 # ------------------------------------------------------------------------------------------------------------------- loading
@@ -163,7 +166,7 @@ def load(verb: str, lines: list[str], loader: Loader) -> DictConfig:
 
 def to_file(job: Composed, file: Path) -> None:
     """What `from_file` reads in a process that we start."""
-    notes = {"grafts": job.grafts, "given": job.given, "folder": job.folder}
+    notes = {"grafts": job.grafts, "given": job.given, "folder": job.folder, "notes": list(job.notes)}
     file.write_text(yaml.safe_dump(plain(job.config) | {NOTES: notes}, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
@@ -173,7 +176,7 @@ def from_file(verb: str, file: str) -> Composed:
     notes = raw.pop(NOTES, {})
     for what in raw["imports"]:
         import_user(what, Path.cwd())
-    return Composed(build(ROOTS[verb], raw), notes.get("grafts", {}), notes.get("given", []), notes.get("folder"))
+    return Composed(build(ROOTS[verb], raw), notes.get("grafts", {}), notes.get("given", []), notes.get("folder"), tuple(notes.get("notes", ())))
 
 
 # ------------------------------------------------------------------------------------------------------------------ the door
@@ -191,7 +194,7 @@ def typed(cfg: DictConfig, root: type) -> Composed:
     raw["imports"] = notes["imports"]
     if "recipes" in raw:
         raise ConfigError("`recipe`: its file must have the line `# @package _global_` at its top, so that its keys are those of the command line.")
-    problems = [*_types_elsewhere(raw, notes["types"]), *target_problems(raw, raw["imports"])]
+    problems = [*_types_elsewhere(raw, notes["types"]), *targets.problems(raw, raw["imports"])]
     if problems:
         raise ConfigError(*problems)
     if "logger" in raw:

@@ -190,10 +190,16 @@ class Train:
                 yield f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add profile=true."
             if not 1 <= steps[0] <= steps[1]:
                 yield f"`profile_steps` must be the first and the last step to trace, from 1 on, but is [{steps[0]},{steps[1]}] instead."
+        yield from self._check_name()
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_name(self) -> Iterator[str]:
+        parts = self.name.split("/")
+        if not self.name.isprintable() or any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts):
+            yield f"`name` must be the name of a folder in runs/, but is {self.name!r} instead. A run anywhere else: run_dir=..."
 
     def _check_layer_stats(self) -> Iterator[str]:
         every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps

@@ -1,13 +1,11 @@
-"""The user's own code: `imports=[file.py, package.module]`, and which classes a config may name."""
+"""The user's own code: `imports=[file.py, package.module]`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
 import sys
 import traceback
-from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,7 +13,6 @@ from typing import Any
 from txtrain.errors import ConfigError
 
 HERE = Path(__file__).resolve().parent
-_LIGHTNING = ("lightning.pytorch.loggers", "lightning.pytorch.callbacks")
 
 
 def import_user(what: str, root: Path) -> str:
@@ -95,36 +92,3 @@ def _where(what: str, e: Exception) -> str:
     frames = [f for f in traceback.extract_tb(e.__traceback__) if not f.filename.startswith(("<frozen", str(HERE)))]
     place = f"{frames[-1].filename}, line {frames[-1].lineno}" if frames else what
     return f"`imports`: {place}: {said if isinstance(e, ConfigError) else f'{type(e).__name__}: {said}'}"
-
-
-# ----------------------------------------------------------------------------------------------------------------- _target_
-
-
-def target_problems(raw: Mapping[str, Any], imports: Collection[str]) -> Iterator[str]:
-    """What is wrong with the `_target_`s of a config. Only a class that stands directly in an allowed module passes: a longer path
-    would reach through it (`lightning.pytorch.loggers.logger.os.system`), and configs also come from checkpoints."""
-    for path, value in _targets(raw, ""):
-        if path.partition(".")[0] not in ("logger", "callbacks"):
-            yield f"`{path}={value}`: _target_ may stand only under logger and callbacks. Own components are registered: @txtrain.component."
-        elif not _allowed(value, {module_name(i) for i in imports}):
-            yield (
-                f"`{path}` must be a class in {', '.join(_LIGHTNING)}, a module of txtrain, or a module given by imports=[...], "
-                f"but is {value!r} instead."
-            )
-
-
-def _targets(node: Any, path: str) -> Iterator[tuple[str, Any]]:
-    items = node.items() if isinstance(node, Mapping) else enumerate(node) if isinstance(node, list) else ()
-    for key, value in items:
-        inner = f"{path}.{key}" if path else str(key)
-        if key == "_target_":
-            yield inner, value
-        yield from _targets(value, inner)
-
-
-def _allowed(target: Any, modules: Collection[str]) -> bool:
-    module, _, name = str(target).rpartition(".")
-    if not re.fullmatch(r"[A-Z]\w*", name):
-        return False
-    ours = module.startswith("txtrain.") and (HERE.parent / module.replace(".", "/")).with_suffix(".py").is_file()
-    return module in _LIGHTNING or module in modules or ours

@@ -37,8 +37,9 @@ from txtrain.recorder import Recorder, check_data
 from txtrain.remarks import marked
 from txtrain.slurm import Job
 from txtrain.stop import Cause, Preempted, Stop
+from txtrain.targets import instances
 from txtrain.throughput import Machine
-from txtrain.trainer import instances, make_trainer, quiet
+from txtrain.trainer import make_trainer, quiet
 from txtrain.typed import plain
 
 
@@ -60,12 +61,13 @@ class Result:
 @dc.dataclass(frozen=True)
 class Origin:
     """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`).
-    start: when this process was started, by the system's clock."""
+    start: when this process was started, by the system's clock. notes: sentences for the start screen."""
 
     grafts: Mapping[str, Any] = dc.field(default_factory=dict)
     given: Sequence[str] = ()
     folder: str | None = None
     start: float = dc.field(default_factory=time.time)
+    notes: Sequence[str] = ()
 
 
 def train(
@@ -98,7 +100,7 @@ def train(
             display.tell(text)
         first, *loud = screen.opening(cfg, fallback)
         display.line(first)
-        for text in loud:
+        for text in (*loud, *origin.notes):
             display.tell(text)
         device = parallel.device()
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
@@ -115,7 +117,7 @@ def train(
                 return _finished(place, display, parallel)
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         recorder = Recorder(cfg, data, place, limits, display, machine)
-        called = [*callbacks, *instances(cfg.callbacks), *([Profiled(cfg, place, display)] if cfg.profile else []), recorder]
+        called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports), *([Profiled(cfg, place, display)] if cfg.profile else []), recorder]
         if place is not None:
             _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         recorder.loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or recorder.loggers
@@ -125,14 +127,14 @@ def train(
         return _fit(trainer, module, data, recorder, stop)
 
 
-def run_train(config: Train, *, grafts: Mapping[str, Any], given: Sequence[str], folder: str | None = None, start: float | None = None) -> int:
+def run_train(config: Train, origin: Origin | None = None) -> int:
     """`txtrain train`: the exit code. What goes wrong is raised: Python itself tells a failure by its traceback and exit code 1.
 
     Raises:
         ConfigError: as `train`, for the command line to print.
     """
     try:
-        result = train(config, origin=Origin(grafts, given, folder, time.time() if start is None else start))
+        result = train(config, origin=origin)
     except KeyboardInterrupt:
         print("txtrain: stopped before the first step.", file=sys.stderr)
         return 1

@@ -6,14 +6,13 @@ import contextlib
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from txtrain.config import Train
-from txtrain.errors import ConfigError
 from txtrain.limits import Limits
 from txtrain.parallel.base import OneProcess
 
@@ -50,20 +49,6 @@ def make_trainer(
         use_distributed_sampler=False,  # the order is the data module's
         inference_mode=False,  # compiled blocks would be compiled once more for it
     )
-
-
-def instances(nodes: Mapping[str, Any]) -> list[Any]:
-    """Lightning objects by `_target_`; which targets are allowed was checked when the configuration was composed."""
-    from hydra.utils import instantiate
-
-    made = []
-    for name, node in nodes.items():
-        try:
-            made.append(instantiate(dict(node)))
-        except Exception as e:  # whatever a constructor says to the user's arguments
-            cause = e.__cause__ or e
-            raise ConfigError(f"`{name}` ({node.get('_target_')}) cannot be made: {type(cause).__name__}: {cause}".splitlines()[0]) from e
-    return made
 
 
 @contextlib.contextmanager

@@ -95,9 +95,17 @@ MISTAKES = [
     ("generate checkpoint=x prompt=y max_length=3", "Did you mean max_new_tokens?"),
     # code
     ("optimizer._target_=os.system", "only under logger and callbacks"),
-    ("logger.x._target_=os.system", "must be a class in lightning.pytorch.loggers"),
-    ("callbacks.x._target_=lightning.pytorch.callbacks.timer.os.system", "must be a class in lightning.pytorch.loggers"),
-    ("callbacks.x._target_=txtrain.sweep.subprocess.Popen", "must be a class in lightning.pytorch.loggers"),
+    ("logger.x._target_=os.system", "must be a class in a module given by imports"),
+    ("callbacks.x._target_=lightning.pytorch.callbacks.timer.os.system", "must be a class in a module given by imports"),
+    ("callbacks.x._target_=txtrain.sweep.subprocess.Popen", "must be a class in a module given by imports"),
+    ("callbacks.x._target_=lightning.pytorch.callbacks.LambdaCallback", "must be a class in a module given by imports"),
+    ("callbacks.x._target_=EarlyStoping", "Did you mean lightning.pytorch.callbacks.EarlyStopping?"),
+    ("callbacks.x={_target_:lightning.pytorch.callbacks.Timer,_args_:[1]}", "of Hydra's keys for objects only _target_ is known"),
+    ("logger=wandb logger.settings.api_key=x", "it looks like a secret"),
+    ("logger=wandb logger.notes=0123456789abcdef0123456789abcdef01234567", "it looks like a secret"),
+    ("data.path=https://me:word@host/x", "it looks like a secret"),
+    ("name=../x", "`name` must be the name of a folder in runs/"),
+    ("name=/tmp/x", "`name` must be the name of a folder in runs/"),
     ("logger.x={_target_:lightning.pytorch.loggers.CSVLogger,y:{_target_:os.system}}", "`logger.x.y._target_` must be a class"),
 ]
 
@@ -192,12 +200,12 @@ def test_a_run_gets_the_config_its_grafts_and_what_was_given(monkeypatch):
     import txtrain.run
 
     calls = []
-    monkeypatch.setattr(txtrain.run, "run_train", lambda config, **origin: calls.append((config, origin)) or 75)
+    monkeypatch.setattr(txtrain.run, "run_train", lambda config, origin: calls.append((config, origin)) or 75)
     assert main(["model=gpt2", "model/ffn=swiglu", "name=x"]) == 75
     config, origin = calls[0]
     assert config == compose(["model=gpt2", "model/ffn=swiglu", "name=x"])
-    assert origin["given"] == ["model", "model/ffn", "name"]
-    assert origin["grafts"]["ffn"]["to"] == "swiglu"
+    assert origin.given == ["model", "model/ffn", "name"]
+    assert origin.grafts["ffn"]["to"] == "swiglu"
 
 
 def test_a_further_rank_takes_the_first_ones_config_whatever_the_line_says(monkeypatch, clean_room, capsys):

@@ -23,10 +23,22 @@ def run(job, clean_room):
 @pytest.mark.parametrize("inside", ["", "/checkpoints/step_00000006", "/"])
 def test_the_runs_own_configuration_with_values_on_top(run, job, inside):
     folder = run("model=mistral", "data.path=a${b}", "optimizer.lr=1e-5")
-    made = job(f"resume={folder}{inside}", "optimizer.lr=2e-5", "trainer.max_steps=7", "logger=wandb", "name=${x}, y", "model.attention.window=7")
+    made = job(
+        f"resume={folder}{inside}",
+        "optimizer.lr=2e-5",
+        "trainer.max_steps=7",
+        "logger=wandb",
+        "name=${x}, y",
+        "model.attention.window=7",
+    )
     config = made.config
     assert (config.model.family, config.data.path, config.model.attention.n_kv_heads) == ("mistral", "a${b}", 2)
-    assert (config.optimizer.lr, config.trainer.max_steps, config.name, config.model.attention.window) == (2e-5, 7, "${x}, y", 7)
+    assert (config.optimizer.lr, config.trainer.max_steps, config.name, config.model.attention.window) == (
+        2e-5,
+        7,
+        "${x}, y",
+        7,
+    )
     assert set(config.logger) == {"wandb"}
     assert (config.resume, config.run_dir) == (f"{folder}{inside}", folder)
     assert made.given == ["resume", "optimizer.lr", "trainer.max_steps", "logger", "name", "model.attention.window"]
@@ -102,14 +114,110 @@ def test_code_is_never_imported_by_a_checkpoints_word(run, job, clean_room, forg
     ("key", "value", "says"),
     [
         ("optimizer", {"_target_": "os.system"}, "only under logger and callbacks"),
-        ("logger", {"x": {"_target_": "os.system"}}, "must be a class in"),
-        ("logger", {"x": {"_target_": "lightning.pytorch.loggers.logger.os.system"}}, "must be a class in"),
-        ("callbacks", {"x": {"_target_": "own_part.Thing"}}, "must be a class in"),
+        (
+            "logger",
+            {"x": {"_target_": "os.system"}},
+            "is 'os.system' in the run's config.yaml, and a class that a file names is never built",
+        ),
+        ("logger", {"wandb": {"_target_": "os.system"}}, "never built"),
+        ("logger", {"x": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": "/anywhere"}}, "never built"),
+        ("logger", {"x": 3}, "names no class"),
+        ("callbacks", {"x": {"_target_": "own_part.Thing"}}, "never built"),
+        (
+            "callbacks",
+            {"x": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": "/anywhere"}},
+            "never built",
+        ),
+        (
+            "callbacks",
+            {"x": {"_target_": "txtrain.launch.Group", "command": ["touch", "ran"], "environments": [{}]}},
+            "never built",
+        ),
     ],
 )
-def test_a_checkpoint_names_no_class_but_lightnings(key, value, says, run, job, clean_room):
-    folder = run()
-    file = clean_room / folder / "config.yaml"
-    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {key: value}))
+def test_what_a_run_names_is_not_built(key, value, says, run, job, clean_room):
     with pytest.raises(ConfigError, match=says):
+        job(f"resume={changed(clean_room / run(), **{key: value})}")
+
+
+def changed(folder, **values):
+    """The run's folder with other values in its config.yaml."""
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | values))
+    return folder
+
+
+def test_callbacks_and_loggers_come_from_the_command_line_where_the_file_has_others(run, job, clean_room):
+    bad = {"_target_": "os.system", "patience": 3}
+    folder = changed(clean_room / run(), callbacks={"stop": bad}, logger={"x": bad})
+    line = (
+        "logger=none",
+        "callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping",
+        "callbacks.stop.monitor=loss",
+    )
+    made = job(f"resume={folder}", *line)
+    assert made.config.callbacks == {
+        "stop": {"_target_": "lightning.pytorch.callbacks.EarlyStopping", "monitor": "loss"}
+    }
+    assert made.config.logger == {}
+    assert "logger.x._target_: 'os.system' in the run's config.yaml, now absent" in made.notes
+    assert "callbacks.stop.patience: 3 in the run's config.yaml, now absent" in made.notes
+    assert job(f"resume={folder}", "logger=none", "callbacks=none").config.callbacks == {}
+
+
+def test_a_packaged_logger_keeps_its_plain_values(run, job, clean_room):
+    folder = run(
+        "logger=[wandb,tensorboard]",
+        "logger.project=mine",
+        "logger.wandb.tags=[a,b]",
+        "logger.entity=team",
+        "logger.tensorboard.name=x",
+    )
+    made = job(f"resume={folder}")
+    assert (
+        made.config.logger
+        == job(
+            "logger=[wandb,tensorboard]",
+            *("logger.project=mine", "logger.wandb.tags=[a,b]", "logger.entity=team", "logger.tensorboard.name=x"),
+        ).config.logger
+    )
+    assert made.notes == ()
+
+
+@pytest.mark.parametrize(
+    ("logger", "key", "value"),
+    [
+        ("wandb", "settings", {"base_url": "http://stranger.example"}),
+        ("wandb", "save_dir", "/anywhere"),
+        ("wandb", "save_code", True),
+        ("tensorboard", "version", "../../.."),
+        ("tensorboard", "sub_dir", "$HOME"),
+        ("tensorboard", "save_dir", "/anywhere"),
+    ],
+)
+def test_hosts_and_paths_of_a_logger_are_named_again(logger, key, value, run, job, clean_room):
+    folder = clean_room / run(f"logger={logger}")
+    saved = yaml.safe_load((folder / "config.yaml").read_text())["logger"]
+    saved[logger][key] = value
+    changed(folder, logger=saved)
+    with pytest.raises(ConfigError, match=f"`logger.{logger}.{key}` must be named again"):
         job(f"resume={folder}")
+    given = job(f"resume={folder}", f"logger.{logger}.{key}=null").config.logger
+    assert given[logger][key] is None
+
+
+def test_the_cache_is_not_where_the_file_says(run, job, clean_room):
+    folder = run("data.cache_dir=/anywhere")
+    made = job(f"resume={folder}")
+    assert made.config.data.cache_dir is None
+    assert "data.cache_dir is not taken" in made.notes[0]
+    assert job(f"resume={folder}", "data.cache_dir=here").config.data.cache_dir == "here"
+
+
+def test_nothing_in_a_runs_configuration_is_interpolated(run, job, clean_room, monkeypatch):
+    monkeypatch.setenv("CANARY", "sings")
+    folder = changed(
+        clean_room / run(), name="${oc.env:CANARY}", sample={"prompts": ["${oc.env:CANARY}", "${seed}"], "n": 1}
+    )
+    config = job(f"resume={folder}", "trainer=default").config
+    assert (config.name, config.sample.prompts) == ("${oc.env:CANARY}", ("${oc.env:CANARY}", "${seed}"))

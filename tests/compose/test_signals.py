@@ -240,7 +240,7 @@ DRIVER = """
                 signal.pthread_sigmask(signal.SIG_UNBLOCK, ANSWERED)
                 torch.set_num_threads(1)
                 sys.stdout = sys.stderr = open(os.devnull, "w")
-                os._exit(run_train(config, grafts={}, given=[]))
+                os._exit(run_train(config))
             except BaseException:
                 import traceback
                 traceback.print_exc(file=open(folder / "error", "w"))

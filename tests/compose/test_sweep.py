@@ -25,13 +25,13 @@ CHILD = """
 import pathlib, sys, types, yaml
 import txtrain, txtrain.typed
 stand_in = txtrain.run = sys.modules["txtrain.run"] = types.ModuleType("txtrain.run")  # before torch is imported
-def run_train(config, *, grafts, given, folder, start):
-    folder = pathlib.Path(config.run_dir or f"runs/{config.name}/{folder}"); folder.mkdir(parents=True)
+def run_train(config, origin):
+    folder = pathlib.Path(config.run_dir or f"runs/{config.name}/{origin.folder}"); folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.typed.plain(config)))
-    (folder / "notes.yaml").write_text(yaml.safe_dump({"grafts": grafts, "given": given}))
+    (folder / "notes.yaml").write_text(yaml.safe_dump({"grafts": origin.grafts, "given": origin.given}))
     if config.seed == 7: raise RuntimeError("seed 7")
     return {8: 75, 9: 2}.get(config.seed, 0)
-stand_in.run_train = run_train
+stand_in.run_train, stand_in.Origin = run_train, lambda grafts, given, folder, start, notes: types.SimpleNamespace(**locals())
 from txtrain.cli import main
 sys.exit(main())
 """

@@ -76,8 +76,10 @@ def test_an_ffn_of_ones_own_trains_resumes_and_generates(clean_room, cli, capsys
     assert stopped.returncode == 75, stopped.stderr
 
     assert main(["resume=parts"]) == 2  # in this process, which has not imported it
-    assert "imports=[" in capsys.readouterr().err
-    resumed = cli("resume=parts", mine)
+    said = capsys.readouterr().err
+    assert "imports=[" in said
+    assert "callbacks.stop._target_=..." in said
+    resumed = cli("resume=parts", mine, "callbacks.stop._target_=mine.Stop")
     assert resumed.returncode == 0, resumed.stderr
     assert rows(clean_room / "parts") == rows(clean_room / "whole")
     assert weights(clean_room / "parts") == weights(clean_room / "whole")

@@ -124,8 +124,8 @@ def test_a_sigterm_during_the_last_step_lets_the_run_be_complete(folder):
 def test_exit_codes_tell_done_and_preempted_and_a_failure_is_raised(folder, monkeypatch):
     def code(name, *callbacks):
         config = tiny(folder, f"run_dir={folder / name}", "trainer.max_steps=3")
-        monkeypatch.setattr("txtrain.run.instances", lambda nodes: list(callbacks))
-        return run_train(config, grafts={}, given=[])
+        monkeypatch.setattr("txtrain.run.instances", lambda *named: list(callbacks))
+        return run_train(config)
 
     assert code("code-0") == 0
     assert code("code-75", Interrupt("on_train_batch_start", step=1, number=signal.SIGTERM)) == 75

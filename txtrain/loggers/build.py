@@ -10,12 +10,12 @@ from typing import Any
 
 from txtrain.config import Train
 from txtrain.folder import RunFolder
-from txtrain.loggers.config import TENSORBOARD, WANDB
+from txtrain.loggers.config import TENSORBOARD
 from txtrain.loggers.line import Line
 from txtrain.loggers.sinks import Sink, TensorBoard
 from txtrain.objectives.base import Shown
 from txtrain.planning import plan
-from txtrain.trainer import instances
+from txtrain.targets import WANDB, class_of, instances
 from txtrain.typed import plain
 
 Say = Callable[[str], None]
@@ -81,15 +81,15 @@ def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, 
     """The logger keeps what it writes in the run's folder, and goes on with the same when the run is resumed."""
     if node["_target_"] in (WANDB, _LIGHTNING_WANDB):
         return _wandb(config, place, say, name, node)
-    accepted = inspect.signature(_class(node)).parameters
+    accepted = inspect.signature(class_of(f"logger.{name}", node["_target_"], config.imports)).parameters
     fitting: dict[str, Any] = {"save_dir": str(place.path), "name": name, "version": ""}
     if node["_target_"] == TENSORBOARD:
         x_axis = node.pop("x_axis", "step")
         done = place.first_step
         later = {"purge_step": (done * config.data.global_batch_size * config.seq_len if x_axis == "tokens" else done) + 1} if done else {}
-        (logger,) = instances({name: {**fitting, **later, **_given(node)}})
+        (logger,) = _made(config, name, {**fitting, **later, **_given(node)})
         return TensorBoard(logger, x_axis)
-    (logger,) = instances({name: {**{k: v for k, v in fitting.items() if k in accepted}, **node}})
+    (logger,) = _made(config, name, {**{k: v for k, v in fitting.items() if k in accepted}, **node})
     return Sink(logger)
 
 
@@ -99,7 +99,7 @@ def _wandb(config: Train, place: RunFolder, say: Say, name: str, node: dict[str,
     x_axis, log_model, artifact = node.pop("x_axis", "step"), node.get("log_model", False), node.pop("checkpoint_name", None)
     run_id = kept_id(place, node.get("id"))
     fitting = {"save_dir": str(place.path), "name": f"{config.name}/{place.path.name}"}
-    (logger,) = instances({name: {**fitting, **_given(node), "id": run_id, "_target_": WANDB}})
+    (logger,) = _made(config, name, {**fitting, **_given(node), "id": run_id, "_target_": WANDB})
     return WandB(logger, place.path, place.kept, say, x_axis, log_model, artifact)
 
 
@@ -108,10 +108,8 @@ def _given(node: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in node.items() if value is not None}
 
 
-def _class(node: Mapping[str, Any]) -> Any:
-    from hydra.utils import get_class
-
-    return get_class(node["_target_"])
+def _made(config: Train, name: str, node: Mapping[str, Any]) -> list[Any]:
+    return instances({name: node}, "logger", config.imports)
 
 
 # ------------------------------------------------------------------------------------------------- in the logger's thread

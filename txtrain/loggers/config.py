@@ -7,14 +7,29 @@ people write WandbLogger's own words: `logger.project=mine`.
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Literal
 
+import yaml
+
 from txtrain.errors import ConfigError, nearest
-from txtrain.places import options
+from txtrain.places import CONF, options
+from txtrain.targets import WANDB
 from txtrain.typed import key_of, part
 
-WANDB, TENSORBOARD = "txtrain.loggers.wandb.WandbLogger", "lightning.pytorch.loggers.TensorBoardLogger"
+TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
+_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+
+
+def _named_again(default: Any) -> Any:
+    """A word that says where data or code is sent or written: never taken from the file of an earlier run."""
+    return dc.field(default=default, metadata={"from_run": lambda value: False})
+
+
+def _folder_name(default: Any) -> Any:
+    """Part of a path below the run's folder: taken from an earlier run's file where it cannot leave that folder."""
+    return dc.field(default=default, metadata={"from_run": lambda value: _PLAIN_NAME.fullmatch(str(value))})
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -31,11 +46,11 @@ class Wandb:
     id: str | None = None  # null: kept in run.json
     mode: Literal["online", "offline", "disabled"] | None = None
     offline: bool = False
-    save_dir: str | None = None  # null: the run's folder
-    save_code: bool | None = None
+    save_dir: str | None = _named_again(None)  # null: the run's folder
+    save_code: bool | None = _named_again(None)
     log_model: bool | Literal["all"] = False  # checkpoints as artifacts: true: the last one; all: each
     checkpoint_name: str | None = None  # of the artifact; null: model-<id>
-    settings: dict[str, Any] | None = None  # of wandb.Settings
+    settings: dict[str, Any] | None = _named_again(None)  # of wandb.Settings
     x_axis: Literal["step", "tokens"] = "step"  # of the charts
 
 
@@ -43,15 +58,15 @@ class Wandb:
 class TensorBoard:
     """TensorBoardLogger's words and SummaryWriter's."""
 
-    name: str | None = None
-    version: str | int | None = None
-    sub_dir: str | None = None
-    save_dir: str | None = None  # null: the run's folder
+    name: str | None = _folder_name(None)
+    version: str | int | None = _folder_name(None)
+    sub_dir: str | None = _folder_name(None)
+    save_dir: str | None = _named_again(None)  # null: the run's folder
     default_hp_metric: bool = True
     comment: str | None = None
     max_queue: int | None = None
     flush_secs: int | None = None
-    filename_suffix: str | None = None
+    filename_suffix: str | None = _folder_name(None)
     x_axis: Literal["step", "tokens"] = "step"
 
 
@@ -76,6 +91,55 @@ def settled(raw: Mapping[str, Any]) -> dict[str, Any]:
     if problems:
         raise ConfigError(*problems)
     return loggers
+
+
+def resumed(saved: Any, given: Collection[str]) -> tuple[dict[str, Any], list[str]]:
+    """What a resumed run takes over of its saved loggers: the packaged option of the same name with the saved plain values.
+
+    A run's folder may be a stranger's, and a logger holds the user's keys: no class, host or path is taken from it.
+
+    Args:
+        saved: `logger` of the run's config.yaml.
+        given: the keys of the command line, such as logger.wandb.project; what they name is not taken over.
+
+    Returns:
+        The loggers, and what must be named again, as problems.
+    """
+    made: dict[str, Any] = {}
+    problems: list[str] = []
+    for name, node in (saved if isinstance(saved, Mapping) else {}).items():
+        if f"logger.{name}._target_" in given:
+            continue
+        packaged = _packaged(str(name))
+        if not _is_logger(node) or node["_target_"] != packaged.get("_target_"):
+            what = f"is {node['_target_']!r}" if _is_logger(node) else "names no class"
+            problems.append(
+                f"`logger.{name}` {what} in the run's config.yaml, and a class that a file names is never built. "
+                f"Name it again: logger={name} from your --config-dir, or leave it out: logger=none."
+            )
+            continue
+        words = {key_of(f): f.metadata.get("from_run") for f in dc.fields(_WORDS[packaged["_target_"]])}
+        made[name] = dict(packaged)
+        for key, value in node.items():
+            taken = words.get(key)
+            if any(f"{g}.".startswith((f"logger.{name}.{key}.", f"logger.{key}.")) for g in given):
+                continue
+            if taken is None or value == packaged.get(key) or taken(value):
+                made[name][key] = value
+            else:
+                problems.append(
+                    f"`logger.{name}.{key}` must be named again, since a run's file may not say where data are sent or written. "
+                    f"It was {value!r}: give logger.{name}.{key}=... or logger.{name}.{key}=null."
+                )
+    return made, problems
+
+
+def _packaged(name: str) -> dict[str, Any]:
+    """The node of that name in conf/logger/; empty where there is none."""
+    if name not in options("logger"):
+        return {}
+    node: dict[str, Any] = yaml.safe_load((CONF / "logger" / f"{name}.yaml").read_text(encoding="utf-8")).get(name, {})
+    return node
 
 
 def _is_logger(node: Any) -> bool:

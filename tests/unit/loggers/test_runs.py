@@ -101,6 +101,6 @@ def test_a_resumed_run_hides_what_tensorboard_had_of_the_steps_that_it_repeats(f
 
 
 def test_an_argument_that_a_logger_does_not_have_ends_the_run_before_anything_is_written(folder):
-    with pytest.raises(ConfigError, match=r"`mine` .* cannot be made"):
+    with pytest.raises(ConfigError, match=r"`logger\.mine` .* cannot be made"):
         train(with_logger(folder, "Remembers", "logger.mine.adress=x", "trainer.max_steps=2", "sample.n=1"))
     assert not (folder / "Remembers3").exists()

@@ -265,7 +265,7 @@ def test_a_failing_run_is_failed_there_too(folder, monkeypatch):
 def test_an_argument_that_does_not_fit_is_the_users_mistake_before_anything_is_written(folder):
     from txtrain.errors import ConfigError
 
-    with pytest.raises(ConfigError, match=r"`wandb` .* cannot be made.*offline"):
+    with pytest.raises(ConfigError, match=r"`logger\.wandb` .* cannot be made.*offline"):
         train(config(folder, "wrong", "logger.offline=true", "logger.log_model=all"))
     assert not (folder / "wrong").exists()
 
