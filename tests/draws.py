@@ -6,7 +6,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from tests.models import attentions, ffns, norms, positions, tiny
-from txtrain.model import axes
+from txtrain.model import options as axes
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
 
@@ -37,7 +37,7 @@ patches = st.builds(
 
 @st.composite
 def models(draw: st.DrawFn) -> ModelConfig:
-    """A tiny model of a combination that `txtrain.legality` allows; single knobs may still be out of their range."""
+    """A tiny model of a combination that `txtrain.config.compatibility` allows; single knobs may still be out of their range."""
     topology = draw(st.sampled_from(TOPOLOGIES))
     two_stacks = topology == "encoder_decoder"
     head = draw(heads(LEGAL_HEADS[topology], ("last", "mean") if topology == "decoder" else ("first", "last", "mean")))

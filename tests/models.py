@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from txtrain.model import axes
+from txtrain.model import options
 from txtrain.model.build import build_model
 from txtrain.model.config import InitConfig, ModelConfig
 from txtrain.model.transformer import Transformer
@@ -22,12 +22,12 @@ def tiny(**changes: Any) -> ModelConfig:
         "n_heads": 4,
         "vocab_size": 61,
         "max_seq_len": 48,
-        "attention": axes.AttentionConfig(type="mha"),
-        "ffn": axes.GatedConfig(type="swiglu"),
-        "position": axes.RoPEConfig(type="rope"),
-        "norm": axes.RMSNormConfig(type="rms"),
-        "embedding": axes.TokenEmbeddingConfig(type="token"),
-        "head": axes.LMHeadConfig(type="lm"),
+        "attention": options.AttentionConfig(type="mha"),
+        "ffn": options.GatedConfig(type="swiglu"),
+        "position": options.RoPEConfig(type="rope"),
+        "norm": options.RMSNormConfig(type="rms"),
+        "embedding": options.TokenEmbeddingConfig(type="token"),
+        "head": options.LMHeadConfig(type="lm"),
         "init": InitConfig(std=0.15),  # wide enough that a wrong mask shows in the logits
     }
     return ModelConfig(**base | changes)
@@ -59,7 +59,7 @@ def ids(batch: int = 2, length: int = 16, vocab: int = 61, seed: int = 0) -> tor
 
 
 multi_head = st.builds(
-    lambda kind, head_dim, window, softcap, scale, qk_norm, bias: axes.AttentionConfig(
+    lambda kind, head_dim, window, softcap, scale, qk_norm, bias: options.AttentionConfig(
         type=kind,
         n_kv_heads={"mha": None, "gqa": 2, "mqa": 1}[kind],
         head_dim=head_dim,
@@ -78,7 +78,7 @@ multi_head = st.builds(
     st.booleans(),
 )
 latent = st.builds(
-    axes.MLAConfig,
+    options.MLAConfig,
     type=st.just("mla"),
     q_rank=st.sampled_from([None, 6]),
     kv_rank=st.sampled_from([None, 10]),
@@ -91,7 +91,7 @@ latent = st.builds(
 attentions = st.one_of(multi_head, multi_head, latent)
 activations = st.sampled_from(["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"])
 mixtures = st.builds(
-    axes.MoEConfig,
+    options.MoEConfig,
     type=st.sampled_from(["moe", "moe_softmax"]),
     n_experts=st.sampled_from([4, 8]),
     top_k=st.sampled_from([2, 3]),
@@ -108,30 +108,32 @@ mixtures = st.builds(
 )
 ffns = st.one_of(
     mixtures,
-    st.builds(axes.MLPConfig, type=st.just("mlp"), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
-    st.builds(axes.GatedConfig, type=st.sampled_from(["swiglu", "geglu"]), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
+    st.builds(options.MLPConfig, type=st.just("mlp"), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()),
+    st.builds(
+        options.GatedConfig, type=st.sampled_from(["swiglu", "geglu"]), hidden_dim=st.sampled_from([None, 20]), activation=activations, bias=st.booleans()
+    ),
 )
 scalings = st.sampled_from(
     [
         None,
-        axes.LinearScaling(rope_type="linear", factor=2.0),
-        axes.NTKScaling(rope_type="ntk", factor=2.0),
-        axes.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16),
-        axes.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=16),
+        options.LinearScaling(rope_type="linear", factor=2.0),
+        options.NTKScaling(rope_type="ntk", factor=2.0),
+        options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16),
+        options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=16),
     ]
 )
 positions = st.one_of(
-    st.builds(axes.PositionConfig, type=st.just("none")),
-    st.builds(axes.SinusoidalConfig, type=st.just("sinusoidal")),
-    st.builds(axes.LearnedConfig, type=st.just("learned")),
-    st.builds(axes.RoPEConfig, type=st.just("rope"), theta=st.sampled_from([100.0, 1e4]), scaling=scalings),
-    st.builds(axes.RelativeConfig, type=st.just("relative"), n_buckets=st.sampled_from([8, 32]), max_distance=st.just(20)),
-    st.builds(axes.AlibiConfig, type=st.just("alibi")),
+    st.builds(options.PositionConfig, type=st.just("none")),
+    st.builds(options.SinusoidalConfig, type=st.just("sinusoidal")),
+    st.builds(options.LearnedConfig, type=st.just("learned")),
+    st.builds(options.RoPEConfig, type=st.just("rope"), theta=st.sampled_from([100.0, 1e4]), scaling=scalings),
+    st.builds(options.RelativeConfig, type=st.just("relative"), n_buckets=st.sampled_from([8, 32]), max_distance=st.just(20)),
+    st.builds(options.AlibiConfig, type=st.just("alibi")),
 )
 norms = st.one_of(
-    st.builds(axes.LayerNormConfig, type=st.just("layer"), bias=st.booleans()),
-    st.builds(axes.RMSNormConfig, type=st.just("rms"), unit_offset=st.booleans()),
-    st.builds(axes.NoNormConfig, type=st.just("none")),
+    st.builds(options.LayerNormConfig, type=st.just("layer"), bias=st.booleans()),
+    st.builds(options.RMSNormConfig, type=st.just("rms"), unit_offset=st.booleans()),
+    st.builds(options.NoNormConfig, type=st.just("none")),
 )
 
 model_configs = st.builds(
@@ -143,7 +145,7 @@ model_configs = st.builds(
     norm=norms,
     norm_position=st.sampled_from(sorted(TABLE["norm_position"])),
     final_norm=st.sampled_from([None, True, False]),
-    embedding=st.builds(axes.TokenEmbeddingConfig, type=st.just("token"), scale=st.booleans()),
+    embedding=st.builds(options.TokenEmbeddingConfig, type=st.just("token"), scale=st.booleans()),
     tie_word_embeddings=st.booleans(),
     logit_softcap=st.sampled_from([None, 5.0]),
     init=st.builds(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from txtrain.composition import compose
-from txtrain.config import Train
-from txtrain.metrics import EXACT, read
+from txtrain.config.compose import compose
+from txtrain.config.schema import Train
+from txtrain.monitor.metrics_csv import EXACT, read
 
 RUN = (
     "trainer.accelerator=cpu",
@@ -60,7 +60,7 @@ def weights(run_dir: Path) -> dict[str, bytes]:
     import torch
     from safetensors import safe_open
 
-    from txtrain.checkpoint import locate
+    from txtrain.checkpoint.format import locate
 
     found: dict[str, bytes] = {}
     for shard in locate(run_dir).glob("*.safetensors"):

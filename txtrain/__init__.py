@@ -6,34 +6,34 @@ TYPE_CHECKING = False  # as typing's, without importing it
 if TYPE_CHECKING:
     from typing import Any
 
-    from txtrain.composition import compose
-    from txtrain.data.module import DataModule
+    from txtrain.checkpoint.load import load_pretrained
+    from txtrain.config.compose import compose
+    from txtrain.config.paths import families
     from txtrain.errors import ConfigError
-    from txtrain.generation import generate
-    from txtrain.hf.saving import save_pretrained
-    from txtrain.loading import load_pretrained
+    from txtrain.hf.save import save_pretrained
     from txtrain.model.build import build_model
-    from txtrain.module import LitModule
-    from txtrain.places import families
-    from txtrain.planning import plan
+    from txtrain.model.generation import generate
+    from txtrain.planning.figures import plan
     from txtrain.registry import component
-    from txtrain.run import train
+    from txtrain.training.data_module import DataModule
+    from txtrain.training.module import LitModule
+    from txtrain.training.run import train
 
 __version__ = "0.1.0"
 
 _LAZY = {  # where each name stands; imported when it is first asked for
     "ConfigError": "txtrain.errors",
-    "DataModule": "txtrain.data.module",
-    "LitModule": "txtrain.module",
+    "DataModule": "txtrain.training.data_module",
+    "LitModule": "txtrain.training.module",
     "build_model": "txtrain.model.build",
     "component": "txtrain.registry",
-    "compose": "txtrain.composition",
-    "families": "txtrain.places",
-    "generate": "txtrain.generation",
-    "load_pretrained": "txtrain.loading",
-    "plan": "txtrain.planning",
-    "save_pretrained": "txtrain.hf.saving",
-    "train": "txtrain.run",
+    "compose": "txtrain.config.compose",
+    "families": "txtrain.config.paths",
+    "generate": "txtrain.model.generation",
+    "load_pretrained": "txtrain.checkpoint.load",
+    "plan": "txtrain.planning.figures",
+    "save_pretrained": "txtrain.hf.save",
+    "train": "txtrain.training.run",
 }
 
 __all__ = [

@@ -2,12 +2,12 @@
 
 import sys
 
-from txtrain.interrupt import EndsAtOnce, nothing_is_left
+from txtrain.parallel.early_signals import EndsAtOnce, nothing_is_left
 
 
 def main() -> int:
     with EndsAtOnce():
-        from txtrain import cli
+        from txtrain.cli import main as cli
     code = cli.main()
     nothing_is_left()
     return code

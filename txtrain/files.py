@@ -1,9 +1,15 @@
-"""Files that are complete or absent, whenever the process dies."""
+"""Files that are complete or absent, whenever the process dies; a folder that one process at a time writes to."""
 
 from __future__ import annotations
 
+import errno
 import os
+import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+
+PATIENCE = 6.0  # seconds: the data loader's workers of a process that was killed hold its lock until they notice (5 s)
 
 
 def sync(path: Path) -> None:
@@ -24,3 +30,39 @@ def write(path: Path, text: str) -> None:
         os.fsync(f.fileno())
     os.replace(part, path)
     sync(path.parent)
+
+
+def lock(folder: Path) -> Callable[[], object] | None:
+    """Lock a folder; None if another process holds it.
+
+    The lock is on the folder itself and leaves no file. The system gives it back when the process ends, be it by kill -9.
+
+    Returns:
+        A function that gives it back; so does the garbage collector where that is forgotten.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return lambda: None
+    handle = os.open(folder, os.O_RDONLY)
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return _Release(handle)
+        except OSError as e:
+            if e.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
+                os.close(handle)
+                return lambda: None
+        if time.monotonic() > deadline:
+            os.close(handle)
+            return None
+        time.sleep(0.2)
+
+
+class _Release:
+    def __init__(self, handle: int) -> None:
+        self._close = weakref.finalize(self, os.close, handle)
+
+    def __call__(self) -> None:
+        self._close()

@@ -97,7 +97,7 @@ def component(axis: str, name: str) -> Callable[[T], T]:
         raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: the axis must be one of {', '.join(USER_AXES)}.{hint(axis, USER_AXES)}")
 
     def wrap(cls: T) -> T:
-        import txtrain.config  # noqa: F401  (fills BASES)
+        import txtrain.config.schema  # noqa: F401  (fills BASES)
 
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import transformers
 
-from txtrain.generation import generate
-from txtrain.hf.loading import load_pretrained
+from txtrain.hf.load import load_pretrained
+from txtrain.model.generation import generate
 
 DIM, HEADS, KV_HEADS, VOCAB, BATCH, LENGTH = 384, 6, 2, 8192, 8, 256
 PROMPT, NEW = 32, 128

@@ -17,12 +17,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from txtrain.composition import compose
-from txtrain.phases import Phases
-from txtrain.progress import Display
-from txtrain.run import train
-from txtrain.throughput import Machine
-from txtrain.watch import Watch
+from txtrain.config.compose import compose
+from txtrain.monitor.console import Display
+from txtrain.monitor.monitor import Watch
+from txtrain.monitor.throughput import Machine
+from txtrain.parallel.timers import Phases
+from txtrain.training.run import train
 
 
 class InTurn(pl.Callback):

@@ -17,16 +17,16 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
-from txtrain.data.cache import TokenFile
-from txtrain.data.order import GlobalOrder, OrderHash, ShareSampler
-from txtrain.data.packing import PackedSamples
-from txtrain.data.python_docs import PythonDocs
-from txtrain.data.samples import OrderedSamples
-from txtrain.data.split import Corpus
-from txtrain.data.text import TextFiles
-from txtrain.data.tokenise import _pieces as cut_up
-from txtrain.data.tokenise import tokenise
-from txtrain.data.tokenizer import allow_threads, train_tokenizer
+from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
+from txtrain.data.samples.packed import PackedSamples
+from txtrain.data.samples.rows import OrderedSamples
+from txtrain.data.sources.python_docs import PythonDocs
+from txtrain.data.sources.text import TextFiles
+from txtrain.data.store.cache import TokenFile
+from txtrain.data.store.split import Corpus
+from txtrain.data.store.tokenize import _pieces as cut_up
+from txtrain.data.store.tokenize import tokenise
+from txtrain.data.tokenizer.tokenizer import allow_threads, train_tokenizer
 
 SEQ_LEN, BATCH, REPEATS = 256, 64, 3
 

@@ -17,7 +17,7 @@ import time
 import lightning.pytorch as pl
 
 import txtrain
-from txtrain.recorder import Recorder
+from txtrain.training.callback import Recorder
 
 ROUNDS, BLOCK, BEFORE = 30, 10, 20
 ARMS = {"no row": 10**9, "a row every 10 steps": 10, "a row every step": 1}

@@ -22,10 +22,11 @@ from pathlib import Path
 import torch
 
 import txtrain
-from txtrain import checkpoint, files
-from txtrain.module import LitModule
+from txtrain import files
+from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.saver import Saver
 from txtrain.registry import make
-from txtrain.saver import Saver
+from txtrain.training.module import LitModule
 
 ROUNDS = 3
 MODEL = (
@@ -41,7 +42,7 @@ class Training:
 
     def __init__(self, overrides: list[str]) -> None:
         config = txtrain.compose([*MODEL, *overrides])
-        assert isinstance(config, txtrain.config.Train)
+        assert isinstance(config, txtrain.config.schema.Train)
         module = LitModule(config)
         module.configure_model()
         self.model = module.model

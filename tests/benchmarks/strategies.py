@@ -13,8 +13,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from txtrain.metrics import read
-from txtrain.places import options
+from txtrain.config.paths import options
+from txtrain.monitor.metrics_csv import read
 
 STRATEGIES = {name: 2 for name in options("strategy") if name != "auto"}  # and the number of processes
 WIDER = {"hsdp": 4, "fsdp_tp": 4}  # on two processes one of their two dimensions is of size 1

@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from txtrain.composition import from_file
-from txtrain.data.module import Batch, DataModule
-from txtrain.metrics import latest
+from txtrain.config.compose import from_file
+from txtrain.monitor.metrics_csv import latest
 from txtrain.objectives.base import IGNORED, Objective
 from txtrain.objectives.build import build_objective
+from txtrain.training.data_module import Batch, DataModule
 
 
 def counted(objective: Objective, batches: Iterable[Batch], vocab_size: int) -> Tensor:

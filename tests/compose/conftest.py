@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from txtrain.composition import Composed, Loader, compose_job, make_loader
-from txtrain.overrides import expand
+from txtrain.config.compose import Composed, Loader, compose_job, make_loader
+from txtrain.config.overrides import expand
 
 ROOT = Path(__file__).parents[2]
 

@@ -9,12 +9,12 @@ import pytest
 import yaml
 
 import txtrain
-from txtrain import cli as command_line
-from txtrain.cli import main
-from txtrain.composition import compose
-from txtrain.config import Train
+from txtrain.cli import main as command_line
+from txtrain.cli.main import main
+from txtrain.config.compose import compose
+from txtrain.config.convert import build
+from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
-from txtrain.typed import build
 
 MISTAKES = [
     ("data.seq_ln=3", "Did you mean data.seq_len?"),
@@ -97,7 +97,7 @@ MISTAKES = [
     ("optimizer._target_=os.system", "only under logger and callbacks"),
     ("logger.x._target_=os.system", "must be a class in a module given by imports"),
     ("callbacks.x._target_=lightning.pytorch.callbacks.timer.os.system", "must be a class in a module given by imports"),
-    ("callbacks.x._target_=txtrain.sweep.subprocess.Popen", "must be a class in a module given by imports"),
+    ("callbacks.x._target_=txtrain.cli.sweep.subprocess.Popen", "must be a class in a module given by imports"),
     ("callbacks.x._target_=lightning.pytorch.callbacks.LambdaCallback", "must be a class in a module given by imports"),
     ("callbacks.x._target_=EarlyStoping", "Did you mean lightning.pytorch.callbacks.EarlyStopping?"),
     ("callbacks.x={_target_:lightning.pytorch.callbacks.Timer,_args_:[1]}", "of Hydra's keys for objects only _target_ is known"),
@@ -179,7 +179,7 @@ def test_help_answers_at_once(args, cli):
 
 
 def test_help_names_every_option():
-    from txtrain.usage import usage
+    from txtrain.cli.help import usage
 
     text = usage("train")
     for name in [*txtrain.families(), "swiglu", "alibi", "python_docs", "cosine", "adamw", "tensorboard", "norm_position"]:
@@ -191,16 +191,16 @@ def test_help_names_every_option():
     [("['--help']", "hydra torch"), ("['train', '--help']", "hydra torch"), ("['--cfg', 'job']", "torch lightning datasets")],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(args, absent):
-    code = f"import sys, txtrain.cli as c; c.main({args}); print([m for m in {absent.split()} if m in sys.modules], file=sys.stderr)"
+    code = f"import sys, txtrain.cli.main as c; c.main({args}); print([m for m in {absent.split()} if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "[]\n"
 
 
 def test_a_run_gets_the_config_its_grafts_and_what_was_given(monkeypatch):
-    import txtrain.run
+    import txtrain.training.run
 
     calls = []
-    monkeypatch.setattr(txtrain.run, "run_train", lambda config, origin: calls.append((config, origin)) or 75)
+    monkeypatch.setattr(txtrain.training.run, "run_train", lambda config, origin: calls.append((config, origin)) or 75)
     assert main(["model=gpt2", "model/ffn=swiglu", "name=x"]) == 75
     config, origin = calls[0]
     assert config == compose(["model=gpt2", "model/ffn=swiglu", "name=x"])
@@ -227,7 +227,7 @@ def test_it_works_inside_another_hydra_application():
     from hydra import compose as other
     from hydra import initialize_config_dir
 
-    from txtrain.places import CONF
+    from txtrain.config.paths import CONF
 
     with initialize_config_dir(str(CONF), version_base=None):
         assert txtrain.compose(["model=gpt2"]).model.family == "gpt2"

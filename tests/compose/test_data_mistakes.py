@@ -5,7 +5,7 @@ import socket
 import pytest
 
 from tests.training import write_text
-from txtrain.cli import main
+from txtrain.cli.main import main
 
 MISTAKES = [
     ("data=text data.path=/nowhere", "`data.path` must be an existing file, glob or folder, but /nowhere does not exist."),

@@ -8,8 +8,8 @@ from omegaconf import OmegaConf
 
 import txtrain
 from tests.compose.conftest import ROOT
-from txtrain.places import CONF
-from txtrain.typed import plain
+from txtrain.config.convert import plain
+from txtrain.config.paths import CONF
 
 PUBLISHED = {
     "gpt1_base": 116_534_784,

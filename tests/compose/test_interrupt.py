@@ -10,13 +10,14 @@ import time
 import pytest
 
 from tests.training import write_text
-from txtrain.interrupt import EndsAtOnce
+from txtrain.parallel.early_signals import EndsAtOnce
 
 RUN = (
     *("data=text", "data.path=text.txt", "data.tokenizer=bytes", "model.vocab_size=257", "model.n_layers=2", "model.dim=32", "model.n_heads=2"),
     *("model.max_seq_len=32", "trainer.accelerator=cpu", "trainer.max_steps=1000000", "trainer.limit_val_batches=0"),
 )
-BEFORE_IT_CAN_ANSWER = {"__init__.py", "__main__.py", "interrupt.py"}  # a few milliseconds, behind Python's own start
+# A few milliseconds, behind Python's own start.
+BEFORE_IT_CAN_ANSWER = {"__init__.py", "__main__.py", "parallel/__init__.py", "parallel/early_signals.py"}
 PYTHON_IS_NOT_UP = ("Fatal Python error: init_", "Could not import runpy module")  # Ctrl-C while the interpreter itself starts: none of our code has run
 ANSWERS = {1: r"txtrain: (interrupted|stopped before the first step)\.", 75: r"txtrain: SIGINT: stopping after this step; a checkpoint follows\."}
 

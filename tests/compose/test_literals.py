@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from txtrain.literals import LITERALS, quote
-from txtrain.overrides import expand, parse
+from txtrain.config.literals import LITERALS, quote
+from txtrain.config.overrides import expand, parse
 
 NASTY = r"""
 Once upon a time, there|It's|"quoted"|a=b|f(x)|trailing | leading|123|1e-3|null|true||ünï→🙂|昔々、ある所に

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from tests.training import RUN, TINY, weights, write_text
-from txtrain.cli import main
-from txtrain.metrics import read
+from txtrain.cli.main import main
+from txtrain.monitor.metrics_csv import read
 
 SHAPE = [line for line in TINY if not line.startswith(("data=", "data.val_fraction"))]
 MIXED = (*SHAPE, "data=mixture", "data.sources.a={type:text,path:a.txt,val_fraction:0.2}", "data.sources.b.type=text", "data.sources.b.path=b.txt")

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.training import TINY, write_text
-from txtrain.cli import main
+from txtrain.cli.main import main
 
 
 @pytest.mark.parametrize("more", [(), ("model=bert", "objective.next_sentence=false"), ("objective=prefix_lm",)], ids=["causal", "masked", "prefix"])

@@ -13,15 +13,15 @@ import pytest
 
 import txtrain
 from tests.compose.test_families import PUBLISHED
-from txtrain.cli import main
+from txtrain.cli.main import main
+from txtrain.config.hardware import PUBLISHED as PEAKS
+from txtrain.config.hardware import named
 from txtrain.errors import ConfigError
-from txtrain.peaks import PUBLISHED as PEAKS
-from txtrain.peaks import named
-from txtrain.planning import Figures
+from txtrain.planning.figures import Figures
 
 WITHOUT_TORCH = """
 import sys
-from txtrain.cli import main
+from txtrain.cli.main import main
 code = main(sys.argv[1:])
 assert "torch" not in sys.modules, "torch was imported"
 sys.exit(code)

@@ -8,7 +8,7 @@ import pytest
 
 import txtrain
 from tests.compose.test_plan import WITHOUT_TORCH, plan
-from txtrain.cli import main
+from txtrain.cli.main import main
 from txtrain.errors import ConfigError
 
 SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed")
@@ -81,7 +81,7 @@ def test_a_size_without_a_unit_is_refused(value):
 def test_a_users_part_that_does_not_say_what_it_computes_is_not_counted(forget):
     import dataclasses as dc
 
-    from txtrain.model.axes import AttentionBase
+    from txtrain.model.options import AttentionBase
     from txtrain.registry import register
 
     register("attention", "mean", "nowhere:Mean", AttentionBase)
@@ -92,7 +92,7 @@ def test_a_users_part_that_does_not_say_what_it_computes_is_not_counted(forget):
 
 
 def _mean() -> type:
-    from txtrain.model.axes import AttentionBase
+    from txtrain.model.options import AttentionBase
 
     class Mean(AttentionBase):
         def n_params(self, model, layer=0):

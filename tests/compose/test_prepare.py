@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 
 from tests.training import RUN, rows, write_text
-from txtrain.cli import main
-from txtrain.data.prepared import _LARGE
-from txtrain.data.tokenise import Limit
+from txtrain.cli.main import main
+from txtrain.data.prepare import _LARGE
+from txtrain.data.store.tokenize import Limit
 from txtrain.errors import ConfigError
 
 MODEL = ("model=llama2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=300", "model.max_seq_len=32", *RUN)
@@ -75,8 +75,8 @@ def test_killed_at_any_moment_and_started_again_the_result_is_the_same(n_kills, 
     text = write_documents(tmp_path / "a.jsonl", 10_000)
     args = [*MODEL, "data=text", f"data.path={text}", "data.tokenizer=bytes", "prepare.shard_tokens=700000"]
     code = (  # small steps, so that there is something to go on from; what is written does not depend on them
-        "import sys; from txtrain.data import shards, tokenise; shards._EVERY = 0.02; tokenise._BATCH = 1 << 17; "
-        "from txtrain.cli import main; sys.exit(main(sys.argv[1:]))"
+        "import sys; from txtrain.data.store import shard_writer, tokenize; shard_writer._EVERY = 0.02; tokenize._BATCH = 1 << 17; "
+        "from txtrain.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
 
     def start(out: str) -> subprocess.Popen[str]:
@@ -146,11 +146,11 @@ class _Trainer:
 def test_a_run_on_several_nodes_does_not_tokenise_much_and_names_prepare(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
-    from txtrain.data import prepared
-    from txtrain.data.split import Corpus
-    from txtrain.data.text import TextFiles
-    from txtrain.data.tokenise import tokenise
-    from txtrain.data.tokenizer import byte_tokenizer
+    from txtrain.data import prepare as prepared
+    from txtrain.data.sources.text import TextFiles
+    from txtrain.data.store.split import Corpus
+    from txtrain.data.store.tokenize import tokenise
+    from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 
     assert _LARGE == 1_000_000_000
     assert prepared._limit(SimpleNamespace(trainer=SimpleNamespace(num_nodes=1))) is None
@@ -161,6 +161,6 @@ def test_a_run_on_several_nodes_does_not_tokenise_much_and_names_prepare(monkeyp
     with pytest.raises(ConfigError, match=r"trainer\.num_nodes=2.*txtrain prepare data"):
         tokenise(corpus, byte_tokenizer(), tmp_path, limit=limit._replace(n_bytes=100_000))
     text = write_text(tmp_path / "a.txt")
-    monkeypatch.setattr("txtrain.data.tokenise._encode", lambda *_: pytest.fail("read although the size was known"))
+    monkeypatch.setattr("txtrain.data.store.tokenize._encode", lambda *_: pytest.fail("read although the size was known"))
     with pytest.raises(ConfigError, match="txtrain prepare"):
         tokenise(Corpus(TextFiles(str(text)), 0.1), byte_tokenizer(), tmp_path, limit=limit._replace(n_bytes=1000))

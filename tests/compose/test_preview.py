@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.training import write_text
-from txtrain.cli import main
+from txtrain.cli.main import main
 
 SMALL = ("model.n_layers=1", "model.dim=32", "model.vocab_size=400", "data.tokenizer=bytes", "data.seq_len=40", "data.global_batch_size=4")
 TEXT = ("data=text", "data.path=text.jsonl", *SMALL)

@@ -3,9 +3,9 @@
 import pytest
 import yaml
 
-from txtrain.cli import main
+from txtrain.cli.main import main
+from txtrain.config.convert import plain
 from txtrain.errors import ConfigError
-from txtrain.typed import plain
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_code_is_never_imported_by_a_checkpoints_word(run, job, clean_room, forg
         ),
         (
             "callbacks",
-            {"x": {"_target_": "txtrain.launch.Group", "command": ["touch", "ran"], "environments": [{}]}},
+            {"x": {"_target_": "txtrain.parallel.launch.Group", "command": ["touch", "ran"], "environments": [{}]}},
             "never built",
         ),
     ],

@@ -12,8 +12,8 @@ import pytest
 
 from tests.compose.conftest import ROOT
 from tests.training import TINY, rows, weights, write_text
-from tests.unit.test_slurm import program
-from txtrain.launch import Group
+from tests.unit.parallel.test_slurm import program
+from txtrain.parallel.launch import Group
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_a_signal_to_the_launcher_waits_for_processes_that_are_just_starting(cle
         import pathlib, time
         pathlib.Path("begun").touch()
         time.sleep(1)
-        from txtrain.interrupt import EndsAtOnce
+        from txtrain.parallel.early_signals import EndsAtOnce
         EndsAtOnce().__enter__()
         time.sleep(60)
     """
@@ -93,8 +93,8 @@ def test_a_signal_to_the_launcher_waits_for_processes_that_are_just_starting(cle
 
 LONG_START = """
     import ctypes, pathlib, sys
-    from txtrain.data.module import DataModule
-    from txtrain.cli import main
+    from txtrain.training.data_module import DataModule
+    from txtrain.cli.main import main
 
     def prepare(self):                        # waits for a lock that is never opened, in C, where Python answers no signal
         pathlib.Path("preparing").touch()
@@ -191,10 +191,10 @@ DRIVER = """
     from pathlib import Path
     import lightning.pytorch, torch
     from tests.training import tiny
-    from txtrain import checkpoint
-    from txtrain.interrupt import EndsAtOnce
-    from txtrain.run import run_train
-    import txtrain.run
+    from txtrain.checkpoint import format as checkpoint
+    from txtrain.parallel.early_signals import EndsAtOnce
+    from txtrain.training.run import run_train
+    import txtrain.training.run
 
     folder, phase, moments, times = Path(sys.argv[1]), sys.argv[2], random.Random(int(sys.argv[3])), int(sys.argv[4])
 
@@ -220,7 +220,7 @@ DRIVER = """
         time.sleep(0.02)
         note("training")
     checkpoint.save = save
-    txtrain.run.instances = lambda nodes: [Phases()]
+    txtrain.training.run.instances = lambda nodes: [Phases()]
 
     ANSWERED = {signal.SIGUSR1, signal.SIGTERM}
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from tests.training import RUN, TINY, rows, weights
-from txtrain.cli import main
+from txtrain.cli.main import main
 
 
 def test_a_resumed_stream_is_the_uninterrupted_one(tmp_path, monkeypatch):

@@ -11,8 +11,8 @@ import torch
 import txtrain
 from tests.compose.test_families import LAPTOP
 from tests.training import write_text
-from txtrain import legality
-from txtrain.config import Train
+from txtrain.config import compatibility
+from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.registry import MODEL_AXES, TABLE, VALUE_AXES
 
@@ -165,17 +165,17 @@ def test_a_swap_of_what_is_read_or_told_trains_or_is_refused_with_the_tables_rea
             trains(dry(swapped(family, swap)), f"{family} {swap}")
             continue
         model = dc.replace(run.model, **{axis: TABLE[axis][option].config(type=option)})
-        reasons = [*legality.model_problems(model)] or [rule.why for rule in broken_by(dc.replace(run, model=model))]
+        reasons = [*compatibility.model_problems(model)] or [rule.why for rule in broken_by(dc.replace(run, model=model))]
         assert reasons, f"{family} {swap}: no rule forbids it"
         with pytest.raises(ConfigError) as refused:
             swapped(family, swap)
         assert all(reason in str(refused.value) for reason in reasons), f"{family} {swap}"
 
 
-def broken_by(run: Train) -> list[legality.Rule]:
+def broken_by(run: Train) -> list[compatibility.Rule]:
     choices = {"model": run.model, "objective": run.objective, "data": run.data}
-    objective = [rule for rule in legality.objective_rules(run.objective.type) if rule.broken_by(choices)]
-    return objective[:1] or [rule for rule in legality.RUN_RULES if rule.broken_by(choices)]
+    objective = [rule for rule in compatibility.objective_rules(run.objective.type) if rule.broken_by(choices)]
+    return objective[:1] or [rule for rule in compatibility.RUN_RULES if rule.broken_by(choices)]
 
 
 @pytest.mark.parametrize("family", LAPTOP)

@@ -11,28 +11,28 @@ import pytest
 import yaml
 
 from tests.training import TINY, write_text
-from txtrain import cli as command_line
-from txtrain import sweep as sweep_module
-from txtrain.cli import main
-from txtrain.composition import Composed, compose, from_file, to_file
-from txtrain.metrics import read
-from txtrain.places import options
+from txtrain.cli import main as command_line
+from txtrain.cli import sweep as sweep_module
+from txtrain.cli.main import main
+from txtrain.config.compose import Composed, compose, from_file, to_file
+from txtrain.config.paths import options
+from txtrain.monitor.metrics_csv import read
 
 SMALL = ("model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=300", "model.max_seq_len=32", "data.tokenizer=bytes")
 
 # Stands in for `python -m txtrain`: takes the job, leaves what it got, ends as it is told.
 CHILD = """
 import pathlib, sys, types, yaml
-import txtrain, txtrain.typed
-stand_in = txtrain.run = sys.modules["txtrain.run"] = types.ModuleType("txtrain.run")  # before torch is imported
+import txtrain.config.convert, txtrain.training
+stand_in = txtrain.training.run = sys.modules["txtrain.training.run"] = types.ModuleType("txtrain.training.run")  # before torch is imported
 def run_train(config, origin):
     folder = pathlib.Path(config.run_dir or f"runs/{config.name}/{origin.folder}"); folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.typed.plain(config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.config.convert.plain(config)))
     (folder / "notes.yaml").write_text(yaml.safe_dump({"grafts": origin.grafts, "given": origin.given}))
     if config.seed == 7: raise RuntimeError("seed 7")
     return {8: 75, 9: 2}.get(config.seed, 0)
 stand_in.run_train, stand_in.Origin = run_train, lambda grafts, given, folder, start, notes: types.SimpleNamespace(**locals())
-from txtrain.cli import main
+from txtrain.cli.main import main
 sys.exit(main())
 """
 
@@ -122,7 +122,7 @@ def test_a_signal_reaches_the_running_job_once_and_no_other_starts(clean_room, m
 
 def test_a_named_launcher_of_hydra_gets_the_jobs(clean_room, monkeypatch):
     ran = []
-    monkeypatch.setattr("txtrain.cli.run", lambda composed: ran.append(composed) or (75 if composed.config.seed == 2 else 0))
+    monkeypatch.setattr("txtrain.cli.main.run", lambda composed: ran.append(composed) or (75 if composed.config.seed == 2 else 0))
     assert main(["-m", "seed=1,2", "model/ffn=swiglu", "hydra/launcher=basic", "name=it's $x"]) == 75
     assert [c.folder.rpartition("-")[2] for c in ran] == ["0", "1"]
     assert all((c.config.name, c.config.run_dir) == ("it's $x", None) for c in ran)
@@ -168,7 +168,7 @@ def test_a_sweep_trains_in_three_numbered_folders_and_says_which_is_which(cli, c
 def test_a_job_that_falls_back_says_so_in_the_name_of_its_folder(monkeypatch, clean_room):
     """As the processes of a sweep do: the name changes once the data is looked for, after the job was handed over."""
     config = compose(["data=wikitext", "trainer.accelerator=cpu", "trainer.max_steps=1", "trainer.limit_val_batches=0", "sample.n=0", *SMALL])
-    monkeypatch.setattr("txtrain.data.wikitext.WikiText.unavailable", lambda self: "no hub here")
+    monkeypatch.setattr("txtrain.data.sources.wikitext.WikiText.unavailable", lambda self: "no hub here")
     job = sweep_module.in_folder(Composed(config, {}, []), "now", 3)
     to_file(job, clean_room / "job.yaml")
     assert command_line.run(from_file("train", str(clean_room / "job.yaml"))) == 0

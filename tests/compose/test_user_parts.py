@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 import txtrain
-from txtrain.cli import main
+from txtrain.cli.main import main
 from txtrain.errors import ConfigError
 from txtrain.registry import resolve
 
@@ -117,7 +117,7 @@ def test_a_yaml_beside_a_component_sets_other_defaults_and_warns_of_nothing(user
 
 def test_a_component_with_a_config_of_its_own(clean_room, job, forget):
     (clean_room / "own_attention.py").write_text(
-        "import dataclasses as dc, txtrain\nfrom txtrain.model.axes import Component\n"
+        "import dataclasses as dc, txtrain\nfrom txtrain.model.options import Component\n"
         "@txtrain.component('attention', 'mine')\nclass Mine:\n"
         "    @dc.dataclass(frozen=True, kw_only=True)\n    class Config(Component):\n        rank: int = 8\n"
         "        bias: bool = txtrain.registry.knob(False, carry=True)\n"
@@ -191,8 +191,8 @@ def test_loggers_come_one_many_or_none(job):
 def test_config_is_frozen_and_round_trips_through_yaml_and_json(job):
     import json
 
-    from txtrain.config import Train
-    from txtrain.typed import build, plain
+    from txtrain.config.convert import build, plain
+    from txtrain.config.schema import Train
 
     for family in txtrain.families():
         config = job(f"model={family}", "optimizer.lr=1e-5").config

@@ -8,8 +8,8 @@ import yaml
 import txtrain
 from tests.compose.conftest import ROOT
 from tests.training import rows, weights, write_text
-from txtrain.cli import main
-from txtrain.metrics import EXACT, read
+from txtrain.cli.main import main
+from txtrain.monitor.metrics_csv import EXACT, read
 
 SMALL = (
     "model.n_layers=2",
@@ -155,7 +155,7 @@ class Halved(torch.nn.Module):
 """
 POSITION = """
 import torch, txtrain
-from txtrain.model.position import Position
+from txtrain.model.position.encodings import Position
 
 @txtrain.component("position", "late")
 class Late(Position):

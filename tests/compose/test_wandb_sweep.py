@@ -7,9 +7,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from txtrain.cli import parse
-from txtrain.composition import compose
-from txtrain.folder import choose
+from txtrain.checkpoint.run_folder import choose
+from txtrain.cli.main import parse
+from txtrain.config.compose import compose
 
 SWEEP = yaml.safe_load((Path(__file__).parents[2] / "slurm" / "wandb_sweep.yaml").read_text())
 
@@ -38,7 +38,7 @@ def test_every_trial_composes_with_its_values():
 
 
 def test_the_metric_is_a_column_and_a_smaller_one_is_better():
-    from txtrain.metrics import COLUMNS
+    from txtrain.monitor.metrics_csv import COLUMNS
 
     assert SWEEP["metric"]["name"] in COLUMNS
     assert SWEEP["metric"]["goal"] == "minimize"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.compose.conftest import ROOT
-from txtrain.places import options
+from txtrain.config.paths import options
 
 pytest.importorskip("hatchling", reason="building a wheel needs hatchling, which is in the test extra")
 

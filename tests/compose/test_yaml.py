@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import txtrain
-from txtrain.places import CONF, DATA
+from txtrain.config.paths import CONF, DATA
 
 FILES = sorted(file.relative_to(DATA).with_suffix("").as_posix() for part in ("conf", "recipes") for file in (DATA / part).rglob("*.yaml"))
 MODELS = [name.removeprefix("conf/model/") for name in FILES if re.fullmatch(r"conf/model/\w+", name)]

@@ -10,7 +10,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from tests.distributed.variations import VARIATIONS
-from txtrain import checkpoint
+from txtrain.checkpoint import format as checkpoint
 
 
 class Signal(pl.Callback):

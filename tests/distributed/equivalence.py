@@ -18,7 +18,7 @@ from tests.device import DEVICE, accelerator, needs
 from tests.distributed.callbacks import named
 from tests.distributed.group import Case, train
 from tests.distributed.runs import largest_differences, overrides
-from txtrain.metrics import read
+from txtrain.monitor.metrics_csv import read
 
 ALLOWED = 1e-5  # relative, float32: the order of summation
 ROUNDED = 5e-3  # the same of losses in bf16-mixed, which rounds to 8 bits in places that depend on the way

@@ -19,15 +19,15 @@ from torch import Tensor
 import txtrain
 from tests.distributed.callbacks import named
 from tests.distributed.group import as_worker
-from txtrain.composition import compose
-from txtrain.memory.travel import rows_to_experts
+from txtrain.config.compose import compose
 from txtrain.model.build import build_model
-from txtrain.model.moe import Experts
-from txtrain.module import LitModule, described, seed_everything
-from txtrain.parallel.base import whole
-from txtrain.parallel.buckets import local
+from txtrain.model.ffn.moe import Experts
 from txtrain.parallel.build import make_parallel
-from txtrain.parallel.experts import Exchange, by_expert
+from txtrain.parallel.expert_parallel import Exchange, by_expert
+from txtrain.parallel.gradient_buckets import local
+from txtrain.parallel.one_process import whole
+from txtrain.planning.memory.all_to_all import rows_to_experts
+from txtrain.training.module import LitModule, described, seed_everything
 
 D, F = 6, 10
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.compose.conftest import ROOT
 from tests.device import DEVICE, VARIABLE, needs
-from txtrain.launch import Group
+from txtrain.parallel.launch import Group
 
 
 @dc.dataclass(frozen=True)

@@ -20,11 +20,11 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-import txtrain.run
+import txtrain.training.run
 from tests.training import tiny
 from txtrain import files
-from txtrain.config import Train
-from txtrain.launch import _begin
+from txtrain.config.schema import Train
+from txtrain.parallel.launch import _begin
 from txtrain.parallel.world import STORE
 
 PAUSE = 0.02  # seconds before each step; and a fraction before each file of a save that is forced to the disk: so both are hit
@@ -63,7 +63,7 @@ class Killed:
             torch.set_num_threads(1)
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
             _slow_down(PAUSE / 8)
-            txtrain.run.train(config, callbacks=[Begun(self.begun)] if rank == 0 else [])
+            txtrain.training.run.train(config, callbacks=[Begun(self.begun)] if rank == 0 else [])
             os._exit(0)
         except BaseException:
             traceback.print_exc()

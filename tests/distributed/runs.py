@@ -7,8 +7,8 @@ from typing import Any
 
 from tests.device import accelerator
 from tests.training import write_text
-from txtrain.checkpoint import load_tensors, locate, shapes
-from txtrain.metrics import read
+from txtrain.checkpoint.format import load_tensors, locate, shapes
+from txtrain.monitor.metrics_csv import read
 
 COMMON = (
     accelerator(),

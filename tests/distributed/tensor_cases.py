@@ -22,16 +22,16 @@ from torch import nn
 from tests.device import BACKEND, DEVICE, accelerator
 from tests.distributed.group import as_worker
 from tests.models import tiny
-from txtrain.composition import compose
-from txtrain.config import Train
-from txtrain.model import axes
-from txtrain.model.attention import MultiHeadAttention
+from txtrain.config.compose import compose
+from txtrain.config.schema import Train
+from txtrain.model import options
+from txtrain.model.attention.multi_head import MultiHeadAttention
 from txtrain.model.config import InitConfig, ModelConfig
-from txtrain.module import LitModule, add, cut, described, seed_everything
-from txtrain.parallel.base import OneProcess, whole
-from txtrain.parallel.buckets import local
 from txtrain.parallel.build import make_parallel
+from txtrain.parallel.gradient_buckets import local
+from txtrain.parallel.one_process import OneProcess, whole
 from txtrain.registry import TABLE, component, register
+from txtrain.training.module import LitModule, add, cut, described, seed_everything
 
 STEPS, BATCH = 6, 8
 
@@ -57,20 +57,20 @@ class OwnAttention(MultiHeadAttention):
     """Nor this."""
 
 
-def attention(**knobs: Any) -> axes.AttentionConfig:
-    return axes.AttentionConfig(**{"type": "mha"} | knobs)
+def attention(**knobs: Any) -> options.AttentionConfig:
+    return options.AttentionConfig(**{"type": "mha"} | knobs)
 
 
-mla = axes.MLAConfig(type="mla", q_rank=6, kv_rank=10, nope_dim=5, rope_dim=6, v_dim=7, bias=True)
-moe = axes.MoEConfig(type="moe", n_experts=4, hidden_dim=16, dense_layers=1)
-mlp = axes.MLPConfig(type="mlp", hidden_dim=20)
-layer = axes.LayerNormConfig(type="layer")
-relative = axes.RelativeConfig(type="relative", n_buckets=8, max_distance=20)
-learned = axes.LearnedConfig(type="learned")
-mlm = axes.MLMHeadConfig(type="mlm")
-classes = axes.ClassHeadConfig(type="class", n_classes=5, pooling="first")
-patches = axes.PatchEmbeddingConfig(type="patch", image_size=12, patch_size=4)
-tokens = axes.TokenEmbeddingConfig(type="token", scale=True, padding_idx=3, norm=True)
+mla = options.MLAConfig(type="mla", q_rank=6, kv_rank=10, nope_dim=5, rope_dim=6, v_dim=7, bias=True)
+moe = options.MoEConfig(type="moe", n_experts=4, hidden_dim=16, dense_layers=1)
+mlp = options.MLPConfig(type="mlp", hidden_dim=20)
+layer = options.LayerNormConfig(type="layer")
+relative = options.RelativeConfig(type="relative", n_buckets=8, max_distance=20)
+learned = options.LearnedConfig(type="learned")
+mlm = options.MLMHeadConfig(type="mlm")
+classes = options.ClassHeadConfig(type="class", n_classes=5, pooling="first")
+patches = options.PatchEmbeddingConfig(type="patch", image_size=12, patch_size=4)
+tokens = options.TokenEmbeddingConfig(type="token", scale=True, padding_idx=3, norm=True)
 
 MODELS: dict[str, dict[str, Any]] = {
     "mha, swiglu, rope": {},
@@ -79,17 +79,17 @@ MODELS: dict[str, dict[str, Any]] = {
     "mqa: its head is whole": {"attention": attention(type="mqa", n_kv_heads=1, bias=True, qk_norm=True), "norm": layer},
     "windows and softcaps": {"attention": attention(window=(4, None), softcap=4.0), "logit_softcap": 5.0, "norm_position": "sandwich"},
     "relative": {"position": relative, "ffn": mlp},
-    "alibi": {"position": axes.AlibiConfig(type="alibi"), "norm_position": "inner"},
-    "alibi and softcap": {"position": axes.AlibiConfig(type="alibi"), "attention": attention(softcap=4.0)},
+    "alibi": {"position": options.AlibiConfig(type="alibi"), "norm_position": "inner"},
+    "alibi and softcap": {"position": options.AlibiConfig(type="alibi"), "attention": attention(softcap=4.0)},
     "learned, mlp, post": {"position": learned, "ffn": mlp, "norm": layer, "norm_position": "post"},
     "padded tokens, scaled": {"embedding": tokens},
     "mla": {"attention": mla},
     "moe": {"ffn": moe},
     "moe with an auxiliary loss": {"ffn": dc.replace(moe, type="moe_softmax", gate="softmax", aux_weight=0.1, bias_update_rate=0.0, dense_layers=0)},
     "further tokens": {"mtp_depth": 2, "attention": mla, "ffn": moe},
-    "encoder": {"topology": "encoder", "head": mlm, "position": learned, "embedding": axes.TokenEmbeddingConfig(type="token", n_types=2)},
+    "encoder": {"topology": "encoder", "head": mlm, "position": learned, "embedding": options.TokenEmbeddingConfig(type="token", n_types=2)},
     "two stacks": {"topology": "encoder_decoder", "position": relative, "pad_token_id": 0, "attention": attention(bias=True)},
-    "two stacks, alibi": {"topology": "encoder_decoder", "position": axes.AlibiConfig(type="alibi"), "share_embeddings": False, "pad_token_id": 0},
+    "two stacks, alibi": {"topology": "encoder_decoder", "position": options.AlibiConfig(type="alibi"), "share_embeddings": False, "pad_token_id": 0},
     OWN_FFN: {},  # its config is made by `own_parts`
     "an attention of one's own": {"attention": attention(type="tests_own_attention"), "position": relative},
     "the same across": {"attention": attention(type="tests_own_attention"), "topology": "encoder_decoder", "pad_token_id": 0},
@@ -231,7 +231,7 @@ def compared(case: Case, first: bool) -> dict[str, Any]:
 
 def own_parts() -> None:
     """Register them: not when this is imported, or every test after it would find such options."""
-    register("attention", "tests_own_attention", OwnAttention, axes.AttentionConfig)
+    register("attention", "tests_own_attention", OwnAttention, options.AttentionConfig)
     component("ffn", "tests_own_ffn")(OwnFFN)
     MODELS[OWN_FFN] = {"ffn": TABLE["ffn"]["tests_own_ffn"].config(type="tests_own_ffn")}
 

@@ -14,9 +14,9 @@ from tests.device import accelerator
 from tests.distributed.zero_cases import launch
 from tests.training import TINY, rows, write_text
 from txtrain import ConfigError, train
-from txtrain.checkpoint import locate, read_state
-from txtrain.composition import compose
-from txtrain.metrics import read
+from txtrain.checkpoint.format import locate, read_state
+from txtrain.config.compose import compose
+from txtrain.monitor.metrics_csv import read
 from txtrain.parallel.config import ZeRO2Config
 
 pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="deepspeed")

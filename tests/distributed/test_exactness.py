@@ -10,7 +10,7 @@ from tests.distributed.choices import CHOICES, STEPS, STRATEGIES, allowed, overr
 from tests.distributed.covering import covering
 from tests.distributed.group import Case, train
 from tests.training import rows, weights
-from txtrain.checkpoint import locate, read_state
+from txtrain.checkpoint.format import locate, read_state
 
 VALUES = {name: [*choices] for name, choices in CHOICES.items()}
 EACH = covering(VALUES, allowed, together=1)

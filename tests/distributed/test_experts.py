@@ -12,7 +12,7 @@ import txtrain
 from tests.distributed.group import Case, run, train
 from tests.distributed.runs import largest_differences, overrides, tensors
 from tests.training import TINY, rows
-from txtrain.checkpoint import locate, read_state
+from txtrain.checkpoint.format import locate, read_state
 from txtrain.errors import ConfigError
 
 ALLOWED = 1e-5  # relative, float32: the order of summation

@@ -14,8 +14,8 @@ from tests.compose.conftest import ROOT
 from tests.distributed import group
 from tests.distributed.group import alive, command_line
 from tests.distributed.runs import overrides
-from txtrain.metrics import read
-from txtrain.places import options
+from txtrain.config.paths import options
+from txtrain.monitor.metrics_csv import read
 
 
 def start(arguments, folder):
@@ -106,7 +106,7 @@ def test_processes_with_other_code_are_told_so(tmp_path):
         for part in ("txtrain", "conf", "recipes"):
             shutil.copytree(ROOT / part, machine / part, ignore=shutil.ignore_patterns("__pycache__"))
         (machine / "mine.py").write_text(f"SCALE = {rank}\n")
-    with (tmp_path / "1/txtrain/balance.py").open("a") as f:
+    with (tmp_path / "1/txtrain/model/ffn/balancing.py").open("a") as f:
         f.write("# changed\n")
     said = differently(tmp_path, f'cd {tmp_path}/$RANK; export PYTHONPATH="$PWD"', "imports=[mine]")
     for name in ("txtrain", "mine"):

@@ -1,5 +1,5 @@
 """What needs GPUs: `pytest -m gpu` one of them, `pytest -m multigpu` two, which speak by NCCL. Attention's kernels and compiled blocks have
-theirs beside those of the processor: tests/unit/model/test_attention.py, tests/unit/test_activations.py."""
+theirs beside those of the processor: tests/unit/model/test_attention.py, tests/unit/parallel/test_activation_checkpointing.py."""
 
 import pytest
 

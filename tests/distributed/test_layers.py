@@ -8,7 +8,7 @@ import txtrain
 from tests.distributed.group import Case, train
 from tests.distributed.runs import largest_differences, overrides
 from tests.wandb_file import wandb_files
-from txtrain.metrics import read
+from txtrain.monitor.metrics_csv import read
 
 STATS = ("trainer.max_steps=2", "trainer.val_check_interval=2", "layer_stats.every_n_steps=1")
 OUTPUTS = "layer_stats.activations=true"

@@ -8,7 +8,7 @@ import txtrain
 from tests.distributed.group import Case, command_line, train
 from tests.distributed.runs import largest_differences, overrides, tensors
 from tests.training import rows
-from txtrain.checkpoint import locate, read_state
+from txtrain.checkpoint.format import locate, read_state
 
 EXACT = {
     "ddp": ("strategy=ddp", "data.micro_batch_size=2"),

@@ -11,7 +11,7 @@ from tests.distributed.group import Case, train
 from tests.distributed.resume_table import EXACT, LAYOUTS
 from tests.distributed.runs import largest_differences, overrides, tensors
 from tests.training import rows
-from txtrain.checkpoint import path_of
+from txtrain.checkpoint.format import path_of
 
 SAVED, LAST = 2, 4
 ALLOWED = 1e-5  # relative, of every loss after the checkpoint, in float32: the order of summation

@@ -10,7 +10,7 @@ import pytest
 import txtrain
 from tests.distributed.group import Case, train
 from tests.distributed.runs import largest_differences, overrides
-from txtrain.metrics import read
+from txtrain.monitor.metrics_csv import read
 
 PART, STEPS = 20, 60
 ALLOWED = 1e-4  # of the last loss, absolute: rounding that training itself has enlarged

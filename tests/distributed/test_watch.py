@@ -6,7 +6,7 @@ import sys
 
 from tests.distributed import group
 from tests.distributed.runs import overrides
-from txtrain.metrics import read
+from txtrain.monitor.metrics_csv import read
 
 
 def trained(cases, folder):

@@ -8,7 +8,9 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from txtrain.model import head, stack
+from txtrain.model import stack
+from txtrain.model.head import heads
+from txtrain.model.head import loss as head_loss
 
 
 class Variation(pl.Callback):
@@ -57,7 +59,7 @@ class Chunks(Variation):
 
     def on_fit_start(self, trainer, module):
         self.n_chunks = self.n_losses = 0
-        chunk = head._chunk
+        chunk = head_loss._chunk
 
         def counted(*given: Any) -> Any:
             self.n_chunks += 1
@@ -67,8 +69,8 @@ class Chunks(Variation):
             self.n_losses += 1
             return 5
 
-        self.replace(head, "_chunk", counted)
-        self.replace(head.Vocabulary, "rows_per_chunk", rows_per_chunk)
+        self.replace(head_loss, "_chunk", counted)
+        self.replace(head_loss.Vocabulary, "rows_per_chunk", rows_per_chunk)
 
     def on_fit_end(self, trainer, module):
         assert self.n_chunks > 2 * self.n_losses > 0, (self.n_chunks, self.n_losses)
@@ -82,10 +84,10 @@ class AllLogits(Variation):
 
         def loss(self_: Any, *given: Any, **named: Any) -> Tensor:
             self.n_losses += 1
-            return head.Head.loss(self_, *given, **named)
+            return heads.Head.loss(self_, *given, **named)
 
-        self.replace(head.LMHead, "loss", loss)
-        self.replace(head.MLMHead, "loss", loss)
+        self.replace(heads.LMHead, "loss", loss)
+        self.replace(heads.MLMHead, "loss", loss)
 
     def on_fit_end(self, trainer, module):
         assert self.n_losses

@@ -33,7 +33,7 @@ def launch(n: int, cases: dict[str, list[str]], folder: Path, seconds: float = 3
 
 
 def start(n: int, file: str) -> int:
-    from txtrain.launch import Group
+    from txtrain.parallel.launch import Group
     from txtrain.parallel.world import STORE
 
     common = os.environ | {STORE: f"{file}.store", "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
@@ -47,7 +47,7 @@ def work(file: str) -> int:
 
     from tests.device import BACKEND, DEVICE
     from txtrain import train
-    from txtrain.composition import compose
+    from txtrain.config.compose import compose
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if DEVICE == "cuda":

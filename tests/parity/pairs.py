@@ -13,11 +13,11 @@ import torch
 import transformers
 
 from tests.models import shake
-from txtrain.hf.classes import CLASSES, class_of
-from txtrain.hf.layout import to_theirs
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.names import stored_tensors
-from txtrain.hf.table import HFClass
+from txtrain.hf.hf_class import HFClass
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.name_map import stored_tensors
+from txtrain.hf.registry import CLASSES, class_of
+from txtrain.hf.tensor_layout import to_theirs
 from txtrain.model.transformer import Transformer
 
 DECODERS = ("gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2")

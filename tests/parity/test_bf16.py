@@ -6,7 +6,7 @@ import torch
 from tests.parity.every import EVERY, pair
 from tests.parity.pairs import DECODERS, SEEDS, difference, inputs, logits_of, tokens
 from tests.parity.test_deepseek import eager
-from txtrain.hf.loading import load_pretrained
+from txtrain.hf.load import load_pretrained
 
 
 def in_bf16(given):

@@ -15,11 +15,11 @@ from tests.parity.pairs import Pair, difference, our_cached, their_cached, token
 from tests.parity.test_forward import labels_of, with_padding
 from tests.parity.test_round_trip import fields
 from txtrain.errors import ConfigError
-from txtrain.hf.deepseek import ROWS
-from txtrain.hf.layout import to_theirs
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.names import stored_tensors
-from txtrain.hf.saving import save_pretrained
+from txtrain.hf.families.deepseek import ROWS
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.name_map import stored_tensors
+from txtrain.hf.save import save_pretrained
+from txtrain.hf.tensor_layout import to_theirs
 
 SEEDS = range(5)
 each_seed = pytest.mark.parametrize("seed", SEEDS)
@@ -208,7 +208,7 @@ def test_weights_for_a_further_token_are_not_read(tmp_path):
 
 @torch.no_grad()
 def test_a_model_that_predicts_further_tokens_is_saved_without_what_does(tmp_path):
-    from txtrain.composition import compose
+    from txtrain.config.compose import compose
     from txtrain.model.build import build_model
 
     small = ["model=deepseek_r1", "model.dim=32", "model.n_layers=2", "model.vocab_size=61", "model.max_seq_len=32"]
@@ -235,10 +235,12 @@ def test_what_would_change_the_numbers_is_refused_by_name(field, value, tmp_path
 
 def test_a_softmax_mixture_equals_no_class():
     from tests.models import seeded, tiny
-    from txtrain.model import axes
+    from txtrain.model import options
 
     model = seeded(
-        tiny(attention=axes.MLAConfig(type="mla"), ffn=axes.MoEConfig(type="moe_softmax", gate="softmax"), norm=axes.RMSNormConfig(type="rms", eps=1e-6))
+        tiny(
+            attention=options.MLAConfig(type="mla"), ffn=options.MoEConfig(type="moe_softmax", gate="softmax"), norm=options.RMSNormConfig(type="rms", eps=1e-6)
+        )
     )
     with pytest.raises(ConfigError, match=r"DeepseekV3ForCausalLM, but .*ffn.gate is softmax"):
         save_pretrained(model, "/nowhere")

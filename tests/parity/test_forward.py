@@ -4,8 +4,22 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parity.pairs import DECODERS, FAMILIES, SEEDS, Pair, by_their_names, difference, inputs, labelled, logits_of, our_cached, pair, their_cached, tokens
-from txtrain.hf.names import respelt
+from tests.parity.pairs import (
+    DECODERS,
+    FAMILIES,
+    SEEDS,
+    Pair,
+    by_their_names,
+    difference,
+    inputs,
+    labelled,
+    logits_of,
+    our_cached,
+    pair,
+    their_cached,
+    tokens,
+)
+from txtrain.hf.name_map import respelt
 
 every_family, every_decoder = pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("family", DECODERS)
 every_seed = pytest.mark.parametrize("seed", SEEDS)

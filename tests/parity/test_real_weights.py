@@ -7,9 +7,9 @@ import torch
 import transformers
 
 from tests.parity.pairs import difference
-from txtrain.generation import generate
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.saving import save_pretrained
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.save import save_pretrained
+from txtrain.model.generation import generate
 
 SHARED = Path(os.environ.get("TXTRAIN_SHARED_DATA", Path(__file__).parents[2].parent / "shared" / "data"))
 STORIES = SHARED / "weights" / "stories260K"

@@ -6,8 +6,8 @@ import transformers
 from safetensors.torch import load_file
 
 from tests.parity.pairs import DECODERS, FAMILIES, SEEDS, difference, inputs, logits_of, pair, tokens
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.saving import save_pretrained
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.save import save_pretrained
 
 OF_THE_FILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "problem_type")  # the last is written by a loss
 

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from tests.models import replace, seeded, shake, tiny
 from tests.parity.pairs import Pair, difference, inputs, logits_of, pair
 from txtrain.errors import ConfigError
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.saving import save_pretrained
-from txtrain.model import axes
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.save import save_pretrained
+from txtrain.model import options
 
 only_version_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="version 4 reads one field for both")
 
@@ -57,7 +57,7 @@ def test_bert_without_the_head_of_sentences_is_read_whatever_its_architecture_is
 @only_version_5
 def test_t5_ties_and_scales_independently(tied, scaled, tmp_path):
     p = pair("t5", 0)
-    head = axes.LMHeadConfig(type="lm", scale=scaled)
+    head = options.LMHeadConfig(type="lm", scale=scaled)
     model = shake(seeded(replace(p.ours.config, tie_word_embeddings=tied, head=head))).eval()
     save_pretrained(model, tmp_path)
     theirs = transformers.T5ForConditionalGeneration.from_pretrained(tmp_path).eval()
@@ -91,7 +91,7 @@ def test_t5_v1_1_as_version_4_describes_it_is_read(tmp_path):
 
 @torch.no_grad()
 def test_the_transformer_of_2017_without_a_bias_is_saved_and_read_as_marian(tmp_path):
-    config = replace(drawn("transformer", lambda c: c.share_embeddings).ours.config, head=axes.LMHeadConfig(type="lm"))
+    config = replace(drawn("transformer", lambda c: c.share_embeddings).ours.config, head=options.LMHeadConfig(type="lm"))
     model = shake(seeded(config)).eval()
     save_pretrained(model, tmp_path)
     p = Pair(transformers.MarianMTModel.from_pretrained(tmp_path).eval(), model, tmp_path)
@@ -143,8 +143,8 @@ def test_names_of_classes_and_the_scaling_of_images_come_along(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "architecture"),
     [
-        ({"topology": "encoder", "head": axes.MLMHeadConfig(type="mlm", next_sentence=False)}, "BertForMaskedLM"),
-        ({"topology": "encoder", "head": axes.MLMHeadConfig(type="mlm")}, "BertForPreTraining"),
+        ({"topology": "encoder", "head": options.MLMHeadConfig(type="mlm", next_sentence=False)}, "BertForMaskedLM"),
+        ({"topology": "encoder", "head": options.MLMHeadConfig(type="mlm")}, "BertForPreTraining"),
     ],
 )
 def test_a_graft_that_equals_bert_is_saved_as_bert(changes, architecture, tmp_path):
@@ -152,11 +152,11 @@ def test_a_graft_that_equals_bert_is_saved_as_bert(changes, architecture, tmp_pa
     shape = {
         "family": "gpt2",
         "norm_position": "post",
-        "attention": axes.AttentionConfig(type="mha", bias=True),
-        "ffn": axes.MLPConfig(type="mlp", activation="gelu"),
-        "position": axes.LearnedConfig(type="learned"),
-        "norm": axes.LayerNormConfig(type="layer"),
-        "embedding": axes.TokenEmbeddingConfig(type="token", norm=True, n_types=2),
+        "attention": options.AttentionConfig(type="mha", bias=True),
+        "ffn": options.MLPConfig(type="mlp", activation="gelu"),
+        "position": options.LearnedConfig(type="learned"),
+        "norm": options.LayerNormConfig(type="layer"),
+        "embedding": options.TokenEmbeddingConfig(type="token", norm=True, n_types=2),
     }
     model = shake(seeded(tiny(**shape, **changes))).eval()
     save_pretrained(model, tmp_path)

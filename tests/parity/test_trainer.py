@@ -3,7 +3,13 @@ import copy
 import pytest
 import torch
 import transformers
-from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, Trainer, TrainingArguments, default_data_collator
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorForSeq2Seq,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
 
 from tests.parity.every import EVERY, pair
 from tests.parity.pairs import difference

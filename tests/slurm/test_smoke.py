@@ -4,7 +4,7 @@ import pytest
 
 from tests.slurm.jobs import ONE_CPU, TWO_NODES, facts, said, submit
 from tests.training import write_text
-from txtrain.metrics import read
+from txtrain.monitor.metrics_csv import read
 
 # Stands in for txtrain: its first start ends as $MODE says, its second well. `requeue`: it asks SLURM itself, as txtrain does.
 ENDS = """\

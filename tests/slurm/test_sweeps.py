@@ -11,12 +11,12 @@ import threading
 import pytest
 
 from tests.slurm.jobs import ONE_CPU, STEPS, at_step, facts, overrides, paced, same, submit, when
-from txtrain import submission
-from txtrain.composition import Composed, compose
+from txtrain.cli import slurm_sweep
+from txtrain.cli.slurm_member import own_signals
+from txtrain.cli.slurm_sweep import Member, Queue
+from txtrain.config.compose import Composed, compose
+from txtrain.config.slurm_launcher import SlurmConfig
 from txtrain.errors import ConfigError
-from txtrain.launcher import SlurmConfig
-from txtrain.member import own_signals
-from txtrain.submission import Member, Queue
 
 SWEEP = ("-m", "hydra/launcher=slurm", "hydra.launcher.cpus_per_task=1")
 
@@ -58,7 +58,7 @@ def queue(tmp_path, monkeypatch):
     """queue("17_0|RUNNING"): what squeue would say."""
 
     def made(text):
-        monkeypatch.setattr(submission.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, text, ""))
+        monkeypatch.setattr(slurm_sweep.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, text, ""))
         return Queue(tmp_path)
 
     return made
@@ -94,26 +94,26 @@ def test_a_job_that_left_the_queue_without_a_word_is_lost_once_a_while_has_passe
     (member.folder / "jobs.json").write_text('{"0": "17_3"}')
     known = queue("")
     assert known.patient(member) == "ending"
-    monkeypatch.setattr(submission, "GRACE", -1.0)
+    monkeypatch.setattr(slurm_sweep, "GRACE", -1.0)
     assert known.patient(member) == "lost"
 
 
 def test_members_of_several_layouts_are_no_array(member):
     other = dc.replace(member.job.config, trainer=dc.replace(member.job.config.trainer, num_nodes=2, devices=1))
     with pytest.raises(ConfigError, match=r"one layout, .* 1 x 1, 2 x 1"):
-        submission._check([member, dc.replace(member, number=1, job=dc.replace(member.job, config=other))], SlurmConfig())
+        slurm_sweep._check([member, dc.replace(member, number=1, job=dc.replace(member.job, config=other))], SlurmConfig())
 
 
 def test_a_member_that_does_not_fit_is_named(member):
     with pytest.raises(ConfigError, match=r"member 0 \(seed=1\): `plan.memory` must be at least"):
-        submission._check([member], SlurmConfig(gpu_memory="1MB"))
+        slurm_sweep._check([member], SlurmConfig(gpu_memory="1MB"))
 
 
 def test_the_same_sweep_is_found_again_by_its_members(tmp_path):
     lines = [["++seed=1"], ["++seed=2"]]
-    assert submission.identity("train", lines) == submission.identity("train", [list(line) for line in lines])
-    assert submission.identity("train", lines) != submission.identity("train", lines[:1])
-    assert submission.identity("train", lines) != submission.identity("generate", lines)
+    assert slurm_sweep.identity("train", lines) == slurm_sweep.identity("train", [list(line) for line in lines])
+    assert slurm_sweep.identity("train", lines) != slurm_sweep.identity("train", lines[:1])
+    assert slurm_sweep.identity("train", lines) != slurm_sweep.identity("generate", lines)
 
 
 def test_a_member_takes_the_signals_from_submitit_and_hears_its_own_as_the_end_of_time():
@@ -135,11 +135,11 @@ def test_a_member_takes_the_signals_from_submitit_and_hears_its_own_as_the_end_o
 
 
 def test_a_members_script_requeues_unless_that_is_not_wanted_and_has_txtrains_signal():
-    wanted = submission._parameters(SlurmConfig(signal_delay_s=90), 2, 4, requeue=True)
+    wanted = slurm_sweep._parameters(SlurmConfig(signal_delay_s=90), 2, 4, requeue=True)
     assert (wanted["nodes"], wanted["tasks_per_node"]) == (2, 4)
     assert wanted["slurm_additional_parameters"] == {"requeue": True, "signal": "USR1@90"}
     assert any("scontrol requeue" in line for line in wanted["slurm_teardown"])
-    assert submission._parameters(SlurmConfig(), 1, 1, requeue=False)["slurm_teardown"] == []
+    assert slurm_sweep._parameters(SlurmConfig(), 1, 1, requeue=False)["slurm_teardown"] == []
 
 
 # --------------------------------------------------------------------------------------------------------------------- on a cluster

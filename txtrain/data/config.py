@@ -27,7 +27,7 @@ class DataConfig:
     num_workers: int = 0
     cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
 
-    kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.legality`)
+    kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
 
     def check(self) -> Iterator[str]:
@@ -230,16 +230,16 @@ class DigitsConfig(PixelConfig):
 
 for name, target, config in (
     ("text", "text:TextFiles", TextConfig),
-    ("hf", "hf:hub_source", HFConfig),
+    ("hf", "hub_text:hub_source", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
     ("memmap", "memmap:TokenFiles", MemmapConfig),
     ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
-    ("images", "image_files:ImageFiles", ImagesConfig),
+    ("images", "images:ImageFiles", ImagesConfig),
     ("digits", "digits:Digits", DigitsConfig),
 ):
-    register("data", name, f"txtrain.data.{target}", config)
+    register("data", name, f"txtrain.data.sources.{target}", config)
 
 BASES["data"] = DataConfig

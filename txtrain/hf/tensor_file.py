@@ -20,7 +20,7 @@ from torch import Tensor
 
 from txtrain.errors import ConfigError
 from txtrain.hf import strict_json
-from txtrain.hf.names import Shape, n_elements
+from txtrain.hf.name_map import Shape, n_elements
 
 DTYPES: dict[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What else the format knows. Such tensors may be in a file (old buffers are), but no parameter can be read from them.

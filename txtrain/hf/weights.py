@@ -12,7 +12,7 @@ from torch import Tensor
 from txtrain.errors import ConfigError
 from txtrain.hf import strict_json
 from txtrain.hf.folder import member
-from txtrain.hf.names import respelt
+from txtrain.hf.name_map import respelt
 from txtrain.hf.tensor_file import DTYPES, Entry, PickleFile, SafetensorsFile
 
 TensorFile = SafetensorsFile | PickleFile

@@ -1,1 +1,4 @@
-"""Where the figures of a run go beside metrics.csv: Weights & Biases, TensorBoard, any Lightning logger."""
+"""Keeps `txtrain.loggers.wandb.WandbLogger` importable, which saved configurations hold as `_target_`.
+
+The loggers themselves are monitor/loggers/.
+"""

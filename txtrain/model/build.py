@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from txtrain.model.axes import Component, NormBase
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import FurtherToken
+from txtrain.model.options import Component, NormBase
 from txtrain.model.stack import Stack
 from txtrain.model.transformer import SentencePairTransformer, Transformer
 from txtrain.registry import resolve

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any, Literal
 
-from txtrain import legality
-from txtrain.model import axes, costs
+from txtrain.config import compatibility
+from txtrain.model import flops, options
 from txtrain.registry import TABLE, axis, choice
 
 
@@ -28,7 +28,7 @@ class InitConfig:
 class ModelConfig:
     """A transformer. `family`, `size` and `published` are labels: nothing in the model depends on them.
 
-    attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.axes`).
+    attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.options`).
     """
 
     family: str
@@ -88,13 +88,13 @@ class ModelConfig:
             # No upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
             if any(v < 0 for v in (value if isinstance(value, tuple) else (value or 0,))):
                 yield f"`model.{name}` must be null or at least 0, but is {value} instead."
-        yield from legality.model_problems(self)
+        yield from compatibility.model_problems(self)
         for _, component in self.components():
             yield from component.check(self)
 
     # ------------------------------------------------------------------------------------------------------------- parts
 
-    def components(self) -> Iterator[tuple[str, axes.Component]]:
+    def components(self) -> Iterator[tuple[str, options.Component]]:
         """The chosen option of each axis, norm position included."""
         for f in dc.fields(self):
             if "axis" in f.metadata:
@@ -102,8 +102,8 @@ class ModelConfig:
         yield "norm_position", self.residual
 
     @property
-    def residual(self) -> axes.Component:
-        made: axes.Component = TABLE["norm_position"][self.norm_position].config(type=self.norm_position)
+    def residual(self) -> options.Component:
+        made: options.Component = TABLE["norm_position"][self.norm_position].config(type=self.norm_position)
         return made
 
     @property
@@ -157,31 +157,31 @@ class ModelConfig:
         Those of further tokens (mtp_depth) count too, as the model gives them wherever it has no cache. seq_len: of the source where there
         are two stacks, target_len that of the target (None: the same).
         """
-        return round(batch_size * sum(costs.forward_by_part(self, seq_len, target_len, dense=True, training=True).values()))
+        return round(batch_size * sum(flops.forward_by_part(self, seq_len, target_len, dense=True, training=True).values()))
 
     def flops_per_sample(self, seq_len: int, target_len: int | None = None, target_share: float = 1.0) -> float:
-        """As `flops_per_token`, of a whole sequence, pair or image. target_share: of the positions that have a target (`costs.forward_by_part`)."""
-        return costs.training_flops(costs.forward_by_part(self, seq_len, target_len, dense=False, training=True, target_share=target_share))
+        """As `flops_per_token`, of a whole sequence, pair or image. target_share: of the positions that have a target (`flops.forward_by_part`)."""
+        return flops.training_flops(flops.forward_by_part(self, seq_len, target_len, dense=False, training=True, target_share=target_share))
 
     def recomputed_flops(self, seq_len: int, target_len: int | None = None, checkpointing: str | int = "none") -> float:
-        """What a trained sample costs beside `flops_per_sample`, where activations are computed again (`costs.recomputed_flops`)."""
-        return costs.recomputed_flops(self, seq_len, target_len, checkpointing=checkpointing)
+        """What a trained sample costs beside `flops_per_sample`, where activations are computed again (`flops.recomputed_flops`)."""
+        return flops.recomputed_flops(self, seq_len, target_len, checkpointing=checkpointing)
 
     def flops_per_token(self, seq_len: int, target_len: int | None = None) -> float:
         """Floating-point operations of forward and backward a trained token, the backward twice the forward; no recomputation.
 
-        Matrix products only, attention in full (PaLM, 2204.02311, appendix B) but a window as its width: `txtrain.model.costs`. With
+        Matrix products only, attention in full (PaLM, 2204.02311, appendix B) but a window as its width: `txtrain.model.flops`. With
         two stacks it is a token of the source and its share of the target; for images a position.
         """
         return self.flops_per_sample(seq_len, target_len) / seq_len
 
     def cache_bytes(self, seq_len: int, source_len: int = 0, bytes_per_value: int = 2) -> int:
         """What the cache of one row holds after seq_len tokens; a windowed layer forgets, an encoder alone has none."""
-        return costs.cache_values(self, seq_len, source_len) * bytes_per_value
+        return flops.cache_values(self, seq_len, source_len) * bytes_per_value
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `txtrain.typed.build(ModelConfig, d)` reads them back."""
-        from txtrain.typed import plain
+        """Plain values; `txtrain.config.convert.build(ModelConfig, d)` reads them back."""
+        from txtrain.config.convert import plain
 
         made: dict[str, Any] = plain(self)
         return made

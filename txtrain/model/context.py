@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from txtrain.model.cache import LayerCache, MemoryCache
-from txtrain.model.mask import PreparedMask
-from txtrain.model.position import Rotation
+from txtrain.model.attention.cache import LayerCache, MemoryCache
+from txtrain.model.attention.mask import PreparedMask
+from txtrain.model.position.encodings import Rotation
 
 Project = Callable[[Tensor], tuple[Tensor, ...]]  # [B, S, D] to what is attended to: keys and values, or a latent of them
 
@@ -23,7 +23,7 @@ Project = Callable[[Tensor], tuple[Tensor, ...]]  # [B, S, D] to what is attende
 class Context:
     """Of self-attention. `memory`: of the cross-attention beside it. `record`: where this layer's statistics go, by name.
 
-    loss_scale: what an auxiliary loss of the layer is multiplied by, once the backward has begun (moe.py).
+    loss_scale: what an auxiliary loss of the layer is multiplied by, once the backward has begun (model/ffn/moe.py).
     """
 
     mask: PreparedMask

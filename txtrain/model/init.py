@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.model.config import InitConfig
-from txtrain.model.head import ClassHead, LMHead
+from txtrain.model.head.heads import ClassHead, LMHead
 
 
 def init_weights(model: nn.Module) -> None:

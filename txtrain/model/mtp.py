@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from txtrain.model.head import IGNORED
+from txtrain.model.head.loss import IGNORED
 
 
 class FurtherToken(nn.Module):

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils import _pytree
 
-from txtrain.model.cache import Cache
+from txtrain.model.attention.cache import Cache
 
 _BESIDE = ("mtp_logits", "mtp_losses", "last_hidden_state", "encoder_last_hidden_state", "aux")
 

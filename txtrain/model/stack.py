@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from txtrain.model.cache import Cache
+from txtrain.model.attention.cache import Cache
+from txtrain.model.attention.kernel_choice import choose_kernel
+from txtrain.model.attention.mask import Mask, PreparedMask, prepare
 from txtrain.model.context import Context, MemoryContext
-from txtrain.model.kernels import choose_kernel
-from txtrain.model.mask import Mask, PreparedMask, prepare
-from txtrain.model.position import Position
+from txtrain.model.position.encodings import Position
 
 
 @dc.dataclass(frozen=True)

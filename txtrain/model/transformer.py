@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from txtrain.model.cache import Cache, append
+from txtrain.model.attention.cache import Cache, append
 from txtrain.model.config import ModelConfig
-from txtrain.model.embedding import PatchEmbedding, TokenEmbedding
-from txtrain.model.head import IGNORED, Head, cross_entropy
-from txtrain.model.moe import AUX_LOSS, ScaleOf
+from txtrain.model.embedding.embeddings import PatchEmbedding, TokenEmbedding
+from txtrain.model.ffn.moe import AUX_LOSS, ScaleOf
+from txtrain.model.head.heads import Head
+from txtrain.model.head.loss import IGNORED, cross_entropy
 from txtrain.model.mtp import FurtherToken, further_targets
 from txtrain.model.output import ModelOutput
-from txtrain.model.position import Position
+from txtrain.model.position.encodings import Position
 from txtrain.model.stack import Given, Memory, Record, Stack
 
 Embedding = TokenEmbedding | PatchEmbedding

@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from txtrain.data.best_fit import BestFitSamples
-from txtrain.data.packing import PackedSamples
+from txtrain.data.samples.best_fit import BestFitSamples
+from txtrain.data.samples.packed import PackedSamples
 from txtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from txtrain.config import Train
-    from txtrain.data.module import DataModule
-    from txtrain.data.samples import Rows
-    from txtrain.data.tokenizer import Tokenizer
-    from txtrain.data.tokens import Tokens
+    from txtrain.config.schema import Train
+    from txtrain.data.samples.rows import Rows
+    from txtrain.data.store.tokens import Tokens
+    from txtrain.data.tokenizer.tokenizer import Tokenizer
+    from txtrain.training.data_module import DataModule
 
 IGNORED = -100  # a label that is no target, as in Hugging Face
 
@@ -84,7 +84,7 @@ class Objective:
     that add up to the terms. So neither the micro-batch nor the number of processes changes the loss (a mean of means would).
 
     What a sample is, is the objective's too: masks, spans and pairs are made where the data are read, from the numbers of
-    `txtrain.data.draws`, so that they depend on the seed and the sample's global index alone.
+    `txtrain.data.samples.draws`, so that they depend on the seed and the sample's global index alone.
     """
 
     weights: Mapping[str, float] = {"loss": 1.0}  # the total is the weighted sum of the terms named here

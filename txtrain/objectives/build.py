@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from txtrain.config import Train
+from txtrain.config.schema import Train
 from txtrain.objectives.base import Objective
 from txtrain.registry import make
 

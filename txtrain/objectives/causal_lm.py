@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from txtrain.config import Train
+from txtrain.config.schema import Train
 from txtrain.model.mtp import further_targets
 from txtrain.objectives.base import IGNORED, Batch, Objective, Shown, Terms, n_targets
-from txtrain.samples import continuations
+from txtrain.objectives.continuations import continuations
 
 
 class CausalLM(Objective):

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from txtrain.registry import BASES, register
 
 if TYPE_CHECKING:
-    from txtrain.config import Train
+    from txtrain.config.schema import Train
 
 Score = Literal["exact_match", "bleu", "chrf"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the option goes with stands beside its knobs; `txtrain.legality` refuses the rest. None: anything."""
+    """What the option goes with stands beside its knobs; `txtrain.config.compatibility` refuses the rest. None: anything."""
 
     type: str
 

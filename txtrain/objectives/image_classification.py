@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.config import Train
+from txtrain.config.schema import Train
 from txtrain.objectives.base import Batch, Counted, Objective, Shown, Terms, n_right
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.samples import Mapped, Rows
-from txtrain.model.head import cross_entropy
+from txtrain.data.samples.rows import Mapped, Rows
+from txtrain.model.head.loss import cross_entropy
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
 from txtrain.objectives.masking import Masking
 from txtrain.objectives.sentence_pairs import SentencePairs

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from txtrain.data.draws import Draws
-from txtrain.data.tokenizer import Tokenizer
-from txtrain.data.words import Words
+from txtrain.data.samples.draws import Draws
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.data.tokenizer.words import Words
 from txtrain.objectives.base import IGNORED
 
 

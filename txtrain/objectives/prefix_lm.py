@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.draws import Draws
-from txtrain.data.samples import Mapped, Rows
+from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.rows import Mapped, Rows
 from txtrain.objectives.base import IGNORED, Batch, Objective, Terms, TokenisedText, n_targets
 from txtrain.objectives.causal_lm import CausalLM
 

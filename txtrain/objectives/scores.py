@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from txtrain.data.tokenizer import Tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 Ids = Sequence[Sequence[int]]
 

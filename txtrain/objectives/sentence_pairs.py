@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from txtrain.data.draws import Draws
-from txtrain.data.order import Indices
-from txtrain.data.tokenizer import Tokenizer
-from txtrain.data.tokens import Tokens
+from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.order import Indices
+from txtrain.data.store.tokens import Tokens
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 
 FOLLOWS, ELSEWHERE = 0, 1  # BERT's labels

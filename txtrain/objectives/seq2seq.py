@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.beam import beam_search
-from txtrain.config import Train
-from txtrain.generation import generate
+from txtrain.config.schema import Train
+from txtrain.model.beam_search import beam_search
+from txtrain.model.generation import generate
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms, n_targets
 from txtrain.objectives.config import Score
 from txtrain.objectives.scores import SCORES

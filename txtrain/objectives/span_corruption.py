@@ -17,17 +17,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from txtrain.data.draws import Draws
-from txtrain.data.order import Indices
-from txtrain.data.packing import PackedSamples
-from txtrain.data.samples import Mapped, Rows
+from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.order import Indices
+from txtrain.data.samples.packed import PackedSamples
+from txtrain.data.samples.rows import Mapped, Rows
 from txtrain.objectives.base import Batch, Objective, Shown, Terms, TokenisedText, n_targets
+from txtrain.objectives.continuations import encode, said
 from txtrain.objectives.spans import Lengths, sentinel
-from txtrain.samples import encode, said
 
 if TYPE_CHECKING:
-    from txtrain.config import Train
-    from txtrain.data.tokenizer import Tokenizer
+    from txtrain.config.schema import Train
+    from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 
 class SpanCorruption(Objective):

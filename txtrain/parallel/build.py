@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from txtrain.config import Train
+from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
-from txtrain.parallel.base import OneProcess
+from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World, by_srun
 from txtrain.registry import resolve
 

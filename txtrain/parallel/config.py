@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from txtrain.errors import divisors_near
-from txtrain.parallel import cuttable
+from txtrain.parallel import divisibility
 from txtrain.registry import TABLE, register
 
 if TYPE_CHECKING:
-    from txtrain.config import Train
+    from txtrain.config.schema import Train
     from txtrain.model.config import ModelConfig
 
 
@@ -81,7 +81,7 @@ class FullyShardedConfig(ShardedConfig):
         n, path = self.ep_size, "strategy.ep_size"
         if n == 1:
             return
-        experts = cuttable.experts(model)
+        experts = divisibility.experts(model)
         if experts is None:
             yield f"`{path}` must be 1 with model/ffn={model.ffn.type}, which has no experts to divide, but is {n} instead. Nearest: 1."
             return
@@ -209,7 +209,7 @@ def problems(config: Train, world: int) -> Iterator[str]:
         return
     layout = config.strategy.layout(world)
     if layout.tensor > 1:
-        yield from cuttable.problems(config.model, "strategy.tp_size", layout.tensor, world)
+        yield from divisibility.problems(config.model, "strategy.tp_size", layout.tensor, world)
     size, data = config.data.global_batch_size, layout.data
     if size % data:
         low = size // data * data

@@ -17,14 +17,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from txtrain.config import Train
+from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
-from txtrain.parallel.base import OneProcess
 from txtrain.parallel.config import BUCKET
+from txtrain.parallel.deepspeed_layout import Part, global_norm, parts
 from txtrain.parallel.mesh import Mesh
-from txtrain.parallel.partitions import Part, global_norm, parts
+from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World
 
 
@@ -226,7 +226,7 @@ class ZeRO(Mesh):
         return {}
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
-        from txtrain.checkpoint import load_tensors, optimizer_names
+        from txtrain.checkpoint.format import load_tensors, optimizer_names
 
         self._allocate()
         tensors = self.training_tensors(model, optimizer, average)

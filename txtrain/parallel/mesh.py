@@ -18,20 +18,20 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
-from txtrain.config import Train
+from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
-from txtrain.parallel import cuttable
-from txtrain.parallel.base import OneProcess
-from txtrain.parallel.buckets import GradientBuckets, as_read, local
-from txtrain.parallel.clipping import clip
+from txtrain.parallel import divisibility
+from txtrain.parallel.collective_timing import timed
 from txtrain.parallel.config import problems
-from txtrain.parallel.traffic import timed
+from txtrain.parallel.grad_norm import clip
+from txtrain.parallel.gradient_buckets import GradientBuckets, as_read, local
+from txtrain.parallel.one_process import OneProcess
+from txtrain.parallel.slurm import meeting_point
 from txtrain.parallel.world import STORE, World, by_srun
-from txtrain.slurm import meeting_point
 
 if TYPE_CHECKING:
-    from txtrain.parallel.tensor import Cut
+    from txtrain.parallel.tensor_parallel import Cut
 
 T = TypeVar("T")
 
@@ -62,7 +62,7 @@ class Mesh(OneProcess):
         parts = {"copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor}
         laid = " x ".join(f"{n} {what}" for what, n in parts.items() if n > 1)
         laid += f", experts divided over {self._ep_size}" if self._ep_size > 1 else ""
-        whole = cuttable.whole(self.config.model) if self.layout.tensor > 1 else []
+        whole = divisibility.whole(self.config.model) if self.layout.tensor > 1 else []
         return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "") + "".join(f"; {w} is whole in each" for w in whole)
 
     @contextlib.contextmanager
@@ -201,22 +201,22 @@ class Mesh(OneProcess):
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         if self.layout.tensor > 1:
-            from txtrain.parallel.tensor import cut
+            from txtrain.parallel.tensor_parallel import cut
 
             self._cut = cut(model, self.mesh["tensor"])
         if self._ep_size > 1:
-            from txtrain.parallel.experts import divide
+            from txtrain.parallel.expert_parallel import divide
 
             divide(model, self.expert_mesh["expert"])
         if self._shards:
-            from txtrain.parallel.sharding import shard
+            from txtrain.parallel.fsdp import shard
 
             strategy = self.config.strategy
             shard(model, self._data_mesh, self._policy(), strategy.reshard_after_forward, strategy.cpu_offload, self._mesh_of_experts)
             self._fsdp = True
 
     def materialise(self, model: nn.Module, device: torch.device) -> None:
-        from txtrain.parallel.sharding import init_sharded
+        from txtrain.parallel.fsdp import init_sharded
 
         model.to_empty(device="cpu" if getattr(self.config.strategy, "cpu_offload", False) else device)
         init_sharded(model, device)
@@ -279,7 +279,7 @@ class Mesh(OneProcess):
     def _shard_again(self, model: nn.Module) -> None:
         """FSDP2 leaves the root's parameters gathered after a forward without a backward: they are others than the optimizer's."""
         if self._fsdp:
-            from txtrain.parallel.sharding import sharded
+            from txtrain.parallel.fsdp import sharded
 
             for module in sharded(model):
                 module.reshard()

@@ -7,8 +7,16 @@ from typing import Any
 import pytest
 
 from tests.models import tiny
-from txtrain.config import AdamConfig, ObjectiveConfig, SampleConfig, SaveConfig, SchedulerConfig, Train, TrainerConfig
-from txtrain.data import hub
+from txtrain.config.schema import (
+    AdamConfig,
+    ObjectiveConfig,
+    SampleConfig,
+    SaveConfig,
+    SchedulerConfig,
+    Train,
+    TrainerConfig,
+)
+from txtrain.data.sources import hub
 from txtrain.parallel.config import StrategyConfig
 from txtrain.registry import TABLE
 

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.data.test_packing import write
-from txtrain.data.best_fit import BestFitSamples, best_fit_decreasing, write_plan
-from txtrain.data.module import DataModule
+from txtrain.data.samples.best_fit import BestFitSamples, best_fit_decreasing, write_plan
+from txtrain.training.data_module import DataModule
 
 
 def packed(folder: Path, lengths: list[int], seq_len: int, across: bool = False):
@@ -62,7 +62,7 @@ def test_without_borders_documents_are_targets_from_the_first_token_on(tmp_path:
 def test_the_plan_is_made_once_and_the_order_is_arithmetic(make_config, corpus_file: Path, monkeypatch) -> None:
     data = {"path": str(corpus_file), "val_fraction": 0.1, "packing": "best_fit", "seq_len": 32}
     whole = list(itertools.islice(DataModule(make_config("text", data)).train_dataloader(), 12))
-    monkeypatch.setattr("txtrain.data.prepared.write_plan", lambda *_: pytest.fail("planned twice"))
+    monkeypatch.setattr("txtrain.data.prepare.write_plan", lambda *_: pytest.fail("planned twice"))
     later = DataModule(make_config("text", {**data, "num_workers": 2}))
     later.start_step = 5
     for a, b in zip(whole[5:], itertools.islice(later.train_dataloader(), 7), strict=True):

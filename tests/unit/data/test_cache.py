@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from txtrain.data.cache import TokenFile, build_folder, cache_root
-from txtrain.data.split import Corpus
-from txtrain.data.tokenise import _PIECE, tokenise
-from txtrain.data.tokenizer import byte_tokenizer, train_tokenizer
+from txtrain.data.store.cache import TokenFile, build_folder, cache_root
+from txtrain.data.store.split import Corpus
+from txtrain.data.store.tokenize import _PIECE, tokenise
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer, train_tokenizer
 
 
 class Texts:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from txtrain.data.text import TextFiles
+from txtrain.data.sources.text import TextFiles
 from txtrain.errors import ConfigError
 
 TEXTS = ["first\nof two lines", "second Ünïcode", "third"]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from txtrain.data.draws import Draws
+from txtrain.data.samples.draws import Draws
 
 INDEX = np.arange(2000)
 

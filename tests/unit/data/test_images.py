@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tests.models import tiny
-from txtrain.data.augment import Augment
-from txtrain.data.draws import Draws
-from txtrain.data.image_files import read_idx
-from txtrain.data.module import DataModule
-from txtrain.data.sources import build_source
+from txtrain.data.samples.augment import Augment
+from txtrain.data.samples.draws import Draws
+from txtrain.data.sources.images import read_idx
+from txtrain.data.sources.source import build_source
 from txtrain.errors import ConfigError
-from txtrain.model import axes
+from txtrain.model import options
+from txtrain.training.data_module import DataModule
 
 RNG = np.random.default_rng(0)
 PIXELS, LABELS = RNG.integers(0, 256, (120, 6, 6), dtype=np.uint8), np.arange(120) % 5
@@ -28,13 +28,13 @@ def idx(array: np.ndarray, kind: int = 8) -> bytes:
 def config(make_config):
     def make(kind: str = "images", size: int = 6, channels: int = 1, n_classes: int = 5, **data):
         made = make_config(kind, {"seq_len": None, "val_fraction": 0.2, **data})
-        patch = axes.PatchEmbeddingConfig(type="patch", image_size=size, patch_size=2, n_channels=channels)
+        patch = options.PatchEmbeddingConfig(type="patch", image_size=size, patch_size=2, n_channels=channels)
         model = tiny(
             topology="encoder",
             vocab_size=0,
             embedding=patch,
-            head=axes.ClassHeadConfig(type="class", n_classes=n_classes),
-            position=axes.LearnedConfig(type="learned"),
+            head=options.ClassHeadConfig(type="class", n_classes=n_classes),
+            position=options.LearnedConfig(type="learned"),
             max_seq_len=patch.n_positions(),
             tie_word_embeddings=False,
         )

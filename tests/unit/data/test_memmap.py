@@ -15,12 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from txtrain.data.memmap import TokenFiles
-from txtrain.data.module import DataModule
-from txtrain.data.packing import PackedSamples
-from txtrain.data.tokenizer import byte_tokenizer
-from txtrain.data.tokens import Shard, Tokens
+from txtrain.data.samples.packed import PackedSamples
+from txtrain.data.sources.memmap import TokenFiles
+from txtrain.data.store.tokens import Shard, Tokens
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.training.data_module import DataModule
 
 DOCUMENTS = [[7, 1, 2], [3, 4, 5, 6, 7], [1], [9, 9, 8, 2, 6, 5, 3]]
 STREAM = [i for d in DOCUMENTS for i in d]
@@ -174,8 +174,8 @@ def test_a_file_larger_than_memory_costs_what_is_read(tmp_path: Path) -> None:
     code = f"""
 import resource, numpy as np
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
-from txtrain.data.memmap import TokenFiles
-from txtrain.data.tokens import Tokens
+from txtrain.data.sources.memmap import TokenFiles
+from txtrain.data.store.tokens import Tokens
 tokens = Tokens(TokenFiles({str(path)!r}, None, None, "uint16", 0.1).tokens("train"), "train", eos_id=1)
 tokens.probe()
 assert tokens.windows(np.arange(0, len(tokens) - 2048, len(tokens) // 64), 2048).shape[1] == 2048

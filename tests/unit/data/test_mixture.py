@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from txtrain.data.mixture import MixtureOrder
-from txtrain.data.module import DataModule
-from txtrain.data.order import OrderHash
-from txtrain.data.text import TextFiles
+from txtrain.data.samples.order import OrderHash
+from txtrain.data.sources.mixture import MixtureOrder
+from txtrain.data.sources.text import TextFiles
 from txtrain.errors import ConfigError
+from txtrain.training.data_module import DataModule
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txtrain.data.order import GlobalOrder, OrderHash, ShareSampler, permutation
+from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler, permutation
 
 
 @given(n=st.integers(1, 3000), seed=st.integers(0, 2**63), epoch=st.integers(0, 1000))

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from txtrain.data.cache import TokenFile, TokenWriter
-from txtrain.data.packing import PackedSamples
+from txtrain.data.samples.packed import PackedSamples
+from txtrain.data.store.cache import TokenFile, TokenWriter
 
 
 def write(folder: Path, documents: list[list[int]], vocab_size: int = 1000) -> TokenFile:

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from txtrain.data.module import DataModule
-from txtrain.data.pairs import PairCorpus
-from txtrain.data.sources import build_source
+from txtrain.data.samples.pairs import PairCorpus
+from txtrain.data.sources.source import build_source
 from txtrain.errors import ConfigError
+from txtrain.training.data_module import DataModule
 
 PAIRS = [(f"the {i}th source", f"die {i}. Quelle ist länger") for i in range(300)]
 

@@ -6,12 +6,12 @@ import pytest
 
 import txtrain
 from tests.unit.data.conftest import SHARED
-from txtrain.data import hub
-from txtrain.data.hf import HubDataset
-from txtrain.data.python_docs import PythonDocs
-from txtrain.data.sources import build_source, settle
-from txtrain.data.text import TextFiles
-from txtrain.data.wikitext import WikiText, articles
+from txtrain.data.sources import hub
+from txtrain.data.sources.hub_text import HubDataset
+from txtrain.data.sources.python_docs import PythonDocs
+from txtrain.data.sources.source import build_source, settle
+from txtrain.data.sources.text import TextFiles
+from txtrain.data.sources.wikitext import WikiText, articles
 from txtrain.errors import ConfigError
 
 # ------------------------------------------------------------------------------------------------------------------ data=text

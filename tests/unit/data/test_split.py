@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txtrain.data.split import Corpus, is_held_out, split_documents
+from txtrain.data.store.split import Corpus, is_held_out, split_documents
 
 
 def parts(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:

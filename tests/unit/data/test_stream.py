@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from txtrain.data import hub
-from txtrain.data.module import DataModule
-from txtrain.data.split import is_held_out
-from txtrain.data.stream import Position, StreamTokens
-from txtrain.data.tokenizer import byte_tokenizer
+from txtrain.data.sources import hub
+from txtrain.data.store.split import is_held_out
+from txtrain.data.store.stream import Position, StreamTokens
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.training.data_module import DataModule
 
 TEXTS = [f"row {i} {'x' * (i * 7 % 40)}" if i % 11 else " " for i in range(90)]
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.data.conftest import SHARED
-from txtrain.data.tokenizer import Tokenizer, byte_alphabet, byte_tokenizer, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_alphabet, byte_tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 
 TOKENIZERS = SHARED / "tokenizers"
@@ -57,7 +57,7 @@ def test_training_stops_where_the_text_has_no_more_pairs() -> None:
 
 
 def test_training_is_the_same_in_another_process() -> None:
-    code = f"from txtrain.data.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300).fingerprint)"
+    code = f"from txtrain.data.tokenizer.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300).fingerprint)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])
     assert other.stdout.strip() == train_tokenizer(TEXTS, 300).fingerprint
 

@@ -3,8 +3,8 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from txtrain.data.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
-from txtrain.data.words import Words
+from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+from txtrain.data.tokenizer.words import Words
 
 TEXT = "Understanding, misunderstandings; do re-understand naïveté 2024"
 

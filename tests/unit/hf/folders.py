@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from tests.models import seeded, shake, tiny
-from txtrain.hf.saving import save_pretrained
+from txtrain.hf.save import save_pretrained
 
 
 def llama(folder: Path, **changes: Any) -> Path:

@@ -5,26 +5,26 @@ import pytest
 from tests.models import tiny
 from tests.unit.hf.folders import config_of, edit_config, llama
 from txtrain.errors import ConfigError
-from txtrain.hf.classes import CLASSES, class_of
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.parts import pattern
-from txtrain.model import axes
+from txtrain.hf.fields import pattern
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.registry import CLASSES, class_of
+from txtrain.model import options
 
 GEMMA2 = {
     "family": "gemma2",
-    "attention": axes.AttentionConfig(type="gqa", n_kv_heads=2, window=(4, None), softcap=20.0),
-    "ffn": axes.GatedConfig(type="geglu", activation="gelu_tanh"),
-    "norm": axes.RMSNormConfig(type="rms", unit_offset=True),
-    "embedding": axes.TokenEmbeddingConfig(type="token", scale=True),
+    "attention": options.AttentionConfig(type="gqa", n_kv_heads=2, window=(4, None), softcap=20.0),
+    "ffn": options.GatedConfig(type="geglu", activation="gelu_tanh"),
+    "norm": options.RMSNormConfig(type="rms", unit_offset=True),
+    "embedding": options.TokenEmbeddingConfig(type="token", scale=True),
     "norm_position": "sandwich",
     "logit_softcap": 9.0,
 }
 GPT2 = {
     "family": "gpt2",
-    "attention": axes.AttentionConfig(type="mha", bias=True),
-    "ffn": axes.MLPConfig(type="mlp"),
-    "norm": axes.LayerNormConfig(type="layer"),
-    "position": axes.LearnedConfig(type="learned"),
+    "attention": options.AttentionConfig(type="mha", bias=True),
+    "ffn": options.MLPConfig(type="mlp"),
+    "norm": options.LayerNormConfig(type="layer"),
+    "position": options.LearnedConfig(type="learned"),
 }
 
 
@@ -127,18 +127,18 @@ def test_a_mapping_of_every_class_is_its_own_inverse():
         ({}, "LlamaForCausalLM"),
         ({"family": "gpt2"}, "LlamaForCausalLM"),  # by structure
         ({"family": "mistral"}, "MistralForCausalLM"),  # both are equal: then the label may say
-        ({"attention": axes.AttentionConfig(type="mqa", n_kv_heads=1, window=5)}, "MistralForCausalLM"),
-        ({"n_heads": 5, "attention": axes.AttentionConfig(type="mha", head_dim=8)}, "MistralForCausalLM"),  # Llama wants 5 to divide dim
+        ({"attention": options.AttentionConfig(type="mqa", n_kv_heads=1, window=5)}, "MistralForCausalLM"),
+        ({"n_heads": 5, "attention": options.AttentionConfig(type="mha", head_dim=8)}, "MistralForCausalLM"),  # Llama wants 5 to divide dim
         (GPT2, "GPT2LMHeadModel"),
         ({**GPT2, "norm_position": "post"}, "OpenAIGPTLMHeadModel"),
-        ({**GPT2, "position": axes.RoPEConfig(type="rope")}, None),
+        ({**GPT2, "position": options.RoPEConfig(type="rope")}, None),
         (GEMMA2, "Gemma2ForCausalLM"),
-        ({**GEMMA2, "norm_position": "pre", "logit_softcap": None, "attention": axes.AttentionConfig(type="mha")}, "GemmaForCausalLM"),
+        ({**GEMMA2, "norm_position": "pre", "logit_softcap": None, "attention": options.AttentionConfig(type="mha")}, "GemmaForCausalLM"),
         ({"norm_position": "sandwich"}, None),
-        ({"attention": axes.AttentionConfig(type="mha", qk_norm=True)}, None),
-        ({"attention": axes.AttentionConfig(type="mha", scale=0.1)}, None),
-        ({"position": axes.RoPEConfig(type="rope", scaling=axes.NTKScaling(rope_type="ntk", factor=2.0))}, None),
-        ({**GEMMA2, "attention": axes.AttentionConfig(type="mha", window=(4, 8))}, None),
+        ({"attention": options.AttentionConfig(type="mha", qk_norm=True)}, None),
+        ({"attention": options.AttentionConfig(type="mha", scale=0.1)}, None),
+        ({"position": options.RoPEConfig(type="rope", scaling=options.NTKScaling(rope_type="ntk", factor=2.0))}, None),
+        ({**GEMMA2, "attention": options.AttentionConfig(type="mha", window=(4, 8))}, None),
     ],
 )
 def test_the_class_is_found_by_structure(changes, architecture):
@@ -153,7 +153,7 @@ def test_the_class_is_found_by_structure(changes, architecture):
 
 def test_the_refusal_says_what_differs():
     with pytest.raises(ConfigError, match=r"Nearest: LlamaForCausalLM, but attention\.qk_norm is True, not False"):
-        class_of(tiny(attention=axes.AttentionConfig(type="mha", qk_norm=True)))
+        class_of(tiny(attention=options.AttentionConfig(type="mha", qk_norm=True)))
 
 
 def test_a_dropout_that_the_class_has_no_field_for_is_told(tmp_path):
@@ -169,8 +169,8 @@ def test_windows_are_written_as_the_shortest_pattern(windows, expected):
 
 
 def test_both_spellings_of_rotary_positions_are_written(tmp_path):
-    scaling = axes.LinearScaling(rope_type="linear", factor=2.0)
-    config = config_of(llama(tmp_path, position=axes.RoPEConfig(type="rope", theta=500.0, scaling=scaling)))
+    scaling = options.LinearScaling(rope_type="linear", factor=2.0)
+    config = config_of(llama(tmp_path, position=options.RoPEConfig(type="rope", theta=500.0, scaling=scaling)))
     assert config["rope_parameters"] == {"rope_type": "linear", "factor": 2.0, "rope_theta": 500.0}
     assert config["rope_theta"] == 500.0
     assert config["rope_scaling"] == {"rope_type": "linear", "factor": 2.0}

@@ -9,13 +9,13 @@ import torch
 from tests.models import replace, seeded, shake, tiny
 from tests.unit.hf.folders import config_of, edit_config, rewrite, tensors
 from txtrain.errors import ConfigError
-from txtrain.hf.classes import class_of, read_config
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.saving import save_pretrained
-from txtrain.model import axes
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.registry import class_of, read_config
+from txtrain.hf.save import save_pretrained
+from txtrain.model import options
 
-MHA, MLP = axes.AttentionConfig(type="mha", bias=True), axes.MLPConfig(type="mlp", activation="relu")
-LAYER, LEARNED = axes.LayerNormConfig(type="layer"), axes.LearnedConfig(type="learned")
+MHA, MLP = options.AttentionConfig(type="mha", bias=True), options.MLPConfig(type="mlp", activation="relu")
+LAYER, LEARNED = options.LayerNormConfig(type="layer"), options.LearnedConfig(type="learned")
 BERT = tiny(
     topology="encoder",
     norm_position="post",
@@ -23,37 +23,37 @@ BERT = tiny(
     ffn=MLP,
     position=LEARNED,
     norm=LAYER,
-    embedding=axes.TokenEmbeddingConfig(type="token", norm=True, n_types=2),
-    head=axes.MLMHeadConfig(type="mlm", activation="relu"),
+    embedding=options.TokenEmbeddingConfig(type="token", norm=True, n_types=2),
+    head=options.MLMHeadConfig(type="mlm", activation="relu"),
 )
 VIT = replace(
     BERT,
     norm_position="pre",
     vocab_size=0,
     max_seq_len=17,
-    embedding=axes.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2),
-    head=axes.ClassHeadConfig(type="class", n_classes=3),
+    embedding=options.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2),
+    head=options.ClassHeadConfig(type="class", n_classes=3),
     tie_word_embeddings=False,
 )
 T5 = tiny(
     topology="encoder_decoder",
     n_encoder_layers=1,
-    attention=axes.AttentionConfig(type="mha", scale=1.0),
-    ffn=axes.MLPConfig(type="mlp", activation="relu", bias=False),
-    position=axes.RelativeConfig(type="relative"),
-    head=axes.LMHeadConfig(type="lm", scale=True),
+    attention=options.AttentionConfig(type="mha", scale=1.0),
+    ffn=options.MLPConfig(type="mlp", activation="relu", bias=False),
+    position=options.RelativeConfig(type="relative"),
+    head=options.LMHeadConfig(type="lm", scale=True),
     pad_token_id=0,
 )
-T5_V1_1 = replace(T5, ffn=axes.GatedConfig(type="geglu", activation="gelu_tanh"), head=axes.LMHeadConfig(type="lm"), tie_word_embeddings=False)
+T5_V1_1 = replace(T5, ffn=options.GatedConfig(type="geglu", activation="gelu_tanh"), head=options.LMHeadConfig(type="lm"), tie_word_embeddings=False)
 MARIAN = tiny(
     family="transformer",
     topology="encoder_decoder",
     norm_position="post",
     attention=MHA,
     ffn=MLP,
-    position=axes.SinusoidalConfig(type="sinusoidal", layout="halves"),
+    position=options.SinusoidalConfig(type="sinusoidal", layout="halves"),
     norm=LAYER,
-    head=axes.LMHeadConfig(type="lm", bias=True),
+    head=options.LMHeadConfig(type="lm", bias=True),
     pad_token_id=0,
 )
 MODELS = {"bert": BERT, "vit": VIT, "t5": T5, "t5_v1_1": T5_V1_1, "marian": MARIAN}
@@ -182,16 +182,16 @@ def test_a_pickle_of_both_spellings_of_a_tensor_is_refused(folder):
     ("model", "changes", "reason"),
     [
         (BERT, {"norm_position": "pre"}, "norm_position"),
-        (BERT, {"embedding": axes.TokenEmbeddingConfig(type="token", norm=True)}, "n_types is 0"),
-        (BERT, {"head": axes.MLMHeadConfig(type="mlm", activation="gelu")}, "head.activation"),
-        (BERT, {"attention": axes.AttentionConfig(type="mha", bias=True, window=4)}, "attention.window"),
-        (VIT, {"head": axes.ClassHeadConfig(type="class", pooling="mean")}, "head.pooling"),
-        (VIT, {"embedding": axes.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2, class_token=False), "max_seq_len": 16}, "class_token"),
+        (BERT, {"embedding": options.TokenEmbeddingConfig(type="token", norm=True)}, "n_types is 0"),
+        (BERT, {"head": options.MLMHeadConfig(type="mlm", activation="gelu")}, "head.activation"),
+        (BERT, {"attention": options.AttentionConfig(type="mha", bias=True, window=4)}, "attention.window"),
+        (VIT, {"head": options.ClassHeadConfig(type="class", pooling="mean")}, "head.pooling"),
+        (VIT, {"embedding": options.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2, class_token=False), "max_seq_len": 16}, "class_token"),
         (T5, {"attention": MHA}, "attention"),
         (T5, {"share_embeddings": False}, "share_embeddings"),
-        (MARIAN, {"position": axes.SinusoidalConfig(type="sinusoidal")}, "position.layout is interleaved"),
-        (MARIAN, {"n_encoder_layers": 4, "attention": axes.AttentionConfig(type="mha", bias=True, window=(None, None, None, 5))}, "attention.window"),
-        (MARIAN, {"norm": axes.RMSNormConfig(type="rms")}, "norm is rms"),
+        (MARIAN, {"position": options.SinusoidalConfig(type="sinusoidal")}, "position.layout is interleaved"),
+        (MARIAN, {"n_encoder_layers": 4, "attention": options.AttentionConfig(type="mha", bias=True, window=(None, None, None, 5))}, "attention.window"),
+        (MARIAN, {"norm": options.RMSNormConfig(type="rms")}, "norm is rms"),
     ],
 )
 def test_a_model_that_no_class_equals_is_refused_with_the_reason(model, changes, reason):

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from tests.models import seeded, shake, tiny
 from tests.unit.hf.folders import llama, tensors
-from txtrain.data.tokenizer import Tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.saving import save_pretrained
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.save import save_pretrained
 from txtrain.model.build import build_model
 
 ROOT = Path(__file__).parents[3]
@@ -76,8 +76,8 @@ def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):
 
 MEASURE = """
 import resource, sys, torch
-from txtrain.hf.loading import load_pretrained
-from txtrain.hf.saving import save_pretrained
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.save import save_pretrained
 load_pretrained(sys.argv[1])  # what imports and first calls take
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = load_pretrained(sys.argv[2])
@@ -102,6 +102,6 @@ def test_loading_and_saving_take_no_more_than_the_model_and_its_largest_tensor(t
 
 
 def test_importing_the_tables_does_not_import_torch():
-    command = "import sys, txtrain.hf.classes; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    command = "import sys, txtrain.hf.registry; assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

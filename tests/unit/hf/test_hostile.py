@@ -9,7 +9,7 @@ import torch
 
 from tests.unit.hf.folders import config_of, edit_config, llama, rewrite, tensors
 from txtrain.errors import ConfigError
-from txtrain.hf.loading import load_pretrained
+from txtrain.hf.load import load_pretrained
 
 QUICKLY = 2.0  # seconds
 

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from txtrain.model import attention
-from txtrain.model.kernels import choose_kernel
-from txtrain.model.mask import Mask, prepare
+from txtrain.model.attention import kernels
+from txtrain.model.attention.kernel_choice import choose_kernel
+from txtrain.model.attention.mask import Mask, prepare
 
 B, N, K, T, H = 2, 4, 2, 12, 8
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 7, [0] * 12])
@@ -34,7 +34,7 @@ def inputs(n_queries=T, dtype=torch.float32, seed=0):
 
 def run(kernel, mask, q, k, v, bias=None, softcap=None, scale=0.3):
     prepared = prepare(mask, kernel, bias, torch.device("cpu"), q.dtype)
-    return attention.KERNELS[kernel](q, k, v, prepared, scale, softcap, 0.0)
+    return kernels.KERNELS[kernel](q, k, v, prepared, scale, softcap, 0.0)
 
 
 def by_loops(mask, q, k, v, bias, softcap, scale=0.3):
@@ -120,7 +120,7 @@ def test_cuda_kernels_equal_plain_in_bf16(name, softcap, with_bias):
     results = []
     for name_of_kernel in ("plain", kernel):
         prepared = prepare(mask, name_of_kernel, bias, device, torch.bfloat16)
-        out = attention.KERNELS[name_of_kernel](q, k, v, prepared, 0.125, softcap, 0.0)
+        out = kernels.KERNELS[name_of_kernel](q, k, v, prepared, 0.125, softcap, 0.0)
         results.append((out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))))
     for got, expected in zip(results[1], results[0], strict=True):
         assert (got - expected).abs().max() <= 0.03 * expected.abs().max()

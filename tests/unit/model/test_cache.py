@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from tests.models import ids, seeded, tiny
-from txtrain.model import axes
-from txtrain.model.cache import GROWTH, LayerCache
+from txtrain.model import options
+from txtrain.model.attention.cache import GROWTH, LayerCache
 
 
 @pytest.mark.parametrize("window", [None, 1, 2, 5, 300])
@@ -36,7 +36,7 @@ def test_an_open_cache_grows_by_blocks():
 
 
 def test_select_keeps_rows_in_order():
-    model = seeded(tiny(attention=axes.AttentionConfig(type="mha", window=(4, None)))).eval()
+    model = seeded(tiny(attention=options.AttentionConfig(type="mha", window=(4, None)))).eval()
     tokens = ids(batch=3)
     mask = torch.ones_like(tokens)
     mask[1, :4] = 0

@@ -3,12 +3,12 @@ import torch
 from torch import nn
 
 from tests.models import replace, seeded, tiny
-from txtrain.model import axes
+from txtrain.model import options
 from txtrain.model.build import build_model
 from txtrain.model.config import InitConfig
 from txtrain.model.init import init_weights
 
-WIDE = tiny(dim=256, vocab_size=1000, n_layers=8, position=axes.LearnedConfig(type="learned"), max_seq_len=512)
+WIDE = tiny(dim=256, vocab_size=1000, n_layers=8, position=options.LearnedConfig(type="learned"), max_seq_len=512)
 
 
 def test_papers_spreads():
@@ -34,8 +34,8 @@ def test_truncated_normal_ends_at_two_deviations_and_xavier_at_its_bound():
 
 
 def test_biases_start_at_zero_and_norms_at_the_identity():
-    for norm in (axes.LayerNormConfig(type="layer"), axes.RMSNormConfig(type="rms"), axes.RMSNormConfig(type="rms", unit_offset=True)):
-        config = tiny(norm=norm, ffn=axes.MLPConfig(type="mlp"), attention=axes.AttentionConfig(type="mha", bias=True, qk_norm=True))
+    for norm in (options.LayerNormConfig(type="layer"), options.RMSNormConfig(type="rms"), options.RMSNormConfig(type="rms", unit_offset=True)):
+        config = tiny(norm=norm, ffn=options.MLPConfig(type="mlp"), attention=options.AttentionConfig(type="mha", bias=True, qk_norm=True))
         for name, p in seeded(config).named_parameters():
             if name.endswith("bias"):
                 assert (p == 0).all(), name

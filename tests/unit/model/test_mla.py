@@ -7,21 +7,21 @@ import pytest
 import torch
 
 from tests.models import ids, replace, seeded, shake, tiny
-from txtrain.model import axes
-from txtrain.model.attention import plain
+from txtrain.model import options
+from txtrain.model.attention.kernels import plain
+from txtrain.model.attention.latent import LatentAttention
 from txtrain.model.build import build_model
-from txtrain.model.mla import LatentAttention
 
-mla = partial(axes.MLAConfig, type="mla")
+mla = partial(options.MLAConfig, type="mla")
 SIZES = [{}, {"q_rank": 6, "kv_rank": 10, "nope_dim": 5, "rope_dim": 4, "v_dim": 7, "bias": True}]
-YARN = axes.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16, mscale=1.0, mscale_all_dim=1.0)
+YARN = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16, mscale=1.0, mscale_all_dim=1.0)
 POSITIONS = {
-    "rope": axes.RoPEConfig(type="rope"),
-    "yarn": axes.RoPEConfig(type="rope", scaling=YARN),
-    "alibi": axes.AlibiConfig(type="alibi"),
-    "relative": axes.RelativeConfig(type="relative"),
-    "learned": axes.LearnedConfig(type="learned"),
-    "none": axes.PositionConfig(type="none"),
+    "rope": options.RoPEConfig(type="rope"),
+    "yarn": options.RoPEConfig(type="rope", scaling=YARN),
+    "alibi": options.AlibiConfig(type="alibi"),
+    "relative": options.RelativeConfig(type="relative"),
+    "learned": options.LearnedConfig(type="learned"),
+    "none": options.PositionConfig(type="none"),
 }
 
 
@@ -94,7 +94,7 @@ def test_the_cache_holds_the_latent_and_one_rotated_key_for_any_number_of_heads(
 @pytest.mark.parametrize("sizes", SIZES, ids=["uncompressed queries", "all sizes"])
 def test_the_expanded_form_is_multi_head_attention_with_keys_and_values_of_low_rank(sizes):
     """Composed by hand from the module's own matrices."""
-    config = tiny(attention=mla(**sizes), position=axes.PositionConfig(type="none"), n_layers=1)
+    config = tiny(attention=mla(**sizes), position=options.PositionConfig(type="none"), n_layers=1)
     model = shake(seeded(config)).eval()
     a, s, n = model.blocks[0].attention, config.attention.sizes(config), config.n_heads
     x = torch.randn(2, 9, config.dim)
@@ -131,8 +131,8 @@ def test_scores_are_sharpened_where_yarn_says_so_for_all_dimensions():
 
 
 def test_values_may_be_of_another_size_in_every_kernel():
-    from txtrain.model.attention import sdpa, sdpa_masked
-    from txtrain.model.mask import Mask, prepare
+    from txtrain.model.attention.kernels import sdpa, sdpa_masked
+    from txtrain.model.attention.mask import Mask, prepare
 
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
     prepared = {name: prepare(Mask(6, 6), name, None, q.device, q.dtype) for name in ("plain", "sdpa", "sdpa_masked")}

@@ -9,11 +9,20 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import ids, replace, seeded, shake, tiny
-from txtrain.model import axes, moe
-from txtrain.model.ffn import GatedFFN
-from txtrain.model.moe import Experts, MixtureOfExperts, WithLoss, auxiliary_loss, by_loop, grouped_linear, grouped_mm
+from txtrain.model import options
+from txtrain.model.ffn import moe
+from txtrain.model.ffn.dense import GatedFFN
+from txtrain.model.ffn.moe import (
+    Experts,
+    MixtureOfExperts,
+    WithLoss,
+    auxiliary_loss,
+    by_loop,
+    grouped_linear,
+    grouped_mm,
+)
 
-mixture = partial(axes.MoEConfig, type="moe")
+mixture = partial(options.MoEConfig, type="moe")
 SOFTMAX = mixture(gate="softmax", n_shared=0, bias_update_rate=0.0, aux_weight=0.1)
 
 
@@ -137,7 +146,7 @@ def test_closed_forms_equal_the_built_layer(kind, monkeypatch):
 
 def test_a_width_left_open_gives_a_token_about_as_much_as_one_gated_ffn():
     config = tiny(dim=384, n_heads=4, ffn=mixture(top_k=3, n_shared=1))
-    dense = axes.GatedConfig(type="swiglu").n_params(config)
+    dense = options.GatedConfig(type="swiglu").n_params(config)
     assert config.ffn.n_active_params(config) == pytest.approx(dense, rel=0.02)
 
 

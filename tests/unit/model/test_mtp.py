@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import ids, replace, seeded, shake, tiny
-from txtrain.model import axes
+from txtrain.model import options
 from txtrain.model.mtp import further_targets
 from txtrain.objectives.causal_lm import CausalLM
 
@@ -44,7 +44,7 @@ def test_depth_k_reads_k_tokens_ahead_and_no_further(depth):
 @torch.no_grad()
 def test_a_module_is_projection_of_the_normed_pair_then_its_block():
     """By hand, in a model whose block is the identity but for its residual stream."""
-    model = model_of(1, position=axes.PositionConfig(type="none")).eval()
+    model = model_of(1, position=options.PositionConfig(type="none")).eval()
     module = model.mtp[0]
     module.block.forward = lambda x_BTD, context: x_BTD
     out = model(ids())
@@ -106,11 +106,11 @@ def test_decoding_predicts_no_further_token():
 
 @pytest.mark.parametrize("mixture", [False, True])
 def test_closed_forms_equal_the_built_model(mixture, monkeypatch):
-    monkeypatch.setattr("txtrain.model.moe._grouped_mm_takes", lambda weight: False)
+    monkeypatch.setattr("txtrain.model.ffn.moe._grouped_mm_takes", lambda weight: False)
     monkeypatch.setattr("txtrain.model.stack.choose_kernel", lambda mask, **_: "plain")
-    ffn = axes.MoEConfig(type="moe", dense_layers=1) if mixture else axes.GatedConfig(type="swiglu")
+    ffn = options.MoEConfig(type="moe", dense_layers=1) if mixture else options.GatedConfig(type="swiglu")
     for depth, norm_position in ((0, "pre"), (1, "post"), (3, "sandwich")):
-        model = seeded(tiny(mtp_depth=depth, ffn=ffn, attention=axes.MLAConfig(type="mla", q_rank=6), norm_position=norm_position))
+        model = seeded(tiny(mtp_depth=depth, ffn=ffn, attention=options.MLAConfig(type="mla", q_rank=6), norm_position=norm_position))
         assert sum(p.numel() for p in model.mtp.parameters()) == model.config.n_params_by_part()["mtp"]
         assert sum(p.numel() for p in model.parameters()) == model.config.n_params
         with FlopCounterMode(display=False) as counter:
@@ -164,7 +164,7 @@ def test_a_model_of_ones_own_is_not_asked_for_further_tokens():
     assert CausalLM()(own, batch_of(2), {"loss": torch.tensor(1)}) == {"loss": torch.tensor(1.0)}
 
 
-make_mixture = partial(axes.MoEConfig, type="moe")
+make_mixture = partial(options.MoEConfig, type="moe")
 
 
 @torch.no_grad()

@@ -4,11 +4,12 @@ import pytest
 import torch
 
 from tests.models import ids, seeded, tiny
-from txtrain.model import axes, position
+from txtrain.model import options
+from txtrain.model.position import encodings
 
 
 def test_rotation_turns_each_pair_by_position_times_frequency():
-    rope = position.RoPE(8, theta=100.0)
+    rope = encodings.RoPE(8, theta=100.0)
     x = torch.randn(1, 1, 5, 8)
     turned = rope.rotation(torch.arange(5)[None] + 3, x.dtype)(x)
     for t in range(5):
@@ -20,28 +21,28 @@ def test_rotation_turns_each_pair_by_position_times_frequency():
 
 
 def test_linear_scaling_divides_positions():
-    plain = position.frequencies(8, 1e4, None).inverse
-    assert torch.equal(position.frequencies(8, 1e4, axes.LinearScaling(rope_type="linear", factor=4.0)).inverse, plain / 4)
+    plain = encodings.frequencies(8, 1e4, None).inverse
+    assert torch.equal(encodings.frequencies(8, 1e4, options.LinearScaling(rope_type="linear", factor=4.0)).inverse, plain / 4)
 
 
 def test_ntk_scaling_keeps_the_highest_frequency_and_stretches_the_lowest():
-    plain = position.frequencies(64, 1e4, None).inverse
-    ntk = position.frequencies(64, 1e4, axes.NTKScaling(rope_type="ntk", factor=4.0)).inverse
+    plain = encodings.frequencies(64, 1e4, None).inverse
+    ntk = encodings.frequencies(64, 1e4, options.NTKScaling(rope_type="ntk", factor=4.0)).inverse
     assert ntk[0] == plain[0]
     assert (plain[-1] / ntk[-1]).item() == pytest.approx(4.0, rel=1e-4)
 
 
 def test_yarn_interpolates_long_wavelengths_and_keeps_short_ones():
-    scaling = axes.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=64)
-    plain, (yarn, factor) = position.frequencies(64, 1e4, None).inverse, position.frequencies(64, 1e4, scaling)
+    scaling = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=64)
+    plain, (yarn, factor) = encodings.frequencies(64, 1e4, None).inverse, encodings.frequencies(64, 1e4, scaling)
     assert yarn[0] == plain[0]
     assert (plain[-1] / yarn[-1]).item() == pytest.approx(4.0)
     assert factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
 def test_llama3_blends_between_its_two_wavelengths():
-    scaling = axes.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=64, low_freq_factor=1.0, high_freq_factor=4.0)
-    plain, scaled = position.frequencies(64, 1e4, None).inverse, position.frequencies(64, 1e4, scaling).inverse
+    scaling = options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=64, low_freq_factor=1.0, high_freq_factor=4.0)
+    plain, scaled = encodings.frequencies(64, 1e4, None).inverse, encodings.frequencies(64, 1e4, scaling).inverse
     wavelength, ratio = 2 * math.pi / plain, plain / scaled
     assert torch.allclose(ratio[wavelength < 16], torch.tensor(1.0))
     assert torch.allclose(ratio[wavelength > 64], torch.tensor(8.0))
@@ -59,17 +60,17 @@ def test_llama3_blends_between_its_two_wavelengths():
     ],
 )
 def test_alibi_slopes(n_heads, expected):
-    assert list(position.alibi_slopes(n_heads)) == pytest.approx(expected)
+    assert list(encodings.alibi_slopes(n_heads)) == pytest.approx(expected)
 
 
 def test_alibi_bias_is_minus_slope_times_distance():
-    bias = position.ALiBi(2).bias(torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2, 3, 4]]))
+    bias = encodings.ALiBi(2).bias(torch.tensor([[3, 4]]), torch.tensor([[0, 1, 2, 3, 4]]))
     assert bias.shape == (1, 2, 2, 5)
     assert bias[0, 0, 0].tolist() == [-(2**-4) * d for d in (3, 2, 1, 0, 1)]
 
 
 def test_t5_buckets_are_exact_up_to_half_then_logarithmic():
-    causal = position.RelativeBias(2, n_buckets=32, max_distance=128, causal=True)
+    causal = encodings.RelativeBias(2, n_buckets=32, max_distance=128, causal=True)
     distances = torch.arange(200)
     buckets = causal.bucket(-distances)
     assert buckets[:16].tolist() == list(range(16))
@@ -77,13 +78,13 @@ def test_t5_buckets_are_exact_up_to_half_then_logarithmic():
     assert buckets[127] <= 31
     assert (buckets[128:] == 31).all()
     assert (causal.bucket(distances) == 0).all(), "a causal table does not look ahead"
-    both = position.RelativeBias(2, n_buckets=32, max_distance=128, causal=False)
+    both = encodings.RelativeBias(2, n_buckets=32, max_distance=128, causal=False)
     assert both.bucket(torch.tensor([-3, 3])).tolist() == [3, 19]
 
 
 def test_sinusoids_have_the_papers_values():
-    added = position.Sinusoidal(6, 1e4, "interleaved").add(torch.zeros(1, 4, 6), torch.arange(4)[None])
-    halves = position.Sinusoidal(6, 1e4, "halves").add(torch.zeros(1, 4, 6), torch.arange(4)[None])
+    added = encodings.Sinusoidal(6, 1e4, "interleaved").add(torch.zeros(1, 4, 6), torch.arange(4)[None])
+    halves = encodings.Sinusoidal(6, 1e4, "halves").add(torch.zeros(1, 4, 6), torch.arange(4)[None])
     assert torch.equal(halves, torch.cat((added[..., 0::2], added[..., 1::2]), -1))
     for t in range(4):
         for i in range(3):
@@ -94,7 +95,7 @@ def test_sinusoids_have_the_papers_values():
 
 @pytest.mark.parametrize("kind", ["rope", "relative", "alibi"])
 def test_relative_schemes_see_distances_only(kind):
-    option = {"rope": axes.RoPEConfig, "relative": axes.RelativeConfig, "alibi": axes.AlibiConfig}[kind](type=kind)
+    option = {"rope": options.RoPEConfig, "relative": options.RelativeConfig, "alibi": options.AlibiConfig}[kind](type=kind)
     model = seeded(tiny(position=option)).eval()
     tokens = ids()
     shifted = model(tokens, position_ids=(torch.arange(16) + 1000)[None].expand_as(tokens)).logits
@@ -104,11 +105,11 @@ def test_relative_schemes_see_distances_only(kind):
 @pytest.mark.parametrize("kind", ["sinusoidal", "learned", "rope", "relative", "alibi"])
 def test_every_scheme_tells_order(kind):
     option = {
-        "sinusoidal": axes.SinusoidalConfig,
-        "learned": axes.LearnedConfig,
-        "rope": axes.RoPEConfig,
-        "relative": axes.RelativeConfig,
-        "alibi": axes.AlibiConfig,
+        "sinusoidal": options.SinusoidalConfig,
+        "learned": options.LearnedConfig,
+        "rope": options.RoPEConfig,
+        "relative": options.RelativeConfig,
+        "alibi": options.AlibiConfig,
     }[kind](type=kind)
     model = seeded(tiny(position=option, n_layers=1)).eval()
     a = model(torch.tensor([[5, 9, 7]])).logits[0, -1]

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.models import ids, model_configs, moved, replace, seeded, shake, tiny
-from txtrain.model import axes
+from txtrain.model import options
 from txtrain.model.config import ModelConfig
 
 DRAWS = settings(max_examples=25, deadline=None, derandomize=True)
@@ -16,7 +16,7 @@ encoders = st.builds(
         config, topology="encoder", head=head, embedding=replace(config.embedding, norm=norm, n_types=n_types), logit_softcap=None
     ),
     model_configs,
-    st.sampled_from([axes.MLMHeadConfig(type="mlm"), axes.MLMHeadConfig(type="mlm", next_sentence=False), axes.LMHeadConfig(type="lm", bias=True)]),
+    st.sampled_from([options.MLMHeadConfig(type="mlm"), options.MLMHeadConfig(type="mlm", next_sentence=False), options.LMHeadConfig(type="lm", bias=True)]),
     st.booleans(),
     st.sampled_from([0, 2]),
 )
@@ -24,17 +24,17 @@ two_stacks = st.builds(
     lambda config, n, head, share: replace(config, topology="encoder_decoder", n_encoder_layers=n, head=head, share_embeddings=share),
     model_configs,
     st.sampled_from([None, 1, 2]),
-    st.builds(axes.LMHeadConfig, type=st.just("lm"), bias=st.booleans(), scale=st.booleans()),
+    st.builds(options.LMHeadConfig, type=st.just("lm"), bias=st.booleans(), scale=st.booleans()),
     st.booleans(),
 )
-MLM = tiny(topology="encoder", head=axes.MLMHeadConfig(type="mlm"), embedding=axes.TokenEmbeddingConfig(type="token", norm=True, n_types=2))
+MLM = tiny(topology="encoder", head=options.MLMHeadConfig(type="mlm"), embedding=options.TokenEmbeddingConfig(type="token", norm=True, n_types=2))
 IMAGES = tiny(
     topology="encoder",
     vocab_size=0,
     max_seq_len=17,
-    position=axes.LearnedConfig(type="learned"),
-    embedding=axes.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2, n_channels=3),
-    head=axes.ClassHeadConfig(type="class", n_classes=10),
+    position=options.LearnedConfig(type="learned"),
+    embedding=options.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2, n_channels=3),
+    head=options.ClassHeadConfig(type="class", n_classes=10),
     tie_word_embeddings=False,
 )
 
@@ -156,7 +156,7 @@ def test_only_masked_positions_go_through_a_masked_head():
 
 @pytest.mark.parametrize("pooling", ["first", "last", "mean"])
 def test_pooling_looks_at_real_tokens_only(pooling):
-    config = tiny(topology="encoder", head=axes.ClassHeadConfig(type="class", n_classes=5, pooling=pooling))
+    config = tiny(topology="encoder", head=options.ClassHeadConfig(type="class", n_classes=5, pooling=pooling))
     model, tokens = shake(seeded(config)).eval(), ids()
     mask = torch.cat((torch.ones_like(tokens), torch.zeros(2, 5, dtype=torch.long)), 1)
     padded = model(torch.cat((tokens, torch.full((2, 5), 3)), 1), attention_mask=mask).logits
@@ -168,14 +168,14 @@ def test_pooling_looks_at_real_tokens_only(pooling):
 @pytest.mark.parametrize("class_token", [True, False])
 def test_images_train_with_every_position(position, class_token):
     kind = {
-        "learned": axes.LearnedConfig,
-        "rope": axes.RoPEConfig,
-        "none": axes.PositionConfig,
-        "alibi": axes.AlibiConfig,
-        "relative": axes.RelativeConfig,
-        "sinusoidal": axes.SinusoidalConfig,
+        "learned": options.LearnedConfig,
+        "rope": options.RoPEConfig,
+        "none": options.PositionConfig,
+        "alibi": options.AlibiConfig,
+        "relative": options.RelativeConfig,
+        "sinusoidal": options.SinusoidalConfig,
     }[position](type=position)
-    head = axes.ClassHeadConfig(type="class", n_classes=10, pooling="first" if class_token else "mean")
+    head = options.ClassHeadConfig(type="class", n_classes=10, pooling="first" if class_token else "mean")
     config = replace(IMAGES, position=kind, head=head, max_seq_len=16 + class_token, embedding=replace(IMAGES.embedding, class_token=class_token))
     assert not list(config.check())
     model = shake(seeded(config))
@@ -224,8 +224,8 @@ def test_t5s_queries_start_smaller_where_scores_are_not_scaled():
     from txtrain.model.config import InitConfig
 
     init = InitConfig(distribution="fan_in", std=1.0, embedding_std=1.0, position_std=0.25, head_std=0.5)
-    config = tiny(topology="encoder_decoder", dim=256, vocab_size=500, tie_word_embeddings=False, init=init, position=axes.RelativeConfig(type="relative"))
-    model = seeded(replace(config, attention=axes.AttentionConfig(type="mha", scale=1.0)))
+    config = tiny(topology="encoder_decoder", dim=256, vocab_size=500, tie_word_embeddings=False, init=init, position=options.RelativeConfig(type="relative"))
+    model = seeded(replace(config, attention=options.AttentionConfig(type="mha", scale=1.0)))
     std = {name: p.std().item() for name, p in model.named_parameters() if p.dim() > 1}
     for stack in ("", "encoder."):
         assert std[f"{stack}blocks.0.attention.q_proj.weight"] == pytest.approx((256 * 64) ** -0.5, rel=0.05)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.models import seeded, shake, tiny
-from txtrain.model import axes
+from txtrain.model import options
 
 PARTS = {  # a module of a layer -> ours
     "self_attn.out_proj": "attention.o_proj",
@@ -57,11 +57,11 @@ def test_transformer_equals_torch_nn_transformer(norm_position, activation, sour
                 n_layers=2,
                 n_encoder_layers=3,
                 norm_position=norm_position,
-                attention=axes.AttentionConfig(type="mha", bias=True),
-                ffn=axes.MLPConfig(type="mlp", activation=activation, hidden_dim=50),
-                position=axes.SinusoidalConfig(type="sinusoidal"),
-                norm=axes.LayerNormConfig(type="layer"),
-                embedding=axes.TokenEmbeddingConfig(type="token", scale=True),
+                attention=options.AttentionConfig(type="mha", bias=True),
+                ffn=options.MLPConfig(type="mlp", activation=activation, hidden_dim=50),
+                position=options.SinusoidalConfig(type="sinusoidal"),
+                norm=options.LayerNormConfig(type="layer"),
+                embedding=options.TokenEmbeddingConfig(type="token", scale=True),
             )
         )
     ).eval()

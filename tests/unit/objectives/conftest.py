@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from tests.training import RUN
-from txtrain.composition import compose
-from txtrain.config import Train
-from txtrain.data.cache import TokenFile, TokenWriter
-from txtrain.data.draws import Draws
-from txtrain.data.tokenizer import Tokenizer, byte_tokenizer
+from txtrain.config.compose import compose
+from txtrain.config.schema import Train
+from txtrain.data.samples.draws import Draws
+from txtrain.data.store.cache import TokenFile, TokenWriter
+from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
 from txtrain.objectives.base import TokenisedText
 
 SHAPE = ("model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.dropout=0", "optimizer.lr=0.01", "scheduler.warmup_steps=4")

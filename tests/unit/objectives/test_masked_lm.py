@@ -3,13 +3,13 @@ import pytest
 import torch
 
 from tests.unit.objectives.conftest import draws, tokenised
-from txtrain.data.module import DataModule
 from txtrain.errors import ConfigError
-from txtrain.module import LitModule
 from txtrain.objectives.build import build_objective
 from txtrain.objectives.masked_lm import MaskedLM
 from txtrain.objectives.masking import Masking
 from txtrain.objectives.sentence_pairs import ELSEWHERE, FOLLOWS, SentencePairs
+from txtrain.training.data_module import DataModule
+from txtrain.training.module import LitModule
 
 WORDS = "some words of several lengths and punctuation, which stands alone; 17 numbers too "
 DOCUMENTS = [f"{i} {WORDS * (1 + i % 4)}" for i in range(60)]

@@ -14,12 +14,12 @@ import torch
 import txtrain
 from tests.training import weights
 from tests.unit.objectives.conftest import KINDS
-from txtrain.data.draws import Draws
-from txtrain.data.module import DataModule
-from txtrain.metrics import WALL_CLOCK
-from txtrain.module import LitModule, cut
-from txtrain.recorder import Recorder
+from txtrain.data.samples.draws import Draws
+from txtrain.monitor.metrics_csv import WALL_CLOCK
 from txtrain.registry import TABLE
+from txtrain.training.callback import Recorder
+from txtrain.training.data_module import DataModule
+from txtrain.training.module import LitModule, cut
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 

@@ -5,13 +5,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from txtrain.beam import beam_search
-from txtrain.data.module import DataModule
-from txtrain.data.tokenizer import byte_tokenizer
-from txtrain.module import LitModule
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
+from txtrain.model.beam_search import beam_search
 from txtrain.objectives.build import build_objective
 from txtrain.objectives.scores import SCORES
 from txtrain.objectives.seq2seq import Seq2Seq
+from txtrain.training.data_module import DataModule
+from txtrain.training.module import LitModule
 
 
 @pytest.fixture

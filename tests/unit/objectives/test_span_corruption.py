@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.objectives.conftest import draws, tokenised
-from txtrain.data.tokenizer import byte_tokenizer
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.objectives.span_corruption import Corruption, SpanCorruption, _filled, _segments
 from txtrain.objectives.spans import Lengths

@@ -10,13 +10,13 @@ from torch import nn
 
 import txtrain
 from tests.training import rows, tiny, weights
-from txtrain import checkpoint
-from txtrain.cli import main
+from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.load import load
+from txtrain.cli.main import main
 from txtrain.errors import ConfigError
-from txtrain.loading import load
 from txtrain.optim.average import Average
 from txtrain.optim.config import EMAConfig
-from txtrain.run import train
+from txtrain.training.run import train
 
 
 def model_of(value, dtype=torch.float32):
@@ -164,7 +164,7 @@ def test_a_hugging_face_folder_has_one_set_of_weights(run):
 
 
 def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(run):
-    from txtrain.module import LitModule
+    from txtrain.training.module import LitModule
 
     config = tiny(run.parent, *EMA)
     module = LitModule(config)

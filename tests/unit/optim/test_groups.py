@@ -6,10 +6,10 @@ from torch import nn
 
 from tests.training import tiny
 from txtrain.errors import ConfigError
-from txtrain.module import LitModule
 from txtrain.optim.config import AdamConfig, GroupConfig, MuonConfig
 from txtrain.optim.groups import check_patterns, parameter_groups, set_rates
 from txtrain.registry import TABLE, make
+from txtrain.training.module import LitModule
 
 
 def named(groups, model):

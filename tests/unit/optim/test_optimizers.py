@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from tests.training import rows, tiny, weights
-from txtrain import checkpoint
+from txtrain.checkpoint import format as checkpoint
 from txtrain.optim.config import AdafactorConfig, AdamConfig, LionConfig, MuonConfig
 from txtrain.optim.groups import parameter_groups, set_rates
 from txtrain.optim.muon import orthogonalised
 from txtrain.registry import make
-from txtrain.run import train
+from txtrain.training.run import train
 
 SHAPES = {"wide.weight": (4, 6), "tall.weight": (7, 3), "experts": (2, 3, 5), "norm.weight": (5,), "embedding.weight": (8, 4)}
 RATES = (0.5, 1.0, 1.0, 0.7, 0.3)  # the schedule of five steps

@@ -9,11 +9,11 @@ import lightning.pytorch as pl
 import pytest
 
 from tests.training import rows, tiny, weights
-from txtrain.config import SchedulerConfig
+from txtrain.config.schema import SchedulerConfig
 from txtrain.errors import ConfigError
 from txtrain.optim.config import InverseSqrtConfig, WSDConfig
 from txtrain.registry import TABLE, make
-from txtrain.run import train
+from txtrain.training.run import train
 
 
 def schedule(kind, total=100, **knobs):

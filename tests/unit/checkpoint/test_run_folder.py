@@ -1,0 +1,83 @@
+import dataclasses as dc
+import re
+
+import pytest
+
+from tests.training import tiny
+from txtrain.checkpoint import run_folder
+from txtrain.errors import ConfigError
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    return tiny(tmp_path, "name=try")
+
+
+def test_the_folder_is_named_by_run_and_time_and_two_in_one_second_are_apart(config):
+    first, second = run_folder.choose(config), run_folder.choose(config)
+    second.path = first.path
+    first.create(config, {})
+    second.create(config, {})
+    assert re.fullmatch(r"runs/try/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", str(first.path))
+    assert str(second.path) == f"{first.path}_2"
+
+
+def test_under_slurm_the_folder_survives_a_requeue(config, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert str(run_folder.choose(config).path) == "runs/try/slurm-77"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "70")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert str(run_folder.choose(config).path) == "runs/try/slurm-70_3"
+
+
+def test_a_given_folder_wins_over_the_sweeps_and_that_over_the_clock(config):
+    assert str(run_folder.choose(config, name="sweep-1").path) == "runs/try/sweep-1"
+    assert str(run_folder.choose(dc.replace(config, run_dir="mine"), name="sweep-1").path) == "mine"
+
+
+def test_choosing_writes_nothing(config, tmp_path):
+    before = set(tmp_path.rglob("*"))
+    run_folder.choose(config)
+    run_folder.choose(dc.replace(config, run_dir="mine"))
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_named_run_takes_no_other_folder(config):
+    with pytest.raises(ConfigError, match="`run_dir` must not be given"):
+        run_folder.choose(dc.replace(config, resume="somewhere"), given=["run_dir"])
+
+
+def test_differences_leave_out_what_is_free(tmp_path):
+    a = {"seed": 1, "trainer": {"max_steps": 3}, "data": {"micro_batch_size": 1, "seq_len": 8}, "model": {"window": [4, None]}}
+    b = {"seed": 2, "trainer": {"max_steps": 9}, "data": {"micro_batch_size": 2, "seq_len": 9}, "model": {"window": [4, 8]}}
+    assert run_folder.differences(a, b) == [("seed", 1, 2), ("data.seq_len", 8, 9), ("model.window", [4, None], [4, 8])]
+    assert run_folder.differences(a, a) == []
+
+
+def test_what_only_the_first_start_knew_stays_in_run_json(config):
+    run = run_folder.RunFolder(run_folder.Path("run"))
+    run.create(config, {"fallback": "no hub", "grafts": {"ffn": {"from": "mlp", "to": "swiglu"}}, "step": 0})
+    run.end("preempted")
+    again = run_folder.RunFolder(run.path, checkpoint=run_folder.Path("run/checkpoints/step_00000001"))
+    again.create(config, {"fallback": None, "grafts": {}, "step": 0})
+    told = again._read()
+    assert (told["status"], told["fallback"], told["grafts"]) == ("running", "no hub", {"ffn": {"from": "mlp", "to": "swiglu"}})
+
+
+def test_a_newest_checkpoint_that_has_lost_its_marker_is_not_passed_over(config, tmp_path):
+    """Nothing silently starts at step 0, or from an older one."""
+    path = tmp_path / "run"
+    config = dc.replace(config, run_dir=str(path))
+    newest = path / "checkpoints/step_00000200"
+    newest.mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .*complete.* There is no older one\."):
+        run_folder.choose(config)
+    older = path / "checkpoints/step_00000100"
+    older.mkdir()
+    (older / "complete").write_text("{}")
+    for resume in ("auto", str(path)):
+        with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .* an older one \(step_00000100\)\."):
+            run_folder.choose(dc.replace(config, run_dir=None if resume != "auto" else str(path), resume=resume))

@@ -1,0 +1,114 @@
+"""init_from=, export, load_pretrained: weights, architecture and tokenizer come in and go out."""
+
+import pytest
+import torch
+
+import txtrain
+from tests.training import tiny, weights
+from txtrain.cli.main import main
+from txtrain.config.compose import compose
+from txtrain.errors import ConfigError
+from txtrain.training.run import train
+
+ENDS_AFTER_A_STEP = ("trainer.max_steps=1", "optimizer.lr=0.0", "optimizer.weight_decay=0.0")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("initial")
+
+
+@pytest.fixture(scope="module")
+def run(folder):
+    """A run of two steps, its architecture unlike any default."""
+    config = tiny(folder, f"run_dir={folder / 'first'}", "trainer.max_steps=2", "model/attention=gqa", "model.attention.n_kv_heads=1")
+    return train(config).run_dir
+
+
+@pytest.fixture(scope="module")
+def exported(run, folder):
+    assert main(["export", f"checkpoint={run}", f"out={folder / 'exported'}"]) == 0
+    return folder / "exported"
+
+
+def starting(folder, where, name, *overrides):
+    """A run that starts from `where`: neither model nor tokenizer are named."""
+    lines = [f"init_from={where}", "data=text", f"data.path={folder / 'text.txt'}", "data.seq_len=32", f"data.cache_dir={folder / 'cache'}"]
+    lines += ["trainer.accelerator=cpu", "sample.n=0", "scheduler.warmup_steps=0", f"run_dir={folder / name}", *overrides]
+    return compose(lines)
+
+
+def of_model(run_dir):
+    return {name: value for name, value in weights(run_dir).items() if name.startswith("model.")}
+
+
+@pytest.mark.parametrize("source", ["run", "exported"])
+def test_a_run_starts_from_the_weights_with_their_architecture_and_tokenizer(folder, run, source, request):
+    where = request.getfixturevalue(source)
+    config = starting(folder, where, f"from_{source}", *ENDS_AFTER_A_STEP)
+    assert (config.model.dim, config.model.attention.n_kv_heads, config.model.vocab_size) == (32, 1, 257)
+    assert train(config).run_dir is not None
+    assert of_model(folder / f"from_{source}") == of_model(run), "a step at rate 0 changes nothing"
+
+
+def test_a_run_that_started_from_weights_continues_from_its_own(folder, run):
+    whole = starting(folder, run, "whole", "trainer.max_steps=6", "save.every_n_steps=3")
+    train(whole)
+    train(starting(folder, run, "halves", "trainer.max_steps=3", "scheduler=constant"))
+    train(starting(folder, run, "halves", "trainer.max_steps=6", "scheduler=constant"))
+    train(starting(folder, run, "constant", "trainer.max_steps=6", "scheduler=constant"))
+    assert weights(folder / "halves") == weights(folder / "constant")
+
+
+def test_dropout_may_be_another(folder, run):
+    config = starting(folder, run, "dropped", "model.dropout=0.3", "model.attention.dropout=0.1", *ENDS_AFTER_A_STEP)
+    assert (config.model.dropout, config.model.attention.dropout) == (0.3, 0.1)
+    train(config)
+    assert of_model(folder / "dropped") == of_model(run)
+
+
+def test_a_model_named_beside_it_must_agree(folder, run):
+    with pytest.raises(ConfigError, match=r"`model.dim` must be 32, as in init_from=.*, but is 256 instead"):
+        starting(folder, run, "x", "model=llama2")
+    same = ("model=llama2", "model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=32")
+    assert starting(folder, run, "x", *same, "model/attention=gqa", "model.attention.n_kv_heads=1").model.dim == 32
+    with pytest.raises(ConfigError, match=r"`model\.n_layers` must not be given with init_from"):
+        starting(folder, run, "x", "model.n_layers=3")
+
+
+def test_what_is_not_there_is_named(folder, run):
+    with pytest.raises(ConfigError, match="`init_from` must be a run's folder"):
+        starting(folder, folder / "nowhere", "x")
+    empty = folder / "no_tokenizer"
+    txtrain.save_pretrained(txtrain.load_pretrained(run), empty)
+    with pytest.raises(ConfigError, match=r"`data\.tokenizer` must be given"):
+        starting(folder, empty, "x")
+    assert starting(folder, empty, "x", "data.tokenizer=bytes").data.tokenizer == "bytes"
+
+
+def test_an_exported_model_is_the_same_in_transformers(run, exported):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    ours = txtrain.load_pretrained(run)
+    ids = torch.tensor([tokenizer("The 3th line says").input_ids])
+    assert type(theirs).__name__ == "LlamaForCausalLM"
+    torch.testing.assert_close(ours(ids).logits, theirs(ids).logits, rtol=1e-5, atol=1e-6)
+    again = txtrain.load_pretrained(exported)
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), again.state_dict().values(), strict=True))
+    assert ours.config.eos_token_id == again.config.eos_token_id == theirs.config.eos_token_id == 256
+
+
+def test_export_refuses_a_graft_and_a_full_folder(folder, exported, run, capsys):
+    assert main(["export", f"checkpoint={run}", f"out={exported}"]) == 2
+    assert "must be a new or empty folder" in capsys.readouterr().err
+    grafted = train(tiny(folder, f"run_dir={folder / 'grafted'}", "trainer.max_steps=1", "model.norm_position=sandwich")).run_dir
+    capsys.readouterr()
+    assert main(["export", f"checkpoint={grafted}", f"out={folder / 'never'}"]) == 2
+    assert "sandwich" in capsys.readouterr().err
+    assert not (folder / "never").exists()
+
+
+def test_generate_speaks_from_an_exported_folder(exported, capsys):
+    assert main(["generate", f"checkpoint={exported}", "prompt=The 3", "max_new_tokens=4", "temperature=0"]) == 0
+    assert capsys.readouterr().out.startswith("The 3")

@@ -1,0 +1,137 @@
+"""A trained model and its tokenizer from wherever they lie: a run, one of its checkpoints, or a Hugging Face folder."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from txtrain.checkpoint import format as checkpoint
+from txtrain.config.convert import build
+from txtrain.config.init_from import tokenizer_folder
+from txtrain.errors import ConfigError
+from txtrain.model.config import ModelConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from txtrain.data.tokenizer.tokenizer import Tokenizer
+    from txtrain.model.transformer import Transformer
+
+
+@dc.dataclass(frozen=True)
+class Described:
+    """path: the checkpoint's or the folder's. tokenizer: the folder that holds it, None where there is none."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: Path | None
+    is_hf: bool
+
+
+@dc.dataclass(frozen=True)
+class Loaded:
+    """tokenizer: None where there is none."""
+
+    path: Path
+    model: Transformer
+    tokenizer: Tokenizer | None
+
+
+def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Described:
+    """What lies there, without reading weights or importing torch. key: what an error calls it.
+
+    Raises:
+        ConfigError: there is no model, or its config is damaged, hostile, not supported, or needs components that were not imported.
+    """
+    folder = Path(where).expanduser()
+    if (folder / "config.json").is_file():
+        from txtrain.hf.registry import read_config
+
+        _, model = read_config(folder)
+        return Described(folder, model, tokenizer_folder(folder), True)
+    path = checkpoint.locate(folder, key)
+    return Described(path, _saved_config(path, key), tokenizer_folder(path / "tokenizer"), False)
+
+
+def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
+    """The model, on the device, in evaluation mode, and its tokenizer.
+
+    Args:
+        weights: model, or ema for the averaged ones.
+
+    Raises:
+        ConfigError: as `describe`, or the weights are not the model's, or there are no averaged ones.
+    """
+    from txtrain.data.tokenizer.tokenizer import Tokenizer
+
+    found = describe(where, key)
+    tokenizer = None if found.tokenizer is None else Tokenizer.load(found.tokenizer)
+    return Loaded(found.path, _model(found, device, tokenizer, weights), tokenizer)
+
+
+def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
+    """The model of a Hugging Face folder, an export, a run (its newest checkpoint) or a checkpoint, on the default device, in eval mode.
+
+    Args:
+        dtype: of the parameters; None: torch's default.
+        weights: model, or ema for the averaged ones of a run with ema.decay.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    import torch
+
+    if (Path(where).expanduser() / "config.json").is_file() or not checkpoint.exists(Path(where)):
+        from txtrain.hf.load import load_pretrained as from_hf
+
+        _refuse_average(where, weights)
+        return from_hf(where, dtype)
+    return load(where, torch.get_default_device(), weights=weights).model.to(dtype or torch.get_default_dtype())
+
+
+def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
+    if weights != "model":
+        raise ConfigError(f"`weights` must be model for a Hugging Face folder, but is {weights} instead: {os.fspath(where)!r} has one set of weights.")
+
+
+def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str) -> Transformer:
+    import torch
+
+    from txtrain.model.build import build_model
+
+    if found.is_hf:
+        from txtrain.hf.load import load_pretrained as from_hf
+
+        _refuse_average(found.path, weights)
+        with torch.device(device):
+            return from_hf(found.path)
+    checkpoint.verify(found.path)
+    with torch.device("meta"):
+        model = build_model(_with_ids(found.model, tokenizer))
+    model.to_empty(device=device)
+    checkpoint.load_weights(found.path, model, weights)
+    return model.eval()
+
+
+def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
+    """Ids that the config leaves to the tokenizer."""
+    if tokenizer is None:
+        return config
+    known: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    return dc.replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
+
+
+def _saved_config(path: Path, key: str) -> ModelConfig:
+    """From a checkpoint's config.yaml, which is data: what it names in `imports` is not imported."""
+    raw = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    try:
+        return build(ModelConfig, raw["model"])
+    except ConfigError as e:
+        if not raw.get("imports"):
+            raise
+        again = f"imports=[{','.join(raw['imports'])}]"
+        raise ConfigError(*e.problems, f"`{key}`: its run used {again}. Code is never imported by a checkpoint's word: name it again.") from e

@@ -1,0 +1,343 @@
+"""A run's folder: where it is, what it continues, and the files that say what the run is."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import datetime
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from txtrain import files
+from txtrain.checkpoint import format as checkpoint
+from txtrain.config.convert import plain
+from txtrain.config.schema import Train
+from txtrain.errors import ConfigError
+from txtrain.parallel.slurm import Job
+
+# What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
+FREE = (
+    "trainer",
+    "strategy",
+    "logger",
+    "callbacks",
+    "save",
+    "sample",
+    "layer_stats",
+    "resume",
+    "resume_allow",
+    "run_dir",
+    "verbosity",
+    "profile",
+    "profile_steps",
+    "imports",
+    "data.micro_batch_size",
+    "data.num_workers",
+    "data.cache_dir",
+)
+
+
+@dc.dataclass
+class RunFolder:
+    """path: the folder. checkpoint: what the run continues from; None: it starts anew. parent: the checkpoint of another run that a new
+    one starts from, with that one's step as its first. exclusive: the folder must be a new one."""
+
+    path: Path
+    checkpoint: Path | None = None
+    parent: Path | None = None
+    exclusive: bool = False
+    began: float | None = None  # when the run was first started, in seconds of the system's clock, without the time in which it was complete
+    _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
+    _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
+    _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """The counters at the checkpoint; empty for a new run."""
+        return {} if self.checkpoint is None else checkpoint.read_state(self.checkpoint)
+
+    @property
+    def source(self) -> Path | None:
+        """Where weights and optimizer state come from."""
+        return self.checkpoint or self.parent
+
+    @property
+    def first_step(self) -> int:
+        """Updates that are done before this process begins."""
+        return 0 if self.source is None else int(checkpoint.read_state(self.source)["step"])
+
+    @property
+    def kept(self) -> int:
+        """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
+        return self.first_step - (self.state["open_row"] is not None) if self.checkpoint is not None else 0
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says; empty where there is none."""
+        return self._read()
+
+    def create(self, config: Train, facts: Mapping[str, Any], start: float | None = None) -> None:
+        """Make the folder and write config.yaml and run.json. Nothing is written before this. start: of this process, by the system's clock."""
+        self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
+        if self.exclusive:
+            self._claim()
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._own()
+        checkpoint.clean(self.path)
+        before = self._read() if self.checkpoint is not None or self._started_before(config) else {}
+        self.write_config(config, self.path)
+        life = _life(before, time.time() if start is None else start)
+        self.began = life["first_start"] + life["complete_for"]
+        now = {**facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
+        now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
+        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
+        self._owned = True
+
+    def _started_before(self, config: Train) -> bool:
+        """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
+        try:
+            return config.resume == "auto" and not differences(_saved(self.path), plain(config))
+        except (OSError, yaml.YAMLError, AttributeError):  # none, or half of one
+            return False
+
+    def _of_parent(self, parent: Path) -> dict[str, Any]:
+        logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
+        return {"checkpoint": str(parent.resolve()), "step": self.first_step} | ({"wandb_id": logged} if logged else {})
+
+    def _claim(self) -> None:
+        """Two runs may start within one second."""
+        first, number = self.path, 1
+        while True:
+            try:
+                return self.path.mkdir(parents=True)
+            except FileExistsError:
+                number += 1
+                self.path = first.with_name(f"{first.name}_{number}")
+                self._made = [self.path]
+
+    def discard(self) -> None:
+        """Take back what `create` made: the run cannot start after all."""
+        self._release()
+        if self.path in self._made:
+            shutil.rmtree(self.path)
+        for parent in self._made:
+            with contextlib.suppress(OSError):  # another run has come into it
+                parent.rmdir()
+
+    def _own(self) -> None:
+        """No other process may write here while this one does. The system gives the lock back when a process ends, however it ends.
+
+        Raises:
+            ConfigError: another process writes to the folder, or has since this one chose its checkpoint.
+        """
+        self._lock = files.lock(self.path)
+        if self._lock is None:
+            raise ConfigError(f"`run_dir` must be a folder that no other process writes to, but another one is training in {str(self.path)!r}.")
+        newest = checkpoint.complete(self.path)[-1:]
+        if newest and newest != [self.checkpoint]:
+            self._release()
+            raise ConfigError(f"`run_dir`: another process has trained in {str(self.path)!r} since this one looked. Start again to continue from there.")
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock()
+            self._lock = None
+
+    def write_config(self, config: Train, into: Path) -> None:
+        """`txtrain resume=RUN` and `checkpoint=` need nothing but this."""
+        resolved = plain(dc.replace(config, run_dir=str(self.path), resume="auto"))
+        files.write(into / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+
+    def update(self, **values: Any) -> None:
+        """Change some values of run.json."""
+        files.write(self.path / "run.json", json.dumps({**self._read(), **values}, indent=2) + "\n")
+
+    def end(self, status: str, **values: Any) -> None:
+        self.update(status=status, ended=_now(), **values)
+        self._release()
+
+    def stopped(self) -> None:
+        """The process ends before its first step: what this start has said of itself is over."""
+        if self._owned:
+            self.update(status="preempted", ended=_now())
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            read: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+            return read
+        except FileNotFoundError:
+            return {}
+
+
+# ------------------------------------------------------------------------------------------------------------------ choosing
+
+
+def choose(config: Train, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
+    """The folder that the run writes to, and the checkpoint that it continues from. Writes nothing.
+
+    Args:
+        given: the keys that the user set.
+        name: of the folder under runs/<name>/, where config.run_dir is null; by default the SLURM job or the time.
+
+    Raises:
+        ConfigError: the run cannot be continued: its checkpoint is unreadable, or its config is another.
+    """
+    if config.resume not in ("auto", "never"):
+        return _named(config, given)
+    path, exclusive = _path(config, name)
+    _refuse_file(path)
+    checkpoint.check_newest(path)
+    found = checkpoint.complete(path)
+    if not found:
+        return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
+    if config.resume == "never" and not _again(path):
+        raise ConfigError(
+            f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(found)}. "
+            "Give another run_dir, or resume=auto to continue that run."
+        )
+    return _continue(config, path, found[-1])
+
+
+def _again(path: Path) -> bool:
+    """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
+    job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}
+    return job is not None and job.restarts > 0 and before.get("job") == job.number
+
+
+def _refuse_file(path: Path) -> None:
+    """Before anything is done that the run could not keep."""
+    there = next((p for p in (path, *path.parents) if p.exists()), None)
+    if there is not None and not there.is_dir():
+        raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
+
+
+def _named(config: Train, given: Sequence[str]) -> RunFolder:
+    if "run_dir" in given:
+        raise ConfigError(f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. Leave it out.")
+    newest = checkpoint.locate(config.resume, key="resume")
+    path = newest.parent.parent
+    checkpoint.check_newest(path)
+    last = checkpoint.complete(path)[-1:]
+    if last and checkpoint.step_of(last[0]) != checkpoint.step_of(newest):
+        raise ConfigError(
+            f"`resume` must be the newest checkpoint of its run ({last[0].name}), but is {newest.name} instead: what came later would "
+            "be overwritten. Move the later ones away to go back to it."
+        )
+    return _continue(config, path, newest)
+
+
+def _continue(config: Train, path: Path, newest: Path) -> RunFolder:
+    checkpoint.verify(newest)
+    different = differences(_saved(newest), plain(config))
+    _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
+    return RunFolder(path, newest)
+
+
+def _parent(config: Train) -> Path:
+    """The checkpoint to fork from: of the same model and kind of optimizer; all else is the new run's own."""
+    assert config.fork is not None
+    found = checkpoint.locate(config.fork, key="fork")
+    checkpoint.verify(found)
+    different = [d for d in differences(_saved(found), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
+    _refuse(different, config.resume_allow, f"to fork {found}", "Give these values, or start from the weights alone with init_from")
+    return found
+
+
+def _saved(path: Path) -> dict[str, Any]:
+    saved: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text())
+    return saved
+
+
+def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], why: str, remedy: str) -> None:
+    """Keys whose values differ; those of `allowed`, and what lies below them, may."""
+    listed = [
+        f"`{key}` must be {old!r} {why}, but is {new!r} instead."
+        for key, old, new in different
+        if not any(key == may or key.startswith(may + ".") for may in allowed)
+    ]
+    if listed:
+        raise ConfigError(*listed, f"{remedy}, or allow them by name: resume_allow=[KEY, ...].")
+
+
+def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
+    """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
+    old, new = flat(saved), flat(wanted)
+    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in FREE)]
+    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def _path(config: Train, name: str | None) -> tuple[Path, bool]:
+    """The folder, and whether it must be a new one."""
+    if config.run_dir is not None:
+        return Path(config.run_dir).expanduser(), False
+    if name is not None:
+        return Path("runs") / config.name / name, False
+    trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
+    if trial:  # its agent may run several in one job; one that was preempted comes again under its id
+        return Path("runs") / config.name / f"sweep-{trial}", False
+    if job := Job.here():  # a requeued job has the same number: it finds its own checkpoints
+        return Path("runs") / config.name / f"slurm-{job.number}", False
+    return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
+
+
+# --------------------------------------------------------------------------------------------------------------------- facts
+
+
+def environment(device: str, processes: int) -> dict[str, Any]:
+    """What run.json says of the machine and the software."""
+    import lightning
+    import torch
+
+    import txtrain
+
+    return {
+        "versions": {
+            "txtrain": txtrain.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": lightning.__version__,
+        },
+        "git_commit": git_commit(),
+        "hardware": {"device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
+    }
+
+
+def git_commit() -> str | None:
+    """Of the folder in which the run was started, `-dirty` if it has changes; None outside a repository."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
+
+
+def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:
+    """Of all starts of a run. before: what run.json said. complete_for: seconds in which it was complete and nothing was left to do, until
+    it was given more."""
+    first = before.get("first_start", start)
+    idle = before.get("complete_for", 0.0)
+    if before.get("status") == "complete" and before.get("ended"):
+        idle += max(0.0, start - datetime.datetime.fromisoformat(before["ended"]).timestamp())
+    return {"first_start": first, "complete_for": idle, "starts": before.get("starts", 0) + 1}
+
+
+def _now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")

@@ -1,0 +1,111 @@
+"""`txtrain prepare`: what a run would tokenise, written ahead of time, and again and again until it is done."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import itertools
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from txtrain import files
+from txtrain.config.schema import Prepare
+from txtrain.data.prepare import make_tokenizer
+from txtrain.data.sources.source import build_source, describe, settle
+from txtrain.data.store.formats import INDEX, read_index
+from txtrain.data.store.progress import Progress
+from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
+from txtrain.data.store.split import Corpus, digest
+from txtrain.data.store.tokenize import write_tokens
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.errors import ConfigError
+from txtrain.objectives.build import build_objective
+
+
+def run_prepare(config: Prepare) -> int:
+    """Write the folder, or what is missing of it.
+
+    Raises:
+        ConfigError: the data cannot be had or are no text, or the folder holds something else.
+    """
+    assert config.out is not None
+    corpus, tokenizer = _text(config)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+    folder = Path(config.out).expanduser()
+    there = folder.exists()
+    if there and not folder.is_dir():
+        raise ConfigError(f"`out` must be a folder, but {config.out!r} is a file.")
+    folder.mkdir(parents=True, exist_ok=True)
+    release = files.lock(folder)
+    if release is None:
+        raise ConfigError(f"`out` must be a folder that no other process writes to, but another one is preparing {config.out!r}.")
+    try:
+        if _is_done(folder, key, config):
+            print(f"{folder} is complete: nothing left to do.")
+        else:
+            _write(corpus, tokenizer, key, folder, config)
+    except ConfigError:
+        if not there:
+            shutil.rmtree(folder)
+        raise
+    finally:
+        release()
+    return 0
+
+
+def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
+    """The documents and their tokenizer. Nothing stands in for data that cannot be had: what is prepared is named once and used for long."""
+    data: Any = config.data
+    if hasattr(data, "offline_fallback"):
+        config = dc.replace(config, data=dc.replace(data, offline_fallback="never"))
+    source = build_source(settle(config)[0])
+    if not hasattr(source, "documents"):
+        raise ConfigError(f"`data` must be a source of text to be tokenised, but is {data.type} instead.")
+    if getattr(source, "named", None):
+        raise ConfigError("`data.val_path` must be one path, or null, to be prepared: give the named ones to the run.")
+    corpus = Corpus(source, data.val_fraction)
+    return corpus, make_tokenizer(corpus, config, build_objective(config).special_tokens)
+
+
+def _is_done(folder: Path, key: str, config: Prepare) -> bool:
+    """Whether the folder is complete.
+
+    Raises:
+        ConfigError: it was not made, or begun, by this command.
+    """
+    if (folder / INDEX).is_file():
+        if read_index(folder, "out")["key"] != key:
+            raise ConfigError(f"`out` must be a new folder, but {config.out!r} holds other text, or text by another tokenizer.")
+        forget(folder)  # a kill came between the last two steps
+        return True
+    begun = unfinished(folder)
+    if begun is None and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
+        raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
+    if begun is not None and begun["key"] != key:
+        raise ConfigError(f"`out` must be a new folder, but {config.out!r} was begun for other text, or another tokenizer. Remove it, or give another.")
+    if begun is not None and begun["shard_tokens"] != config.prepare.shard_tokens:
+        raise ConfigError(
+            f"`prepare.shard_tokens` must be {begun['shard_tokens']}, with which {config.out!r} was begun, but is {config.prepare.shard_tokens} instead."
+        )
+    return False
+
+
+def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config: Prepare) -> None:
+    writer = ShardWriter(folder, key, tokenizer.vocab_size, config.prepare.shard_tokens)
+    if writer.n_documents:
+        print(f"{folder}: goes on after {writer.n_documents:,} documents.", file=sys.stderr)
+    writer.save(now=True)  # before anything else: from here on the folder is known to be ours
+    tokenizer.save(folder / "tokenizer")
+    rest = itertools.islice(corpus.documents(), writer.n_documents, None)
+    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress:
+        for n_bytes in write_tokens(rest, tokenizer, writer):
+            progress.advance(n_bytes)
+            writer.save()
+    train, validation = writer.n_tokens("train"), writer.n_tokens("validation")
+    if not train:
+        writer.close()
+        raise ConfigError("`data` must have training text, but has none: white space aside, there is too little to divide. Give more text.")
+    writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
+    progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")
+    print(f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with model.vocab_size={tokenizer.vocab_size} or more")

@@ -1,0 +1,144 @@
+"""`txtrain preview`: the first samples of a run as its model will see them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from torch import Tensor
+
+from txtrain.config.schema import Preview
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.errors import ConfigError
+from txtrain.objectives.base import IGNORED
+from txtrain.training.data_module import DataModule
+
+Sample = Mapping[str, Tensor]
+Pieces = Callable[[int], str]
+
+_SHADES = " .:-=+*#%@"
+_COLUMNS = 56  # characters that an image is wide, at most
+_STYLES = {"trained": "bold green", "hidden": "bold red", "border": "bold yellow", "read": "dim"}
+
+
+def run_preview(config: Preview) -> int:
+    """Print preview.n samples.
+
+    Raises:
+        ConfigError: as `train`, for what is wrong with the data; samples that are neither tokens nor images.
+    """
+    data = DataModule(config)
+    batch = data.first(config.preview.n, config.preview.split)
+    if "input_ids" not in batch and "pixel_values" not in batch:
+        raise ConfigError(f"`data`: samples must have input_ids or pixel_values to be shown, but have {', '.join(batch)}.")
+    console = Console(highlight=False)
+    coloured = console.color_system is not None and not console.no_color
+    if data.fallback:
+        console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
+    writer = Writer(pieces_of(data.tokenizer), config.model.topology, coloured)
+    console.print(f"{data.source}; {config.preview.split}, objective={config.objective.type}. {writer.legend(batch)}")
+    for i in range(len(batch["sample_index"])):
+        for line in writer.lines({name: value[i] for name, value in batch.items()}):
+            console.print(line, soft_wrap=not console.is_terminal)
+    return 0
+
+
+def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
+    """What is written for an id: the text that it stands for, where that is text; else its name, or the number where nobody knows it."""
+    if tokenizer is None:
+        return str
+    special = tokenizer.special_ids()
+
+    def piece(i: int) -> str:
+        name = tokenizer.backend.id_to_token(i)
+        text = "" if i in special else tokenizer.decode([i])
+        if name is None or (text and "\ufffd" not in text):
+            return text.replace("\n", "⏎") if name is not None else f"<{i}>"
+        return str(name)
+
+    return piece
+
+
+class Writer:
+    """Samples as lines. Without colours what is trained stands between marks."""
+
+    def __init__(self, piece: Pieces, topology: str, coloured: bool) -> None:
+        self.piece, self.topology, self.coloured = piece, topology, coloured
+
+    def legend(self, batch: Sample) -> str:
+        if "pixel_values" in batch:
+            return ""
+        trained = "green" if self.coloured else "between « and »"
+        hidden = ", behind what is read in their place" if self.topology == "encoder" else ""
+        return f"Pieces end at ·, documents at ‖; trained: {trained}{hidden}."
+
+    def lines(self, sample: Sample) -> Iterator[Text]:
+        if "pixel_values" in sample:
+            yield from self._image(sample)
+            return
+        labels = sample["labels"].clone()
+        if self.topology == "decoder":
+            labels[0] = IGNORED  # nothing stands before it that it could be told from
+        n, n_trained = self._n_tokens(sample), int((labels != IGNORED).sum())
+        yield Text(f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}", style="bold")
+        if self.topology == "encoder_decoder":
+            ids = sample["input_ids"]
+            yield Text("  input   ").append(self._written(ids, torch.full_like(ids, IGNORED), sample.get("document_ids"), sample.get("attention_mask")))
+            kept = labels != IGNORED
+            documents = sample.get("decoder_document_ids")
+            yield Text("  target  ").append(self._written(labels[kept], labels[kept], None if documents is None else documents[kept], None))
+        else:
+            yield Text("  ").append(self._written(sample["input_ids"], labels, sample.get("document_ids"), sample.get("attention_mask")))
+
+    @staticmethod
+    def _n_tokens(sample: Sample) -> int:
+        mask = sample.get("attention_mask")
+        return int((sample["input_ids"] if mask is None else mask[mask != 0]).numel())
+
+    @staticmethod
+    def _beside(sample: Sample) -> str:
+        """What the sample says beside its tokens."""
+        told = ""
+        if "document_ids" in sample:
+            told += f", {len(set(sample['document_ids'].tolist()))} documents"
+        if "prefix_mask" in sample:
+            told += f", the first {int(sample['prefix_mask'].sum())} seen from both sides"
+        if "next_sentence_label" in sample:
+            told += ", the second segment " + ("is from elsewhere" if int(sample["next_sentence_label"]) else "follows the first")
+        return told
+
+    def _written(self, ids_T: Tensor, labels_T: Tensor, documents_T: Tensor | None, mask_T: Tensor | None) -> Text:
+        out = Text()
+        n_padding = 0
+        for t, (i, label) in enumerate(zip(ids_T.tolist(), labels_T.tolist(), strict=True)):
+            if mask_T is not None and not mask_T[t]:
+                n_padding += 1
+                continue
+            if out:
+                border = documents_T is not None and bool(documents_T[t] != documents_T[t - 1])
+                out.append(" ‖ " if border else "·", style=_STYLES["border" if border else "read"])
+            if label == IGNORED:
+                out.append(self.piece(i), style=_STYLES["read"])
+                continue
+            if label != i:
+                out.append(self.piece(i), style=_STYLES["hidden"])
+            elif self.topology == "encoder":
+                out.append("=", style=_STYLES["hidden"])  # chosen, and left as it is
+            out.append(self.piece(label) if self.coloured else f"«{self.piece(label)}»", style=_STYLES["trained"])
+        return out.append(f" ({n_padding} padding)", style=_STYLES["read"]) if n_padding else out
+
+    def _image(self, sample: Sample) -> Iterator[Text]:
+        pixels_CHW = sample["pixel_values"]
+        C, H, W = pixels_CHW.shape
+        spread = f"mean {float(pixels_CHW.mean()):.2f}, deviation {float(pixels_CHW.std()):.2f}"
+        yield Text(f"sample {int(sample['sample_index'])}: class {int(sample['labels'])}, {C} channels of {H} x {W}, {spread}", style="bold")
+        gray_HW = pixels_CHW.mean(0)
+        columns = min(2 * W, _COLUMNS)  # a character is twice as high as wide
+        rows = max(1, round(columns * H / W / 2))
+        small = torch.nn.functional.interpolate(gray_HW[None, None], (rows, columns), mode="bilinear", antialias=True)[0, 0]
+        low, high = small.min(), small.max()
+        shades = ((small - low) / (high - low).clamp(min=1e-6) * (len(_SHADES) - 1)).round().long()
+        for row in shades.tolist():
+            yield Text("  " + "".join(_SHADES[shade] for shade in row))

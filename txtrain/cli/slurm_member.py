@@ -1,0 +1,43 @@
+"""What runs in the job of a sweep's member, inside submitit's process."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from txtrain import files
+
+
+def run(verb: str, file: str, record: str, digest: str) -> int:
+    """Run the member that `file` describes, and leave in `record` how it ended. What is not exit code 0 ends the process with it."""
+    own_signals()
+    from txtrain.cli.main import main
+
+    os.environ["TXTRAIN_CONFIG"] = file
+    code = 1
+    try:
+        code = main([verb])
+    finally:
+        if os.environ.get("SLURM_PROCID", "0") == "0":
+            ended = time.strftime("%Y-%m-%d %H:%M:%S")
+            files.write(Path(record), json.dumps({"digest": digest, "code": code, "ended": ended}) + "\n")
+    if code:
+        sys.exit(code)  # past submitit: its script is told, and requeues where that is left to it
+    return code
+
+
+def own_signals() -> None:
+    """Take from submitit what it would answer by requeueing the job itself: one preemption is one requeue, txtrain's, after its save.
+
+    SIGUSR2, by which submitit is told of the end of time, is heard as SIGUSR1.
+    """
+    from submitit.core.job_environment import JobEnvironment
+
+    for number in (signal.SIGTERM, signal.SIGCONT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    if (theirs := JobEnvironment._usr_sig()) != signal.SIGUSR1:
+        signal.signal(theirs, lambda *_: signal.raise_signal(signal.SIGUSR1))

@@ -1,0 +1,358 @@
+"""A sweep as an array of SLURM jobs: what is left to do is submitted once, and waited for. No torch.
+
+What is known of the members lies in one folder, which the same command finds again: `<number>.yaml` is a member's configuration, `<number>.json` how
+its last job ended, `jobs.json` which job is whose. SLURM is asked by squeue alone: a cluster without accounting has no sacct.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import getpass
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from txtrain import files
+from txtrain.config.compose import Composed, to_file
+from txtrain.config.convert import build, plain
+from txtrain.config.schema import Plan, Train
+from txtrain.config.slurm_launcher import SlurmConfig
+from txtrain.errors import ConfigError
+from txtrain.monitor.metrics_csv import latest
+from txtrain.monitor.start_screen import count
+from txtrain.parallel.early_signals import PREEMPTED
+
+ENDED = {"complete", "failed", "lost", "preempted"}  # states that a member does not leave by itself
+GRACE = 20.0  # seconds in which a shared file system may still show what a job that has left the queue wrote last
+# As the scripts of slurm/: 75 is a run that has stopped after a checkpoint, above 128 one that was killed. Where neither txtrain nor SLURM has requeued
+# the job, its script does.
+TEARDOWN = """\
+code=$? job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+if (( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+  scontrol requeue "$job"
+fi
+exit "$code\""""
+SETUP = ("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",)
+
+
+@dc.dataclass(frozen=True)
+class Member:
+    """label: of its overrides those that not all members have. digest: of its configuration, so that a changed one runs again."""
+
+    number: int
+    job: Composed
+    label: str
+    folder: Path  # of the sweep
+
+    def __str__(self) -> str:
+        return f"member {self.number}" + (f" ({self.label})" if self.label else "")
+
+    @property
+    def file(self) -> Path:
+        return self.folder / f"{self.number}.yaml"
+
+    @property
+    def record(self) -> Path:
+        return self.folder / f"{self.number}.json"
+
+    @property
+    def digest(self) -> str:
+        return _digest([plain(self.job.config), self.job.folder])
+
+    @property
+    def run_dir(self) -> Path | None:
+        """None for a verb without run folders. A run that falls back to other data says so in its name."""
+        config = self.job.config
+        if not isinstance(config, Train):
+            return None
+        if self.job.folder is None:
+            return Path(str(config.run_dir))
+        paths = [Path("runs") / name / self.job.folder for name in (config.name, f"{config.name}-fallback")]
+        return next((path for path in paths if path.exists()), paths[0])
+
+    def ended(self) -> tuple[str, str]:
+        """State and time of its last job's end; empty where there was none, or of another configuration."""
+        try:
+            known = json.loads(self.record.read_text())
+        except FileNotFoundError:
+            return "", ""
+        if known["digest"] != self.digest or (known["code"] == 0 and self.run_dir is not None and not self.run_dir.exists()):
+            return "", ""
+        return {0: "complete", PREEMPTED: "preempted"}.get(known["code"], "failed"), str(known["ended"])
+
+
+def identity(verb: str, jobs: Sequence[Sequence[str]]) -> str:
+    """The part of a folder's name by which the same sweep is found again: a function of its members' overrides."""
+    return f"sweep-{_digest([verb, [list(lines) for lines in jobs]])}"
+
+
+def submit(verb: str, jobs: Sequence[Composed], labels: Sequence[str], how: SlurmConfig, name: str) -> int:
+    """Run the members that are not complete. Exit code: 1 if one failed, else 75 if one is not at its end, else 0.
+
+    Raises:
+        ConfigError: what SLURM would refuse or find only in the job; nothing is submitted then.
+    """
+    _check_commands()
+    folder = Path(how.submitit_folder or f"runs/sweeps/{name.removeprefix('sweep-')}").expanduser()
+    jobs = [_laid_out(job, how) for job in jobs]
+    members = [Member(number, job, label, folder) for number, (job, label) in enumerate(zip(jobs, labels, strict=True))]
+    queue = Queue(folder)
+    states = {m.number: queue.state(m) for m in members}
+    left = [m for m in members if states[m.number] in ENDED - {"complete"} or not states[m.number]]
+    for m in members:
+        if m not in left:
+            _say(f"{m} is {states[m.number]}: not submitted again")
+    _check(left, how)
+    if left:
+        _submit(verb, left, how, queue)
+        _say(f"submitted {len(left)} of {len(members)} members; logs in {folder / 'logs'}")
+    if not how.wait and left:
+        _say("the same command says how they are; squeue --me shows the queue")
+        return 0
+    return _wait(members, queue)
+
+
+# ------------------------------------------------------------------------------------------------------------- before it is submitted
+
+
+def _check_commands() -> None:
+    if missing := [command for command in ("sbatch", "squeue", "srun") if shutil.which(command) is None]:
+        raise ConfigError(f"`hydra/launcher=slurm` must be used where SLURM's commands are, but there is no {', '.join(missing)} here.")
+    try:
+        import submitit  # noqa: F401
+    except ImportError as e:
+        raise ConfigError("`hydra/launcher=slurm` needs submitit: pip install submitit.") from e
+
+
+def layout(config: Any, how: SlurmConfig) -> tuple[int, int]:
+    """Nodes of a member's job and tasks on each, which are its run's processes."""
+    if not isinstance(config, Train):
+        return how.nodes or 1, how.tasks_per_node or 1
+    devices = config.trainer.devices
+    return how.nodes or config.trainer.num_nodes, how.tasks_per_node or (devices if devices != "auto" else how.gpus_per_node or 1)
+
+
+def _laid_out(job: Composed, how: SlurmConfig) -> Composed:
+    """The job with the processes that it will have: the launcher's where the configuration leaves them open.
+
+    Raises:
+        ConfigError: both say, and differ; or the configuration is not legal on so many processes.
+    """
+    if not isinstance(job.config, Train):
+        return job
+    nodes, tasks = layout(job.config, how)
+    raw = plain(job.config)
+    for key, ours, word in (("num_nodes", nodes, "nodes"), ("devices", tasks, "tasks_per_node")):
+        given = raw["trainer"][key]
+        if f"trainer.{key}" in job.given and given not in ("auto", ours):
+            raise ConfigError(f"`hydra.launcher.{word}` must be trainer.{key} ({given}), or null, but is {ours} instead.")
+        raw["trainer"][key] = ours
+    return dc.replace(job, config=build(type(job.config), raw))
+
+
+def _check(members: Sequence[Member], how: SlurmConfig) -> None:
+    """What would fail in the job.
+
+    Raises:
+        ConfigError: members differ in nodes or tasks, one does not fit, or its folder holds a run that it cannot continue.
+    """
+    layouts = {layout(m.job.config, how) for m in members}
+    if len(layouts) > 1:
+        shown = ", ".join(f"{nodes} x {tasks}" for nodes, tasks in sorted(layouts))
+        raise ConfigError(f"`hydra/launcher=slurm` must get members of one layout, since they are one array, but they want {shown} (nodes x tasks).")
+    problems = []
+    for m in members:
+        try:
+            _check_one(m, how)
+        except ConfigError as e:
+            problems += [f"{m}: {problem}" for problem in e.problems]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _check_one(m: Member, how: SlurmConfig) -> None:
+    config = m.job.config
+    if not isinstance(config, Train):
+        return
+    from txtrain.planning.figures import plan, size
+
+    figures = plan(build(Plan, {key: value for key, value in plain(config).items() if key in _PLANNED} | {"plan": {"memory": how.gpu_memory}}))
+    memory = "" if figures.memory is None else f", {size(figures.memory)} a process"
+    _say(f"{m}: {count(figures.n_params)} parameters{memory}")
+    if m.run_dir is not None and (m.run_dir / "checkpoints").exists():
+        from txtrain.checkpoint.run_folder import choose
+
+        choose(config, m.job.given, m.job.folder)
+
+
+_PLANNED = {f.name.removesuffix("_") for f in dc.fields(Train)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- submitting
+
+
+def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue) -> None:
+    """Raises:
+    ConfigError: SLURM refuses it, or the same sweep is submitted elsewhere.
+    """
+    folder = members[0].folder
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    release = files.lock(folder)
+    try:
+        if release is None or queue.read() != queue.jobs:
+            raise ConfigError(f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). Start again to wait for it.")
+        queue.add(_array(verb, members, how), members)
+    except ConfigError:
+        if folder in made:
+            shutil.rmtree(folder)
+        for path in made:
+            with contextlib.suppress(OSError):  # something else has come into it
+                path.rmdir()
+        raise
+    finally:
+        if release is not None:
+            release()
+
+
+def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
+    """Submit the members as one array; the job of each.
+
+    Raises:
+        ConfigError: SLURM refuses it.
+    """
+    import submitit
+    from submitit.core.utils import FailedJobError
+
+    from txtrain.cli import slurm_member
+
+    for m in members:
+        m.record.unlink(missing_ok=True)
+        to_file(m.job, m.file)
+    executor = submitit.AutoExecutor(folder=str(members[0].folder / "logs"), cluster="slurm", slurm_python=how.python)
+    config = members[0].job.config
+    executor.update_parameters(**_parameters(how, *layout(config, how), requeue=not isinstance(config, Train) or config.trainer.auto_requeue))
+    arguments = [(verb, str(m.file.resolve()), str(m.record.resolve()), m.digest) for m in members]
+    try:
+        submitted = executor.map_array(slurm_member.run, *zip(*arguments, strict=True))
+    except FailedJobError as e:
+        said = " ".join(str(e).split())
+        raise ConfigError(f"`hydra/launcher=slurm`: sbatch refuses the sweep: {said[said.rfind('sbatch: error') :][:300]}") from e
+    return [job.job_id for job in submitted]
+
+
+def _parameters(how: SlurmConfig, nodes: int, tasks: int, requeue: bool) -> dict[str, Any]:
+    """In submitit's words. Its own signal would have it requeue the job: txtrain's is sent instead."""
+    everywhere = {key: getattr(how, key) for key in ("name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "stderr_to_stdout")}
+    of_slurm = ("partition", "account", "qos", "constraint", "exclude", "gres", "comment", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu")
+    further = {"requeue": True, "signal": f"USR1@{how.signal_delay_s}"} | how.additional_parameters
+    values = everywhere | {"nodes": nodes, "tasks_per_node": tasks} | {f"slurm_{key}": getattr(how, key) for key in (*of_slurm, "array_parallelism")}
+    values |= {"slurm_additional_parameters": further, "slurm_srun_args": ["--wait=900"]}
+    values |= {"slurm_setup": [*SETUP, *how.setup], "slurm_teardown": TEARDOWN.splitlines() if requeue else []}
+    return {key: value for key, value in values.items() if value is not None}
+
+
+# ------------------------------------------------------------------------------------------------------------------------- waiting
+
+
+class Queue:
+    """Which member has which job, and what squeue says of it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "jobs.json"
+        self.jobs = self.read()
+        self._gone: dict[int, float] = {}  # since when a member without a result is not in the queue
+        self._known: Mapping[str, str] = {}
+        if said := self.look():
+            raise ConfigError(f"`hydra/launcher=slurm`: squeue does not say which members are in the queue: {said}.")
+
+    def read(self) -> dict[int, str]:
+        return {int(n): job for n, job in json.loads(self.path.read_text()).items()} if self.path.exists() else {}
+
+    def add(self, jobs: Sequence[str], members: Sequence[Member]) -> None:
+        self.jobs |= {m.number: job for m, job in zip(members, jobs, strict=True)}
+        files.write(self.path, json.dumps(self.jobs, indent=1) + "\n")
+        self._gone.clear()
+        self._known = dict.fromkeys(jobs, "PENDING")
+
+    def look(self) -> str:
+        """Ask squeue; why it does not answer, if so. The last answer stands then: a controller that restarts has lost nobody's jobs."""
+        command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            return "no answer for a minute"
+        if done.returncode:
+            return " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        self._known = dict(line.strip().split("|", 1) for line in done.stdout.splitlines() if "|" in line)
+        return ""
+
+    def state(self, m: Member) -> str:
+        """complete, failed, preempted, lost (its job has left the queue without a word), else SLURM's word; empty: it has had no job."""
+        if (job := self.jobs.get(m.number)) and (there := self._known.get(job)):
+            return there.lower()
+        if state := m.ended()[0]:
+            return state
+        return "lost" if job else ""
+
+    def patient(self, m: Member) -> str:
+        """As `state`, for one that waits: a job is lost once a while has passed."""
+        state = self.state(m)
+        if state != "lost":
+            self._gone.pop(m.number, None)
+            return state
+        since = self._gone.setdefault(m.number, time.monotonic())
+        return state if time.monotonic() - since > GRACE else "ending"
+
+
+def _wait(members: Sequence[Member], queue: Queue) -> int:
+    """Tell each change until all members have ended, then the table."""
+    told: dict[int, str] = {}
+    pause = 1.0
+    try:
+        while True:
+            states = {m.number: queue.patient(m) for m in members}
+            for m in members:
+                if told.get(m.number) != states[m.number] and not (m.number not in told and states[m.number] in ENDED | {"pending"}):
+                    _say(f"{m}: {states[m.number]}, job {queue.jobs.get(m.number, '-')}")
+            told = states
+            if set(states.values()) <= ENDED:
+                break
+            time.sleep(pause)
+            pause = min(15.0, pause * 1.1)
+            queue.look()
+    except KeyboardInterrupt:
+        running = " ".join(sorted({queue.jobs[n].partition("_")[0] for n, state in told.items() if state not in ENDED}))
+        print(file=sys.stderr)  # behind the ^C
+        _say(f"no longer waiting; the jobs go on. The same command waits again, squeue --me shows them, scancel {running} ends them.")
+        return PREEMPTED
+    print("\n".join(table(members, queue, states)))
+    found = set(states.values())
+    return 1 if found & {"failed", "lost"} else PREEMPTED if "preempted" in found else 0
+
+
+def table(members: Sequence[Member], queue: Queue, states: Mapping[int, str]) -> list[str]:
+    """A line for each member: state, job, where its run stands, what makes it differ, its folder."""
+    rows = [["", "state", "ended", "job", "step", "loss", "val_loss", "overrides", "folder"]]
+    for m in members:
+        seen = latest(m.run_dir / "metrics.csv") if m.run_dir is not None else {}
+        figures = [f"{seen['step']:.0f}" if "step" in seen else "", *(f"{seen[name]:.4f}" if name in seen else "" for name in ("loss", "val_loss"))]
+        rows.append([str(m.number), states[m.number], m.ended()[1], queue.jobs.get(m.number, ""), *figures, m.label, str(m.run_dir or "")])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _say(text: str) -> None:
+    print(f"txtrain: {text}", file=sys.stderr, flush=True)
+
+
+def _digest(what: Any) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True, default=str).encode()).hexdigest()[:10]

@@ -1,0 +1,156 @@
+"""-m: every job is validated before the first starts, every job runs.
+
+One process a job: seeds, process groups and device memory of one job must not reach the next, as they do with Hydra's basic
+launcher. `hydra/launcher=slurm` makes them jobs of a cluster (slurm_sweep.py); another launcher that the command line names gets them through
+Hydra's plugin interface.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from omegaconf import DictConfig
+
+from txtrain.config import slurm_launcher
+from txtrain.config.compose import Composed, Loader, to_file, typed
+from txtrain.config.schema import ROOTS
+from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.parallel.slurm import Job
+
+
+def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]]) -> int:
+    """Run all jobs. Exit code: 1 if one failed, else 75 if one was preempted, else 0."""
+    stamp = f"slurm-{job.number}" if (job := Job.here()) else time.strftime("%Y-%m-%d_%H-%M-%S")  # a job that is requeued finds its members
+    chosen, hydra = slurm_launcher.named(jobs[0][1]), [line for line in jobs[0][1] if line.lstrip("+").startswith("hydra")]
+    if chosen == "slurm":
+        from txtrain.cli.slurm_sweep import identity, submit
+
+        lines = [[line for line in of_job if line not in hydra] for _, of_job in jobs]
+        name, how = identity(verb, lines), slurm_launcher.slurm(verb, hydra, loader)
+        return submit(verb, [in_folder(job, name, number) for number, (job, _) in enumerate(jobs)], varied(lines), how, name)
+    if chosen is not None:
+        codes = _through_launcher(verb, loader, [lines for _, lines in jobs], stamp)
+    else:
+        codes = _in_subprocesses(verb, [in_folder(job, stamp, number) for number, (job, _) in enumerate(jobs)], varied([lines for _, lines in jobs]))
+    for number, code in enumerate(codes):
+        if code:
+            print(f"txtrain: job {number} {'was preempted' if code == PREEMPTED else f'failed (exit code {code})'}", file=sys.stderr)
+    if len(codes) < len(jobs):
+        print(f"txtrain: interrupted; {len(jobs) - len(codes)} of {len(jobs)} jobs were not started", file=sys.stderr)
+    return 1 if set(codes) - {0, PREEMPTED} else PREEMPTED if PREEMPTED in codes or len(codes) < len(jobs) else 0
+
+
+def in_folder(job: Composed, stamp: str, number: int) -> Composed:
+    """The job with a run folder of its own; verbs without run folders stay as they are."""
+    config = job.config
+    if not hasattr(config, "run_dir"):
+        return job
+    if config.run_dir is None:
+        return dc.replace(job, folder=f"{stamp}-{number}")
+    return dc.replace(job, config=dc.replace(config, run_dir=f"{config.run_dir}/{number}"))
+
+
+def varied(jobs: Sequence[Sequence[str]]) -> list[str]:
+    """Of each job's overrides those that not all jobs have: `model.norm_position=post`."""
+    return [" ".join(line.lstrip("+") for line in lines if not all(line in other for other in jobs)) for lines in jobs]
+
+
+# ------------------------------------------------------------------------------------------------------------- one by one
+
+
+def _in_subprocesses(verb: str, jobs: Sequence[Composed], labels: Sequence[str]) -> list[int]:
+    """Exit codes of the jobs that were started. A signal goes to the running job, and no other is started."""
+    codes: list[int] = []
+    with tempfile.TemporaryDirectory(prefix="txtrain-") as folder, _Forwarding() as signals:
+        for number, job in enumerate(jobs):
+            if signals.received:
+                break
+            file = Path(folder) / f"{number}.yaml"
+            to_file(job, file)
+            print(f"txtrain: job {number} (of 0 to {len(jobs) - 1}): {labels[number]}", file=sys.stderr)
+            codes.append(signals.wait(_start(verb, file)))
+    return codes
+
+
+def _start(verb: str, file: Path) -> subprocess.Popen[bytes]:
+    environment = os.environ | {"TXTRAIN_CONFIG": str(file)}
+    return subprocess.Popen([sys.executable, "-m", "txtrain", verb], env=environment, start_new_session=True)
+
+
+class _Forwarding:
+    """Signals reach the running job once. It is a session of its own: a terminal's Ctrl-C would come to it twice otherwise,
+    and the second one means "at once"."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self._child: subprocess.Popen[bytes] | None = None
+        self._old: dict[int, Any] = {}
+
+    def __enter__(self) -> _Forwarding:
+        self._old = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _forward(self, number: int, _: FrameType | None) -> None:
+        self.received = True
+        if self._child is not None:
+            self._child.send_signal(number)
+
+    def wait(self, child: subprocess.Popen[bytes]) -> int:
+        self._child = child
+        if self.received:  # between the start and here
+            child.send_signal(signal.SIGTERM)
+        try:
+            return child.wait()
+        finally:
+            self._child = None
+
+
+# ----------------------------------------------------------------------------------------------------- Hydra's launchers
+
+
+def task(cfg: DictConfig) -> int:
+    """One job, perhaps in another process on another machine. Never raises: launchers would go on, but the sweep's end would raise."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from txtrain.cli.main import run
+
+    hydra = HydraConfig.get()
+    verb, stamp, number = str(hydra.job.config_name), str(hydra.job.name), int(hydra.job.num)
+    holder = HydraConfig.instance()
+    saved, holder.cfg = holder.cfg, None  # Lightning would start its ranks by Hydra's command line, the whole sweep again
+    try:
+        return run(in_folder(typed(cfg, ROOTS[verb]), stamp, number))
+    except Exception:  # the border of a job: anything that leaves it would end the other jobs of Hydra's launcher
+        traceback.print_exc()
+        return 1
+    finally:
+        holder.cfg = saved
+
+
+def _through_launcher(verb: str, loader: Loader, jobs: Sequence[list[str]], stamp: str) -> list[int]:
+    from hydra._internal.callbacks import Callbacks
+    from hydra._internal.hydra import Hydra
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+
+    hydra = [line for line in jobs[0] if line.lstrip("+").startswith("hydra")]
+    master = Hydra("txtrain", loader).compose_config(verb, [*hydra, f"hydra.job.name={stamp}"], run_mode=RunMode.MULTIRUN)
+    context = HydraContext(config_loader=loader, callbacks=Callbacks(master))
+    plugin = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
+    results = plugin.launch([[line for line in job if line not in hydra] for job in jobs], initial_job_idx=0)
+    return [int(result.return_value) for result in results]

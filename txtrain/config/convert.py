@@ -1,0 +1,222 @@
+"""Plain dict -> frozen dataclass, strict, every problem collected; and back. The only place where types are checked."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+import re
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, TypeVar
+
+from txtrain.config.unknown_keys import unknown_key
+from txtrain.errors import ConfigError, hint
+from txtrain.registry import TABLE, group_of
+
+T = TypeVar("T")
+
+_KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
+_MISSING = "???"  # OmegaConf's marker of a value that must be given
+_BAD = object()  # what stands in for a value that has a problem
+
+
+def build(cls: type[T], raw: Mapping[str, Any]) -> T:
+    """The typed, checked object that `raw` describes.
+
+    Raises:
+        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of that kind, what
+            the object's own `check` finds.
+    """
+    reader = _Reader(cls)
+    made = reader.dataclass(cls, raw, "", None)
+    if not reader.problems and hasattr(made, "check"):
+        reader.problems += made.check()
+    if reader.problems:
+        raise ConfigError(*reader.problems)
+    return typing.cast(T, made)
+
+
+def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
+    """As `build`, of what lies at `path` of a configuration: the object, if nothing is wrong, and what is wrong."""
+    reader = _Reader(cls)
+    made = reader.dataclass(cls, raw, path, None)
+    return (None, reader.problems) if reader.problems else (typing.cast(T, made), [])
+
+
+def plain(obj: Any) -> Any:
+    """Dicts, lists and values only; `build` reads them back, also after YAML or JSON."""
+    if dc.is_dataclass(obj) and not isinstance(obj, type):
+        return {key_of(f): plain(getattr(obj, f.name)) for f in dc.fields(obj)}
+    if isinstance(obj, (list, tuple)):
+        return [plain(v) for v in obj]
+    if isinstance(obj, Mapping):
+        return {k: plain(v) for k, v in obj.items()}
+    return obj
+
+
+def key_paths(cls: type) -> dict[str, None]:
+    """Every dotted key that any combination of options accepts, in order."""
+    return _key_paths(cls, "", sum(map(len, TABLE.values())))
+
+
+@cache
+def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, None]:  # n_options: components may be registered later
+    paths: dict[str, None] = {}
+    for f in dc.fields(cls):
+        path = _join(prefix, key_of(f))
+        paths[path] = None
+        for part in _parts(cls, f):
+            paths |= _key_paths(part, path, n_options)
+    return paths
+
+
+def _parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
+    """The dataclasses that the field may hold."""
+    if "axis" in f.metadata:
+        yield from dict.fromkeys(option.config for option in TABLE.get(f.metadata["axis"], {}).values())
+    elif dc.is_dataclass(hint_of := hints(cls)[f.name]):
+        yield typing.cast(type, hint_of)
+
+
+def key_of(field: dc.Field[Any]) -> str:
+    """The field's key on the command line: a word that Python keeps for itself has an underscore behind it here (`async_`)."""
+    return field.name.removesuffix("_")
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Field types of a dataclass, resolved."""
+    try:
+        return typing.get_type_hints(cls)
+    except NameError as e:  # a user's own Config that imports a type only for type checkers
+        raise ConfigError(f"`{cls.__module__}.{cls.__qualname__}`: the types of its fields cannot be resolved: {e}.") from e
+
+
+class _Reader:
+    """One pass over a raw config; problems are collected, not raised, so that a user sees all of them at once."""
+
+    def __init__(self, root: type) -> None:
+        self.root = root
+        self.problems: list[str] = []
+
+    def dataclass(self, cls: type, raw: Any, path: str, axis: str | None) -> Any:
+        """`axis`: the axis that `cls` is an option of, if it is one."""
+        if not isinstance(raw, Mapping):
+            return self.problem(f"`{path}` must be a mapping, but is {raw!r} instead.")
+        fields = {key_of(f): f for f in dc.fields(cls) if f.init}
+        known = key_paths(self.root)
+        for key in raw:
+            if key not in fields:
+                reason = getattr(cls, "absent", {}).get(key, "")
+                self.problem(unknown_key(_join(path, str(key)), raw[key], fields, known, axis) + reason)
+        values = {}
+        for name, f in fields.items():
+            if name in raw:
+                values[f.name] = self.field(cls, f, raw[name], _join(path, name))
+            elif f.default is dc.MISSING and f.default_factory is dc.MISSING:
+                self.problem(f"`{_join(path, name)}` must be given.")
+        return _BAD if self.problems else cls(**values)
+
+    def field(self, cls: type, f: dc.Field[Any], value: Any, path: str) -> Any:
+        if "axis" in f.metadata:
+            return self.option(f, value, path)
+        if "axes" in f.metadata and isinstance(value, Mapping):
+            each = dc.field(metadata={"axis": f.metadata["axes"]})
+            return {str(name): self.option(each, one, f"{path}.{name}") for name, one in value.items()}
+        if "choice" in f.metadata and isinstance(value, str) and value != _MISSING:
+            return value if value in (options := TABLE[f.metadata["choice"]]) else self.not_an_option(path, value, options)
+        return self.value(hints(cls)[f.name], value, path)
+
+    def option(self, f: dc.Field[Any], raw: Any, path: str) -> Any:
+        """A mapping whose tag (`type`, unless the field says otherwise) tells which option's config it is."""
+        axis, tag = f.metadata["axis"], f.metadata.get("tag", "type")
+        options = TABLE.get(axis, {})
+        if raw is None and f.metadata.get("optional"):
+            return None
+        if not isinstance(raw, Mapping):
+            how = f"write {group_of(axis)}={raw}" if tag == "type" and path == axis else f"write {path}={{{tag}: {next(iter(options))}, ...}}"
+            return self.problem(f"`{path}` must be a mapping{' or null' if f.metadata.get('optional') else ''}, but is {raw!r} instead: {how}.")
+        kind = raw.get(tag)
+        if not isinstance(kind, str) or kind not in options:
+            return self.not_an_option(f"{path}.{tag}", kind, options)
+        return self.dataclass(options[kind].config, raw, path, axis)
+
+    def value(self, tp: Any, v: Any, path: str) -> Any:
+        if v == _MISSING:
+            return self.problem(f"`{path}` must be given.")
+        if tp is Any:
+            return v
+        if dc.is_dataclass(tp):
+            return self.dataclass(typing.cast(type, tp), v, path, None)
+        origin, args = typing.get_origin(tp), typing.get_args(tp)
+        if origin in (typing.Union, types.UnionType):
+            got = self.first_of(args, v, path)
+        elif origin in (tuple, list) and isinstance(v, (list, tuple)) and (_endless(tp) or len(v) == len(args)):
+            return origin(self.value(args[0] if _endless(tp) else args[i], x, f"{path}[{i}]") for i, x in enumerate(v))
+        elif origin is dict and isinstance(v, Mapping):
+            return {k: self.value(args[1], x, _join(path, str(k))) for k, x in v.items()}
+        else:
+            got = _scalar(tp, v)
+        if got is _BAD:
+            self.problem(f"`{path}` must be {describe(tp)}, but is {v!r} instead.{hint(v, _words(tp))}")
+        return got
+
+    def first_of(self, members: tuple[Any, ...], v: Any, path: str) -> Any:
+        for member in members:
+            trial = _Reader(self.root)
+            got = trial.value(member, v, path)
+            if not trial.problems:
+                return got
+        return _BAD
+
+    def problem(self, text: str) -> Any:
+        self.problems.append(text)
+        return _BAD
+
+    def not_an_option(self, path: str, value: Any, options: Mapping[str, Any]) -> Any:
+        got = "missing" if value is None else f"{value!r} instead"
+        return self.problem(f"`{path}` must be one of {', '.join(options)}, but is {got}.{hint(value, options)}")
+
+
+def _scalar(tp: Any, v: Any) -> Any:
+    """`v` as `tp`, or _BAD. No conversions, but an integer is a number, and so is the 3e-4 that YAML 1.1 takes for a string."""
+    if typing.get_origin(tp) is typing.Literal:
+        return v if any(v == a and type(v) is type(a) for a in typing.get_args(tp)) else _BAD
+    if tp is float:
+        number = type(v) in (int, float) or (isinstance(v, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)e[+-]?\d+", v, re.IGNORECASE))
+        return float(v) if number and math.isfinite(float(v)) else _BAD
+    if tp in (dict, list, tuple):
+        return v if isinstance(v, tp) else _BAD
+    return v if type(v) is tp else _BAD
+
+
+def _endless(tp: Any) -> bool:
+    """A list of any length, all of one type."""
+    return typing.get_origin(tp) is list or ... in typing.get_args(tp)
+
+
+def describe(tp: Any) -> str:
+    """A type in the words of the command line."""
+    origin, args = typing.get_origin(tp), typing.get_args(tp)
+    if origin is typing.Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(str, args))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(a) for a in args)
+    if origin in (tuple, list):
+        return "a list" if _endless(tp) else f"a list of {len(args)} values"
+    if tp is types.NoneType:
+        return "null"
+    return _KINDS.get(origin or tp, getattr(tp, "__name__", str(tp)))
+
+
+def _words(tp: Any) -> list[Any]:
+    """What a mistyped word may have been meant to be."""
+    if typing.get_origin(tp) is typing.Literal:
+        return list(typing.get_args(tp))
+    return [word for a in typing.get_args(tp) for word in _words(a)]
+
+
+def _join(path: str, key: str) -> str:
+    return f"{path}.{key}" if path else key

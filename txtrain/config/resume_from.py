@@ -1,0 +1,142 @@
+"""`resume=RUN`: the configuration of an earlier run, with `key=value` on top.
+
+Its config.yaml is data, perhaps a stranger's: nothing in it is imported, interpolated or built. Loggers and callbacks come from
+the command line, the user's --config-dir or the packaged options; what the file has of them is compared and said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.types import Override
+from omegaconf import OmegaConf, open_dict
+
+from txtrain.checkpoint.run_folder import flat
+from txtrain.config import loggers, targets
+from txtrain.config.compose import NOTES, Composed, Loader, load
+from txtrain.config.convert import build
+from txtrain.config.literals import escape
+from txtrain.config.overrides import check, groups_of, parse
+from txtrain.config.schema import ROOTS
+from txtrain.errors import ConfigError
+
+FREE = ("strategy", "trainer", "logger", "callbacks")  # the groups that a resumed run may choose anew
+
+
+def run_folder(run_or_checkpoint: str) -> Path:
+    """The run's folder: it has config.yaml, and its checkpoints lie in its folder `checkpoints`.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    path = Path(run_or_checkpoint)
+    folders = [path, path.parent.parent] if path.parent.name == "checkpoints" else [path]
+    for folder in folders if path.exists() else ():
+        if (folder / "config.yaml").is_file():
+            return folder
+    why = "has no config.yaml" if path.exists() else "does not exist"
+    raise ConfigError(f"`resume` must be auto, never, or a run's folder or one of its checkpoints, but {run_or_checkpoint!r} {why}.")
+
+
+def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Composed:
+    """The configuration in the run's folder, changed as the overrides say.
+
+    Raises:
+        ConfigError: no such run, a group that may not change, a key or value that does not exist.
+    """
+    folder, root = run_folder(run), ROOTS[verb]
+    raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    if not isinstance(raw, dict):
+        raise ConfigError(f"`resume`: {folder / 'config.yaml'} must be the config.yaml of a run, but is not a mapping.")
+    parsed = [o for o in parse(overrides) if not o.is_hydra_override()]
+    _refuse_others(parsed, root)
+    saved_imports = raw.get("imports") or []
+    raw |= {"imports": loader.imports(overrides), "resume": run, "run_dir": str(folder)}
+    groups = [o for o in parsed if o.key_or_group in FREE]
+    given = [str(o.key_or_group) for o in parsed]
+    saved = {part: raw.get(part) or {} for part in targets.ALLOWED}
+    foreign, notes = _without_foreign(raw, given)
+    raw |= _composed_anew(verb, groups, raw, loader, root)
+    for o in parsed:
+        if o not in groups and o.key_or_group not in ("imports", "resume"):
+            _set(raw, o.key_or_group, OmegaConf.to_container(OmegaConf.create({"value": o.value()}), resolve=True)["value"])  # type: ignore[call-overload, index]
+    try:
+        if problems := foreign + list(targets.problems(raw, raw["imports"])):
+            raise ConfigError(*problems)
+        raw["logger"] = loggers.settled(raw["logger"])
+        config: Any = build(root, raw)
+    except ConfigError as e:
+        if not saved_imports or raw["imports"]:
+            raise
+        again = f"imports=[{','.join(saved_imports)}]"
+        raise ConfigError(*e.problems, f"`resume`: the run used {again}. Code is never imported by a checkpoint's word: name it again.") from e
+    return Composed(config, {}, given, notes=(*notes, *_changes(saved, raw)))
+
+
+def _without_foreign(raw: dict[str, Any], given: list[str]) -> tuple[list[str], list[str]]:
+    """Take out of a saved configuration, in place, what only the user may say: classes, hosts, and paths outside the run's folder.
+
+    Returns:
+        Loggers and callbacks that must be named again, as problems; what else was taken out, in sentences.
+    """
+    problems: list[str] = []
+    raw["logger"], found = loggers.resumed(raw.get("logger"), given)
+    problems += [] if "logger" in given else found
+    callbacks = raw.get("callbacks")
+    for name, node in callbacks.items() if isinstance(callbacks, dict) and "callbacks" not in given else ():
+        if f"callbacks.{name}._target_" not in given:
+            target = node.get("_target_") if isinstance(node, dict) else node
+            problems.append(
+                f"`callbacks.{name}` is {target!r} in the run's config.yaml, and a class that a file names is never built. "
+                f"Name it again with its values: callbacks.{name}._target_=..., or leave it out: callbacks=none."
+            )
+    raw["callbacks"] = {}
+    data = raw.get("data")
+    if isinstance(data, dict) and data.get("cache_dir") is not None and "data.cache_dir" not in given:
+        where, data["cache_dir"] = data["cache_dir"], None
+        return problems, [f"data.cache_dir is not taken from the run's config.yaml, which says {where!r}: give it again to use it."]
+    return problems, []
+
+
+def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """How loggers and callbacks differ from those in the run's file."""
+    old, new = (flat({part: tree.get(part) or {} for part in saved}) for tree in (saved, now))
+    for key in {**old, **new}:
+        if old.get(key) != new.get(key):
+            before, after = (f"{side[key]!r}" if key in side else "absent" for side in (old, new))
+            yield f"{key}: {before} in the run's config.yaml, now {after}"
+
+
+def _refuse_others(parsed: list[Override], root: type) -> None:
+    groups = groups_of(root)
+    problems = [
+        f"`{o.input_line}`: a resumed run keeps its parts; only {', '.join(FREE)} may be chosen anew. Single values (a.b=c) may be given."
+        for o in parsed
+        if o.is_delete() or (o.key_or_group not in FREE and (o.key_or_group in groups or "/" in o.key_or_group))
+    ]
+    if problems:
+        raise ConfigError(*problems)
+
+
+def _composed_anew(verb: str, groups: list[Override], raw: dict[str, Any], loader: Loader, root: type) -> dict[str, Any]:
+    """The named groups from their option's file, with the run's own name and folder where they refer to them."""
+    if not groups:
+        return {}
+    cfg = load(verb, check([str(o.input_line) for o in groups], loader, root), loader)
+    with open_dict(cfg):
+        del cfg[NOTES]
+        for key in ("name", "run_dir"):
+            cfg[key] = escape(raw[key]) if isinstance(raw.get(key), str) else raw.get(key)
+    return {o.key_or_group: OmegaConf.to_container(cfg[o.key_or_group], resolve=True) for o in groups}
+
+
+def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
+    node = raw
+    for parent in parents:
+        inner = node.get(parent)
+        node[parent] = node = inner if isinstance(inner, dict) else {}
+    node[last] = value

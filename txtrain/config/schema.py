@@ -1,0 +1,367 @@
+"""The typed configuration of each verb, and the checks that need more than one group. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import re
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import txtrain.data.config  # noqa: F401  (registers the sources)
+from txtrain.config import compatibility, hardware
+from txtrain.config.units import bytes_of
+from txtrain.errors import divisors_near, hint
+from txtrain.model.config import ModelConfig
+from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
+from txtrain.optim.config import AdamConfig as AdamConfig  # (its module registers the optimizers and the schedulers)
+from txtrain.optim.config import EMAConfig
+from txtrain.optim.config import SchedulerConfig as SchedulerConfig
+from txtrain.parallel import config as parallel  # (registers the strategies)
+from txtrain.registry import axis
+
+# ----------------------------------------------------------------------------------------------------------- trainer, save, ...
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TrainerConfig:
+    """Lightning's words. Every interval counts steps; a step is one optimizer update. The first limit that is reached ends the run."""
+
+    max_steps: int | None = None
+    max_epochs: int | None = None
+    max_tokens: int | None = None
+    max_time: str | None = None  # DD:HH:MM:SS
+    val_check_interval: int = 100  # steps
+    limit_val_batches: int = 32  # of global_batch_size sequences each
+    log_every_n_steps: int = 10
+    gradient_clip_val: float | None = 1.0  # by the global norm; null: never
+    max_skipped_steps: int = 5  # in a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run
+    max_divergent_steps: int | None = None  # in a row, whose loss is far above the best (`monitor.loss_spikes`); one more ends the run; null: it is only said
+    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
+    num_nodes: int = 1
+    compile: bool = False
+    activation_checkpointing: Literal["none", "full", "selective"] | int = "none"  # computed again in the backward: all; all but products; every n-th block
+    deterministic: bool = False
+    auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
+    fast_dev_run: bool | int = False  # so many steps (true: 1) of training and validation, then stop; nothing saved
+    overfit_batches: int = 0  # train on the first so many global batches again and again
+
+    def check(self) -> Iterator[str]:
+        limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
+        if all(getattr(self, name) is None for name in limits):
+            yield "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: nothing would end the run."
+        for name in ("max_steps", "max_epochs", "max_tokens", "val_check_interval", "limit_val_batches", "log_every_n_steps", "devices", "num_nodes"):
+            value = getattr(self, name)
+            low = 0 if name == "limit_val_batches" else 1
+            if isinstance(value, int) and value < low:
+                yield f"`trainer.{name}` must be at least {low}, but is {value} instead."
+        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val", "max_skipped_steps", "max_divergent_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                yield f"`trainer.{name}` must be at least 0, but is {getattr(self, name)} instead."
+        if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
+            yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SaveConfig:
+    """When checkpoints are written. The last step, an interrupt and a new best always write one as far as these allow."""
+
+    every_n_steps: int = 200
+    keep_last: int = 2  # the newest so many
+    keep_best: int = 1  # and the best so many by validation loss
+    keep_every_n_steps: int | None = None  # and those of every so many steps, for good
+    async_: bool = False  # write while training goes on, from a copy in the processor's memory
+
+    def check(self) -> Iterator[str]:
+        for name, low in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
+            if getattr(self, name) < low:
+                yield f"`save.{name}` must be at least {low}, but is {getattr(self, name)} instead."
+        every = self.keep_every_n_steps
+        if every is not None and (every < 1 or every % self.every_n_steps):
+            yield f"`save.keep_every_n_steps` must be a multiple of save.every_n_steps ({self.every_n_steps}) or null, but is {every} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Continuations written at each validation: to the screen and to samples.txt."""
+
+    prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
+    n: int = 2
+    max_new_tokens: int = 40
+    temperature: float = 0.8
+
+    def check(self) -> Iterator[str]:
+        for name in ("n", "max_new_tokens", "temperature"):
+            if getattr(self, name) < 0:
+                yield f"`sample.{name}` must be at least 0, but is {getattr(self, name)} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LayerStatsConfig:
+    """Figures of each layer in metrics.csv and the loggers: gradient and weight norms, and of each mixture how even its load is."""
+
+    every_n_steps: int | None = None  # in the row of every so many steps; null: never
+    activations: bool = False  # also the root mean square of what each block puts out
+
+    def check(self) -> Iterator[str]:
+        if self.every_n_steps is None and self.activations:
+            yield "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."
+
+
+# --------------------------------------------------------------------------------------------------------------------- verbs
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Train:
+    model: ModelConfig
+    data: Any = axis("data")
+    objective: Any = axis("objective")
+    optimizer: Any = axis("optimizer")
+    scheduler: Any = axis("scheduler")
+    strategy: Any = axis("strategy")
+    trainer: TrainerConfig
+    save: SaveConfig
+    ema: EMAConfig = dc.field(default_factory=EMAConfig)
+    sample: SampleConfig
+    layer_stats: LayerStatsConfig = dc.field(default_factory=LayerStatsConfig)
+    logger: dict[str, Any]  # Lightning loggers by _target_
+    callbacks: dict[str, Any]  # Lightning callbacks by _target_
+    name: str = "default"  # part of the run's folder
+    run_dir: str | None = None
+    seed: int = 1337
+    imports: tuple[str, ...] = ()
+    init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
+    resume: str = "auto"  # auto, never, or a run or checkpoint
+    resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
+    fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
+    verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed; metrics.csv is the same
+    profile: bool = False  # write a trace of a few steps into the run's folder
+    profile_steps: tuple[int, int] | None = None  # the first and the last of them; null: the fourth to the sixth of this start
+
+    @property
+    def seq_len(self) -> int:
+        return int(self.data.seq_len or self.model.max_seq_len)
+
+    @property
+    def lengths(self) -> tuple[int, int | None]:
+        """Positions of one sample as the model reads it, at most: of the source, and of the target where there are two stacks."""
+        if self.model.topology != "encoder_decoder":
+            return self.seq_len, None
+        source, target = self.objective.lengths(self.seq_len)
+        return source, target
+
+    @property
+    def micro_batch_size(self) -> int:
+        return int(self.data.micro_batch_size or self.data.global_batch_size)
+
+    def check(self) -> Iterator[str]:
+        """Problems of each group first, then what model, objective and data are wrong for; what compares values only where the groups are sound."""
+        groups = [getattr(self, f.name) for f in dc.fields(self)]
+        problems = [p for group in groups if hasattr(group, "check") for p in group.check()]
+        yield from problems
+        if not any(compatibility.model_problems(self.model)):
+            yield from compatibility.problems(self)
+        if not problems:
+            yield from self._check_between()
+
+    def _check_between(self) -> Iterator[str]:
+        data = self.data
+        if self.model.position.type == "learned" and self.seq_len > self.model.max_seq_len:
+            yield (
+                f"`data.seq_len` must be at most model.max_seq_len ({self.model.max_seq_len}) with model/position=learned, "
+                f"but is {self.seq_len} instead. Nearest: {self.model.max_seq_len}."
+            )
+        if data.global_batch_size % self.micro_batch_size:
+            near = ", ".join(map(str, divisors_near(self.micro_batch_size, data.global_batch_size)))
+            yield (
+                f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
+                f"but is {self.micro_batch_size} instead. Nearest: {near}."
+            )
+        elif (world := parallel.processes(self)) is not None:
+            yield from self._check_processes(world)
+        if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
+            yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
+        yield from self._check_layer_stats()
+        yield from self.strategy.check_with(self)
+        yield from self.objective.check_with(self)
+        if (steps := self.profile_steps) is not None:
+            if not self.profile:
+                yield f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add profile=true."
+            if not 1 <= steps[0] <= steps[1]:
+                yield f"`profile_steps` must be the first and the last step to trace, from 1 on, but is [{steps[0]},{steps[1]}] instead."
+        yield from self._check_name()
+        if self.fork is not None and self.init_from is not None:
+            yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
+        if self.fork is not None and self.resume not in ("auto", "never"):
+            yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_name(self) -> Iterator[str]:
+        parts = self.name.split("/")
+        if not self.name.isprintable() or any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts):
+            yield f"`name` must be the name of a folder in runs/, but is {self.name!r} instead. A run anywhere else: run_dir=..."
+
+    def _check_layer_stats(self) -> Iterator[str]:
+        every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
+        if every is None:
+            return
+        if every < 1 or every % rows:
+            yield (
+                f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
+                f"Nearest: {max(1, round(every / rows)) * rows}."
+            )
+        if self.layer_stats.activations and self.strategy.type in ("tp", "fsdp_tp"):
+            yield (
+                f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: a block's output lies in parts, "
+                "padded to equal lengths. Gradient and weight norms are told under it."
+            )
+
+    def _check_processes(self, world: int) -> Iterator[str]:
+        yield from parallel.problems(self, world)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    """Of which devices `plan` tells time and memory, and how."""
+
+    device: str = "H100"  # one of txtrain.config.hardware
+    n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
+    simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
+    peak_flops: float | None = None  # FLOP/s of one device; null: the published figure of plan.device at trainer.precision
+    mfu: float = 0.4  # share of the peak that the run reaches
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    format: Literal["text", "json"] = "text"
+
+    def check(self) -> Iterator[str]:
+        if self.device not in hardware.PUBLISHED:
+            known = ", ".join(hardware.PUBLISHED)
+            instead = f"{self.device} instead: for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
+            yield f"`plan.device` must be one of {known}, but is {instead}"
+        if self.memory is not None and not bytes_of(self.memory):
+            yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
+        if self.n_devices is not None and self.n_devices < 1:
+            yield f"`plan.n_devices` must be at least 1, but is {self.n_devices} instead."
+        if self.peak_flops is not None and not self.peak_flops > 0:
+            yield f"`plan.peak_flops` must be above 0 or null, but is {self.peak_flops} instead."
+        if not 0 < self.mfu <= 1:
+            yield f"`plan.mfu` must be above 0 and at most 1, but is {self.mfu} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Plan(Train):
+    """What `train` would run, and how to count it."""
+
+    plan: PlanConfig = dc.field(default_factory=PlanConfig)
+
+    def _check_between(self) -> Iterator[str]:
+        yield from Train._check_between(self)
+        if not (self.data.global_batch_size % self.micro_batch_size) and parallel.processes(self) is None:
+            yield from self._check_processes(self.plan.n_devices or 1)
+        started, asked = parallel.processes(self), self.plan.n_devices
+        if started is not None and asked not in (None, started):
+            yield (
+                f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on trainer.num_nodes={self.trainer.num_nodes} says, "
+                f"but is {asked} instead. Nearest: null."
+            )
+        accelerator, precision = hardware.PUBLISHED[self.plan.device], self.trainer.precision
+        if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
+            yield f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but is {precision} instead."
+
+    def _check_processes(self, world: int) -> Iterator[str]:
+        """How the processes lie must be sound; that the batch has as many shares is told beside the figures."""
+        yield from self.strategy.problems(world, self.model)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How `prepare` writes."""
+
+    shard_tokens: int = 100_000_000  # a file ends with the document that fills it so far
+
+    def check(self) -> Iterator[str]:
+        if self.shard_tokens < 1:
+            yield f"`prepare.shard_tokens` must be at least 1, but is {self.shard_tokens} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Prepare(Train):
+    """What `train` would tokenise, and where to."""
+
+    out: str | None = None  # a folder that does not exist, or one that an earlier `prepare` of the same could not finish
+    prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
+
+    def check(self) -> Iterator[str]:
+        if self.out is None:
+            yield "`out` must be given: the folder to write."
+        yield from Train.check(self)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PreviewConfig:
+    """What `preview` shows."""
+
+    n: int = 3  # samples, from the first step on
+    split: Literal["train", "validation"] = "train"
+
+    def check(self) -> Iterator[str]:
+        if self.n < 1:
+            yield f"`preview.n` must be at least 1, but is {self.n} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Preview(Train):
+    """What `train` would read, shown."""
+
+    preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Generate:
+    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    prompt: str | None = None  # `-`: standard input
+    prompt_file: str | None = None  # one prompt a line
+    max_new_tokens: int = 64
+    temperature: float = 0.8  # 0: the most likely token
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    seed: int = 0
+    stream: bool = True  # print tokens as they come, where one prompt is given
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    imports: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
+        if (self.prompt is None) == (self.prompt_file is None):
+            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
+        if self.max_new_tokens < 1:
+            yield f"`max_new_tokens` must be at least 1, but is {self.max_new_tokens} instead."
+        if self.temperature < 0:
+            yield f"`temperature` must be at least 0, but is {self.temperature} instead."
+        if self.top_k is not None and self.top_k < 1:
+            yield f"`top_k` must be at least 1 or null, but is {self.top_k} instead."
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Export:
+    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    out: str | None = None  # a new folder
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    imports: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
+        if self.out is None:
+            yield "`out` must be given: the folder to write."
+
+
+ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare, "preview": Preview}
+

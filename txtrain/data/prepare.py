@@ -1,0 +1,307 @@
+"""From a source to samples that are read by row: one way for each kind of source."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from txtrain.config.schema import Train
+from txtrain.data.config import MixtureConfig
+from txtrain.data.samples.best_fit import FORMAT as best_fit_format
+from txtrain.data.samples.best_fit import write_plan
+from txtrain.data.samples.images import prepare_images
+from txtrain.data.samples.order import Indices
+from txtrain.data.samples.pairs import PairCorpus, PairSamples
+from txtrain.data.samples.rows import ListedSamples, Rows
+from txtrain.data.sources.mixture import MixedRows
+from txtrain.data.sources.source import SampleSource, Source, TextSource, build_source, has_validation, settle
+from txtrain.data.store.cache import SPLITS, TokenFile, TokenWriter, build_folder, cache_root
+from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
+from txtrain.data.store.stream import StreamTokens
+from txtrain.data.store.tokenize import Limit, tokenise
+from txtrain.data.store.tokens import Tokens
+from txtrain.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from txtrain.errors import ConfigError
+from txtrain.objectives.base import Objective, TokenisedText
+
+log = logging.getLogger(__name__)
+
+_LARGE = 1_000_000_000  # bytes of text that a run on several nodes still tokenises by itself
+
+
+@dc.dataclass(frozen=True)
+class Prepared:
+    """Both splits, ready to be read.
+
+    Attributes:
+        fingerprint: of contents, tokenizer and packing.
+        lengths: of the training rows, where batches are to hold samples of about one length.
+        text: the validation documents, where there are documents.
+        named: validation sets with names; then `validation` is all of them.
+        stream: where the training tokens are read as they come.
+        shares: of the sources of a mixture, by name: the rows that each has, and its share of the samples.
+    """
+
+    train: Rows
+    validation: Rows
+    fingerprint: str
+    tokenizer: Tokenizer | None = None
+    lengths: Indices | None = None
+    text: Tokens | None = None
+    named: Mapping[str, Rows] = dc.field(default_factory=dict)
+    shares: Mapping[str, tuple[int, Fraction]] = dc.field(default_factory=dict)
+    stream: StreamTokens | None = None
+
+
+def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
+    """Everything that takes time: the tokenizer trained or loaded, the text tokenised into the cache, the images found.
+
+    Raises:
+        ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
+    """
+    way: Callable[[Any, Train, Objective], Prepared] = next(way for method, way in _WAYS.items() if hasattr(source, method))
+    return way(source, config, objective)
+
+
+# ---------------------------------------------------------------------------------------------------------------------- text
+
+
+def _text(source: TextSource, config: Train, objective: Objective, tokenizer: Tokenizer | None = None) -> Prepared:
+    """tokenizer: of a mixture."""
+    data = config.data
+    corpus = Corpus(source, data.val_fraction)
+    tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
+    key, folder = _tokenised(corpus, tokenizer, config)
+    sets = source.validation_sets() if hasattr(source, "validation_sets") else {}
+    if not sets:
+        remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
+        return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
+    made = []
+    for name, one in sets.items():
+        other, beside = _tokenised(ValidationSet(one), tokenizer, config)
+        splits = TokenFile(folder, "train"), TokenFile(beside, "validation")
+        made.append(_packed(splits, tokenizer, digest(key, other), config, objective, f"a longer data.val_path.{name}"))
+    named = {name: part.validation for name, part in zip(sets, made, strict=True)}
+    return dc.replace(made[0], validation=MixedRows([*named.values()]), named=named, fingerprint=digest(*(part.fingerprint for part in made)))
+
+
+def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: Train) -> tuple[str, Path]:
+    """The key of a text by a tokenizer, and its folder in the cache."""
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+    return key, build_folder(cache_root(config.data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
+
+
+def _mixture(source: Any, config: Train, objective: Objective) -> Prepared:
+    """The samples of all sources, by one tokenizer, and one validation set of each."""
+    if config.data.tokenizer == "train" and any(type(one).tokenizer is None for one in source.parts().values()):
+        raise ConfigError("`data.tokenizer` must be given with a data=memmap among data.sources: a folder of txtrain prepare has one in FOLDER/tokenizer.")
+    configs = {name: dc.replace(config, data=_as_named(config.data.part(name))) for name in source.parts()}
+    sources = {name: _told(name, lambda one=one: build_source(settle(one)[0])) for name, one in configs.items()}  # type: ignore[misc]
+    corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in sources.items() if hasattr(s, "documents")]
+    tokenizer = make_tokenizer(Corpora(tuple(corpora)), config, objective.special_tokens)
+    made: dict[str, Prepared] = {}
+    for name, s in sources.items():
+        way = partial(_text, tokenizer=tokenizer) if hasattr(s, "documents") else _tokens
+        made[name] = _told(name, lambda way=way, s=s, name=name: way(s, configs[name], objective))  # type: ignore[misc]
+    shares = source.shares([len(part.train) for part in made.values()])
+    named = {(f"{name}.{one}" if part.named else name): rows for name, part in made.items() for one, rows in (part.named or {"": part.validation}).items()}
+    return Prepared(
+        train=MixedRows([part.train for part in made.values()]),
+        validation=MixedRows([*named.values()]),
+        fingerprint=digest("mixture", *((name, part.fingerprint, str(share)) for (name, part), share in zip(made.items(), shares, strict=True))),
+        tokenizer=tokenizer,
+        text=next(iter(made.values())).text,
+        named=named,
+        shares={name: (len(part.train), share) for (name, part), share in zip(made.items(), shares, strict=True)},
+    )
+
+
+def _as_named(data: Any) -> Any:
+    """Nothing stands in for a source of a mixture that cannot be had."""
+    return dc.replace(data, offline_fallback="never") if hasattr(data, "offline_fallback") else data
+
+
+def _told(name: str, make: Callable[[], Any]) -> Any:
+    """What `make` gives; its complaints about `data` are about this source."""
+    try:
+        return make()
+    except ConfigError as e:
+        raise ConfigError(*(_of_source(name, problem) for problem in e.problems)) from e
+
+
+def _of_source(name: str, problem: str) -> str:
+    if re.match(rf"`data\.({'|'.join(MixtureConfig.shared)})\b", problem):
+        return f"{problem} (data.sources.{name})"
+    return re.sub(r"`data\b", f"`data.sources.{name}", problem, count=1)
+
+
+def _limit(config: Train) -> Limit | None:
+    n_nodes = getattr(config.trainer, "num_nodes", 1)
+    return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
+
+
+def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: Train, objective: Objective, remedy: str) -> Prepared:
+    """The objective's samples of both splits. key: of text and tokenizer."""
+    across = config.data.cross_document_attention
+    best_fit = config.data.packing == "best_fit"
+    plans = [_plan(tokens, key, config) if best_fit else None for tokens in splits]
+    texts = [TokenisedText(tokens, tokenizer, config.seq_len, across, plan) for tokens, plan in zip(splits, plans, strict=True)]
+    train, validation = (objective.samples(text) for text in texts)
+    _refuse_short(train, texts[0], "training", "more text")
+    _refuse_short(validation, texts[1], "validation", remedy)
+    fingerprint = digest(key, config.seq_len, across, *([best_fit_format] if best_fit else []))
+    return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
+
+
+def _plan(tokens: Tokens, key: str, config: Train) -> Path:
+    folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
+    return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty))
+
+
+# -------------------------------------------------------------------------------------------------------------------- tokens
+
+
+def _tokens(source: Any, config: Train, objective: Objective) -> Prepared:
+    tokenizer: Tokenizer | None = source.tokenizer
+    below, eos_id = config.model.vocab_size, None
+    if tokenizer is not None:
+        tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
+        below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+    train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
+    for tokens in (train, validation):
+        tokens.probe()
+    return _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+
+
+# -------------------------------------------------------------------------------------------------------------------- stream
+
+
+def _stream(source: Any, config: Train, objective: Objective) -> Prepared:
+    """Training tokens as they come, behind as much validation text as the run reads, which is kept in the cache."""
+    tokenizer = _fitted(Tokenizer.load(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
+    n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
+    key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
+
+    def fill(empty: Path) -> None:
+        writer = TokenWriter(empty, tokenizer.vocab_size)
+        with writer.open():
+            for text in source.validation():
+                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+                writer.append("validation", [*bos, *tokenizer.encode(text), tokenizer.eos_id], ends=True)
+                if writer.n_tokens >= n_tokens:
+                    break
+        writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
+
+    validation = TokenFile(build_folder(cache_root(config.data.cache_dir) / digest(key, n_tokens), fill), "validation")
+    stream = StreamTokens(source.stream, tokenizer)
+    made = _packed((stream, validation), tokenizer, key, config, objective, "a larger data.val_fraction, or another data.val_split")
+    return dc.replace(made, stream=stream)
+
+
+# ----------------------------------------------------------------------------------------------------------------- tokenizer
+
+
+def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: Train, special_tokens: Sequence[str]) -> Tokenizer:
+    """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
+
+    Raises:
+        ConfigError: it has more tokens than the model.
+    """
+    name = config.data.tokenizer
+    if name == "train":
+        return _fitted(_trained(corpus, config.model.vocab_size, special_tokens, config.data.cache_dir), name, config)
+    return _fitted(Tokenizer.load(name), name, config, special_tokens)
+
+
+def _fitted(tokenizer: Tokenizer, name: Any, config: Train, special_tokens: Sequence[str] = ()) -> Tokenizer:
+    """With the special tokens that are missing. name: what the user calls it."""
+    given, tokenizer = tokenizer.vocab_size, tokenizer.with_specials(special_tokens)
+    if tokenizer.vocab_size > given and name != "bytes":
+        log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, tokenizer.vocab_size - given)
+    if tokenizer.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, but is {config.model.vocab_size} instead. "
+            f"Nearest: {tokenizer.vocab_size}."
+        )
+    return tokenizer
+
+
+def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None) -> Tokenizer:
+    key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
+
+    def fill(empty: Any) -> None:
+        train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens)).with_specials(special_tokens).save(empty)
+
+    tokenizer = Tokenizer.load(build_folder(cache_root(cache_dir) / f"tokenizer-{key}", fill))
+    if tokenizer.vocab_size < vocab_size:
+        log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
+    return tokenizer
+
+
+def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) -> None:
+    if not len(samples):
+        tokens = text.tokens
+        if not tokens.n_documents:
+            raise ConfigError(f"`data` must have {part} text, but has none: white space aside, there is too little to divide. Give {remedy}.")
+        raise ConfigError(
+            f"`data.seq_len` must be at most {len(tokens)}, the tokens of the {part} text ({tokens.n_documents} documents), "
+            f"but is {text.seq_len} instead. Give {remedy}, or a smaller data.seq_len."
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------- pairs
+
+
+def _pairs(source: Any, config: Train, objective: Objective) -> Prepared:
+    data = config.data
+    corpus = PairCorpus(source, data.val_fraction)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config)))
+    train, validation = (PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation"))
+    for rows, part in ((train, "training"), (validation, "validation")):
+        if not len(rows):
+            raise ConfigError(
+                f"`data={data.type}` must have at least one {part} pair of at most data.seq_len={config.seq_len} tokens a side, "
+                f"but has none: {rows.n_all} in all."
+            )
+        if rows.n_all > len(rows):
+            log.warning("%d of %d %s pairs are longer than data.seq_len=%d and left out", rows.n_all - len(rows), rows.n_all, part, config.seq_len)
+    return Prepared(train, validation, digest(key, config.seq_len), tokenizer, lengths=train.lengths)
+
+
+# -------------------------------------------------------------------------------------------------------------------- images
+
+
+def _images(source: Any, config: Train, objective: Objective) -> Prepared:
+    train, validation, known = prepare_images(source, config)
+    return Prepared(train, validation, known)
+
+
+# ------------------------------------------------------------------------------------------------------------- ready samples
+
+
+def _samples(source: SampleSource, config: Train, objective: Objective) -> Prepared:
+    data, samples = config.data, source.samples("train")
+    if has_validation(source):
+        others = source.samples("validation")
+        train, validation = ListedSamples(samples, np.arange(len(samples))), ListedSamples(others, np.arange(len(others)))
+    else:
+        held = held_out(len(samples), data.val_fraction)
+        train, validation = ListedSamples(samples, np.flatnonzero(~held)), ListedSamples(samples, np.flatnonzero(held))
+    for part, rows in (("training", train), ("validation", validation)):
+        if not len(rows):
+            raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
+    known = source.identity() if hasattr(source, "identity") else repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)])
+    return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
+
+
+_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture, "stream": _stream}

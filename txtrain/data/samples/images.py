@@ -1,0 +1,127 @@
+"""Images: what a source of them is, and their way to pixel_values."""
+
+# B batch, C channels, H and W pixels
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from txtrain.config.schema import Train
+from txtrain.data.samples.augment import Augment
+from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.order import Indices
+from txtrain.data.samples.rows import Mapped, Rows
+from txtrain.data.sources.source import Split, has_validation
+from txtrain.data.store.split import digest, held_out
+from txtrain.errors import ConfigError
+
+_MEASURED = 2048  # training images that mean and deviation are taken from, where they are not given
+_LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
+
+
+class Images(Protocol):
+    """One split. labels: [N], classes from 0 on."""
+
+    @property
+    def labels(self) -> NDArray[np.int64]: ...
+
+    def read(self, i: int) -> NDArray[Any]:
+        """Image i, [H, W] or [H, W, C]: uint8 from 0 to 255, or floats from 0 to 1."""
+        ...
+
+
+class ImageSource(Protocol):
+    def images(self, split: Split) -> Images: ...
+
+
+class ImageSamples:
+    """Some images of a split as the model reads them: its size and channels, floats with a mean of 0 and a deviation of 1 a channel."""
+
+    def __init__(self, images: Images, rows: Indices, size: int, n_channels: int) -> None:
+        self.images, self.rows, self.size, self.n_channels = images, rows, size, n_channels
+        self.mean, self.std = torch.zeros(n_channels), torch.ones(n_channels)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
+        """pixel_values, float32 [B, C, H, W]; labels, int64 [B]."""
+        picked = self.rows[rows]
+        pixels = torch.stack([self._pixels(self.images.read(int(i))) for i in picked])
+        return {"pixel_values": (pixels - self.mean[:, None, None]) / self.std[:, None, None], "labels": torch.from_numpy(self.images.labels[picked])}
+
+    def normalised(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, like: ImageSamples | None = None) -> ImageSamples:
+        """With this mean and deviation a channel, or with those of images spread evenly over `like` (by default over these)."""
+        if mean is None or std is None:
+            like = like or self
+            n = min(len(like), _MEASURED)
+            pixels = ImageSamples(like.images, like.rows, like.size, like.n_channels).batch(np.arange(n) * len(like) // n)["pixel_values"]
+            measured = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-6)
+        self.mean = measured[0] if mean is None else _per_channel("mean", mean, self.n_channels)
+        self.std = measured[1] if std is None else _per_channel("std", std, self.n_channels)
+        return self
+
+    def _pixels(self, image: NDArray[Any]) -> Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(image))
+        values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
+        values = values[..., None] if values.ndim == 2 else values
+        values = _with_channels(values.permute(2, 0, 1), self.n_channels)
+        if values.shape[-2:] == (self.size, self.size):
+            return values
+        resized: Tensor = F.interpolate(values[None], (self.size, self.size), mode="bilinear", antialias=True)[0]
+        return resized
+
+
+def _with_channels(image_CHW: Tensor, n: int) -> Tensor:
+    given = len(image_CHW)
+    if given == n:
+        return image_CHW
+    if given == 1:
+        return image_CHW.expand(n, -1, -1)
+    if given == 3 and n == 1:
+        return torch.einsum("chw,c->hw", image_CHW, torch.tensor(_LUMINANCE))[None]
+    raise ConfigError(f"`model.embedding.n_channels` must be {given}, the channels of the images, but is {n} instead. Nearest: {given}.")
+
+
+def _per_channel(name: str, values: tuple[float, ...], n: int) -> Tensor:
+    if len(values) not in (1, n):
+        raise ConfigError(f"`data.{name}` must be null, or 1 or {n} values (model.embedding.n_channels), but is {list(values)} instead.")
+    return torch.tensor(values).expand(n).clone()
+
+
+def prepare_images(source: ImageSource, config: Train) -> tuple[Rows, Rows, str]:
+    """Both splits, and a fingerprint.
+
+    Raises:
+        ConfigError: a split without images, or more classes than the model has.
+    """
+    data, embedding = config.data, config.model.embedding
+    every = source.images("train")
+    if has_validation(source):
+        others = source.images("validation")
+        parts = [(every, np.arange(len(every.labels))), (others, np.arange(len(others.labels)))]
+    else:
+        held = held_out(len(every.labels), data.val_fraction)
+        parts = [(every, np.flatnonzero(~held)), (every, np.flatnonzero(held))]
+    for part, (_, rows) in zip(("training", "validation"), parts, strict=True):
+        if not len(rows):
+            raise ConfigError(f"`data={data.type}` must have at least one {part} image, but has none: {len(every.labels)} in all.")
+    n_classes = 1 + max(int(images.labels.max()) for images, _ in parts)
+    if n_classes > config.model.head.n_classes:
+        raise ConfigError(
+            f"`model.head.n_classes` must be at least {n_classes}, the classes of data={data.type}, but is {config.model.head.n_classes} instead. "
+            f"Nearest: {n_classes}."
+        )
+    train, validation = (ImageSamples(images, rows, embedding.image_size, embedding.n_channels) for images, rows in parts)
+    validation.normalised(data.mean, data.std, like=train)
+    train.normalised(data.mean, data.std)
+    known = source.identity() if hasattr(source, "identity") else repr([len(every.labels), every.labels[:100].tolist()])
+    fingerprint = digest(data.type, known, None if has_validation(source) else data.val_fraction, embedding.image_size, data.mean, data.std)
+    augment = Augment(data.crop_padding, data.rotation, data.shift, data.flip)
+    return Mapped(train, augment) if augment else train, validation, fingerprint

@@ -1,0 +1,47 @@
+"""Batches of samples of about one length, by arithmetic: less of a batch is padding, and the order is still a function of (seed, step)."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+
+import numpy as np
+
+from txtrain.data.samples.order import GlobalOrder, Indices, mix, permutation
+
+BUCKET = 8  # lengths are told apart by multiples of so many tokens, and batches are padded to one
+
+
+@dc.dataclass(frozen=True, eq=False)
+class LengthOrder(GlobalOrder):
+    """In epoch e the samples are sorted by their length, rounded up to a multiple of BUCKET, and within one by a hash of (seed, e, row).
+
+    Every global_batch_size in a row are a global batch, and the batches stand in the order permutation(seed, e). So batches are
+    other ones in each epoch. The n % global_batch_size samples with the smallest hashes are not in the epoch.
+    """
+
+    lengths: Indices = dc.field(kw_only=True)
+    _epochs: dict[int, Indices] = dc.field(default_factory=dict, init=False, repr=False)  # the latest two, sorted
+
+    def rows(self, indices: Indices) -> Indices:
+        size = self.global_batch_size
+        n_batches = self.n // size
+        epoch, at = np.divmod(indices, n_batches * size)
+        place = permutation(at // size, n_batches, self.seed, epoch) * size + at % size
+        rows = np.empty_like(indices)
+        for e in np.unique(epoch).tolist():
+            here = epoch == e
+            rows[here] = self._sorted(e)[place[here]]
+        return rows
+
+    def _sorted(self, epoch: int) -> Indices:
+        if epoch not in self._epochs:
+            while len(self._epochs) > 1:
+                del self._epochs[min(self._epochs)]
+            key = mix(mix(np.array([self.seed & 0xFFFFFFFFFFFFFFFF], np.uint64)) ^ np.uint64(epoch))
+            draw = mix(np.arange(self.n, dtype=np.uint64) ^ key)
+            kept = np.sort(np.argsort(draw, kind="stable")[self.n % self.global_batch_size :])
+            self._epochs[epoch] = kept[np.lexsort((draw[kept], -(-self.lengths[kept] // BUCKET)))]
+        return self._epochs[epoch]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_epochs": {}}  # workers sort for themselves

@@ -1,0 +1,104 @@
+"""Pairs of texts: which side of the split each is on, and the batches of their tokens."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.length_order import BUCKET
+from txtrain.data.samples.order import Indices
+from txtrain.data.sources.source import Split, has_validation
+from txtrain.data.store.split import FORMAT, digest
+from txtrain.data.store.tokens import Tokens
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+
+Pair = tuple[str, str]
+
+
+class PairSource(Protocol):
+    def pairs(self, split: Split) -> Iterator[Pair]: ...
+
+
+@dataclass(frozen=True)
+class PairCorpus:
+    """A source's pairs as documents: the source of a pair, then its target.
+
+    Without a validation split of its own, a pair is held out by a hash of its source text: equal sources are on one side.
+    """
+
+    source: PairSource
+    val_fraction: float
+
+    def pairs(self) -> Iterator[tuple[Split, Pair]]:
+        """Those of which neither side is blank."""
+        splits: tuple[Split, ...] = ("train", "validation") if has_validation(self.source) else ("train",)
+        for split in splits:
+            for pair in self.source.pairs(split):
+                if pair[0].strip() and pair[1].strip():
+                    yield (split if len(splits) == 2 else self._side(pair[0])), pair
+
+    def _side(self, text: str) -> Split:
+        draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+        return "validation" if draw < self.val_fraction * 2**64 else "train"
+
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        for split, pair in self.pairs():
+            for text in pair:
+                yield split, text
+
+    def training_texts(self) -> Iterator[str]:
+        """Both sides: a tokenizer trained on them serves both."""
+        return (text for split, pair in self.pairs() if split == "train" for text in pair)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        known = str(self.source.identity()) if hasattr(self.source, "identity") else self._hash()
+        return digest(FORMAT, "pairs", known, None if has_validation(self.source) else self.val_fraction)
+
+    def _hash(self) -> str:
+        sha = hashlib.sha256()
+        for split, text in self.documents():
+            sha.update(f"{split} {len(text)} ".encode() + text.encode())
+        return sha.hexdigest()
+
+
+class PairSamples:
+    """Row i is the i-th pair of which neither side, its end token included, is longer than seq_len.
+
+    tokens: documents 2 k and 2 k + 1 are the sides of pair k, each with the end token behind it.
+    """
+
+    def __init__(self, tokens: Tokens, tokenizer: Tokenizer, seq_len: int) -> None:
+        self.tokens, self.seq_len = tokens, seq_len
+        self.pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        longer = np.diff(tokens.offsets).reshape(-1, 2).max(axis=1)
+        self.n_all = len(longer)
+        self.kept = np.flatnonzero(longer <= seq_len)
+        self.lengths: Indices = longer[self.kept]
+
+    def __len__(self) -> int:
+        return len(self.kept)
+
+    def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
+        """input_ids and attention_mask [B, S], labels [B, T], int64; padded on the right to a multiple of 8, labels with -100."""
+        source, mask = self._side(2 * self.kept[rows], self.pad_id)
+        labels, _ = self._side(2 * self.kept[rows] + 1, -100)
+        return {"input_ids": source, "attention_mask": mask, "labels": labels}
+
+    def _side(self, documents: Indices, fill: int) -> tuple[Tensor, Tensor]:
+        texts = [self.tokens.document(int(i)) for i in documents]
+        longest = min(-(-max(map(len, texts)) // BUCKET) * BUCKET, self.seq_len)
+        ids = np.full((len(texts), longest), fill, dtype=np.int64)
+        mask = np.zeros((len(texts), longest), dtype=np.int64)
+        for row, text in enumerate(texts):
+            ids[row, : len(text)] = text
+            mask[row, : len(text)] = 1
+        return torch.from_numpy(ids), torch.from_numpy(mask)

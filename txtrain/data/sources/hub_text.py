@@ -1,0 +1,151 @@
+"""data=hf: a text column of whatever `datasets.load_dataset` takes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from txtrain.data.sources.files import files_identity
+from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.source import Split
+from txtrain.data.store.split import is_held_out
+from txtrain.errors import ConfigError, hint
+
+_LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # load_dataset would read the current folder with these
+
+
+def hub_source(
+    path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str, streaming: bool, val_fraction: float
+) -> HubDataset | HubStream:
+    if streaming:
+        return HubStream(path, name, split, val_split, val_path, text_column, val_fraction)
+    return HubDataset(path, name, split, val_split, val_path, text_column)
+
+
+class HubDataset:
+    """One document a row.
+
+    Raises:
+        ConfigError: the set, its split or its column does not exist, or the validation rows are training rows.
+    """
+
+    def __init__(self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str) -> None:
+        if not path:
+            raise ConfigError("`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it.")
+        self.path, self.name, self.split, self.text_column = path, name, split, text_column
+        self.rows: dict[Split, Any] = {"train": _load(path, name, "data.path", split, text_column)}
+        available = self.rows["train"].info.splits or {}
+        if val_path:
+            self.rows["validation"] = _load(val_path, name, "data.val_path", val_split or split, text_column)
+        elif val_split or ("validation" in available and "validation" not in _names(split)):
+            self.rows["validation"] = _load(path, name, "data.val_split", val_split or "validation", text_column)
+            _refuse_overlap(split, val_split or "validation", {k: v.num_examples for k, v in available.items()})
+        self.has_validation = "validation" in self.rows
+
+    def documents(self, split: Split) -> Iterator[str]:
+        for batch in self.rows[split].select_columns([self.text_column]).iter(batch_size=1000):
+            yield from (text for text in batch[self.text_column] if text)
+
+    def identity(self) -> str:
+        return f"hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
+
+    def describe(self) -> str:
+        return f"{self.path}{f' {self.name}' if self.name else ''} ({len(self.rows['train']):,} rows of {self.split}, column {self.text_column})"
+
+
+def _load(path: str, name: str | None, key: str, split: str, text_column: str, streaming: bool = False) -> Any:
+    from datasets.exceptions import DatasetsError
+
+    if path in _LOADERS:
+        raise ConfigError(f"`{key}` must be a set, a folder or a file, but {path} is only the name of a loader. Name your files' folder; its kind is seen.")
+    try:
+        rows = load_dataset(path, name, split, streaming)
+        columns = rows.column_names or list(next(iter(rows), {}))  # of a stream they may be unknown before its first row
+    except HubUnreachable as e:
+        raise ConfigError(f"`{key}`: {path} cannot be had: {e}. A local .jsonl, .csv or .parquet, or a folder of them, needs no hub.") from e
+    except (FileNotFoundError, ValueError, DatasetsError) as e:
+        said = str(e.__cause__ or e).splitlines()[0]
+        raise ConfigError(f"`{key}` must be what load_dataset takes, but {path} ({split}) is not: {said}") from e
+    if text_column not in columns:
+        raise ConfigError(f"`data.text_column` must be one of {', '.join(columns)} for {path}, but is {text_column} instead.{hint(text_column, columns)}")
+    kind = rows.features[text_column].dtype if rows.features else "string"
+    if kind not in ("string", "large_string"):
+        raise ConfigError(f"`data.text_column` must hold text, but {text_column} of {path} holds {kind} instead.")
+    return rows
+
+
+class HubStream:
+    """A set that is read from its first row on, never as a whole. Rows are counted as they stand in it; blank ones have a number too.
+
+    Raises:
+        ConfigError: as `HubDataset`; slices, which a stream cannot have.
+    """
+
+    has_validation = True
+
+    def __init__(
+        self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str, val_fraction: float
+    ) -> None:
+        if not path:
+            raise ConfigError("`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it.")
+        for key, value in (("split", split), ("val_split", val_split)):
+            if value is not None and not re.fullmatch(r"\w+", value):
+                raise ConfigError(f"`data.{key}` must be the name of a split with data.streaming=true, but is {value} instead.")
+        if val_split == split and not val_path:
+            raise ConfigError(f"`data.val_split` must not be data.split, but both are {split}.")
+        self.path, self.name, self.split, self.text_column, self.val_fraction = path, name, split, text_column, val_fraction
+        self.rows = _load(path, name, "data.path", split, text_column, streaming=True)
+        self.held_out = None if not (val_path or val_split) else self._opened(val_path, val_split)
+        self._known = [p for p in (path, val_path) if p and os.path.exists(p)]
+        self._words = f"{path} {name} {split} {val_path} {val_split} {text_column}"
+
+    def _opened(self, val_path: str | None, val_split: str | None) -> Any:
+        key = "data.val_path" if val_path else "data.val_split"
+        return _load(val_path or self.path, self.name, key, val_split or self.split, self.text_column, streaming=True)
+
+    def stream(self, first: int = 0) -> Iterator[tuple[int, str]]:
+        """Number and text of the training rows from row `first` on."""
+        for k, text in self._texts(self.rows, first):
+            if self.held_out is not None or not is_held_out(k, self.val_fraction):
+                yield k, text
+
+    def validation(self) -> Iterator[str]:
+        """The validation texts, from the first on: of a split of their own, else the held-out rows."""
+        own = self.held_out is not None
+        return (text for k, text in self._texts(self.held_out if own else self.rows, 0) if own or is_held_out(k, self.val_fraction))
+
+    def _texts(self, rows: Any, first: int) -> Iterator[tuple[int, str]]:
+        for k, row in enumerate(rows.skip(first) if first else rows, start=first):
+            text = row[self.text_column]
+            if text and not text.isspace():
+                yield k, text
+
+    def identity(self) -> str:
+        files = [f for p in self._known for f in ([Path(p)] if os.path.isfile(p) else sorted(q for q in Path(p).rglob("*") if q.is_file()))]
+        return f"hf stream {self._words} {None if self.held_out is not None else self.val_fraction} {files_identity(files)}"
+
+    def describe(self) -> str:
+        return f"{self.path}{f' {self.name}' if self.name else ''}, streamed ({self.split}, column {self.text_column})"
+
+
+def _names(split: str) -> set[str]:
+    """The splits that a spec such as `train[:90%]+extra` draws on."""
+    return {re.match(r"\w*", part.strip()).group() for part in split.split("+")}  # type: ignore[union-attr]
+
+
+def _refuse_overlap(split: str, val_split: str, sizes: dict[str, int]) -> None:
+    if not _names(split) & _names(val_split):
+        return
+    from datasets import ReadInstruction
+
+    taken = [(i.splitname, i.from_, i.to) for i in ReadInstruction.from_spec(split).to_absolute(sizes)]
+    for held in ReadInstruction.from_spec(val_split).to_absolute(sizes):
+        for name, begin, end in taken:
+            if name == held.splitname and max(begin, held.from_) < min(end, held.to):
+                raise ConfigError(
+                    f"`data.val_split` must not overlap data.split, but {val_split} and {split} share rows {max(begin, held.from_)} "
+                    f"to {min(end, held.to) - 1} of {name}."
+                )

@@ -1,0 +1,240 @@
+"""data=images: folders with one folder a class, arrays, IDX files (MNIST's format), or a set that `load_dataset` takes."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txtrain.data.samples.images import Images
+from txtrain.data.sources.files import files_identity, missing, read_bytes
+from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.source import Split
+from txtrain.errors import ConfigError, hint
+
+_SUFFIXES = (".png", ".jpg", ".jpeg")
+_VALIDATION_FOLDERS = ("validation", "val", "test")
+_ARRAYS = (("x_train", "y_train", "x_test", "y_test"), ("images", "labels", "val_images", "val_labels"), ("x", "y", "x_val", "y_val"))  # of an .npz
+_IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
+
+
+class ImageFiles:
+    """Images by path.
+
+    Args:
+        path: a folder that holds a folder a class (or folders `train` and `validation`, `val` or `test` of such); an .npz; an .npy with
+            `labels` beside it; an IDX file, or a folder of them; else a name or file for load_dataset.
+        val_path: the same, for validation.
+        labels, val_labels: .npy files that belong to .npy images.
+
+    Raises:
+        ConfigError: a path that is none of these, or images and labels that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        val_path: str | None,
+        labels: str | None,
+        val_labels: str | None,
+        name: str | None,
+        split: str,
+        val_split: str | None,
+        columns: tuple[str, str],
+    ) -> None:
+        if not path:
+            raise ConfigError("`data.path` must be given with data=images: a folder of class folders, an .npz or .npy, IDX files, or a hub set.")
+        self.path, self.name, self.columns = path, name, columns
+        self.files: list[Path] = []
+        found = self._open(path, "data.path", labels, split)
+        if val_path or val_split:
+            found["validation"] = self._open(val_path or path, "data.val_path", val_labels, val_split or split)["train"]
+        self.found = found
+        self.has_validation = "validation" in found
+
+    def images(self, split: Split) -> Images:
+        return self.found[split]
+
+    def identity(self) -> str:
+        return f"images {files_identity(self.files)} {[getattr(images, 'known', '') for images in self.found.values()]}"
+
+    def describe(self) -> str:
+        return f"{sum(len(images.labels) for images in self.found.values()):,} images of {self.path}"
+
+    # --------------------------------------------------------------------------------------------------------------- open
+
+    def _open(self, spec: str, key: str, labels: str | None, split: str) -> dict[Split, Images]:
+        path = Path(spec).expanduser()
+        if path.is_dir():
+            return self._folder(path, key)
+        if path.suffix == ".npz":
+            return self._npz(_existing(path, key), key)
+        if path.suffix == ".npy":
+            if not labels:
+                raise ConfigError(f"`{key}`: {path} must have its labels beside it: `{key.replace('path', 'labels')}=FILE.npy`.")
+            pictures, classes = _existing(path, key), _existing(Path(labels).expanduser(), key.replace("path", "labels"))
+            self.files += [pictures, classes]
+            return {"train": ArrayImages(_load(pictures, key), _load(classes, key), key)}
+        if "idx" in path.name:
+            return {"train": self._idx(_existing(path, key), key)}
+        return {"train": self._set(spec, key, split)}
+
+    def _folder(self, path: Path, key: str) -> dict[Split, Images]:
+        pictures = sorted(p for p in path.iterdir() if p.is_file() and "images" in p.name and "idx3" in p.name)
+        if pictures:
+            training = [p for p in pictures if p.name.startswith("train")]
+            others = [p for p in pictures if p not in training]
+            found: dict[Split, Images] = {"train": self._idx((training or others)[0], key)}
+            return found | {"validation": self._idx(others[0], key)} if training and others else found
+        if not (path / "train").is_dir():
+            return {"train": self._classes(path, key)}
+        held = next((path / name for name in _VALIDATION_FOLDERS if (path / name).is_dir()), None)
+        found = {"train": self._classes(path / "train", key)}
+        if held is not None:
+            found["validation"] = self._classes(held, key)
+            if found["validation"].classes != found["train"].classes:  # type: ignore[attr-defined]
+                raise ConfigError(f"`{key}`: the classes of {held} must be those of {path / 'train'}, but are not.")
+        return found
+
+    def _classes(self, path: Path, key: str) -> FolderImages:
+        made = FolderImages(path, key)
+        self.files += made.files
+        return made
+
+    def _idx(self, path: Path, key: str) -> Images:
+        beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
+        if beside == path or not beside.is_file():
+            raise ConfigError(f"`{key}`: {path} must be a file of images with its labels beside it, but there is no {beside.name}.")
+        self.files += [path, beside]
+        return ArrayImages(read_idx(path, key), read_idx(beside, key), key)
+
+    def _npz(self, path: Path, key: str) -> dict[Split, Images]:
+        arrays = _load(path, key)
+        self.files.append(path)
+        for names in _ARRAYS:
+            if names[0] in arrays and names[1] in arrays:
+                pairs = {"train": names[:2]} | ({"validation": names[2:]} if names[2] in arrays and names[3] in arrays else {})
+                return {split: ArrayImages(arrays[x], arrays[y], key) for split, (x, y) in pairs.items()}  # type: ignore[misc]
+        wanted = " or ".join("/".join(names[:2]) for names in _ARRAYS)
+        raise ConfigError(f"`{key}`: {path} must hold {wanted}, but holds {', '.join(arrays)}.")
+
+    def _set(self, spec: str, key: str, split: str) -> SetImages:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            return SetImages(load_dataset(spec, self.name, split), self.columns)
+        except HubUnreachable as e:
+            raise ConfigError(f"`{key}`: {spec} is no file here, and the set cannot be had: {e}.") from e
+        except (FileNotFoundError, DatasetsError) as e:
+            raise ConfigError(f"`{key}` must be images here or a set of load_dataset, but {spec} ({split}) is not: {str(e).splitlines()[0]}") from e
+
+
+def _existing(path: Path, key: str) -> Path:
+    if not path.is_file():
+        raise ConfigError(missing(str(path), key, "an existing file or folder"))
+    return path
+
+
+def _load(path: Path, key: str) -> Any:
+    """An array, or a mapping of arrays; nothing in the file is executed."""
+    try:
+        return np.load(path, allow_pickle=False)
+    except (ValueError, OSError, EOFError) as e:
+        raise ConfigError(f"`{key}` must be arrays without Python objects in them, but {path} is not: {str(e).splitlines()[0]}") from e
+
+
+def read_idx(path: Path, key: str) -> NDArray[Any]:
+    """An array in MNIST's format: two zeros, a type, the number of dimensions, their sizes (big-endian), the values. Unpacks .gz."""
+    raw = read_bytes(path, key)
+    dtype = np.dtype(_IDX_TYPES[raw[2]]) if len(raw) > 4 and raw[:2] == b"\0\0" and raw[2] in _IDX_TYPES else None
+    if dtype is None:
+        raise ConfigError(f"`{key}` must be an IDX file, but {path} does not begin like one.")
+    begin = 4 + 4 * raw[3]
+    shape = np.frombuffer(raw[4:begin], ">i4")
+    if len(shape) != raw[3] or len(raw) - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
+        raise ConfigError(f"`{key}`: {path} must hold {' x '.join(map(str, shape))} values, but is {len(raw) - begin:,} bytes long.")
+    return np.frombuffer(raw, dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="))
+
+
+# -------------------------------------------------------------------------------------------------------------------- images
+
+
+class ArrayImages:
+    """Images [N, H, W] or [N, H, W, C], integers from 0 to 255 or floats from 0 to 1; labels [N]."""
+
+    def __init__(self, images: NDArray[Any], labels: NDArray[Any], said: str = "data.path") -> None:
+        if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
+            raise ConfigError(
+                f"`{said}` must be images [N, H, W] or [N, H, W, C] with labels [N], but they are {list(images.shape)} and {list(labels.shape)} instead."
+            )
+        if not np.issubdtype(labels.dtype, np.integer) or (len(labels) and labels.min() < 0):
+            raise ConfigError(f"`{said}` must have labels that are integers from 0 on, but they are {labels.dtype} from {labels.min()} on.")
+        integers = np.issubdtype(images.dtype, np.integer)
+        if images.size and not (images.min() >= 0 and images.max() <= (255 if integers else 1)):
+            raise ConfigError(
+                f"`{said}` must be integers from 0 to 255 or floats from 0 to 1, but is {images.dtype} from {images.min()} to {images.max()} instead."
+            )
+        self.array = images.astype(np.uint8) if integers else images
+        self.labels = labels.astype(np.int64)
+
+    def read(self, i: int) -> NDArray[Any]:
+        image: NDArray[Any] = self.array[i]
+        return image
+
+
+class FolderImages:
+    """Pictures in one folder a class; the classes are numbered in the order of their names. A picture is decoded when it is read."""
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
+        found = [[p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes]
+        self.files = [p for files in found for p in files]
+        self.labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(files) for files in found])
+        if not self.files:
+            raise ConfigError(f"`{key}`: the folder {path} must hold a folder of {', '.join(_SUFFIXES)} for each class, or IDX files, but holds neither.")
+        self._need_pillow(key)
+
+    @staticmethod
+    def _need_pillow(key: str) -> None:
+        try:
+            import PIL.Image  # noqa: F401
+        except ImportError:
+            raise ConfigError(f"`{key}`: to read pictures, Pillow must be installed: pip install 'txtrain[images]'.") from None
+
+    def read(self, i: int) -> NDArray[Any]:
+        from PIL import Image
+
+        with Image.open(self.files[i]) as picture:
+            return _decoded(picture)
+
+
+class SetImages:
+    """Rows of a set whose columns are a picture and its class."""
+
+    def __init__(self, rows: Any, columns: tuple[str, str]) -> None:
+        for column in columns:
+            if column not in rows.column_names:
+                names = rows.column_names
+                raise ConfigError(f"`data.columns` must be two of {', '.join(names)}, but is {list(columns)} instead.{hint(column, names)}")
+        self.rows, self.columns, self.known = rows, columns, rows._fingerprint
+        FolderImages._need_pillow("data.path")
+
+    @cached_property
+    def labels(self) -> NDArray[np.int64]:
+        return np.asarray(self.rows[self.columns[1]], dtype=np.int64)
+
+    def read(self, i: int) -> NDArray[Any]:
+        image = self.rows[i][self.columns[0]]
+        return _decoded(image) if hasattr(image, "convert") else np.asarray(image)
+
+
+def _decoded(picture: Any) -> NDArray[Any]:
+    """Gray or colour, 8 bits (16-bit gray as floats); palettes and transparency resolved."""
+    if picture.mode.startswith("I"):
+        return np.array(picture, dtype=np.float32) / 65535
+    if picture.mode not in ("L", "RGB"):
+        picture = picture.convert("L" if picture.mode in ("1", "LA") else "RGB")
+    return np.array(picture)

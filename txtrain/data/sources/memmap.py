@@ -1,0 +1,126 @@
+"""data=memmap: tokens that are there already, in our own format or that of another tool, larger than memory perhaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from txtrain.data.sources.files import files_identity, find_files
+from txtrain.data.sources.source import Split
+from txtrain.data.store.formats import INDEX, KINDS, own_shards, read_index, shard_of
+from txtrain.data.store.split import digest
+from txtrain.data.store.tokens import Shard
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.errors import ConfigError
+
+_NANOGPT = ("train.bin", "val.bin")
+
+
+class TokenFiles:
+    """Folders of `txtrain prepare`, files of other tools, or folders and globs of these.
+
+    Validation: `val_path`; else what the folder has for it (ours, or nanoGPT's val.bin); else the end of each file, val_fraction of it,
+    cut between documents where the format tells them.
+
+    Args:
+        tokenizer: what the ids stand for; None: what a folder of ours says.
+        dtype: of files that do not say.
+
+    Raises:
+        ConfigError: a path that does not exist, files that are not of any such format, or of another tokenizer.
+    """
+
+    has_validation = True
+
+    def __init__(
+        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None, tokenizer: str | None, dtype: str, val_fraction: float
+    ) -> None:
+        if not path:
+            raise ConfigError("`data.path` must be given with data=memmap: a folder of txtrain prepare, or files of tokens (.bin, .npy).")
+        self.path, self.dtype = path, dtype
+        self._indexes: dict[Path, dict[str, Any]] = {}  # of our folders
+        self._val_fraction: float | None = None  # where the ends of files are held out
+        self.shards = self._all(path, "data.path")
+        if val_path:
+            self.shards["validation"] = [shard for shards in self._all(val_path, "data.val_path").values() for shard in shards]
+            if both := {s.path for s in self.shards["train"]} & {s.path for s in self.shards["validation"]}:
+                raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
+        elif not self.shards["validation"]:
+            self._val_fraction = val_fraction
+            cuts = [(shard, _cut(shard, val_fraction)) for shard in self.shards["train"]]
+            self.shards = {"train": [s.part(0, cut) for s, cut in cuts], "validation": [s.part(cut, s.n_tokens) for s, cut in cuts]}
+        self.tokenizer = self._tokenizer(tokenizer)
+
+    def tokens(self, split: Split) -> Sequence[Shard]:
+        return self.shards[split]
+
+    # --------------------------------------------------------------------------------------------------------------- open
+
+    def _all(self, path: str | tuple[str, ...], key: str) -> dict[Split, list[Shard]]:
+        """The shards of all that is named, and the validation shards that come with it."""
+        found: dict[Split, list[Shard]] = {"train": [], "validation": []}
+        for name in [path] if isinstance(path, str) else path:
+            here = Path(name).expanduser()
+            if (here / INDEX).is_file():
+                index = self._indexes[here.resolve()] = read_index(here, key)
+                for split, shards in found.items():
+                    shards += own_shards(here.resolve(), index, split)
+            elif all((here / file).is_file() for file in _NANOGPT) and not any(here.glob("*.idx")):
+                for (_, shards), file in zip(found.items(), _NANOGPT, strict=True):
+                    shards.append(shard_of((here / file).resolve(), key, self.dtype))
+            else:
+                found["train"] += [shard_of(file, key, self.dtype) for file in _files(name, key)]
+        return found
+
+    def _tokenizer(self, given: str | None) -> Tokenizer | None:
+        told = {str(index["tokenizer"]): folder for folder, index in self._indexes.items()}
+        if len(told) > 1:
+            raise ConfigError(f"`data.path` must be of one tokenizer, but {' and '.join(map(str, told.values()))} are of several.")
+        if given is None:
+            return Tokenizer.load(next(iter(told.values())) / "tokenizer") if told else None
+        tokenizer = Tokenizer.load(given)
+        for known, folder in told.items():
+            if tokenizer.fingerprint in (known, Tokenizer.load(folder / "tokenizer").fingerprint):
+                continue
+            raise ConfigError(f"`data.tokenizer` must be the one of {folder}, but is {given} instead. Leave it out: the folder brings it.")
+        return tokenizer
+
+    # ----------------------------------------------------------------------------------------------------------- identity
+
+    @property
+    def key(self) -> str:
+        """What the tokens are recognised by. A folder of ours has the key of the text and tokenizer that it was made of: they are the same."""
+        folders = {s.path.parent for shards in self.shards.values() for s in shards}
+        if len(self._indexes) == 1 and folders == set(self._indexes):
+            return str(next(iter(self._indexes.values()))["key"])
+        files = list(dict.fromkeys(s.path for shards in self.shards.values() for s in shards))
+        tokenizer = None if self.tokenizer is None else self.tokenizer.fingerprint
+        return digest("memmap", files_identity(files), self.dtype, self._val_fraction, len(self.shards["train"]), tokenizer)
+
+    def describe(self) -> str:
+        shards = [s for shards in self.shards.values() for s in shards]
+        n, files = sum(s.n_tokens for s in shards), len({s.path for s in shards})
+        return f"{self.path if isinstance(self.path, str) else ', '.join(self.path)} ({files} file{'s' * (files > 1)}, {n:,} tokens)"
+
+
+def _files(name: str, key: str) -> list[Path]:
+    """Files of tokens; a .idx of Megatron, or the two files' common name, stand for the .bin beside it."""
+    path = Path(name).expanduser()
+    prefix = path.with_suffix("") if path.suffix == ".idx" else path
+    beside = prefix.with_name(prefix.name + ".bin")
+    if not path.is_dir() and beside.is_file() and prefix.with_name(prefix.name + ".idx").is_file():
+        return [beside.resolve()]
+    found = find_files(name, key, KINDS, "tokens")
+    return [file for file in found if file.suffix != ".idx"]
+
+
+def _cut(shard: Shard, val_fraction: float) -> int:
+    """Where the held-out end of a file begins: between two documents, where there are any."""
+    want = round(shard.n_tokens * (1 - val_fraction))
+    if shard.offsets is None or len(shard.offsets) <= 2:
+        return want
+    inner = shard.offsets[1:-1]
+    return int(inner[min(int(np.searchsorted(inner, want)), len(inner) - 1)])

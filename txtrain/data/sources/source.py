@@ -1,0 +1,145 @@
+"""What a data source is, how it is built from its config, and what happens where data=wikitext cannot be had.
+
+A source of text needs one method; your own takes a few lines:
+
+    @txtrain.component("data", "mine")
+    class Mine:
+        def __init__(self, path: str = "notes.txt"): ...     # a key: data.path
+        def documents(self, split):                          # "train"; "validation" only with has_validation = True
+            yield from ...                                   # one str a document, the same ones at every call
+
+A source of pairs of texts has `pairs(split)` instead: (source, target), both str. A source of images has `images(split)`: an object
+with `labels`, int64 [N], and `read(i)`, the image as an array [H, W] or [H, W, C]. A source of anything else has `samples(split)`:
+a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input_ids` and, if they differ, `labels`; then there is no
+tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
+`kind: ClassVar = "pairs"` (or "images") in its nested Config.
+
+Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
+default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import hashlib
+import inspect
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, Protocol
+
+from txtrain.config.schema import Train
+from txtrain.data.config import DataConfig, PythonDocsConfig
+from txtrain.errors import ConfigError
+from txtrain.registry import resolve
+
+Split = Literal["train", "validation"]
+
+
+class TextSource(Protocol):
+    def documents(self, split: Split) -> Iterator[str]: ...
+
+
+class Samples(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class SampleSource(Protocol):
+    def samples(self, split: Split) -> Samples: ...
+
+
+Source = Any  # of text, pairs, images or samples: told apart by the method that it has
+METHODS = (  # the first four are for everyone's own
+    "documents",
+    "pairs",
+    "images",
+    "samples",
+    "tokens",
+    "stream",
+    "parts",
+)
+
+
+def build_source(config: Train) -> Source:
+    """The source that `config.data` describes. Its constructor's parameters are filled by name: from the data group, then from
+    the run (`seq_len` resolved, `seed`) and the model (`vocab_size`, ...)."""
+    cls = resolve("data", config.data.type)
+    given: dict[str, Any] = {}
+    for p in inspect.signature(cls).parameters.values():
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            continue
+        owner = next((o for o in (config.data, config, config.model) if hasattr(o, p.name)), None)
+        if p.name == "seq_len":
+            owner = config
+        if owner is not None:
+            given[p.name] = getattr(owner, p.name)
+        elif p.default is p.empty:
+            raise ConfigError(f"`data={config.data.type}`: {cls.__name__}.__init__ must give its parameter {p.name!r} a default: no key has that name.")
+    source = cls(**given)
+    if not any(hasattr(source, method) for method in METHODS):
+        ways = ", ".join(f"{method}(split)" for method in METHODS[:4])
+        raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
+    return source
+
+
+def has_validation(source: Source) -> bool:
+    return bool(getattr(source, "has_validation", False))
+
+
+def describe(source: Source, name: str) -> str:
+    return str(source.describe()) if hasattr(source, "describe") else name
+
+
+def identity(source: TextSource) -> str:
+    """What the source's text is recognised by: its own word, else a hash of every document."""
+    if hasattr(source, "identity"):
+        return str(source.identity())
+    sha = hashlib.sha256()
+    splits: tuple[Split, ...] = ("train", "validation") if has_validation(source) else ("train",)
+    for split in splits:
+        for text in source.documents(split):
+            sha.update(f"{split} {len(text)} ".encode() + text.encode())
+    return sha.hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------------------------ fallback
+
+
+def settle(config: Train) -> tuple[Train, str | None]:
+    """The config to run, and why it is not the one given, if it is not.
+
+    Where the source says that it cannot be had (`unavailable()`, data=wikitext without a hub) and `data.offline_fallback` is auto, a
+    small run on one CPU trains on data=python_docs under a name that says so. Nothing larger is ever diverted.
+
+    Raises:
+        ConfigError: the data cannot be had, and this run may not fall back.
+    """
+    source = build_source(config)
+    reason: str | None = source.unavailable() if hasattr(source, "unavailable") else None
+    if reason is None:
+        return config, None
+    obstacle = _no_fallback(config)
+    if obstacle is not None:
+        raise ConfigError(f"`data={config.data.type}` cannot be had: {reason}. {obstacle} Give its files with `data.path=`, or say `data=python_docs`.")
+    shared = {f.name: getattr(config.data, f.name) for f in dc.fields(DataConfig)}
+    data = PythonDocsConfig(**{**shared, "type": "python_docs"})
+    return dc.replace(config, data=data, name=f"{config.name}-fallback"), f"data={config.data.type} cannot be had: {reason}"
+
+
+def _no_fallback(config: Train) -> str | None:
+    """Why this run must have the data that it names; None if it may fall back."""
+    if config.data.offline_fallback == "never":
+        return "`data.offline_fallback` is never."
+    if config.model.size != "laptop":
+        return f"A stand-in is for laptop sizes only, not for {config.model.size}."
+    if "SLURM_JOB_ID" in os.environ:
+        return "There is no stand-in under SLURM."
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 or config.trainer.devices not in ("auto", 1):
+        return "There is no stand-in for a run of several processes."
+    if config.trainer.accelerator != "cpu":
+        import torch
+
+        if config.trainer.accelerator == "gpu" or torch.cuda.is_available():
+            return "There is no stand-in for a run on a GPU."
+    return None

@@ -1,0 +1,66 @@
+"""data=text: the user's own files: a text is one document, .jsonl and .parquet have one in each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from txtrain.data.sources.documents import KINDS, documents_of, has_rows
+from txtrain.data.sources.files import PACKED, files_identity, find_files
+from txtrain.data.sources.source import Split
+from txtrain.errors import ConfigError
+
+
+class TextFiles:
+    """Files, globs, folders, or a list of them; each file also packed (.gz, .zst).
+
+    Raises:
+        ConfigError: a path that does not exist, or a file in both path and val_path.
+    """
+
+    def __init__(
+        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | Mapping[str, str] | None = None, text_column: str = "text"
+    ) -> None:
+        if not path:
+            raise ConfigError("`data.path` must be given with data=text: a file, a glob, or a folder of .txt, .jsonl or .parquet files.")
+        self.files: dict[Split, list[Path]] = {"train": find_files(path, "data.path", KINDS)}
+        self.named: dict[str, list[Path]] = {}  # validation sets that have names
+        if isinstance(val_path, Mapping):
+            self.named = {name: find_files(one, f"data.val_path.{name}", KINDS) for name, one in val_path.items()}
+        elif val_path:
+            self.files["validation"] = find_files(val_path, "data.val_path", KINDS)
+        held = {file for files in (self.files.get("validation", []), *self.named.values()) for file in files}
+        if both := set(self.files["train"]) & held:
+            raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
+        self.path, self.text_column = path, text_column
+        self.has_validation = bool(val_path)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        key = "data.path" if split == "train" else "data.val_path"
+        for file in self.files.get(split, ()):
+            yield from documents_of(file, key, self.text_column)
+
+    def validation_sets(self) -> dict[str, TextFiles]:
+        """A source for each named set; its training documents are all."""
+        return {name: TextFiles(tuple(map(str, files)), None, self.text_column) for name, files in self.named.items()}
+
+    def identity(self) -> str:
+        column = f"{self.text_column} " if any(map(has_rows, self._all)) else ""
+        return column + " ".join(files_identity(files) for files in self.files.values())
+
+    def describe(self) -> str:
+        n = len(self._all)
+        return f"{self.path if isinstance(self.path, str) else ', '.join(self.path)} ({n} file{'s' * (n > 1)}, {self._on_disk / 1e6:.1f} MB)"
+
+    @property
+    def n_bytes(self) -> int | None:
+        """None where the text is not as large as its files."""
+        return None if any(f.suffix in PACKED or has_rows(f) for f in self._all) else self._on_disk
+
+    @property
+    def _on_disk(self) -> int:
+        return sum(p.stat().st_size for p in self._all)
+
+    @property
+    def _all(self) -> list[Path]:
+        return [file for files in self.files.values() for file in files]

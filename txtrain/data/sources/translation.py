@@ -1,0 +1,125 @@
+"""data=translation: sentence pairs in .tsv files, in two aligned files, or in a set that `load_dataset` takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from txtrain.data.sources.files import files_identity, find_files, read_text
+from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.source import Split
+from txtrain.errors import ConfigError, hint
+
+Pairs = Callable[[], Iterator[tuple[str, str]]]
+
+_TSV = (".tsv", ".tsv.gz")
+
+
+class Translation:
+    """One pair a row.
+
+    Args:
+        path, val_path: a .tsv; or a file of sources, with target_path, val_target_path beside it, line by line; or a name or a file for
+            load_dataset. Files may be .gz.
+        columns: of a .tsv or a set; null: the last two of a .tsv, and of a set those of its `translation`, in its own order.
+        swap: the target is translated into the source.
+
+    Raises:
+        ConfigError: a file or set that does not exist or is not of such pairs.
+    """
+
+    def __init__(
+        self,
+        path: str | None,
+        target_path: str | None,
+        val_path: str | None,
+        val_target_path: str | None,
+        name: str | None,
+        split: str,
+        val_split: str | None,
+        columns: tuple[str, str] | tuple[int, int] | None,
+        swap: bool,
+    ) -> None:
+        if not path:
+            raise ConfigError("`data.path` must be given with data=translation: a .tsv, a file of sources beside data.target_path, or a hub set.")
+        self.path, self.columns, self.swap = path, columns, swap
+        self._known: list[str] = []
+        self.rows: dict[Split, Pairs] = {"train": self._open(path, target_path, "data.path", name, split)}
+        if val_path or val_split:
+            self.rows["validation"] = self._open(val_path or path, val_target_path, "data.val_path", name, val_split or split)
+            if len(set(self._known)) < len(self._known):
+                raise ConfigError(f"`data.val_path` must not be the training pairs, but {val_path or val_split} is.")
+        self.has_validation = "validation" in self.rows
+
+    def pairs(self, split: Split) -> Iterator[tuple[str, str]]:
+        return ((b, a) for a, b in self.rows[split]()) if self.swap else self.rows[split]()
+
+    def identity(self) -> str:
+        return f"translation {self.columns} {self.swap} {' '.join(self._known)}"
+
+    def describe(self) -> str:
+        return f"pairs of {self.path}{', swapped' if self.swap else ''}"
+
+    # --------------------------------------------------------------------------------------------------------------- open
+
+    def _open(self, path: str, target_path: str | None, key: str, name: str | None, split: str) -> Pairs:
+        if target_path:
+            return self._aligned(self._file(path, key), self._file(target_path, key.replace("path", "target_path")), key)
+        if path.endswith(_TSV):
+            file = self._file(path, key)
+            self._known.append(files_identity([file]))
+            return lambda: _tsv(file, self.columns, key)
+        return self._set(path, key, name, split)
+
+    @staticmethod
+    def _file(path: str, key: str) -> Path:
+        (file,) = find_files(path, key)
+        return file
+
+    def _aligned(self, source: Path, target: Path, key: str) -> Pairs:
+        sides = [read_text(file, key).splitlines() for file in (source, target)]
+        if len(sides[0]) != len(sides[1]):
+            raise ConfigError(f"`{key}` must be two files of as many lines, but {source} has {len(sides[0])} and {target} has {len(sides[1])}.")
+        self._known.append(files_identity([source, target]))
+        return lambda: zip(*sides, strict=True)
+
+    def _set(self, path: str, key: str, name: str | None, split: str) -> Pairs:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            rows = load_dataset(path, name, split)
+        except HubUnreachable as e:
+            raise ConfigError(f"`{key}`: {path} cannot be had: {e}. A .tsv, or a file of sources with data.target_path beside it, needs no hub.") from e
+        except (FileNotFoundError, ValueError, DatasetsError) as e:
+            said = str(e.__cause__ or e).splitlines()[0]
+            allowed = "a .tsv, a file of sources beside data.target_path, or what load_dataset takes"
+            raise ConfigError(f"`{key}` must be {allowed}, but {path} ({split}) is not: {said}") from e
+        pick = _picker(rows, self.columns, path)
+        self._known.append(rows._fingerprint)
+        return lambda: map(pick, rows)
+
+
+def _tsv(file: Path, columns: Any, key: str) -> Iterator[tuple[str, str]]:
+    wanted = columns or (-2, -1)
+    if not all(isinstance(c, int) for c in wanted):
+        raise ConfigError(f"`data.columns` must be two numbers from 0 on for {file.name}, but is {list(wanted)} instead.")
+    for number, line in enumerate(read_text(file, key).split("\n"), start=1):
+        if not line.strip():
+            continue
+        cells = line.split("\t")
+        if len(cells) < 2 or (columns is None and len(cells) > 3) or max(wanted) >= len(cells):
+            allowed = "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {max(wanted) + 1} columns"
+            raise ConfigError(f"`{key}` must have {allowed} in each line, but line {number} of {file} has {len(cells)}.")
+        yield cells[wanted[0]], cells[wanted[1]]
+
+
+def _picker(rows: Any, columns: Any, path: str) -> Callable[[Any], tuple[str, str]]:
+    """The two texts of a row: of its `translation` (a text for each language), or of two columns."""
+    nested = "translation" in rows.column_names
+    names = list(rows[0]["translation"]) if nested else list(rows.column_names)
+    first, second = wanted = columns or (tuple(names) if len(names) == 2 else ("", ""))
+    for column in wanted:
+        if column not in names:
+            raise ConfigError(f"`data.columns` must be two of {', '.join(names)} for {path}, but is {columns or 'null'} instead.{hint(column, names)}")
+    return (lambda row: (row["translation"][first], row["translation"][second])) if nested else (lambda row: (row[first], row[second]))

@@ -1,0 +1,1 @@
+"""Tokens on disk: written once, mapped, split, streamed; formats of others."""

@@ -1,0 +1,152 @@
+"""Formats of token files, ours and those of other tools, read as they are. A file becomes a `Shard`; nothing of its tokens is read.
+
+ours        a folder with index.json, which `txtrain prepare` writes
+Megatron    NAME.bin, tokens one behind the other, and NAME.idx: magic, version, type, sizes and places of sequences, documents
+nanoGPT     NAME.bin, nothing but tokens, uint16
+OLMo        NAME.npy, nothing but tokens in spite of its name (numpy.memmap writes no header), uint16 or uint32; also true .npy
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from txtrain.data.samples.order import Indices
+from txtrain.data.sources.source import Split
+from txtrain.data.store.tokens import Shard
+from txtrain.errors import ConfigError
+
+INDEX = "index.json"  # of our own folders; written last
+FORMAT = "txtrain tokens 1"
+KINDS = (".bin", ".npy")
+
+_MEGATRON = b"MMIDIDX\x00\x00"
+_MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
+_HEADER = struct.Struct("<QBQQ")  # version, type, sequences, documents + 1
+_NPY = b"\x93NUMPY"
+
+
+def shard_of(path: Path, key: str, dtype: str) -> Shard:
+    """A file of another tool, told by its name and first bytes. dtype: of files that do not say.
+
+    Raises:
+        ConfigError: its size is not that of so many tokens, or it holds something else.
+    """
+    index = path.with_suffix(".idx")
+    if path.suffix == ".bin" and index.is_file():
+        return _megatron(path, index, key)
+    with path.open("rb") as f:
+        if f.read(len(_NPY)) == _NPY:
+            return _npy(path, key)
+    return _raw(path, key, dtype)
+
+
+def _raw(path: Path, key: str, dtype: str) -> Shard:
+    size, width = path.stat().st_size, np.dtype(dtype).itemsize
+    if size % width:
+        raise ConfigError(f"`{key}`: {path} must hold tokens of {width} bytes (data.dtype={dtype}), but has {size} bytes. Another data.dtype?")
+    return Shard(path, np.dtype(dtype).newbyteorder("<").str, size // width)
+
+
+def _npy(path: Path, key: str) -> Shard:
+    try:
+        found = np.load(path, mmap_mode="r")
+    except ValueError as e:
+        raise ConfigError(f"`{key}` must be a whole .npy file, but {path} is not: {e}.") from None
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise ConfigError(f"`{key}` must hold one row of integers, but {path} holds {found.dtype} of shape {list(found.shape)}.")
+    return Shard(path, found.dtype.str, len(found), found.offset)
+
+
+# ------------------------------------------------------------------------------------------------------------------ Megatron
+
+
+def _megatron(path: Path, index: Path, key: str) -> Shard:
+    dtype, n_sequences, n_documents = _megatron_header(index, key)
+    width, size = np.dtype(dtype).itemsize, path.stat().st_size
+    n_tokens = size // width
+    lengths, places, documents = _megatron_tables(index, n_sequences, n_documents)
+    end = int(places[-1]) + int(lengths[-1]) * width if n_sequences else 0
+    if end != size or (n_documents and int(documents[-1]) != n_sequences):
+        raise ConfigError(f"`{key}`: {index} must tell of the {size} bytes of {path.name}, but tells of {end}: they do not belong together.")
+    return Shard(path, np.dtype(dtype).newbyteorder("<").str, n_tokens, borders=partial(_megatron_borders, index, width, n_sequences, n_documents))
+
+
+def _megatron_header(index: Path, key: str) -> tuple[str, int, int]:
+    with index.open("rb") as f:
+        raw = f.read(len(_MEGATRON) + _HEADER.size)
+    if not raw.startswith(_MEGATRON) or len(raw) < len(_MEGATRON) + _HEADER.size:
+        raise ConfigError(f"`{key}`: {index} must begin as an index of Megatron does (MMIDIDX), but does not. A .bin alone has no .idx beside it.")
+    version, code, n_sequences, n_documents = _HEADER.unpack(raw[len(_MEGATRON) :])
+    if version != 1 or code not in _MEGATRON_TYPES:
+        raise ConfigError(f"`{key}`: {index} must be of version 1 and of integers, but is of version {version} and type {code}.")
+    needed = len(raw) + n_sequences * (4 + 8) + n_documents * 8
+    if index.stat().st_size < needed:
+        raise ConfigError(f"`{key}`: {index} must have {needed} bytes for its {n_sequences} sequences, but has {index.stat().st_size}: it is cut off.")
+    return _MEGATRON_TYPES[code], n_sequences, n_documents
+
+
+def _megatron_tables(index: Path, n_sequences: int, n_documents: int) -> tuple[Any, Any, Any]:
+    """Sizes of sequences in tokens, their places in bytes, and the first sequence of each document; not read but mapped."""
+    at = len(_MEGATRON) + _HEADER.size
+    tables = []
+    for dtype, n in (("<i4", n_sequences), ("<i8", n_sequences), ("<i8", n_documents)):
+        tables.append(np.memmap(index, dtype=dtype, mode="r", offset=at, shape=(n,)) if n else np.zeros(0, dtype=dtype))
+        at += n * np.dtype(dtype).itemsize
+    return tables[0], tables[1], tables[2]
+
+
+def _megatron_borders(index: Path, width: int, n_sequences: int, n_documents: int) -> Indices:
+    lengths, places, documents = _megatron_tables(index, n_sequences, n_documents)
+    end = (int(places[-1]) // width + int(lengths[-1])) if n_sequences else 0
+    first = np.unique(documents[:-1])  # a document without sequences begins where the next does
+    return np.concatenate((np.asarray(places[first]) // width, [end]))
+
+
+# ---------------------------------------------------------------------------------------------------------------------- ours
+
+
+def read_index(folder: Path, key: str) -> dict[str, Any]:
+    """index.json of one of our folders.
+
+    Raises:
+        ConfigError: it is of another format, or a file that it names is missing or cut off.
+    """
+    path = folder / INDEX
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as e:
+        raise ConfigError(f"`{key}`: {path} must be what txtrain prepare writes, but is no JSON: {e}.") from None
+    if not isinstance(found, dict) or found.get("format") != FORMAT:
+        raise ConfigError(f"`{key}`: {path} must be of format {FORMAT!r}, but is of {found.get('format') if isinstance(found, dict) else None!r}.")
+    for split in ("train", "validation"):
+        for name, n_tokens, n_documents in _files(found, split):
+            for file, size in ((folder / f"{name}.bin", n_tokens * np.dtype(found["dtype"]).itemsize), (folder / f"{name}.ends", n_documents * 8)):
+                have = file.stat().st_size if file.is_file() else None
+                if have != size:
+                    raise ConfigError(f"`{key}`: {file} must have {size} bytes, but {'is missing' if have is None else f'has {have}'}. Prepare again.")
+    return found
+
+
+def own_shards(folder: Path, index: dict[str, Any], split: Split) -> list[Shard]:
+    dtype = np.dtype(index["dtype"]).newbyteorder("<").str
+    return [Shard(folder / f"{name}.bin", dtype, n, borders=partial(_own_borders, folder / f"{name}.ends")) for name, n, _ in _files(index, split)]
+
+
+def _files(index: dict[str, Any], split: str) -> Iterator[tuple[str, int, int]]:
+    for number, shard in enumerate(index["shards"][split]):
+        yield shard_name(split, number), int(shard["n_tokens"]), int(shard["n_documents"])
+
+
+def shard_name(split: str, number: int) -> str:
+    return f"{split}-{number:05d}"
+
+
+def _own_borders(path: Path) -> Indices:
+    return np.concatenate(([0], np.fromfile(path, dtype="<i8")))

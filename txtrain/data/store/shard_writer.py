@@ -1,0 +1,137 @@
+"""A folder of token files that grows, is killed, and goes on: what `txtrain prepare` writes.
+
+DIR/
+    train-00000.bin, ...    token ids, uint16 (uint32 from a vocabulary of 65,536 on), documents one behind the other
+    train-00000.ends, ...   int64: where each document of that file ends
+    validation-00000.bin, validation-00000.ends, ...
+    tokenizer/              tokenizer.json, tokenizer_config.json
+    state.json              until all is done: how much of the files is certain
+    index.json              once all is done: the files, the tokenizer, and the key of the text
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from txtrain import files
+from txtrain.data.sources.source import Split
+from txtrain.data.store.cache import SPLITS
+from txtrain.data.store.formats import FORMAT, INDEX, shard_name
+
+STATE = "state.json"
+_EVERY = 2.0  # seconds between two moments of which a restart may go on
+
+
+class ShardWriter:
+    """Files of both splits. A file ends with the document that brings it to shard_tokens, so its end depends on the text alone.
+
+    `n_documents` of the corpus are in the files for certain: those to leave out are the first so many.
+    """
+
+    def __init__(self, folder: Path, key: str, vocab_size: int, shard_tokens: int) -> None:
+        self.folder, self.shard_tokens = folder, shard_tokens
+        self.dtype = np.dtype("<u2" if vocab_size < 1 << 16 else "<u4")
+        self._state = _read(folder / STATE) or _fresh(key, shard_tokens)
+        self.n_documents: int = self._state["n_documents"]
+        self._shards: dict[Split, list[dict[str, int]]] = self._state["shards"]
+        self._open = {split: self._opened(split) for split in SPLITS}
+        self._tail = dict.fromkeys(SPLITS, 0)  # tokens of a document that has not ended yet
+        self._saved = time.monotonic()
+
+    def _opened(self, split: Split) -> tuple[BinaryIO, BinaryIO]:
+        """The last file of a split, cut back to what is certain of it."""
+        shard, name = self._shards[split][-1], shard_name(split, len(self._shards[split]) - 1)
+        pair = []
+        for end, size in ((".bin", shard["n_tokens"] * self.dtype.itemsize), (".ends", shard["n_documents"] * 8)):
+            f = open(self.folder / f"{name}{end}", "ab")  # noqa: SIM115  (closed by _close)
+            f.truncate(size)
+            pair.append(f)
+        return pair[0], pair[1]
+
+    def append(self, split: Split, ids: list[int], ends: bool) -> None:
+        shard = self._shards[split][-1]
+        if shard["n_tokens"] >= self.shard_tokens:
+            self._next(split)
+            shard = self._shards[split][-1]
+        tokens, borders = self._open[split]
+        tokens.write(np.array(ids, dtype=self.dtype).tobytes())
+        self._tail[split] += len(ids)
+        if ends:
+            shard["n_tokens"] += self._tail[split]
+            shard["n_documents"] += 1
+            borders.write(np.array([shard["n_tokens"]], dtype="<i8").tobytes())
+            self._tail[split] = 0
+            self.n_documents += 1
+
+    def _next(self, split: Split) -> None:
+        for f in self._open[split]:
+            _sync(f)
+            f.close()
+        self._shards[split].append({"n_tokens": 0, "n_documents": 0})
+        self._open[split] = self._opened(split)
+
+    def save(self, now: bool = False) -> None:
+        """Make what is written certain, if it is time for it."""
+        if not now and time.monotonic() - self._saved < _EVERY:
+            return
+        for pair in self._open.values():
+            for f in pair:
+                _sync(f)
+        files.sync(self.folder)
+        self._state["n_documents"] = self.n_documents
+        files.write(self.folder / STATE, json.dumps(self._state) + "\n")
+        self._saved = time.monotonic()
+
+    def finish(self, **about: Any) -> None:
+        """index.json, and with it the folder is complete."""
+        self.save(now=True)
+        self.close()
+        shards = {split: self._shards[split] for split in SPLITS}
+        index = {"format": FORMAT, "key": self._state["key"], "dtype": self.dtype.name, **about, "shards": shards}
+        files.write(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
+        forget(self.folder)
+
+    def close(self) -> None:
+        for pair in self._open.values():
+            for f in pair:
+                f.close()
+
+    def n_tokens(self, split: Split) -> int:
+        return sum(shard["n_tokens"] for shard in self._shards[split])
+
+
+def _fresh(key: str, shard_tokens: int) -> dict[str, Any]:
+    return {"key": key, "shard_tokens": shard_tokens, "n_documents": 0, "shards": {split: [{"n_tokens": 0, "n_documents": 0}] for split in SPLITS}}
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        return found
+    except FileNotFoundError:
+        return None
+
+
+def unfinished(folder: Path) -> dict[str, Any] | None:
+    """What a folder that is not complete was begun for: `key`, `shard_tokens`; None if it was not begun."""
+    return _read(folder / STATE)
+
+
+def forget(folder: Path) -> None:
+    """Remove what only an unfinished folder needs, and what a kill left of a file that was being replaced."""
+    for left in folder.glob("*.tmp"):
+        left.unlink()
+    with contextlib.suppress(FileNotFoundError):
+        (folder / STATE).unlink()
+
+
+def _sync(f: BinaryIO) -> None:
+    f.flush()
+    os.fsync(f.fileno())

@@ -1,0 +1,132 @@
+"""Training and validation text of a source, never overlapping.
+
+A source with a validation split of its own keeps it. Otherwise `val_fraction` of the text is held out, by a rule that depends on
+nothing but the documents' order:
+
+- many documents (at least 5 / val_fraction, 100 for 5 %): whole documents, one out of each 1 / val_fraction in a row, drawn by a hash;
+- fewer: the end of each document, cut at the end of a line where there is one (else of a word) behind 1 - val_fraction of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txtrain.data.sources.source import Split, TextSource, has_validation, identity
+
+FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
+_MANY = 5  # whole documents are held out where there would be at least so many
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of a source, each with the split that it belongs to; the same at every pass."""
+
+    source: TextSource
+    val_fraction: float
+
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        """(split, text), blank texts left out."""
+        if not has_validation(self.source):
+            yield from split_documents(_written(self.source.documents("train")), self.val_fraction)
+            return
+        for split in ("train", "validation"):
+            for text in _written(self.source.documents(split)):
+                yield split, text
+
+    def training_texts(self) -> Iterator[str]:
+        if has_validation(self.source):
+            return _written(self.source.documents("train"))
+        return (text for split, text in self.documents() if split == "train")
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of the text and of its split."""
+        return digest(FORMAT, identity(self.source), None if has_validation(self.source) else self.val_fraction)
+
+
+@dataclass(frozen=True)
+class ValidationSet:
+    """All documents of a source, for validation."""
+
+    source: TextSource
+
+    def documents(self) -> Iterator[tuple[Split, str]]:
+        return (("validation", text) for text in _written(self.source.documents("train")))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest(FORMAT, "validation set", identity(self.source))
+
+
+@dataclass(frozen=True)
+class Corpora:
+    """Several, as far as a tokenizer that is trained on all of them reads them."""
+
+    corpora: tuple[Corpus, ...]
+
+    def training_texts(self) -> Iterator[str]:
+        return itertools.chain.from_iterable(corpus.training_texts() for corpus in self.corpora)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return digest("corpora", *(corpus.fingerprint for corpus in self.corpora))
+
+
+def digest(*parts: object) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _written(texts: Iterable[str]) -> Iterator[str]:
+    return (text for text in texts if text and not text.isspace())
+
+
+def split_documents(texts: Iterator[str], val_fraction: float) -> Iterator[tuple[Split, str]]:
+    first = list(itertools.islice(texts, round(_MANY / val_fraction)))
+    if len(first) == round(_MANY / val_fraction):
+        for k, text in enumerate(itertools.chain(first, texts)):
+            yield ("validation" if is_held_out(k, val_fraction) else "train"), text
+        return
+    for text in first:
+        cut = _cut(text, val_fraction)
+        yield "train", text[:cut]
+        if text[cut:].strip():
+            yield "validation", text[cut:]
+
+
+def is_held_out(k: int, fraction: float) -> bool:
+    """Whether item k is for validation: one of each run of 1 / fraction items, so that no stretch of the source is over-represented."""
+    run = int(k * fraction)
+    begin, end = _first_of(run, fraction), _first_of(run + 1, fraction)
+    draw = int.from_bytes(hashlib.sha256(str(run).encode()).digest()[:8], "little")
+    return k == begin + draw % (end - begin)
+
+
+def held_out(n: int, fraction: float) -> NDArray[np.bool_]:
+    """`is_held_out` of n items, [n]."""
+    return np.array([is_held_out(k, fraction) for k in range(n)], dtype=np.bool_)
+
+
+def _first_of(run: int, fraction: float) -> int:
+    """The smallest k with int(k * fraction) == run; searched, because a division would round otherwise than the product does."""
+    k = max(0, int(run / fraction) - 1)
+    while int(k * fraction) < run:
+        k += 1
+    return k
+
+
+def _cut(text: str, val_fraction: float) -> int:
+    """Where the held-out end of a single document begins; its length, if it is too short to be divided."""
+    want = round(len(text) * (1 - val_fraction))
+    line = text.find("\n", want) + 1
+    if line and line < len(text):
+        return line
+    word = text.find(" ", want) + 1
+    return word if word and word < len(text) else len(text)

@@ -1,0 +1,218 @@
+"""Tokens in files, read through memory maps: one stream, in however many files of whatever format it lies.
+
+      file 0            file 1      file 2          nothing is read before it is asked for, and nothing is kept:
+    [a a a b b b b c c][d d d d e][f f f f f f]     a set of files may be larger than memory
+     0                  9         14                `begin` and `end` count from the start of the stream
+
+A sample may begin in one file and end in the next. Every file begins a document.
+"""
+
+# B batch, T tokens of a window
+
+from __future__ import annotations
+
+import dataclasses as dc
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from txtrain.data.samples.order import Indices
+from txtrain.data.sources.source import Split
+from txtrain.errors import ConfigError
+
+Borders = Callable[[], Indices]  # picklable: a function of a module, or a partial of one
+_PROBED = 1 << 12
+_SCANNED = 1 << 22  # tokens at a time where documents are found by their end tokens
+
+
+@dc.dataclass(frozen=True)
+class Shard:
+    """Some tokens of one file. The arrays are opened where they are read: a copy sent to a worker process carries paths only.
+
+    Attributes:
+        n_tokens: from byte first_byte of the file on, each a dtype.
+        borders: gives int64 [n_documents + 1]: where each document begins, from 0 on, and the end; None: the format does not tell.
+    """
+
+    path: Path
+    dtype: str
+    n_tokens: int
+    first_byte: int = 0
+    borders: Borders | None = None
+
+    @cached_property
+    def ids(self) -> NDArray[Any]:
+        if not self.n_tokens:  # an empty file cannot be mapped
+            return np.zeros(0, dtype=self.dtype)
+        return np.memmap(self.path, dtype=self.dtype, mode="r", offset=self.first_byte, shape=(self.n_tokens,))
+
+    @cached_property
+    def offsets(self) -> Indices | None:
+        return None if self.borders is None else self.borders()
+
+    def part(self, begin: int, end: int) -> Shard:
+        """Tokens begin to end - 1, and the documents and parts of documents that they are."""
+        borders = None if self.borders is None else partial(_within, self.borders, begin, end)
+        return Shard(self.path, self.dtype, end - begin, self.first_byte + begin * np.dtype(self.dtype).itemsize, borders)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dc.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+
+
+def _within(borders: Borders, begin: int, end: int) -> Indices:
+    offsets = borders()
+    first, last = np.searchsorted(offsets, begin, side="right"), np.searchsorted(offsets, end, side="left")
+    return np.concatenate(([0], offsets[first:last] - begin, [end - begin]))
+
+
+class Tokens:
+    """One split of a text, as one stream.
+
+    Args:
+        eos_id: in files whose format does not tell where documents begin, one begins behind each of these; None: nobody knows.
+        below: every id must be; None: they are known to be. Looked at in every window, since files are too large to be read for that.
+    """
+
+    def __init__(self, shards: Sequence[Shard], split: Split, eos_id: int | None = None, below: int | None = None) -> None:
+        self.shards, self.split, self.eos_id, self.below = tuple(s for s in shards if s.n_tokens) or tuple(shards[:1]), split, eos_id, below
+        self._first = np.concatenate(([0], np.cumsum([s.n_tokens for s in self.shards], dtype=np.int64)))
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    # ----------------------------------------------------------------------------------------------------------- windows
+
+    def windows(self, begin_B: Indices, T: int) -> Indices:
+        """int64 [B, T]: T tokens from each begin on.
+
+        Raises:
+            ConfigError: an id that the model does not have.
+        """
+        found_BT = np.empty((len(begin_B), T), dtype=np.int64)
+        for k, rows, at_B in self._touched(begin_B, T):
+            ids = self.shards[k].ids
+            inside = (at_B >= 0) & (at_B + T <= len(ids))
+            if inside.any():
+                found_BT[rows[inside]] = np.lib.stride_tricks.sliding_window_view(ids, T)[at_B[inside]]
+            for row, at in zip(rows[~inside], at_B[~inside], strict=True):
+                here = ids[max(at, 0) : at + T]
+                found_BT[row, max(-at, 0) : max(-at, 0) + len(here)] = here
+        if self.below is not None and found_BT.size:
+            self._check(found_BT, begin_B)
+        return found_BT
+
+    def read(self, begin: int, end: int) -> Indices:
+        """int64 [end - begin]."""
+        row: Indices = self.windows(np.array([begin]), end - begin)[0]
+        return row
+
+    def probe(self) -> None:
+        """Look at a few tokens of each file (at most some hundred files) before a run starts.
+
+        Raises:
+            ConfigError: an id that the model does not have.
+        """
+        for k in range(0, len(self.shards), max(1, len(self.shards) // 256)):
+            n, first = min(_PROBED, self.shards[k].n_tokens), int(self._first[k])
+            for begin in {first, first + (self.shards[k].n_tokens - n) // 2, int(self._first[k + 1]) - n}:
+                self.windows(np.array([begin]), n)
+
+    def _check(self, found_BT: Indices, begin_B: Indices) -> None:
+        assert self.below is not None
+        if int(found_BT.max()) < self.below and int(found_BT.min()) >= 0:
+            return
+        row, column = np.argwhere((found_BT >= self.below) | (found_BT < 0))[0]
+        at = int(begin_B[row] + column)
+        k = int(np.searchsorted(self._first, at, side="right")) - 1
+        shard = self.shards[k]
+        raise ConfigError(
+            f"`data.path` must hold ids from 0 to {self.below - 1}, but token {at - int(self._first[k]) + self._before(shard)} of {shard.path}, read as "
+            f"{shard.dtype}, is {found_BT[row, column]}: a larger model.vocab_size, or another data.dtype."
+        )
+
+    @staticmethod
+    def _before(shard: Shard) -> int:
+        return shard.first_byte // np.dtype(shard.dtype).itemsize
+
+    def _touched(self, begin_B: Indices, T: int) -> Iterator[tuple[int, Indices, Indices]]:
+        """For each file in which a window has tokens: its number, those windows, and where in the file they begin (before it: below 0)."""
+        if T <= 0 or not len(begin_B):
+            return
+        low_B = np.searchsorted(self._first, begin_B, side="right") - 1
+        high_B = np.searchsorted(self._first, begin_B + T, side="left") - 1
+        for k in np.unique(np.concatenate([np.arange(a, b + 1) for a, b in set(zip(low_B.tolist(), high_B.tolist(), strict=True))])).tolist():
+            rows = np.flatnonzero((low_B <= k) & (k <= high_B))
+            yield k, rows, begin_B[rows] - self._first[k]
+
+    # --------------------------------------------------------------------------------------------------------- documents
+
+    def starts(self, begin_B: Indices, T: int) -> NDArray[np.bool_]:
+        """[B, T]: whether a document begins at this token of each window."""
+        starts_BT = np.zeros((len(begin_B), T), dtype=np.bool_)
+        for k, rows, at_B in self._touched(begin_B, T):
+            offsets = self.shards[k].offsets
+            if offsets is None:
+                offsets = np.zeros(1, dtype=np.int64)  # the file's own begin
+                if self.eos_id is not None:
+                    self._behind_ends(k, rows, at_B, starts_BT)
+            else:
+                offsets = offsets[:-1]
+            first, last = np.searchsorted(offsets, at_B), np.searchsorted(offsets, at_B + T)
+            n_starts = last - first
+            row = np.repeat(np.arange(len(rows)), n_starts)
+            within = np.arange(len(row)) - np.repeat(np.cumsum(n_starts) - n_starts, n_starts)
+            starts_BT[rows[row], offsets[first[row] + within] - at_B[row]] = True
+        return starts_BT
+
+    def _behind_ends(self, k: int, rows: Indices, at_B: Indices, starts_BT: NDArray[np.bool_]) -> None:
+        ids, T = self.shards[k].ids, starts_BT.shape[1]
+        for row, at in zip(rows, at_B, strict=True):
+            begin, end = max(at, 1), min(at + T, len(ids))
+            if begin < end:
+                starts_BT[row, begin - at : end - at] |= ids[begin - 1 : end - 1] == self.eos_id
+
+    @cached_property
+    def offsets(self) -> Indices:
+        """int64 [n_documents + 1]: where each document begins, and the end. Where only end tokens tell, all files are read for it."""
+        if len(self.shards) == 1:
+            return self._offsets_of(self.shards[0])
+        parts = [self._offsets_of(shard)[:-1] + first for shard, first in zip(self.shards, self._first, strict=False)]
+        return np.concatenate([*parts, self._first[-1:]])
+
+    def _offsets_of(self, shard: Shard) -> Indices:
+        if shard.offsets is not None:
+            return shard.offsets
+        n, found = shard.n_tokens, [np.zeros(1, dtype=np.int64)]
+        for begin in range(0, n, _SCANNED) if self.eos_id is not None else ():
+            found.append(np.flatnonzero(shard.ids[begin : min(begin + _SCANNED, n - 1)] == self.eos_id) + begin + 1)
+        return np.concatenate([*found, [n]])
+
+    @property
+    def n_documents(self) -> int:
+        return len(self.offsets) - 1
+
+    def beginnings(self, n: int, length: int) -> Iterator[Indices]:
+        """The first `length` tokens of the first n documents (fewer, if there are fewer), found without reading whole files."""
+        for first, shard in zip(self._first.tolist(), self.shards, strict=False):
+            offsets = self._offsets_of(shard.part(0, min(shard.n_tokens, _SCANNED)) if shard.offsets is None else shard)[: n + 1].tolist()
+            for begin, end in itertools.pairwise(offsets):
+                yield self.read(first + begin, first + min(end, begin + length))
+            n -= len(offsets) - 1
+
+    def document(self, i: int) -> NDArray[Any]:
+        begin, end = int(self.offsets[i]), int(self.offsets[i + 1])
+        if len(self.shards) == 1:
+            ids: NDArray[Any] = self.shards[0].ids[begin:end]
+            return ids
+        return self.read(begin, end)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: v for k, v in self.__dict__.items() if k != "offsets"}

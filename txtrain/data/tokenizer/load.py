@@ -1,0 +1,172 @@
+"""The files that tokenizers come in, told apart by their names, as `transformers` lays them out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from txtrain.data.sources.files import missing
+from txtrain.data.sources.hub import why_unreachable
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.errors import ConfigError, hint
+
+# Which token ends a text, begins it, pads it: by these names where no file says so.
+_USUAL = {
+    "eos_token": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]"),
+    "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]"),
+    "pad_token": ("<pad>", "[PAD]"),
+}
+_OLDER_NAMES = {"eos_token": "sep_token", "bos_token": "cls_token"}  # BERT's
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load(name: str) -> Tokenizer:
+    """A tokenizer from a folder, one of its files, or the hub."""
+    path = Path(name).expanduser()
+    if not path.exists():
+        path = _from_hub(name)
+    folder = path if path.is_dir() else path.parent
+    backend = _read(path, folder)
+    ids = _special_ids(backend, folder)
+    eos_id = ids["eos_token"]
+    if eos_id is None:
+        usual = ", ".join(_USUAL["eos_token"])
+        raise ConfigError(
+            f"`data.tokenizer`: {name} must have a token that ends a text: `eos_token` in its tokenizer_config.json, or one of {usual} in its vocabulary."
+        )
+    bos_id = ids["bos_token"]
+    return Tokenizer(backend, eos_id=eos_id, bos_id=eos_id if bos_id is None else bos_id, pad_id=ids["pad_token"])
+
+
+# ------------------------------------------------------------------------------------------------------------------- formats
+
+
+def _tokenizer_json(folder: Path, name: str) -> Any:
+    from tokenizers import Tokenizer as Backend
+
+    try:
+        return Backend.from_file(str(folder / name))
+    except Exception as e:  # the library raises bare Exceptions
+        raise ConfigError(f"`data.tokenizer` must be a tokenizer, but {folder / name} cannot be read: {e}.") from e
+
+
+def _byte_level_bpe(folder: Path, name: str) -> Any:
+    """GPT-2's pair of files."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
+    for file in ("vocab.json", "merges.txt"):
+        if not (folder / file).is_file():
+            raise ConfigError(f"`data.tokenizer`: {folder} must hold vocab.json and merges.txt, but has no {file}.")
+    backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(_config(folder).get("add_prefix_space", False)))
+    backend.decoder = decoders.ByteLevel()
+    _mark_specials(backend, [*_USUAL["eos_token"], *_USUAL["bos_token"], *_USUAL["pad_token"], "<unk>", "<mask>"])
+    return backend
+
+
+def _word_piece(folder: Path, name: str) -> Any:
+    """BERT's list of words; lower-case unless tokenizer_config.json says otherwise."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+    lowercase = bool(_config(folder).get("do_lower_case", True))
+    backend = Backend(models.WordPiece.from_file(str(folder / name), unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece()
+    _mark_specials(backend, ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"])
+    return backend
+
+
+def _sentencepiece(folder: Path, name: str) -> Any:
+    from txtrain.data.tokenizer.sentencepiece import convert
+
+    return convert(folder / name)
+
+
+# In the order of preference where a folder has several. sentencepiece.bpe.model (XLM-R) is missing on purpose: its ids are shifted.
+_FORMATS: dict[str, Callable[[Path, str], Any]] = {
+    "tokenizer.json": _tokenizer_json,
+    "tokenizer.model": _sentencepiece,
+    "spiece.model": _sentencepiece,
+    "vocab.json": _byte_level_bpe,
+    "merges.txt": _byte_level_bpe,
+    "vocab.txt": _word_piece,
+}
+
+
+def _read(path: Path, folder: Path) -> Any:
+    if path.is_file():
+        by_suffix = {".json": "tokenizer.json", ".model": "tokenizer.model"}
+        kind = path.name if path.name in _FORMATS else by_suffix.get(path.suffix, "")
+        if not kind:
+            raise ConfigError(f"`data.tokenizer` must be one of {', '.join(_FORMATS)}, but is the file {path} instead.")
+        return _FORMATS[kind](folder, path.name)
+    for name, read in _FORMATS.items():
+        if (folder / name).is_file():
+            return read(folder, name)
+    raise ConfigError(f"`data.tokenizer`: the folder {folder} must hold one of {', '.join(_FORMATS)}, but holds none of them.")
+
+
+# ------------------------------------------------------------------------------------------------------------ special tokens
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """What the folder says of its tokenizer; tokenizer_config.json wins over the older special_tokens_map.json."""
+    said: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):
+        if (folder / name).is_file():
+            said.update(json.loads((folder / name).read_text(encoding="utf-8")))
+    return said
+
+
+def _special_ids(backend: Any, folder: Path) -> dict[str, int | None]:
+    said = _config(folder)
+    found: dict[str, int | None] = {}
+    for role, usual in _USUAL.items():
+        token = said.get(role) or said.get(_OLDER_NAMES.get(role, ""))
+        if isinstance(token, dict):  # an AddedToken, written out
+            token = token["content"]
+        names = [token] if token else usual
+        found[role] = next((i for i in map(backend.token_to_id, names) if i is not None), None)
+    return found
+
+
+def _mark_specials(backend: Any, names: list[str]) -> None:
+    backend.add_special_tokens([name for name in names if backend.token_to_id(name) is not None])
+
+
+# ----------------------------------------------------------------------------------------------------------------------- hub
+
+
+def _from_hub(name: str) -> Path:
+    """The folder of the hub's tokenizer files: from the cache if they are there, else downloaded."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (".json", ".model", ".txt")
+    if looks_local or not _HUB_NAME.fullmatch(name):
+        raise ConfigError(missing(name, "data.tokenizer", "a folder, a file, a hub name, bytes or train"))
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = [*_FORMATS, "tokenizer_config.json", "special_tokens_map.json"]
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
+        if any((cached / file).is_file() for file in _FORMATS):
+            return cached
+    except LocalEntryNotFoundError:
+        pass
+    near = hint(name, ("bytes", "train", *os.listdir()))
+    if reason := why_unreachable():
+        raise ConfigError(
+            f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, but {name} is no file here nor in the hub's cache, and {reason}.{near}"
+        )
+    try:
+        return Path(snapshot_download(name, allow_patterns=wanted))
+    except (HfHubHTTPError, ConnectionError) as e:
+        raise ConfigError(
+            f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, but is {name} instead: {str(e).splitlines()[0]}.{near}"
+        ) from e

@@ -1,0 +1,140 @@
+"""Latent attention's option."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from txtrain.model.attention.multi_head_config import AttentionBase
+from txtrain.model.component import config
+from txtrain.registry import knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.attention_ops import Place
+    from txtrain.planning.memory.tape import Tape, Value
+
+
+class Sizes(NamedTuple):
+    """The knobs, with nothing left open."""
+
+    q_rank: int | None
+    kv_rank: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+
+    @property
+    def qk_dim(self) -> int:
+        return self.nope_dim + self.rope_dim
+
+
+@config
+class MLAConfig(AttentionBase):
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values of all heads are made from one small vector a token.
+
+    Sizes left open follow h = dim / n_heads in about DeepSeek's proportions.
+    """
+
+    q_rank: int | None = None  # of the queries' own latent; null: queries are made from the stream itself
+    kv_rank: int | None = None  # null: 4 h
+    nope_dim: int | None = None  # the part of a head of q and k that position leaves alone; null: h
+    rope_dim: int | None = None  # the part that rotary positions turn, one key for all heads; null: h / 2
+    v_dim: int | None = None  # of a head's values; null: h
+    scale: float | None = None  # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN is given mscale_all_dim
+    bias: bool = knob(False, carry=True)  # of what makes the latents and of the output; queries, keys and values made from latents have none
+    dropout: float | None = knob(None, carry=True)  # of the probabilities; null: model.dropout
+
+    rotary_knob: ClassVar[str] = "rope_dim"
+
+    def sizes(self, model: ModelConfig) -> Sizes:
+        h = model.dim // model.n_heads
+        return Sizes(self.q_rank, self.kv_rank or 4 * h, self.nope_dim or h, self.rope_dim or max(2, h // 4 * 2), self.v_dim or h)
+
+    def rotary_dim(self, model: ModelConfig) -> int:
+        return self.sizes(model).rope_dim
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        path = "model.attention"
+        for name in ("q_rank", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                yield f"`{path}.{name}` must be null or at least 1, but is {value} instead."
+        if model.dim < model.n_heads and None in (self.kv_rank, self.nope_dim, self.v_dim):
+            yield f"`model.n_heads` must be at most model.dim ({model.dim}) unless {path}.kv_rank, nope_dim and v_dim are set, but is {model.n_heads} instead."
+        if self.scale is not None and not self.scale > 0:
+            yield f"`{path}.scale` must be above 0 or null, but is {self.scale} instead."
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        sizes = self.sizes(model)
+        return {
+            "n_heads": model.n_heads,
+            **sizes._asdict(),
+            "scale": sizes.qk_dim**-0.5 * _yarn_sharpening(model) if self.scale is None else self.scale,
+            "bias": self.bias,
+            "attention_dropout": self.dropped(model),
+        }
+
+    def _weights(self, model: ModelConfig) -> tuple[int, int]:
+        """Of the matrices that a token goes through when it attends, and when it is attended to."""
+        s, n, d = self.sizes(model), model.n_heads, model.dim
+        queries = d * n * s.qk_dim if s.q_rank is None else (d + n * s.qk_dim) * s.q_rank
+        return queries + n * s.v_dim * d, d * (s.kv_rank + s.rope_dim) + s.kv_rank * n * (s.nope_dim + s.v_dim)
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        s = self.sizes(model)
+        norms = model.norm.n_params_of(s.kv_rank) + (model.norm.n_params_of(s.q_rank) if s.q_rank else 0)
+        bias = (s.q_rank or 0) + s.kv_rank + s.rope_dim + model.dim if self.bias else 0
+        return sum(self._weights(model)) + int(norms) + bias
+
+    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+        """Of the expanded form, in which it is trained."""
+        of_query, of_key = self._weights(model)
+        return 2.0 * of_query, 2.0 * of_key
+
+    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+        s = self.sizes(model)
+        return 2.0 * model.n_heads * (s.qk_dim + s.v_dim)
+
+    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+        """The latent and the rotated key, whatever the number of heads."""
+        s = self.sizes(model)
+        return s.kv_rank + s.rope_dim
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        """In the expanded form, in which it is trained."""
+        from txtrain.planning.memory.attention_ops import attend, rotated
+
+        model, s = place.model, self.sizes(place.model)
+        n, keys = model.n_heads, place.batch * place.keys
+        q = x
+        if s.q_rank is not None:
+            q = t.named("q_norm", model.norm.trace_of, t, t.linear(x, model.dim, s.q_rank, self.bias, name="q_down_proj"), s.q_rank)
+        q = t.back_copied(t.linear(q, s.q_rank or model.dim, n * s.qk_dim, name="q_proj"))
+        q_plain, q_turned = t.split(q, place.tokens * n * s.nope_dim, place.tokens * n * s.rope_dim)
+        q_turned = rotated(t, q_turned, place.rotation, several=False)
+        source = x if place.memory is None else place.memory
+        latent = t.named("kv_norm", model.norm.trace_of, t, t.linear(source, model.dim, s.kv_rank, self.bias, name="kv_down_proj"), s.kv_rank)
+        k_turned = rotated(t, t.linear(source, model.dim, s.rope_dim, self.bias, name="k_rope_proj"), place.rotation, several=False)
+        k_plain = t.back_copied(t.linear(latent, s.kv_rank, n * s.nope_dim, name="k_proj"))
+        v = t.linear(latent, s.kv_rank, n * s.v_dim, name="v_proj")
+        k = t.cat(k_plain, t.expanded(k_turned, keys * n * s.rope_dim))
+        y = attend(t, t.cat(q_plain, q_turned), k, v, place, (n, n), False, self.dropped(model), same_size=s.qk_dim == s.v_dim)
+        return t.linear(y, n * s.v_dim, model.dim, self.bias, name="o_proj")
+
+
+def _yarn_sharpening(model: ModelConfig) -> float:
+    """YaRN sharpens scores by mscale^2. It does so through cos and sin; but of a latent head only a part is turned, and with
+    mscale_all_dim the factor is meant for the whole of it."""
+    scaling = getattr(model.position, "scaling", None)
+    mscale_all_dim = getattr(scaling, "mscale_all_dim", None)
+    if scaling is None or not mscale_all_dim or scaling.factor <= 1:
+        return 1.0
+    mscale: float = 0.1 * mscale_all_dim * math.log(scaling.factor) + 1.0
+    return mscale**2
+
+
+register("attention", "mla", "txtrain.model.attention.latent:LatentAttention", MLAConfig)

@@ -1,0 +1,157 @@
+"""Attention's options."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from txtrain.errors import divisors_near
+from txtrain.model.component import Component, config
+from txtrain.registry import BASES, knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.attention_ops import Place
+    from txtrain.planning.memory.tape import Tape, Value
+
+
+@config
+class AttentionBase(Component):
+    """What the other axes may ask of any attention."""
+
+    rotary_knob: ClassVar[str] = "head_dim"  # whose value rotary_dim is
+
+    def rotary_dim(self, model: ModelConfig) -> int:
+        """The size of the part of a head that position turns."""
+        return model.dim // model.n_heads
+
+    def dropped(self, model: ModelConfig) -> float:
+        """The share of the probabilities that is dropped in training."""
+        own: float | None = getattr(self, "dropout", None)
+        return model.dropout if own is None else own
+
+    def window_at(self, layer: int) -> int | None:
+        """How far a position of that layer sees; None: all the way."""
+        return None
+
+    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+        """Forward FLOPs of a token that attends (query and output), and of one that is attended to (key and value)."""
+        return self.n_params(model, layer), self.n_params(model, layer)
+
+    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+        """Forward FLOPs of one token that attends to one other: the score, and the weighted sum. 0: nothing is known of it."""
+        return 0.0
+
+    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+        """Numbers that the cache keeps of a token. An option that says nothing keeps keys and values of all heads."""
+        return 2 * model.dim
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        """A token of a sequence that attends to itself. A causal mask is not deducted (PaLM, 2204.02311, appendix B); a window is."""
+        seen = self.seen(seq_len, layer, causal=model.topology != "encoder")
+        return sum(self.projection_flops(model, layer)) + self.score_flops(model, layer) * seen
+
+    def seen(self, seq_len: int, layer: int, *, causal: bool) -> int:
+        """Positions within reach of one in a sequence: the window to one side, or to both where nothing is causal."""
+        window = self.window_at(layer)
+        return seq_len if window is None else min(seq_len, window if causal else 2 * window - 1)
+
+
+@config
+class AttentionConfig(AttentionBase):
+    """Multi-head attention. n_kv_heads tells the three kinds apart: all heads (mha), some (gqa, 2305.13245), one (mqa, 1911.02150)."""
+
+    n_kv_heads: int | None = None  # null: n_heads
+    head_dim: int | None = knob(None, carry=True)  # null: dim / n_heads
+    window: int | tuple[int | None, ...] | None = None  # position i sees j with 0 <= i - j < window; a list is repeated over the layers
+    softcap: float | None = None  # softcap * tanh(score / softcap)
+    scale: float | None = None  # null: head_dim ** -0.5
+    qk_norm: bool = False  # the model's norm over each head of q and k
+    bias: bool = knob(False, carry=True)
+    dropout: float | None = knob(None, carry=True)  # of the probabilities; null: model.dropout
+
+    def heads(self, model: ModelConfig) -> tuple[int, int, int]:
+        """n_heads, n_kv_heads, head_dim, with nothing left open."""
+        return model.n_heads, self.n_kv_heads or model.n_heads, self.head_dim or model.dim // model.n_heads
+
+    def rotary_dim(self, model: ModelConfig) -> int:
+        return self.heads(model)[2]
+
+    def window_at(self, layer: int) -> int | None:
+        return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        n, path = model.n_heads, "model.attention"
+        if self.head_dim is None and model.dim % n:
+            near = ", ".join(map(str, divisors_near(n, model.dim)))
+            yield f"`model.n_heads` must divide model.dim ({model.dim}) unless {path}.head_dim is set, but is {n} instead. Nearest: {near}."
+        kv = self.n_kv_heads
+        if kv is not None and (kv < 1 or n % kv):
+            near = ", ".join(map(str, divisors_near(kv, n)))
+            yield f"`{path}.n_kv_heads` must divide model.n_heads ({n}), but is {kv} instead. Nearest: {near}."
+        elif self.type == "mha" and kv not in (None, n):
+            yield f"`{path}.n_kv_heads` must be null or model.n_heads ({n}) with model/attention=mha, but is {kv} instead: write model/attention=gqa."
+        elif self.type == "mqa" and kv != 1:
+            yield f"`{path}.n_kv_heads` must be 1 with model/attention=mqa, but is {kv} instead: write model/attention=gqa."
+        if self.head_dim is not None and self.head_dim < 1:
+            yield f"`{path}.head_dim` must be null or at least 1, but is {self.head_dim} instead."
+        if isinstance(self.window, tuple) and not self.window:
+            yield f"`{path}.window` must be a width, null, or a list of them with one entry or more, but is [] instead."
+        for w in self.window if isinstance(self.window, tuple) else (self.window,):
+            if w is not None and w < 1:
+                yield f"`{path}.window` must be at least 1 or null, but is {w} instead."
+        for name in ("softcap", "scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                yield f"`{path}.{name}` must be above 0 or null, but is {value} instead."
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        n_heads, n_kv_heads, head_dim = self.heads(model)
+        return {
+            "n_heads": n_heads,
+            "n_kv_heads": n_kv_heads,
+            "head_dim": head_dim,
+            "window": self.window_at(layer),
+            "softcap": self.softcap,
+            "scale": head_dim**-0.5 if self.scale is None else self.scale,
+            "qk_norm": self.qk_norm,
+            "bias": self.bias,
+            "attention_dropout": self.dropped(model),
+        }
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        n, kv, h = self.heads(model)
+        bias = (h * (n + 2 * kv) + model.dim) if self.bias else 0
+        return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(h) if self.qk_norm else 0)
+
+    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+        n, kv, h = self.heads(model)
+        return 4.0 * model.dim * h * n, 4.0 * model.dim * h * kv
+
+    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+        n, _, h = self.heads(model)
+        return 4.0 * n * h
+
+    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+        _, kv, h = self.heads(model)
+        return 2 * kv * h
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        from txtrain.planning.memory.attention_ops import attend, rotated
+
+        model, norm = place.model, place.model.norm
+        n, kv, h = self.heads(model)
+        q = t.linear(x, model.dim, n * h, self.bias, name="q_proj")
+        q = rotated(t, t.named("q_norm", norm.trace_of, t, q, h) if self.qk_norm else q, place.rotation, n > 1)
+        source = x if place.memory is None else place.memory
+        k = t.linear(source, model.dim, kv * h, self.bias, name="k_proj")
+        k = rotated(t, t.named("k_norm", norm.trace_of, t, k, h) if self.qk_norm else k, place.rotation, kv > 1)
+        v = t.linear(source, model.dim, kv * h, self.bias, name="v_proj")
+        y = attend(t, q, k, v, place, (n, kv), self.softcap is not None, self.dropped(model), same_size=True)
+        return t.linear(y, n * h, model.dim, self.bias, name="o_proj")
+
+
+register("attention", "mha gqa mqa", "txtrain.model.attention.multi_head:MultiHeadAttention", AttentionConfig)
+BASES["attention"] = AttentionBase

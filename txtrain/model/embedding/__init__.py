@@ -1,0 +1,1 @@
+"""What enters the first block: tokens or patches as vectors."""

@@ -1,0 +1,134 @@
+"""What enters the first block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from txtrain.model.component import Component, config
+from txtrain.registry import knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.attention_ops import Place
+    from txtrain.planning.memory.batch_shapes import Batch
+    from txtrain.planning.memory.tape import Parameter, Tape, Value
+
+
+@config
+class EmbeddingBase(Component):
+    norm: bool = knob(False, carry=True)  # the model's norm over the sum of embedding and position (BERT)
+
+    def grid(self) -> tuple[int, int] | None:
+        """Rows and columns of patches; None for a sequence."""
+        return None
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        return {name: value for name, value in Component.arguments(self, model, layer).items() if name != "norm"}  # the builder makes it
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return model.norm.n_params_of(model.dim) if self.norm else 0
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return 0.0
+
+    def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
+        """Vectors of all positions. table: of the vocabulary.
+
+        Raises:
+            NotTraced: the option does not say.
+        """
+        from txtrain.planning.memory.tape import NotTraced
+
+        raise NotTraced(self.type)
+
+
+@config
+class TokenEmbeddingConfig(EmbeddingBase):
+    """One vector a token, and one a segment where n_types is not 0. scale: times sqrt(dim), rounded to the weights' dtype (2017, Gemma)."""
+
+    scale: bool = False
+    n_types: int = 0  # kinds of segments (BERT: 2)
+    padding_idx: int | None = None  # a token whose vector is not trained by being read, as in Hugging Face's Llama and its descendants
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        if model.vocab_size < 1:
+            yield f"`model.vocab_size` must be at least 1, but is {model.vocab_size} instead."
+        if self.n_types < 0:
+            yield f"`model.embedding.n_types` must be at least 0, but is {self.n_types} instead."
+        if self.padding_idx is not None and not 0 <= self.padding_idx < model.vocab_size:
+            yield f"`model.embedding.padding_idx` must be null or from 0 to {model.vocab_size - 1}, but is {self.padding_idx} instead."
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return (model.vocab_size + self.n_types) * model.dim + EmbeddingBase.n_params(self, model)
+
+    def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
+        dim = place.model.dim
+        assert table is not None
+        x = t.lookup(table, place.tokens, dim)
+        x = t.scaled(x) if self.scale else x
+        if not self.n_types:
+            return x
+        types = t.parameter(self.n_types, dim, name="segment.weight")
+        return t.add(x, t.lookup(types, place.tokens if batch.types else 1, dim))
+
+
+@config
+class PatchEmbeddingConfig(EmbeddingBase):
+    """One vector a square of pixels, and one for the class before them (ViT, 2010.11929)."""
+
+    image_size: int = 224
+    patch_size: int = 16
+    n_channels: int = 3
+    class_token: bool = True
+
+    def grid(self) -> tuple[int, int]:
+        side = self.image_size // self.patch_size
+        return side, side
+
+    def n_positions(self) -> int:
+        rows, columns = self.grid()
+        return rows * columns + self.class_token
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        for name in ("image_size", "patch_size", "n_channels"):
+            if getattr(self, name) < 1:
+                yield f"`model.embedding.{name}` must be at least 1, but is {getattr(self, name)} instead."
+                return
+        if self.image_size % self.patch_size:
+            low = self.image_size // self.patch_size * self.patch_size
+            near = ", ".join(str(n) for n in (low, low + self.patch_size) if n)
+            yield (
+                f"`model.embedding.image_size` must be a multiple of patch_size ({self.patch_size}), but is {self.image_size} instead. Nearest: {near}."
+            )
+        elif model.max_seq_len != self.n_positions():
+            yield (
+                f"`model.max_seq_len` must be {self.n_positions()}, the patches{' and the class token' if self.class_token else ''}, "
+                f"but is {model.max_seq_len} instead. Nearest: {self.n_positions()}."
+            )
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        return {"patch_size": self.patch_size, "n_channels": self.n_channels, "class_token": self.class_token}
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        projection = model.dim * (self.n_channels * self.patch_size**2 + 1)
+        return projection + (model.dim if self.class_token else 0) + EmbeddingBase.n_params(self, model)
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        rows, columns = self.grid()
+        patches = 2.0 * model.dim * self.n_channels * self.patch_size**2
+        return patches * rows * columns / self.n_positions()  # the class token costs none
+
+    def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
+        dim, pixels = place.model.dim, self.n_channels * self.patch_size**2
+        rows, columns = self.grid()
+        image = t.constant(place.batch * rows * columns * pixels)
+        weight = t.parameter(dim, self.n_channels, self.patch_size, self.patch_size, name="patch.weight")
+        x = t.linear(image, pixels, dim, bias=True, weight=weight, name="patch")
+        if not self.class_token:
+            return x
+        return t.cat(t.expanded(t.parameter(1, 1, dim, name="class_token"), place.batch * dim), t.back_copied(x))
+
+
+register("embedding", "token", "txtrain.model.embedding.embeddings:TokenEmbedding", TokenEmbeddingConfig)
+register("embedding", "patch", "txtrain.model.embedding.embeddings:PatchEmbedding", PatchEmbeddingConfig)

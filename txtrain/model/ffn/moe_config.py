@@ -1,0 +1,134 @@
+"""Mixture of experts, an option of feed-forward."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from txtrain.errors import divisors_near
+from txtrain.model.component import Component, config
+from txtrain.model.ffn.dense_config import Activation
+from txtrain.registry import knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.attention_ops import Place
+    from txtrain.planning.memory.tape import Tape, Value
+
+
+@config
+class MoEConfig(Component):
+    """Each token visits top_k of n_experts gated feed-forwards, and n_shared that all tokens visit. No expert has a capacity.
+
+    moe: DeepSeek-V3's (2412.19437), a sigmoid gate, balanced by a bias on the choice. moe_softmax: Mixtral's (2401.04088), a softmax
+    gate, balanced by the auxiliary loss of Switch (2101.03961). gate, bias_update_rate and aux_weight combine freely.
+    """
+
+    n_experts: int = 8
+    top_k: int = 2
+    n_shared: int = 1
+    hidden_dim: int | None = None  # of one expert; null: a token's experts together are as wide as a gated feed-forward
+    activation: Activation = "silu"
+    dropout: float = knob(0.0, carry=True)  # between activation and down projection
+    dense_layers: int = 0  # the first so many layers have a plain gated feed-forward
+    dense_hidden_dim: int | None = None  # of these; null: 8/3 * dim, up to a multiple of 8
+    gate: Literal["sigmoid", "softmax"] = "sigmoid"
+    normalise: bool = True  # the weights of a token's experts sum to 1, before routed_scale
+    routed_scale: float = 1.0
+    n_groups: int = 1  # of experts side by side; a token's experts come from its best top_k_groups of them
+    top_k_groups: int = 1
+    bias_update_rate: float = 1e-3  # by which an expert's bias on the choice moves after each step, up if it was visited too little; 0: no bias
+    aux_weight: float = 0.0  # of the auxiliary loss; 0: none
+
+    def width(self, model: ModelConfig) -> int:
+        return self.hidden_dim or math.ceil(math.ceil(model.dim / 3) / (self.top_k + self.n_shared)) * 8
+
+    def dense_width(self, model: ModelConfig) -> int:
+        return self.dense_hidden_dim or math.ceil(model.dim / 3) * 8
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        path = "model.ffn"
+        lows = {"n_experts": 2, "top_k": 1, "n_shared": 0, "hidden_dim": 1, "dense_layers": 0, "dense_hidden_dim": 1, "n_groups": 1, "top_k_groups": 1}
+        low = [(name, n) for name, n in lows.items() if (value := getattr(self, name)) is not None and value < n]
+        for name, n in low:
+            yield f"`{path}.{name}` must be at least {n}, but is {getattr(self, name)} instead."
+        for name in ("bias_update_rate", "aux_weight"):
+            if getattr(self, name) < 0:
+                yield f"`{path}.{name}` must be at least 0, but is {getattr(self, name)} instead."
+        if not self.routed_scale > 0:
+            yield f"`{path}.routed_scale` must be above 0, but is {self.routed_scale} instead."
+        if not 0 <= self.dropout < 1:
+            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+        if self.dense_layers >= model.n_layers:
+            yield f"`{path}.dense_layers` must be below model.n_layers ({model.n_layers}), but is {self.dense_layers} instead. Nearest: {model.n_layers - 1}."
+        if not low:
+            yield from self._check_routing(path)
+
+    def _check_routing(self, path: str) -> Iterator[str]:
+        if self.n_experts % self.n_groups:
+            near = ", ".join(map(str, divisors_near(self.n_groups, self.n_experts)))
+            yield f"`{path}.n_groups` must divide n_experts ({self.n_experts}), but is {self.n_groups} instead. Nearest: {near}."
+            return
+        if self.top_k_groups > self.n_groups:
+            yield f"`{path}.top_k_groups` must be at most n_groups ({self.n_groups}), but is {self.top_k_groups} instead. Nearest: {self.n_groups}."
+            return
+        eligible = self.n_experts // self.n_groups * self.top_k_groups
+        if self.top_k > eligible:
+            yield f"`{path}.top_k` must be at most the {eligible} experts of top_k_groups groups, but is {self.top_k} instead. Nearest: {eligible}."
+        if self.top_k == 1 and self.normalise:
+            yield f"`{path}.normalise` must be false with top_k=1, but is true instead: one weight would always be 1, and the router learn nothing."
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        names = ("n_experts", "top_k", "n_shared", "activation", "gate", "normalise", "routed_scale", "n_groups", "top_k_groups")
+        return {
+            **{name: getattr(self, name) for name in names},
+            "hidden_dim": self.width(model),
+            "ffn_dropout": self.dropout,
+            "bias_update_rate": self.bias_update_rate,
+            "aux_weight": self.aux_weight,
+            "dense_hidden_dim": self.dense_width(model) if layer < self.dense_layers else None,
+        }
+
+    def _n_params(self, model: ModelConfig, layer: int, n_routed: int) -> int:
+        if layer < self.dense_layers:
+            return 3 * model.dim * self.dense_width(model)
+        return model.dim * (self.n_experts + 3 * self.width(model) * (n_routed + self.n_shared))
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return self._n_params(model, layer, self.n_experts)
+
+    def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return self._n_params(model, layer, self.top_k)
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return 2.0 * self.n_active_params(model, layer)
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        from txtrain.planning.memory.attention_ops import gated
+
+        model, d, f, n = place.model, place.model.dim, self.width(place.model), place.tokens
+        if place.layer < self.dense_layers:
+            return gated(t, x, d, self.dense_width(model), self.activation, self.dropout)
+        rows, experts = n * self.top_k, self.n_experts
+        with t.exactly():
+            scores = t.pointwise(t.linear(t.to(x, 4), d, experts, name="router"), "result")
+        weights = t.picked(scores, rows, index=8 * rows)  # of the experts that are chosen
+        if self.normalise:
+            weights = t.mul(weights, t.mean(weights, n))
+        weights = t.scaled(weights)
+        order = t.constant(2 * rows, 8)  # which row is which token's, and where
+
+        def computed(h: Value) -> Value:
+            gate = t.activation(t.grouped(h, d, f, experts, "experts.gate_proj"), self.activation)
+            h = t.mul(gate, t.grouped(h, d, f, experts, "experts.up_proj"))
+            del gate
+            return t.grouped(t.dropout(h, self.dropout), f, d, experts, "experts.down_proj")
+
+        h = t.experts(t.picked(x, rows * d, index=0), d, computed)
+        y = t.to(t.added_up(t.mul(h, t.picked(weights, rows, index=0)), n * d, order), x.size)
+        del h, order
+        return t.add(y, t.named("shared", gated, t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
+
+
+register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig)

@@ -1,0 +1,136 @@
+"""What leaves the last block."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, Literal
+
+from txtrain.model.component import Component, config
+from txtrain.model.ffn.dense_config import Activation
+from txtrain.registry import knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.attention_ops import Place
+    from txtrain.planning.memory.batch_shapes import Batch
+    from txtrain.planning.memory.tape import Parameter, Tape, Value
+
+
+@config
+class HeadConfig(Component):
+    """What every head has."""
+
+    def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
+        """Forward operations a position in training, where so many of the positions have a target: as many as ever, unless a head skips the rest."""
+        return self.flops(model, seq_len)
+
+
+@config
+class LMHeadConfig(HeadConfig):
+    """Logits over the vocabulary, by the embedding's own weight where model.tie_word_embeddings is true."""
+
+    bias: bool = knob(False, carry=True)
+    scale: bool = False  # what enters is multiplied by dim ** -0.5 (T5 v1.0)
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        return {
+            "tied": model.tie_word_embeddings,
+            "softcap": model.logit_softcap,
+            "bias": self.bias,
+            "scale": model.dim**-0.5 if self.scale else None,
+            "shift": model.topology == "decoder",
+        }
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return (0 if model.tie_word_embeddings else model.vocab_size * model.dim) + (model.vocab_size if self.bias else 0)
+
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        """The loss of what leaves the last norm. table: the embedding's, which a tied head reads."""
+        x = t.scaled(x) if self.scale else x
+        return vocabulary_loss(t, x, place.model, table, self.bias, batch.smoothed)
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return 2.0 * model.vocab_size * model.dim
+
+
+@config
+class MLMHeadConfig(HeadConfig):
+    """BERT's (1810.04805): dense, activation, norm, then the vocabulary with a bias; beside it the pooler and the next-sentence head."""
+
+    activation: Activation = "gelu"
+    next_sentence: bool = True
+
+    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+        return {
+            "tied": model.tie_word_embeddings,
+            "softcap": model.logit_softcap,
+            "activation": self.activation,
+            "next_sentence": self.next_sentence,
+        }
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        d = model.dim
+        dense = d * d + d
+        sentence = dense + 2 * d + 2 if self.next_sentence else 0
+        return (0 if model.tie_word_embeddings else model.vocab_size * d) + model.vocab_size + dense + model.norm.n_params_of(d) + sentence
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return self.training_flops(model, seq_len, target_share=1.0)
+
+    def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
+        sentence = 2.0 * model.dim * (model.dim + 2) / seq_len if self.next_sentence else 0.0  # one position of the sequence
+        return 2.0 * model.dim * (model.vocab_size + model.dim) * target_share + sentence
+
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        model, d = place.model, place.model.dim
+        pooled = None
+        if self.next_sentence:
+            pooled = t.activation(t.linear(t.sliced(x, place.batch * d, copies=place.batch > 1), d, d, bias=True, name="pooler"), "tanh")
+            pooled = t.linear(pooled, d, 2, bias=True, name="next_sentence")
+        chosen = batch.chosen or place.tokens
+        x = t.picked(x, chosen * d, index=8 * 2 * chosen)
+        x = t.named("norm", model.norm.trace_of, t, t.activation(t.linear(x, d, d, bias=True, name="dense"), self.activation), d)
+        loss = vocabulary_loss(t, x, model, table, bias=True, smoothed=False)
+        return loss if pooled is None else t.add(loss, t.softmax(pooled))
+
+
+@config
+class ClassHeadConfig(HeadConfig):
+    """One score a class for the whole sequence. pooling: the first position (ViT's class token), the last, or the mean of the real ones."""
+
+    n_classes: int = 1000
+    pooling: Literal["first", "last", "mean"] = "first"
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        if self.n_classes < 2:
+            yield f"`model.head.n_classes` must be at least 2, but is {self.n_classes} instead."
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return (model.dim + 1) * self.n_classes
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return 2.0 * model.dim * self.n_classes / seq_len  # one position of the sequence
+
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        d = place.model.dim
+        return t.softmax(t.to(t.linear(t.sliced(x, place.batch * d), d, self.n_classes, bias=True, name="classifier"), 4))
+
+
+def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | None, bias: bool, smoothed: bool) -> Value:
+    """By chunks; smoothed: of all logits at once."""
+    from txtrain.planning.memory.tape import Parameter
+
+    d, v, capped = model.dim, model.vocab_size, model.logit_softcap is not None
+    weight = table if model.tie_word_embeddings else t.kept("head", lambda: t.parameter(v, d))
+    shift = t.kept("head_bias", lambda: t.parameter(v, name="bias")) if bias else None
+    assert isinstance(weight, Parameter)
+    if not smoothed:
+        return t.chunked_loss(x, weight, shift, d, v, capped)
+    logits = t.logits(x, d, v, weight)
+    logits = t.scaled(t.activation(t.scaled(logits), "tanh")) if capped else logits
+    return t.softmax(t.to(logits, 4))
+
+
+register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig)
+register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig)
+register("head", "class", "txtrain.model.head.heads:ClassHead", ClassHeadConfig)

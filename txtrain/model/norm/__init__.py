@@ -1,0 +1,1 @@
+"""Norms (`norms.py`), and where they stand around a sublayer (`placement.py`)."""

@@ -1,0 +1,123 @@
+"""Norm kinds, and where a sublayer's norm sits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, ClassVar
+
+from txtrain.model.component import Component, config
+from txtrain.registry import BASES, knob, register
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.attention_ops import Place
+    from txtrain.planning.memory.tape import Tape, Value
+
+
+@config
+class NormBase(Component):
+    """What the other axes may ask of any norm."""
+
+    def n_params_of(self, size: int) -> int:
+        """Parameters of the norm over so many values; of a user's own it is built on the meta device and counted."""
+        from txtrain.model.build import count_norm
+
+        return count_norm(self, size)
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return self.n_params_of(model.dim)
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        return 0.0
+
+    def trace(self, t: Tape, x: Value, place: Place) -> Value:
+        return self.trace_of(t, x, place.model.dim)
+
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        """Of values of that size."""
+        from txtrain.planning.memory.tape import NotTraced
+
+        raise NotTraced(self.type)
+
+
+@config
+class NoNormConfig(NormBase):
+    """The identity."""
+
+    def n_params_of(self, size: int) -> int:
+        return 0
+
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        return x
+
+
+@config
+class LayerNormConfig(NormBase):
+    """(x - mean) / sqrt(variance + eps) * weight + bias (1607.06450)."""
+
+    eps: float = knob(1e-5, carry=True)
+    bias: bool = True
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        if not self.eps > 0:
+            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
+
+    def n_params_of(self, size: int) -> int:
+        return 2 * size if self.bias else size
+
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        return t.layer_norm(x, size, self.bias)
+
+
+@config
+class RMSNormConfig(NormBase):
+    """x / sqrt(mean(x^2) + eps) * weight (1910.07467); with unit_offset, * (1 + weight), as in Gemma."""
+
+    eps: float = knob(1e-5, carry=True)
+    unit_offset: bool = False
+
+    def check(self, model: ModelConfig) -> Iterator[str]:
+        if not self.eps > 0:
+            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
+
+    def n_params_of(self, size: int) -> int:
+        return size
+
+    def trace_of(self, t: Tape, x: Value, size: int) -> Value:
+        return t.rms_norm(x, size, self.unit_offset)
+
+
+@config
+class NormPositionConfig(Component):
+    """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
+
+    n_norms: ClassVar[int] = 1
+
+    def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
+        """What leaves a sublayer f and its residual connection."""
+
+        def norm(x: Value, name: str) -> Value:
+            return t.named(name if self.n_norms > 1 else "norm", place.model.norm.trace, t, x, place)
+
+        before, after = self.type in ("pre", "sandwich"), self.type in ("inner", "sandwich")
+        y = f(norm(x, "pre_norm") if before else x)
+        y = t.add(x, t.dropout(norm(y, "post_norm") if after else y, place.model.dropout))
+        return norm(y, "post_norm") if self.type == "post" else y
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return self.n_norms * model.norm.n_params_of(model.dim)
+
+
+@config
+class SandwichConfig(NormPositionConfig):
+    n_norms: ClassVar[int] = 2
+
+
+register("norm", "none", "txtrain.model.norm.norms:NoNorm", NoNormConfig)
+register("norm", "layer", "txtrain.model.norm.norms:LayerNorm", LayerNormConfig)
+register("norm", "rms", "txtrain.model.norm.norms:RMSNorm", RMSNormConfig)
+register("norm_position", "pre", "txtrain.model.norm.placement:PreNorm", NormPositionConfig)
+register("norm_position", "post", "txtrain.model.norm.placement:PostNorm", NormPositionConfig)
+register("norm_position", "inner", "txtrain.model.norm.placement:InnerNorm", NormPositionConfig)
+register("norm_position", "sandwich", "txtrain.model.norm.placement:SandwichNorm", SandwichConfig)
+BASES["norm"] = NormBase

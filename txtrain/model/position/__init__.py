@@ -1,0 +1,1 @@
+"""Position encodings and the scalings of rotary ones."""

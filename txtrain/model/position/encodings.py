@@ -1,0 +1,236 @@
+"""Positional schemes: one class with three hooks, each of which does nothing unless the scheme needs it.
+
+    add(x)        what is added to the embedding        sinusoidal, learned
+    rotation()    what turns q and k in every layer      RoPE and its scalings
+    bias(...)     what is added to the scores            T5's buckets, ALiBi
+
+The stack calls each hook once a forward and hands the values to all its blocks.
+"""
+
+# B batch, T query positions, S key positions, N heads, H head size, R rotated part of it, D model size
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from txtrain.model import options
+from txtrain.registry import resolve
+
+
+class Rotation(NamedTuple):
+    """cos and sin of every position's angles, [B or 1, 1, T, R / 2], in the dtype of the residual stream."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __call__(self, x_BNTR: Tensor) -> Tensor:
+        """Pairs (i, i + R/2) turned by their angle: the halves convention of GPT-NeoX and Hugging Face."""
+        a, b = x_BNTR.chunk(2, dim=-1)
+        return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1).to(x_BNTR.dtype)
+
+
+class Position(nn.Module):
+    """No position (NoPE, Kazemnejad et al. 2023, 2305.19466), and the base of all schemes."""
+
+    max_positions: int | None = None  # None: any length
+
+    def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """grid: rows and columns of an image's patches, which come last in x."""
+        return x_BTD
+
+    def rotation(self, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotation | None:
+        return None
+
+    def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
+        """To be added to the scores, [B or 1, N, T, S]."""
+        return None
+
+
+class Sinusoidal(Position):
+    """Sine in the even dimensions, cosine in the odd ones, wavelengths from 2 pi to theta * 2 pi (Vaswani et al. 2017).
+
+    layout: `halves` has all sines first, as the paper's own code and Marian do; which is the same up to a permutation of the dimensions.
+    """
+
+    def __init__(self, dim: int, theta: float, layout: str) -> None:
+        super().__init__()
+        self.dim = dim
+        self.theta = theta
+        self.interleaved = layout == "interleaved"
+
+    def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        half = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x_BTD.device)
+        angles = position_ids_BT[..., None].float() * torch.exp(half * (-math.log(self.theta) / self.dim))
+        waves = (angles.sin(), angles.cos())
+        table_BTD = torch.stack(waves, dim=-1).flatten(-2) if self.interleaved else torch.cat(waves, dim=-1)
+        return x_BTD + table_BTD.to(x_BTD.dtype)
+
+
+class Learned(Position):
+    """One trained vector a position (BERT, GPT). An image of another resolution reads the table interpolated in two dimensions (ViT)."""
+
+    def __init__(self, dim: int, max_seq_len: int, grid: tuple[int, int] | None = None) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(max_seq_len, dim)
+        self.max_positions = max_seq_len
+        self.grid = grid
+
+    def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        if grid != self.grid and grid is not None:
+            return x_BTD + self.interpolated(grid).to(x_BTD.dtype)
+        return x_BTD + self.embedding(position_ids_BT)
+
+    def interpolated(self, grid: tuple[int, int]) -> Tensor:
+        """The table for other rows and columns: bicubic over the patches, the class token's vector as it is. [1, T, D]."""
+        assert self.grid is not None
+        table = self.embedding.weight
+        n_patches = self.grid[0] * self.grid[1]
+        before, patches = table[:-n_patches], table[-n_patches:]
+        image = patches.T.reshape(1, -1, *self.grid)
+        resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+        return torch.cat((before, resized.flatten(2)[0].T))[None]
+
+
+class RelativeBias(Position):
+    """T5 (Raffel et al. 2020, 1910.10683): a trained score per head and bucket of distance, one table for all layers.
+
+    Half of the buckets (of one direction's) are exact distances; the others grow logarithmically up to max_distance.
+    """
+
+    def __init__(self, n_heads: int, n_buckets: int, max_distance: int, causal: bool) -> None:
+        super().__init__()
+        self.n_buckets = n_buckets
+        self.max_distance = max_distance
+        self.bidirectional = not causal
+        self.embedding = nn.Embedding(n_buckets, n_heads)
+
+    def bucket(self, relative: Tensor) -> Tensor:
+        """Bucket of key position minus query position."""
+        n = self.n_buckets
+        offset = torch.zeros_like(relative)
+        if self.bidirectional:
+            n //= 2
+            offset = (relative > 0).to(relative.dtype) * n
+            distance = relative.abs()
+        else:
+            distance = (-relative).clamp(min=0)
+        exact = n // 2
+        far = exact + (torch.log(distance.float() / exact) / math.log(self.max_distance / exact) * (n - exact)).to(relative.dtype)
+        return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+
+    def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
+        relative_BTS = k_positions_BS[:, None, :] - q_positions_BT[:, :, None]
+        return self.embedding(self.bucket(relative_BTS)).permute(0, 3, 1, 2)
+
+
+@lru_cache
+def alibi_slopes(n_heads: int) -> tuple[float, ...]:
+    """2^(-8/n), 2^(-16/n), ... for n a power of two; otherwise those of the power below, then every other one of the power above."""
+    power = 2 ** math.floor(math.log2(n_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    if power < n_heads:
+        slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(n_heads - power)]
+    return tuple(slopes)
+
+
+class ALiBi(Position):
+    """- slope * distance (Press et al. 2022, 2108.12409)."""
+
+    def __init__(self, n_heads: int) -> None:
+        super().__init__()
+        self.slopes = alibi_slopes(n_heads)
+
+    def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
+        slopes_N = torch.tensor(self.slopes, device=q_positions_BT.device)
+        distance_BTS = (q_positions_BT[:, :, None] - k_positions_BS[:, None, :]).abs()
+        return -slopes_N[:, None, None] * distance_BTS[:, None]
+
+
+# -------------------------------------------------------------------------------------------------------------------- RoPE
+
+
+class Frequencies(NamedTuple):
+    """Radians a position of each pair, [R / 2] on the CPU, and the factor on cos and sin."""
+
+    inverse: Tensor
+    attention_factor: float
+
+
+def base_frequencies(rotary_dim: int, theta: float) -> Tensor:
+    return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim)
+
+
+def linear_frequencies(c: options.LinearScaling, rotary_dim: int, theta: float) -> Frequencies:
+    return Frequencies(base_frequencies(rotary_dim, theta) / c.factor, 1.0)
+
+
+def ntk_frequencies(c: options.NTKScaling, rotary_dim: int, theta: float) -> Frequencies:
+    return Frequencies(base_frequencies(rotary_dim, theta * c.factor ** (rotary_dim / max(rotary_dim - 2, 1))), 1.0)
+
+
+def yarn_frequencies(c: options.YaRNScaling, rotary_dim: int, theta: float) -> Frequencies:
+    def dimension(rotations: float) -> float:
+        """The pair that turns so many times over the original length."""
+        return rotary_dim * math.log(c.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(c.beta_fast), dimension(c.beta_slow)
+    if c.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    ramp = ((torch.arange(rotary_dim // 2).float() - low) / (high - low if high > low else 0.001)).clamp(0, 1)
+    base = base_frequencies(rotary_dim, theta)
+    return Frequencies(base / c.factor * ramp + base * (1 - ramp), yarn_attention_factor(c))
+
+
+def yarn_attention_factor(c: options.YaRNScaling) -> float:
+    if c.attention_factor is not None:
+        return c.attention_factor
+
+    def mscale(m: float) -> float:
+        return 0.1 * m * math.log(c.factor) + 1.0 if c.factor > 1 else 1.0
+
+    return mscale(c.mscale) / mscale(c.mscale_all_dim) if c.mscale and c.mscale_all_dim else mscale(1.0)
+
+
+def llama3_frequencies(c: options.Llama3Scaling, rotary_dim: int, theta: float) -> Frequencies:
+    base = base_frequencies(rotary_dim, theta)
+    wavelength = 2 * math.pi / base
+    blend = (c.original_max_seq_len / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+    blended = (1 - blend) * base / c.factor + blend * base
+    long, short = c.original_max_seq_len / c.low_freq_factor, c.original_max_seq_len / c.high_freq_factor
+    return Frequencies(torch.where(wavelength > long, base / c.factor, torch.where(wavelength < short, base, blended)), 1.0)
+
+
+@lru_cache
+def frequencies(rotary_dim: int, theta: float, scaling: options.RoPEScalingConfig | None) -> Frequencies:
+    with torch.device("cpu"):
+        if scaling is None:
+            return Frequencies(base_frequencies(rotary_dim, theta), 1.0)
+        scale: Callable[[options.RoPEScalingConfig, int, float], Frequencies] = resolve("rope_scaling", scaling.rope_type)
+        return scale(scaling, rotary_dim, theta)
+
+
+class RoPE(Position):
+    """Rotary embedding (Su et al. 2021, 2104.09864) with the scalings of `options.RoPEScalingConfig`.
+
+    Nothing is stored: angles are made from the position ids, in float32, once a forward. A buffer would be garbage after the meta
+    device, and a table would bound the length.
+    """
+
+    def __init__(self, rotary_dim: int, theta: float, scaling: options.RoPEScalingConfig | None = None) -> None:
+        super().__init__()
+        self.rotary_dim = rotary_dim
+        self.theta = theta
+        self.scaling = scaling
+
+    def rotation(self, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotation:
+        inverse, factor = frequencies(self.rotary_dim, self.theta, self.scaling)
+        angles = position_ids_BT[:, None, :, None].float() * inverse.to(position_ids_BT.device)
+        return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))

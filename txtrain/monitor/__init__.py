@@ -1,0 +1,1 @@
+"""What is measured and shown while a run trains: metrics, console, speed, spikes, loggers/. No step depends on it."""

@@ -1,0 +1,1 @@
+"""Where the figures of a run go beside metrics.csv: Weights & Biases, TensorBoard, any Lightning logger."""

@@ -1,0 +1,135 @@
+"""The loggers of a run, each behind a thread of its own; the recorder tells them of each event in one line."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from txtrain.checkpoint.run_folder import RunFolder
+from txtrain.config.convert import plain
+from txtrain.config.loggers import TENSORBOARD
+from txtrain.config.schema import Train
+from txtrain.config.targets import WANDB, class_of, instances
+from txtrain.monitor.loggers.line import Line
+from txtrain.monitor.loggers.sinks import Sink, TensorBoard
+from txtrain.objectives.base import Shown
+from txtrain.planning.figures import plan
+
+Say = Callable[[str], None]
+_LIGHTNING_WANDB = "lightning.pytorch.loggers.WandbLogger"
+_CALLED = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint")  # by Lightning and by callbacks
+_OURS = ("save", "finalize")  # Lightning's calls of them come to nothing: the run's end is the recorder's
+_CHANGING = ("status", "step", "ended", "data_order_hash")  # of run.json
+_PLAN = ("n_params", "n_active_params", "flops_per_token", "flops_per_sample", "tokens", "steps", "flops", "memory", "memory_by_part", "memory_missing")
+
+
+class Loggers:
+    """What a run's events are told to. Nothing here waits or raises.
+
+    Args:
+        sinks: by the logger's name.
+        told: to each, before anything else.
+        say: of the screen: a logger that fails, is slow, or has an address.
+    """
+
+    def __init__(self, sinks: Mapping[str, Sink] | None = None, told: Mapping[str, Any] | None = None, say: Say = print) -> None:
+        self._lines = [(sink, Line(name, partial(sink.open, told or {}), say)) for name, sink in (sinks or {}).items()]
+        for sink, line in self._lines:
+            _behind(sink.logger, line)
+
+    @property
+    def lightning(self) -> list[Any]:
+        """The loggers themselves, for lightning.Trainer."""
+        return [sink.logger for sink, _ in self._lines]
+
+    def row(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._tell(lambda sink: partial(sink.row, step, metrics))
+
+    def samples(self, step: int, tokens: int, shown: Sequence[Shown]) -> None:
+        self._tell(lambda sink: partial(sink.samples, step, tokens, shown))
+
+    def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
+        self._tell(lambda sink: partial(sink.checkpoint, path, step, order_hash, best))
+
+    def close(self, status: str) -> None:
+        """Once. status: complete, preempted, failed."""
+        lines, self._lines = self._lines, []
+        for sink, line in lines:
+            line.close(partial(sink.close, status), sink.patience(status))
+
+    def _tell(self, event: Callable[[Sink], Callable[[], object]]) -> None:
+        for sink, line in self._lines:
+            line.put(event(sink))
+
+
+def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
+    """Raises:
+    ConfigError: a logger that its arguments do not fit.
+    """
+    sinks = {name: _sink(config, place, say, name, dict(node)) for name, node in config.logger.items()}
+    if not sinks:
+        return Loggers()
+    run = {name: value for name, value in place.facts.items() if name not in _CHANGING}
+    figures = plan(config).to_dict()
+    return Loggers(sinks, {**plain(config), "run": run, "plan": {name: figures[name] for name in _PLAN}}, say)
+
+
+def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, Any]) -> Sink:
+    """The logger keeps what it writes in the run's folder, and goes on with the same when the run is resumed."""
+    if node["_target_"] in (WANDB, _LIGHTNING_WANDB):
+        return _wandb(config, place, say, name, node)
+    accepted = inspect.signature(class_of(f"logger.{name}", node["_target_"], config.imports)).parameters
+    fitting: dict[str, Any] = {"save_dir": str(place.path), "name": name, "version": ""}
+    if node["_target_"] == TENSORBOARD:
+        x_axis = node.pop("x_axis", "step")
+        done = place.first_step
+        later = {"purge_step": (done * config.data.global_batch_size * config.seq_len if x_axis == "tokens" else done) + 1} if done else {}
+        (logger,) = _made(config, name, {**fitting, **later, **_given(node)})
+        return TensorBoard(logger, x_axis)
+    (logger,) = _made(config, name, {**{k: v for k, v in fitting.items() if k in accepted}, **node})
+    return Sink(logger)
+
+
+def _wandb(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, Any]) -> Sink:
+    from txtrain.monitor.loggers.wandb import WandB, kept_id
+
+    x_axis, log_model, artifact = node.pop("x_axis", "step"), node.get("log_model", False), node.pop("checkpoint_name", None)
+    run_id = kept_id(place, node.get("id"))
+    fitting = {"save_dir": str(place.path), "name": f"{config.name}/{place.path.name}"}
+    (logger,) = _made(config, name, {**fitting, **_given(node), "id": run_id, "_target_": WANDB})
+    return WandB(logger, place.path, place.kept, say, x_axis, log_model, artifact)
+
+
+def _given(node: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is left open."""
+    return {key: value for key, value in node.items() if value is not None}
+
+
+def _made(config: Train, name: str, node: Mapping[str, Any]) -> list[Any]:
+    return instances({name: node}, "logger", config.imports)
+
+
+# ------------------------------------------------------------------------------------------------- in the logger's thread
+
+
+def _behind(logger: Any, line: Line) -> None:
+    """What others call of the logger goes to its thread as well. It stays an instance of its class, which callbacks look for."""
+    for name in (*_CALLED, *_OURS):
+        if hasattr(logger, name):
+            setattr(logger, name, _Behind(line, getattr(logger, name), put=name in _CALLED))
+
+
+class _Behind:
+    """A method that is done in the logger's thread: at once there; from elsewhere put into its line, or not done at all."""
+
+    def __init__(self, line: Line, method: Callable[..., object], put: bool) -> None:
+        self._line, self._method, self._put = line, method, put
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        if self._line.is_here:
+            self._method(*args, **kwargs)
+        elif self._put:
+            self._line.put(partial(self._method, *args, **kwargs))

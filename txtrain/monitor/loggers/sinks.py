@@ -1,0 +1,58 @@
+"""What becomes of each event of a run in a logger: a row, samples, a checkpoint, the end."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from txtrain.objectives.base import Shown
+
+
+class Sink:
+    """A Lightning logger: rows go to log_metrics; samples and checkpoints it has no place for.
+
+    Everything but `patience` and making one is called from the logger's own thread (`txtrain.monitor.loggers.line`), in order.
+    """
+
+    def __init__(self, logger: Any, x_axis: str = "step") -> None:
+        self.logger, self.x_axis = logger, x_axis
+        with contextlib.suppress(Exception):  # it is said when `open` meets it
+            _ = getattr(logger, "experiment", None)  # Lightning asks for it when training starts: two threads at once would make two
+
+    def open(self, told: Mapping[str, Any]) -> None:
+        """told: the configuration, and under `run` what run.json and plan say."""
+        self.logger.log_hyperparams(dict(told))
+
+    def row(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """metrics: of each column but the step that has a value."""
+        self.logger.log_metrics(dict(metrics), step=self.x(step, metrics))
+
+    def x(self, step: int, metrics: Mapping[str, Any]) -> int:
+        return int(metrics["tokens"]) if self.x_axis == "tokens" else step
+
+    def samples(self, step: int, tokens: int, shown: Sequence[Shown]) -> None:
+        """What the objective showed at a validation."""
+
+    def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
+        """A checkpoint is complete. order_hash: of the samples up to it, which as text is no metric; best: by validation loss."""
+
+    def patience(self, status: str) -> float:
+        """Seconds that the end of a run waits for it. SLURM gives a preempted one half a minute for everything."""
+        return 10.0 if status == "preempted" else 40.0
+
+    def close(self, status: str) -> None:
+        """status: complete, preempted or failed."""
+        self.logger.save()
+        self.logger.finalize("success" if status == "complete" else "failed")
+
+
+class TensorBoard(Sink):
+    def samples(self, step: int, tokens: int, shown: Sequence[Shown]) -> None:
+        import torch
+
+        writer, x = self.logger.experiment, self.x(step, {"tokens": tokens})
+        if images := [one.image for one in shown if one.image is not None]:
+            writer.add_images("samples/images", torch.stack(images), global_step=x)
+        writer.add_text("samples", "\n".join(f"    {one.text}".replace("\n", "\n    ") + "\n" for one in shown), global_step=x)

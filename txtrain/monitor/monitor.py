@@ -1,0 +1,226 @@
+"""How a run goes: speed, where its time goes, memory, goodput; why it is slow; steps that stand out; whether it has diverged."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from txtrain import files
+from txtrain.checkpoint.run_folder import RunFolder
+from txtrain.config.schema import Train
+from txtrain.monitor import slowness
+from txtrain.monitor.console import Display
+from txtrain.monitor.loss_spikes import Losses, Spike
+from txtrain.monitor.metrics_csv import PHASES
+from txtrain.monitor.slowness import Stretch
+from txtrain.monitor.start_screen import count, duration
+from txtrain.monitor.throughput import Machine, Meter, memory
+from txtrain.training.module import LitModule
+
+SPIKES = "spikes.jsonl"
+FAR_OFF = 100  # steps in a row after which a run is said to have diverged
+
+
+class Diverged(RuntimeError):
+    """The loss has been far above its best for more steps than `trainer.max_divergent_steps` allows."""
+
+
+class Watch:
+    """What is measured beside the training; none of it changes what is trained.
+
+    Losses are those of the global batch: every process finds the same spikes and the same end. Times and memory are this process'.
+
+    Args:
+        folder: None: nothing is written.
+        data: a DataModule that is prepared.
+    """
+
+    def __init__(self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: Mapping[str, Any]) -> None:
+        self.config, self.data, self.folder, self.display, self.machine = config, data, folder, display, machine
+        self.meter = Meter(state.get("seconds", 0.0))
+        self.losses = Losses(state.get("losses"))
+        self.times = dict.fromkeys(PHASES, 0.0) | state.get("times", {})  # over all starts, of steps that counted
+        self._writes = False
+        self._told: set[str] = set()
+        self._stretch: Stretch | None = None  # None: before the first row, which warms up
+        self._since = 0  # the step of the row before
+        self._compiled, self._compiled_again = 0, 0
+
+    def start(self, module: LitModule) -> None:
+        """The model is set up. module.step: the steps that are done."""
+        module.parallel.phases.start(module.device)
+        self._writes = self.folder is not None and module.parallel.is_first
+        if self._writes and self.folder is not None:
+            path = self.folder.path / SPIKES
+            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= module.step] if path.exists() else []
+            if path.exists():
+                files.write(path, "".join(kept))
+
+    def state(self) -> dict[str, Any]:
+        """For the checkpoint. JSON values."""
+        return {"seconds": self.meter.seconds, "losses": self.losses.state(), "times": self.times}
+
+    # ---------------------------------------------------------------------------------------------------------- each step
+
+    def step(self, module: LitModule, outputs: Mapping[str, torch.Tensor], tokens: int, flops: float, again: float) -> None:
+        """A step is done. tokens, flops, again: of the global batch (`Meter.count`).
+
+        Raises:
+            Diverged: and that is to end the run.
+        """
+        self.meter.count(tokens, flops, again)
+        spike = self.losses.add(module.step, float(outputs["loss"]))
+        if spike is not None:
+            self._spike(spike, float(outputs["grad_norm"]))
+        self._far_off(module.step)
+
+    def _spike(self, spike: Spike, grad_norm: float) -> None:
+        where = ""
+        if self._writes and self.folder is not None:
+            path = self.folder.path / SPIKES
+            where = f"; its samples: {path}"
+            told = {"step": spike.step, "loss": spike.loss, "median": spike.median, "grad_norm": grad_norm}
+            with open(path, "a", encoding="utf-8") as f:
+                f.write(json.dumps(told | {"sample_index": self.data.order.indices(spike.step - 1).tolist()}) + "\n")
+        if spike.first:
+            self.display.tell(f"step {spike.step}: the loss jumps to {spike.loss:.4f} from a median of {spike.median:.4f}{where}", style="bold")
+
+    def _far_off(self, step: int) -> None:
+        losses, allowed = self.losses, self.config.trainer.max_divergent_steps
+        if allowed is not None and losses.far_off > allowed:
+            best = "save.keep_best keeps the checkpoint of the best validation; " if self.config.save.keep_best else ""
+            raise Diverged(
+                f"The run has diverged: the loss of the last {losses.far_off} steps up to {step} is far above its best median ({losses.lowest:.4f}), and "
+                f"trainer.max_divergent_steps={allowed} ends it. {best}"
+                "fork=CHECKPOINT goes on from one, with a lower optimizer.lr or a trainer.gradient_clip_val; null never ends a run."
+            )
+        if losses.far_off == FAR_OFF and allowed is None:
+            self.display.tell(
+                f"step {step}: the run may have diverged: the loss has been far above its best median ({losses.lowest:.4f}) for {FAR_OFF} steps. "
+                f"trainer.max_divergent_steps={FAR_OFF} would end it.",
+                style="bold",
+            )
+
+    # ------------------------------------------------------------------------------------------------------- each logged row
+
+    def measures(self, module: LitModule) -> dict[str, float | None]:
+        """Columns of the row of this step, since the row before."""
+        tokens_per_second, flops, with_again = self.meter.rates()
+        size = module.parallel.world.size
+        self._measure_again(with_again / size)
+        peak = self.machine.peak.flops * size
+        row: dict[str, float | None] = {
+            "loss_spikes": self.losses.n_spikes,
+            "tokens_per_second": tokens_per_second,
+            "mfu": flops / peak,
+            "hfu": with_again / peak,
+            "seconds": self.meter.seconds,
+            "goodput": self.goodput(),
+            "memory_gib": memory(module.device) / 2**30,
+            **self._taken(module),
+        }
+        self._judge(module, row)
+        return row
+
+    def _measure_again(self, flops: float) -> None:
+        machine = self.machine.reaching(flops)
+        if machine.peak != self.machine.peak:
+            self.display.tell(f"  device        {machine}; measured again: more was done than had been measured at the start")
+        self.machine = machine
+
+    def add_times(self, module: LitModule, row: dict[str, Any]) -> None:
+        """What has passed since the row was begun belongs to it: a validation."""
+        for name, seconds in self._taken(module).items():
+            row[name] = row.get(name, 0.0) + seconds
+
+    def _taken(self, module: LitModule) -> dict[str, float]:
+        taken = module.parallel.phases.take()
+        for name, seconds in taken.items():
+            self.times[name] += seconds
+        return {f"time/{name}": seconds for name, seconds in taken.items()}
+
+    def goodput(self) -> float | None:
+        """Share of the time since the run was first started that was spent in steps that count; None where it has no folder."""
+        if self.folder is None or self.folder.began is None:
+            return None
+        return min(1.0, self.meter.seconds / max(time.time() - self.folder.began, 1e-9))
+
+    def _judge(self, module: LitModule, row: Mapping[str, Any]) -> None:
+        """Say why it is slow, once enough has been seen. What a process does first (compilation, caches, workers) is not looked at."""
+        compiled = _compiled()
+        if self._stretch is None:
+            self._stretch, self._compiled = self._empty(module), compiled
+            return
+        if compiled > self._compiled:
+            self._compiled, self._compiled_again = compiled, self._compiled_again + 1
+        before, steps = self._stretch, module.step - self._since
+        seconds = {name: before.seconds.get(name, 0.0) + row[f"time/{name}"] for name in PHASES}
+        whole = before.steps + steps
+        mfu = (before.mfu * before.steps + row["mfu"] * steps) / max(whole, 1)
+        self._since = module.step
+        self._stretch = dc.replace(before, seconds=seconds, steps=whole, mfu=mfu, compiled_again=self._compiled_again)
+        if module.parallel.is_first:
+            for text in slowness.reasons(self._stretch, self._told):
+                self.display.tell(text, style="bold")
+        if whole >= slowness.STEPS and self._stretch.training >= slowness.SECONDS:
+            self._stretch = self._empty(module)
+
+    def _empty(self, module: LitModule) -> Stretch:
+        config, world = self.config, module.parallel.world
+        self._since = module.step
+        share = config.data.global_batch_size // module.parallel.size
+        micro = min(config.micro_batch_size, share)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return Stretch(
+            seconds={},
+            steps=0,
+            mfu=0.0,
+            on_gpu=module.device.type == "cuda",
+            processes=world.size,
+            micro_batch_size=micro,
+            share=share,
+            micro_batch_tokens=micro * config.seq_len,
+            num_workers=config.data.num_workers,
+            cores=cores // world.local_size,
+            strategy=config.strategy.type,
+            reshards=getattr(config.strategy, "reshard_after_forward", False),
+        )
+
+    # ---------------------------------------------------------------------------------------------------------------- the end
+
+    def summary(self, module: LitModule, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+        """Rows of a table: what was reached, in which time, and where that went."""
+        self._taken(module)
+        whole = sum(self.times.values())
+        if not whole or "loss" not in metrics:
+            return []
+        shares = [f"{name.replace('_', '/')} {seconds / whole:.0%}" for name, seconds in self.times.items() if seconds / whole >= 0.005]
+        validation = f", validation {metrics['val_loss']:.4f}" if "val_loss" in metrics else ""
+        rows = [
+            ("loss", f"{metrics['loss']:.4f}{validation}"),
+            ("trained", f"{module.step:,} steps, {count(module.tokens)} tokens, in {duration(self.meter.seconds)}"),
+            ("time", ", ".join(shares)),
+            ("memory", f"{memory(module.device) / 2**30:.2f} GiB at most"),
+        ]
+        good = self.goodput()
+        return rows if good is None else [*rows, ("goodput", f"{good:.0%} of the time since the first start")]
+
+
+def _step(line: str) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except ValueError:  # a line that a killed run left unfinished
+        return 1 << 62
+
+
+def _compiled() -> int:
+    """Graphs that torch.compile has made in this process."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

@@ -1,0 +1,139 @@
+"""The screen at the start of a run, as lines of text, and the few words in which numbers are written."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from txtrain.config.schema import Train
+from txtrain.model.config import ModelConfig
+from txtrain.parallel.slurm import Job
+
+if TYPE_CHECKING:
+    from txtrain.checkpoint.run_folder import RunFolder
+    from txtrain.training.data_module import DataModule
+    from txtrain.training.limits import Limits
+
+_UNCOUNTED = 1 << 40  # what is said to have more samples is a stream
+Grafts = Mapping[str, Mapping[str, Any]]
+
+
+def restarted(place: RunFolder | None) -> list[str]:
+    """Before anything else, where SLURM has started the job again and there is nothing to go on from."""
+    job = Job.here()
+    if place is None or job is None or job.restarts == 0 or place.checkpoint is not None:
+        return []
+    start = "starts at step 0" if place.parent is None else f"is forked from {place.parent} again"
+    return [f"SLURM restart {job.restarts} of job {job.number}, and {place.path} has no complete checkpoint: the run {start}."]
+
+
+def opening(config: Train, fallback: str | None) -> list[str]:
+    """The first line of every run: how large this is, and how large the published models of the family are. Then, loudly, a stand-in."""
+    model = config.model
+    published = ", ".join(f"{name} {count(n)}" for name, n in model.published.items())
+    size = "laptop size" if model.size == "laptop" else f"size {model.size}"
+    first = f"{model.family}, {size}: {count(model.n_params)} parameters" + (f"; published: {published}" if published else "")
+    loud = f"STAND-IN DATA: {fallback}. This run trains on data={config.data.type} instead. For the real set: data.path=, or a hub."
+    return [first] if fallback is None else [first, loud]
+
+
+def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[tuple[str, str]]:
+    """The rest of the start screen: names and what they are. data: prepared."""
+    trainer = config.trainer
+    tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
+    done = 0 if place is None else place.first_step
+    return [
+        *axes(config.model).items(),
+        *(("graft", text) for text in graft_lines(config.model, grafts)),
+        ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
+        ("tokenizer", tokenizer),
+        ("step", batch(config)),
+        ("in all", budget(config, limits, data.n_train) + (f"; continues after step {done}" if done else "")),
+        ("device", f"{machine}"),
+        ("strategy", strategy),
+        ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
+        ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
+    ]
+
+
+def _number(n_train: int) -> str:
+    return "endless" if n_train > _UNCOUNTED else f"{n_train:,}"
+
+
+def samples(config: Train) -> str:
+    """`sequences of 256 tokens`, or what the data are made of."""
+    kinds = {"pairs": f"pairs of at most {config.seq_len} tokens a side", "images": f"images in {config.seq_len} positions"}
+    return kinds.get(config.data.kind, f"sequences of {config.seq_len} tokens")
+
+
+def batch(config: Train) -> str:
+    """`8 sequences x 256 = 2,048 tokens: 2 micro-batches of 4`."""
+    size, micro = config.data.global_batch_size, config.micro_batch_size
+    parts = f": {size // micro} micro-batches of {micro}" if micro < size else ""
+    return f"{size} sequences x {config.seq_len} = {size * config.seq_len:,} tokens{parts}"
+
+
+def budget(config: Train, limits: Limits, n_train: int) -> str:
+    """`600 steps, 1.23 M tokens, 0.42 epochs`."""
+    time = [] if config.trainer.max_time is None else [f"at most {config.trainer.max_time} (DD:HH:MM:SS)"]
+    if limits.steps is None:
+        return time[0]
+    samples = limits.steps * config.data.global_batch_size
+    epochs = [] if n_train > _UNCOUNTED else [f"{samples / n_train:.2f} epochs"]
+    return ", ".join([f"{limits.steps:,} steps", f"{count(samples * config.seq_len)} tokens", *epochs, *time])
+
+
+def axes(model: ModelConfig) -> dict[str, str]:
+    """Each axis: the chosen option and those of its knobs that are not at their default."""
+    shown = {"shape": f"{model.n_layers} layers, dim {model.dim}, {model.n_heads} heads, vocabulary {model.vocab_size:,}"}
+    for name, component in model.components():
+        knobs = [f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component) if f.name != "type" and getattr(component, f.name) != f.default]
+        shown[name.replace("_", " ")] = ", ".join([component.type, *knobs])
+    return shown
+
+
+def graft_lines(model: ModelConfig, grafts: Grafts) -> list[str]:
+    """`attention: gqa -> mqa; kept window=64; dropped n_kv_heads=2`, and what all of them do to the number of parameters."""
+    if not grafts:
+        return []
+    told = []
+    for name, graft in grafts.items():
+        values = {what: ", ".join(f"{k}={_value(v)}" for k, v in (graft.get(what) or {}).items()) for what in ("kept", "dropped")}
+        told.append(f"{name}: {graft['from']} -> {graft['to']}" + "".join(f"; {what} {text}" for what, text in values.items() if text))
+    before = _unmodified(model, grafts).n_params
+    change = model.n_params - before
+    return [*told, f"{change:+,} parameters ({change / before:+.1%}) to {model.family} of this shape without {'it' if len(grafts) == 1 else 'them'}"]
+
+
+def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
+    """The model with the family's own options on the grafted axes."""
+    from txtrain.config.compose import compose
+
+    option = model.family if model.size == "laptop" else f"{model.family}_{model.size}"
+    own: ModelConfig = getattr(compose([f"model={option}"]), "model")  # noqa: B009
+    return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts if hasattr(own, axis)})
+
+
+def _value(value: object) -> str:
+    if dc.is_dataclass(value):
+        return "{" + ", ".join(f"{f.name}={_value(v)}" for f in dc.fields(value) if (v := getattr(value, f.name)) != f.default) + "}"
+    if isinstance(value, (tuple, list)):
+        return "[" + ",".join(map(_value, value)) + "]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def count(n: float) -> str:
+    """`5.3 M`, `7.24 B`."""
+    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if n >= size:
+            return f"{n / size:.3g} {letter}"
+    return f"{n:,}"
+
+
+def duration(seconds: float) -> str:
+    """`1 h 02 min`, `3 min 20 s`, `20 s`."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole >= 60 else f"{whole} s"

@@ -1,0 +1,59 @@
+"""What a model says to a few prompts, so that one sees what it has learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from txtrain.config.schema import Train
+from txtrain.objectives.base import Shown
+from txtrain.objectives.spans import SENTINEL
+
+if TYPE_CHECKING:
+    from txtrain.data.tokenizer.tokenizer import Tokenizer
+
+
+def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:
+    """As a document begins in training: an empty prompt is the beginning of any. answers: as a source ends, its sentinels being tokens."""
+    if answers:
+        pieces = [(piece, tokenizer.find(piece) if SENTINEL.fullmatch(piece) else None) for piece in SENTINEL.split(prompt)]
+        return [*(i for text, known in pieces for i in (tokenizer.encode(text) if known is None else [known])), tokenizer.eos_id]
+    begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
+    return [begin, *tokenizer.encode(prompt)]
+
+
+def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+    """Prompt and continuation, for config.sample's prompts or the first words of the first validation documents."""
+    tokenizer, wanted = data.tokenizer, config.sample
+    if tokenizer is None or wanted.max_new_tokens == 0:
+        return []
+    made = []
+    for prompt in wanted.prompts or (data.prompts(wanted.n) if wanted.n else []):
+        ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *tokenizer.encode(prompt)]
+        made.append(Shown(prompt, tokenizer.decode(said(module, tokenizer, ids, config, check))))
+    return made
+
+
+def said(module: Any, tokenizer: Tokenizer, ids: Sequence[int], config: Train, check: Callable[[], None]) -> list[int]:
+    """The tokens with which the model continues `ids`, or answers them, up to its end token.
+
+    The same seed each time, so that what changes is the model. `check` is called after each token and may raise to stop.
+    """
+    from txtrain.model.generation import generate
+
+    wanted, limit = config.sample, config.model.max_seq_len
+    answers = config.model.topology == "encoder_decoder"
+    ids = list(ids)[-limit:] if answers else list(ids)[-(limit - 1) :]
+    begin = 1 if answers else len(ids)  # an answer stands behind a start token
+    out = generate(
+        module.model,
+        torch.tensor([ids], device=module.device),
+        max_new_tokens=min(wanted.max_new_tokens, limit - begin),
+        temperature=wanted.temperature,
+        eos_token_id=tokenizer.eos_id,
+        seed=config.seed,
+        on_token=lambda *_: check(),
+    )
+    return [token for token in out[0, begin:].tolist() if token != tokenizer.eos_id]

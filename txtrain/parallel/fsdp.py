@@ -1,0 +1,107 @@
+"""FSDP2 by block, applied from outside; and initial values that do not depend on who holds which part."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from txtrain.model.block import Block
+from txtrain.model.ffn.moe import Experts
+from txtrain.model.init import Initialiser
+
+
+def shard(
+    model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None, reshard_after_forward: bool, cpu_offload: bool, mesh_of_experts: DeviceMesh | None = None
+) -> None:
+    """Each block is gathered while it computes; what is outside the blocks (embedding, last norm, head) belongs to the root.
+
+    mesh: of one dimension (shards), or of two (copies, shards).
+    mesh_of_experts: where those of this process alone lie over fewer processes (expert_parallel.py), they are gathered by themselves.
+    compute: what parameters are gathered and multiplied in, beside float32 shards; None: as they are. Gradients are summed in float32.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
+    how: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "shard_placement_fn": Along(model, mesh_of_experts or mesh)}
+    parts: tuple[tuple[type, DeviceMesh | None], ...] = ((Experts, mesh_of_experts), (Block, mesh))  # what lies within another comes before it
+    for kind, its_mesh in parts:
+        for module in model.modules():
+            if isinstance(module, kind) and its_mesh is not None:
+                fully_shard(module, mesh=its_mesh, reshard_after_forward=reshard_after_forward, **how)
+    # The root's parameters are needed again as soon as the backward begins: they stay.
+    fully_shard(model, mesh=mesh, reshard_after_forward=False, **how)
+    for part in sharded(model):
+        part.set_gradient_divide_factor(1.0)  # sums, not means: the loss is divided by the targets of the whole global batch
+        part.set_force_sum_reduction_for_comms(True)
+
+
+class Along:
+    """Along which dimension a parameter is cut: by rows, of which the last shards have fewer, filled up in each buffer.
+
+    Stacked experts are few, and over more shards than experts most of a buffer would be filling: they are cut along their first dimension
+    that the shards divide, if there is one.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
+        """mesh: of the experts' shards, the last dimension."""
+        self._n = mesh.size(mesh.ndim - 1)
+        self._stacked = {id(m._parameters[name]) for m in model.modules() if isinstance(m, Experts) for name in m.stacked_projections}
+
+    def __call__(self, parameter: nn.Parameter) -> Shard | None:
+        if id(parameter) not in self._stacked:
+            return None
+        held = getattr(parameter, "_local_tensor", parameter)
+        taken = {getattr(placement, "dim", None) for placement in getattr(parameter, "placements", ())} - {0}  # by tensor parallelism
+        return next((Shard(dim) for dim, size in enumerate(held.shape) if size % self._n == 0 and dim not in taken), None)
+
+
+def sharded(model: nn.Module) -> Iterator[FSDPModule]:
+    return (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+@torch.no_grad()
+def init_sharded(model: nn.Module, device: torch.device) -> None:
+    """The values of `init_weights`, each process keeping its parts; of one module at a time there is a whole copy, of experts one matrix."""
+    initialiser = Initialiser(model)
+    for name, module in model.named_modules():
+        parts: dict[str, Any] = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
+        stacked = [key for key in getattr(module, "stacked_projections", ()) if key in parts]
+        for key in stacked:
+            initialiser.fill_stacked(name, module, key, _one_by_one(parts[key], device))
+        if stacked:
+            continue
+        for key, part in parts.items():
+            module._parameters[key] = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=device), requires_grad=part.requires_grad)
+        initialiser.fill(name, module)
+        for key, part in parts.items():
+            made: Any = module._parameters[key]
+            module._parameters[key] = part
+            local = distribute_tensor(made.to(part.device_mesh.device_type), part.device_mesh, part.placements, src_data_rank=None).to_local()
+            part.to_local().copy_(local)
+
+
+def _one_by_one(stack: DTensor, device: torch.device) -> Iterator[Tensor]:
+    """Each matrix of a stack, to be filled by who iterates; this process keeps its part of it."""
+    rows, *within = (_indices(stack, dim) for dim in range(stack.ndim))
+    places = {row: i for i, row in enumerate(rows.tolist())}
+    matrix = torch.empty(stack.shape[1:], dtype=stack.dtype, device=device)
+    for i in range(stack.shape[0]):
+        yield matrix
+        if i in places:
+            part = matrix
+            for dim, indices in enumerate(within):
+                part = part if len(indices) == part.shape[dim] else part.index_select(dim, indices.to(device))
+            stack.to_local()[places[i]].copy_(part)
+
+
+def _indices(whole: DTensor, dim: int) -> Tensor:
+    """Which indices along a dimension this process has."""
+    cuts = [p if getattr(p, "dim", None) == dim else Replicate() for p in whole.placements]
+    index = torch.arange(whole.shape[dim], device=whole.device_mesh.device_type)
+    spread = index.view([-1 if d == dim else 1 for d in range(whole.ndim)])
+    return distribute_tensor(spread, whole.device_mesh, cuts, src_data_rank=None).to_local().flatten()

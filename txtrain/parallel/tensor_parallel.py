@@ -1,0 +1,297 @@
+"""Tensor parallelism, applied from outside and by component type: each layer's matrices in parts, the stream between them by positions.
+
+A parameter becomes a DTensor, so that checkpoints, optimizers and FSDP know what is whole and what is in parts; the module that owns it
+reads this process' part (`Reading`). So a component computes what it always computes, with fewer heads or a narrower hidden layer,
+and only where it meets the others is anything added: see tensor_collectives.py for how activations pass.
+
+    heads          q, k, v by heads, output by columns        MultiHeadAttention, LatentAttention
+    hidden size    up and gate by rows, down by columns       MLP, GatedFFN, MixtureOfExperts (every expert)
+    vocabulary     embedding and output matrix by rows        TokenEmbedding, LMHead
+    positions      everything else within a block             norms, dropout, residuals; a component of another type reads
+                                                              all positions, and its matrices stay whole
+"""
+
+# B batch, T positions, P positions of one process, D model size, N heads, K key-value heads, V vocabulary, C tokens of a chunk
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+
+from txtrain.model.attention.latent import LatentAttention
+from txtrain.model.attention.multi_head import MultiHeadAttention
+from txtrain.model.block import Block
+from txtrain.model.context import AnyContext, MemoryContext
+from txtrain.model.embedding.embeddings import TokenEmbedding
+from txtrain.model.ffn.dense import MLP, GatedFFN
+from txtrain.model.ffn.moe import MixtureOfExperts
+from txtrain.model.head.heads import LMHead
+from txtrain.model.position.encodings import Position, RelativeBias
+from txtrain.parallel.dtensor_parts import ROWS, VocabularyPart, own_parameters, place, rows_here, wrap
+from txtrain.parallel.grad_norm import clip
+from txtrain.parallel.gradient_buckets import GradientBuckets, local
+from txtrain.parallel.tensor_collectives import Lanes
+
+Forward = Callable[..., Any]
+
+
+def cut(model: nn.Module, mesh: DeviceMesh) -> Cut:
+    """Lay the model over the processes of a mesh of one dimension, in place; on the meta device, or with the same values in each."""
+    made = Cut(model, Lanes(mesh))
+    made.vocabulary()
+    made.blocks()
+    made.positions()
+    made.rest()
+    return made
+
+
+class Cut:
+    """What was done to a model. `replicated`: parameters that every process has whole, by owner and name, with what a gradient counts."""
+
+    def __init__(self, model: nn.Module, lanes: Lanes) -> None:
+        self.model, self.lanes = model, lanes
+        self.replicated: list[tuple[nn.Module, str, float]] = []
+        self._length = 0  # positions of the block that computes
+        self._common_seed = 0  # of that block, the same in all processes
+        self._heads_are_cut = False
+        self._buckets: GradientBuckets | None = None
+
+    # -------------------------------------------------------------------------------------------------------- outside blocks
+
+    def vocabulary(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, TokenEmbedding):
+                self._place(module.token, weight=Shard(0))
+                wrap(module.token, "forward", self._looked_up, module.token)
+            elif isinstance(module, LMHead):
+                config: Any = self.model.config
+                self._place(module, weight=Shard(0), bias=Shard(0))
+                module.vocabulary = VocabularyPart(self.lanes, config.vocab_size)
+                wrap(module, "entering", lambda entering, x: self.lanes.spread(entering(x)))
+                wrap(module, "forward", lambda forward, *args, n=config.vocab_size: self.lanes.classes(forward(*args), n))
+
+    def _looked_up(self, token: nn.Embedding, forward: Forward, ids_BT: Tensor) -> Tensor:
+        """Each process looks up the tokens that it has; the others' vectors are 0 there."""
+        rows_BT, is_here_BT = rows_here(ids_BT, self.lanes, token.num_embeddings, len(token.weight))
+        padding = token.padding_idx
+        if padding is not None:
+            padding -= self.lanes.rank * -(-token.num_embeddings // self.lanes.size)
+            padding = padding if 0 <= padding < len(token.weight) else None
+        x_BTD = F.embedding(rows_BT, token.weight, padding)
+        return self.lanes.summed(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
+
+    def positions(self) -> None:
+        """What a position scheme gives to the blocks comes back as parts of a gradient; T5's table lies by heads where they are cut."""
+        for module in self.model.modules():
+            if isinstance(module, RelativeBias) and self._heads_are_cut:
+                self._place(module.embedding, weight=Shard(1))
+            elif isinstance(module, Position):
+                wrap(module, "bias", self._spread)
+                wrap(module, "rotation", self._spread)
+
+    def _spread(self, hook: Forward, *args: Any) -> Any:
+        made = hook(*args)
+        if made is None or isinstance(made, Tensor):
+            return None if made is None else self.lanes.spread(made)
+        return type(made)(*map(self.lanes.spread, made))
+
+    # ------------------------------------------------------------------------------------------------------------ the blocks
+
+    def blocks(self) -> None:
+        chains = [[m for m in module.children() if isinstance(m, Block)] for module in self.model.modules()]
+        for chain in filter(None, chains):
+            for block in chain:
+                for sublayer in sublayers(block):
+                    self._cut_sublayer(sublayer)
+                wrap(block, "forward", self._through_block, chain[0] is block, chain[-1] is block)
+
+    @partial(torch.compiler.disable, recursive=False)  # what it calls is compiled: this changes the process' state
+    def _through_block(self, first: bool, last: bool, forward: Forward, x: Tensor, context: Any) -> Tensor:
+        """The first block of a stack takes all positions and the last one gives them back; between them each process has its own."""
+        self._length = context.mask.declared.n_queries
+        x = self.lanes.split(x) if first else x
+        with self._random_numbers(own=True):
+            x = forward(x, context=context)
+        return self.lanes.join(x, self._length) if last else x
+
+    @contextlib.contextmanager
+    def _random_numbers(self, own: bool) -> Iterator[None]:
+        """What a process drops of its own positions, heads and hidden units is its own; what all compute alike, all drop alike."""
+        if not torch.is_grad_enabled():
+            yield
+            return
+        on_gpu = self.lanes.mesh.device_type == "cuda"
+        if own:
+            self._common_seed = int(torch.randint(0, 2**62, ()))
+        self._common_seed += self.lanes.size + 1
+        seed = self._common_seed + (1 + self.lanes.rank if own else 0)
+        with torch.random.fork_rng([torch.cuda.current_device()] if on_gpu else []):
+            torch.default_generator.manual_seed(seed)
+            if on_gpu:
+                torch.cuda.manual_seed(seed)
+            yield
+
+    def _cut_sublayer(self, sublayer: nn.Module) -> None:
+        rule = RULES.get(type(sublayer))
+        if rule is None:
+            wrap(sublayer, "forward", self._whole)
+        else:
+            rule(self, sublayer)
+
+    def _whole(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Tensor:
+        """Every process computes all positions, and keeps its own."""
+        if "context" in given:
+            given["context"] = self._seen(given["context"])
+        with self._random_numbers(own=False):
+            return self.lanes.mine(forward(self.lanes.enter(x_BPD, self._length), **given))
+
+    def _entered(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Any:
+        """All positions, for a sublayer whose last matrix leaves its part of a sum."""
+        return forward(self.lanes.enter(x_BPD, self._length), **given)
+
+    def _entered_by_heads(self, n_heads: int, forward: Forward, x_BPD: Tensor, context: AnyContext) -> Any:
+        return self._entered(forward, x_BPD, context=self._seen(_of_heads(context, n_heads, self.lanes)))
+
+    def _seen(self, context: AnyContext) -> AnyContext:
+        """Another stack's output is whole outside, and its gradient comes back in parts."""
+        if isinstance(context, MemoryContext) and context.output_BSD is not None:
+            return dc.replace(context, output_BSD=self.lanes.spread(context.output_BSD))
+        return context
+
+    # --------------------------------------------------------------------------------------------------------------- the rules
+
+    def multi_head(self, attention: MultiHeadAttention) -> None:
+        n_heads = attention.q_proj.out_features // attention.head_dim
+        self._by_rows(attention.q_proj)
+        n_kv_heads = attention.k_proj.out_features // attention.head_dim
+        for projection in (attention.k_proj, attention.v_proj):
+            if n_kv_heads % self.lanes.size == 0:
+                self._by_rows(projection)
+            else:  # several processes' query heads read one key-value head
+                head = self.lanes.rank * n_kv_heads // self.lanes.size
+                self._take(projection, slice(head * attention.head_dim, (head + 1) * attention.head_dim))
+        self._by_columns(attention.o_proj)
+        self._by_heads(attention, n_heads)
+
+    def latent(self, attention: LatentAttention) -> None:
+        """The latents are made by every process; what is made of them, by heads."""
+        n_heads = attention.n_heads
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
+            self._by_rows(projection)
+        self._by_columns(attention.o_proj)
+        attention.n_heads = n_heads // self.lanes.size
+        self._by_heads(attention, n_heads)
+
+    def _by_heads(self, attention: nn.Module, n_heads: int) -> None:
+        self._heads_are_cut = True
+        wrap(attention, "forward", self._entered_by_heads, n_heads)
+
+    def feed_forward(self, ffn: MLP | GatedFFN, leaves: bool = True) -> None:
+        """leaves: whether it is a sublayer of its own; otherwise its output is a part of its owner's sum."""
+        self._by_rows(ffn.up_proj)
+        if isinstance(ffn, GatedFFN):
+            self._by_rows(ffn.gate_proj)
+        if leaves:
+            self._by_columns(ffn.down_proj)
+            wrap(ffn, "forward", self._entered)
+        else:
+            assert ffn.down_proj._parameters["bias"] is None  # it would be added by each
+            self._place(ffn.down_proj, weight=Shard(1))
+
+    def mixture(self, mixture: MixtureOfExperts) -> None:
+        """Every process routes all tokens alike, and computes a part of each expert. The auxiliary loss is everyone's: each counts a share."""
+        self._place(mixture.experts, gate_proj=Shard(1), up_proj=Shard(1), down_proj=Shard(2))
+        if mixture.shared is not None:
+            assert isinstance(mixture.shared, GatedFFN)
+            self.feed_forward(mixture.shared, leaves=False)
+        mixture.aux_weight /= self.lanes.size
+        wrap(mixture, "forward", lambda forward, *args, **given: self.lanes.leave(self._entered(forward, *args, **given)))
+
+    # -------------------------------------------------------------------------------------------------------------- matrices
+
+    def _by_rows(self, linear: nn.Linear) -> None:
+        """Each process some outputs."""
+        self._place(linear, weight=Shard(0), bias=Shard(0))
+
+    def _by_columns(self, linear: nn.Linear) -> None:
+        """Each process some inputs: a part of every output, summed before the bias is added."""
+        self._place(linear, weight=Shard(1), bias=Replicate())
+        wrap(linear, "forward", self._reduced, linear)
+
+    def _reduced(self, linear: nn.Linear, forward: Forward, x: Tensor) -> Tensor:
+        y = self.lanes.leave(F.linear(x, linear.weight))
+        return y if linear.bias is None else y + linear.bias.to(y.dtype)
+
+    def _take(self, linear: nn.Linear, rows: slice) -> None:
+        """Whole in every process, of which this one reads some rows."""
+        self._place(linear, weight=Replicate(), bias=Replicate())
+        linear.__dict__[ROWS] = rows
+
+    def _place(self, owner: nn.Module, **placements: Placement) -> None:
+        place(owner, self.lanes.mesh, **placements)
+
+    def rest(self) -> None:
+        """What no rule has placed is whole; and of all that is whole, whose gradient is a part of a sum."""
+        within = {id(p) for m in self.model.modules() if isinstance(m, Block) for p in m.modules()}
+        for module in self.model.modules():
+            self._place(module, **{name: Replicate() for name, p in own_parameters(module) if not isinstance(p, DTensor)})
+            for name, p in own_parameters(module):
+                if p.placements[0].is_replicate():
+                    # Outside the blocks everyone has all of it: counting shares of it keeps the copies equal to the bit on any device.
+                    self.replicated.append((module, name, 1.0 if id(module) in within else 1.0 / self.lanes.size))
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def sum_gradients(self) -> None:
+        """Of parameters that every process has whole, after the last backward of a step: one exchange for all, not one a parameter."""
+        held = [(owner._parameters[name], share) for owner, name, share in self.replicated]
+        if self._buckets is None:
+            self._buckets = GradientBuckets([p for p, _ in held if p is not None], self.lanes.group)
+        for parameter, share in held:
+            if share != 1.0 and parameter is not None and parameter.grad is not None:
+                local(parameter.grad).mul_(share)
+        self._buckets.finish()
+
+    def clip(self, max_norm: float | None, shards: dist.ProcessGroup | None) -> Tensor:
+        """As `OneProcess.clip`. What lies in parts is counted by who has it, what is whole once.
+
+        shards: the processes over which these parts are sharded further.
+        """
+        whole = {id(owner._parameters[name]) for owner, name, _ in self.replicated}
+        held = [(local(p.grad), 1.0 / self.lanes.size if id(p) in whole else 1.0) for p in self.model.parameters() if p.grad is not None]
+        return clip(held, max_norm, self.lanes.group, shards)
+
+
+RULES: dict[type, Callable[[Cut, Any], None]] = {
+    MultiHeadAttention: Cut.multi_head,
+    LatentAttention: Cut.latent,
+    MLP: Cut.feed_forward,
+    GatedFFN: Cut.feed_forward,
+    MixtureOfExperts: Cut.mixture,
+}
+
+
+def sublayers(block: nn.Module) -> Iterator[nn.Module]:
+    """What is joined to the stream by a residual."""
+    return (child for name, child in block.named_children() if hasattr(block, f"{name}_residual"))
+
+
+def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:
+    """What is added to the scores, of this process' heads."""
+    mine = n_heads // lanes.size
+
+    def narrowed(x: Tensor | None) -> Tensor | None:
+        return x.narrow(1, lanes.rank * mine, mine) if x is not None and x.shape[1] == n_heads else x
+
+    mask = context.mask
+    return dc.replace(context, mask=dc.replace(mask, bias=narrowed(mask.bias), additive=narrowed(mask.additive)))

@@ -1,0 +1,358 @@
+"""`txtrain plan`: what a run would cost, in closed form. Nothing is built, and torch is not imported."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+import math
+from typing import Any
+
+from txtrain.config import hardware
+from txtrain.config.schema import Plan, PlanConfig, Train
+from txtrain.config.units import bytes_of
+from txtrain.errors import ConfigError
+from txtrain.model import flops as costs
+from txtrain.model.config import ModelConfig
+from txtrain.monitor import start_screen
+from txtrain.parallel.config import problems, processes
+from txtrain.planning.memory.count import memory
+from txtrain.planning.memory.fit import largest_micro_batch, remedy
+from txtrain.planning.memory.replicated import NotCounted
+from txtrain.planning.memory.tape import NotTraced
+from txtrain.training.limits import seconds_of
+
+BYTES = {"bfloat16": 2, "float32": 4}
+
+
+@dc.dataclass(frozen=True)
+class Figures:
+    """What `txtrain.plan` returns. FLOPs count a window as its width; see `txtrain.model.flops`.
+
+    Attributes:
+        n_params, n_active_params: trainable parameters, and those that make one token's logits (fewer with experts).
+        params_by_part: embedding, position, attention, ffn, norms, head, mtp.
+        seq_len, target_len: positions of a sample; target_len is null with one stack.
+        forward_flops_per_token, flops_per_token: without and with the backward pass; of an image a token is a position.
+        flops_per_sample: forward and backward of one sequence, pair or image.
+        flops_by_part: of one sample's forward pass in training.
+        cache_bytes_per_token: what one more token adds while no window is full; cache_bytes: after seq_len tokens.
+        steps, tokens, flops, seconds: of the whole run; null where nothing but the data or a clock could tell.
+        limited_by: the key of the limit that ends the run.
+        memory: bytes of one process at the fullest moment of a step, memory_by_part: what they are (`txtrain.planning.memory.count`); null where it
+            is not counted, memory_missing: why. memory_of_host, memory_of_host_by_part: what lies in the processor's memory instead
+            (strategy.cpu_offload). refused: what `train` would say to such a batch; a process is then counted with one
+            sample at least. memory_simulated: as the real model showed it, with plan.simulate=true.
+        micro_batch_size: of that step; largest_micro_batch_size: that fits into plan.memory.
+        communicated: bytes of the whole buffers a process exchanges in a step, by collective.
+        device, n_devices, peak_flops, mfu: what the time stands on; peak_flops of one device.
+    """
+
+    model: str
+    n_params: int
+    n_active_params: int
+    params_by_part: dict[str, int]
+    sample: str
+    seq_len: int
+    target_len: int | None
+    forward_flops_per_token: float
+    flops_per_token: float
+    flops_per_sample: float
+    flops_by_part: dict[str, float]
+    cache_bytes_per_token: int
+    cache_bytes: int
+    cache_dtype: str
+    global_batch_size: int
+    steps: int | None
+    tokens: int | None
+    flops: float | None
+    seconds: float | None
+    limited_by: str | None
+    device: str
+    n_devices: int
+    peak_flops: float
+    mfu: float
+    memory: int | None
+    memory_by_part: dict[str, int]
+    memory_of_host: int
+    memory_of_host_by_part: dict[str, int]
+    memory_missing: str | None
+    refused: str | None
+    memory_simulated: int | None
+    micro_batch_size: int | None
+    largest_micro_batch_size: int | None
+    communicated: dict[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as plan.format=json prints them."""
+        return dc.asdict(self)
+
+
+def plan(config: Train) -> Figures:
+    """Parameters, FLOPs, cache, steps and time of what `train` would run, in closed form: nothing is built, torch stays out.
+
+    config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
+
+    Raises:
+        ConfigError: it does not fit into plan.memory.
+    """
+    how = config.plan if isinstance(config, Plan) else PlanConfig()
+    model, (source, target) = config.model, config.lengths
+    inference = costs.forward_by_part(model, source, target, dense=False)
+    training = costs.forward_by_part(model, source, target, dense=False, training=True, target_share=config.objective.target_share)
+    per_sample = costs.training_flops(training)
+    peak = peak_of(config, how)
+    step_flops = per_sample * config.data.global_batch_size
+    n_devices = processes(config) or how.n_devices or 1
+    steps, limit = budget(config, step_flops / (peak * how.mfu * n_devices))
+    total = None if steps is None else steps * step_flops
+    size = BYTES[how.cache_dtype]
+    held = (target or source, source if target else 0)
+    return Figures(
+        model=name_of(model),
+        n_params=model.n_params,
+        n_active_params=model.n_active_params,
+        params_by_part={name: n for name, n in model.n_params_by_part().items() if n},
+        sample=sample_of(model),
+        seq_len=source,
+        target_len=target,
+        forward_flops_per_token=sum(inference.values()) / source,
+        flops_per_token=per_sample / source,
+        flops_per_sample=per_sample,
+        flops_by_part=training,
+        cache_bytes_per_token=costs.cache_values_per_token(model) * size,
+        cache_bytes=model.cache_bytes(*held, bytes_per_value=size),
+        cache_dtype=how.cache_dtype,
+        global_batch_size=config.data.global_batch_size,
+        steps=steps,
+        tokens=None if steps is None else steps * config.data.global_batch_size * source,
+        flops=total,
+        seconds=None if total is None else total / (peak * how.mfu * n_devices),
+        limited_by=limit,
+        device=f"{peak:.4g} FLOP/s each" if how.peak_flops else how.device,
+        n_devices=n_devices,
+        peak_flops=peak,
+        mfu=how.mfu,
+        **memory_of(config, how, n_devices),
+    )
+
+
+def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
+    """The figures of memory and of what is sent.
+
+    Raises:
+        ConfigError: it does not fit into plan.memory.
+    """
+    found, missing, communicated = None, None, {}
+    try:
+        found = memory(config, n_devices)
+        communicated = found.communicated
+    except NotTraced as e:
+        missing = f"{e.args[0]} does not say what it computes (`trace` of its config); plan.simulate=true looks at the module."
+    except NotCounted as e:
+        missing, communicated = str(e), e.communicated
+    room = bytes_of(how.memory) if how.memory else None
+    if room is not None and found is None:
+        raise ConfigError(f"`plan.memory` must be null here (in the scripts of slurm/: MEMORY=): {missing}.")
+    if found is not None and room is not None and found.peak > room:
+        raise ConfigError(
+            f"`plan.memory` must be at least {found.peak / 1e9:.1f}GB for micro-batches of {found.micro_batch_size}, but is {how.memory} instead. "
+            f"{remedy(config, n_devices, room)}"
+        )
+    simulated = None
+    refused = next(problems(config, n_devices), None)
+    if how.simulate:
+        if refused:
+            raise ConfigError(refused)
+        from txtrain.planning.memory.simulate import simulate
+
+        simulated = simulate(config, world=n_devices).peak
+    return {
+        "memory": None if found is None else found.peak,
+        "memory_by_part": {} if found is None else found.parts,
+        "memory_of_host": 0 if found is None else found.host,
+        "memory_of_host_by_part": {} if found is None else found.host_parts,
+        "memory_missing": missing,
+        "refused": refused,
+        "memory_simulated": simulated,
+        "micro_batch_size": None if found is None else found.micro_batch_size,
+        "largest_micro_batch_size": None if found is None or room is None else largest_micro_batch(config, n_devices, room),
+        "communicated": communicated,
+    }
+
+
+def sample_of(model: ModelConfig) -> str:
+    """What one sample is called."""
+    if model.embedding.grid() is not None:
+        return "image"
+    return "pair" if model.topology == "encoder_decoder" else "sequence"
+
+
+def peak_of(config: Train, how: PlanConfig) -> float:
+    """FLOP/s of one device at the run's precision."""
+    if how.peak_flops is not None:
+        return how.peak_flops
+    accelerator = hardware.PUBLISHED[how.device]
+    flops = accelerator.flops("float32" if config.trainer.precision == "32-true" else "bfloat16")
+    assert flops is not None, "Plan's check"
+    return flops
+
+
+def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | None]:
+    """Steps of the run, and the key of the limit that ends it. max_epochs needs the data, and is left out beside another limit."""
+    trainer, tokens = config.trainer, config.data.global_batch_size * config.seq_len
+    steps: dict[str, int] = {}
+    if trainer.max_steps is not None:
+        steps["trainer.max_steps"] = trainer.max_steps
+    if trainer.max_tokens is not None:
+        steps["trainer.max_tokens"] = math.ceil(trainer.max_tokens / tokens)
+    if trainer.max_time is not None:
+        steps["trainer.max_time"] = math.floor(seconds_of(trainer.max_time) / seconds_per_step)
+    limit = min(steps, key=steps.__getitem__, default=None)
+    return (None, None) if limit is None else (steps[limit], limit)
+
+
+def name_of(model: ModelConfig) -> str:
+    return model.family if model.size == "laptop" else f"{model.family}_{model.size}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ the verb
+
+
+def run_plan(config: Plan) -> int:
+    """Print the figures. Exit code 0."""
+    found = plan(config)
+    if config.plan.format == "json":
+        print(json.dumps(found.to_dict(), indent=2))
+        return 0
+    from rich.console import Console
+
+    console = Console(highlight=False, soft_wrap=True)
+    for line in lines(config, found):
+        console.print(line)
+    return 0
+
+
+def lines(config: Train, f: Figures) -> list[str]:
+    """One screen, in rich's markup."""
+    model = config.model
+    further = f.params_by_part.get("mtp", 0)
+    beside = f", {start_screen.count(f.n_params - further)} of them without the modules for further tokens" if further else ""
+    active = f", {start_screen.count(f.n_active_params)} active a token" if f.n_active_params < f.n_params else ""
+    head = f"[bold]{f.model}[/]: {start_screen.count(f.n_params)} parameters{beside}{active}"
+    sections = [
+        _section("model", start_screen.axes(model).items()),
+        _section("parts", _parts(f)),
+        _section("FLOPs", _flops(f)),
+        _section("cache", _cache(model, f)),
+        _section(f"memory of {'the' if f.n_devices == 1 else 'each'} process", _memory(f)),
+        _section("run", _run(config, f)),
+    ]
+    return [head, *(line for section in sections for line in section)]
+
+
+def _section(title: str, rows: Any) -> list[str]:
+    return ["", f"[bold cyan]{title}[/]", *(f"  {name.replace('_', ' '):<20}{_escaped(text)}" for name, text in rows)]
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", r"\[")
+
+
+def _parts(f: Figures) -> list[tuple[str, str]]:
+    """Parameters of each part, and its FLOPs in one sample's forward pass."""
+
+    def row(params: int, work: float) -> str:
+        shown = (f"{params:,}", f"{params / f.n_params:.1%}") if params else ("", "")
+        done = (flops(work), f"{work / whole:.1%}") if work else ("", "")
+        return f"{shown[0]:>18}{shown[1]:>8}{done[0]:>16}{done[1]:>8}".rstrip()
+
+    whole = sum(f.flops_by_part.values())
+    rows = [(name, row(f.params_by_part.get(name, 0), f.flops_by_part.get(name, 0.0))) for name in dict.fromkeys((*f.params_by_part, *f.flops_by_part))]
+    rows = [("", f"{'parameters':>18}{'':8}{'forward, ' + a(f.sample):>24}"), *rows, ("in all", row(f.n_params, whole))]
+    return [*rows, ("active", row(f.n_active_params, 0.0))] if f.n_active_params < f.n_params else rows
+
+
+def _flops(f: Figures) -> list[tuple[str, str]]:
+    lengths = f"{f.seq_len} tokens" if f.target_len is None else f"{f.seq_len} tokens of the source and {f.target_len} of the target"
+    lengths = f"{f.seq_len} positions" if f.sample == "image" else lengths
+    rows = [(a(f.sample), f"{flops(f.flops_per_sample)} forward and backward, of {lengths}")]
+    if f.sample != "image":
+        rows.append(("a token", f"{flops(f.forward_flops_per_token)} forward, {flops(f.flops_per_token)} forward and backward"))
+    return rows
+
+
+def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
+    if not f.cache_bytes_per_token:
+        return [("none", "an encoder reads all at once")]
+    length = f.target_len or f.seq_len
+    beside = f", and a source of {f.seq_len}" if f.target_len else ""
+    windows = [w for i in range(model.n_layers) if (w := model.attention.window_at(i))]
+    rows = [
+        ("a token", f"{size(f.cache_bytes_per_token)} in {f.cache_dtype}"),
+        (f"{length} tokens", f"{size(f.cache_bytes)}{beside}"),
+    ]
+    if windows:
+        rows.append(("windows", f"{len(windows)} of {model.n_layers} layers hold {max(windows) - 1:,} tokens at most"))
+    return rows
+
+
+def _run(config: Train, f: Figures) -> list[tuple[str, str]]:
+    n, what = f.global_batch_size, {"image": "images", "pair": "pairs"}.get(f.sample, "sequences")
+    rows = [("step", f"{n:,} {what}" if f.sample == "image" else f"{n:,} {what} x {f.seq_len} = {n * f.seq_len:,} tokens")]
+    if f.steps is None or f.tokens is None or f.flops is None or f.seconds is None:
+        return [*rows, ("steps", "only the data could tell: trainer.max_epochs counts its samples. Give trainer.max_steps or max_tokens.")]
+    left_out = "; trainer.max_epochs, which needs the data, is not counted" if config.trainer.max_epochs is not None else ""
+    seen = start_screen.count(f.steps * n) if f.sample == "image" else f"{start_screen.count(f.tokens)}, {f.tokens / f.n_params:.3g} a parameter"
+    devices = f.device if f.n_devices == 1 else f"{f.n_devices:,} x {f.device}"
+    return [
+        *rows,
+        ("steps", f"{f.steps:,} ({f.limited_by}{left_out})"),
+        ("images" if f.sample == "image" else "tokens", seen),
+        ("compute", flops(f.flops)),
+        ("time", f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s ({config.trainer.precision}); training only"),
+    ]
+
+
+def _memory(f: Figures) -> list[tuple[str, str]]:
+    if f.memory is None:
+        rows = [("not counted", f.memory_missing or "")]
+    else:
+        rows = [("train refuses", f.refused)] if f.refused else []
+        rows += [(name, f"{size(n):>12}{n / f.memory:>8.1%}") for name, n in sorted(f.memory_by_part.items(), key=lambda row: -row[1])]
+        rows.append(("in all", f"{size(f.memory):>12}{'':8}  at the fullest moment of a step of micro-batches of {f.micro_batch_size}"))
+        if f.memory_of_host:
+            parts = ", ".join(f"{name} {size(n)}" for name, n in f.memory_of_host_by_part.items())
+            rows.append(("in host memory", f"{size(f.memory_of_host):>12}{'':8}  {parts}"))
+    if f.memory_simulated is not None:
+        rows.append(("simulated", f"{size(f.memory_simulated):>12}{'':8}  the real model without storage, with the CPU's kernels"))
+    if f.largest_micro_batch_size is not None:
+        rows.append(("largest micro-batch", f"{f.largest_micro_batch_size:>12,}"))
+    return [*rows, *((f"{name}, a step", f"{size(n):>12}") for name, n in f.communicated.items())]
+
+
+def a(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def duration(seconds: float) -> str:
+    """`61 d 16 h`; below two days as everywhere."""
+    hours = round(seconds / 3600)
+    return start_screen.duration(seconds) if hours < 48 else f"{hours // 24:,} d {hours % 24:02d} h"
+
+
+def flops(n: float) -> str:
+    """`5.3 GFLOP`, `1.2 EFLOP`; in powers of ten beyond."""
+    if n >= 1e21:
+        return f"{n:.3g} FLOP"
+    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if n >= unit:
+            return f"{n / unit:.3g} {letter}FLOP"
+    return f"{n:.3g} FLOP"
+
+
+def size(n: float) -> str:
+    """`68.6 KiB`."""
+    for unit, letter in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
+        if n >= unit:
+            return f"{n / unit:.3g} {letter}"
+    return f"{n} B"

@@ -1,0 +1,13 @@
+"""Memory and messages of a training step, before it runs.
+
+tape                bytes of a forward and its backward, as autograd holds them; autograd: its operations; no torch
+attention_ops       attention, rotations and gates in the tape's operations; a component's `trace` stands in its config
+forward             the whole model's forward
+batch_shapes        what a micro-batch holds, by objective
+replicated, fsdp, zero12, zero3     what a process holds and sends, by strategy
+tensor_parallel, expert_parallel    what is divided, and what it adds; all_to_all: rows that travel to experts
+optimizer           states and temporaries of an update
+count               one process of a strategy: states, tape, gathering and reduction
+fit                 the largest micro-batch, and what makes a run fit
+simulate            the same seen on the real, wrapped model with fake tensors; needs torch
+"""

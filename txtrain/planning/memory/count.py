@@ -1,0 +1,91 @@
+"""What one process holds and sends in a step, counted: the model's tape, and what the strategy does around each block."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from typing import TYPE_CHECKING
+
+from txtrain.parallel.config import Layout
+from txtrain.planning.memory.all_to_all import rows_to_experts
+from txtrain.planning.memory.batch_shapes import nbytes_of
+from txtrain.planning.memory.fsdp import Shards
+from txtrain.planning.memory.replicated import Copies, NotCounted
+from txtrain.planning.memory.zero3 import Gathered
+from txtrain.planning.memory.zero12 import Accumulated, Partitions
+
+if TYPE_CHECKING:
+    from txtrain.config.schema import Train
+
+
+@dc.dataclass(frozen=True)
+class Memory:
+    """Of one process, at the fullest moment of a step after the first.
+
+    Attributes:
+        peak: bytes; parts: what they are: parameters, optimizer, averaged (weights), batch, gradients, activations (kept for the backward), recomputed,
+            temporaries, gathered (parameters of others), reduced (gradients on their way).
+        held: bytes between steps.
+        host, host_parts: the same of the processor's memory, where a strategy keeps something there and computes elsewhere.
+        communicated: bytes of each collective's whole buffer in a step; a ring sends (n - 1) / n of it, an all_reduce twice that.
+    """
+
+    micro_batch_size: int
+    peak: int
+    parts: dict[str, int]
+    held: int
+    communicated: dict[str, int]
+    host: int = 0
+    host_parts: dict[str, int] = dc.field(default_factory=dict)
+
+
+def memory(config: Train, world: int, micro: int | None = None) -> Memory:
+    """Counted for micro-batches of `micro` samples (None: as configured) on each of `world` processes.
+
+    Raises:
+        NotTraced: an option of the user's own does not say what it computes.
+        NotCounted: a strategy or an optimizer has no closed form here.
+    """
+    _refuse_uncounted(config, world)
+    layout = config.strategy.layout(world) if world > 1 else Layout()
+    share = max(1, config.data.global_batch_size // layout.data)
+    micro = min(micro or config.data.micro_batch_size or share, share)
+    strategy = _strategy(config, layout)
+    strategy.n_micro_batches = math.ceil(share / micro)
+    strategy.step(micro, several=micro < share)
+    meter, states, beside = strategy.t.meter, strategy.states(), strategy.update()
+    static, host = {"batch": nbytes_of(config, share)}, {}
+    if strategy.offloads:
+        host, beside = _parts(states, beside), {}
+    else:
+        static = states | static
+    static = _parts(static)
+    in_step = _parts(meter.at_peak) if meter.peak >= sum(beside.values()) else _parts(beside)
+    between = sum(static.values())
+    parts = {name: static.get(name, 0) + in_step.get(name, 0) for name in static | in_step}
+    sent = strategy.exchanged()
+    if strategy.ep_size > 1:
+        sent["all_to_all"] = rows_to_experts(config, world)
+    return Memory(micro, between + sum(in_step.values()), parts, between, sent, sum(host.values()), host)
+
+
+def _strategy(config: Train, layout: Layout) -> Copies:
+    stage, half = getattr(config.strategy, "stage", 0), config.trainer.precision == "bf16-mixed"
+    if stage and layout.shard > 1:
+        return Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half else Partitions(config, layout)
+    return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
+
+
+def _parts(*parts: dict[str, int]) -> dict[str, int]:
+    return {kind: n for found in parts for kind, n in found.items() if n}
+
+
+def _refuse_uncounted(config: Train, world: int) -> None:
+    strategy = config.strategy
+    offloads = getattr(strategy, "cpu_offload", False)
+    if hasattr(strategy, "stage"):
+        if offloads or world == 1:
+            what = "strategy.cpu_offload=true" if offloads else "one process"
+            raise NotCounted(f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted")
+    elif offloads and strategy.layout(world).shard == 1:
+        raise NotCounted("strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted")

@@ -1,0 +1,62 @@
+"""Whether a step fits, which micro-batch is the largest that does, and what would make it fit."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from txtrain.planning.memory.count import memory
+from txtrain.registry import TABLE
+
+if TYPE_CHECKING:
+    from txtrain.config.schema import Train
+
+
+def share_of(config: Train, world: int) -> int:
+    """Samples of a step that one process sees; one at least."""
+    data: int = config.strategy.layout(world).data
+    return max(1, int(config.data.global_batch_size) // data)
+
+
+def largest_micro_batch(config: Train, world: int, room: int) -> int | None:
+    """The largest divisor of a process' share whose step fits into `room` bytes; None: not one sample does."""
+    share = share_of(config, world)
+    if memory(config, world, share).peak <= room:  # no accumulation: gradients of earlier micro-batches take no room
+        return share
+    divisors = [n for n in range(1, share) if share % n == 0]
+    low, high = 0, len(divisors)  # divisors[:low] fit, divisors[high:] do not
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if memory(config, world, divisors[middle]).peak <= room else (low, middle)
+    return divisors[low - 1] if low else None
+
+
+def remedy(config: Train, world: int, room: int) -> str:
+    """The first change that makes it fit, of micro-batch, activation checkpointing, strategy and more processes."""
+    for words, changed, processes in _changes(config, world):
+        micro = largest_micro_batch(changed, processes, room)
+        if micro is not None:
+            given = changed.data.micro_batch_size or share_of(changed, processes)
+            asked = [*words, *([f"data.micro_batch_size={micro}"] if micro != given else [])]
+            return f"It fits with {' '.join(asked)}."
+    return "It fits on no number of processes up to 4,096 with strategy=fsdp: one block alone is too large. A model like this needs tensor parallelism."
+
+
+def _changes(config: Train, world: int) -> Iterator[tuple[list[str], Train, int]]:
+    again: Any = dc.replace(config.trainer, activation_checkpointing="full")
+    is_on = config.trainer.activation_checkpointing == "full"
+    yield [], config, world
+    yield ["trainer.activation_checkpointing=full"], dc.replace(config, trainer=again), world
+    sharded = TABLE["strategy"]["fsdp"].config(type="fsdp")
+    words = [] if config.strategy.type == "fsdp" else ["strategy=fsdp"]
+    if words and world > 1:
+        yield words, dc.replace(config, strategy=sharded), world
+    words += [] if is_on else ["trainer.activation_checkpointing=full"]
+    n = world
+    while n <= 4096:
+        size = max(n, config.data.global_batch_size // n * n)
+        data = dc.replace(config.data, global_batch_size=size, micro_batch_size=None)
+        also = [f"data.global_batch_size={size}"] if size != config.data.global_batch_size else []
+        yield [*words, f"on {n:,} processes", *also], dc.replace(config, strategy=sharded, trainer=again, data=data), n
+        n *= 2

@@ -1,0 +1,158 @@
+"""The whole model's forward on a tape: embedding, stacks, head, loss. What `txtrain.model.transformer` does, in bytes."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from txtrain.planning.memory.attention_ops import Declared, Drawn, Place, choose, draw
+from txtrain.planning.memory.tape import Parameter, Tape, Value, dotted
+
+if TYPE_CHECKING:
+    from txtrain.model.config import ModelConfig
+    from txtrain.planning.memory.batch_shapes import Batch
+
+
+@dc.dataclass
+class Traced:
+    """One forward: `around` is called for each block, and may gather its parameters or compute it again in the backward."""
+
+    model: ModelConfig
+    batch: Batch
+    t: Tape
+    around: Callable[[Callable[..., Value], Sequence[Value]], Value]
+    device: str = "cpu"
+    table: Parameter | None = None
+
+    def loss(self) -> Value:
+        """The total of all losses."""
+        model, batch, t = self.model, self.batch, self.t
+        memory = None
+        if model.encoder_layers:
+            table = self._table("embedding" if model.share_embeddings else "encoder_embedding")
+            with t.at("encoder"):
+                memory = self._read(model.encoder_layers, table, batch.source, batch.source_masked, False, None)[0]
+            self.table = table if model.share_embeddings else self._table()
+        else:
+            self.table = self._table()
+        length = batch.target or batch.source
+        masked = batch.target_masked if model.encoder_layers else batch.source_masked
+        x, vectors = self._read(model.n_layers, self.table, length, masked, model.topology != "encoder", memory)
+        place = Place(model, 0, batch.n, length, length)
+        terms: list[Value] = [t.named("head", model.head.trace_loss, t, x, place, batch, self.table)]
+        x_before = x
+        del x
+        for depth in range(1, model.mtp_depth + 1):
+            x_before, term = self._further(x_before, vectors, depth, length, masked, place)
+            terms.append(term)
+        del x_before, vectors
+        total: Value = terms.pop()
+        while terms:
+            total = t.add(total, terms.pop())
+        return total
+
+    def _table(self, module: str = "embedding") -> Parameter | None:
+        return self.t.parameter(self.model.vocab_size, self.model.dim, name=f"{module}.token.weight") if self.model.vocab_size else None
+
+    def _read(self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool, memory: Value | None) -> tuple[Value, Value]:
+        """What leaves a stack, and the vectors that entered it. The order is that of `Transformer._read`."""
+        model, t = self.model, self.t
+        place = Place(model, 0, self.batch.n, length, length, device=self.device)
+        with t.at("embedding" if model.share_embeddings or not t.path else "encoder_embedding"):
+            vectors = model.embedding.trace_vectors(t, table, place, self.batch)
+        x = t.named("position", model.position.trace_sum, t, vectors, place, bool(masked.get("documents_BS")))
+        if model.embedding.norm:
+            x = t.named("embedding.norm", model.norm.trace, t, x, place)
+        x = t.dropout(x, model.dropout)
+        x = self._through({f"blocks.{i}": i for i in range(n_layers)}, x, place, masked, causal, memory)
+        if model.has_final_norm:
+            x = t.named("final_norm", model.norm.trace, t, x, place)
+        left: Value = t.dropout(x, model.output_dropout)
+        return left, vectors
+
+    def _through(self, layers: dict[str, int], x: Value, place: Place, masked: dict[str, bool], causal: bool, memory: Value | None) -> Value:
+        """layers: by the names of their blocks."""
+        model, t = self.model, self.t
+        rotation = model.position.trace_rotation(t, place, bool(masked.get("documents_BS")))
+        declared = Declared(place.queries, place.keys, causal, None, **masked)
+        masks: dict[int | None, Drawn] = {}
+        across = None if memory is None else self._across(place, memory)
+        for i, (name, layer) in enumerate(layers.items()):
+            window = model.attention.window_at(layer)
+            if window not in masks:
+                masks[window] = self._drawn(dc.replace(declared, window=window), place)
+            mask = masks[window]
+            here = dc.replace(place, layer=layer, rotation=rotation, mask=mask, first=i == 0, last=i == len(layers) - 1)
+            bias = mask.bias if mask.bias is not None and mask.bias.edge is not None else None
+            inputs = [x, *(y for y in (bias, memory) if y is not None)]
+            block = partial(self._block, here, across, bias is not None)
+            del x, bias
+            with t.within(name):
+                x = self.around(block, inputs)
+            del inputs
+        return x
+
+    def _drawn(self, declared: Declared, place: Place) -> Drawn:
+        model, t = self.model, self.t
+        with t.within("position"):
+            bias = self._bias(place)
+        bias = None if bias is None else t.low(bias)
+        softcap = getattr(model.attention, "softcap", None) is not None
+        kernel = choose(declared, self.device, bias, softcap, model.attention.dropped(model), 2 if t.autocast else t.size)
+        return draw(t, declared, kernel, bias, place.batch)
+
+    def _bias(self, place: Place) -> Value | None:
+        """What the position adds to the scores."""
+        made: Value | None = place.model.position.trace_bias(self.t, place)
+        return made
+
+    def _across(self, place: Place, memory: Value) -> Place:
+        """Where a decoder's blocks look at what the encoder read."""
+        model, batch = self.model, self.batch
+        declared = Declared(place.queries, batch.source, False, None, **batch.source_masked, query_documents_BT=batch.target_masked.get("documents_BS"))
+        softcap = getattr(model.attention, "softcap", None) is not None
+        kernel = choose(declared, self.device, None, softcap, model.attention.dropped(model), 2 if self.t.autocast else self.t.size)
+        return dc.replace(place, keys=batch.source, mask=draw(self.t, declared, kernel, None, place.batch), memory=memory)
+
+    def _block(self, here: Place, across: Place | None, learned: bool, t: Tape, x: Value, *others: Value) -> Value:
+        """`Block.forward`, or `CrossBlock.forward`. others: what blocks share and give gradients to."""
+        if learned:
+            assert here.mask is not None
+            here = dc.replace(here, mask=dc.replace(here.mask, bias=others[0]))
+        x = self._joined(t, x, "attention", "attention", here, here)
+        if across is not None:
+            x = self._joined(t, x, "cross_attention", "attention", dc.replace(across, layer=here.layer, memory=others[-1]), here)
+        return self._joined(t, x, "ffn", "ffn", here, here)
+
+    def _joined(self, t: Tape, x: Value, name: str, axis: str, at: Place, here: Place) -> Value:
+        """A sublayer and its residual connection. axis: of the component that it is."""
+        block, component = t.path, getattr(here.model, axis)
+
+        def sublayer(y: Value) -> Value:
+            with t.at(dotted(block, name)):
+                return self._computed(component, axis, t, y, at)
+
+        with t.within(f"{name}_residual"):
+            left: Value = here.model.residual.joined(t, x, sublayer, here)
+        return left
+
+    def _computed(self, component: Any, axis: str, t: Tape, x: Value, at: Place) -> Value:
+        made: Value = component.trace(t, x, at)
+        return made
+
+    def _further(self, x: Value, vectors: Value, depth: int, length: int, masked: dict[str, bool], place: Place) -> tuple[Value, Value]:
+        """`mtp.FurtherToken`, and its loss."""
+        model, t, n = self.model, self.t, length - depth
+        here = dc.replace(place, queries=n, keys=n)
+        sizes = here.tokens * model.dim
+        own = f"mtp.{depth - 1}"
+        hidden = t.named(f"{own}.hidden_norm", model.norm.trace, t, t.sliced(x, sizes), here)
+        joined = t.cat(hidden, t.named(f"{own}.token_norm", model.norm.trace, t, t.sliced(vectors, sizes), here))
+        del hidden
+        x = t.linear(joined, 2 * model.dim, model.dim, name=f"{own}.projection")
+        del joined
+        x = self._through({f"{own}.block": model.n_layers + depth - 1}, x, here, masked, True, None)
+        entering = t.named(f"{own}.final_norm", model.norm.trace, t, x, here) if model.has_final_norm else x
+        return x, t.named("head", model.head.trace_loss, t, entering, here, self.batch, self.table)

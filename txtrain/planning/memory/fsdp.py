@@ -1,0 +1,215 @@
+"""FSDP2 by block, in its own order: a group's parameters are gathered into one buffer and copied out of it; in the backward the next
+group's buffer is there while one computes; gradients are copied into one buffer that lives until the next group's is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from txtrain.parallel.config import Layout
+from txtrain.planning.memory.expert_parallel import DividedTape
+from txtrain.planning.memory.optimizer import registered
+from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
+from txtrain.planning.memory.tape import Bytes, Group, Parameter, Value
+
+if TYPE_CHECKING:
+    from txtrain.config.schema import Train
+
+
+class Shards(Copies):
+    def __init__(self, config: Train, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.stale: Bytes | None = None  # the buffer of the last gathering in the forward, freed with the next
+        self.whole: dict[int, Bytes] = {}
+        self.prefetched: dict[int, Bytes] = {}
+        self.reduced: Bytes | None = None
+        self.made: list[Bytes] = []
+        self.again = 0  # the block that computes, or is computed again, in the backward
+        self.earlier_of: dict[int, Bytes] = {}
+        self.order: list[int] = []  # of what was gathered in the forward: numbers of blocks, ~number of a block's experts
+        self.places: dict[int, list[int]] = {}  # in it, of each
+        self.n_of_experts = 0  # bytes of their gathering
+        self.whole_root = self._gathered(self.root)
+        if isinstance(self.t, DividedTape):
+            self.t.around = self._around_experts
+
+    # ------------------------------------------------------------------------------------------------------------- sizes
+
+    def own(self, p: Parameter) -> tuple[int, ...]:
+        along, shards = self._along(p), self._shards(p)
+        return tuple(math.ceil(n / shards) if dim == along else n for dim, n in enumerate(p.shape))
+
+    def _shards(self, p: Parameter) -> int:
+        """Processes that have a part of it: experts are divided first, and what is left of the shards cuts them."""
+        return self.layout.shard // self.ep_size if ".experts." in p.name else self.layout.shard
+
+    def _along(self, p: Parameter) -> int:
+        """The dimension that is cut: where the shards do not divide the number of stacked experts, one within each (`parallel.fsdp.Along`)."""
+        if ".experts." not in p.name:
+            return 0
+        taken = {dim for dim in (1, 2) if p.shape[dim] != self.shapes[p.name][dim]}  # by tensor parallelism
+        return next((dim for dim, n in enumerate(p.shape) if n % self._shards(p) == 0 and dim not in taken), 0)
+
+    def _rearranged(self, group: Group) -> Bytes:
+        """What FSDP2 copies once more, in which what each process has lies side by side, after gathering."""
+        return self.t.bytes(sum(p.n for p in group.parameters if self._along(p)), kind="gathered")
+
+    def _padded(self, group: Group) -> int:
+        """Elements of the whole buffer: rows of each parameter up to a multiple of the shards."""
+        return sum(math.prod(self.own(p)) * self._shards(p) for p in group.parameters)
+
+    def _of_one(self, group: Group) -> int:
+        """Elements that this process has."""
+        return sum(math.prod(self.own(p)) for p in group.parameters)
+
+    def _is_alone(self, group: Group) -> bool:
+        """Whether no other process has shards of it: nothing is gathered, and copied at once."""
+        return bool(group.parameters) and self._shards(group.parameters[0]) == 1
+
+    def _group(self, number: int) -> Group:
+        return self.groups[number] if number >= 0 else self.experts[~number]
+
+    def communicated(self) -> dict[str, int]:
+        found = dict(self.t.sent)
+        groups = [self.root, *self.groups]
+        again = self.groups if self.config.strategy.reshard_after_forward else []
+        gathered = self.n_micro_batches * (self.t.size * sum(map(self._padded, [*groups, *again])) + self.n_of_experts)
+        reduced = self.stored * sum(self._padded(group) for group in (*groups, *self.experts.values()) if not self._is_alone(group))
+        summed = (self.gradients if self.layout.replicate > 1 else 0) + (self.in_common if self.layout.tensor > 1 else 0)
+        for name, n in (("all_gather", gathered), ("reduce_scatter", reduced), ("all_reduce", summed)):
+            if n:
+                found[name] = found.get(name, 0) + n
+        return found
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def before(self) -> None:
+        """Gradients of earlier micro-batches lie whole in every process: none is reduced before the last."""
+        self.earlier_of = {id(g): self.t.bytes(g.n, self.stored, "gradients") for g in (self.root, *self.groups, *self.experts.values())}
+        self.t.accumulates = self.t.size == self.stored  # else they are made into float32 after the block, and added
+
+    def _buffer(self, group: Group) -> Bytes:
+        if self._is_alone(group):
+            return self.t.bytes(0)
+        if any(group is of_block for of_block in self.experts.values()):
+            self.n_of_experts += self._padded(group) * self.t.size
+        mine = self.t.bytes(self._of_one(group), self.stored, "gathered") if self.offloads else None  # copied to the device
+        buffer = self.t.bytes(self._padded(group), kind="gathered")
+        del mine
+        return buffer
+
+    def _gathered(self, group: Group) -> Bytes:
+        buffer = self._buffer(group)
+        whole = self.t.bytes(group.n, kind="gathered")
+        self._rearranged(group)
+        self.stale = buffer
+        return whole
+
+    def around(self, block: Block, inputs: Sequence[Value]) -> Value:
+        t, number = self.t, self.seen
+        self.seen += 1
+        self.whole[number] = self._gathered(self.groups[number])
+        x, *others = inputs
+        del inputs
+        x = t.hook(x, lambda: self._reduced(number))
+        t.group = Group()
+        mine = t.group
+        self.groups[number].live = mine
+        x = self.computed(number, block, [x, *others])
+        t.group = t.root
+        self._left_forward(number)
+        return t.hook(x, lambda: self._needed(number))
+
+    def _left_forward(self, number: int) -> None:
+        self.places.setdefault(number, []).append(len(self.order))
+        self.order.append(number)
+        if self.config.strategy.reshard_after_forward:
+            del self.whole[number]
+
+    def _around_experts(self, x: Value, compute: Callable[[Value], Value]) -> Value:
+        """Within a block. Where it is computed again they come as for the backward, and stay for it."""
+        t, of_block = self.t, self.t.group
+        number = ~(self.seen - 1 if t.replayed is None else self.again)
+        group = self._group(number)
+        if number in self.prefetched:
+            self.stale = self.prefetched.pop(number)
+            self.whole[number] = t.bytes(group.n, kind="gathered")
+            self._rearranged(group)
+        elif number not in self.whole:
+            self.whole[number] = self._gathered(group)
+        x = t.hook(x, lambda: self._reduced(number))
+        if t.replayed is None:
+            t.group = group.live = Group()
+        x = compute(x)
+        t.group = of_block
+        if t.replayed is None:
+            self._left_forward(number)
+        else:  # FSDP2 takes them for the root of a forward, at whose end no buffer is left
+            self.stale = None
+        return t.hook(x, lambda: self._needed(number))
+
+    def after_forward(self) -> None:
+        self.stale = None
+        self.order.append(len(self.groups))  # the root, which stays
+        self._prefetch(len(self.order) - 2)
+
+    def _prefetch(self, place: int) -> None:
+        """What was there at that place of the forward."""
+        number = self.order[place] if place >= 0 else len(self.groups)
+        if number < len(self.groups) and number not in self.whole and number not in self.prefetched:
+            self.prefetched[number] = self._buffer(self._group(number))
+
+    def _needed(self, number: int) -> None:
+        """Before a block's backward."""
+        if number >= 0:
+            self.again = number
+        group = self._group(number)
+        if number not in self.whole:
+            buffer = self.prefetched.pop(number, None) or self._buffer(group)
+            self.whole[number] = self.t.bytes(group.n, kind="gathered")
+            self._rearranged(group)
+            del buffer
+        self._prefetch(self.places[number].pop() - 1)
+
+    def _reduced(self, number: int) -> None:
+        """After a block's backward."""
+        del self.whole[number]
+        self._reduce(self._group(number), self._group(number).live)
+
+    def _reduce(self, group: Group, live: Group) -> None:
+        self.reduced = None
+        cut = [p.n for p in group.parameters if self._along(p)]
+        self.t.bytes(max(cut, default=0), kind="reduced")  # one after the other is arranged anew
+        before = self.t.bytes(cut[-1] if cut else 0, kind="reduced")  # of the last of these, what it was before stays with the last gradient
+        self.reduced = self.t.bytes(self._padded(group), self.stored, "reduced")
+        earlier = self.earlier_of.pop(id(group), None)
+        last = self._left(group, live, earlier is not None)
+        for p in live.parameters:
+            p.gradient = None
+        del earlier
+        if self.offloads:  # the one before has been copied to the processor's memory
+            self.made.clear()
+        self.made.append(self.t.bytes(self._of_one(group), self.stored, "gradients"))
+        if self.device == "cpu" or self._is_alone(group):  # gloo sums a copy of what it scatters; alone, it is divided by 1
+            self.t.bytes(self._padded(group), self.stored, "reduced")
+        del before, last
+
+    def _left(self, group: Group, live: Group, several: bool) -> Bytes | None:
+        """The gradient of a group's last parameter: FSDP2's loop over them still names it while the buffer is reduced.
+
+        several: it is a sum over micro-batches, and a part of `earlier_of`.
+        """
+        i = max(range(len(group.parameters)), key=lambda i: (registered(group.parameters[i].name), i))
+        if self._along(group.parameters[i]):
+            return None  # counted as what it was before
+        return self.t.bytes(group.parameters[i].n, self.stored, "gradients") if several else live.parameters[i].gradient
+
+    def after_backward(self) -> None:
+        del self.whole_root
+        self._reduce(self.root, self.t.root)
+        if self.layout.tensor > 1:
+            self.t.bytes(self.in_common, 1, "reduced")
+
+
+__all__ = ["FLOAT32", "Shards"]

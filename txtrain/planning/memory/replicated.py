@@ -1,0 +1,183 @@
+"""Every process holds all parameters, or its piece of each matrix; with several that see different samples, gradients are copied end to
+end and summed after the backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+from txtrain.parallel.config import Layout
+from txtrain.planning.memory import optimizer as updates
+from txtrain.planning.memory.batch_shapes import batch_of
+from txtrain.planning.memory.expert_parallel import DividedTape
+from txtrain.planning.memory.forward import Traced
+from txtrain.planning.memory.optimizer import Held
+from txtrain.planning.memory.tape import Bytes, Group, Parameter, Tape, Value
+from txtrain.planning.memory.tensor_parallel import CutTape, CutTraced
+
+if TYPE_CHECKING:
+    from txtrain.config.schema import Train
+
+Block = Callable[..., Value]
+FLOAT32 = 4
+
+
+class NotCounted(Exception):
+    """A choice whose memory has no closed form here; the text says which and why. communicated: what is counted nevertheless, as in Memory."""
+
+    def __init__(self, why: str, communicated: dict[str, int] | None = None) -> None:
+        super().__init__(why)
+        self.communicated = communicated or {}
+
+
+class Copies:
+    """One process of `layout`. `t` counts what is beside `states()`."""
+
+    def __init__(self, config: Train, layout: Layout) -> None:
+        self.config, self.layout = config, layout
+        self.ep_size: int = getattr(config.strategy, "ep_size", 1)
+        precision, shards = config.trainer.precision, layout.shard > 1
+        self.stored = 2 if precision == "bf16-true" else FLOAT32
+        self.t = self._tape(2 if precision == "bf16-true" or (precision == "bf16-mixed" and shards) else FLOAT32)
+        self.t.autocast = precision == "bf16-mixed" and not shards
+        self.seen, self.n_micro_batches = 0, 1
+        self._survey()
+
+    @property
+    def device(self) -> str:
+        """The kind of it."""
+        return "cpu" if self.config.trainer.accelerator == "cpu" else "cuda"
+
+    @property
+    def offloads(self) -> bool:
+        """Whether states and gradients lie in the processor's memory, and that is another than the device's."""
+        return bool(getattr(self.config.strategy, "cpu_offload", False)) and self.device != "cpu"
+
+    # ------------------------------------------------------------------------------------------------------------ the model
+
+    def _tape(self, size: int = FLOAT32) -> Tape:
+        if self.layout.tensor > 1:
+            return CutTape(self.config.model, self.layout.tensor, size, self.device)
+        return DividedTape(size, self.ep_size) if self.ep_size > 1 else Tape(size)
+
+    def _loss(self, n: int, t: Tape, around: Callable[[Block, Sequence[Value]], Value]) -> Value:
+        traced = CutTraced if isinstance(t, CutTape) else Traced
+        return traced(self.config.model, batch_of(self.config, n), t, around, self.device).loss()
+
+    def _survey(self) -> None:
+        """Parameters by block, and of experts that are gathered by themselves; the shapes of the whole ones."""
+        self.groups: list[Group] = []
+        self.experts: dict[int, Group] = {}  # by the number of their block
+        t = self._tape()
+
+        def apart(x: Value, compute: Callable[[Value], Value]) -> Value:
+            of_block, t.group = t.group, Group()
+            self.experts[len(self.groups) - 1] = t.group
+            made = compute(x)
+            t.group = of_block
+            return made
+
+        if isinstance(t, DividedTape):
+            t.around = apart
+
+        def surveyed(block: Block, inputs: Sequence[Value]) -> Value:
+            t.group = Group()
+            self.groups.append(t.group)
+            made = block(t, *inputs)
+            t.group = t.root
+            return made
+
+        self._loss(1, t, surveyed)
+        self.root, self.pieces = t.root, t.parameters
+        self.shapes = {p.name: p.shape for p in self.pieces}
+        if self.layout.tensor > 1 or self.ep_size > 1:
+            whole = Tape()
+            Traced(self.config.model, batch_of(self.config, 1), whole, lambda block, inputs: block(whole, *inputs)).loss()
+            self.shapes = {p.name: p.shape for p in whole.parameters}
+
+    # -------------------------------------------------------------------------------------------------------------- states
+
+    def own(self, p: Parameter) -> tuple[int, ...]:
+        """The shape of what the first process keeps of a piece."""
+        return p.shape
+
+    @property
+    def held(self) -> list[Held]:
+        """What this process keeps of each parameter."""
+        return [Held(p.name, self.shapes[p.name], self.own(p), p.shape) for p in self.pieces]
+
+    def states(self) -> dict[str, int]:
+        """Bytes between steps, beside the batch.
+
+        Raises:
+            NotCounted: an optimizer of the user's own does not say what it keeps.
+        """
+        optimizer = updates.states(self.config.optimizer, self.held, self.stored)
+        if optimizer is None:
+            raise NotCounted(f"optimizer={self.config.optimizer.type} does not say what it keeps of a parameter (`state_values` of its config)")
+        parameters = self.stored * sum(h.n for h in self.held)
+        return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.held)}
+
+    def update(self) -> dict[str, int]:
+        """Bytes beside these while the optimizer steps."""
+        return {"gradients": self.gradients, "temporaries": updates.made(self.config.optimizer, self.held, self.stored)}
+
+    @property
+    def gradients(self) -> int:
+        """Bytes, when the optimizer steps."""
+        return sum(h.n for h in self.held) * self.stored
+
+    def communicated(self) -> dict[str, int]:
+        found = dict(self.t.sent)
+        if self.layout.replicate > 1:
+            found["all_reduce"] = found.get("all_reduce", 0) + self.gradients
+        if self.layout.tensor > 1:
+            found["all_reduce"] = found.get("all_reduce", 0) + self.in_common
+        return found
+
+    def exchanged(self) -> dict[str, int]:
+        """Bytes of whole buffers in a step, those of the update among them."""
+        sent = self.communicated()
+        for name, n in self.config.optimizer.update_sent(self.held, self.stored).items():
+            sent[name] = sent.get(name, 0) + n
+        return sent
+
+    @property
+    def in_common(self) -> int:
+        """Bytes of gradients of what every process has whole beside its pieces."""
+        return sum(h.n for h, p in zip(self.held, self.pieces, strict=True) if p.shape == self.shapes[p.name]) * self.stored
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def step(self, micro: int, several: bool) -> None:
+        """Forward and backward of a micro-batch; several: gradients of those before it are there."""
+        if several:
+            self.before()
+        loss = self._loss(micro, self.t, self.around)
+        self.after_forward()
+        self.t.backward(loss)
+        self.after_backward()
+        self.t.sent = {name: n * self.n_micro_batches for name, n in self.t.sent.items()}
+
+    def before(self) -> None:
+        self.earlier: Bytes | None = self.t.bytes(sum(p.n for p in self.pieces), self.stored, "gradients")
+        self.t.accumulates = True
+
+    def around(self, block: Block, inputs: Sequence[Value]) -> Value:
+        number, self.seen = self.seen, self.seen + 1
+        return self.computed(number, block, inputs)
+
+    def computed(self, number: int, block: Block, inputs: Sequence[Value]) -> Value:
+        again = self.config.trainer.activation_checkpointing
+        if again == "none" or (isinstance(again, int) and number % again):
+            return block(self.t, *inputs)
+        return self.t.checkpoint(block, inputs, again == "selective")
+
+    def after_forward(self) -> None:
+        pass
+
+    def after_backward(self) -> None:
+        if self.layout.replicate > 1:
+            self.t.bytes(self.gradients, 1, "reduced")
+        if self.layout.tensor > 1:
+            self.t.bytes(self.in_common, 1, "reduced")

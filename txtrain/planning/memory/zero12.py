@@ -1,0 +1,167 @@
+"""DeepSpeed's ZeRO, stages 1 and 2, as of 0.19.8: a group's parameters lie end to end in one buffer, of which each process updates a piece
+in float32; gradients are copied into a bucket, and what of them it updates into a buffer of its own. With bfloat16 stage 1 is another
+optimizer: it adds gradients up in float32, all of them in every process, and sums them once the backward has ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from txtrain.parallel.config import BUCKET, Layout
+from txtrain.planning.memory.optimizer import Held, grouped
+from txtrain.planning.memory.replicated import FLOAT32, Copies
+from txtrain.planning.memory.tape import Bytes, Parameter
+
+if TYPE_CHECKING:
+    from txtrain.config.schema import Train
+
+ALIGNED = 2  # elements, times the processes, up to which a group is filled
+SUMMED = 500_000_000  # elements of whole groups, once there are more than which they are summed
+
+
+class Partitions(Copies):
+    def __init__(self, config: Train, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.stage: int = config.strategy.stage
+        laid = grouped(config.optimizer, self.held)
+        groups = [[h.n for h in group] for group in laid]
+        filled = ALIGNED * layout.shard
+        self.flat = [math.ceil(sum(sizes) / filled) * filled for sizes in groups]
+        self.mine = [n // layout.shard for n in self.flat]
+        ends = [accumulate(sizes) for sizes in groups]
+        # Of each parameter: its group, and where in that it ends.
+        self.place = {h.name: (g, end) for g, (group, own) in enumerate(zip(laid, ends, strict=True)) for h, end in zip(group, own, strict=True)}
+        self.half = self.t.size == 2
+        # In float32 the first process copies the gradient of a parameter whole where it updates a part of it.
+        self.copied = sum(self.mine) if self.half else sum(_touched(sizes, n) for sizes, n in zip(groups, self.mine, strict=True))
+        self.bucket: Bytes | None = None
+        self.filled = 0
+        self.inside: list[Parameter] = []
+        self.large: Parameter | None = None
+        self.kept: Bytes | None = None
+        self.kept_of: dict[int, Bytes] = {}
+        self.earlier: Bytes | None = None
+        self.t.arrived = self._arrived
+
+    # -------------------------------------------------------------------------------------------------------------- states
+
+    def states(self) -> dict[str, int]:
+        values = self.config.optimizer.state_values("", (1,))
+        assert values is not None, "what ZeRO takes is elementwise"
+        return {"parameters": self.t.size * sum(self.flat), "optimizer": FLOAT32 * (1 + values) * sum(self.mine)}
+
+    def update(self) -> dict[str, int]:
+        made = max(self.config.optimizer.update_bytes([Held("", (n,), (n,))], FLOAT32) for n in self.mine)
+        side_by_side = 0 if self.half else FLOAT32 * max(self.mine)  # bfloat16's lie so already
+        return {"gradients": FLOAT32 * self.copied, "temporaries": side_by_side + made}
+
+    def communicated(self) -> dict[str, int]:
+        reductions = self.n_micro_batches if self.stage == 2 else 1
+        return {"all_reduce": FLOAT32 * reductions * sum(h.n for h in self.held), "all_gather": self.t.size * sum(self.flat)}
+
+    # ------------------------------------------------------------------------------------------------------------ the step
+
+    def before(self) -> None:
+        if self.stage == 1:
+            super().before()
+        else:
+            self.earlier = self.t.bytes(self.copied, FLOAT32, "gradients")
+
+    def _arrived(self, p: Parameter) -> None:
+        if self.bucket is None:
+            self.bucket = self.t.bytes(BUCKET, kind="reduced")
+        if self.stage == 2:
+            self._copy(p)
+
+    def _copy(self, p: Parameter) -> None:
+        """A gradient enters the bucket; one that is larger than it stays where it is until it is reduced."""
+        if self.filled + p.n > BUCKET:
+            self._reduce()
+        self.filled += p.n
+        self.inside.append(p)
+        if p.n > BUCKET:
+            self.large = p
+        else:
+            p.gradient = None
+
+    def _reduce(self) -> None:
+        if self.half:
+            self._keep()
+        if self.filled:
+            for n, several in [(self.filled, True)] if self.large is None else self._slices(self.large):
+                together = self.t.bytes(n if several else 0, kind="reduced")
+                self.t.bytes(n if self.half else 0, FLOAT32, "reduced")  # bfloat16 is sent in float32
+                del together
+            if not self.half and self.kept is None:
+                self.kept = self.t.bytes(self.copied, FLOAT32, "gradients")
+        if self.large is not None:
+            self.large.gradient = None
+            self.large = None
+        self.filled = 0
+        self.inside.clear()
+
+    def _keep(self) -> None:
+        """A place for the gradients of this process' piece of a group, once one of them comes; of several micro-batches it is there."""
+        for p in self.inside if self.earlier is None else ():
+            g, end = self.place[p.name]
+            if g not in self.kept_of and end - p.n < self.mine[g]:
+                self.kept_of[g] = self.t.bytes(self.mine[g], FLOAT32, "gradients")
+
+    def _slices(self, p: Parameter) -> Iterator[tuple[int, bool]]:
+        """Elements of a large gradient that are sent at a time: slices of one process each, until they are more than a bucket. Whether
+        there are several, which are copied end to end."""
+        g, end = self.place[p.name]
+        at, n, several = end - p.n, 0, 0
+        while at < end:
+            until = min(end, (at // self.mine[g] + 1) * self.mine[g])
+            n, several, at = n + until - at, several + 1, until
+            if n > BUCKET or at == end:
+                yield n, several > 1
+                n, several = 0, 0
+
+    def after_backward(self) -> None:
+        if self.stage == 1:
+            self.earlier = None
+            for p in self.t.parameters:
+                self._copy(p)
+        self._reduce()
+
+
+class Accumulated(Partitions):
+    """Stage 1 with bfloat16."""
+
+    def __init__(self, config: Train, layout: Layout) -> None:
+        super().__init__(config, layout)
+        self.t.arrived = None
+
+    def states(self) -> dict[str, int]:
+        return super().states() | {"gradients": FLOAT32 * sum(self.flat)}
+
+    def update(self) -> dict[str, int]:
+        made = super().update()["temporaries"]
+        return {"gradients": self.t.size * sum(h.n for h in self.held), "temporaries": made}
+
+    def before(self) -> None:
+        self.earlier = self.t.bytes(sum(h.n for h in self.held), kind="gradients")
+        self.t.accumulates = True
+
+    def after_backward(self) -> None:
+        self.t.bytes(max(h.n for h in self.held), FLOAT32)  # one gradient after the other is added
+        together = 0
+        for n in self.flat:
+            together += n
+            if together > SUMMED or n is self.flat[-1]:
+                self.t.bytes(together, FLOAT32, "reduced")
+                together = 0
+
+
+def _touched(sizes: list[int], first: int) -> int:
+    """Elements of the parameters that begin within the first so many."""
+    total = 0
+    for n in sizes:
+        if total >= first:
+            break
+        total += n
+    return total

@@ -1,0 +1,363 @@
+"""What happens between two steps: the row, the validation's results, the samples, the checkpoint, the end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from txtrain import files
+from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.run_folder import RunFolder
+from txtrain.checkpoint.saver import Saver
+from txtrain.config.schema import Train
+from txtrain.data.store.stream import Position
+from txtrain.errors import ConfigError
+from txtrain.model.ffn import balancing
+from txtrain.monitor.console import Display
+from txtrain.monitor.loggers.build import Loggers
+from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
+from txtrain.monitor.monitor import Watch
+from txtrain.monitor.throughput import Machine
+from txtrain.objectives.base import Shown
+from txtrain.objectives.build import build_objective
+from txtrain.training.deadline import Deadline
+from txtrain.training.limits import Limits
+from txtrain.training.module import LitModule
+from txtrain.training.signals import Preempted, Stop
+
+SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
+
+
+class Recorder(pl.Callback):
+    """Closes each step once: row, then samples, then checkpoint, in that order, and ends the run where it must.
+
+    A step at which a validation is due is closed after it. An interrupt in between saves the step with its open row; the resumed run
+    validates first and closes it then, so that nothing tells an interrupted run from another.
+
+    Args:
+        folder: None: nothing is written.
+        data: a DataModule that is prepared.
+    """
+
+    def __init__(self, config: Train, data: Any, folder: RunFolder | None, limits: Limits, display: Display, machine: Machine) -> None:
+        self.config, self.data, self.folder, self.limits = config, data, folder, limits
+        self.display, self.machine = display, machine
+        self.loggers = Loggers()  # none; replaced by those of the run
+        self.stop = Stop()  # replaced by the one that owns the signals, where there is one
+        self.deadline = Deadline(None)  # replaced by that of a job
+        self.state: dict[str, Any] = folder.state if folder else {}
+        self.watch = Watch(config, data, folder, display, machine, self.state)
+        self.meter = self.watch.meter
+        self.open: dict[str, Any] | None = self.state.get("open_row")  # of a step that is not closed yet
+        self.metrics: dict[str, float] = {}  # of each column, its latest value
+        self.position: Any = None  # of a stream, where the next step can be read from
+        self.best = math.inf
+        self.ended = False
+        self.columns = COLUMNS + build_objective(config).columns + balancing.columns(config.model) + data.columns
+        self._file: MetricsFile | None = None
+        self._saver: Saver | None = None
+
+    # ------------------------------------------------------------------------------------------------------------ the start
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = _lit(pl_module)
+        self.columns += module.layers.columns
+        module.objective.check = partial(self._check, module)
+        if self.folder is None:
+            self.watch.start(module)
+            return
+        self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
+        guess = 3 * 4 * self.config.model.n_params / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
+        self._saver.longest = self.state.get("save_seconds") or guess
+        if self.folder.source is not None:
+            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
+            module.step = self.folder.first_step
+            module.skipped, module.skipped_in_a_row = self.state.get("skipped", (0, 0))
+            self.data.start_step = module.step
+            if self.state.get("stream_position"):
+                self.data.start_position = Position(*self.state["stream_position"])
+                self.position = self.data.start_position
+            _continue_counting(trainer, module.step)
+        self.watch.start(module)
+        losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
+        self.best = min((loss for loss in losses if loss is not None), default=math.inf)
+        if not module.parallel.is_first:
+            return
+        self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
+        self.metrics = self._file.latest
+        samples = self.folder.path / "samples.txt"
+        kept = samples.read_bytes()[: self.state["samples_size"]] if self.state and samples.exists() else b""
+        files.write(samples, kept.decode())
+
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.hold()  # Lightning took the signals just before
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self.stop.hold()
+        self.display.start(_lit(pl_module).step, self.limits.steps)
+        self.meter.start()
+        _lit(pl_module).parallel.phases.enter("data")
+
+    # ------------------------------------------------------------------------------------------------------- after each step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        _lit(pl_module).parallel.phases.enter("forward_backward")
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+        _lit(pl_module).parallel.phases.enter("other")
+        self._end_step(trainer, _lit(pl_module), outputs, batch)
+        _lit(pl_module).parallel.phases.enter("data")
+
+    def _end_step(self, trainer: pl.Trainer, module: LitModule, outputs: Any, batch: Any) -> None:
+        trainer_config = self.config.trainer
+        if "stream_position" in batch:
+            self.position = batch["stream_position"][-1]
+        if self._saver is not None and module.parallel.saves_in_place:
+            self._saver.prepare(lambda: module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average))
+        self.display.step(module.step)
+        self.watch.step(module, outputs, *self._work(module, batch))
+        if module.skipped_in_a_row:
+            self._skipped(module, outputs)
+        if self._reached(module):
+            trainer.should_stop = True
+        last = trainer.should_stop
+        validates = self._validates and (last or module.step % trainer_config.val_check_interval == 0)
+        stopping = self._stopping(module)
+        if validates or last or module.step % trainer_config.log_every_n_steps == 0:
+            self.open = self._row(module, outputs)
+        if validates:
+            if stopping:
+                self._leave(module)
+            return
+        self._close(trainer, module)
+
+    def _stopping(self, module: LitModule) -> bool:
+        """Whether the run ends here because a process was asked to, or because the job's end is near by the first one's clock; all agree."""
+        if module.parallel.is_first and self.deadline.near(self._saver.longest if self._saver else 0.0):
+            assert self.deadline.end is not None
+            self.stop.end_is_near(self.deadline.end)
+        return self.stop.agree(module.parallel.most)
+
+    def _skipped(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> None:
+        """Raises:
+        FloatingPointError: too many steps in a row; the batch that did it is named in the run's folder.
+        """
+        n, allowed = module.skipped_in_a_row, self.config.trainer.max_skipped_steps
+        what = f"loss {float(outputs['loss'])}, gradient norm {float(outputs['grad_norm'])}"
+        if n <= allowed:
+            self.display.tell(f"step {module.step} is skipped: {what} ({n} in a row, {allowed} allowed)", style="bold")
+            return
+        where = ""
+        if self.folder is not None and module.parallel.is_first:
+            path = self.folder.path / "nonfinite.json"
+            files.write(path, json.dumps({"step": module.step, "sample_index": self.data.order.indices(module.step - 1).tolist(), **_floats(outputs)}))
+            where = f" The samples of this step: {path}."
+        raise FloatingPointError(
+            f"Step {module.step} is not finite: {what}" + (f", after {n - 1} others in a row" if n > 1 else "") + f".{where} "
+            "Try a lower optimizer.lr, more scheduler.warmup_steps, or trainer.precision=32-true."
+        )
+
+    def _reached(self, module: LitModule) -> bool:
+        """Whether the run is over, which clocks of several processes may see differently."""
+        reached = self.limits.reached(module.step, self.meter.seconds)
+        return reached if self.limits.seconds is None else module.parallel.any(reached)
+
+    @property
+    def _validates(self) -> bool:
+        return self.config.trainer.limit_val_batches > 0 and self.data.n_val > 0
+
+    def _work(self, module: LitModule, batch: Any) -> tuple[int, float, float]:
+        """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
+        model, n = self.config.model, self.config.data.global_batch_size
+        lengths = module.objective.lengths(batch, self.config.seq_len)
+        longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
+        again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
+        return n * longer, n * model.flops_per_sample(*lengths, self.config.objective.target_share), n * again
+
+    def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+        """What is known of the step without a validation. Waits for the device."""
+        loss = float(outputs["loss"])
+        return {
+            "step": module.step,
+            "tokens": module.tokens,
+            "loss": loss,
+            "lr": self.config.optimizer.lr * module.schedule(module.step),
+            "grad_norm": float(outputs["grad_norm"]),
+            "skipped_steps": module.skipped,
+            **{name: float(outputs[name]) for name in (*module.objective.weights, *balancing.columns(self.config.model)) if name != "loss"},
+            **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
+            **self.data.measures(module.step),
+            **self.watch.measures(module),
+        }
+
+    # --------------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        _lit(pl_module).parallel.phases.enter("validation")
+
+    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._check(_lit(pl_module))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        module = _lit(pl_module)
+        assert self.open is not None
+        shown = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        module.average.swap_out()
+        module.parallel.phases.enter("other")
+        self.open |= module.val_metrics
+        self.watch.add_times(module, self.open)
+        self._close(trainer, module, shown)
+        self.meter.start()
+        module.parallel.phases.enter("data")
+
+    def _check(self, module: LitModule) -> None:
+        if self._stopping(module):
+            self._leave(module)
+
+    # ---------------------------------------------------------------------------------------------------- the end of a step
+
+    def _close(self, trainer: pl.Trainer, module: LitModule, shown: Sequence[Shown] = ()) -> None:
+        """The step is complete: write what belongs to it, save if it is time, stop if it was asked for."""
+        row, self.open = self.open, None
+        val_loss = row.get("val_loss") if row else None
+        if row is not None:
+            self._write_row(row)
+        if shown:
+            self._write_samples(module, shown)
+        self.ended = trainer.should_stop = trainer.should_stop or self._reached(module)
+        better = val_loss is not None and val_loss < self.best
+        self.best = min(self.best, math.inf if val_loss is None else val_loss)
+        if self.ended or (better and self.config.save.keep_best) or module.step % self.config.save.every_n_steps == 0:
+            self._save(module, val_loss, must=self.ended)
+            self.meter.start()
+        if not self.ended and self._stopping(module):
+            self._leave(module)
+
+    def _leave(self, module: LitModule) -> None:
+        """Save and end the run where it is, this step's row open or closed."""
+        module.average.swap_out()
+        if self._saver is not None:
+            self._saver.wait()
+        saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
+        if not module.parallel.first(lambda: self.open is None and saved):
+            self._save(module, None, must=True)
+        raise Preempted
+
+    def _write_row(self, row: dict[str, Any]) -> None:
+        if self._file is not None:
+            self._file.write(row)
+        else:
+            self.metrics |= {name: value for name, value in row.items() if value is not None}
+        self.display.row(row)
+        self.loggers.row(row["step"], {name: row[name] for name in self.columns[1:] if row.get(name) is not None})
+
+    def _write_samples(self, module: LitModule, shown: Sequence[Shown]) -> None:
+        if self._file is None and self.folder is not None:  # another process writes
+            return
+        for one in shown:
+            self.display.text(one.text)
+        self.loggers.samples(module.step, module.tokens, shown)
+        if self.folder is not None:
+            with open(self.folder.path / "samples.txt", "a", encoding="utf-8") as f:
+                f.write("".join(f"--- step {module.step}\n{one.text}\n\n" for one in shown))
+
+    def _save(self, module: LitModule, val_loss: float | None, must: bool) -> None:
+        """must: it is the run's last."""
+        with module.parallel.phases.within("saving"):
+            self._save_now(module, val_loss, must)
+
+    def _save_now(self, module: LitModule, val_loss: float | None, must: bool) -> None:
+        if self.folder is None:
+            return
+        assert self._saver is not None
+        self.deadline.pause()
+        folder, path = self.folder, checkpoint.path_of(self.folder.path, module.step)
+        samples = folder.path / "samples.txt"
+        if self._file is not None:
+            self._file.sync()
+            files.sync(samples)
+        order = self.data.order_hash(module.step)
+        optimizer = module.trainer.optimizers[0]
+        state = {
+            "step": module.step,
+            "tokens": module.tokens,
+            "samples": module.samples,
+            **self.watch.state(),
+            "data_order_hash": order,
+            "data_fingerprint": self.data.fingerprint,
+            "stream_position": None if self.position is None else [int(n) for n in self.position],
+            "samples_size": samples.stat().st_size if samples.exists() else 0,
+            "metrics": {} if val_loss is None else {"val_loss": val_loss},
+            "open_row": self.open,
+            "save_seconds": self._saver.longest,
+            "skipped": (module.skipped, module.skipped_in_a_row),
+            checkpoint.NUMBERS: module.parallel.training_numbers(module.model, optimizer),
+        }
+        self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)
+
+    def _saved(self, path: Path) -> None:
+        """A checkpoint is complete."""
+        assert self.folder is not None
+        if self._file is not None:  # this process writes
+            checkpoint.rotate(self.folder.path, self.config.save)
+            state = checkpoint.read_state(path)
+            self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"], goodput=self.watch.goodput())
+            self.loggers.checkpoint(path, state["step"], state["data_order_hash"], best=state["metrics"].get("val_loss", math.inf) <= self.best)
+
+    def _beside(self, path: Path) -> None:
+        assert self.folder is not None
+        self.folder.write_config(self.config, path)
+        if self.data.tokenizer is not None:
+            self.data.tokenizer.save(path / "tokenizer")
+
+    def _warn(self, text: str) -> None:
+        self.display.tell(text, style="bold")
+
+    # ---------------------------------------------------------------------------------------------------------------- the end
+
+    def close(self) -> None:
+        """What is being written is written to its end."""
+        self.display.stop()
+        if self._saver is not None:
+            self._saver.wait()
+        if self._file is not None:
+            self._file.close()
+
+
+def _floats(outputs: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    return {name: str(float(value)) for name, value in outputs.items()}  # JSON has no word for what is not finite
+
+
+def check_data(folder: RunFolder, data: Any) -> None:
+    """Refuse to continue a run on other data.
+
+    Raises:
+        ConfigError: text, tokenizer or packing are not those of the checkpoint.
+    """
+    state = folder.state
+    if data.fingerprint != state["data_fingerprint"] or data.order_hash(state["step"]) != state["data_order_hash"]:
+        raise ConfigError(
+            f"`data` must be what {folder.path} was trained on (fingerprint {state['data_fingerprint']}), but is {data.fingerprint} instead: "
+            "the files have changed. Restore them, or train anew in another run_dir."
+        )
+
+
+def _continue_counting(trainer: pl.Trainer, step: int) -> None:
+    """Set Lightning's counters as if it had made the first `step` steps: its limits and intervals count from them."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = step
+    for progress in (loop.batch_progress.total, loop.manual_optimization.optim_step_progress.total):
+        for name in vars(progress):
+            setattr(progress, name, step)
+
+
+def _lit(module: pl.LightningModule) -> LitModule:
+    assert isinstance(module, LitModule)
+    return module

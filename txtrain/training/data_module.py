@@ -1,0 +1,204 @@
+"""DataModule: from a config to batches, one of which is this process's share of one optimizer step."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import lightning.pytorch as L
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from txtrain.config.schema import Train
+from txtrain.data.prepare import Prepared, prepare
+from txtrain.data.samples.length_order import LengthOrder
+from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
+from txtrain.data.samples.rows import FILLER, OrderedSamples, Rows
+from txtrain.data.sources.mixture import MixtureOrder
+from txtrain.data.sources.source import Split, build_source, describe, settle
+from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
+from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
+from txtrain.errors import ConfigError
+from txtrain.objectives.build import build_objective
+from txtrain.training.signals import ignore
+
+Batch = dict[str, Tensor]
+_PROMPT = re.compile(r"\s*(?:\S+\s+){0,5}\S+")
+
+
+class DataModule(L.LightningDataModule):
+    """The training and validation batches of a run.
+
+    A batch holds what the objective reads: of text `input_ids` and `labels` (-100: not a target), `document_ids` unless documents may
+    attend to each other, all int64 [B, T]; of images `pixel_values`, float32 [B, C, H, W], and `labels` [B]; and always `sample_index`,
+    int64 [B]. After `prepare()`: `tokenizer` (None without text), `n_train`, `n_val` (samples), `source` (for the screen),
+    `fingerprint` (of contents, tokenizer and packing), `token_bytes`.
+
+    start_step: set it before fit; the first training batch is the one of this step (0-based).
+    fallback: why the data are not those that were asked for (`txtrain.data.sources.source.settle`), or None.
+    """
+
+    tokenizer: Tokenizer | None
+    source: str
+    fingerprint: str
+    token_bytes: NDArray[np.int32] | None
+    order: GlobalOrder
+
+    def __init__(self, config: Train, fallback: str | None = None) -> None:
+        super().__init__()
+        self.config, self.fallback = config, fallback
+        self.start_step = 0
+        self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
+        self._stream: StreamTokens | None = None
+        self._train: Rows | None = None
+        self._mixed: tuple[str, ...] = ()  # names of a mixture's sources
+
+    # ------------------------------------------------------------------------------------------------------------ prepare
+
+    def prepare_data(self) -> None:
+        self.prepare()
+
+    def setup(self, stage: str | None = None) -> None:
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Everything that takes time, once: find the text, train or load the tokenizer, tokenise into the cache.
+
+        Raises:
+            ConfigError: the data cannot be had, are not text, do not fill one sequence, or the tokenizer does not fit the model.
+        """
+        if self._train is not None:
+            return
+        self.config, reason = settle(self.config)
+        self.fallback = self.fallback or reason
+        config = self.config
+        source = build_source(config)
+        made = prepare(source, config, build_objective(config))
+        self.tokenizer, self.fingerprint, self._val_text = made.tokenizer, made.fingerprint, made.text
+        self.token_bytes = None if made.tokenizer is None else made.tokenizer.token_bytes()
+        self.n_train, self.n_val = len(made.train), len(made.validation)
+        self.source = describe(source, config.data.type)
+        self.val_names, self._stream = tuple(made.named), made.stream
+        self.order = self._order(made)
+        self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
+        self._train, self._val, self._named = made.train, made.validation, made.named
+
+    def _order(self, made: Prepared) -> GlobalOrder:
+        config, size = self.config, self.config.data.global_batch_size
+        given = self.n_train, size, config.seed, config.trainer.overfit_batches
+        if made.shares:
+            sizes, shares = zip(*made.shares.values(), strict=True)
+            self._mixed = tuple(made.shares)
+            return MixtureOrder(*given, sizes=sizes, shares=shares)
+        if made.stream is not None:
+            return StreamOrder(*given)
+        if made.lengths is None or len(made.lengths) < size:
+            return GlobalOrder(*given)
+        return LengthOrder(*given, lengths=made.lengths)
+
+    # ----------------------------------------------------------------------------------------------------------- metrics
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What metrics.csv has of these data: the loss on each named validation set; of a mixture tokens and epochs of each source."""
+        return (*(f"val_loss/{name}" for name in self.val_names), *(f"{what}/{name}" for what in ("tokens", "epochs") for name in self._mixed))
+
+    def measures(self, step: int) -> dict[str, float]:
+        """The values of those columns that are known after `step` steps without a validation."""
+        if not isinstance(self.order, MixtureOrder):
+            return {}
+        counts = dict(zip(self._mixed, self.order.counts(step).tolist(), strict=True))
+        epochs = {f"epochs/{name}": n / size for (name, n), size in zip(counts.items(), self.order.sizes, strict=True)}
+        return {f"tokens/{name}": n * self.config.seq_len for name, n in counts.items()} | epochs
+
+    # ------------------------------------------------------------------------------------------------------------ loaders
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """This rank's share of each global step, from start_step on, without end."""
+        self.prepare()
+        assert self._train is not None
+        if self._stream is not None:
+            self._stream.go_to(self.start_position)
+        samples = OrderedSamples(self._train, self.config.seed, self.order, self._stream)
+        return self._loader(samples, ShareSampler(self.order, *self._rank(), self.start_step))
+
+    def val_dataloader(self) -> Any:
+        """This rank's share of global batches, the same at every call: rows spread evenly over the set where the limit leaves some out.
+
+        Of named sets a list: each has its own loader and its own limit.
+        """
+        self.prepare()
+        return [self._val_loader(rows) for rows in self._named.values()] if self.val_names else self._val_loader(self._val)
+
+    def _val_loader(self, samples: Rows) -> DataLoader[Batch] | list[Batch]:
+        size = self.config.data.global_batch_size
+        n = min(len(samples), self.config.trainer.limit_val_batches * size)
+        rows = np.arange(n) * len(samples) // max(n, 1)
+        rank, world_size = self._rank()
+        batches = [np.array_split(rows[i : i + size], world_size)[rank].tolist() or [FILLER] for i in range(0, n, size)]
+        return self._loader(OrderedSamples(samples, self.config.seed), batches) if batches else []
+
+    def examples(self, n: int, batch_size: int) -> Iterator[Batch]:
+        """n validation samples (all, if there are fewer), spread evenly over the set, the same at every call."""
+        self.prepare()
+        n = min(n, self.n_val)
+        rows = np.arange(n) * self.n_val // max(n, 1)
+        samples = OrderedSamples(self._val, self.config.seed)
+        return (samples.__getitems__(rows[i : i + batch_size].tolist()) for i in range(0, n, batch_size))
+
+    def first(self, n: int, split: Split = "train") -> Batch:
+        """The first n samples that training reads, or of the validation set (all, if there are fewer)."""
+        self.prepare()
+        assert self._train is not None
+        if split == "validation":
+            return OrderedSamples(self._val, self.config.seed).__getitems__(range(min(n, self.n_val)))
+        steps = -(-n // self.config.data.global_batch_size)
+        return OrderedSamples(self._train, self.config.seed, self.order).__getitems__(self.order.indices(0, steps)[:n].tolist())
+
+    def _rank(self) -> tuple[int, int]:
+        """(rank, world size) among the processes that see different samples, checked against the batch."""
+        if self.trainer is None:
+            return 0, 1
+        parallel = getattr(getattr(self.trainer, "lightning_module", None), "parallel", None)
+        if parallel is not None:
+            return parallel.rank, parallel.size
+        size, world_size = self.config.data.global_batch_size, self.trainer.world_size
+        if size % world_size:
+            low = size // world_size * world_size
+            near = ", ".join(str(n) for n in (low, low + world_size) if n)
+            raise ConfigError(f"`data.global_batch_size` must be a multiple of the {world_size} processes, but is {size} instead. Nearest: {near}.")
+        return self.trainer.global_rank, world_size
+
+    def _loader(self, samples: OrderedSamples, batches: Iterable[list[int]]) -> DataLoader[Batch]:
+        data = self.config.data
+        if data.num_workers:
+            allow_threads(False)
+        return DataLoader(
+            samples,
+            batch_sampler=batches,
+            num_workers=data.num_workers,
+            persistent_workers=data.num_workers > 0,
+            worker_init_fn=ignore,
+            collate_fn=_as_it_is,
+            pin_memory=torch.cuda.is_available() and self.config.trainer.accelerator != "cpu",
+            generator=torch.Generator(),  # the loader draws a seed for its workers; never from the generator that the run resumes
+        )
+
+    # ------------------------------------------------------------------------------------------------------------ samples
+
+    def prompts(self, n: int) -> list[str]:
+        """The first words of the first n validation documents; fewer if there are fewer, none where there are no documents."""
+        self.prepare()
+        if self.tokenizer is None or self._val_text is None:
+            return []
+        documents = self._val_text.beginnings(n, 64)
+        return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
+
+
+def _as_it_is(batch: Any) -> Any:
+    """The dataset gives whole batches: nothing is left to collate."""
+    return batch

@@ -1,0 +1,272 @@
+"""The LightningModule: one batch is one global step, one step is one optimizer update."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from txtrain.config.schema import Train
+from txtrain.errors import ConfigError
+from txtrain.model.ffn import balancing
+from txtrain.monitor.layer_stats import LayerStats
+from txtrain.objectives.base import Batch, Objective
+from txtrain.objectives.build import build_objective
+from txtrain.optim.average import Average
+from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
+from txtrain.parallel.activation_checkpointing import wrap_blocks
+from txtrain.parallel.build import make_parallel
+from txtrain.parallel.one_process import OneProcess
+from txtrain.registry import make
+from txtrain.training.limits import Limits
+
+
+class LitModule(pl.LightningModule):
+    """A model, an objective, an optimizer and a schedule, for `txtrain.train` or one's own lightning.Trainer.
+
+    Its batches are those of `txtrain.DataModule`: this process' share of one global batch, which is cut into micro-batches here. The
+    trainer's own accumulation and clipping stay off. With a trainer of one's own, `max_steps` there ends the run, and the schedule
+    still follows the limits of `config.trainer`.
+
+    Args:
+        config: from `txtrain.compose`.
+        model: trained as it is; by default config.model's, initialised from config.seed.
+        parallel: the run's processes, started; by default those of config.strategy.
+    """
+
+    def __init__(self, config: Train, model: nn.Module | None = None, parallel: OneProcess | None = None) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.config = config
+        self.objective: Objective = build_objective(config)
+        self.parallel = parallel or make_parallel(config)
+        self.model = model if model is not None else described(config)
+        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
+        self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
+        self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
+        self.val_metrics: dict[str, float] = {}  # of the latest validation
+        self._token_bytes: Tensor | None = None
+        self._val_names: tuple[str, ...] = ()  # of validation sets that have names
+        self._sums: dict[str, float] = {}
+        self._is_set_up = False
+        self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
+
+    @property
+    def tokens(self) -> int:
+        """Token positions trained on so far, over all processes."""
+        return self.samples * self.config.seq_len
+
+    @property
+    def samples(self) -> int:
+        """Sequences trained on so far, over all processes."""
+        return self.step * int(self.config.data.global_batch_size)
+
+    @property
+    def _data(self) -> Any:
+        """The trainer's data module; None where it was given loaders."""
+        return getattr(self.trainer, "datamodule", None)
+
+    # ------------------------------------------------------------------------------------------------------------- set-up
+
+    def setup(self, stage: str | None = None) -> None:
+        """Raises:
+        ConfigError: a trainer of one's own has other processes than config.strategy; gradients would not be exchanged.
+        """
+        if self.trainer.world_size != self.parallel.world.size:
+            raise ConfigError(
+                f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, but it has {self.trainer.world_size} "
+                "processes: use txtrain.train, or start the script with torchrun and one Trainer device."
+            )
+        self.plan(Limits.of(self.config, getattr(self._data, "n_train", 0)).steps)
+
+    def plan(self, total_steps: int | None) -> None:
+        """Fix the schedule for a run of so many steps.
+
+        Raises:
+            ConfigError: the schedule needs a number of steps and none is known.
+        """
+        self.schedule = make("scheduler", self.config.scheduler, total_steps=total_steps)
+
+    def configure_model(self) -> None:
+        """Lay the model over the processes, allocate and initialise it, once; a model without storage until then costs nothing to describe."""
+        if self._is_set_up:
+            return
+        self._is_set_up = True
+        self.parallel.set_up(self.model, self.device)
+        wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
+        if any(p.is_meta for p in self.model.parameters()):
+            seed_everything(self.config.seed)
+            self.parallel.materialise(self.model, self.device)
+        self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
+        self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optimizer: torch.optim.Optimizer = self.parallel.optimizer(self.model, make("optimizer", self.config.optimizer, params=self.parameter_groups()))
+        self.average = Average(self.model, self.config.ema)
+        return optimizer
+
+    def parameter_groups(self) -> Groups:
+        return parameter_groups(self.model.named_parameters(), self.config.optimizer)
+
+    def on_fit_start(self) -> None:
+        table = getattr(self._data, "token_bytes", None)
+        if table is not None:
+            self._token_bytes = torch.as_tensor(table).to(self.device)
+        self._val_names = getattr(self._data, "val_names", ())
+
+    # ----------------------------------------------------------------------------------------------------------- training
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One update. Returns the terms of the global batch, what is reported of them as `loss`, and the gradient's norm before clipping.
+
+        A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state. It counts as a step, so that
+        the schedule and the order of the data go on.
+        """
+        seed_everything(self.config.seed, self.step, self.parallel.rank)
+        phases = self.parallel.phases
+        counts = self.parallel.reduce(self.objective.denominators(batch))
+        denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
+        model = balancing.Observed(self.parallel.forward(self.model))
+        shares: list[dict[str, Tensor]] = []
+        micro_batches = list(cut(batch, self.config.micro_batch_size))
+        with self.layers.watch(self.step + 1):
+            for i, micro_batch in enumerate(micro_batches, start=1):
+                with self.parallel.micro_batch(self, last=i == len(micro_batches)):
+                    terms = self.objective(model, micro_batch, denominators)
+                    self.parallel.backward(self, self.objective.total(terms))
+                shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
+        terms = self.parallel.reduce(add(shares))
+        phases.enter("optimizer")
+        visits = self.parallel.reduce(model.counts)
+        layers = self.layers.measure(self.step + 1, visits)
+        norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
+        # Loss and norm are the same in all processes: so is what follows.
+        if self.is_finite(norm + terms["loss"]):
+            self._update(visits)
+            self.skipped_in_a_row = 0
+        else:
+            self.parallel.discard(self.optimizers())
+            self.skipped += 1
+            self.skipped_in_a_row += 1
+        self.step += 1
+        return {**terms, "grad_norm": norm, **balancing.measured(visits), **layers}
+
+    def is_finite(self, total: Tensor) -> bool:
+        """Of the loss and the gradient's norm. Waits for the device: what is not finite must not reach the weights."""
+        return bool(torch.isfinite(total))
+
+    def _update(self, visits: dict[str, Tensor]) -> None:
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, pl.core.optimizer.LightningOptimizer)
+        set_rates(optimizer.optimizer, self.schedule(self.step + 1))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        balancing.update(self.model, visits)
+        self.average.update(self.step + 1)
+
+    # --------------------------------------------------------------------------------------------------------- validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._sums_of_sets = {}
+        if self.config.ema.validate:
+            self.average.swap_in()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Every process makes the same number of forwards: one whose share is shorter repeats its first part, which counts for nothing."""
+        sums = self._sums_of_sets.setdefault(dataloader_idx, {})
+        parts = [] if is_filler(batch) else list(cut(batch, self.config.micro_batch_size))
+        for i in range(self.parallel.most(len(parts))):
+            counts = i < len(parts)
+            micro_batch = parts[i] if counts else {name: value[:1] for name, value in batch.items()}
+            for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
+                _add(sums, name, value, counts)
+                _add(sums, f"{name}/n", n, counts)
+            ids = self.objective.target_ids(micro_batch)
+            if ids is not None and self._token_bytes is not None:
+                _add(sums, "bytes", self._token_bytes[ids].sum(), counts)
+
+    def _gather_sums(self) -> None:
+        """Of all processes, each set's own and of all sets together."""
+        here = {f"{number} {name}": value for number, sums in self._sums_of_sets.items() for name, value in sums.items()}
+        everywhere = self.parallel.reduce({key: torch.tensor(value, dtype=torch.float64, device=self.device) for key, value in here.items()})
+        self._sums = {}
+        for key, value in everywhere.items():
+            number, name = key.split(" ", 1)
+            self._sums_of_sets[int(number)][name] = float(value)
+            self._sums[name] = self._sums.get(name, 0.0) + float(value)
+
+    def on_validation_epoch_end(self) -> None:
+        """val_loss, weighted by targets and not by batches; what the objective tells; perplexity; bits per byte, which compares across tokenizers."""
+        self._gather_sums()
+        means = _means(self._sums)
+        self.val_metrics = {"val_loss": self.objective.reported(means)}
+        for number, name in enumerate(self._val_names):
+            self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
+        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
+        self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
+        if any(name not in means for name in self.objective.metrics):
+            self.val_metrics |= self.objective.examine(self.model, self._data, self.config.micro_batch_size)
+        if self.objective.perplexity:
+            self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
+        if self._sums.get("bytes"):
+            self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
+        self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # one process' word: what follows from it must not differ
+        self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def on_validation_end(self) -> None:
+        self.average.swap_out()
+
+
+def _add(sums: dict[str, float], name: str, value: Tensor, counts: bool) -> None:
+    sums[name] = sums.get(name, 0.0) + float(value) * counts  # a Python float: double precision on every device
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
+
+
+def described(config: Train) -> nn.Module:
+    """The model without storage: shapes only."""
+    from txtrain.model.build import build_model
+
+    with torch.device("meta"):
+        return build_model(config.model)
+
+
+def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
+    """The batch in parts of at most `size` samples."""
+    n = len(next(iter(batch.values())))
+    for start in range(0, n, size):
+        yield {name: value[start : start + size] for name, value in batch.items()}
+
+
+def is_filler(batch: Batch) -> bool:
+    """Whether the batch stands for the samples that a process does not have, so that all make the same number of forwards."""
+    index = batch.get("sample_index")
+    return index is not None and bool((index < 0).any())
+
+
+def add(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
+
+
+def seed_everything(seed: int, step: int | None = None, rank: int = 0) -> None:
+    """Seed Python, NumPy and torch for the initial weights (step: None), or for one step of one process.
+
+    Every step starts from its own seed, so that what happens between steps (a validation, a sample, a callback, a kill and a resume)
+    cannot shift a random number of a later one, and there is no generator state to save.
+    """
+    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
+    mixed = int.from_bytes(digest, "little") >> 1
+    random.seed(mixed)
+    np.random.seed(mixed % 2**32)
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed would format a stack trace each time where there is no GPU
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed(mixed)
