@@ -19,7 +19,7 @@ class ConfigError(ValueError):
 
 def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str | None:
     """The option that `word` was most likely meant to be, or None."""
-    got = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=cutoff)
+    got = difflib.get_close_matches(str(word)[:100], [str(o) for o in options], n=1, cutoff=cutoff)
     return got[0] if got else None
 
 

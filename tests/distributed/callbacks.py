@@ -72,7 +72,8 @@ class Copy(pl.Callback):
 
     def on_train_start(self, trainer, module):
         tensors = module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
-        checkpoint.save(self.path, tensors, {}, lambda folder: None, module.parallel.checkpoint_group)
+        state = {"step": module.step, "metrics": {}}
+        checkpoint.save(self.path, tensors, state, lambda folder: None, module.parallel.checkpoint_group)
 
 
 class Samples(pl.Callback):

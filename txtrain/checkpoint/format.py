@@ -13,26 +13,40 @@ of DCP is used: it keeps the index in the headers.
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain import files
 from txtrain.errors import ConfigError
+from txtrain.plain_files import check_keys, check_links, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
     from txtrain.config.schema import SaveConfig
+    from txtrain.model.config import ModelConfig
     from txtrain.optim.average import Average
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 NUMBERS = "optimizer"  # in state.json: what the optimizer keeps as plain numbers
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_([0-9]{8,15})")
+_MOST = 10**15  # of any count
+_STATE: dict[str, Any] = {
+    "step": int, "metrics": dict[str, float], "tokens": int | None, "samples": int | None, "samples_size": int | None,
+    "seconds": float | None, "save_seconds": float | None, "losses": dict | None, "times": dict[str, float] | None,
+    "data_order_hash": str | None, "data_fingerprint": str | None, "stream_position": list[int] | None,
+    "open_row": dict[str, float | None] | None, "skipped": list[int] | None,
+    NUMBERS: dict[str, float | bool] | None,
+}
+_LOSSES: dict[str, Any] = {"window": list[float] | None, "first": float | None, "lowest": float | None}
+_LOSSES |= {"n_spikes": int | None, "far_off": int | None, "in_spike": bool | None}
 
 # ------------------------------------------------------------------------------------------------------------------- finding
 
@@ -64,8 +78,11 @@ def check_newest(run_dir: Path) -> None:
     """A checkpoint gets its name when it is complete: one that has the name and no marker has lost it since, as in a copy that was cut short.
 
     Raises:
-        ConfigError: the newest is such a one; names the older ones.
+        ConfigError: the newest is such a one; names the older ones. Or a link leads out of the run's folder.
     """
+    if run_dir.is_dir():
+        check_links(p for p in run_dir.iterdir() if p.name != FOLDER)
+        check_links((run_dir / FOLDER).glob("*"))
     for newest in _named(run_dir)[-1:]:
         if not is_complete(newest):
             verify(newest)
@@ -82,6 +99,7 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
         return path
     found = complete(path)
     if found:
+        check_links(found[-1:])
         return found[-1]
     what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"
     raise ConfigError(f"`{key}` must be a run's folder or one of its checkpoints, but {str(where)!r} {what}.")
@@ -94,7 +112,20 @@ def exists(where: str | Path) -> bool:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
+    """The counters and facts of a checkpoint.
+
+    Raises:
+        ConfigError: a value is of another kind than this class of checkpoints has, or the step is not the name's.
+    """
+    state = read_json(path / STATE, finite=False)
+    check_keys(state, str(path / STATE), _STATE)
+    check_keys(state.get("losses") or {}, f"{path / STATE}: losses", _LOSSES)
+    sizes = [len(state[key]) for key in ("stream_position", "skipped") if state.get(key) is not None]
+    counts = [state["step"], *(state.get("stream_position") or ()), *(state.get("skipped") or ())]
+    if sizes not in ([], [2], [3, 2], [3]) or not all(0 <= n < _MOST for n in counts):
+        raise ConfigError(f"{path / STATE}: `step`, `stream_position` and `skipped` must be counts, but are {counts}.")
+    if _NAME.fullmatch(path.name) and state["step"] != step_of(path):
+        raise ConfigError(f"{path / STATE}: `step` must be {step_of(path)}, but is {state['step']} instead.")
     return state
 
 
@@ -105,11 +136,15 @@ def verify(path: Path) -> None:
         ConfigError: a file is missing, cut short or unreadable; names the older checkpoints.
     """
     try:
-        wrong = [name for name, size in json.loads((path / MARKER).read_text()).items() if (path / name).stat().st_size != size]
+        check_links(path.rglob("*"))
+        sizes = read_json(path / MARKER)
+        wrong = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
         read_state(path)
         problem = f"{wrong[0]} has another size than when it was written" if wrong else None
         if problem is None:
-            shapes(path)
+            _check_tensors(path)
+    except ConfigError as e:
+        problem = e.problems[0].rstrip(".")
     except Exception as e:  # whatever a damaged file makes the readers say
         problem = f"{type(e).__name__}: {e}".splitlines()[0]
     if problem is None:
@@ -132,12 +167,45 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint."""
+    """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _check_tensors(path: Path) -> None:
+    """Of each file that its tensors lie in it without gaps, and of each tensor that its shards are all of it.
+
+    Raises:
+        ConfigError: names the file or the tensor. And what DCP's reader says.
+    """
+    from txtrain.hf.tensor_file import SafetensorsFile
+
+    held: Counter[str] = Counter()  # elements
+    for file in sorted(path.glob("*.safetensors")):
+        for name, entry in SafetensorsFile(file).entries.items():
+            held[name] += math.prod(entry.shape)
+    for name, shape in shapes(path).items():
+        if math.prod(shape) != held[name]:
+            raise ConfigError(f"{name} must have {math.prod(shape):,} elements, but the files hold {held[name]:,}")
+
+
+def check_model(path: Path, model: ModelConfig) -> None:
+    """Before a model is built: a config may claim any size, the files cannot.
+
+    Raises:
+        ConfigError: there are fewer tensors than layers, or numbers than parameters.
+    """
+    from txtrain.hf.tensor_names import check_layers
+
+    held = {name: math.prod(shape) for name, shape in shapes(path).items() if name.startswith("model.")}
+    check_layers(model, frozenset(held), str(path / "config.yaml"))
+    if model.n_params > sum(held.values()):
+        raise ConfigError(
+            f"{path / 'config.yaml'} describes {model.n_params:,} parameters, but the files hold {sum(held.values()):,}."
+        )
 
 
 def optimizer_names(path: Path) -> set[str]:

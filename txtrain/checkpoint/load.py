@@ -7,13 +7,13 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from txtrain.checkpoint import format as checkpoint
 from txtrain.config.convert import build
 from txtrain.config.init_from import tokenizer_folder
 from txtrain.errors import ConfigError
+from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.config import ModelConfig
+from txtrain.plain_files import check_keys, read_yaml
 
 if TYPE_CHECKING:
     import torch
@@ -52,9 +52,12 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
         from txtrain.hf.registry import read_config
 
         _, model = read_config(folder)
+        check_layers(model, tensor_names(folder), str(folder / "config.json"))
         return Described(folder, model, tokenizer_folder(folder), True)
     path = checkpoint.locate(folder, key)
-    return Described(path, _saved_config(path, key), tokenizer_folder(path / "tokenizer"), False)
+    model = _saved_config(path, key)
+    check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
+    return Described(path, model, tokenizer_folder(path / "tokenizer"), False)
 
 
 def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
@@ -110,6 +113,7 @@ def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | 
         with torch.device(device):
             return from_hf(found.path)
     checkpoint.verify(found.path)
+    checkpoint.check_model(found.path, found.model)
     with torch.device("meta"):
         model = build_model(_with_ids(found.model, tokenizer))
     model.to_empty(device=device)
@@ -127,7 +131,9 @@ def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
 
 def _saved_config(path: Path, key: str) -> ModelConfig:
     """From a checkpoint's config.yaml, which is data: what it names in `imports` is not imported."""
-    raw = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    file = path / "config.yaml"
+    raw = read_yaml(file)
+    check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
     try:
         return build(ModelConfig, raw["model"])
     except ConfigError as e:

@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from txtrain.config.unknown_keys import unknown_key
 from txtrain.errors import ConfigError, hint
+from txtrain.plain_files import shorten
 from txtrain.registry import TABLE, group_of
 
 T = TypeVar("T")
 
 _KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
 _MISSING = "???"  # OmegaConf's marker of a value that must be given
+_MOST_PROBLEMS, _LONGEST = 50, 2000  # that are told at once, and characters of one
 _BAD = object()  # what stands in for a value that has a problem
 
 
@@ -108,9 +110,9 @@ class _Reader:
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         known = key_paths(self.root)
         for key in raw:
-            if key not in fields:
+            if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # each is compared with all keys there are
                 reason = getattr(cls, "absent", {}).get(key, "")
-                self.problem(unknown_key(_join(path, str(key)), raw[key], fields, known, axis) + reason)
+                self.problem(unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis) + reason)
         values = {}
         for name, f in fields.items():
             if name in raw:
@@ -172,7 +174,7 @@ class _Reader:
         return _BAD
 
     def problem(self, text: str) -> Any:
-        self.problems.append(text)
+        self.problems.append(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
         return _BAD
 
     def not_an_option(self, path: str, value: Any, options: Mapping[str, Any]) -> Any:

@@ -22,6 +22,7 @@ from txtrain.monitor.metrics_csv import PHASES
 from txtrain.monitor.slowness import Stretch
 from txtrain.monitor.start_screen import count, duration
 from txtrain.monitor.throughput import Machine, Meter, memory
+from txtrain.plain_files import read_text
 from txtrain.training.module import LitModule
 
 SPIKES = "spikes.jsonl"
@@ -59,7 +60,7 @@ class Watch:
         self._writes = self.folder is not None and module.parallel.is_first
         if self._writes and self.folder is not None:
             path = self.folder.path / SPIKES
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= module.step] if path.exists() else []
+            kept = [line for line in read_text(path).splitlines(keepends=True) if _step(line) <= module.step] if path.exists() else []
             if path.exists():
                 files.write(path, "".join(kept))
 
@@ -216,7 +217,7 @@ class Watch:
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except ValueError:  # a line that a killed run left unfinished
+    except (ValueError, LookupError, TypeError, RecursionError):  # a line that a killed run left unfinished
         return 1 << 62
 
 

@@ -27,6 +27,7 @@ from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import Shown
 from txtrain.objectives.build import build_objective
+from txtrain.plain_files import decode, read_bytes
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
@@ -93,8 +94,8 @@ class Recorder(pl.Callback):
         self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
-        kept = samples.read_bytes()[: self.state["samples_size"]] if self.state and samples.exists() else b""
-        files.write(samples, kept.decode())
+        kept = read_bytes(samples, 1 << 30)[: self.state["samples_size"]] if self.state and samples.exists() else b""
+        files.write(samples, decode(kept, str(samples)))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.hold()  # Lightning took the signals just before

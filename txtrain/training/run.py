@@ -254,7 +254,7 @@ def _common(cfg: Train) -> dict[str, str]:
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:
     state = place.state
-    return state["open_row"] is None and limits.reached(state["step"], state["seconds"])
+    return state.get("open_row") is None and limits.reached(state["step"], state["seconds"])
 
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:

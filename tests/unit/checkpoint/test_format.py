@@ -60,7 +60,7 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
     before = model_and_optimizer(0, cls)
     saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
     path = checkpoint.path_of(tmp_path, 3)
-    checkpoint.save(path, saved, {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    checkpoint.save(path, saved, {"step": 3, "metrics": {}, checkpoint.NUMBERS: numbers}, beside=lambda _: None)
     model, _ = model_and_optimizer(1, cls)
     optimizer = cls(model.parameters(), lr=0.1)
     checkpoint.load_training(path, model, optimizer)
@@ -98,7 +98,7 @@ def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_
 
     before, path = made(0, 3), checkpoint.path_of(tmp_path, 3)
     saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
-    checkpoint.save(path, saved, {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    checkpoint.save(path, saved, {"step": 3, "metrics": {}, checkpoint.NUMBERS: numbers}, beside=lambda _: None)
     after = made(1, 0)
     checkpoint.load_training(path, *after)
     loaded = checkpoint.training_tensors(*after)
@@ -116,7 +116,7 @@ def test_numbers_of_another_optimizer_are_refused(tmp_path):
     path = checkpoint.path_of(tmp_path, 3)
     numbers = optimizer_state.numbers(*before)
     del numbers["0.bias.sum"]
-    checkpoint.save(path, checkpoint.training_tensors(*before), {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    checkpoint.save(path, checkpoint.training_tensors(*before), {"step": 3, "metrics": {}, checkpoint.NUMBERS: numbers}, beside=lambda _: None)
     with pytest.raises(ConfigError, match=r"another optimizer: 0\.bias\.sum is no number there"):
         checkpoint.load_training(path, *model_and_optimizer(1, Counting))
 

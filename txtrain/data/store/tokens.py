@@ -53,7 +53,12 @@ class Shard:
 
     @cached_property
     def offsets(self) -> Indices | None:
-        return None if self.borders is None else self.borders()
+        if self.borders is None:
+            return None
+        found = self.borders()
+        if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found) or found[-1] != self.n_tokens:
+            raise ConfigError(f"{self.path}: the places of its documents must be those of {self.n_tokens:,} tokens, but are not.")
+        return found
 
     def part(self, begin: int, end: int) -> Shard:
         """Tokens begin to end - 1, and the documents and parts of documents that they are."""
