@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -88,13 +90,42 @@ def check_newest(run_dir: Path) -> None:
             verify(newest)
 
 
+def newest_run(where: str | Path, key: str) -> str:
+    """`where` itself; of the folder of a run's name, `runs/NAME`, the newest run that has a complete checkpoint. Says
+    which on standard error."""
+    runs = _runs(Path(where).expanduser())
+    if not runs:
+        return str(where)
+    newest = max(runs, key=_start)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of several ranks one says it
+        several, step = f"{len(runs)} run{'s' * (len(runs) > 1)}", step_of(complete(newest)[-1])
+        print(f"{key}={where}: {newest} (the newest of {several} with a checkpoint), step {step}", file=sys.stderr)
+    return str(newest)
+
+
+def _runs(path: Path) -> list[Path]:
+    """The runs with a complete checkpoint in the folder of a run's name; none in a folder of another kind."""
+    of_another_kind = (FOLDER, MARKER, "config.yaml", "config.json")
+    if not path.is_dir() or any((path / name).exists() for name in of_another_kind):
+        return []
+    return [run for run in path.iterdir() if complete(run)]
+
+
+def _start(run: Path) -> tuple[float, str]:
+    """When it was first started; where run.json does not tell, when its folder was last changed."""
+    try:
+        return float(json.loads((run / "run.json").read_text())["first_start"]), run.name
+    except (OSError, ValueError, TypeError, KeyError):
+        return run.stat().st_mtime, run.name
+
+
 def locate(where: str | Path, key: str = "checkpoint") -> Path:
-    """The checkpoint meant by a run's folder (its newest) or by a checkpoint's.
+    """The checkpoint meant by its own folder, by its run's (the newest), or by that of a run's name (the newest run's).
 
     Raises:
         ConfigError: there is none.
     """
-    path = Path(where).expanduser()
+    path = Path(newest_run(where, key)).expanduser()
     if is_complete(path):
         return path
     found = complete(path)
@@ -102,13 +133,14 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
         check_links(found[-1:])
         return found[-1]
     what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"
-    raise ConfigError(f"`{key}` must be a run's folder or one of its checkpoints, but {str(where)!r} {what}.")
+    allowed = "a run's folder, one of its checkpoints, or a folder of runs"
+    raise ConfigError(f"`{key}` must be {allowed}, but {str(where)!r} {what}.")
 
 
 def exists(where: str | Path) -> bool:
     """Whether `locate` would find one."""
     path = Path(where).expanduser()
-    return is_complete(path) or bool(complete(path))
+    return is_complete(path) or bool(complete(path)) or bool(_runs(path))
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -161,7 +193,7 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
     """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
     from txtrain.optim import state as optimizer_state
 
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = _weights_of(model)
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state.tensors(model, optimizer).items()}
     return tensors if average is None else tensors | average.tensors()
 
@@ -226,14 +258,32 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    _compare(path, into, prefix)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
+
+
+def _compare(path: Path, into: Mapping[str, Tensor], prefix: str) -> None:
     saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
     wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {there} there, {here} here.")
+
+
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Whether the checkpoint's weights are those of this model, by name and shape; nothing is read.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    _compare(path, _weights_of(model), prefix="model.")
+
+
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
@@ -243,7 +293,7 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
         ConfigError: the checkpoint is of another model, or has no averaged weights.
     """
     state = model.state_dict()
-    load_tensors(path, {f"model.{name}": tensor for name, tensor in state.items()}, prefix="model.")
+    load_tensors(path, _weights_of(model), prefix="model.")
     if weights == "ema":
         averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
         if not averaged:

@@ -77,7 +77,8 @@ def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key:
 
 
 def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
-    """The model of a Hugging Face folder, an export, a run (its newest checkpoint) or a checkpoint, on the default device, in eval mode.
+    """The model of a Hugging Face folder, an export, a run (its newest checkpoint), a checkpoint or a folder of runs
+    (the newest), on the default device, in eval mode.
 
     Args:
         dtype: of the parameters; None: torch's default.

@@ -228,6 +228,16 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
     return _continue(config, path, found[-1])
 
 
+def begun_with(config: Train, key: str) -> str | None:
+    """The run in the folder of runs `config.<key>` that this one was begun with; None if it was not begun so."""
+    path, _ = _path(config, None)
+    try:
+        before = _saved(path).get(key)
+    except (OSError, yaml.YAMLError, AttributeError):
+        return None
+    return before if before is not None and Path(before).parent == Path(getattr(config, key)) else None
+
+
 def _again(path: Path) -> bool:
     """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
     job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}

@@ -131,10 +131,10 @@ class Train:
     run_dir: str | None = None
     seed: int = 1337
     imports: tuple[str, ...] = ()
-    init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
-    resume: str = "auto"  # auto, never, or a run or checkpoint
+    init_from: str | None = None  # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
+    resume: str = "auto"  # auto, never, or a run, a checkpoint, a folder of runs
     resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
-    fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
+    fork: str | None = None  # a run or checkpoint whose weights, optimizer state and step a new run starts from
     verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed; metrics.csv is the same
     profile: bool = False  # write a trace of a few steps into the run's folder
     profile_steps: tuple[int, int] | None = None  # the first and the last of them; null: the fourth to the sixth of this start
@@ -224,7 +224,7 @@ class Train:
 class PlanConfig:
     """Of which devices `plan` tells time and memory, and how."""
 
-    device: str = "H100"  # one of txtrain.config.hardware
+    device: str = "H100"  # one of txtrain.config.hardware, in any spelling: h100, a100-80gb
     n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
     memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
     simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
@@ -233,11 +233,15 @@ class PlanConfig:
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     format: Literal["text", "json"] = "text"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", hardware.key_of(self.device) or self.device)
+
     def check(self) -> Iterator[str]:
         if self.device not in hardware.PUBLISHED:
-            known = ", ".join(hardware.PUBLISHED)
-            instead = f"{self.device} instead: for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
-            yield f"`plan.device` must be one of {known}, but is {instead}"
+            yield (
+                f"`plan.device` must be one of {', '.join(hardware.PUBLISHED)}, but is {self.device} instead: "
+                f"for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
+            )
         if self.memory is not None and not bytes_of(self.memory):
             yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
         if self.n_devices is not None and self.n_devices < 1:

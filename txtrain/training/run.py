@@ -7,7 +7,7 @@ import dataclasses as dc
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,14 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.convert import plain
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
+from txtrain.errors import ConfigError, RunError
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -90,6 +92,7 @@ def train(
 
     Raises:
         ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
+        RunError: what only training found, as a row of the data unlike the others; the run's folder says `failed`.
     """
     origin, world = origin or Origin(), World.here()
     stop = Stop(first=world.rank == 0, several=world.size > 1, last_words=partial(_last_words, cfg, None))
@@ -108,6 +111,9 @@ def train(
         device = parallel.device()
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
+        parallel.check(module.model)
+        if place is not None and (source := place.source) is not None:
+            parallel.first(lambda: checkpoint.check_weights(source, module.model))
         data = data or DataModule(cfg, fallback)
         parallel.in_turn(data.prepare)
         parallel.agree({"the fingerprint of the data": data.fingerprint})
@@ -167,6 +173,20 @@ def short(cfg: Train) -> Train:
     return dc.replace(cfg, trainer=dc.replace(cfg.trainer, max_steps=n, val_check_interval=n, limit_val_batches=limit, log_every_n_steps=1))
 
 
+@contextlib.contextmanager
+def _begun() -> Iterator[None]:
+    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail.
+
+    What a worker of the loader finds arrives as text, behind torch's copy of the worker's traceback.
+    """
+    try:
+        yield
+    except ConfigError as e:
+        said = str(e).rpartition(f"{ConfigError.__name__}: ")[2].strip()
+        raise RunError(*said.splitlines()) from e
+
+
+@_begun()
 def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Recorder, stop: Stop) -> Result:
     """Run Lightning's loop, and leave the folder with the status that the run has."""
     place, parallel, status = recorder.folder, module.parallel, "failed"

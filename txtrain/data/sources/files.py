@@ -7,6 +7,7 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,8 +17,11 @@ from typing import IO, Any, NamedTuple
 from txtrain.errors import ConfigError, hint
 from txtrain.plain_files import check_expansion
 
-_HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
 _CHUNK = 1 << 24
+HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
+_LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]")
+_COMMA = re.compile(r",(?![^[]*\])")
+_QUOTED = re.compile(r"^(['\"])(.*)\1$")
 PACKED = {".gz": "gzip", ".zst": "Zstandard"}
 
 
@@ -32,11 +36,27 @@ def find_files(spec: str | Sequence[str], key: str, kinds: Sequence[str] = (".tx
         ConfigError: a path that does not exist, a folder without such files, an empty file.
     """
     found: dict[Path, None] = {}  # an ordered set: a file named twice counts once
-    for name in [spec] if isinstance(spec, str) else spec:
+    for name in listed(spec):
         found.update(dict.fromkeys(_expand(name, key, tuple(kinds), what)))
     if not found:
-        raise ConfigError(f"`{key}` must name at least one file, but is {list(spec)!r} instead.")
+        raise ConfigError(f"`{key}` must name at least one file, but is {spec!r} instead.")
     return list(found)
+
+
+def listed(spec: str | Sequence[str]) -> list[str]:
+    """The paths that `spec` stands for. A string is one path if it exists as typed, or matches files as a glob; else it
+    may be several: `a.txt,b.txt` or `[a.txt,b.txt]`. A comma within a glob's brackets separates nothing."""
+    if not isinstance(spec, str):
+        return list(spec)
+    inner, pattern = _LIST.fullmatch(spec), os.path.expanduser(spec)
+    if os.path.exists(pattern) or not (inner or "," in spec):
+        return [spec]
+    parts = [part.strip() for part in _COMMA.split(inner[1] if inner else spec)]
+    parts = [_QUOTED.sub(r"\2", part) for part in parts if part]
+    as_list = inner and (len(parts) > 1 or any(map(os.path.exists, parts)))  # and no set of characters of a glob
+    if not as_list and glob.has_magic(spec) and any(glob.iglob(pattern, recursive=True)):
+        return [spec]
+    return parts or [spec]
 
 
 def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path]:
@@ -187,7 +207,7 @@ def files_identity(files: Iterable[Path]) -> str:
     """A hash of the contents, in order; of paths, sizes and times where reading them would take long."""
     files = list(files)
     sha = hashlib.sha256()
-    by_contents = sum(p.stat().st_size for p in files) < _HASHED_BELOW
+    by_contents = sum(p.stat().st_size for p in files) < HASHED_BELOW
     for path in files:
         stat = path.stat()
         if by_contents:

@@ -199,6 +199,7 @@ class FolderImages:
     """Pictures in one folder a class; the classes are numbered in the order of their names. A picture is decoded when it is read."""
 
     def __init__(self, path: Path, key: str) -> None:
+        self.key = key
         self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
         found = [[p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes]
         self.files = [p for files in found for p in files]
@@ -217,7 +218,7 @@ class FolderImages:
     def read(self, i: int) -> NDArray[Any]:
         from PIL import Image
 
-        with _picture(str(self.files[i])), Image.open(self.files[i]) as picture:
+        with _picture(self.key, str(self.files[i])), Image.open(self.files[i]) as picture:
             return _decoded(picture)
 
 
@@ -237,13 +238,13 @@ class SetImages:
         return np.asarray(self.rows[self.columns[1]], dtype=np.int64)
 
     def read(self, i: int) -> NDArray[Any]:
-        with _picture(f"row {i} of the set"):
+        with _picture("data.path", f"row {i} of the set"):
             image = self.rows[i][self.columns[0]]
             return _decoded(image) if hasattr(image, "convert") else np.asarray(image)
 
 
 @contextmanager
-def _picture(where: str) -> Iterator[None]:
+def _picture(key: str, where: str) -> Iterator[None]:
     """Pillow's complaints as ours: it refuses pictures that unpack to far more than any camera makes."""
     from PIL import Image
 
@@ -252,7 +253,7 @@ def _picture(where: str) -> Iterator[None]:
         try:
             yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError, *_DAMAGED) as e:
-            raise ConfigError(f"`data.path`: {where} must be a whole picture, but is not: {shorten(e)}.") from e
+            raise ConfigError(f"`{key}`: {where} must be a whole picture, but is not: {shorten(e)}.") from e
 
 
 def _decoded(picture: Any) -> NDArray[Any]:

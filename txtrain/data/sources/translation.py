@@ -77,7 +77,7 @@ class Translation:
 
     @staticmethod
     def _file(path: str, key: str) -> Path:
-        (file,) = find_files(path, key)
+        (file,) = find_files((path,), key)
         return file
 
     def _aligned(self, source: Path, target: Path, key: str) -> Pairs:
