@@ -231,11 +231,8 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
 def begun_with(config: Train, key: str) -> str | None:
     """The run in the folder of runs `config.<key>` that this one was begun with; None if it was not begun so."""
     path, _ = _path(config, None)
-    try:
-        before = _saved(path).get(key)
-    except (OSError, yaml.YAMLError, AttributeError):
-        return None
-    return before if before is not None and Path(before).parent == Path(getattr(config, key)) else None
+    before = _saved(path).get(key) if (path / "config.yaml").exists() else None
+    return before if isinstance(before, str) and Path(before).parent == Path(getattr(config, key)) else None
 
 
 def _again(path: Path) -> bool:
