@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain import files
+from txtrain.checkpoint import state as state_file
+from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
-from txtrain.plain_files import check_keys, check_links, read_json
+from txtrain.plain_files import check_links, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -37,18 +39,7 @@ if TYPE_CHECKING:
     from txtrain.optim.average import Average
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
-NUMBERS = "optimizer"  # in state.json: what the optimizer keeps as plain numbers
 _NAME = re.compile(r"step_([0-9]{8,15})")
-_MOST = 10**15  # of any count
-_STATE: dict[str, Any] = {
-    "step": int, "metrics": dict[str, float], "tokens": int | None, "samples": int | None, "samples_size": int | None,
-    "seconds": float | None, "save_seconds": float | None, "losses": dict | None, "times": dict[str, float] | None,
-    "data_order_hash": str | None, "data_fingerprint": str | None, "stream_position": list[int] | None,
-    "open_row": dict[str, float | None] | None, "skipped": list[int] | None,
-    NUMBERS: dict[str, float | bool] | None,
-}
-_LOSSES: dict[str, Any] = {"window": list[float] | None, "first": float | None, "lowest": float | None}
-_LOSSES |= {"n_spikes": int | None, "far_off": int | None, "in_spike": bool | None}
 
 # ------------------------------------------------------------------------------------------------------------------- finding
 
@@ -143,21 +134,15 @@ def exists(where: str | Path) -> bool:
     return is_complete(path) or bool(complete(path)) or bool(_runs(path))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    """The counters and facts of a checkpoint.
+def read_state(path: Path) -> RunState:
+    """The state of the run at a checkpoint.
 
     Raises:
-        ConfigError: a value is of another kind than this class of checkpoints has, or the step is not the name's.
+        ConfigError: state.json is damaged, or its step is not the name's.
     """
-    state = read_json(path / STATE, finite=False)
-    check_keys(state, str(path / STATE), _STATE)
-    check_keys(state.get("losses") or {}, f"{path / STATE}: losses", _LOSSES)
-    sizes = [len(state[key]) for key in ("stream_position", "skipped") if state.get(key) is not None]
-    counts = [state["step"], *(state.get("stream_position") or ()), *(state.get("skipped") or ())]
-    if sizes not in ([], [2], [3, 2], [3]) or not all(0 <= n < _MOST for n in counts):
-        raise ConfigError(f"{path / STATE}: `step`, `stream_position` and `skipped` must be counts, but are {counts}.")
-    if _NAME.fullmatch(path.name) and state["step"] != step_of(path):
-        raise ConfigError(f"{path / STATE}: `step` must be {step_of(path)}, but is {state['step']} instead.")
+    state = state_file.read_state(path / STATE)
+    if _NAME.fullmatch(path.name) and state.step != step_of(path):
+        raise ConfigError(f"{path / STATE}: `step` must be {step_of(path)}, but is {state.step} instead.")
     return state
 
 
@@ -309,7 +294,7 @@ def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: A
     """
     from txtrain.optim import state as optimizer_state
 
-    numbers = read_state(path).get(NUMBERS, {})
+    numbers = read_state(path).optimizer
     optimizer_state.allocate(optimizer)
     optimizer_state.forget({*optimizer_names(path), *numbers}, model, optimizer)
     tensors = training_tensors(model, optimizer)
@@ -330,11 +315,10 @@ class SaveError(OSError):
     """A checkpoint could not be written; those that there were are as they were."""
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], group: Any = None) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], group: Any = None) -> None:
     """Write a checkpoint under another name, then give it its own: a kill at any moment leaves a complete one or none.
 
     Args:
-        state: JSON values.
         beside: writes what else belongs into the folder it is given.
         group: the processes that write together, each its parts; all of them call this. None: this one alone.
 
@@ -351,7 +335,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], be
         part.mkdir(parents=True)
 
     def finish() -> None:
-        files.write(part / STATE, json.dumps(state, indent=1))
+        files.write(part / STATE, state.to_json())
         beside(part)
         _seal(part, path)
 
@@ -426,7 +410,7 @@ def clean(run_dir: Path) -> None:
 def rotate(run_dir: Path, keep: SaveConfig) -> None:
     """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps."""
     found = complete(run_dir)
-    losses = {path: read_state(path)["metrics"].get("val_loss") for path in found}
+    losses = {path: read_state(path).val_loss for path in found}
     validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
     every = keep.keep_every_n_steps
     kept = {*found[-keep.keep_last :], *validated[: keep.keep_best], *(path for path in found if every and step_of(path) % every == 0)}

@@ -19,6 +19,7 @@ import yaml
 
 from txtrain import files, plain_files
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.state import FORMAT, RunState, check_format
 from txtrain.config.convert import plain
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
@@ -47,8 +48,7 @@ FREE = (
     "data.max_text_bytes",
 )
 
-# What is needed of a state.json to continue, and the kinds of what is read of a run.json.
-_NEEDED = {"seconds": float, "samples_size": int, "data_order_hash": str, "data_fingerprint": str}
+# The kinds of what is read of a run.json.
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
@@ -72,13 +72,9 @@ class RunFolder:
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The counters at the checkpoint; empty for a new run."""
-        if self.checkpoint is None:
-            return {}
-        state = checkpoint.read_state(self.checkpoint)
-        plain_files.check_keys(state, str(self.checkpoint / checkpoint.STATE), _NEEDED)
-        return state
+    def state(self) -> RunState:
+        """At the checkpoint; that of a run which has not begun, where there is none."""
+        return RunState() if self.checkpoint is None else checkpoint.read_state(self.checkpoint)
 
     @property
     def source(self) -> Path | None:
@@ -88,13 +84,12 @@ class RunFolder:
     @property
     def first_step(self) -> int:
         """Updates that are done before this process begins."""
-        step: int = 0 if self.source is None else checkpoint.read_state(self.source)["step"]
-        return step
+        return 0 if self.source is None else checkpoint.read_state(self.source).step
 
     @property
     def kept(self) -> int:
         """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
-        return self.first_step - (self.state.get("open_row") is not None) if self.checkpoint is not None else 0
+        return self.first_step - (self.state.open_row is not None) if self.checkpoint is not None else 0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -113,7 +108,7 @@ class RunFolder:
         self.write_config(config, self.path)
         life = _life(before, time.time() if start is None else start)
         self.began = life["first_start"] + life["complete_for"]
-        now = {**facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
+        now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
         now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
@@ -190,6 +185,7 @@ class RunFolder:
         if not path.exists():
             return {}
         found = plain_files.read_json(path, finite=False)
+        check_format(found, path)
         plain_files.check_keys(found, str(path), _FACTS)
         plain_files.check_keys(found.get("slurm") or {}, f"{path}: slurm", {"job": str | None, "restarts": int | None})
         try:

@@ -14,6 +14,7 @@ import torch
 
 from txtrain import files
 from txtrain.checkpoint.run_folder import RunFolder
+from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.monitor import slowness
 from txtrain.monitor.console import Display
@@ -43,11 +44,11 @@ class Watch:
         data: a DataModule that is prepared.
     """
 
-    def __init__(self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: Mapping[str, Any]) -> None:
+    def __init__(self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: RunState) -> None:
         self.config, self.data, self.folder, self.display, self.machine = config, data, folder, display, machine
-        self.meter = Meter(state.get("seconds", 0.0))
-        self.losses = Losses(state.get("losses"))
-        self.times = dict.fromkeys(PHASES, 0.0) | state.get("times", {})  # over all starts, of steps that counted
+        self.meter = Meter(state.seconds)
+        self.losses = Losses(state.losses)
+        self.times = dict.fromkeys(PHASES, 0.0) | state.times  # over all starts, of steps that counted
         self._writes = False
         self._told: set[str] = set()
         self._stretch: Stretch | None = None  # None: before the first row, which warms up
@@ -65,7 +66,7 @@ class Watch:
                 files.write(path, "".join(kept))
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint. JSON values."""
+        """Its part of the checkpoint's `RunState`."""
         return {"seconds": self.meter.seconds, "losses": self.losses.state(), "times": self.times}
 
     # ---------------------------------------------------------------------------------------------------------- each step

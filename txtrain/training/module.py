@@ -39,13 +39,20 @@ class LitModule(pl.LightningModule):
         config: from `txtrain.compose`.
         model: trained as it is; by default config.model's, initialised from config.seed.
         parallel: the run's processes, started; by default those of config.strategy.
+        objective: by default config.objective's.
     """
 
-    def __init__(self, config: Train, model: nn.Module | None = None, parallel: OneProcess | None = None) -> None:
+    def __init__(
+        self,
+        config: Train,
+        model: nn.Module | None = None,
+        parallel: OneProcess | None = None,
+        objective: Objective | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
         self.config = config
-        self.objective: Objective = build_objective(config)
+        self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
         check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
