@@ -11,6 +11,7 @@ from txtrain.checkpoint import format as checkpoint
 from txtrain.config.convert import build
 from txtrain.config.init_from import tokenizer_folder
 from txtrain.errors import ConfigError
+from txtrain.files import path_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.config import ModelConfig
 from txtrain.plain_files import check_keys, read_yaml
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
     from txtrain.model.transformer import Transformer
+
+
+WEIGHTS = ("model", "ema")
 
 
 @dc.dataclass(frozen=True)
@@ -47,7 +51,7 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     Raises:
         ConfigError: there is no model, or its config is damaged, hostile, not supported, or needs components that were not imported.
     """
-    folder = Path(where).expanduser()
+    folder = path_of(where, key)
     if (folder / "config.json").is_file():
         from txtrain.hf.registry import read_config
 
@@ -89,11 +93,16 @@ def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = N
     """
     import torch
 
-    if (Path(where).expanduser() / "config.json").is_file() or not checkpoint.exists(Path(where)):
+    folder = path_of(where, "where")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"`dtype` must be a floating dtype of torch or None, but is {dtype!r} instead.")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"`weights` must be one of {', '.join(WEIGHTS)}, but is {weights!r} instead.")
+    if (folder / "config.json").is_file() or not checkpoint.exists(folder):
         from txtrain.hf.load import load_pretrained as from_hf
 
         _refuse_average(where, weights)
-        return from_hf(where, dtype)
+        return from_hf(folder, dtype)
     return load(where, torch.get_default_device(), weights=weights).model.to(dtype or torch.get_default_dtype())
 
 

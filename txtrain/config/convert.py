@@ -40,6 +40,40 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     return typing.cast(T, made)
 
 
+def checked(value: Any, cls: type[T], name: str, path: str = "") -> T:
+    """The value of that argument, if it is a sound `cls`: in Python it may have been made or changed by hand.
+
+    path: at which it lies in a run's configuration.
+
+    Raises:
+        ConfigError: it is something else, or what `build` would not make.
+    """
+    if not isinstance(value, cls):
+        kind = type(value).__name__
+        raise ConfigError(f"`{name}` must be a {cls.__name__}, as txtrain.compose makes it, but is {kind} instead.")
+    made, problems = part(type(value), plain(value), path)
+    problems = problems or list(_differences(made, value, path))
+    problems = problems or list(getattr(value, "check", tuple)())
+    if problems:
+        raise ConfigError(*problems)
+    return value
+
+
+def _differences(made: Any, value: Any, path: str) -> Iterator[str]:
+    """Where a value is not of the type that `build` would give it, though it says the same, as a dict does."""
+    if type(made) is not type(value) and not (type(value) is int and type(made) is float):
+        yield f"`{path}` must be {type(made).__name__}, but is {type(value).__name__} instead."
+    elif dc.is_dataclass(made):
+        for f in dc.fields(made):
+            yield from _differences(getattr(made, f.name), getattr(value, f.name), _join(path, key_of(f)))
+    elif isinstance(made, Mapping):
+        for key in made:
+            yield from _differences(made[key], value[key], _join(path, str(key)))
+    elif isinstance(made, (list, tuple)):
+        for i, (ours, theirs) in enumerate(zip(made, value, strict=True)):
+            yield from _differences(ours, theirs, f"{path}[{i}]")
+
+
 def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
     """As `build`, of what lies at `path` of a configuration: the object, if nothing is wrong, and what is wrong."""
     reader = _Reader(cls)

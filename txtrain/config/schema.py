@@ -321,26 +321,17 @@ class Preview(Train):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Generate:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
-    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    prompt: str | None = None  # `-`: standard input
-    prompt_file: str | None = None  # one prompt a line
+class Sampling:
+    """How tokens are chosen: what the verb `generate` and `txtrain.generate` have in common."""
+
     max_new_tokens: int = 64
     temperature: float = 0.8  # 0: the most likely token
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int = 0
-    stream: bool = True  # print tokens as they come, where one prompt is given
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    imports: tuple[str, ...] = ()
+    seed: int | None = 0  # null: of torch's own generator
 
     def check(self) -> Iterator[str]:
-        if self.checkpoint is None:
-            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
-        if (self.prompt is None) == (self.prompt_file is None):
-            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
         if self.max_new_tokens < 1:
             yield f"`max_new_tokens` must be at least 1, but is {self.max_new_tokens} instead."
         if self.temperature < 0:
@@ -351,6 +342,26 @@ class Generate:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            yield f"`seed` must be an integer of 64 bits or null, but is {self.seed} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    prompt: str | None = None  # `-`: standard input
+    prompt_file: str | None = None  # one prompt a line
+    stream: bool = True  # print tokens as they come, where one prompt is given
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    imports: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
+        if (self.prompt is None) == (self.prompt_file is None):
+            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
+        yield from Sampling.check(self)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

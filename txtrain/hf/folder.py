@@ -7,6 +7,7 @@ from pathlib import Path
 
 from txtrain import plain_files
 from txtrain.errors import ConfigError
+from txtrain.files import path_of
 
 # What a tokenizer of transformers is made of, and how images are to be scaled. Copied byte for byte, never opened here.
 TOKENIZER_FILES = (
@@ -26,7 +27,7 @@ TOKENIZER_FILES = (
 
 
 def checked(folder: str | os.PathLike[str]) -> Path:
-    path = Path(folder).expanduser()
+    path = path_of(folder, "folder")
     if not path.is_dir():
         raise ConfigError(f"`load_pretrained` must be given a folder, but {str(folder)!r} is {'a file' if path.exists() else 'not there'}.")
     return path

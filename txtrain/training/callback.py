@@ -76,6 +76,7 @@ class RunCallback(pl.Callback):
         self.columns = (*COLUMNS, *columns) + balancing.columns(config.model) + data.columns
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
+        self._works: dict[tuple[int, int], tuple[int, float, float]] = {}  # by the lengths of a batch, see `_work`
 
     # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -188,11 +189,14 @@ class RunCallback(pl.Callback):
 
     def _work(self, module: LitModule, batch: Any) -> tuple[int, float, float]:
         """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
-        model, n = self.config.model, self.config.data.global_batch_size
         lengths = module.objective.lengths(batch, self.config.seq_len)
-        longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
-        again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
-        return n * longer, n * model.flops_per_sample(*lengths, self.config.objective.target_share), n * again
+        if lengths not in self._works:  # a part of the user's own is built to be counted
+            model, n = self.config.model, self.config.data.global_batch_size
+            longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
+            once = model.flops_per_sample(*lengths, self.config.objective.target_share)
+            again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
+            self._works[lengths] = n * longer, n * once, n * again
+        return self._works[lengths]
 
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What is known of the step without a validation. Waits for the device."""

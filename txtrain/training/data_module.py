@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from txtrain.config.convert import checked
 from txtrain.config.schema import Train
 from txtrain.data.prepare import Prepared, prepare
 from txtrain.data.samples.length_order import LengthOrder
@@ -45,6 +46,9 @@ class DataModule(L.LightningDataModule):
         settled: why the data are not those that were asked for, or "" where they are: the config comes from `settle`. By default it
             is settled here.
         objective: by default config.objective's.
+
+    Raises:
+        ConfigError: the config is none, or illegal.
     """
 
     tokenizer: Tokenizer | None
@@ -55,8 +59,9 @@ class DataModule(L.LightningDataModule):
 
     def __init__(self, config: Train, settled: str | None = None, objective: Objective | None = None) -> None:
         super().__init__()
-        self.config, self._settled, self._objective = config, settled, objective
+        self.config, self._settled, self._objective = checked(config, Train, "config"), settled, objective
         self.fallback = settled or None
+        self.given = config  # before `settle`
         self.start_step = 0
         self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
         self._stream: StreamTokens | None = None

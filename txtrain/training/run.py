@@ -18,7 +18,7 @@ from torch import nn
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.run_folder import RunFolder
-from txtrain.config.convert import plain
+from txtrain.config.convert import checked, plain
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
@@ -44,7 +44,7 @@ from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
-from txtrain.training.module import LitModule
+from txtrain.training.module import LitModule, check_model
 from txtrain.training.signals import Cause, Preempted, Stop
 
 
@@ -94,6 +94,9 @@ def train(
         ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
         RunError: what only training found, as a row of the data unlike the others; the run's folder says `failed`.
     """
+    checked(cfg, Train, "cfg")
+    check_model(model, cfg)
+    _check_given(cfg, data, callbacks)
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
@@ -149,6 +152,31 @@ def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[t
         if world.size > 1:
             stack.enter_context(marked(world.rank, parallel.is_new))
         yield stop, parallel
+
+
+def _check_given(cfg: Train, data: object, callbacks: object) -> None:
+    """Of what a run is given beside its configuration, which is what its folder says of it."""
+    if data is not None:
+        if not isinstance(data, DataModule):
+            raise ConfigError(f"`data` must be a txtrain.DataModule, but is {type(data).__name__} instead.")
+        ours, theirs = _shape_of_batches(cfg), _shape_of_batches(data.given)
+        for key, value in ours.items():
+            if theirs[key] != value:
+                what = f"{key} {value}, as cfg has it, but is made for {theirs[key]} instead"
+                raise ConfigError(f"`data` must be made for {what}: txtrain.DataModule(cfg).")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(c, pl.Callback) for c in callbacks):
+        raise ConfigError(f"`callbacks` must be a list of lightning Callbacks, but is {callbacks!r} instead.")
+
+
+def _shape_of_batches(cfg: Train) -> dict[str, Any]:
+    """What decides which batches the training step is given."""
+    return {
+        "model.topology": cfg.model.topology,
+        "objective": cfg.objective,
+        "data.kind": cfg.data.kind,
+        "data.global_batch_size": cfg.data.global_batch_size,
+        "data.seq_len": cfg.seq_len,
+    }
 
 
 def run_train(config: Train, origin: Origin | None = None) -> int:
