@@ -177,7 +177,7 @@ def choose(
     """One token a row, [B]."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / temperature
+    logits_BV = logits_BV.float() / max(temperature, 1e-30)  # float32 has no smaller one: 0 / 0
     if top_k is not None and top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
