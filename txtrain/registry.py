@@ -9,15 +9,29 @@ from __future__ import annotations
 import dataclasses as dc
 import importlib
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 T = TypeVar("T", bound=type)
+
+
+# How ranks share what a component owns. What it does not name is whole in every rank.
+#     rows           a matrix by its outputs
+#     shared_rows    the same; where there are more ranks than key-value heads, whole in each, which reads one head's
+#     columns        a matrix by its inputs: its outputs are parts of a sum over the ranks
+#     heads          a table with a column a head, where attention is cut
+#     vocabulary     by tokens
+#     equal_part     a number of which each rank counts an equal part
+#     experts        stacked experts, whole ones for each rank of `strategy.ep_size`
+Sharding = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
+WHOLE: Mapping[str, Sharding] = MappingProxyType({})
 
 
 class Option(NamedTuple):
     config: type  # frozen dataclass; its `type` field is the option's name
     target: str | type  # "module:Class", or the class itself where a user registered it
+    sharding: Mapping[str, Sharding] = WHOLE  # by the names of modules, parameters and numbers within the component
 
 
 TABLE: dict[str, dict[str, Option]] = {}
@@ -36,9 +50,14 @@ def group_of(axis: str) -> str:
     return GROUP.get(axis, axis)
 
 
-def register(axis: str, names: str, target: str | type, config: type) -> None:
+def register(axis: str, names: str, target: str | type, config: type, sharding: Mapping[str, Sharding] = WHOLE) -> None:
     for name in names.split():
-        TABLE.setdefault(axis, {})[name] = Option(config, target)
+        TABLE.setdefault(axis, {})[name] = Option(config, target, sharding)
+
+
+def sharding_of(axis: str, config: Any) -> Mapping[str, Sharding]:
+    """How ranks share what an option's component owns."""
+    return TABLE[axis][config.type].sharding
 
 
 def resolve(axis: str, name: str) -> Any:

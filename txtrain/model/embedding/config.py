@@ -130,5 +130,11 @@ class PatchEmbeddingConfig(EmbeddingBase):
         return t.cat(t.expanded(t.parameter(1, 1, dim, name="class_token"), place.batch * dim), t.back_copied(x))
 
 
-register("embedding", "token", "txtrain.model.embedding.embeddings:TokenEmbedding", TokenEmbeddingConfig)
+register(
+    "embedding",
+    "token",
+    "txtrain.model.embedding.embeddings:TokenEmbedding",
+    TokenEmbeddingConfig,
+    {"token": "vocabulary"},
+)
 register("embedding", "patch", "txtrain.model.embedding.embeddings:PatchEmbedding", PatchEmbeddingConfig)

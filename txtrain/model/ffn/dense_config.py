@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from txtrain.model.component import Component, config
-from txtrain.registry import knob, register
+from txtrain.model.component import Component, Size, config
+from txtrain.registry import Sharding, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -30,6 +30,9 @@ class MLPConfig(Component):
 
     def width(self, model: ModelConfig) -> int:
         return self.hidden_dim or 4 * model.dim
+
+    def divided(self, model: ModelConfig) -> Iterator[Size]:
+        yield Size("model.ffn.hidden_dim", self.width(model))
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         if self.hidden_dim is not None and self.hidden_dim < 1:
@@ -72,5 +75,7 @@ class GatedConfig(MLPConfig):
         return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 
-register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig)
-register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig)
+SHARDING: dict[str, Sharding] = {"up_proj": "rows", "down_proj": "columns"}
+GATED_SHARDING: dict[str, Sharding] = {"gate_proj": "rows", **SHARDING}
+register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig, SHARDING)
+register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig, GATED_SHARDING)

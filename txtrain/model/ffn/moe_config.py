@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from txtrain.errors import divisors_near
-from txtrain.model.component import Component, config
-from txtrain.model.ffn.dense_config import Activation
+from txtrain.model.component import Component, Size, config
+from txtrain.model.ffn.dense_config import GATED_SHARDING, Activation
 from txtrain.registry import knob, register
 
 if TYPE_CHECKING:
@@ -46,6 +46,11 @@ class MoEConfig(Component):
 
     def dense_width(self, model: ModelConfig) -> int:
         return self.dense_hidden_dim or math.ceil(model.dim / 3) * 8
+
+    def divided(self, model: ModelConfig) -> Iterator[Size]:
+        yield Size("model.ffn.hidden_dim", self.width(model))
+        if self.dense_layers:
+            yield Size("model.ffn.dense_hidden_dim", self.dense_width(model))
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         path = "model.ffn"
@@ -131,4 +136,10 @@ class MoEConfig(Component):
         return t.add(y, t.named("shared", gated, t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
 
 
-register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig)
+register(
+    "ffn",
+    "moe moe_softmax",
+    "txtrain.model.ffn.moe:feed_forward",
+    MoEConfig,
+    {**GATED_SHARDING, "aux_weight": "equal_part", "experts": "experts"},  # the auxiliary loss: every rank's, of all tokens
+)

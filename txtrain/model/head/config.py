@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from txtrain.model.component import Component, config
 from txtrain.model.ffn.dense_config import Activation
-from txtrain.registry import knob, register
+from txtrain.registry import Sharding, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -131,6 +131,7 @@ def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | No
     return t.softmax(t.to(logits, 4))
 
 
-register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig)
-register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig)
+BY_VOCABULARY: dict[str, Sharding] = {"weight": "vocabulary", "bias": "vocabulary"}
+register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig, BY_VOCABULARY)
+register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig, BY_VOCABULARY)
 register("head", "class", "txtrain.model.head.heads:ClassHead", ClassHeadConfig)

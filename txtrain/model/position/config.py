@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from txtrain.model.component import Component, config
 from txtrain.registry import BASES, register
@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 @config
 class PositionConfig(Component):
     """No position at all (NoPE, 2305.19466): a causal model can still count. Base of the others."""
+
+    scaling = cast("RoPEScalingConfig | None", None)  # not a field: rotary positions have one
+
+    def max_positions(self, model: ModelConfig) -> int | None:
+        """Positions that the scheme tells apart; None: any number."""
+        return None
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return 0
@@ -62,6 +68,9 @@ class LearnedConfig(PositionConfig):
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         return {"grid": model.embedding.grid()}
 
+    def max_positions(self, model: ModelConfig) -> int | None:
+        return model.max_seq_len
+
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return model.max_seq_len * model.dim
 
@@ -76,6 +85,8 @@ class RoPEScalingConfig:
 
     rope_type: str
     factor: float
+
+    mscale_all_dim = cast("float | None", None)  # not a field: YaRN has one
 
     def check(self, path: str) -> Iterator[str]:
         if not self.factor >= 1:
@@ -177,7 +188,13 @@ register("position", "none", "txtrain.model.position.encodings:Position", Positi
 register("position", "sinusoidal", "txtrain.model.position.encodings:Sinusoidal", SinusoidalConfig)
 register("position", "learned", "txtrain.model.position.encodings:Learned", LearnedConfig)
 register("position", "rope", "txtrain.model.position.encodings:RoPE", RoPEConfig)
-register("position", "relative", "txtrain.model.position.encodings:RelativeBias", RelativeConfig)
+register(
+    "position",
+    "relative",
+    "txtrain.model.position.encodings:RelativeBias",
+    RelativeConfig,
+    {"embedding": "heads"},
+)
 register("position", "alibi", "txtrain.model.position.encodings:ALiBi", AlibiConfig)
 register("rope_scaling", "linear", "txtrain.model.position.encodings:linear_frequencies", LinearScaling)
 register("rope_scaling", "ntk", "txtrain.model.position.encodings:ntk_frequencies", NTKScaling)
