@@ -24,14 +24,15 @@ T = TypeVar("T", bound=type)
 #     vocabulary     by tokens
 #     equal_part     a number of which each rank counts an equal part
 #     experts        stacked experts, whole ones for each rank of `strategy.ep_size`
-Sharding = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
-WHOLE: Mapping[str, Sharding] = MappingProxyType({})
+How = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
+Cut = Mapping[str, How]  # by the names of modules, parameters and numbers within a component
+WHOLE: Cut = MappingProxyType({})
 
 
 class Option(NamedTuple):
-    config: type  # frozen dataclass; its `type` field is the option's name
+    config: type[Any]  # frozen dataclass; its `type` field is the option's name
     target: str | type  # "module:Class", or the class itself where a user registered it
-    sharding: Mapping[str, Sharding] = WHOLE  # by the names of modules, parameters and numbers within the component
+    cut: Cut = WHOLE
 
 
 TABLE: dict[str, dict[str, Option]] = {}
@@ -50,14 +51,14 @@ def group_of(axis: str) -> str:
     return GROUP.get(axis, axis)
 
 
-def register(axis: str, names: str, target: str | type, config: type, sharding: Mapping[str, Sharding] = WHOLE) -> None:
+def register(axis: str, names: str, target: str | type, config: type, cut: Cut = WHOLE) -> None:
     for name in names.split():
-        TABLE.setdefault(axis, {})[name] = Option(config, target, sharding)
+        TABLE.setdefault(axis, {})[name] = Option(config, target, cut)
 
 
-def sharding_of(axis: str, config: Any) -> Mapping[str, Sharding]:
+def cut_of(axis: str, config: Any) -> Cut:
     """How ranks share what an option's component owns."""
-    return TABLE[axis][config.type].sharding
+    return TABLE[axis][config.type].cut
 
 
 def resolve(axis: str, name: str) -> Any:

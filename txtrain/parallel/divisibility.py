@@ -1,4 +1,4 @@
-"""What ranks that share a model must divide of it, as its components declare (`txtrain.registry.Sharding`). No torch."""
+"""What ranks that share a model must divide of it, as components declare (`txtrain.registry.Cut`). No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from inspect import signature
 from typing import TYPE_CHECKING
 
-from txtrain.registry import resolve, sharding_of
+from txtrain.registry import cut_of, resolve
 
 if TYPE_CHECKING:
     from txtrain.model.component import Size
@@ -17,7 +17,7 @@ SUBLAYERS = ("attention", "ffn")
 
 def experts(model: ModelConfig) -> int | None:
     """How many each mixture has; None: there is none that can be divided by experts."""
-    return int(model.ffn.n_experts) if "experts" in sharding_of("ffn", model.ffn).values() else None
+    return int(model.ffn.n_experts) if "experts" in cut_of("ffn", model.ffn).values() else None
 
 
 _COUNTED = (
@@ -29,7 +29,7 @@ _COUNTED = (
 def sizes(model: ModelConfig) -> list[Size]:
     """What is divided."""
     components = [(axis, getattr(model, axis)) for axis in SUBLAYERS]
-    return [size for axis, c in components if sharding_of(axis, c) for size in c.divided(model)]
+    return [size for axis, c in components if cut_of(axis, c) for size in c.divided(model)]
 
 
 def shared_heads(model: ModelConfig) -> int:
@@ -40,7 +40,7 @@ def shared_heads(model: ModelConfig) -> int:
 def whole(model: ModelConfig) -> list[str]:
     """The chosen options, `model/axis=name`, that nothing divides: every rank computes them in full."""
     components = [(axis, getattr(model, axis)) for axis in SUBLAYERS]
-    return [f"model/{axis}={c.type}" for axis, c in components if not sharding_of(axis, c)]
+    return [f"model/{axis}={c.type}" for axis, c in components if not cut_of(axis, c)]
 
 
 def problems(model: ModelConfig, key: str, size: int, world: int) -> Iterator[str]:
@@ -51,8 +51,9 @@ def problems(model: ModelConfig, key: str, size: int, world: int) -> Iterator[st
         if not s.fits(size):
             how = "divide, or be a multiple of," if s.shared else "divide"
             yield f"`{key}` must {how} {s.key} ({s.value}), but is {size} instead. {near}"
-    if not sharding_of("ffn", ffn := model.ffn) and "loss_scale" in signature(resolve("ffn", ffn.type).forward).parameters:
-        yield _COUNTED.format(f"model/ffn={ffn.type}")
+    kind = model.ffn.type
+    if not cut_of("ffn", model.ffn) and "loss_scale" in signature(resolve("ffn", kind).forward).parameters:
+        yield _COUNTED.format(f"model/ffn={kind}")
     if not _leaves_rows(model, size):
         yield f"`{key}` must leave each process a part of model.vocab_size ({model.vocab_size}), but is {size} instead. {near}"
 

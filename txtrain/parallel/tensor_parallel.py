@@ -1,12 +1,13 @@
 """Tensor parallelism, applied from outside: each layer's matrices in parts, the stream between them by positions.
 
-A parameter becomes a DTensor, so that checkpoints, optimizers and FSDP know what is whole and what is in parts; the module
-that owns it reads this rank's part (dtensor_parts.py). So a component computes what it always computes, with fewer heads or a
-narrower hidden layer, and only where it meets the others is anything added: see tensor_collectives.py for how activations pass.
+A parameter becomes a DTensor, so that checkpoints, optimizers and FSDP know what is whole and what is in parts; the
+module that owns it reads this rank's part (dtensor_parts.py). So a component computes what it always computes, with
+fewer heads or a narrower hidden layer, and only where it meets the others is anything added: see tensor_collectives.py
+for how activations pass.
 
-A component declares what is cut and how (`txtrain.registry.Sharding`): attention by heads, feed-forward by its hidden size,
-embedding and output matrix by the vocabulary. Everything else within a block is divided by positions: norms, dropout,
-residuals; a component that declares nothing reads all positions, and its matrices stay whole.
+A component declares what is cut and how (`txtrain.registry.Cut`): attention by heads, feed-forward by its hidden
+size, embedding and output matrix by the vocabulary. Everything else within a block is divided by positions: norms,
+dropout, residuals; a component that declares nothing reads all positions, and its matrices stay whole.
 """
 
 # B batch, T positions, P positions of one process, D model size, N heads, K key-value heads, V vocabulary, C tokens of a chunk
@@ -34,7 +35,7 @@ from txtrain.parallel.dtensor_parts import ROWS, VocabularyPart, own_parameters,
 from txtrain.parallel.grad_norm import clip
 from txtrain.parallel.gradient_buckets import GradientBuckets, local
 from txtrain.parallel.tensor_collectives import Lanes
-from txtrain.registry import Sharding, sharding_of
+from txtrain.registry import How, cut_of
 
 Forward = Callable[..., Any]
 
@@ -63,7 +64,7 @@ class Cut:
     # -------------------------------------------------------------------------------------------------------- outside blocks
 
     def vocabulary(self) -> None:
-        tables, parameters = sharding_of("embedding", self.config.embedding), sharding_of("head", self.config.head)
+        tables, parameters = cut_of("embedding", self.config.embedding), cut_of("head", self.config.head)
         children: list[tuple[str, Any]] = list(self.model.named_children())
         for name, module in children:
             if name in ("embedding", "encoder_embedding"):
@@ -88,9 +89,9 @@ class Cut:
         return self.lanes.summed(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
 
     def positions(self) -> None:
-        """What a position scheme gives to the blocks comes back as parts of a gradient; a table lies by heads where those are."""
-        by_heads = sharding_of("attention", self.config.attention)
-        tables = sharding_of("position", self.config.position) if by_heads else ()
+        """What it gives to the blocks comes back as parts of a gradient; a table lies by heads where attention does."""
+        by_heads = cut_of("attention", self.config.attention)
+        tables = cut_of("position", self.config.position) if by_heads else ()
         for module in self.model.modules():
             if isinstance(module, Position) and tables:
                 for table in map(module.get_submodule, tables):
@@ -142,7 +143,7 @@ class Cut:
             yield
 
     def _cut_sublayer(self, sublayer: nn.Module, axis: str) -> None:
-        how = sharding_of(axis, getattr(self.config, axis))
+        how = cut_of(axis, getattr(self.config, axis))
         if not how:
             wrap(sublayer, "forward", self._whole)
             return
@@ -181,38 +182,24 @@ class Cut:
 
     # -------------------------------------------------------------------------------------------------------------- matrices
 
-    def _cut_matrix(self, linear: Any, how: Sharding | None, is_last: bool) -> bool:
+    def _cut_matrix(self, linear: Any, how: How | None, is_last: bool) -> bool:
         """is_last: its outputs are the sublayer's. True: they are summed here, before the bias is added."""
         if how == "shared_rows" and (heads := shared_heads(self.config)) % self.lanes.size:
             n, head = linear.out_features // heads, self.lanes.rank * heads // self.lanes.size
-            self._take(linear, slice(head * n, (head + 1) * n))
+            self._place(linear, weight=Replicate(), bias=Replicate())
+            linear.__dict__[ROWS] = slice(head * n, (head + 1) * n)
         elif how in ("rows", "shared_rows"):
-            self._by_rows(linear)
-        elif how == "columns" and is_last:
-            self._by_columns(linear)
-            return True
+            self._place(linear, weight=Shard(0), bias=Shard(0))
         elif how == "columns":
-            assert linear.bias is None  # it would be added by each
-            self._place(linear, weight=Shard(1))
-        return False
-
-    def _by_rows(self, linear: nn.Linear) -> None:
-        """Each process some outputs."""
-        self._place(linear, weight=Shard(0), bias=Shard(0))
-
-    def _by_columns(self, linear: nn.Linear) -> None:
-        """Each process some inputs: a part of every output, summed before the bias is added."""
-        self._place(linear, weight=Shard(1), bias=Replicate())
-        wrap(linear, "forward", self._reduced, linear)
+            assert is_last or linear.bias is None  # each rank would add it
+            self._place(linear, weight=Shard(1), bias=Replicate())
+            if is_last:
+                wrap(linear, "forward", self._reduced, linear)
+        return how == "columns" and is_last
 
     def _reduced(self, linear: nn.Linear, forward: Forward, x: Tensor) -> Tensor:
         y = self.lanes.leave(F.linear(x, linear.weight))
         return y if linear.bias is None else y + linear.bias.to(y.dtype)
-
-    def _take(self, linear: nn.Linear, rows: slice) -> None:
-        """Whole in every process, of which this one reads some rows."""
-        self._place(linear, weight=Replicate(), bias=Replicate())
-        linear.__dict__[ROWS] = rows
 
     def _place(self, owner: nn.Module, **placements: Placement) -> None:
         place(owner, self.lanes.mesh, **placements)

@@ -8,7 +8,7 @@ from txtrain.model import options
 from txtrain.model.build import construct
 from txtrain.parallel import divisibility
 from txtrain.planning.memory.tensor_parallel import narrowed
-from txtrain.registry import TABLE, sharding_of
+from txtrain.registry import TABLE, cut_of
 
 N = 2  # ranks
 COMPONENTS = {
@@ -43,17 +43,17 @@ def test_a_component_with_sizes_divided_has_the_parts_that_it_declares(name, lay
     met = {key for owner in whole.modules() for key in (*vars(owner), *owner._modules)}
     for key, p in whole.named_parameters():
         *_, last, kind = ("", *key.split("."))
-        how = sharding_of(axis, component).get(last if kind in ("weight", "bias") else kind)
+        how = cut_of(axis, component).get(last if kind in ("weight", "bias") else kind)
         met.add(kind)
         if how == "shared_rows":
             how = "whole" if divisibility.shared_heads(model) % N else "rows"
         assert narrow[key].shape == expected(p.shape, how, kind == "bias"), (key, how)
-    missing = sharding_of(axis, component).keys() - met
+    missing = cut_of(axis, component).keys() - met
     assert not missing or (name.startswith("moe") and layer == 0), f"declared, but not there: {missing}"
 
 
 def test_every_option_with_a_declaration_is_tried():
-    declared = {name for axis in divisibility.SUBLAYERS for name, option in TABLE[axis].items() if option.sharding}
+    declared = {name for axis in divisibility.SUBLAYERS for name, option in TABLE[axis].items() if option.cut}
     assert declared == set(COMPONENTS)
 
 
@@ -70,7 +70,7 @@ def test_what_lies_by_vocabulary_or_by_heads_has_a_row_a_token_or_a_column_a_hea
     model = tiny(**{axis: component, "tie_word_embeddings": False})
     with torch.device("meta"):
         module = construct(axis, component, model)
-    for name, how in sharding_of(axis, component).items():
+    for name, how in cut_of(axis, component).items():
         parameter = getattr(module, name)
         shape = getattr(parameter, "weight", parameter).shape
         assert shape[0 if how == "vocabulary" else 1] == (model.vocab_size if how == "vocabulary" else model.n_heads)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from txtrain.model.attention.multi_head_config import AttentionBase
 from txtrain.model.component import Size, config
-from txtrain.registry import knob, register
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -143,10 +143,5 @@ def _yarn_sharpening(model: ModelConfig) -> float:
     return mscale**2
 
 
-register(
-    "attention",
-    "mla",
-    "txtrain.model.attention.latent:LatentAttention",
-    MLAConfig,
-    {"q_proj": "rows", "k_proj": "rows", "v_proj": "rows", "o_proj": "columns"},
-)
+CUT: Cut = {"q_proj": "rows", "k_proj": "rows", "v_proj": "rows", "o_proj": "columns"}
+register("attention", "mla", "txtrain.model.attention.latent:LatentAttention", MLAConfig, CUT)

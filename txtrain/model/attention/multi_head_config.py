@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from txtrain.errors import divisors_near
 from txtrain.model.component import Component, Size, config
-from txtrain.registry import BASES, knob, register
+from txtrain.registry import BASES, Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -167,11 +167,6 @@ class AttentionConfig(AttentionBase):
         return t.linear(y, n * h, model.dim, self.bias, name="o_proj")
 
 
-register(
-    "attention",
-    "mha gqa mqa",
-    "txtrain.model.attention.multi_head:MultiHeadAttention",
-    AttentionConfig,
-    {"q_proj": "rows", "k_proj": "shared_rows", "v_proj": "shared_rows", "o_proj": "columns"},
-)
+CUT: Cut = {"q_proj": "rows", "k_proj": "shared_rows", "v_proj": "shared_rows", "o_proj": "columns"}
+register("attention", "mha gqa mqa", "txtrain.model.attention.multi_head:MultiHeadAttention", AttentionConfig, CUT)
 BASES["attention"] = AttentionBase

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, Size, config
-from txtrain.registry import Sharding, knob, register
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -75,7 +75,7 @@ class GatedConfig(MLPConfig):
         return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 
-SHARDING: dict[str, Sharding] = {"up_proj": "rows", "down_proj": "columns"}
-GATED_SHARDING: dict[str, Sharding] = {"gate_proj": "rows", **SHARDING}
-register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig, SHARDING)
-register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig, GATED_SHARDING)
+CUT: Cut = {"up_proj": "rows", "down_proj": "columns"}
+GATED_CUT: Cut = {**CUT, "gate_proj": "rows"}
+register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig, CUT)
+register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig, GATED_CUT)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from txtrain.errors import divisors_near
 from txtrain.model.component import Component, Size, config
-from txtrain.model.ffn.dense_config import GATED_SHARDING, Activation
-from txtrain.registry import knob, register
+from txtrain.model.ffn.dense_config import GATED_CUT, Activation
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -136,10 +136,5 @@ class MoEConfig(Component):
         return t.add(y, t.named("shared", gated, t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
 
 
-register(
-    "ffn",
-    "moe moe_softmax",
-    "txtrain.model.ffn.moe:feed_forward",
-    MoEConfig,
-    {**GATED_SHARDING, "aux_weight": "equal_part", "experts": "experts"},  # the auxiliary loss: every rank's, of all tokens
-)
+CUT: Cut = {**GATED_CUT, "aux_weight": "equal_part", "experts": "experts"}
+register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig, CUT)

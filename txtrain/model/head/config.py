@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
 from txtrain.model.ffn.dense_config import Activation
-from txtrain.registry import Sharding, knob, register
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @config
 class HeadConfig(Component):
-    """What every head has."""
+    """What every head has. skips: its loss leaves out the positions without a target."""
+
+    skips: ClassVar[bool] = False
+    next_sentence = False  # not a field: BERT's head has one
 
     def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
         """Forward operations a position in training, where so many of the positions have a target: as many as ever, unless a head skips the rest."""
@@ -57,6 +60,7 @@ class LMHeadConfig(HeadConfig):
 class MLMHeadConfig(HeadConfig):
     """BERT's (1810.04805): dense, activation, norm, then the vocabulary with a bias; beside it the pooler and the next-sentence head."""
 
+    skips = True
     activation: Activation = "gelu"
     next_sentence: bool = True
 
@@ -131,7 +135,7 @@ def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | No
     return t.softmax(t.to(logits, 4))
 
 
-BY_VOCABULARY: dict[str, Sharding] = {"weight": "vocabulary", "bias": "vocabulary"}
-register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig, BY_VOCABULARY)
-register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig, BY_VOCABULARY)
+CUT: Cut = {"weight": "vocabulary", "bias": "vocabulary"}
+register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig, CUT)
+register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig, CUT)
 register("head", "class", "txtrain.model.head.heads:ClassHead", ClassHeadConfig)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 from txtrain.model.component import Component, config
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, Cut, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -188,13 +188,8 @@ register("position", "none", "txtrain.model.position.encodings:Position", Positi
 register("position", "sinusoidal", "txtrain.model.position.encodings:Sinusoidal", SinusoidalConfig)
 register("position", "learned", "txtrain.model.position.encodings:Learned", LearnedConfig)
 register("position", "rope", "txtrain.model.position.encodings:RoPE", RoPEConfig)
-register(
-    "position",
-    "relative",
-    "txtrain.model.position.encodings:RelativeBias",
-    RelativeConfig,
-    {"embedding": "heads"},
-)
+CUT: Cut = {"embedding": "heads"}
+register("position", "relative", "txtrain.model.position.encodings:RelativeBias", RelativeConfig, CUT)
 register("position", "alibi", "txtrain.model.position.encodings:ALiBi", AlibiConfig)
 register("rope_scaling", "linear", "txtrain.model.position.encodings:linear_frequencies", LinearScaling)
 register("rope_scaling", "ntk", "txtrain.model.position.encodings:ntk_frequencies", NTKScaling)

@@ -1,6 +1,6 @@
-"""Tensor parallelism in bytes, as `txtrain.parallel.tensor_parallel` cuts modules and by the same declarations: a component
-computes what it always computes, with fewer heads or a narrower hidden layer; `txtrain.parallel.tensor_collectives` is what
-passes between the ranks."""
+"""Tensor parallelism in bytes, as `txtrain.parallel.tensor_parallel` cuts modules and by the same declarations: a
+component computes what it always computes, with fewer heads or a narrower hidden layer;
+`txtrain.parallel.tensor_collectives` is what passes between the ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from txtrain.planning.memory.attention_ops import Drawn, Place
 from txtrain.planning.memory.autograd import Meter
 from txtrain.planning.memory.forward import Traced
 from txtrain.planning.memory.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
-from txtrain.registry import WHOLE, sharding_of
+from txtrain.registry import WHOLE, cut_of
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -37,7 +37,7 @@ class CutTape(Tape):
     def __init__(self, model: ModelConfig, parts: int, size: int, device: str) -> None:
         super().__init__(size)
         self.parts, self.device = parts, device
-        tables, parameters = sharding_of("embedding", model.embedding), sharding_of("head", model.head)
+        tables, parameters = cut_of("embedding", model.embedding), cut_of("head", model.head)
         self.by_vocabulary = {f"{stack}embedding.{table}.weight" for stack in ("", "encoder_") for table in tables}
         self.by_vocabulary |= {f"head.{name}" for name in parameters}
         # Of the sublayer that computes: its declaration, its path, and whether the parts of its sum have been added.
@@ -198,7 +198,7 @@ class CutTraced(Traced):
         assert isinstance(t, CutTape)
         n = at.tokens * at.model.dim
         at = dc.replace(at, memory=None if at.memory is None else t.spread(at.memory))
-        how = sharding_of(axis, component)
+        how = cut_of(axis, component)
         if not how:
             made: Value = component.trace(t, t.enter(x, n), at)
             return t.kept_of(made)
@@ -212,7 +212,7 @@ class CutTraced(Traced):
     def _bias(self, place: Place) -> Value | None:
         """T5's table lies by heads where attention is cut by heads."""
         model = place.model
-        if sharding_of("position", model.position) and sharding_of("attention", model.attention):
+        if cut_of("position", model.position) and cut_of("attention", model.attention):
             place = dc.replace(place, model=dc.replace(model, n_heads=model.n_heads // self.t.parts))
         return super()._bias(place)
 
