@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses as dc
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
@@ -61,6 +61,35 @@ def cut_of(axis: str, config: Any) -> Cut:
     return TABLE[axis][config.type].cut
 
 
+def chosen(axis: str, config: Any) -> str:
+    """The choice of an option, as it is written on the command line."""
+    return f"{VALUE_AXES.get(axis) or group_of(axis)}={config.type}"
+
+
+def is_own(axis: str, config: Any) -> bool:
+    """Whether the option is the user's own."""
+    target = TABLE[axis][config.type].target
+    return not _is_of_package(target.partition(":")[0] if isinstance(target, str) else target.__module__)
+
+
+def unstated(axis: str, config: Any, *forms: str) -> str:
+    """The names of those methods that a user's own option should define in its Config and does not.
+
+    What it inherits from an option of the package does not count: that is true of another module.
+    """
+    missing = [form for form in forms if is_own(axis, config) and _inherits_from_package(type(config), form)]
+    return ", ".join(f"`{form}`" for form in missing)
+
+
+def _inherits_from_package(config: type, form: str) -> bool:
+    owner = next((cls for cls in config.__mro__ if form in vars(cls)), None)
+    return owner is None or _is_of_package(owner.__module__)
+
+
+def _is_of_package(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]
+
+
 def resolve(axis: str, name: str) -> Any:
     """The class behind an option; imports its module."""
     target = TABLE[axis][name].target
@@ -72,9 +101,32 @@ def resolve(axis: str, name: str) -> Any:
 
 def make(axis: str, config: Any, **given: Any) -> Any:
     """What an option stands for, called with its knobs and with what the caller gives, each where its parameters name it."""
+    return call(axis, config, {f.name: getattr(config, f.name) for f in dc.fields(config)} | given)
+
+
+def call(axis: str, config: Any, values: Mapping[str, Any], knobs: Collection[str] = ()) -> Any:
+    """What an option stands for, called with those of the values that its parameters name.
+
+    Args:
+        knobs: names of values that it must take, by name or as keywords of any name.
+
+    Raises:
+        ConfigError: a parameter of a user's own has neither a value nor a default, or there is none for a knob.
+    """
+    from txtrain.errors import ConfigError
+
     target = resolve(axis, config.type)
-    values = {f.name: getattr(config, f.name) for f in dc.fields(config)} | given
-    return target(**{name: values[name] for name in inspect.signature(target).parameters if name in values})
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {name: value for name, value in values.items() if name in parameters or (takes_any and name in knobs)}
+    where = f"`{chosen(axis, config)}`: {target.__qualname__}.__init__"
+    for name, p in parameters.items():
+        if p.default is p.empty and name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise ConfigError(f"{where} must give its parameter {name!r} a default: no key has that name.")
+    for name in knobs:
+        if name not in given:
+            raise ConfigError(f"{where} must have a parameter {name!r}, which is a knob of its Config.")
+    return target(**given)
 
 
 def knob(default: Any, *, carry: bool = False) -> Any:
@@ -121,6 +173,8 @@ def component(axis: str, name: str) -> Callable[[T], T]:
 
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
+        if problem := _knob_problem(axis, config):
+            raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: {problem}")
         register(axis, name, cls, config)
         if axis not in VALUE_AXES:
             from hydra.core.config_store import ConfigStore
@@ -131,15 +185,36 @@ def component(axis: str, name: str) -> Callable[[T], T]:
     return wrap
 
 
+def _knob_problem(axis: str, config: type) -> str | None:
+    inherited = {f.name for f in dc.fields(BASES[axis])}
+    for f in dc.fields(config):
+        if f.name not in inherited and hasattr(BASES[axis], f.name):
+            return f"a knob must have another name than {f.name!r}, which every {axis} has a method or a constant of."
+        if axis in VALUE_AXES and f.name != "type" and f.default is f.default_factory is dc.MISSING:
+            return f"{f.name!r} must have a default: an option of {axis} is chosen by its name alone."
+    return None
+
+
+# Parameters are always known: a user's own option is built and counted, unless its Config states them.
+COUNTED = ("n_params", "n_params_of", "n_active_params")
+
+
 def _config_with_base(axis: str, own: type) -> type:
-    """A nested Config need not derive from the axis' base: its fields are joined to it."""
+    """A nested Config need not derive from the axis' base: its fields are joined to it.
+
+    One that derives from an option of the package does not inherit that option's number of parameters.
+    """
     from txtrain.errors import ConfigError
 
     base = BASES[axis]
-    if issubclass(own, base):
+    forms = [form for form in COUNTED if hasattr(base, form) and _inherits_from_package(own, form)]
+    counted = {form: getattr(base, form) for form in forms}
+    if issubclass(own, base) and all(getattr(own, form) is method for form, method in counted.items()):
         return own
+    bases = (own,) if issubclass(own, base) else (own, base)
+    namespace = counted | {"__module__": own.__module__}
     try:
-        return dc.make_dataclass(own.__qualname__, [], bases=(own, base), frozen=True, kw_only=True, namespace={"__module__": own.__module__})
+        return dc.make_dataclass(own.__qualname__, [], bases=bases, frozen=True, kw_only=True, namespace=namespace)
     except TypeError as e:
         raise ConfigError(f"`{own.__qualname__}` must be @dataclass(frozen=True, kw_only=True) to describe an option of {axis}: {e}.") from e
 

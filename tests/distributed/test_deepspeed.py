@@ -125,7 +125,7 @@ def test_a_checkpoint_of_stage_3_is_continued_by_one_process(two):
 
 def test_one_process_then_two_under_fsdp_then_two_under_zero_are_one_run(two):
     assert two.difference("third-part", "one") < TOLERANCE
-    hashes = {read_state(locate(two.folder / run))["data_order_hash"] for run in ("one", "third-part")}
+    hashes = {read_state(locate(two.folder / run)).data_order_hash for run in ("one", "third-part")}
     assert len(hashes) == 1, "other samples, or in another order"
 
 

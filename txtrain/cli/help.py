@@ -58,7 +58,8 @@ Model: one option an axis; a swap keeps what is not part of the old mechanism an
 
 Data
   data=NAME                        {data}
-  data.path, data.val_path         files, folders or globs; of data=hf what load_dataset takes, with data.name, split, text_column
+  data.path, data.val_path         files, folders or globs, several with commas: a.txt,b.txt
+                                   of data=hf what load_dataset takes, with data.name, split, text_column
   data.sources, data.weights       of data=mixture: data.sources.NAME.type=text data.sources.NAME.path=... data.weights={{NAME:0.7,...}}
   data.tokenizer                   train (a BPE of model.vocab_size), bytes, or a folder, file or hub name
   data.seq_len                     tokens a sequence; null: model.max_seq_len
@@ -93,6 +94,7 @@ Run
   recipe=NAME                      {recipes}
   name, run_dir, seed              the run's folder is run_dir, or runs/<name>/<date>_<time>
   init_from=DIR                    start from the weights of a Hugging Face folder, an export, a run or a checkpoint
+                                   (here, in resume= and in fork= runs/NAME, a folder of runs, is the newest of them)
   resume=auto|never|RUN            auto: go on from the newest checkpoint of run_dir; RUN: a folder or a checkpoint, key=value on top
   resume_allow=[KEY, ...]          what may differ from the run that is continued
   fork=CHECKPOINT                  a run of its own from another's weights, optimizer state and step
@@ -107,7 +109,7 @@ Flags
 EXPORT = """\
 txtrain export checkpoint=RUN out=DIR
 
-  checkpoint=PATH                  a run's folder (its newest checkpoint), or one checkpoint
+  checkpoint=PATH                  a run's folder (its newest checkpoint), one checkpoint, or runs/NAME (its newest run)
   weights=model                    ema: the averaged weights of a run with ema.decay
   out=DIR                          a new folder: config.json, model.safetensors, tokenizer; the class is the one that equals the model
   imports=[mine.py]                the user's own parts that the run was made with
@@ -156,7 +158,8 @@ Flags
 GENERATE = """\
 txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
 
-  checkpoint=PATH                  a run's folder (its newest checkpoint), one checkpoint, or a Hugging Face folder
+  checkpoint=PATH                  a run's folder (its newest checkpoint), one checkpoint, runs/NAME (its newest run),
+                                   or a Hugging Face folder
   weights=model                    ema: the averaged weights of a run with ema.decay
   prompt=TEXT                      taken as typed; `-` reads standard input
   prompt_file=FILE                 one prompt a line

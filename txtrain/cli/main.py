@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from txtrain.errors import ConfigError, hint
+from txtrain.errors import ConfigError, RunError, hint
 from txtrain.parallel.early_signals import EndsAtOnce
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         for problem in e.problems:  # none where another process of the run tells them
             print(f"txtrain: {problem}", file=sys.stderr)
-        return 2
+        return 1 if isinstance(e, RunError) else 2
     except KeyboardInterrupt:  # a run that has begun answers it with a checkpoint
         print("\ntxtrain: interrupted.", file=sys.stderr)
         return 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses as dc
+import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from txtrain.config.paths import CONF, DATA
 from txtrain.config.schema import ROOTS, Generate, Train
 from txtrain.config.user_code import import_user
 from txtrain.errors import ConfigError
+from txtrain.files import path_of
 
 NOTES = "_txtrain"  # the node in which the loader hands the door what is not configuration
 
@@ -130,15 +132,20 @@ def make_loader(config_dir: str | None = None) -> Loader:
 # ----------------------------------------------------------------------------------------------------------------- composing
 
 
-def compose(overrides: Sequence[str] = (), verb: str = "train", config_dir: str | None = None) -> Train | Generate:
+def compose(
+    overrides: Sequence[str] = (), verb: str = "train", config_dir: str | os.PathLike[str] | None = None
+) -> Train | Generate:
     """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
 
     Raises:
         ConfigError: whatever the command line would refuse, in the same words.
     """
-    if verb not in ROOTS:
+    listed = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not listed or not all(isinstance(o, str) for o in overrides):
+        raise ConfigError(f"`overrides` must be a list of strings like ['model=gpt2'], but is {overrides!r} instead.")
+    if not isinstance(verb, str) or verb not in ROOTS:
         raise ConfigError(f"`verb` must be one of {', '.join(ROOTS)}, but is {verb!r} instead.")
-    loader = make_loader(config_dir)
+    loader = make_loader(None if config_dir is None else str(path_of(config_dir, "config_dir")))
     config: Train | Generate = compose_job(verb, expand(overrides, False, loader)[0], loader)[0].config
     return config
 

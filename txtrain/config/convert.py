@@ -13,12 +13,14 @@ from typing import Any, TypeVar
 
 from txtrain.config.unknown_keys import unknown_key
 from txtrain.errors import ConfigError, hint
+from txtrain.plain_files import shorten
 from txtrain.registry import TABLE, group_of
 
 T = TypeVar("T")
 
 _KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
 _MISSING = "???"  # OmegaConf's marker of a value that must be given
+_MOST_PROBLEMS, _LONGEST = 50, 2000  # that are told at once, and characters of one
 _BAD = object()  # what stands in for a value that has a problem
 
 
@@ -36,6 +38,40 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     if reader.problems:
         raise ConfigError(*reader.problems)
     return typing.cast(T, made)
+
+
+def checked(value: Any, cls: type[T], name: str, path: str = "") -> T:
+    """The value of that argument, if it is a sound `cls`: in Python it may have been made or changed by hand.
+
+    path: at which it lies in a run's configuration.
+
+    Raises:
+        ConfigError: it is something else, or what `build` would not make.
+    """
+    if not isinstance(value, cls):
+        kind = type(value).__name__
+        raise ConfigError(f"`{name}` must be a {cls.__name__}, as txtrain.compose makes it, but is {kind} instead.")
+    made, problems = part(type(value), plain(value), path)
+    problems = problems or list(_differences(made, value, path))
+    problems = problems or list(getattr(value, "check", tuple)())
+    if problems:
+        raise ConfigError(*problems)
+    return value
+
+
+def _differences(made: Any, value: Any, path: str) -> Iterator[str]:
+    """Where a value is not of the type that `build` would give it, though it says the same, as a dict does."""
+    if type(made) is not type(value) and not (type(value) is int and type(made) is float):
+        yield f"`{path}` must be {type(made).__name__}, but is {type(value).__name__} instead."
+    elif dc.is_dataclass(made):
+        for f in dc.fields(made):
+            yield from _differences(getattr(made, f.name), getattr(value, f.name), _join(path, key_of(f)))
+    elif isinstance(made, Mapping):
+        for key in made:
+            yield from _differences(made[key], value[key], _join(path, str(key)))
+    elif isinstance(made, (list, tuple)):
+        for i, (ours, theirs) in enumerate(zip(made, value, strict=True)):
+            yield from _differences(ours, theirs, f"{path}[{i}]")
 
 
 def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
@@ -108,9 +144,9 @@ class _Reader:
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         known = key_paths(self.root)
         for key in raw:
-            if key not in fields:
+            if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # each is compared with all keys there are
                 reason = getattr(cls, "absent", {}).get(key, "")
-                self.problem(unknown_key(_join(path, str(key)), raw[key], fields, known, axis) + reason)
+                self.problem(unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis) + reason)
         values = {}
         for name, f in fields.items():
             if name in raw:
@@ -172,7 +208,7 @@ class _Reader:
         return _BAD
 
     def problem(self, text: str) -> Any:
-        self.problems.append(text)
+        self.problems.append(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
         return _BAD
 
     def not_an_option(self, path: str, value: Any, options: Mapping[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""`init_from=`: architecture and tokenizer of a trained model, for a run that starts from its weights. No torch."""
+"""Where a run starts from: which run is meant; with `init_from` its model's architecture and tokenizer. No torch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from txtrain.checkpoint.format import newest_run
+from txtrain.checkpoint.run_folder import begun_with
 from txtrain.config.convert import plain
 from txtrain.errors import ConfigError
 
@@ -20,11 +22,12 @@ _DROPOUTS = ("model.dropout", "model.output_dropout", "model.attention.dropout",
 
 
 def applied(composed: Composed) -> Composed:
-    """The configuration with what comes along with its init_from.
+    """The configuration with what comes along with its init_from, and the runs that it names.
 
     Raises:
         ConfigError: there is no model there, `model=` beside it says something else, or it brings no tokenizer and none is given.
     """
+    composed = _pinned(composed)
     config = composed.config
     where = getattr(config, "init_from", None)
     if where is None:
@@ -41,6 +44,19 @@ def applied(composed: Composed) -> Composed:
     if problems := list(config.check()):
         raise ConfigError(*problems)
     return dc.replace(composed, config=config, grafts={})
+
+
+def _pinned(composed: Composed) -> Composed:
+    """With the run that a folder of runs stands for: the same one for all ranks of a run and all members of a sweep.
+
+    A run that is continued keeps the one that it was begun with.
+    """
+    config, found = composed.config, {}
+    for key in ("checkpoint", "init_from", "fork"):
+        if (where := getattr(config, key, None)) is not None:
+            before = begun_with(config, key) if hasattr(config, "run_dir") else None
+            found[key] = before or newest_run(where, key)
+    return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
 
 
 def _model(composed: Composed, found: ModelConfig) -> ModelConfig:

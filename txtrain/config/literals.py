@@ -6,6 +6,9 @@ import re
 
 LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer", "data.cache_dir"])
 
+_PATHS = "data.val_path"  # in Hydra's grammar, for null and for named sets; but commas separate paths, as in data.path
+_GRAMMAR = re.compile(r"""["'{[]|\w+\(""")
+
 
 def escape(value: str) -> str:
     """What OmegaConf's interpolation turns back into `value`: it halves the backslashes before `${`, and only those."""
@@ -22,6 +25,8 @@ def quote(value: str) -> str:
 def protect(override: str, sweep: bool) -> str:
     """The override with a literal key's value quoted; in a sweep every comma separates values."""
     key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") not in LITERALS:
+    name = key.lstrip("+")
+    paths = name == _PATHS and not sweep and "," in value and not _GRAMMAR.match(value)
+    if not equals or not (name in LITERALS or paths):
         return override
     return f"{key}={','.join(map(quote, value.split(',') if sweep else [value]))}"

@@ -14,6 +14,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
+from txtrain.checkpoint.format import newest_run
 from txtrain.checkpoint.run_folder import flat
 from txtrain.config import loggers, targets
 from txtrain.config.compose import NOTES, Composed, Loader, load
@@ -38,7 +39,8 @@ def run_folder(run_or_checkpoint: str) -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     why = "has no config.yaml" if path.exists() else "does not exist"
-    raise ConfigError(f"`resume` must be auto, never, or a run's folder or one of its checkpoints, but {run_or_checkpoint!r} {why}.")
+    allowed = "auto, never, or a run's folder, one of its checkpoints, or a folder of runs"
+    raise ConfigError(f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.")
 
 
 def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Composed:
@@ -47,6 +49,7 @@ def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Compos
     Raises:
         ConfigError: no such run, a group that may not change, a key or value that does not exist.
     """
+    run = newest_run(run, key="resume")
     folder, root = run_folder(run), ROOTS[verb]
     raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     if not isinstance(raw, dict):

@@ -131,10 +131,10 @@ class Train:
     run_dir: str | None = None
     seed: int = 1337
     imports: tuple[str, ...] = ()
-    init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
-    resume: str = "auto"  # auto, never, or a run or checkpoint
+    init_from: str | None = None  # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
+    resume: str = "auto"  # auto, never, or a run, a checkpoint, a folder of runs
     resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
-    fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
+    fork: str | None = None  # a run or checkpoint whose weights, optimizer state and step a new run starts from
     verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed; metrics.csv is the same
     profile: bool = False  # write a trace of a few steps into the run's folder
     profile_steps: tuple[int, int] | None = None  # the first and the last of them; null: the fourth to the sixth of this start
@@ -225,7 +225,7 @@ class Train:
 class PlanConfig:
     """Of which devices `plan` tells time and memory, and how."""
 
-    device: str = "H100"  # one of txtrain.config.hardware
+    device: str = "H100"  # one of txtrain.config.hardware, in any spelling: h100, a100-80gb
     n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
     memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
     simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
@@ -234,11 +234,15 @@ class PlanConfig:
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     format: Literal["text", "json"] = "text"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", hardware.key_of(self.device) or self.device)
+
     def check(self) -> Iterator[str]:
         if self.device not in hardware.PUBLISHED:
-            known = ", ".join(hardware.PUBLISHED)
-            instead = f"{self.device} instead: for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
-            yield f"`plan.device` must be one of {known}, but is {instead}"
+            yield (
+                f"`plan.device` must be one of {', '.join(hardware.PUBLISHED)}, but is {self.device} instead: "
+                f"for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
+            )
         if self.memory is not None and not bytes_of(self.memory):
             yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
         if self.n_devices is not None and self.n_devices < 1:
@@ -318,26 +322,17 @@ class Preview(Train):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Generate:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
-    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    prompt: str | None = None  # `-`: standard input
-    prompt_file: str | None = None  # one prompt a line
+class Sampling:
+    """How tokens are chosen: what the verb `generate` and `txtrain.generate` have in common."""
+
     max_new_tokens: int = 64
     temperature: float = 0.8  # 0: the most likely token
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
-    seed: int = 0
-    stream: bool = True  # print tokens as they come, where one prompt is given
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    imports: tuple[str, ...] = ()
+    seed: int | None = 0  # null: of torch's own generator
 
     def check(self) -> Iterator[str]:
-        if self.checkpoint is None:
-            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
-        if (self.prompt is None) == (self.prompt_file is None):
-            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
         if self.max_new_tokens < 1:
             yield f"`max_new_tokens` must be at least 1, but is {self.max_new_tokens} instead."
         if self.temperature < 0:
@@ -348,6 +343,26 @@ class Generate:
             value = getattr(self, name)
             if value is not None and not 0 < value <= 1:
                 yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
+        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
+            yield f"`seed` must be an integer of 64 bits or null, but is {self.seed} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Generate(Sampling):
+    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    prompt: str | None = None  # `-`: standard input
+    prompt_file: str | None = None  # one prompt a line
+    stream: bool = True  # print tokens as they come, where one prompt is given
+    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    imports: tuple[str, ...] = ()
+
+    def check(self) -> Iterator[str]:
+        if self.checkpoint is None:
+            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
+        if (self.prompt is None) == (self.prompt_file is None):
+            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
+        yield from Sampling.check(self)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

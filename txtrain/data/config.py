@@ -46,7 +46,31 @@ class DataConfig:
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class TextConfig(DataConfig):
+class UnpackedConfig(DataConfig):
+    """A key of sources that read packed files."""
+
+    max_expansion: float = 200.0  # times its size that a packed file (.gz, .zst, .parquet, .npz) may have inside, from 64 MB on
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.max_expansion < 1:
+            yield f"`data.max_expansion` must be at least 1, but is {self.max_expansion:g} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TextsConfig(DataConfig):
+    """A key of sources of texts of any origin."""
+
+    max_text_bytes: int = 1 << 31  # of one text: a file of .txt or .tsv, a line of .jsonl, a row
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.max_text_bytes < 1:
+            yield f"`data.max_text_bytes` must be at least 1, but is {self.max_text_bytes} instead."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TextConfig(UnpackedConfig, TextsConfig):
     """`data=text`: files of text, or with texts in their rows."""
 
     path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them
@@ -55,7 +79,7 @@ class TextConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class HFConfig(DataConfig):
+class HFConfig(TextsConfig):
     """`data=hf`: whatever `datasets.load_dataset` takes."""
 
     path: str | None = None
@@ -67,7 +91,7 @@ class HFConfig(DataConfig):
     streaming: bool = False  # read as it comes, in the order of the set; never as a whole
 
     def check(self) -> Iterator[str]:
-        yield from DataConfig.check(self)
+        yield from super().check()
         if self.streaming and self.packing != "concat":
             yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
@@ -77,7 +101,7 @@ class HFConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class WikiTextConfig(DataConfig):
+class WikiTextConfig(UnpackedConfig, TextsConfig):
     """`data=wikitext` (1609.07843): `path` if given, else Salesforce/wikitext from the hub or its cache."""
 
     path: str | tuple[str, ...] | None = None
@@ -146,7 +170,7 @@ class MixtureConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class TranslationConfig(DataConfig):
+class TranslationConfig(UnpackedConfig, TextsConfig):
     """`data=translation`: pairs of texts."""
 
     kind: ClassVar = "pairs"
@@ -196,7 +220,7 @@ class PixelConfig(DataConfig):
     flip: bool = False  # in training: half of the images mirrored
 
     def check(self) -> Iterator[str]:
-        yield from DataConfig.check(self)
+        yield from super().check()
         if self.seq_len is not None:
             yield f"`data.seq_len` must be null for images, whose positions are the model's patches, but is {self.seq_len} instead."
         if self.crop_padding < 0:
@@ -210,7 +234,7 @@ class PixelConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ImagesConfig(PixelConfig):
+class ImagesConfig(PixelConfig, UnpackedConfig):
     """`data=images`: folders, arrays, IDX files, or a hub set."""
 
     path: str | None = None

@@ -6,29 +6,32 @@ dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), cau
 
 from __future__ import annotations
 
-import dataclasses as dc
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from txtrain.config.convert import checked
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import FurtherToken
-from txtrain.model.options import Component, NormBase
+from txtrain.model.options import Component
 from txtrain.model.stack import Stack
 from txtrain.model.transformer import SentencePairTransformer, Transformer
-from txtrain.registry import resolve
+from txtrain.registry import BASES, call, resolve
 
 
 def build_model(config: ModelConfig) -> Transformer:
     """The model that the config describes, initialised by the family's rule from torch's generator.
 
     Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
+
+    Raises:
+        ConfigError: the config is none, or illegal.
     """
+    checked(config, ModelConfig, "config", "model")
     if torch.get_default_device().type == "meta":
         return transformer(config)
     with torch.device("meta"):
@@ -97,7 +100,6 @@ def make_norm(config: ModelConfig) -> Callable[[int], nn.Module]:
 
 def construct(axis: str, component: Component, model: ModelConfig, layer: int = 0, **override: Any) -> Any:
     """The module of one option."""
-    cls = resolve(axis, component.type)
     shared: dict[str, Any] = {
         "dim": model.dim,
         "n_heads": model.n_heads,
@@ -110,22 +112,19 @@ def construct(axis: str, component: Component, model: ModelConfig, layer: int = 
     }
     if axis != "norm":
         shared["norm"] = make_norm(model)
-    named = inspect.signature(cls).parameters
-    arguments = {k: v for k, v in (shared | override).items() if k in named} | component.arguments(model, layer)
-    return cls(**arguments | {k: v for k, v in override.items() if k in arguments})
+    knobs = component.arguments(model, layer)
+    return call(axis, component, shared | knobs | override, knobs)
 
 
-def count_component(component: Component, model: ModelConfig, layer: int) -> int:
-    """Parameters of an option that has no closed form."""
-    axis = next(name for name, c in model.components() if c is component or c == component)
-    with torch.device("meta"):
-        module = construct(axis, component, model, layer)
-    return sum(p.numel() for p in module.parameters())
+_counted: dict[tuple[Any, str], int] = {}
 
 
-def count_norm(norm: NormBase, size: int) -> int:
-    """Parameters of a norm that has no closed form."""
-    knobs = {f.name: getattr(norm, f.name) for f in dc.fields(norm) if f.name != "type"}
-    with torch.device("meta"):
-        module = resolve("norm", norm.type)(dim=size, **knobs)
-    return sum(p.numel() for p in module.parameters())
+def count_parameters(component: Component, model: ModelConfig, layer: int = 0, **override: Any) -> int:
+    """Parameters of an option without a closed form, built on the meta device once for each model and layer."""
+    axis = next(axis for axis, base in BASES.items() if isinstance(component, base))
+    key = (resolve(axis, component.type), repr((component, model, layer, override)))
+    if key not in _counted:
+        with torch.device("meta"):
+            module = construct(axis, component, model, layer, **override)
+        _counted[key] = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
+    return _counted[key]

@@ -6,7 +6,7 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, dataclass_transform
 
-from txtrain.registry import BASES, knob
+from txtrain.registry import knob
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -34,11 +34,13 @@ class Size(NamedTuple):
 
 @config
 class Component:
-    """What every option of a model axis has. A user's own option derives from this; its counts are then taken from the built module."""
+    """What every option of a model axis has.
+
+    The closed forms of a user's own option are those that its Config states. Without them its parameters are counted on
+    the module, built on the meta device, and `plan` says what is missing of FLOPs, cache and memory.
+    """
 
     type: str
-
-    n_experts = 0  # not a field: a mixture has one
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         yield from ()
@@ -56,29 +58,10 @@ class Component:
         return self
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
-        from txtrain.model.build import (
-            count_component,  # an option without a closed form is built on the meta device and counted
-        )
+        from txtrain.model.build import count_parameters
 
-        return count_component(self, model, layer)
-
-    def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
-        """Of these, the ones that a token meets: all, unless an option chooses among them."""
-        return self.n_params(model, layer)
-
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
-        """Forward floating-point operations a token: a multiply and an add for each parameter, unless an option knows better."""
-        return 2.0 * self.n_params(model, layer)
+        return count_parameters(self, model, layer)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        """What the module computes, in the operations of `txtrain.planning.memory.tape`: of x [B, T, D] at that place of a model.
-
-        Raises:
-            NotTraced: the option does not say. `plan.simulate=true` looks at the module itself.
-        """
-        from txtrain.planning.memory.tape import NotTraced
-
-        raise NotTraced(self.type)
-
-
-BASES["ffn"] = BASES["norm_position"] = Component
+        """What the module computes of x [B, T, D] at that place of a model, in the operations of planning/memory/tape.py."""
+        raise NotImplementedError

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses as dc
 import json
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from txtrain.config import hardware
+from txtrain.config.convert import checked
 from txtrain.config.schema import Plan, PlanConfig, Train
 from txtrain.config.units import bytes_of
 from txtrain.errors import ConfigError
@@ -15,10 +17,11 @@ from txtrain.model import flops as costs
 from txtrain.model.config import ModelConfig
 from txtrain.monitor import start_screen
 from txtrain.parallel.config import problems, processes
+from txtrain.planning.memory.batch_shapes import unknown
 from txtrain.planning.memory.count import memory
 from txtrain.planning.memory.fit import largest_micro_batch, remedy
 from txtrain.planning.memory.replicated import NotCounted
-from txtrain.planning.memory.tape import NotTraced
+from txtrain.registry import chosen, is_own, unstated
 from txtrain.training.limits import seconds_of
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -35,6 +38,8 @@ class Figures:
         forward_flops_per_token, flops_per_token: without and with the backward pass; of an image a token is a position.
         flops_per_sample: forward and backward of one sequence, pair or image.
         flops_by_part: of one sample's forward pass in training.
+        flops_missing: what options of the user's own do not say of theirs, and what is taken instead; null: nothing.
+            cache_missing: the same of the cache.
         cache_bytes_per_token: what one more token adds while no window is full; cache_bytes: after seq_len tokens.
         steps, tokens, flops, seconds: of the whole run; null where nothing but the data or a clock could tell.
         limited_by: the key of the limit that ends the run.
@@ -58,9 +63,11 @@ class Figures:
     flops_per_token: float
     flops_per_sample: float
     flops_by_part: dict[str, float]
+    flops_missing: str | None
     cache_bytes_per_token: int
     cache_bytes: int
     cache_dtype: str
+    cache_missing: str | None
     global_batch_size: int
     steps: int | None
     tokens: int | None
@@ -93,8 +100,9 @@ def plan(config: Train) -> Figures:
     config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
 
     Raises:
-        ConfigError: it does not fit into plan.memory.
+        ConfigError: it is no legal configuration, or does not fit into plan.memory.
     """
+    checked(config, Train, "config")
     how = config.plan if isinstance(config, Plan) else PlanConfig()
     model, (source, target) = config.model, config.lengths
     inference = costs.forward_by_part(model, source, target, dense=False)
@@ -119,9 +127,11 @@ def plan(config: Train) -> Figures:
         flops_per_token=per_sample / source,
         flops_per_sample=per_sample,
         flops_by_part=training,
+        flops_missing="; ".join(flops_missing(config)) or None,
         cache_bytes_per_token=costs.cache_values_per_token(model) * size,
         cache_bytes=model.cache_bytes(*held, bytes_per_value=size),
         cache_dtype=how.cache_dtype,
+        cache_missing=cache_missing(model),
         global_batch_size=config.data.global_batch_size,
         steps=steps,
         tokens=None if steps is None else steps * config.data.global_batch_size * source,
@@ -136,6 +146,28 @@ def plan(config: Train) -> Figures:
     )
 
 
+def flops_missing(config: Train) -> Iterator[str]:
+    """What options of the user's own do not say of their FLOPs, and what is taken instead."""
+    model = config.model
+    for axis, forms in (("attention", ("projection_flops", "score_flops")), ("ffn", ("flops",))):
+        option = getattr(model, axis)
+        if missing := unstated(axis, option, *forms):
+            taken = "a multiply and an add for each parameter and token are taken"
+            yield f"{chosen(axis, option)} does not say ({missing} of its Config): {taken}"
+    for axis, option in model.components():
+        if axis in ("position", "norm", "norm_position") and is_own(axis, option):
+            yield f"{chosen(axis, option)} is your own: matrix products in it, if there are any, are not counted"
+    yield from (f"{what}: one pass over {config.seq_len} positions is taken" for what in unknown(config))
+
+
+def cache_missing(model: ModelConfig) -> str | None:
+    """Why what an attention of the user's own keeps of a token is not known, and what is taken instead."""
+    if model.topology == "encoder" or not (missing := unstated("attention", model.attention, "cache_values")):
+        return None
+    taken = "2 * model.dim values a layer and token are taken"
+    return f"{chosen('attention', model.attention)} does not say ({missing} of its Config): {taken}"
+
+
 def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     """The figures of memory and of what is sent.
 
@@ -146,8 +178,6 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     try:
         found = memory(config, n_devices)
         communicated = found.communicated
-    except NotTraced as e:
-        missing = f"{e.args[0]} does not say what it computes (`trace` of its config); plan.simulate=true looks at the module."
     except NotCounted as e:
         missing, communicated = str(e), e.communicated
     room = bytes_of(how.memory) if how.memory else None
@@ -163,6 +193,8 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     if how.simulate:
         if refused:
             raise ConfigError(refused)
+        if what := unknown(config):
+            raise ConfigError(f"`plan.simulate` must be false here, but is true instead: {'; '.join(what)}.")
         from txtrain.planning.memory.simulate import simulate
 
         simulated = simulate(config, world=n_devices).peak
@@ -274,7 +306,7 @@ def _flops(f: Figures) -> list[tuple[str, str]]:
     rows = [(a(f.sample), f"{flops(f.flops_per_sample)} forward and backward, of {lengths}")]
     if f.sample != "image":
         rows.append(("a token", f"{flops(f.forward_flops_per_token)} forward, {flops(f.flops_per_token)} forward and backward"))
-    return rows
+    return [*rows, *([("taken for granted", f.flops_missing)] if f.flops_missing else [])]
 
 
 def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
@@ -286,6 +318,7 @@ def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
     rows = [
         ("a token", f"{size(f.cache_bytes_per_token)} in {f.cache_dtype}"),
         (f"{length} tokens", f"{size(f.cache_bytes)}{beside}"),
+        *([("taken for granted", f.cache_missing)] if f.cache_missing else []),
     ]
     if windows:
         rows.append(("windows", f"{len(windows)} of {model.n_layers} layers hold {max(windows) - 1:,} tokens at most"))

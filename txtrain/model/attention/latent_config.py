@@ -93,7 +93,7 @@ class MLAConfig(AttentionBase):
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         s = self.sizes(model)
-        norms = model.norm.n_params_of(s.kv_rank) + (model.norm.n_params_of(s.q_rank) if s.q_rank else 0)
+        norms = sum(model.norm.n_params_of(model, rank) for rank in (s.kv_rank, s.q_rank) if rank)
         bias = (s.q_rank or 0) + s.kv_rank + s.rope_dim + model.dim if self.bias else 0
         return sum(self._weights(model)) + int(norms) + bias
 

@@ -138,7 +138,7 @@ class AttentionConfig(AttentionBase):
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         n, kv, h = self.heads(model)
         bias = (h * (n + 2 * kv) + model.dim) if self.bias else 0
-        return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(h) if self.qk_norm else 0)
+        return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(model, h) if self.qk_norm else 0)
 
     def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
         n, kv, h = self.heads(model)

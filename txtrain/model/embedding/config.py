@@ -29,20 +29,14 @@ class EmbeddingBase(Component):
         return {name: value for name, value in Component.arguments(self, model, layer).items() if name != "norm"}  # the builder makes it
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
-        return model.norm.n_params_of(model.dim) if self.norm else 0
+        return model.norm.n_params(model) if self.norm else 0
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
     def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
-        """Vectors of all positions. table: of the vocabulary.
-
-        Raises:
-            NotTraced: the option does not say.
-        """
-        from txtrain.planning.memory.tape import NotTraced
-
-        raise NotTraced(self.type)
+        """Vectors of all positions. table: of the vocabulary."""
+        raise NotImplementedError
 
 
 @config

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, Size, config
-from txtrain.registry import Cut, knob, register
+from txtrain.registry import BASES, Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -18,7 +18,22 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 
 
 @config
-class MLPConfig(Component):
+class FFNBase(Component):
+    """What the other axes may ask of any feed-forward."""
+
+    n_experts = 0  # not a field: a mixture has one
+
+    def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
+        """Parameters that a token meets: all, unless an option chooses among them."""
+        return self.n_params(model, layer)
+
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        """Forward FLOPs a token. An option that does not say: a multiply and an add for each parameter."""
+        return 2.0 * self.n_params(model, layer)
+
+
+@config
+class MLPConfig(FFNBase):
     """down(act(up(x))), as in the 2017 paper."""
 
     hidden_dim: int | None = None  # null: 4 * dim
@@ -75,6 +90,7 @@ class GatedConfig(MLPConfig):
         return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 
+BASES["ffn"] = FFNBase
 CUT: Cut = {"up_proj": "rows", "down_proj": "columns"}
 GATED_CUT: Cut = {**CUT, "gate_proj": "rows"}
 register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig, CUT)

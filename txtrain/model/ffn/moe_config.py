@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from txtrain.errors import divisors_near
-from txtrain.model.component import Component, Size, config
-from txtrain.model.ffn.dense_config import GATED_CUT, Activation
+from txtrain.model.component import Size, config
+from txtrain.model.ffn.dense_config import GATED_CUT, Activation, FFNBase
 from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 @config
-class MoEConfig(Component):
+class MoEConfig(FFNBase):
     """Each token visits top_k of n_experts gated feed-forwards, and n_shared that all tokens visit. No expert has a capacity.
 
     moe: DeepSeek-V3's (2412.19437), a sigmoid gate, balanced by a bias on the choice. moe_softmax: Mixtral's (2401.04088), a softmax

@@ -23,6 +23,10 @@ class HeadConfig(Component):
     skips: ClassVar[bool] = False
     next_sentence = False  # not a field: BERT's head has one
 
+    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+        """Forward operations a position."""
+        raise NotImplementedError
+
     def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
         """Forward operations a position in training, where so many of the positions have a target: as many as ever, unless a head skips the rest."""
         return self.flops(model, seq_len)
@@ -76,7 +80,8 @@ class MLMHeadConfig(HeadConfig):
         d = model.dim
         dense = d * d + d
         sentence = dense + 2 * d + 2 if self.next_sentence else 0
-        return (0 if model.tie_word_embeddings else model.vocab_size * d) + model.vocab_size + dense + model.norm.n_params_of(d) + sentence
+        matrix = 0 if model.tie_word_embeddings else model.vocab_size * d
+        return matrix + model.vocab_size + dense + model.norm.n_params(model) + sentence
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         return self.training_flops(model, seq_len, target_share=1.0)

@@ -18,33 +18,28 @@ if TYPE_CHECKING:
 class NormBase(Component):
     """What the other axes may ask of any norm."""
 
-    def n_params_of(self, size: int) -> int:
-        """Parameters of the norm over so many values; of a user's own it is built on the meta device and counted."""
-        from txtrain.model.build import count_norm
+    def n_params_of(self, model: ModelConfig, size: int) -> int:
+        """Parameters of the norm over so many values."""
+        from txtrain.model.build import count_parameters
 
-        return count_norm(self, size)
+        return count_parameters(self, model, dim=size)
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
-        return self.n_params_of(model.dim)
-
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
-        return 0.0
+        return self.n_params_of(model, model.dim)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
         return self.trace_of(t, x, place.model.dim)
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
         """Of values of that size."""
-        from txtrain.planning.memory.tape import NotTraced
-
-        raise NotTraced(self.type)
+        raise NotImplementedError
 
 
 @config
 class NoNormConfig(NormBase):
     """The identity."""
 
-    def n_params_of(self, size: int) -> int:
+    def n_params_of(self, model: ModelConfig, size: int) -> int:
         return 0
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -62,7 +57,7 @@ class LayerNormConfig(NormBase):
         if not self.eps > 0:
             yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
 
-    def n_params_of(self, size: int) -> int:
+    def n_params_of(self, model: ModelConfig, size: int) -> int:
         return 2 * size if self.bias else size
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -80,7 +75,7 @@ class RMSNormConfig(NormBase):
         if not self.eps > 0:
             yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
 
-    def n_params_of(self, size: int) -> int:
+    def n_params_of(self, model: ModelConfig, size: int) -> int:
         return size
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -88,13 +83,19 @@ class RMSNormConfig(NormBase):
 
 
 @config
-class NormPositionConfig(Component):
+class NormPositionBase(Component):
     """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
 
+    def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
+        """What leaves a sublayer f and its residual connection, in the operations of `txtrain.planning.memory.tape`."""
+        raise NotImplementedError
+
+
+@config
+class NormPositionConfig(NormPositionBase):
     n_norms: ClassVar[int] = 1
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
-        """What leaves a sublayer f and its residual connection."""
 
         def norm(x: Value, name: str) -> Value:
             return t.named(name if self.n_norms > 1 else "norm", place.model.norm.trace, t, x, place)
@@ -105,7 +106,7 @@ class NormPositionConfig(Component):
         return norm(y, "post_norm") if self.type == "post" else y
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
-        return self.n_norms * model.norm.n_params_of(model.dim)
+        return self.n_norms * int(model.norm.n_params(model))
 
 
 @config
@@ -120,4 +121,4 @@ register("norm_position", "pre", "txtrain.model.norm.placement:PreNorm", NormPos
 register("norm_position", "post", "txtrain.model.norm.placement:PostNorm", NormPositionConfig)
 register("norm_position", "inner", "txtrain.model.norm.placement:InnerNorm", NormPositionConfig)
 register("norm_position", "sandwich", "txtrain.model.norm.placement:SandwichNorm", SandwichConfig)
-BASES["norm"] = NormBase
+BASES.update(norm=NormBase, norm_position=NormPositionBase)

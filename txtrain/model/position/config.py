@@ -16,22 +16,17 @@ if TYPE_CHECKING:
 
 
 @config
-class PositionConfig(Component):
-    """No position at all (NoPE, 2305.19466): a causal model can still count. Base of the others."""
+class PositionBase(Component):
+    """What the model's memory is counted from, in the operations of `txtrain.planning.memory.tape`.
+
+    restarting: positions begin anew with each document, so that rows differ.
+    """
 
     scaling = cast("RoPEScalingConfig | None", None)  # not a field: rotary positions have one
 
     def max_positions(self, model: ModelConfig) -> int | None:
         """Positions that the scheme tells apart; None: any number."""
         return None
-
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
-        return 0
-
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
-        return 0.0
-
-    # In the operations of `txtrain.planning.memory.tape`. restarting: positions begin anew with each document, so that rows differ.
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
         """The embedding with what is added to it."""
@@ -44,6 +39,14 @@ class PositionConfig(Component):
     def trace_bias(self, t: Tape, place: Place) -> Value | None:
         """What is added to the scores."""
         return None
+
+
+@config
+class PositionConfig(PositionBase):
+    """No position at all (NoPE, 2305.19466): a causal model can still count. Base of the package's others."""
+
+    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+        return 0
 
 
 @config
@@ -195,4 +198,4 @@ register("rope_scaling", "linear", "txtrain.model.position.encodings:linear_freq
 register("rope_scaling", "ntk", "txtrain.model.position.encodings:ntk_frequencies", NTKScaling)
 register("rope_scaling", "yarn", "txtrain.model.position.encodings:yarn_frequencies", YaRNScaling)
 register("rope_scaling", "llama3", "txtrain.model.position.encodings:llama3_frequencies", Llama3Scaling)
-BASES["position"] = PositionConfig
+BASES["position"] = PositionBase

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import TYPE_CHECKING, Any
 
+from txtrain.registry import chosen, is_own, resolve
+
 if TYPE_CHECKING:
     from txtrain.config.schema import Train
 
@@ -27,6 +29,17 @@ class Batch:
     chosen: int | None = None
     smoothed: bool = False
     types: bool = False
+
+
+def unknown(config: Train) -> list[str]:
+    """What is not known of a batch, and so of the work on it: sentences about options of the user's own."""
+    objective, data, found = config.objective, config.data, []
+    if is_own("objective", objective):
+        found.append(f"{chosen('objective', objective)} is your own: of its batches and its loss nothing is known")
+    known = ("documents", "pairs", "images")  # methods of a source that say what its samples are
+    if is_own("data", data) and not any(hasattr(resolve("data", data.type), method) for method in known):
+        found.append(f"{chosen('data', data)} is your own: of what its samples hold nothing is known")
+    return found
 
 
 def shapes_of(config: Train, n: int) -> Shapes:

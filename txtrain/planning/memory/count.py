@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.all_to_all import rows_to_experts
-from txtrain.planning.memory.batch_shapes import nbytes_of
+from txtrain.planning.memory.batch_shapes import nbytes_of, unknown
 from txtrain.planning.memory.fsdp import Shards
 from txtrain.planning.memory.replicated import Copies, NotCounted
 from txtrain.planning.memory.zero3 import Gathered
 from txtrain.planning.memory.zero12 import Accumulated, Partitions
+from txtrain.registry import chosen, unstated
 
 if TYPE_CHECKING:
     from txtrain.config.schema import Train
@@ -43,9 +45,10 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     """Counted for micro-batches of `micro` samples (None: as configured) on each of `world` processes.
 
     Raises:
-        NotTraced: an option of the user's own does not say what it computes.
-        NotCounted: a strategy or an optimizer has no closed form here.
+        NotCounted: a strategy has no closed form here, or an option of the user's own does not state it.
     """
+    if missing := [*unknown(config), *_unstated(config, world)]:
+        raise NotCounted("; ".join(missing))
     _refuse_uncounted(config, world)
     layout = config.strategy.layout(world) if world > 1 else Layout()
     share = max(1, config.data.global_batch_size // layout.data)
@@ -78,6 +81,28 @@ def _strategy(config: Train, layout: Layout) -> Copies:
 
 def _parts(*parts: dict[str, int]) -> dict[str, int]:
     return {kind: n for found in parts for kind, n in found.items() if n}
+
+
+STATES = {  # what a component's Config must define for its memory to be counted
+    "attention": ("trace",),
+    "ffn": ("trace",),
+    "norm": ("trace_of",),
+    "norm_position": ("joined",),
+    "position": ("trace_sum", "trace_rotation", "trace_bias"),
+}
+
+
+def _unstated(config: Train, world: int) -> Iterator[str]:
+    """What options of the user's own do not say."""
+    for axis, component in config.model.components():
+        if forms := unstated(axis, component, *STATES.get(axis, ())):
+            where = f"{forms} of its Config; plan.simulate=true looks at the module"
+            yield f"{chosen(axis, component)} does not say what it computes ({where})"
+    optimizer = config.optimizer
+    asked = ("state_values", "counts_steps", "update_bytes", *(["update_sent"] if world > 1 else []))
+    if forms := unstated("optimizer", optimizer, *asked):
+        what = "what it keeps of a parameter and makes in a step"
+        yield f"{chosen('optimizer', optimizer)} does not say {what} ({forms} of its Config)"
 
 
 def _refuse_uncounted(config: Train, world: int) -> None:

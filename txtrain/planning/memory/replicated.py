@@ -107,14 +107,9 @@ class Copies:
         return [Held(p.name, self.shapes[p.name], self.own(p), p.shape) for p in self.pieces]
 
     def states(self) -> dict[str, int]:
-        """Bytes between steps, beside the batch.
-
-        Raises:
-            NotCounted: an optimizer of the user's own does not say what it keeps.
-        """
+        """Bytes between steps, beside the batch."""
         optimizer = updates.states(self.config.optimizer, self.held, self.stored)
-        if optimizer is None:
-            raise NotCounted(f"optimizer={self.config.optimizer.type} does not say what it keeps of a parameter (`state_values` of its config)")
+        assert optimizer is not None, "count.py asks for what an optimizer states"
         parameters = self.stored * sum(h.n for h in self.held)
         return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.held)}
 
