@@ -10,14 +10,29 @@ import dataclasses as dc
 import importlib
 import inspect
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, NamedTuple, TypeVar, get_type_hints
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
 T = TypeVar("T", bound=type)
 
 
+# How ranks share what a component owns. What it does not name is whole in every rank.
+#     rows           a matrix by its outputs
+#     shared_rows    the same; where there are more ranks than key-value heads, whole in each, which reads one head's
+#     columns        a matrix by its inputs: its outputs are parts of a sum over the ranks
+#     heads          a table with a column a head, where attention is cut
+#     vocabulary     by tokens
+#     equal_part     a number of which each rank counts an equal part
+#     experts        stacked experts, whole ones for each rank of `strategy.ep_size`
+How = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
+Cut = Mapping[str, How]  # by the names of modules, parameters and numbers within a component
+WHOLE: Cut = MappingProxyType({})
+
+
 class Option(NamedTuple):
-    config: type  # frozen dataclass; its `type` field is the option's name
+    config: type[Any]  # frozen dataclass; its `type` field is the option's name
     target: str | type  # "module:Class", or the class itself where a user registered it
+    cut: Cut = WHOLE
 
 
 TABLE: dict[str, dict[str, Option]] = {}
@@ -36,9 +51,14 @@ def group_of(axis: str) -> str:
     return GROUP.get(axis, axis)
 
 
-def register(axis: str, names: str, target: str | type, config: type) -> None:
+def register(axis: str, names: str, target: str | type, config: type, cut: Cut = WHOLE) -> None:
     for name in names.split():
-        TABLE.setdefault(axis, {})[name] = Option(config, target)
+        TABLE.setdefault(axis, {})[name] = Option(config, target, cut)
+
+
+def cut_of(axis: str, config: Any) -> Cut:
+    """How ranks share what an option's component owns."""
+    return TABLE[axis][config.type].cut
 
 
 def chosen(axis: str, config: Any) -> str:

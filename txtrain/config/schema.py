@@ -167,10 +167,11 @@ class Train:
 
     def _check_between(self) -> Iterator[str]:
         data = self.data
-        if self.model.position.type == "learned" and self.seq_len > self.model.max_seq_len:
+        position = self.model.position
+        if (limit := position.max_positions(self.model)) is not None and self.seq_len > limit:
             yield (
-                f"`data.seq_len` must be at most model.max_seq_len ({self.model.max_seq_len}) with model/position=learned, "
-                f"but is {self.seq_len} instead. Nearest: {self.model.max_seq_len}."
+                f"`data.seq_len` must be at most model.max_seq_len ({limit}) with model/position={position.type}, "
+                f"but is {self.seq_len} instead. Nearest: {limit}."
             )
         if data.global_batch_size % self.micro_batch_size:
             near = ", ".join(map(str, divisors_near(self.micro_batch_size, data.global_batch_size)))
@@ -210,7 +211,7 @@ class Train:
                 f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
                 f"Nearest: {max(1, round(every / rows)) * rows}."
             )
-        if self.layer_stats.activations and self.strategy.type in ("tp", "fsdp_tp"):
+        if self.layer_stats.activations and self.strategy.cuts_activations:
             yield (
                 f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: a block's output lies in parts, "
                 "padded to equal lengths. Gradient and weight norms are told under it."

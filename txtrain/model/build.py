@@ -44,7 +44,7 @@ def build_model(config: ModelConfig) -> Transformer:
 def transformer(config: ModelConfig) -> Transformer:
     """The model on torch's default device, without initial values."""
     norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
-    cls = SentencePairTransformer if getattr(config.head, "next_sentence", False) else Transformer
+    cls = SentencePairTransformer if config.head.next_sentence else Transformer
     return cls(
         config,
         embedding=make_embedding(config),

@@ -11,6 +11,8 @@ from txtrain.config import compatibility
 from txtrain.model import flops, options
 from txtrain.registry import TABLE, axis, choice
 
+LAPTOP = "laptop"
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class InitConfig:
@@ -32,7 +34,7 @@ class ModelConfig:
     """
 
     family: str
-    size: str = "laptop"
+    size: str = LAPTOP
     published: dict[str, int] = dc.field(default_factory=dict)  # the family's published models and their parameters
 
     topology: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
@@ -178,6 +180,11 @@ class ModelConfig:
     def cache_bytes(self, seq_len: int, source_len: int = 0, bytes_per_value: int = 2) -> int:
         """What the cache of one row holds after seq_len tokens; a windowed layer forgets, an encoder alone has none."""
         return flops.cache_values(self, seq_len, source_len) * bytes_per_value
+
+    @property
+    def preset(self) -> str:
+        """What `model=` calls it: the family alone is one at laptop size."""
+        return self.family if self.size == LAPTOP else f"{self.family}_{self.size}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `txtrain.config.convert.build(ModelConfig, d)` reads them back."""

@@ -23,6 +23,7 @@ from txtrain.monitor.metrics_csv import PHASES
 from txtrain.monitor.slowness import Stretch
 from txtrain.monitor.start_screen import count, duration
 from txtrain.monitor.throughput import Machine, Meter, memory
+from txtrain.parallel.config import Layout
 from txtrain.plain_files import read_text
 from txtrain.training.module import LitModule
 
@@ -191,8 +192,8 @@ class Watch:
             micro_batch_tokens=micro * config.seq_len,
             num_workers=config.data.num_workers,
             cores=cores // world.local_size,
-            strategy=config.strategy.type,
-            reshards=getattr(config.strategy, "reshard_after_forward", False),
+            layout=config.strategy.layout(world.size) if world.size > 1 else Layout(),
+            reshards=config.strategy.reshard_after_forward,
         )
 
     # ---------------------------------------------------------------------------------------------------------------- the end

@@ -23,6 +23,7 @@ class ObjectiveConfig:
     topologies: ClassVar[tuple[str, ...] | None] = None
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
+    label_smoothing = 0.0  # not a field: some objectives have one
 
     @property
     def target_share(self) -> float:
@@ -55,7 +56,7 @@ class CausalLMConfig(ObjectiveConfig):
     mtp_weight: float = 0.3  # of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2)
 
     def arguments(self, config: Train) -> dict[str, Any]:
-        return {"mtp_depth": config.model.mtp_depth, "counts_tokens": hasattr(config.model.ffn, "n_experts")}
+        return {"mtp_depth": config.model.mtp_depth, "counts_tokens": config.model.ffn.n_experts > 0}
 
     def check(self) -> Iterator[str]:
         if self.mtp_weight < 0:
@@ -81,11 +82,11 @@ class MaskedLMConfig(ObjectiveConfig):
         return self.probability
 
     def arguments(self, config: Train) -> dict[str, Any]:
-        return {"next_sentence": self.pairs(config.model.head), "segments": bool(getattr(config.model.embedding, "n_types", 0))}
+        return {"next_sentence": self.pairs(config.model.head), "segments": config.model.embedding.n_types > 0}
 
-    def pairs(self, head: object) -> bool:
+    def pairs(self, head: Any) -> bool:
         """Whether samples are pairs of segments, with a model that ends in `head`."""
-        return bool(getattr(head, "next_sentence", False)) if self.next_sentence is None else self.next_sentence
+        return bool(head.next_sentence) if self.next_sentence is None else self.next_sentence
 
     def check(self) -> Iterator[str]:
         if not 0 < self.probability < 1:
@@ -100,7 +101,7 @@ class MaskedLMConfig(ObjectiveConfig):
         head, embedding = config.model.head, config.model.embedding
         if not self.pairs(head):
             return
-        if not getattr(head, "next_sentence", False):
+        if not head.next_sentence:
             yield (
                 f"`objective.next_sentence` must be false or null with model/head={head.type}, which cannot tell whether sentences follow each other, "
                 "but is true instead. Nearest: null."
@@ -109,7 +110,7 @@ class MaskedLMConfig(ObjectiveConfig):
             yield f"`data.packing` must be concat for pairs of segments, which are cut from documents, but is {config.data.packing} instead."
         if config.seq_len < 8:
             yield f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."
-        if getattr(embedding, "n_types", 2) not in (0, 2):
+        if embedding.n_types not in (0, 2):
             yield f"`model.embedding.n_types` must be 0 or 2 for pairs of segments, but is {embedding.n_types} instead. Nearest: 2."
 
 

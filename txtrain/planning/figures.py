@@ -116,7 +116,7 @@ def plan(config: Train) -> Figures:
     size = BYTES[how.cache_dtype]
     held = (target or source, source if target else 0)
     return Figures(
-        model=name_of(model),
+        model=model.preset,
         n_params=model.n_params,
         n_active_params=model.n_active_params,
         params_by_part={name: n for name, n in model.n_params_by_part().items() if n},
@@ -241,10 +241,6 @@ def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | No
         steps["trainer.max_time"] = math.floor(seconds_of(trainer.max_time) / seconds_per_step)
     limit = min(steps, key=steps.__getitem__, default=None)
     return (None, None) if limit is None else (steps[limit], limit)
-
-
-def name_of(model: ModelConfig) -> str:
-    return model.family if model.size == "laptop" else f"{model.family}_{model.size}"
 
 
 # ------------------------------------------------------------------------------------------------------------------ the verb

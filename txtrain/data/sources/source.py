@@ -127,7 +127,7 @@ def _no_fallback(config: Train) -> str | None:
     """Why this run must have the data that it names; None if it may fall back."""
     if config.data.offline_fallback == "never":
         return "`data.offline_fallback` is never."
-    if config.model.size != "laptop":
+    if config.model.preset != config.model.family:
         return f"A stand-in is for laptop sizes only, not for {config.model.size}."
     if "SLURM_JOB_ID" in os.environ:
         return "There is no stand-in under SLURM."

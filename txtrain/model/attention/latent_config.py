@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from txtrain.model.attention.multi_head_config import AttentionBase
-from txtrain.model.component import config
-from txtrain.registry import knob, register
+from txtrain.model.component import Size, config
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -51,6 +52,12 @@ class MLAConfig(AttentionBase):
     def sizes(self, model: ModelConfig) -> Sizes:
         h = model.dim // model.n_heads
         return Sizes(self.q_rank, self.kv_rank or 4 * h, self.nope_dim or h, self.rope_dim or max(2, h // 4 * 2), self.v_dim or h)
+
+    def divided(self, model: ModelConfig) -> Iterator[Size]:
+        yield Size("model.n_heads", model.n_heads)
+
+    def settled(self, model: ModelConfig) -> Self:
+        return dc.replace(self, **self.sizes(model)._asdict())
 
     def rotary_dim(self, model: ModelConfig) -> int:
         return self.sizes(model).rope_dim
@@ -129,12 +136,12 @@ class MLAConfig(AttentionBase):
 def _yarn_sharpening(model: ModelConfig) -> float:
     """YaRN sharpens scores by mscale^2. It does so through cos and sin; but of a latent head only a part is turned, and with
     mscale_all_dim the factor is meant for the whole of it."""
-    scaling = getattr(model.position, "scaling", None)
-    mscale_all_dim = getattr(scaling, "mscale_all_dim", None)
-    if scaling is None or not mscale_all_dim or scaling.factor <= 1:
+    scaling = model.position.scaling
+    if scaling is None or not scaling.mscale_all_dim or scaling.factor <= 1:
         return 1.0
-    mscale: float = 0.1 * mscale_all_dim * math.log(scaling.factor) + 1.0
+    mscale: float = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0
     return mscale**2
 
 
-register("attention", "mla", "txtrain.model.attention.latent:LatentAttention", MLAConfig)
+CUT: Cut = {"q_proj": "rows", "k_proj": "rows", "v_proj": "rows", "o_proj": "columns"}
+register("attention", "mla", "txtrain.model.attention.latent:LatentAttention", MLAConfig, CUT)

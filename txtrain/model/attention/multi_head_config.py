@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from txtrain.errors import divisors_near
-from txtrain.model.component import Component, config
-from txtrain.registry import BASES, knob, register
+from txtrain.model.component import Component, Size, config
+from txtrain.registry import BASES, Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -21,14 +22,17 @@ class AttentionBase(Component):
 
     rotary_knob: ClassVar[str] = "head_dim"  # whose value rotary_dim is
 
+    # Knobs of some options; no fields of all.
+    softcap = cast("float | None", None)
+    dropout = cast("float | None", None)
+
     def rotary_dim(self, model: ModelConfig) -> int:
         """The size of the part of a head that position turns."""
         return model.dim // model.n_heads
 
     def dropped(self, model: ModelConfig) -> float:
         """The share of the probabilities that is dropped in training."""
-        own: float | None = getattr(self, "dropout", None)
-        return model.dropout if own is None else own
+        return model.dropout if self.dropout is None else self.dropout
 
     def window_at(self, layer: int) -> int | None:
         """How far a position of that layer sees; None: all the way."""
@@ -73,6 +77,16 @@ class AttentionConfig(AttentionBase):
     def heads(self, model: ModelConfig) -> tuple[int, int, int]:
         """n_heads, n_kv_heads, head_dim, with nothing left open."""
         return model.n_heads, self.n_kv_heads or model.n_heads, self.head_dim or model.dim // model.n_heads
+
+    def divided(self, model: ModelConfig) -> Iterator[Size]:
+        n, kv, _ = self.heads(model)
+        yield Size("model.n_heads", n)
+        if kv != n:
+            yield Size("model.attention.n_kv_heads", kv, shared=True)
+
+    def settled(self, model: ModelConfig) -> Self:
+        n, kv, h = self.heads(model)
+        return dc.replace(self, n_kv_heads=None if kv == n else kv, head_dim=h)
 
     def rotary_dim(self, model: ModelConfig) -> int:
         return self.heads(model)[2]
@@ -153,5 +167,6 @@ class AttentionConfig(AttentionBase):
         return t.linear(y, n * h, model.dim, self.bias, name="o_proj")
 
 
-register("attention", "mha gqa mqa", "txtrain.model.attention.multi_head:MultiHeadAttention", AttentionConfig)
+CUT: Cut = {"q_proj": "rows", "k_proj": "shared_rows", "v_proj": "shared_rows", "o_proj": "columns"}
+register("attention", "mha gqa mqa", "txtrain.model.attention.multi_head:MultiHeadAttention", AttentionConfig, CUT)
 BASES["attention"] = AttentionBase

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from txtrain.model.component import Component, config
-from txtrain.registry import knob, register
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 @config
 class EmbeddingBase(Component):
     norm: bool = knob(False, carry=True)  # the model's norm over the sum of embedding and position (BERT)
+
+    n_types = 0  # not a field: embeddings of tokens have one
 
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of patches; None for a sequence."""
@@ -124,5 +126,6 @@ class PatchEmbeddingConfig(EmbeddingBase):
         return t.cat(t.expanded(t.parameter(1, 1, dim, name="class_token"), place.batch * dim), t.back_copied(x))
 
 
-register("embedding", "token", "txtrain.model.embedding.embeddings:TokenEmbedding", TokenEmbeddingConfig)
+CUT: Cut = {"token": "vocabulary"}
+register("embedding", "token", "txtrain.model.embedding.embeddings:TokenEmbedding", TokenEmbeddingConfig, CUT)
 register("embedding", "patch", "txtrain.model.embedding.embeddings:PatchEmbedding", PatchEmbeddingConfig)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from txtrain.model.component import Component, config
-from txtrain.registry import BASES, knob, register
+from txtrain.model.component import Component, Size, config
+from txtrain.registry import BASES, Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -20,6 +20,8 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 @config
 class FFNBase(Component):
     """What the other axes may ask of any feed-forward."""
+
+    n_experts = 0  # not a field: a mixture has one
 
     def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
         """Parameters that a token meets: all, unless an option chooses among them."""
@@ -43,6 +45,9 @@ class MLPConfig(FFNBase):
 
     def width(self, model: ModelConfig) -> int:
         return self.hidden_dim or 4 * model.dim
+
+    def divided(self, model: ModelConfig) -> Iterator[Size]:
+        yield Size("model.ffn.hidden_dim", self.width(model))
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         if self.hidden_dim is not None and self.hidden_dim < 1:
@@ -86,5 +91,7 @@ class GatedConfig(MLPConfig):
 
 
 BASES["ffn"] = FFNBase
-register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig)
-register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig)
+CUT: Cut = {"up_proj": "rows", "down_proj": "columns"}
+GATED_CUT: Cut = {**CUT, "gate_proj": "rows"}
+register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig, CUT)
+register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig, GATED_CUT)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal
 
 from txtrain.errors import divisors_near
-from txtrain.model.component import config
-from txtrain.model.ffn.dense_config import Activation, FFNBase
-from txtrain.registry import knob, register
+from txtrain.model.component import Size, config
+from txtrain.model.ffn.dense_config import GATED_CUT, Activation, FFNBase
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -46,6 +46,11 @@ class MoEConfig(FFNBase):
 
     def dense_width(self, model: ModelConfig) -> int:
         return self.dense_hidden_dim or math.ceil(model.dim / 3) * 8
+
+    def divided(self, model: ModelConfig) -> Iterator[Size]:
+        yield Size("model.ffn.hidden_dim", self.width(model))
+        if self.dense_layers:
+            yield Size("model.ffn.dense_hidden_dim", self.dense_width(model))
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         path = "model.ffn"
@@ -131,4 +136,5 @@ class MoEConfig(FFNBase):
         return t.add(y, t.named("shared", gated, t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
 
 
-register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig)
+CUT: Cut = {**GATED_CUT, "aux_weight": "equal_part", "experts": "experts"}
+register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig, CUT)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
 from txtrain.model.ffn.dense_config import Activation
-from txtrain.registry import knob, register
+from txtrain.registry import Cut, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 @config
 class HeadConfig(Component):
-    """What every head has."""
+    """What every head has. skips: its loss leaves out the positions without a target."""
+
+    skips: ClassVar[bool] = False
+    next_sentence = False  # not a field: BERT's head has one
 
     def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
         """Forward operations a position."""
@@ -61,6 +64,7 @@ class LMHeadConfig(HeadConfig):
 class MLMHeadConfig(HeadConfig):
     """BERT's (1810.04805): dense, activation, norm, then the vocabulary with a bias; beside it the pooler and the next-sentence head."""
 
+    skips = True
     activation: Activation = "gelu"
     next_sentence: bool = True
 
@@ -136,6 +140,7 @@ def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | No
     return t.softmax(t.to(logits, 4))
 
 
-register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig)
-register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig)
+CUT: Cut = {"weight": "vocabulary", "bias": "vocabulary"}
+register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig, CUT)
+register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig, CUT)
 register("head", "class", "txtrain.model.head.heads:ClassHead", ClassHeadConfig)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from txtrain.model.component import Component, config
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, Cut, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -21,6 +21,12 @@ class PositionBase(Component):
 
     restarting: positions begin anew with each document, so that rows differ.
     """
+
+    scaling = cast("RoPEScalingConfig | None", None)  # not a field: rotary positions have one
+
+    def max_positions(self, model: ModelConfig) -> int | None:
+        """Positions that the scheme tells apart; None: any number."""
+        return None
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
         """The embedding with what is added to it."""
@@ -65,6 +71,9 @@ class LearnedConfig(PositionConfig):
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         return {"grid": model.embedding.grid()}
 
+    def max_positions(self, model: ModelConfig) -> int | None:
+        return model.max_seq_len
+
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return model.max_seq_len * model.dim
 
@@ -79,6 +88,8 @@ class RoPEScalingConfig:
 
     rope_type: str
     factor: float
+
+    mscale_all_dim = cast("float | None", None)  # not a field: YaRN has one
 
     def check(self, path: str) -> Iterator[str]:
         if not self.factor >= 1:
@@ -180,7 +191,8 @@ register("position", "none", "txtrain.model.position.encodings:Position", Positi
 register("position", "sinusoidal", "txtrain.model.position.encodings:Sinusoidal", SinusoidalConfig)
 register("position", "learned", "txtrain.model.position.encodings:Learned", LearnedConfig)
 register("position", "rope", "txtrain.model.position.encodings:RoPE", RoPEConfig)
-register("position", "relative", "txtrain.model.position.encodings:RelativeBias", RelativeConfig)
+CUT: Cut = {"embedding": "heads"}
+register("position", "relative", "txtrain.model.position.encodings:RelativeBias", RelativeConfig, CUT)
 register("position", "alibi", "txtrain.model.position.encodings:ALiBi", AlibiConfig)
 register("rope_scaling", "linear", "txtrain.model.position.encodings:linear_frequencies", LinearScaling)
 register("rope_scaling", "ntk", "txtrain.model.position.encodings:ntk_frequencies", NTKScaling)

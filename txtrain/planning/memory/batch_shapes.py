@@ -78,9 +78,9 @@ def batch_of(config: Train, n: int) -> Batch:
         shapes["labels"][1] if two else None,
         masked,
         {"documents_BS": True} if "decoder_document_ids" in shapes else {},
-        n_chosen(config, n) if config.model.head.type == "mlm" else None,
-        bool(getattr(config.objective, "label_smoothing", 0.0)),
-        "token_type_ids" in shapes and bool(getattr(config.model.embedding, "n_types", 0)),
+        n_chosen(config, n) if config.model.head.skips else None,
+        bool(config.objective.label_smoothing),
+        "token_type_ids" in shapes and bool(config.model.embedding.n_types),
     )
 
 
@@ -108,5 +108,5 @@ def nbytes_of(config: Train, n: int) -> int:
 
 def n_chosen(config: Train, n: int) -> int | None:
     """Positions of n samples that a masked language model predicts, as is to be expected; None: the objective chooses none."""
-    share = getattr(config.objective, "probability", None)
-    return None if share is None else round(share * n * config.lengths[0])
+    share = config.objective.target_share
+    return None if share == 1.0 else round(share * n * config.lengths[0])

@@ -73,7 +73,7 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
 
 
 def _strategy(config: Train, layout: Layout) -> Copies:
-    stage, half = getattr(config.strategy, "stage", 0), config.trainer.precision == "bf16-mixed"
+    stage, half = config.strategy.stage, config.trainer.precision == "bf16-mixed"
     if stage and layout.shard > 1:
         return Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half else Partitions(config, layout)
     return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
@@ -107,10 +107,9 @@ def _unstated(config: Train, world: int) -> Iterator[str]:
 
 def _refuse_uncounted(config: Train, world: int) -> None:
     strategy = config.strategy
-    offloads = getattr(strategy, "cpu_offload", False)
-    if hasattr(strategy, "stage"):
-        if offloads or world == 1:
-            what = "strategy.cpu_offload=true" if offloads else "one process"
+    if strategy.stage:
+        if strategy.cpu_offload or world == 1:
+            what = "strategy.cpu_offload=true" if strategy.cpu_offload else "one process"
             raise NotCounted(f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted")
-    elif offloads and strategy.layout(world).shard == 1:
+    elif strategy.cpu_offload and strategy.layout(world).shard == 1:
         raise NotCounted("strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted")

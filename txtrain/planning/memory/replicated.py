@@ -35,7 +35,7 @@ class Copies:
 
     def __init__(self, config: Train, layout: Layout) -> None:
         self.config, self.layout = config, layout
-        self.ep_size: int = getattr(config.strategy, "ep_size", 1)
+        self.ep_size: int = config.strategy.ep_size
         precision, shards = config.trainer.precision, layout.shard > 1
         self.stored = 2 if precision == "bf16-true" else FLOAT32
         self.t = self._tape(2 if precision == "bf16-true" or (precision == "bf16-mixed" and shards) else FLOAT32)
@@ -51,7 +51,7 @@ class Copies:
     @property
     def offloads(self) -> bool:
         """Whether states and gradients lie in the processor's memory, and that is another than the device's."""
-        return bool(getattr(self.config.strategy, "cpu_offload", False)) and self.device != "cpu"
+        return bool(self.config.strategy.cpu_offload) and self.device != "cpu"
 
     # ------------------------------------------------------------------------------------------------------------ the model
 
