@@ -44,4 +44,5 @@ def test_every_literal_key_is_one_of_the_contract():
 
 def test_in_a_sweep_every_comma_separates(job):
     jobs = expand(["prompt=It's a=b,123, ${x}", "checkpoint=r"], True)
-    assert [line for lines in jobs for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]
+    lines = [str(o.input_line) for overrides in jobs for o in overrides]
+    assert [line for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]

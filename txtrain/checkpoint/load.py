@@ -11,7 +11,6 @@ import yaml
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.config.convert import build
-from txtrain.config.init_from import tokenizer_folder
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 
@@ -52,9 +51,15 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
         from txtrain.hf.registry import read_config
 
         _, model = read_config(folder)
-        return Described(folder, model, tokenizer_folder(folder), True)
+        return Described(folder, model, _tokenizer_in(folder), True)
     path = checkpoint.locate(folder, key)
-    return Described(path, _saved_config(path, key), tokenizer_folder(path / "tokenizer"), False)
+    return Described(path, _saved_config(path, key), _tokenizer_in(path / "tokenizer"), False)
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    """The folder itself, if it holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return folder if any((folder / name).is_file() for name in names) else None
 
 
 def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:

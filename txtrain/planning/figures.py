@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from txtrain.config import hardware
+from txtrain.config.composed import Composed
 from txtrain.config.schema import Plan, PlanConfig, Train
 from txtrain.config.units import bytes_of
 from txtrain.errors import ConfigError
@@ -218,8 +219,9 @@ def name_of(model: ModelConfig) -> str:
 # ------------------------------------------------------------------------------------------------------------------ the verb
 
 
-def run_plan(config: Plan) -> int:
+def run_plan(job: Composed) -> int:
     """Print the figures. Exit code 0."""
+    config: Plan = job.config
     found = plan(config)
     if config.plan.format == "json":
         print(json.dumps(found.to_dict(), indent=2))
