@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from typing import Any
 
     from txtrain.checkpoint.load import load_pretrained
-    from txtrain.config.compose import compose
+    from txtrain.cli.jobs import compose
     from txtrain.config.paths import families
     from txtrain.errors import ConfigError
     from txtrain.hf.save import save_pretrained
@@ -27,7 +27,7 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "LitModule": "txtrain.training.module",
     "build_model": "txtrain.model.build",
     "component": "txtrain.registry",
-    "compose": "txtrain.config.compose",
+    "compose": "txtrain.cli.jobs",
     "families": "txtrain.config.paths",
     "generate": "txtrain.model.generation",
     "load_pretrained": "txtrain.checkpoint.load",

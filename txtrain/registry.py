@@ -93,10 +93,13 @@ def _is_of_package(module: str) -> bool:
 def resolve(axis: str, name: str) -> Any:
     """The class behind an option; imports its module."""
     target = TABLE[axis][name].target
-    if isinstance(target, str):
-        module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    return target
+    return imported(target) if isinstance(target, str) else target
+
+
+def imported(reference: str) -> Any:
+    """What "module:name" stands for."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def make(axis: str, config: Any, **given: Any) -> Any:

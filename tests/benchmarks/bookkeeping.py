@@ -17,8 +17,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from txtrain import compose
 from txtrain.checkpoint.state import RunState
-from txtrain.config.compose import compose
 from txtrain.monitor.console import Display
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine

@@ -63,4 +63,5 @@ def test_paths_for_validation_are_hydras_but_for_commas(typed, value, job):
 
 def test_in_a_sweep_every_comma_separates(job):
     jobs = expand(["prompt=It's a=b,123, ${x}", "checkpoint=r"], True)
-    assert [line for lines in jobs for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]
+    lines = [str(o.input_line) for overrides in jobs for o in overrides]
+    assert [line for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from tests.device import accelerator
 from tests.distributed.zero_cases import launch
 from tests.training import TINY, rows, write_text
-from txtrain import ConfigError, train
+from txtrain import ConfigError, compose, train
 from txtrain.checkpoint.format import locate, read_state
-from txtrain.config.compose import compose
 from txtrain.monitor.metrics_csv import read
 from txtrain.parallel.config import ZeRO2Config
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.config.convert import build
-from txtrain.config.init_from import tokenizer_folder
 from txtrain.errors import ConfigError
 from txtrain.files import path_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
@@ -57,11 +56,17 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
 
         _, model = read_config(folder)
         check_layers(model, tensor_names(folder), str(folder / "config.json"))
-        return Described(folder, model, tokenizer_folder(folder), True)
+        return Described(folder, model, _tokenizer_in(folder), True)
     path = checkpoint.locate(folder, key)
     model = _saved_config(path, key)
     check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
-    return Described(path, model, tokenizer_folder(path / "tokenizer"), False)
+    return Described(path, model, _tokenizer_in(path / "tokenizer"), False)
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    """The folder itself, if it holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return folder if any((folder / name).is_file() for name in names) else None
 
 
 def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:

@@ -20,7 +20,7 @@ import yaml
 from txtrain import files, plain_files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import FORMAT, RunState, check_format
-from txtrain.config.convert import plain
+from txtrain.config.convert import flat, plain
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.slurm import Job
@@ -299,14 +299,6 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tup
     old, new = flat(saved), flat(wanted)
     keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in FREE)]
     return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def _path(config: Train, name: str | None) -> tuple[Path, bool]:

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from txtrain import files
-from txtrain.config.compose import Composed, to_file
+from txtrain.cli import slurm_member
+from txtrain.config.composed import Composed, to_file
 from txtrain.config.convert import build, plain
 from txtrain.config.schema import Plan, Train
 from txtrain.config.slurm_launcher import SlurmConfig
@@ -232,8 +233,6 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
     """
     import submitit
     from submitit.core.utils import FailedJobError
-
-    from txtrain.cli import slurm_member
 
     for m in members:
         m.record.unlink(missing_ok=True)

@@ -92,6 +92,14 @@ def plain(obj: Any) -> Any:
     return obj
 
 
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value, of a plain dict."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
 def key_paths(cls: type) -> dict[str, None]:
     """Every dotted key that any combination of options accepts, in order."""
     return _key_paths(cls, "", sum(map(len, TABLE.values())))
@@ -103,12 +111,12 @@ def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, None]:  # n_
     for f in dc.fields(cls):
         path = _join(prefix, key_of(f))
         paths[path] = None
-        for part in _parts(cls, f):
+        for part in parts(cls, f):
             paths |= _key_paths(part, path, n_options)
     return paths
 
 
-def _parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
+def parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
     """The dataclasses that the field may hold."""
     if "axis" in f.metadata:
         yield from dict.fromkeys(option.config for option in TABLE.get(f.metadata["axis"], {}).values())

@@ -5,58 +5,36 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from txtrain.checkpoint.format import newest_run
-from txtrain.checkpoint.run_folder import begun_with
+from txtrain.config.composed import Composed
 from txtrain.config.convert import plain
 from txtrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from txtrain.config.compose import Composed
-    from txtrain.model.config import ModelConfig
+from txtrain.model.config import ModelConfig
 
 # What a model may have otherwise than its weights were trained with: labels, how it would have been initialised, and dropout.
 _FREE = ("family", "size", "published", "init", "dropout", "output_dropout", "bos_token_id", "eos_token_id", "pad_token_id")
 _DROPOUTS = ("model.dropout", "model.output_dropout", "model.attention.dropout", "model.ffn.dropout")
 
 
-def applied(composed: Composed) -> Composed:
-    """The configuration with what comes along with its init_from, and the runs that it names.
+def applied(composed: Composed, model: ModelConfig, tokenizer: Path | None) -> Composed:
+    """The configuration with what comes along with its init_from: a model, and the folder of its tokenizer.
 
     Raises:
-        ConfigError: there is no model there, `model=` beside it says something else, or it brings no tokenizer and none is given.
+        ConfigError: `model=` beside it says something else, or it brings no tokenizer and none is given.
     """
-    composed = _pinned(composed)
     config = composed.config
-    where = getattr(config, "init_from", None)
-    if where is None:
-        return composed
-    from txtrain.checkpoint.load import describe
-
-    found = describe(where, key="init_from")
-    changes: dict[str, Any] = {"model": _model(composed, found.model)}
+    changes: dict[str, Any] = {"model": _model(composed, model)}
     if "data.tokenizer" not in composed.given and config.data.tokenizer == "train":
-        if found.tokenizer is None:
-            raise ConfigError(f"`data.tokenizer` must be given with init_from={where}: no tokenizer came along with it.")
-        changes["data"] = dc.replace(config.data, tokenizer=str(found.tokenizer))
+        if tokenizer is None:
+            raise ConfigError(
+                f"`data.tokenizer` must be given with init_from={config.init_from}: no tokenizer came along with it."
+            )
+        changes["data"] = dc.replace(config.data, tokenizer=str(tokenizer))
     config = dc.replace(config, **changes)
     if problems := list(config.check()):
         raise ConfigError(*problems)
     return dc.replace(composed, config=config, grafts={})
-
-
-def _pinned(composed: Composed) -> Composed:
-    """With the run that a folder of runs stands for: the same one for all ranks of a run and all members of a sweep.
-
-    A run that is continued keeps the one that it was begun with.
-    """
-    config, found = composed.config, {}
-    for key in ("checkpoint", "init_from", "fork"):
-        if (where := getattr(config, key, None)) is not None:
-            before = begun_with(config, key) if hasattr(config, "run_dir") else None
-            found[key] = before or newest_run(where, key)
-    return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
 
 
 def _model(composed: Composed, found: ModelConfig) -> ModelConfig:
@@ -101,9 +79,3 @@ def _value(model: ModelConfig, key: str) -> Any:
 def _with(config: Any, path: list[str], value: Any) -> Any:
     name, *rest = path
     return dc.replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
-
-
-def tokenizer_folder(folder: Path) -> Path | None:
-    """The folder itself, if it holds a tokenizer."""
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return folder if any((folder / name).is_file() for name in names) else None

@@ -1,8 +1,12 @@
-"""Where the configuration files lie: at the top of a checkout, inside the package of an installed wheel. Names of options, without Hydra."""
+"""Where the configuration files lie: at the top of a checkout, inside the package of an installed wheel. Names of groups and
+options, without Hydra."""
 
 from __future__ import annotations
 
+import dataclasses as dc
 from pathlib import Path
+
+from txtrain.registry import TABLE, VALUE_AXES, group_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 DATA = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # holds conf/ and recipes/
@@ -12,6 +16,14 @@ CONF = DATA / "conf"
 def families() -> list[str]:
     """The names that `model=` accepts: families at laptop size, and published models."""
     return options("model")
+
+
+def groups_of(root: type) -> list[str]:
+    """The groups of a verb, as written on its command line."""
+    axes = [axis for axis in TABLE if axis not in VALUE_AXES and axis != "rope_scaling"]
+    fields = {f.name for f in dc.fields(root)}
+    groups = ["model", *map(group_of, axes), "trainer", "callbacks", "logger"]
+    return [g for g in groups if g.partition("/")[0] in fields] + (["recipes"] if "model" in fields else [])
 
 
 def options(group: str) -> list[str]:

@@ -6,23 +6,22 @@ the command line, the user's --config-dir or the packaged options; what the file
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
-from txtrain.checkpoint.format import newest_run
-from txtrain.checkpoint.run_folder import flat
 from txtrain.config import loggers, targets
-from txtrain.config.compose import NOTES, Composed, Loader, load
-from txtrain.config.convert import build
+from txtrain.config.composed import NOTES, Composed
+from txtrain.config.convert import build, flat
 from txtrain.config.literals import escape
-from txtrain.config.overrides import check, groups_of, parse
-from txtrain.config.schema import ROOTS
+from txtrain.config.loader import Loader, load
+from txtrain.config.overrides import check
+from txtrain.config.paths import groups_of
 from txtrain.errors import ConfigError
+from txtrain.plain_files import read_yaml
 
 FREE = ("strategy", "trainer", "logger", "callbacks")  # the groups that a resumed run may choose anew
 
@@ -43,18 +42,15 @@ def run_folder(run_or_checkpoint: str) -> Path:
     raise ConfigError(f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.")
 
 
-def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Composed:
-    """The configuration in the run's folder, changed as the overrides say.
+def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], loader: Loader) -> Composed:
+    """The configuration in the run's folder, changed as the overrides say. root: its type.
 
     Raises:
         ConfigError: no such run, a group that may not change, a key or value that does not exist.
     """
-    run = newest_run(run, key="resume")
-    folder, root = run_folder(run), ROOTS[verb]
-    raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"`resume`: {folder / 'config.yaml'} must be the config.yaml of a run, but is not a mapping.")
-    parsed = [o for o in parse(overrides) if not o.is_hydra_override()]
+    folder = run_folder(run)
+    raw: dict[str, Any] = read_yaml(folder / "config.yaml")
+    parsed = [o for o in overrides if not o.is_hydra_override()]
     _refuse_others(parsed, root)
     saved_imports = raw.get("imports") or []
     raw |= {"imports": loader.imports(overrides), "resume": run, "run_dir": str(folder)}
@@ -128,7 +124,7 @@ def _composed_anew(verb: str, groups: list[Override], raw: dict[str, Any], loade
     """The named groups from their option's file, with the run's own name and folder where they refer to them."""
     if not groups:
         return {}
-    cfg = load(verb, check([str(o.input_line) for o in groups], loader, root), loader)
+    cfg = load(verb, check(groups, loader, root), loader)
     with open_dict(cfg):
         del cfg[NOTES]
         for key in ("name", "run_dir"):

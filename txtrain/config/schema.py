@@ -125,17 +125,17 @@ class Train:
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
     sample: SampleConfig
     layer_stats: LayerStatsConfig = dc.field(default_factory=LayerStatsConfig)
-    logger: dict[str, Any]  # Lightning loggers by _target_
+    logger: dict[str, Any]  # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
     callbacks: dict[str, Any]  # Lightning callbacks by _target_
     name: str = "default"  # part of the run's folder
-    run_dir: str | None = None
+    run_dir: str | None = None  # null: runs/<name>/<date>_<time>
     seed: int = 1337
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # files or modules with your own parts, registered by @txtrain.component
     init_from: str | None = None  # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
-    resume: str = "auto"  # auto, never, or a run, a checkpoint, a folder of runs
+    resume: str = "auto"  # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
     resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
     fork: str | None = None  # a run or checkpoint whose weights, optimizer state and step a new run starts from
-    verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed; metrics.csv is the same
+    verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed, with NO_COLOR=1 in black and white
     profile: bool = False  # write a trace of a few steps into the run's folder
     profile_steps: tuple[int, int] | None = None  # the first and the last of them; null: the fourth to the sixth of this start
 
@@ -225,7 +225,7 @@ class Train:
 class PlanConfig:
     """Of which devices `plan` tells time and memory, and how."""
 
-    device: str = "H100"  # one of txtrain.config.hardware, in any spelling: h100, a100-80gb
+    device: str = "H100"  # its published peak at trainer.precision, in any spelling (h100, a100-80gb): docs/plan.md
     n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
     memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
     simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
@@ -327,7 +327,7 @@ class Sampling:
 
     max_new_tokens: int = 64
     temperature: float = 0.8  # 0: the most likely token
-    top_k: int | None = None
+    top_k: int | None = None  # tokens to draw from; null: all
     top_p: float | None = None
     min_p: float | None = None
     seed: int | None = 0  # null: of torch's own generator
@@ -349,13 +349,13 @@ class Sampling:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Generate(Sampling):
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    checkpoint: str | None = None  # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    prompt: str | None = None  # `-`: standard input
+    prompt: str | None = None  # taken as typed; `-`: standard input
     prompt_file: str | None = None  # one prompt a line
     stream: bool = True  # print tokens as they come, where one prompt is given
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
@@ -370,14 +370,10 @@ class Export:
     checkpoint: str | None = None  # a run's folder, or one of its checkpoints
     out: str | None = None  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if self.out is None:
             yield "`out` must be given: the folder to write."
-
-
-ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare, "preview": Preview}
-

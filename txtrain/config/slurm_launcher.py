@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from txtrain.config.convert import build
+from txtrain.config.loader import Loader, load
+from txtrain.config.overrides import LAUNCHER, hydra_errors
 from txtrain.config.units import bytes_of
-from txtrain.errors import hint
-
-if TYPE_CHECKING:
-    from txtrain.config.compose import Loader
-
-GROUP = "hydra/launcher"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -83,36 +80,28 @@ class _Root:
         yield from self.hydra.check()
 
 
-def named(lines: Sequence[str]) -> str | None:
-    """The launcher that a job's overrides choose; None: they do not say."""
-    return next((line.partition("=")[2] for line in reversed(lines) if line.lstrip("+").startswith(f"{GROUP}=")), None)
+def named(overrides: Sequence[Override]) -> str | None:
+    """The launcher that a job's overrides choose; None if they choose none."""
+    chosen = [str(o.value()) for o in overrides if o.key_or_group == LAUNCHER and not o.is_delete()]
+    return chosen[-1] if chosen else None
 
 
-def unread(lines: Sequence[str]) -> Iterator[str]:
-    """Of a job's overrides the keys of a launcher that has none."""
-    if named(lines) in (None, "basic"):
-        for line in lines:
-            if line.lstrip("+").startswith("hydra.launcher."):
-                yield f"`{line.lstrip('+').partition('=')[0]}` is for {GROUP}=slurm, which is not asked for."
+def unread(overrides: Sequence[Override], multirun: bool) -> Iterator[str]:
+    """Overrides of a launcher that nothing would read."""
+    for o in overrides:
+        if not multirun and (o.key_or_group == LAUNCHER or o.key_or_group.startswith("hydra.launcher.")):
+            yield f"`{o.input_line}` needs -m: launchers run sweeps (a sweep may have one member)."
+        elif o.key_or_group.startswith("hydra.launcher.") and named(overrides) in (None, "basic"):
+            yield f"`{o.key_or_group}` is for {LAUNCHER}=slurm, which is not asked for."
 
 
-def check_name(name: str, loader: Loader) -> Iterator[str]:
-    """Whether there is such a launcher."""
-    options = loader.get_group_options(GROUP)
-    if name not in options:
-        yield f"`{GROUP}={name}` must be one of {', '.join(options)}.{hint(name, options, GROUP + '={}')}"
-
-
-def slurm(verb: str, lines: Sequence[str], loader: Loader) -> SlurmConfig:
+def slurm(verb: str, overrides: Sequence[Override], loader: Loader) -> SlurmConfig:
     """The keys of `hydra/launcher=slurm`, as a job's overrides set them.
 
     Raises:
         ConfigError: a key that does not exist, or a value that is none of it.
     """
-    from txtrain.config.compose import load
-    from txtrain.config.overrides import hydra_errors
-
     with hydra_errors():
-        cfg = load(verb, list(lines), loader)
+        cfg = load(verb, overrides, loader)
         raw: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
     return build(_Root, {"hydra": {"launcher": raw}}).hydra.launcher

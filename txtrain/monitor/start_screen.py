@@ -108,9 +108,11 @@ def graft_lines(model: ModelConfig, grafts: Grafts) -> list[str]:
 
 def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
     """The model with the family's own options on the grafted axes."""
-    from txtrain.config.compose import compose
+    from txtrain.config.compose import compose_job
+    from txtrain.config.loader import make_loader
+    from txtrain.config.overrides import parse
 
-    own: ModelConfig = getattr(compose([f"model={model.preset}"]), "model")  # noqa: B009
+    own: ModelConfig = compose_job("train", Train, parse([f"model={model.preset}"]), make_loader())[0].config.model
     return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts if hasattr(own, axis)})
 
 

@@ -14,12 +14,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from txtrain.config.composed import Composed, to_file
 from txtrain.errors import ConfigError
 from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED
 from txtrain.parallel.world import STORE, by_srun, started
 
 if TYPE_CHECKING:
-    from txtrain.config.compose import Composed
     from txtrain.config.schema import Train
 
 USER = 2  # exit code of a mistake; as PREEMPTED, all processes have agreed on it
@@ -59,8 +59,6 @@ def _n_gpus(accelerator: str) -> int:
 
 def launch(job: Composed, n: int) -> int:
     """Run a `train` job in n processes; its exit code: that of the process which failed first, 0 if none did."""
-    from txtrain.config.compose import to_file
-
     with tempfile.TemporaryDirectory(prefix="txtrain-") as folder:
         file = Path(folder) / "config.yaml"
         to_file(job, file)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from txtrain.config import hardware
+from txtrain.config.composed import Composed
 from txtrain.config.convert import checked
 from txtrain.config.schema import Plan, PlanConfig, Train
 from txtrain.config.units import bytes_of
@@ -246,8 +247,9 @@ def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | No
 # ------------------------------------------------------------------------------------------------------------------ the verb
 
 
-def run_plan(config: Plan) -> int:
+def run_plan(job: Composed) -> int:
     """Print the figures. Exit code 0."""
+    config: Plan = job.config
     found = plan(config)
     if config.plan.format == "json":
         print(json.dumps(found.to_dict(), indent=2))

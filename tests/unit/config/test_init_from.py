@@ -9,8 +9,8 @@ import torch
 
 import txtrain
 from tests.training import tiny, weights
+from txtrain import compose
 from txtrain.cli.main import main
-from txtrain.config.compose import compose
 from txtrain.errors import ConfigError
 from txtrain.training.run import train
 

@@ -159,6 +159,7 @@ def base() -> Train:
     return txtrain.compose(["model=llama2", "data=text", "data.path=x", *run])
 
 
+OBJECTIVES = {"decoder": "causal_lm", "encoder": "masked_lm", "encoder_decoder": "span_corruption"}
 choices = st.dictionaries(
     st.sampled_from(sorted(MODULES)),
     st.tuples(st.integers(0, 3), st.sampled_from([None, 0, 1, 2]), st.booleans()),
@@ -169,7 +170,7 @@ choices = st.dictionaries(
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     choices,
-    st.sampled_from(["decoder", "encoder", "encoder_decoder"]),
+    st.sampled_from(sorted(OBJECTIVES)),
     st.sampled_from(["pre", "sandwich"]),
     st.sampled_from([0, 1]),
 )
@@ -182,7 +183,8 @@ def test_an_own_part_is_counted_as_it_is_built_or_named(chosen, topology, norm_p
         head = axes.MLMHeadConfig(type="mlm") if topology == "encoder" else axes.LMHeadConfig(type="lm")
         mtp = mtp_depth if topology == "decoder" else 0
         model_config = tiny(**changes, topology=topology, head=head, mtp_depth=mtp)
-        figures = txtrain.plan(dc.replace(base(), model=model_config))
+        objective = TABLE["objective"][OBJECTIVES[topology]].config(type=OBJECTIVES[topology])
+        figures = txtrain.plan(dc.replace(base(), model=model_config, objective=objective))
         model = seeded(model_config)
         assert figures.n_params == sum(p.numel() for p in model.parameters())
         of_position = sum(p.numel() for name, p in model.named_parameters() if "position." in name)
