@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from txtrain.registry import BASES, axes, register
+from txtrain.registry import BASES, axes, knob, register
 
 Tokenizer = str  # folder, file or hub name; `bytes`; `train`
 
@@ -18,31 +18,24 @@ class DataConfig:
 
     type: str
     tokenizer: Tokenizer | None = "train"
-    seq_len: int | None = None  # null: model.max_seq_len
-    global_batch_size: int = 8  # sequences a step, over all processes
-    micro_batch_size: int | None = None  # sequences a process at a time; null: its whole share
+    seq_len: int | None = knob(None, at_least=2)  # null: model.max_seq_len
+    global_batch_size: int = knob(8, at_least=1)  # sequences a step, over all processes
+    micro_batch_size: int | None = knob(None, at_least=1)  # sequences a process at a time; null: its whole share
     cross_document_attention: bool = False
     packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
-    val_fraction: float = 0.05  # of the text, where the source has no validation split of its own
-    num_workers: int = 0
+    # Of the text, where the source has no validation split of its own.
+    val_fraction: float = knob(0.05, above=0, below=1)
+    num_workers: int = knob(0, at_least=0)
     cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
 
     kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
 
     def check(self) -> Iterator[str]:
-        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < (2 if name == "seq_len" else 1):
-                yield f"`data.{name}` must be at least {2 if name == 'seq_len' else 1}, but is {value} instead."
-        if not 0 < self.val_fraction < 1:
-            yield f"`data.val_fraction` must be above 0 and below 1, but is {self.val_fraction} instead."
         if self.packing != "concat" and self.kind != "text":
             yield f"`data.packing` must be concat with data={self.type}, which is no text, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
             yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
-        if self.num_workers < 0:
-            yield f"`data.num_workers` must be at least 0, but is {self.num_workers} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -169,17 +162,16 @@ class ReverseConfig(DataConfig):
     kind: ClassVar = "pairs"
     scores: ClassVar = ("exact_match",)
 
-    n_pairs: int = 20_000
-    min_length: int = 4
-    max_length: int = 16
+    n_pairs: int = knob(20_000, at_least=100)
+    min_length: int = knob(4, at_least=1)
+    max_length: int = knob(16, at_least=1)
     symbols: Literal["digits", "letters"] = "letters"
 
     def check(self) -> Iterator[str]:
         yield from DataConfig.check(self)
-        if self.n_pairs < 100:
-            yield f"`data.n_pairs` must be at least 100, but is {self.n_pairs} instead."
-        if not 1 <= self.min_length <= self.max_length:
-            yield f"`data.min_length` must be from 1 to data.max_length ({self.max_length}), but is {self.min_length} instead."
+        low, high = self.min_length, self.max_length
+        if low > high:
+            yield f"`data.min_length` must be at most data.max_length ({high}), but is {low} instead. Nearest: {high}."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -189,24 +181,19 @@ class PixelConfig(DataConfig):
     kind: ClassVar = "images"
 
     mean: tuple[float, ...] | None = None  # a channel's, of pixels from 0 to 1; null: measured on training images
-    std: tuple[float, ...] | None = None
-    crop_padding: int = 0  # in training: a random window of the image whose edge goes on for so many pixels
-    rotation: float = 0.0  # in training: each image turned by at most so many degrees to either side
-    shift: float = 0.0  # in training: each image moved by at most this share of its side up or down, and left or right
+    std: tuple[float, ...] | None = knob(None, above=0)
+    # In training: a random window of the image whose edge goes on for so many pixels.
+    crop_padding: int = knob(0, at_least=0)
+    # In training: each image turned by at most so many degrees to either side.
+    rotation: float = knob(0.0, at_least=0, at_most=180)
+    # In training: each image moved by at most this share of its side up or down, and left or right.
+    shift: float = knob(0.0, at_least=0, below=1)
     flip: bool = False  # in training: half of the images mirrored
 
     def check(self) -> Iterator[str]:
         yield from DataConfig.check(self)
         if self.seq_len is not None:
             yield f"`data.seq_len` must be null for images, whose positions are the model's patches, but is {self.seq_len} instead."
-        if self.crop_padding < 0:
-            yield f"`data.crop_padding` must be at least 0, but is {self.crop_padding} instead."
-        if not 0 <= self.rotation <= 180:
-            yield f"`data.rotation` must be from 0 to 180 degrees, but is {self.rotation} instead."
-        if not 0 <= self.shift < 1:
-            yield f"`data.shift` must be at least 0 and below 1, a share of the image's side, but is {self.shift} instead."
-        if self.std is not None and min(self.std, default=0) <= 0:
-            yield f"`data.std` must be null or above 0, but is {list(self.std)} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)

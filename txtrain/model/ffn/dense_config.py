@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
-from txtrain.registry import knob, register
+from txtrain.registry import dropout_knob, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -21,21 +20,15 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 class MLPConfig(Component):
     """down(act(up(x))), as in the 2017 paper."""
 
-    hidden_dim: int | None = None  # null: 4 * dim
+    hidden_dim: int | None = knob(None, at_least=1)  # null: 4 * dim
     activation: Activation = "gelu_tanh"
     bias: bool = knob(True, carry=True)
-    dropout: float = knob(0.0, carry=True)  # between activation and down projection
+    dropout: float = dropout_knob()  # between activation and down projection
 
     n_matrices: ClassVar[int] = 2
 
     def width(self, model: ModelConfig) -> int:
         return self.hidden_dim or 4 * model.dim
-
-    def check(self, model: ModelConfig) -> Iterator[str]:
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            yield f"`model.ffn.hidden_dim` must be null or at least 1, but is {self.hidden_dim} instead."
-        if not 0 <= self.dropout < 1:
-            yield f"`model.ffn.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
 
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         return {"hidden_dim": self.width(model), "activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
@@ -57,7 +50,8 @@ class MLPConfig(Component):
 class GatedConfig(MLPConfig):
     """down(act(gate(x)) * up(x)): GLU variants (2002.05202)."""
 
-    hidden_dim: int | None = knob(None, carry=True)  # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters
+    # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters.
+    hidden_dim: int | None = knob(None, at_least=1, carry=True)
     activation: Activation = "silu"
     bias: bool = knob(False, carry=True)
 
