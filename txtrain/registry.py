@@ -77,8 +77,8 @@ def knob(
     Args:
         at_least, above, at_most, below: bounds of the number, or of each number in a list; null and words pass.
         carry: not part of the mechanism, so that a swap to another option that also has it keeps its value.
-        affects: what of a model it changes, where that is neither weights nor logits: nothing (a label), how weights start,
-            dropout, the ids of special tokens, or something else of training.
+        affects: what of a model it changes, where that is neither weights nor logits: nothing (a label), how weights
+            start, dropout, the ids of special tokens, or something else of training.
         free: may differ when a run is continued: changes neither which samples a step sees nor what is done with them.
         literal: its value on the command line is taken as typed.
         from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.

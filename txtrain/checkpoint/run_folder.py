@@ -19,31 +19,10 @@ import yaml
 
 from txtrain import files
 from txtrain.checkpoint import format as checkpoint
-from txtrain.config.convert import plain
+from txtrain.config.convert import among, differing, marked, plain
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.slurm import Job
-
-# What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
-FREE = (
-    "trainer",
-    "strategy",
-    "logger",
-    "callbacks",
-    "save",
-    "sample",
-    "layer_stats",
-    "resume",
-    "resume_allow",
-    "run_dir",
-    "verbosity",
-    "profile",
-    "profile_steps",
-    "imports",
-    "data.micro_batch_size",
-    "data.num_workers",
-    "data.cache_dir",
-)
 
 
 @dc.dataclass
@@ -263,7 +242,7 @@ def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], w
     listed = [
         f"`{key}` must be {old!r} {why}, but is {new!r} instead."
         for key, old, new in different
-        if not any(key == may or key.startswith(may + ".") for may in allowed)
+        if not among(key, allowed)
     ]
     if listed:
         raise ConfigError(*listed, f"{remedy}, or allow them by name: resume_allow=[KEY, ...].")
@@ -271,17 +250,7 @@ def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], w
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
-    old, new = flat(saved), flat(wanted)
-    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in FREE)]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+    return differing(saved, wanted, free=marked(Train, "free"))
 
 
 def _path(config: Train, name: str | None) -> tuple[Path, bool]:

@@ -27,8 +27,8 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     """The typed, checked object that `raw` describes.
 
     Raises:
-        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of that
-            kind, numbers out of their bounds; if none, what the object's own `check` finds.
+        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of
+            that kind, numbers out of their bounds; if none, what the object's own `check` finds.
     """
     made, problems = part(cls, raw, "")
     if problems or (problems := list(getattr(made, "check", tuple)())):
@@ -75,6 +75,20 @@ def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, dict[str, An
 def marked(cls: type, mark: str) -> dict[str, Any]:
     """The dotted keys whose field has that mark (`registry.knob`), and its value."""
     return {key: marks[mark] for key, marks in key_paths(cls).items() if marks.get(mark)}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below."""
+    a, b = flat(old), flat(new)
+    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key) and not among(key, free)]
 
 
 def among(key: str, keys: Iterable[str]) -> bool:

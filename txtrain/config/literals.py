@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer", "data.cache_dir"])
+from txtrain.config.convert import marked
+from txtrain.config.schema import ROOTS
+
+LITERALS = frozenset(key for root in ROOTS.values() for key in marked(root, "literal"))
 
 
 def escape(value: str) -> str:

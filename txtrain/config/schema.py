@@ -108,26 +108,29 @@ class Train:
     objective: Any = axis("objective")
     optimizer: Any = axis("optimizer")
     scheduler: Any = axis("scheduler")
-    strategy: Any = axis("strategy")
-    trainer: TrainerConfig
-    save: SaveConfig
+    strategy: Any = axis("strategy", free=True)
+    trainer: TrainerConfig = knob(free=True)
+    save: SaveConfig = knob(free=True)
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
-    sample: SampleConfig
-    layer_stats: LayerStatsConfig = dc.field(default_factory=LayerStatsConfig)
-    logger: dict[str, Any]  # Lightning loggers by _target_
-    callbacks: dict[str, Any]  # Lightning callbacks by _target_
-    name: str = "default"  # part of the run's folder
-    run_dir: str | None = None
+    sample: SampleConfig = knob(free=True)
+    layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
+    logger: dict[str, Any] = knob(free=True)  # Lightning loggers by _target_
+    callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_
+    name: str = knob("default", literal=True)  # part of the run's folder
+    run_dir: str | None = knob(None, free=True, literal=True)
     seed: int = 1337
-    imports: tuple[str, ...] = ()
-    init_from: str | None = None  # weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
-    resume: str = "auto"  # auto, never, or a run or checkpoint
-    resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
-    fork: str | None = None  # a checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own
-    verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed; metrics.csv is the same
-    profile: bool = False  # write a trace of a few steps into the run's folder
+    imports: tuple[str, ...] = knob((), free=True)
+    # Weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint.
+    init_from: str | None = knob(None, literal=True)
+    resume: str = knob("auto", free=True, literal=True)  # auto, never, or a run or checkpoint
+    resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
+    # A checkpoint or run whose weights, optimizer state and position this run starts from; it has a folder of its own.
+    fork: str | None = knob(None, literal=True)
+    # Of what is printed; metrics.csv is the same.
+    verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
+    profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
     # The first and the last of them; null: the fourth to the sixth of this start.
-    profile_steps: tuple[int, int] | None = knob(None, at_least=1)
+    profile_steps: tuple[int, int] | None = knob(None, at_least=1, free=True)
 
     @property
     def seq_len(self) -> int:
@@ -146,8 +149,8 @@ class Train:
         return int(self.data.micro_batch_size or self.data.global_batch_size)
 
     def check(self) -> Iterator[str]:
-        """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and where
-        the groups are sound what compares their values."""
+        """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and
+        where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for group in groups if hasattr(group, "check") for p in group.check()]
         yield from problems
@@ -271,7 +274,8 @@ class PrepareConfig:
 class Prepare(Train):
     """What `train` would tokenise, and where to."""
 
-    out: str | None = None  # a folder that does not exist, or one that an earlier `prepare` of the same could not finish
+    # A folder that does not exist, or one that an earlier `prepare` of the same could not finish.
+    out: str | None = knob(None, literal=True)
     prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
 
     def check(self) -> Iterator[str]:
@@ -297,9 +301,9 @@ class Preview(Train):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Generate:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+    checkpoint: str | None = knob(None, literal=True)  # a run's folder, or one of its checkpoints
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    prompt: str | None = None  # `-`: standard input
+    prompt: str | None = knob(None, literal=True)  # `-`: standard input
     prompt_file: str | None = None  # one prompt a line
     max_new_tokens: int = knob(64, at_least=1)
     temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
@@ -320,8 +324,8 @@ class Generate:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Export:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
-    out: str | None = None  # a new folder
+    checkpoint: str | None = knob(None, literal=True)  # a run's folder, or one of its checkpoints
+    out: str | None = knob(None, literal=True)  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     imports: tuple[str, ...] = ()
 

@@ -17,16 +17,18 @@ class DataConfig:
     """Keys that every source has. A user's own source derives from this, or gets these keys beside its constructor's."""
 
     type: str
-    tokenizer: Tokenizer | None = "train"
+    tokenizer: Tokenizer | None = knob("train", literal=True)
     seq_len: int | None = knob(None, at_least=2)  # null: model.max_seq_len
     global_batch_size: int = knob(8, at_least=1)  # sequences a step, over all processes
-    micro_batch_size: int | None = knob(None, at_least=1)  # sequences a process at a time; null: its whole share
+    # Sequences a process at a time; null: its whole share.
+    micro_batch_size: int | None = knob(None, at_least=1, free=True)
     cross_document_attention: bool = False
     packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
     # Of the text, where the source has no validation split of its own.
     val_fraction: float = knob(0.05, above=0, below=1)
-    num_workers: int = knob(0, at_least=0)
-    cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
+    num_workers: int = knob(0, at_least=0, free=True)
+    # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
+    cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
     kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
@@ -42,8 +44,10 @@ class DataConfig:
 class TextConfig(DataConfig):
     """`data=text`: files of text, or with texts in their rows."""
 
-    path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them
-    val_path: str | tuple[str, ...] | dict[str, str] | None = None  # or a name and a path for each of several validation sets
+    # A file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    # Or a name and a path for each of several validation sets.
+    val_path: str | tuple[str, ...] | dict[str, str] | None = None
     text_column: str = "text"  # of .jsonl and .parquet
 
 
@@ -51,7 +55,7 @@ class TextConfig(DataConfig):
 class HFConfig(DataConfig):
     """`data=hf`: whatever `datasets.load_dataset` takes."""
 
-    path: str | None = None
+    path: str | None = knob(None, literal=True)
     name: str | None = None
     split: str = "train"
     val_split: str | None = None  # null: `validation` where the set has it, else val_fraction of the training split
@@ -73,7 +77,7 @@ class HFConfig(DataConfig):
 class WikiTextConfig(DataConfig):
     """`data=wikitext` (1609.07843): `path` if given, else Salesforce/wikitext from the hub or its cache."""
 
-    path: str | tuple[str, ...] | None = None
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
     name: Literal["wikitext-103-raw-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-2-v1"] = "wikitext-103-raw-v1"
     offline_fallback: Literal["auto", "never"] = "auto"
@@ -88,8 +92,10 @@ class PythonDocsConfig(DataConfig):
 class MemmapConfig(DataConfig):
     """`data=memmap`: tokens that are there already."""
 
-    tokenizer: Tokenizer | None = None  # null: what a folder of `txtrain prepare` brings; of other tools' files nothing
-    path: str | tuple[str, ...] | None = None  # a folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list
+    # null: what a folder of `txtrain prepare` brings; of other tools' files nothing.
+    tokenizer: Tokenizer | None = knob(None, literal=True)
+    # A folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files that do not say
 
@@ -144,7 +150,8 @@ class TranslationConfig(DataConfig):
 
     kind: ClassVar = "pairs"
 
-    path: str | None = None  # a .tsv (or .gz); or the sources, with target_path beside them; or a set of load_dataset
+    # A .tsv (or .gz); or the sources, with target_path beside them; or a set of load_dataset.
+    path: str | None = knob(None, literal=True)
     target_path: str | None = None  # line by line what those of data.path are translated to
     val_path: str | None = None
     val_target_path: str | None = None
@@ -200,7 +207,7 @@ class PixelConfig(DataConfig):
 class ImagesConfig(PixelConfig):
     """`data=images`: folders, arrays, IDX files, or a hub set."""
 
-    path: str | None = None
+    path: str | None = knob(None, literal=True)
     val_path: str | None = None
     labels: str | None = None  # the .npy that belongs to an .npy of images
     val_labels: str | None = None

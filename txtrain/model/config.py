@@ -31,9 +31,10 @@ class ModelConfig:
     attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.options`).
     """
 
-    family: str
-    size: str = "laptop"
-    published: dict[str, int] = dc.field(default_factory=dict)  # the family's published models and their parameters
+    family: str = knob(affects="label")
+    size: str = knob("laptop", affects="label")
+    # The family's published models and their parameters.
+    published: dict[str, int] = dc.field(default_factory=dict, metadata={"affects": "label"})
 
     topology: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
     n_layers: int = knob(at_least=1)  # of the decoder where there are two stacks
@@ -57,14 +58,14 @@ class ModelConfig:
     tie_word_embeddings: bool = True
     logit_softcap: float | None = knob(None, above=0)  # softcap * tanh(logits / softcap)
     # Without an upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
-    bos_token_id: int | None = knob(None, at_least=0)  # null: the tokenizer's, once it is known
-    eos_token_id: int | tuple[int, ...] | None = knob(None, at_least=0)  # any of several ends a text
-    pad_token_id: int | None = knob(None, at_least=0)
+    bos_token_id: int | None = knob(None, at_least=0, affects="ids")  # null: the tokenizer's, once it is known
+    eos_token_id: int | tuple[int, ...] | None = knob(None, at_least=0, affects="ids")  # any of several ends a text
+    pad_token_id: int | None = knob(None, at_least=0, affects="ids")
     # encoder_decoder: what the target begins with; null: pad_token_id.
-    decoder_start_token_id: int | None = knob(None, at_least=0)
+    decoder_start_token_id: int | None = knob(None, at_least=0, affects="training")
     # Further tokens than the next that are predicted in training, by a module each (DeepSeek-V3).
     mtp_depth: int = knob(0, at_least=0)
-    init: InitConfig = dc.field(default_factory=InitConfig)
+    init: InitConfig = knob(InitConfig(), affects="init")
 
     # ---------------------------------------------------------------------------------------------------------- legality
 

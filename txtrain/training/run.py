@@ -18,7 +18,7 @@ from torch import nn
 
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.run_folder import RunFolder
-from txtrain.config.convert import plain
+from txtrain.config.convert import flat, plain
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
@@ -249,7 +249,7 @@ def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[s
 
 def _common(cfg: Train) -> dict[str, str]:
     """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named, and the code."""
-    return {**{key: str(value) for key, value in run_folder.flat(plain(cfg)).items()}, **code_versions.versions(cfg.imports)}
+    return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:

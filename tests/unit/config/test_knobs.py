@@ -8,8 +8,8 @@ from typing import get_args, get_origin
 import pytest
 
 from tests.models import tiny
-from txtrain.config.convert import build, hints, key_of
-from txtrain.config.schema import ROOTS, EMAConfig, TrainerConfig
+from txtrain.config.convert import build, hints, key_of, marked
+from txtrain.config.schema import ROOTS, EMAConfig, Train, TrainerConfig
 from txtrain.config.slurm_launcher import SlurmConfig
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
@@ -113,3 +113,23 @@ def test_a_config_made_by_hand_is_held_to_its_bounds():
         "`model.norm.eps` must be above 0, but is 0.0 instead.",
     ]
     assert "`devices` must be at least 1 or auto, but is 0 instead." in out_of_range(TrainerConfig(devices=0))
+
+
+def test_what_a_continued_run_may_have_otherwise():
+    groups = {"strategy", "trainer", "logger", "callbacks", "save", "sample", "layer_stats"}
+    keys = {"resume", "resume_allow", "run_dir", "verbosity", "profile", "profile_steps", "imports"}
+    assert set(marked(Train, "free")) == groups | keys | {f"data.{k}" for k in ("micro_batch_size", "num_workers", "cache_dir")}
+    assert set(marked(Train, "from_run")) == {"data.cache_dir"}
+
+
+def test_what_of_a_model_is_in_neither_weights_nor_logits():
+    of = marked(ModelConfig, "affects")
+    dropouts = {key for key, what in of.items() if what == "dropout"}
+    assert dropouts == {"dropout", "output_dropout", "attention.dropout", "ffn.dropout"}
+    assert {key: what for key, what in of.items() if what != "dropout"} == {
+        **dict.fromkeys(("family", "size", "published"), "label"),
+        **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "ids"),
+        "init": "init",
+        **dict.fromkeys(("decoder_start_token_id", "embedding.padding_idx"), "training"),
+        **dict.fromkeys(("ffn.bias_update_rate", "ffn.aux_weight"), "training"),
+    }

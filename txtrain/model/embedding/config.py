@@ -50,7 +50,7 @@ class TokenEmbeddingConfig(EmbeddingBase):
     scale: bool = False
     n_types: int = knob(0, at_least=0)  # kinds of segments (BERT: 2)
     # A token whose vector is not trained by being read, as in Hugging Face's Llama and its descendants.
-    padding_idx: int | None = knob(None, at_least=0)
+    padding_idx: int | None = knob(None, at_least=0, affects="training")
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         if model.vocab_size < 1:

@@ -41,8 +41,8 @@ class MoEConfig(Component):
     n_groups: int = knob(1, at_least=1)
     top_k_groups: int = knob(1, at_least=1)
     # By which an expert's bias on the choice moves after each step, up if it was visited too little; 0: no bias.
-    bias_update_rate: float = knob(1e-3, at_least=0)
-    aux_weight: float = knob(0.0, at_least=0)  # of the auxiliary loss; 0: none
+    bias_update_rate: float = knob(1e-3, at_least=0, affects="training")
+    aux_weight: float = knob(0.0, at_least=0, affects="training")  # of the auxiliary loss; 0: none
 
     def width(self, model: ModelConfig) -> int:
         return self.hidden_dim or math.ceil(math.ceil(model.dim / 3) / (self.top_k + self.n_shared)) * 8
