@@ -9,9 +9,10 @@ from __future__ import annotations
 import dataclasses as dc
 import importlib
 import inspect
-from collections.abc import Callable, Collection, Mapping
-from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 T = TypeVar("T", bound=type)
 
@@ -132,14 +133,50 @@ def call(axis: str, config: Any, values: Mapping[str, Any], knobs: Collection[st
     return target(**given)
 
 
-def knob(default: Any, *, carry: bool = False) -> Any:
-    """A field of a config. carry: not part of the mechanism, so that a swap to another option that also has it keeps its value."""
-    return dc.field(default=default, metadata={"carry": carry})
+def knob(
+    default: Any = dc.MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    carry: bool = False,
+    affects: Literal["label", "init", "dropout", "ids", "training"] | None = None,
+    free: bool = False,
+    literal: bool = False,
+    from_run: Callable[[Any], object] | None = None,
+) -> Any:
+    """A field of a config, with what holds for it wherever it is used.
+
+    Args:
+        at_least, above, at_most, below: bounds of the number, or of each number in a list; null and words pass.
+        carry: not part of the mechanism, so that a swap to another option that also has it keeps its value.
+        affects: what of a model it changes, where that is neither weights nor logits: nothing (a label), how weights
+            start, dropout, the ids of special tokens, or something else of training.
+        free: may differ when a run is continued: changes neither which samples a step sees nor what is done with them.
+        literal: its value on the command line is taken as typed.
+        from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    marks = {
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "carry": carry,
+        "affects": affects,
+        "free": free,
+        "literal": literal,
+        "from_run": from_run,
+    }
+    return dc.field(default=default, metadata={name: mark for name, mark in marks.items() if mark})
 
 
-def axis(name: str) -> Any:
-    """A field whose value is the config of one option of that axis, told apart by its `type`."""
-    return dc.field(metadata={"axis": name})
+def dropout_knob(default: Any = 0.0) -> Any:
+    """The share of values that is dropped in training."""
+    return knob(default, at_least=0, below=1, carry=True, affects="dropout")
+
+
+def axis(name: str, *, free: bool = False) -> Any:
+    """A field whose value is the config of one option of that axis, told apart by its `type`. free: as of a knob."""
+    return dc.field(metadata={"axis": name, "free": free})
 
 
 def axes(name: str) -> Any:
@@ -150,6 +187,51 @@ def axes(name: str) -> Any:
 def choice(name: str, default: Any = dc.MISSING) -> Any:
     """A string field whose value is the name of one option of that axis."""
     return dc.field(default=default, metadata={"choice": name})
+
+
+def key_of(field: dc.Field[Any]) -> str:
+    """The field's key on the command line: an underscore behind one of Python's own words (`async_`) is left out."""
+    return field.name.removesuffix("_")
+
+
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+_HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def out_of_range(config: Any, path: str = "") -> Iterator[str]:
+    """Numbers out of their fields' bounds, as sentences: those of a config at `path`, and of the configs in it."""
+    for f in dc.fields(config):
+        bounds, key = f.metadata.get("bounds", {}), f"{path}.{key_of(f)}" if path else key_of(f)
+        for at, value in _values(getattr(config, f.name), key):
+            if dc.is_dataclass(value):
+                yield from out_of_range(value, at)
+            elif type(value) in (int, float) and not all(_HOLDS[name](value, n) for name, n in bounds.items()):
+                hint = get_type_hints(type(config))[f.name]
+                allowed = in_bounds(bounds, hint if at == key else _element(hint))
+                yield f"`{at}` must be {allowed}, but is {value} instead."
+
+
+def in_bounds(bounds: Mapping[str, float], hint: Any) -> str:
+    """What a value of that type may be, in words: `at least 0 and below 1, or null`."""
+    words = [" and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())]
+    for member in (hint, *get_args(hint)):
+        words += map(str, get_args(member)) if get_origin(member) is Literal else ["null"] if member is NoneType else []
+    return (", or " if len(bounds) > 1 else " or ").join(words)
+
+
+def _values(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a field holds, and where: of lists and mappings each value."""
+    if isinstance(value, (list, tuple, Mapping)):
+        for at, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _values(one, f"{path}.{at}" if isinstance(value, Mapping) else f"{path}[{at}]")
+    else:
+        yield path, value
+
+
+def _element(hint: Any) -> Any:
+    """The type of the values in a list."""
+    return next((get_args(m)[0] for m in (hint, *get_args(hint)) if get_origin(m) in (list, tuple)), Any)
 
 
 # What each axis' config derives from; filled by the modules that own the axes.
@@ -234,5 +316,6 @@ def _config_from_constructor(axis: str, cls: type) -> type:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is p.empty or p.name in inherited:
             continue
         default = tuple(p.default) if isinstance(p.default, list) else p.default
-        fields.append((p.name, hints.get(p.name, Any), knob(default, carry=p.name in ("bias", "dropout"))))  # these are no option's mechanism
+        made = dropout_knob(default) if p.name == "dropout" else knob(default, carry=p.name == "bias")
+        fields.append((p.name, hints.get(p.name, Any), made))
     return dc.make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), frozen=True, kw_only=True, namespace={"__module__": cls.__module__})

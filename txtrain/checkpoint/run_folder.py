@@ -20,33 +20,10 @@ import yaml
 from txtrain import files, plain_files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import FORMAT, RunState, check_format
-from txtrain.config.convert import flat, plain
+from txtrain.config.convert import among, differing, marked, plain
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.slurm import Job
-
-# What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
-FREE = (
-    "trainer",
-    "strategy",
-    "logger",
-    "callbacks",
-    "save",
-    "sample",
-    "layer_stats",
-    "resume",
-    "resume_allow",
-    "run_dir",
-    "verbosity",
-    "profile",
-    "profile_steps",
-    "imports",
-    "data.micro_batch_size",
-    "data.num_workers",
-    "data.cache_dir",
-    "data.max_expansion",
-    "data.max_text_bytes",
-)
 
 # The kinds of what is read of a run.json.
 _FACTS: dict[str, Any] = {
@@ -287,7 +264,7 @@ def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], w
     listed = [
         f"`{key}` must be {plain_files.shorten(repr(old))} {why}, but is {plain_files.shorten(repr(new))} instead."
         for key, old, new in different
-        if not any(key == may or key.startswith(may + ".") for may in allowed)
+        if not among(key, allowed)
     ]
     if listed:
         more = [f"and {len(listed) - _LISTED:,} more"] if len(listed) > _LISTED else []
@@ -296,9 +273,7 @@ def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], w
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
-    old, new = flat(saved), flat(wanted)
-    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in FREE)]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
+    return differing(saved, wanted, free=marked(Train, "free"))
 
 
 def _path(config: Train, name: str | None) -> tuple[Path, bool]:

@@ -7,14 +7,15 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 from txtrain.config.unknown_keys import unknown_key
 from txtrain.errors import ConfigError, hint
 from txtrain.plain_files import shorten
-from txtrain.registry import TABLE, group_of
+from txtrain.registry import TABLE, group_of, out_of_range
+from txtrain.registry import key_of as key_of
 
 T = TypeVar("T")
 
@@ -28,15 +29,12 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     """The typed, checked object that `raw` describes.
 
     Raises:
-        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of that kind, what
-            the object's own `check` finds.
+        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of
+            that kind, numbers out of their bounds; if none, what the object's own `check` finds.
     """
-    reader = _Reader(cls)
-    made = reader.dataclass(cls, raw, "", None)
-    if not reader.problems and hasattr(made, "check"):
-        reader.problems += made.check()
-    if reader.problems:
-        raise ConfigError(*reader.problems)
+    made, problems = part(cls, raw, "")
+    if problems or (problems := list(getattr(made, "check", tuple)())):
+        raise ConfigError(*problems)
     return typing.cast(T, made)
 
 
@@ -75,10 +73,11 @@ def _differences(made: Any, value: Any, path: str) -> Iterator[str]:
 
 
 def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
-    """As `build`, of what lies at `path` of a configuration: the object, if nothing is wrong, and what is wrong."""
+    """As `build`, of what lies at `path` of a configuration: the object, or what is wrong, its own `check` left out."""
     reader = _Reader(cls)
     made = reader.dataclass(cls, raw, path, None)
-    return (None, reader.problems) if reader.problems else (typing.cast(T, made), [])
+    problems = reader.problems or list(out_of_range(made, path))
+    return (None, problems) if problems else (typing.cast(T, made), [])
 
 
 def plain(obj: Any) -> Any:
@@ -92,28 +91,45 @@ def plain(obj: Any) -> Any:
     return obj
 
 
+def key_paths(cls: type) -> dict[str, dict[str, Any]]:
+    """Every dotted key that any combination of options accepts, in order, with the metadata of its fields."""
+    return _key_paths(cls, "", sum(map(len, TABLE.values())))
+
+
+@cache  # n_options: components may be registered later
+def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, dict[str, Any]]:
+    paths: dict[str, dict[str, Any]] = {}
+    for f in dc.fields(cls):
+        path = _join(prefix, key_of(f))
+        paths[path] = dict(f.metadata)
+        for part in parts(cls, f):
+            for key, marks in _key_paths(part, path, n_options).items():
+                paths[key] = paths.get(key, {}) | marks
+    return paths
+
+
+def marked(cls: type, mark: str) -> dict[str, Any]:
+    """The dotted keys whose field has that mark (`registry.knob`), and its value."""
+    return {key: marks[mark] for key, marks in key_paths(cls).items() if marks.get(mark)}
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value, of a plain dict."""
+    """Dotted key -> value."""
     found: dict[str, Any] = {}
     for key, value in tree.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
 
 
-def key_paths(cls: type) -> dict[str, None]:
-    """Every dotted key that any combination of options accepts, in order."""
-    return _key_paths(cls, "", sum(map(len, TABLE.values())))
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below."""
+    a, b = flat(old), flat(new)
+    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key) and not among(key, free)]
 
 
-@cache
-def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, None]:  # n_options: components may be registered later
-    paths: dict[str, None] = {}
-    for f in dc.fields(cls):
-        path = _join(prefix, key_of(f))
-        paths[path] = None
-        for part in parts(cls, f):
-            paths |= _key_paths(part, path, n_options)
-    return paths
+def among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or lies below one."""
+    return any(f"{key}.".startswith(f"{k}.") for k in keys)
 
 
 def parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
@@ -122,11 +138,6 @@ def parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
         yield from dict.fromkeys(option.config for option in TABLE.get(f.metadata["axis"], {}).values())
     elif dc.is_dataclass(hint_of := hints(cls)[f.name]):
         yield typing.cast(type, hint_of)
-
-
-def key_of(field: dc.Field[Any]) -> str:
-    """The field's key on the command line: a word that Python keeps for itself has an underscore behind it here (`async_`)."""
-    return field.name.removesuffix("_")
 
 
 @cache

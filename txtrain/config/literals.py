@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import re
 
-LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer", "data.cache_dir"])
+from txtrain.config.convert import marked
+from txtrain.config.schema import Export, Generate, Prepare
+
+LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
 
 _PATHS = "data.val_path"  # in Hydra's grammar, for null and for named sets; but commas separate paths, as in data.path
 _GRAMMAR = re.compile(r"""["'{[]|\w+\(""")

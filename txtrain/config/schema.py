@@ -17,7 +17,7 @@ from txtrain.optim.config import AdamConfig as AdamConfig  # (its module registe
 from txtrain.optim.config import EMAConfig
 from txtrain.optim.config import SchedulerConfig as SchedulerConfig
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import axis
+from txtrain.registry import axis, knob, out_of_range
 
 # ----------------------------------------------------------------------------------------------------------- trainer, save, ...
 
@@ -26,39 +26,35 @@ from txtrain.registry import axis
 class TrainerConfig:
     """Lightning's words. Every interval counts steps; a step is one optimizer update. The first limit that is reached ends the run."""
 
-    max_steps: int | None = None
-    max_epochs: int | None = None
-    max_tokens: int | None = None
+    max_steps: int | None = knob(None, at_least=1)
+    max_epochs: int | None = knob(None, at_least=1)
+    max_tokens: int | None = knob(None, at_least=1)
     max_time: str | None = None  # DD:HH:MM:SS
-    val_check_interval: int = 100  # steps
-    limit_val_batches: int = 32  # of global_batch_size sequences each
-    log_every_n_steps: int = 10
-    gradient_clip_val: float | None = 1.0  # by the global norm; null: never
-    max_skipped_steps: int = 5  # in a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run
-    max_divergent_steps: int | None = None  # in a row, whose loss is far above the best (`monitor.loss_spikes`); one more ends the run; null: it is only said
+    val_check_interval: int = knob(100, at_least=1)  # steps
+    limit_val_batches: int = knob(32, at_least=0)  # of global_batch_size sequences each
+    log_every_n_steps: int = knob(10, at_least=1)
+    gradient_clip_val: float | None = knob(1.0, at_least=0)  # by the global norm; null: never
+    # In a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run.
+    max_skipped_steps: int = knob(5, at_least=0)
+    # In a row, whose loss is far above the best (`monitor.loss_spikes`); one more ends the run; null: it is only said.
+    max_divergent_steps: int | None = knob(None, at_least=0)
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = "auto"  # processes on each node; auto: one a GPU, or one
-    num_nodes: int = 1
+    devices: int | Literal["auto"] = knob("auto", at_least=1)  # processes on each node; auto: one a GPU, or one
+    num_nodes: int = knob(1, at_least=1)
     compile: bool = False
-    activation_checkpointing: Literal["none", "full", "selective"] | int = "none"  # computed again in the backward: all; all but products; every n-th block
+    # Computed again in the backward: all; all but products; every n-th block.
+    activation_checkpointing: Literal["none", "full", "selective"] | int = knob("none", at_least=1)
     deterministic: bool = False
     auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
-    fast_dev_run: bool | int = False  # so many steps (true: 1) of training and validation, then stop; nothing saved
-    overfit_batches: int = 0  # train on the first so many global batches again and again
+    # So many steps (true: 1) of training and validation, then stop; nothing saved.
+    fast_dev_run: bool | int = knob(False, at_least=0)
+    overfit_batches: int = knob(0, at_least=0)  # train on the first so many global batches again and again
 
     def check(self) -> Iterator[str]:
         limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
         if all(getattr(self, name) is None for name in limits):
             yield "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: nothing would end the run."
-        for name in ("max_steps", "max_epochs", "max_tokens", "val_check_interval", "limit_val_batches", "log_every_n_steps", "devices", "num_nodes"):
-            value = getattr(self, name)
-            low = 0 if name == "limit_val_batches" else 1
-            if isinstance(value, int) and value < low:
-                yield f"`trainer.{name}` must be at least {low}, but is {value} instead."
-        for name in ("overfit_batches", "fast_dev_run", "gradient_clip_val", "max_skipped_steps", "max_divergent_steps"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                yield f"`trainer.{name}` must be at least 0, but is {getattr(self, name)} instead."
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
             yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
 
@@ -67,19 +63,17 @@ class TrainerConfig:
 class SaveConfig:
     """When checkpoints are written. The last step, an interrupt and a new best always write one as far as these allow."""
 
-    every_n_steps: int = 200
-    keep_last: int = 2  # the newest so many
-    keep_best: int = 1  # and the best so many by validation loss
-    keep_every_n_steps: int | None = None  # and those of every so many steps, for good
+    every_n_steps: int = knob(200, at_least=1)
+    keep_last: int = knob(2, at_least=1)  # the newest so many
+    keep_best: int = knob(1, at_least=0)  # and the best so many by validation loss
+    keep_every_n_steps: int | None = knob(None, at_least=1)  # and those of every so many steps, for good
     async_: bool = False  # write while training goes on, from a copy in the processor's memory
 
     def check(self) -> Iterator[str]:
-        for name, low in (("every_n_steps", 1), ("keep_last", 1), ("keep_best", 0)):
-            if getattr(self, name) < low:
-                yield f"`save.{name}` must be at least {low}, but is {getattr(self, name)} instead."
-        every = self.keep_every_n_steps
-        if every is not None and (every < 1 or every % self.every_n_steps):
-            yield f"`save.keep_every_n_steps` must be a multiple of save.every_n_steps ({self.every_n_steps}) or null, but is {every} instead."
+        every, step = self.keep_every_n_steps, self.every_n_steps
+        if every is not None and every % step:
+            multiple = f"a multiple of save.every_n_steps ({step}) or null"
+            yield f"`save.keep_every_n_steps` must be {multiple}, but is {every} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -87,21 +81,16 @@ class SampleConfig:
     """Continuations written at each validation: to the screen and to samples.txt."""
 
     prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
-    n: int = 2
-    max_new_tokens: int = 40
-    temperature: float = 0.8
-
-    def check(self) -> Iterator[str]:
-        for name in ("n", "max_new_tokens", "temperature"):
-            if getattr(self, name) < 0:
-                yield f"`sample.{name}` must be at least 0, but is {getattr(self, name)} instead."
+    n: int = knob(2, at_least=0)
+    max_new_tokens: int = knob(40, at_least=0)
+    temperature: float = knob(0.8, at_least=0)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class LayerStatsConfig:
     """Figures of each layer in metrics.csv and the loggers: gradient and weight norms, and of each mixture how even its load is."""
 
-    every_n_steps: int | None = None  # in the row of every so many steps; null: never
+    every_n_steps: int | None = knob(None, at_least=1)  # in the row of every so many steps; null: never
     activations: bool = False  # also the root mean square of what each block puts out
 
     def check(self) -> Iterator[str]:
@@ -119,25 +108,32 @@ class Train:
     objective: Any = axis("objective")
     optimizer: Any = axis("optimizer")
     scheduler: Any = axis("scheduler")
-    strategy: Any = axis("strategy")
-    trainer: TrainerConfig
-    save: SaveConfig
+    strategy: Any = axis("strategy", free=True)
+    trainer: TrainerConfig = knob(free=True)
+    save: SaveConfig = knob(free=True)
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
-    sample: SampleConfig
-    layer_stats: LayerStatsConfig = dc.field(default_factory=LayerStatsConfig)
-    logger: dict[str, Any]  # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
-    callbacks: dict[str, Any]  # Lightning callbacks by _target_
-    name: str = "default"  # part of the run's folder
-    run_dir: str | None = None  # null: runs/<name>/<date>_<time>
+    sample: SampleConfig = knob(free=True)
+    layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
+    # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
+    logger: dict[str, Any] = knob(free=True)
+    callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_
+    name: str = knob("default", literal=True)  # part of the run's folder
+    run_dir: str | None = knob(None, free=True, literal=True)  # null: runs/<name>/<date>_<time>
     seed: int = 1337
-    imports: tuple[str, ...] = ()  # files or modules with your own parts, registered by @txtrain.component
-    init_from: str | None = None  # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
-    resume: str = "auto"  # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
-    resume_allow: tuple[str, ...] = ()  # keys that may differ from those of the run that is continued
-    fork: str | None = None  # a run or checkpoint whose weights, optimizer state and step a new run starts from
-    verbosity: Literal["quiet", "normal", "verbose"] = "normal"  # of what is printed, with NO_COLOR=1 in black and white
-    profile: bool = False  # write a trace of a few steps into the run's folder
-    profile_steps: tuple[int, int] | None = None  # the first and the last of them; null: the fourth to the sixth of this start
+    # files or modules with your own parts, registered by @txtrain.component
+    imports: tuple[str, ...] = knob((), free=True)
+    # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
+    init_from: str | None = knob(None, literal=True)
+    # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
+    resume: str = knob("auto", free=True, literal=True)
+    resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
+    # a run or checkpoint whose weights, optimizer state and step a new run starts from
+    fork: str | None = knob(None, literal=True)
+    # of what is printed, with NO_COLOR=1 in black and white
+    verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
+    profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
+    # the first and the last of them; null: the fourth to the sixth of this start
+    profile_steps: tuple[int, int] | None = knob(None, at_least=1, free=True)
 
     @property
     def seq_len(self) -> int:
@@ -156,9 +152,10 @@ class Train:
         return int(self.data.micro_batch_size or self.data.global_batch_size)
 
     def check(self) -> Iterator[str]:
-        """Problems of each group first, then what model, objective and data are wrong for; what compares values only where the groups are sound."""
+        """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and
+        where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
-        problems = [p for group in groups if hasattr(group, "check") for p in group.check()]
+        problems = [*out_of_range(self)] or [p for group in groups if hasattr(group, "check") for p in group.check()]
         yield from problems
         if not any(compatibility.model_problems(self.model)):
             yield from compatibility.problems(self)
@@ -189,8 +186,8 @@ class Train:
         if (steps := self.profile_steps) is not None:
             if not self.profile:
                 yield f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add profile=true."
-            if not 1 <= steps[0] <= steps[1]:
-                yield f"`profile_steps` must be the first and the last step to trace, from 1 on, but is [{steps[0]},{steps[1]}] instead."
+            if steps[0] > steps[1]:
+                yield f"`profile_steps` must be the first and the last step to trace, but is {list(steps)} instead."
         yield from self._check_name()
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
@@ -206,7 +203,7 @@ class Train:
         every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
         if every is None:
             return
-        if every < 1 or every % rows:
+        if every % rows:
             yield (
                 f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
                 f"Nearest: {max(1, round(every / rows)) * rows}."
@@ -225,12 +222,15 @@ class Train:
 class PlanConfig:
     """Of which devices `plan` tells time and memory, and how."""
 
-    device: str = "H100"  # its published peak at trainer.precision, in any spelling (h100, a100-80gb): docs/plan.md
-    n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    # its published peak at trainer.precision, in any spelling (h100, a100-80gb): docs/plan.md
+    device: str = "H100"
+    # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    n_devices: int | None = knob(None, at_least=1)
     memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
     simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
-    peak_flops: float | None = None  # FLOP/s of one device; null: the published figure of plan.device at trainer.precision
-    mfu: float = 0.4  # share of the peak that the run reaches
+    # FLOP/s of one device; null: the published figure of plan.device at trainer.precision.
+    peak_flops: float | None = knob(None, above=0)
+    mfu: float = knob(0.4, above=0, at_most=1)  # share of the peak that the run reaches
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     format: Literal["text", "json"] = "text"
 
@@ -245,12 +245,6 @@ class PlanConfig:
             )
         if self.memory is not None and not bytes_of(self.memory):
             yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
-        if self.n_devices is not None and self.n_devices < 1:
-            yield f"`plan.n_devices` must be at least 1, but is {self.n_devices} instead."
-        if self.peak_flops is not None and not self.peak_flops > 0:
-            yield f"`plan.peak_flops` must be above 0 or null, but is {self.peak_flops} instead."
-        if not 0 < self.mfu <= 1:
-            yield f"`plan.mfu` must be above 0 and at most 1, but is {self.mfu} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -282,18 +276,15 @@ class Plan(Train):
 class PrepareConfig:
     """How `prepare` writes."""
 
-    shard_tokens: int = 100_000_000  # a file ends with the document that fills it so far
-
-    def check(self) -> Iterator[str]:
-        if self.shard_tokens < 1:
-            yield f"`prepare.shard_tokens` must be at least 1, but is {self.shard_tokens} instead."
+    shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that fills it so far
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Prepare(Train):
     """What `train` would tokenise, and where to."""
 
-    out: str | None = None  # a folder that does not exist, or one that an earlier `prepare` of the same could not finish
+    # A folder that does not exist, or one that an earlier `prepare` of the same could not finish.
+    out: str | None = knob(None, literal=True)
     prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
 
     def check(self) -> Iterator[str]:
@@ -306,12 +297,8 @@ class Prepare(Train):
 class PreviewConfig:
     """What `preview` shows."""
 
-    n: int = 3  # samples, from the first step on
+    n: int = knob(3, at_least=1)  # samples, from the first step on
     split: Literal["train", "validation"] = "train"
-
-    def check(self) -> Iterator[str]:
-        if self.n < 1:
-            yield f"`preview.n` must be at least 1, but is {self.n} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -325,33 +312,20 @@ class Preview(Train):
 class Sampling:
     """How tokens are chosen: what the verb `generate` and `txtrain.generate` have in common."""
 
-    max_new_tokens: int = 64
-    temperature: float = 0.8  # 0: the most likely token
-    top_k: int | None = None  # tokens to draw from; null: all
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int | None = 0  # null: of torch's own generator
-
-    def check(self) -> Iterator[str]:
-        if self.max_new_tokens < 1:
-            yield f"`max_new_tokens` must be at least 1, but is {self.max_new_tokens} instead."
-        if self.temperature < 0:
-            yield f"`temperature` must be at least 0, but is {self.temperature} instead."
-        if self.top_k is not None and self.top_k < 1:
-            yield f"`top_k` must be at least 1 or null, but is {self.top_k} instead."
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
-        if self.seed is not None and not -(2**63) <= self.seed < 2**64:
-            yield f"`seed` must be an integer of 64 bits or null, but is {self.seed} instead."
+    max_new_tokens: int = knob(64, at_least=1)
+    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
+    top_k: int | None = knob(None, at_least=1)  # tokens to draw from; null: all
+    top_p: float | None = knob(None, above=0, at_most=1)
+    min_p: float | None = knob(None, above=0, at_most=1)
+    seed: int | None = knob(0, at_least=-(2**63), below=2**64)  # null: of torch's own generator
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Generate(Sampling):
-    checkpoint: str | None = None  # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
+    # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
+    checkpoint: str | None = knob(None, literal=True)
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    prompt: str | None = None  # taken as typed; `-`: standard input
+    prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
     prompt_file: str | None = None  # one prompt a line
     stream: bool = True  # print tokens as they come, where one prompt is given
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
@@ -362,13 +336,12 @@ class Generate(Sampling):
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if (self.prompt is None) == (self.prompt_file is None):
             yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
-        yield from Sampling.check(self)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Export:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
-    out: str | None = None  # a new folder
+    checkpoint: str | None = knob(None, literal=True)  # a run's folder, or one of its checkpoints
+    out: str | None = knob(None, literal=True)  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 

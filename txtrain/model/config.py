@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from txtrain.config import compatibility
 from txtrain.model import flops, options
-from txtrain.registry import TABLE, axis, choice
+from txtrain.registry import TABLE, axis, choice, dropout_knob, knob, out_of_range
 
 LAPTOP = "laptop"
 
@@ -19,10 +19,10 @@ class InitConfig:
     """How weights start. Biases start at 0 and norms at the identity in all of them."""
 
     distribution: Literal["normal", "truncated_normal", "xavier_uniform", "fan_in"] = "normal"  # of the matrices; of embeddings: (truncated) normal
-    std: float = 0.02  # fan_in (T5): divided by the square root of a matrix' inputs
-    embedding_std: float | None = None  # null: std
-    position_std: float | None = None  # of learned positions; null: std
-    head_std: float | None = None  # of an output matrix of its own; null: as other matrices
+    std: float = knob(0.02, at_least=0)  # fan_in (T5): divided by the square root of a matrix' inputs
+    embedding_std: float | None = knob(None, at_least=0)  # null: std
+    position_std: float | None = knob(None, at_least=0)  # of learned positions; null: std
+    head_std: float | None = knob(None, at_least=0)  # of an output matrix of its own; null: as other matrices
     scale_residual: bool = False  # matrices that write into the residual stream divided by sqrt(2 n_layers) (GPT-2)
 
 
@@ -33,19 +33,20 @@ class ModelConfig:
     attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.options`).
     """
 
-    family: str
-    size: str = LAPTOP
-    published: dict[str, int] = dc.field(default_factory=dict)  # the family's published models and their parameters
+    family: str = knob(affects="label")
+    size: str = knob(LAPTOP, affects="label")
+    # The family's published models and their parameters.
+    published: dict[str, int] = dc.field(default_factory=dict, metadata={"affects": "label"})
 
     topology: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    n_layers: int  # of the decoder where there are two stacks
-    n_encoder_layers: int | None = None  # encoder_decoder; null: n_layers
-    dim: int
-    n_heads: int
-    vocab_size: int  # 0 for images
-    max_seq_len: int
-    dropout: float = 0.0  # of the embedding's sum and of each sublayer's output
-    output_dropout: float = 0.0  # of what leaves a stack (T5)
+    n_layers: int = knob(at_least=1)  # of the decoder where there are two stacks
+    n_encoder_layers: int | None = knob(None, at_least=1)  # encoder_decoder; null: n_layers
+    dim: int = knob(at_least=1)
+    n_heads: int = knob(at_least=1)
+    vocab_size: int = knob(at_least=0)  # 0 for images
+    max_seq_len: int = knob(at_least=1)
+    dropout: float = dropout_knob()  # of the embedding's sum and of each sublayer's output
+    output_dropout: float = dropout_knob()  # of what leaves a stack (T5)
 
     norm_position: str = choice("norm_position", "pre")
     final_norm: bool | None = None  # after the last block; null: yes, unless the norm position is post
@@ -57,39 +58,27 @@ class ModelConfig:
     head: Any = axis("head")
     share_embeddings: bool = True  # encoder_decoder: source and target read one table
     tie_word_embeddings: bool = True
-    logit_softcap: float | None = None  # softcap * tanh(logits / softcap)
-    bos_token_id: int | None = None  # null: the tokenizer's, once it is known
-    eos_token_id: int | tuple[int, ...] | None = None  # any of several ends a text
-    pad_token_id: int | None = None
-    decoder_start_token_id: int | None = None  # encoder_decoder: what the target begins with; null: pad_token_id
-    mtp_depth: int = 0  # further tokens than the next that are predicted in training, by a module each (DeepSeek-V3)
-    init: InitConfig = dc.field(default_factory=InitConfig)
+    logit_softcap: float | None = knob(None, above=0)  # softcap * tanh(logits / softcap)
+    # Without an upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
+    bos_token_id: int | None = knob(None, at_least=0, affects="ids")  # null: the tokenizer's, once it is known
+    eos_token_id: int | tuple[int, ...] | None = knob(None, at_least=0, affects="ids")  # any of several ends a text
+    pad_token_id: int | None = knob(None, at_least=0, affects="ids")
+    # encoder_decoder: what the target begins with; null: pad_token_id.
+    decoder_start_token_id: int | None = knob(None, at_least=0, affects="training")
+    # Further tokens than the next that are predicted in training, by a module each (DeepSeek-V3).
+    mtp_depth: int = knob(0, at_least=0)
+    init: InitConfig = knob(InitConfig(), affects="init")
 
     # ---------------------------------------------------------------------------------------------------------- legality
 
     def check(self) -> Iterator[str]:
         """Problems as finished sentences; none if the model can be built."""
-        for name in ("n_layers", "n_encoder_layers", "dim", "n_heads", "max_seq_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"`model.{name}` must be at least 1, but is {value} instead."
-                return  # what follows divides by them
-        if not 0 <= self.mtp_depth < self.max_seq_len:
-            yield f"`model.mtp_depth` must be from 0 to {self.max_seq_len - 1} (max_seq_len - 1), but is {self.mtp_depth} instead."
-        for name in ("dropout", "output_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"`model.{name}` must be at least 0 and below 1, but is {getattr(self, name)} instead."
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            yield f"`model.logit_softcap` must be above 0 or null, but is {self.logit_softcap} instead."
-        for name in ("std", "embedding_std", "position_std", "head_std"):
-            value = getattr(self.init, name)
-            if value is not None and value < 0:
-                yield f"`model.init.{name}` must be at least 0, but is {value} instead."
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            value = getattr(self, name)
-            # No upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
-            if any(v < 0 for v in (value if isinstance(value, tuple) else (value or 0,))):
-                yield f"`model.{name}` must be null or at least 0, but is {value} instead."
+        problems = list(out_of_range(self, "model"))
+        yield from problems
+        if problems:
+            return  # what follows computes with them
+        if (depth := self.mtp_depth) >= (n := self.max_seq_len):
+            yield f"`model.mtp_depth` must be below max_seq_len ({n}), but is {depth} instead. Nearest: {n - 1}."
         yield from compatibility.model_problems(self)
         for _, component in self.components():
             yield from component.check(self)

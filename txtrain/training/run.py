@@ -320,7 +320,7 @@ def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[s
 
 def _common(cfg: Train) -> dict[str, str]:
     """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named, and the code."""
-    return {**{key: str(value) for key, value in flat(plain(cfg)).items()}, **code_versions.versions(cfg.imports)}
+    return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:

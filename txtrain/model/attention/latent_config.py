@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 from txtrain.model.attention.multi_head_config import AttentionBase
 from txtrain.model.component import Size, config
-from txtrain.registry import Cut, knob, register
+from txtrain.registry import Cut, dropout_knob, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -38,14 +38,19 @@ class MLAConfig(AttentionBase):
     Sizes left open follow h = dim / n_heads in about DeepSeek's proportions.
     """
 
-    q_rank: int | None = None  # of the queries' own latent; null: queries are made from the stream itself
-    kv_rank: int | None = None  # null: 4 h
-    nope_dim: int | None = None  # the part of a head of q and k that position leaves alone; null: h
-    rope_dim: int | None = None  # the part that rotary positions turn, one key for all heads; null: h / 2
-    v_dim: int | None = None  # of a head's values; null: h
-    scale: float | None = None  # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN is given mscale_all_dim
-    bias: bool = knob(False, carry=True)  # of what makes the latents and of the output; queries, keys and values made from latents have none
-    dropout: float | None = knob(None, carry=True)  # of the probabilities; null: model.dropout
+    # Of the queries' own latent; null: queries are made from the stream itself.
+    q_rank: int | None = knob(None, at_least=1)
+    kv_rank: int | None = knob(None, at_least=1)  # null: 4 h
+    # The part of a head of q and k that position leaves alone; null: h.
+    nope_dim: int | None = knob(None, at_least=1)
+    # The part that rotary positions turn, one key for all heads; null: h / 2.
+    rope_dim: int | None = knob(None, at_least=1)
+    v_dim: int | None = knob(None, at_least=1)  # of a head's values; null: h
+    # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN is given mscale_all_dim.
+    scale: float | None = knob(None, above=0)
+    # Of what makes the latents and of the output; queries, keys and values made from latents have none.
+    bias: bool = knob(False, carry=True)
+    dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
     rotary_knob: ClassVar[str] = "rope_dim"
 
@@ -63,17 +68,9 @@ class MLAConfig(AttentionBase):
         return self.sizes(model).rope_dim
 
     def check(self, model: ModelConfig) -> Iterator[str]:
-        path = "model.attention"
-        for name in ("q_rank", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"`{path}.{name}` must be null or at least 1, but is {value} instead."
         if model.dim < model.n_heads and None in (self.kv_rank, self.nope_dim, self.v_dim):
-            yield f"`model.n_heads` must be at most model.dim ({model.dim}) unless {path}.kv_rank, nope_dim and v_dim are set, but is {model.n_heads} instead."
-        if self.scale is not None and not self.scale > 0:
-            yield f"`{path}.scale` must be above 0 or null, but is {self.scale} instead."
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+            unless = "unless model.attention.kv_rank, nope_dim and v_dim are set"
+            yield f"`model.n_heads` must be at most model.dim ({model.dim}) {unless}, but is {model.n_heads} instead."
 
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         sizes = self.sizes(model)

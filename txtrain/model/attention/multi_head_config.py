@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from txtrain.errors import divisors_near
 from txtrain.model.component import Component, Size, config
-from txtrain.registry import BASES, Cut, knob, register
+from txtrain.registry import BASES, Cut, dropout_knob, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -66,13 +66,14 @@ class AttentionConfig(AttentionBase):
     """Multi-head attention. n_kv_heads tells the three kinds apart: all heads (mha), some (gqa, 2305.13245), one (mqa, 1911.02150)."""
 
     n_kv_heads: int | None = None  # null: n_heads
-    head_dim: int | None = knob(None, carry=True)  # null: dim / n_heads
-    window: int | tuple[int | None, ...] | None = None  # position i sees j with 0 <= i - j < window; a list is repeated over the layers
-    softcap: float | None = None  # softcap * tanh(score / softcap)
-    scale: float | None = None  # null: head_dim ** -0.5
+    head_dim: int | None = knob(None, at_least=1, carry=True)  # null: dim / n_heads
+    # Position i sees j with 0 <= i - j < window; a list is repeated over the layers.
+    window: int | tuple[int | None, ...] | None = knob(None, at_least=1)
+    softcap: float | None = knob(None, above=0)  # softcap * tanh(score / softcap)
+    scale: float | None = knob(None, above=0)  # null: head_dim ** -0.5
     qk_norm: bool = False  # the model's norm over each head of q and k
     bias: bool = knob(False, carry=True)
-    dropout: float | None = knob(None, carry=True)  # of the probabilities; null: model.dropout
+    dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
     def heads(self, model: ModelConfig) -> tuple[int, int, int]:
         """n_heads, n_kv_heads, head_dim, with nothing left open."""
@@ -107,19 +108,8 @@ class AttentionConfig(AttentionBase):
             yield f"`{path}.n_kv_heads` must be null or model.n_heads ({n}) with model/attention=mha, but is {kv} instead: write model/attention=gqa."
         elif self.type == "mqa" and kv != 1:
             yield f"`{path}.n_kv_heads` must be 1 with model/attention=mqa, but is {kv} instead: write model/attention=gqa."
-        if self.head_dim is not None and self.head_dim < 1:
-            yield f"`{path}.head_dim` must be null or at least 1, but is {self.head_dim} instead."
         if isinstance(self.window, tuple) and not self.window:
             yield f"`{path}.window` must be a width, null, or a list of them with one entry or more, but is [] instead."
-        for w in self.window if isinstance(self.window, tuple) else (self.window,):
-            if w is not None and w < 1:
-                yield f"`{path}.window` must be at least 1 or null, but is {w} instead."
-        for name in ("softcap", "scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                yield f"`{path}.{name}` must be above 0 or null, but is {value} instead."
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
 
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         n_heads, n_kv_heads, head_dim = self.heads(model)

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, Size, config
-from txtrain.registry import BASES, Cut, knob, register
+from txtrain.registry import BASES, Cut, dropout_knob, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -36,10 +36,10 @@ class FFNBase(Component):
 class MLPConfig(FFNBase):
     """down(act(up(x))), as in the 2017 paper."""
 
-    hidden_dim: int | None = None  # null: 4 * dim
+    hidden_dim: int | None = knob(None, at_least=1)  # null: 4 * dim
     activation: Activation = "gelu_tanh"
     bias: bool = knob(True, carry=True)
-    dropout: float = knob(0.0, carry=True)  # between activation and down projection
+    dropout: float = dropout_knob()  # between activation and down projection
 
     n_matrices: ClassVar[int] = 2
 
@@ -48,12 +48,6 @@ class MLPConfig(FFNBase):
 
     def divided(self, model: ModelConfig) -> Iterator[Size]:
         yield Size("model.ffn.hidden_dim", self.width(model))
-
-    def check(self, model: ModelConfig) -> Iterator[str]:
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            yield f"`model.ffn.hidden_dim` must be null or at least 1, but is {self.hidden_dim} instead."
-        if not 0 <= self.dropout < 1:
-            yield f"`model.ffn.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
 
     def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
         return {"hidden_dim": self.width(model), "activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
@@ -75,7 +69,8 @@ class MLPConfig(FFNBase):
 class GatedConfig(MLPConfig):
     """down(act(gate(x)) * up(x)): GLU variants (2002.05202)."""
 
-    hidden_dim: int | None = knob(None, carry=True)  # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters
+    # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters.
+    hidden_dim: int | None = knob(None, at_least=1, carry=True)
     activation: Activation = "silu"
     bias: bool = knob(False, carry=True)
 

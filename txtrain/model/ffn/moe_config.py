@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from txtrain.errors import divisors_near
 from txtrain.model.component import Size, config
 from txtrain.model.ffn.dense_config import GATED_CUT, Activation, FFNBase
-from txtrain.registry import Cut, knob, register
+from txtrain.registry import Cut, dropout_knob, knob, register
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
@@ -25,21 +25,24 @@ class MoEConfig(FFNBase):
     gate, balanced by the auxiliary loss of Switch (2101.03961). gate, bias_update_rate and aux_weight combine freely.
     """
 
-    n_experts: int = 8
-    top_k: int = 2
-    n_shared: int = 1
-    hidden_dim: int | None = None  # of one expert; null: a token's experts together are as wide as a gated feed-forward
+    n_experts: int = knob(8, at_least=2)
+    top_k: int = knob(2, at_least=1)
+    n_shared: int = knob(1, at_least=0)
+    # Of one expert; null: a token's experts together are as wide as a gated feed-forward.
+    hidden_dim: int | None = knob(None, at_least=1)
     activation: Activation = "silu"
-    dropout: float = knob(0.0, carry=True)  # between activation and down projection
-    dense_layers: int = 0  # the first so many layers have a plain gated feed-forward
-    dense_hidden_dim: int | None = None  # of these; null: 8/3 * dim, up to a multiple of 8
+    dropout: float = dropout_knob()  # between activation and down projection
+    dense_layers: int = knob(0, at_least=0)  # the first so many layers have a plain gated feed-forward
+    dense_hidden_dim: int | None = knob(None, at_least=1)  # of these; null: 8/3 * dim, up to a multiple of 8
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
     normalise: bool = True  # the weights of a token's experts sum to 1, before routed_scale
-    routed_scale: float = 1.0
-    n_groups: int = 1  # of experts side by side; a token's experts come from its best top_k_groups of them
-    top_k_groups: int = 1
-    bias_update_rate: float = 1e-3  # by which an expert's bias on the choice moves after each step, up if it was visited too little; 0: no bias
-    aux_weight: float = 0.0  # of the auxiliary loss; 0: none
+    routed_scale: float = knob(1.0, above=0)
+    # Of experts side by side; a token's experts come from its best top_k_groups of them.
+    n_groups: int = knob(1, at_least=1)
+    top_k_groups: int = knob(1, at_least=1)
+    # By which an expert's bias on the choice moves after each step, up if it was visited too little; 0: no bias.
+    bias_update_rate: float = knob(1e-3, at_least=0, affects="training")
+    aux_weight: float = knob(0.0, at_least=0, affects="training")  # of the auxiliary loss; 0: none
 
     def width(self, model: ModelConfig) -> int:
         return self.hidden_dim or math.ceil(math.ceil(model.dim / 3) / (self.top_k + self.n_shared)) * 8
@@ -54,23 +57,8 @@ class MoEConfig(FFNBase):
 
     def check(self, model: ModelConfig) -> Iterator[str]:
         path = "model.ffn"
-        lows = {"n_experts": 2, "top_k": 1, "n_shared": 0, "hidden_dim": 1, "dense_layers": 0, "dense_hidden_dim": 1, "n_groups": 1, "top_k_groups": 1}
-        low = [(name, n) for name, n in lows.items() if (value := getattr(self, name)) is not None and value < n]
-        for name, n in low:
-            yield f"`{path}.{name}` must be at least {n}, but is {getattr(self, name)} instead."
-        for name in ("bias_update_rate", "aux_weight"):
-            if getattr(self, name) < 0:
-                yield f"`{path}.{name}` must be at least 0, but is {getattr(self, name)} instead."
-        if not self.routed_scale > 0:
-            yield f"`{path}.routed_scale` must be above 0, but is {self.routed_scale} instead."
-        if not 0 <= self.dropout < 1:
-            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
-        if self.dense_layers >= model.n_layers:
-            yield f"`{path}.dense_layers` must be below model.n_layers ({model.n_layers}), but is {self.dense_layers} instead. Nearest: {model.n_layers - 1}."
-        if not low:
-            yield from self._check_routing(path)
-
-    def _check_routing(self, path: str) -> Iterator[str]:
+        if (dense := self.dense_layers) >= (n := model.n_layers):
+            yield f"`{path}.dense_layers` must be below model.n_layers ({n}), but is {dense} instead. Nearest: {n - 1}."
         if self.n_experts % self.n_groups:
             near = ", ".join(map(str, divisors_near(self.n_groups, self.n_experts)))
             yield f"`{path}.n_groups` must divide n_experts ({self.n_experts}), but is {self.n_groups} instead. Nearest: {near}."

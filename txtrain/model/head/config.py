@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
@@ -107,12 +106,8 @@ class MLMHeadConfig(HeadConfig):
 class ClassHeadConfig(HeadConfig):
     """One score a class for the whole sequence. pooling: the first position (ViT's class token), the last, or the mean of the real ones."""
 
-    n_classes: int = 1000
+    n_classes: int = knob(1000, at_least=2)
     pooling: Literal["first", "last", "mean"] = "first"
-
-    def check(self, model: ModelConfig) -> Iterator[str]:
-        if self.n_classes < 2:
-            yield f"`model.head.n_classes` must be at least 2, but is {self.n_classes} instead."
 
     def n_params(self, model: ModelConfig, layer: int = 0) -> int:
         return (model.dim + 1) * self.n_classes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from txtrain.model.component import Component, config
@@ -50,12 +50,8 @@ class NoNormConfig(NormBase):
 class LayerNormConfig(NormBase):
     """(x - mean) / sqrt(variance + eps) * weight + bias (1607.06450)."""
 
-    eps: float = knob(1e-5, carry=True)
+    eps: float = knob(1e-5, above=0, carry=True)
     bias: bool = True
-
-    def check(self, model: ModelConfig) -> Iterator[str]:
-        if not self.eps > 0:
-            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
 
     def n_params_of(self, model: ModelConfig, size: int) -> int:
         return 2 * size if self.bias else size
@@ -68,12 +64,8 @@ class LayerNormConfig(NormBase):
 class RMSNormConfig(NormBase):
     """x / sqrt(mean(x^2) + eps) * weight (1910.07467); with unit_offset, * (1 + weight), as in Gemma."""
 
-    eps: float = knob(1e-5, carry=True)
+    eps: float = knob(1e-5, above=0, carry=True)
     unit_offset: bool = False
-
-    def check(self, model: ModelConfig) -> Iterator[str]:
-        if not self.eps > 0:
-            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
 
     def n_params_of(self, model: ModelConfig, size: int) -> int:
         return size
