@@ -30,7 +30,7 @@ MISTAKES = [
     ("+model.attention.typo=1", "`model.attention.typo=1`: model.attention has no key typo."),
     ("model.n_heads=5 model.dim=64", "`model.n_heads` must divide model.dim (64)"),
     ("model.n_heads=8 model/attention=gqa model.attention.n_kv_heads=3", "must divide model.n_heads (8), but is 3 instead. Nearest: 2, 4."),
-    ("trainer.max_steps=-1", "`trainer.max_steps` must be at least 1, but is -1 instead."),
+    ("trainer.max_steps=-1", "`trainer.max_steps` must be at least 1 or null, but is -1 instead."),
     ("trainer.max_steps=abc", "`trainer.max_steps` must be an integer or null, but is 'abc' instead."),
     # spellings that people try
     ("model.position=rope", "Write model/position=rope."),
