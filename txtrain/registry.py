@@ -273,11 +273,18 @@ def component(axis: str, name: str) -> Callable[[T], T]:
 def _knob_problem(axis: str, config: type) -> str | None:
     inherited = {f.name for f in dc.fields(BASES[axis])}
     for f in dc.fields(config):
-        if f.name not in inherited and hasattr(BASES[axis], f.name):
+        if f.name not in inherited and hasattr(BASES[axis], f.name) and not _is_default(BASES[axis], f.name):
             return f"a knob must have another name than {f.name!r}, which every {axis} has a method or a constant of."
         if axis in VALUE_AXES and f.name != "type" and f.default is f.default_factory is dc.MISSING:
             return f"{f.name!r} must have a default: an option of {axis} is chosen by its name alone."
     return None
+
+
+def _is_default(base: type, name: str) -> bool:
+    """Whether it stands for a knob that some options lack: a plain value, which no annotation makes a constant."""
+    owner = next(cls for cls in base.__mro__ if name in vars(cls))
+    plain = isinstance(vars(owner)[name], int | float | None)
+    return plain and name not in inspect.get_annotations(owner)
 
 
 # Parameters are always known: a user's own option is built and counted, unless its Config states them.
