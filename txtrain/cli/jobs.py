@@ -19,7 +19,9 @@ from txtrain.config.schema import Export, Generate, Train
 from txtrain.errors import ConfigError
 
 
-def compose(overrides: Sequence[str] = (), verb: str = "train", config_dir: str | None = None) -> Train | Generate | Export:
+def compose(
+    overrides: Sequence[str] = (), verb: str = "train", config_dir: str | None = None
+) -> Train | Generate | Export:
     """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
 
     Raises:
@@ -39,7 +41,7 @@ def compose_job(verb: str, overrides: list[Override], loader: Loader) -> tuple[C
 
 
 def with_init_from(job: Composed) -> Composed:
-    """The job with the model and the tokenizer that init_from brings. A run that is resumed has them in its config.yaml.
+    """The job with the model and the tokenizer that init_from brings. A resumed run has them in its config.yaml.
 
     Raises:
         ConfigError: there is no model there, or the configuration says something else than it.

@@ -13,7 +13,17 @@ from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 
 # What a model may have otherwise than its weights were trained with: labels, how it would have been initialised, and dropout.
-_FREE = ("family", "size", "published", "init", "dropout", "output_dropout", "bos_token_id", "eos_token_id", "pad_token_id")
+_FREE = (
+    "family",
+    "size",
+    "published",
+    "init",
+    "dropout",
+    "output_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 _DROPOUTS = ("model.dropout", "model.output_dropout", "model.attention.dropout", "model.ffn.dropout")
 
 
@@ -50,13 +60,17 @@ def _model(composed: Composed, found: ModelConfig) -> ModelConfig:
             raise ConfigError(*problems)
         return model
     if other := [key for key in given if key not in _DROPOUTS]:
-        raise ConfigError(*(f"`{key}` must not be given with init_from: the architecture comes with the weights." for key in other))
+        raise ConfigError(
+            *(f"`{key}` must not be given with init_from: the architecture comes with the weights." for key in other)
+        )
     for key in given:
         found = _with(found, key.split(".")[1:], _value(model, key))
     return found
 
 
-def _differences(ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "model") -> list[tuple[str, Any, Any]]:
+def _differences(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], prefix: str = "model"
+) -> list[tuple[str, Any, Any]]:
     made: list[tuple[str, Any, Any]] = []
     for name in dict.fromkeys([*ours, *theirs]):
         a, b = ours.get(name), theirs.get(name)
