@@ -15,9 +15,11 @@ from txtrain import compose
 from txtrain.cli import main as command_line
 from txtrain.cli.help import _options as said_of_options
 from txtrain.cli.help import usage
+from txtrain.cli.jobs import compose_job
 from txtrain.cli.main import main
 from txtrain.cli.verbs import VERBS, Verb, root_of
 from txtrain.config.convert import build, key_paths
+from txtrain.config.overrides import expand
 from txtrain.config.paths import CONF, groups_of, options
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
@@ -79,6 +81,7 @@ MISTAKES = [
     ("model.tie_word_embeddings=1", "must be true or false"),
     ("optimizer.lr=nan", "must be a number"),
     ("optimizer.lr=1e-3,2e-3", "-m runs each"),
+    ("optimizer.lr=interval(0,1) -m", "must be values that can be counted"),
     ("optimizer.betas=[0.9]", "a list of 2 values"),
     ("model.dim=${nope}", "`model.dim`: Interpolation key 'nope' not found."),
     ("model.dim=(", "Quote it"),
@@ -272,6 +275,16 @@ def test_a_further_rank_takes_the_first_ones_config_whatever_the_line_says(monke
     monkeypatch.delenv("LOCAL_RANK")  # a forgotten variable does not hide what is typed
     assert main(["model=gpt2"]) == 0
     assert calls[-1].config.model.family == "gpt2"
+
+
+def test_each_override_is_parsed_once(monkeypatch, loader):
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    read, parse_rule = [], OverridesParser.parse_rule
+    monkeypatch.setattr(OverridesParser, "parse_rule", lambda self, s, rule: read.append(s) or parse_rule(self, s, rule))
+    jobs = [compose_job("train", job, loader)[0] for job in expand(["model=mistral", "optimizer.lr=1e-3,2e-3"], True, loader)]
+    assert [job.config.optimizer.lr for job in jobs] == [1e-3, 2e-3]
+    assert read == ["model=mistral", "optimizer.lr=1e-3,2e-3"]
 
 
 def test_it_works_inside_another_hydra_application():

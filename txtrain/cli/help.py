@@ -18,9 +18,10 @@ from txtrain.cli.verbs import FLAGS, VERBS, root_of
 from txtrain.config.convert import describe, hints, key_of, parts
 from txtrain.config.paths import CONF, DATA, groups_of, options
 from txtrain.errors import ConfigError, hint
-from txtrain.registry import TABLE
+from txtrain.registry import TABLE, imported
 
 LAUNCHER = "hydra/launcher"  # the group whose keys are Hydra's, not the verb's
+_SLURM = "txtrain.config.slurm_launcher:SlurmConfig"  # its module needs Hydra
 _PLAIN = ("an integer", "a number", "a string", "Any")  # types that go without saying beside a comment
 
 
@@ -34,7 +35,8 @@ def usage(verb: str, asked: Sequence[str] = ()) -> str:
         return "\n".join(_about(verb, word.partition("=")[0].lstrip("+")) for word in asked)
     root = root_of(verb)
     base = next((name for name in VERBS if root_of(name) in root.__mro__[1:]), None)  # whose keys it has too
-    keys = {key: line for key, line in _keys(root).items() if base is None or key not in _keys(root_of(base))}
+    inherited = _keys(root_of(base)) if base else {}
+    keys = {key: line for key, line in _keys(root).items() if key not in inherited}
     text = [f"txtrain {verb} [KEY=VALUE ...]", f"  {VERBS[verb].help}", "", VERBS[verb].examples]
     if base is None and (groups := groups_of(root)):
         text += ["Groups, and their options: txtrain --help GROUP says what each is"]
@@ -49,20 +51,14 @@ def _about(verb: str, word: str) -> str:
     """The options of a group, each with what its file says of it, and its keys; or the keys below a dotted path."""
     groups = {name: g for g in [*groups_of(root_of(verb)), LAUNCHER] for name in (g, g.replace("/", "."), _word(g))}
     group = groups.get(word)
-    keys = _keys(_launcher(), "hydra.launcher.") if group == LAUNCHER else _keys(root_of(verb))
+    keys = _keys(imported(_SLURM), "hydra.launcher.") if group == LAUNCHER else _keys(root_of(verb))
     path = (group or word).replace("/", ".")
     below = [_line(*line) for key, line in keys.items() if f"{key}.".startswith(f"{path}.")]
     if group is None and not below:
         near = hint(word, [*groups, *keys], "txtrain --help {}")
         raise ConfigError(f"`{word}` must be a verb, a group or a key, to be asked about with --help.{near}")
-    options = [_line(f"{_word(group)}={option}", said) for option, said in _options(group).items()] if group else []
-    return "\n".join([*options, *([""] if options and below else []), *below, ""])
-
-
-def _launcher() -> type:
-    from txtrain.config.slurm_launcher import SlurmConfig  # with Hydra
-
-    return SlurmConfig
+    listed = [_line(f"{_word(group)}={option}", said) for option, said in _options(group).items()] if group else []
+    return "\n".join([*listed, *([""] if listed and below else []), *below, ""])
 
 
 def _word(group: str) -> str:
@@ -80,29 +76,35 @@ def _options(group: str) -> dict[str, str]:
     return found
 
 
-# ---------------------------------------------------------------------------------------------------------------------- keys
+# -------------------------------------------------------------------------------------------------------------- keys
 
 
 def _keys(cls: type, prefix: str = "", defaults: bool = True) -> dict[str, tuple[str, str]]:
-    """Dotted key -> the key, perhaps with its default, and what is said of it. defaults: whether a field's own default is what a
-    run has, and no option's file gives another."""
+    """Dotted key -> the key, perhaps with its default, and what is said of it.
+
+    defaults: whether a field's own default is what a run has, and no option's file gives another.
+    """
     found: dict[str, tuple[str, str]] = {}
+    comments = _comments(cls)
     for f in dc.fields(cls):
         key = f"{prefix}{key_of(f)}"
-        options, below, have = TABLE.get(f.metadata.get("axis", ""), {}), list(parts(cls, f)), defaultdict[str, list[str]](list)
+        options, below = TABLE.get(f.metadata.get("axis", ""), {}), list(parts(cls, f))
+        have = defaultdict[str, list[str]](list)  # key -> the options that have it
         for part in below:
             mine = _keys(part, f"{key}.", defaults and not options and key not in ("model", "trainer"))
             found |= {k: line for k, line in mine.items() if k not in found}
             for k in mine:
                 have[k] += [name for name, option in options.items() if option.config is part]
-        found |= {k: (found[k][0], f"[{', '.join(of)}] {found[k][1]}") for k, of in have.items() if len(of) < len(options)}
+        some = {k: f"[{', '.join(of)}]" for k, of in have.items() if len(of) < len(options)}
+        found |= {k: (found[k][0], f"{of} {found[k][1]}") for k, of in some.items()}
         if below or f.name == "type":
             continue
-        said, kind = _comments(cls).get(f.name, ""), hints(cls)[f.name]
+        said, kind = comments.get(f.name, ""), hints(cls)[f.name]
         values = ", ".join(TABLE[f.metadata["choice"]]) if "choice" in f.metadata else describe(kind)
-        shown = "" if f.default is dc.MISSING else f"={f.default if isinstance(f.default, str) else json.dumps(f.default)}"
-        plain = values.removesuffix(" or null") in _PLAIN or (defaults and shown and kind is bool)
-        found[key] = (key + shown * defaults, f"{said} ({values})" if said and not plain else said or values)
+        default = f.default if isinstance(f.default, str) else json.dumps(f.default, default=str)
+        shown = f"={default}" if defaults and f.default is not dc.MISSING else ""
+        plain = values.removesuffix(" or null") in _PLAIN or (shown and kind is bool)
+        found[key] = (key + shown, f"{said} ({values})" if said and not plain else said or values)
     return found
 
 
@@ -125,7 +127,8 @@ def _source(file: str | None) -> tuple[dict[str, list[Any]], list[str]]:
     if file is None or not file.endswith(".py"):
         return {}, []
     source = Path(file).read_text(encoding="utf-8")
-    classes = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ClassDef)]
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    classes += [node for c in classes for node in c.body if isinstance(node, ast.ClassDef)]  # a component's own Config
     names = {c.name: [node for node in c.body if isinstance(node, ast.AnnAssign)] for c in classes}
     return names, [line.strip() for line in source.splitlines()]
 
@@ -133,4 +136,4 @@ def _source(file: str | None) -> tuple[dict[str, list[Any]], list[str]]:
 def _line(key: str, said: str) -> str:
     first = f"  {key:<36} "
     further = " " * 39
-    return (textwrap.fill(said, 118, initial_indent=first, subsequent_indent=further) if said else f"  {key}")
+    return textwrap.fill(said, 118, initial_indent=first, subsequent_indent=further) if said else f"  {key}"

@@ -63,7 +63,7 @@ def _pinned(composed: Composed) -> Composed:
 
 
 def with_init_from(job: Composed) -> Composed:
-    """The job with the model and the tokenizer that init_from brings. A run that is resumed has them in its config.yaml.
+    """The job with the model and the tokenizer that init_from brings. A resumed run has them in its config.yaml.
 
     Raises:
         ConfigError: there is no model there, or the configuration says something else than it.

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Flags stand anywhere, the verb first among the rest. Not argparse, which knows nothing of KEY=VALUE and of our words."""
+    """Flags stand anywhere, the verb first among the rest. Not argparse: it knows nothing of KEY=VALUE and our words."""
     flags: dict[str, str] = {}
     rest: list[str] = []
     words = iter(argv)
@@ -57,7 +57,9 @@ def parse(argv: Sequence[str]) -> CommandLine:
         raise ConfigError(f"`--cfg` must be one of {', '.join(_CFG)}, but is {shown!r} instead.{hint(shown, _CFG)}")
     verb = rest.pop(0) if rest and "=" not in rest[0] and not rest[0].startswith("~") else None
     if "--help" in flags:
-        return CommandLine(verb, flags, rest) if verb is None or verb in VERBS else CommandLine(None, flags, [verb, *rest])
+        return (
+            CommandLine(verb, flags, rest) if verb is None or verb in VERBS else CommandLine(None, flags, [verb, *rest])
+        )
     if verb is not None and verb not in VERBS:
         from txtrain.config.paths import options
 

@@ -1,4 +1,4 @@
-"""The verbs, one row each. A new one is a row, a module with its configuration and what runs it, and conf/<verb>.yaml."""
+"""The verbs, one row each. A new one is a row, a module with its configuration and what runs it, and conf/VERB.yaml."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ TXTRAIN_DEBUG=1 shows tracebacks.
 
 
 class Verb(NamedTuple):
-    """config: the frozen dataclass of its keys, `imports` among them, without torch. run: takes the composed job, returns the exit
-    code. Both are "module:name", imported when they are needed. examples: command lines below its help."""
+    """config: the frozen dataclass of its keys, `imports` among them, without torch. run: takes the composed job, gives
+    the exit code. Both are "module:name", imported when they are needed. examples: command lines below its help."""
 
     help: str
     config: str
@@ -110,7 +110,11 @@ def work_of(verb: str, job: Composed, start: float = START) -> Work:
 
 
 def exit_code(prepare: Callable[[], Work]) -> int:
-    """Prepare the work and do it: 0 done, 1 a failure (by exception), 2 the user's mistake, 75 preempted after a complete checkpoint."""
+    """Prepare the work and do it.
+
+    Returns:
+        0 done, 1 a failure (or an exception), 2 the user's mistake, 75 preempted after a complete checkpoint.
+    """
     try:
         with EndsAtOnce():
             work = prepare()

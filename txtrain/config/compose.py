@@ -1,4 +1,4 @@
-"""Command line -> Hydra -> plain dict -> typed config. With loader.py, overrides.py, grafts.py and cli/sweep.py all that touches Hydra."""
+"""Overrides -> Hydra -> plain dict -> typed config, in which nothing of Hydra is left."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def compose_job(
     """
     with hydra_errors():
         loader.imports(overrides)  # the user's options must exist before they are looked up
-        run = next((str(o.value()) for o in reversed(overrides) if o.key_or_group == "resume" and not o.is_delete()), "auto")
+        run = next(
+            (str(o.value()) for o in reversed(overrides) if o.key_or_group == "resume" and not o.is_delete()), "auto"
+        )
         if issubclass(root, Train) and run not in ("auto", "never"):
             return resumed(verb, root, run_of(run), overrides, loader), overrides
         lines = check(overrides, loader, root)
@@ -46,11 +48,15 @@ def typed(cfg: DictConfig, root: type) -> Composed:
         cfg.pop("hydra", None)  # holds ??? and resolvers of its own
         notes: Any = OmegaConf.to_container(cfg.pop(NOTES), resolve=False)
         if issubclass(root, Train) and cfg.get("name") is None:
-            cfg.name = "-".join(str(notes["choices"][g]).replace("/", "-") for g in ("model", "data") if notes["choices"].get(g))
+            cfg.name = "-".join(
+                str(notes["choices"][g]).replace("/", "-") for g in ("model", "data") if notes["choices"].get(g)
+            )
     raw: Any = OmegaConf.to_container(cfg, resolve=True)
     raw["imports"] = notes["imports"]
     if "recipes" in raw:
-        raise ConfigError("`recipe`: its file must have the line `# @package _global_` at its top, so that its keys are those of the command line.")
+        raise ConfigError(
+            "`recipe`: its file must have the line `# @package _global_` at its top, so that its keys are those of the command line."
+        )
     problems = [*_types_elsewhere(raw, notes["types"]), *targets.problems(raw, raw["imports"])]
     if problems:
         raise ConfigError(*problems)

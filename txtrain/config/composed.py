@@ -22,7 +22,7 @@ class Composed:
     Attributes:
         grafts: axis -> {from, to, kept, dropped} for each axis that is not the family's own.
         given: keys that the user set.
-        folder: under runs/<name>/, where config.run_dir is null; None: the time or the SLURM job. Jobs of `-m` have numbers.
+        folder: under runs/<name>/, where config.run_dir is null; None: the time or the SLURM job. Of `-m` numbered.
         notes: sentences for the start screen.
         start: when the process was started that runs it, by the system's clock.
     """
@@ -43,7 +43,7 @@ def to_file(job: Composed, file: Path) -> None:
 
 
 def from_file(root: type, file: str | Path) -> Composed:
-    """A job that another process composed and validated: one of a sweep, or a further rank of a run (its config.yaml)."""
+    """A job that another process has composed: of a sweep, or of a run's first rank, whose file is config.yaml."""
     raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     notes = raw.pop(NOTES, {})
     for what in raw["imports"]:

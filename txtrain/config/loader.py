@@ -1,7 +1,7 @@
 """Hydra's loader over conf/, recipes/ and the user's own folder.
 
-`@hydra.main` and `hydra.compose` are both by-passed for the loader below them: they exit with 1 and a page of text where a user's
-mistake wants 2 and a line, write folders before anything is checked, and keep process-wide state.
+`@hydra.main` and `hydra.compose` are both by-passed for the loader below them: they exit with 1 and a page of text where
+a user's mistake wants 2 and a line, write folders before anything is checked, and keep process-wide state.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from txtrain.errors import ConfigError
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's loader, with the user's imports before and the graft rule within. Overrides come as strings from launchers, which
-    pickle it and call it on other machines; from us they come parsed."""
+    """Hydra's loader, with the user's imports before and the graft rule within. Overrides come as strings from launchers,
+    which pickle it and call it on other machines; from us they come parsed."""
 
     def load_configuration(
         self,
@@ -65,7 +65,7 @@ class Loader(ConfigLoaderImpl):
         return cfg
 
     def imports(self, overrides: Sequence[Override]) -> list[str]:
-        """Import what the command line names, and what options of the user's own folder bring that the command line names."""
+        """Import what the command line names, and what options of the user's own folder bring that it names."""
         self.named: list[str] = []
         found: dict[str, None] = {}
         groups = groups_of(Train) if any(source.provider == "command-line" for source in self.get_sources()) else ()

@@ -1,5 +1,5 @@
-"""The overrides of a command line, parsed once: literals protected, sweeps split into jobs, groups and spellings checked, each before
-Hydra sees it."""
+"""The overrides of a command line, parsed once: literals protected, sweeps split into jobs, groups and spellings checked,
+each before Hydra sees it."""
 
 from __future__ import annotations
 

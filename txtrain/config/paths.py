@@ -1,5 +1,4 @@
-"""Where the configuration files lie: at the top of a checkout, inside the package of an installed wheel. Names of groups and
-options, without Hydra."""
+"""Where the configuration files lie, in a checkout or an installed wheel; names of groups and options, without Hydra."""
 
 from __future__ import annotations
 
@@ -29,4 +28,7 @@ def groups_of(root: type) -> list[str]:
 def options(group: str) -> list[str]:
     """Names of the packaged options of a group, such as model or model/attention; `recipes` too."""
     folder = DATA / group if group == "recipes" else CONF / group
-    return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.glob("**/*.yaml" if group == "recipes" else "*.yaml"))
+    return sorted(
+        f.relative_to(folder).with_suffix("").as_posix()
+        for f in folder.glob("**/*.yaml" if group == "recipes" else "*.yaml")
+    )

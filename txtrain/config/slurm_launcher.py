@@ -9,10 +9,11 @@ from typing import Any, Literal
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from txtrain.config.convert import build
+from txtrain.config.convert import part
 from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import LAUNCHER, hydra_errors
 from txtrain.config.units import bytes_of
+from txtrain.errors import ConfigError
 from txtrain.registry import knob
 
 
@@ -59,24 +60,6 @@ class SlurmConfig:
             yield f"`hydra.launcher.gpu_memory` must be a size such as 80GB or 79.6GiB, but is {self.gpu_memory!r} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
-class _Hydra:
-    launcher: SlurmConfig
-
-    def check(self) -> Iterator[str]:
-        yield from self.launcher.check()
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class _Root:
-    """So that a key is called as it is typed: hydra.launcher.partition."""
-
-    hydra: _Hydra
-
-    def check(self) -> Iterator[str]:
-        yield from self.hydra.check()
-
-
 def named(overrides: Sequence[Override]) -> str | None:
     """The launcher that a job's overrides choose; None if they choose none."""
     chosen = [str(o.value()) for o in overrides if o.key_or_group == LAUNCHER and not o.is_delete()]
@@ -101,4 +84,7 @@ def slurm(verb: str, overrides: Sequence[Override], loader: Loader) -> SlurmConf
     with hydra_errors():
         cfg = load(verb, overrides, loader)
         raw: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
-    return build(_Root, {"hydra": {"launcher": raw}}).hydra.launcher
+    made, problems = part(SlurmConfig, raw, "hydra.launcher")
+    if made is None or (problems := list(made.check())):
+        raise ConfigError(*problems)
+    return made
