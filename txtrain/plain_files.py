@@ -133,7 +133,8 @@ def parse_json(text: str | bytes, where: str, *, finite: bool = True) -> dict[st
     except RecursionError as e:
         raise ConfigError(f"{where} must be nested at most {_DEPTH} deep, but is deeper.") from e
     except ValueError as e:
-        raise ConfigError(f"{where} must be whole, valid JSON, but is not: {shorten(e)}.") from e
+        said = f"{e.msg} in line {e.lineno}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        raise ConfigError(f"{where} must be whole, valid JSON, but is not: {shorten(said)}.") from e
     return _object(made, where, "JSON object", finite)
 
 
@@ -314,7 +315,7 @@ def _arrays(where: str) -> Iterator[None]:
         raise
     except Exception as e:  # numpy and zipfile say what is damaged in a dozen ways
         raise ConfigError(
-            f"{where} must be a whole file of numbers, but is not: {shorten(e) or type(e).__name__}."
+            f"{where} must be a whole file of numbers without Python objects, but is not: {shorten(e) or type(e).__name__}."
         ) from e
 
 

@@ -1,6 +1,7 @@
 """A folder from a stranger is data: attacks one by one, and folders damaged at random. Only a ConfigError may come out."""
 
 import contextlib
+import dataclasses as dc
 import json
 import os
 import pickle
@@ -346,8 +347,6 @@ def test_metrics_that_are_none_are_refused(text, tmp_path):
 
 
 def continued(made, run):
-    import dataclasses as dc
-
     return run_folder.choose(dc.replace(made[1], run_dir=str(run)))
 
 
@@ -531,7 +530,7 @@ class Damage:
             return
         raw = bytearray(path.read_bytes())
         kind = self.random.choice(["flip", "cut", "grow", "delete", "swap", "value", "value", "value", "link", "line"])
-        if (kind == "value" and path.suffix in (".json", ".yaml")) or path.name == "complete":
+        if kind == "value" and (path.suffix in (".json", ".yaml") or path.name == "complete"):
             with contextlib.suppress(ValueError, yaml.YAMLError):
                 return self.value(path)
         if kind == "flip" and raw:
@@ -556,6 +555,8 @@ class Damage:
     def value(self, path: Path) -> None:
         """Another value or name somewhere in a file of JSON or YAML."""
         tree = yaml.safe_load(path.read_text()) if path.suffix == ".yaml" else json.loads(path.read_text())
+        if not isinstance(tree, (dict, list)) or not tree:
+            return
         places = [(tree, key) for key in (tree if isinstance(tree, dict) else range(len(tree)))]
         for node, key in places:
             inner = node[key]
@@ -583,8 +584,9 @@ def use_run(run: Path, made, out: Path) -> None:
         lambda: continued(made, run),
         lambda: run_folder.RunFolder(run).facts,
         lambda: metrics_csv.latest(run / "metrics.csv"),
+        lambda: [checkpoint.read_state(path) for path in checkpoint.complete(run)],
         lambda: continued(made, run).kept,
-        lambda: run_folder.choose(__import__("dataclasses").replace(config, run_dir=str(out), fork=str(run))),
+        lambda: run_folder.choose(dc.replace(config, run_dir=str(out), fork=str(run))),
     )
     for use in uses:
         with contextlib.suppress(ConfigError):
@@ -607,6 +609,8 @@ def damage(made, home: Path, seeds, use, name: str) -> None:
         one = home / str(seed)
         shutil.copytree(made[0] / name, one / name)
         Damage(seed)(one / name)
+        for marker in one.glob("run/checkpoints/*/complete") if seed % 3 else ():
+            marker.write_text("{}")  # so that no size tells what is wrong
         begin = time.process_time()
         try:
             use(one / name, made, one / "out")

@@ -84,7 +84,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', r"one JSON object a line, but line 2 of \S+a\.jsonl is none: Expecting value"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": ', r"line 2 of \S+a\.jsonl must be whole, valid JSON, but is not: Expecting value"),
     ("a.jsonl", b'["x"]\n', "line 1 of .* is a list"),
     ("a.jsonl", b'{"txt": "x", "n": 1}\n', r"`data\.text_column` must be one of txt, n for line 1 of .*, but is text instead\. Did you mean txt\?"),
     ("a.jsonl", b'{"text": 7}\n', r"must hold text, but text in line 1 of .* is 7\."),

@@ -17,7 +17,7 @@ from typing import IO, Any, NamedTuple
 from txtrain.errors import ConfigError, hint
 from txtrain.plain_files import check_expansion
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
 HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
 _LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]")
 _COMMA = re.compile(r",(?![^[]*\])")
@@ -152,7 +152,7 @@ def open_unpacked(path: Path, key: str, limits: Limits) -> Iterator[IO[bytes]]:
             yield f
         return
     try:
-        with _unpacked(path) as f, io.BufferedReader(_Measured(f, path, key, limits), 1 << 20) as measured:
+        with _unpacked(path) as f, io.BufferedReader(_Measured(f, path, key, limits), 1 << 17) as measured:
             yield measured
     except (gzip.BadGzipFile, EOFError, zlib.error, _ZstandardError) as e:
         raise ConfigError(f"`{key}` must be a whole {PACKED[path.suffix]} file, but {path} is not: {e}.") from None

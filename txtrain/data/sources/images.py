@@ -159,7 +159,7 @@ def read_idx(path: Path, key: str, limits: Limits) -> NDArray[Any]:
         dtype, sizes = np.dtype(_IDX_TYPES[magic[2]]), f.read(4 * magic[3])
         shape = struct.unpack(f">{len(sizes) // 4}I", sizes[: len(sizes) // 4 * 4])
         wanted, raw = math.prod(shape) * dtype.itemsize, bytearray()
-        while len(raw) <= wanted and (chunk := f.read(1 << 24)):  # never more at once than the file has
+        while len(raw) <= wanted and (chunk := f.read(1 << 20)):  # never more at once than the file has
             raw += chunk
     if len(shape) != magic[3] or len(raw) != wanted:
         more = "or more " if len(raw) > wanted else ""
