@@ -138,8 +138,8 @@ class _Checker:
             return _with_prefix(o, "++")  # its keys are checked where they are read, by who knows the near ones
         value: Any = o.value()
         if key == LAUNCHER and not o.is_delete() and value not in (options := self.loader.get_group_options(LAUNCHER)):
-            near = hint(value, options, f"{LAUNCHER}={{}}")
-            self.problems.append(f"`{LAUNCHER}={value}` must be one of {', '.join(options)}.{near}")
+            meant = hint(value, options, f"{LAUNCHER}={{}}")
+            self.problems.append(f"`{LAUNCHER}={value}` must be one of {', '.join(options)}.{meant}")
         if o.is_hydra_override() or o.is_delete():
             return o
         shown = value if isinstance(value, str) else o.get_value_string()
