@@ -9,7 +9,6 @@ import pytest
 from tests.models import tiny
 from txtrain.config.schema import (
     AdamConfig,
-    ObjectiveConfig,
     SampleConfig,
     SaveConfig,
     SchedulerConfig,
@@ -17,6 +16,7 @@ from txtrain.config.schema import (
     TrainerConfig,
 )
 from txtrain.data.sources import hub
+from txtrain.objectives.config import CausalLMConfig, Seq2SeqConfig
 from txtrain.parallel.config import StrategyConfig
 from txtrain.registry import TABLE
 
@@ -51,12 +51,15 @@ def make_config() -> Callable[..., Train]:
     """make_config("text", {"path": ...}, vocab_size=300, trainer={...}): keys of data, then others."""
 
     def make(kind: str, data: dict[str, Any] | None = None, *, vocab_size: int = 512, trainer: dict[str, Any] | None = None, **top: Any) -> Train:
-        model = tiny(vocab_size=vocab_size, size=top.pop("size", "laptop"))
+        option = TABLE["data"][kind].config
+        pairs = option.kind == "pairs"
+        topology = "encoder_decoder" if pairs else "decoder"
+        model = tiny(vocab_size=vocab_size, size=top.pop("size", "laptop"), topology=topology)
         keys = {"type": kind, "seq_len": 16, "global_batch_size": 4, "tokenizer": "bytes", **(data or {})}
         return Train(
             model=model,
-            data=TABLE["data"][kind].config(**keys),
-            objective=ObjectiveConfig(type="causal_lm"),
+            data=option(**keys),
+            objective=Seq2SeqConfig(type="seq2seq") if pairs else CausalLMConfig(type="causal_lm"),
             optimizer=AdamConfig(type="adamw"),
             scheduler=SchedulerConfig(type="constant"),
             strategy=StrategyConfig(type="auto"),

@@ -10,10 +10,12 @@ import torch
 from tests.models import tiny
 from txtrain.data.samples.augment import Augment
 from txtrain.data.samples.draws import Draws
+from txtrain.data.sources.files import Limits
 from txtrain.data.sources.images import read_idx
 from txtrain.data.sources.source import build_source
 from txtrain.errors import ConfigError
 from txtrain.model import options
+from txtrain.objectives.config import ImageClassificationConfig
 from txtrain.training.data_module import DataModule
 
 RNG = np.random.default_rng(0)
@@ -38,7 +40,7 @@ def config(make_config):
             max_seq_len=patch.n_positions(),
             tie_word_embeddings=False,
         )
-        return dc.replace(made, model=model)
+        return dc.replace(made, model=model, objective=ImageClassificationConfig(type="image_classification"))
 
     return make
 
@@ -207,7 +209,7 @@ def test_mistakes_are_told(config, tmp_path):
     cut = tmp_path / "cut-images-idx3-ubyte"
     cut.write_bytes(idx(PIXELS)[:-5])
     with pytest.raises(ConfigError, match="must hold 120 x 6 x 6 values"):
-        read_idx(cut, "data.path")
+        read_idx(cut, "data.path", Limits())
     with pytest.raises(ConfigError, match=r"no cut-labels-idx1-ubyte"):
         build_source(config(path=str(cut)))
     (tmp_path / "empty").mkdir()

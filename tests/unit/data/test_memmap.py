@@ -277,5 +277,7 @@ def test_an_objective_with_tokens_of_its_own_needs_a_tokenizer(make_config, tmp_
 
     write_raw(tmp_path / "a.bin", STREAM * 40)
     config = make_config("memmap", {"path": str(tmp_path / "a.bin"), "tokenizer": None})
+    objective = MaskedLMConfig(type="masked_lm", next_sentence=False)
+    encoder = dc.replace(config.model, topology="encoder")
     with pytest.raises(ConfigError, match=r"`data\.tokenizer` must be given"):
-        DataModule(dc.replace(config, objective=MaskedLMConfig(type="masked_lm", next_sentence=False))).prepare()
+        DataModule(dc.replace(config, model=encoder, objective=objective)).prepare()

@@ -169,5 +169,5 @@ make_mixture = partial(options.MoEConfig, type="moe")
 
 @torch.no_grad()
 def test_statistics_of_its_block_have_names_of_their_own():
-    aux = model_of(2, ffn=make_mixture(dense_layers=2)).eval()(ids()).aux
-    assert set(aux) == {"mtp.0.block.expert_counts", "mtp.1.block.expert_counts"}
+    aux = model_of(2, ffn=make_mixture(dense_layers=1)).eval()(ids()).aux
+    assert {name for name in aux if name.startswith("mtp")} == {"mtp.0.block.expert_counts", "mtp.1.block.expert_counts"}
