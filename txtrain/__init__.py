@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from txtrain.hf.save import save_pretrained
     from txtrain.model.build import build_model
     from txtrain.model.generation import generate
+    from txtrain.model.transformer import log_probs
     from txtrain.planning.figures import plan
     from txtrain.registry import component
     from txtrain.training.data_module import DataModule
@@ -31,6 +32,7 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "families": "txtrain.config.paths",
     "generate": "txtrain.model.generation",
     "load_pretrained": "txtrain.checkpoint.load",
+    "log_probs": "txtrain.model.transformer",
     "plan": "txtrain.planning.figures",
     "save_pretrained": "txtrain.hf.save",
     "train": "txtrain.training.run",
@@ -46,6 +48,7 @@ __all__ = [
     "families",
     "generate",
     "load_pretrained",
+    "log_probs",
     "plan",
     "save_pretrained",
     "train",

@@ -10,7 +10,7 @@ from torch.utils import _pytree
 
 from txtrain.model.attention.cache import Cache
 
-_BESIDE = ("mtp_logits", "mtp_losses", "last_hidden_state", "encoder_last_hidden_state", "aux")
+_BESIDE = ("mtp_logits", "mtp_losses", "log_probs", "last_hidden_state", "encoder_last_hidden_state", "aux")
 
 
 @dc.dataclass
@@ -22,6 +22,7 @@ class ModelOutput:
     nsp_logits: Tensor | None = None  # [B, 2]
     mtp_logits: tuple[Tensor, ...] | None = None  # [B, T - k, V] for each further token k = 1, 2, ... that is predicted
     mtp_losses: tuple[Tensor, ...] | None = None  # of these; no part of `loss`
+    log_probs: Tensor | None = None  # [B, T], of the labels
     past_key_values: Cache | None = None
     last_hidden_state: Tensor | None = None  # [B, T, D]
     encoder_last_hidden_state: Tensor | None = None  # [B, S, D]

@@ -19,9 +19,9 @@ from txtrain.model.attention.cache import Cache, append
 from txtrain.model.config import ModelConfig
 from txtrain.model.embedding.embeddings import PatchEmbedding, TokenEmbedding
 from txtrain.model.ffn.moe import AUX_LOSS, ScaleOf
-from txtrain.model.head.heads import Head
+from txtrain.model.head.heads import Head, LMHead
 from txtrain.model.head.loss import IGNORED, cross_entropy
-from txtrain.model.inputs import LABELS, Inputs, Reads, explained, require
+from txtrain.model.inputs import LABELS, Inputs, Reads, explained, outside, require
 from txtrain.model.mtp import FurtherToken, further_targets
 from txtrain.model.output import ModelOutput
 from txtrain.model.position.encodings import Position
@@ -95,6 +95,7 @@ class Transformer(Stack):
         mtp_items_in_batch: Sequence[Tensor | int] | None = None,
         return_logits: bool = True,
         logits_to_keep: int | Tensor = 0,
+        return_log_probs: bool = False,
     ) -> ModelOutput:
         """One pass.
 
@@ -116,6 +117,7 @@ class Transformer(Stack):
             return_logits: False computes the loss by chunks and never holds all logits.
             logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels. Or a mask [B, T]: logits [n, V] of the
                 positions where it is true. The loss is of all targets nevertheless. Not with a head that pools.
+            return_log_probs: `log_probs` of the labels in the place of any loss: see `log_probs` below.
 
         Raises:
             ConfigError: inputs have a wrong shape or dtype, contradict each other, are not of this topology, or exceed
@@ -134,9 +136,11 @@ class Transformer(Stack):
         masked = isinstance(logits_to_keep, Tensor)
         if return_logits:
             out.logits = self.head(_kept(x_BTD, logits_to_keep), self.embedding.weight_VD, valid_BT)
-        if labels is not None:
+        if labels is not None and return_log_probs:
+            out.log_probs = self.head.log_probs(x_BTD, self.embedding.weight_VD, labels)
+        elif labels is not None:
             out.loss, share = self._loss(x_BTD, None if masked else out.logits, self.head.targets(labels), num_items_in_batch, valid_BT)
-        if self.mtp and cache is None and not masked and not logits_to_keep:
+        if self.mtp and cache is None and not masked and not logits_to_keep and not return_log_probs:
             self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
         if out.loss is not None and record.loss_scale is not None and record.has(AUX_LOSS):
             out.loss, *further = ScaleOf.apply(record.loss_scale, share, out.loss, *(out.mtp_losses or ()))
@@ -261,6 +265,34 @@ class Transformer(Stack):
                 items = None if n_items is None else n_items[i]
                 losses.append(self._loss(entering_BTD, logits[-1] if return_logits else None, targets, items, None)[0])
         out.mtp_logits, out.mtp_losses = tuple(logits) or None, tuple(losses) or None
+
+
+def log_probs(model: Any, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
+    """Log-probability of each label, differentiable; all logits are never held at once.
+
+    Args:
+        model: of `txtrain.build_model` or `txtrain.load_pretrained`, with a head over the vocabulary.
+        input_ids: [B, T]; with an encoder and a decoder [B, S], what the encoder reads.
+        labels: [B, T], -100 where nothing is asked for; with two stacks the target.
+        inputs: what else `Transformer.forward` takes, such as attention_mask, document_ids or decoder_input_ids.
+
+    Returns:
+        [B, T], at t of label t, at least float32; 0 where the label is -100. A causal model (`model.head.shift`)
+        predicts label t at position t - 1, so that the first label of a row has 0; other models predict it at t.
+
+    Raises:
+        ConfigError: the head is not over the vocabulary, a label is not of it, or inputs are not what the model reads.
+    """
+    if not isinstance(model, Transformer) or not isinstance(model.head, LMHead):
+        what = "a model of txtrain.build_model or txtrain.load_pretrained with a head over the vocabulary"
+        found = model.config.head.type if isinstance(model, Transformer) else type(model).__name__
+        raise ConfigError(f"`model` must be {what}, but is {found} instead.")
+    require("labels", labels, {"B": None, "T": None}, LABELS)
+    if error := outside("labels", labels[labels != IGNORED], model.config.vocab_size):
+        raise error
+    out: ModelOutput = model(input_ids, labels=labels, return_logits=False, return_log_probs=True, **inputs)
+    assert out.log_probs is not None
+    return out.log_probs
 
 
 def _signature_with(function: Callable[..., Any], name: str) -> inspect.Signature:

@@ -2,6 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import txtrain
+from tests.models import ids, seeded, shake, tiny
+from tests.unit.planning.zero_memory import Watched
+from txtrain.model import options
 from txtrain.model.head import heads
 from txtrain.model.head import loss as head_loss
 
@@ -58,3 +62,105 @@ def test_autocast_computes_logits_in_bf16_and_the_loss_in_float32():
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(reference(x, weight, targets, 6.0, None).item(), rel=2e-2)
     assert [g.dtype for g in torch.autograd.grad(loss, (x, weight))] == [torch.float32] * 2
+
+
+# ------------------------------------------------------------------------------------- log-probability of each label
+
+MODELS = {
+    "decoder": tiny(),
+    "soft cap, tied": tiny(logit_softcap=3.0, tie_word_embeddings=True),
+    "encoder": tiny(topology="encoder", head=options.MLMHeadConfig(type="mlm")),
+    "two stacks": tiny(
+        topology="encoder_decoder", pad_token_id=0, head=options.LMHeadConfig(type="lm", bias=True, scale=True)
+    ),
+}
+
+
+def labelled(name, dtype):
+    """A model, ids of which the last three of row 1 are padding, and labels of which some are -100."""
+    model = shake(seeded(MODELS[name])).to(dtype).eval()
+    tokens, mask = ids(length=12), torch.ones(2, 12)
+    mask[1, 9:] = 0
+    labels = ids(length=10 if name == "two stacks" else 12, seed=1)
+    labels[0, 3:6] = labels[1, 9:] = -100
+    return model, {"input_ids": tokens, "attention_mask": mask, "labels": labels}
+
+
+def gathered(model, inputs):
+    """From all logits at once: what `log_probs` must equal."""
+    labels = inputs["labels"]
+    log_probs = model(**inputs).logits.log_softmax(-1)
+    found = torch.zeros(labels.shape, dtype=log_probs.dtype)
+    for b, t in (labels != -100).nonzero().tolist():
+        at = t - 1 if model.head.shift else t
+        if at >= 0:
+            found[b, t] = log_probs[b, at, labels[b, t]]
+    return found
+
+
+@pytest.mark.parametrize("chunk_elements", [61 * 5, 1 << 22])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", MODELS)
+def test_log_probs_are_those_of_all_logits_with_gradients(monkeypatch, name, dtype, tolerance, chunk_elements):
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
+    model, inputs = labelled(name, dtype)
+    got, expected = txtrain.log_probs(model, **inputs), gathered(model, inputs)
+    assert got.dtype == dtype
+    assert (got[inputs["labels"] == -100] == 0).all()
+    assert (got - expected).abs().max() <= tolerance * expected.abs().max()
+    weights = torch.randn(got.shape, dtype=dtype, generator=torch.Generator().manual_seed(2))  # each token its own
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    ours, theirs = (torch.autograd.grad((x * weights).sum(), parameters, allow_unused=True) for x in (got, expected))
+    largest = max(b.abs().max() for b in theirs if b is not None)
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or (a - b).abs().max() <= tolerance * largest
+
+
+def test_the_loss_is_the_mean_of_log_probs():
+    model, inputs = labelled("decoder", torch.float32)
+    n_targets = (inputs["labels"][:, 1:] != -100).sum()
+    loss = model(**inputs, return_logits=False).loss
+    assert (-txtrain.log_probs(model, **inputs).sum() / n_targets).item() == pytest.approx(loss.item(), rel=1e-6)
+
+
+def test_no_label_gives_zeros_and_no_gradient():
+    model, inputs = labelled("encoder", torch.float32)
+    inputs["labels"] = torch.full_like(inputs["labels"], -100)
+    got = txtrain.log_probs(model, **inputs)
+    got.sum().backward()
+    assert (got == 0).all()
+    assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
+
+
+def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch):
+    """256 tokens of 131,072: 128 MiB of logits; a chunk of them is 4 MiB."""
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 1 << 20)
+    n_tokens, n = 256, 1 << 17
+    x, weight = torch.randn(1, n_tokens, 4, requires_grad=True), torch.randn(n, 4, requires_grad=True)
+    with Watched() as watched:
+        head = heads.LMHead(4, n, tied=True)
+        log_probs = head.log_probs(x, weight, torch.arange(n_tokens)[None])
+        log_probs.sum().backward()
+    assert log_probs.shape == (1, n_tokens)
+    peak = watched.peak - watched.held
+    assert peak < n_tokens * n * 4 / 5, f"{peak / 2**20:.0f} MiB"
+
+
+def test_log_probs_refuse_what_has_none():
+    tokens = ids()
+    classes = seeded(tiny(head=options.ClassHeadConfig(type="class", n_classes=5, pooling="last")))
+    decoder = seeded(tiny())
+    for model, labels, said in (
+        (classes, tokens, "`model` must be .* head over the vocabulary, but is class instead"),
+        (torch.nn.Linear(2, 2), tokens, "`model` must be .* but is Linear instead"),
+        (decoder, tokens[0], r"`labels` must have the shape \[B, T\]"),
+        (decoder, tokens[:, :5], r"`labels` must have the shape \[2, 16\], but has \[2, 5\]"),
+        (decoder, tokens.float(), "`labels` must be of int64"),
+        (decoder, tokens + 61, "`labels` must be from 0 to 60"),
+        (decoder, tokens - 99, "`labels` must be from 0 to 60"),
+    ):
+        with pytest.raises(txtrain.ConfigError, match=said):
+            txtrain.log_probs(model, tokens, labels)
+    with pytest.raises(txtrain.ConfigError, match="`attention_mask` must have"):
+        txtrain.log_probs(decoder, tokens, tokens, attention_mask=torch.ones(2, 3))

@@ -11,7 +11,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txtrain.model.ffn.dense import ACTIVATIONS
-from txtrain.model.head.loss import IGNORED, ChunkedCrossEntropy, Vocabulary, cross_entropy, shifted
+from txtrain.model.head.loss import (
+    IGNORED,
+    ChunkedCrossEntropy,
+    ChunkedTokenLosses,
+    Vocabulary,
+    cross_entropy,
+    shifted,
+)
 
 
 class Head(nn.Module):
@@ -31,6 +38,10 @@ class Head(nn.Module):
     def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor, valid_BT: Tensor | None = None) -> Tensor:
         """`cross_entropy` of the logits, without holding all of them where they are many."""
         return cross_entropy(self(x_BTD, embedding_VD, valid_BT), targets, denominator)
+
+    def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
+        """Log-probability of each label, [B, T], 0 where it is -100. Of a head over the vocabulary only."""
+        raise NotImplementedError
 
     def sentence_logits(self, x_BTD: Tensor) -> Tensor | None:
         """Whether the second sentence follows the first, [B, 2], where the head can tell."""
@@ -77,15 +88,30 @@ class LMHead(Head):
         """A chunk of tokens at a time, its gradient made while its logits are there."""
         return self.chunked(self.entering(x_BTD).flatten(0, 1), embedding_VD, targets.flatten(), denominator)
 
-    def chunked(self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor) -> Tensor:
+    def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
+        """Only the positions that have a target go through the head, a chunk of them at a time."""
+        targets_BT = self.targets(labels_BT)
+        chosen_BT = targets_BT != IGNORED
+        losses_N = self.chunked(self.entering(x_BTD[chosen_BT]), embedding_VD, targets_BT[chosen_BT], None)
+        found_BT = losses_N.new_zeros(targets_BT.shape).masked_scatter(chosen_BT, -losses_N)
+        return F.pad(found_BT[:, :-1], (1, 0)) if self.shift else found_BT
+
+    def chunked(
+        self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor | None
+    ) -> Tensor:
+        """The targets' summed loss divided by the denominator; without one each token's, [N]."""
         weight_VD = self.output_weight(embedding_VD)
         bias_V: Tensor | None = self.bias
         if torch.is_autocast_enabled(x_ND.device.type):
             dtype = torch.get_autocast_dtype(x_ND.device.type)
             x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
             bias_V = bias_V if bias_V is None else bias_V.to(dtype)
+        given = x_ND, weight_VD, bias_V, targets_N
         with torch.autocast(x_ND.device.type, enabled=False):
-            return ChunkedCrossEntropy.apply(x_ND, weight_VD, bias_V, targets_N, denominator, self.softcap, self.vocabulary, torch.is_grad_enabled())
+            if denominator is None:
+                return ChunkedTokenLosses.apply(*given, self.softcap, self.vocabulary)
+            with_grad = torch.is_grad_enabled()
+            return ChunkedCrossEntropy.apply(*given, denominator, self.softcap, self.vocabulary, with_grad)
 
 
 class MLMHead(LMHead):

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,8 +48,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tenso
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(cap(x W^T + b))[target] / denominator, by chunks of tokens.
 
-    The gradient is made in the forward, where a chunk's logits still exist: the backward only scales it. So the largest temporary
-    is a chunk, not [N, V], and the logits are computed once (recomputing them in the backward would cost a third more).
+    The gradient is made in the forward, where a chunk's logits still exist: the backward only scales it. So the largest
+    temporary is a chunk, not [N, V], and the logits are computed once (again in the backward would cost a third more).
     """
 
     @staticmethod
@@ -64,27 +65,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         with_grad: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
-        need_x, need_weight, need_bias = (with_grad and need for need in ctx.needs_input_grad[:3])
-        grad_x = torch.empty_like(x_ND) if need_x else None
-        grad_weight = torch.zeros_like(weight_VD) if need_weight else None
-        grad_bias = torch.zeros_like(weight_VD[:, 0], dtype=torch.float32) if need_bias else None
+        wanted = [with_grad and need for need in ctx.needs_input_grad[:3]]
+        gradients = _Gradients(x_ND, weight_VD, bias_V, wanted)
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        size = vocabulary.rows_per_chunk(weight_VD)
-        for start in range(0, x_ND.shape[0], size):
-            rows = slice(start, start + size)
-            loss, grad_CV = _chunk(x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, need_x or need_weight or need_bias)
-            total += loss
-            if grad_CV is None:
-                continue
-            grad_CV = grad_CV / denominator
-            if grad_bias is not None:
-                grad_bias += grad_CV.sum(0)
-            grad_CV = grad_CV.to(x_ND.dtype)
-            if grad_x is not None:
-                grad_x[rows] = grad_CV @ weight_VD
-            if grad_weight is not None:
-                grad_weight.addmm_(grad_CV.T, x_ND[rows])
-        ctx.save_for_backward(grad_x, grad_weight, None if bias_V is None or grad_bias is None else grad_bias.to(bias_V.dtype))
+        inputs = x_ND, weight_VD, bias_V, targets_N
+        for rows, loss_C, grad_CV in _chunks(*inputs, softcap, vocabulary, any(wanted)):
+            total += loss_C.sum()
+            if grad_CV is not None:
+                grad_CV = grad_CV / denominator
+                gradients.add(rows, grad_CV)
+        ctx.save_for_backward(*gradients.made())
         return total / denominator
 
     @staticmethod
@@ -94,21 +84,100 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (*scaled, None, None, None, None, None)
 
 
+class ChunkedTokenLosses(torch.autograd.Function):
+    """-log softmax(cap(x W^T + b))[target] of each token, [N], by chunks of tokens; 0 where there is no target.
+
+    What becomes of each token's loss is known in the backward only: there each chunk's logits are computed again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, *how: Any) -> Tensor:
+        """how: softcap and vocabulary, as above."""
+        ctx.how = how
+        ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N)
+        chunks = _chunks(x_ND, weight_VD, bias_V, targets_N, *how, with_grad=False)
+        return torch.cat([loss_C for _, loss_C, _ in chunks])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        x_ND, weight_VD, bias_V, _ = ctx.saved_tensors
+        gradients = _Gradients(x_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        with torch.autocast(x_ND.device.type, enabled=False):  # dtypes are those of the forward
+            for rows, _, grad_CV in _chunks(*ctx.saved_tensors, *ctx.how, with_grad=True):
+                assert grad_CV is not None
+                gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
+        return (*gradients.made(), None, None, None)
+
+
+class _Gradients:
+    """By x, weight and bias, those that are wanted, summed over chunks of tokens."""
+
+    def __init__(self, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: Sequence[bool]) -> None:
+        self.inputs = x_ND, weight_VD, bias_V
+        self.by_x = torch.empty_like(x_ND) if wanted[0] else None
+        self.by_weight = torch.zeros_like(weight_VD) if wanted[1] else None
+        self.by_bias = torch.zeros_like(weight_VD[:, 0], dtype=_wide(weight_VD.dtype)) if wanted[2] else None
+
+    def add(self, rows: slice, grad_CV: Tensor) -> None:
+        x_ND, weight_VD, _ = self.inputs
+        if self.by_bias is not None:
+            self.by_bias += grad_CV.sum(0)
+        grad_CV = grad_CV.to(x_ND.dtype)
+        if self.by_x is not None:
+            self.by_x[rows] = grad_CV @ weight_VD
+        if self.by_weight is not None:
+            self.by_weight.addmm_(grad_CV.T, x_ND[rows])
+
+    def made(self) -> tuple[Tensor | None, ...]:
+        bias_V = self.inputs[2]
+        by_bias = None if bias_V is None or self.by_bias is None else self.by_bias.to(bias_V.dtype)
+        return self.by_x, self.by_weight, by_bias
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What logits of this dtype are summed in: float32, or float64 where they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _chunks(
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_N: Tensor,
+    softcap: float | None,
+    vocabulary: Vocabulary,
+    with_grad: bool,
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """Which tokens a chunk has, and what `_chunk` says of them; one empty chunk where there is no token."""
+    size = vocabulary.rows_per_chunk(weight_VD)
+    for start in range(0, max(1, len(x_ND)), size):
+        rows = slice(start, start + size)
+        yield rows, *_chunk(x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, with_grad)
+
+
 def _chunk(
-    x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None, vocabulary: Vocabulary, with_grad: bool
+    x_CD: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    targets_C: Tensor,
+    softcap: float | None,
+    vocabulary: Vocabulary,
+    with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Summed loss of a chunk, and its gradient by the logits before the cap, both in float32."""
-    logits_CV = F.linear(x_CD, weight_VD, bias_V).float()
+    """Losses of a chunk's tokens [C], and the gradient of each by its logits before the cap, at least in float32."""
+    logits_CV = F.linear(x_CD, weight_VD, bias_V)
+    logits_CV = logits_CV.to(_wide(logits_CV.dtype))
     if softcap is not None:
         logits_CV = logits_CV.div_(softcap).tanh_().mul_(softcap)
     is_target_C = targets_C != IGNORED
     rows_C, is_here_C = vocabulary.find(targets_C, weight_VD.shape[0])
     log_z_C, target_C = vocabulary.log_z_and_target(logits_CV, rows_C, is_here_C)
-    loss = ((log_z_C - target_C) * is_target_C).sum()
+    loss_C = (log_z_C - target_C) * is_target_C
     if not with_grad:
-        return loss, None
+        return loss_C, None
     slope_CV = None if softcap is None else 1 - (logits_CV / softcap).square()
     grad_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
     grad_CV.scatter_add_(1, rows_C[:, None], -is_here_C[:, None].to(grad_CV.dtype))
     grad_CV.mul_(is_target_C[:, None])
-    return loss, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+    return loss_C, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
