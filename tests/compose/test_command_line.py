@@ -12,8 +12,8 @@ import txtrain
 from txtrain.cli import main as command_line
 from txtrain.cli.main import main
 from txtrain.config.compose import compose
-from txtrain.config.convert import build
 from txtrain.config.schema import Train
+from txtrain.convert import build
 from txtrain.errors import ConfigError
 
 MISTAKES = [

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from txtrain.config.schema import SaveConfig
     from txtrain.optim.average import Average
+    from txtrain.run_config import SaveConfig
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 NUMBERS = "optimizer"  # in state.json: what the optimizer keeps as plain numbers

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.config.convert import build
-from txtrain.config.init_from import tokenizer_folder
+from txtrain.convert import build
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 
@@ -52,9 +51,15 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
         from txtrain.hf.registry import read_config
 
         _, model = read_config(folder)
-        return Described(folder, model, tokenizer_folder(folder), True)
+        return Described(folder, model, _tokenizer_folder(folder), True)
     path = checkpoint.locate(folder, key)
-    return Described(path, _saved_config(path, key), tokenizer_folder(path / "tokenizer"), False)
+    return Described(path, _saved_config(path, key), _tokenizer_folder(path / "tokenizer"), False)
+
+
+def _tokenizer_folder(folder: Path) -> Path | None:
+    """The folder itself, if it holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return folder if any((folder / name).is_file() for name in names) else None
 
 
 def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
@@ -66,10 +71,10 @@ def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key:
     Raises:
         ConfigError: as `describe`, or the weights are not the model's, or there are no averaged ones.
     """
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
+    from txtrain.data.tokenizer.load import load_tokenizer
 
     found = describe(where, key)
-    tokenizer = None if found.tokenizer is None else Tokenizer.load(found.tokenizer)
+    tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
     return Loaded(found.path, _model(found, device, tokenizer, weights), tokenizer)
 
 

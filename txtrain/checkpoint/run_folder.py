@@ -7,9 +7,7 @@ import dataclasses as dc
 import datetime
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,10 +17,10 @@ import yaml
 
 from txtrain import files
 from txtrain.checkpoint import format as checkpoint
-from txtrain.config.convert import plain
-from txtrain.config.schema import Train
+from txtrain.convert import plain
 from txtrain.errors import ConfigError
-from txtrain.parallel.slurm import Job
+from txtrain.run_config import RunConfig
+from txtrain.slurm import Job
 
 # What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
 FREE = (
@@ -85,7 +83,7 @@ class RunFolder:
         """What run.json says; empty where there is none."""
         return self._read()
 
-    def create(self, config: Train, facts: Mapping[str, Any], start: float | None = None) -> None:
+    def create(self, config: RunConfig, facts: Mapping[str, Any], start: float | None = None) -> None:
         """Make the folder and write config.yaml and run.json. Nothing is written before this. start: of this process, by the system's clock."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         if self.exclusive:
@@ -103,7 +101,7 @@ class RunFolder:
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
-    def _started_before(self, config: Train) -> bool:
+    def _started_before(self, config: RunConfig) -> bool:
         """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
         try:
             return config.resume == "auto" and not differences(_saved(self.path), plain(config))
@@ -153,7 +151,7 @@ class RunFolder:
             self._lock()
             self._lock = None
 
-    def write_config(self, config: Train, into: Path) -> None:
+    def write_config(self, config: RunConfig, into: Path) -> None:
         """`txtrain resume=RUN` and `checkpoint=` need nothing but this."""
         resolved = plain(dc.replace(config, run_dir=str(self.path), resume="auto"))
         files.write(into / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
@@ -182,7 +180,7 @@ class RunFolder:
 # ------------------------------------------------------------------------------------------------------------------ choosing
 
 
-def choose(config: Train, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
+def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
     """The folder that the run writes to, and the checkpoint that it continues from. Writes nothing.
 
     Args:
@@ -221,7 +219,7 @@ def _refuse_file(path: Path) -> None:
         raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
 
 
-def _named(config: Train, given: Sequence[str]) -> RunFolder:
+def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:
     if "run_dir" in given:
         raise ConfigError(f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. Leave it out.")
     newest = checkpoint.locate(config.resume, key="resume")
@@ -236,14 +234,14 @@ def _named(config: Train, given: Sequence[str]) -> RunFolder:
     return _continue(config, path, newest)
 
 
-def _continue(config: Train, path: Path, newest: Path) -> RunFolder:
+def _continue(config: RunConfig, path: Path, newest: Path) -> RunFolder:
     checkpoint.verify(newest)
     different = differences(_saved(newest), plain(config))
     _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
     return RunFolder(path, newest)
 
 
-def _parent(config: Train) -> Path:
+def _parent(config: RunConfig) -> Path:
     """The checkpoint to fork from: of the same model and kind of optimizer; all else is the new run's own."""
     assert config.fork is not None
     found = checkpoint.locate(config.fork, key="fork")
@@ -284,7 +282,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def _path(config: Train, name: str | None) -> tuple[Path, bool]:
+def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
@@ -299,34 +297,6 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
 
 
 # --------------------------------------------------------------------------------------------------------------------- facts
-
-
-def environment(device: str, processes: int) -> dict[str, Any]:
-    """What run.json says of the machine and the software."""
-    import lightning
-    import torch
-
-    import txtrain
-
-    return {
-        "versions": {
-            "txtrain": txtrain.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
-        "git_commit": git_commit(),
-        "hardware": {"device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
-    }
-
-
-def git_commit() -> str | None:
-    """Of the folder in which the run was started, `-dirty` if it has changes; None outside a repository."""
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:

@@ -141,7 +141,7 @@ def work_of(composed: Composed, start: float = START) -> Work:
     from txtrain.config.schema import Export, Generate, Plan, Prepare, Preview
 
     if isinstance(composed.config, Plan):
-        from txtrain.planning.figures import run_plan
+        from txtrain.cli.plan import run_plan
 
         return partial(run_plan, composed.config)
     if isinstance(composed.config, Prepare):
@@ -163,7 +163,9 @@ def work_of(composed: Composed, start: float = START) -> Work:
     from txtrain.parallel.launch import launch, n_processes
 
     if (n := n_processes(composed.config)) > 1:
-        return partial(launch, composed, n)
+        from txtrain.config.compose import to_file
+
+        return partial(launch, composed.config, partial(to_file, composed), n)
     from txtrain.training.run import Origin, run_train
 
     return partial(run_train, composed.config, Origin(composed.grafts, composed.given, composed.folder, start, composed.notes))
@@ -174,7 +176,7 @@ def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Compose
     if line.flags["--cfg"] == "job":
         import yaml
 
-        from txtrain.config.convert import plain
+        from txtrain.convert import plain
 
         documents: list[Any] = [plain(composed.config) for composed, _ in jobs]
         print(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True), end="")

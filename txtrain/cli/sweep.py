@@ -26,7 +26,7 @@ from txtrain.config import slurm_launcher
 from txtrain.config.compose import Composed, Loader, to_file, typed
 from txtrain.config.schema import ROOTS
 from txtrain.parallel.early_signals import PREEMPTED
-from txtrain.parallel.slurm import Job
+from txtrain.slurm import Job
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]]) -> int:

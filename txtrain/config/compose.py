@@ -23,7 +23,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from txtrain.config import targets
-from txtrain.config.convert import build, plain
 from txtrain.config.grafts import GraftedRepository
 from txtrain.config.init_from import applied
 from txtrain.config.loggers import settled
@@ -31,6 +30,7 @@ from txtrain.config.overrides import check, expand, groups_of, hydra_errors, par
 from txtrain.config.paths import CONF, DATA
 from txtrain.config.schema import ROOTS, Generate, Train
 from txtrain.config.user_code import import_user
+from txtrain.convert import build, plain
 from txtrain.errors import ConfigError
 
 NOTES = "_txtrain"  # the node in which the loader hands the door what is not configuration

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from txtrain.config.convert import plain
+from txtrain.convert import plain
 from txtrain.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -85,9 +84,3 @@ def _value(model: ModelConfig, key: str) -> Any:
 def _with(config: Any, path: list[str], value: Any) -> Any:
     name, *rest = path
     return dc.replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
-
-
-def tokenizer_folder(folder: Path) -> Path | None:
-    """The folder itself, if it holds a tokenizer."""
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return folder if any((folder / name).is_file() for name in names) else None

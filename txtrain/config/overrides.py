@@ -15,12 +15,12 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from txtrain.config import slurm_launcher
-from txtrain.config.convert import key_paths
 from txtrain.config.literals import protect
 from txtrain.config.schema import ROOTS
-from txtrain.config.unknown_keys import unknown_key
+from txtrain.convert import key_paths
 from txtrain.errors import ConfigError, hint, nearest
 from txtrain.registry import TABLE, VALUE_AXES, group_of
+from txtrain.unknown_keys import unknown_key
 
 if TYPE_CHECKING:
     from txtrain.config.compose import Loader

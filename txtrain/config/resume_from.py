@@ -17,10 +17,10 @@ from omegaconf import OmegaConf, open_dict
 from txtrain.checkpoint.run_folder import flat
 from txtrain.config import loggers, targets
 from txtrain.config.compose import NOTES, Composed, Loader, load
-from txtrain.config.convert import build
 from txtrain.config.literals import escape
 from txtrain.config.overrides import check, groups_of, parse
 from txtrain.config.schema import ROOTS
+from txtrain.convert import build
 from txtrain.errors import ConfigError
 
 FREE = ("strategy", "trainer", "logger", "callbacks")  # the groups that a resumed run may choose anew

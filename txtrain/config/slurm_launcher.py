@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from omegaconf import OmegaConf
 
-from txtrain.config.convert import build
 from txtrain.config.units import bytes_of
+from txtrain.convert import build
 from txtrain.errors import hint
 
 if TYPE_CHECKING:

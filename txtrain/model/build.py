@@ -1,14 +1,7 @@
-"""From a ModelConfig to a Transformer: the one place that calls constructors.
-
-A component's constructor gets its own knobs, resolved (`config.arguments`), and whatever of the model's values it names:
-dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), causal, norm (a function of a size).
-"""
+"""From a ModelConfig to a Transformer: components (construct.py) put together."""
 
 from __future__ import annotations
 
-import dataclasses as dc
-import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,12 +9,11 @@ from torch import nn
 
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
+from txtrain.model.construct import construct, make_norm
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import FurtherToken
-from txtrain.model.options import Component, NormBase
 from txtrain.model.stack import Stack
 from txtrain.model.transformer import SentencePairTransformer, Transformer
-from txtrain.registry import resolve
 
 
 def build_model(config: ModelConfig) -> Transformer:
@@ -89,43 +81,3 @@ def make_further_token(config: ModelConfig, layer: int) -> FurtherToken:
     """One module of multi-token prediction, its block as if it were that layer."""
     norm = make_norm(config)
     return FurtherToken(config.dim, norm, make_block(config, layer), norm(config.dim) if config.has_final_norm else None)
-
-
-def make_norm(config: ModelConfig) -> Callable[[int], nn.Module]:
-    return lambda size: construct("norm", config.norm, config, dim=size)
-
-
-def construct(axis: str, component: Component, model: ModelConfig, layer: int = 0, **override: Any) -> Any:
-    """The module of one option."""
-    cls = resolve(axis, component.type)
-    shared: dict[str, Any] = {
-        "dim": model.dim,
-        "n_heads": model.n_heads,
-        "n_layers": model.n_layers,
-        "vocab_size": model.vocab_size,
-        "max_seq_len": model.max_seq_len,
-        "dropout": model.dropout,
-        "layer": layer,
-        "causal": model.topology != "encoder",
-    }
-    if axis != "norm":
-        shared["norm"] = make_norm(model)
-    named = inspect.signature(cls).parameters
-    arguments = {k: v for k, v in (shared | override).items() if k in named} | component.arguments(model, layer)
-    return cls(**arguments | {k: v for k, v in override.items() if k in arguments})
-
-
-def count_component(component: Component, model: ModelConfig, layer: int) -> int:
-    """Parameters of an option that has no closed form."""
-    axis = next(name for name, c in model.components() if c is component or c == component)
-    with torch.device("meta"):
-        module = construct(axis, component, model, layer)
-    return sum(p.numel() for p in module.parameters())
-
-
-def count_norm(norm: NormBase, size: int) -> int:
-    """Parameters of a norm that has no closed form."""
-    knobs = {f.name: getattr(norm, f.name) for f in dc.fields(norm) if f.name != "type"}
-    with torch.device("meta"):
-        module = resolve("norm", norm.type)(dim=size, **knobs)
-    return sum(p.numel() for p in module.parameters())

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from txtrain.model.config import InitConfig
 from txtrain.model.head.heads import ClassHead, LMHead
+from txtrain.model.shape import InitConfig
 
 
 def init_weights(model: nn.Module) -> None:

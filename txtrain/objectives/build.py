@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from txtrain.config.schema import Train
 from txtrain.objectives.base import Objective
 from txtrain.registry import make
+from txtrain.run_config import RunConfig
 
 
-def build_objective(config: Train) -> Objective:
+def build_objective(config: RunConfig) -> Objective:
     made: Objective = make("objective", config.objective, **config.objective.arguments(config))
     return made

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from txtrain.registry import BASES, register
 
 if TYPE_CHECKING:
-    from txtrain.config.schema import Train
+    from txtrain.run_config import RunConfig
 
 Score = Literal["exact_match", "bleu", "chrf"]
 
@@ -29,7 +29,7 @@ class ObjectiveConfig:
         """Of the positions that have a target, about: a head may skip the others."""
         return 1.0
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         """What the objective is given beside the knobs, or in place of one that was left open (null)."""
         return {}
 
@@ -37,7 +37,7 @@ class ObjectiveConfig:
         """Problems of the knobs themselves."""
         yield from ()
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         """Problems of the knobs beside the model and the data."""
         yield from ()
 
@@ -54,7 +54,7 @@ class CausalLMConfig(ObjectiveConfig):
 
     mtp_weight: float = 0.3  # of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2)
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"mtp_depth": config.model.mtp_depth, "counts_tokens": hasattr(config.model.ffn, "n_experts")}
 
     def check(self) -> Iterator[str]:
@@ -80,7 +80,7 @@ class MaskedLMConfig(ObjectiveConfig):
     def target_share(self) -> float:
         return self.probability
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"next_sentence": self.pairs(config.model.head), "segments": bool(getattr(config.model.embedding, "n_types", 0))}
 
     def pairs(self, head: object) -> bool:
@@ -96,7 +96,7 @@ class MaskedLMConfig(ObjectiveConfig):
         if self.mask_share + self.random_share > 1 + 1e-9:
             yield f"`objective.random_share` must be at most {1 - self.mask_share:.3g} beside mask_share={self.mask_share}, but is {self.random_share} instead."
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         head, embedding = config.model.head, config.model.embedding
         if not self.pairs(head):
             return
@@ -139,7 +139,7 @@ class SpanCorruptionConfig(ObjectiveConfig):
         if self.n_sentinels < 1:
             yield f"`objective.n_sentinels` must be at least 1, but is {self.n_sentinels} instead."
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         from txtrain.objectives.spans import Lengths
 
         lengths = Lengths.fitting(config.seq_len, self.density, self.mean_length)
@@ -160,10 +160,10 @@ class PrefixLMConfig(ObjectiveConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"two_stacks": config.model.topology == "encoder_decoder"}
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         if config.seq_len < 3:
             yield f"`data.seq_len` must be at least 3 for a prefix and its rest, but is {config.seq_len} instead. Nearest: 3."
 
@@ -192,7 +192,7 @@ class Seq2SeqConfig(SmoothedConfig):
     num_beams: int = 1  # of decoding; 1: greedy; 1706.03762: 4
     length_penalty: float = 0.6  # with beams (1609.08144): above 0, longer answers are preferred
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
 
     def check(self) -> Iterator[str]:

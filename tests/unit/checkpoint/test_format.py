@@ -15,9 +15,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.config.schema import SaveConfig
 from txtrain.errors import ConfigError
 from txtrain.optim import state as optimizer_state
+from txtrain.run_config import SaveConfig
 
 
 class Kill(BaseException):

@@ -17,8 +17,8 @@ from tests.models import tiny
 from tests.training import write_text
 from txtrain.config import compatibility
 from txtrain.config.compatibility import KIND, MODEL_RULES, RUN_RULES, Rule
-from txtrain.config.convert import build, plain
 from txtrain.config.schema import Train
+from txtrain.convert import build, plain
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 from txtrain.registry import MODEL_AXES, TABLE

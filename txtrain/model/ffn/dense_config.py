@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place, gated
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 
@@ -28,23 +26,23 @@ class MLPConfig(Component):
 
     n_matrices: ClassVar[int] = 2
 
-    def width(self, model: ModelConfig) -> int:
+    def width(self, model: ModelShape) -> int:
         return self.hidden_dim or 4 * model.dim
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if self.hidden_dim is not None and self.hidden_dim < 1:
             yield f"`model.ffn.hidden_dim` must be null or at least 1, but is {self.hidden_dim} instead."
         if not 0 <= self.dropout < 1:
             yield f"`model.ffn.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"hidden_dim": self.width(model), "activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         f = self.width(model)
         return self.n_matrices * model.dim * f + (((self.n_matrices - 1) * f + model.dim) if self.bias else 0)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 2.0 * self.n_matrices * model.dim * self.width(model)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
@@ -63,12 +61,10 @@ class GatedConfig(MLPConfig):
 
     n_matrices: ClassVar[int] = 3
 
-    def width(self, model: ModelConfig) -> int:
+    def width(self, model: ModelShape) -> int:
         return self.hidden_dim or math.ceil(model.dim / 3) * 8
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        from txtrain.planning.memory.attention_ops import gated
-
         return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 

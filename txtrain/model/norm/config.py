@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from txtrain.model.component import Component, config
+from txtrain.model.construct import count_norm
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place
+from txtrain.model.trace.tape import NotTraced, Tape, Value
 from txtrain.registry import BASES, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 @config
@@ -20,14 +19,12 @@ class NormBase(Component):
 
     def n_params_of(self, size: int) -> int:
         """Parameters of the norm over so many values; of a user's own it is built on the meta device and counted."""
-        from txtrain.model.build import count_norm
-
         return count_norm(self, size)
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self.n_params_of(model.dim)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
@@ -35,8 +32,6 @@ class NormBase(Component):
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
         """Of values of that size."""
-        from txtrain.planning.memory.tape import NotTraced
-
         raise NotTraced(self.type)
 
 
@@ -58,7 +53,7 @@ class LayerNormConfig(NormBase):
     eps: float = knob(1e-5, carry=True)
     bias: bool = True
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if not self.eps > 0:
             yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
 
@@ -76,7 +71,7 @@ class RMSNormConfig(NormBase):
     eps: float = knob(1e-5, carry=True)
     unit_offset: bool = False
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if not self.eps > 0:
             yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
 
@@ -104,7 +99,7 @@ class NormPositionConfig(Component):
         y = t.add(x, t.dropout(norm(y, "post_norm") if after else y, place.model.dropout))
         return norm(y, "post_norm") if self.type == "post" else y
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self.n_norms * model.norm.n_params_of(model.dim)
 
 

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from txtrain.model.component import Component, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import BASES, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 @config
 class PositionConfig(Component):
     """No position at all (NoPE, 2305.19466): a causal model can still count. Base of the others."""
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return 0
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
-    # In the operations of `txtrain.planning.memory.tape`. restarting: positions begin anew with each document, so that rows differ.
+    # In the operations of `txtrain.model.trace.tape`. restarting: positions begin anew with each document, so that rows differ.
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
         """The embedding with what is added to it."""
@@ -47,7 +45,7 @@ class SinusoidalConfig(PositionConfig):
     theta: float = 10_000.0
     layout: Literal["interleaved", "halves"] = "interleaved"  # sines in the even dimensions (the paper), or in the first half (tensor2tensor, Marian)
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if model.dim % 2:
             yield f"`model.dim` must be even with model/position=sinusoidal, but is {model.dim} instead. Nearest: {model.dim - 1}, {model.dim + 1}."
 
@@ -59,10 +57,10 @@ class SinusoidalConfig(PositionConfig):
 class LearnedConfig(PositionConfig):
     """One trained vector a position, max_seq_len of them, added to the embedding (BERT, GPT)."""
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"grid": model.embedding.grid()}
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return model.max_seq_len * model.dim
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
@@ -126,14 +124,14 @@ class RoPEConfig(PositionConfig):
     theta: float = 10_000.0
     scaling: Any = dc.field(default=None, metadata={"axis": "rope_scaling", "tag": "rope_type", "optional": True})
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"rotary_dim": model.attention.rotary_dim(model), "theta": self.theta, "scaling": self.scaling}
 
     def trace_rotation(self, t: Tape, place: Place, restarting: bool) -> tuple[Value, Value] | None:
         n = (place.tokens if restarting else place.queries) * place.model.attention.rotary_dim(place.model) // 2
         return t.constant(n), t.constant(n)
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if model.attention.rotary_dim(model) % 2:
             knob = model.attention.rotary_knob
             yield f"`model.attention.{knob}` must be even with model/position=rope, but is {model.attention.rotary_dim(model)} instead."
@@ -150,13 +148,13 @@ class RelativeConfig(PositionConfig):
     n_buckets: int = 32
     max_distance: int = 128
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if self.n_buckets < 4 or self.n_buckets % 2:
             yield f"`model.position.n_buckets` must be even and at least 4, but is {self.n_buckets} instead."
         elif self.max_distance <= self.n_buckets // 2:
             yield f"`model.position.max_distance` must be above n_buckets / 2 ({self.n_buckets // 2}), but is {self.max_distance} instead."
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self.n_buckets * model.n_heads
 
     def trace_bias(self, t: Tape, place: Place) -> Value | None:

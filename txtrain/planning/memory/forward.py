@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from txtrain.planning.memory.attention_ops import Declared, Drawn, Place, choose, draw
-from txtrain.planning.memory.tape import Parameter, Tape, Value, dotted
+from txtrain.model.trace.attention_ops import Batch, Declared, Drawn, Place, choose, draw
+from txtrain.model.trace.tape import Parameter, Tape, Value, dotted
 
 if TYPE_CHECKING:
     from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.batch_shapes import Batch
 
 
 @dc.dataclass

@@ -7,11 +7,11 @@ import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.optimizer import registered
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
-from txtrain.planning.memory.tape import Bytes, Group, Parameter, Value
 
 if TYPE_CHECKING:
     from txtrain.config.schema import Train

@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from txtrain.planning.memory.attention_ops import Drawn, Place
-from txtrain.planning.memory.autograd import Meter
+from txtrain.model.trace.attention_ops import Drawn, Place
+from txtrain.model.trace.autograd import Meter
+from txtrain.model.trace.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
 from txtrain.planning.memory.forward import Traced
-from txtrain.planning.memory.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
 from txtrain.registry import TABLE
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from txtrain.model.trace.tape import Bytes, Parameter
 from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import Held, grouped
 from txtrain.planning.memory.replicated import FLOAT32, Copies
-from txtrain.planning.memory.tape import Bytes, Parameter
 
 if TYPE_CHECKING:
     from txtrain.config.schema import Train

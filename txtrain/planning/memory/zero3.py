@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
+from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
 from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import Held, grouped
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
-from txtrain.planning.memory.tape import Bytes, Group, Parameter, Value
 
 if TYPE_CHECKING:
     from txtrain.config.schema import Train

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from txtrain.planning.memory.autograd import (
+from txtrain.model.trace.autograd import (
     Bytes,
     Gradients,
     Group,

@@ -11,9 +11,9 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
-from txtrain.config.unknown_keys import unknown_key
 from txtrain.errors import ConfigError, hint
 from txtrain.registry import TABLE, group_of
+from txtrain.unknown_keys import unknown_key
 
 T = TypeVar("T")
 

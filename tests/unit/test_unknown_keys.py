@@ -2,9 +2,9 @@
 
 import pytest
 
-from txtrain.config import unknown_keys
-from txtrain.config.convert import key_paths
+from txtrain import unknown_keys
 from txtrain.config.schema import ROOTS, Generate, Train
+from txtrain.convert import key_paths
 
 
 def test_every_key_that_is_told_exists():
