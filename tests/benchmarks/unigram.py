@@ -18,8 +18,7 @@ from torch import Tensor
 
 from txtrain.config.compose import from_file
 from txtrain.monitor.metrics_csv import latest
-from txtrain.objectives.base import IGNORED, Objective
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import IGNORED, Objective, build_objective
 from txtrain.training.data_module import Batch, DataModule
 
 

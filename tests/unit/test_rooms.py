@@ -1,9 +1,11 @@
 """One direction: a module imports from its own room and from those below it, and no import leads back to where it began.
 
-All imports count: at the top of a module, inside functions, and for type checkers alone.
+All imports count: at the top of a module, inside functions, and for type checkers alone. What the registry finds by name
+(`module:Class`) is no import: each room registers its own.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -81,6 +83,17 @@ def test_no_import_goes_up() -> None:
         if room(name) not in PUBLIC and floor[room(to)] < floor[room(name)]
     ]
     assert not against, "imports against the order of the rooms:\n" + "\n".join(sorted(against))
+
+
+def test_the_model_knows_neither_hydra_nor_lightning() -> None:
+    below = [name for name in MODULES if room(name) in ROOMS[ROOMS.index("run_config") :]]
+    text = {name: MODULES[name].read_text(encoding="utf-8") for name in below}
+    found = {
+        (name, word)
+        for name in below
+        for word in re.findall(r"^ *(?:from|import) (hydra|omegaconf|lightning)", text[name], re.M)
+    }
+    assert not found, found
 
 
 def circles() -> list[list[str]]:

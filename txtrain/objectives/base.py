@@ -10,6 +10,7 @@ from torch import Tensor
 
 from txtrain.data.samples.rows import Rows
 from txtrain.data.samples.text import TokenisedText
+from txtrain.registry import make
 from txtrain.run_config import RunConfig
 
 IGNORED = -100  # a label that is no target, as in Hugging Face
@@ -117,6 +118,11 @@ class Objective:
         """What metrics.csv has beside the columns of every run, known before the first step."""
         terms = [name for name in self.weights if name != "loss"]
         return (*terms, *(f"val_{name}" for name in terms), *self.metrics)
+
+
+def build_objective(config: RunConfig) -> Objective:
+    made: Objective = make("objective", config.objective, **config.objective.arguments(config))
+    return made
 
 
 def n_targets(labels: Tensor) -> Tensor:

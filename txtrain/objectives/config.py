@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.registry import BASES, register
-
-if TYPE_CHECKING:
-    from txtrain.run_config import RunConfig
+from txtrain.run_config import RunConfig
 
 Score = Literal["exact_match", "bleu", "chrf"]
 

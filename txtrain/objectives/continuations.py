@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.objectives.base import Shown
 from txtrain.objectives.spans import SENTINEL
 from txtrain.run_config import RunConfig
-
-if TYPE_CHECKING:
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:

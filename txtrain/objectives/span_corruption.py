@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,13 +22,11 @@ from txtrain.data.samples.order import Indices
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import Mapped, Rows
 from txtrain.data.samples.text import TokenisedText
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.objectives.base import Batch, Objective, Shown, Terms, n_targets
 from txtrain.objectives.continuations import encode, said
 from txtrain.objectives.spans import Lengths, sentinel
-
-if TYPE_CHECKING:
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
-    from txtrain.run_config import RunConfig
+from txtrain.run_config import RunConfig
 
 
 class SpanCorruption(Objective):

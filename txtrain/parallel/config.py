@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from txtrain.errors import divisors_near
+from txtrain.model.config import ModelConfig
 from txtrain.parallel import divisibility
 from txtrain.registry import TABLE, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.run_config import RunConfig
-
+from txtrain.run_config import RunConfig
 
 BUCKET = 50_000_000  # elements of gradients that DeepSpeed sums at a time
 

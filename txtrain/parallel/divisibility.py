@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE, resolve
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
 
 
 class Size(NamedTuple):

@@ -12,14 +12,12 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from txtrain.errors import ConfigError
 from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED
 from txtrain.parallel.world import STORE, by_srun, started
-
-if TYPE_CHECKING:
-    from txtrain.run_config import RunConfig
+from txtrain.run_config import RunConfig
 
 USER = 2  # exit code of a mistake; as PREEMPTED, all processes have agreed on it
 AGREED, GRACE = 600.0, 5.0  # seconds in which the others may end by themselves, once one has ended so, or has failed

@@ -25,8 +25,7 @@ from txtrain.monitor.loggers.build import Loggers
 from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
-from txtrain.objectives.base import Shown
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import Shown, build_objective
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule

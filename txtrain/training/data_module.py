@@ -23,7 +23,7 @@ from txtrain.data.sources.source import Split, build_source, describe, settle
 from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import build_objective
 from txtrain.training.signals import ignore
 
 Batch = dict[str, Tensor]

@@ -6,7 +6,7 @@ import dataclasses as dc
 from typing import Any
 
 from txtrain.model.attention.kernel_choice import Declared, Kernel, choose_kernel
-from txtrain.model.trace.tape import Bytes, Gradients, Parameter, Tape, Value
+from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 
 @dc.dataclass(frozen=True)
@@ -165,6 +165,3 @@ def _repeated(t: Tape, x: Value, times: int) -> Value:
     """Heads side by side, so many times each."""
     nbytes = x.nbytes
     return t.made([x], x.n * times, x.size, None, lambda g: (Bytes(t.meter, nbytes, t.kind),))
-
-
-__all__ = ["Declared", "Drawn", "Parameter", "Place", "attend", "choose", "draw", "rotated"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from txtrain.config.schema import Train
 from txtrain.model.trace.attention_ops import Batch
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 Shapes = dict[str, tuple[int, ...]]
 

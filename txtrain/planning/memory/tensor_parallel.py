@@ -7,16 +7,14 @@ import dataclasses as dc
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from txtrain.model.config import ModelConfig
 from txtrain.model.trace.attention_ops import Drawn, Place
 from txtrain.model.trace.autograd import Meter
 from txtrain.model.trace.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
 from txtrain.planning.memory.forward import Traced
 from txtrain.registry import TABLE
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
 
 BY_VOCABULARY = {
     "txtrain.model.embedding.embeddings:TokenEmbedding": ("embedding.token.weight", "encoder_embedding.token.weight"),
