@@ -24,8 +24,6 @@ from omegaconf import OmegaConf
 from txtrain.errors import ConfigError
 from txtrain.registry import MODEL_AXES, TABLE, group_of
 
-_TYPED = frozenset(group_of(axis) for axis in TABLE)  # groups whose options carry `type`
-
 
 def is_family(path: str | None) -> bool:
     return path is not None and path.startswith("model/") and path.count("/") == 1
@@ -52,7 +50,8 @@ class GraftedRepository:
         self.recipes = [p for p in paths if is_recipe(p)]
         self.chosen = {axis: p.split("/")[2] for p in paths for axis in MODEL_AXES if p.startswith(f"model/{axis}/")}
         groups = [(p, p.rpartition("/")[0]) for p in paths]
-        self.types = {g: kind for p, g in groups if g in _TYPED and (kind := self._leaf(p).get("type"))}
+        typed = {group_of(axis) for axis in TABLE}  # groups whose options carry `type`
+        self.types = {g: kind for p, g in groups if g in typed and (kind := self._leaf(p).get("type"))}
         self.report: dict[str, dict[str, Any]] = {}
         for axis, to in self.chosen.items() if self.families else ():
             own = [self.selected(self.families[-1], axis), *(self.selected(r, axis) for r in self.recipes)]
