@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.monitor.metrics_csv import EXACT, read
 

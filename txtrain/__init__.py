@@ -7,8 +7,8 @@ if TYPE_CHECKING:
     from typing import Any
 
     from txtrain.checkpoint.load import load_pretrained
+    from txtrain.cli.jobs import compose
     from txtrain.cli.plan import plan
-    from txtrain.config.compose import compose
     from txtrain.config.paths import families
     from txtrain.config.plugins import component
     from txtrain.errors import ConfigError
@@ -27,7 +27,7 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "LitModule": "txtrain.training.module",
     "build_model": "txtrain.model.build",
     "component": "txtrain.config.plugins",
-    "compose": "txtrain.config.compose",
+    "compose": "txtrain.cli.jobs",
     "families": "txtrain.config.paths",
     "generate": "txtrain.model.generation",
     "load_pretrained": "txtrain.checkpoint.load",

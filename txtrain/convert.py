@@ -7,18 +7,21 @@ import math
 import re
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
 from txtrain.errors import ConfigError, hint
-from txtrain.registry import TABLE, group_of
+from txtrain.plain_files import shorten
+from txtrain.registry import TABLE, group_of, out_of_range
+from txtrain.registry import key_of as key_of
 from txtrain.unknown_keys import unknown_key
 
 T = TypeVar("T")
 
 _KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
 _MISSING = "???"  # OmegaConf's marker of a value that must be given
+_MOST_PROBLEMS, _LONGEST = 50, 2000  # that are told at once, and characters of one
 _BAD = object()  # what stands in for a value that has a problem
 
 
@@ -26,23 +29,55 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     """The typed, checked object that `raw` describes.
 
     Raises:
-        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of that kind, what
-            the object's own `check` finds.
+        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of
+            that kind, numbers out of their bounds; if none, what the object's own `check` finds.
     """
-    reader = _Reader(cls)
-    made = reader.dataclass(cls, raw, "", None)
-    if not reader.problems and hasattr(made, "check"):
-        reader.problems += made.check()
-    if reader.problems:
-        raise ConfigError(*reader.problems)
+    made, problems = part(cls, raw, "")
+    if problems or (problems := list(getattr(made, "check", tuple)())):
+        raise ConfigError(*problems)
     return typing.cast(T, made)
 
 
+def checked(value: Any, cls: type[T], name: str, path: str = "") -> T:
+    """The value of that argument, if it is a sound `cls`: in Python it may have been made or changed by hand.
+
+    path: at which it lies in a run's configuration.
+
+    Raises:
+        ConfigError: it is something else, or what `build` would not make.
+    """
+    if not isinstance(value, cls):
+        kind = type(value).__name__
+        raise ConfigError(f"`{name}` must be a {cls.__name__}, as txtrain.compose makes it, but is {kind} instead.")
+    made, problems = part(type(value), plain(value), path)
+    problems = problems or list(_differences(made, value, path))
+    problems = problems or list(getattr(value, "check", tuple)())
+    if problems:
+        raise ConfigError(*problems)
+    return value
+
+
+def _differences(made: Any, value: Any, path: str) -> Iterator[str]:
+    """Where a value is not of the type that `build` would give it, though it says the same, as a dict does."""
+    if type(made) is not type(value) and not (type(value) is int and type(made) is float):
+        yield f"`{path}` must be {type(made).__name__}, but is {type(value).__name__} instead."
+    elif dc.is_dataclass(made):
+        for f in dc.fields(made):
+            yield from _differences(getattr(made, f.name), getattr(value, f.name), _join(path, key_of(f)))
+    elif isinstance(made, Mapping):
+        for key in made:
+            yield from _differences(made[key], value[key], _join(path, str(key)))
+    elif isinstance(made, (list, tuple)):
+        for i, (ours, theirs) in enumerate(zip(made, value, strict=True)):
+            yield from _differences(ours, theirs, f"{path}[{i}]")
+
+
 def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
-    """As `build`, of what lies at `path` of a configuration: the object, if nothing is wrong, and what is wrong."""
+    """As `build`, of what lies at `path` of a configuration: the object, or what is wrong, its own `check` left out."""
     reader = _Reader(cls)
     made = reader.dataclass(cls, raw, path, None)
-    return (None, reader.problems) if reader.problems else (typing.cast(T, made), [])
+    problems = reader.problems or list(out_of_range(made, path))
+    return (None, problems) if problems else (typing.cast(T, made), [])
 
 
 def plain(obj: Any) -> Any:
@@ -56,33 +91,53 @@ def plain(obj: Any) -> Any:
     return obj
 
 
-def key_paths(cls: type) -> dict[str, None]:
-    """Every dotted key that any combination of options accepts, in order."""
+def key_paths(cls: type) -> dict[str, dict[str, Any]]:
+    """Every dotted key that any combination of options accepts, in order, with the metadata of its fields."""
     return _key_paths(cls, "", sum(map(len, TABLE.values())))
 
 
-@cache
-def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, None]:  # n_options: components may be registered later
-    paths: dict[str, None] = {}
+@cache  # n_options: components may be registered later
+def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, dict[str, Any]]:
+    paths: dict[str, dict[str, Any]] = {}
     for f in dc.fields(cls):
         path = _join(prefix, key_of(f))
-        paths[path] = None
-        for part in _parts(cls, f):
-            paths |= _key_paths(part, path, n_options)
+        paths[path] = dict(f.metadata)
+        for part in parts(cls, f):
+            for key, marks in _key_paths(part, path, n_options).items():
+                paths[key] = paths.get(key, {}) | marks
     return paths
 
 
-def _parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
+def marked(cls: type, mark: str) -> dict[str, Any]:
+    """The dotted keys whose field has that mark (`registry.knob`), and its value."""
+    return {key: marks[mark] for key, marks in key_paths(cls).items() if marks.get(mark)}
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted key -> value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str]) -> list[tuple[str, Any, Any]]:
+    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below."""
+    a, b = flat(old), flat(new)
+    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key) and not among(key, free)]
+
+
+def among(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of these, or lies below one."""
+    return any(f"{key}.".startswith(f"{k}.") for k in keys)
+
+
+def parts(cls: type, f: dc.Field[Any]) -> Iterator[type]:
     """The dataclasses that the field may hold."""
     if "axis" in f.metadata:
         yield from dict.fromkeys(option.config for option in TABLE.get(f.metadata["axis"], {}).values())
     elif dc.is_dataclass(hint_of := hints(cls)[f.name]):
         yield typing.cast(type, hint_of)
-
-
-def key_of(field: dc.Field[Any]) -> str:
-    """The field's key on the command line: a word that Python keeps for itself has an underscore behind it here (`async_`)."""
-    return field.name.removesuffix("_")
 
 
 @cache
@@ -108,9 +163,9 @@ class _Reader:
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         known = key_paths(self.root)
         for key in raw:
-            if key not in fields:
+            if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # each is compared with all keys there are
                 reason = getattr(cls, "absent", {}).get(key, "")
-                self.problem(unknown_key(_join(path, str(key)), raw[key], fields, known, axis) + reason)
+                self.problem(unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis) + reason)
         values = {}
         for name, f in fields.items():
             if name in raw:
@@ -172,7 +227,7 @@ class _Reader:
         return _BAD
 
     def problem(self, text: str) -> Any:
-        self.problems.append(text)
+        self.problems.append(text if len(text) <= _LONGEST else f"{text[:_LONGEST]}...")
         return _BAD
 
     def not_an_option(self, path: str, value: Any, options: Mapping[str, Any]) -> Any:

@@ -14,13 +14,26 @@ class ConfigError(ValueError):
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
-        return (ConfigError, self.problems)  # exceptions cross process borders: launchers pickle them
+        return (type(self), self.problems)  # exceptions cross process borders: launchers pickle them
+
+
+class RunError(ConfigError):
+    """A mistake that only a run found after its folder was made, as in a row of its data: exit code 1, not 2."""
 
 
 def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str | None:
-    """The option that `word` was most likely meant to be, or None."""
-    got = difflib.get_close_matches(str(word), [str(o) for o in options], n=1, cutoff=cutoff)
-    return got[0] if got else None
+    """The option that `word` was most likely meant to be, or None. Case does not matter; of equally near options
+    one with the same first letter is meant."""
+    meant = str(word)[:100].casefold()
+    folded = {str(o).casefold(): str(o) for o in options}
+    got = difflib.get_close_matches(meant, folded, n=len(folded) or 1, cutoff=cutoff)
+    matcher = difflib.SequenceMatcher(b=meant)
+
+    def nearness(option: str) -> tuple[float, bool]:
+        matcher.set_seq1(option)
+        return matcher.ratio(), option[:1] == meant[:1]
+
+    return folded[max(got, key=nearness)] if got else None
 
 
 def hint(word: object, options: Iterable[object], template: str = "{}") -> str:

@@ -9,7 +9,24 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 
+from txtrain.errors import ConfigError
+
 PATIENCE = 6.0  # seconds: the data loader's workers of a process that was killed hold its lock until they notice (5 s)
+
+
+def path_of(where: object, name: str) -> Path:
+    """The path that an argument of that name is, with the home folder in place of `~`.
+
+    Raises:
+        ConfigError: it is no path.
+    """
+    text = os.fspath(where) if isinstance(where, (str, os.PathLike)) else None
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError(f"`{name}` must be a path, but is {where!r} instead.")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as e:  # ~name of nobody
+        raise ConfigError(f"`{name}` must be a path, but is {text!r} instead: {e}") from e
 
 
 def sync(path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The table of options: of each axis and name a config class and a lazy reference to what is built from it. No torch.
+"""component(axis, name): a config class and a lazy reference to what is built from it. No torch.
 
 Every choice that a user can make by name is a row of `TABLE`. The config is a frozen dataclass in a module without torch; the
 class that does the work is named as "module:Class" and imported when it is first built.
@@ -9,12 +9,31 @@ from __future__ import annotations
 import dataclasses as dc
 import importlib
 import inspect
-from typing import Any, NamedTuple
+import operator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import MappingProxyType, NoneType
+from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
+
+T = TypeVar("T", bound=type)
+
+
+# How ranks share what a component owns. What it does not name is whole in every rank.
+#     rows           a matrix by its outputs
+#     shared_rows    the same; where there are more ranks than key-value heads, whole in each, which reads one head's
+#     columns        a matrix by its inputs: its outputs are parts of a sum over the ranks
+#     heads          a table with a column a head, where attention is cut
+#     vocabulary     by tokens
+#     equal_part     a number of which each rank counts an equal part
+#     experts        stacked experts, whole ones for each rank of `strategy.ep_size`
+How = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
+Cut = Mapping[str, How]  # by the names of modules, parameters and numbers within a component
+WHOLE: Cut = MappingProxyType({})
 
 
 class Option(NamedTuple):
-    config: type  # frozen dataclass; its `type` field is the option's name
+    config: type[Any]  # frozen dataclass; its `type` field is the option's name
     target: str | type  # "module:Class", or the class itself where a user registered it
+    cut: Cut = WHOLE
 
 
 TABLE: dict[str, dict[str, Option]] = {}
@@ -33,35 +52,131 @@ def group_of(axis: str) -> str:
     return GROUP.get(axis, axis)
 
 
-def register(axis: str, names: str, target: str | type, config: type) -> None:
+def register(axis: str, names: str, target: str | type, config: type, cut: Cut = WHOLE) -> None:
     for name in names.split():
-        TABLE.setdefault(axis, {})[name] = Option(config, target)
+        TABLE.setdefault(axis, {})[name] = Option(config, target, cut)
+
+
+def cut_of(axis: str, config: Any) -> Cut:
+    """How ranks share what an option's component owns."""
+    return TABLE[axis][config.type].cut
+
+
+def chosen(axis: str, config: Any) -> str:
+    """The choice of an option, as it is written on the command line."""
+    return f"{VALUE_AXES.get(axis) or group_of(axis)}={config.type}"
+
+
+def is_own(axis: str, config: Any) -> bool:
+    """Whether the option is the user's own."""
+    target = TABLE[axis][config.type].target
+    return not _is_of_package(target.partition(":")[0] if isinstance(target, str) else target.__module__)
+
+
+def unstated(axis: str, config: Any, *forms: str) -> str:
+    """The names of those methods that a user's own option should define in its Config and does not.
+
+    What it inherits from an option of the package does not count: that is true of another module.
+    """
+    missing = [form for form in forms if is_own(axis, config) and inherits_from_package(type(config), form)]
+    return ", ".join(f"`{form}`" for form in missing)
+
+
+def inherits_from_package(config: type, form: str) -> bool:
+    owner = next((cls for cls in config.__mro__ if form in vars(cls)), None)
+    return owner is None or _is_of_package(owner.__module__)
+
+
+def _is_of_package(module: str) -> bool:
+    return module.partition(".")[0] == __name__.partition(".")[0]
 
 
 def resolve(axis: str, name: str) -> Any:
     """The class behind an option; imports its module."""
     target = TABLE[axis][name].target
-    if isinstance(target, str):
-        module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    return target
+    return imported(target) if isinstance(target, str) else target
+
+
+def imported(reference: str) -> Any:
+    """What "module:name" stands for."""
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def make(axis: str, config: Any, **given: Any) -> Any:
     """What an option stands for, called with its knobs and with what the caller gives, each where its parameters name it."""
+    return call(axis, config, {f.name: getattr(config, f.name) for f in dc.fields(config)} | given)
+
+
+def call(axis: str, config: Any, values: Mapping[str, Any], knobs: Collection[str] = ()) -> Any:
+    """What an option stands for, called with those of the values that its parameters name.
+
+    Args:
+        knobs: names of values that it must take, by name or as keywords of any name.
+
+    Raises:
+        ConfigError: a parameter of a user's own has neither a value nor a default, or there is none for a knob.
+    """
+    from txtrain.errors import ConfigError
+
     target = resolve(axis, config.type)
-    values = {f.name: getattr(config, f.name) for f in dc.fields(config)} | given
-    return target(**{name: values[name] for name in inspect.signature(target).parameters if name in values})
+    parameters = inspect.signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    given = {name: value for name, value in values.items() if name in parameters or (takes_any and name in knobs)}
+    where = f"`{chosen(axis, config)}`: {target.__qualname__}.__init__"
+    for name, p in parameters.items():
+        if p.default is p.empty and name not in given and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
+            raise ConfigError(f"{where} must give its parameter {name!r} a default: no key has that name.")
+    for name in knobs:
+        if name not in given:
+            raise ConfigError(f"{where} must have a parameter {name!r}, which is a knob of its Config.")
+    return target(**given)
 
 
-def knob(default: Any, *, carry: bool = False) -> Any:
-    """A field of a config. carry: not part of the mechanism, so that a swap to another option that also has it keeps its value."""
-    return dc.field(default=default, metadata={"carry": carry})
+def knob(
+    default: Any = dc.MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    carry: bool = False,
+    affects: Literal["label", "init", "dropout", "ids", "training"] | None = None,
+    free: bool = False,
+    literal: bool = False,
+    from_run: Callable[[Any], object] | None = None,
+) -> Any:
+    """A field of a config, with what holds for it wherever it is used.
+
+    Args:
+        at_least, above, at_most, below: bounds of the number, or of each number in a list; null and words pass.
+        carry: not part of the mechanism, so that a swap to another option that also has it keeps its value.
+        affects: what of a model it changes, where that is neither weights nor logits: nothing (a label), how weights
+            start, dropout, the ids of special tokens, or something else of training.
+        free: may differ when a run is continued: changes neither which samples a step sees nor what is done with them.
+        literal: its value on the command line is taken as typed.
+        from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    marks = {
+        "bounds": {name: bound for name, bound in bounds.items() if bound is not None},
+        "carry": carry,
+        "affects": affects,
+        "free": free,
+        "literal": literal,
+        "from_run": from_run,
+    }
+    return dc.field(default=default, metadata={name: mark for name, mark in marks.items() if mark})
 
 
-def axis(name: str) -> Any:
-    """A field whose value is the config of one option of that axis, told apart by its `type`."""
-    return dc.field(metadata={"axis": name})
+def dropout_knob(default: Any = 0.0) -> Any:
+    """The share of values that is dropped in training."""
+    return knob(default, at_least=0, below=1, carry=True, affects="dropout")
+
+
+def axis(name: str, *, free: bool = False) -> Any:
+    """A field whose value is the config of one option of that axis, told apart by its `type`. free: as of a knob."""
+    return dc.field(metadata={"axis": name, "free": free})
 
 
 def axes(name: str) -> Any:
@@ -72,6 +187,51 @@ def axes(name: str) -> Any:
 def choice(name: str, default: Any = dc.MISSING) -> Any:
     """A string field whose value is the name of one option of that axis."""
     return dc.field(default=default, metadata={"choice": name})
+
+
+def key_of(field: dc.Field[Any]) -> str:
+    """The field's key on the command line: an underscore behind one of Python's own words (`async_`) is left out."""
+    return field.name.removesuffix("_")
+
+
+# ------------------------------------------------------------------------------------------------------------- bounds
+
+_HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def out_of_range(config: Any, path: str = "") -> Iterator[str]:
+    """Numbers out of their fields' bounds, as sentences: those of a config at `path`, and of the configs in it."""
+    for f in dc.fields(config):
+        bounds, key = f.metadata.get("bounds", {}), f"{path}.{key_of(f)}" if path else key_of(f)
+        for at, value in _values(getattr(config, f.name), key):
+            if dc.is_dataclass(value):
+                yield from out_of_range(value, at)
+            elif type(value) in (int, float) and not all(_HOLDS[name](value, n) for name, n in bounds.items()):
+                hint = get_type_hints(type(config))[f.name]
+                allowed = in_bounds(bounds, hint if at == key else _element(hint))
+                yield f"`{at}` must be {allowed}, but is {value} instead."
+
+
+def in_bounds(bounds: Mapping[str, float], hint: Any) -> str:
+    """What a value of that type may be, in words: `at least 0 and below 1, or null`."""
+    words = [" and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())]
+    for member in (hint, *get_args(hint)):
+        words += map(str, get_args(member)) if get_origin(member) is Literal else ["null"] if member is NoneType else []
+    return (", or " if len(bounds) > 1 else " or ").join(words)
+
+
+def _values(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    """What a field holds, and where: of lists and mappings each value."""
+    if isinstance(value, (list, tuple, Mapping)):
+        for at, one in value.items() if isinstance(value, Mapping) else enumerate(value):
+            yield from _values(one, f"{path}.{at}" if isinstance(value, Mapping) else f"{path}[{at}]")
+    else:
+        yield path, value
+
+
+def _element(hint: Any) -> Any:
+    """The type of the values in a list."""
+    return next((get_args(m)[0] for m in (hint, *get_args(hint)) if get_origin(m) in (list, tuple)), Any)
 
 
 # What each axis' config derives from; filled by the modules that own the axes.

@@ -17,7 +17,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from txtrain.config.compose import compose
+from txtrain import compose
+from txtrain.checkpoint.state import RunState
 from txtrain.monitor.console import Display
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
@@ -52,7 +53,7 @@ def alone(n: int = 2000) -> float:
     module = SimpleNamespace(step=0, device=torch.device("cpu"), tokens=0)
     world = SimpleNamespace(size=1, local_size=1)
     module.parallel = SimpleNamespace(phases=Phases(), is_first=True, size=1, world=world)
-    watch = Watch(config, None, None, Display(silent=True), Machine.of(module.device, torch.float32), {})
+    watch = Watch(config, None, None, Display(silent=True), Machine.of(module.device, torch.float32), RunState())
     watch.start(module)  # type: ignore[arg-type]
     watch.meter.start()
     outputs = {"loss": torch.tensor(3.0), "grad_norm": torch.tensor(1.0)}

@@ -17,7 +17,7 @@ import time
 import lightning.pytorch as pl
 
 import txtrain
-from txtrain.training.callback import Recorder
+from txtrain.training.callback import RunCallback
 
 ROUNDS, BLOCK, BEFORE = 30, 10, 20
 ARMS = {"no row": 10**9, "a row every 10 steps": 10, "a row every step": 1}
@@ -41,7 +41,7 @@ class TakingTurns(pl.Callback):
             order = [*ARMS][:: 1 if done // BLOCK // len(ARMS) % 2 else -1]  # forth and back: drifts cancel
             self._arm = order[done // BLOCK % len(ARMS)]
             self.seconds[self._arm].append([])
-            (recorder,) = (c for c in trainer.callbacks if isinstance(c, Recorder))
+            (recorder,) = (c for c in trainer.callbacks if isinstance(c, RunCallback))
             recorder.config = dc.replace(recorder.config, trainer=dc.replace(recorder.config.trainer, log_every_n_steps=ARMS[self._arm]))
 
 

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from txtrain.config.compose import from_file
+from txtrain.config.composed import from_file
+from txtrain.config.schema import Train
 from txtrain.monitor.metrics_csv import latest
 from txtrain.objectives.base import IGNORED, Objective, build_objective
 from txtrain.training.data_module import Batch, DataModule
@@ -33,7 +34,7 @@ def counted(objective: Objective, batches: Iterable[Batch], vocab_size: int) -> 
 
 def main() -> None:
     run = Path(sys.argv[1])
-    config = from_file("train", str(run / "config.yaml")).config
+    config = from_file(Train, run / "config.yaml").config
     data, objective = DataModule(config), build_objective(config)
     data.prepare()
     assert data.tokenizer is not None, "the run was not trained on text"

@@ -5,7 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from txtrain.config.compose import Composed, Loader, compose_job, make_loader
+from txtrain.cli.jobs import compose_job
+from txtrain.config.composed import Composed
+from txtrain.config.loader import Loader, make_loader
 from txtrain.config.overrides import expand
 
 ROOT = Path(__file__).parents[2]

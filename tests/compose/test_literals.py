@@ -42,6 +42,26 @@ def test_every_literal_key_is_one_of_the_contract():
     assert sorted(LITERALS) == sorted([*contract, "data.cache_dir"])  # a folder as the others are
 
 
+@pytest.mark.parametrize("value", ["a.txt,c.txt", "[a.txt,c.txt]", "a b,c=d.txt"])
+def test_several_paths_are_one_value_until_they_are_read(value, job):
+    config = job("data=text", f"data.path={value}").config
+    assert config.data.path == value
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [
+        ("a.txt,c.txt", "a.txt,c.txt"),
+        ("[a.txt,c.txt]", ("a.txt", "c.txt")),
+        ("{a:a.txt,c:c.txt}", {"a": "a.txt", "c": "c.txt"}),
+        ("null", None),
+    ],
+)
+def test_paths_for_validation_are_hydras_but_for_commas(typed, value, job):
+    assert job("data=text", "data.path=x", f"data.val_path={typed}").config.data.val_path == value
+
+
 def test_in_a_sweep_every_comma_separates(job):
     jobs = expand(["prompt=It's a=b,123, ${x}", "checkpoint=r"], True)
-    assert [line for lines in jobs for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]
+    lines = [str(o.input_line) for overrides in jobs for o in overrides]
+    assert [line for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]

@@ -140,6 +140,8 @@ def test_several_are_planned_with_m(cli):
     ("override", "said"),
     [
         ("plan.device=H10", "Did you mean H100?"),
+        ("plan.device=h10", "Did you mean H100?"),
+        ("plan.device=b100", "Did you mean B200?"),
         ("plan.device=V100 trainer.precision=bf16-mixed", "`trainer.precision` must be 32-true with plan.device=V100, which has no bfloat16"),
         ("plan.mfu=1.5", "`plan.mfu` must be above 0 and at most 1, but is 1.5 instead."),
         ("plan.n_devices=0", "`plan.n_devices` must be at least 1"),

@@ -81,10 +81,9 @@ def test_a_size_without_a_unit_is_refused(value):
 def test_a_users_part_that_does_not_say_what_it_computes_is_not_counted(forget):
     import dataclasses as dc
 
-    from txtrain.model.options import AttentionBase
     from txtrain.registry import register
 
-    register("attention", "mean", "nowhere:Mean", AttentionBase)
+    register("attention", "mean", "nowhere:Mean", _Mean)
     config = txtrain.compose(["model=llama2"])
     figures = txtrain.plan(dc.replace(config, model=dc.replace(config.model, attention=_Mean(type="mean"))))
     assert figures.memory is None

@@ -77,10 +77,10 @@ def test_no_run_no_resume(run, job, clean_room):
         job("resume=empty")
     folder = run()
     (clean_room / folder / "config.yaml").write_text("a: [")
-    with pytest.raises(ConfigError, match="not valid YAML"):
+    with pytest.raises(ConfigError, match="not plain YAML"):
         job(f"resume={folder}")
     (clean_room / folder / "config.yaml").write_text("- a")
-    with pytest.raises(ConfigError, match="not a mapping"):
+    with pytest.raises(ConfigError, match="must be a mapping"):
         job(f"resume={folder}")
 
 
@@ -149,7 +149,7 @@ def changed(folder, **values):
 
 def test_callbacks_and_loggers_come_from_the_command_line_where_the_file_has_others(run, job, clean_room):
     bad = {"_target_": "os.system", "patience": 3}
-    folder = changed(clean_room / run(), callbacks={"stop": bad}, logger={"x": bad})
+    folder = changed(clean_room / run(), callbacks={"stop": dict(bad)}, logger={"x": dict(bad)})
     line = (
         "logger=none",
         "callbacks.stop._target_=lightning.pytorch.callbacks.EarlyStopping",

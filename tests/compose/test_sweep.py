@@ -11,11 +11,13 @@ import pytest
 import yaml
 
 from tests.training import TINY, write_text
-from txtrain.cli import main as command_line
+from txtrain import compose
 from txtrain.cli import sweep as sweep_module
 from txtrain.cli.main import main
-from txtrain.config.compose import Composed, compose, from_file, to_file
+from txtrain.cli.verbs import work_of
+from txtrain.config.composed import Composed, from_file, to_file
 from txtrain.config.paths import options
+from txtrain.config.schema import Train
 from txtrain.monitor.metrics_csv import read
 
 SMALL = ("model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=300", "model.max_seq_len=32", "data.tokenizer=bytes")
@@ -122,7 +124,7 @@ def test_a_signal_reaches_the_running_job_once_and_no_other_starts(clean_room, m
 
 def test_a_named_launcher_of_hydra_gets_the_jobs(clean_room, monkeypatch):
     ran = []
-    monkeypatch.setattr("txtrain.cli.main.run", lambda composed: ran.append(composed) or (75 if composed.config.seed == 2 else 0))
+    monkeypatch.setattr("txtrain.cli.train.run_train", lambda job: ran.append(job) or (75 if job.config.seed == 2 else 0))
     assert main(["-m", "seed=1,2", "model/ffn=swiglu", "hydra/launcher=basic", "name=it's $x"]) == 75
     assert [c.folder.rpartition("-")[2] for c in ran] == ["0", "1"]
     assert all((c.config.name, c.config.run_dir) == ("it's $x", None) for c in ran)
@@ -171,6 +173,6 @@ def test_a_job_that_falls_back_says_so_in_the_name_of_its_folder(monkeypatch, cl
     monkeypatch.setattr("txtrain.data.sources.wikitext.WikiText.unavailable", lambda self: "no hub here")
     job = sweep_module.in_folder(Composed(config, {}, []), "now", 3)
     to_file(job, clean_room / "job.yaml")
-    assert command_line.run(from_file("train", str(clean_room / "job.yaml"))) == 0
+    assert work_of("train", from_file(Train, clean_room / "job.yaml"))() == 0
     assert [p.name for p in (clean_room / "runs").iterdir()] == ["gpt2-wikitext-fallback"]
     assert (clean_room / "runs/gpt2-wikitext-fallback/now-3/run.json").is_file()

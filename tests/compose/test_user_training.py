@@ -1,5 +1,6 @@
 """The user's own parts, one class in one file outside the package: they train, resume and generate."""
 
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import txtrain
 from tests.compose.conftest import ROOT
 from tests.training import rows, weights, write_text
 from txtrain.cli.main import main
+from txtrain.errors import RunError
 from txtrain.monitor.metrics_csv import EXACT, read
 
 SMALL = (
@@ -286,3 +288,11 @@ def test_what_an_optimizer_keeps_and_no_checkpoint_could_hold_is_refused_before_
     with pytest.raises(txtrain.ConfigError, match=f"`optimizer` must keep .*, but sign keeps {re.escape(told)} instead"):
         learns(clean_room, "imports=[mine.py]", *PARTS["optimizer"][1])
     assert not (clean_room / "run").exists()
+
+
+def test_what_an_optimizer_keeps_from_its_second_step_on_makes_the_run_fail(clean_room, forget):
+    late = 'state["step"] = state.get("step", 0) + 1; state |= {"history": []} if state["step"] > 1 else {}'
+    (clean_room / "mine.py").write_text(OPTIMIZER.replace('state["step"] = state.get("step", 0) + 1', late))
+    with pytest.raises(RunError, match=r"`optimizer` must keep .*, but Sign keeps 'history' of a parameter as list"):
+        learns(clean_room, "imports=[mine.py]", *PARTS["optimizer"][1])
+    assert json.loads((clean_room / "run/run.json").read_text())["status"] == "failed"

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
+from txtrain import compose
 from txtrain.checkpoint.run_folder import choose
 from txtrain.cli.main import parse
-from txtrain.config.compose import compose
 
 SWEEP = yaml.safe_load((Path(__file__).parents[2] / "slurm" / "wandb_sweep.yaml").read_text())
 

@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from tests.distributed.variations import VARIATIONS
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.state import RunState
 
 
 class Signal(pl.Callback):
@@ -72,7 +73,8 @@ class Copy(pl.Callback):
 
     def on_train_start(self, trainer, module):
         tensors = module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
-        checkpoint.save(self.path, tensors, {}, lambda folder: None, module.parallel.checkpoint_group)
+        state = RunState(step=module.step)
+        checkpoint.save(self.path, tensors, state, lambda folder: None, module.parallel.checkpoint_group)
 
 
 class Samples(pl.Callback):

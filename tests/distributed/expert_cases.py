@@ -19,7 +19,7 @@ from torch import Tensor
 import txtrain
 from tests.distributed.callbacks import named
 from tests.distributed.group import as_worker
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.model.build import build_model
 from txtrain.model.ffn.moe import Experts
 from txtrain.parallel.build import make_parallel

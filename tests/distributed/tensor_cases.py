@@ -22,7 +22,7 @@ from torch import nn
 from tests.device import BACKEND, DEVICE, accelerator
 from tests.distributed.group import as_worker
 from tests.models import tiny
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.model import options
 from txtrain.model.attention.multi_head import MultiHeadAttention

@@ -13,9 +13,8 @@ from safetensors.torch import load_file
 from tests.device import accelerator
 from tests.distributed.zero_cases import launch
 from tests.training import TINY, rows, write_text
-from txtrain import ConfigError, train
+from txtrain import ConfigError, compose, train
 from txtrain.checkpoint.format import locate, read_state
-from txtrain.config.compose import compose
 from txtrain.monitor.metrics_csv import read
 from txtrain.parallel.config import ZeRO2Config
 
@@ -125,7 +124,7 @@ def test_a_checkpoint_of_stage_3_is_continued_by_one_process(two):
 
 def test_one_process_then_two_under_fsdp_then_two_under_zero_are_one_run(two):
     assert two.difference("third-part", "one") < TOLERANCE
-    hashes = {read_state(locate(two.folder / run))["data_order_hash"] for run in ("one", "third-part")}
+    hashes = {read_state(locate(two.folder / run)).data_order_hash for run in ("one", "third-part")}
     assert len(hashes) == 1, "other samples, or in another order"
 
 

@@ -38,14 +38,14 @@ def assert_same(whole, parts, what, stop):
     assert one.keys() == other.keys()
     different = [name for name in one if one[name] != other[name]]
     assert not different, f"{what}, stopped after {stop}: {len(different)} of {len(one)} tensors differ, {different[:3]}"
-    assert read_state(locate(whole))["data_order_hash"] == read_state(locate(parts))["data_order_hash"]
+    assert read_state(locate(whole)).data_order_hash == read_state(locate(parts)).data_order_hash
     assert (whole / "samples.txt").read_text() == (parts / "samples.txt").read_text(), what
 
 
 def alone(case, folder, stop):
     parts = txtrain.compose(overrides(case, folder, "parts"))
     assert txtrain.train(parts, callbacks=[named(f"SIGTERM {stop - 1} 0")]).status == "preempted"
-    assert read_state(locate(folder / "parts"))["step"] == stop
+    assert read_state(locate(folder / "parts")).step == stop
     txtrain.train(parts)
     txtrain.train(txtrain.compose(overrides(case, folder, "whole")))
     assert_same(folder / "whole", folder / "parts", title(case), stop)
@@ -73,7 +73,7 @@ def test_two_processes_stopped_and_continued_are_the_uninterrupted_run(chunk, tm
     stopped = {f"{title(cases[i])}, stopped": Case(run, [f"SIGTERM {stop_of(i) - 1} {i % 2}"]) for i, run in parts.items()}
     train(wholes | stopped, 2, tmp_path / "first", timeout=1800)
     for i in cases:
-        assert read_state(locate(tmp_path / f"{i}-parts"))["step"] == stop_of(i), title(cases[i])
+        assert read_state(locate(tmp_path / f"{i}-parts")).step == stop_of(i), title(cases[i])
     train({f"{title(cases[i])}, continued": Case(run) for i, run in parts.items()}, 2, tmp_path / "second", timeout=1800)
     for i, case in cases.items():
         assert_same(tmp_path / f"{i}-whole", tmp_path / f"{i}-parts", title(case), stop_of(i))

@@ -137,7 +137,7 @@ def test_stopped_and_continued_is_bit_for_bit_the_uninterrupted_run(tmp_path):
     shape = (*DEEPSEEK[1:], *EP, "data.micro_batch_size=2", "model.dropout=0.1", "model.ffn.dropout=0.1", "trainer.devices=2", "ema.decay=0.9", "sample.n=1")
     whole, parts = (overrides(tmp_path, "experts", name, *shape) for name in ("whole", "parts"))
     train({"whole": Case(whole), "stopped": Case(parts, ["SIGTERM 5 1"])}, 2, tmp_path / "first")
-    assert read_state(locate(tmp_path / "parts"))["step"] == 6
+    assert read_state(locate(tmp_path / "parts")).step == 6
     train({"continued": Case(parts)}, 2, tmp_path / "second")
     assert rows(tmp_path / "whole") == rows(tmp_path / "parts")
     one, other = tensors(tmp_path / "whole"), tensors(tmp_path / "parts")
@@ -184,7 +184,7 @@ def test_a_gradient_that_is_not_finite_in_one_process_changes_no_expert(tmp_path
     before = tensors(run_dir)
     train({"after": Case([*given, "trainer.max_steps=3"], ["POISON 2 1"])}, 2, tmp_path / "second")
     after = tensors(run_dir)
-    assert read_state(locate(run_dir))["step"] == 3
+    assert read_state(locate(run_dir)).step == 3
     assert not [name for name in before if not before[name].equal(after[name])]
 
 

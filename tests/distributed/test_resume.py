@@ -26,7 +26,7 @@ def exact(folder, n, ways=EXACT):
     stopped = {f"{way} stopped": Case(run, [f"SIGTERM {STOPS - 1} {n - 1}"]) for way, run in parts.items()}
     train(whole | stopped, n, folder / "first")
     for way in ways:
-        assert read_state(locate(folder / f"{way}-parts"))["step"] == STOPS
+        assert read_state(locate(folder / f"{way}-parts")).step == STOPS
         assert json.loads((folder / f"{way}-parts/run.json").read_text())["status"] == "preempted"
     train({f"{way} continued": Case(run) for way, run in parts.items()}, n, folder / "second")
     for way in ways:

@@ -46,8 +46,7 @@ def work(file: str) -> int:
     import torch.distributed as dist
 
     from tests.device import BACKEND, DEVICE
-    from txtrain import train
-    from txtrain.config.compose import compose
+    from txtrain import compose, train
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if DEVICE == "cuda":

@@ -208,7 +208,7 @@ def test_weights_for_a_further_token_are_not_read(tmp_path):
 
 @torch.no_grad()
 def test_a_model_that_predicts_further_tokens_is_saved_without_what_does(tmp_path):
-    from txtrain.config.compose import compose
+    from txtrain import compose
     from txtrain.model.build import build_model
 
     small = ["model=deepseek_r1", "model.dim=32", "model.n_layers=2", "model.vocab_size=61", "model.max_seq_len=32"]

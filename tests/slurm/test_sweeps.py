@@ -11,10 +11,11 @@ import threading
 import pytest
 
 from tests.slurm.jobs import ONE_CPU, STEPS, at_step, facts, overrides, paced, same, submit, when
+from txtrain import compose
 from txtrain.cli import slurm_sweep
 from txtrain.cli.slurm_member import own_signals
 from txtrain.cli.slurm_sweep import Member, Queue
-from txtrain.config.compose import Composed, compose
+from txtrain.config.composed import Composed
 from txtrain.config.slurm_launcher import SlurmConfig
 from txtrain.errors import ConfigError
 

@@ -33,6 +33,7 @@ ROOMS = (
     "convert",
     "unknown_keys",
     "registry",
+    "plain_files",
     "files",
     "errors",
 )

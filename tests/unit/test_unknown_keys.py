@@ -3,7 +3,8 @@
 import pytest
 
 from txtrain import unknown_keys
-from txtrain.config.schema import ROOTS, Generate, Train
+from txtrain.cli.verbs import VERBS, root_of
+from txtrain.config.schema import Generate, Train
 from txtrain.convert import key_paths
 
 
@@ -13,7 +14,7 @@ def test_every_key_that_is_told_exists():
 
 
 def test_no_word_of_others_is_a_key_of_ours_at_the_same_place():
-    known = {path for root in ROOTS.values() for path in key_paths(root)}
+    known = {path for verb in VERBS for path in key_paths(root_of(verb))}
     clashes = [(key, word) for key, words in unknown_keys._THEIRS.items() for word in words.split() if word == key.rpartition(".")[2] or word in known]
     assert not clashes
 

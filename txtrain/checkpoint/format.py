@@ -13,26 +13,33 @@ of DCP is used: it keeps the index in the headers.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import shutil
+import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain import files
+from txtrain.checkpoint import state as state_file
+from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
+from txtrain.plain_files import check_links, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from txtrain.model.config import ModelConfig
     from txtrain.optim.average import Average
     from txtrain.run_config import SaveConfig
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
-NUMBERS = "optimizer"  # in state.json: what the optimizer keeps as plain numbers
-_NAME = re.compile(r"step_(\d{8,})")
+_NAME = re.compile(r"step_([0-9]{8,15})")
 
 # ------------------------------------------------------------------------------------------------------------------- finding
 
@@ -64,37 +71,78 @@ def check_newest(run_dir: Path) -> None:
     """A checkpoint gets its name when it is complete: one that has the name and no marker has lost it since, as in a copy that was cut short.
 
     Raises:
-        ConfigError: the newest is such a one; names the older ones.
+        ConfigError: the newest is such a one; names the older ones. Or a link leads out of the run's folder.
     """
+    if run_dir.is_dir():
+        check_links(p for p in run_dir.iterdir() if p.name != FOLDER)
+        check_links((run_dir / FOLDER).glob("*"))
     for newest in _named(run_dir)[-1:]:
         if not is_complete(newest):
             verify(newest)
 
 
+def newest_run(where: str | Path, key: str) -> str:
+    """`where` itself; of the folder of a run's name, `runs/NAME`, the newest run that has a complete checkpoint. Says
+    which on standard error."""
+    runs = _runs(Path(where).expanduser())
+    if not runs:
+        return str(where)
+    newest = max(runs, key=_start)
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of several ranks one says it
+        several, step = f"{len(runs)} run{'s' * (len(runs) > 1)}", step_of(complete(newest)[-1])
+        print(f"{key}={where}: {newest} (the newest of {several} with a checkpoint), step {step}", file=sys.stderr)
+    return str(newest)
+
+
+def _runs(path: Path) -> list[Path]:
+    """The runs with a complete checkpoint in the folder of a run's name; none in a folder of another kind."""
+    of_another_kind = (FOLDER, MARKER, "config.yaml", "config.json")
+    if not path.is_dir() or any((path / name).exists() for name in of_another_kind):
+        return []
+    return [run for run in path.iterdir() if complete(run)]
+
+
+def _start(run: Path) -> tuple[float, str]:
+    """When it was first started; where run.json does not tell, when its folder was last changed."""
+    try:
+        return float(json.loads((run / "run.json").read_text())["first_start"]), run.name
+    except (OSError, ValueError, TypeError, KeyError):
+        return run.stat().st_mtime, run.name
+
+
 def locate(where: str | Path, key: str = "checkpoint") -> Path:
-    """The checkpoint meant by a run's folder (its newest) or by a checkpoint's.
+    """The checkpoint meant by its own folder, by its run's (the newest), or by that of a run's name (the newest run's).
 
     Raises:
         ConfigError: there is none.
     """
-    path = Path(where).expanduser()
+    path = Path(newest_run(where, key)).expanduser()
     if is_complete(path):
         return path
     found = complete(path)
     if found:
+        check_links(found[-1:])
         return found[-1]
     what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"
-    raise ConfigError(f"`{key}` must be a run's folder or one of its checkpoints, but {str(where)!r} {what}.")
+    allowed = "a run's folder, one of its checkpoints, or a folder of runs"
+    raise ConfigError(f"`{key}` must be {allowed}, but {str(where)!r} {what}.")
 
 
 def exists(where: str | Path) -> bool:
     """Whether `locate` would find one."""
     path = Path(where).expanduser()
-    return is_complete(path) or bool(complete(path))
+    return is_complete(path) or bool(complete(path)) or bool(_runs(path))
 
 
-def read_state(path: Path) -> dict[str, Any]:
-    state: dict[str, Any] = json.loads((path / STATE).read_text())
+def read_state(path: Path) -> RunState:
+    """The state of the run at a checkpoint.
+
+    Raises:
+        ConfigError: state.json is damaged, or its step is not the name's.
+    """
+    state = state_file.read_state(path / STATE)
+    if _NAME.fullmatch(path.name) and state.step != step_of(path):
+        raise ConfigError(f"{path / STATE}: `step` must be {step_of(path)}, but is {state.step} instead.")
     return state
 
 
@@ -105,11 +153,15 @@ def verify(path: Path) -> None:
         ConfigError: a file is missing, cut short or unreadable; names the older checkpoints.
     """
     try:
-        wrong = [name for name, size in json.loads((path / MARKER).read_text()).items() if (path / name).stat().st_size != size]
+        check_links(path.rglob("*"))
+        sizes = read_json(path / MARKER)
+        wrong = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
         read_state(path)
         problem = f"{wrong[0]} has another size than when it was written" if wrong else None
         if problem is None:
-            shapes(path)
+            _check_tensors(path)
+    except ConfigError as e:
+        problem = e.problems[0].rstrip(".")
     except Exception as e:  # whatever a damaged file makes the readers say
         problem = f"{type(e).__name__}: {e}".splitlines()[0]
     if problem is None:
@@ -126,18 +178,51 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
     """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
     from txtrain.optim import state as optimizer_state
 
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    tensors = _weights_of(model)
     tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state.tensors(model, optimizer).items()}
     return tensors if average is None else tensors | average.tensors()
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint."""
+    """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def _check_tensors(path: Path) -> None:
+    """Of each file that its tensors lie in it without gaps, and of each tensor that its shards are all of it.
+
+    Raises:
+        ConfigError: names the file or the tensor. And what DCP's reader says.
+    """
+    from txtrain.hf.tensor_file import SafetensorsFile
+
+    held: Counter[str] = Counter()  # elements
+    for file in sorted(path.glob("*.safetensors")):
+        for name, entry in SafetensorsFile(file).entries.items():
+            held[name] += math.prod(entry.shape)
+    for name, shape in shapes(path).items():
+        if math.prod(shape) != held[name]:
+            raise ConfigError(f"{name} must have {math.prod(shape):,} elements, but the files hold {held[name]:,}")
+
+
+def check_model(path: Path, model: ModelConfig) -> None:
+    """Before a model is built: a config may claim any size, the files cannot.
+
+    Raises:
+        ConfigError: there are fewer tensors than layers, or numbers than parameters.
+    """
+    from txtrain.hf.tensor_names import check_layers
+
+    held = {name: math.prod(shape) for name, shape in shapes(path).items() if name.startswith("model.")}
+    check_layers(model, frozenset(held), str(path / "config.yaml"))
+    if model.n_params > sum(held.values()):
+        raise ConfigError(
+            f"{path / 'config.yaml'} describes {model.n_params:,} parameters, but the files hold {sum(held.values()):,}."
+        )
 
 
 def optimizer_names(path: Path) -> set[str]:
@@ -158,14 +243,32 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    _compare(path, into, prefix)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
+
+
+def _compare(path: Path, into: Mapping[str, Tensor], prefix: str) -> None:
     saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
     wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {saved.get(name, 'absent')} there, {wanted.get(name, 'absent')} here.")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {there} there, {here} here.")
+
+
+def check_weights(path: Path, model: nn.Module) -> None:
+    """Whether the checkpoint's weights are those of this model, by name and shape; nothing is read.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    _compare(path, _weights_of(model), prefix="model.")
+
+
+def _weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
@@ -175,7 +278,7 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
         ConfigError: the checkpoint is of another model, or has no averaged weights.
     """
     state = model.state_dict()
-    load_tensors(path, {f"model.{name}": tensor for name, tensor in state.items()}, prefix="model.")
+    load_tensors(path, _weights_of(model), prefix="model.")
     if weights == "ema":
         averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
         if not averaged:
@@ -191,7 +294,7 @@ def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: A
     """
     from txtrain.optim import state as optimizer_state
 
-    numbers = read_state(path).get(NUMBERS, {})
+    numbers = read_state(path).optimizer
     optimizer_state.allocate(optimizer)
     optimizer_state.forget({*optimizer_names(path), *numbers}, model, optimizer)
     tensors = training_tensors(model, optimizer)
@@ -212,11 +315,10 @@ class SaveError(OSError):
     """A checkpoint could not be written; those that there were are as they were."""
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], group: Any = None) -> None:
+def save(path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], group: Any = None) -> None:
     """Write a checkpoint under another name, then give it its own: a kill at any moment leaves a complete one or none.
 
     Args:
-        state: JSON values.
         beside: writes what else belongs into the folder it is given.
         group: the processes that write together, each its parts; all of them call this. None: this one alone.
 
@@ -233,7 +335,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], be
         part.mkdir(parents=True)
 
     def finish() -> None:
-        files.write(part / STATE, json.dumps(state, indent=1))
+        files.write(part / STATE, state.to_json())
         beside(part)
         _seal(part, path)
 
@@ -308,7 +410,7 @@ def clean(run_dir: Path) -> None:
 def rotate(run_dir: Path, keep: SaveConfig) -> None:
     """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps."""
     found = complete(run_dir)
-    losses = {path: read_state(path)["metrics"].get("val_loss") for path in found}
+    losses = {path: read_state(path).val_loss for path in found}
     validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
     every = keep.keep_every_n_steps
     kept = {*found[-keep.keep_last :], *validated[: keep.keep_best], *(path for path in found if every and step_of(path) % every == 0)}

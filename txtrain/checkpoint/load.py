@@ -7,18 +7,22 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from txtrain.checkpoint import format as checkpoint
 from txtrain.convert import build
 from txtrain.errors import ConfigError
+from txtrain.files import path_of
+from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.config import ModelConfig
+from txtrain.plain_files import check_keys, read_yaml
 
 if TYPE_CHECKING:
     import torch
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
     from txtrain.model.transformer import Transformer
+
+
+WEIGHTS = ("model", "ema")
 
 
 @dc.dataclass(frozen=True)
@@ -46,17 +50,20 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     Raises:
         ConfigError: there is no model, or its config is damaged, hostile, not supported, or needs components that were not imported.
     """
-    folder = Path(where).expanduser()
+    folder = path_of(where, key)
     if (folder / "config.json").is_file():
         from txtrain.hf.registry import read_config
 
         _, model = read_config(folder)
-        return Described(folder, model, _tokenizer_folder(folder), True)
+        check_layers(model, tensor_names(folder), str(folder / "config.json"))
+        return Described(folder, model, _tokenizer_in(folder), True)
     path = checkpoint.locate(folder, key)
-    return Described(path, _saved_config(path, key), _tokenizer_folder(path / "tokenizer"), False)
+    model = _saved_config(path, key)
+    check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
+    return Described(path, model, _tokenizer_in(path / "tokenizer"), False)
 
 
-def _tokenizer_folder(folder: Path) -> Path | None:
+def _tokenizer_in(folder: Path) -> Path | None:
     """The folder itself, if it holds a tokenizer."""
     names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
     return folder if any((folder / name).is_file() for name in names) else None
@@ -79,7 +86,8 @@ def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key:
 
 
 def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
-    """The model of a Hugging Face folder, an export, a run (its newest checkpoint) or a checkpoint, on the default device, in eval mode.
+    """The model of a Hugging Face folder, an export, a run (its newest checkpoint), a checkpoint or a folder of runs
+    (the newest), on the default device, in eval mode.
 
     Args:
         dtype: of the parameters; None: torch's default.
@@ -90,11 +98,16 @@ def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = N
     """
     import torch
 
-    if (Path(where).expanduser() / "config.json").is_file() or not checkpoint.exists(Path(where)):
+    folder = path_of(where, "where")
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConfigError(f"`dtype` must be a floating dtype of torch or None, but is {dtype!r} instead.")
+    if weights not in WEIGHTS:
+        raise ConfigError(f"`weights` must be one of {', '.join(WEIGHTS)}, but is {weights!r} instead.")
+    if (folder / "config.json").is_file() or not checkpoint.exists(folder):
         from txtrain.hf.load import load_pretrained as from_hf
 
         _refuse_average(where, weights)
-        return from_hf(where, dtype)
+        return from_hf(folder, dtype)
     return load(where, torch.get_default_device(), weights=weights).model.to(dtype or torch.get_default_dtype())
 
 
@@ -115,6 +128,7 @@ def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | 
         with torch.device(device):
             return from_hf(found.path)
     checkpoint.verify(found.path)
+    checkpoint.check_model(found.path, found.model)
     with torch.device("meta"):
         model = build_model(_with_ids(found.model, tokenizer))
     model.to_empty(device=device)
@@ -132,7 +146,9 @@ def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
 
 def _saved_config(path: Path, key: str) -> ModelConfig:
     """From a checkpoint's config.yaml, which is data: what it names in `imports` is not imported."""
-    raw = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    file = path / "config.yaml"
+    raw = read_yaml(file)
+    check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
     try:
         return build(ModelConfig, raw["model"])
     except ConfigError as e:

@@ -15,33 +15,21 @@ from typing import Any
 
 import yaml
 
-from txtrain import files
+from txtrain import files, plain_files
 from txtrain.checkpoint import format as checkpoint
-from txtrain.convert import plain
+from txtrain.checkpoint.state import FORMAT, RunState, check_format
+from txtrain.convert import among, differing, marked, plain
 from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
 from txtrain.slurm import Job
 
-# What may differ when a run is continued: none of it changes which samples a step sees or what is done with them.
-FREE = (
-    "trainer",
-    "strategy",
-    "logger",
-    "callbacks",
-    "save",
-    "sample",
-    "layer_stats",
-    "resume",
-    "resume_allow",
-    "run_dir",
-    "verbosity",
-    "profile",
-    "profile_steps",
-    "imports",
-    "data.micro_batch_size",
-    "data.num_workers",
-    "data.cache_dir",
-)
+# The kinds of what is read of a run.json.
+_FACTS: dict[str, Any] = {
+    "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
+    **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
+    "grafts": dict | None, "parent": dict | None,
+}
+_LISTED = 20  # differences in a message
 
 
 @dc.dataclass
@@ -59,9 +47,9 @@ class RunFolder:
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The counters at the checkpoint; empty for a new run."""
-        return {} if self.checkpoint is None else checkpoint.read_state(self.checkpoint)
+    def state(self) -> RunState:
+        """At the checkpoint; that of a run which has not begun, where there is none."""
+        return RunState() if self.checkpoint is None else checkpoint.read_state(self.checkpoint)
 
     @property
     def source(self) -> Path | None:
@@ -71,12 +59,12 @@ class RunFolder:
     @property
     def first_step(self) -> int:
         """Updates that are done before this process begins."""
-        return 0 if self.source is None else int(checkpoint.read_state(self.source)["step"])
+        return 0 if self.source is None else checkpoint.read_state(self.source).step
 
     @property
     def kept(self) -> int:
         """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
-        return self.first_step - (self.state["open_row"] is not None) if self.checkpoint is not None else 0
+        return self.first_step - (self.state.open_row is not None) if self.checkpoint is not None else 0
 
     @property
     def facts(self) -> dict[str, Any]:
@@ -95,7 +83,7 @@ class RunFolder:
         self.write_config(config, self.path)
         life = _life(before, time.time() if start is None else start)
         self.began = life["first_start"] + life["complete_for"]
-        now = {**facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
+        now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
         now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
@@ -103,10 +91,8 @@ class RunFolder:
 
     def _started_before(self, config: RunConfig) -> bool:
         """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
-        try:
-            return config.resume == "auto" and not differences(_saved(self.path), plain(config))
-        except (OSError, yaml.YAMLError, AttributeError):  # none, or half of one
-            return False
+        there = config.resume == "auto" and (self.path / "config.yaml").exists()
+        return there and not differences(_saved(self.path), plain(config))
 
     def _of_parent(self, parent: Path) -> dict[str, Any]:
         logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
@@ -170,11 +156,18 @@ class RunFolder:
             self.update(status="preempted", ended=_now())
 
     def _read(self) -> dict[str, Any]:
-        try:
-            read: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-            return read
-        except FileNotFoundError:
+        path = self.path / "run.json"
+        if not path.exists():
             return {}
+        found = plain_files.read_json(path, finite=False)
+        check_format(found, path)
+        plain_files.check_keys(found, str(path), _FACTS)
+        plain_files.check_keys(found.get("slurm") or {}, f"{path}: slurm", {"job": str | None, "restarts": int | None})
+        try:
+            datetime.datetime.fromisoformat(found.get("ended") or _now()).timestamp()
+        except (ValueError, OverflowError) as e:
+            raise ConfigError(f"{path}: `ended` must be a time, but is {found['ended'][:40]!r} instead.") from e
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------------------ choosing
@@ -204,6 +197,13 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
             "Give another run_dir, or resume=auto to continue that run."
         )
     return _continue(config, path, found[-1])
+
+
+def begun_with(config: RunConfig, key: str) -> str | None:
+    """The run in the folder of runs `config.<key>` that this one was begun with; None if it was not begun so."""
+    path, _ = _path(config, None)
+    before = _saved(path).get(key) if (path / "config.yaml").exists() else None
+    return before if isinstance(before, str) and Path(before).parent == Path(getattr(config, key)) else None
 
 
 def _again(path: Path) -> bool:
@@ -238,6 +238,7 @@ def _continue(config: RunConfig, path: Path, newest: Path) -> RunFolder:
     checkpoint.verify(newest)
     different = differences(_saved(newest), plain(config))
     _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
+    checkpoint.check_model(newest, config.model)
     return RunFolder(path, newest)
 
 
@@ -248,38 +249,29 @@ def _parent(config: RunConfig) -> Path:
     checkpoint.verify(found)
     different = [d for d in differences(_saved(found), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
     _refuse(different, config.resume_allow, f"to fork {found}", "Give these values, or start from the weights alone with init_from")
+    checkpoint.check_model(found, config.model)
     return found
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    saved: dict[str, Any] = yaml.safe_load((path / "config.yaml").read_text())
-    return saved
+    return plain_files.read_yaml(path / "config.yaml")
 
 
 def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], why: str, remedy: str) -> None:
     """Keys whose values differ; those of `allowed`, and what lies below them, may."""
     listed = [
-        f"`{key}` must be {old!r} {why}, but is {new!r} instead."
+        f"`{key}` must be {plain_files.shorten(repr(old))} {why}, but is {plain_files.shorten(repr(new))} instead."
         for key, old, new in different
-        if not any(key == may or key.startswith(may + ".") for may in allowed)
+        if not among(key, allowed)
     ]
     if listed:
-        raise ConfigError(*listed, f"{remedy}, or allow them by name: resume_allow=[KEY, ...].")
+        more = [f"and {len(listed) - _LISTED:,} more"] if len(listed) > _LISTED else []
+        raise ConfigError(*listed[:_LISTED], *more, f"{remedy}, or allow them by name: resume_allow=[KEY, ...].")
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
-    old, new = flat(saved), flat(wanted)
-    keys = [key for key in {**old, **new} if not any(key == free or key.startswith(free + ".") for free in FREE)]
-    return [(key, old.get(key), new.get(key)) for key in keys if old.get(key) != new.get(key)]
-
-
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key -> value."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+    return differing(saved, wanted, free=marked(RunConfig, "free"))
 
 
 def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:

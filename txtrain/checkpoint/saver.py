@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.state import RunState
 
 
 class Saver:
@@ -43,7 +44,7 @@ class Saver:
             self._copies = Copies()
             self._start(partial(self._copies.of, tensors()))  # of values that change meanwhile: nobody reads them
 
-    def save(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], must: bool) -> None:
+    def save(self, path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], must: bool) -> None:
         """Write it, or begin to. must: be done when this returns, and raise where it cannot be: nothing comes after it.
 
         Raises:
@@ -76,7 +77,7 @@ class Saver:
         except BaseException as e:  # the border of the thread: `wait` raises it where it is seen
             self._error = e
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], beside: Callable[[Path], None], must: bool) -> None:
+    def _write(self, path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], must: bool) -> None:
         try:
             begun = time.monotonic()
             checkpoint.save(path, tensors, state, beside, self.group)

@@ -5,17 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from txtrain.checkpoint.load import load
+from txtrain.config.composed import Composed
 from txtrain.config.schema import Export
 from txtrain.errors import ConfigError
 from txtrain.hf.save import save_pretrained
 
 
-def run_export(config: Export) -> int:
+def run_export(job: Composed) -> int:
     """Write the folder.
 
     Raises:
         ConfigError: no such checkpoint, the folder is not empty, or no class of transformers equals the model.
     """
+    config: Export = job.config
     assert config.checkpoint is not None
     assert config.out is not None
     out = Path(config.out).expanduser()

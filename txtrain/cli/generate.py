@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from txtrain.checkpoint.load import Loaded, load
+from txtrain.config.composed import Composed
 from txtrain.config.schema import Generate
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
@@ -21,13 +22,14 @@ BATCH = 16  # prompts at a time
 SEPARATOR = "|"  # between a prompt and its answer, as in samples.txt
 
 
-def run_generate(config: Generate) -> int:
+def run_generate(job: Composed) -> int:
     """Print each prompt with its continuation. One prompt is printed as it grows.
 
     Raises:
         ConfigError: no such checkpoint or file of prompts, nothing to continue, a model that writes no text, or more tokens than it has
             positions.
     """
+    config: Generate = job.config
     prompts = read_prompts(config)
     device = pick_device(config.accelerator)
     assert config.checkpoint is not None

@@ -1,201 +1,139 @@
-"""What `--help` prints. Names of options are read from the files; nothing heavy is imported."""
+"""What `txtrain VERB --help` prints: options with the comments of their files, keys with those of their fields."""
 
 from __future__ import annotations
 
-import re
+import ast
+import dataclasses as dc
+import itertools
+import json
+import sys
 import textwrap
+from collections import defaultdict
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
 
-from txtrain.config import paths
-from txtrain.config.hardware import PUBLISHED
-from txtrain.registry import MODEL_AXES
+from txtrain.cli.verbs import FLAGS, VERBS, root_of
+from txtrain.config.paths import CONF, DATA, groups_of, options
+from txtrain.convert import describe, hints, key_of, parts
+from txtrain.errors import ConfigError, hint
+from txtrain.registry import TABLE, imported
 
-FLAGS = """\
-  -m, --multirun             run every combination of the comma-separated values
-  -c, --cfg job|hydra|all    print the configuration and stop; --resolve: with Hydra's own references filled in
-  -cd, --config-dir DIR      your own options and recipes beside the packaged ones
-  -h, --help                 this text; txtrain VERB --help for the keys of a verb
-"""
-
-OVERVIEW = f"""\
-txtrain [VERB] [KEY=VALUE ...]          train any transformer by composing its parts
-
-Verbs
-  train      pretrain a model (the default); `txtrain` alone is model=gpt2 data=wikitext
-  generate   continue prompts with a trained model
-  plan       parameters, FLOPs, cache, steps and time of what train would run, without building it
-  prepare    tokenise ahead of time, for data=memmap
-  preview    samples as the model will see them, trained tokens in colour
-  export     a checkpoint as a folder of Hugging Face
-
-Examples
-  txtrain model=mistral data=wikitext
-  txtrain model=gpt2 model.norm_position=post model/position=rope model/ffn=swiglu
-  txtrain -m model=gpt2 model.norm_position=pre,post,sandwich
-  txtrain resume=runs/mistral-wikitext/2026-12-01_12-00-00 trainer.max_steps=1200
-  txtrain generate checkpoint=RUN prompt="Once upon a time, " temperature=0
-  txtrain plan model=mistral_7b plan.device=H100 plan.n_devices=64 trainer.precision=bf16-mixed
-
-Flags, anywhere on the line
-{FLAGS}
-`txtrain train --help` lists the keys; `txtrain ... --cfg job` prints every value that a run would use.
-Exit codes: 0 done, 1 failed, 2 a mistake on the command line, 75 preempted after a complete checkpoint. TXTRAIN_DEBUG=1 shows tracebacks.
-"""
-
-TRAIN = """\
-txtrain [train] [KEY=VALUE ...]
-
-Model: one option an axis; a swap keeps what is not part of the old mechanism and says what it drops
-  model=NAME                       {models}
-  model/attention=NAME             {attention}
-  model/ffn=NAME                   {ffn}
-  model/position=NAME              {position}
-  model/norm=NAME                  {norm}
-  model.norm_position=NAME         pre, post, inner, sandwich
-  model.n_layers, dim, n_heads     size; also vocab_size, max_seq_len, dropout, tie_word_embeddings, logit_softcap
-  model.attention.KEY              n_kv_heads, head_dim, window (4096, or a pattern over layers: [4096,null]), softcap, scale, qk_norm, bias
-  model.ffn.KEY                    hidden_dim (null: the usual ratio), activation, bias
-  model.position.KEY               of rope: theta, scaling ({{rope_type: yarn, factor: 4, original_max_seq_len: 4096}}); others have their own
-
-Data
-  data=NAME                        {data}
-  data.path, data.val_path         files, folders or globs; of data=hf what load_dataset takes, with data.name, split, text_column
-  data.sources, data.weights       of data=mixture: data.sources.NAME.type=text data.sources.NAME.path=... data.weights={{NAME:0.7,...}}
-  data.tokenizer                   train (a BPE of model.vocab_size), bytes, or a folder, file or hub name
-  data.seq_len                     tokens a sequence; null: model.max_seq_len
-  data.packing                     concat (documents are cut where a sequence ends), best_fit (whole documents, and padding)
-  data.global_batch_size           sequences a step, over all processes
-  data.micro_batch_size            sequences a process at a time; accumulation is derived
-
-Training: every interval counts steps, a step is one update
-  objective=NAME                   {objective}
-  optimizer=NAME                   {optimizer}; optimizer.lr, weight_decay, betas, no_decay,
-                                   groups=[{{pattern: embedding, lr_scale: 0.1, weight_decay: 0.0}}]: of several that match the last holds
-  scheduler=NAME                   {scheduler}; scheduler.warmup_steps, min_lr_ratio
-  ema.decay                        null: no average of the weights; also every_n_steps, validate
-  strategy=NAME                    {strategy}
-                                   strategy.dp_replicate_size, tp_size, ep_size, cpu_offload, reshard_after_forward, where the option has them
-  trainer.devices, num_nodes       processes on each node (auto: one a GPU, or one), and nodes; docs/distributed.md
-  trainer.activation_checkpointing none, full, selective, or n: every n-th block is computed again in the backward
-  trainer.max_steps                or max_epochs, max_tokens, max_time=DD:HH:MM:SS: the first that is reached ends the run
-  trainer.val_check_interval       steps between validations; limit_val_batches: of so many batches
-  trainer.precision                32-true, bf16-mixed, bf16-true
-  trainer.KEY                      gradient_clip_val, log_every_n_steps, accelerator, compile, deterministic, max_skipped_steps
-                                   fast_dev_run, overfit_batches, max_divergent_steps (null: a run that diverges is told of, not ended)
-  trainer.auto_requeue=true        in a SLURM job: on SIGUSR1, SIGTERM, or before the job's end, save and have SLURM run the job again
-  save.every_n_steps               also keep_last, keep_best, keep_every_n_steps; save.async=true writes while training goes on
-  sample.KEY                       continuations at each validation: prompts, n, max_new_tokens, temperature
-  logger=NAME                      {logger}, or a list; metrics.csv is always written
-  logger.KEY                       of wandb: project, entity, group, tags, log_model (true: the last checkpoint, all), mode (online, offline);
-                                   x_axis=step, tokens. WANDB_* variables win; docs/logging.md
-  layer_stats.every_n_steps        gradient and weight norms of each layer in every so many steps' rows; layer_stats.activations=true: and outputs
-
-Run
-  recipe=NAME                      {recipes}
-  name, run_dir, seed              the run's folder is run_dir, or runs/<name>/<date>_<time>
-  init_from=DIR                    start from the weights of a Hugging Face folder, an export, a run or a checkpoint
-  resume=auto|never|RUN            auto: go on from the newest checkpoint of run_dir; RUN: a folder or a checkpoint, key=value on top
-  resume_allow=[KEY, ...]          what may differ from the run that is continued
-  fork=CHECKPOINT                  a run of its own from another's weights, optimizer state and step
-  imports=[mine.py]                your own parts, registered by @txtrain.component
-  -m hydra/launcher=slurm          a sweep as one array of a cluster: hydra.launcher.partition, timeout_min, gpus_per_node, ...; slurm/README.md
-  verbosity=quiet|normal|verbose   of what is printed; also NO_COLOR=1
-  profile=true                     a trace of steps 4 to 6, or of profile_steps=[FIRST,LAST], into the run's folder
-
-Flags
-{flags}"""
-
-EXPORT = """\
-txtrain export checkpoint=RUN out=DIR
-
-  checkpoint=PATH                  a run's folder (its newest checkpoint), or one checkpoint
-  weights=model                    ema: the averaged weights of a run with ema.decay
-  out=DIR                          a new folder: config.json, model.safetensors, tokenizer; the class is the one that equals the model
-  imports=[mine.py]                the user's own parts that the run was made with
-
-Flags
-{flags}"""
-
-PLAN = """\
-txtrain plan [KEY=VALUE ...]      what `txtrain train` with the same keys would run, counted; nothing is built, no data is read
-
-  plan.device=NAME                 {devices}: its published peak at trainer.precision
-  plan.peak_flops=NUMBER           FLOP/s of another device
-  plan.n_devices=null              as many of them (null: trainer.devices * trainer.num_nodes)
-  plan.memory=null                 of one device, such as 80GB: exit code 2 if a step does not fit
-  plan.simulate=false              also watch the real model take a step without storage
-  plan.mfu=0.4                     share of the peak that the run reaches
-  plan.cache_dtype=bfloat16        of the key-value cache: bfloat16, float32
-  plan.format=text                 text, json
-  Every key of train: txtrain train --help
-
-Flags
-{flags}"""
-
-PREPARE = """\
-txtrain prepare data=... out=DIR [KEY=VALUE ...]      what `txtrain train` with the same keys would tokenise, in files that
-                                 `txtrain data=memmap data.path=DIR` trains on: the same samples in the same order
-
-  out=DIR                          a new folder, or one of the same command that was stopped: it goes on where it stood
-  prepare.shard_tokens=100000000   a file ends with the document that fills it so far
-  data, data.tokenizer             what is read, and by which tokenizer; model.vocab_size and objective say what a trained one needs
-  Every key of train: txtrain train --help
-
-Flags
-{flags}"""
-
-PREVIEW = """\
-txtrain preview data=... [KEY=VALUE ...]      the first samples of `txtrain train` with the same keys, as the model will see them
-
-  preview.n=3                      so many
-  preview.split=train              train, validation
-  Every key of train: txtrain train --help. NO_COLOR=1: trained tokens stand between marks instead
-
-Flags
-{flags}"""
-
-GENERATE = """\
-txtrain generate checkpoint=RUN prompt="..." [KEY=VALUE ...]
-
-  checkpoint=PATH                  a run's folder (its newest checkpoint), one checkpoint, or a Hugging Face folder
-  weights=model                    ema: the averaged weights of a run with ema.decay
-  prompt=TEXT                      taken as typed; `-` reads standard input
-  prompt_file=FILE                 one prompt a line
-  max_new_tokens=64                tokens to add at most
-  temperature=0.8                  0: always the most likely token
-  top_k, top_p, min_p              null: off
-  seed=0                           of the draws
-  stream=true                      print tokens as they come, for one prompt
-  accelerator=auto                 auto, cpu, gpu
-  imports=[mine.py]                the user's own parts that the run was made with
-
-Flags
-{flags}"""
+LAUNCHER = "hydra/launcher"  # the group whose keys are Hydra's, not the verb's
+_SLURM = "txtrain.config.slurm_launcher:SlurmConfig"  # its module needs Hydra
+_PLAIN = ("an integer", "a number", "a string", "Any")  # types that go without saying beside a comment
 
 
-def usage(verb: str | None) -> str:
-    """The help of a verb, or of the program."""
-    if verb is None:
-        return OVERVIEW
-    if verb == "export":
-        return EXPORT.format(flags=FLAGS)
-    if verb == "generate":
-        return GENERATE.format(flags=FLAGS)
-    if verb in ("prepare", "preview"):
-        return {"prepare": PREPARE, "preview": PREVIEW}[verb].format(flags=FLAGS)
-    if verb == "plan":
-        return PLAN.format(flags=FLAGS, devices=", ".join(PUBLISHED))
-    groups = {axis: f"model/{axis}" for axis in MODEL_AXES} | {g: g for g in ["data", "objective", "optimizer", "scheduler", "strategy", "logger", "recipes"]}
-    options = {name: ", ".join(paths.options(group)) or "none yet" for name, group in groups.items()}
-    options["recipes"] = f"\n{'':35}".join(textwrap.wrap(options["recipes"], 110))
-    return TRAIN.format(models=_models(), flags=FLAGS, **options)
+def usage(verb: str, asked: Sequence[str] = ()) -> str:
+    """The help of a verb, or of the groups and keys that are asked about.
+
+    Raises:
+        ConfigError: there is no such group or key.
+    """
+    if asked:
+        return "\n".join(_about(verb, word.partition("=")[0].lstrip("+")) for word in asked)
+    root = root_of(verb)
+    base = next((name for name in VERBS if root_of(name) in root.__mro__[1:]), None)  # whose keys it has too
+    inherited = _keys(root_of(base)) if base else {}
+    keys = {key: line for key, line in _keys(root).items() if key not in inherited}
+    text = [f"txtrain {verb} [KEY=VALUE ...]", f"  {VERBS[verb].help}", "", VERBS[verb].examples]
+    if base is None and (groups := groups_of(root)):
+        text += ["Groups, and their options: txtrain --help GROUP says what each is"]
+        text += [_line(f"{_word(g)}=NAME", ", ".join(_options(g))) for g in [*groups, LAUNCHER]]
+        text += ["", "Keys; a group's have the values of its option"]
+    text += [_line(*line) for line in keys.values()]
+    text += [f"  and every key of {base}: txtrain {base} --help"] if base else []
+    return "\n".join([*text, "", FLAGS])
 
 
-def _models() -> str:
-    """Each family, and its published sizes in the order in which its file gives them."""
-    published = {}
-    for name in paths.options("model"):
-        text = (paths.CONF / "model" / f"{name}.yaml").read_text(encoding="utf-8")
-        if found := re.search(r"^published: \{(.*)\}", text, re.MULTILINE):
-            published[name] = re.findall(r"(\w+):", found[1])
-    sizes = "\n".join(f"{'':35}{', '.join(names)}" for names in published.values())
-    return f"{', '.join(published)} (laptop size), or as published:\n{sizes}"
+def _about(verb: str, word: str) -> str:
+    """The options of a group, each with what its file says of it, and its keys; or the keys below a dotted path."""
+    groups = {name: g for g in [*groups_of(root_of(verb)), LAUNCHER] for name in (g, g.replace("/", "."), _word(g))}
+    group = groups.get(word)
+    keys = _keys(imported(_SLURM), "hydra.launcher.") if group == LAUNCHER else _keys(root_of(verb))
+    path = (group or word).replace("/", ".")
+    below = [_line(*line) for key, line in keys.items() if f"{key}.".startswith(f"{path}.")]
+    if group is None and not below:
+        near = hint(word, [*groups, *keys], "txtrain --help {}")
+        raise ConfigError(f"`{word}` must be a verb, a group or a key, to be asked about with --help.{near}")
+    listed = [_line(f"{_word(group)}={option}", said) for option, said in _options(group).items()] if group else []
+    return "\n".join([*listed, *([""] if listed and below else []), *below, ""])
+
+
+def _word(group: str) -> str:
+    return "recipe" if group == "recipes" else group
+
+
+def _options(group: str) -> dict[str, str]:
+    """Each packaged option with the comment at the head of its file; of a recipe its title."""
+    found = {}
+    for option in options(group):
+        file = (DATA if group == "recipes" else CONF) / group / f"{option}.yaml"
+        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
+        said = [line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), lines)]
+        found[option] = " ".join(said[:1] if group == "recipes" else said)
+    return found
+
+
+# -------------------------------------------------------------------------------------------------------------- keys
+
+
+def _keys(cls: type, prefix: str = "", defaults: bool = True) -> dict[str, tuple[str, str]]:
+    """Dotted key -> the key, perhaps with its default, and what is said of it.
+
+    defaults: whether a field's own default is what a run has, and no option's file gives another.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    comments = _comments(cls)
+    for f in dc.fields(cls):
+        key = f"{prefix}{key_of(f)}"
+        options, below = TABLE.get(f.metadata.get("axis", ""), {}), list(parts(cls, f))
+        have = defaultdict[str, list[str]](list)  # key -> the options that have it
+        for part in below:
+            mine = _keys(part, f"{key}.", defaults and not options and key not in ("model", "trainer"))
+            found |= {k: line for k, line in mine.items() if k not in found}
+            for k in mine:
+                have[k] += [name for name, option in options.items() if option.config is part]
+        some = {k: f"[{', '.join(of)}]" for k, of in have.items() if len(of) < len(options)}
+        found |= {k: (found[k][0], f"{of} {found[k][1]}") for k, of in some.items()}
+        if below or f.name == "type":
+            continue
+        said, kind = comments.get(f.name, ""), hints(cls)[f.name]
+        values = ", ".join(TABLE[f.metadata["choice"]]) if "choice" in f.metadata else describe(kind)
+        default = f.default if isinstance(f.default, str) else json.dumps(f.default, default=str)
+        shown = f"={default}" if defaults and f.default is not dc.MISSING else ""
+        plain = values.removesuffix(" or null") in _PLAIN or (shown and kind is bool)
+        found[key] = (key + shown, f"{said} ({values})" if said and not plain else said or values)
+    return found
+
+
+def _comments(cls: type) -> dict[str, str]:
+    """What stands behind each field of a dataclass, or in whole lines above it."""
+    found: dict[str, str] = {}
+    for owner in reversed(cls.__mro__):
+        fields, lines = _source(getattr(sys.modules[owner.__module__], "__file__", None))
+        for node in fields.get(owner.__name__, ()):
+            above = list(itertools.takewhile(lambda line: line.startswith("# "), reversed(lines[: node.lineno - 1])))
+            behind = lines[node.end_lineno - 1].rpartition("  # ")[2] if "  # " in lines[node.end_lineno - 1] else ""
+            words = [line[2:] for line in reversed(above) if "----" not in line]
+            found[node.target.id] = " ".join([*words, behind]).strip()
+    return found
+
+
+@cache
+def _source(file: str | None) -> tuple[dict[str, list[Any]], list[str]]:
+    """Class -> its annotated names, and the lines without their indentation, of a module."""
+    if file is None or not file.endswith(".py"):
+        return {}, []
+    source = Path(file).read_text(encoding="utf-8")
+    classes = [node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    classes += [node for c in classes for node in c.body if isinstance(node, ast.ClassDef)]  # a component's own Config
+    names = {c.name: [node for node in c.body if isinstance(node, ast.AnnAssign)] for c in classes}
+    return names, [line.strip() for line in source.splitlines()]
+
+
+def _line(key: str, said: str) -> str:
+    first = f"  {key:<36} "
+    further = " " * 39
+    return textwrap.fill(said, 118, initial_indent=first, subsequent_indent=further) if said else f"  {key}"

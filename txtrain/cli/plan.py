@@ -6,12 +6,14 @@ import dataclasses as dc
 import json
 from typing import Any
 
+from txtrain.config.composed import Composed
 from txtrain.config.schema import Plan, Train
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 from txtrain.monitor import start_screen
 from txtrain.planning import figures
 from txtrain.planning.figures import Figures
+from txtrain.planning.memory.batch_shapes import unknown
 
 
 def plan(config: Train) -> Figures:
@@ -27,13 +29,16 @@ def plan(config: Train) -> Figures:
         return found
     if found.refused:
         raise ConfigError(found.refused)
+    if what := unknown(config):
+        raise ConfigError(f"`plan.simulate` must be false here, but is true instead: {'; '.join(what)}.")
     from txtrain.training.simulate import simulate
 
     return dc.replace(found, memory_simulated=simulate(config, world=found.n_devices).peak)
 
 
-def run_plan(config: Plan) -> int:
+def run_plan(job: Composed) -> int:
     """Print the figures. Exit code 0."""
+    config: Plan = job.config
     found = plan(config)
     if config.plan.format == "json":
         print(json.dumps(found.to_dict(), indent=2))
@@ -92,7 +97,7 @@ def _flops(f: Figures) -> list[tuple[str, str]]:
     rows = [(a(f.sample), f"{flops(f.flops_per_sample)} forward and backward, of {lengths}")]
     if f.sample != "image":
         rows.append(("a token", f"{flops(f.forward_flops_per_token)} forward, {flops(f.flops_per_token)} forward and backward"))
-    return rows
+    return [*rows, *([("taken for granted", f.flops_missing)] if f.flops_missing else [])]
 
 
 def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
@@ -104,6 +109,7 @@ def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
     rows = [
         ("a token", f"{size(f.cache_bytes_per_token)} in {f.cache_dtype}"),
         (f"{length} tokens", f"{size(f.cache_bytes)}{beside}"),
+        *([("taken for granted", f.cache_missing)] if f.cache_missing else []),
     ]
     if windows:
         rows.append(("windows", f"{len(windows)} of {model.n_layers} layers hold {max(windows) - 1:,} tokens at most"))

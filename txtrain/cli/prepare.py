@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from txtrain import files
+from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
 from txtrain.data.prepare import make_tokenizer
 from txtrain.data.sources.source import build_source, describe, settle
@@ -23,12 +24,13 @@ from txtrain.errors import ConfigError
 from txtrain.objectives.base import build_objective
 
 
-def run_prepare(config: Prepare) -> int:
+def run_prepare(job: Composed) -> int:
     """Write the folder, or what is missing of it.
 
     Raises:
         ConfigError: the data cannot be had or are no text, or the folder holds something else.
     """
+    config: Prepare = job.config
     assert config.out is not None
     corpus, tokenizer = _text(config)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
+from txtrain.config.composed import Composed
 from txtrain.config.schema import Preview
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
@@ -23,12 +24,13 @@ _COLUMNS = 56  # characters that an image is wide, at most
 _STYLES = {"trained": "bold green", "hidden": "bold red", "border": "bold yellow", "read": "dim"}
 
 
-def run_preview(config: Preview) -> int:
+def run_preview(job: Composed) -> int:
     """Print preview.n samples.
 
     Raises:
         ConfigError: as `train`, for what is wrong with the data; samples that are neither tokens nor images.
     """
+    config: Preview = job.config
     data = DataModule(config)
     batch = data.first(config.preview.n, config.preview.split)
     if "input_ids" not in batch and "pixel_values" not in batch:

@@ -10,17 +10,16 @@ import time
 from pathlib import Path
 
 from txtrain import files
+from txtrain.cli.verbs import exit_code, root_of, work_of
+from txtrain.config.composed import from_file
 
 
 def run(verb: str, file: str, record: str, digest: str) -> int:
     """Run the member that `file` describes, and leave in `record` how it ended. What is not exit code 0 ends the process with it."""
     own_signals()
-    from txtrain.cli.main import main
-
-    os.environ["TXTRAIN_CONFIG"] = file
     code = 1
     try:
-        code = main([verb])
+        code = exit_code(lambda: work_of(verb, from_file(root_of(verb), file)))
     finally:
         if os.environ.get("SLURM_PROCID", "0") == "0":
             ended = time.strftime("%Y-%m-%d %H:%M:%S")

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from txtrain import files
-from txtrain.config.compose import Composed, to_file
+from txtrain.cli import slurm_member
+from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema import Plan, Train
 from txtrain.config.slurm_launcher import SlurmConfig
 from txtrain.convert import build, plain
@@ -28,6 +29,7 @@ from txtrain.errors import ConfigError
 from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.start_screen import count
 from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.plain_files import check_keys, read_json
 
 ENDED = {"complete", "failed", "lost", "preempted"}  # states that a member does not leave by itself
 GRACE = 20.0  # seconds in which a shared file system may still show what a job that has left the queue wrote last
@@ -80,13 +82,13 @@ class Member:
 
     def ended(self) -> tuple[str, str]:
         """State and time of its last job's end; empty where there was none, or of another configuration."""
-        try:
-            known = json.loads(self.record.read_text())
-        except FileNotFoundError:
+        if not self.record.exists():
             return "", ""
+        known = read_json(self.record)
+        check_keys(known, str(self.record), {"digest": str, "code": int, "ended": str})
         if known["digest"] != self.digest or (known["code"] == 0 and self.run_dir is not None and not self.run_dir.exists()):
             return "", ""
-        return {0: "complete", PREEMPTED: "preempted"}.get(known["code"], "failed"), str(known["ended"])
+        return {0: "complete", PREEMPTED: "preempted"}.get(known["code"], "failed"), known["ended"]
 
 
 def identity(verb: str, jobs: Sequence[Sequence[str]]) -> str:
@@ -232,8 +234,6 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
     import submitit
     from submitit.core.utils import FailedJobError
 
-    from txtrain.cli import slurm_member
-
     for m in members:
         m.record.unlink(missing_ok=True)
         to_file(m.job, m.file)
@@ -275,7 +275,10 @@ class Queue:
             raise ConfigError(f"`hydra/launcher=slurm`: squeue does not say which members are in the queue: {said}.")
 
     def read(self) -> dict[int, str]:
-        return {int(n): job for n, job in json.loads(self.path.read_text()).items()} if self.path.exists() else {}
+        found = read_json(self.path) if self.path.exists() else {}
+        if not all(n.isdecimal() and isinstance(job, str) for n, job in found.items()):
+            raise ConfigError(f"{self.path} must say the job of each member by its number, but does not.")
+        return {int(n): job for n, job in found.items()}
 
     def add(self, jobs: Sequence[str], members: Sequence[Member]) -> None:
         self.jobs |= {m.number: job for m, job in zip(members, jobs, strict=True)}

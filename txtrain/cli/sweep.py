@@ -20,29 +20,33 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
+from txtrain.cli.jobs import with_init_from
+from txtrain.cli.verbs import root_of, work_of
 from txtrain.config import slurm_launcher
-from txtrain.config.compose import Composed, Loader, to_file, typed
-from txtrain.config.schema import ROOTS
+from txtrain.config.compose import typed
+from txtrain.config.composed import Composed, to_file
+from txtrain.config.loader import Loader
 from txtrain.parallel.early_signals import PREEMPTED
 from txtrain.slurm import Job
 
 
-def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[str]]]) -> int:
+def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:
     """Run all jobs. Exit code: 1 if one failed, else 75 if one was preempted, else 0."""
     stamp = f"slurm-{job.number}" if (job := Job.here()) else time.strftime("%Y-%m-%d_%H-%M-%S")  # a job that is requeued finds its members
-    chosen, hydra = slurm_launcher.named(jobs[0][1]), [line for line in jobs[0][1] if line.lstrip("+").startswith("hydra")]
+    chosen, hydra = slurm_launcher.named(jobs[0][1]), [o for o in jobs[0][1] if o.is_hydra_override()]
+    lines = [[str(o.input_line) for o in overrides if not o.is_hydra_override()] for _, overrides in jobs]
     if chosen == "slurm":
         from txtrain.cli.slurm_sweep import identity, submit
 
-        lines = [[line for line in of_job if line not in hydra] for _, of_job in jobs]
-        name, how = identity(verb, lines), slurm_launcher.slurm(verb, hydra, loader)
-        return submit(verb, [in_folder(job, name, number) for number, (job, _) in enumerate(jobs)], varied(lines), how, name)
+        stamp, how = identity(verb, lines), slurm_launcher.slurm(verb, hydra, loader)
+        return submit(verb, [in_folder(job, stamp, n) for n, (job, _) in enumerate(jobs)], varied(lines), how, stamp)
     if chosen is not None:
-        codes = _through_launcher(verb, loader, [lines for _, lines in jobs], stamp)
+        codes = _through_launcher(verb, loader, [str(o.input_line) for o in hydra], lines, stamp)
     else:
-        codes = _in_subprocesses(verb, [in_folder(job, stamp, number) for number, (job, _) in enumerate(jobs)], varied([lines for _, lines in jobs]))
+        codes = _in_subprocesses(verb, [in_folder(job, stamp, n) for n, (job, _) in enumerate(jobs)], varied(lines))
     for number, code in enumerate(codes):
         if code:
             print(f"txtrain: job {number} {'was preempted' if code == PREEMPTED else f'failed (exit code {code})'}", file=sys.stderr)
@@ -127,14 +131,13 @@ def task(cfg: DictConfig) -> int:
     """One job, perhaps in another process on another machine. Never raises: launchers would go on, but the sweep's end would raise."""
     from hydra.core.hydra_config import HydraConfig
 
-    from txtrain.cli.main import run
-
     hydra = HydraConfig.get()
     verb, stamp, number = str(hydra.job.config_name), str(hydra.job.name), int(hydra.job.num)
     holder = HydraConfig.instance()
     saved, holder.cfg = holder.cfg, None  # Lightning would start its ranks by Hydra's command line, the whole sweep again
     try:
-        return run(in_folder(typed(cfg, ROOTS[verb]), stamp, number))
+        job = with_init_from(typed(cfg, root_of(verb)))
+        return work_of(verb, in_folder(job, stamp, number), time.time())()
     except Exception:  # the border of a job: anything that leaves it would end the other jobs of Hydra's launcher
         traceback.print_exc()
         return 1
@@ -142,15 +145,14 @@ def task(cfg: DictConfig) -> int:
         holder.cfg = saved
 
 
-def _through_launcher(verb: str, loader: Loader, jobs: Sequence[list[str]], stamp: str) -> list[int]:
+def _through_launcher(verb: str, loader: Loader, hydra: list[str], jobs: list[list[str]], stamp: str) -> list[int]:
     from hydra._internal.callbacks import Callbacks
     from hydra._internal.hydra import Hydra
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
-    hydra = [line for line in jobs[0] if line.lstrip("+").startswith("hydra")]
     master = Hydra("txtrain", loader).compose_config(verb, [*hydra, f"hydra.job.name={stamp}"], run_mode=RunMode.MULTIRUN)
     context = HydraContext(config_loader=loader, callbacks=Callbacks(master))
     plugin = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
-    results = plugin.launch([[line for line in job if line not in hydra] for job in jobs], initial_job_idx=0)
+    results = plugin.launch(jobs, initial_job_idx=0)
     return [int(result.return_value) for result in results]

@@ -50,7 +50,7 @@ class GraftedRepository:
         self.recipes = [p for p in paths if is_recipe(p)]
         self.chosen = {axis: p.split("/")[2] for p in paths for axis in MODEL_AXES if p.startswith(f"model/{axis}/")}
         groups = [(p, p.rpartition("/")[0]) for p in paths]
-        typed = {group_of(axis) for axis in TABLE}  # groups whose options carry `type`
+        typed = set(map(group_of, TABLE))  # groups whose options carry `type`
         self.types = {g: kind for p, g in groups if g in typed and (kind := self._leaf(p).get("type"))}
         self.report: dict[str, dict[str, Any]] = {}
         for axis, to in self.chosen.items() if self.families else ():

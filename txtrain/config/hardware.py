@@ -69,7 +69,15 @@ PUBLISHED = {
     "MI300A": _device("MI300A", "AMD MI300A data sheet", 980.6, 490.3, 122.6),
     "MI325X": _device("MI325X", "AMD MI325X data sheet", 1307.4, 653.7, 163.4),
 }
+_BESIDE = re.compile(r"nvidia|geforce|tesla|amd|instinct|\d+gb|sxm\d?|hbm\d?e?")  # words that tell no device apart
 _ANOTHER = re.compile(r"\b(Laptop|Max-Q|Ti|SUPER|D|MIG)\b")  # behind a name it means a smaller or larger device
+
+
+def key_of(spelling: str) -> str | None:
+    """The key of PUBLISHED that is meant. Case, separators, maker and memory size do not matter: a100-80gb is A100."""
+    words = [word for word in re.split(r"[\s_-]+", spelling.lower()) if not _BESIDE.fullmatch(word)]
+    keys = {key.replace("_", "").lower(): key for key in PUBLISHED}
+    return keys.get("".join(words)) or keys.get("".join(word for word in words if word != "pcie"))
 
 
 def named(device: str) -> Accelerator | None:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import re
 
-LITERALS = frozenset(["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer", "data.cache_dir"])
+from txtrain.config.schema import Export, Generate, Prepare
+from txtrain.convert import marked
+
+LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
+
+_PATHS = "data.val_path"  # in Hydra's grammar, for null and for named sets; but commas separate paths, as in data.path
+_GRAMMAR = re.compile(r"""["'{[]|\w+\(""")
 
 
 def escape(value: str) -> str:
@@ -22,6 +28,8 @@ def quote(value: str) -> str:
 def protect(override: str, sweep: bool) -> str:
     """The override with a literal key's value quoted; in a sweep every comma separates values."""
     key, equals, value = override.partition("=")
-    if not equals or key.lstrip("+") not in LITERALS:
+    name = key.lstrip("+")
+    paths = name == _PATHS and not sweep and "," in value and not _GRAMMAR.match(value)
+    if not equals or not (name in LITERALS or paths):
         return override
     return f"{key}={','.join(map(quote, value.split(',') if sweep else [value]))}"

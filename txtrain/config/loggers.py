@@ -17,6 +17,7 @@ from txtrain.config.paths import CONF, options
 from txtrain.config.targets import WANDB
 from txtrain.convert import key_of, part
 from txtrain.errors import ConfigError, nearest
+from txtrain.registry import knob
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -24,12 +25,12 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 def _named_again(default: Any) -> Any:
     """A word that says where data or code is sent or written: never taken from the file of an earlier run."""
-    return dc.field(default=default, metadata={"from_run": lambda value: False})
+    return knob(default, from_run=lambda value: False)
 
 
 def _folder_name(default: Any) -> Any:
     """Part of a path below the run's folder: taken from an earlier run's file where it cannot leave that folder."""
-    return dc.field(default=default, metadata={"from_run": lambda value: _PLAIN_NAME.fullmatch(str(value))})
+    return knob(default, from_run=lambda value: _PLAIN_NAME.fullmatch(str(value)))
 
 
 @dc.dataclass(frozen=True, kw_only=True)

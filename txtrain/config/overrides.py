@@ -1,40 +1,31 @@
-"""The overrides of a command line: literals protected, sweeps split into jobs, groups and spellings checked, each before Hydra sees it."""
+"""The overrides of a command line, parsed once: literals protected, sweeps split into jobs, groups and spellings checked,
+each before Hydra sees it."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from itertools import product
+from typing import Any
 
 import yaml
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import Override, OverrideType, Transformer, ValueType
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
-from txtrain.config import slurm_launcher
 from txtrain.config.literals import protect
-from txtrain.config.schema import ROOTS
+from txtrain.config.paths import groups_of
+from txtrain.config.schema import Train
 from txtrain.convert import key_paths
 from txtrain.errors import ConfigError, hint, nearest
-from txtrain.registry import TABLE, VALUE_AXES, group_of
 from txtrain.unknown_keys import unknown_key
 
-if TYPE_CHECKING:
-    from txtrain.config.compose import Loader
-
+LAUNCHER = "hydra/launcher"  # the group that says who runs the members of a sweep
 _ALIASES = {"recipe": "recipes", "experiment": "recipes"}
 _SEVERAL = {"logger", "callbacks"}  # groups that take a list of options
-
-
-def groups_of(root: type) -> list[str]:
-    """The groups of a verb, as written on its command line."""
-    axes = [axis for axis in TABLE if axis not in VALUE_AXES and axis != "rope_scaling"]
-    fields = {f.name for f in dc.fields(root)}
-    groups = ["model", *map(group_of, axes), "trainer", *sorted(_SEVERAL)]
-    return [g for g in groups if g.partition("/")[0] in fields] + (["recipes"] if "model" in fields else [])
 
 
 @contextmanager
@@ -62,27 +53,40 @@ def _said(e: BaseException) -> str:
     return "; ".join(line.strip() for line in said.splitlines() if line.strip())[:300]
 
 
-def parse(overrides: Sequence[str], loader: Loader | None = None) -> list[Override]:
-    parsed: list[Override] = OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
-    return parsed
+def parse(overrides: Iterable[str | Override], loader: ConfigLoaderImpl | None = None) -> list[Override]:
+    """By Hydra's grammar; what is parsed already stays as it is. loader: knows the options that `glob(*)` stands for."""
+    parser = OverridesParser.create(config_loader=loader)
+    return [o if isinstance(o, Override) else parser.parse_overrides([o])[0] for o in overrides]
 
 
-def expand(overrides: Iterable[str], sweep: bool, loader: Loader | None = None) -> list[list[str]]:
-    """The overrides of each job, in Hydra's spelling; one job unless it is a sweep.
+def expand(overrides: Iterable[str], sweep: bool, loader: ConfigLoaderImpl | None = None) -> list[list[Override]]:
+    """The overrides of each job; one job unless it is a sweep.
 
     Raises:
         ConfigError: something is not KEY=VALUE, cannot be read, or has several values without -m.
     """
     lines = [_normalised(o, sweep) for o in overrides]
     with hydra_errors():
-        parsed = parse(lines, loader)  # the loader is for glob(*)
+        parsed = parse(lines, loader)
         if problems := [_needs_sweep(o) for o in parsed if o.is_sweep_override() and not sweep]:
             raise ConfigError(*problems)
         if not sweep:
-            return [lines]
-        ours = [o for o in parsed if not o.is_hydra_override()]
-        jobs = BasicSweeper.split_arguments(ours, None)[0]
-        return [[str(o.input_line) for o in parsed if o.is_hydra_override()] + list(job) for job in jobs]
+            return [parsed]
+        hydra = [o for o in parsed if o.is_hydra_override()]
+        values = {o.get_key_element(): list(_values(o)) for o in parsed if not o.is_hydra_override()}
+        return [[*hydra, *job] for job in product(*values.values())]
+
+
+def _values(o: Override) -> Iterator[Override]:
+    """One override for each value of a sweep."""
+    if not o.is_sweep_override():
+        yield o
+        return
+    if not o.is_discrete_sweep():
+        raise ConfigError(f"`{o.input_line}` must be values that can be counted: a,b, range(...) or glob(...).")
+    for value in o.sweep_iterator():
+        line = f"{o.get_key_element()}={Transformer.str(value)}"
+        yield dc.replace(o, value_type=ValueType.ELEMENT, _value=value, input_line=line)
 
 
 def _normalised(override: str, sweep: bool) -> str:
@@ -90,66 +94,72 @@ def _normalised(override: str, sweep: bool) -> str:
         raise ConfigError(f"`{override}` is not a flag. Overrides have no dashes: write {override.lstrip('-')}.")
     key, equals, value = override.partition("=")
     if not equals and not override.startswith("~"):
-        verb = " The verb comes first." if override in ROOTS else ""
-        raise ConfigError(f"`{override}` must be KEY=VALUE.{verb}")
+        raise ConfigError(f"`{override}` must be KEY=VALUE.")
     return protect(_ALIASES.get(key, key) + equals + value, sweep)
 
 
 def _needs_sweep(o: Override) -> str:
     key, _, value = str(o.input_line).partition("=")
-    otherwise = "" if {key, key.replace(".", "/")} & set(groups_of(ROOTS["train"])) else f"; '{key}=[{value}]' is a list, '{key}=\"{value}\"' a string"
+    is_group = {key, key.replace(".", "/")} & set(groups_of(Train))
+    otherwise = "" if is_group else f"; '{key}=[{value}]' is a list, '{key}=\"{value}\"' a string"
     return f"`{key}` must be one value, but is {value!r} instead: -m runs each{otherwise}."
 
 
-def check(overrides: Sequence[str], loader: Loader, root: type) -> list[str]:
+def check(overrides: Sequence[Override], loader: ConfigLoaderImpl, root: type) -> list[Override]:
     """The overrides as Hydra is to get them.
 
-    Values are passed as `++key=value`, so that Hydra accepts them all: a key that does not exist reaches `convert.build`, which knows
-    the near ones.
+    Values are passed as `++key=value`, so that Hydra accepts them all: a key that does not exist reaches `convert.build`, which
+    knows the near ones.
 
     Raises:
         ConfigError: an option or a group that does not exist, a value given like a group, a group given like a value.
     """
     checker = _Checker(loader, root)
-    lines = [checker.line(o) for o in parse(overrides)]
+    checked = [checker.checked(o) for o in overrides]
     if checker.problems:
         raise ConfigError(*checker.problems)
-    return lines
+    return checked
+
+
+def _with_prefix(o: Override, prefix: str) -> Override:
+    kind = OverrideType.FORCE_ADD if prefix else OverrideType.CHANGE
+    return dc.replace(o, type=kind, input_line=prefix + str(o.input_line).lstrip("+"))
 
 
 class _Checker:
-    def __init__(self, loader: Loader, root: type) -> None:
+    def __init__(self, loader: ConfigLoaderImpl, root: type) -> None:
         self.loader = loader
         self.root, self.groups, self.known = root, groups_of(root), key_paths(root)
         self.problems: list[str] = []
 
-    def line(self, o: Override) -> str:
-        key, line = o.key_or_group, str(o.input_line).lstrip("+")
-        if key == slurm_launcher.GROUP and not o.is_delete():
-            self.problems += slurm_launcher.check_name(str(o.value()), self.loader)
+    def checked(self, o: Override) -> Override:
+        key = o.key_or_group
         if key.startswith("hydra.launcher.") and not o.is_delete():
-            return f"++{line}"  # its keys are checked where they are read, by who knows the near ones
-        if o.is_hydra_override() or o.is_delete():
-            return str(o.input_line)
+            return _with_prefix(o, "++")  # its keys are checked where they are read, by who knows the near ones
         value: Any = o.value()
-        shown = value if isinstance(value, str) else line.partition("=")[2]
+        if key == LAUNCHER and not o.is_delete() and value not in (options := self.loader.get_group_options(LAUNCHER)):
+            near = hint(value, options, f"{LAUNCHER}={{}}")
+            self.problems.append(f"`{LAUNCHER}={value}` must be one of {', '.join(options)}.{near}")
+        if o.is_hydra_override() or o.is_delete():
+            return o
+        shown = value if isinstance(value, str) else o.get_value_string()
         dotted, slashed = key.replace("/", "."), key.replace(".", "/")
         if o.package is not None:
             self.problems.append(f"`{o.get_key_element()}`: packages (@) cannot be given here. Write {key}={shown}.")
         elif key in self.groups and not isinstance(value, dict):
             self.group(key, value, shown)
-            return line
+            return _with_prefix(o, "")
         elif slashed in self.groups and not isinstance(value, dict):
             self.group(slashed, value, shown, f"`{key}={shown}`: {slashed} is a group.")
         elif "/" in key and dotted in self.known:
             self.problems.append(f"`{key}={shown}`: {dotted} is a value, not a group. Write {dotted}={shown}.")
         elif "/" in key:
-            near = nearest(key, [*self.groups, *self.known])
-            guess = f" Did you mean {near}={shown}?" if near else ""
+            close = nearest(key, [*self.groups, *self.known])
+            guess = f" Did you mean {close}={shown}?" if close else ""
             self.problems.append(f"`{key}={shown}`: there is no group {key}. Groups: {', '.join(self.groups) or 'none'}.{guess}")
         elif not isinstance(value, dict) and self.loader.repository.group_exists(key):  # of another verb, or a folder beside recipes/
             self.problems.append(unknown_key(key, shown, [f.name for f in dc.fields(self.root)], self.known, None))
-        return f"++{line}"
+        return _with_prefix(o, "++")
 
     def group(self, group: str, value: Any, shown: str, complaint: str = "") -> None:
         """`complaint`: what is wrong already, before the option is looked at."""

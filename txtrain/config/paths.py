@@ -1,8 +1,11 @@
-"""Where the configuration files lie: at the top of a checkout, inside the package of an installed wheel. Names of options, without Hydra."""
+"""Where the configuration files lie, in a checkout or an installed wheel; names of groups and options, without Hydra."""
 
 from __future__ import annotations
 
+import dataclasses as dc
 from pathlib import Path
+
+from txtrain.registry import TABLE, VALUE_AXES, group_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 DATA = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # holds conf/ and recipes/
@@ -14,7 +17,18 @@ def families() -> list[str]:
     return options("model")
 
 
+def groups_of(root: type) -> list[str]:
+    """The groups of a verb, as written on its command line."""
+    axes = [axis for axis in TABLE if axis not in VALUE_AXES and axis != "rope_scaling"]
+    fields = {f.name for f in dc.fields(root)}
+    groups = ["model", *map(group_of, axes), "trainer", "callbacks", "logger"]
+    return [g for g in groups if g.partition("/")[0] in fields] + (["recipes"] if "model" in fields else [])
+
+
 def options(group: str) -> list[str]:
     """Names of the packaged options of a group, such as model or model/attention; `recipes` too."""
     folder = DATA / group if group == "recipes" else CONF / group
-    return sorted(f.relative_to(folder).with_suffix("").as_posix() for f in folder.glob("**/*.yaml" if group == "recipes" else "*.yaml"))
+    return sorted(
+        f.relative_to(folder).with_suffix("").as_posix()
+        for f in folder.glob("**/*.yaml" if group == "recipes" else "*.yaml")
+    )

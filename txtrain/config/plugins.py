@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import txtrain.config.schema  # noqa: F401  (fills BASES)
 from txtrain.errors import ConfigError, hint
-from txtrain.registry import BASES, USER_AXES, VALUE_AXES, group_of, knob, register
+from txtrain.registry import BASES, USER_AXES, VALUE_AXES, dropout_knob, group_of, inherits_from_package, knob, register
 
 T = TypeVar("T", bound=type)
 
@@ -30,6 +30,8 @@ def component(axis: str, name: str) -> Callable[[T], T]:
     def wrap(cls: T) -> T:
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
+        if problem := _knob_problem(axis, config):
+            raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: {problem}")
         register(axis, name, cls, config)
         if axis not in VALUE_AXES:
             from hydra.core.config_store import ConfigStore
@@ -40,13 +42,41 @@ def component(axis: str, name: str) -> Callable[[T], T]:
     return wrap
 
 
+def _knob_problem(axis: str, config: type) -> str | None:
+    inherited = {f.name for f in dc.fields(BASES[axis])}
+    for f in dc.fields(config):
+        if f.name not in inherited and hasattr(BASES[axis], f.name) and not _is_default(BASES[axis], f.name):
+            return f"a knob must have another name than {f.name!r}, which every {axis} has a method or a constant of."
+        if axis in VALUE_AXES and f.name != "type" and f.default is f.default_factory is dc.MISSING:
+            return f"{f.name!r} must have a default: an option of {axis} is chosen by its name alone."
+    return None
+
+
+def _is_default(base: type, name: str) -> bool:
+    """Whether it stands for a knob that some options lack: a plain value, which no annotation makes a constant."""
+    owner = next(cls for cls in base.__mro__ if name in vars(cls))
+    plain = isinstance(vars(owner)[name], int | float | None)
+    return plain and name not in inspect.get_annotations(owner)
+
+
+# Parameters are always known: a user's own option is built and counted, unless its Config states them.
+COUNTED = ("n_params", "n_params_of", "n_active_params")
+
+
 def _config_with_base(axis: str, own: type) -> type:
-    """A nested Config need not derive from the axis' base: its fields are joined to it."""
+    """A nested Config need not derive from the axis' base: its fields are joined to it.
+
+    One that derives from an option of the package does not inherit that option's number of parameters.
+    """
     base = BASES[axis]
-    if issubclass(own, base):
+    forms = [form for form in COUNTED if hasattr(base, form) and inherits_from_package(own, form)]
+    counted = {form: getattr(base, form) for form in forms}
+    if issubclass(own, base) and all(getattr(own, form) is method for form, method in counted.items()):
         return own
+    bases = (own,) if issubclass(own, base) else (own, base)
+    namespace = counted | {"__module__": own.__module__}
     try:
-        return dc.make_dataclass(own.__qualname__, [], bases=(own, base), frozen=True, kw_only=True, namespace={"__module__": own.__module__})
+        return dc.make_dataclass(own.__qualname__, [], bases=bases, frozen=True, kw_only=True, namespace=namespace)
     except TypeError as e:
         raise ConfigError(f"`{own.__qualname__}` must be @dataclass(frozen=True, kw_only=True) to describe an option of {axis}: {e}.") from e
 
@@ -63,5 +93,6 @@ def _config_from_constructor(axis: str, cls: type) -> type:
         if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is p.empty or p.name in inherited:
             continue
         default = tuple(p.default) if isinstance(p.default, list) else p.default
-        fields.append((p.name, hints.get(p.name, Any), knob(default, carry=p.name in ("bias", "dropout"))))  # these are no option's mechanism
+        made = dropout_knob(default) if p.name == "dropout" else knob(default, carry=p.name == "bias")
+        fields.append((p.name, hints.get(p.name, Any), made))
     return dc.make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), frozen=True, kw_only=True, namespace={"__module__": cls.__module__})

@@ -6,24 +6,22 @@ the command line, the user's --config-dir or the packaged options; what the file
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
-from txtrain.checkpoint.run_folder import flat
 from txtrain.config import loggers, targets
-from txtrain.config.compose import NOTES, Composed, Loader, load
+from txtrain.config.composed import NOTES, Composed
 from txtrain.config.literals import escape
-from txtrain.config.overrides import check, groups_of, parse
-from txtrain.config.schema import ROOTS
-from txtrain.convert import build
+from txtrain.config.loader import Loader, load
+from txtrain.config.overrides import check
+from txtrain.config.paths import groups_of
+from txtrain.convert import build, flat, marked
 from txtrain.errors import ConfigError
-
-FREE = ("strategy", "trainer", "logger", "callbacks")  # the groups that a resumed run may choose anew
+from txtrain.plain_files import read_yaml
 
 
 def run_folder(run_or_checkpoint: str) -> Path:
@@ -38,27 +36,26 @@ def run_folder(run_or_checkpoint: str) -> Path:
         if (folder / "config.yaml").is_file():
             return folder
     why = "has no config.yaml" if path.exists() else "does not exist"
-    raise ConfigError(f"`resume` must be auto, never, or a run's folder or one of its checkpoints, but {run_or_checkpoint!r} {why}.")
+    allowed = "auto, never, or a run's folder, one of its checkpoints, or a folder of runs"
+    raise ConfigError(f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.")
 
 
-def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Composed:
-    """The configuration in the run's folder, changed as the overrides say.
+def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], loader: Loader) -> Composed:
+    """The configuration in the run's folder, changed as the overrides say. root: its type.
 
     Raises:
         ConfigError: no such run, a group that may not change, a key or value that does not exist.
     """
-    folder, root = run_folder(run), ROOTS[verb]
-    raw = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    if not isinstance(raw, dict):
-        raise ConfigError(f"`resume`: {folder / 'config.yaml'} must be the config.yaml of a run, but is not a mapping.")
-    parsed = [o for o in parse(overrides) if not o.is_hydra_override()]
+    folder = run_folder(run)
+    raw: dict[str, Any] = read_yaml(folder / "config.yaml")
+    parsed = [o for o in overrides if not o.is_hydra_override()]
     _refuse_others(parsed, root)
     saved_imports = raw.get("imports") or []
     raw |= {"imports": loader.imports(overrides), "resume": run, "run_dir": str(folder)}
-    groups = [o for o in parsed if o.key_or_group in FREE]
+    groups = [o for o in parsed if o.key_or_group in _free_groups(root)]
     given = [str(o.key_or_group) for o in parsed]
     saved = {part: raw.get(part) or {} for part in targets.ALLOWED}
-    foreign, notes = _without_foreign(raw, given)
+    foreign, notes = _without_foreign(raw, given, root)
     raw |= _composed_anew(verb, groups, raw, loader, root)
     for o in parsed:
         if o not in groups and o.key_or_group not in ("imports", "resume"):
@@ -76,7 +73,7 @@ def resumed(verb: str, run: str, overrides: list[str], loader: Loader) -> Compos
     return Composed(config, {}, given, notes=(*notes, *_changes(saved, raw)))
 
 
-def _without_foreign(raw: dict[str, Any], given: list[str]) -> tuple[list[str], list[str]]:
+def _without_foreign(raw: dict[str, Any], given: list[str], root: type) -> tuple[list[str], list[str]]:
     """Take out of a saved configuration, in place, what only the user may say: classes, hosts, and paths outside the run's folder.
 
     Returns:
@@ -94,11 +91,14 @@ def _without_foreign(raw: dict[str, Any], given: list[str]) -> tuple[list[str], 
                 f"Name it again with its values: callbacks.{name}._target_=..., or leave it out: callbacks=none."
             )
     raw["callbacks"] = {}
-    data = raw.get("data")
-    if isinstance(data, dict) and data.get("cache_dir") is not None and "data.cache_dir" not in given:
-        where, data["cache_dir"] = data["cache_dir"], None
-        return problems, [f"data.cache_dir is not taken from the run's config.yaml, which says {where!r}: give it again to use it."]
-    return problems, []
+    notes: list[str] = []
+    for key, may in marked(root, "from_run").items():
+        said = flat(raw).get(key)
+        if said is not None and key not in given and not may(said):
+            _set(raw, key, None)
+            file = f"the run's config.yaml, which says {said!r}"
+            notes.append(f"{key} is not taken from {file}: give it again to use it.")
+    return problems, notes
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
@@ -110,12 +110,19 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key}: {before} in the run's config.yaml, now {after}"
 
 
-def _refuse_others(parsed: list[Override], root: type) -> None:
+def _free_groups(root: type) -> list[str]:
+    """The groups that a resumed run may choose anew."""
     groups = groups_of(root)
+    return [key for key in marked(root, "free") if key in groups]
+
+
+def _refuse_others(parsed: list[Override], root: type) -> None:
+    groups, free = groups_of(root), _free_groups(root)
+    only = f"only {', '.join(free)} may be chosen anew. Single values (a.b=c) may be given."
     problems = [
-        f"`{o.input_line}`: a resumed run keeps its parts; only {', '.join(FREE)} may be chosen anew. Single values (a.b=c) may be given."
+        f"`{o.input_line}`: a resumed run keeps its parts; {only}"
         for o in parsed
-        if o.is_delete() or (o.key_or_group not in FREE and (o.key_or_group in groups or "/" in o.key_or_group))
+        if o.is_delete() or (o.key_or_group not in free and (o.key_or_group in groups or "/" in o.key_or_group))
     ]
     if problems:
         raise ConfigError(*problems)
@@ -125,7 +132,7 @@ def _composed_anew(verb: str, groups: list[Override], raw: dict[str, Any], loade
     """The named groups from their option's file, with the run's own name and folder where they refer to them."""
     if not groups:
         return {}
-    cfg = load(verb, check([str(o.input_line) for o in groups], loader, root), loader)
+    cfg = load(verb, check(groups, loader, root), loader)
     with open_dict(cfg):
         del cfg[NOTES]
         for key in ("name", "run_dir"):

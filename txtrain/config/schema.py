@@ -12,7 +12,9 @@ from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
 from txtrain.model import rules
+from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
+from txtrain.registry import knob, out_of_range
 from txtrain.run_config import RunConfig
 
 # --------------------------------------------------------------------------------------------------------------------- verbs
@@ -23,9 +25,10 @@ class Train(RunConfig):
     """A run that is sound: each group by itself, and what is between them."""
 
     def check(self) -> Iterator[str]:
-        """Problems of each group first, then what model, objective and data are wrong for; what compares values only where the groups are sound."""
+        """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and
+        where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
-        problems = [p for group in groups if hasattr(group, "check") for p in group.check()]
+        problems = [*out_of_range(self)] or [p for group in groups if hasattr(group, "check") for p in group.check()]
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -34,10 +37,11 @@ class Train(RunConfig):
 
     def _check_between(self) -> Iterator[str]:
         data = self.data
-        if self.model.position.type == "learned" and self.seq_len > self.model.max_seq_len:
+        position = self.model.position
+        if (limit := position.max_positions(self.model)) is not None and self.seq_len > limit:
             yield (
-                f"`data.seq_len` must be at most model.max_seq_len ({self.model.max_seq_len}) with model/position=learned, "
-                f"but is {self.seq_len} instead. Nearest: {self.model.max_seq_len}."
+                f"`data.seq_len` must be at most model.max_seq_len ({limit}) with model/position={position.type}, "
+                f"but is {self.seq_len} instead. Nearest: {limit}."
             )
         if data.global_batch_size % self.micro_batch_size:
             near = ", ".join(map(str, divisors_near(self.micro_batch_size, data.global_batch_size)))
@@ -55,8 +59,8 @@ class Train(RunConfig):
         if (steps := self.profile_steps) is not None:
             if not self.profile:
                 yield f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add profile=true."
-            if not 1 <= steps[0] <= steps[1]:
-                yield f"`profile_steps` must be the first and the last step to trace, from 1 on, but is [{steps[0]},{steps[1]}] instead."
+            if steps[0] > steps[1]:
+                yield f"`profile_steps` must be the first and the last step to trace, but is {list(steps)} instead."
         yield from self._check_name()
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
@@ -72,12 +76,12 @@ class Train(RunConfig):
         every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
         if every is None:
             return
-        if every < 1 or every % rows:
+        if every % rows:
             yield (
                 f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
                 f"Nearest: {max(1, round(every / rows)) * rows}."
             )
-        if self.layer_stats.activations and self.strategy.type in ("tp", "fsdp_tp"):
+        if self.layer_stats.activations and self.strategy.cuts_activations:
             yield (
                 f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: a block's output lies in parts, "
                 "padded to equal lengths. Gradient and weight norms are told under it."
@@ -91,28 +95,29 @@ class Train(RunConfig):
 class PlanConfig:
     """Of which devices `plan` tells time and memory, and how."""
 
-    device: str = "H100"  # one of txtrain.config.hardware
-    n_devices: int | None = None  # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    # its published peak at trainer.precision, in any spelling (h100, a100-80gb): docs/plan.md
+    device: str = "H100"
+    # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    n_devices: int | None = knob(None, at_least=1)
     memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
     simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
-    peak_flops: float | None = None  # FLOP/s of one device; null: the published figure of plan.device at trainer.precision
-    mfu: float = 0.4  # share of the peak that the run reaches
+    # FLOP/s of one device; null: the published figure of plan.device at trainer.precision.
+    peak_flops: float | None = knob(None, above=0)
+    mfu: float = knob(0.4, above=0, at_most=1)  # share of the peak that the run reaches
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
     format: Literal["text", "json"] = "text"
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "device", hardware.key_of(self.device) or self.device)
+
     def check(self) -> Iterator[str]:
         if self.device not in hardware.PUBLISHED:
-            known = ", ".join(hardware.PUBLISHED)
-            instead = f"{self.device} instead: for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
-            yield f"`plan.device` must be one of {known}, but is {instead}"
+            yield (
+                f"`plan.device` must be one of {', '.join(hardware.PUBLISHED)}, but is {self.device} instead: "
+                f"for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
+            )
         if self.memory is not None and not bytes_of(self.memory):
             yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
-        if self.n_devices is not None and self.n_devices < 1:
-            yield f"`plan.n_devices` must be at least 1, but is {self.n_devices} instead."
-        if self.peak_flops is not None and not self.peak_flops > 0:
-            yield f"`plan.peak_flops` must be above 0 or null, but is {self.peak_flops} instead."
-        if not 0 < self.mfu <= 1:
-            yield f"`plan.mfu` must be above 0 and at most 1, but is {self.mfu} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -144,18 +149,15 @@ class Plan(Train):
 class PrepareConfig:
     """How `prepare` writes."""
 
-    shard_tokens: int = 100_000_000  # a file ends with the document that fills it so far
-
-    def check(self) -> Iterator[str]:
-        if self.shard_tokens < 1:
-            yield f"`prepare.shard_tokens` must be at least 1, but is {self.shard_tokens} instead."
+    shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that fills it so far
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Prepare(Train):
     """What `train` would tokenise, and where to."""
 
-    out: str | None = None  # a folder that does not exist, or one that an earlier `prepare` of the same could not finish
+    # A folder that does not exist, or one that an earlier `prepare` of the same could not finish.
+    out: str | None = knob(None, literal=True)
     prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
 
     def check(self) -> Iterator[str]:
@@ -168,12 +170,8 @@ class Prepare(Train):
 class PreviewConfig:
     """What `preview` shows."""
 
-    n: int = 3  # samples, from the first step on
+    n: int = knob(3, at_least=1)  # samples, from the first step on
     split: Literal["train", "validation"] = "train"
-
-    def check(self) -> Iterator[str]:
-        if self.n < 1:
-            yield f"`preview.n` must be at least 1, but is {self.n} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -184,51 +182,32 @@ class Preview(Train):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Generate:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
+class Generate(Sampling):
+    # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
+    checkpoint: str | None = knob(None, literal=True)
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    prompt: str | None = None  # `-`: standard input
+    prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
     prompt_file: str | None = None  # one prompt a line
-    max_new_tokens: int = 64
-    temperature: float = 0.8  # 0: the most likely token
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    seed: int = 0
     stream: bool = True  # print tokens as they come, where one prompt is given
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if (self.prompt is None) == (self.prompt_file is None):
             yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
-        if self.max_new_tokens < 1:
-            yield f"`max_new_tokens` must be at least 1, but is {self.max_new_tokens} instead."
-        if self.temperature < 0:
-            yield f"`temperature` must be at least 0, but is {self.temperature} instead."
-        if self.top_k is not None and self.top_k < 1:
-            yield f"`top_k` must be at least 1 or null, but is {self.top_k} instead."
-        for name in ("top_p", "min_p"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value <= 1:
-                yield f"`{name}` must be above 0 and at most 1, or null, but is {value} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Export:
-    checkpoint: str | None = None  # a run's folder, or one of its checkpoints
-    out: str | None = None  # a new folder
+    checkpoint: str | None = knob(None, literal=True)  # a run's folder, or one of its checkpoints
+    out: str | None = knob(None, literal=True)  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    imports: tuple[str, ...] = ()
+    imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if self.out is None:
             yield "`out` must be given: the folder to write."
-
-
-ROOTS: dict[str, type] = {"train": Train, "generate": Generate, "export": Export, "plan": Plan, "prepare": Prepare, "preview": Preview}
-

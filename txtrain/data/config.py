@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from txtrain.registry import BASES, axes, register
+from txtrain.registry import BASES, axes, knob, register
 
 Tokenizer = str  # folder, file or hub name; `bytes`; `train`
 
@@ -17,48 +17,61 @@ class DataConfig:
     """Keys that every source has. A user's own source derives from this, or gets these keys beside its constructor's."""
 
     type: str
-    tokenizer: Tokenizer | None = "train"
-    seq_len: int | None = None  # null: model.max_seq_len
-    global_batch_size: int = 8  # sequences a step, over all processes
-    micro_batch_size: int | None = None  # sequences a process at a time; null: its whole share
+    tokenizer: Tokenizer | None = knob("train", literal=True)
+    seq_len: int | None = knob(None, at_least=2)  # null: model.max_seq_len
+    global_batch_size: int = knob(8, at_least=1)  # sequences a step, over all processes
+    # Sequences a process at a time; null: its whole share.
+    micro_batch_size: int | None = knob(None, at_least=1, free=True)
     cross_document_attention: bool = False
     packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
-    val_fraction: float = 0.05  # of the text, where the source has no validation split of its own
-    num_workers: int = 0
-    cache_dir: str | None = None  # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain
+    # Of the text, where the source has no validation split of its own.
+    val_fraction: float = knob(0.05, above=0, below=1)
+    num_workers: int = knob(0, at_least=0, free=True)
+    # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
+    cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
     kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
 
     def check(self) -> Iterator[str]:
-        for name in ("seq_len", "global_batch_size", "micro_batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < (2 if name == "seq_len" else 1):
-                yield f"`data.{name}` must be at least {2 if name == 'seq_len' else 1}, but is {value} instead."
-        if not 0 < self.val_fraction < 1:
-            yield f"`data.val_fraction` must be above 0 and below 1, but is {self.val_fraction} instead."
         if self.packing != "concat" and self.kind != "text":
             yield f"`data.packing` must be concat with data={self.type}, which is no text, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
             yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
-        if self.num_workers < 0:
-            yield f"`data.num_workers` must be at least 0, but is {self.num_workers} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class TextConfig(DataConfig):
+class UnpackedConfig(DataConfig):
+    """A key of sources that read packed files."""
+
+    # times its size that a packed file (.gz, .zst, .parquet, .npz) may have inside, from 64 MB on
+    max_expansion: float = knob(200.0, at_least=1, free=True)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TextsConfig(DataConfig):
+    """A key of sources of texts of any origin."""
+
+    # of one text: a file of .txt or .tsv, a line of .jsonl, a row
+    max_text_bytes: int = knob(1 << 31, at_least=1, free=True)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class TextConfig(UnpackedConfig, TextsConfig):
     """`data=text`: files of text, or with texts in their rows."""
 
-    path: str | tuple[str, ...] | None = None  # a file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them
-    val_path: str | tuple[str, ...] | dict[str, str] | None = None  # or a name and a path for each of several validation sets
+    # A file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    # Or a name and a path for each of several validation sets.
+    val_path: str | tuple[str, ...] | dict[str, str] | None = None
     text_column: str = "text"  # of .jsonl and .parquet
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class HFConfig(DataConfig):
+class HFConfig(TextsConfig):
     """`data=hf`: whatever `datasets.load_dataset` takes."""
 
-    path: str | None = None
+    path: str | None = knob(None, literal=True)
     name: str | None = None
     split: str = "train"
     val_split: str | None = None  # null: `validation` where the set has it, else val_fraction of the training split
@@ -67,7 +80,7 @@ class HFConfig(DataConfig):
     streaming: bool = False  # read as it comes, in the order of the set; never as a whole
 
     def check(self) -> Iterator[str]:
-        yield from DataConfig.check(self)
+        yield from super().check()
         if self.streaming and self.packing != "concat":
             yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
@@ -77,10 +90,10 @@ class HFConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class WikiTextConfig(DataConfig):
+class WikiTextConfig(UnpackedConfig, TextsConfig):
     """`data=wikitext` (1609.07843): `path` if given, else Salesforce/wikitext from the hub or its cache."""
 
-    path: str | tuple[str, ...] | None = None
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
     name: Literal["wikitext-103-raw-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-2-v1"] = "wikitext-103-raw-v1"
     offline_fallback: Literal["auto", "never"] = "auto"
@@ -95,8 +108,10 @@ class PythonDocsConfig(DataConfig):
 class MemmapConfig(DataConfig):
     """`data=memmap`: tokens that are there already."""
 
-    tokenizer: Tokenizer | None = None  # null: what a folder of `txtrain prepare` brings; of other tools' files nothing
-    path: str | tuple[str, ...] | None = None  # a folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list
+    # null: what a folder of `txtrain prepare` brings; of other tools' files nothing.
+    tokenizer: Tokenizer | None = knob(None, literal=True)
+    # A folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files that do not say
 
@@ -146,12 +161,13 @@ class MixtureConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class TranslationConfig(DataConfig):
+class TranslationConfig(UnpackedConfig, TextsConfig):
     """`data=translation`: pairs of texts."""
 
     kind: ClassVar = "pairs"
 
-    path: str | None = None  # a .tsv (or .gz); or the sources, with target_path beside them; or a set of load_dataset
+    # A .tsv (or .gz); or the sources, with target_path beside them; or a set of load_dataset.
+    path: str | None = knob(None, literal=True)
     target_path: str | None = None  # line by line what those of data.path are translated to
     val_path: str | None = None
     val_target_path: str | None = None
@@ -169,17 +185,16 @@ class ReverseConfig(DataConfig):
     kind: ClassVar = "pairs"
     scores: ClassVar = ("exact_match",)
 
-    n_pairs: int = 20_000
-    min_length: int = 4
-    max_length: int = 16
+    n_pairs: int = knob(20_000, at_least=100)
+    min_length: int = knob(4, at_least=1)
+    max_length: int = knob(16, at_least=1)
     symbols: Literal["digits", "letters"] = "letters"
 
     def check(self) -> Iterator[str]:
         yield from DataConfig.check(self)
-        if self.n_pairs < 100:
-            yield f"`data.n_pairs` must be at least 100, but is {self.n_pairs} instead."
-        if not 1 <= self.min_length <= self.max_length:
-            yield f"`data.min_length` must be from 1 to data.max_length ({self.max_length}), but is {self.min_length} instead."
+        low, high = self.min_length, self.max_length
+        if low > high:
+            yield f"`data.min_length` must be at most data.max_length ({high}), but is {low} instead. Nearest: {high}."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -189,31 +204,26 @@ class PixelConfig(DataConfig):
     kind: ClassVar = "images"
 
     mean: tuple[float, ...] | None = None  # a channel's, of pixels from 0 to 1; null: measured on training images
-    std: tuple[float, ...] | None = None
-    crop_padding: int = 0  # in training: a random window of the image whose edge goes on for so many pixels
-    rotation: float = 0.0  # in training: each image turned by at most so many degrees to either side
-    shift: float = 0.0  # in training: each image moved by at most this share of its side up or down, and left or right
+    std: tuple[float, ...] | None = knob(None, above=0)
+    # In training: a random window of the image whose edge goes on for so many pixels.
+    crop_padding: int = knob(0, at_least=0)
+    # In training: each image turned by at most so many degrees to either side.
+    rotation: float = knob(0.0, at_least=0, at_most=180)
+    # In training: each image moved by at most this share of its side up or down, and left or right.
+    shift: float = knob(0.0, at_least=0, below=1)
     flip: bool = False  # in training: half of the images mirrored
 
     def check(self) -> Iterator[str]:
-        yield from DataConfig.check(self)
+        yield from super().check()
         if self.seq_len is not None:
             yield f"`data.seq_len` must be null for images, whose positions are the model's patches, but is {self.seq_len} instead."
-        if self.crop_padding < 0:
-            yield f"`data.crop_padding` must be at least 0, but is {self.crop_padding} instead."
-        if not 0 <= self.rotation <= 180:
-            yield f"`data.rotation` must be from 0 to 180 degrees, but is {self.rotation} instead."
-        if not 0 <= self.shift < 1:
-            yield f"`data.shift` must be at least 0 and below 1, a share of the image's side, but is {self.shift} instead."
-        if self.std is not None and min(self.std, default=0) <= 0:
-            yield f"`data.std` must be null or above 0, but is {list(self.std)} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ImagesConfig(PixelConfig):
+class ImagesConfig(PixelConfig, UnpackedConfig):
     """`data=images`: folders, arrays, IDX files, or a hub set."""
 
-    path: str | None = None
+    path: str | None = knob(None, literal=True)
     val_path: str | None = None
     labels: str | None = None  # the .npy that belongs to an .npy of images
     val_labels: str | None = None

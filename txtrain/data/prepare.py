@@ -19,7 +19,7 @@ from txtrain.data.samples.best_fit import write_plan
 from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
-from txtrain.data.samples.rows import ListedSamples, Rows
+from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
 from txtrain.data.sources.source import SampleSource, Source, TextSource, build_source, has_validation, settle
@@ -294,13 +294,16 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
     data, samples = config.data, source.samples("train")
     if has_validation(source):
         others = source.samples("validation")
-        train, validation = ListedSamples(samples, np.arange(len(samples))), ListedSamples(others, np.arange(len(others)))
+        parts = [("train", samples, np.arange(len(samples))), ("validation", others, np.arange(len(others)))]
     else:
         held = held_out(len(samples), data.val_fraction)
-        train, validation = ListedSamples(samples, np.flatnonzero(~held)), ListedSamples(samples, np.flatnonzero(held))
-    for part, rows in (("training", train), ("validation", validation)):
-        if not len(rows):
+        parts = [("train", samples, np.flatnonzero(~held)), ("train", samples, np.flatnonzero(held))]
+    below = config.model.vocab_size if config.model.embedding.grid() is None else None
+    train, validation = (ListedSamples(found, rows, f"samples({split!r})", below) for split, found, rows in parts)
+    for part, listed in (("training", train), ("validation", validation)):
+        if not len(listed):
             raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
+        probe(listed)
     known = source.identity() if hasattr(source, "identity") else repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)])
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 

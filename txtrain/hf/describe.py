@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import Any
 
+from txtrain.convert import among, marked
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
 
-# Known to the tables but without influence on logits: dropout and padding_idx act in training only, ids when generating.
-_NOT_IN_LOGITS = ("dropout", "padding_idx", "_token_id", "init.std", "bias_update_rate", "aux_weight")
 _PLAIN = (
     *("topology", "n_layers", "dim", "n_heads", "vocab_size", "max_seq_len", "dropout", "output_dropout", "norm_position"),
     *("share_embeddings", "tie_word_embeddings", "logit_softcap"),
@@ -40,5 +39,6 @@ def describe(model: ModelConfig) -> dict[str, Any]:
 
 def differences(a: dict[str, Any], b: dict[str, Any], *, training: bool = False) -> list[str]:
     """The names in which two descriptions differ, of those that change logits; training: of dropouts instead."""
-    names = [name for name in {**a, **b} if (name.endswith("dropout") if training else not name.endswith(_NOT_IN_LOGITS))]
-    return [name for name in names if a.get(name) != b.get(name)]
+    affects = marked(ModelConfig, "affects")
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    return [name for name in names if (affects.get(name) == "dropout" if training else not among(name, affects))]

@@ -247,7 +247,13 @@ class LayerWindows:
 
 def pattern(windows: list[int | None]) -> int | tuple[int | None, ...] | None:
     """The shortest list that, repeated over the layers, gives these windows."""
-    for period in range(1, len(windows) + 1):
-        if all(w == windows[i % period] for i, w in enumerate(windows)):
-            return windows[0] if period == 1 else tuple(windows[:period])
-    return None
+    if not windows:
+        return None
+    borders = [0] * len(windows)  # of each beginning, how long a part it both begins and ends with: linear in the layers
+    for i in range(1, len(windows)):
+        n = borders[i - 1]
+        while n and windows[n] != windows[i]:
+            n = borders[n - 1]
+        borders[i] = n + (windows[n] == windows[i])
+    period = len(windows) - borders[-1]
+    return windows[0] if period == 1 else tuple(windows[:period])

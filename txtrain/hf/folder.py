@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from txtrain import plain_files
 from txtrain.errors import ConfigError
+from txtrain.files import path_of
 
 # What a tokenizer of transformers is made of, and how images are to be scaled. Copied byte for byte, never opened here.
 TOKENIZER_FILES = (
@@ -22,11 +24,10 @@ TOKENIZER_FILES = (
     *("source.spm", "target.spm"),
     "preprocessor_config.json",
 )
-_LARGEST_TOKENIZER_FILE = 200_000_000  # bytes; Gemma's has 34 million
 
 
 def checked(folder: str | os.PathLike[str]) -> Path:
-    path = Path(folder).expanduser()
+    path = path_of(folder, "folder")
     if not path.is_dir():
         raise ConfigError(f"`load_pretrained` must be given a folder, but {str(folder)!r} is {'a file' if path.exists() else 'not there'}.")
     return path
@@ -45,10 +46,7 @@ def member(folder: Path, name: str) -> Path | None:
     path = folder / name
     if not path.is_file():
         return None
-    target, home = path.resolve(), folder.resolve()
-    cached = home.parent.name == "snapshots" and target.parent == home.parent.parent / "blobs"
-    if target.parent != home and not cached:
-        raise ConfigError(f"{path} must be a file of the folder, but is a link to {target}.")
+    plain_files.check_links([path])
     return path
 
 
@@ -59,7 +57,5 @@ def tokenizer_files(folder: Path) -> dict[str, bytes]:
         path = member(folder, name)
         if path is None:
             continue
-        if path.stat().st_size > _LARGEST_TOKENIZER_FILE:
-            raise ConfigError(f"{path} must be at most {_LARGEST_TOKENIZER_FILE:,} bytes, but has {path.stat().st_size:,}.")
-        found[name] = path.read_bytes()
+        found[name] = plain_files.read_bytes(path, plain_files.TOKENIZER_LIMIT)
     return found

@@ -17,6 +17,7 @@ from txtrain.hf.name_map import Stored, n_elements, stored_tensors
 from txtrain.hf.registry import CONFIG, label_names, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
 from txtrain.hf.tensor_layout import from_theirs, tensors_of
+from txtrain.hf.tensor_names import check_layers
 from txtrain.hf.weights import Weights
 from txtrain.model.build import build_model
 from txtrain.model.config import ModelConfig
@@ -66,9 +67,7 @@ def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = 
 
 def _check_size(config: ModelConfig, entries: Mapping[str, Entry], folder: Path) -> None:
     """Before anything is built: a config may claim any size, the files cannot."""
-    n_layers = config.n_layers + config.encoder_layers
-    if n_layers > len(entries):
-        raise ConfigError(f"{folder}: {CONFIG} describes {n_layers:,} layers, but the files hold {len(entries):,} tensors.")
+    check_layers(config, frozenset(entries), f"{folder}: {CONFIG}")
     held = sum(n_elements(entry.shape) for entry in entries.values())
     if config.n_params > held:
         raise ConfigError(f"{folder}: {CONFIG} describes a model of {config.n_params:,} parameters, but the files hold {held:,} numbers.")

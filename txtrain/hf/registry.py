@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.errors import ConfigError, hint
-from txtrain.hf import strict_json
 from txtrain.hf.families.bert import BERT, BERT_MLM
 from txtrain.hf.families.deepseek import DEEPSEEK_R1
 from txtrain.hf.families.gemma import GEMMA
@@ -23,6 +22,7 @@ from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import respelt
 from txtrain.hf.tensor_names import tensor_names
 from txtrain.model.config import ModelConfig
+from txtrain.plain_files import read_json
 
 if TYPE_CHECKING:
     from txtrain.hf.weights import Weights
@@ -44,7 +44,7 @@ def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, 
     path = member(folder, CONFIG)
     if path is None:
         raise ConfigError(f"{folder} must hold a {CONFIG}, but does not.")
-    given = strict_json.read(path)
+    given = read_json(path)
     known = dict.fromkeys(c.model_type for c in CLASSES)
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in known:
@@ -71,7 +71,7 @@ def _told_by_tensors(candidates: list[HFClass], given: dict[str, Any], folder: P
 def label_names(folder: Path) -> tuple[str, ...]:
     """What config.json calls the classes, in their order; none where it does not, or not each of them."""
     path = member(folder, CONFIG)
-    names = None if path is None else strict_json.read(path).get("id2label")
+    names = None if path is None else read_json(path).get("id2label")
     if not isinstance(names, dict):
         return ()
     found: list[Any] = [names.get(str(i)) for i in range(len(names))]

@@ -39,10 +39,12 @@ def save_pretrained(model: Transformer, folder: str | os.PathLike[str], tokenize
     Raises:
         ConfigError: no class of transformers equals the model; says what differs from the nearest. Nothing is written then.
     """
+    _check(model, tokenizer, max_shard_bytes)
+    path = files.path_of(folder, "folder")
     hf = class_of(model.config)
     dtype = _dtype_of(dict(model.named_parameters()))
     tensors = tensors_of(model)
-    folder = _made(folder)
+    folder = _made(path)
     if lost := hf.lost_dropouts(model.config):
         warnings.warn(f"{hf.architecture} has no place for {', '.join(lost)}: its logits are equal, training on goes without.", stacklevel=2)
     if model.config.mtp_depth:
@@ -66,6 +68,16 @@ def save_pretrained(model: Transformer, folder: str | os.PathLike[str], tokenize
     _write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 
+def _check(model: object, tokenizer: object, max_shard_bytes: object) -> None:
+    if not isinstance(model, Transformer):
+        what = "a model of txtrain.build_model or txtrain.load_pretrained"
+        raise ConfigError(f"`model` must be {what}, but is {type(model).__name__} instead.")
+    if tokenizer is not None and not hasattr(tokenizer, "save"):
+        raise ConfigError(f"`tokenizer` must be a Tokenizer or None, but is {type(tokenizer).__name__} instead.")
+    if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
+        raise ConfigError(f"`max_shard_bytes` must be at least 1, but is {max_shard_bytes!r} instead.")
+
+
 def _with_label_names(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Classes called what they were called where the model came from, if there are still as many."""
     if not names or len(config.get("id2label", ())) != len(names):
@@ -73,12 +85,12 @@ def _with_label_names(config: dict[str, Any], names: Sequence[str]) -> dict[str,
     return {**config, "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
 
 
-def _made(folder: str | os.PathLike[str]) -> Path:
-    path = Path(folder).expanduser()
+def _made(path: Path) -> Path:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as e:
-        raise ConfigError(f"`save_pretrained` must be given a folder, but {str(folder)!r} is or lies below a file.") from e
+        where = f"{str(path)!r} is or lies below a file"
+        raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
     return path
 
 

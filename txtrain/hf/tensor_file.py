@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from txtrain.errors import ConfigError
-from txtrain.hf import strict_json
 from txtrain.hf.name_map import Shape, n_elements
+from txtrain.hf.tensor_names import read_header
 
 DTYPES: dict[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What else the format knows. Such tensors may be in a file (old buffers are), but no parameter can be read from them.
@@ -40,21 +40,16 @@ class SafetensorsFile:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self._begin: dict[str, int] = {}
-        size = path.stat().st_size
-        with path.open("rb") as f:
-            n = int.from_bytes(f.read(8), "little")
-            if size < 8 or n > size - 8 or n > strict_json.LIMIT:
-                raise self._broken(f"its header is to have {n:,} bytes, the file has {size:,}")
-            header = strict_json.parse(f.read(n), f"The header of {path}")
-        header.pop("__metadata__", None)
+        header, data = read_header(path)
+        self.metadata: Any = header.pop("__metadata__", None)
         end = 0
         for name, said in sorted(header.items(), key=_begin_of):
             entry, begin, length = self._entry(name, said)
             if begin != end:
                 raise self._broken(f"{name} begins at byte {begin}, where {end} is expected")
-            self.entries[name], self._begin[name], end = entry, 8 + n + begin, begin + length
-        if 8 + n + end != size:
-            raise self._broken(f"it is to have {8 + n + end:,} bytes, but has {size:,}")
+            self.entries[name], self._begin[name], end = entry, data + begin, begin + length
+        if data + end != (size := path.stat().st_size):
+            raise self._broken(f"it is to have {data + end:,} bytes, but has {size:,}")
 
     def _entry(self, name: str, said: Any) -> tuple[Entry, int, int]:
         try:
@@ -84,11 +79,12 @@ class SafetensorsFile:
         return data.view(DTYPES[entry.dtype]).view(entry.shape)
 
 
-def _begin_of(item: tuple[str, Any]) -> int:
+def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:
     try:
-        return int(item[1]["data_offsets"][0])
-    except (TypeError, KeyError, IndexError, ValueError, OverflowError):
-        return -1  # not a tensor: refused when it is looked at
+        begin, end = item[1]["data_offsets"]
+        return int(begin), int(end)  # both: one without elements ends where the next begins
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return -1, -1  # not a tensor: refused when it is looked at
 
 
 class PickleFile:
@@ -97,11 +93,17 @@ class PickleFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
+            mapped = zipfile.is_zipfile(path)
+            if mapped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
+                raise ValueError("torch packs nothing, and what is packed may be of any size")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the pickle's age
-                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+                loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         except Exception as e:  # whatever a hostile pickle makes torch say; it would advise to unpickle all the same
-            raise ConfigError(f"{path} must hold tensors and nothing else, but does not: it is damaged, or would run code. Nothing of it was.") from e
+            raise ConfigError(
+                f"{path} must hold tensors and nothing else, but does not: it is damaged, or would run code. Nothing of "
+                "it was run. Remedy: weights in model.safetensors, which cannot hold code."
+            ) from e
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold tensors by name, but holds a {type(loaded).__name__}.")
         self._tensors: dict[str, Tensor] = dict(loaded)

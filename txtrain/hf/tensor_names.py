@@ -1,21 +1,61 @@
-"""The names of a folder's tensors, where its files tell them without torch."""
+"""The headers of safetensors files, and the names of a folder's tensors where they tell them. No torch."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from txtrain.hf import strict_json
+from txtrain import plain_files
+from txtrain.errors import ConfigError
 from txtrain.hf.folder import member
+from txtrain.model.config import ModelConfig
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """What a safetensors file says of its tensors (and `__metadata__`), and the byte at which they begin.
+
+    Raises:
+        ConfigError: it has no whole header.
+    """
+    size = plain_files.check_file(path, limit=None)
+    with path.open("rb") as f:
+        n = int.from_bytes(f.read(8), "little")
+        if size < 8 or n > min(plain_files.TENSORS_LIMIT, size - 8):
+            raise ConfigError(
+                f"{path} must be a whole safetensors file, but its header is to have {n:,} bytes, the file has {size:,}."
+            )
+        return plain_files.parse_json(f.read(n), f"The header of {path}"), 8 + n
 
 
 def tensor_names(folder: Path) -> frozenset[str] | None:
-    """Of safetensors, in one file or several; None: only a pickle would know, or the file is broken (weights.py says how)."""
+    """Of safetensors, in one file or several.
+
+    Returns:
+        None where only a pickle would know, or the file is broken, which weights.py says.
+    """
     if (path := member(folder, "model.safetensors")) is not None:
-        with path.open("rb") as f:
-            n = int.from_bytes(f.read(8), "little")
-            whole = n <= min(strict_json.LIMIT, path.stat().st_size - 8)
-            return frozenset(strict_json.parse(f.read(n), f"The header of {path}")) - {"__metadata__"} if whole else None
+        return names_in([path])
     if (path := member(folder, "model.safetensors.index.json")) is not None:
-        places = strict_json.read(path).get("weight_map")
+        places = plain_files.read_json(path, plain_files.TENSORS_LIMIT).get("weight_map")
         return frozenset(places) if isinstance(places, dict) else None
     return None
+
+
+def names_in(files: Iterable[Path]) -> frozenset[str] | None:
+    """The names of the tensors in safetensors files; None where one of them is broken."""
+    try:
+        return frozenset(name for path in files for name in read_header(path)[0]) - {"__metadata__"}
+    except ConfigError:
+        return None
+
+
+def check_layers(model: ModelConfig, names: frozenset[str] | None, where: str) -> None:
+    """Before anything goes through the layers one by one: a config may claim any number, the files cannot.
+
+    Raises:
+        ConfigError: there are more layers than tensors.
+    """
+    n_layers = model.n_layers + model.encoder_layers + model.mtp_depth
+    if names is not None and n_layers > len(names):
+        raise ConfigError(f"{where} describes {n_layers:,} layers, but the files hold {len(names):,} tensors.")

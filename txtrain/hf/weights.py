@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from txtrain import plain_files
 from txtrain.errors import ConfigError
-from txtrain.hf import strict_json
 from txtrain.hf.folder import member
 from txtrain.hf.name_map import respelt
 from txtrain.hf.tensor_file import DTYPES, Entry, PickleFile, SafetensorsFile
@@ -78,7 +78,7 @@ def _open(folder: Path) -> list[TensorFile]:
 
 
 def _open_shards(folder: Path, open_file: type[TensorFile], index: Path) -> list[TensorFile]:
-    places: Any = strict_json.read(index).get("weight_map")
+    places: Any = plain_files.read_json(index, plain_files.TENSORS_LIMIT).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
         raise ConfigError(f"{index}: `weight_map` must say for each tensor the file that it is in.")
     files: dict[str, TensorFile] = {}

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.model.generation import Text, end_tokens, evaluating
+from txtrain.errors import ConfigError
+from txtrain.model.generation import Text, check, end_tokens, evaluating
 
 
 @torch.no_grad()
@@ -37,13 +38,14 @@ def beam_search(
         As `generate`: the prompt (of a decoder beside an encoder the start token) and the new tokens, padded, [B, at most T + max_new_tokens].
 
     Raises:
-        ValueError: as `generate`; num_beams is below 1; no end token is known.
+        ConfigError: as `generate`; num_beams is below 1; no end token is known.
     """
     if num_beams < 1:
-        raise ValueError(f"`num_beams` must be at least 1, but is {num_beams} instead.")
+        raise ConfigError(f"`num_beams` must be at least 1, but is {num_beams} instead.")
+    check(model, input_ids, attention_mask, max_new_tokens=max_new_tokens)
     ends, pad = end_tokens(model, "config" if eos_token_id is None else eos_token_id, pad_token_id, input_ids.device)
     if not len(ends):
-        raise ValueError("`eos_token_id` must be given: the model's config has none, and beams must be able to end.")
+        raise ConfigError("`eos_token_id` must be given: the model's config has none, and beams must be able to end.")
     with evaluating(model):
         text = Text(model, input_ids, attention_mask, max_new_tokens)
         search = _Search(text, num_beams, length_penalty, ends, max_new_tokens)

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -14,6 +14,8 @@ from txtrain.model.context import Context
 
 class Block(nn.Module):
     """Attention, then feed-forward, each joined to the stream by the norm position's rule."""
+
+    sublayers: ClassVar[dict[str, str]] = {"attention": "attention", "ffn": "ffn"}  # name and axis
 
     def __init__(self, attention: nn.Module, attention_residual: nn.Module, ffn: nn.Module, ffn_residual: nn.Module) -> None:
         super().__init__()
@@ -29,6 +31,8 @@ class Block(nn.Module):
 
 class CrossBlock(Block):
     """The same with attention to another stack's output in between (Vaswani et al. 2017)."""
+
+    sublayers: ClassVar[dict[str, str]] = {**Block.sublayers, "cross_attention": "attention"}
 
     def __init__(self, cross_attention: nn.Module, cross_attention_residual: nn.Module, **of_block: Any) -> None:
         super().__init__(**of_block)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from txtrain.convert import checked
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.construct import construct, make_norm
@@ -20,7 +21,11 @@ def build_model(config: ModelConfig) -> Transformer:
     """The model that the config describes, initialised by the family's rule from torch's generator.
 
     Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
+
+    Raises:
+        ConfigError: the config is none, or illegal.
     """
+    checked(config, ModelConfig, "config", "model")
     if torch.get_default_device().type == "meta":
         return transformer(config)
     with torch.device("meta"):
@@ -33,7 +38,7 @@ def build_model(config: ModelConfig) -> Transformer:
 def transformer(config: ModelConfig) -> Transformer:
     """The model on torch's default device, without initial values."""
     norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
-    cls = SentencePairTransformer if getattr(config.head, "next_sentence", False) else Transformer
+    cls = SentencePairTransformer if config.head.next_sentence else Transformer
     return cls(
         config,
         embedding=make_embedding(config),

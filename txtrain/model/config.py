@@ -10,7 +10,8 @@ from typing import Any
 from txtrain.convert import plain
 from txtrain.model import flops, rules
 from txtrain.model import options as options  # (registers the options of all axes)
-from txtrain.model.shape import ModelShape
+from txtrain.model.shape import LAPTOP, ModelShape
+from txtrain.registry import knob, out_of_range
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -21,27 +22,12 @@ class ModelConfig(ModelShape):
 
     def check(self) -> Iterator[str]:
         """Problems as finished sentences; none if the model can be built."""
-        for name in ("n_layers", "n_encoder_layers", "dim", "n_heads", "max_seq_len"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"`model.{name}` must be at least 1, but is {value} instead."
-                return  # what follows divides by them
-        if not 0 <= self.mtp_depth < self.max_seq_len:
-            yield f"`model.mtp_depth` must be from 0 to {self.max_seq_len - 1} (max_seq_len - 1), but is {self.mtp_depth} instead."
-        for name in ("dropout", "output_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                yield f"`model.{name}` must be at least 0 and below 1, but is {getattr(self, name)} instead."
-        if self.logit_softcap is not None and not self.logit_softcap > 0:
-            yield f"`model.logit_softcap` must be above 0 or null, but is {self.logit_softcap} instead."
-        for name in ("std", "embedding_std", "position_std", "head_std"):
-            value = getattr(self.init, name)
-            if value is not None and value < 0:
-                yield f"`model.init.{name}` must be at least 0, but is {value} instead."
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"):
-            value = getattr(self, name)
-            # No upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
-            if any(v < 0 for v in (value if isinstance(value, tuple) else (value or 0,))):
-                yield f"`model.{name}` must be null or at least 0, but is {value} instead."
+        problems = list(out_of_range(self, "model"))
+        yield from problems
+        if problems:
+            return  # what follows computes with them
+        if (depth := self.mtp_depth) >= (n := self.max_seq_len):
+            yield f"`model.mtp_depth` must be below max_seq_len ({n}), but is {depth} instead. Nearest: {n - 1}."
         yield from rules.problems(self)
         for _, component in self.components():
             yield from component.check(self)
@@ -110,6 +96,11 @@ class ModelConfig(ModelShape):
         """What the cache of one row holds after seq_len tokens; a windowed layer forgets, an encoder alone has none."""
         return flops.cache_values(self, seq_len, source_len) * bytes_per_value
 
+    @property
+    def preset(self) -> str:
+        """What `model=` calls it: the family alone is one at laptop size."""
+        return self.family if self.size == LAPTOP else f"{self.family}_{self.size}"
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values; `txtrain.convert.build(ModelConfig, d)` reads them back."""
         made: dict[str, Any] = plain(self)
@@ -135,3 +126,15 @@ def _set(config: ModelConfig, name: str, value: Any) -> None:
 
 
 ModelConfig.__setattr__ = _set  # type: ignore[method-assign, assignment]  # a frozen dataclass may not define its own
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: what the verb `generate` and `txtrain.generate` have in common."""
+
+    max_new_tokens: int = knob(64, at_least=1)
+    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
+    top_k: int | None = knob(None, at_least=1)  # tokens to draw from; null: all
+    top_p: float | None = knob(None, above=0, at_most=1)
+    min_p: float | None = knob(None, above=0, at_most=1)
+    seed: int | None = knob(0, at_least=-(2**63), below=2**64)  # null: of torch's own generator

@@ -6,13 +6,11 @@ dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), cau
 
 from __future__ import annotations
 
-import dataclasses as dc
-import inspect
 from collections.abc import Callable
 from typing import Any
 
 from txtrain.model.shape import ModelShape
-from txtrain.registry import resolve
+from txtrain.registry import BASES, call, resolve
 
 
 def make_norm(config: ModelShape) -> Callable[[int], Any]:
@@ -21,7 +19,6 @@ def make_norm(config: ModelShape) -> Callable[[int], Any]:
 
 def construct(axis: str, component: Any, model: ModelShape, layer: int = 0, **override: Any) -> Any:
     """The module of one option."""
-    cls = resolve(axis, component.type)
     shared: dict[str, Any] = {
         "dim": model.dim,
         "n_heads": model.n_heads,
@@ -34,26 +31,21 @@ def construct(axis: str, component: Any, model: ModelShape, layer: int = 0, **ov
     }
     if axis != "norm":
         shared["norm"] = make_norm(model)
-    named = inspect.signature(cls).parameters
-    arguments = {k: v for k, v in (shared | override).items() if k in named} | component.arguments(model, layer)
-    return cls(**arguments | {k: v for k, v in override.items() if k in arguments})
+    knobs = component.arguments(model, layer)
+    return call(axis, component, shared | knobs | override, knobs)
 
 
-def count_component(component: Any, model: ModelShape, layer: int) -> int:
-    """Parameters of an option that has no closed form."""
+_counted: dict[tuple[Any, str], int] = {}
+
+
+def count_parameters(component: Any, model: ModelShape, layer: int = 0, **override: Any) -> int:
+    """Parameters of an option without a closed form, built on the meta device once for each model and layer."""
     import torch
 
-    axis = next(name for name, c in model.components() if c is component or c == component)
-    with torch.device("meta"):
-        module = construct(axis, component, model, layer)
-    return sum(p.numel() for p in module.parameters())
-
-
-def count_norm(norm: Any, size: int) -> int:
-    """Parameters of a norm that has no closed form."""
-    import torch
-
-    knobs = {f.name: getattr(norm, f.name) for f in dc.fields(norm) if f.name != "type"}
-    with torch.device("meta"):
-        module = resolve("norm", norm.type)(dim=size, **knobs)
-    return sum(p.numel() for p in module.parameters())
+    axis = next(axis for axis, base in BASES.items() if isinstance(component, base))
+    key = (resolve(axis, component.type), repr((component, model, layer, override)))
+    if key not in _counted:
+        with torch.device("meta"):
+            module = construct(axis, component, model, layer, **override)
+        _counted[key] = sum(p.numel() for p in module.parameters()) if isinstance(module, torch.nn.Module) else 0
+    return _counted[key]

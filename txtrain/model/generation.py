@@ -11,6 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from txtrain.convert import build
+from txtrain.errors import ConfigError
+from txtrain.model.config import ModelConfig, Sampling
+from txtrain.model.inputs import INTEGERS, outside, require
+
 OnToken = Callable[[Tensor], None]
 
 
@@ -45,9 +50,13 @@ def generate(
         Prompt and new tokens, [B, P + at most max_new_tokens]; of a decoder beside an encoder the start token and the new ones.
 
     Raises:
-        ValueError: the model is an encoder alone, a prompt is empty or padded on the right, or prompt and new tokens exceed the model's
-            learned positions.
+        ConfigError: an argument is out of its range, the model writes no text, a prompt is empty, padded on the right or
+            not of the vocabulary, or prompt and new tokens exceed the model's learned positions.
     """
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
+    check(model, input_ids, attention_mask, max_new_tokens=max_new_tokens, **how)
+    if on_token is not None and not callable(on_token):
+        raise ConfigError(f"`on_token` must be a function of the new tokens or None, but is {on_token!r} instead.")
     text = Text(model, input_ids, attention_mask, max_new_tokens)
     ends_E, pad = end_tokens(model, eos_token_id, pad_token_id, input_ids.device)
     generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
@@ -68,7 +77,6 @@ class Text:
     """Rows that grow by a token at a time, and the cache of what was read of them."""
 
     def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
-        _check(model, input_ids, attention_mask, max_new_tokens)
         self.model = model
         self.past: Any = None
         padded = attention_mask is not None and not bool(attention_mask.all())
@@ -108,32 +116,50 @@ class Text:
 
 
 def end_tokens(model: Any, eos_token_id: int | tuple[int, ...] | str | None, pad_token_id: int | None, device: torch.device) -> tuple[Tensor, int]:
-    """The tokens that end a row, and the one that fills it afterwards."""
-    ends = model.config.eos_token_id if eos_token_id == "config" else eos_token_id
-    ends = (ends,) if isinstance(ends, int) else ends or ()
+    """The tokens that end a row, and the one that fills it afterwards.
+
+    Raises:
+        ConfigError: they are no tokens, or what fills rows is none of the vocabulary.
+    """
+    given, n = (eos_token_id if eos_token_id != "config" else model.config.eos_token_id), model.config.vocab_size
+    ends = given if isinstance(given, (tuple, list)) else () if given is None else (given,)
+    if not all(type(end) is int and end >= 0 for end in ends):
+        raise ConfigError(f"`eos_token_id` must be a token, some tokens, 'config' or None, but is {given!r} instead.")
     pad = next((v for v in (pad_token_id, model.config.pad_token_id, *ends) if v is not None), 0)
+    if type(pad) is not int or pad < 0 or (pad >= n and any(end < n for end in ends)):  # it is read again
+        raise ConfigError(f"`pad_token_id` must be from 0 to {n - 1}, but is {pad!r} instead.")
     return torch.tensor(ends, dtype=torch.long, device=device), pad
 
 
-def _check(model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
+def check(model: Any, input_ids: Any, attention_mask: Any, **how: Any) -> None:
+    """how: of `Sampling`.
+
+    Raises:
+        ConfigError: an argument is not what `generate` says of it.
+    """
+    build(Sampling, {name: value.item() if hasattr(value, "item") else value for name, value in how.items()})
+    if not isinstance(getattr(model, "config", None), ModelConfig):
+        what = "a model of txtrain.build_model or txtrain.load_pretrained"
+        raise ConfigError(f"`model` must be {what}, but is {type(model).__name__} instead.")
     if model.config.topology == "encoder":
-        raise ValueError("`model` must be a decoder, or have one beside its encoder, to generate, but is an encoder alone.")
-    if input_ids.dim() != 2 or input_ids.shape[1] < 1:
-        raise ValueError(f"`input_ids` must be [rows, tokens] with at least one token, but is {list(input_ids.shape)} instead.")
-    if max_new_tokens < 1:
-        raise ValueError(f"`max_new_tokens` must be at least 1, but is {max_new_tokens} instead.")
+        raise ConfigError("`model` must be a decoder, or have one beside its encoder, but is an encoder alone.")
+    if model.head.pools:
+        raise ConfigError("`model` must have a head over the vocabulary to generate, but has one result a row instead.")
+    require("input_ids", input_ids, {"B": None, "P": None}, INTEGERS, ", with at least one token in each row")
+    if error := outside("input_ids", input_ids, model.config.vocab_size):
+        raise error
     if attention_mask is None:
         return
-    if attention_mask.shape != input_ids.shape:
-        raise ValueError(f"`attention_mask` must have the shape of input_ids, {list(input_ids.shape)}, but has {list(attention_mask.shape)} instead.")
+    B, P = input_ids.shape
+    require("attention_mask", attention_mask, {"B": B, "P": P})
     if model.encoder is None and not bool(attention_mask[:, -1].all()):
-        raise ValueError("`attention_mask` must end in 1 in every row: prompts are padded on the left.")
+        raise ConfigError("`attention_mask` must end in 1 in every row: prompts are padded on the left.")
 
 
 def _check_length(model: Any, length: int, max_new_tokens: int) -> None:
     limit = model.max_positions
     if limit is not None and length + max_new_tokens > limit:
-        raise ValueError(
+        raise ConfigError(
             f"`max_new_tokens` must be at most {max(limit - length, 0)} after a prompt of {length} tokens, but is "
             f"{max_new_tokens} instead: the model has {limit} learned positions."
         )
@@ -150,7 +176,7 @@ def choose(
     """One token a row, [B]."""
     if temperature == 0:
         return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / temperature
+    logits_BV = logits_BV.float() / max(temperature, 1e-30)  # float32 has no smaller one: 0 / 0
     if top_k is not None and top_k < logits_BV.shape[-1]:
         least = logits_BV.topk(top_k).values[:, -1:]
         logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)

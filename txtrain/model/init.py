@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from txtrain.errors import ConfigError
 from txtrain.model.head.heads import ClassHead, LMHead
 from txtrain.model.shape import InitConfig
 
@@ -20,7 +21,7 @@ def init_weights(model: nn.Module) -> None:
     """Fill a materialised model (`to_empty`) in place by `model.config.init`.
 
     Raises:
-        ValueError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
+        ConfigError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
     """
     initialiser = Initialiser(model)
     with torch.no_grad():
@@ -116,7 +117,10 @@ def _reset(name: str, module: nn.Module, seed: int) -> None:
     """Norms, and a user's own modules: torch's convention, under a seed of their own."""
     reset = getattr(module, "reset_parameters", None)
     if reset is None:
-        raise ValueError(f"`{name}` ({type(module).__name__}) owns parameters or buffers: it must have a method reset_parameters() that fills them.")
+        kind = type(module).__name__
+        raise ConfigError(
+            f"`{name}` ({kind}) owns parameters or buffers: it must have a method reset_parameters() that fills them."
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1)
         reset()

@@ -11,7 +11,7 @@ from txtrain.model.attention.latent_config import MLAConfig
 from txtrain.model.attention.multi_head_config import AttentionBase, AttentionConfig
 from txtrain.model.component import Component
 from txtrain.model.embedding.config import PatchEmbeddingConfig, TokenEmbeddingConfig
-from txtrain.model.ffn.dense_config import Activation, GatedConfig, MLPConfig
+from txtrain.model.ffn.dense_config import Activation, FFNBase, GatedConfig, MLPConfig
 from txtrain.model.ffn.moe_config import MoEConfig
 from txtrain.model.head.config import ClassHeadConfig, LMHeadConfig, MLMHeadConfig
 from txtrain.model.norm.config import (
@@ -28,6 +28,7 @@ from txtrain.model.position.config import (
     LinearScaling,
     Llama3Scaling,
     NTKScaling,
+    PositionBase,
     PositionConfig,
     RelativeConfig,
     RoPEConfig,
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionConfig",
     "ClassHeadConfig",
     "Component",
+    "FFNBase",
     "GatedConfig",
     "LMHeadConfig",
     "LayerNormConfig",
@@ -58,6 +60,7 @@ __all__ = [
     "NormBase",
     "NormPositionConfig",
     "PatchEmbeddingConfig",
+    "PositionBase",
     "PositionConfig",
     "RMSNormConfig",
     "RelativeConfig",

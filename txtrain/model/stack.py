@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from txtrain.model.attention.cache import Cache
 from txtrain.model.attention.kernel_choice import choose_kernel
 from txtrain.model.attention.mask import Mask, PreparedMask, prepare
+from txtrain.model.block import CrossBlock
 from txtrain.model.context import Context, MemoryContext
 from txtrain.model.position.encodings import Position
 
@@ -79,8 +80,8 @@ class Stack(nn.Module):
         self.output_dropout = nn.Dropout(output_dropout)
 
     def new_cache(self) -> Cache:
-        windows = [getattr(block.attention, "window", None) for block in self.blocks]
-        return Cache(windows, with_memory=hasattr(self.blocks[0], "cross_attention"))
+        windows = [_needs(block.attention)[0] for block in self.blocks]
+        return Cache(windows, with_memory=isinstance(self.blocks[0], CrossBlock))
 
     def run(
         self, x_BTD: Tensor, given: Given, cache: Cache | None = None, memory: Memory | None = None, record: Record | None = None, name: str = ""
@@ -148,6 +149,6 @@ def _with_kernel(mask: Mask, bias: Tensor | None, softcap: bool, dropout: bool, 
 
 
 def _needs(attention: Any) -> tuple[int | None, bool, bool]:
-    """What the choice of a kernel depends on beside the mask: window, whether scores are capped, whether probabilities are dropped."""
+    """What a kernel depends on: window, softcap, dropout. A user's own attention is any module, and may lack them."""
     window, softcap = getattr(attention, "window", None), getattr(attention, "softcap", None)
     return window, softcap is not None, bool(attention.training and getattr(attention, "dropout", 0.0))

@@ -14,32 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from txtrain.errors import ConfigError
 from txtrain.model.attention.cache import Cache, append
 from txtrain.model.config import ModelConfig
 from txtrain.model.embedding.embeddings import PatchEmbedding, TokenEmbedding
 from txtrain.model.ffn.moe import AUX_LOSS, ScaleOf
 from txtrain.model.head.heads import Head
 from txtrain.model.head.loss import IGNORED, cross_entropy
+from txtrain.model.inputs import LABELS, Inputs, Reads, explained, require
 from txtrain.model.mtp import FurtherToken, further_targets
 from txtrain.model.output import ModelOutput
 from txtrain.model.position.encodings import Position
 from txtrain.model.stack import Given, Memory, Record, Stack
 
 Embedding = TokenEmbedding | PatchEmbedding
-
-
-@dc.dataclass(frozen=True)
-class Inputs:
-    """One stack's inputs, as `forward` got them."""
-
-    ids: Tensor | None = None
-    embeds: Tensor | None = None
-    mask: Tensor | None = None
-    positions: Tensor | None = None
-    documents: Tensor | None = None
-    types: Tensor | None = None
-    pixels: Tensor | None = None
-    prefix: Tensor | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -84,6 +72,7 @@ class Transformer(Stack):
         self.encoder = encoder
         self.encoder_embedding = encoder_embedding  # None: the source reads `embedding`
         self.mtp = nn.ModuleList(mtp)
+        self.reads = Reads(config.dim, embedding.n_channels, len(blocks), encoder is not None, head.pools)
 
     def forward(
         self,
@@ -129,11 +118,13 @@ class Transformer(Stack):
                 positions where it is true. The loss is of all targets nevertheless. Not with a head that pools.
 
         Raises:
-            ValueError: inputs contradict each other, are not of this topology, or exceed the model's learned positions.
+            ConfigError: inputs have a wrong shape or dtype, contradict each other, are not of this topology, or exceed
+                the model's learned positions; on the CPU also: ids or labels are outside the vocabulary.
         """
         main = Inputs(input_ids, inputs_embeds, attention_mask, position_ids, document_ids, token_type_ids, pixel_values, prefix_mask)
         target = Inputs(decoder_input_ids, None, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
+        self.reads.check(main, target, labels, cache, logits_to_keep)
         record = Record()
         main, memory = self._sides(main, target, labels, cache, record)
         read = self._read(self, self.embedding, main, cache, memory, record)
@@ -171,17 +162,23 @@ class Transformer(Stack):
         name: str = "",
     ) -> Read:
         """One sequence through one stack."""
-        vectors_BTD, grid = _embedded(embedding, given)
+        side = "decoder_" if self.encoder is not None and stack is self else ""  # of the inputs' names
+        vectors_BTD, grid = _embedded(embedding, given, self.config.vocab_size, side)
         B, T = vectors_BTD.shape[:2]
         past = 0 if cache is None else cache.length
         if cache is not None and (given.documents is not None or (given.prefix is not None and past)):
-            raise ValueError("`document_ids` must not be given together with a cache, nor a prefix_mask after its first call: they are for training.")
+            what = "`document_ids` must not be given together with a cache, nor a prefix_mask after its first call"
+            raise ConfigError(f"{what}: they are for training.")
         limit = stack.position.max_positions
         if limit is not None and grid is None and past + T > limit:
-            raise ValueError(f"`input_ids` must have at most {limit - past} positions here, but has {T}: model.max_seq_len is learned.")
+            what = f"at most {limit - past} positions here, but has {T}"
+            raise ConfigError(f"`{side}input_ids` must have {what}: model.max_seq_len is learned.")
         valid_BS = _valid(given.mask, cache, B, T)
         positions, distances = _positions(given.positions, given.documents, cache, past, T, vectors_BTD.device)
-        x_BTD = stack.position.add(vectors_BTD, positions, grid)
+        try:
+            x_BTD = stack.position.add(vectors_BTD, positions, grid)
+        except IndexError as e:
+            raise explained(e, f"{side}position_ids", given.positions, limit) from e
         if embedding.norm is not None:
             x_BTD = embedding.norm(x_BTD)
         prefix = None if given.prefix is None else given.prefix.bool()
@@ -197,8 +194,6 @@ class Transformer(Stack):
         """What the stack that ends in the head reads, and what it looks at: with two stacks the target, and the source as the encoder read it."""
         if self.encoder is not None:
             return self._target(target, labels), self._encoded(self.encoder, main, cache, record)
-        if any(given is not None for given in vars(target).values()):
-            raise ValueError("`decoder_input_ids` and the like must not be given: the model has one stack.")
         return main, None
 
     def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: Record) -> Memory:
@@ -215,8 +210,7 @@ class Transformer(Stack):
         """Teacher forcing: the decoder reads the labels, one position later."""
         if target.ids is not None:
             return target
-        if labels is None:
-            raise ValueError("`decoder_input_ids` or `labels` must be given to a model with an encoder and a decoder.")
+        assert labels is not None, "Reads.check"
         return dc.replace(target, ids=self.shifted_right(labels, target.documents))
 
     def shifted_right(self, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
@@ -238,9 +232,15 @@ class Transformer(Stack):
         """The loss, and which share of the batch's targets is here."""
         here = (targets != IGNORED).sum()
         denominator = torch.as_tensor(here if n_items is None else n_items, dtype=torch.float32, device=x_BTD.device)
-        if logits is not None:
-            return cross_entropy(logits, targets, denominator), here / denominator
-        return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator, valid_BT), here / denominator
+        try:
+            if logits is not None:
+                return cross_entropy(logits, targets, denominator), here / denominator
+            return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator, valid_BT), here / denominator
+        except (IndexError, RuntimeError) as e:
+            if targets.device.type != "cpu" or "out of bounds" not in str(e):
+                raise
+            n = self.config.head.n_classes if self.head.pools else self.config.vocab_size
+            raise explained(e, "labels", targets[targets != IGNORED], n) from e
 
     def _predict_further(
         self, out: ModelOutput, read: Read, record: Record, labels: Tensor | None, n_items: Sequence[Tensor | int] | None, return_logits: bool
@@ -280,6 +280,7 @@ class SentencePairTransformer(Transformer):
         out = super().forward(*inputs, **named)
         if next_sentence_label is not None:
             assert out.nsp_logits is not None
+            require("next_sentence_label", next_sentence_label, {"B": len(out.nsp_logits)}, LABELS)
             loss = cross_entropy(out.nsp_logits, next_sentence_label, (next_sentence_label != IGNORED).sum())
             out.loss = loss if out.loss is None else out.loss + loss
         return out
@@ -287,19 +288,20 @@ class SentencePairTransformer(Transformer):
     forward.__signature__ = _signature_with(Transformer.forward, "next_sentence_label")  # type: ignore[attr-defined]
 
 
-def _embedded(embedding: Embedding, given: Inputs) -> tuple[Tensor, tuple[int, int] | None]:
+def _embedded(
+    embedding: Embedding, given: Inputs, vocab_size: int, side: str
+) -> tuple[Tensor, tuple[int, int] | None]:
     """Vectors [B, T, D], and the rows and columns of patches where they are an image's."""
-    inputs = [x for x in (given.ids, given.embeds, given.pixels) if x is not None]
-    if len(inputs) != 1:
-        raise ValueError("`input_ids`, `inputs_embeds` or `pixel_values` must be given, and only one of them.")
     if isinstance(embedding, PatchEmbedding):
-        if given.pixels is None:
-            raise ValueError("`pixel_values` must be given: the model reads images.")
         return embedding(given.pixels)
-    if given.pixels is not None:
-        raise ValueError("`pixel_values` must not be given: the model reads tokens.")
-    x_BTD = embedding(given.ids) if given.embeds is None else given.embeds
-    return embedding.add_types(x_BTD, given.types), None
+    try:
+        x_BTD = embedding(given.ids) if given.embeds is None else given.embeds
+    except IndexError as e:
+        raise explained(e, f"{side}input_ids", given.ids, vocab_size) from e
+    try:
+        return embedding.add_types(x_BTD, given.types), None
+    except IndexError as e:
+        raise explained(e, "token_type_ids", given.types, embedding.n_types) from e
 
 
 def _kept(x_BTD: Tensor, positions: int | Tensor) -> Tensor:
@@ -315,8 +317,6 @@ def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -
         if known is None:
             return None
         attention_mask = torch.ones(B, T, dtype=torch.bool, device=known.device)
-    if attention_mask.shape[1] not in (T, past + T):
-        raise ValueError(f"`attention_mask` must have {T} columns, or {past + T} with those of the cache, but has {attention_mask.shape[1]} instead.")
     valid = attention_mask.bool()
     if valid.shape[1] != past + T:
         valid = append(torch.ones(1, past, dtype=torch.bool, device=valid.device) if known is None else known, valid)
@@ -345,5 +345,5 @@ def _positions(
         starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
         return index_1S - torch.where(starts, index_1S, 0).cummax(dim=1).values, index_1S
     if cache is not None and cache.positions_BS is not None:
-        raise ValueError("`position_ids` must be given again: this cache was filled with explicit ones.")
+        raise ConfigError("`position_ids` must be given again: this cache was filled with explicit ones.")
     return index_1S[:, past:], index_1S

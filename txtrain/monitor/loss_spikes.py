@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+
+from txtrain.checkpoint.state import LossState
 
 WINDOW = 64  # steps that a loss is compared with
 ENOUGH = 32  # of them before anything is said
@@ -36,19 +37,21 @@ class Losses:
     way from the highest loss of the first 32 steps down to that median. The run has diverged when that has been so for many steps in a row (`far_off`).
     """
 
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
-        state = state or {}
-        self.window: list[float] = list(state.get("window", []))
-        self.first: float | None = state.get("first")  # the highest of the first steps
-        self.lowest: float | None = state.get("lowest")
-        self.n_spikes: int = state.get("n_spikes", 0)
-        self.far_off: int = state.get("far_off", 0)  # steps in a row
-        self._in_spike: bool = state.get("in_spike", False)
+    def __init__(self, state: LossState | None = None) -> None:
+        state = state or LossState()
+        self.window = list(state.window)
+        self.first, self.lowest = state.first, state.lowest
+        self.n_spikes, self.far_off, self._in_spike = state.n_spikes, state.far_off, state.in_spike
 
-    def state(self) -> dict[str, Any]:
-        """JSON values."""
-        found = {"window": list(self.window), "first": self.first, "lowest": self.lowest}
-        return found | {"n_spikes": self.n_spikes, "far_off": self.far_off, "in_spike": self._in_spike}
+    def state(self) -> LossState:
+        return LossState(
+            window=list(self.window),
+            first=self.first,
+            lowest=self.lowest,
+            n_spikes=self.n_spikes,
+            far_off=self.far_off,
+            in_spike=self._in_spike,
+        )
 
     def add(self, step: int, loss: float) -> Spike | None:
         """The step's loss; a spike, if it is one. One that is not finite is none of ours: the step is skipped, and told of elsewhere."""

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from txtrain import files
+from txtrain.errors import ConfigError
 from txtrain.parallel.timers import PHASES
+from txtrain.plain_files import read_text, shorten
 
 EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "loss_spikes")  # whatever happens to a run
 WALL_CLOCK = ("tokens_per_second", "mfu", "hfu", "seconds", "goodput", "memory_gib", *(f"time/{name}" for name in PHASES))  # what the clock and the machine say
 COLUMNS = EXACT + WALL_CLOCK
 
+_LIMIT = 1 << 30  # bytes of a file of some millions of steps
 Row = Mapping[str, float | int | None]
 
 
@@ -28,8 +31,8 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0) -> None:
-        self.columns = columns + tuple(name for name in _header(path) if keep and name not in columns)
         rows = [row for row in read(path) if int(row["step"]) <= keep] if keep else []
+        self.columns = columns + tuple(name for row in rows[:1] for name in row if name not in columns)
         files.write(path, "".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *rows])))
         self.latest = _latest(rows)  # of each column, the last value written
         self._file: TextIO = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
@@ -54,19 +57,23 @@ class MetricsFile:
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, also of one that is being written: without its unfinished last line."""
+    """The rows of a metrics.csv, also of one that is being written: without its unfinished last line.
+
+    Raises:
+        ConfigError: a cell is no number.
+    """
     if not path.exists():
         return []
-    text = path.read_text(encoding="utf-8")
-    rows = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
-    return [row for row in rows if None not in row.values() and None not in row]
-
-
-def _header(path: Path) -> list[str]:
-    if not path.exists():
-        return []
-    with open(path, encoding="utf-8", newline="") as f:
-        return next(csv.reader(f), [])
+    text = read_text(path, _LIMIT)
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    try:
+        rows = [row for row in reader if None not in row.values() and None not in row]
+        if not all(row["step"].isdecimal() for row in rows):
+            raise ValueError("a step is no number")
+        _latest(rows)
+    except (ValueError, KeyError, csv.Error) as e:
+        raise ConfigError(f"{path} must have rows of numbers, each with a step, but has not: {shorten(e)}.") from e
+    return rows
 
 
 def latest(path: Path) -> dict[str, float]:

@@ -14,6 +14,7 @@ import torch
 
 from txtrain import files
 from txtrain.checkpoint.run_folder import RunFolder
+from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.monitor import slowness
 from txtrain.monitor.console import Display
@@ -21,8 +22,10 @@ from txtrain.monitor.loss_spikes import Losses, Spike
 from txtrain.monitor.slowness import Stretch
 from txtrain.monitor.start_screen import count, duration
 from txtrain.monitor.throughput import Machine, Meter, memory
+from txtrain.parallel.config import Layout
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.timers import PHASES
+from txtrain.plain_files import read_text
 
 SPIKES = "spikes.jsonl"
 FAR_OFF = 100  # steps in a row after which a run is said to have diverged
@@ -55,11 +58,11 @@ class Watch:
         data: a DataModule that is prepared.
     """
 
-    def __init__(self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: Mapping[str, Any]) -> None:
+    def __init__(self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: RunState) -> None:
         self.config, self.data, self.folder, self.display, self.machine = config, data, folder, display, machine
-        self.meter = Meter(state.get("seconds", 0.0))
-        self.losses = Losses(state.get("losses"))
-        self.times = dict.fromkeys(PHASES, 0.0) | state.get("times", {})  # over all starts, of steps that counted
+        self.meter = Meter(state.seconds)
+        self.losses = Losses(state.losses)
+        self.times = dict.fromkeys(PHASES, 0.0) | state.times  # over all starts, of steps that counted
         self._writes = False
         self._told: set[str] = set()
         self._stretch: Stretch | None = None  # None: before the first row, which warms up
@@ -72,12 +75,12 @@ class Watch:
         self._writes = self.folder is not None and module.parallel.is_first
         if self._writes and self.folder is not None:
             path = self.folder.path / SPIKES
-            kept = [line for line in path.read_text().splitlines(keepends=True) if _step(line) <= module.step] if path.exists() else []
+            kept = [line for line in read_text(path).splitlines(keepends=True) if _step(line) <= module.step] if path.exists() else []
             if path.exists():
                 files.write(path, "".join(kept))
 
     def state(self) -> dict[str, Any]:
-        """For the checkpoint. JSON values."""
+        """Its part of the checkpoint's `RunState`."""
         return {"seconds": self.meter.seconds, "losses": self.losses.state(), "times": self.times}
 
     # ---------------------------------------------------------------------------------------------------------- each step
@@ -202,8 +205,8 @@ class Watch:
             micro_batch_tokens=micro * config.seq_len,
             num_workers=config.data.num_workers,
             cores=cores // world.local_size,
-            strategy=config.strategy.type,
-            reshards=getattr(config.strategy, "reshard_after_forward", False),
+            layout=config.strategy.layout(world.size) if world.size > 1 else Layout(),
+            reshards=config.strategy.reshard_after_forward,
         )
 
     # ---------------------------------------------------------------------------------------------------------------- the end
@@ -229,7 +232,7 @@ class Watch:
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except ValueError:  # a line that a killed run left unfinished
+    except (ValueError, LookupError, TypeError, RecursionError):  # a line that a killed run left unfinished
         return 1 << 62
 
 

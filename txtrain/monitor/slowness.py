@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Mapping
 
+from txtrain.parallel.config import Layout
+
 STEPS, SECONDS = 20, 10.0  # of training, before anything is said of them
 DATA = 0.15  # shares of the training time above which it is said
 COMMUNICATION = 0.25
@@ -26,7 +28,7 @@ class Stretch:
         num_workers: of the data.
         cores: of this machine for each process on it.
         compiled_again: stretches so far in which something was compiled anew.
-        strategy: its option.
+        layout: of the processes.
         reshards: whether parameters are gathered anew for the backward.
     """
 
@@ -41,7 +43,7 @@ class Stretch:
     num_workers: int
     cores: int
     compiled_again: int = 0
-    strategy: str = "auto"
+    layout: Layout = Layout()
     reshards: bool = False
 
     @property
@@ -86,11 +88,11 @@ def compiles_again(s: Stretch) -> str | None:
 def waits_for_processes(s: Stretch) -> str | None:
     if s.processes == 1 or (share := s.share_of("communication")) <= COMMUNICATION:
         return None
-    if s.strategy in ("tp", "fsdp_tp"):
+    if s.layout.tensor > 1:
         remedy = "a smaller strategy.tp_size, within one node"
     elif s.reshards:
         remedy = "strategy.reshard_after_forward=false gathers once where memory allows, and strategy=hsdp gathers within a node only"
-    elif s.strategy.startswith("deepspeed") or s.strategy == "fsdp":
+    elif s.layout.shard > 1 and s.layout.replicate == 1:
         remedy = "strategy=ddp where the model fits a device, or strategy=hsdp"
     else:
         remedy = "gradients are exchanged once a step, so that a larger data.global_batch_size in more micro-batches exchanges less for each token"

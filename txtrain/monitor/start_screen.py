@@ -40,7 +40,7 @@ def opening(config: Train, fallback: str | None) -> list[str]:
     """The first line of every run: how large this is, and how large the published models of the family are. Then, loudly, a stand-in."""
     model = config.model
     published = ", ".join(f"{name} {count(n)}" for name, n in model.published.items())
-    size = "laptop size" if model.size == "laptop" else f"size {model.size}"
+    size = "laptop size" if model.preset == model.family else f"size {model.size}"
     first = f"{model.family}, {size}: {count(model.n_params)} parameters" + (f"; published: {published}" if published else "")
     loud = f"STAND-IN DATA: {fallback}. This run trains on data={config.data.type} instead. For the real set: data.path=, or a hub."
     return [first] if fallback is None else [first, loud]
@@ -116,10 +116,11 @@ def graft_lines(model: ModelConfig, grafts: Grafts) -> list[str]:
 
 def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
     """The model with the family's own options on the grafted axes."""
-    from txtrain.config.compose import compose
+    from txtrain.config.compose import compose_job
+    from txtrain.config.loader import make_loader
+    from txtrain.config.overrides import parse
 
-    option = model.family if model.size == "laptop" else f"{model.family}_{model.size}"
-    own: ModelConfig = getattr(compose([f"model={option}"]), "model")  # noqa: B009
+    own: ModelConfig = compose_job("train", Train, parse([f"model={model.preset}"]), make_loader())[0].config.model
     return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts if hasattr(own, axis)})
 
 

@@ -6,7 +6,7 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, knob, register
 from txtrain.run_config import RunConfig
 
 Score = Literal["exact_match", "bleu", "chrf"]
@@ -21,6 +21,7 @@ class ObjectiveConfig:
     topologies: ClassVar[tuple[str, ...] | None] = None
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
+    label_smoothing = 0.0  # not a field: some objectives have one
 
     @property
     def target_share(self) -> float:
@@ -32,7 +33,7 @@ class ObjectiveConfig:
         return {}
 
     def check(self) -> Iterator[str]:
-        """Problems of the knobs themselves."""
+        """Problems of the knobs themselves, but for those out of their bounds."""
         yield from ()
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
@@ -50,14 +51,11 @@ class CausalLMConfig(ObjectiveConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
 
-    mtp_weight: float = 0.3  # of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2)
+    # Of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2).
+    mtp_weight: float = knob(0.3, at_least=0)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"mtp_depth": config.model.mtp_depth, "counts_tokens": hasattr(config.model.ffn, "n_experts")}
-
-    def check(self) -> Iterator[str]:
-        if self.mtp_weight < 0:
-            yield f"`objective.mtp_weight` must be at least 0, but is {self.mtp_weight} instead."
+        return {"mtp_depth": config.model.mtp_depth, "counts_tokens": config.model.ffn.n_experts > 0}
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -68,9 +66,9 @@ class MaskedLMConfig(ObjectiveConfig):
     heads: ClassVar = ("mlm", "lm")
     reads: ClassVar = ("text",)
 
-    probability: float = 0.15  # of a token to be chosen, and then predicted
-    mask_share: float = 0.8
-    random_share: float = 0.1
+    probability: float = knob(0.15, above=0, below=1)  # of a token to be chosen, and then predicted
+    mask_share: float = knob(0.8, at_least=0, at_most=1)
+    random_share: float = knob(0.1, at_least=0, at_most=1)
     whole_word: bool = False  # all tokens of a word or none
     next_sentence: bool | None = None  # pairs of segments, and whether they follow each other; null: where the model's head can tell
 
@@ -79,26 +77,23 @@ class MaskedLMConfig(ObjectiveConfig):
         return self.probability
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"next_sentence": self.pairs(config.model.head), "segments": bool(getattr(config.model.embedding, "n_types", 0))}
+        return {"next_sentence": self.pairs(config.model.head), "segments": config.model.embedding.n_types > 0}
 
-    def pairs(self, head: object) -> bool:
+    def pairs(self, head: Any) -> bool:
         """Whether samples are pairs of segments, with a model that ends in `head`."""
-        return bool(getattr(head, "next_sentence", False)) if self.next_sentence is None else self.next_sentence
+        return bool(head.next_sentence) if self.next_sentence is None else self.next_sentence
 
     def check(self) -> Iterator[str]:
-        if not 0 < self.probability < 1:
-            yield f"`objective.probability` must be above 0 and below 1, but is {self.probability} instead."
-        for name in ("mask_share", "random_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                yield f"`objective.{name}` must be from 0 to 1, but is {getattr(self, name)} instead."
-        if self.mask_share + self.random_share > 1 + 1e-9:
-            yield f"`objective.random_share` must be at most {1 - self.mask_share:.3g} beside mask_share={self.mask_share}, but is {self.random_share} instead."
+        mask, random = self.mask_share, self.random_share
+        if mask + random > 1 + 1e-9:
+            most = f"at most {1 - mask:.3g} beside mask_share={mask}"
+            yield f"`objective.random_share` must be {most}, but is {random} instead."
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
         head, embedding = config.model.head, config.model.embedding
         if not self.pairs(head):
             return
-        if not getattr(head, "next_sentence", False):
+        if not head.next_sentence:
             yield (
                 f"`objective.next_sentence` must be false or null with model/head={head.type}, which cannot tell whether sentences follow each other, "
                 "but is true instead. Nearest: null."
@@ -107,7 +102,7 @@ class MaskedLMConfig(ObjectiveConfig):
             yield f"`data.packing` must be concat for pairs of segments, which are cut from documents, but is {config.data.packing} instead."
         if config.seq_len < 8:
             yield f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."
-        if getattr(embedding, "n_types", 2) not in (0, 2):
+        if embedding.n_types not in (0, 2):
             yield f"`model.embedding.n_types` must be 0 or 2 for pairs of segments, but is {embedding.n_types} instead. Nearest: 2."
 
 
@@ -119,23 +114,15 @@ class SpanCorruptionConfig(ObjectiveConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
 
-    density: float = 0.15  # share of the tokens that is dropped
-    mean_length: float = 3.0  # tokens a span
-    n_sentinels: int = 100  # <extra_id_0>, <extra_id_1>, ...: added to a tokenizer that lacks them
+    density: float = knob(0.15, above=0, below=1)  # share of the tokens that is dropped
+    mean_length: float = knob(3.0, at_least=1)  # tokens a span
+    n_sentinels: int = knob(100, at_least=1)  # <extra_id_0>, <extra_id_1>, ...: added to a tokenizer that lacks them
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
         from txtrain.objectives.spans import Lengths
 
         fitting = Lengths.fitting(seq_len, self.density, self.mean_length)
         return (seq_len, seq_len) if fitting is None else (fitting.input_length, fitting.target_length)
-
-    def check(self) -> Iterator[str]:
-        if not 0 < self.density < 1:
-            yield f"`objective.density` must be above 0 and below 1, but is {self.density} instead."
-        if self.mean_length < 1:
-            yield f"`objective.mean_length` must be at least 1, but is {self.mean_length} instead."
-        if self.n_sentinels < 1:
-            yield f"`objective.n_sentinels` must be at least 1, but is {self.n_sentinels} instead."
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
         from txtrain.objectives.spans import Lengths
@@ -170,11 +157,7 @@ class PrefixLMConfig(ObjectiveConfig):
 class SmoothedConfig(ObjectiveConfig):
     """Objectives whose labels may be smoothed (1512.00567)."""
 
-    label_smoothing: float = 0.0  # in training only; 1706.03762: 0.1
-
-    def check(self) -> Iterator[str]:
-        if not 0 <= self.label_smoothing < 1:
-            yield f"`objective.label_smoothing` must be at least 0 and below 1, but is {self.label_smoothing} instead."
+    label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training only; 1706.03762: 0.1
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -186,18 +169,12 @@ class Seq2SeqConfig(SmoothedConfig):
     reads: ClassVar = ("pairs",)
 
     scores: tuple[Score, ...] | None = None  # of decoded validation pairs; null: the data's own
-    n_decoded: int = 256  # pairs decoded at each validation; 0: none
-    num_beams: int = 1  # of decoding; 1: greedy; 1706.03762: 4
-    length_penalty: float = 0.6  # with beams (1609.08144): above 0, longer answers are preferred
+    n_decoded: int = knob(256, at_least=0)  # pairs decoded at each validation; 0: none
+    num_beams: int = knob(1, at_least=1)  # of decoding; 1: greedy; 1706.03762: 4
+    length_penalty: float = knob(0.6, at_least=0)  # with beams (1609.08144): above 0, longer answers are preferred
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
-
-    def check(self) -> Iterator[str]:
-        yield from SmoothedConfig.check(self)
-        for name, low in (("n_decoded", 0), ("num_beams", 1), ("length_penalty", 0)):
-            if getattr(self, name) < low:
-                yield f"`objective.{name}` must be at least {low}, but is {getattr(self, name)} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, knob, register
 
 Shape = tuple[int, ...]
 
@@ -34,18 +34,14 @@ class GroupConfig:
     """What holds for the parameters whose dotted name has the pattern (re.search) instead of the optimizer's own values."""
 
     pattern: str
-    lr_scale: float | None = None  # the rate as a multiple of what it would be
-    weight_decay: float | None = None  # comes before no_decay
+    lr_scale: float | None = knob(None, at_least=0)  # the rate as a multiple of what it would be
+    weight_decay: float | None = knob(None, at_least=0)  # comes before no_decay
 
     def matches(self, name: str) -> bool:
         return re.search(self.pattern, name) is not None
 
     def check(self, path: str) -> Iterator[str]:
         yield from pattern_problems(f"{path}.pattern", (self.pattern,))
-        for name in ("lr_scale", "weight_decay"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                yield f"`{path}.{name}` must be at least 0 or null, but is {value} instead."
         if self.lr_scale is None and self.weight_decay is None:
             yield f"`{path}` must give lr_scale, weight_decay or both, but gives {self.pattern!r} neither."
 
@@ -53,17 +49,14 @@ class GroupConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     type: str
-    lr: float = 1e-3
-    weight_decay: float = 0.1
+    lr: float = knob(1e-3, at_least=0)
+    weight_decay: float = knob(0.1, at_least=0)
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # parameters whose dotted name has one of these as a pattern (re.search)
     groups: tuple[GroupConfig, ...] = ()  # of several that match, the last that gives a value holds
 
     elementwise: ClassVar[bool] = False  # true: a value's update needs no other value, so that parameters may be flattened and cut anywhere
 
     def check(self) -> Iterator[str]:
-        for name in ("lr", "weight_decay"):
-            if getattr(self, name) < 0:
-                yield f"`optimizer.{name}` must be at least 0, but is {getattr(self, name)} instead."
         yield from pattern_problems("optimizer.no_decay", self.no_decay)
         for i, group in enumerate(self.groups):
             yield from group.check(f"optimizer.groups[{i}]")
@@ -125,14 +118,10 @@ STEP_BYTES = 4  # a counter of the steps is one float32
 class AdamConfig(OptimizerConfig):
     """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
 
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
+    betas: tuple[float, float] = knob((0.9, 0.95), at_least=0, below=1)
+    eps: float = knob(1e-8, at_least=0)
 
     elementwise: ClassVar[bool] = True
-
-    def check(self) -> Iterator[str]:
-        yield from OptimizerConfig.check(self)
-        yield from beta_problems("optimizer.betas", self.betas)
 
     def state_values(self, name: str, shape: Shape) -> int:
         return 2 * math.prod(shape)
@@ -145,15 +134,12 @@ class AdamConfig(OptimizerConfig):
 class LionConfig(OptimizerConfig):
     """The sign of an interpolated momentum (2302.06675). The rate is some 3 to 10 times lower than AdamW's, the decay as much higher."""
 
-    lr: float = 1e-4
-    weight_decay: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.99)  # of the update, and of the momentum that is kept
+    lr: float = knob(1e-4, at_least=0)
+    weight_decay: float = knob(1.0, at_least=0)
+    # Of the update, and of the momentum that is kept.
+    betas: tuple[float, float] = knob((0.9, 0.99), at_least=0, below=1)
 
     elementwise: ClassVar[bool] = True
-
-    def check(self) -> Iterator[str]:
-        yield from OptimizerConfig.check(self)
-        yield from beta_problems("optimizer.betas", self.betas)
 
     def state_values(self, name: str, shape: Shape) -> int:
         return math.prod(shape)
@@ -167,25 +153,15 @@ class LionConfig(OptimizerConfig):
 class AdafactorConfig(OptimizerConfig):
     """Second moments of a matrix as its rows' and columns' (1804.04235). As T5 uses it, the rate comes from outside and is relative."""
 
-    lr: float = 1e-2
-    weight_decay: float = 0.0
-    beta1: float | None = None  # null: no momentum, and no memory for one
-    beta2_decay: float = 0.8  # beta2 at step t is 1 - t^-beta2_decay
-    clip_threshold: float = 1.0  # of the root mean square of a parameter's update, before its rate
-    eps: tuple[float, float] = (1e-30, 1e-3)  # added to squared gradients; least root mean square by which a rate is scaled
+    lr: float = knob(1e-2, at_least=0)
+    weight_decay: float = knob(0.0, at_least=0)
+    beta1: float | None = knob(None, at_least=0, below=1)  # null: no momentum, and no memory for one
+    beta2_decay: float = knob(0.8, above=0, at_most=1)  # beta2 at step t is 1 - t^-beta2_decay
+    clip_threshold: float = knob(1.0, above=0)  # of the root mean square of a parameter's update, before its rate
+    # Added to squared gradients; least root mean square by which a rate is scaled.
+    eps: tuple[float, float] = knob((1e-30, 1e-3), at_least=0)
     scale_parameter: bool = True  # the rate is a share of the parameter's root mean square
     relative_step: bool = False  # the share is also at most 1/sqrt(step), as in the paper
-
-    def check(self) -> Iterator[str]:
-        yield from OptimizerConfig.check(self)
-        if self.beta1 is not None:
-            yield from beta_problems("optimizer.beta1", (self.beta1,))
-        if not 0 < self.beta2_decay <= 1:
-            yield f"`optimizer.beta2_decay` must be above 0 and at most 1, but is {self.beta2_decay} instead."
-        if self.clip_threshold <= 0:
-            yield f"`optimizer.clip_threshold` must be above 0, but is {self.clip_threshold} instead."
-        if min(self.eps) < 0:
-            yield f"`optimizer.eps` must be two numbers at least 0, but is {list(self.eps)} instead."
 
     def state_values(self, name: str, shape: Shape) -> int:
         moments = math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
@@ -215,25 +191,19 @@ class AdafactorConfig(OptimizerConfig):
 class MuonConfig(OptimizerConfig):
     """Matrices of the hidden layers by Muon (Jordan 2024; 2502.16982 for its scale beside AdamW), everything else by AdamW."""
 
-    momentum: float = 0.95
+    momentum: float = knob(0.95, at_least=0, below=1)
     nesterov: bool = True
-    ns_steps: int = 5  # of the Newton-Schulz iteration
+    ns_steps: int = knob(5, at_least=1, at_most=99)  # of the Newton-Schulz iteration
     ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # in which it is computed
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"  # torch's words; the former lets one lr serve both
     adamw: tuple[str, ...] = ("embedding", r"^head\.")  # matrices that AdamW trains, as patterns of their dotted name (re.search)
-    adamw_lr: float | None = None  # null: lr
-    adamw_betas: tuple[float, float] = (0.9, 0.95)
-    adamw_eps: float = 1e-8
+    adamw_lr: float | None = knob(None, at_least=0)  # null: lr
+    adamw_betas: tuple[float, float] = knob((0.9, 0.95), at_least=0, below=1)
+    adamw_eps: float = knob(1e-8, at_least=0)
 
     def check(self) -> Iterator[str]:
         yield from OptimizerConfig.check(self)
         yield from pattern_problems("optimizer.adamw", self.adamw)
-        yield from beta_problems("optimizer.momentum", (self.momentum,))
-        yield from beta_problems("optimizer.adamw_betas", self.adamw_betas)
-        if not 1 <= self.ns_steps < 100:
-            yield f"`optimizer.ns_steps` must be from 1 to 99, but is {self.ns_steps} instead."
-        if self.adamw_lr is not None and self.adamw_lr < 0:
-            yield f"`optimizer.adamw_lr` must be at least 0 or null, but is {self.adamw_lr} instead."
 
     def is_matrix(self, name: str, shape: Shape) -> bool:
         """Whether Muon trains it: a matrix, or a stack of them (the weights of experts), that is no table and no head."""
@@ -290,12 +260,6 @@ def pattern_problems(path: str, patterns: tuple[str, ...]) -> Iterator[str]:
             yield f"`{path}` must be regular expressions, but {pattern!r} is not one: {e}."
 
 
-def beta_problems(path: str, betas: tuple[float, ...]) -> Iterator[str]:
-    if not all(0 <= b < 1 for b in betas):
-        what, value = ("a number", betas[0]) if len(betas) == 1 else ("two numbers", list(betas))
-        yield f"`{path}` must be {what} at least 0 and below 1, but is {value} instead."
-
-
 # ------------------------------------------------------------------------------------------------------------------ scheduler
 
 
@@ -304,39 +268,25 @@ class SchedulerConfig:
     """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio."""
 
     type: str
-    warmup_steps: int = 0
-    min_lr_ratio: float = 0.0
-
-    def check(self) -> Iterator[str]:
-        if self.warmup_steps < 0:
-            yield f"`scheduler.warmup_steps` must be at least 0, but is {self.warmup_steps} instead."
-        if not 0 <= self.min_lr_ratio <= 1:
-            yield f"`scheduler.min_lr_ratio` must be from 0 to 1, but is {self.min_lr_ratio} instead."
+    warmup_steps: int = knob(0, at_least=0)
+    min_lr_ratio: float = knob(0.0, at_least=0, at_most=1)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class InverseSqrtConfig(SchedulerConfig):
-    timescale: int | None = None  # the share is 1 up to this step, then sqrt(timescale / step); null: warmup_steps
+    # The share is 1 up to this step, then sqrt(timescale / step); null: warmup_steps.
+    timescale: int | None = knob(None, at_least=1)
 
     def check(self) -> Iterator[str]:
-        yield from SchedulerConfig.check(self)
-        if self.timescale is not None and self.timescale < max(1, self.warmup_steps):
-            low = max(1, self.warmup_steps)
-            yield f"`scheduler.timescale` must be at least {low} with warmup_steps={self.warmup_steps}, but is {self.timescale} instead. Nearest: {low}."
+        if (steps := self.timescale) is not None and steps < (low := self.warmup_steps):
+            yield f"`scheduler.timescale` must be at least {low} (warmup_steps), but is {steps} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class WSDConfig(SchedulerConfig):
-    decay_steps: int | None = None  # the last so many; null: decay_ratio of the run
-    decay_ratio: float = 0.1
+    decay_steps: int | None = knob(None, at_least=0)  # the last so many; null: decay_ratio of the run
+    decay_ratio: float = knob(0.1, at_least=0, at_most=1)
     decay_type: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
-
-    def check(self) -> Iterator[str]:
-        yield from SchedulerConfig.check(self)
-        if self.decay_steps is not None and self.decay_steps < 0:
-            yield f"`scheduler.decay_steps` must be at least 0 or null, but is {self.decay_steps} instead."
-        if not 0 <= self.decay_ratio <= 1:
-            yield f"`scheduler.decay_ratio` must be from 0 to 1, but is {self.decay_ratio} instead."
 
 
 # ------------------------------------------------------------------------------------------------------------------------ ema
@@ -346,15 +296,11 @@ class WSDConfig(SchedulerConfig):
 class EMAConfig:
     """An exponential moving average of the weights, beside them."""
 
-    decay: float | None = None  # null: none is kept
-    every_n_steps: int = 1
+    decay: float | None = knob(None, at_least=0, below=1)  # null: none is kept
+    every_n_steps: int = knob(1, at_least=1)
     validate: bool = False  # validate, sample and choose the best checkpoint with the averaged weights
 
     def check(self) -> Iterator[str]:
-        if self.decay is not None and not 0 <= self.decay < 1:
-            yield f"`ema.decay` must be at least 0 and below 1, or null, but is {self.decay} instead."
-        if self.every_n_steps < 1:
-            yield f"`ema.every_n_steps` must be at least 1, but is {self.every_n_steps} instead."
         if self.validate and self.decay is None:
             yield "`ema.validate` must be false without an average, but is true instead. Add ema.decay=0.999."
 

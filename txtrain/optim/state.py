@@ -43,7 +43,9 @@ def restore_numbers(saved: Mapping[str, Number], model: nn.Module, optimizer: Op
         name = min(saved.keys() ^ mine)
         raise ConfigError(f"The checkpoint is of another optimizer: {name} is {'a' if name in saved else 'no'} number there.")
     for name, value in saved.items():
-        parameter, key, _ = entries[name]
+        parameter, key, number = entries[name]
+        if type(value) is not type(number):
+            raise ConfigError(f"The checkpoint is of another optimizer: {name} is {value!r} there, {number!r} here.")
         optimizer.state[parameter][key] = value
 
 

@@ -25,8 +25,9 @@ def make_parallel(config: RunConfig) -> OneProcess:
             f"but is {named} (trainer.num_nodes: {nodes}) instead. The command line starts the processes of one node by itself; "
             "a script of your own and several nodes are started with torchrun or srun."
         )
-    if world.size == 1 and getattr(config.strategy, "ep_size", 1) > 1:
-        raise ConfigError(*config.strategy.problems(1, config.model))
-    alone = world.size == 1 and not getattr(config.strategy, "cpu_offload", False) and not getattr(config.strategy, "stage", 0)
-    made: OneProcess = OneProcess(config, world) if alone else resolve("strategy", config.strategy.type)(config, world)
+    strategy = config.strategy
+    if world.size == 1 and strategy.ep_size > 1:
+        raise ConfigError(*strategy.problems(1, config.model))
+    alone = world.size == 1 and not strategy.cpu_offload and not strategy.stage
+    made: OneProcess = OneProcess(config, world) if alone else resolve("strategy", strategy.type)(config, world)
     return made

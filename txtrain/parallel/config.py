@@ -31,10 +31,20 @@ class Layout(NamedTuple):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Base: every process holds all of the model and sees its share of the samples. absent: why it has not a key that others have."""
+    """Base: every process holds all of the model and sees its share of the samples.
+
+    absent: why it has not a key that others have. stage: of ZeRO. cuts_activations: a block's output lies in parts.
+    """
 
     absent: ClassVar[dict[str, str]] = {"ep_size": " Copies of a model have all experts."}
+    stage: ClassVar[int] = 0
+    cuts_activations: ClassVar[bool] = False
     type: str
+
+    # Keys of some strategies; without an annotation they are no fields of all.
+    ep_size = 1
+    cpu_offload = False
+    reshard_after_forward = False
 
     def layout(self, world: int) -> Layout:
         """Of so many processes, `problems` being none."""
@@ -111,6 +121,7 @@ class TensorConfig(StrategyConfig):
     """Each layer's matrices are cut over the processes (1909.08053), its norms over positions (2205.05198). tp_size: null: all processes."""
 
     absent = CUT_ALREADY
+    cuts_activations = True
     tp_size: int | None = None
 
     def layout(self, world: int) -> Layout:
@@ -126,6 +137,7 @@ class ShardedTensorConfig(ShardedConfig):
     """Matrices cut over tp_size processes, and these pieces in shards over the groups."""
 
     absent = CUT_ALREADY
+    cuts_activations = True
     tp_size: int = 2
 
     def layout(self, world: int) -> Layout:
@@ -143,7 +155,6 @@ class ZeROConfig(StrategyConfig):
     """
 
     absent = {"ep_size": " ZeRO lays all parameters end to end and cuts them over all processes alike."}
-    stage: ClassVar[int]
     cpu_offload: bool = False
 
     def layout(self, world: int) -> Layout:
@@ -152,7 +163,7 @@ class ZeROConfig(StrategyConfig):
     def check_with(self, config: RunConfig) -> Iterator[str]:
         optimizer, precision = config.optimizer, config.trainer.precision
         if not optimizer.elementwise:
-            known = ", ".join(name for name, option in TABLE["optimizer"].items() if getattr(option.config, "elementwise", False))
+            known = ", ".join(name for name, option in TABLE["optimizer"].items() if option.config.elementwise)
             yield (
                 f"`optimizer` must be one of {known} with strategy={self.type}, but is {optimizer.type} instead: "
                 "ZeRO updates pieces of flattened parameters, and an element's update may depend on nothing but that element. Nearest: strategy=fsdp."

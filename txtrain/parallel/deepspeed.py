@@ -95,6 +95,9 @@ class ZeRO(Mesh):
     # ----------------------------------------------------------------------------------------------------------- the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
+        """The engine lays the model over the processes when it gets the optimizer."""
+
+    def check(self, model: nn.Module) -> None:
         if any(not p.requires_grad for p in model.parameters()):
             raise ConfigError(f"`strategy` must not be {self.config.strategy.type} for a model with frozen parameters. Nearest: fsdp.")
 

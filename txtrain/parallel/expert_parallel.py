@@ -1,4 +1,5 @@
-"""Expert parallelism, applied from outside and by component type: each process has whole experts, and tokens travel to them (2006.16668).
+"""Expert parallelism, applied from outside to what a component declares as experts (`txtrain.registry.Cut`):
+each rank has whole experts, and tokens travel to them (2006.16668).
 
 `Experts.forward` takes rows in the order of the experts and how many there are for each. Around it rows go to the processes that have
 their experts, and what these make of them comes back; the router, the weights and the sum stay where the token is. A parameter becomes a
@@ -22,16 +23,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from txtrain.model.ffn.moe import Experts
 from txtrain.parallel.dtensor_parts import place, wrap
+from txtrain.registry import cut_of
 
 
 def divide(model: nn.Module, mesh: DeviceMesh) -> None:
     """Give each process of a mesh of one dimension its experts of every mixture, in place; on the meta device, or with the same values in each."""
-    exchange = Exchange(mesh.get_group())
-    for module in model.modules():
-        if isinstance(module, Experts):
-            place(module, mesh, **{name: Shard(0) for name in module.stacked_projections})
+    config: Any = model.config
+    exchange, how = Exchange(mesh.get_group()), cut_of("ffn", config.ffn)
+    children: list[tuple[str, Any]] = [child for module in model.modules() for child in module.named_children()]
+    for name, module in children:
+        if how.get(name) == "experts":
+            place(module, mesh, **dict.fromkeys(module.stacked_projections, Shard(0)))
             wrap(module, "forward", exchange.through)
 
 

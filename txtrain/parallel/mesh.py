@@ -55,7 +55,7 @@ class Mesh(OneProcess):
         self._buckets: GradientBuckets | None = None
         self._fsdp = False
         self._cut: Cut | None = None
-        self._ep_size = getattr(config.strategy, "ep_size", 1)
+        self._ep_size = config.strategy.ep_size
 
     @property
     def title(self) -> str:
@@ -135,7 +135,7 @@ class Mesh(OneProcess):
 
     @property
     def _shards(self) -> bool:
-        return self.layout.shard > 1 or getattr(self.config.strategy, "cpu_offload", False)
+        return self.layout.shard > 1 or bool(self.config.strategy.cpu_offload)
 
     # ---------------------------------------------------------------------------------------------------------- agreements
 
@@ -218,7 +218,7 @@ class Mesh(OneProcess):
     def materialise(self, model: nn.Module, device: torch.device) -> None:
         from txtrain.parallel.fsdp import init_sharded
 
-        model.to_empty(device="cpu" if getattr(self.config.strategy, "cpu_offload", False) else device)
+        model.to_empty(device="cpu" if self.config.strategy.cpu_offload else device)
         init_sharded(model, device)
 
     # ------------------------------------------------------------------------------------------------------------ the step

@@ -1,14 +1,13 @@
-"""Tensor parallelism, applied from outside and by component type: each layer's matrices in parts, the stream between them by positions.
+"""Tensor parallelism, applied from outside: each layer's matrices in parts, the stream between them by positions.
 
-A parameter becomes a DTensor, so that checkpoints, optimizers and FSDP know what is whole and what is in parts; the module that owns it
-reads this process' part (`Reading`). So a component computes what it always computes, with fewer heads or a narrower hidden layer,
-and only where it meets the others is anything added: see tensor_collectives.py for how activations pass.
+A parameter becomes a DTensor, so that checkpoints, optimizers and FSDP know what is whole and what is in parts; the
+module that owns it reads this rank's part (dtensor_parts.py). So a component computes what it always computes, with
+fewer heads or a narrower hidden layer, and only where it meets the others is anything added: see tensor_collectives.py
+for how activations pass.
 
-    heads          q, k, v by heads, output by columns        MultiHeadAttention, LatentAttention
-    hidden size    up and gate by rows, down by columns       MLP, GatedFFN, MixtureOfExperts (every expert)
-    vocabulary     embedding and output matrix by rows        TokenEmbedding, LMHead
-    positions      everything else within a block             norms, dropout, residuals; a component of another type reads
-                                                              all positions, and its matrices stay whole
+A component declares what is cut and how (`txtrain.registry.Cut`): attention by heads, feed-forward by its hidden
+size, embedding and output matrix by the vocabulary. Everything else within a block is divided by positions: norms,
+dropout, residuals; a component that declares nothing reads all positions, and its matrices stay whole.
 """
 
 # B batch, T positions, P positions of one process, D model size, N heads, K key-value heads, V vocabulary, C tokens of a chunk
@@ -28,19 +27,15 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
-from txtrain.model.attention.latent import LatentAttention
-from txtrain.model.attention.multi_head import MultiHeadAttention
 from txtrain.model.block import Block
 from txtrain.model.context import AnyContext, MemoryContext
-from txtrain.model.embedding.embeddings import TokenEmbedding
-from txtrain.model.ffn.dense import MLP, GatedFFN
-from txtrain.model.ffn.moe import MixtureOfExperts
-from txtrain.model.head.heads import LMHead
-from txtrain.model.position.encodings import Position, RelativeBias
+from txtrain.model.position.encodings import Position
+from txtrain.parallel.divisibility import shared_heads
 from txtrain.parallel.dtensor_parts import ROWS, VocabularyPart, own_parameters, place, rows_here, wrap
 from txtrain.parallel.grad_norm import clip
 from txtrain.parallel.gradient_buckets import GradientBuckets, local
 from txtrain.parallel.tensor_collectives import Lanes
+from txtrain.registry import How, cut_of
 
 Forward = Callable[..., Any]
 
@@ -60,25 +55,28 @@ class Cut:
 
     def __init__(self, model: nn.Module, lanes: Lanes) -> None:
         self.model, self.lanes = model, lanes
+        self.config: Any = model.config
         self.replicated: list[tuple[nn.Module, str, float]] = []
         self._length = 0  # positions of the block that computes
         self._common_seed = 0  # of that block, the same in all processes
-        self._heads_are_cut = False
         self._buckets: GradientBuckets | None = None
 
     # -------------------------------------------------------------------------------------------------------- outside blocks
 
     def vocabulary(self) -> None:
-        for module in self.model.modules():
-            if isinstance(module, TokenEmbedding):
-                self._place(module.token, weight=Shard(0))
-                wrap(module.token, "forward", self._looked_up, module.token)
-            elif isinstance(module, LMHead):
-                config: Any = self.model.config
-                self._place(module, weight=Shard(0), bias=Shard(0))
-                module.vocabulary = VocabularyPart(self.lanes, config.vocab_size)
+        tables, parameters = cut_of("embedding", self.config.embedding), cut_of("head", self.config.head)
+        children: list[tuple[str, Any]] = list(self.model.named_children())
+        for name, module in children:
+            if name in ("embedding", "encoder_embedding"):
+                for table in map(module.get_submodule, tables):
+                    self._place(table, weight=Shard(0))
+                    wrap(table, "forward", self._looked_up, table)
+            elif name == "head" and parameters:
+                n = self.config.vocab_size
+                self._place(module, **dict.fromkeys(parameters, Shard(0)))
+                module.vocabulary = VocabularyPart(self.lanes, n)
                 wrap(module, "entering", lambda entering, x: self.lanes.spread(entering(x)))
-                wrap(module, "forward", lambda forward, *args, n=config.vocab_size: self.lanes.classes(forward(*args), n))
+                wrap(module, "forward", lambda forward, *args, n=n: self.lanes.classes(forward(*args), n))
 
     def _looked_up(self, token: nn.Embedding, forward: Forward, ids_BT: Tensor) -> Tensor:
         """Each process looks up the tokens that it has; the others' vectors are 0 there."""
@@ -91,10 +89,13 @@ class Cut:
         return self.lanes.summed(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
 
     def positions(self) -> None:
-        """What a position scheme gives to the blocks comes back as parts of a gradient; T5's table lies by heads where they are cut."""
+        """What it gives to the blocks comes back as parts of a gradient; a table lies by heads where attention does."""
+        by_heads = cut_of("attention", self.config.attention)
+        tables = cut_of("position", self.config.position) if by_heads else ()
         for module in self.model.modules():
-            if isinstance(module, RelativeBias) and self._heads_are_cut:
-                self._place(module.embedding, weight=Shard(1))
+            if isinstance(module, Position) and tables:
+                for table in map(module.get_submodule, tables):
+                    self._place(table, weight=Shard(1))
             elif isinstance(module, Position):
                 wrap(module, "bias", self._spread)
                 wrap(module, "rotation", self._spread)
@@ -111,8 +112,8 @@ class Cut:
         chains = [[m for m in module.children() if isinstance(m, Block)] for module in self.model.modules()]
         for chain in filter(None, chains):
             for block in chain:
-                for sublayer in sublayers(block):
-                    self._cut_sublayer(sublayer)
+                for name, axis in block.sublayers.items():
+                    self._cut_sublayer(block.get_submodule(name), axis)
                 wrap(block, "forward", self._through_block, chain[0] is block, chain[-1] is block)
 
     @partial(torch.compiler.disable, recursive=False)  # what it calls is compiled: this changes the process' state
@@ -141,12 +142,20 @@ class Cut:
                 torch.cuda.manual_seed(seed)
             yield
 
-    def _cut_sublayer(self, sublayer: nn.Module) -> None:
-        rule = RULES.get(type(sublayer))
-        if rule is None:
+    def _cut_sublayer(self, sublayer: nn.Module, axis: str) -> None:
+        how = cut_of(axis, getattr(self.config, axis))
+        if not how:
             wrap(sublayer, "forward", self._whole)
-        else:
-            rule(self, sublayer)
+            return
+        summed = False
+        for owner in list(sublayer.modules()):
+            stacks = [(name, p) for name, p in own_parameters(owner) if name in how]
+            self._place(owner, **{name: Shard(p.ndim - (2 if how[name] == "rows" else 1)) for name, p in stacks})
+            for name, linear in owner.named_children():
+                summed |= self._cut_matrix(linear, how.get(name), owner is sublayer)
+            for name in how.keys() & vars(owner).keys():
+                setattr(owner, name, getattr(owner, name) / self.lanes.size)
+        wrap(sublayer, "forward", self._entered if summed else self._entered_and_left)
 
     def _whole(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Tensor:
         """Every process computes all positions, and keeps its own."""
@@ -157,10 +166,13 @@ class Cut:
 
     def _entered(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Any:
         """All positions, for a sublayer whose last matrix leaves its part of a sum."""
+        if "context" in given:
+            given["context"] = self._seen(_of_heads(given["context"], self.config.n_heads, self.lanes))
         return forward(self.lanes.enter(x_BPD, self._length), **given)
 
-    def _entered_by_heads(self, n_heads: int, forward: Forward, x_BPD: Tensor, context: AnyContext) -> Any:
-        return self._entered(forward, x_BPD, context=self._seen(_of_heads(context, n_heads, self.lanes)))
+    def _entered_and_left(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Any:
+        """The same where what it gives is itself a part of a sum: of several experts."""
+        return self.lanes.leave(self._entered(forward, x_BPD, **given))
 
     def _seen(self, context: AnyContext) -> AnyContext:
         """Another stack's output is whole outside, and its gradient comes back in parts."""
@@ -168,74 +180,26 @@ class Cut:
             return dc.replace(context, output_BSD=self.lanes.spread(context.output_BSD))
         return context
 
-    # --------------------------------------------------------------------------------------------------------------- the rules
-
-    def multi_head(self, attention: MultiHeadAttention) -> None:
-        n_heads = attention.q_proj.out_features // attention.head_dim
-        self._by_rows(attention.q_proj)
-        n_kv_heads = attention.k_proj.out_features // attention.head_dim
-        for projection in (attention.k_proj, attention.v_proj):
-            if n_kv_heads % self.lanes.size == 0:
-                self._by_rows(projection)
-            else:  # several processes' query heads read one key-value head
-                head = self.lanes.rank * n_kv_heads // self.lanes.size
-                self._take(projection, slice(head * attention.head_dim, (head + 1) * attention.head_dim))
-        self._by_columns(attention.o_proj)
-        self._by_heads(attention, n_heads)
-
-    def latent(self, attention: LatentAttention) -> None:
-        """The latents are made by every process; what is made of them, by heads."""
-        n_heads = attention.n_heads
-        for projection in (attention.q_proj, attention.k_proj, attention.v_proj):
-            self._by_rows(projection)
-        self._by_columns(attention.o_proj)
-        attention.n_heads = n_heads // self.lanes.size
-        self._by_heads(attention, n_heads)
-
-    def _by_heads(self, attention: nn.Module, n_heads: int) -> None:
-        self._heads_are_cut = True
-        wrap(attention, "forward", self._entered_by_heads, n_heads)
-
-    def feed_forward(self, ffn: MLP | GatedFFN, leaves: bool = True) -> None:
-        """leaves: whether it is a sublayer of its own; otherwise its output is a part of its owner's sum."""
-        self._by_rows(ffn.up_proj)
-        if isinstance(ffn, GatedFFN):
-            self._by_rows(ffn.gate_proj)
-        if leaves:
-            self._by_columns(ffn.down_proj)
-            wrap(ffn, "forward", self._entered)
-        else:
-            assert ffn.down_proj._parameters["bias"] is None  # it would be added by each
-            self._place(ffn.down_proj, weight=Shard(1))
-
-    def mixture(self, mixture: MixtureOfExperts) -> None:
-        """Every process routes all tokens alike, and computes a part of each expert. The auxiliary loss is everyone's: each counts a share."""
-        self._place(mixture.experts, gate_proj=Shard(1), up_proj=Shard(1), down_proj=Shard(2))
-        if mixture.shared is not None:
-            assert isinstance(mixture.shared, GatedFFN)
-            self.feed_forward(mixture.shared, leaves=False)
-        mixture.aux_weight /= self.lanes.size
-        wrap(mixture, "forward", lambda forward, *args, **given: self.lanes.leave(self._entered(forward, *args, **given)))
-
     # -------------------------------------------------------------------------------------------------------------- matrices
 
-    def _by_rows(self, linear: nn.Linear) -> None:
-        """Each process some outputs."""
-        self._place(linear, weight=Shard(0), bias=Shard(0))
-
-    def _by_columns(self, linear: nn.Linear) -> None:
-        """Each process some inputs: a part of every output, summed before the bias is added."""
-        self._place(linear, weight=Shard(1), bias=Replicate())
-        wrap(linear, "forward", self._reduced, linear)
+    def _cut_matrix(self, linear: Any, how: How | None, is_last: bool) -> bool:
+        """is_last: its outputs are the sublayer's. True: they are summed here, before the bias is added."""
+        if how == "shared_rows" and (heads := shared_heads(self.config)) % self.lanes.size:
+            n, head = linear.out_features // heads, self.lanes.rank * heads // self.lanes.size
+            self._place(linear, weight=Replicate(), bias=Replicate())
+            linear.__dict__[ROWS] = slice(head * n, (head + 1) * n)
+        elif how in ("rows", "shared_rows"):
+            self._place(linear, weight=Shard(0), bias=Shard(0))
+        elif how == "columns":
+            assert is_last or linear.bias is None  # each rank would add it
+            self._place(linear, weight=Shard(1), bias=Replicate())
+            if is_last:
+                wrap(linear, "forward", self._reduced, linear)
+        return how == "columns" and is_last
 
     def _reduced(self, linear: nn.Linear, forward: Forward, x: Tensor) -> Tensor:
         y = self.lanes.leave(F.linear(x, linear.weight))
         return y if linear.bias is None else y + linear.bias.to(y.dtype)
-
-    def _take(self, linear: nn.Linear, rows: slice) -> None:
-        """Whole in every process, of which this one reads some rows."""
-        self._place(linear, weight=Replicate(), bias=Replicate())
-        linear.__dict__[ROWS] = rows
 
     def _place(self, owner: nn.Module, **placements: Placement) -> None:
         place(owner, self.lanes.mesh, **placements)
@@ -270,20 +234,6 @@ class Cut:
         whole = {id(owner._parameters[name]) for owner, name, _ in self.replicated}
         held = [(local(p.grad), 1.0 / self.lanes.size if id(p) in whole else 1.0) for p in self.model.parameters() if p.grad is not None]
         return clip(held, max_norm, self.lanes.group, shards)
-
-
-RULES: dict[type, Callable[[Cut, Any], None]] = {
-    MultiHeadAttention: Cut.multi_head,
-    LatentAttention: Cut.latent,
-    MLP: Cut.feed_forward,
-    GatedFFN: Cut.feed_forward,
-    MixtureOfExperts: Cut.mixture,
-}
-
-
-def sublayers(block: nn.Module) -> Iterator[nn.Module]:
-    """What is joined to the stream by a residual."""
-    return (child for name, child in block.named_children() if hasattr(block, f"{name}_residual"))
 
 
 def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:

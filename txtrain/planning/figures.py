@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+from collections.abc import Iterator
 from typing import Any
 
 from txtrain.config import hardware
 from txtrain.config.schema import Plan, PlanConfig, Train
 from txtrain.config.units import bytes_of, seconds_of
+from txtrain.convert import checked
 from txtrain.errors import ConfigError
 from txtrain.model import flops as costs
 from txtrain.model.config import ModelConfig
-from txtrain.model.trace.tape import NotTraced
 from txtrain.parallel.config import problems, processes
+from txtrain.planning.memory.batch_shapes import unknown
 from txtrain.planning.memory.count import memory
 from txtrain.planning.memory.fit import largest_micro_batch, remedy
 from txtrain.planning.memory.replicated import NotCounted
+from txtrain.registry import chosen, is_own, unstated
 
 BYTES = {"bfloat16": 2, "float32": 4}
 
@@ -32,14 +35,15 @@ class Figures:
         forward_flops_per_token, flops_per_token: without and with the backward pass; of an image a token is a position.
         flops_per_sample: forward and backward of one sequence, pair or image.
         flops_by_part: of one sample's forward pass in training.
+        flops_missing: what options of the user's own do not say of theirs, and what is taken instead; null: nothing.
+            cache_missing: the same of the cache.
         cache_bytes_per_token: what one more token adds while no window is full; cache_bytes: after seq_len tokens.
         steps, tokens, flops, seconds: of the whole run; null where nothing but the data or a clock could tell.
         limited_by: the key of the limit that ends the run.
         memory: bytes of one process at the fullest moment of a step, memory_by_part: what they are (`txtrain.planning.memory.count`); null where it
             is not counted, memory_missing: why. memory_of_host, memory_of_host_by_part: what lies in the processor's memory instead
             (strategy.cpu_offload). refused: what `train` would say to such a batch; a process is then counted with one
-            sample at least.
-        memory_simulated: as the real model showed it, with plan.simulate=true (`txtrain.cli.plan`).
+            sample at least. memory_simulated: as the real model showed it, with plan.simulate=true.
         micro_batch_size: of that step; largest_micro_batch_size: that fits into plan.memory.
         communicated: bytes of the whole buffers a process exchanges in a step, by collective.
         device, n_devices, peak_flops, mfu: what the time stands on; peak_flops of one device.
@@ -56,9 +60,11 @@ class Figures:
     flops_per_token: float
     flops_per_sample: float
     flops_by_part: dict[str, float]
+    flops_missing: str | None
     cache_bytes_per_token: int
     cache_bytes: int
     cache_dtype: str
+    cache_missing: str | None
     global_batch_size: int
     steps: int | None
     tokens: int | None
@@ -91,8 +97,9 @@ def plan(config: Train) -> Figures:
     config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
 
     Raises:
-        ConfigError: it does not fit into plan.memory.
+        ConfigError: it is no legal configuration, or does not fit into plan.memory.
     """
+    checked(config, Train, "config")
     how = config.plan if isinstance(config, Plan) else PlanConfig()
     model, (source, target) = config.model, config.lengths
     inference = costs.forward_by_part(model, source, target, dense=False)
@@ -106,7 +113,7 @@ def plan(config: Train) -> Figures:
     size = BYTES[how.cache_dtype]
     held = (target or source, source if target else 0)
     return Figures(
-        model=name_of(model),
+        model=model.preset,
         n_params=model.n_params,
         n_active_params=model.n_active_params,
         params_by_part={name: n for name, n in model.n_params_by_part().items() if n},
@@ -117,9 +124,11 @@ def plan(config: Train) -> Figures:
         flops_per_token=per_sample / source,
         flops_per_sample=per_sample,
         flops_by_part=training,
+        flops_missing="; ".join(flops_missing(config)) or None,
         cache_bytes_per_token=costs.cache_values_per_token(model) * size,
         cache_bytes=model.cache_bytes(*held, bytes_per_value=size),
         cache_dtype=how.cache_dtype,
+        cache_missing=cache_missing(model),
         global_batch_size=config.data.global_batch_size,
         steps=steps,
         tokens=None if steps is None else steps * config.data.global_batch_size * source,
@@ -134,6 +143,28 @@ def plan(config: Train) -> Figures:
     )
 
 
+def flops_missing(config: Train) -> Iterator[str]:
+    """What options of the user's own do not say of their FLOPs, and what is taken instead."""
+    model = config.model
+    for axis, forms in (("attention", ("projection_flops", "score_flops")), ("ffn", ("flops",))):
+        option = getattr(model, axis)
+        if missing := unstated(axis, option, *forms):
+            taken = "a multiply and an add for each parameter and token are taken"
+            yield f"{chosen(axis, option)} does not say ({missing} of its Config): {taken}"
+    for axis, option in model.components():
+        if axis in ("position", "norm", "norm_position") and is_own(axis, option):
+            yield f"{chosen(axis, option)} is your own: matrix products in it, if there are any, are not counted"
+    yield from (f"{what}: one pass over {config.seq_len} positions is taken" for what in unknown(config))
+
+
+def cache_missing(model: ModelConfig) -> str | None:
+    """Why what an attention of the user's own keeps of a token is not known, and what is taken instead."""
+    if model.topology == "encoder" or not (missing := unstated("attention", model.attention, "cache_values")):
+        return None
+    taken = "2 * model.dim values a layer and token are taken"
+    return f"{chosen('attention', model.attention)} does not say ({missing} of its Config): {taken}"
+
+
 def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     """The figures of memory and of what is sent.
 
@@ -144,8 +175,6 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
     try:
         found = memory(config, n_devices)
         communicated = found.communicated
-    except NotTraced as e:
-        missing = f"{e.args[0]} does not say what it computes (`trace` of its config); plan.simulate=true looks at the module."
     except NotCounted as e:
         missing, communicated = str(e), e.communicated
     room = bytes_of(how.memory) if how.memory else None
@@ -199,7 +228,3 @@ def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | No
         steps["trainer.max_time"] = math.floor(seconds_of(trainer.max_time) / seconds_per_step)
     limit = min(steps, key=steps.__getitem__, default=None)
     return (None, None) if limit is None else (steps[limit], limit)
-
-
-def name_of(model: ModelConfig) -> str:
-    return model.family if model.size == "laptop" else f"{model.family}_{model.size}"

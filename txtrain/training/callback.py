@@ -16,6 +16,7 @@ from txtrain import files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.saver import Saver
+from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.data.store.stream import Position
 from txtrain.errors import ConfigError
@@ -25,7 +26,8 @@ from txtrain.monitor.loggers.build import Loggers
 from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
-from txtrain.objectives.base import Shown, build_objective
+from txtrain.objectives.base import Shown
+from txtrain.plain_files import decode, read_bytes
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
@@ -34,7 +36,7 @@ from txtrain.training.signals import Preempted, Stop
 SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 
 
-class Recorder(pl.Callback):
+class RunCallback(pl.Callback):
     """Closes each step once: row, then samples, then checkpoint, in that order, and ends the run where it must.
 
     A step at which a validation is due is closed after it. An interrupt in between saves the step with its open row; the resumed run
@@ -43,25 +45,38 @@ class Recorder(pl.Callback):
     Args:
         folder: None: nothing is written.
         data: a DataModule that is prepared.
+        columns: of metrics.csv, those of the objective.
+        stop: owns the signals.
+        deadline: of the job.
     """
 
-    def __init__(self, config: Train, data: Any, folder: RunFolder | None, limits: Limits, display: Display, machine: Machine) -> None:
+    def __init__(
+        self,
+        config: Train,
+        data: Any,
+        folder: RunFolder | None,
+        limits: Limits,
+        display: Display,
+        machine: Machine,
+        loggers: Loggers,
+        stop: Stop,
+        deadline: Deadline,
+        columns: Sequence[str],
+    ) -> None:
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
-        self.display, self.machine = display, machine
-        self.loggers = Loggers()  # none; replaced by those of the run
-        self.stop = Stop()  # replaced by the one that owns the signals, where there is one
-        self.deadline = Deadline(None)  # replaced by that of a job
-        self.state: dict[str, Any] = folder.state if folder else {}
+        self.display, self.loggers, self.stop, self.deadline = display, loggers, stop, deadline
+        self.state = folder.state if folder else RunState()
         self.watch = Watch(config, data, folder, display, machine, self.state)
         self.meter = self.watch.meter
-        self.open: dict[str, Any] | None = self.state.get("open_row")  # of a step that is not closed yet
+        self.open: dict[str, Any] | None = self.state.open_row  # of a step that is not closed yet
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.position: Any = None  # of a stream, where the next step can be read from
         self.best = math.inf
         self.ended = False
-        self.columns = COLUMNS + build_objective(config).columns + balancing.columns(config.model) + data.columns
+        self.columns = (*COLUMNS, *columns) + balancing.columns(config.model) + data.columns
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
+        self._works: dict[tuple[int, int], tuple[int, float, float]] = {}  # by the lengths of a batch, see `_work`
 
     # ------------------------------------------------------------------------------------------------------------ the start
 
@@ -74,26 +89,26 @@ class Recorder(pl.Callback):
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
         guess = 3 * 4 * self.config.model.n_params / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
-        self._saver.longest = self.state.get("save_seconds") or guess
+        self._saver.longest = self.state.save_seconds or guess
         if self.folder.source is not None:
             module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
             module.step = self.folder.first_step
-            module.skipped, module.skipped_in_a_row = self.state.get("skipped", (0, 0))
+            module.skipped, module.skipped_in_a_row = self.state.skipped
             self.data.start_step = module.step
-            if self.state.get("stream_position"):
-                self.data.start_position = Position(*self.state["stream_position"])
+            if self.state.stream_position is not None:
+                self.data.start_position = Position(*self.state.stream_position)
                 self.position = self.data.start_position
             _continue_counting(trainer, module.step)
         self.watch.start(module)
-        losses = [checkpoint.read_state(path)["metrics"].get("val_loss") for path in checkpoint.complete(self.folder.path)]
+        losses = [checkpoint.read_state(path).val_loss for path in checkpoint.complete(self.folder.path)]
         self.best = min((loss for loss in losses if loss is not None), default=math.inf)
         if not module.parallel.is_first:
             return
         self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
-        kept = samples.read_bytes()[: self.state["samples_size"]] if self.state and samples.exists() else b""
-        files.write(samples, kept.decode())
+        kept = read_bytes(samples, 1 << 30)[: self.state.samples_size] if self.folder.checkpoint is not None and samples.exists() else b""
+        files.write(samples, decode(kept, str(samples)))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.hold()  # Lightning took the signals just before
@@ -174,11 +189,14 @@ class Recorder(pl.Callback):
 
     def _work(self, module: LitModule, batch: Any) -> tuple[int, float, float]:
         """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
-        model, n = self.config.model, self.config.data.global_batch_size
         lengths = module.objective.lengths(batch, self.config.seq_len)
-        longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
-        again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
-        return n * longer, n * model.flops_per_sample(*lengths, self.config.objective.target_share), n * again
+        if lengths not in self._works:  # a part of the user's own is built to be counted
+            model, n = self.config.model, self.config.data.global_batch_size
+            longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
+            once = model.flops_per_sample(*lengths, self.config.objective.target_share)
+            again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
+            self._works[lengths] = n * longer, n * once, n * again
+        return self._works[lengths]
 
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
         """What is known of the step without a validation. Waits for the device."""
@@ -284,21 +302,21 @@ class Recorder(pl.Callback):
             files.sync(samples)
         order = self.data.order_hash(module.step)
         optimizer = module.trainer.optimizers[0]
-        state = {
-            "step": module.step,
-            "tokens": module.tokens,
-            "samples": module.samples,
+        state = RunState(
+            step=module.step,
+            tokens=module.tokens,
+            samples=module.samples,
             **self.watch.state(),
-            "data_order_hash": order,
-            "data_fingerprint": self.data.fingerprint,
-            "stream_position": None if self.position is None else [int(n) for n in self.position],
-            "samples_size": samples.stat().st_size if samples.exists() else 0,
-            "metrics": {} if val_loss is None else {"val_loss": val_loss},
-            "open_row": self.open,
-            "save_seconds": self._saver.longest,
-            "skipped": (module.skipped, module.skipped_in_a_row),
-            checkpoint.NUMBERS: module.parallel.training_numbers(module.model, optimizer),
-        }
+            data_order_hash=order,
+            data_fingerprint=self.data.fingerprint,
+            stream_position=None if self.position is None else [int(n) for n in self.position],
+            samples_size=samples.stat().st_size if samples.exists() else 0,
+            metrics={} if val_loss is None else {"val_loss": val_loss},
+            open_row=self.open,
+            save_seconds=self._saver.longest,
+            skipped=(module.skipped, module.skipped_in_a_row),
+            optimizer=module.parallel.training_numbers(module.model, optimizer),
+        )
         self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)
 
     def _saved(self, path: Path) -> None:
@@ -307,8 +325,9 @@ class Recorder(pl.Callback):
         if self._file is not None:  # this process writes
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
-            self.folder.update(data_order_hash=state["data_order_hash"], step=state["step"], goodput=self.watch.goodput())
-            self.loggers.checkpoint(path, state["step"], state["data_order_hash"], best=state["metrics"].get("val_loss", math.inf) <= self.best)
+            best = state.val_loss is not None and state.val_loss <= self.best
+            self.folder.update(data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput())
+            self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 
     def _beside(self, path: Path) -> None:
         assert self.folder is not None
@@ -341,9 +360,9 @@ def check_data(folder: RunFolder, data: Any) -> None:
         ConfigError: text, tokenizer or packing are not those of the checkpoint.
     """
     state = folder.state
-    if data.fingerprint != state["data_fingerprint"] or data.order_hash(state["step"]) != state["data_order_hash"]:
+    if data.fingerprint != state.data_fingerprint or data.order_hash(state.step) != state.data_order_hash:
         raise ConfigError(
-            f"`data` must be what {folder.path} was trained on (fingerprint {state['data_fingerprint']}), but is {data.fingerprint} instead: "
+            f"`data` must be what {folder.path} was trained on (fingerprint {state.data_fingerprint}), but is {data.fingerprint} instead: "
             "the files have changed. Restore them, or train anew in another run_dir."
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from txtrain.config.schema import Train
+from txtrain.convert import checked
 from txtrain.data.prepare import Prepared, prepare
 from txtrain.data.samples.length_order import LengthOrder
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
@@ -23,7 +24,7 @@ from txtrain.data.sources.source import Split, build_source, describe, settle
 from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
-from txtrain.objectives.base import build_objective
+from txtrain.objectives.base import Objective, build_objective
 from txtrain.training.signals import ignore
 
 Batch = dict[str, Tensor]
@@ -39,7 +40,14 @@ class DataModule(L.LightningDataModule):
     `fingerprint` (of contents, tokenizer and packing), `token_bytes`.
 
     start_step: set it before fit; the first training batch is the one of this step (0-based).
-    fallback: why the data are not those that were asked for (`txtrain.data.sources.source.settle`), or None.
+
+    Args:
+        settled: why the data are not those that were asked for, or "" where they are: the config comes from `settle`. By default it
+            is settled here.
+        objective: by default config.objective's.
+
+    Raises:
+        ConfigError: the config is none, or illegal.
     """
 
     tokenizer: Tokenizer | None
@@ -48,9 +56,11 @@ class DataModule(L.LightningDataModule):
     token_bytes: NDArray[np.int32] | None
     order: GlobalOrder
 
-    def __init__(self, config: Train, fallback: str | None = None) -> None:
+    def __init__(self, config: Train, settled: str | None = None, objective: Objective | None = None) -> None:
         super().__init__()
-        self.config, self.fallback = config, fallback
+        self.config, self._settled, self._objective = checked(config, Train, "config"), settled, objective
+        self.fallback = settled or None
+        self.given = config  # before `settle`
         self.start_step = 0
         self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
         self._stream: StreamTokens | None = None
@@ -73,11 +83,11 @@ class DataModule(L.LightningDataModule):
         """
         if self._train is not None:
             return
-        self.config, reason = settle(self.config)
-        self.fallback = self.fallback or reason
+        if self._settled is None:
+            self.config, self.fallback = settle(self.config)
         config = self.config
         source = build_source(config)
-        made = prepare(source, config, build_objective(config))
+        made = prepare(source, config, self._objective or build_objective(config))
         self.tokenizer, self.fingerprint, self._val_text = made.tokenizer, made.fingerprint, made.text
         self.token_bytes = None if made.tokenizer is None else made.tokenizer.token_bytes()
         self.n_train, self.n_val = len(made.train), len(made.validation)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import hashlib
 import math
 import random
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.config.schema import Train
+from txtrain.convert import checked
 from txtrain.errors import ConfigError
+from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import Batch, Objective, build_objective
@@ -25,6 +28,25 @@ from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
 from txtrain.training.limits import Limits
+
+
+def check_model(model: nn.Module | None, config: Train) -> None:
+    """Of a model that was given; what is known of a module that is not ours shows when it is called.
+
+    Raises:
+        ConfigError: it is no module, or its own config does not go with the objective and the data.
+    """
+    if model is not None and not isinstance(model, nn.Module):
+        raise ConfigError(f"`model` must be a torch.nn.Module, but is {type(model).__name__} instead.")
+    own = getattr(model, "config", None)
+    if not isinstance(own, ModelConfig) or own == config.model:
+        return
+    checked(dc.replace(config, model=own), Train, "config")
+    if own.vocab_size < config.model.vocab_size:
+        asked = f"at least {config.model.vocab_size} tokens, config.model.vocab_size"
+        raise ConfigError(f"`model` must have a vocabulary of {asked}, but has {own.vocab_size} instead.")
+    if own.embedding.grid() is not None and (own.embedding, own.head) != (config.model.embedding, config.model.head):
+        raise ConfigError("`model` must read the images and tell the classes that config.model does, but has others.")
 
 
 class LitModule(pl.LightningModule):
@@ -38,13 +60,24 @@ class LitModule(pl.LightningModule):
         config: from `txtrain.compose`.
         model: trained as it is; by default config.model's, initialised from config.seed.
         parallel: the run's processes, started; by default those of config.strategy.
+        objective: by default config.objective's.
+
+    Raises:
+        ConfigError: the config is none, or illegal, or the model is not one that its objective could train.
     """
 
-    def __init__(self, config: Train, model: nn.Module | None = None, parallel: OneProcess | None = None) -> None:
+    def __init__(
+        self,
+        config: Train,
+        model: nn.Module | None = None,
+        parallel: OneProcess | None = None,
+        objective: Objective | None = None,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.config = config
-        self.objective: Objective = build_objective(config)
+        self.config = checked(config, Train, "config")
+        check_model(model, config)
+        self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
         check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)

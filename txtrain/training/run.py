@@ -7,8 +7,7 @@ import dataclasses as dc
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +16,21 @@ import torch
 from torch import nn
 
 from txtrain import slurm
+from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
-from txtrain.convert import plain
+from txtrain.convert import checked, flat, plain
 from txtrain.data.sources.source import settle
+from txtrain.errors import ConfigError, RunError
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
 from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.profiler import Profiled
 from txtrain.monitor.throughput import Machine
+from txtrain.objectives.base import build_objective
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.early_signals import PREEMPTED
@@ -37,12 +39,12 @@ from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
 from txtrain.slurm import Job
 from txtrain.training import code_versions
-from txtrain.training.callback import Recorder, check_data
+from txtrain.training.callback import RunCallback, check_data
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
-from txtrain.training.module import LitModule
+from txtrain.training.module import LitModule, check_model
 from txtrain.training.signals import Cause, Preempted, Stop
 
 
@@ -90,15 +92,19 @@ def train(
 
     Raises:
         ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
+        RunError: what only training found, as a row of the data unlike the others; the run's folder says `failed`.
     """
+    checked(cfg, Train, "cfg")
+    check_model(model, cfg)
+    _check_given(cfg, data, callbacks)
     origin, world = origin or Origin(), World.here()
-    stop = Stop(first=world.rank == 0, several=world.size > 1, last_words=partial(_last_words, cfg, None))
-    with stop, quiet(), (parallel := make_parallel(cfg)).started(), marked(world.rank, parallel.is_new) if world.size > 1 else contextlib.nullcontext():
+    last_words = LastWords(cfg)
+    with _surroundings(cfg, world, last_words) as (stop, parallel):
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
-        stop.last_words = partial(_last_words, cfg, place)
+        last_words.know(place)
         for text in start_screen.restarted(place):
             display.tell(text)
         first, *loud = start_screen.opening(cfg, fallback)
@@ -106,9 +112,13 @@ def train(
         for text in (*loud, *origin.notes):
             display.tell(text)
         device = parallel.device()
-        module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel)
+        objective = build_objective(cfg)
+        module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel, objective)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
-        data = data or DataModule(cfg, fallback)
+        parallel.check(module.model)
+        if place is not None and (source := place.source) is not None:
+            parallel.first(lambda: checkpoint.check_weights(source, module.model))
+        data = data or DataModule(cfg, fallback or "", objective)
         parallel.in_turn(data.prepare)
         parallel.agree({"the fingerprint of the data": data.fingerprint})
         limits = Limits.of(cfg, data.n_train)
@@ -119,15 +129,54 @@ def train(
             if _nothing_left(place, limits):
                 return _finished(place, display, parallel)
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
-        recorder = Recorder(cfg, data, place, limits, display, machine)
-        called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports), *([Profiled(cfg, place, display)] if cfg.profile else []), recorder]
+        called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
+        called += [Profiled(cfg, place, display)] if cfg.profile else []
         if place is not None:
             _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
-        recorder.loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or recorder.loggers
+        loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
         display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title))
-        trainer = make_trainer(cfg, parallel, limits, called, recorder.loggers.lightning, validate_first=recorder.open is not None)
-        recorder.deadline = Deadline(parallel.first(_end_of_job))
-        return _fit(trainer, module, data, recorder, stop)
+        deadline = Deadline(parallel.first(_end_of_job))
+        ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
+        trainer = make_trainer(cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None)
+        return _fit(trainer, module, data, ours)
+
+
+@contextlib.contextmanager
+def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[tuple[Stop, OneProcess]]:
+    """Signals are the run's, Lightning is quiet, the ranks are connected, and warnings say which rank they are of."""
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(Stop(first=world.rank == 0, several=world.size > 1, last_words=last_words))
+        stack.enter_context(quiet())
+        parallel = make_parallel(cfg)
+        stack.enter_context(parallel.started())
+        if world.size > 1:
+            stack.enter_context(marked(world.rank, parallel.is_new))
+        yield stop, parallel
+
+
+def _check_given(cfg: Train, data: object, callbacks: object) -> None:
+    """Of what a run is given beside its configuration, which is what its folder says of it."""
+    if data is not None:
+        if not isinstance(data, DataModule):
+            raise ConfigError(f"`data` must be a txtrain.DataModule, but is {type(data).__name__} instead.")
+        ours, theirs = _shape_of_batches(cfg), _shape_of_batches(data.given)
+        for key, value in ours.items():
+            if theirs[key] != value:
+                what = f"{key} {value}, as cfg has it, but is made for {theirs[key]} instead"
+                raise ConfigError(f"`data` must be made for {what}: txtrain.DataModule(cfg).")
+    if not isinstance(callbacks, Sequence) or not all(isinstance(c, pl.Callback) for c in callbacks):
+        raise ConfigError(f"`callbacks` must be a list of lightning Callbacks, but is {callbacks!r} instead.")
+
+
+def _shape_of_batches(cfg: Train) -> dict[str, Any]:
+    """What decides which batches the training step is given."""
+    return {
+        "model.topology": cfg.model.topology,
+        "objective": cfg.objective,
+        "data.kind": cfg.data.kind,
+        "data.global_batch_size": cfg.data.global_batch_size,
+        "data.seq_len": cfg.seq_len,
+    }
 
 
 def run_train(config: Train, origin: Origin | None = None) -> int:
@@ -167,33 +216,46 @@ def short(cfg: Train) -> Train:
     return dc.replace(cfg, trainer=dc.replace(cfg.trainer, max_steps=n, val_check_interval=n, limit_val_batches=limit, log_every_n_steps=1))
 
 
-def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, recorder: Recorder, stop: Stop) -> Result:
-    """Run Lightning's loop, and leave the folder with the status that the run has."""
-    place, parallel, status = recorder.folder, module.parallel, "failed"
+@contextlib.contextmanager
+def _begun() -> Iterator[None]:
+    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail.
+
+    What a worker of the loader finds arrives as text, behind torch's copy of the worker's traceback.
+    """
     try:
-        stop.hold()
-        recorder.stop = stop
+        yield
+    except ConfigError as e:
+        said = str(e).rpartition(f"{ConfigError.__name__}: ")[2].strip()
+        raise RunError(*said.splitlines()) from e
+
+
+@_begun()
+def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallback) -> Result:
+    """Run Lightning's loop, and leave the folder with the status that the run has."""
+    place, parallel, status = run.folder, module.parallel, "failed"
+    try:
+        run.stop.hold()
         trainer.fit(module, datamodule=data)
         status = "complete"
     except Preempted:
         status = "preempted"
     finally:
         try:
-            recorder.close()
+            run.close()
             if place is not None and parallel.is_first:
-                place.end(status, goodput=recorder.watch.goodput())
+                place.end(status, goodput=run.watch.goodput())
         finally:
-            recorder.loggers.close(status)
+            run.loggers.close(status)
     where = place.path if place is not None else None
     if status == "preempted":
-        recorder.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
+        run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
-        stop.deaf = bool(parallel.first(lambda: _requeue(recorder.config, recorder.display.tell)))
-        return Result(where, dict(recorder.metrics), status)
-    recorder.display.table(recorder.watch.summary(module, recorder.metrics))
+        run.stop.deaf = bool(parallel.first(lambda: _requeue(run.config, run.display.tell)))
+        return Result(where, dict(run.metrics), status)
+    run.display.table(run.watch.summary(module, run.metrics))
     if where is not None:
-        recorder.display.tell(f"done: {where}", style="bold")
-    return Result(where, dict(recorder.metrics), status)
+        run.display.tell(f"done: {where}", style="bold")
+    return Result(where, dict(run.metrics), status)
 
 
 def _end_of_job() -> float | None:
@@ -213,17 +275,26 @@ def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
     return slurm.has_requeued()
 
 
-def _last_words(cfg: Train, place: RunFolder | None, cause: Cause) -> None:
-    """Of the first process, where a run is stopped before its first step is done."""
+class LastWords:
+    """Said by the first rank where a run is stopped before its first step is done."""
 
-    def say(text: str) -> None:
-        os.write(2, f"txtrain: {text}\n".encode())
+    def __init__(self, cfg: Train) -> None:
+        self._cfg = cfg
+        self._folders: list[RunFolder] = []
 
-    say("stopped before the first step.")
-    if place is not None:
-        place.stopped()
-    if cause != Cause.PERSON:
-        _requeue(cfg, say)
+    def know(self, place: RunFolder | None) -> None:
+        """The run's folder has been chosen."""
+        self._folders += [] if place is None else [place]
+
+    def __call__(self, cause: Cause) -> None:
+        def say(text: str) -> None:
+            os.write(2, f"txtrain: {text}\n".encode())
+
+        say("stopped before the first step.")
+        for place in self._folders:
+            place.stopped()
+        if cause != Cause.PERSON:
+            _requeue(self._cfg, say)
 
 
 def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
@@ -249,17 +320,17 @@ def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[s
 
 def _common(cfg: Train) -> dict[str, str]:
     """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named, and the code."""
-    return {**{key: str(value) for key, value in run_folder.flat(plain(cfg)).items()}, **code_versions.versions(cfg.imports)}
+    return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
 
 
 def _nothing_left(place: RunFolder, limits: Limits) -> bool:
     state = place.state
-    return state["open_row"] is None and limits.reached(state["step"], state["seconds"])
+    return state.open_row is None and limits.reached(state.step, state.seconds)
 
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
     """The run had reached its end; it may have been killed before it could say so."""
-    display.tell(f"{place.path} has all of its {place.state['step']} steps: nothing left to do.")
+    display.tell(f"{place.path} has all of its {place.state.step} steps: nothing left to do.")
     if parallel.is_first:
         place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))

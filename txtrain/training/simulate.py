@@ -127,7 +127,7 @@ def _of_cpu(snapshot: dict[torch.device, dict[Any, int]]) -> dict[str, int]:
 @contextlib.contextmanager
 def _processes(config: Train, world: int) -> Iterator[OneProcess]:
     """The strategy as process 0 of so many sees it; messages go nowhere."""
-    alone = world == 1 and not getattr(config.strategy, "cpu_offload", False)
+    alone = world == 1 and not config.strategy.cpu_offload
     if alone:
         yield OneProcess(config)
         return

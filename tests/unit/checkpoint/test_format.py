@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
 from txtrain.optim import state as optimizer_state
 from txtrain.run_config import SaveConfig
@@ -39,7 +40,7 @@ def model_and_optimizer(seed, cls=torch.optim.AdamW):
 def save(run, step, seed, val_loss=None):
     tensors = checkpoint.training_tensors(*model_and_optimizer(seed))
     path = checkpoint.path_of(run, step)
-    checkpoint.save(path, tensors, {"step": step, "metrics": {"val_loss": val_loss} if val_loss else {}}, beside=lambda _: None)
+    checkpoint.save(path, tensors, RunState(step=step, metrics={"val_loss": val_loss} if val_loss else {}), beside=lambda _: None)
     return path
 
 
@@ -60,7 +61,7 @@ def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
     before = model_and_optimizer(0, cls)
     saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
     path = checkpoint.path_of(tmp_path, 3)
-    checkpoint.save(path, saved, {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    checkpoint.save(path, saved, RunState(step=3, optimizer=numbers), beside=lambda _: None)
     model, _ = model_and_optimizer(1, cls)
     optimizer = cls(model.parameters(), lr=0.1)
     checkpoint.load_training(path, model, optimizer)
@@ -98,7 +99,7 @@ def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_
 
     before, path = made(0, 3), checkpoint.path_of(tmp_path, 3)
     saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
-    checkpoint.save(path, saved, {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    checkpoint.save(path, saved, RunState(step=3, optimizer=numbers), beside=lambda _: None)
     after = made(1, 0)
     checkpoint.load_training(path, *after)
     loaded = checkpoint.training_tensors(*after)
@@ -116,7 +117,7 @@ def test_numbers_of_another_optimizer_are_refused(tmp_path):
     path = checkpoint.path_of(tmp_path, 3)
     numbers = optimizer_state.numbers(*before)
     del numbers["0.bias.sum"]
-    checkpoint.save(path, checkpoint.training_tensors(*before), {checkpoint.NUMBERS: numbers}, beside=lambda _: None)
+    checkpoint.save(path, checkpoint.training_tensors(*before), RunState(step=3, optimizer=numbers), beside=lambda _: None)
     with pytest.raises(ConfigError, match=r"another optimizer: 0\.bias\.sum is no number there"):
         checkpoint.load_training(path, *model_and_optimizer(1, Counting))
 

@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from txtrain.checkpoint.saver import Copies, Saver
+from txtrain.checkpoint.state import RunState
 
 
 def test_what_changes_after_the_copy_is_not_in_it_and_its_memory_is_used_again():
@@ -24,7 +25,7 @@ def test_a_checkpoint_is_written_from_its_own_moment_while_the_tensors_go_on(tmp
     saver = Saver(None, behind=True, done=complete.append, warn=print)
     for step in range(1, 6):
         tensors["a"].fill_(step)
-        saver.save(tmp_path / f"step_{step:08d}", tensors, {}, lambda path: None, must=False)
+        saver.save(tmp_path / f"step_{step:08d}", tensors, RunState(step=step), lambda path: None, must=False)
         tensors["a"].fill_(-1)
     saver.wait()
     assert [path.name for path in complete] == [f"step_{step:08d}" for step in range(1, 6)]
@@ -42,7 +43,7 @@ def test_the_copies_memory_is_there_before_the_first_save(tmp_path):
     saver.wait()
     memory = saver._copies.of(tensors)["a"]
     tensors["a"].fill_(5)
-    saver.save(tmp_path / "step_00000001", tensors, {}, lambda path: None, must=False)
+    saver.save(tmp_path / "step_00000001", tensors, RunState(), lambda path: None, must=False)
     saver.wait()
     (shard,) = (tmp_path / "step_00000001").glob("*.safetensors")
     assert (load_file(shard)["a"] == 5).all()

@@ -1,12 +1,16 @@
 """init_from=, export, load_pretrained: weights, architecture and tokenizer come in and go out."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
 import txtrain
 from tests.training import tiny, weights
+from txtrain import compose
 from txtrain.cli.main import main
-from txtrain.config.compose import compose
 from txtrain.errors import ConfigError
 from txtrain.training.run import train
 
@@ -84,6 +88,52 @@ def test_what_is_not_there_is_named(folder, run):
     with pytest.raises(ConfigError, match=r"`data\.tokenizer` must be given"):
         starting(folder, empty, "x")
     assert starting(folder, empty, "x", "data.tokenizer=bytes").data.tokenizer == "bytes"
+
+
+@pytest.fixture
+def several(run, tmp_path, monkeypatch):
+    """runs/try with three runs, the newest of which has no checkpoint yet; the last but one is called `b`."""
+    monkeypatch.chdir(tmp_path)
+    for name, start in (("b", 300.0), ("a", 200.0), ("c", 400.0)):
+        shutil.copytree(run, tmp_path / "runs/try" / name)
+        told = json.loads((run / "run.json").read_text())
+        (tmp_path / "runs/try" / name / "run.json").write_text(json.dumps(told | {"first_start": start}))
+    shutil.rmtree(tmp_path / "runs/try/c/checkpoints")
+    return "runs/try"
+
+
+SAYS = "{}=runs/try: runs/try/b (the newest of 2 runs with a checkpoint), step 2\n"
+
+
+@pytest.mark.parametrize("key", ["init_from", "fork"])
+def test_a_folder_of_runs_is_the_newest_with_a_checkpoint_and_says_which(key, several, run, folder, capsys):
+    lines = (f"{key}={several}", "data=text", f"data.path={folder / 'text.txt'}", "scheduler=constant")
+    assert getattr(compose(lines), key) == "runs/try/b"
+    assert capsys.readouterr().err == SAYS.format(key)
+
+
+def test_a_run_keeps_the_one_that_it_was_begun_with_where_a_newer_one_has_come(several, folder):
+    first = starting(folder, several, "unused", "run_dir=tuned", *ENDS_AFTER_A_STEP)
+    train(first)
+    newer = shutil.copytree("runs/try/a", "runs/try/d")
+    Path(newer, "run.json").write_text('{"first_start": 500.0}')
+    assert starting(folder, several, "unused", "run_dir=tuned", *ENDS_AFTER_A_STEP).init_from == "runs/try/b"
+    assert starting(folder, several, "unused", "run_dir=another").init_from == "runs/try/d"
+
+
+def test_every_verb_takes_a_folder_of_runs(several, run, folder, capsys):
+    assert main(["generate", f"checkpoint={several}", "prompt=The ", "max_new_tokens=1"]) == 0
+    assert SAYS.format("checkpoint") in capsys.readouterr().err
+    assert main(["export", f"checkpoint={several}", "out=exported"]) == 0
+    assert SAYS.format("checkpoint") in capsys.readouterr().err
+    assert main([f"resume={several}", "trainer.max_steps=3"]) == 0
+    assert SAYS.format("resume") in capsys.readouterr().err
+    assert json.loads(Path("runs/try/b/run.json").read_text())["step"] == 3
+    assert txtrain.load_pretrained(several).config.dim == 32
+    shutil.rmtree("runs/try/a")
+    shutil.rmtree("runs/try/b")
+    assert main(["generate", f"checkpoint={several}", "prompt=The "]) == 2
+    assert "'runs/try' is none of them, or has no complete checkpoint yet" in capsys.readouterr().err
 
 
 def test_an_exported_model_is_the_same_in_transformers(run, exported):

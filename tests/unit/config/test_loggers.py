@@ -5,7 +5,7 @@ import inspect
 
 import pytest
 
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.config.loggers import TensorBoard, Wandb
 from txtrain.errors import ConfigError
 

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from txtrain.data.sources.files import find_files
+from txtrain.data.sources.memmap import TokenFiles
 from txtrain.data.sources.text import TextFiles
 from txtrain.errors import ConfigError
 
@@ -82,7 +84,7 @@ def test_rows_are_read_as_they_are_asked_for(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', r"one JSON object a line, but line 2 of \S+a\.jsonl is none: Expecting value"),
+    ("a.jsonl", b'{"text": "x"}\n{"text": ', r"line 2 of \S+a\.jsonl must be whole, valid JSON, but is not: Expecting value"),
     ("a.jsonl", b'["x"]\n', "line 1 of .* is a list"),
     ("a.jsonl", b'{"txt": "x", "n": 1}\n', r"`data\.text_column` must be one of txt, n for line 1 of .*, but is text instead\. Did you mean txt\?"),
     ("a.jsonl", b'{"text": 7}\n', r"must hold text, but text in line 1 of .* is 7\."),
@@ -110,3 +112,63 @@ def test_a_column_of_parquet_must_exist_and_hold_text(tmp_path: Path) -> None:
         documents(path)
     with pytest.raises(ConfigError, match="holds int64"):
         documents(path, text_column="n")
+
+
+# -------------------------------------------------------------------------------------------------- one path or several
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name in ("a.txt", "c.txt", "a,b.txt", "p0.txt", "p1.txt", "x"):
+        (tmp_path / name).write_text(f"This is {name}.\n")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("spec", "names"),
+    [
+        ("c.txt,a.txt", ["c.txt", "a.txt"]),
+        ("[c.txt,a.txt]", ["c.txt", "a.txt"]),
+        ("[c.txt, a.txt]", ["c.txt", "a.txt"]),
+        ("""["c.txt", 'a.txt']""", ["c.txt", "a.txt"]),
+        ("[c.txt]", ["c.txt"]),
+        ("a,b.txt", ["a,b.txt"]),
+        ("c.txt,p*.txt,", ["c.txt", "p0.txt", "p1.txt"]),
+        ("p[0,1].txt", ["p0.txt", "p1.txt"]),
+        ("[p[0,1].txt,a.txt]", ["p0.txt", "p1.txt", "a.txt"]),
+        ("[wxyz]", ["x"]),
+        (("a,b.txt", "a.txt"), ["a,b.txt", "a.txt"]),
+    ],
+)
+def test_a_path_that_exists_as_typed_wins_and_others_are_lists(spec: str, names: list[str], here: Path) -> None:
+    assert [file.name for file in find_files(spec, "data.path")] == names
+
+
+def test_several_paths_are_the_list_of_a_file_in_order_and_identity(here: Path) -> None:
+    one, two, other = (TextFiles(path) for path in ("c.txt,a.txt", ("c.txt", "a.txt"), "a.txt,c.txt"))
+    assert [*one.documents("train")] == [*two.documents("train")] == ["This is c.txt.\n", "This is a.txt.\n"]
+    assert one.identity() == two.identity() != other.identity()
+    assert one.describe().startswith("c.txt,a.txt (2 files")
+
+
+@pytest.mark.parametrize(
+    ("spec", "says"),
+    [
+        ("a.txt,d.txt", "`data.path` must be an existing file, glob or folder, but d.txt does not exist."),
+        ("[a.txt,cc.txt]", "but cc.txt does not exist. Did you mean c.txt?"),
+        (",", "but , does not exist"),
+        (("a.txt,c.txt",), "but a.txt,c.txt does not exist"),
+    ],
+)
+def test_of_several_paths_the_one_that_does_not_exist_is_named(spec: str, says: str, here: Path) -> None:
+    with pytest.raises(ConfigError) as e:
+        find_files(spec, "data.path")
+    assert says in str(e.value)
+
+
+def test_several_files_of_tokens(here: Path) -> None:
+    for name, n in (("t.bin", 3), ("u.bin", 5)):
+        (here / name).write_bytes(bytes(2 * n))
+    shards = TokenFiles("u.bin,t.bin", None, None, "uint16", 0.2).shards["train"]
+    assert [shard.path.name for shard in shards] == ["u.bin", "t.bin"]

@@ -14,6 +14,7 @@ from txtrain.data.samples.order import OrderHash
 from txtrain.data.sources.mixture import MixtureOrder
 from txtrain.data.sources.text import TextFiles
 from txtrain.errors import ConfigError
+from txtrain.registry import out_of_range
 from txtrain.training.data_module import DataModule
 
 WEIGHTS = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
@@ -179,7 +180,8 @@ def test_shared_keys_are_the_mixtures(config) -> None:
 
     mixture = config().data
     one = dc.replace(mixture.sources["low"], seq_len=8, val_fraction=2.0)
-    problems = list(dc.replace(mixture, sources={**mixture.sources, "low": one}).check())
+    mixture = dc.replace(mixture, sources={**mixture.sources, "low": one})
+    problems = [*mixture.check(), *out_of_range(mixture, "data")]
     assert "`data.sources.low.seq_len` must not be given: it is one for all sources. Write data.seq_len=8." in problems
     assert any(p.startswith("`data.sources.low.val_fraction` must be above 0") for p in problems)
 

@@ -5,7 +5,9 @@ import torch
 
 from tests.models import ids, seeded, tiny
 from txtrain.model import options
+from txtrain.model.build import construct
 from txtrain.model.position import encodings
+from txtrain.registry import TABLE
 
 
 def test_rotation_turns_each_pair_by_position_times_frequency():
@@ -115,3 +117,10 @@ def test_every_scheme_tells_order(kind):
     a = model(torch.tensor([[5, 9, 7]])).logits[0, -1]
     b = model(torch.tensor([[9, 5, 7]])).logits[0, -1]
     assert (a - b).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", TABLE["position"])
+def test_a_config_and_its_module_end_at_the_same_position(name):
+    config = TABLE["position"][name].config(type=name)
+    model = tiny(position=config)
+    assert construct("position", config, model).max_positions == config.max_positions(model)

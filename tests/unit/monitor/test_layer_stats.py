@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.training import rows, tiny, weights
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.errors import ConfigError
 from txtrain.monitor.layer_stats import layer_of
 from txtrain.monitor.metrics_csv import read

@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.training import RUN, tiny
 from tests.wandb_file import WandbFile, wandb_files
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.monitor.metrics_csv import read
 from txtrain.training.run import train
 

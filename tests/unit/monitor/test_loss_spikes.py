@@ -1,8 +1,10 @@
+import dataclasses as dc
 import json
 import random
 
 import pytest
 
+from txtrain.checkpoint.state import LossState
 from txtrain.monitor.loss_spikes import ENOUGH, Losses
 
 
@@ -61,7 +63,7 @@ def test_a_state_through_json_goes_on_exactly(stop):
     expected = spikes(losses, whole)
     first = Losses()
     before = spikes(losses[:stop], first)
-    second = Losses(json.loads(json.dumps(first.state())))
+    second = Losses(LossState(**json.loads(json.dumps(dc.asdict(first.state())))))
     after = [s for step, loss in enumerate(losses[stop:], start=stop + 1) if (s := second.add(step, loss))]
     assert before + after == expected
     assert second.state() == whole.state()

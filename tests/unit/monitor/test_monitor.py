@@ -19,6 +19,7 @@ from tests.compose.conftest import ROOT
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
+from txtrain.checkpoint.state import RunState
 from txtrain.convert import plain
 from txtrain.data.samples.rows import OrderedSamples
 from txtrain.monitor import monitor
@@ -107,7 +108,7 @@ def test_goodput_counts_lost_steps_and_the_time_between_death_and_restart(runs):
     assert died.returncode == -signal.SIGKILL, died.stderr
     told = json.loads((run / "run.json").read_text())
     assert (told["status"], told["starts"]) == ("running", 1)
-    kept = checkpoint.read_state(checkpoint.locate(run))["seconds"]
+    kept = checkpoint.read_state(checkpoint.locate(run)).seconds
     time.sleep(1.0)
     result = train(config)
     after = json.loads((run / "run.json").read_text())
@@ -214,7 +215,7 @@ def test_a_slow_run_is_told_why_once_enough_has_been_seen(runs, capsys, monkeypa
 def test_compilation_is_counted_by_rows(runs):
     """Rows in which something was compiled, from the second on."""
     config = tiny(runs)
-    seen = monitor.Watch(config, None, None, SimpleNamespace(tell=lambda *a, **k: None), None, {})
+    seen = monitor.Watch(config, None, None, SimpleNamespace(tell=lambda *a, **k: None), None, RunState())
     world = SimpleNamespace(size=1, local_size=1)
     module = SimpleNamespace(step=0, device=torch.device("cpu"), parallel=SimpleNamespace(is_first=True, size=1, world=world))
     times = {f"time/{name}": 1.0 for name in PHASES}

@@ -3,6 +3,7 @@ import dataclasses as dc
 import pytest
 
 from txtrain.monitor.slowness import RULES, Stretch, reasons
+from txtrain.parallel.config import Layout
 
 FINE = Stretch(
     seconds={"data": 0.5, "forward_backward": 25.0, "optimizer": 3.0, "communication": 2.0, "validation": 9.0, "saving": 9.0, "other": 9.0},
@@ -36,11 +37,11 @@ def test_a_run_that_is_not_slow_is_left_alone():
         (like(mfu=0.08, micro_batch_size=1, micro_batch_tokens=1024), ["micro-batches of 1", "MFU 8%", "data.micro_batch_size=4", "8 instead of 32"]),
         (like(mfu=0.08, micro_batch_size=1, micro_batch_tokens=64), ["data.micro_batch_size=32", "in 1 instead of 32"]),
         (like(compiled_again=3), ["compiled again", "trainer.compile=false"]),
-        (like({"communication": 20.0}, strategy="ddp"), ["41% of a step is communication", "data.global_batch_size"]),
-        (like({"communication": 20.0}, strategy="fsdp", reshards=True), ["strategy.reshard_after_forward=false"]),
-        (like({"communication": 20.0}, strategy="fsdp", reshards=False), ["strategy=ddp"]),
-        (like({"communication": 20.0}, strategy="deepspeed_stage_3"), ["strategy=ddp"]),
-        (like({"communication": 20.0}, strategy="tp"), ["strategy.tp_size"]),
+        (like({"communication": 20.0}, layout=Layout(replicate=8)), ["41% of a step is communication", "data.global_batch_size"]),
+        (like({"communication": 20.0}, layout=Layout(shard=8), reshards=True), ["strategy.reshard_after_forward=false"]),
+        (like({"communication": 20.0}, layout=Layout(shard=8), reshards=False), ["strategy=ddp"]),
+        (like({"communication": 20.0}, layout=Layout(shard=8)), ["strategy=ddp"]),
+        (like({"communication": 20.0}, layout=Layout(tensor=8)), ["strategy.tp_size"]),
     ],
 )
 def test_the_likely_reason_and_the_key(stretch, says):

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from tests.training import tiny
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from txtrain.config.hardware import PUBLISHED, named
+from txtrain.config.hardware import PUBLISHED, key_of, named
+from txtrain.config.schema import PlanConfig
 from txtrain.monitor.throughput import Machine, Meter, Peak, memory, peak
 
 
@@ -132,3 +133,30 @@ def test_a_peak_that_was_measured_while_something_else_had_the_device_is_measure
     published = Machine("H100", Peak(989e12, "published: data sheet"))
     assert published.reaching(2e15) == published
     assert Machine.of(torch.device("cpu"), torch.float32).measure is not None
+
+
+SPELLINGS = {
+    "h100": "H100",
+    "a100_80gb": "A100",
+    "A100-80GB": "A100",
+    "a100 pcie": "A100",
+    "rtx 4090": "RTX_4090",
+    "rtx4090": "RTX_4090",
+    "h100-pcie": "H100_PCIe",
+    "H100 80GB HBM3": "H100",
+    "NVIDIA H200-NVL": "H200_NVL",
+    "mi300x": "MI300X",
+    "gh200": "GH200",
+}
+
+
+@pytest.mark.parametrize("spelling", [*SPELLINGS, *PUBLISHED])
+def test_case_and_separators_of_a_device_do_not_matter(spelling):
+    config = PlanConfig(device=spelling)
+    assert config.device == SPELLINGS.get(spelling, spelling)
+    assert not list(config.check())
+
+
+@pytest.mark.parametrize("spelling", ["h1000", "rtx 4090 laptop", "a100x", "nvidia", "80gb", ""])
+def test_a_device_of_another_name_is_not_taken_for_one_that_is_known(spelling):
+    assert key_of(spelling) is None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.training import RUN
-from txtrain.config.compose import compose
+from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.text import TokenisedText

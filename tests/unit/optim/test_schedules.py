@@ -11,7 +11,7 @@ import pytest
 from tests.training import rows, tiny, weights
 from txtrain.errors import ConfigError
 from txtrain.optim.config import InverseSqrtConfig, SchedulerConfig, WSDConfig
-from txtrain.registry import TABLE, make
+from txtrain.registry import TABLE, make, out_of_range
 from txtrain.training.run import train
 
 
@@ -75,13 +75,13 @@ def test_a_schedule_that_needs_the_end_says_so(kind):
         (InverseSqrtConfig(type="inverse_sqrt", warmup_steps=10, timescale=9), "`scheduler.timescale` must be at least 10"),
         (InverseSqrtConfig(type="inverse_sqrt", timescale=0), "`scheduler.timescale` must be at least 1"),
         (WSDConfig(type="wsd", decay_steps=-1), "`scheduler.decay_steps` must be at least 0 or null"),
-        (WSDConfig(type="wsd", decay_ratio=1.1), "`scheduler.decay_ratio` must be from 0 to 1"),
+        (WSDConfig(type="wsd", decay_ratio=1.1), "`scheduler.decay_ratio` must be at least 0 and at most 1, but is 1.1"),
         (WSDConfig(type="wsd", warmup_steps=-1), "`scheduler.warmup_steps`"),
         (SchedulerConfig(type="constant", min_lr_ratio=2.0), "`scheduler.min_lr_ratio`"),
     ],
 )
 def test_values_that_are_no_schedule_are_refused(config, says):
-    (problem,) = config.check()
+    (problem,) = [*out_of_range(config, "scheduler")] or config.check()
     assert says in problem
 
 

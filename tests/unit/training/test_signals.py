@@ -270,7 +270,7 @@ def test_a_run_saves_and_stops_before_the_known_end_of_its_job(folder, job, monk
     assert asked() == ["scontrol requeue 17"]
     clock = time.strftime("%H:%M:%S", time.localtime(end[0]))
     assert capfd.readouterr().err.count(f"the job ends at {clock}: stopping after this step") == 1
-    assert checkpoint.read_state(checkpoint.locate(folder / "end"))["step"] == int(rows(folder / "end")[-1]["step"])
+    assert checkpoint.read_state(checkpoint.locate(folder / "end")).step == int(rows(folder / "end")[-1]["step"])
     assert json.loads((folder / "end/run.json").read_text())["status"] == "preempted"
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
 from txtrain.data.store.tokens import Tokens
+from txtrain.plain_files import map_npy
 
 FORMAT = "best fit 1"
 _WINDOW = 1 << 16  # documents that are packed together
@@ -83,7 +84,9 @@ class BestFitSamples:
 
     def __init__(self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False) -> None:
         self.tokens, self.seq_len, self.pad_id, self.cross_document_attention = tokens, seq_len, pad_id, cross_document_attention
-        self.begins, self.lengths, self.rows = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("begins", "lengths", "rows"))
+        self.begins, self.lengths, self.rows = (
+            map_npy(folder / f"{name}.npy") for name in ("begins", "lengths", "rows")
+        )
 
     def __len__(self) -> int:
         return len(self.rows) - 1

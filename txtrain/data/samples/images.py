@@ -15,7 +15,7 @@ from torch import Tensor
 from txtrain.data.samples.augment import Augment
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
-from txtrain.data.samples.rows import Mapped, Rows
+from txtrain.data.samples.rows import Mapped, Rows, probe
 from txtrain.data.sources.source import Split, has_validation
 from txtrain.data.store.split import digest, held_out
 from txtrain.errors import ConfigError
@@ -51,9 +51,13 @@ class ImageSamples:
         return len(self.rows)
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """pixel_values, float32 [B, C, H, W]; labels, int64 [B]."""
+        """pixel_values, float32 [B, C, H, W]; labels, int64 [B].
+
+        Raises:
+            ConfigError: an image that cannot be read, or has other channels than the model.
+        """
         picked = self.rows[rows]
-        pixels = torch.stack([self._pixels(self.images.read(int(i))) for i in picked])
+        pixels = torch.stack([self._pixels(int(i)) for i in picked])
         return {"pixel_values": (pixels - self.mean[:, None, None]) / self.std[:, None, None], "labels": torch.from_numpy(self.images.labels[picked])}
 
     def normalised(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, like: ImageSamples | None = None) -> ImageSamples:
@@ -67,26 +71,30 @@ class ImageSamples:
         self.std = measured[1] if std is None else _per_channel("std", std, self.n_channels)
         return self
 
-    def _pixels(self, image: NDArray[Any]) -> Tensor:
-        values = torch.from_numpy(np.ascontiguousarray(image))
+    def _pixels(self, i: int) -> Tensor:
+        values = torch.from_numpy(np.ascontiguousarray(self.images.read(i)))
         values = values.float() / 255 if values.dtype == torch.uint8 else values.float()
         values = values[..., None] if values.ndim == 2 else values
-        values = _with_channels(values.permute(2, 0, 1), self.n_channels)
+        values = self._with_channels(values.permute(2, 0, 1), i)
         if values.shape[-2:] == (self.size, self.size):
             return values
         resized: Tensor = F.interpolate(values[None], (self.size, self.size), mode="bilinear", antialias=True)[0]
         return resized
 
-
-def _with_channels(image_CHW: Tensor, n: int) -> Tensor:
-    given = len(image_CHW)
-    if given == n:
-        return image_CHW
-    if given == 1:
-        return image_CHW.expand(n, -1, -1)
-    if given == 3 and n == 1:
-        return torch.einsum("chw,c->hw", image_CHW, torch.tensor(_LUMINANCE))[None]
-    raise ConfigError(f"`model.embedding.n_channels` must be {given}, the channels of the images, but is {n} instead. Nearest: {given}.")
+    def _with_channels(self, image_CHW: Tensor, i: int) -> Tensor:
+        given, n = len(image_CHW), self.n_channels
+        if given == n:
+            return image_CHW
+        if given == 1:
+            return image_CHW.expand(n, -1, -1)
+        if given == 3 and n == 1:
+            return torch.einsum("chw,c->hw", image_CHW, torch.tensor(_LUMINANCE))[None]
+        files = getattr(self.images, "files", None)
+        image = f"image {i}" if files is None else files[i]
+        raise ConfigError(
+            f"`model.embedding.n_channels` must be {given}, the channels of {image}, but is {n} instead. "
+            f"Nearest: {given}."
+        )
 
 
 def _per_channel(name: str, values: tuple[float, ...], n: int) -> Tensor:
@@ -121,6 +129,8 @@ def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, 
     train, validation = (ImageSamples(images, rows, embedding.image_size, embedding.n_channels) for images, rows in parts)
     validation.normalised(data.mean, data.std, like=train)
     train.normalised(data.mean, data.std)
+    for samples in (train, validation):
+        probe(samples)
     known = source.identity() if hasattr(source, "identity") else repr([len(every.labels), every.labels[:100].tolist()])
     fingerprint = digest(data.type, known, None if has_validation(source) else data.val_fraction, embedding.image_size, data.mean, data.std)
     augment = Augment(data.crop_padding, data.rotation, data.shift, data.flip)

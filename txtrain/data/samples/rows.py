@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,6 +17,8 @@ from txtrain.data.sources.source import Samples
 from txtrain.data.store.stream import StreamTokens
 from txtrain.errors import ConfigError
 
+PROBED = 64  # rows of each split that are read before a run starts
+_TOGETHER = 16
 FILLER = -1  # an index that stands for no sample: what a process reads whose share is empty
 
 
@@ -63,25 +66,73 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
 
 
 class ListedSamples:
-    """Some rows of a source's own samples, stacked. `labels` are the input_ids where the source gives none."""
+    """Some rows of a source's own samples, stacked. `labels` are the input_ids where the source gives none.
 
-    def __init__(self, samples: Samples, rows: Indices) -> None:
-        self.samples, self.rows = samples, rows
+    Args:
+        said: what an error calls the samples.
+        below: what every id of `input_ids` must be; None: they are no ids of the model's.
+    """
+
+    def __init__(self, samples: Samples, rows: Indices, said: str, below: int | None) -> None:
+        self.samples, self.rows, self.said, self.below = samples, rows, said, below
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        picked = [self.samples[int(self.rows[row])] for row in rows]
-        batch = {key: _stack(key, [sample[key] for sample in picked]) for key in picked[0]}
+        """Raises:
+        ConfigError: a sample of other keys or shapes than the first, or an id that the model does not have.
+        """
+        picked = [self._read(int(row)) for row in self.rows[rows]]
+        batch = {key: torch.stack([sample[key] for sample in picked]) for key in picked[0]}
         if "input_ids" in batch:
+            self._check_ids(batch["input_ids"], self.rows[rows])
             batch.setdefault("labels", batch["input_ids"].clone())
         return batch
 
+    def _read(self, row: int) -> dict[str, Tensor]:
+        sample = {key: torch.as_tensor(value) for key, value in self.samples[row].items()}
+        first, shapes = self._shapes, _shapes(sample)
+        if shapes.keys() != first.keys():
+            raise ConfigError(
+                f"`{self.said}` must have the keys of sample {self.rows[0]} ({', '.join(first)}) in all samples, "
+                f"but sample {row} has {', '.join(shapes)}."
+            )
+        if different := [key for key in first if shapes[key] != first[key]]:
+            key = different[0]
+            raise ConfigError(
+                f"`{self.said}`: {key!r} must have one shape in all samples, but has {first[key]} in sample "
+                f"{self.rows[0]} and {shapes[key]} in sample {row}."
+            )
+        return sample
 
-def _stack(key: str, values: list[Any]) -> Tensor:
-    tensors = [torch.as_tensor(value) for value in values]
-    if len({t.shape for t in tensors}) > 1:
-        shapes = sorted({tuple(t.shape) for t in tensors})
-        raise ConfigError(f"`samples()`: {key!r} must have one shape in all samples, but has {' and '.join(map(str, shapes[:3]))}.")
-    return torch.stack(tensors)
+    @cached_property
+    def _shapes(self) -> dict[str, list[int]]:
+        return _shapes(self.samples[int(self.rows[0])])
+
+    def _check_ids(self, ids: Tensor, rows: Indices) -> None:
+        if self.below is None or ids.is_floating_point() or not ids.numel():
+            return
+        wrong = (ids < 0) | (ids >= self.below)
+        if wrong.any():
+            at = wrong.nonzero()[0].tolist()
+            raise ConfigError(
+                f"`{self.said}`: 'input_ids' must be from 0 to {self.below - 1}, but sample {rows[at[0]]} has "
+                f"{ids[tuple(at)]} at {at[1:]}: a larger model.vocab_size?"
+            )
+
+
+def _shapes(sample: Mapping[str, Any]) -> dict[str, list[int]]:
+    return {key: list(torch.as_tensor(sample[key]).shape) for key in sorted(sample)}
+
+
+def probe(rows: Rows) -> None:
+    """Read some rows, spread evenly over all, before a run starts: all of them where they are few.
+
+    Raises:
+        ConfigError: what reading them finds.
+    """
+    n = min(len(rows), PROBED)
+    index = np.arange(n) * len(rows) // max(n, 1)
+    for at in range(0, n, _TOGETHER):
+        rows.batch(index[at : at + _TOGETHER], Draws(0, "validation", index[at : at + _TOGETHER]))

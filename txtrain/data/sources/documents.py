@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from txtrain.data.sources.files import as_text, open_unpacked, read_text, unpacked_name
+from txtrain.data.sources.files import Limits, as_text, open_unpacked, read_text, unpacked_name
 from txtrain.errors import ConfigError, hint
+from txtrain.plain_files import check_expansion, parse_json, shorten
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")
@@ -19,47 +19,43 @@ def has_rows(path: Path) -> bool:
     return unpacked_name(path).endswith(_ROWS)
 
 
-def documents_of(path: Path, key: str, text_column: str) -> Iterator[str]:
+def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iterator[str]:
     """The texts of a file, read as they are asked for; rows whose text is null are left out.
 
     Args:
         key: of the configuration, that names the file.
 
     Raises:
-        ConfigError: the file is not what its name says, or a row has no text in text_column.
+        ConfigError: the file is not what its name says, a row has no text in text_column, or it is beyond the limits.
     """
     name = unpacked_name(path)
     if name.endswith(".jsonl"):
-        yield from _jsonl(path, key, text_column)
+        yield from _jsonl(path, key, text_column, limits)
     elif name.endswith(".parquet"):
-        yield from _parquet(path, key, text_column)
+        yield from _parquet(path, key, text_column, limits)
     else:
-        yield read_text(path, key)
+        yield read_text(path, key, limits)
 
 
-def _jsonl(path: Path, key: str, column: str) -> Iterator[str]:
-    with open_unpacked(path, key) as f:
+def _jsonl(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
+    with open_unpacked(path, key, limits) as f:
         at = 0
-        for number, raw in enumerate(f, start=1):
+        for number, raw in enumerate(iter(lambda: f.readline(limits.max_text_bytes + 1), b""), start=1):
+            limits.check_text(len(raw), f"line {number} of {path}", key)
             line = as_text(raw, path, key, at)
             at += len(raw)
             if not line.strip():
                 continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as e:
-                raise ConfigError(f"`{key}` must have one JSON object a line, but line {number} of {path} is none: {e.msg} at column {e.colno}.") from None
-            if not isinstance(row, dict):
-                raise ConfigError(f"`{key}` must have one JSON object a line, but line {number} of {path} is a {type(row).__name__}.")
+            row = parse_json(line, f"`{key}`: line {number} of {path}", finite=False)  # pandas writes NaN into other columns
             if column not in row:
                 raise ConfigError(_no_column(list(row), column, f"line {number} of {path}"))
             if row[column] is not None and not isinstance(row[column], str):
-                raise ConfigError(f"`data.text_column` must hold text, but {column} in line {number} of {path} is {row[column]!r:.60}.")
+                raise ConfigError(f"`data.text_column` must hold text, but {column} in line {number} of {path} is {shorten(repr(row[column]))}.")
             if row[column] is not None:
                 yield row[column]
 
 
-def _parquet(path: Path, key: str, column: str) -> Iterator[str]:
+def _parquet(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -71,11 +67,22 @@ def _parquet(path: Path, key: str, column: str) -> Iterator[str]:
         kind = file.schema_arrow.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ConfigError(f"`data.text_column` must hold text, but {column} of {path} holds {kind} instead.")
-        for batch in file.iter_batches(_BATCH, columns=[column]):
-            yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pa.ArrowException, OSError) as e:
-        raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {str(e).splitlines()[0]}") from e
+        where, size = f"`{key}`: {path}", path.stat().st_size
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
+        said = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+        check_expansion(said, size, limits.max_expansion, where)
+        unpacked = 0  # a text that stands in the file once may be that of each row: few at a time of a small file
+        for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=[column]):
+            unpacked += batch.nbytes
+            check_expansion(unpacked, size, limits.max_expansion, where)
+            for text in batch.column(0).to_pylist():
+                if text is not None:
+                    limits.check_text(len(text), f"a row of {path}", key)
+                    yield text
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as e:
+        raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {shorten(e)}") from e
 
 
 def _no_column(names: list[str], column: str, where: str) -> str:
-    return f"`data.text_column` must be one of {', '.join(names) or '(there is none)'} for {where}, but is {column} instead.{hint(column, names)}"
+    return f"`data.text_column` must be one of {shorten(', '.join(names)) or '(there is none)'} for {where}, but is {column} instead.{hint(column, names)}"

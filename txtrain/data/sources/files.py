@@ -7,15 +7,21 @@ import gzip
 import hashlib
 import io
 import os
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from txtrain.errors import ConfigError, hint
+from txtrain.plain_files import check_expansion
 
-_HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
+_CHUNK = 1 << 20
+HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
+_LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]")
+_COMMA = re.compile(r",(?![^[]*\])")
+_QUOTED = re.compile(r"^(['\"])(.*)\1$")
 PACKED = {".gz": "gzip", ".zst": "Zstandard"}
 
 
@@ -30,11 +36,27 @@ def find_files(spec: str | Sequence[str], key: str, kinds: Sequence[str] = (".tx
         ConfigError: a path that does not exist, a folder without such files, an empty file.
     """
     found: dict[Path, None] = {}  # an ordered set: a file named twice counts once
-    for name in [spec] if isinstance(spec, str) else spec:
+    for name in listed(spec):
         found.update(dict.fromkeys(_expand(name, key, tuple(kinds), what)))
     if not found:
-        raise ConfigError(f"`{key}` must name at least one file, but is {list(spec)!r} instead.")
+        raise ConfigError(f"`{key}` must name at least one file, but is {spec!r} instead.")
     return list(found)
+
+
+def listed(spec: str | Sequence[str]) -> list[str]:
+    """The paths that `spec` stands for. A string is one path if it exists as typed, or matches files as a glob; else it
+    may be several: `a.txt,b.txt` or `[a.txt,b.txt]`. A comma within a glob's brackets separates nothing."""
+    if not isinstance(spec, str):
+        return list(spec)
+    inner, pattern = _LIST.fullmatch(spec), os.path.expanduser(spec)
+    if os.path.exists(pattern) or not (inner or "," in spec):
+        return [spec]
+    parts = [part.strip() for part in _COMMA.split(inner[1] if inner else spec)]
+    parts = [_QUOTED.sub(r"\2", part) for part in parts if part]
+    as_list = inner and (len(parts) > 1 or any(map(os.path.exists, parts)))  # and no set of characters of a glob
+    if not as_list and glob.has_magic(spec) and any(glob.iglob(pattern, recursive=True)):
+        return [spec]
+    return parts or [spec]
 
 
 def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path]:
@@ -76,16 +98,38 @@ def missing(name: str, key: str, what: str = "an existing file, glob or folder")
     return f"`{key}` must be {what}, but {name} does not exist.{near or f' There is no {path.name} in {parent.resolve()}.'}"
 
 
-def read_text(path: Path, key: str) -> str:
+class Limits(NamedTuple):
+    """Of a file whose origin nobody vouches for; the data keys of the same names."""
+
+    max_expansion: float = 200.0  # times that a packed file may unpack to; text packs to a third or a tenth
+    max_text_bytes: int = 1 << 31  # of one text; Arrow's columns have no longer ones either
+
+    def check_text(self, n_bytes: int, where: str, key: str) -> None:
+        """Raises:
+        ConfigError: a text is longer; names the key that allows more.
+        """
+        if n_bytes > self.max_text_bytes:
+            raise ConfigError(
+                f"`{key}` must have texts of at most {self.max_text_bytes:,} bytes (data.max_text_bytes), "
+                f"but that of {where} is longer."
+            )
+
+
+def read_text(path: Path, key: str, limits: Limits) -> str:
     """A UTF-8 file as one string, line ends as \\n; unpacked if its name ends in .gz or .zst.
 
     Raises:
-        ConfigError: it is not UTF-8, or holds NUL bytes, as binary files do; says where.
+        ConfigError: it is not UTF-8, or holds NUL bytes, as binary files do; says where. Or it is beyond the limits.
     """
-    return as_text(read_bytes(path, key), path, key).replace("\r\n", "\n")
+    raw = bytearray()
+    with open_unpacked(path, key, limits) as f:
+        while chunk := f.read(_CHUNK):
+            raw += chunk
+            limits.check_text(len(raw), str(path), key)
+    return as_text(raw, path, key).replace("\r\n", "\n")
 
 
-def as_text(raw: bytes, path: Path, key: str, at: int = 0) -> str:
+def as_text(raw: bytes | bytearray, path: Path, key: str, at: int = 0) -> str:
     """The text of some bytes of a file, which stand at offset `at` of what is packed in it."""
     try:
         text = raw.decode("utf-8-sig" if at == 0 else "utf-8")
@@ -96,30 +140,20 @@ def as_text(raw: bytes, path: Path, key: str, at: int = 0) -> str:
     return text
 
 
-def read_bytes(path: Path, key: str) -> bytes:
-    """A file's bytes; unpacked if its name ends in .gz or .zst.
-
-    Raises:
-        ConfigError: it is not packed so, or cut off.
-    """
-    with open_unpacked(path, key) as f:
-        return f.read()
-
-
 @contextmanager
-def open_unpacked(path: Path, key: str) -> Iterator[IO[bytes]]:
+def open_unpacked(path: Path, key: str, limits: Limits) -> Iterator[IO[bytes]]:
     """A file as a stream of its bytes, unpacked as they are read.
 
     Raises:
-        ConfigError: inside too, where what is read is not packed as its name says, or cut off.
+        ConfigError: inside too, where what is read is not packed as its name says, cut off, or unpacks to too much.
     """
     if path.suffix not in PACKED:
         with path.open("rb") as f:
             yield f
         return
     try:
-        with _unpacked(path) as f:
-            yield f
+        with _unpacked(path) as f, io.BufferedReader(_Measured(f, path, key, limits), 1 << 17) as measured:
+            yield measured
     except (gzip.BadGzipFile, EOFError, zlib.error, _ZstandardError) as e:
         raise ConfigError(f"`{key}` must be a whole {PACKED[path.suffix]} file, but {path} is not: {e}.") from None
 
@@ -133,7 +167,24 @@ def _unpacked(path: Path) -> Any:
         return gzip.open(path, "rb")
     import pyarrow as pa  # comes with datasets; the standard library has Zstandard from Python 3.14 on
 
-    return io.BufferedReader(_Zstandard(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd")), 1 << 20)
+    return _Zstandard(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
+
+
+class _Measured(io.RawIOBase):
+    """What is unpacked of a file, until it is too much."""
+
+    def __init__(self, stream: Any, path: Path, key: str, limits: Limits) -> None:
+        self._stream, self._where, self._packed = stream, f"`{key}`: {path}", path.stat().st_size
+        self._most, self._unpacked = limits.max_expansion, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        n: int = self._stream.readinto(buffer)
+        self._unpacked += n
+        check_expansion(self._unpacked, self._packed, self._most, self._where)
+        return n
 
 
 class _Zstandard(io.RawIOBase):
@@ -156,7 +207,7 @@ def files_identity(files: Iterable[Path]) -> str:
     """A hash of the contents, in order; of paths, sizes and times where reading them would take long."""
     files = list(files)
     sha = hashlib.sha256()
-    by_contents = sum(p.stat().st_size for p in files) < _HASHED_BELOW
+    by_contents = sum(p.stat().st_size for p in files) < HASHED_BELOW
     for path in files:
         stat = path.stat()
         if by_contents:

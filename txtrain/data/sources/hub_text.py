@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from txtrain.data.sources.files import files_identity
+from txtrain.data.sources.files import Limits, files_identity
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
 from txtrain.data.store.split import is_held_out
@@ -18,11 +18,23 @@ _LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # load_dataset wo
 
 
 def hub_source(
-    path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str, streaming: bool, val_fraction: float
+    path: str | None,
+    name: str | None,
+    split: str,
+    val_split: str | None,
+    val_path: str | None,
+    text_column: str,
+    streaming: bool,
+    val_fraction: float,
+    max_text_bytes: int,
 ) -> HubDataset | HubStream:
+    made: HubDataset | HubStream
     if streaming:
-        return HubStream(path, name, split, val_split, val_path, text_column, val_fraction)
-    return HubDataset(path, name, split, val_split, val_path, text_column)
+        made = HubStream(path, name, split, val_split, val_path, text_column, val_fraction)
+    else:
+        made = HubDataset(path, name, split, val_split, val_path, text_column)
+    made.limits = Limits(max_text_bytes=max_text_bytes)
+    return made
 
 
 class HubDataset:
@@ -45,9 +57,14 @@ class HubDataset:
             _refuse_overlap(split, val_split or "validation", {k: v.num_examples for k, v in available.items()})
         self.has_validation = "validation" in self.rows
 
+    limits = Limits()
+
     def documents(self, split: Split) -> Iterator[str]:
         for batch in self.rows[split].select_columns([self.text_column]).iter(batch_size=1000):
-            yield from (text for text in batch[self.text_column] if text)
+            for text in batch[self.text_column]:
+                if text:
+                    self.limits.check_text(len(text), f"a row of {self.path}", "data.path")
+                    yield text
 
     def identity(self) -> str:
         return f"hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
@@ -85,6 +102,7 @@ class HubStream:
     """
 
     has_validation = True
+    limits = Limits()
 
     def __init__(
         self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str, val_fraction: float
@@ -121,6 +139,7 @@ class HubStream:
         for k, row in enumerate(rows.skip(first) if first else rows, start=first):
             text = row[self.text_column]
             if text and not text.isspace():
+                self.limits.check_text(len(text), f"row {k} of {self.path}", "data.path")
                 yield k, text
 
     def identity(self) -> str:

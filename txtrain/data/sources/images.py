@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from functools import cached_property
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.data.samples.images import Images
-from txtrain.data.sources.files import files_identity, missing, read_bytes
+from txtrain.data.sources.files import Limits, files_identity, missing, open_unpacked
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint
+from txtrain.plain_files import map_npy, npz_names, read_npz, shorten
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+_DAMAGED = (OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, IndexError, MemoryError)
 _VALIDATION_FOLDERS = ("validation", "val", "test")
 _ARRAYS = (("x_train", "y_train", "x_test", "y_test"), ("images", "labels", "val_images", "val_labels"), ("x", "y", "x_val", "y_val"))  # of an .npz
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
@@ -44,10 +52,12 @@ class ImageFiles:
         split: str,
         val_split: str | None,
         columns: tuple[str, str],
+        max_expansion: float = Limits().max_expansion,
     ) -> None:
         if not path:
             raise ConfigError("`data.path` must be given with data=images: a folder of class folders, an .npz or .npy, IDX files, or a hub set.")
         self.path, self.name, self.columns = path, name, columns
+        self.limits = Limits(max_expansion)
         self.files: list[Path] = []
         found = self._open(path, "data.path", labels, split)
         if val_path or val_split:
@@ -77,7 +87,7 @@ class ImageFiles:
                 raise ConfigError(f"`{key}`: {path} must have its labels beside it: `{key.replace('path', 'labels')}=FILE.npy`.")
             pictures, classes = _existing(path, key), _existing(Path(labels).expanduser(), key.replace("path", "labels"))
             self.files += [pictures, classes]
-            return {"train": ArrayImages(_load(pictures, key), _load(classes, key), key)}
+            return {"train": ArrayImages(map_npy(pictures, f"`{key}`: {pictures}"), map_npy(classes, f"`{key}`: {classes}"), key)}
         if "idx" in path.name:
             return {"train": self._idx(_existing(path, key), key)}
         return {"train": self._set(spec, key, split)}
@@ -109,17 +119,19 @@ class ImageFiles:
         if beside == path or not beside.is_file():
             raise ConfigError(f"`{key}`: {path} must be a file of images with its labels beside it, but there is no {beside.name}.")
         self.files += [path, beside]
-        return ArrayImages(read_idx(path, key), read_idx(beside, key), key)
+        return ArrayImages(read_idx(path, key, self.limits), read_idx(beside, key, self.limits), key)
 
     def _npz(self, path: Path, key: str) -> dict[Split, Images]:
-        arrays = _load(path, key)
+        where = f"`{key}`: {path}"
+        arrays = npz_names(path, where)
         self.files.append(path)
         for names in _ARRAYS:
             if names[0] in arrays and names[1] in arrays:
                 pairs = {"train": names[:2]} | ({"validation": names[2:]} if names[2] in arrays and names[3] in arrays else {})
-                return {split: ArrayImages(arrays[x], arrays[y], key) for split, (x, y) in pairs.items()}  # type: ignore[misc]
+                read = partial(read_npz, path, where=where, max_expansion=self.limits.max_expansion)
+                return {split: ArrayImages(read(x), read(y), key) for split, (x, y) in pairs.items()}  # type: ignore[misc]
         wanted = " or ".join("/".join(names[:2]) for names in _ARRAYS)
-        raise ConfigError(f"`{key}`: {path} must hold {wanted}, but holds {', '.join(arrays)}.")
+        raise ConfigError(f"`{key}`: {path} must hold {wanted}, but holds {shorten(', '.join(arrays))}.")
 
     def _set(self, spec: str, key: str, split: str) -> SetImages:
         from datasets.exceptions import DatasetsError
@@ -138,25 +150,23 @@ def _existing(path: Path, key: str) -> Path:
     return path
 
 
-def _load(path: Path, key: str) -> Any:
-    """An array, or a mapping of arrays; nothing in the file is executed."""
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as e:
-        raise ConfigError(f"`{key}` must be arrays without Python objects in them, but {path} is not: {str(e).splitlines()[0]}") from e
-
-
-def read_idx(path: Path, key: str) -> NDArray[Any]:
+def read_idx(path: Path, key: str, limits: Limits) -> NDArray[Any]:
     """An array in MNIST's format: two zeros, a type, the number of dimensions, their sizes (big-endian), the values. Unpacks .gz."""
-    raw = read_bytes(path, key)
-    dtype = np.dtype(_IDX_TYPES[raw[2]]) if len(raw) > 4 and raw[:2] == b"\0\0" and raw[2] in _IDX_TYPES else None
-    if dtype is None:
-        raise ConfigError(f"`{key}` must be an IDX file, but {path} does not begin like one.")
-    begin = 4 + 4 * raw[3]
-    shape = np.frombuffer(raw[4:begin], ">i4")
-    if len(shape) != raw[3] or len(raw) - begin != int(np.prod(shape, dtype=np.int64)) * dtype.itemsize:
-        raise ConfigError(f"`{key}`: {path} must hold {' x '.join(map(str, shape))} values, but is {len(raw) - begin:,} bytes long.")
-    return np.frombuffer(raw, dtype, offset=begin).reshape(shape).astype(dtype.newbyteorder("="))
+    with open_unpacked(path, key, limits) as f:
+        magic = f.read(4)
+        if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or magic[3] not in (1, 2, 3, 4):
+            raise ConfigError(f"`{key}` must be an IDX file, but {path} does not begin like one.")
+        dtype, sizes = np.dtype(_IDX_TYPES[magic[2]]), f.read(4 * magic[3])
+        shape = struct.unpack(f">{len(sizes) // 4}I", sizes[: len(sizes) // 4 * 4])
+        wanted, raw = math.prod(shape) * dtype.itemsize, bytearray()
+        while len(raw) <= wanted and (chunk := f.read(1 << 20)):  # never more at once than the file has
+            raw += chunk
+    if len(shape) != magic[3] or len(raw) != wanted:
+        more = "or more " if len(raw) > wanted else ""
+        raise ConfigError(
+            f"`{key}`: {path} must hold {' x '.join(map(str, shape))} values, but is {len(raw):,} bytes {more}long."
+        )
+    return np.frombuffer(raw, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
 # -------------------------------------------------------------------------------------------------------------------- images
@@ -189,6 +199,7 @@ class FolderImages:
     """Pictures in one folder a class; the classes are numbered in the order of their names. A picture is decoded when it is read."""
 
     def __init__(self, path: Path, key: str) -> None:
+        self.key = key
         self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
         found = [[p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes]
         self.files = [p for files in found for p in files]
@@ -207,7 +218,7 @@ class FolderImages:
     def read(self, i: int) -> NDArray[Any]:
         from PIL import Image
 
-        with Image.open(self.files[i]) as picture:
+        with _picture(self.key, str(self.files[i])), Image.open(self.files[i]) as picture:
             return _decoded(picture)
 
 
@@ -227,8 +238,22 @@ class SetImages:
         return np.asarray(self.rows[self.columns[1]], dtype=np.int64)
 
     def read(self, i: int) -> NDArray[Any]:
-        image = self.rows[i][self.columns[0]]
-        return _decoded(image) if hasattr(image, "convert") else np.asarray(image)
+        with _picture("data.path", f"row {i} of the set"):
+            image = self.rows[i][self.columns[0]]
+            return _decoded(image) if hasattr(image, "convert") else np.asarray(image)
+
+
+@contextmanager
+def _picture(key: str, where: str) -> Iterator[None]:
+    """Pillow's complaints as ours: it refuses pictures that unpack to far more than any camera makes."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # an error only from twice as many pixels on
+        try:
+            yield
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError, *_DAMAGED) as e:
+            raise ConfigError(f"`{key}`: {where} must be a whole picture, but is not: {shorten(e)}.") from e
 
 
 def _decoded(picture: Any) -> NDArray[Any]:

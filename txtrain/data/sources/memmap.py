@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from txtrain.data.sources.files import files_identity, find_files
+from txtrain.data.sources.files import files_identity, find_files, listed
 from txtrain.data.sources.source import Split
 from txtrain.data.store.formats import INDEX, KINDS, own_shards, read_index, shard_of
 from txtrain.data.store.split import digest
@@ -63,7 +63,7 @@ class TokenFiles:
     def _all(self, path: str | tuple[str, ...], key: str) -> dict[Split, list[Shard]]:
         """The shards of all that is named, and the validation shards that come with it."""
         found: dict[Split, list[Shard]] = {"train": [], "validation": []}
-        for name in [path] if isinstance(path, str) else path:
+        for name in listed(path):
             here = Path(name).expanduser()
             if (here / INDEX).is_file():
                 index = self._indexes[here.resolve()] = read_index(here, key)
@@ -114,7 +114,7 @@ def _files(name: str, key: str) -> list[Path]:
     beside = prefix.with_name(prefix.name + ".bin")
     if not path.is_dir() and beside.is_file() and prefix.with_name(prefix.name + ".idx").is_file():
         return [beside.resolve()]
-    found = find_files(name, key, KINDS, "tokens")
+    found = find_files((name,), key, KINDS, "tokens")
     return [file for file in found if file.suffix != ".idx"]
 
 

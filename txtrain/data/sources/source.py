@@ -29,7 +29,7 @@ from typing import Any, Literal, Protocol, TypeVar
 
 from txtrain.data.config import DataConfig, PythonDocsConfig
 from txtrain.errors import ConfigError
-from txtrain.registry import resolve
+from txtrain.registry import call, resolve
 from txtrain.run_config import RunConfig
 
 Split = Literal["train", "validation"]
@@ -67,17 +67,13 @@ def build_source(config: RunConfig) -> Source:
     the run (`seq_len` resolved, `seed`) and the model (`vocab_size`, ...)."""
     cls = resolve("data", config.data.type)
     given: dict[str, Any] = {}
-    for p in inspect.signature(cls).parameters.values():
-        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD):
-            continue
-        owner = next((o for o in (config.data, config, config.model) if hasattr(o, p.name)), None)
-        if p.name == "seq_len":
+    for name in inspect.signature(cls).parameters:
+        owner = next((o for o in (config.data, config, config.model) if hasattr(o, name)), None)
+        if name == "seq_len":
             owner = config
         if owner is not None:
-            given[p.name] = getattr(owner, p.name)
-        elif p.default is p.empty:
-            raise ConfigError(f"`data={config.data.type}`: {cls.__name__}.__init__ must give its parameter {p.name!r} a default: no key has that name.")
-    source = cls(**given)
+            given[name] = getattr(owner, name)
+    source = call("data", config.data, given)
     if not any(hasattr(source, method) for method in METHODS):
         ways = ", ".join(f"{method}(split)" for method in METHODS[:4])
         raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
@@ -132,7 +128,7 @@ def _no_fallback(config: RunConfig) -> str | None:
     """Why this run must have the data that it names; None if it may fall back."""
     if config.data.offline_fallback == "never":
         return "`data.offline_fallback` is never."
-    if config.model.size != "laptop":
+    if config.model.preset != config.model.family:
         return f"A stand-in is for laptop sizes only, not for {config.model.size}."
     if "SLURM_JOB_ID" in os.environ:
         return "There is no stand-in under SLURM."

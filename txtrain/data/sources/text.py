@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from txtrain.data.sources.documents import KINDS, documents_of, has_rows
-from txtrain.data.sources.files import PACKED, files_identity, find_files
+from txtrain.data.sources.files import PACKED, Limits, files_identity, find_files
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError
 
@@ -19,7 +19,12 @@ class TextFiles:
     """
 
     def __init__(
-        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | Mapping[str, str] | None = None, text_column: str = "text"
+        self,
+        path: str | tuple[str, ...] | None,
+        val_path: str | tuple[str, ...] | Mapping[str, str] | None = None,
+        text_column: str = "text",
+        max_expansion: float = Limits().max_expansion,
+        max_text_bytes: int = Limits().max_text_bytes,
     ) -> None:
         if not path:
             raise ConfigError("`data.path` must be given with data=text: a file, a glob, or a folder of .txt, .jsonl or .parquet files.")
@@ -32,17 +37,20 @@ class TextFiles:
         held = {file for files in (self.files.get("validation", []), *self.named.values()) for file in files}
         if both := set(self.files["train"]) & held:
             raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
-        self.path, self.text_column = path, text_column
+        self.path, self.text_column, self.limits = path, text_column, Limits(max_expansion, max_text_bytes)
         self.has_validation = bool(val_path)
 
     def documents(self, split: Split) -> Iterator[str]:
         key = "data.path" if split == "train" else "data.val_path"
         for file in self.files.get(split, ()):
-            yield from documents_of(file, key, self.text_column)
+            yield from documents_of(file, key, self.text_column, self.limits)
 
     def validation_sets(self) -> dict[str, TextFiles]:
         """A source for each named set; its training documents are all."""
-        return {name: TextFiles(tuple(map(str, files)), None, self.text_column) for name, files in self.named.items()}
+        return {
+            name: TextFiles(tuple(map(str, files)), None, self.text_column, *self.limits)
+            for name, files in self.named.items()
+        }
 
     def identity(self) -> str:
         column = f"{self.text_column} " if any(map(has_rows, self._all)) else ""

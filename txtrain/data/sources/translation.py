@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from txtrain.data.sources.files import files_identity, find_files, read_text
+from txtrain.data.sources.files import Limits, files_identity, find_files, read_text
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint
@@ -40,10 +40,13 @@ class Translation:
         val_split: str | None,
         columns: tuple[str, str] | tuple[int, int] | None,
         swap: bool,
+        max_expansion: float = Limits().max_expansion,
+        max_text_bytes: int = Limits().max_text_bytes,
     ) -> None:
         if not path:
             raise ConfigError("`data.path` must be given with data=translation: a .tsv, a file of sources beside data.target_path, or a hub set.")
         self.path, self.columns, self.swap = path, columns, swap
+        self.limits = Limits(max_expansion, max_text_bytes)
         self._known: list[str] = []
         self.rows: dict[Split, Pairs] = {"train": self._open(path, target_path, "data.path", name, split)}
         if val_path or val_split:
@@ -69,16 +72,16 @@ class Translation:
         if path.endswith(_TSV):
             file = self._file(path, key)
             self._known.append(files_identity([file]))
-            return lambda: _tsv(file, self.columns, key)
+            return lambda: _tsv(file, self.columns, key, self.limits)
         return self._set(path, key, name, split)
 
     @staticmethod
     def _file(path: str, key: str) -> Path:
-        (file,) = find_files(path, key)
+        (file,) = find_files((path,), key)
         return file
 
     def _aligned(self, source: Path, target: Path, key: str) -> Pairs:
-        sides = [read_text(file, key).splitlines() for file in (source, target)]
+        sides = [read_text(file, key, self.limits).splitlines() for file in (source, target)]
         if len(sides[0]) != len(sides[1]):
             raise ConfigError(f"`{key}` must be two files of as many lines, but {source} has {len(sides[0])} and {target} has {len(sides[1])}.")
         self._known.append(files_identity([source, target]))
@@ -100,11 +103,11 @@ class Translation:
         return lambda: map(pick, rows)
 
 
-def _tsv(file: Path, columns: Any, key: str) -> Iterator[tuple[str, str]]:
+def _tsv(file: Path, columns: Any, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
     wanted = columns or (-2, -1)
     if not all(isinstance(c, int) for c in wanted):
         raise ConfigError(f"`data.columns` must be two numbers from 0 on for {file.name}, but is {list(wanted)} instead.")
-    for number, line in enumerate(read_text(file, key).split("\n"), start=1):
+    for number, line in enumerate(read_text(file, key, limits).split("\n"), start=1):
         if not line.strip():
             continue
         cells = line.split("\t")

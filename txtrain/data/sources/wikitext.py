@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
+from txtrain.data.sources.files import Limits
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
 from txtrain.data.sources.text import TextFiles
@@ -17,10 +18,18 @@ _TITLE = re.compile(r" = [^=].* = \n?")  # ` = Title = `; sections are ` = = Sec
 class WikiText:
     """One document an article, its title first. With `path`: the user's files in WikiText's format; else the hub or its cache."""
 
-    def __init__(self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None, name: str) -> None:
+    def __init__(
+        self,
+        path: str | tuple[str, ...] | None,
+        val_path: str | tuple[str, ...] | None,
+        name: str,
+        max_expansion: float = Limits().max_expansion,
+        max_text_bytes: int = Limits().max_text_bytes,
+    ) -> None:
         if val_path and not path:
             raise ConfigError("`data.val_path` must stand beside data.path with data=wikitext: the hub's set has its own validation split.")
-        self.files = TextFiles(path, val_path) if path else None
+        limits = {"max_expansion": max_expansion, "max_text_bytes": max_text_bytes}
+        self.files = TextFiles(path, val_path, **limits) if path else None  # type: ignore[arg-type]
         self.name = name
         self.has_validation = self.files.has_validation if self.files else True
 

@@ -28,6 +28,8 @@ from numpy.typing import NDArray
 from txtrain import files
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Shard, Tokens
+from txtrain.errors import ConfigError
+from txtrain.plain_files import map_npy, read_json
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -120,7 +122,9 @@ class TokenFile(Tokens):
 
     def __init__(self, folder: Path, split: Split) -> None:
         path = folder / f"{split}.bin"
-        dtype = json.loads((folder / "meta.json").read_text())["dtype"]
+        dtype = read_json(folder / "meta.json").get("dtype")
+        if dtype not in ("uint16", "uint32"):
+            raise ConfigError(f"{folder}: its meta.json must have a `dtype` of tokens, but has not. Remove the folder.")
         n_tokens = path.stat().st_size // np.dtype(dtype).itemsize
         super().__init__([Shard(path, dtype, n_tokens, borders=partial(_offsets, folder / f"{split}.offsets.npy"))], split)
 
@@ -130,5 +134,4 @@ class TokenFile(Tokens):
 
 
 def _offsets(path: Path) -> NDArray[np.int64]:
-    loaded: NDArray[np.int64] = np.load(path, mmap_mode="r")
-    return loaded
+    return map_npy(path)

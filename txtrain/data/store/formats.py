@@ -8,7 +8,6 @@ OLMo        NAME.npy, nothing but tokens in spite of its name (numpy.memmap writ
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterator
 from functools import partial
@@ -21,10 +20,12 @@ from txtrain.data.samples.order import Indices
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Shard
 from txtrain.errors import ConfigError
+from txtrain.plain_files import check_keys, map_npy, read_json, shorten
 
 INDEX = "index.json"  # of our own folders; written last
 FORMAT = "txtrain tokens 1"
 KINDS = (".bin", ".npy")
+_MOST = 1 << 48  # tokens of a file
 
 _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -55,10 +56,7 @@ def _raw(path: Path, key: str, dtype: str) -> Shard:
 
 
 def _npy(path: Path, key: str) -> Shard:
-    try:
-        found = np.load(path, mmap_mode="r")
-    except ValueError as e:
-        raise ConfigError(f"`{key}` must be a whole .npy file, but {path} is not: {e}.") from None
+    found: Any = map_npy(path, f"`{key}`: {path}")
     if found.ndim != 1 or found.dtype.kind not in "iu":
         raise ConfigError(f"`{key}` must hold one row of integers, but {path} holds {found.dtype} of shape {list(found.shape)}.")
     return Shard(path, found.dtype.str, len(found), found.offset)
@@ -106,7 +104,9 @@ def _megatron_borders(index: Path, width: int, n_sequences: int, n_documents: in
     lengths, places, documents = _megatron_tables(index, n_sequences, n_documents)
     end = (int(places[-1]) // width + int(lengths[-1])) if n_sequences else 0
     first = np.unique(documents[:-1])  # a document without sequences begins where the next does
-    return np.concatenate((np.asarray(places[first]) // width, [end]))
+    if len(first) and not 0 <= first[0] <= first[-1] < n_sequences:
+        raise ConfigError(f"{index} must tell the first of {n_sequences:,} sequences of each document, but tells others.")
+    return _ascending(np.concatenate((np.asarray(places[first]) // width, [end])), end, index)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- ours
@@ -119,12 +119,13 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
         ConfigError: it is of another format, or a file that it names is missing or cut off.
     """
     path = folder / INDEX
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as e:
-        raise ConfigError(f"`{key}`: {path} must be what txtrain prepare writes, but is no JSON: {e}.") from None
-    if not isinstance(found, dict) or found.get("format") != FORMAT:
-        raise ConfigError(f"`{key}`: {path} must be of format {FORMAT!r}, but is of {found.get('format') if isinstance(found, dict) else None!r}.")
+    found = read_json(path)
+    if found.get("format") != FORMAT:
+        raise ConfigError(f"`{key}`: {path} must be of format {FORMAT!r}, but is of {shorten(repr(found.get('format')))}.")
+    check_keys(found, str(path), {"key": str, "dtype": str, "tokenizer": str, "shards": dict})
+    check_shards(found["shards"], str(path))
+    if found["dtype"] not in ("uint16", "uint32"):
+        raise ConfigError(f"{path}: `dtype` must be uint16 or uint32, but is {shorten(found['dtype'])} instead.")
     for split in ("train", "validation"):
         for name, n_tokens, n_documents in _files(found, split):
             for file, size in ((folder / f"{name}.bin", n_tokens * np.dtype(found["dtype"]).itemsize), (folder / f"{name}.ends", n_documents * 8)):
@@ -134,19 +135,41 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
     return found
 
 
+def check_shards(shards: dict[str, Any], where: str) -> None:
+    """Refuse what is no list of files with their tokens and documents for each split."""
+    for split in ("train", "validation"):
+        check_keys(shards, f"{where}: shards", {split: list[dict[str, Any]]})
+        for n, shard in enumerate(shards[split]):
+            check_keys(shard, f"{where}: shards.{split}.{n}", {"n_tokens": int, "n_documents": int})
+            if not (0 <= shard["n_tokens"] < _MOST and 0 <= shard["n_documents"] < _MOST):
+                raise ConfigError(f"{where}: shards.{split}.{n} must have counts from 0 on, but has {shard}.")
+
+
 def own_shards(folder: Path, index: dict[str, Any], split: Split) -> list[Shard]:
     dtype = np.dtype(index["dtype"]).newbyteorder("<").str
-    return [Shard(folder / f"{name}.bin", dtype, n, borders=partial(_own_borders, folder / f"{name}.ends")) for name, n, _ in _files(index, split)]
+    return [
+        Shard(folder / f"{name}.bin", dtype, n, borders=partial(_own_borders, folder / f"{name}.ends", n))
+        for name, n, _ in _files(index, split)
+    ]
 
 
 def _files(index: dict[str, Any], split: str) -> Iterator[tuple[str, int, int]]:
     for number, shard in enumerate(index["shards"][split]):
-        yield shard_name(split, number), int(shard["n_tokens"]), int(shard["n_documents"])
+        yield shard_name(split, number), shard["n_tokens"], shard["n_documents"]
 
 
 def shard_name(split: str, number: int) -> str:
     return f"{split}-{number:05d}"
 
 
-def _own_borders(path: Path) -> Indices:
-    return np.concatenate(([0], np.fromfile(path, dtype="<i8")))
+def _own_borders(path: Path, n_tokens: int) -> Indices:
+    return _ascending(np.concatenate(([0], np.fromfile(path, dtype="<i8"))), n_tokens, path)
+
+
+def _ascending(borders: Indices, n_tokens: int, path: Path) -> Indices:
+    """Raises:
+    ConfigError: documents that do not lie one behind the other.
+    """
+    if borders[0] != 0 or borders[-1] != n_tokens or np.any(borders[1:] < borders[:-1]):
+        raise ConfigError(f"{path} must tell where each document ends among {n_tokens:,} tokens, but tells other places.")
+    return borders

@@ -23,7 +23,8 @@ import numpy as np
 from txtrain import files
 from txtrain.data.sources.source import Split
 from txtrain.data.store.cache import SPLITS
-from txtrain.data.store.formats import FORMAT, INDEX, shard_name
+from txtrain.data.store.formats import FORMAT, INDEX, check_shards, shard_name
+from txtrain.plain_files import check_keys, read_json
 
 STATE = "state.json"
 _EVERY = 2.0  # seconds between two moments of which a restart may go on
@@ -112,11 +113,12 @@ def _fresh(key: str, shard_tokens: int) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except FileNotFoundError:
+    if not path.exists():
         return None
+    found = read_json(path)
+    check_keys(found, str(path), {"key": str, "shard_tokens": int, "n_documents": int, "shards": dict})
+    check_shards(found["shards"], str(path))
+    return found
 
 
 def unfinished(folder: Path) -> dict[str, Any] | None:

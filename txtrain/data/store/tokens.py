@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.data.samples.order import Indices
+from txtrain.data.sources.files import HASHED_BELOW
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError
 
@@ -53,7 +54,12 @@ class Shard:
 
     @cached_property
     def offsets(self) -> Indices | None:
-        return None if self.borders is None else self.borders()
+        if self.borders is None:
+            return None
+        found = self.borders()
+        if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found) or found[-1] != self.n_tokens:
+            raise ConfigError(f"{self.path}: the places of its documents must be those of {self.n_tokens:,} tokens, but are not.")
+        return found
 
     def part(self, begin: int, end: int) -> Shard:
         """Tokens begin to end - 1, and the documents and parts of documents that they are."""
@@ -105,8 +111,7 @@ class Tokens:
             for row, at in zip(rows[~inside], at_B[~inside], strict=True):
                 here = ids[max(at, 0) : at + T]
                 found_BT[row, max(-at, 0) : max(-at, 0) + len(here)] = here
-        if self.below is not None and found_BT.size:
-            self._check(found_BT, begin_B)
+        self._check(found_BT, begin_B)
         return found_BT
 
     def read(self, begin: int, end: int) -> Indices:
@@ -115,19 +120,24 @@ class Tokens:
         return row
 
     def probe(self) -> None:
-        """Look at a few tokens of each file (at most some hundred files) before a run starts.
+        """Look for ids that the model does not have before a run starts: at all tokens of files that are small enough
+        to be hashed as a whole too, else at a few of each file (at most some hundred files).
 
         Raises:
             ConfigError: an id that the model does not have.
         """
+        if sum(shard.n_tokens * np.dtype(shard.dtype).itemsize for shard in self.shards) < HASHED_BELOW:
+            for k, shard in enumerate(self.shards):
+                for begin in range(0, shard.n_tokens, _SCANNED):
+                    self._check(shard.ids[None, begin : begin + _SCANNED], self._first[k : k + 1] + begin)
+            return
         for k in range(0, len(self.shards), max(1, len(self.shards) // 256)):
             n, first = min(_PROBED, self.shards[k].n_tokens), int(self._first[k])
             for begin in {first, first + (self.shards[k].n_tokens - n) // 2, int(self._first[k + 1]) - n}:
                 self.windows(np.array([begin]), n)
 
-    def _check(self, found_BT: Indices, begin_B: Indices) -> None:
-        assert self.below is not None
-        if int(found_BT.max()) < self.below and int(found_BT.min()) >= 0:
+    def _check(self, found_BT: NDArray[Any], begin_B: Indices) -> None:
+        if self.below is None or not found_BT.size or (int(found_BT.max()) < self.below and int(found_BT.min()) >= 0):
             return
         row, column = np.argwhere((found_BT >= self.below) | (found_BT < 0))[0]
         at = int(begin_B[row] + column)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from typing import Any
 
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
-from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint
+from txtrain.plain_files import TOKENIZER_LIMIT, check_file, read_json, read_text, shorten
 
 # Which token ends a text, begins it, pads it: by these names where no file says so.
 _USUAL = {
@@ -37,6 +37,11 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
     if not path.exists():
         path = _from_hub(name)
     folder = path if path.is_dir() else path.parent
+    with told(f"be read from {path}"):
+        return _loaded(path, folder, name)
+
+
+def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
     backend = _read(path, folder)
     ids = _special_ids(backend, folder)
     eos_id = ids["eos_token"]
@@ -55,10 +60,7 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
 def _tokenizer_json(folder: Path, name: str) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    try:
-        return Backend.from_file(str(folder / name))
-    except Exception as e:  # the library raises bare Exceptions
-        raise ConfigError(f"`data.tokenizer` must be a tokenizer, but {folder / name} cannot be read: {e}.") from e
+    return Backend.from_str(read_text(folder / name, TOKENIZER_LIMIT))
 
 
 def _byte_level_bpe(folder: Path, name: str) -> Any:
@@ -69,6 +71,7 @@ def _byte_level_bpe(folder: Path, name: str) -> Any:
     for file in ("vocab.json", "merges.txt"):
         if not (folder / file).is_file():
             raise ConfigError(f"`data.tokenizer`: {folder} must hold vocab.json and merges.txt, but has no {file}.")
+        check_file(folder / file, TOKENIZER_LIMIT)
     backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(_config(folder).get("add_prefix_space", False)))
     backend.decoder = decoders.ByteLevel()
@@ -81,6 +84,7 @@ def _word_piece(folder: Path, name: str) -> Any:
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+    check_file(folder / name, TOKENIZER_LIMIT)
     lowercase = bool(_config(folder).get("do_lower_case", True))
     backend = Backend(models.WordPiece.from_file(str(folder / name), unk_token="[UNK]"))
     backend.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
@@ -128,7 +132,7 @@ def _config(folder: Path) -> dict[str, Any]:
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
-            said.update(json.loads((folder / name).read_text(encoding="utf-8")))
+            said.update(read_json(folder / name))
     return said
 
 
@@ -138,7 +142,9 @@ def _special_ids(backend: Any, folder: Path) -> dict[str, int | None]:
     for role, usual in _USUAL.items():
         token = said.get(role) or said.get(_OLDER_NAMES.get(role, ""))
         if isinstance(token, dict):  # an AddedToken, written out
-            token = token["content"]
+            token = token.get("content")
+        if token is not None and not isinstance(token, str):
+            raise ConfigError(f"{folder}: `{role}` of its tokenizer must be text, but is {shorten(repr(token))} instead.")
         names = [token] if token else usual
         found[role] = next((i for i in map(backend.token_to_id, names) if i is not None), None)
     return found

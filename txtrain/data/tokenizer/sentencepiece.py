@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from txtrain.errors import ConfigError
+from txtrain.plain_files import read_bytes
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.type
 _SPACE = "▁"
+_LARGEST = 50_000_000  # bytes; those of the largest vocabularies have 5 million
+_LONGEST = 256  # characters of a piece; the trainer's default is 16
 
 
 class Piece(NamedTuple):
@@ -37,20 +40,24 @@ def read(path: Path) -> Model:
     trainer: dict[int, Any] = {}
     normalizer: dict[int, Any] = {}
     try:
-        for number, value in _fields(path.read_bytes()):
+        for number, value in _fields(read_bytes(path, _LARGEST)):
             if number == 1:
                 message = dict(_fields(value))
                 (score,) = struct.unpack("<f", message.get(2, b"\0\0\0\0"))
-                pieces.append(Piece(message.get(1, b"").decode(), score, message.get(3, _NORMAL)))
+                text = message.get(1, b"").decode()
+                if len(text) > _LONGEST:
+                    raise ValueError(f"a piece of {len(text)} characters")
+                pieces.append(Piece(text, score, message.get(3, _NORMAL)))
             elif number == 2:
                 trainer = dict(_fields(value))
             elif number == 3:
                 normalizer = dict(_fields(value))
-    except (IndexError, ValueError, TypeError, struct.error):
+    except (IndexError, ValueError, TypeError, AttributeError, struct.error):
         pieces = []
-    if not pieces:
+    charsmap = normalizer.get(2, b"")
+    if not isinstance(charsmap, bytes) or not any(piece.kind == _UNKNOWN for piece in pieces):
         raise ConfigError(f"`data.tokenizer` must be a tokenizer, but {path} is not a SentencePiece model.")
-    return Model(pieces, trainer.get(3, _UNIGRAM), normalizer.get(2, b""), bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
+    return Model(pieces, trainer.get(3, _UNIGRAM), charsmap, bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1)))
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
@@ -67,6 +74,8 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
             shift += 7
             if byte < 128:
                 return value
+            if shift > 63:
+                raise ValueError("a number of more than 64 bits")
 
     while at < len(message):
         key = varint()

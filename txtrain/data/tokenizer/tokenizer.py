@@ -6,11 +6,15 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from txtrain.errors import ConfigError
+from txtrain.plain_files import shorten
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
@@ -27,6 +31,19 @@ def allow_threads(allow: bool) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if allow else "false"
 
 
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """What the library says of a tokenizer that it cannot use, as ours; it has no error of its own for it, and may panic."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except BaseException as e:
+        if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+            raise
+        raise ConfigError(f"`data.tokenizer` must be a tokenizer, but cannot {what}: {shorten(e)}.") from e
+
+
 class Tokenizer:
     """Encodes text as text: a special token's name that stands in it is spelt out, and no specials are added.
 
@@ -41,17 +58,20 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
 
     def encode(self, text: str) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
-        return ids
+        with told("encode this text"):
+            ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
+            return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """On all cores: several times faster than one text after another."""
-        return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+        with told("encode these texts"):
+            return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """Text; special tokens are left out, or with `special` written as their names."""
-        text: str = self.backend.decode(list(ids), skip_special_tokens=not special)
-        return text
+        with told("decode these tokens"):
+            text: str = self.backend.decode(list(ids), skip_special_tokens=not special)
+            return text
 
     def find(self, name: str) -> int | None:
         """The id of a special token such as [MASK], also where the vocabulary has it under another usual name."""
@@ -95,7 +115,7 @@ class Tokenizer:
         """How the vocabulary writes text: its decoder's type, the first one in a sequence."""
         decoder = json.loads(self.backend.to_str())["decoder"] or {"type": "none"}
         if decoder["type"] == "Sequence":
-            decoder = decoder["decoders"][0]
+            decoder = next(iter(decoder["decoders"]), {"type": "none"})
         return str(decoder["type"])
 
     @property

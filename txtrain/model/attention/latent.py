@@ -48,7 +48,7 @@ class LatentAttention(nn.Module):
         attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.n_heads, self.nope_dim, self.v_dim, self.kv_rank = n_heads, nope_dim, v_dim, kv_rank
+        self.nope_dim, self.v_dim, self.kv_rank = nope_dim, v_dim, kv_rank
         self.head_dim = nope_dim + rope_dim
         self.scale = scale
         self.dropout = attention_dropout
@@ -73,7 +73,7 @@ class LatentAttention(nn.Module):
         """[B, N, T, P] and [B, N, T, R]."""
         if self.q_down_proj is not None and self.q_norm is not None:
             x_BTD = self.q_norm(self.q_down_proj(x_BTD))
-        q_BNTH = self.q_proj(x_BTD).unflatten(-1, (self.n_heads, self.head_dim)).transpose(1, 2)
+        q_BNTH = self.q_proj(x_BTD).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         plain, turned = q_BNTH.split((self.nope_dim, self.head_dim - self.nope_dim), dim=-1)
         return plain, turned if rotation is None else rotation(turned)
 
@@ -88,15 +88,15 @@ class LatentAttention(nn.Module):
         return n_queries * (2 * self.kv_rank - per_head) < self.kv_rank * per_head
 
     def _expanded(self, q_BNTP: Tensor, q_BNTR: Tensor, c_B1SC: Tensor, k_B1SR: Tensor, context: AnyContext) -> Tensor:
-        k_BNSP = self.k_proj(c_B1SC[:, 0]).unflatten(-1, (self.n_heads, self.nope_dim)).transpose(1, 2)
-        v_BNSV = self.v_proj(c_B1SC[:, 0]).unflatten(-1, (self.n_heads, self.v_dim)).transpose(1, 2)
-        k_BNSH = torch.cat((k_BNSP, k_B1SR.expand(-1, self.n_heads, -1, -1)), dim=-1)
+        k_BNSP = self.k_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.nope_dim)).transpose(1, 2)
+        v_BNSV = self.v_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.v_dim)).transpose(1, 2)
+        k_BNSH = torch.cat((k_BNSP, k_B1SR.expand(-1, k_BNSP.shape[1], -1, -1)), dim=-1)
         return self._attend(torch.cat((q_BNTP, q_BNTR), dim=-1), k_BNSH, v_BNSV, context)
 
     def _absorbed(self, q_BNTP: Tensor, q_BNTR: Tensor, c_B1SC: Tensor, k_B1SR: Tensor, context: AnyContext) -> Tensor:
-        q_BNTC = q_BNTP @ self.k_proj.weight.view(self.n_heads, self.nope_dim, self.kv_rank)
+        q_BNTC = q_BNTP @ self.k_proj.weight.view(-1, self.nope_dim, self.kv_rank)
         y_BNTC = self._attend(torch.cat((q_BNTC, q_BNTR), dim=-1), torch.cat((c_B1SC, k_B1SR), dim=-1), c_B1SC, context)
-        return y_BNTC @ self.v_proj.weight.view(self.n_heads, self.v_dim, self.kv_rank).transpose(1, 2)
+        return y_BNTC @ self.v_proj.weight.view(-1, self.v_dim, self.kv_rank).transpose(1, 2)
 
     def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSV: Tensor, context: AnyContext) -> Tensor:
         return attend(q_BNTH, k_BKSH, v_BKSV, context.mask, self.scale, None, self.dropout if self.training else 0.0)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import math
 from collections.abc import Iterator
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Self
 
 from txtrain.model.attention.multi_head_config import AttentionBase
-from txtrain.model.component import config
+from txtrain.model.component import Size, config
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, attend, rotated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import knob, register
+from txtrain.registry import Cut, dropout_knob, knob, register
 
 
 class Sizes(NamedTuple):
@@ -35,14 +36,19 @@ class MLAConfig(AttentionBase):
     Sizes left open follow h = dim / n_heads in about DeepSeek's proportions.
     """
 
-    q_rank: int | None = None  # of the queries' own latent; null: queries are made from the stream itself
-    kv_rank: int | None = None  # null: 4 h
-    nope_dim: int | None = None  # the part of a head of q and k that position leaves alone; null: h
-    rope_dim: int | None = None  # the part that rotary positions turn, one key for all heads; null: h / 2
-    v_dim: int | None = None  # of a head's values; null: h
-    scale: float | None = None  # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN is given mscale_all_dim
-    bias: bool = knob(False, carry=True)  # of what makes the latents and of the output; queries, keys and values made from latents have none
-    dropout: float | None = knob(None, carry=True)  # of the probabilities; null: model.dropout
+    # Of the queries' own latent; null: queries are made from the stream itself.
+    q_rank: int | None = knob(None, at_least=1)
+    kv_rank: int | None = knob(None, at_least=1)  # null: 4 h
+    # The part of a head of q and k that position leaves alone; null: h.
+    nope_dim: int | None = knob(None, at_least=1)
+    # The part that rotary positions turn, one key for all heads; null: h / 2.
+    rope_dim: int | None = knob(None, at_least=1)
+    v_dim: int | None = knob(None, at_least=1)  # of a head's values; null: h
+    # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN is given mscale_all_dim.
+    scale: float | None = knob(None, above=0)
+    # Of what makes the latents and of the output; queries, keys and values made from latents have none.
+    bias: bool = knob(False, carry=True)
+    dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
     rotary_knob: ClassVar[str] = "rope_dim"
 
@@ -50,21 +56,19 @@ class MLAConfig(AttentionBase):
         h = model.dim // model.n_heads
         return Sizes(self.q_rank, self.kv_rank or 4 * h, self.nope_dim or h, self.rope_dim or max(2, h // 4 * 2), self.v_dim or h)
 
+    def divided(self, model: ModelShape) -> Iterator[Size]:
+        yield Size("model.n_heads", model.n_heads)
+
+    def settled(self, model: ModelShape) -> Self:
+        return dc.replace(self, **self.sizes(model)._asdict())
+
     def rotary_dim(self, model: ModelShape) -> int:
         return self.sizes(model).rope_dim
 
     def check(self, model: ModelShape) -> Iterator[str]:
-        path = "model.attention"
-        for name in ("q_rank", "kv_rank", "nope_dim", "rope_dim", "v_dim"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                yield f"`{path}.{name}` must be null or at least 1, but is {value} instead."
         if model.dim < model.n_heads and None in (self.kv_rank, self.nope_dim, self.v_dim):
-            yield f"`model.n_heads` must be at most model.dim ({model.dim}) unless {path}.kv_rank, nope_dim and v_dim are set, but is {model.n_heads} instead."
-        if self.scale is not None and not self.scale > 0:
-            yield f"`{path}.scale` must be above 0 or null, but is {self.scale} instead."
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+            unless = "unless model.attention.kv_rank, nope_dim and v_dim are set"
+            yield f"`model.n_heads` must be at most model.dim ({model.dim}) {unless}, but is {model.n_heads} instead."
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         sizes = self.sizes(model)
@@ -84,7 +88,7 @@ class MLAConfig(AttentionBase):
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         s = self.sizes(model)
-        norms = model.norm.n_params_of(s.kv_rank) + (model.norm.n_params_of(s.q_rank) if s.q_rank else 0)
+        norms = sum(model.norm.n_params_of(model, rank) for rank in (s.kv_rank, s.q_rank) if rank)
         bias = (s.q_rank or 0) + s.kv_rank + s.rope_dim + model.dim if self.bias else 0
         return sum(self._weights(model)) + int(norms) + bias
 
@@ -125,12 +129,12 @@ class MLAConfig(AttentionBase):
 def _yarn_sharpening(model: ModelShape) -> float:
     """YaRN sharpens scores by mscale^2. It does so through cos and sin; but of a latent head only a part is turned, and with
     mscale_all_dim the factor is meant for the whole of it."""
-    scaling = getattr(model.position, "scaling", None)
-    mscale_all_dim = getattr(scaling, "mscale_all_dim", None)
-    if scaling is None or not mscale_all_dim or scaling.factor <= 1:
+    scaling = model.position.scaling
+    if scaling is None or not scaling.mscale_all_dim or scaling.factor <= 1:
         return 1.0
-    mscale: float = 0.1 * mscale_all_dim * math.log(scaling.factor) + 1.0
+    mscale: float = 0.1 * scaling.mscale_all_dim * math.log(scaling.factor) + 1.0
     return mscale**2
 
 
-register("attention", "mla", "txtrain.model.attention.latent:LatentAttention", MLAConfig)
+CUT: Cut = {"q_proj": "rows", "k_proj": "rows", "v_proj": "rows", "o_proj": "columns"}
+register("attention", "mla", "txtrain.model.attention.latent:LatentAttention", MLAConfig, CUT)

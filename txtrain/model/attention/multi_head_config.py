@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self, cast
 
 from txtrain.errors import divisors_near
-from txtrain.model.component import Component, config
+from txtrain.model.component import Component, Size, config
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, attend, rotated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import BASES, knob, register
+from txtrain.registry import BASES, Cut, dropout_knob, knob, register
 
 
 @config
@@ -19,14 +20,17 @@ class AttentionBase(Component):
 
     rotary_knob: ClassVar[str] = "head_dim"  # whose value rotary_dim is
 
+    # Knobs of some options; no fields of all.
+    softcap = cast("float | None", None)
+    dropout = cast("float | None", None)
+
     def rotary_dim(self, model: ModelShape) -> int:
         """The size of the part of a head that position turns."""
         return model.dim // model.n_heads
 
     def dropped(self, model: ModelShape) -> float:
         """The share of the probabilities that is dropped in training."""
-        own: float | None = getattr(self, "dropout", None)
-        return model.dropout if own is None else own
+        return model.dropout if self.dropout is None else self.dropout
 
     def window_at(self, layer: int) -> int | None:
         """How far a position of that layer sees; None: all the way."""
@@ -60,17 +64,28 @@ class AttentionConfig(AttentionBase):
     """Multi-head attention. n_kv_heads tells the three kinds apart: all heads (mha), some (gqa, 2305.13245), one (mqa, 1911.02150)."""
 
     n_kv_heads: int | None = None  # null: n_heads
-    head_dim: int | None = knob(None, carry=True)  # null: dim / n_heads
-    window: int | tuple[int | None, ...] | None = None  # position i sees j with 0 <= i - j < window; a list is repeated over the layers
-    softcap: float | None = None  # softcap * tanh(score / softcap)
-    scale: float | None = None  # null: head_dim ** -0.5
+    head_dim: int | None = knob(None, at_least=1, carry=True)  # null: dim / n_heads
+    # Position i sees j with 0 <= i - j < window; a list is repeated over the layers.
+    window: int | tuple[int | None, ...] | None = knob(None, at_least=1)
+    softcap: float | None = knob(None, above=0)  # softcap * tanh(score / softcap)
+    scale: float | None = knob(None, above=0)  # null: head_dim ** -0.5
     qk_norm: bool = False  # the model's norm over each head of q and k
     bias: bool = knob(False, carry=True)
-    dropout: float | None = knob(None, carry=True)  # of the probabilities; null: model.dropout
+    dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
     def heads(self, model: ModelShape) -> tuple[int, int, int]:
         """n_heads, n_kv_heads, head_dim, with nothing left open."""
         return model.n_heads, self.n_kv_heads or model.n_heads, self.head_dim or model.dim // model.n_heads
+
+    def divided(self, model: ModelShape) -> Iterator[Size]:
+        n, kv, _ = self.heads(model)
+        yield Size("model.n_heads", n)
+        if kv != n:
+            yield Size("model.attention.n_kv_heads", kv, shared=True)
+
+    def settled(self, model: ModelShape) -> Self:
+        n, kv, h = self.heads(model)
+        return dc.replace(self, n_kv_heads=None if kv == n else kv, head_dim=h)
 
     def rotary_dim(self, model: ModelShape) -> int:
         return self.heads(model)[2]
@@ -91,19 +106,8 @@ class AttentionConfig(AttentionBase):
             yield f"`{path}.n_kv_heads` must be null or model.n_heads ({n}) with model/attention=mha, but is {kv} instead: write model/attention=gqa."
         elif self.type == "mqa" and kv != 1:
             yield f"`{path}.n_kv_heads` must be 1 with model/attention=mqa, but is {kv} instead: write model/attention=gqa."
-        if self.head_dim is not None and self.head_dim < 1:
-            yield f"`{path}.head_dim` must be null or at least 1, but is {self.head_dim} instead."
         if isinstance(self.window, tuple) and not self.window:
             yield f"`{path}.window` must be a width, null, or a list of them with one entry or more, but is [] instead."
-        for w in self.window if isinstance(self.window, tuple) else (self.window,):
-            if w is not None and w < 1:
-                yield f"`{path}.window` must be at least 1 or null, but is {w} instead."
-        for name in ("softcap", "scale"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                yield f"`{path}.{name}` must be above 0 or null, but is {value} instead."
-        if self.dropout is not None and not 0 <= self.dropout < 1:
-            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         n_heads, n_kv_heads, head_dim = self.heads(model)
@@ -122,7 +126,7 @@ class AttentionConfig(AttentionBase):
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         n, kv, h = self.heads(model)
         bias = (h * (n + 2 * kv) + model.dim) if self.bias else 0
-        return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(h) if self.qk_norm else 0)
+        return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(model, h) if self.qk_norm else 0)
 
     def projection_flops(self, model: ModelShape, layer: int = 0) -> tuple[float, float]:
         n, kv, h = self.heads(model)
@@ -149,5 +153,6 @@ class AttentionConfig(AttentionBase):
         return t.linear(y, n * h, model.dim, self.bias, name="o_proj")
 
 
-register("attention", "mha gqa mqa", "txtrain.model.attention.multi_head:MultiHeadAttention", AttentionConfig)
+CUT: Cut = {"q_proj": "rows", "k_proj": "shared_rows", "v_proj": "shared_rows", "o_proj": "columns"}
+register("attention", "mha gqa mqa", "txtrain.model.attention.multi_head:MultiHeadAttention", AttentionConfig, CUT)
 BASES["attention"] = AttentionBase

@@ -8,13 +8,15 @@ from typing import Any
 from txtrain.model.component import Component, config
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Batch, Place
-from txtrain.model.trace.tape import NotTraced, Parameter, Tape, Value
-from txtrain.registry import knob, register
+from txtrain.model.trace.tape import Parameter, Tape, Value
+from txtrain.registry import Cut, knob, register
 
 
 @config
 class EmbeddingBase(Component):
     norm: bool = knob(False, carry=True)  # the model's norm over the sum of embedding and position (BERT)
+
+    n_types = 0  # not a field: embeddings of tokens have one
 
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of patches; None for a sequence."""
@@ -24,18 +26,14 @@ class EmbeddingBase(Component):
         return {name: value for name, value in Component.arguments(self, model, layer).items() if name != "norm"}  # the builder makes it
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
-        return model.norm.n_params_of(model.dim) if self.norm else 0
+        return model.norm.n_params(model) if self.norm else 0
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
     def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
-        """Vectors of all positions. table: of the vocabulary.
-
-        Raises:
-            NotTraced: the option does not say.
-        """
-        raise NotTraced(self.type)
+        """Vectors of all positions. table: of the vocabulary."""
+        raise NotImplementedError
 
 
 @config
@@ -43,16 +41,15 @@ class TokenEmbeddingConfig(EmbeddingBase):
     """One vector a token, and one a segment where n_types is not 0. scale: times sqrt(dim), rounded to the weights' dtype (2017, Gemma)."""
 
     scale: bool = False
-    n_types: int = 0  # kinds of segments (BERT: 2)
-    padding_idx: int | None = None  # a token whose vector is not trained by being read, as in Hugging Face's Llama and its descendants
+    n_types: int = knob(0, at_least=0)  # kinds of segments (BERT: 2)
+    # A token whose vector is not trained by being read, as in Hugging Face's Llama and its descendants.
+    padding_idx: int | None = knob(None, at_least=0, affects="training")
 
     def check(self, model: ModelShape) -> Iterator[str]:
         if model.vocab_size < 1:
             yield f"`model.vocab_size` must be at least 1, but is {model.vocab_size} instead."
-        if self.n_types < 0:
-            yield f"`model.embedding.n_types` must be at least 0, but is {self.n_types} instead."
-        if self.padding_idx is not None and not 0 <= self.padding_idx < model.vocab_size:
-            yield f"`model.embedding.padding_idx` must be null or from 0 to {model.vocab_size - 1}, but is {self.padding_idx} instead."
+        elif (index := self.padding_idx) is not None and index >= (n := model.vocab_size):
+            yield f"`model.embedding.padding_idx` must be null or below model.vocab_size ({n}), but is {index} instead."
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return (model.vocab_size + self.n_types) * model.dim + EmbeddingBase.n_params(self, model)
@@ -72,9 +69,9 @@ class TokenEmbeddingConfig(EmbeddingBase):
 class PatchEmbeddingConfig(EmbeddingBase):
     """One vector a square of pixels, and one for the class before them (ViT, 2010.11929)."""
 
-    image_size: int = 224
-    patch_size: int = 16
-    n_channels: int = 3
+    image_size: int = knob(224, at_least=1)
+    patch_size: int = knob(16, at_least=1)
+    n_channels: int = knob(3, at_least=1)
     class_token: bool = True
 
     def grid(self) -> tuple[int, int]:
@@ -86,10 +83,6 @@ class PatchEmbeddingConfig(EmbeddingBase):
         return rows * columns + self.class_token
 
     def check(self, model: ModelShape) -> Iterator[str]:
-        for name in ("image_size", "patch_size", "n_channels"):
-            if getattr(self, name) < 1:
-                yield f"`model.embedding.{name}` must be at least 1, but is {getattr(self, name)} instead."
-                return
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
             near = ", ".join(str(n) for n in (low, low + self.patch_size) if n)
@@ -125,5 +118,6 @@ class PatchEmbeddingConfig(EmbeddingBase):
         return t.cat(t.expanded(t.parameter(1, 1, dim, name="class_token"), place.batch * dim), t.back_copied(x))
 
 
-register("embedding", "token", "txtrain.model.embedding.embeddings:TokenEmbedding", TokenEmbeddingConfig)
+CUT: Cut = {"token": "vocabulary"}
+register("embedding", "token", "txtrain.model.embedding.embeddings:TokenEmbedding", TokenEmbeddingConfig, CUT)
 register("embedding", "patch", "txtrain.model.embedding.embeddings:PatchEmbedding", PatchEmbeddingConfig)

@@ -9,6 +9,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from txtrain.errors import ConfigError
+
 
 class TokenEmbedding(nn.Module):
     """One vector a token; a tied head reads the same weight.
@@ -18,12 +20,15 @@ class TokenEmbedding(nn.Module):
     padding_idx: a token whose vector is not trained by being looked up.
     """
 
+    n_channels = None  # it reads no images
+
     def __init__(self, dim: int, vocab_size: int, scale: bool = False, n_types: int = 0, padding_idx: int | None = None, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab_size, dim, padding_idx)
         self.segment = nn.Embedding(n_types, dim) if n_types else None
         self.norm = norm
         self.scale = math.sqrt(dim) if scale else None
+        self.n_types = n_types
 
     @property
     def weight_VD(self) -> Tensor:
@@ -37,7 +42,8 @@ class TokenEmbedding(nn.Module):
         """Segment vectors added; without ids all tokens are of segment 0."""
         if self.segment is None:
             if token_type_ids_BT is not None:
-                raise ValueError("`token_type_ids` must not be given: the model has no segments (model.embedding.n_types is 0).")
+                why = "the model has no segments (model.embedding.n_types is 0)"
+                raise ConfigError(f"`token_type_ids` must not be given: {why}.")
             return x_BTD
         if token_type_ids_BT is None:
             return x_BTD + self.segment.weight[0]
@@ -51,6 +57,7 @@ class PatchEmbedding(nn.Module):
 
     def __init__(self, dim: int, patch_size: int, n_channels: int, class_token: bool, norm: nn.Module | None = None) -> None:
         super().__init__()
+        self.n_channels = n_channels
         self.patch = nn.Conv2d(n_channels, dim, kernel_size=patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.empty(1, 1, dim)) if class_token else None
         self.norm = norm
@@ -63,12 +70,13 @@ class PatchEmbedding(nn.Module):
         """Vectors [B, T, D], and the rows and columns of patches.
 
         Raises:
-            ValueError: the image is no whole number of patches.
+            ConfigError: the image is no whole number of patches.
         """
         height, width = pixel_values_BCHW.shape[-2:]
         p = self.patch.stride[0]
         if height % p or width % p:
-            raise ValueError(f"`pixel_values` must be a multiple of {p} pixels high and wide, but is {height} x {width} instead.")
+            size = f"{height} x {width}"
+            raise ConfigError(f"`pixel_values` must be a multiple of {p} pixels high and wide, but is {size} instead.")
         x_BTD = self.patch(pixel_values_BCHW.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
         if self.class_token is not None:
             x_BTD = torch.cat((self.class_token.expand(len(x_BTD), -1, -1), x_BTD), dim=1)

@@ -32,7 +32,7 @@ class Observed:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._model(*args, **kwargs)
-        for name, value in (getattr(output, "aux", None) or {}).items():
+        for name, value in (output.aux or {}).items():
             layer, _, kind = name.rpartition(".")
             if kind == COUNTS:
                 self.counts[layer] = self.counts[layer] + value if layer in self.counts else value
@@ -60,4 +60,4 @@ def measured(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def columns(model: ModelConfig) -> tuple[str, ...]:
     """What metrics.csv has beside the columns of every run."""
-    return (MAX_LOAD,) if hasattr(model.ffn, "n_experts") else ()
+    return (MAX_LOAD,) if model.ffn.n_experts else ()

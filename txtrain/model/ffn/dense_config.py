@@ -6,34 +6,46 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from txtrain.model.component import Component, config
+from txtrain.model.component import Component, Size, config
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, gated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import knob, register
+from txtrain.registry import BASES, Cut, dropout_knob, knob, register
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 
 
 @config
-class MLPConfig(Component):
+class FFNBase(Component):
+    """What the other axes may ask of any feed-forward."""
+
+    n_experts = 0  # not a field: a mixture has one
+
+    def n_active_params(self, model: ModelShape, layer: int = 0) -> int:
+        """Parameters that a token meets: all, unless an option chooses among them."""
+        return self.n_params(model, layer)
+
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
+        """Forward FLOPs a token. An option that does not say: a multiply and an add for each parameter."""
+        return 2.0 * self.n_params(model, layer)
+
+
+@config
+class MLPConfig(FFNBase):
     """down(act(up(x))), as in the 2017 paper."""
 
-    hidden_dim: int | None = None  # null: 4 * dim
+    hidden_dim: int | None = knob(None, at_least=1)  # null: 4 * dim
     activation: Activation = "gelu_tanh"
     bias: bool = knob(True, carry=True)
-    dropout: float = knob(0.0, carry=True)  # between activation and down projection
+    dropout: float = dropout_knob()  # between activation and down projection
 
     n_matrices: ClassVar[int] = 2
 
     def width(self, model: ModelShape) -> int:
         return self.hidden_dim or 4 * model.dim
 
-    def check(self, model: ModelShape) -> Iterator[str]:
-        if self.hidden_dim is not None and self.hidden_dim < 1:
-            yield f"`model.ffn.hidden_dim` must be null or at least 1, but is {self.hidden_dim} instead."
-        if not 0 <= self.dropout < 1:
-            yield f"`model.ffn.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
+    def divided(self, model: ModelShape) -> Iterator[Size]:
+        yield Size("model.ffn.hidden_dim", self.width(model))
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"hidden_dim": self.width(model), "activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
@@ -55,7 +67,8 @@ class MLPConfig(Component):
 class GatedConfig(MLPConfig):
     """down(act(gate(x)) * up(x)): GLU variants (2002.05202)."""
 
-    hidden_dim: int | None = knob(None, carry=True)  # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters
+    # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters.
+    hidden_dim: int | None = knob(None, at_least=1, carry=True)
     activation: Activation = "silu"
     bias: bool = knob(False, carry=True)
 
@@ -68,5 +81,8 @@ class GatedConfig(MLPConfig):
         return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 
-register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig)
-register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig)
+BASES["ffn"] = FFNBase
+CUT: Cut = {"up_proj": "rows", "down_proj": "columns"}
+GATED_CUT: Cut = {**CUT, "gate_proj": "rows"}
+register("ffn", "mlp", "txtrain.model.ffn.dense:MLP", MLPConfig, CUT)
+register("ffn", "swiglu geglu", "txtrain.model.ffn.dense:GatedFFN", GatedConfig, GATED_CUT)

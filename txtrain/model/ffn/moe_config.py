@@ -7,37 +7,40 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 from txtrain.errors import divisors_near
-from txtrain.model.component import Component, config
-from txtrain.model.ffn.dense_config import Activation
+from txtrain.model.component import Size, config
+from txtrain.model.ffn.dense_config import GATED_CUT, Activation, FFNBase
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, gated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import knob, register
+from txtrain.registry import Cut, dropout_knob, knob, register
 
 
 @config
-class MoEConfig(Component):
+class MoEConfig(FFNBase):
     """Each token visits top_k of n_experts gated feed-forwards, and n_shared that all tokens visit. No expert has a capacity.
 
     moe: DeepSeek-V3's (2412.19437), a sigmoid gate, balanced by a bias on the choice. moe_softmax: Mixtral's (2401.04088), a softmax
     gate, balanced by the auxiliary loss of Switch (2101.03961). gate, bias_update_rate and aux_weight combine freely.
     """
 
-    n_experts: int = 8
-    top_k: int = 2
-    n_shared: int = 1
-    hidden_dim: int | None = None  # of one expert; null: a token's experts together are as wide as a gated feed-forward
+    n_experts: int = knob(8, at_least=2)
+    top_k: int = knob(2, at_least=1)
+    n_shared: int = knob(1, at_least=0)
+    # Of one expert; null: a token's experts together are as wide as a gated feed-forward.
+    hidden_dim: int | None = knob(None, at_least=1)
     activation: Activation = "silu"
-    dropout: float = knob(0.0, carry=True)  # between activation and down projection
-    dense_layers: int = 0  # the first so many layers have a plain gated feed-forward
-    dense_hidden_dim: int | None = None  # of these; null: 8/3 * dim, up to a multiple of 8
+    dropout: float = dropout_knob()  # between activation and down projection
+    dense_layers: int = knob(0, at_least=0)  # the first so many layers have a plain gated feed-forward
+    dense_hidden_dim: int | None = knob(None, at_least=1)  # of these; null: 8/3 * dim, up to a multiple of 8
     gate: Literal["sigmoid", "softmax"] = "sigmoid"
     normalise: bool = True  # the weights of a token's experts sum to 1, before routed_scale
-    routed_scale: float = 1.0
-    n_groups: int = 1  # of experts side by side; a token's experts come from its best top_k_groups of them
-    top_k_groups: int = 1
-    bias_update_rate: float = 1e-3  # by which an expert's bias on the choice moves after each step, up if it was visited too little; 0: no bias
-    aux_weight: float = 0.0  # of the auxiliary loss; 0: none
+    routed_scale: float = knob(1.0, above=0)
+    # Of experts side by side; a token's experts come from its best top_k_groups of them.
+    n_groups: int = knob(1, at_least=1)
+    top_k_groups: int = knob(1, at_least=1)
+    # By which an expert's bias on the choice moves after each step, up if it was visited too little; 0: no bias.
+    bias_update_rate: float = knob(1e-3, at_least=0, affects="training")
+    aux_weight: float = knob(0.0, at_least=0, affects="training")  # of the auxiliary loss; 0: none
 
     def width(self, model: ModelShape) -> int:
         return self.hidden_dim or math.ceil(math.ceil(model.dim / 3) / (self.top_k + self.n_shared)) * 8
@@ -45,25 +48,15 @@ class MoEConfig(Component):
     def dense_width(self, model: ModelShape) -> int:
         return self.dense_hidden_dim or math.ceil(model.dim / 3) * 8
 
+    def divided(self, model: ModelShape) -> Iterator[Size]:
+        yield Size("model.ffn.hidden_dim", self.width(model))
+        if self.dense_layers:
+            yield Size("model.ffn.dense_hidden_dim", self.dense_width(model))
+
     def check(self, model: ModelShape) -> Iterator[str]:
         path = "model.ffn"
-        lows = {"n_experts": 2, "top_k": 1, "n_shared": 0, "hidden_dim": 1, "dense_layers": 0, "dense_hidden_dim": 1, "n_groups": 1, "top_k_groups": 1}
-        low = [(name, n) for name, n in lows.items() if (value := getattr(self, name)) is not None and value < n]
-        for name, n in low:
-            yield f"`{path}.{name}` must be at least {n}, but is {getattr(self, name)} instead."
-        for name in ("bias_update_rate", "aux_weight"):
-            if getattr(self, name) < 0:
-                yield f"`{path}.{name}` must be at least 0, but is {getattr(self, name)} instead."
-        if not self.routed_scale > 0:
-            yield f"`{path}.routed_scale` must be above 0, but is {self.routed_scale} instead."
-        if not 0 <= self.dropout < 1:
-            yield f"`{path}.dropout` must be at least 0 and below 1, but is {self.dropout} instead."
-        if self.dense_layers >= model.n_layers:
-            yield f"`{path}.dense_layers` must be below model.n_layers ({model.n_layers}), but is {self.dense_layers} instead. Nearest: {model.n_layers - 1}."
-        if not low:
-            yield from self._check_routing(path)
-
-    def _check_routing(self, path: str) -> Iterator[str]:
+        if (dense := self.dense_layers) >= (n := model.n_layers):
+            yield f"`{path}.dense_layers` must be below model.n_layers ({n}), but is {dense} instead. Nearest: {n - 1}."
         if self.n_experts % self.n_groups:
             near = ", ".join(map(str, divisors_near(self.n_groups, self.n_experts)))
             yield f"`{path}.n_groups` must divide n_experts ({self.n_experts}), but is {self.n_groups} instead. Nearest: {near}."
@@ -127,4 +120,5 @@ class MoEConfig(Component):
         return t.add(y, t.named("shared", gated, t, x, d, self.n_shared * f, self.activation, self.dropout)) if self.n_shared else y
 
 
-register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig)
+CUT: Cut = {**GATED_CUT, "aux_weight": "equal_part", "experts": "experts"}
+register("ffn", "moe moe_softmax", "txtrain.model.ffn.moe:feed_forward", MoEConfig, CUT)

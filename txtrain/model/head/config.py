@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
 from txtrain.model.ffn.dense_config import Activation
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Batch, Place
 from txtrain.model.trace.tape import Parameter, Tape, Value
-from txtrain.registry import knob, register
+from txtrain.registry import Cut, knob, register
 
 
 @config
 class HeadConfig(Component):
-    """What every head has."""
+    """What every head has. skips: its loss leaves out the positions without a target."""
+
+    skips: ClassVar[bool] = False
+    next_sentence = False  # not a field: BERT's head has one
+
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
+        """Forward operations a position."""
+        raise NotImplementedError
 
     def training_flops(self, model: ModelShape, seq_len: int, target_share: float) -> float:
         """Forward operations a position in training, where so many of the positions have a target: as many as ever, unless a head skips the rest."""
@@ -54,6 +60,7 @@ class LMHeadConfig(HeadConfig):
 class MLMHeadConfig(HeadConfig):
     """BERT's (1810.04805): dense, activation, norm, then the vocabulary with a bias; beside it the pooler and the next-sentence head."""
 
+    skips = True
     activation: Activation = "gelu"
     next_sentence: bool = True
 
@@ -69,7 +76,8 @@ class MLMHeadConfig(HeadConfig):
         d = model.dim
         dense = d * d + d
         sentence = dense + 2 * d + 2 if self.next_sentence else 0
-        return (0 if model.tie_word_embeddings else model.vocab_size * d) + model.vocab_size + dense + model.norm.n_params_of(d) + sentence
+        matrix = 0 if model.tie_word_embeddings else model.vocab_size * d
+        return matrix + model.vocab_size + dense + model.norm.n_params(model) + sentence
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return self.training_flops(model, seq_len, target_share=1.0)
@@ -95,12 +103,8 @@ class MLMHeadConfig(HeadConfig):
 class ClassHeadConfig(HeadConfig):
     """One score a class for the whole sequence. pooling: the first position (ViT's class token), the last, or the mean of the real ones."""
 
-    n_classes: int = 1000
+    n_classes: int = knob(1000, at_least=2)
     pooling: Literal["first", "last", "mean"] = "first"
-
-    def check(self, model: ModelShape) -> Iterator[str]:
-        if self.n_classes < 2:
-            yield f"`model.head.n_classes` must be at least 2, but is {self.n_classes} instead."
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return (model.dim + 1) * self.n_classes
@@ -126,6 +130,7 @@ def vocabulary_loss(t: Tape, x: Value, model: ModelShape, table: Parameter | Non
     return t.softmax(t.to(logits, 4))
 
 
-register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig)
-register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig)
+CUT: Cut = {"weight": "vocabulary", "bias": "vocabulary"}
+register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig, CUT)
+register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig, CUT)
 register("head", "class", "txtrain.model.head.heads:ClassHead", ClassHeadConfig)

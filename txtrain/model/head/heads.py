@@ -17,6 +17,7 @@ from txtrain.model.head.loss import IGNORED, ChunkedCrossEntropy, Vocabulary, cr
 class Head(nn.Module):
     """What the transformer asks of a head. `embedding_VD` is the embedding's weight, for heads that are tied to it."""
 
+    pools: bool = False  # whether it has one result a row, and so one label
     shift: bool = False  # whether position t predicts label t + 1, as a causal model's does, or label t
 
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
@@ -119,6 +120,8 @@ class MLMHead(LMHead):
 
 class ClassHead(Head):
     """One score a class, from one vector a sequence: its first position, its last real one, or the mean of the real ones."""
+
+    pools = True
 
     def __init__(self, dim: int, n_classes: int, pooling: str) -> None:
         super().__init__()

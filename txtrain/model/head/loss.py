@@ -25,7 +25,8 @@ class Vocabulary:
 
     def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
         """The row of each target here, and whether it is here."""
-        return targets_C.clamp(min=0), targets_C != IGNORED
+        is_target_C = targets_C != IGNORED
+        return targets_C.masked_fill(~is_target_C, 0), is_target_C
 
     def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithm of the softmax' denominator, and the target's logit, both over the whole vocabulary: [C]."""

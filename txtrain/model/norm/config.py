@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import ClassVar
 
 from txtrain.model.component import Component, config
-from txtrain.model.construct import count_norm
+from txtrain.model.construct import count_parameters
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place
-from txtrain.model.trace.tape import NotTraced, Tape, Value
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import BASES, knob, register
 
 
@@ -17,29 +17,26 @@ from txtrain.registry import BASES, knob, register
 class NormBase(Component):
     """What the other axes may ask of any norm."""
 
-    def n_params_of(self, size: int) -> int:
-        """Parameters of the norm over so many values; of a user's own it is built on the meta device and counted."""
-        return count_norm(self, size)
+    def n_params_of(self, model: ModelShape, size: int) -> int:
+        """Parameters of the norm over so many values."""
+        return count_parameters(self, model, dim=size)
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
-        return self.n_params_of(model.dim)
-
-    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
-        return 0.0
+        return self.n_params_of(model, model.dim)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
         return self.trace_of(t, x, place.model.dim)
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
         """Of values of that size."""
-        raise NotTraced(self.type)
+        raise NotImplementedError
 
 
 @config
 class NoNormConfig(NormBase):
     """The identity."""
 
-    def n_params_of(self, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         return 0
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -50,14 +47,10 @@ class NoNormConfig(NormBase):
 class LayerNormConfig(NormBase):
     """(x - mean) / sqrt(variance + eps) * weight + bias (1607.06450)."""
 
-    eps: float = knob(1e-5, carry=True)
+    eps: float = knob(1e-5, above=0, carry=True)
     bias: bool = True
 
-    def check(self, model: ModelShape) -> Iterator[str]:
-        if not self.eps > 0:
-            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
-
-    def n_params_of(self, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         return 2 * size if self.bias else size
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -68,14 +61,10 @@ class LayerNormConfig(NormBase):
 class RMSNormConfig(NormBase):
     """x / sqrt(mean(x^2) + eps) * weight (1910.07467); with unit_offset, * (1 + weight), as in Gemma."""
 
-    eps: float = knob(1e-5, carry=True)
+    eps: float = knob(1e-5, above=0, carry=True)
     unit_offset: bool = False
 
-    def check(self, model: ModelShape) -> Iterator[str]:
-        if not self.eps > 0:
-            yield f"`model.norm.eps` must be above 0, but is {self.eps} instead."
-
-    def n_params_of(self, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         return size
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -83,13 +72,19 @@ class RMSNormConfig(NormBase):
 
 
 @config
-class NormPositionConfig(Component):
+class NormPositionBase(Component):
     """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
 
+    def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
+        """What leaves a sublayer f and its residual connection, in the operations of `txtrain.model.trace.tape`."""
+        raise NotImplementedError
+
+
+@config
+class NormPositionConfig(NormPositionBase):
     n_norms: ClassVar[int] = 1
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
-        """What leaves a sublayer f and its residual connection."""
 
         def norm(x: Value, name: str) -> Value:
             return t.named(name if self.n_norms > 1 else "norm", place.model.norm.trace, t, x, place)
@@ -100,7 +95,7 @@ class NormPositionConfig(Component):
         return norm(y, "post_norm") if self.type == "post" else y
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
-        return self.n_norms * model.norm.n_params_of(model.dim)
+        return self.n_norms * int(model.norm.n_params(model))
 
 
 @config
@@ -115,4 +110,4 @@ register("norm_position", "pre", "txtrain.model.norm.placement:PreNorm", NormPos
 register("norm_position", "post", "txtrain.model.norm.placement:PostNorm", NormPositionConfig)
 register("norm_position", "inner", "txtrain.model.norm.placement:InnerNorm", NormPositionConfig)
 register("norm_position", "sandwich", "txtrain.model.norm.placement:SandwichNorm", SandwichConfig)
-BASES["norm"] = NormBase
+BASES.update(norm=NormBase, norm_position=NormPositionBase)

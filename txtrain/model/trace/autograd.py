@@ -14,11 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any
 
-
-class NotTraced(Exception):
-    """An option of the user's own does not say what it computes."""
-
-
 Gradients = tuple["Bytes | None", ...]
 
 

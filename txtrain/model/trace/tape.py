@@ -5,21 +5,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from txtrain.model.trace.autograd import (
-    Bytes,
-    Gradients,
-    Group,
-    Node,
-    NotTraced,
-    Parameter,
-    Recorder,
-    Value,
-    dotted,
-)
+from txtrain.model.trace.autograd import Bytes, Gradients, Group, Node, Parameter, Recorder, Value, dotted
 
 CHUNK_ELEMENTS = 1 << 22  # logits that the loss holds at a time, where the caller does not want them
 
-__all__ = ["CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "NotTraced", "Parameter", "Tape", "Value", "dotted"]
+__all__ = ["CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "Parameter", "Tape", "Value", "dotted"]
 
 
 class Tape(Recorder):

@@ -6,8 +6,20 @@ from typing import Any
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.attention_ops import Batch
+from txtrain.registry import chosen, is_own, resolve
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+def unknown(config: Train) -> list[str]:
+    """What is not known of a batch, and so of the work on it: sentences about options of the user's own."""
+    objective, data, found = config.objective, config.data, []
+    if is_own("objective", objective):
+        found.append(f"{chosen('objective', objective)} is your own: of its batches and its loss nothing is known")
+    known = ("documents", "pairs", "images")  # methods of a source that say what its samples are
+    if is_own("data", data) and not any(hasattr(resolve("data", data.type), method) for method in known):
+        found.append(f"{chosen('data', data)} is your own: of what its samples hold nothing is known")
+    return found
 
 
 def shapes_of(config: Train, n: int) -> Shapes:
@@ -46,9 +58,9 @@ def batch_of(config: Train, n: int) -> Batch:
         shapes["labels"][1] if two else None,
         masked,
         {"documents_BS": True} if "decoder_document_ids" in shapes else {},
-        n_chosen(config, n) if config.model.head.type == "mlm" else None,
-        bool(getattr(config.objective, "label_smoothing", 0.0)),
-        "token_type_ids" in shapes and bool(getattr(config.model.embedding, "n_types", 0)),
+        n_chosen(config, n) if config.model.head.skips else None,
+        bool(config.objective.label_smoothing),
+        "token_type_ids" in shapes and bool(config.model.embedding.n_types),
     )
 
 
@@ -76,5 +88,5 @@ def nbytes_of(config: Train, n: int) -> int:
 
 def n_chosen(config: Train, n: int) -> int | None:
     """Positions of n samples that a masked language model predicts, as is to be expected; None: the objective chooses none."""
-    share = getattr(config.objective, "probability", None)
-    return None if share is None else round(share * n * config.lengths[0])
+    share = config.objective.target_share
+    return None if share == 1.0 else round(share * n * config.lengths[0])

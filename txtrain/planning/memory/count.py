@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
+from collections.abc import Iterator
 
 from txtrain.config.schema import Train
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.all_to_all import rows_to_experts
-from txtrain.planning.memory.batch_shapes import nbytes_of
+from txtrain.planning.memory.batch_shapes import nbytes_of, unknown
 from txtrain.planning.memory.fsdp import Shards
 from txtrain.planning.memory.replicated import Copies, NotCounted
 from txtrain.planning.memory.zero3 import Gathered
 from txtrain.planning.memory.zero12 import Accumulated, Partitions
+from txtrain.registry import chosen, unstated
 
 
 @dc.dataclass(frozen=True)
@@ -40,9 +42,10 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     """Counted for micro-batches of `micro` samples (None: as configured) on each of `world` processes.
 
     Raises:
-        NotTraced: an option of the user's own does not say what it computes.
-        NotCounted: a strategy or an optimizer has no closed form here.
+        NotCounted: a strategy has no closed form here, or an option of the user's own does not state it.
     """
+    if missing := [*unknown(config), *_unstated(config, world)]:
+        raise NotCounted("; ".join(missing))
     _refuse_uncounted(config, world)
     layout = config.strategy.layout(world) if world > 1 else Layout()
     share = max(1, config.data.global_batch_size // layout.data)
@@ -67,7 +70,7 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
 
 
 def _strategy(config: Train, layout: Layout) -> Copies:
-    stage, half = getattr(config.strategy, "stage", 0), config.trainer.precision == "bf16-mixed"
+    stage, half = config.strategy.stage, config.trainer.precision == "bf16-mixed"
     if stage and layout.shard > 1:
         return Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half else Partitions(config, layout)
     return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
@@ -77,12 +80,33 @@ def _parts(*parts: dict[str, int]) -> dict[str, int]:
     return {kind: n for found in parts for kind, n in found.items() if n}
 
 
+STATES = {  # what a component's Config must define for its memory to be counted
+    "attention": ("trace",),
+    "ffn": ("trace",),
+    "norm": ("trace_of",),
+    "norm_position": ("joined",),
+    "position": ("trace_sum", "trace_rotation", "trace_bias"),
+}
+
+
+def _unstated(config: Train, world: int) -> Iterator[str]:
+    """What options of the user's own do not say."""
+    for axis, component in config.model.components():
+        if forms := unstated(axis, component, *STATES.get(axis, ())):
+            where = f"{forms} of its Config; plan.simulate=true looks at the module"
+            yield f"{chosen(axis, component)} does not say what it computes ({where})"
+    optimizer = config.optimizer
+    asked = ("state_values", "counts_steps", "update_bytes", *(["update_sent"] if world > 1 else []))
+    if forms := unstated("optimizer", optimizer, *asked):
+        what = "what it keeps of a parameter and makes in a step"
+        yield f"{chosen('optimizer', optimizer)} does not say {what} ({forms} of its Config)"
+
+
 def _refuse_uncounted(config: Train, world: int) -> None:
     strategy = config.strategy
-    offloads = getattr(strategy, "cpu_offload", False)
-    if hasattr(strategy, "stage"):
-        if offloads or world == 1:
-            what = "strategy.cpu_offload=true" if offloads else "one process"
+    if strategy.stage:
+        if strategy.cpu_offload or world == 1:
+            what = "strategy.cpu_offload=true" if strategy.cpu_offload else "one process"
             raise NotCounted(f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted")
-    elif offloads and strategy.layout(world).shard == 1:
+    elif strategy.cpu_offload and strategy.layout(world).shard == 1:
         raise NotCounted("strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted")

@@ -47,7 +47,7 @@ def _changes(config: Train, world: int) -> Iterator[tuple[list[str], Train, int]
     yield [], config, world
     yield ["trainer.activation_checkpointing=full"], dc.replace(config, trainer=again), world
     sharded = TABLE["strategy"]["fsdp"].config(type="fsdp")
-    words = [] if config.strategy.type == "fsdp" else ["strategy=fsdp"]
+    words = [] if type(config.strategy) is type(sharded) else [f"strategy={sharded.type}"]
     if words and world > 1:
         yield words, dc.replace(config, strategy=sharded), world
     words += [] if is_on else ["trainer.activation_checkpointing=full"]

@@ -97,7 +97,7 @@ class Traced:
         with t.within("position"):
             bias = self._bias(place)
         bias = None if bias is None else t.low(bias)
-        softcap = getattr(model.attention, "softcap", None) is not None
+        softcap = model.attention.softcap is not None
         kernel = choose(declared, self.device, bias, softcap, model.attention.dropped(model), 2 if t.autocast else t.size)
         return draw(t, declared, kernel, bias, place.batch)
 
@@ -110,7 +110,7 @@ class Traced:
         """Where a decoder's blocks look at what the encoder read."""
         model, batch = self.model, self.batch
         declared = Declared(place.queries, batch.source, False, None, **batch.source_masked, query_documents_BT=batch.target_masked.get("documents_BS"))
-        softcap = getattr(model.attention, "softcap", None) is not None
+        softcap = model.attention.softcap is not None
         kernel = choose(declared, self.device, None, softcap, model.attention.dropped(model), 2 if self.t.autocast else self.t.size)
         return dc.replace(place, keys=batch.source, mask=draw(self.t, declared, kernel, None, place.batch), memory=memory)
 

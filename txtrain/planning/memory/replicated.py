@@ -32,7 +32,7 @@ class Copies:
 
     def __init__(self, config: Train, layout: Layout) -> None:
         self.config, self.layout = config, layout
-        self.ep_size: int = getattr(config.strategy, "ep_size", 1)
+        self.ep_size: int = config.strategy.ep_size
         precision, shards = config.trainer.precision, layout.shard > 1
         self.stored = 2 if precision == "bf16-true" else FLOAT32
         self.t = self._tape(2 if precision == "bf16-true" or (precision == "bf16-mixed" and shards) else FLOAT32)
@@ -48,7 +48,7 @@ class Copies:
     @property
     def offloads(self) -> bool:
         """Whether states and gradients lie in the processor's memory, and that is another than the device's."""
-        return bool(getattr(self.config.strategy, "cpu_offload", False)) and self.device != "cpu"
+        return bool(self.config.strategy.cpu_offload) and self.device != "cpu"
 
     # ------------------------------------------------------------------------------------------------------------ the model
 
@@ -104,14 +104,9 @@ class Copies:
         return [Held(p.name, self.shapes[p.name], self.own(p), p.shape) for p in self.pieces]
 
     def states(self) -> dict[str, int]:
-        """Bytes between steps, beside the batch.
-
-        Raises:
-            NotCounted: an optimizer of the user's own does not say what it keeps.
-        """
+        """Bytes between steps, beside the batch."""
         optimizer = updates.states(self.config.optimizer, self.held, self.stored)
-        if optimizer is None:
-            raise NotCounted(f"optimizer={self.config.optimizer.type} does not say what it keeps of a parameter (`state_values` of its config)")
+        assert optimizer is not None, "count.py asks for what an optimizer states"
         parameters = self.stored * sum(h.n for h in self.held)
         return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.held)}
 

@@ -1,69 +1,21 @@
-"""Tensor parallelism in bytes, applied from outside and by component type, as `txtrain.parallel.tensor_parallel` cuts modules: a component computes
-what it always computes, with fewer heads or a narrower hidden layer; `txtrain.parallel.tensor_collectives` is what passes between the processes."""
+"""Tensor parallelism in bytes, as `txtrain.parallel.tensor_parallel` cuts modules and by the same declarations: a
+component computes what it always computes, with fewer heads or a narrower hidden layer;
+`txtrain.parallel.tensor_collectives` is what passes between the ranks."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from txtrain.model.config import ModelConfig
 from txtrain.model.trace.attention_ops import Drawn, Place
 from txtrain.model.trace.autograd import Meter
 from txtrain.model.trace.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
+from txtrain.parallel.divisibility import shared_heads
 from txtrain.planning.memory.forward import Traced
-from txtrain.registry import TABLE
-
-BY_VOCABULARY = {
-    "txtrain.model.embedding.embeddings:TokenEmbedding": ("embedding.token.weight", "encoder_embedding.token.weight"),
-    "txtrain.model.head.heads:LMHead": ("head.weight", "head.bias"),
-    "txtrain.model.head.heads:MLMHead": ("head.weight", "head.bias"),
-}
-
-
-class Narrow(NamedTuple):
-    """A component as one process computes it. sums: modules whose output is a part of a sum; None: the whole component's is.
-
-    kv_heads: as many heads' projections of keys and values lie whole in every process, of which it reads one head's.
-    """
-
-    model: ModelConfig
-    component: Any
-    sums: tuple[str, ...] | None
-    kv_heads: int | None = None
-
-
-def _multi_head(model: ModelConfig, attention: Any, layer: int, parts: int) -> Narrow:
-    n, kv, h = attention.heads(model)
-    here = max(1, kv // parts)
-    narrow = dc.replace(attention, n_kv_heads=here, head_dim=h)
-    return Narrow(dc.replace(model, n_heads=n // parts), narrow, ("o_proj",), kv if kv % parts else None)
-
-
-def _latent(model: ModelConfig, attention: Any, layer: int, parts: int) -> Narrow:
-    sizes = attention.sizes(model)._asdict()
-    return Narrow(dc.replace(model, n_heads=model.n_heads // parts), dc.replace(attention, **sizes), ("o_proj",))
-
-
-def _feed_forward(model: ModelConfig, ffn: Any, layer: int, parts: int) -> Narrow:
-    return Narrow(model, dc.replace(ffn, hidden_dim=ffn.width(model) // parts), ("down_proj",))
-
-
-def _mixture(model: ModelConfig, ffn: Any, layer: int, parts: int) -> Narrow:
-    dense = ffn.dense_width(model) // parts if ffn.dense_layers else None
-    narrow = dc.replace(ffn, hidden_dim=ffn.width(model) // parts, dense_hidden_dim=dense)
-    return Narrow(model, narrow, ("down_proj",) if layer < ffn.dense_layers else None)
-
-
-RULES: dict[str, Callable[[ModelConfig, Any, int, int], Narrow]] = {
-    "txtrain.model.attention.multi_head:MultiHeadAttention": _multi_head,
-    "txtrain.model.attention.latent:LatentAttention": _latent,
-    "txtrain.model.ffn.dense:MLP": _feed_forward,
-    "txtrain.model.ffn.dense:GatedFFN": _feed_forward,
-    "txtrain.model.ffn.moe:feed_forward": _mixture,
-}
+from txtrain.registry import WHOLE, cut_of
 
 
 class Extent(NamedTuple):
@@ -84,10 +36,12 @@ class CutTape(Tape):
     def __init__(self, model: ModelConfig, parts: int, size: int, device: str) -> None:
         super().__init__(size)
         self.parts, self.device = parts, device
-        axes = (("embedding", model.embedding), ("head", model.head))
-        self.by_vocabulary = {name for axis, c in axes for name in BY_VOCABULARY.get(_target(axis, c), ())}
-        self.sums: tuple[str, ...] = ()  # modules of the sublayer that computes whose output is a part of a sum
-        self.kv_heads: int | None = None
+        tables, parameters = cut_of("embedding", model.embedding), cut_of("head", model.head)
+        self.by_vocabulary = {f"{stack}embedding.{table}.weight" for stack in ("", "encoder_") for table in tables}
+        self.by_vocabulary |= {f"head.{name}" for name in parameters}
+        # Of the sublayer that computes: its declaration, its path, and whether the parts of its sum have been added.
+        self.how, self.sublayer, self.summed = WHOLE, "", False
+        self.taken = 0  # key-value heads that lie whole in every rank, which reads one of them
         self.extent = Extent(1, 1, 1)  # of that sublayer
 
     # --------------------------------------------------------------------------------------------------------------- matrices
@@ -98,10 +52,12 @@ class CutTape(Tape):
         return super().parameter(*shape, name=name)
 
     def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = "") -> Value:
-        if self.kv_heads is not None and name in ("k_proj", "v_proj"):
-            return self._taken(x, inputs, outputs, bias, name, self.kv_heads)
-        if name not in self.sums:
+        how = self.how.get(name)
+        if how == "shared_rows" and self.taken:
+            return self._taken(x, inputs, outputs, bias, name, self.taken)
+        if how != "columns" or self.path != self.sublayer:
             return super().linear(x, inputs, outputs, bias, weight, name)
+        self.summed = True
         y = self.leave(super().linear(x, inputs, outputs, False, weight, name))
         return self.add(y, self.low(self.parameter(outputs, name=dotted(name, "bias")))) if bias else y
 
@@ -241,32 +197,36 @@ class CutTraced(Traced):
         assert isinstance(t, CutTape)
         n = at.tokens * at.model.dim
         at = dc.replace(at, memory=None if at.memory is None else t.spread(at.memory))
-        rule = RULES.get(_target(axis, component))
-        if rule is None:
+        how = cut_of(axis, component)
+        if not how:
             made: Value = component.trace(t, t.enter(x, n), at)
             return t.kept_of(made)
-        narrow = rule(at.model, component, at.layer, t.parts)
-        at = dc.replace(at, model=narrow.model, mask=None if at.mask is None else _of_heads(at.mask, at, t.parts))
-        with _computing(t, narrow):
-            made = narrow.component.trace(t, t.enter(x, n), at)
-        return t.leave(made) if narrow.sums is None else made
+        heads, (model, narrow) = shared_heads(at.model), narrowed(at.model, component, t.parts)
+        at = dc.replace(at, model=model, mask=None if at.mask is None else _of_heads(at.mask, at, t.parts))
+        t.how, t.sublayer, t.summed, t.taken = how, t.path, False, heads if heads % t.parts else 0
+        made = narrow.trace(t, t.enter(x, n), at)
+        t.how = WHOLE
+        return made if t.summed else t.leave(made)
 
     def _bias(self, place: Place) -> Value | None:
         """T5's table lies by heads where attention is cut by heads."""
         model = place.model
-        if _target("position", model.position) == "txtrain.model.position.encodings:RelativeBias" and _target("attention", model.attention) in RULES:
+        if cut_of("position", model.position) and cut_of("attention", model.attention):
             place = dc.replace(place, model=dc.replace(model, n_heads=model.n_heads // self.t.parts))
         return super()._bias(place)
 
 
-@contextmanager
-def _computing(t: CutTape, narrow: Narrow) -> Iterator[None]:
-    before = t.sums, t.kv_heads
-    t.sums, t.kv_heads = narrow.sums or (), narrow.kv_heads
-    try:
-        yield
-    finally:
-        t.sums, t.kv_heads = before
+def narrowed(model: ModelConfig, component: Any, parts: int) -> tuple[ModelConfig, Any]:
+    """A model and its component as one rank computes it."""
+    component = component.settled(model)
+    for size in component.divided(model):
+        owner, name = size.key.split(".")[-2:]
+        part = {name: max(1, size.value // parts)}
+        if owner == "model":
+            model = dc.replace(model, **part)
+        else:
+            component = dc.replace(component, **part)
+    return model, component
 
 
 def _of_heads(mask: Drawn, at: Place, parts: int) -> Drawn:
@@ -275,8 +235,3 @@ def _of_heads(mask: Drawn, at: Place, parts: int) -> Drawn:
     if bias is None or bias.n % (at.model.n_heads * at.queries * at.keys):
         return mask
     return dc.replace(mask, bias=Value(bias.n // parts, bias.size, bias.storage, bias.edge))
-
-
-def _target(axis: str, component: Any) -> str:
-    target = TABLE[axis][component.type].target
-    return target if isinstance(target, str) else ""

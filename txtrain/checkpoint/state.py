@@ -1,0 +1,119 @@
+"""What a checkpoint knows of its run beside tensors: `state.json`, as one frozen object. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from txtrain.errors import ConfigError
+from txtrain.plain_files import check_keys, read_json
+
+FORMAT = 1  # of state.json and run.json; files without a number are of txtrain 0.1.0, which are read as 1
+_MOST = 10**15  # of any count
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LossState:
+    """What `monitor.loss_spikes` has seen of the losses.
+
+    Attributes:
+        window: the latest losses.
+        first: the highest of the first steps.
+        lowest: median of the run so far.
+        far_off: steps in a row that were far above it.
+    """
+
+    window: list[float] = dc.field(default_factory=list)
+    first: float | None = None
+    lowest: float | None = None
+    n_spikes: int = 0
+    far_off: int = 0
+    in_spike: bool = False
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class RunState:
+    """The state of a run after a step.
+
+    Attributes:
+        step: completed updates. tokens, samples: trained on until then, over all ranks.
+        seconds: of training, over all starts; times: where they went, by phase.
+        data_order_hash: of the samples of steps 1..step. data_fingerprint: of contents, tokenizer and packing.
+        stream_position: of a streamed set, where the next step is read from: token, epoch, row.
+        samples_size: bytes of samples.txt.
+        metrics: val_loss, if this step was validated.
+        open_row: the row of a step whose validation was cut short by an interrupt.
+        save_seconds: the longest save so far.
+        skipped: steps that were not finite: in all, and in a row.
+        optimizer: what the optimizer keeps as plain numbers, by parameter and name.
+    """
+
+    format: int = FORMAT
+    step: int = 0
+    tokens: int = 0
+    samples: int = 0
+    seconds: float = 0.0
+    losses: LossState = dc.field(default_factory=LossState)
+    times: dict[str, float] = dc.field(default_factory=dict)
+    data_order_hash: str = ""
+    data_fingerprint: str = ""
+    stream_position: list[int] | None = None
+    samples_size: int = 0
+    metrics: dict[str, float] = dc.field(default_factory=dict)
+    open_row: dict[str, float | None] | None = None
+    save_seconds: float | None = None
+    skipped: tuple[int, int] = (0, 0)
+    optimizer: dict[str, float | bool] = dc.field(default_factory=dict)
+
+    @property
+    def val_loss(self) -> float | None:
+        return self.metrics.get("val_loss")
+
+    def to_json(self) -> str:
+        return json.dumps(dc.asdict(self), indent=1)
+
+
+def read_state(file: Path) -> RunState:
+    """The state in a state.json.
+
+    Raises:
+        ConfigError: a key is missing or of another kind, a count is none, or the file is of a newer format.
+    """
+    raw = read_json(file, finite=False)
+    check_format(raw, file)
+    where, defaults = str(file), ("format", "losses", "save_seconds", "skipped", "times", "optimizer")
+    kinds: dict[str, Any] = get_type_hints(RunState) | {"losses": dict | None, "skipped": list[int] | None}
+    check_keys(raw, where, {key: kind | None if key in defaults else kind for key, kind in kinds.items()})
+    losses = raw.get("losses") or {}
+    check_keys(losses, f"{where}: losses", {key: kind | None for key, kind in get_type_hints(LossState).items()})
+    skipped, position = raw.get("skipped") or [0, 0], raw.get("stream_position")
+    counts = [raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ())]
+    if len(skipped) != 2 or len(position or "xyz") != 3 or not all(0 <= n < _MOST for n in counts):
+        raise ConfigError(
+            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2) and `stream_position` (3) must be counts, but are {counts}."
+        )
+    given = {key: value for key, value in raw.items() if key in kinds and value is not None}
+    return RunState(
+        **given
+        | {"format": FORMAT, "losses": LossState(**_known(LossState, losses)), "skipped": (skipped[0], skipped[1])}
+    )
+
+
+def check_format(raw: Mapping[str, Any], file: Path) -> None:
+    """Raises:
+    ConfigError: the file is of a format that this version does not know.
+    """
+    check_keys(raw, str(file), {"format": int | None})
+    number = FORMAT if raw.get("format") is None else raw["format"]
+    if not 1 <= number <= FORMAT:
+        raise ConfigError(
+            f"{file}: `format` must be at most {FORMAT} for this version of txtrain, but is {number} instead: a newer version wrote it."
+        )
+
+
+def _known(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:
+    names = {f.name for f in dc.fields(cls)}
+    return {key: value for key, value in raw.items() if key in names and value is not None}

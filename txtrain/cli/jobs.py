@@ -1,0 +1,77 @@
+"""The jobs of a command line: its overrides, and what comes along with init_from, as typed configurations.
+
+Composing ends here, above checkpoint/ and hf/, because only they can tell what lies in the folder that init_from names.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import os
+from collections.abc import Sequence
+from functools import partial
+
+from hydra.core.override_parser.types import Override
+
+from txtrain.checkpoint.format import newest_run
+from txtrain.checkpoint.run_folder import begun_with
+from txtrain.cli.verbs import VERBS, root_of
+from txtrain.config import compose as composition
+from txtrain.config.composed import Composed
+from txtrain.config.init_from import applied
+from txtrain.config.loader import Loader, make_loader
+from txtrain.config.overrides import expand
+from txtrain.config.schema import Export, Generate, Train
+from txtrain.errors import ConfigError
+from txtrain.files import path_of
+
+
+def compose(
+    overrides: Sequence[str] = (), verb: str = "train", config_dir: str | os.PathLike[str] | None = None
+) -> Train | Generate | Export:
+    """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
+
+    Raises:
+        ConfigError: whatever the command line would refuse, in the same words.
+    """
+    listed = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+    if not listed or not all(isinstance(o, str) for o in overrides):
+        raise ConfigError(f"`overrides` must be a list of strings like ['model=gpt2'], but is {overrides!r} instead.")
+    if not isinstance(verb, str) or verb not in VERBS:
+        raise ConfigError(f"`verb` must be one of {', '.join(VERBS)}, but is {verb!r} instead.")
+    loader = make_loader(None if config_dir is None else str(path_of(config_dir, "config_dir")))
+    config: Train | Generate | Export = compose_job(verb, expand(overrides, False, loader)[0], loader)[0].config
+    return config
+
+
+def compose_job(verb: str, overrides: list[Override], loader: Loader) -> tuple[Composed, list[Override]]:
+    """One job of `expand`, and its overrides as Hydra got them."""
+    job, lines = composition.compose_job(verb, root_of(verb), overrides, loader, partial(newest_run, key="resume"))
+    return with_init_from(_pinned(job)), lines
+
+
+def _pinned(composed: Composed) -> Composed:
+    """With the run that a folder of runs stands for: the same one for all ranks of a run and all members of a sweep.
+
+    A run that is continued keeps the one that it was begun with.
+    """
+    config, found = composed.config, {}
+    for key in ("checkpoint", "init_from", "fork"):
+        if (where := getattr(config, key, None)) is not None:
+            before = begun_with(config, key) if hasattr(config, "run_dir") else None
+            found[key] = before or newest_run(where, key)
+    return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
+
+
+def with_init_from(job: Composed) -> Composed:
+    """The job with the model and the tokenizer that init_from brings. A resumed run has them in its config.yaml.
+
+    Raises:
+        ConfigError: there is no model there, or the configuration says something else than it.
+    """
+    where = getattr(job.config, "init_from", None)
+    if where is None or job.config.resume not in ("auto", "never"):
+        return job
+    from txtrain.checkpoint.load import describe
+
+    found = describe(where, key="init_from")
+    return applied(job, found.model, found.tokenizer)

@@ -1,0 +1,115 @@
+"""Hydra's loader over conf/, recipes/ and the user's own folder.
+
+`@hydra.main` and `hydra.compose` are both by-passed for the loader below them: they exit with 1 and a page of text where
+a user's mistake wants 2 and a line, write folders before anything is checked, and keep process-wide state.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl  # pinned: hydra-core ~= 1.3.2
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from hydra._internal.hydra import Hydra
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from txtrain.config.composed import NOTES
+from txtrain.config.grafts import GraftedRepository
+from txtrain.config.overrides import parse
+from txtrain.config.paths import CONF, DATA, groups_of
+from txtrain.config.schema import Train
+from txtrain.config.user_code import import_user
+from txtrain.errors import ConfigError
+
+
+class Loader(ConfigLoaderImpl):
+    """Hydra's loader, with the user's imports before and the graft rule within. Overrides come as strings from launchers,
+    which pickle it and call it on other machines; from us they come parsed."""
+
+    def load_configuration(
+        self,
+        config_name: str | None,
+        overrides: Sequence[str | Override],
+        run_mode: RunMode,
+        from_shell: bool = True,
+        validate_sweep_overrides: bool = True,
+    ) -> DictConfig:
+        parsed: list[Any] = parse(overrides)
+        imports = self.imports(parsed)
+        cfg = super().load_configuration(config_name, parsed, run_mode, from_shell, validate_sweep_overrides)
+        with open_dict(cfg):
+            cfg[NOTES].imports = imports
+            cfg[NOTES].given = [o.key_or_group for o in parsed if not o.is_hydra_override()]
+            cfg[NOTES].choices = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in ("model", "data")}
+        return cfg
+
+    def _parse_overrides_and_create_caching_repo(
+        self, config_name: str | None, overrides: Sequence[str | Override]
+    ) -> tuple[list[Override], CachingConfigRepository]:
+        parsed, repository = parse(overrides), CachingConfigRepository(self.repository)
+        self._process_config_searchpath(config_name, parsed, repository)
+        return parsed, repository
+
+    def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> DictConfig:
+        grafted: Any = GraftedRepository(repo, defaults, frozenset(self.named))
+        cfg = super()._compose_config_from_defaults_list(defaults, grafted)
+        cfg[NOTES] = {"grafts": grafted.report, "types": grafted.types, "norm_position": grafted.norm_position}
+        return cfg
+
+    def imports(self, overrides: Sequence[Override]) -> list[str]:
+        """Import what the command line names, and what options of the user's own folder bring that it names."""
+        self.named: list[str] = []
+        found: dict[str, None] = {}
+        groups = groups_of(Train) if any(source.provider == "command-line" for source in self.get_sources()) else ()
+        for o in overrides:
+            if o.is_sweep_override() or o.is_delete() or o.is_hydra_override():
+                continue
+            value: Any = o.value()
+            values = value if isinstance(value, list) else [value]
+            if o.key_or_group == "imports":
+                found |= {import_user(str(what), Path.cwd()): None for what in values}
+            elif o.key_or_group in groups:
+                for option in values:
+                    if isinstance(option, str):
+                        found |= dict.fromkeys(self._imports_of(f"{o.key_or_group}/{option}"))
+        return list(found)
+
+    def _imports_of(self, path: str) -> Iterator[str]:
+        result = self.repository.load_config(path)
+        if result is not None and result.provider == "command-line":
+            self.named.append(path)
+            content: Any = OmegaConf.to_container(result.config, resolve=False)
+            for what in content.get("imports") or []:
+                yield import_user(str(what), Path(result.path.removeprefix("file://")))
+
+
+def make_loader(config_dir: str | None = None) -> Loader:
+    """A loader over conf/, recipes/, and the user's own folder of options and recipes, which adds and cannot shadow."""
+    # a user's YAML and component of one name are no accident: the YAML sets other defaults
+    warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema")
+    version.setbase("1.3")  # unset means 1.1, where jobs change directory
+    Plugins.instance()  # registers the sources file:, pkg: and structured:
+    path = ConfigSearchPathImpl()
+    path.append("hydra", "pkg://hydra.conf")
+    path.append("main", f"file://{CONF}")
+    path.append("recipes", f"file://{DATA}")
+    if config_dir is not None:
+        if not Path(config_dir).is_dir():
+            raise ConfigError(f"`--config-dir` must be a folder that exists, but is {config_dir!r} instead.")
+        path.append("command-line", f"file://{Path(config_dir).resolve()}")
+    path.append("schema", "structured://")
+    return Loader(path)
+
+
+def load(verb: str, overrides: Sequence[Override], loader: Loader) -> DictConfig:
+    """What Hydra composes for a verb from overrides as `check` leaves them."""
+    lines: Any = list(overrides)  # its own parsing is ours: `Loader._parse_overrides_and_create_caching_repo`
+    return Hydra("txtrain", loader).compose_config(verb, lines, run_mode=RunMode.RUN)
