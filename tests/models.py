@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from txtrain.model import options
 from txtrain.model.build import build_model
-from txtrain.model.config import InitConfig, ModelConfig
+from txtrain.model.config import ModelConfig
+from txtrain.model.shape import InitConfig
 from txtrain.model.transformer import Transformer
 from txtrain.registry import TABLE
 

@@ -8,14 +8,14 @@ if TYPE_CHECKING:
 
     from txtrain.checkpoint.load import load_pretrained
     from txtrain.cli.jobs import compose
+    from txtrain.cli.plan import plan
     from txtrain.config.paths import families
+    from txtrain.config.plugins import component
     from txtrain.errors import ConfigError
     from txtrain.hf.save import save_pretrained
     from txtrain.model.build import build_model
     from txtrain.model.generation import generate
     from txtrain.model.transformer import log_probs
-    from txtrain.planning.figures import plan
-    from txtrain.registry import component
     from txtrain.training.data_module import DataModule
     from txtrain.training.module import LitModule
     from txtrain.training.run import train
@@ -27,13 +27,13 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "DataModule": "txtrain.training.data_module",
     "LitModule": "txtrain.training.module",
     "build_model": "txtrain.model.build",
-    "component": "txtrain.registry",
+    "component": "txtrain.config.plugins",
     "compose": "txtrain.cli.jobs",
     "families": "txtrain.config.paths",
     "generate": "txtrain.model.generation",
     "load_pretrained": "txtrain.checkpoint.load",
     "log_probs": "txtrain.model.transformer",
-    "plan": "txtrain.planning.figures",
+    "plan": "txtrain.cli.plan",
     "save_pretrained": "txtrain.hf.save",
     "train": "txtrain.training.run",
 }

@@ -19,8 +19,7 @@ from torch import Tensor
 from txtrain.config.composed import from_file
 from txtrain.config.schema import Train
 from txtrain.monitor.metrics_csv import latest
-from txtrain.objectives.base import IGNORED, Objective
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import IGNORED, Objective, build_objective
 from txtrain.training.data_module import Batch, DataModule
 
 

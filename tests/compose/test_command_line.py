@@ -18,10 +18,10 @@ from txtrain.cli.help import usage
 from txtrain.cli.jobs import compose_job
 from txtrain.cli.main import main
 from txtrain.cli.verbs import VERBS, Verb, root_of
-from txtrain.config.convert import build, key_paths
 from txtrain.config.overrides import expand
 from txtrain.config.paths import CONF, groups_of, options
 from txtrain.config.schema import Train
+from txtrain.convert import build, key_paths
 from txtrain.errors import ConfigError
 from txtrain.registry import imported
 

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from txtrain.cli.main import main
-from txtrain.config.convert import plain
+from txtrain.convert import plain
 from txtrain.errors import ConfigError
 
 

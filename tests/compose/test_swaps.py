@@ -14,6 +14,7 @@ from tests.training import write_text
 from txtrain.config import compatibility
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
+from txtrain.model import rules
 from txtrain.registry import MODEL_AXES, TABLE, VALUE_AXES
 
 SHAPE = (
@@ -165,14 +166,14 @@ def test_a_swap_of_what_is_read_or_told_trains_or_is_refused_with_the_tables_rea
             trains(dry(swapped(family, swap)), f"{family} {swap}")
             continue
         model = dc.replace(run.model, **{axis: TABLE[axis][option].config(type=option)})
-        reasons = [*compatibility.model_problems(model)] or [rule.why for rule in broken_by(dc.replace(run, model=model))]
+        reasons = [*rules.problems(model)] or [rule.why for rule in broken_by(dc.replace(run, model=model))]
         assert reasons, f"{family} {swap}: no rule forbids it"
         with pytest.raises(ConfigError) as refused:
             swapped(family, swap)
         assert all(reason in str(refused.value) for reason in reasons), f"{family} {swap}"
 
 
-def broken_by(run: Train) -> list[compatibility.Rule]:
+def broken_by(run: Train) -> list[rules.Rule]:
     choices = {"model": run.model, "objective": run.objective, "data": run.data}
     objective = [rule for rule in compatibility.objective_rules(run.objective.type) if rule.broken_by(choices)]
     return objective[:1] or [rule for rule in compatibility.RUN_RULES if rule.broken_by(choices)]

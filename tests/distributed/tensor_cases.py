@@ -26,7 +26,8 @@ from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.model import options
 from txtrain.model.attention.multi_head import MultiHeadAttention
-from txtrain.model.config import InitConfig, ModelConfig
+from txtrain.model.config import ModelConfig
+from txtrain.model.shape import InitConfig
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from txtrain.config.schema import SaveConfig
     from txtrain.model.config import ModelConfig
     from txtrain.optim.average import Average
+    from txtrain.run_config import SaveConfig
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 _NAME = re.compile(r"step_([0-9]{8,15})")

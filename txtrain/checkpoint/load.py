@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.config.convert import build
+from txtrain.convert import build
 from txtrain.errors import ConfigError
 from txtrain.files import path_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
@@ -78,10 +78,10 @@ def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key:
     Raises:
         ConfigError: as `describe`, or the weights are not the model's, or there are no averaged ones.
     """
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
+    from txtrain.data.tokenizer.load import load_tokenizer
 
     found = describe(where, key)
-    tokenizer = None if found.tokenizer is None else Tokenizer.load(found.tokenizer)
+    tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
     return Loaded(found.path, _model(found, device, tokenizer, weights), tokenizer)
 
 

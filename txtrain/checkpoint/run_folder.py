@@ -7,9 +7,7 @@ import dataclasses as dc
 import datetime
 import json
 import os
-import platform
 import shutil
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -20,10 +18,10 @@ import yaml
 from txtrain import files, plain_files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import FORMAT, RunState, check_format
-from txtrain.config.convert import among, differing, marked, plain
-from txtrain.config.schema import Train
+from txtrain.convert import among, differing, marked, plain
 from txtrain.errors import ConfigError
-from txtrain.parallel.slurm import Job
+from txtrain.run_config import RunConfig
+from txtrain.slurm import Job
 
 # The kinds of what is read of a run.json.
 _FACTS: dict[str, Any] = {
@@ -73,7 +71,7 @@ class RunFolder:
         """What run.json says; empty where there is none."""
         return self._read()
 
-    def create(self, config: Train, facts: Mapping[str, Any], start: float | None = None) -> None:
+    def create(self, config: RunConfig, facts: Mapping[str, Any], start: float | None = None) -> None:
         """Make the folder and write config.yaml and run.json. Nothing is written before this. start: of this process, by the system's clock."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         if self.exclusive:
@@ -91,7 +89,7 @@ class RunFolder:
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
-    def _started_before(self, config: Train) -> bool:
+    def _started_before(self, config: RunConfig) -> bool:
         """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
         there = config.resume == "auto" and (self.path / "config.yaml").exists()
         return there and not differences(_saved(self.path), plain(config))
@@ -139,7 +137,7 @@ class RunFolder:
             self._lock()
             self._lock = None
 
-    def write_config(self, config: Train, into: Path) -> None:
+    def write_config(self, config: RunConfig, into: Path) -> None:
         """`txtrain resume=RUN` and `checkpoint=` need nothing but this."""
         resolved = plain(dc.replace(config, run_dir=str(self.path), resume="auto"))
         files.write(into / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
@@ -175,7 +173,7 @@ class RunFolder:
 # ------------------------------------------------------------------------------------------------------------------ choosing
 
 
-def choose(config: Train, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
+def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
     """The folder that the run writes to, and the checkpoint that it continues from. Writes nothing.
 
     Args:
@@ -201,7 +199,7 @@ def choose(config: Train, given: Sequence[str] = (), name: str | None = None) ->
     return _continue(config, path, found[-1])
 
 
-def begun_with(config: Train, key: str) -> str | None:
+def begun_with(config: RunConfig, key: str) -> str | None:
     """The run in the folder of runs `config.<key>` that this one was begun with; None if it was not begun so."""
     path, _ = _path(config, None)
     before = _saved(path).get(key) if (path / "config.yaml").exists() else None
@@ -221,7 +219,7 @@ def _refuse_file(path: Path) -> None:
         raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
 
 
-def _named(config: Train, given: Sequence[str]) -> RunFolder:
+def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:
     if "run_dir" in given:
         raise ConfigError(f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. Leave it out.")
     newest = checkpoint.locate(config.resume, key="resume")
@@ -236,7 +234,7 @@ def _named(config: Train, given: Sequence[str]) -> RunFolder:
     return _continue(config, path, newest)
 
 
-def _continue(config: Train, path: Path, newest: Path) -> RunFolder:
+def _continue(config: RunConfig, path: Path, newest: Path) -> RunFolder:
     checkpoint.verify(newest)
     different = differences(_saved(newest), plain(config))
     _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
@@ -244,7 +242,7 @@ def _continue(config: Train, path: Path, newest: Path) -> RunFolder:
     return RunFolder(path, newest)
 
 
-def _parent(config: Train) -> Path:
+def _parent(config: RunConfig) -> Path:
     """The checkpoint to fork from: of the same model and kind of optimizer; all else is the new run's own."""
     assert config.fork is not None
     found = checkpoint.locate(config.fork, key="fork")
@@ -273,10 +271,10 @@ def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], w
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
-    return differing(saved, wanted, free=marked(Train, "free"))
+    return differing(saved, wanted, free=marked(RunConfig, "free"))
 
 
-def _path(config: Train, name: str | None) -> tuple[Path, bool]:
+def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
@@ -291,34 +289,6 @@ def _path(config: Train, name: str | None) -> tuple[Path, bool]:
 
 
 # --------------------------------------------------------------------------------------------------------------------- facts
-
-
-def environment(device: str, processes: int) -> dict[str, Any]:
-    """What run.json says of the machine and the software."""
-    import lightning
-    import torch
-
-    import txtrain
-
-    return {
-        "versions": {
-            "txtrain": txtrain.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "lightning": lightning.__version__,
-        },
-        "git_commit": git_commit(),
-        "hardware": {"device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
-    }
-
-
-def git_commit() -> str | None:
-    """Of the folder in which the run was started, `-dirty` if it has changes; None outside a repository."""
-    try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.cli.verbs import FLAGS, VERBS, root_of
-from txtrain.config.convert import describe, hints, key_of, parts
 from txtrain.config.paths import CONF, DATA, groups_of, options
+from txtrain.convert import describe, hints, key_of, parts
 from txtrain.errors import ConfigError, hint
 from txtrain.registry import TABLE, imported
 

@@ -21,7 +21,7 @@ from txtrain.data.store.split import Corpus, digest
 from txtrain.data.store.tokenize import write_tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import build_objective
 
 
 def run_prepare(job: Composed) -> int:

@@ -22,9 +22,9 @@ from typing import Any
 from txtrain import files
 from txtrain.cli import slurm_member
 from txtrain.config.composed import Composed, to_file
-from txtrain.config.convert import build, plain
 from txtrain.config.schema import Plan, Train
 from txtrain.config.slurm_launcher import SlurmConfig
+from txtrain.convert import build, plain
 from txtrain.errors import ConfigError
 from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.start_screen import count
@@ -184,7 +184,7 @@ def _check_one(m: Member, how: SlurmConfig) -> None:
     config = m.job.config
     if not isinstance(config, Train):
         return
-    from txtrain.planning.figures import plan, size
+    from txtrain.cli.plan import plan, size
 
     figures = plan(build(Plan, {key: value for key, value in plain(config).items() if key in _PLANNED} | {"plan": {"memory": how.gpu_memory}}))
     memory = "" if figures.memory is None else f", {size(figures.memory)} a process"

@@ -30,7 +30,7 @@ from txtrain.config.compose import typed
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.loader import Loader
 from txtrain.parallel.early_signals import PREEMPTED
-from txtrain.parallel.slurm import Job
+from txtrain.slurm import Job
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from txtrain.config.composed import Composed
+from functools import partial
+
+from txtrain.config.composed import Composed, to_file
 from txtrain.parallel.early_signals import EndsAtOnce
 from txtrain.parallel.launch import launch, n_processes
 
@@ -17,5 +19,5 @@ def run_train(job: Composed) -> int:
         if (n := n_processes(job.config)) == 1:
             from txtrain.training.run import Origin, run_train
     if n > 1:
-        return launch(job, n)
+        return launch(job.config, partial(to_file, job), n)
     return run_train(job.config, Origin(job.grafts, job.given, job.folder, job.start, job.notes))

@@ -74,7 +74,7 @@ VERBS = {
     "plan": Verb(
         "parameters, FLOPs, cache, steps, time and memory of what train would run, without building it",
         _SCHEMA + "Plan",
-        "txtrain.planning.figures:run_plan",
+        "txtrain.cli.plan:run_plan",
         "  txtrain plan model=mistral_7b plan.device=H100 plan.n_devices=64 trainer.precision=bf16-mixed\n",
     ),
     "prepare": Verb(

@@ -11,12 +11,12 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from txtrain.config import targets
 from txtrain.config.composed import NOTES, Composed
-from txtrain.config.convert import build
 from txtrain.config.loader import Loader, load
 from txtrain.config.loggers import settled
 from txtrain.config.overrides import check, hydra_errors
 from txtrain.config.resume_from import resumed
 from txtrain.config.schema import Train
+from txtrain.convert import build
 from txtrain.errors import ConfigError
 
 

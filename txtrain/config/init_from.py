@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.config.composed import Composed
-from txtrain.config.convert import differing, marked, plain
+from txtrain.convert import differing, marked, plain
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 

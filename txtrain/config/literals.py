@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-from txtrain.config.convert import marked
 from txtrain.config.schema import Export, Generate, Prepare
+from txtrain.convert import marked
 
 LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
 

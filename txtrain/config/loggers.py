@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 import yaml
 
-from txtrain.config.convert import key_of, part
 from txtrain.config.paths import CONF, options
 from txtrain.config.targets import WANDB
+from txtrain.convert import key_of, part
 from txtrain.errors import ConfigError, nearest
 from txtrain.registry import knob
 

@@ -15,11 +15,11 @@ from omegaconf import OmegaConf, open_dict
 
 from txtrain.config import loggers, targets
 from txtrain.config.composed import NOTES, Composed
-from txtrain.config.convert import build, flat, marked
 from txtrain.config.literals import escape
 from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import check
 from txtrain.config.paths import groups_of
+from txtrain.convert import build, flat, marked
 from txtrain.errors import ConfigError
 from txtrain.plain_files import read_yaml
 

@@ -3,153 +3,26 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
-import txtrain.data.config  # noqa: F401  (registers the sources)
+import txtrain.data.config
+import txtrain.objectives.config  # noqa: F401  (these two register the sources and the objectives)
 from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
-from txtrain.model.config import ModelConfig
-from txtrain.objectives.config import ObjectiveConfig as ObjectiveConfig  # (its module registers the objectives)
-from txtrain.optim.config import AdamConfig as AdamConfig  # (its module registers the optimizers and the schedulers)
-from txtrain.optim.config import EMAConfig
-from txtrain.optim.config import SchedulerConfig as SchedulerConfig
+from txtrain.model import rules
+from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import axis, knob, out_of_range
-
-# ----------------------------------------------------------------------------------------------------------- trainer, save, ...
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class TrainerConfig:
-    """Lightning's words. Every interval counts steps; a step is one optimizer update. The first limit that is reached ends the run."""
-
-    max_steps: int | None = knob(None, at_least=1)
-    max_epochs: int | None = knob(None, at_least=1)
-    max_tokens: int | None = knob(None, at_least=1)
-    max_time: str | None = None  # DD:HH:MM:SS
-    val_check_interval: int = knob(100, at_least=1)  # steps
-    limit_val_batches: int = knob(32, at_least=0)  # of global_batch_size sequences each
-    log_every_n_steps: int = knob(10, at_least=1)
-    gradient_clip_val: float | None = knob(1.0, at_least=0)  # by the global norm; null: never
-    # In a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run.
-    max_skipped_steps: int = knob(5, at_least=0)
-    # In a row, whose loss is far above the best (`monitor.loss_spikes`); one more ends the run; null: it is only said.
-    max_divergent_steps: int | None = knob(None, at_least=0)
-    precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = knob("auto", at_least=1)  # processes on each node; auto: one a GPU, or one
-    num_nodes: int = knob(1, at_least=1)
-    compile: bool = False
-    # Computed again in the backward: all; all but products; every n-th block.
-    activation_checkpointing: Literal["none", "full", "selective"] | int = knob("none", at_least=1)
-    deterministic: bool = False
-    auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
-    # So many steps (true: 1) of training and validation, then stop; nothing saved.
-    fast_dev_run: bool | int = knob(False, at_least=0)
-    overfit_batches: int = knob(0, at_least=0)  # train on the first so many global batches again and again
-
-    def check(self) -> Iterator[str]:
-        limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
-        if all(getattr(self, name) is None for name in limits):
-            yield "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: nothing would end the run."
-        if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
-            yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class SaveConfig:
-    """When checkpoints are written. The last step, an interrupt and a new best always write one as far as these allow."""
-
-    every_n_steps: int = knob(200, at_least=1)
-    keep_last: int = knob(2, at_least=1)  # the newest so many
-    keep_best: int = knob(1, at_least=0)  # and the best so many by validation loss
-    keep_every_n_steps: int | None = knob(None, at_least=1)  # and those of every so many steps, for good
-    async_: bool = False  # write while training goes on, from a copy in the processor's memory
-
-    def check(self) -> Iterator[str]:
-        every, step = self.keep_every_n_steps, self.every_n_steps
-        if every is not None and every % step:
-            multiple = f"a multiple of save.every_n_steps ({step}) or null"
-            yield f"`save.keep_every_n_steps` must be {multiple}, but is {every} instead."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class SampleConfig:
-    """Continuations written at each validation: to the screen and to samples.txt."""
-
-    prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
-    n: int = knob(2, at_least=0)
-    max_new_tokens: int = knob(40, at_least=0)
-    temperature: float = knob(0.8, at_least=0)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class LayerStatsConfig:
-    """Figures of each layer in metrics.csv and the loggers: gradient and weight norms, and of each mixture how even its load is."""
-
-    every_n_steps: int | None = knob(None, at_least=1)  # in the row of every so many steps; null: never
-    activations: bool = False  # also the root mean square of what each block puts out
-
-    def check(self) -> Iterator[str]:
-        if self.every_n_steps is None and self.activations:
-            yield "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."
-
+from txtrain.registry import knob, out_of_range
+from txtrain.run_config import RunConfig
 
 # --------------------------------------------------------------------------------------------------------------------- verbs
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Train:
-    model: ModelConfig
-    data: Any = axis("data")
-    objective: Any = axis("objective")
-    optimizer: Any = axis("optimizer")
-    scheduler: Any = axis("scheduler")
-    strategy: Any = axis("strategy", free=True)
-    trainer: TrainerConfig = knob(free=True)
-    save: SaveConfig = knob(free=True)
-    ema: EMAConfig = dc.field(default_factory=EMAConfig)
-    sample: SampleConfig = knob(free=True)
-    layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
-    # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
-    logger: dict[str, Any] = knob(free=True)
-    callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_
-    name: str = knob("default", literal=True)  # part of the run's folder
-    run_dir: str | None = knob(None, free=True, literal=True)  # null: runs/<name>/<date>_<time>
-    seed: int = 1337
-    # files or modules with your own parts, registered by @txtrain.component
-    imports: tuple[str, ...] = knob((), free=True)
-    # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
-    init_from: str | None = knob(None, literal=True)
-    # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
-    resume: str = knob("auto", free=True, literal=True)
-    resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
-    # a run or checkpoint whose weights, optimizer state and step a new run starts from
-    fork: str | None = knob(None, literal=True)
-    # of what is printed, with NO_COLOR=1 in black and white
-    verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
-    profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
-    # the first and the last of them; null: the fourth to the sixth of this start
-    profile_steps: tuple[int, int] | None = knob(None, at_least=1, free=True)
-
-    @property
-    def seq_len(self) -> int:
-        return int(self.data.seq_len or self.model.max_seq_len)
-
-    @property
-    def lengths(self) -> tuple[int, int | None]:
-        """Positions of one sample as the model reads it, at most: of the source, and of the target where there are two stacks."""
-        if self.model.topology != "encoder_decoder":
-            return self.seq_len, None
-        source, target = self.objective.lengths(self.seq_len)
-        return source, target
-
-    @property
-    def micro_batch_size(self) -> int:
-        return int(self.data.micro_batch_size or self.data.global_batch_size)
+class Train(RunConfig):
+    """A run that is sound: each group by itself, and what is between them."""
 
     def check(self) -> Iterator[str]:
         """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and
@@ -157,7 +30,7 @@ class Train:
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for group in groups if hasattr(group, "check") for p in group.check()]
         yield from problems
-        if not any(compatibility.model_problems(self.model)):
+        if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
         if not problems:
             yield from self._check_between()
@@ -306,18 +179,6 @@ class Preview(Train):
     """What `train` would read, shown."""
 
     preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are chosen: what the verb `generate` and `txtrain.generate` have in common."""
-
-    max_new_tokens: int = knob(64, at_least=1)
-    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
-    top_k: int | None = knob(None, at_least=1)  # tokens to draw from; null: all
-    top_p: float | None = knob(None, above=0, at_most=1)
-    min_p: float | None = knob(None, above=0, at_most=1)
-    seed: int | None = knob(0, at_least=-(2**63), below=2**64)  # null: of torch's own generator
 
 
 @dc.dataclass(frozen=True, kw_only=True)

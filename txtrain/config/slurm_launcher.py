@@ -9,10 +9,10 @@ from typing import Any, Literal
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from txtrain.config.convert import part
 from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import LAUNCHER, hydra_errors
 from txtrain.config.units import bytes_of
+from txtrain.convert import part
 from txtrain.errors import ConfigError
 from txtrain.registry import knob
 

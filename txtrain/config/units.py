@@ -1,4 +1,4 @@
-"""Sizes as people write them."""
+"""Sizes and times as people write them."""
 
 from __future__ import annotations
 
@@ -11,3 +11,9 @@ def bytes_of(text: str) -> int | None:
     """`80GB`, `79.6 GiB`; None: it is no size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*", text)
     return None if found is None or found[2] not in UNITS else int(float(found[1]) * UNITS[found[2]])
+
+
+def seconds_of(text: str) -> float:
+    """`DD:HH:MM:SS` in seconds."""
+    days, hours, minutes, seconds = map(int, text.split(":"))
+    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds

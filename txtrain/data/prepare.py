@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 
-from txtrain.config.schema import Train
 from txtrain.data.config import MixtureConfig
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
 from txtrain.data.samples.best_fit import write_plan
@@ -21,6 +20,7 @@ from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
+from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
 from txtrain.data.sources.source import SampleSource, Source, TextSource, build_source, has_validation, settle
 from txtrain.data.store.cache import SPLITS, TokenFile, TokenWriter, build_folder, cache_root
@@ -28,9 +28,10 @@ from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, dig
 from txtrain.data.store.stream import StreamTokens
 from txtrain.data.store.tokenize import Limit, tokenise
 from txtrain.data.store.tokens import Tokens
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
-from txtrain.objectives.base import Objective, TokenisedText
+from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
@@ -61,20 +62,20 @@ class Prepared:
     stream: StreamTokens | None = None
 
 
-def prepare(source: Source, config: Train, objective: Objective) -> Prepared:
+def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepared:
     """Everything that takes time: the tokenizer trained or loaded, the text tokenised into the cache, the images found.
 
     Raises:
         ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
     """
-    way: Callable[[Any, Train, Objective], Prepared] = next(way for method, way in _WAYS.items() if hasattr(source, method))
+    way: Callable[[Any, RunConfig, SampleMaker], Prepared] = next(way for method, way in _WAYS.items() if hasattr(source, method))
     return way(source, config, objective)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(source: TextSource, config: Train, objective: Objective, tokenizer: Tokenizer | None = None) -> Prepared:
+def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokenizer: Tokenizer | None = None) -> Prepared:
     """tokenizer: of a mixture."""
     data = config.data
     corpus = Corpus(source, data.val_fraction)
@@ -93,13 +94,13 @@ def _text(source: TextSource, config: Train, objective: Objective, tokenizer: To
     return dc.replace(made[0], validation=MixedRows([*named.values()]), named=named, fingerprint=digest(*(part.fingerprint for part in made)))
 
 
-def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: Train) -> tuple[str, Path]:
+def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
     """The key of a text by a tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
     return key, build_folder(cache_root(config.data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
 
 
-def _mixture(source: Any, config: Train, objective: Objective) -> Prepared:
+def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     """The samples of all sources, by one tokenizer, and one validation set of each."""
     if config.data.tokenizer == "train" and any(type(one).tokenizer is None for one in source.parts().values()):
         raise ConfigError("`data.tokenizer` must be given with a data=memmap among data.sources: a folder of txtrain prepare has one in FOLDER/tokenizer.")
@@ -143,12 +144,12 @@ def _of_source(name: str, problem: str) -> str:
     return re.sub(r"`data\b", f"`data.sources.{name}", problem, count=1)
 
 
-def _limit(config: Train) -> Limit | None:
+def _limit(config: RunConfig) -> Limit | None:
     n_nodes = getattr(config.trainer, "num_nodes", 1)
     return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
 
 
-def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: Train, objective: Objective, remedy: str) -> Prepared:
+def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker, remedy: str) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer."""
     across = config.data.cross_document_attention
     best_fit = config.data.packing == "best_fit"
@@ -161,7 +162,7 @@ def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, c
     return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
 
 
-def _plan(tokens: Tokens, key: str, config: Train) -> Path:
+def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
     return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty))
 
@@ -169,7 +170,7 @@ def _plan(tokens: Tokens, key: str, config: Train) -> Path:
 # -------------------------------------------------------------------------------------------------------------------- tokens
 
 
-def _tokens(source: Any, config: Train, objective: Objective) -> Prepared:
+def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     tokenizer: Tokenizer | None = source.tokenizer
     below, eos_id = config.model.vocab_size, None
     if tokenizer is not None:
@@ -184,9 +185,9 @@ def _tokens(source: Any, config: Train, objective: Objective) -> Prepared:
 # -------------------------------------------------------------------------------------------------------------------- stream
 
 
-def _stream(source: Any, config: Train, objective: Objective) -> Prepared:
+def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     """Training tokens as they come, behind as much validation text as the run reads, which is kept in the cache."""
-    tokenizer = _fitted(Tokenizer.load(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
+    tokenizer = _fitted(load_tokenizer(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
     n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
     key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
 
@@ -209,7 +210,7 @@ def _stream(source: Any, config: Train, objective: Objective) -> Prepared:
 # ----------------------------------------------------------------------------------------------------------------- tokenizer
 
 
-def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: Train, special_tokens: Sequence[str]) -> Tokenizer:
+def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: RunConfig, special_tokens: Sequence[str]) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
     Raises:
@@ -218,10 +219,10 @@ def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: Train, special
     name = config.data.tokenizer
     if name == "train":
         return _fitted(_trained(corpus, config.model.vocab_size, special_tokens, config.data.cache_dir), name, config)
-    return _fitted(Tokenizer.load(name), name, config, special_tokens)
+    return _fitted(load_tokenizer(name), name, config, special_tokens)
 
 
-def _fitted(tokenizer: Tokenizer, name: Any, config: Train, special_tokens: Sequence[str] = ()) -> Tokenizer:
+def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: Sequence[str] = ()) -> Tokenizer:
     """With the special tokens that are missing. name: what the user calls it."""
     given, tokenizer = tokenizer.vocab_size, tokenizer.with_specials(special_tokens)
     if tokenizer.vocab_size > given and name != "bytes":
@@ -240,7 +241,7 @@ def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tok
     def fill(empty: Any) -> None:
         train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens)).with_specials(special_tokens).save(empty)
 
-    tokenizer = Tokenizer.load(build_folder(cache_root(cache_dir) / f"tokenizer-{key}", fill))
+    tokenizer = load_tokenizer(build_folder(cache_root(cache_dir) / f"tokenizer-{key}", fill))
     if tokenizer.vocab_size < vocab_size:
         log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
     return tokenizer
@@ -260,7 +261,7 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
 # --------------------------------------------------------------------------------------------------------------------- pairs
 
 
-def _pairs(source: Any, config: Train, objective: Objective) -> Prepared:
+def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     data = config.data
     corpus = PairCorpus(source, data.val_fraction)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
@@ -281,7 +282,7 @@ def _pairs(source: Any, config: Train, objective: Objective) -> Prepared:
 # -------------------------------------------------------------------------------------------------------------------- images
 
 
-def _images(source: Any, config: Train, objective: Objective) -> Prepared:
+def _images(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     train, validation, known = prepare_images(source, config)
     return Prepared(train, validation, known)
 
@@ -289,7 +290,7 @@ def _images(source: Any, config: Train, objective: Objective) -> Prepared:
 # ------------------------------------------------------------------------------------------------------------- ready samples
 
 
-def _samples(source: SampleSource, config: Train, objective: Objective) -> Prepared:
+def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) -> Prepared:
     data, samples = config.data, source.samples("train")
     if has_validation(source):
         others = source.samples("validation")

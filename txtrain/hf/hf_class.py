@@ -6,7 +6,7 @@ import dataclasses as dc
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from txtrain.config.convert import build
+from txtrain.convert import build
 from txtrain.errors import ConfigError, hint
 from txtrain.hf.describe import describe, differences
 from txtrain.hf.fields import Part

@@ -1,26 +1,20 @@
-"""From a ModelConfig to a Transformer: the one place that calls constructors.
-
-A component's constructor gets its own knobs, resolved (`config.arguments`), and whatever of the model's values it names:
-dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), causal, norm (a function of a size).
-"""
+"""From a ModelConfig to a Transformer: components (construct.py) put together."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from txtrain.config.convert import checked
+from txtrain.convert import checked
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
+from txtrain.model.construct import construct, make_norm
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import FurtherToken
-from txtrain.model.options import Component
 from txtrain.model.stack import Stack
 from txtrain.model.transformer import SentencePairTransformer, Transformer
-from txtrain.registry import BASES, call, resolve
 
 
 def build_model(config: ModelConfig) -> Transformer:
@@ -92,39 +86,3 @@ def make_further_token(config: ModelConfig, layer: int) -> FurtherToken:
     """One module of multi-token prediction, its block as if it were that layer."""
     norm = make_norm(config)
     return FurtherToken(config.dim, norm, make_block(config, layer), norm(config.dim) if config.has_final_norm else None)
-
-
-def make_norm(config: ModelConfig) -> Callable[[int], nn.Module]:
-    return lambda size: construct("norm", config.norm, config, dim=size)
-
-
-def construct(axis: str, component: Component, model: ModelConfig, layer: int = 0, **override: Any) -> Any:
-    """The module of one option."""
-    shared: dict[str, Any] = {
-        "dim": model.dim,
-        "n_heads": model.n_heads,
-        "n_layers": model.n_layers,
-        "vocab_size": model.vocab_size,
-        "max_seq_len": model.max_seq_len,
-        "dropout": model.dropout,
-        "layer": layer,
-        "causal": model.topology != "encoder",
-    }
-    if axis != "norm":
-        shared["norm"] = make_norm(model)
-    knobs = component.arguments(model, layer)
-    return call(axis, component, shared | knobs | override, knobs)
-
-
-_counted: dict[tuple[Any, str], int] = {}
-
-
-def count_parameters(component: Component, model: ModelConfig, layer: int = 0, **override: Any) -> int:
-    """Parameters of an option without a closed form, built on the meta device once for each model and layer."""
-    axis = next(axis for axis, base in BASES.items() if isinstance(component, base))
-    key = (resolve(axis, component.type), repr((component, model, layer, override)))
-    if key not in _counted:
-        with torch.device("meta"):
-            module = construct(axis, component, model, layer, **override)
-        _counted[key] = sum(p.numel() for p in module.parameters()) if isinstance(module, nn.Module) else 0
-    return _counted[key]

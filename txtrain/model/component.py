@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
 
+from txtrain.model.construct import count_parameters
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import knob
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 T = TypeVar("T")
 
@@ -42,26 +41,24 @@ class Component:
 
     type: str
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         yield from ()
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         """The knobs as constructor arguments. Values of the model (dim, n_heads, ...) are added by the builder where named."""
         return {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "type"}
 
-    def divided(self, model: ModelConfig) -> Iterator[Size]:
+    def divided(self, model: ModelShape) -> Iterator[Size]:
         """What must be divided where ranks share the component's matrices, as its registration cuts them."""
         yield from ()
 
-    def settled(self, model: ModelConfig) -> Self:
+    def settled(self, model: ModelShape) -> Self:
         """The same with no size left open that follows from one of `divided`."""
         return self
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
-        from txtrain.model.build import count_parameters
-
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return count_parameters(self, model, layer)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        """What the module computes of x [B, T, D] at that place of a model, in the operations of planning/memory/tape.py."""
+        """What the module computes of x [B, T, D] at that place of a model, in the operations of model/trace/tape.py."""
         raise NotImplementedError

@@ -5,69 +5,18 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any
 
-from txtrain.config import compatibility
-from txtrain.model import flops, options
-from txtrain.registry import TABLE, axis, choice, dropout_knob, knob, out_of_range
-
-LAPTOP = "laptop"
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class InitConfig:
-    """How weights start. Biases start at 0 and norms at the identity in all of them."""
-
-    distribution: Literal["normal", "truncated_normal", "xavier_uniform", "fan_in"] = "normal"  # of the matrices; of embeddings: (truncated) normal
-    std: float = knob(0.02, at_least=0)  # fan_in (T5): divided by the square root of a matrix' inputs
-    embedding_std: float | None = knob(None, at_least=0)  # null: std
-    position_std: float | None = knob(None, at_least=0)  # of learned positions; null: std
-    head_std: float | None = knob(None, at_least=0)  # of an output matrix of its own; null: as other matrices
-    scale_residual: bool = False  # matrices that write into the residual stream divided by sqrt(2 n_layers) (GPT-2)
+from txtrain.convert import plain
+from txtrain.model import flops, rules
+from txtrain.model import options as options  # (registers the options of all axes)
+from txtrain.model.shape import LAPTOP, ModelShape
+from txtrain.registry import knob, out_of_range
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """A transformer. `family`, `size` and `published` are labels: nothing in the model depends on them.
-
-    attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.options`).
-    """
-
-    family: str = knob(affects="label")
-    size: str = knob(LAPTOP, affects="label")
-    # The family's published models and their parameters.
-    published: dict[str, int] = dc.field(default_factory=dict, metadata={"affects": "label"})
-
-    topology: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
-    n_layers: int = knob(at_least=1)  # of the decoder where there are two stacks
-    n_encoder_layers: int | None = knob(None, at_least=1)  # encoder_decoder; null: n_layers
-    dim: int = knob(at_least=1)
-    n_heads: int = knob(at_least=1)
-    vocab_size: int = knob(at_least=0)  # 0 for images
-    max_seq_len: int = knob(at_least=1)
-    dropout: float = dropout_knob()  # of the embedding's sum and of each sublayer's output
-    output_dropout: float = dropout_knob()  # of what leaves a stack (T5)
-
-    norm_position: str = choice("norm_position", "pre")
-    final_norm: bool | None = None  # after the last block; null: yes, unless the norm position is post
-    attention: Any = axis("attention")
-    ffn: Any = axis("ffn")
-    position: Any = axis("position")
-    norm: Any = axis("norm")
-    embedding: Any = axis("embedding")
-    head: Any = axis("head")
-    share_embeddings: bool = True  # encoder_decoder: source and target read one table
-    tie_word_embeddings: bool = True
-    logit_softcap: float | None = knob(None, above=0)  # softcap * tanh(logits / softcap)
-    # Without an upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
-    bos_token_id: int | None = knob(None, at_least=0, affects="ids")  # null: the tokenizer's, once it is known
-    eos_token_id: int | tuple[int, ...] | None = knob(None, at_least=0, affects="ids")  # any of several ends a text
-    pad_token_id: int | None = knob(None, at_least=0, affects="ids")
-    # encoder_decoder: what the target begins with; null: pad_token_id.
-    decoder_start_token_id: int | None = knob(None, at_least=0, affects="training")
-    # Further tokens than the next that are predicted in training, by a module each (DeepSeek-V3).
-    mtp_depth: int = knob(0, at_least=0)
-    init: InitConfig = knob(InitConfig(), affects="init")
+class ModelConfig(ModelShape):
+    """A model's shape with what is legal and what it costs."""
 
     # ---------------------------------------------------------------------------------------------------------- legality
 
@@ -79,34 +28,11 @@ class ModelConfig:
             return  # what follows computes with them
         if (depth := self.mtp_depth) >= (n := self.max_seq_len):
             yield f"`model.mtp_depth` must be below max_seq_len ({n}), but is {depth} instead. Nearest: {n - 1}."
-        yield from compatibility.model_problems(self)
+        yield from rules.problems(self)
         for _, component in self.components():
             yield from component.check(self)
 
-    # ------------------------------------------------------------------------------------------------------------- parts
-
-    def components(self) -> Iterator[tuple[str, options.Component]]:
-        """The chosen option of each axis, norm position included."""
-        for f in dc.fields(self):
-            if "axis" in f.metadata:
-                yield f.name, getattr(self, f.name)
-        yield "norm_position", self.residual
-
-    @property
-    def residual(self) -> options.Component:
-        made: options.Component = TABLE["norm_position"][self.norm_position].config(type=self.norm_position)
-        return made
-
-    @property
-    def has_final_norm(self) -> bool:
-        return self.norm_position != "post" if self.final_norm is None else self.final_norm
-
     # ------------------------------------------------------------------------------------------------------- closed forms
-
-    @property
-    def encoder_layers(self) -> int:
-        """Layers of the encoder beside a decoder; 0 where there is one stack."""
-        return (self.n_encoder_layers or self.n_layers) if self.topology == "encoder_decoder" else 0
 
     def n_params_by_part(self) -> dict[str, int]:
         """Trainable parameters by part. A tied head owns no matrix; `mtp` is all that predicts further tokens than the next."""
@@ -176,9 +102,7 @@ class ModelConfig:
         return self.family if self.size == LAPTOP else f"{self.family}_{self.size}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `txtrain.config.convert.build(ModelConfig, d)` reads them back."""
-        from txtrain.config.convert import plain
-
+        """Plain values; `txtrain.convert.build(ModelConfig, d)` reads them back."""
         made: dict[str, Any] = plain(self)
         return made
 
@@ -202,3 +126,15 @@ def _set(config: ModelConfig, name: str, value: Any) -> None:
 
 
 ModelConfig.__setattr__ = _set  # type: ignore[method-assign, assignment]  # a frozen dataclass may not define its own
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are chosen: what the verb `generate` and `txtrain.generate` have in common."""
+
+    max_new_tokens: int = knob(64, at_least=1)
+    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
+    top_k: int | None = knob(None, at_least=1)  # tokens to draw from; null: all
+    top_p: float | None = knob(None, above=0, at_most=1)
+    min_p: float | None = knob(None, above=0, at_most=1)
+    seed: int | None = knob(0, at_least=-(2**63), below=2**64)  # null: of torch's own generator

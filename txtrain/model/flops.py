@@ -14,14 +14,12 @@ experts that a token visits; latent attention its expanded form, in which it is 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
+from txtrain.model.shape import ModelShape
 
 
 def forward_by_part(
-    model: ModelConfig, seq_len: int, target_len: int | None = None, *, dense: bool, training: bool = False, target_share: float = 1.0
+    model: ModelShape, seq_len: int, target_len: int | None = None, *, dense: bool, training: bool = False, target_share: float = 1.0
 ) -> dict[str, float]:
     """FLOPs of one sample's forward pass, by part; logits of every position that the head does not skip.
 
@@ -51,7 +49,7 @@ def training_flops(forward: Mapping[str, float]) -> float:
     return 3.0 * sum(forward.values()) - forward.get("embedding", 0.0)
 
 
-def recomputed_flops(model: ModelConfig, seq_len: int, target_len: int | None = None, *, checkpointing: str | int, dense: bool = False) -> float:
+def recomputed_flops(model: ModelShape, seq_len: int, target_len: int | None = None, *, checkpointing: str | int, dense: bool = False) -> float:
     """Of one sample, what activation checkpointing computes a second time: the forward of every block, or of every n-th.
 
     checkpointing: none, full, selective (which keeps what matrix products gave), or n.
@@ -69,7 +67,7 @@ def recomputed_flops(model: ModelConfig, seq_len: int, target_len: int | None = 
     return sum(blocks[:: 1 if checkpointing == "full" else int(checkpointing)])
 
 
-def _block(model: ModelConfig, seq_len: int, layer: int, causal: bool, dense: bool) -> tuple[float, float]:
+def _block(model: ModelShape, seq_len: int, layer: int, causal: bool, dense: bool) -> tuple[float, float]:
     """Attention of a sequence to itself, and feed-forward."""
     of_query, of_key = model.attention.projection_flops(model, layer)
     seen = seq_len if dense else model.attention.seen(seq_len, layer, causal=causal)
@@ -77,7 +75,7 @@ def _block(model: ModelConfig, seq_len: int, layer: int, causal: bool, dense: bo
     return seq_len * (of_query + of_key + scores), seq_len * model.ffn.flops(model, seq_len, layer)
 
 
-def _further_token(model: ModelConfig, seq_len: int, depth: int, dense: bool) -> float:
+def _further_token(model: ModelShape, seq_len: int, depth: int, dense: bool) -> float:
     """A module for multi-token prediction: projection, block and head over what is left of the sequence."""
     length = max(seq_len - depth, 0)
     if not length:
@@ -86,14 +84,14 @@ def _further_token(model: ModelConfig, seq_len: int, depth: int, dense: bool) ->
     return length * (4.0 * model.dim**2 + model.head.flops(model, length)) + sum(block)
 
 
-def _cross_attention(model: ModelConfig, n_queries: int, n_keys: int, layer: int) -> float:
+def _cross_attention(model: ModelShape, n_queries: int, n_keys: int, layer: int) -> float:
     """Of a target to a source, all of it: windows are of one sequence."""
     of_query, of_key = model.attention.projection_flops(model, layer)
     scores: float = model.attention.score_flops(model, layer) * n_queries * n_keys
     return n_queries * of_query + n_keys * of_key + scores
 
 
-def cache_values(model: ModelConfig, seq_len: int, source_len: int = 0) -> int:
+def cache_values(model: ModelShape, seq_len: int, source_len: int = 0) -> int:
     """Numbers that a cache holds of one row after seq_len tokens: of a windowed layer the last window - 1 of them.
 
     Args:
@@ -110,6 +108,6 @@ def cache_values(model: ModelConfig, seq_len: int, source_len: int = 0) -> int:
     return total
 
 
-def cache_values_per_token(model: ModelConfig) -> int:
+def cache_values_per_token(model: ModelShape) -> int:
     """Numbers that one more token adds to a cache as long as no window is full."""
     return 0 if model.topology == "encoder" else sum(model.attention.cache_values(model, i) for i in range(model.n_layers))

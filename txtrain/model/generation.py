@@ -11,10 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from txtrain.config.convert import build
-from txtrain.config.schema import Sampling
+from txtrain.convert import build
 from txtrain.errors import ConfigError
-from txtrain.model.config import ModelConfig
+from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.inputs import INTEGERS, outside, require
 
 OnToken = Callable[[Tensor], None]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
-from txtrain.model.config import InitConfig
 from txtrain.model.head.heads import ClassHead, LMHead
+from txtrain.model.shape import InitConfig
 
 
 def init_weights(model: nn.Module) -> None:

@@ -11,8 +11,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from txtrain.monitor.metrics_csv import COLUMNS, PHASES, Row
+from txtrain.monitor.metrics_csv import COLUMNS, Row
 from txtrain.monitor.start_screen import duration
+from txtrain.parallel.timers import PHASES
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 _BAR = 5  # columns at least

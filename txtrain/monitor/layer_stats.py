@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from txtrain.config.schema import LayerStatsConfig
 from txtrain.model.block import Block
 from txtrain.model.ffn import balancing
 from txtrain.model.ffn.moe import MixtureOfExperts
 from txtrain.parallel.one_process import OneProcess
+from txtrain.run_config import LayerStatsConfig
 
 _BLOCK = re.compile(r".*?\bblocks?(\.\d+)?(?=\.)")  # blocks.3, encoder.blocks.0, mtp.0.block
 

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,16 +19,29 @@ from txtrain.config.schema import Train
 from txtrain.monitor import slowness
 from txtrain.monitor.console import Display
 from txtrain.monitor.loss_spikes import Losses, Spike
-from txtrain.monitor.metrics_csv import PHASES
 from txtrain.monitor.slowness import Stretch
 from txtrain.monitor.start_screen import count, duration
 from txtrain.monitor.throughput import Machine, Meter, memory
 from txtrain.parallel.config import Layout
+from txtrain.parallel.one_process import OneProcess
+from txtrain.parallel.timers import PHASES
 from txtrain.plain_files import read_text
-from txtrain.training.module import LitModule
 
 SPIKES = "spikes.jsonl"
 FAR_OFF = 100  # steps in a row after which a run is said to have diverged
+
+
+class Training(Protocol):
+    """What is watched of `txtrain.LitModule`. step: completed updates; tokens: positions trained on, over all ranks."""
+
+    step: int
+    parallel: OneProcess
+
+    @property
+    def tokens(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
 class Diverged(RuntimeError):
@@ -56,7 +69,7 @@ class Watch:
         self._since = 0  # the step of the row before
         self._compiled, self._compiled_again = 0, 0
 
-    def start(self, module: LitModule) -> None:
+    def start(self, module: Training) -> None:
         """The model is set up. module.step: the steps that are done."""
         module.parallel.phases.start(module.device)
         self._writes = self.folder is not None and module.parallel.is_first
@@ -72,7 +85,7 @@ class Watch:
 
     # ---------------------------------------------------------------------------------------------------------- each step
 
-    def step(self, module: LitModule, outputs: Mapping[str, torch.Tensor], tokens: int, flops: float, again: float) -> None:
+    def step(self, module: Training, outputs: Mapping[str, torch.Tensor], tokens: int, flops: float, again: float) -> None:
         """A step is done. tokens, flops, again: of the global batch (`Meter.count`).
 
         Raises:
@@ -113,7 +126,7 @@ class Watch:
 
     # ------------------------------------------------------------------------------------------------------- each logged row
 
-    def measures(self, module: LitModule) -> dict[str, float | None]:
+    def measures(self, module: Training) -> dict[str, float | None]:
         """Columns of the row of this step, since the row before."""
         tokens_per_second, flops, with_again = self.meter.rates()
         size = module.parallel.world.size
@@ -138,12 +151,12 @@ class Watch:
             self.display.tell(f"  device        {machine}; measured again: more was done than had been measured at the start")
         self.machine = machine
 
-    def add_times(self, module: LitModule, row: dict[str, Any]) -> None:
+    def add_times(self, module: Training, row: dict[str, Any]) -> None:
         """What has passed since the row was begun belongs to it: a validation."""
         for name, seconds in self._taken(module).items():
             row[name] = row.get(name, 0.0) + seconds
 
-    def _taken(self, module: LitModule) -> dict[str, float]:
+    def _taken(self, module: Training) -> dict[str, float]:
         taken = module.parallel.phases.take()
         for name, seconds in taken.items():
             self.times[name] += seconds
@@ -155,7 +168,7 @@ class Watch:
             return None
         return min(1.0, self.meter.seconds / max(time.time() - self.folder.began, 1e-9))
 
-    def _judge(self, module: LitModule, row: Mapping[str, Any]) -> None:
+    def _judge(self, module: Training, row: Mapping[str, Any]) -> None:
         """Say why it is slow, once enough has been seen. What a process does first (compilation, caches, workers) is not looked at."""
         compiled = _compiled()
         if self._stretch is None:
@@ -175,7 +188,7 @@ class Watch:
         if whole >= slowness.STEPS and self._stretch.training >= slowness.SECONDS:
             self._stretch = self._empty(module)
 
-    def _empty(self, module: LitModule) -> Stretch:
+    def _empty(self, module: Training) -> Stretch:
         config, world = self.config, module.parallel.world
         self._since = module.step
         share = config.data.global_batch_size // module.parallel.size
@@ -198,7 +211,7 @@ class Watch:
 
     # ---------------------------------------------------------------------------------------------------------------- the end
 
-    def summary(self, module: LitModule, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
+    def summary(self, module: Training, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
         """Rows of a table: what was reached, in which time, and where that went."""
         self._taken(module)
         whole = sum(self.times.values())

@@ -11,7 +11,7 @@ import torch
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.monitor.console import Display
-from txtrain.training.module import LitModule
+from txtrain.monitor.monitor import Training
 
 FOLDER = "profile"
 WARM_UP, N_STEPS, N_OPERATORS = 3, 3, 10  # steps before the trace, and in it, where nothing is said of them; operators that are shown
@@ -31,15 +31,14 @@ class Profiled(pl.Callback):
         self._profiler: torch.profiler.profile | None = None
         self._step: Any = None
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        done = _lit(pl_module).step
+    def on_train_start(self, trainer: pl.Trainer, module: Any) -> None:
+        done = module.step
         self.first, self.last = self.config.profile_steps or (done + WARM_UP + 1, done + WARM_UP + N_STEPS)
         self.first = max(self.first, done + 1)
         if self.first > self.last:
             self.display.tell(f"profile_steps=[{self.config.profile_steps[0]},{self.last}] are done already: nothing is traced.")  # type: ignore[index]
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        module = _lit(pl_module)
+    def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         step = module.step + 1
         if step == self.first <= self.last:
             activities = [torch.profiler.ProfilerActivity.CPU]
@@ -52,31 +51,30 @@ class Profiled(pl.Callback):
             self._step = torch.profiler.record_function(f"step {step}")
             self._step.__enter__()
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
-        module = _lit(pl_module)
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         self._end_step()
         if self._profiler is not None:
             self.done = module.step
             if module.step >= self.last:
                 self._finish(module)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: pl.Trainer, module: Any) -> None:
         if self._profiler is not None:
-            self._finish(_lit(pl_module))
+            self._finish(module)
         elif self.done == 0 and self.first <= self.last:
             self.display.tell(f"profile: the run ended before step {self.first}: nothing is traced. profile_steps=[FIRST,LAST] says which steps are.")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         self._end_step()
         if self._profiler is not None:
-            self._finish(_lit(pl_module))
+            self._finish(module)
 
     def _end_step(self) -> None:
         if self._step is not None:
             self._step.__exit__(None, None, None)
             self._step = None
 
-    def _finish(self, module: LitModule) -> None:
+    def _finish(self, module: Training) -> None:
         profiler, self._profiler = self._profiler, None
         assert profiler is not None
         module.parallel.phases.labelled = False
@@ -111,8 +109,3 @@ def costliest(profiler: torch.profiler.profile) -> list[tuple[str, int, float]]:
     on_device = any(e.self_device_time_total for e in events)
     found = [(str(e.key), int(e.count), (e.self_device_time_total if on_device else e.self_cpu_time_total) / 1e6) for e in events]
     return sorted((row for row in found if row[2] > 0), key=lambda row: -row[2])
-
-
-def _lit(module: pl.LightningModule) -> LitModule:
-    assert isinstance(module, LitModule)
-    return module

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from txtrain.config.schema import Train
 from txtrain.model.config import ModelConfig
-from txtrain.parallel.slurm import Job
+from txtrain.slurm import Job
 
 if TYPE_CHECKING:
     from txtrain.checkpoint.run_folder import RunFolder
-    from txtrain.training.data_module import DataModule
-    from txtrain.training.limits import Limits
+    from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 _UNCOUNTED = 1 << 40  # what is said to have more samples is a stream
 Grafts = Mapping[str, Mapping[str, Any]]
+
+
+class Data(Protocol):
+    """What is told of `txtrain.DataModule`, once it is prepared."""
+
+    source: str
+    tokenizer: Tokenizer | None
+    n_train: int
+    n_val: int
 
 
 def restarted(place: RunFolder | None) -> list[str]:
@@ -38,7 +46,7 @@ def opening(config: Train, fallback: str | None) -> list[str]:
     return [first] if fallback is None else [first, loud]
 
 
-def table(config: Train, data: DataModule, limits: Limits, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[tuple[str, str]]:
+def table(config: Train, data: Data, steps: int | None, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[tuple[str, str]]:
     """The rest of the start screen: names and what they are. data: prepared."""
     trainer = config.trainer
     tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
@@ -49,7 +57,7 @@ def table(config: Train, data: DataModule, limits: Limits, machine: object, plac
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", tokenizer),
         ("step", batch(config)),
-        ("in all", budget(config, limits, data.n_train) + (f"; continues after step {done}" if done else "")),
+        ("in all", budget(config, steps, data.n_train) + (f"; continues after step {done}" if done else "")),
         ("device", f"{machine}"),
         ("strategy", strategy),
         ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
@@ -74,14 +82,14 @@ def batch(config: Train) -> str:
     return f"{size} sequences x {config.seq_len} = {size * config.seq_len:,} tokens{parts}"
 
 
-def budget(config: Train, limits: Limits, n_train: int) -> str:
+def budget(config: Train, steps: int | None, n_train: int) -> str:
     """`600 steps, 1.23 M tokens, 0.42 epochs`."""
     time = [] if config.trainer.max_time is None else [f"at most {config.trainer.max_time} (DD:HH:MM:SS)"]
-    if limits.steps is None:
+    if steps is None:
         return time[0]
-    samples = limits.steps * config.data.global_batch_size
+    samples = steps * config.data.global_batch_size
     epochs = [] if n_train > _UNCOUNTED else [f"{samples / n_train:.2f} epochs"]
-    return ", ".join([f"{limits.steps:,} steps", f"{count(samples * config.seq_len)} tokens", *epochs, *time])
+    return ", ".join([f"{steps:,} steps", f"{count(samples * config.seq_len)} tokens", *epochs, *time])
 
 
 def axes(model: ModelConfig) -> dict[str, str]:

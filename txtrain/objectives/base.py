@@ -2,60 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from txtrain.data.samples.best_fit import BestFitSamples
-from txtrain.data.samples.packed import PackedSamples
-from txtrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
-    from txtrain.data.samples.rows import Rows
-    from txtrain.data.store.tokens import Tokens
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
-    from txtrain.training.data_module import DataModule
+from txtrain.data.samples.rows import Rows
+from txtrain.data.samples.text import TokenisedText
+from txtrain.registry import make
+from txtrain.run_config import RunConfig
 
 IGNORED = -100  # a label that is no target, as in Hugging Face
 
 Batch = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 Counted = dict[str, tuple[Tensor, Tensor]]
-
-
-@dc.dataclass(frozen=True)
-class TokenisedText:
-    """One split of a text, of which an objective makes its samples."""
-
-    tokens: Tokens
-    tokenizer: Tokenizer | None  # None: files of tokens of which nobody knows what they stand for
-    seq_len: int
-    cross_document_attention: bool = False
-    plan: Path | None = None  # a folder that says which documents each sequence holds (data.packing=best_fit)
-
-    def sequences(self, overlap: int = 1) -> Rows:
-        """Packed as the run says. overlap: of neighbours, where documents are cut: 1 where a sequence's first token is no target."""
-        if self.plan is None:
-            return PackedSamples(self.tokens, self.seq_len, self.cross_document_attention, overlap)
-        tokenizer = self.tokenizer
-        pad_id = 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, self.cross_document_attention)
-
-    @property
-    def words(self) -> Tokenizer:
-        """The tokenizer, for an objective that cannot do without.
-
-        Raises:
-            ConfigError: there is none.
-        """
-        if self.tokenizer is None:
-            raise ConfigError("`data.tokenizer` must be given with this objective, which needs tokens of its own, but is null instead.")
-        return self.tokenizer
 
 
 class Shown(NamedTuple):
@@ -126,7 +88,7 @@ class Objective:
         sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
         return {name: (value, counts[name]) for name, value in sums.items()}
 
-    def examine(self, model: Any, data: DataModule | None, micro_batch_size: int) -> dict[str, float]:
+    def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
         """Those `metrics` that are of a whole set: once a validation, in all processes alike. data: None where a trainer was given loaders.
 
         What takes long calls `self.check()` from time to time, in all processes alike.
@@ -142,7 +104,7 @@ class Objective:
         """The token ids [n] that the term `loss` predicts; None where it predicts no text. Bits per byte are counted on these."""
         return None
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         """A little of what the model says, for the screen, samples.txt and the loggers; in all processes alike.
 
         check: called after each token; it may raise to stop.
@@ -156,6 +118,11 @@ class Objective:
         """What metrics.csv has beside the columns of every run, known before the first step."""
         terms = [name for name in self.weights if name != "loss"]
         return (*terms, *(f"val_{name}" for name in terms), *self.metrics)
+
+
+def build_objective(config: RunConfig) -> Objective:
+    made: Objective = make("objective", config.objective, **config.objective.arguments(config))
+    return made
 
 
 def n_targets(labels: Tensor) -> Tensor:

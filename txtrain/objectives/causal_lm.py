@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from txtrain.config.schema import Train
 from txtrain.model.mtp import further_targets
 from txtrain.objectives.base import IGNORED, Batch, Objective, Shown, Terms, n_targets
 from txtrain.objectives.continuations import continuations
+from txtrain.run_config import RunConfig
 
 
 class CausalLM(Objective):
@@ -54,5 +54,5 @@ class CausalLM(Objective):
         labels = batch["labels"][:, 1:]
         return labels[labels != IGNORED]
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return continuations(module, data, config, check)

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.registry import BASES, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
+from txtrain.run_config import RunConfig
 
 Score = Literal["exact_match", "bleu", "chrf"]
 
@@ -30,7 +28,7 @@ class ObjectiveConfig:
         """Of the positions that have a target, about: a head may skip the others."""
         return 1.0
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         """What the objective is given beside the knobs, or in place of one that was left open (null)."""
         return {}
 
@@ -38,7 +36,7 @@ class ObjectiveConfig:
         """Problems of the knobs themselves, but for those out of their bounds."""
         yield from ()
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         """Problems of the knobs beside the model and the data."""
         yield from ()
 
@@ -56,7 +54,7 @@ class CausalLMConfig(ObjectiveConfig):
     # Of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2).
     mtp_weight: float = knob(0.3, at_least=0)
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"mtp_depth": config.model.mtp_depth, "counts_tokens": config.model.ffn.n_experts > 0}
 
 
@@ -78,7 +76,7 @@ class MaskedLMConfig(ObjectiveConfig):
     def target_share(self) -> float:
         return self.probability
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"next_sentence": self.pairs(config.model.head), "segments": config.model.embedding.n_types > 0}
 
     def pairs(self, head: Any) -> bool:
@@ -91,7 +89,7 @@ class MaskedLMConfig(ObjectiveConfig):
             most = f"at most {1 - mask:.3g} beside mask_share={mask}"
             yield f"`objective.random_share` must be {most}, but is {random} instead."
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         head, embedding = config.model.head, config.model.embedding
         if not self.pairs(head):
             return
@@ -126,7 +124,7 @@ class SpanCorruptionConfig(ObjectiveConfig):
         fitting = Lengths.fitting(seq_len, self.density, self.mean_length)
         return (seq_len, seq_len) if fitting is None else (fitting.input_length, fitting.target_length)
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         from txtrain.objectives.spans import Lengths
 
         lengths = Lengths.fitting(config.seq_len, self.density, self.mean_length)
@@ -147,10 +145,10 @@ class PrefixLMConfig(ObjectiveConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"two_stacks": config.model.topology == "encoder_decoder"}
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         if config.seq_len < 3:
             yield f"`data.seq_len` must be at least 3 for a prefix and its rest, but is {config.seq_len} instead. Nearest: 3."
 
@@ -175,7 +173,7 @@ class Seq2SeqConfig(SmoothedConfig):
     num_beams: int = knob(1, at_least=1)  # of decoding; 1: greedy; 1706.03762: 4
     length_penalty: float = knob(0.6, at_least=0)  # with beams (1609.08144): above 0, longer answers are preferred
 
-    def arguments(self, config: Train) -> dict[str, Any]:
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
 
 

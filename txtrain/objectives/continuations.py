@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from txtrain.config.schema import Train
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.objectives.base import Shown
 from txtrain.objectives.spans import SENTINEL
-
-if TYPE_CHECKING:
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.run_config import RunConfig
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:
@@ -24,7 +22,7 @@ def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int
     return [begin, *tokenizer.encode(prompt)]
 
 
-def continuations(module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+def continuations(module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
     """Prompt and continuation, for config.sample's prompts or the first words of the first validation documents."""
     tokenizer, wanted = data.tokenizer, config.sample
     if tokenizer is None or wanted.max_new_tokens == 0:
@@ -36,7 +34,7 @@ def continuations(module: Any, data: Any, config: Train, check: Callable[[], Non
     return made
 
 
-def said(module: Any, tokenizer: Tokenizer, ids: Sequence[int], config: Train, check: Callable[[], None]) -> list[int]:
+def said(module: Any, tokenizer: Tokenizer, ids: Sequence[int], config: RunConfig, check: Callable[[], None]) -> list[int]:
     """The tokens with which the model continues `ids`, or answers them, up to its end token.
 
     The same seed each time, so that what changes is the model. `check` is called after each token and may raise to stop.

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.config.schema import Train
 from txtrain.objectives.base import Batch, Counted, Objective, Shown, Terms, n_right
+from txtrain.run_config import RunConfig
 
 
 class ImageClassification(Objective):
@@ -35,7 +35,7 @@ class ImageClassification(Objective):
         loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
         return {"loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count), "top5": (n_among(logits_BC, labels_B, 5), count)}
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return [self._shown(module, batch, check) for batch in data.examples(config.sample.n, 1)]
 
     @staticmethod

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from txtrain.data.samples.rows import Mapped, Rows
+from txtrain.data.samples.text import TokenisedText
 from txtrain.model.head.loss import cross_entropy
-from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, TokenisedText, n_right, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, n_right, n_targets
 from txtrain.objectives.masking import Masking
 from txtrain.objectives.sentence_pairs import SentencePairs
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.rows import Mapped, Rows
-from txtrain.objectives.base import IGNORED, Batch, Objective, Terms, TokenisedText, n_targets
+from txtrain.data.samples.text import TokenisedText
+from txtrain.objectives.base import IGNORED, Batch, Objective, Terms, n_targets
 from txtrain.objectives.causal_lm import CausalLM
 
 _FOR_MODEL = ("attention_mask", "document_ids", "prefix_mask", "decoder_document_ids")

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.config.schema import Train
 from txtrain.model.beam_search import beam_search
 from txtrain.model.generation import generate
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms, n_targets
 from txtrain.objectives.config import Score
 from txtrain.objectives.scores import SCORES
+from txtrain.run_config import RunConfig
 
 _LONGER = 50  # tokens that an answer may have more than its source (1706.03762, section 6.1)
 
@@ -69,10 +69,10 @@ class Seq2Seq(Objective):
             references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end
         return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return list(self._shown(module.model, data, config, check)) if config.sample.n and config.sample.max_new_tokens else []
 
-    def _shown(self, model: Any, data: Any, config: Train, check: Callable[[], None]) -> Iterator[Shown]:
+    def _shown(self, model: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> Iterator[Shown]:
         for batch in data.examples(config.sample.n, 1):
             (answer,) = self.answered(model, batch, data.tokenizer.eos_id, check)
             source = batch["input_ids"][batch["attention_mask"] != 0].tolist()

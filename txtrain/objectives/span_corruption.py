@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,13 +21,12 @@ from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import Mapped, Rows
-from txtrain.objectives.base import Batch, Objective, Shown, Terms, TokenisedText, n_targets
+from txtrain.data.samples.text import TokenisedText
+from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.objectives.base import Batch, Objective, Shown, Terms, n_targets
 from txtrain.objectives.continuations import encode, said
 from txtrain.objectives.spans import Lengths, sentinel
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.run_config import RunConfig
 
 
 class SpanCorruption(Objective):
@@ -59,7 +58,7 @@ class SpanCorruption(Objective):
         )
         return {"loss": output.loss}
 
-    def show(self, module: Any, data: Any, config: Train, check: Callable[[], None]) -> list[Shown]:
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         """Texts with gaps (config.sample's prompts, or documents of the validation set), up to the last gap that the model fills: what it says is
         between « and »."""
         tokenizer, wanted = data.tokenizer, config.sample

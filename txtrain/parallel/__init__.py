@@ -1,7 +1,7 @@
 """Several processes as one run: starting them, their places, how a model lies over them, what they exchange.
 
 config              the strategies' knobs, and what a layout of processes must divide; no torch
-world, slurm        this process' place among the others, from the launcher's environment; no torch
+world               this process' place among the others, from the launcher's environment; no torch
 launch              processes that the command line starts itself
 one_process         what the training step asks of a strategy; one process answers trivially
 mesh                ddp, fsdp, hsdp, tp, fsdp_tp: FSDP2 and DTensor over a mesh of replicate x shard x tensor

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World, by_srun
 from txtrain.registry import resolve
+from txtrain.run_config import RunConfig
 
 
-def make_parallel(config: Train) -> OneProcess:
+def make_parallel(config: RunConfig) -> OneProcess:
     """One process needs no strategy, whichever was named, unless it is one that changes what one process does.
 
     Raises:

@@ -5,16 +5,13 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 from txtrain.errors import divisors_near
+from txtrain.model.config import ModelConfig
 from txtrain.parallel import divisibility
 from txtrain.registry import TABLE, register
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
-    from txtrain.model.config import ModelConfig
-
+from txtrain.run_config import RunConfig
 
 BUCKET = 50_000_000  # elements of gradients that DeepSpeed sums at a time
 
@@ -57,7 +54,7 @@ class StrategyConfig:
         """What `world` processes cannot be laid out for."""
         yield from ()
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         """What of the rest of a configuration does not go together with this, on however many processes."""
         yield from ()
 
@@ -163,7 +160,7 @@ class ZeROConfig(StrategyConfig):
     def layout(self, world: int) -> Layout:
         return Layout(shard=world)
 
-    def check_with(self, config: Train) -> Iterator[str]:
+    def check_with(self, config: RunConfig) -> Iterator[str]:
         optimizer, precision = config.optimizer, config.trainer.precision
         if not optimizer.elementwise:
             known = ", ".join(name for name, option in TABLE["optimizer"].items() if option.config.elementwise)
@@ -206,13 +203,13 @@ def _divides(name: str, size: int, world: int) -> Iterator[str]:
         yield f"`strategy.{name}` must divide the number of processes ({world}), but is {size} instead. Nearest: {near}."
 
 
-def processes(config: Train) -> int | None:
+def processes(config: RunConfig) -> int | None:
     """How many the run is started with; None: as many as there are devices."""
     devices = config.trainer.devices
     return None if devices == "auto" else devices * config.trainer.num_nodes
 
 
-def problems(config: Train, world: int) -> Iterator[str]:
+def problems(config: RunConfig, world: int) -> Iterator[str]:
     """What so many processes do not allow: the strategy's layout, and the batch's shares."""
     found = list(config.strategy.problems(world, config.model))
     yield from found

@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
@@ -26,6 +25,7 @@ from txtrain.parallel.deepspeed_layout import Part, global_norm, parts
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World
+from txtrain.run_config import RunConfig
 
 
 class ZeRO(Mesh):
@@ -37,7 +37,7 @@ class ZeRO(Mesh):
 
     saves_in_place = False
 
-    def __init__(self, config: Train, world: World | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World | None = None) -> None:
         super().__init__(config, world)
         if importlib.util.find_spec("deepspeed") is None:
             raise ConfigError(f"`strategy={config.strategy.type}` needs the package deepspeed, which is not installed here. Nearest: strategy=fsdp.")

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from inspect import signature
-from typing import TYPE_CHECKING
 
+from txtrain.model.component import Size
+from txtrain.model.config import ModelConfig
 from txtrain.registry import cut_of, resolve
-
-if TYPE_CHECKING:
-    from txtrain.model.component import Size
-    from txtrain.model.config import ModelConfig
 
 SUBLAYERS = ("attention", "ffn")
 

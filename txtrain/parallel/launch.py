@@ -9,18 +9,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from txtrain.config.composed import Composed, to_file
 from txtrain.errors import ConfigError
 from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED
 from txtrain.parallel.world import STORE, by_srun, started
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
+from txtrain.run_config import RunConfig
 
 USER = 2  # exit code of a mistake; as PREEMPTED, all processes have agreed on it
 AGREED, GRACE = 600.0, 5.0  # seconds in which the others may end by themselves, once one has ended so, or has failed
@@ -28,7 +25,7 @@ FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _PR_SET_PDEATHSIG = 1
 
 
-def n_processes(config: Train) -> int:
+def n_processes(config: RunConfig) -> int:
     """How many to start here: 1 where a launcher (torchrun, srun) has started this process as one of several, or where one suffices.
 
     Raises:
@@ -57,15 +54,18 @@ def _n_gpus(accelerator: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(job: Composed, n: int) -> int:
-    """Run a `train` job in n processes; its exit code: that of the process which failed first, 0 if none did."""
+def launch(config: RunConfig, write: Callable[[Path], None], n: int) -> int:
+    """Run a `train` job in n processes; its exit code: that of the process which failed first, 0 if none did.
+
+    write: the whole configuration, into a file that each of them reads.
+    """
     with tempfile.TemporaryDirectory(prefix="txtrain-") as folder:
         file = Path(folder) / "config.yaml"
-        to_file(job, file)
+        write(file)
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // n))
         common = {"TXTRAIN_CONFIG": str(file), STORE: str(Path(folder) / "store"), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
         environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads} for rank in range(n)]
-        said = [] if job.config.trainer.auto_requeue else [NOT_AGAIN]  # the rest is in the file; this must be known before it is read
+        said = [] if config.trainer.auto_requeue else [NOT_AGAIN]  # the rest is in the file; this must be known before it is read
         return Group([sys.executable, "-m", "txtrain", "train", *said], environments, held=True).wait()
 
 

@@ -18,7 +18,6 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
-from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel import divisibility
@@ -27,8 +26,9 @@ from txtrain.parallel.config import problems
 from txtrain.parallel.grad_norm import clip
 from txtrain.parallel.gradient_buckets import GradientBuckets, as_read, local
 from txtrain.parallel.one_process import OneProcess
-from txtrain.parallel.slurm import meeting_point
 from txtrain.parallel.world import STORE, World, by_srun
+from txtrain.run_config import RunConfig
+from txtrain.slurm import meeting_point
 
 if TYPE_CHECKING:
     from txtrain.parallel.tensor_parallel import Cut
@@ -46,7 +46,7 @@ class Elsewhere(ConfigError):
 class Mesh(OneProcess):
     """Several processes with torch.distributed: gloo between processors, NCCL between GPUs."""
 
-    def __init__(self, config: Train, world: World | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World | None = None) -> None:
         super().__init__(config, world)
         if found := list(problems(config, self.world.size)):
             raise ConfigError(*found)

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel.timers import Phases
 from txtrain.parallel.world import World
+from txtrain.run_config import RunConfig
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ class OneProcess:
     rank, size = 0, 1
     saves_in_place = True  # a save has the very tensors that are trained, the same ones each time
 
-    def __init__(self, config: Train, world: World | None = None) -> None:
+    def __init__(self, config: RunConfig, world: World | None = None) -> None:
         self.config, self.world = config, world or World()
         self.phases = Phases()  # of this process' time
 

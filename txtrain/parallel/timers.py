@@ -1,4 +1,4 @@
-"""Where the time of a run goes: of each phase the seconds in it, without those of a phase within it."""
+"""Where the time of a run goes: of each phase the seconds in it, without those of a phase within it. Torch comes with first use."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from txtrain.monitor.metrics_csv import PHASES
-
+PHASES = ("data", "forward_backward", "optimizer", "communication", "validation", "saving", "other")  # into which the time is split
 _UNDIVIDED = ("validation", "saving")  # what they compute and exchange is theirs
 _KEPT = 1024  # borders, before they are added up
 
@@ -41,6 +41,8 @@ class DeviceClock:
     """
 
     def mark(self) -> Any:
+        import torch
+
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event
@@ -87,10 +89,17 @@ class Phases:
             return
         self.enter(name)
         try:
-            with torch.profiler.record_function(name) if self.labelled else contextlib.nullcontext():
+            with self._label(name):
                 yield
         finally:
             self.enter(before)
+
+    def _label(self, name: str) -> contextlib.AbstractContextManager[Any]:
+        if not self.labelled:
+            return contextlib.nullcontext()
+        from torch.profiler import record_function
+
+        return record_function(name)
 
     def take(self) -> dict[str, float]:
         """Seconds of each phase since the last call; they add up to the time that has passed."""

@@ -1,12 +1,17 @@
-"""Whether the processes of a run compute with the same code: of this package, of the user's files, and of what they stand on."""
+"""With what the processes of a run compute, and whether it is the same: this package, the user's files, what they stand on, the machine."""
 
 from __future__ import annotations
 
 import hashlib
+import platform
+import subprocess
 import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from txtrain.config.user_code import module_name
 
@@ -35,6 +40,29 @@ def digest(files: Iterable[Path], folder: Path) -> str:
         content = file.read_bytes()
         made.update(f"{file.relative_to(folder).as_posix()}\0{len(content)}\0".encode() + content)
     return made.hexdigest()
+
+
+def environment(device: str, processes: int) -> dict[str, Any]:
+    """What run.json says of the machine and the software."""
+    return {
+        "versions": {
+            "txtrain": _version("txtrain"),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "lightning": _version("lightning"),
+        },
+        "git_commit": git_commit(),
+        "hardware": {"device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
+    }
+
+
+def git_commit() -> str | None:
+    """Of the folder in which the run was started, `-dirty` if it has changes; None outside a repository."""
+    try:
+        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None if found.returncode == 0 else None
 
 
 def _version(name: str) -> str:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from txtrain.config.convert import checked
 from txtrain.config.schema import Train
+from txtrain.convert import checked
 from txtrain.data.prepare import Prepared, prepare
 from txtrain.data.samples.length_order import LengthOrder
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
@@ -24,8 +24,7 @@ from txtrain.data.sources.source import Split, build_source, describe, settle
 from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
-from txtrain.objectives.base import Objective
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import Objective, build_objective
 from txtrain.training.signals import ignore
 
 Batch = dict[str, Tensor]

@@ -6,6 +6,7 @@ import dataclasses as dc
 import math
 
 from txtrain.config.schema import Train
+from txtrain.config.units import seconds_of
 
 
 @dc.dataclass(frozen=True)
@@ -35,9 +36,3 @@ class Limits:
     def reached(self, step: int, seconds: float) -> bool:
         """Whether the run is over after `step` updates and `seconds` of training."""
         return (self.steps is not None and step >= self.steps) or (self.seconds is not None and seconds >= self.seconds)
-
-
-def seconds_of(text: str) -> float:
-    """`DD:HH:MM:SS` in seconds."""
-    days, hours, minutes, seconds = map(int, text.split(":"))
-    return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds

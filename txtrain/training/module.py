@@ -14,14 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from txtrain.config.convert import checked
 from txtrain.config.schema import Train
+from txtrain.convert import checked
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.monitor.layer_stats import LayerStats
-from txtrain.objectives.base import Batch, Objective
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import Batch, Objective, build_objective
 from txtrain.optim.average import Average
 from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
 from txtrain.parallel.activation_checkpointing import wrap_blocks

@@ -15,12 +15,13 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from txtrain import slurm
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.run_folder import RunFolder
-from txtrain.config.convert import checked, flat, plain
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
+from txtrain.convert import checked, flat, plain
 from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
 from txtrain.monitor import start_screen
@@ -29,15 +30,14 @@ from txtrain.monitor.loggers.build import Loggers, make_loggers
 from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.profiler import Profiled
 from txtrain.monitor.throughput import Machine
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import build_objective
 from txtrain.optim import state as optimizer_state
-from txtrain.parallel import slurm
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.early_signals import PREEMPTED
 from txtrain.parallel.one_process import OneProcess, precision_dtype
-from txtrain.parallel.slurm import Job
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
+from txtrain.slurm import Job
 from txtrain.training import code_versions
 from txtrain.training.callback import RunCallback, check_data
 from txtrain.training.data_module import DataModule
@@ -134,7 +134,7 @@ def train(
         if place is not None:
             _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
-        display.table(start_screen.table(cfg, data, limits, machine, place, origin.grafts, parallel.title))
+        display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title))
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
         trainer = make_trainer(cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None)
@@ -340,7 +340,7 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
     """What run.json says."""
     return {
         "name": cfg.name,
-        **run_folder.environment(machine.name, module.parallel.world.size),
+        **code_versions.environment(machine.name, module.parallel.world.size),
         "slurm": None if (job := Job.here()) is None else {"job": job.number, "restarts": job.restarts},
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "data": {"source": data.source, "fingerprint": data.fingerprint},

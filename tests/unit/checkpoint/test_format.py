@@ -16,9 +16,9 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import RunState
-from txtrain.config.schema import SaveConfig
 from txtrain.errors import ConfigError
 from txtrain.optim import state as optimizer_state
+from txtrain.run_config import SaveConfig
 
 
 class Kill(BaseException):

@@ -12,7 +12,7 @@ from tests.training import tiny
 from txtrain.checkpoint.load import load
 from txtrain.cli import generate
 from txtrain.cli.main import main
-from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 
 PROMPTS = [
@@ -60,7 +60,7 @@ def test_a_prompt_arrives_as_it_was_typed(prompt, run, capsys, monkeypatch):
     seen = []
     monkeypatch.setattr(generate, "generate", lambda model, ids, **how: seen.extend(ids[0].tolist()))
     assert said(capsys, f"checkpoint={run}", f"prompt={prompt}") == prompt + "\n"
-    assert Tokenizer.load("bytes").decode(seen[1:]) == prompt
+    assert load_tokenizer("bytes").decode(seen[1:]) == prompt
 
 
 def test_standard_input_is_one_prompt_with_its_line_ends(run, capsys, monkeypatch):
@@ -93,11 +93,11 @@ def test_every_key_reaches_the_generation(run, capsys, monkeypatch):
     wanted = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.125, "seed": 9}
     said(capsys, f"checkpoint={run}", "prompt=x", *(f"{k}={v}" for k, v in wanted.items()))
     del calls[0]["on_token"]
-    assert calls == [{**wanted, "eos_token_id": Tokenizer.load("bytes").eos_id}]
+    assert calls == [{**wanted, "eos_token_id": load_tokenizer("bytes").eos_id}]
 
 
 def test_a_character_of_several_tokens_waits_until_it_is_whole(capsys):
-    tokenizer = Tokenizer.load("bytes")
+    tokenizer = load_tokenizer("bytes")
     show = generate._Printer(tokenizer)
     shown = []
     for token in [*tokenizer.encode("a½世"), tokenizer.eos_id]:

@@ -16,11 +16,12 @@ from tests.draws import legal_models, nearly_legal_models
 from tests.models import tiny
 from tests.training import write_text
 from txtrain.config import compatibility
-from txtrain.config.compatibility import KIND, MODEL_RULES, RUN_RULES, Rule
-from txtrain.config.convert import build, plain
+from txtrain.config.compatibility import KIND, RUN_RULES
 from txtrain.config.schema import Train
+from txtrain.convert import build, plain
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
+from txtrain.model.rules import MODEL_RULES, Rule
 from txtrain.registry import MODEL_AXES, TABLE
 
 AXES_PAGE = Path(__file__).parents[3] / "docs" / "axes.md"

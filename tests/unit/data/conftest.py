@@ -7,18 +7,13 @@ from typing import Any
 import pytest
 
 from tests.models import tiny
-from txtrain.config.schema import (
-    AdamConfig,
-    SampleConfig,
-    SaveConfig,
-    SchedulerConfig,
-    Train,
-    TrainerConfig,
-)
+from txtrain.config.schema import Train
 from txtrain.data.sources import hub
 from txtrain.objectives.config import CausalLMConfig, Seq2SeqConfig
+from txtrain.optim.config import AdamConfig, SchedulerConfig
 from txtrain.parallel.config import StrategyConfig
 from txtrain.registry import TABLE
+from txtrain.run_config import SampleConfig, SaveConfig, TrainerConfig
 
 SHARED = Path(__file__).resolve().parents[4] / "shared" / "data"
 

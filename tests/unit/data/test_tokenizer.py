@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.unit.data.conftest import SHARED
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_alphabet, byte_tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 
@@ -66,10 +67,10 @@ def test_saved_and_loaded_is_the_same_for_us_and_for_transformers(tmp_path: Path
     transformers = pytest.importorskip("transformers")
     tokenizer = train_tokenizer(TEXTS, 300)
     tokenizer.save(tmp_path)
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert loaded.fingerprint == tokenizer.fingerprint
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (0, 0, None)
-    assert Tokenizer.load(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
+    assert load_tokenizer(tmp_path / "tokenizer.json").fingerprint == tokenizer.fingerprint
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs.eos_token_id == 0
     assert theirs(TEXTS[1], add_special_tokens=False).input_ids == tokenizer.encode(TEXTS[1])
@@ -80,7 +81,7 @@ def test_truncation_and_padding_of_a_file_are_not_obeyed(tmp_path: Path) -> None
     tokenizer.backend.enable_truncation(3)
     tokenizer.backend.enable_padding(length=8)
     tokenizer.save(tmp_path)
-    assert Tokenizer.load(tmp_path).encode("the cat sat on the mat") == trained().encode("the cat sat on the mat")
+    assert load_tokenizer(tmp_path).encode("the cat sat on the mat") == trained().encode("the cat sat on the mat")
 
 
 def test_special_ids_come_from_the_folders_own_words(tmp_path: Path) -> None:
@@ -90,32 +91,32 @@ def test_special_ids_come_from_the_folders_own_words(tmp_path: Path) -> None:
     backend = Backend(models.WordLevel({"a": 0, "STOP": 1, "GO": 2, "<pad>": 3}, unk_token="a"))
     backend.save(str(tmp_path / "tokenizer.json"))
     with pytest.raises(ConfigError, match="eos_token"):
-        Tokenizer.load(tmp_path)
+        load_tokenizer(tmp_path)
     config = {"eos_token": {"content": "STOP", "special": True}, "bos_token": "GO"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-    loaded = Tokenizer.load(tmp_path)
+    loaded = load_tokenizer(tmp_path)
     assert (loaded.bos_id, loaded.eos_id, loaded.pad_id) == (2, 1, 3)
 
 
 @pytest.mark.parametrize("name", ["/nowhere/tokenizer.json", "./nowhere", "a b", "x/y/z"])
 def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_name(name: str) -> None:
     with pytest.raises(ConfigError, match=r"data\.tokenizer"):
-        Tokenizer.load(name)
+        load_tokenizer(name)
 
 
 @pytest.mark.usefixtures("no_hub")
 def test_a_mistyped_word_is_answered_with_the_right_one() -> None:
     with pytest.raises(ConfigError, match=r"Did you mean bytes\?"):
-        Tokenizer.load("byte")
+        load_tokenizer("byte")
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     for name, content in (("tokenizer.json", b"{}"), ("tokenizer.model", b"\xff\xff\xff"), ("readme.md", b"x")):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(ConfigError, match=name):
-            Tokenizer.load(tmp_path / name)
+            load_tokenizer(tmp_path / name)
     with pytest.raises(ConfigError, match="must hold one of"):
-        Tokenizer.load(tmp_path.parent)
+        load_tokenizer(tmp_path.parent)
 
 
 # ------------------------------------------------------------------------------------------------ against the original libraries
@@ -135,7 +136,7 @@ ORIGINAL = {
 @needs_shared
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_ids_are_those_of_the_formats_own_library(name: str) -> None:
-    assert Tokenizer.load(TOKENIZERS / name).encode(PANGRAM) == [int(i) for i in ORIGINAL[name].split()]
+    assert load_tokenizer(TOKENIZERS / name).encode(PANGRAM) == [int(i) for i in ORIGINAL[name].split()]
 
 
 @needs_shared
@@ -144,14 +145,14 @@ def test_ids_are_those_of_the_formats_own_library(name: str) -> None:
     [("gpt2", (50256, 50256, None)), ("mistral-v1", (1, 2, None)), ("spm-1000", (1, 2, None)), ("bert-base-uncased", (101, 102, 0))],
 )
 def test_what_begins_ends_and_pads_a_text(name: str, ids: tuple[int, int, int | None]) -> None:
-    tokenizer = Tokenizer.load(TOKENIZERS / name)
+    tokenizer = load_tokenizer(TOKENIZERS / name)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == ids
 
 
 @needs_shared
 @pytest.mark.parametrize(("name", "slack"), [("gpt2", 0), ("mistral-v1", 1)])
 def test_token_bytes_add_up_to_the_texts(name: str, slack: int) -> None:
-    tokenizer = Tokenizer.load(TOKENIZERS / name)
+    tokenizer = load_tokenizer(TOKENIZERS / name)
     text = (SHARED / "lm" / "tinyshakespeare.txt").read_text()[:50_000] + PANGRAM
     n_bytes = int(tokenizer.token_bytes()[np.array(tokenizer.encode(text))].sum())
     assert n_bytes == len(text.encode()) + slack  # SentencePiece puts a space before the text

@@ -3,6 +3,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from txtrain.data.tokenizer.words import Words
 
@@ -47,6 +48,6 @@ def test_missing_special_tokens_come_behind_the_vocabulary_and_stay(tmp_path):
     assert made.fingerprint != plain.fingerprint
     assert made.decode(made.encode("[MASK] x")) == "[MASK] x", "text that looks like a special token stays text"
     made.save(tmp_path)
-    again = Tokenizer.load(tmp_path)
+    again = load_tokenizer(tmp_path)
     assert (again.id_of("[MASK]"), again.special_ids(), again.fingerprint) == (258, {256, 257, 258}, made.fingerprint)
     assert again.token_bytes()[256:].tolist() == [0, 0, 0]

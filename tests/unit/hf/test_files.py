@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from tests.models import seeded, shake, tiny
 from tests.unit.hf.folders import llama, tensors
-from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.hf.load import load_pretrained
 from txtrain.hf.save import save_pretrained
@@ -56,7 +56,7 @@ def test_tokenizer_files_come_along_and_go_along(tmp_path):
     assert (tmp_path / "b" / "tokenizer.model").read_bytes() == b"\x00\x01"
     assert (tmp_path / "b" / "chat_template.jinja").read_text() == "{{ messages }}"
     assert not (tmp_path / "b" / "tokenizer.py").exists()
-    save_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "c", tokenizer=Tokenizer.load("bytes"))
+    save_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "c", tokenizer=load_tokenizer("bytes"))
     assert (tmp_path / "c" / "tokenizer.json").exists()
     assert not (tmp_path / "c" / "tokenizer.model").exists()
 

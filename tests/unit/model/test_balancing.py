@@ -9,7 +9,7 @@ from tests.training import rows, tiny, weights
 from txtrain.model import options
 from txtrain.model.ffn import balancing
 from txtrain.monitor.metrics_csv import read
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import build_objective
 from txtrain.training.data_module import DataModule
 from txtrain.training.run import train
 

@@ -5,8 +5,8 @@ from torch import nn
 from tests.models import replace, seeded, tiny
 from txtrain.model import options
 from txtrain.model.build import build_model
-from txtrain.model.config import InitConfig
 from txtrain.model.init import init_weights
+from txtrain.model.shape import InitConfig
 
 WIDE = tiny(dim=256, vocab_size=1000, n_layers=8, position=options.LearnedConfig(type="learned"), max_seq_len=512)
 

@@ -162,7 +162,7 @@ def test_each_expert_starts_as_a_matrix_of_its_own():
 
 
 def axes_init(distribution, **more):
-    from txtrain.model.config import InitConfig
+    from txtrain.model.shape import InitConfig
 
     return InitConfig(distribution=distribution, **more)
 

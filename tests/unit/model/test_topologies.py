@@ -221,7 +221,7 @@ def test_inputs_of_another_topology_are_refused(config, inputs, says):
 
 
 def test_t5s_queries_start_smaller_where_scores_are_not_scaled():
-    from txtrain.model.config import InitConfig
+    from txtrain.model.shape import InitConfig
 
     init = InitConfig(distribution="fan_in", std=1.0, embedding_std=1.0, position_std=0.25, head_std=0.5)
     config = tiny(topology="encoder_decoder", dim=256, vocab_size=500, tie_word_embeddings=False, init=init, position=options.RelativeConfig(type="relative"))

@@ -20,10 +20,11 @@ from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.state import RunState
-from txtrain.config.convert import plain
+from txtrain.convert import plain
 from txtrain.data.samples.rows import OrderedSamples
 from txtrain.monitor import monitor
-from txtrain.monitor.metrics_csv import EXACT, PHASES, WALL_CLOCK, read
+from txtrain.monitor.metrics_csv import EXACT, WALL_CLOCK, read
+from txtrain.parallel.timers import PHASES
 from txtrain.training.run import train
 
 LONG = ("trainer.max_steps=60", "trainer.val_check_interval=100", "trainer.limit_val_batches=0", "save.every_n_steps=20", "save.keep_last=9")

@@ -10,9 +10,9 @@ from tests.training import RUN
 from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.text import TokenisedText
 from txtrain.data.store.cache import TokenFile, TokenWriter
 from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer
-from txtrain.objectives.base import TokenisedText
 
 SHAPE = ("model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.dropout=0", "optimizer.lr=0.01", "scheduler.warmup_steps=4")
 TEXT = ("model.vocab_size=400", "model.max_seq_len=32", "data=text", "data.tokenizer=bytes")

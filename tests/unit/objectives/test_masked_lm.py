@@ -4,7 +4,7 @@ import torch
 
 from tests.unit.objectives.conftest import draws, tokenised
 from txtrain.errors import ConfigError
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import build_objective
 from txtrain.objectives.masked_lm import MaskedLM
 from txtrain.objectives.masking import Masking
 from txtrain.objectives.sentence_pairs import ELSEWHERE, FOLLOWS, SentencePairs

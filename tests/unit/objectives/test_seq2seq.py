@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.model.beam_search import beam_search
-from txtrain.objectives.build import build_objective
+from txtrain.objectives.base import build_objective
 from txtrain.objectives.scores import SCORES
 from txtrain.objectives.seq2seq import Seq2Seq
 from txtrain.training.data_module import DataModule

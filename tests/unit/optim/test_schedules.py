@@ -9,9 +9,8 @@ import lightning.pytorch as pl
 import pytest
 
 from tests.training import rows, tiny, weights
-from txtrain.config.schema import SchedulerConfig
 from txtrain.errors import ConfigError
-from txtrain.optim.config import InverseSqrtConfig, WSDConfig
+from txtrain.optim.config import InverseSqrtConfig, SchedulerConfig, WSDConfig
 from txtrain.registry import TABLE, make, out_of_range
 from txtrain.training.run import train
 

@@ -3,8 +3,7 @@ import threading
 import pytest
 import torch
 
-from txtrain.monitor.metrics_csv import PHASES
-from txtrain.parallel.timers import DeviceClock, HostClock, Phases
+from txtrain.parallel.timers import PHASES, DeviceClock, HostClock, Phases
 
 
 class Ticks:

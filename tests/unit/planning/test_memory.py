@@ -10,6 +10,7 @@ import torch
 
 import txtrain
 from txtrain.config.schema import Train
+from txtrain.model.trace.tape import Tape
 from txtrain.parallel.config import BUCKET, Layout
 from txtrain.parallel.one_process import OneProcess
 from txtrain.planning.memory import zero3, zero12
@@ -18,8 +19,7 @@ from txtrain.planning.memory.count import memory
 from txtrain.planning.memory.forward import Traced
 from txtrain.planning.memory.optimizer import registered
 from txtrain.planning.memory.replicated import Copies, NotCounted
-from txtrain.planning.memory.simulate import measure, simulate
-from txtrain.planning.memory.tape import Tape
+from txtrain.training.simulate import measure, simulate
 
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
 HALF = "trainer.precision=bf16-mixed"
@@ -146,7 +146,7 @@ def in_two_processes(tmp_path, *command: str) -> list[str]:
 
 TWO = """
 import json, sys, txtrain
-from txtrain.planning.memory.simulate import measure
+from txtrain.training.simulate import measure
 from txtrain.parallel.build import make_parallel
 cases = [words.split() for words in sys.argv[1:]]
 with make_parallel(txtrain.compose(cases[0])).started():

@@ -67,7 +67,7 @@ def test_counted_equals_simulated_where_experts_are_divided(world, overrides):
 # Of a batch of one token over and over, all rows would go to two experts.
 SPREAD = """
 import torch
-from txtrain.planning.memory import simulate
+from txtrain.training import simulate
 zeros_of = simulate.tensors_of
 def tensors_of(config, n):
     torch.manual_seed(0)

@@ -20,7 +20,7 @@ import txtrain
 from txtrain.parallel import deepspeed
 from txtrain.parallel.build import make_parallel
 from txtrain.planning.memory.batch_shapes import tensors_of
-from txtrain.planning.memory.simulate import Unattended, _Plain
+from txtrain.training.simulate import Unattended, _Plain
 
 
 class Watched(TorchDispatchMode):

@@ -1,7 +1,8 @@
 import pytest
 
 from tests.training import tiny
-from txtrain.training.limits import Limits, seconds_of
+from txtrain.config.units import seconds_of
+from txtrain.training.limits import Limits
 
 
 @pytest.mark.parametrize(

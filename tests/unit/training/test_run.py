@@ -16,7 +16,7 @@ import yaml
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
-from txtrain.config.convert import build
+from txtrain.convert import build
 from txtrain.errors import ConfigError
 from txtrain.training.run import run_train, train
 

@@ -86,7 +86,7 @@ def test_a_preempted_job_is_requeued_once_when_its_checkpoint_is_complete_and_go
     config = config_of(folder, number.name)
     run, before = folder / number.name, {n: signal.getsignal(n) for n in PREEMPTING}
     asked = job(run)
-    assert run_train(config_with(config, Interrupt("on_train_batch_start", step=6, number=number, times=2)), grafts={}, given=[]) == 75
+    assert run_train(config_with(config, Interrupt("on_train_batch_start", step=6, number=number, times=2))) == 75
     assert asked() == ["scontrol requeue 17"]
     seen = (run / "seen").read_text()
     assert "step_00000007/complete" in seen
@@ -114,7 +114,7 @@ def test_a_job_that_must_not_be_requeued_is_not(folder, job, capfd):
 def test_a_refused_requeue_is_left_to_the_script(folder, job, capfd):
     asked = job(scontrol="echo no >&2; exit 1")
     config = config_of(folder, "refused")
-    assert run_train(config_with(config, Interrupt("on_train_batch_start", step=2, number=signal.SIGUSR1)), grafts={}, given=[]) == 75
+    assert run_train(config_with(config, Interrupt("on_train_batch_start", step=2, number=signal.SIGUSR1))) == 75
     assert len(asked()) == 1
     assert "SLURM refuses (no): exit code 75 tells the script to do it." in capfd.readouterr().out
     assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from txtrain.config.schema import Train
 from txtrain.data.samples.augment import Augment
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
@@ -20,6 +19,7 @@ from txtrain.data.samples.rows import Mapped, Rows, probe
 from txtrain.data.sources.source import Split, has_validation
 from txtrain.data.store.split import digest, held_out
 from txtrain.errors import ConfigError
+from txtrain.run_config import RunConfig
 
 _MEASURED = 2048  # training images that mean and deviation are taken from, where they are not given
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
@@ -103,7 +103,7 @@ def _per_channel(name: str, values: tuple[float, ...], n: int) -> Tensor:
     return torch.tensor(values).expand(n).clone()
 
 
-def prepare_images(source: ImageSource, config: Train) -> tuple[Rows, Rows, str]:
+def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, str]:
     """Both splits, and a fingerprint.
 
     Raises:

@@ -13,6 +13,7 @@ from txtrain.data.sources.source import Split
 from txtrain.data.store.formats import INDEX, KINDS, own_shards, read_index, shard_of
 from txtrain.data.store.split import digest
 from txtrain.data.store.tokens import Shard
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 
@@ -80,10 +81,10 @@ class TokenFiles:
         if len(told) > 1:
             raise ConfigError(f"`data.path` must be of one tokenizer, but {' and '.join(map(str, told.values()))} are of several.")
         if given is None:
-            return Tokenizer.load(next(iter(told.values())) / "tokenizer") if told else None
-        tokenizer = Tokenizer.load(given)
+            return load_tokenizer(next(iter(told.values())) / "tokenizer") if told else None
+        tokenizer = load_tokenizer(given)
         for known, folder in told.items():
-            if tokenizer.fingerprint in (known, Tokenizer.load(folder / "tokenizer").fingerprint):
+            if tokenizer.fingerprint in (known, load_tokenizer(folder / "tokenizer").fingerprint):
                 continue
             raise ConfigError(f"`data.tokenizer` must be the one of {folder}, but is {given} instead. Leave it out: the folder brings it.")
         return tokenizer

@@ -25,14 +25,15 @@ import hashlib
 import inspect
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
-from txtrain.config.schema import Train
 from txtrain.data.config import DataConfig, PythonDocsConfig
 from txtrain.errors import ConfigError
 from txtrain.registry import call, resolve
+from txtrain.run_config import RunConfig
 
 Split = Literal["train", "validation"]
+Run = TypeVar("Run", bound=RunConfig)
 
 
 class TextSource(Protocol):
@@ -61,7 +62,7 @@ METHODS = (  # the first four are for everyone's own
 )
 
 
-def build_source(config: Train) -> Source:
+def build_source(config: RunConfig) -> Source:
     """The source that `config.data` describes. Its constructor's parameters are filled by name: from the data group, then from
     the run (`seq_len` resolved, `seed`) and the model (`vocab_size`, ...)."""
     cls = resolve("data", config.data.type)
@@ -102,7 +103,7 @@ def identity(source: TextSource) -> str:
 # ------------------------------------------------------------------------------------------------------------------ fallback
 
 
-def settle(config: Train) -> tuple[Train, str | None]:
+def settle(config: Run) -> tuple[Run, str | None]:
     """The config to run, and why it is not the one given, if it is not.
 
     Where the source says that it cannot be had (`unavailable()`, data=wikitext without a hub) and `data.offline_fallback` is auto, a
@@ -123,7 +124,7 @@ def settle(config: Train) -> tuple[Train, str | None]:
     return dc.replace(config, data=data, name=f"{config.name}-fallback"), f"data={config.data.type} cannot be had: {reason}"
 
 
-def _no_fallback(config: Train) -> str | None:
+def _no_fallback(config: RunConfig) -> str | None:
     """Why this run must have the data that it names; None if it may fall back."""
     if config.data.offline_fallback == "never":
         return "`data.offline_fallback` is never."

@@ -10,7 +10,7 @@ from typing import Any
 
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
-from txtrain.data.tokenizer.tokenizer import Tokenizer, told
+from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint
 from txtrain.plain_files import TOKENIZER_LIMIT, check_file, read_json, read_text, shorten
 
@@ -24,8 +24,15 @@ _OLDER_NAMES = {"eos_token": "sep_token", "bos_token": "cls_token"}  # BERT's
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-def load(name: str) -> Tokenizer:
-    """A tokenizer from a folder, one of its files, or the hub."""
+def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
+    """`bytes`, a tokenizer's folder or file, or a name on the hub.
+
+    Raises:
+        ConfigError: none of these, or it has no token for the end of a text.
+    """
+    name = os.fspath(where)
+    if name == "bytes":
+        return byte_tokenizer()
     path = Path(name).expanduser()
     if not path.exists():
         path = _from_hub(name)

@@ -133,17 +133,6 @@ class Tokenizer:
         self.backend.save(str(folder / "tokenizer.json"))
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n")
 
-    @classmethod
-    def load(cls, name: str | os.PathLike[str]) -> Tokenizer:
-        """`bytes`, a tokenizer's folder or file, or a name on the hub.
-
-        Raises:
-            ConfigError: none of these, or it has no token for the end of a text.
-        """
-        from txtrain.data.tokenizer.load import load
-
-        return byte_tokenizer() if os.fspath(name) == "bytes" else load(os.fspath(name))
-
 
 def _n_bytes(token: str, alphabet: str) -> int:
     if alphabet == "ByteLevel":

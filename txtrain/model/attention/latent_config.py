@@ -5,16 +5,14 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from txtrain.model.attention.multi_head_config import AttentionBase
 from txtrain.model.component import Size, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place, attend, rotated
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import Cut, dropout_knob, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 class Sizes(NamedTuple):
@@ -54,25 +52,25 @@ class MLAConfig(AttentionBase):
 
     rotary_knob: ClassVar[str] = "rope_dim"
 
-    def sizes(self, model: ModelConfig) -> Sizes:
+    def sizes(self, model: ModelShape) -> Sizes:
         h = model.dim // model.n_heads
         return Sizes(self.q_rank, self.kv_rank or 4 * h, self.nope_dim or h, self.rope_dim or max(2, h // 4 * 2), self.v_dim or h)
 
-    def divided(self, model: ModelConfig) -> Iterator[Size]:
+    def divided(self, model: ModelShape) -> Iterator[Size]:
         yield Size("model.n_heads", model.n_heads)
 
-    def settled(self, model: ModelConfig) -> Self:
+    def settled(self, model: ModelShape) -> Self:
         return dc.replace(self, **self.sizes(model)._asdict())
 
-    def rotary_dim(self, model: ModelConfig) -> int:
+    def rotary_dim(self, model: ModelShape) -> int:
         return self.sizes(model).rope_dim
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if model.dim < model.n_heads and None in (self.kv_rank, self.nope_dim, self.v_dim):
             unless = "unless model.attention.kv_rank, nope_dim and v_dim are set"
             yield f"`model.n_heads` must be at most model.dim ({model.dim}) {unless}, but is {model.n_heads} instead."
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         sizes = self.sizes(model)
         return {
             "n_heads": model.n_heads,
@@ -82,36 +80,34 @@ class MLAConfig(AttentionBase):
             "attention_dropout": self.dropped(model),
         }
 
-    def _weights(self, model: ModelConfig) -> tuple[int, int]:
+    def _weights(self, model: ModelShape) -> tuple[int, int]:
         """Of the matrices that a token goes through when it attends, and when it is attended to."""
         s, n, d = self.sizes(model), model.n_heads, model.dim
         queries = d * n * s.qk_dim if s.q_rank is None else (d + n * s.qk_dim) * s.q_rank
         return queries + n * s.v_dim * d, d * (s.kv_rank + s.rope_dim) + s.kv_rank * n * (s.nope_dim + s.v_dim)
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         s = self.sizes(model)
         norms = sum(model.norm.n_params_of(model, rank) for rank in (s.kv_rank, s.q_rank) if rank)
         bias = (s.q_rank or 0) + s.kv_rank + s.rope_dim + model.dim if self.bias else 0
         return sum(self._weights(model)) + int(norms) + bias
 
-    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+    def projection_flops(self, model: ModelShape, layer: int = 0) -> tuple[float, float]:
         """Of the expanded form, in which it is trained."""
         of_query, of_key = self._weights(model)
         return 2.0 * of_query, 2.0 * of_key
 
-    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+    def score_flops(self, model: ModelShape, layer: int = 0) -> float:
         s = self.sizes(model)
         return 2.0 * model.n_heads * (s.qk_dim + s.v_dim)
 
-    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+    def cache_values(self, model: ModelShape, layer: int = 0) -> int:
         """The latent and the rotated key, whatever the number of heads."""
         s = self.sizes(model)
         return s.kv_rank + s.rope_dim
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
         """In the expanded form, in which it is trained."""
-        from txtrain.planning.memory.attention_ops import attend, rotated
-
         model, s = place.model, self.sizes(place.model)
         n, keys = model.n_heads, place.batch * place.keys
         q = x
@@ -130,7 +126,7 @@ class MLAConfig(AttentionBase):
         return t.linear(y, n * s.v_dim, model.dim, self.bias, name="o_proj")
 
 
-def _yarn_sharpening(model: ModelConfig) -> float:
+def _yarn_sharpening(model: ModelShape) -> float:
     """YaRN sharpens scores by mscale^2. It does so through cos and sin; but of a latent head only a part is turned, and with
     mscale_all_dim the factor is meant for the whole of it."""
     scaling = model.position.scaling

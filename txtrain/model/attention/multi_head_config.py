@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
+from typing import Any, ClassVar, Self, cast
 
 from txtrain.errors import divisors_near
 from txtrain.model.component import Component, Size, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place, attend, rotated
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import BASES, Cut, dropout_knob, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 @config
@@ -26,11 +24,11 @@ class AttentionBase(Component):
     softcap = cast("float | None", None)
     dropout = cast("float | None", None)
 
-    def rotary_dim(self, model: ModelConfig) -> int:
+    def rotary_dim(self, model: ModelShape) -> int:
         """The size of the part of a head that position turns."""
         return model.dim // model.n_heads
 
-    def dropped(self, model: ModelConfig) -> float:
+    def dropped(self, model: ModelShape) -> float:
         """The share of the probabilities that is dropped in training."""
         return model.dropout if self.dropout is None else self.dropout
 
@@ -38,19 +36,19 @@ class AttentionBase(Component):
         """How far a position of that layer sees; None: all the way."""
         return None
 
-    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+    def projection_flops(self, model: ModelShape, layer: int = 0) -> tuple[float, float]:
         """Forward FLOPs of a token that attends (query and output), and of one that is attended to (key and value)."""
         return self.n_params(model, layer), self.n_params(model, layer)
 
-    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+    def score_flops(self, model: ModelShape, layer: int = 0) -> float:
         """Forward FLOPs of one token that attends to one other: the score, and the weighted sum. 0: nothing is known of it."""
         return 0.0
 
-    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+    def cache_values(self, model: ModelShape, layer: int = 0) -> int:
         """Numbers that the cache keeps of a token. An option that says nothing keeps keys and values of all heads."""
         return 2 * model.dim
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         """A token of a sequence that attends to itself. A causal mask is not deducted (PaLM, 2204.02311, appendix B); a window is."""
         seen = self.seen(seq_len, layer, causal=model.topology != "encoder")
         return sum(self.projection_flops(model, layer)) + self.score_flops(model, layer) * seen
@@ -75,27 +73,27 @@ class AttentionConfig(AttentionBase):
     bias: bool = knob(False, carry=True)
     dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
-    def heads(self, model: ModelConfig) -> tuple[int, int, int]:
+    def heads(self, model: ModelShape) -> tuple[int, int, int]:
         """n_heads, n_kv_heads, head_dim, with nothing left open."""
         return model.n_heads, self.n_kv_heads or model.n_heads, self.head_dim or model.dim // model.n_heads
 
-    def divided(self, model: ModelConfig) -> Iterator[Size]:
+    def divided(self, model: ModelShape) -> Iterator[Size]:
         n, kv, _ = self.heads(model)
         yield Size("model.n_heads", n)
         if kv != n:
             yield Size("model.attention.n_kv_heads", kv, shared=True)
 
-    def settled(self, model: ModelConfig) -> Self:
+    def settled(self, model: ModelShape) -> Self:
         n, kv, h = self.heads(model)
         return dc.replace(self, n_kv_heads=None if kv == n else kv, head_dim=h)
 
-    def rotary_dim(self, model: ModelConfig) -> int:
+    def rotary_dim(self, model: ModelShape) -> int:
         return self.heads(model)[2]
 
     def window_at(self, layer: int) -> int | None:
         return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         n, path = model.n_heads, "model.attention"
         if self.head_dim is None and model.dim % n:
             near = ", ".join(map(str, divisors_near(n, model.dim)))
@@ -111,7 +109,7 @@ class AttentionConfig(AttentionBase):
         if isinstance(self.window, tuple) and not self.window:
             yield f"`{path}.window` must be a width, null, or a list of them with one entry or more, but is [] instead."
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         n_heads, n_kv_heads, head_dim = self.heads(model)
         return {
             "n_heads": n_heads,
@@ -125,26 +123,24 @@ class AttentionConfig(AttentionBase):
             "attention_dropout": self.dropped(model),
         }
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         n, kv, h = self.heads(model)
         bias = (h * (n + 2 * kv) + model.dim) if self.bias else 0
         return 2 * model.dim * h * (n + kv) + bias + (2 * model.norm.n_params_of(model, h) if self.qk_norm else 0)
 
-    def projection_flops(self, model: ModelConfig, layer: int = 0) -> tuple[float, float]:
+    def projection_flops(self, model: ModelShape, layer: int = 0) -> tuple[float, float]:
         n, kv, h = self.heads(model)
         return 4.0 * model.dim * h * n, 4.0 * model.dim * h * kv
 
-    def score_flops(self, model: ModelConfig, layer: int = 0) -> float:
+    def score_flops(self, model: ModelShape, layer: int = 0) -> float:
         n, _, h = self.heads(model)
         return 4.0 * n * h
 
-    def cache_values(self, model: ModelConfig, layer: int = 0) -> int:
+    def cache_values(self, model: ModelShape, layer: int = 0) -> int:
         _, kv, h = self.heads(model)
         return 2 * kv * h
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        from txtrain.planning.memory.attention_ops import attend, rotated
-
         model, norm = place.model, place.model.norm
         n, kv, h = self.heads(model)
         q = t.linear(x, model.dim, n * h, self.bias, name="q_proj")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from txtrain.model.component import Component, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Batch, Place
+from txtrain.model.trace.tape import Parameter, Tape, Value
 from txtrain.registry import Cut, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.batch_shapes import Batch
-    from txtrain.planning.memory.tape import Parameter, Tape, Value
 
 
 @config
@@ -25,13 +22,13 @@ class EmbeddingBase(Component):
         """Rows and columns of patches; None for a sequence."""
         return None
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {name: value for name, value in Component.arguments(self, model, layer).items() if name != "norm"}  # the builder makes it
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return model.norm.n_params(model) if self.norm else 0
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 0.0
 
     def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
@@ -48,13 +45,13 @@ class TokenEmbeddingConfig(EmbeddingBase):
     # A token whose vector is not trained by being read, as in Hugging Face's Llama and its descendants.
     padding_idx: int | None = knob(None, at_least=0, affects="training")
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if model.vocab_size < 1:
             yield f"`model.vocab_size` must be at least 1, but is {model.vocab_size} instead."
         elif (index := self.padding_idx) is not None and index >= (n := model.vocab_size):
             yield f"`model.embedding.padding_idx` must be null or below model.vocab_size ({n}), but is {index} instead."
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return (model.vocab_size + self.n_types) * model.dim + EmbeddingBase.n_params(self, model)
 
     def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
@@ -85,7 +82,7 @@ class PatchEmbeddingConfig(EmbeddingBase):
         rows, columns = self.grid()
         return rows * columns + self.class_token
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
             near = ", ".join(str(n) for n in (low, low + self.patch_size) if n)
@@ -98,14 +95,14 @@ class PatchEmbeddingConfig(EmbeddingBase):
                 f"but is {model.max_seq_len} instead. Nearest: {self.n_positions()}."
             )
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"patch_size": self.patch_size, "n_channels": self.n_channels, "class_token": self.class_token}
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         projection = model.dim * (self.n_channels * self.patch_size**2 + 1)
         return projection + (model.dim if self.class_token else 0) + EmbeddingBase.n_params(self, model)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         rows, columns = self.grid()
         patches = 2.0 * model.dim * self.n_channels * self.patch_size**2
         return patches * rows * columns / self.n_positions()  # the class token costs none

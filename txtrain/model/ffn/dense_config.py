@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.model.component import Component, Size, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place, gated
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import BASES, Cut, dropout_knob, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 
@@ -23,11 +21,11 @@ class FFNBase(Component):
 
     n_experts = 0  # not a field: a mixture has one
 
-    def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_active_params(self, model: ModelShape, layer: int = 0) -> int:
         """Parameters that a token meets: all, unless an option chooses among them."""
         return self.n_params(model, layer)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         """Forward FLOPs a token. An option that does not say: a multiply and an add for each parameter."""
         return 2.0 * self.n_params(model, layer)
 
@@ -43,20 +41,20 @@ class MLPConfig(FFNBase):
 
     n_matrices: ClassVar[int] = 2
 
-    def width(self, model: ModelConfig) -> int:
+    def width(self, model: ModelShape) -> int:
         return self.hidden_dim or 4 * model.dim
 
-    def divided(self, model: ModelConfig) -> Iterator[Size]:
+    def divided(self, model: ModelShape) -> Iterator[Size]:
         yield Size("model.ffn.hidden_dim", self.width(model))
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"hidden_dim": self.width(model), "activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         f = self.width(model)
         return self.n_matrices * model.dim * f + (((self.n_matrices - 1) * f + model.dim) if self.bias else 0)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 2.0 * self.n_matrices * model.dim * self.width(model)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
@@ -76,12 +74,10 @@ class GatedConfig(MLPConfig):
 
     n_matrices: ClassVar[int] = 3
 
-    def width(self, model: ModelConfig) -> int:
+    def width(self, model: ModelShape) -> int:
         return self.hidden_dim or math.ceil(model.dim / 3) * 8
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        from txtrain.planning.memory.attention_ops import gated
-
         return gated(t, x, place.model.dim, self.width(place.model), self.activation, self.dropout, self.bias)
 
 

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from txtrain.errors import divisors_near
 from txtrain.model.component import Size, config
 from txtrain.model.ffn.dense_config import GATED_CUT, Activation, FFNBase
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place, gated
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import Cut, dropout_knob, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 @config
@@ -44,18 +42,18 @@ class MoEConfig(FFNBase):
     bias_update_rate: float = knob(1e-3, at_least=0, affects="training")
     aux_weight: float = knob(0.0, at_least=0, affects="training")  # of the auxiliary loss; 0: none
 
-    def width(self, model: ModelConfig) -> int:
+    def width(self, model: ModelShape) -> int:
         return self.hidden_dim or math.ceil(math.ceil(model.dim / 3) / (self.top_k + self.n_shared)) * 8
 
-    def dense_width(self, model: ModelConfig) -> int:
+    def dense_width(self, model: ModelShape) -> int:
         return self.dense_hidden_dim or math.ceil(model.dim / 3) * 8
 
-    def divided(self, model: ModelConfig) -> Iterator[Size]:
+    def divided(self, model: ModelShape) -> Iterator[Size]:
         yield Size("model.ffn.hidden_dim", self.width(model))
         if self.dense_layers:
             yield Size("model.ffn.dense_hidden_dim", self.dense_width(model))
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         path = "model.ffn"
         if (dense := self.dense_layers) >= (n := model.n_layers):
             yield f"`{path}.dense_layers` must be below model.n_layers ({n}), but is {dense} instead. Nearest: {n - 1}."
@@ -72,7 +70,7 @@ class MoEConfig(FFNBase):
         if self.top_k == 1 and self.normalise:
             yield f"`{path}.normalise` must be false with top_k=1, but is true instead: one weight would always be 1, and the router learn nothing."
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         names = ("n_experts", "top_k", "n_shared", "activation", "gate", "normalise", "routed_scale", "n_groups", "top_k_groups")
         return {
             **{name: getattr(self, name) for name in names},
@@ -83,23 +81,21 @@ class MoEConfig(FFNBase):
             "dense_hidden_dim": self.dense_width(model) if layer < self.dense_layers else None,
         }
 
-    def _n_params(self, model: ModelConfig, layer: int, n_routed: int) -> int:
+    def _n_params(self, model: ModelShape, layer: int, n_routed: int) -> int:
         if layer < self.dense_layers:
             return 3 * model.dim * self.dense_width(model)
         return model.dim * (self.n_experts + 3 * self.width(model) * (n_routed + self.n_shared))
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self._n_params(model, layer, self.n_experts)
 
-    def n_active_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_active_params(self, model: ModelShape, layer: int = 0) -> int:
         return self._n_params(model, layer, self.top_k)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 2.0 * self.n_active_params(model, layer)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        from txtrain.planning.memory.attention_ops import gated
-
         model, d, f, n = place.model, place.model.dim, self.width(place.model), place.tokens
         if place.layer < self.dense_layers:
             return gated(t, x, d, self.dense_width(model), self.activation, self.dropout)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.model.component import Component, config
 from txtrain.model.ffn.dense_config import Activation
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Batch, Place
+from txtrain.model.trace.tape import Parameter, Tape, Value
 from txtrain.registry import Cut, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.batch_shapes import Batch
-    from txtrain.planning.memory.tape import Parameter, Tape, Value
 
 
 @config
@@ -22,11 +19,11 @@ class HeadConfig(Component):
     skips: ClassVar[bool] = False
     next_sentence = False  # not a field: BERT's head has one
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         """Forward operations a position."""
         raise NotImplementedError
 
-    def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
+    def training_flops(self, model: ModelShape, seq_len: int, target_share: float) -> float:
         """Forward operations a position in training, where so many of the positions have a target: as many as ever, unless a head skips the rest."""
         return self.flops(model, seq_len)
 
@@ -38,7 +35,7 @@ class LMHeadConfig(HeadConfig):
     bias: bool = knob(False, carry=True)
     scale: bool = False  # what enters is multiplied by dim ** -0.5 (T5 v1.0)
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {
             "tied": model.tie_word_embeddings,
             "softcap": model.logit_softcap,
@@ -47,7 +44,7 @@ class LMHeadConfig(HeadConfig):
             "shift": model.topology == "decoder",
         }
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return (0 if model.tie_word_embeddings else model.vocab_size * model.dim) + (model.vocab_size if self.bias else 0)
 
     def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
@@ -55,7 +52,7 @@ class LMHeadConfig(HeadConfig):
         x = t.scaled(x) if self.scale else x
         return vocabulary_loss(t, x, place.model, table, self.bias, batch.smoothed)
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 2.0 * model.vocab_size * model.dim
 
 
@@ -67,7 +64,7 @@ class MLMHeadConfig(HeadConfig):
     activation: Activation = "gelu"
     next_sentence: bool = True
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {
             "tied": model.tie_word_embeddings,
             "softcap": model.logit_softcap,
@@ -75,17 +72,17 @@ class MLMHeadConfig(HeadConfig):
             "next_sentence": self.next_sentence,
         }
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         d = model.dim
         dense = d * d + d
         sentence = dense + 2 * d + 2 if self.next_sentence else 0
         matrix = 0 if model.tie_word_embeddings else model.vocab_size * d
         return matrix + model.vocab_size + dense + model.norm.n_params(model) + sentence
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return self.training_flops(model, seq_len, target_share=1.0)
 
-    def training_flops(self, model: ModelConfig, seq_len: int, target_share: float) -> float:
+    def training_flops(self, model: ModelShape, seq_len: int, target_share: float) -> float:
         sentence = 2.0 * model.dim * (model.dim + 2) / seq_len if self.next_sentence else 0.0  # one position of the sequence
         return 2.0 * model.dim * (model.vocab_size + model.dim) * target_share + sentence
 
@@ -109,10 +106,10 @@ class ClassHeadConfig(HeadConfig):
     n_classes: int = knob(1000, at_least=2)
     pooling: Literal["first", "last", "mean"] = "first"
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return (model.dim + 1) * self.n_classes
 
-    def flops(self, model: ModelConfig, seq_len: int, layer: int = 0) -> float:
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         return 2.0 * model.dim * self.n_classes / seq_len  # one position of the sequence
 
     def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
@@ -120,10 +117,8 @@ class ClassHeadConfig(HeadConfig):
         return t.softmax(t.to(t.linear(t.sliced(x, place.batch * d), d, self.n_classes, bias=True, name="classifier"), 4))
 
 
-def vocabulary_loss(t: Tape, x: Value, model: ModelConfig, table: Parameter | None, bias: bool, smoothed: bool) -> Value:
+def vocabulary_loss(t: Tape, x: Value, model: ModelShape, table: Parameter | None, bias: bool, smoothed: bool) -> Value:
     """By chunks; smoothed: of all logits at once."""
-    from txtrain.planning.memory.tape import Parameter
-
     d, v, capped = model.dim, model.vocab_size, model.logit_softcap is not None
     weight = table if model.tie_word_embeddings else t.kept("head", lambda: t.parameter(v, d))
     shift = t.kept("head_bias", lambda: t.parameter(v, name="bias")) if bias else None

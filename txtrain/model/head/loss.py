@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from txtrain.planning.memory.tape import CHUNK_ELEMENTS
+from txtrain.model.trace.tape import CHUNK_ELEMENTS
 
 IGNORED = -100  # a label that is no target, as in torch and Hugging Face
 

@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from txtrain.model.component import Component, config
+from txtrain.model.construct import count_parameters
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import BASES, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 @config
 class NormBase(Component):
     """What the other axes may ask of any norm."""
 
-    def n_params_of(self, model: ModelConfig, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         """Parameters of the norm over so many values."""
-        from txtrain.model.build import count_parameters
-
         return count_parameters(self, model, dim=size)
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self.n_params_of(model, model.dim)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
@@ -39,7 +36,7 @@ class NormBase(Component):
 class NoNormConfig(NormBase):
     """The identity."""
 
-    def n_params_of(self, model: ModelConfig, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         return 0
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -53,7 +50,7 @@ class LayerNormConfig(NormBase):
     eps: float = knob(1e-5, above=0, carry=True)
     bias: bool = True
 
-    def n_params_of(self, model: ModelConfig, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         return 2 * size if self.bias else size
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -67,7 +64,7 @@ class RMSNormConfig(NormBase):
     eps: float = knob(1e-5, above=0, carry=True)
     unit_offset: bool = False
 
-    def n_params_of(self, model: ModelConfig, size: int) -> int:
+    def n_params_of(self, model: ModelShape, size: int) -> int:
         return size
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
@@ -79,7 +76,7 @@ class NormPositionBase(Component):
     """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
-        """What leaves a sublayer f and its residual connection, in the operations of `txtrain.planning.memory.tape`."""
+        """What leaves a sublayer f and its residual connection, in the operations of `txtrain.model.trace.tape`."""
         raise NotImplementedError
 
 
@@ -97,7 +94,7 @@ class NormPositionConfig(NormPositionBase):
         y = t.add(x, t.dropout(norm(y, "post_norm") if after else y, place.model.dropout))
         return norm(y, "post_norm") if self.type == "post" else y
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self.n_norms * int(model.norm.n_params(model))
 
 

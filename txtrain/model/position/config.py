@@ -4,27 +4,25 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import Any, Literal, cast
 
 from txtrain.model.component import Component, config
+from txtrain.model.shape import ModelShape
+from txtrain.model.trace.attention_ops import Place
+from txtrain.model.trace.tape import Tape, Value
 from txtrain.registry import BASES, Cut, knob, register
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.attention_ops import Place
-    from txtrain.planning.memory.tape import Tape, Value
 
 
 @config
 class PositionBase(Component):
-    """What the model's memory is counted from, in the operations of `txtrain.planning.memory.tape`.
+    """What the model's memory is counted from, in the operations of `txtrain.model.trace.tape`.
 
     restarting: positions begin anew with each document, so that rows differ.
     """
 
     scaling = cast("RoPEScalingConfig | None", None)  # not a field: rotary positions have one
 
-    def max_positions(self, model: ModelConfig) -> int | None:
+    def max_positions(self, model: ModelShape) -> int | None:
         """Positions that the scheme tells apart; None: any number."""
         return None
 
@@ -45,7 +43,7 @@ class PositionBase(Component):
 class PositionConfig(PositionBase):
     """No position at all (NoPE, 2305.19466): a causal model can still count. Base of the package's others."""
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return 0
 
 
@@ -57,7 +55,7 @@ class SinusoidalConfig(PositionConfig):
     # Sines in the even dimensions (the paper), or in the first half (tensor2tensor, Marian).
     layout: Literal["interleaved", "halves"] = "interleaved"
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if model.dim % 2:
             yield f"`model.dim` must be even with model/position=sinusoidal, but is {model.dim} instead. Nearest: {model.dim - 1}, {model.dim + 1}."
 
@@ -69,13 +67,13 @@ class SinusoidalConfig(PositionConfig):
 class LearnedConfig(PositionConfig):
     """One trained vector a position, max_seq_len of them, added to the embedding (BERT, GPT)."""
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"grid": model.embedding.grid()}
 
-    def max_positions(self, model: ModelConfig) -> int | None:
+    def max_positions(self, model: ModelShape) -> int | None:
         return model.max_seq_len
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return model.max_seq_len * model.dim
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
@@ -140,14 +138,14 @@ class RoPEConfig(PositionConfig):
     theta: float = knob(10_000.0, above=0)
     scaling: Any = dc.field(default=None, metadata={"axis": "rope_scaling", "tag": "rope_type", "optional": True})
 
-    def arguments(self, model: ModelConfig, layer: int = 0) -> dict[str, Any]:
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"rotary_dim": model.attention.rotary_dim(model), "theta": self.theta, "scaling": self.scaling}
 
     def trace_rotation(self, t: Tape, place: Place, restarting: bool) -> tuple[Value, Value] | None:
         n = (place.tokens if restarting else place.queries) * place.model.attention.rotary_dim(place.model) // 2
         return t.constant(n), t.constant(n)
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         if model.attention.rotary_dim(model) % 2:
             name, size = model.attention.rotary_knob, model.attention.rotary_dim(model)
             yield f"`model.attention.{name}` must be even with model/position=rope, but is {size} instead."
@@ -162,14 +160,14 @@ class RelativeConfig(PositionConfig):
     n_buckets: int = knob(32, at_least=4)
     max_distance: int = 128
 
-    def check(self, model: ModelConfig) -> Iterator[str]:
+    def check(self, model: ModelShape) -> Iterator[str]:
         n, most = self.n_buckets, self.max_distance
         if n % 2:
             yield f"`model.position.n_buckets` must be even, but is {n} instead. Nearest: {n - 1}, {n + 1}."
         elif most <= n // 2:
             yield f"`model.position.max_distance` must be above n_buckets / 2 ({n // 2}), but is {most} instead."
 
-    def n_params(self, model: ModelConfig, layer: int = 0) -> int:
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return self.n_buckets * model.n_heads
 
     def trace_bias(self, t: Tape, place: Place) -> Value | None:

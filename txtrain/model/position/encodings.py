@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from txtrain.model import options
+from txtrain.model.position.config import LinearScaling, Llama3Scaling, NTKScaling, RoPEScalingConfig, YaRNScaling
 from txtrain.registry import resolve
 
 
@@ -167,15 +167,15 @@ def base_frequencies(rotary_dim: int, theta: float) -> Tensor:
     return 1.0 / theta ** (torch.arange(0, rotary_dim, 2, dtype=torch.int64).float() / rotary_dim)
 
 
-def linear_frequencies(c: options.LinearScaling, rotary_dim: int, theta: float) -> Frequencies:
+def linear_frequencies(c: LinearScaling, rotary_dim: int, theta: float) -> Frequencies:
     return Frequencies(base_frequencies(rotary_dim, theta) / c.factor, 1.0)
 
 
-def ntk_frequencies(c: options.NTKScaling, rotary_dim: int, theta: float) -> Frequencies:
+def ntk_frequencies(c: NTKScaling, rotary_dim: int, theta: float) -> Frequencies:
     return Frequencies(base_frequencies(rotary_dim, theta * c.factor ** (rotary_dim / max(rotary_dim - 2, 1))), 1.0)
 
 
-def yarn_frequencies(c: options.YaRNScaling, rotary_dim: int, theta: float) -> Frequencies:
+def yarn_frequencies(c: YaRNScaling, rotary_dim: int, theta: float) -> Frequencies:
     def dimension(rotations: float) -> float:
         """The pair that turns so many times over the original length."""
         return rotary_dim * math.log(c.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
@@ -189,7 +189,7 @@ def yarn_frequencies(c: options.YaRNScaling, rotary_dim: int, theta: float) -> F
     return Frequencies(base / c.factor * ramp + base * (1 - ramp), yarn_attention_factor(c))
 
 
-def yarn_attention_factor(c: options.YaRNScaling) -> float:
+def yarn_attention_factor(c: YaRNScaling) -> float:
     if c.attention_factor is not None:
         return c.attention_factor
 
@@ -199,7 +199,7 @@ def yarn_attention_factor(c: options.YaRNScaling) -> float:
     return mscale(c.mscale) / mscale(c.mscale_all_dim) if c.mscale and c.mscale_all_dim else mscale(1.0)
 
 
-def llama3_frequencies(c: options.Llama3Scaling, rotary_dim: int, theta: float) -> Frequencies:
+def llama3_frequencies(c: Llama3Scaling, rotary_dim: int, theta: float) -> Frequencies:
     base = base_frequencies(rotary_dim, theta)
     wavelength = 2 * math.pi / base
     blend = (c.original_max_seq_len / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
@@ -209,22 +209,22 @@ def llama3_frequencies(c: options.Llama3Scaling, rotary_dim: int, theta: float) 
 
 
 @lru_cache
-def frequencies(rotary_dim: int, theta: float, scaling: options.RoPEScalingConfig | None) -> Frequencies:
+def frequencies(rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None) -> Frequencies:
     with torch.device("cpu"):
         if scaling is None:
             return Frequencies(base_frequencies(rotary_dim, theta), 1.0)
-        scale: Callable[[options.RoPEScalingConfig, int, float], Frequencies] = resolve("rope_scaling", scaling.rope_type)
+        scale: Callable[[RoPEScalingConfig, int, float], Frequencies] = resolve("rope_scaling", scaling.rope_type)
         return scale(scaling, rotary_dim, theta)
 
 
 class RoPE(Position):
-    """Rotary embedding (Su et al. 2021, 2104.09864) with the scalings of `options.RoPEScalingConfig`.
+    """Rotary embedding (Su et al. 2021, 2104.09864) with the scalings of `config.RoPEScalingConfig`.
 
     Nothing is stored: angles are made from the position ids, in float32, once a forward. A buffer would be garbage after the meta
     device, and a table would bound the length.
     """
 
-    def __init__(self, rotary_dim: int, theta: float, scaling: options.RoPEScalingConfig | None = None) -> None:
+    def __init__(self, rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None = None) -> None:
         super().__init__()
         self.rotary_dim = rotary_dim
         self.theta = theta

@@ -1,7 +1,7 @@
 """Memory and messages of a training step, before it runs.
 
-tape                bytes of a forward and its backward, as autograd holds them; autograd: its operations; no torch
-attention_ops       attention, rotations and gates in the tape's operations; a component's `trace` stands in its config
+What a component computes is said by its config's `trace`, in the operations of model/trace/.
+
 forward             the whole model's forward
 batch_shapes        what a micro-batch holds, by objective
 replicated, fsdp, zero12, zero3     what a process holds and sends, by strategy
@@ -9,5 +9,4 @@ tensor_parallel, expert_parallel    what is divided, and what it adds; all_to_al
 optimizer           states and temporaries of an update
 count               one process of a strategy: states, tape, gathering and reduction
 fit                 the largest micro-batch, and what makes a run fit
-simulate            the same seen on the real, wrapped model with fake tensors; needs torch
 """

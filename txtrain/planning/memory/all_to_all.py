@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
+from txtrain.config.schema import Train
 
 
 def rows_to_experts(config: Train, world: int) -> int:

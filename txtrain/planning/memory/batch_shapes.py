@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from txtrain.config.schema import Train
+from txtrain.model.trace.attention_ops import Batch
 from txtrain.registry import chosen, is_own, resolve
 
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
-
 Shapes = dict[str, tuple[int, ...]]
-
-
-@dc.dataclass(frozen=True)
-class Batch:
-    """n samples of `source` positions, and `target` of a second stack.
-
-    source_masked, target_masked: what hides positions there, as `Declared` names it. chosen: positions that the head reads; None: all.
-    smoothed: the loss takes all logits at once. types: each token's segment is given.
-    """
-
-    n: int
-    source: int
-    target: int | None
-    source_masked: dict[str, bool]
-    target_masked: dict[str, bool]
-    chosen: int | None = None
-    smoothed: bool = False
-    types: bool = False
 
 
 def unknown(config: Train) -> list[str]:

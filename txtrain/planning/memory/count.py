@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from txtrain.config.schema import Train
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.all_to_all import rows_to_experts
 from txtrain.planning.memory.batch_shapes import nbytes_of, unknown
@@ -15,9 +15,6 @@ from txtrain.planning.memory.replicated import Copies, NotCounted
 from txtrain.planning.memory.zero3 import Gathered
 from txtrain.planning.memory.zero12 import Accumulated, Partitions
 from txtrain.registry import chosen, unstated
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 
 @dc.dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from txtrain.planning.memory.tape import Bytes, Tape, Value
+from txtrain.model.trace.tape import Bytes, Tape, Value
 
 
 class DividedTape(Tape):

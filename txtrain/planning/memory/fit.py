@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from txtrain.config.schema import Train
 from txtrain.planning.memory.count import memory
 from txtrain.registry import TABLE
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 
 def share_of(config: Train, world: int) -> int:

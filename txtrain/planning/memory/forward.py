@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses as dc
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from txtrain.planning.memory.attention_ops import Declared, Drawn, Place, choose, draw
-from txtrain.planning.memory.tape import Parameter, Tape, Value, dotted
-
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
-    from txtrain.planning.memory.batch_shapes import Batch
+from txtrain.model.attention.kernel_choice import Declared
+from txtrain.model.config import ModelConfig
+from txtrain.model.trace.attention_ops import Batch, Drawn, Place, choose, draw
+from txtrain.model.trace.tape import Parameter, Tape, Value, dotted
 
 
 @dc.dataclass

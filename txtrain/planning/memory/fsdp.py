@@ -5,16 +5,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from txtrain.config.schema import Train
+from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.optimizer import registered
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
-from txtrain.planning.memory.tape import Bytes, Group, Parameter, Value
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 
 class Shards(Copies):

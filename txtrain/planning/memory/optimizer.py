@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from txtrain.optim.config import Held, OptimizerConfig
-
-if TYPE_CHECKING:
-    from txtrain.optim.config import EMAConfig
+from txtrain.optim.config import EMAConfig, Held, OptimizerConfig
 
 __all__ = ["Held", "averaged", "grouped", "made", "registered", "states"]
 

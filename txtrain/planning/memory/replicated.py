@@ -4,19 +4,16 @@ end and summed after the backward."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
+from txtrain.config.schema import Train
+from txtrain.model.trace.tape import Bytes, Group, Parameter, Tape, Value
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory import optimizer as updates
 from txtrain.planning.memory.batch_shapes import batch_of
 from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.forward import Traced
 from txtrain.planning.memory.optimizer import Held
-from txtrain.planning.memory.tape import Bytes, Group, Parameter, Tape, Value
 from txtrain.planning.memory.tensor_parallel import CutTape, CutTraced
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 Block = Callable[..., Value]
 FLOAT32 = 4

@@ -7,17 +7,16 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from txtrain.model.config import ModelConfig
+from txtrain.model.trace.attention_ops import Drawn, Place
+from txtrain.model.trace.autograd import Meter
+from txtrain.model.trace.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
 from txtrain.parallel.divisibility import shared_heads
-from txtrain.planning.memory.attention_ops import Drawn, Place
-from txtrain.planning.memory.autograd import Meter
 from txtrain.planning.memory.forward import Traced
-from txtrain.planning.memory.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
 from txtrain.registry import WHOLE, cut_of
 
-if TYPE_CHECKING:
-    from txtrain.model.config import ModelConfig
 
 class Extent(NamedTuple):
     """Sequences, their positions, and how many of these one process has; the last ones may be padding."""

@@ -7,15 +7,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
+from txtrain.config.schema import Train
+from txtrain.model.trace.tape import Bytes, Parameter
 from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import Held, grouped
 from txtrain.planning.memory.replicated import FLOAT32, Copies
-from txtrain.planning.memory.tape import Bytes, Parameter
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 ALIGNED = 2  # elements, times the processes, up to which a group is filled
 SUMMED = 500_000_000  # elements of whole groups, once there are more than which they are summed

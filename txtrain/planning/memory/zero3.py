@@ -7,15 +7,12 @@ import math
 from collections import deque
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
 
+from txtrain.config.schema import Train
+from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
 from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import Held, grouped
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
-from txtrain.planning.memory.tape import Bytes, Group, Parameter, Value
-
-if TYPE_CHECKING:
-    from txtrain.config.schema import Train
 
 # Elements, DeepSpeed's defaults.
 AHEAD = 50_000_000  # gathered ahead at each call of a module, at least

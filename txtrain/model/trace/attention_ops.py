@@ -6,7 +6,7 @@ import dataclasses as dc
 from typing import Any
 
 from txtrain.model.attention.kernel_choice import Declared, Kernel, choose_kernel
-from txtrain.planning.memory.tape import Bytes, Gradients, Parameter, Tape, Value
+from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 
 @dc.dataclass(frozen=True)
@@ -39,6 +39,24 @@ class Place:
     @property
     def tokens(self) -> int:
         return self.batch * self.queries
+
+
+@dc.dataclass(frozen=True)
+class Batch:
+    """n samples of `source` positions, and `target` of a second stack.
+
+    source_masked, target_masked: what hides positions there, as `Declared` names it. chosen: positions that the head reads; None: all.
+    smoothed: the loss takes all logits at once. types: each token's segment is given.
+    """
+
+    n: int
+    source: int
+    target: int | None
+    source_masked: dict[str, bool]
+    target_masked: dict[str, bool]
+    chosen: int | None = None
+    smoothed: bool = False
+    types: bool = False
 
 
 def rotated(t: Tape, x: Value, rotation: tuple[Value, Value] | None, several: bool) -> Value:
@@ -147,6 +165,3 @@ def _repeated(t: Tape, x: Value, times: int) -> Value:
     """Heads side by side, so many times each."""
     nbytes = x.nbytes
     return t.made([x], x.n * times, x.size, None, lambda g: (Bytes(t.meter, nbytes, t.kind),))
-
-
-__all__ = ["Declared", "Drawn", "Parameter", "Place", "attend", "choose", "draw", "rotated"]

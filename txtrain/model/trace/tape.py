@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-from txtrain.planning.memory.autograd import Bytes, Gradients, Group, Node, Parameter, Recorder, Value, dotted
+from txtrain.model.trace.autograd import Bytes, Gradients, Group, Node, Parameter, Recorder, Value, dotted
 
 CHUNK_ELEMENTS = 1 << 22  # logits that the loss holds at a time, where the caller does not want them
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txtrain.config.convert import build, key_paths, plain
+from txtrain.convert import build, key_paths, plain
 from txtrain.errors import ConfigError
 
 

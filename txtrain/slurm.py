@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from txtrain.errors import ConfigError
 
 if TYPE_CHECKING:
-    from txtrain.config.schema import TrainerConfig
+    from txtrain.run_config import TrainerConfig
 
 PORTS = range(12_000, 32_000)  # above those of services, below those that Linux gives to connections (32768 to 60999)
 _SPECIAL = 0xFFFFFFF0  # steps from here on are SLURM's own: of the batch script, of salloc's shell

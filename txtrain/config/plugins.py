@@ -1,0 +1,98 @@
+"""`@txtrain.component(axis, name)`: options of the user's own, which Hydra and the registry then know."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import inspect
+from collections.abc import Callable
+from typing import Any, TypeVar, get_type_hints
+
+import txtrain.config.schema  # noqa: F401  (fills BASES)
+from txtrain.errors import ConfigError, hint
+from txtrain.registry import BASES, USER_AXES, VALUE_AXES, dropout_knob, group_of, inherits_from_package, knob, register
+
+T = TypeVar("T", bound=type)
+
+
+def component(axis: str, name: str) -> Callable[[T], T]:
+    """Register your own option on an axis: `@txtrain.component("ffn", "mine")`, then `model/ffn=mine`.
+
+    The knobs are the class's nested frozen dataclass `Config` if it has one; otherwise they are read off the constructor: every
+    parameter with a default and a type becomes a key, and parameters without a default (`dim`, `n_heads`, ...) are given by the
+    model's own values. No YAML file is needed; one in your `--config-dir` under the same name may set other defaults.
+
+    Raises:
+        ConfigError: the axis does not exist.
+    """
+    if axis not in USER_AXES:
+        raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: the axis must be one of {', '.join(USER_AXES)}.{hint(axis, USER_AXES)}")
+
+    def wrap(cls: T) -> T:
+        own = vars(cls).get("Config")
+        config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
+        if problem := _knob_problem(axis, config):
+            raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: {problem}")
+        register(axis, name, cls, config)
+        if axis not in VALUE_AXES:
+            from hydra.core.config_store import ConfigStore
+
+            ConfigStore.instance().store(name=name, node={"type": name}, group=group_of(axis))
+        return cls
+
+    return wrap
+
+
+def _knob_problem(axis: str, config: type) -> str | None:
+    inherited = {f.name for f in dc.fields(BASES[axis])}
+    for f in dc.fields(config):
+        if f.name not in inherited and hasattr(BASES[axis], f.name) and not _is_default(BASES[axis], f.name):
+            return f"a knob must have another name than {f.name!r}, which every {axis} has a method or a constant of."
+        if axis in VALUE_AXES and f.name != "type" and f.default is f.default_factory is dc.MISSING:
+            return f"{f.name!r} must have a default: an option of {axis} is chosen by its name alone."
+    return None
+
+
+def _is_default(base: type, name: str) -> bool:
+    """Whether it stands for a knob that some options lack: a plain value, which no annotation makes a constant."""
+    owner = next(cls for cls in base.__mro__ if name in vars(cls))
+    plain = isinstance(vars(owner)[name], int | float | None)
+    return plain and name not in inspect.get_annotations(owner)
+
+
+# Parameters are always known: a user's own option is built and counted, unless its Config states them.
+COUNTED = ("n_params", "n_params_of", "n_active_params")
+
+
+def _config_with_base(axis: str, own: type) -> type:
+    """A nested Config need not derive from the axis' base: its fields are joined to it.
+
+    One that derives from an option of the package does not inherit that option's number of parameters.
+    """
+    base = BASES[axis]
+    forms = [form for form in COUNTED if hasattr(base, form) and inherits_from_package(own, form)]
+    counted = {form: getattr(base, form) for form in forms}
+    if issubclass(own, base) and all(getattr(own, form) is method for form, method in counted.items()):
+        return own
+    bases = (own,) if issubclass(own, base) else (own, base)
+    namespace = counted | {"__module__": own.__module__}
+    try:
+        return dc.make_dataclass(own.__qualname__, [], bases=bases, frozen=True, kw_only=True, namespace=namespace)
+    except TypeError as e:
+        raise ConfigError(f"`{own.__qualname__}` must be @dataclass(frozen=True, kw_only=True) to describe an option of {axis}: {e}.") from e
+
+
+def _config_from_constructor(axis: str, cls: type) -> type:
+    base = BASES[axis]
+    inherited = {f.name for f in dc.fields(base)}
+    try:
+        hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    except Exception:  # a hint that cannot be evaluated here leaves its knob untyped
+        hints = {}
+    fields: list[Any] = []
+    for p in list(inspect.signature(cls).parameters.values()):
+        if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) or p.default is p.empty or p.name in inherited:
+            continue
+        default = tuple(p.default) if isinstance(p.default, list) else p.default
+        made = dropout_knob(default) if p.name == "dropout" else knob(default, carry=p.name == "bias")
+        fields.append((p.name, hints.get(p.name, Any), made))
+    return dc.make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), frozen=True, kw_only=True, namespace={"__module__": cls.__module__})

@@ -1,0 +1,51 @@
+"""From an option's config to its module, and what the module alone tells. Torch comes with first use.
+
+A component's constructor gets its own knobs, resolved (`config.arguments`), and whatever of the model's values it names:
+dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), causal, norm (a function of a size).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from txtrain.model.shape import ModelShape
+from txtrain.registry import BASES, call, resolve
+
+
+def make_norm(config: ModelShape) -> Callable[[int], Any]:
+    return lambda size: construct("norm", config.norm, config, dim=size)
+
+
+def construct(axis: str, component: Any, model: ModelShape, layer: int = 0, **override: Any) -> Any:
+    """The module of one option."""
+    shared: dict[str, Any] = {
+        "dim": model.dim,
+        "n_heads": model.n_heads,
+        "n_layers": model.n_layers,
+        "vocab_size": model.vocab_size,
+        "max_seq_len": model.max_seq_len,
+        "dropout": model.dropout,
+        "layer": layer,
+        "causal": model.topology != "encoder",
+    }
+    if axis != "norm":
+        shared["norm"] = make_norm(model)
+    knobs = component.arguments(model, layer)
+    return call(axis, component, shared | knobs | override, knobs)
+
+
+_counted: dict[tuple[Any, str], int] = {}
+
+
+def count_parameters(component: Any, model: ModelShape, layer: int = 0, **override: Any) -> int:
+    """Parameters of an option without a closed form, built on the meta device once for each model and layer."""
+    import torch
+
+    axis = next(axis for axis, base in BASES.items() if isinstance(component, base))
+    key = (resolve(axis, component.type), repr((component, model, layer, override)))
+    if key not in _counted:
+        with torch.device("meta"):
+            module = construct(axis, component, model, layer, **override)
+        _counted[key] = sum(p.numel() for p in module.parameters()) if isinstance(module, torch.nn.Module) else 0
+    return _counted[key]

@@ -1,0 +1,87 @@
+"""ModelShape: the values that describe one transformer, as every option's config sees them. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from txtrain.registry import TABLE, axis, choice, dropout_knob, knob
+
+LAPTOP = "laptop"
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class InitConfig:
+    """How weights start. Biases start at 0 and norms at the identity in all of them."""
+
+    distribution: Literal["normal", "truncated_normal", "xavier_uniform", "fan_in"] = "normal"  # of the matrices; of embeddings: (truncated) normal
+    std: float = knob(0.02, at_least=0)  # fan_in (T5): divided by the square root of a matrix' inputs
+    embedding_std: float | None = knob(None, at_least=0)  # null: std
+    position_std: float | None = knob(None, at_least=0)  # of learned positions; null: std
+    head_std: float | None = knob(None, at_least=0)  # of an output matrix of its own; null: as other matrices
+    scale_residual: bool = False  # matrices that write into the residual stream divided by sqrt(2 n_layers) (GPT-2)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ModelShape:
+    """A transformer. `family`, `size` and `published` are labels: nothing in the model depends on them.
+
+    attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.options`).
+    """
+
+    family: str = knob(affects="label")
+    size: str = knob(LAPTOP, affects="label")
+    # The family's published models and their parameters.
+    published: dict[str, int] = dc.field(default_factory=dict, metadata={"affects": "label"})
+
+    topology: Literal["decoder", "encoder", "encoder_decoder"] = "decoder"
+    n_layers: int = knob(at_least=1)  # of the decoder where there are two stacks
+    n_encoder_layers: int | None = knob(None, at_least=1)  # encoder_decoder; null: n_layers
+    dim: int = knob(at_least=1)
+    n_heads: int = knob(at_least=1)
+    vocab_size: int = knob(at_least=0)  # 0 for images
+    max_seq_len: int = knob(at_least=1)
+    dropout: float = dropout_knob()  # of the embedding's sum and of each sublayer's output
+    output_dropout: float = dropout_knob()  # of what leaves a stack (T5)
+
+    norm_position: str = choice("norm_position", "pre")
+    final_norm: bool | None = None  # after the last block; null: yes, unless the norm position is post
+    attention: Any = axis("attention")
+    ffn: Any = axis("ffn")
+    position: Any = axis("position")
+    norm: Any = axis("norm")
+    embedding: Any = axis("embedding")
+    head: Any = axis("head")
+    share_embeddings: bool = True  # encoder_decoder: source and target read one table
+    tie_word_embeddings: bool = True
+    logit_softcap: float | None = knob(None, above=0)  # softcap * tanh(logits / softcap)
+    # Without an upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
+    bos_token_id: int | None = knob(None, at_least=0, affects="ids")  # null: the tokenizer's, once it is known
+    eos_token_id: int | tuple[int, ...] | None = knob(None, at_least=0, affects="ids")  # any of several ends a text
+    pad_token_id: int | None = knob(None, at_least=0, affects="ids")
+    # encoder_decoder: what the target begins with; null: pad_token_id.
+    decoder_start_token_id: int | None = knob(None, at_least=0, affects="training")
+    # Further tokens than the next that are predicted in training, by a module each (DeepSeek-V3).
+    mtp_depth: int = knob(0, at_least=0)
+    init: InitConfig = knob(InitConfig(), affects="init")
+
+    def components(self) -> Iterator[tuple[str, Any]]:
+        """The chosen option of each axis, norm position included."""
+        for f in dc.fields(self):
+            if "axis" in f.metadata:
+                yield f.name, getattr(self, f.name)
+        yield "norm_position", self.residual
+
+    @property
+    def residual(self) -> Any:
+        return TABLE["norm_position"][self.norm_position].config(type=self.norm_position)
+
+    @property
+    def has_final_norm(self) -> bool:
+        return self.norm_position != "post" if self.final_norm is None else self.final_norm
+
+    @property
+    def encoder_layers(self) -> int:
+        """Layers of the encoder beside a decoder; 0 where there is one stack."""
+        return (self.n_encoder_layers or self.n_layers) if self.topology == "encoder_decoder" else 0
