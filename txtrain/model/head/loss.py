@@ -95,7 +95,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
         """how: softcap and vocabulary, as above."""
         ctx.how = how
         ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N)
-        chunks = _chunks(x_ND, weight_VD, bias_V, targets_N, *how, with_grad=False)
+        chunks = _chunks(x_ND, weight_VD, bias_V, targets_N, *how, False)
         return torch.cat([loss_C for _, loss_C, _ in chunks])
 
     @staticmethod
@@ -104,7 +104,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
         x_ND, weight_VD, bias_V, _ = ctx.saved_tensors
         gradients = _Gradients(x_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
         with torch.autocast(x_ND.device.type, enabled=False):  # dtypes are those of the forward
-            for rows, _, grad_CV in _chunks(*ctx.saved_tensors, *ctx.how, with_grad=True):
+            for rows, _, grad_CV in _chunks(*ctx.saved_tensors, *ctx.how, True):
                 assert grad_CV is not None
                 gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
         return (*gradients.made(), None, None, None)
