@@ -95,16 +95,18 @@ class ChunkedTokenLosses(torch.autograd.Function):
         """how: softcap and vocabulary, as above."""
         ctx.how = how
         ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N)
-        chunks = _chunks(x_ND, weight_VD, bias_V, targets_N, *how, False)
+        softcap, vocabulary = how
+        chunks = _chunks(x_ND, weight_VD, bias_V, targets_N, softcap, vocabulary, False)
         return torch.cat([loss_C for _, loss_C, _ in chunks])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weight_VD, bias_V, _ = ctx.saved_tensors
+        x_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
         gradients = _Gradients(x_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
+        softcap, vocabulary = ctx.how
         with torch.autocast(x_ND.device.type, enabled=False):  # dtypes are those of the forward
-            for rows, _, grad_CV in _chunks(*ctx.saved_tensors, *ctx.how, True):
+            for rows, _, grad_CV in _chunks(x_ND, weight_VD, bias_V, targets_N, softcap, vocabulary, True):
                 assert grad_CV is not None
                 gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
         return (*gradients.made(), None, None, None)
