@@ -46,7 +46,7 @@ def environment(device: str, processes: int) -> dict[str, Any]:
     """What run.json says of the machine and the software."""
     return {
         "versions": {
-            "txtrain": _version("txtrain"),
+            "txtrain": sys.modules["txtrain"].__version__,  # no import: the package itself is above all rooms
             "python": platform.python_version(),
             "torch": torch.__version__,
             "lightning": _version("lightning"),
