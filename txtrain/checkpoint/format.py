@@ -221,7 +221,8 @@ def check_model(path: Path, model: ModelConfig) -> None:
     check_layers(model, frozenset(held), str(path / "config.yaml"))
     if model.n_params > sum(held.values()):
         raise ConfigError(
-            f"{path / 'config.yaml'} describes {model.n_params:,} parameters, but the files hold {sum(held.values()):,}."
+            f"The checkpoint {path} is of another model: config.yaml describes {model.n_params:,} parameters, "
+            f"but the files hold {sum(held.values()):,}."
         )
 
 
