@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+# A message may quote a stranger's file, and a terminal would obey what it holds.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ConfigError(ValueError):
     """What a user can put right. One problem a line; the command line prints it and exits with 2."""
 
     def __init__(self, *problems: str) -> None:
-        self.problems: tuple[str, ...] = tuple(dict.fromkeys(problems))
+        self.problems: tuple[str, ...] = tuple(dict.fromkeys(_CONTROL.sub(_spelt, problem) for problem in problems))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
         return (type(self), self.problems)  # exceptions cross process borders: launchers pickle them
+
+
+def _spelt(found: re.Match[str]) -> str:
+    return f"\\x{ord(found[0]):02x}"
 
 
 class RunError(ConfigError):

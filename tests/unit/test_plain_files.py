@@ -130,6 +130,14 @@ def test_yaml_that_is_not_plain_is_refused_by_name(attack, tmp_path):
     refused(lambda: read_yaml(tmp_path / "some.yaml"), "some.yaml")
 
 
+def test_a_message_does_not_hold_what_a_terminal_obeys(tmp_path):
+    (tmp_path / "some.json").write_text('{"\\u001b]0;mine\\u0007": 1, "\\u001b]0;mine\\u0007": 2}')
+    with pytest.raises(ConfigError, match=r"x1b]0;mine\\x07") as e:
+        read_json(tmp_path / "some.json")
+    refused(lambda: checkpoint.locate("\x1b[2J"), "x1b[2J")
+    assert "\x1b" not in str(e.value)
+
+
 def test_an_integer_of_10_000_digits_in_yaml_is_no_integer(tmp_path):
     (tmp_path / "some.yaml").write_text(f"a: {'9' * 10_000}\n")
     assert read_yaml(tmp_path / "some.yaml") == {"a": float("inf")}
