@@ -1,4 +1,4 @@
-"""component(axis, name): a config class and a lazy reference to what is built from it. No torch.
+"""The table of options: of each axis and name a config class and a lazy reference to what is built from it. No torch.
 
 Every choice that a user can make by name is a row of `TABLE`. The config is a frozen dataclass in a module without torch; the
 class that does the work is named as "module:Class" and imported when it is first built.
@@ -12,10 +12,7 @@ import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType, NoneType
-from typing import Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
-
-T = TypeVar("T", bound=type)
-
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 # How ranks share what a component owns. What it does not name is whole in every rank.
 #     rows           a matrix by its outputs

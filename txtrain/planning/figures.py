@@ -43,7 +43,8 @@ class Figures:
         memory: bytes of one process at the fullest moment of a step, memory_by_part: what they are (`txtrain.planning.memory.count`); null where it
             is not counted, memory_missing: why. memory_of_host, memory_of_host_by_part: what lies in the processor's memory instead
             (strategy.cpu_offload). refused: what `train` would say to such a batch; a process is then counted with one
-            sample at least. memory_simulated: as the real model showed it, with plan.simulate=true.
+            sample at least.
+        memory_simulated: as the real model showed it, with plan.simulate=true (`txtrain.cli.plan`).
         micro_batch_size: of that step; largest_micro_batch_size: that fits into plan.memory.
         communicated: bytes of the whole buffers a process exchanges in a step, by collective.
         device, n_devices, peak_flops, mfu: what the time stands on; peak_flops of one device.
