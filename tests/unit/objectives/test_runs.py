@@ -179,7 +179,9 @@ def test_prompts_of_spans_have_their_gaps_where_they_are_written(config, tmp_pat
 
 def test_the_objective_of_the_documentation_trains(config, tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    log_probs, code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(log_probs, said := {})
+    assert said["answers"].shape == (2,)
     (tmp_path / "focal.py").write_text(code)
     before = {axis: dict(options) for axis, options in TABLE.items()}
     try:
