@@ -15,7 +15,7 @@ import txtrain
 from tests.models import ids, seeded, tiny
 from txtrain.model import options
 from txtrain.model.beam_search import beam_search
-from txtrain.model.config import InitConfig
+from txtrain.model.shape import InitConfig
 
 QUICK = settings(max_examples=60, deadline=None, derandomize=True)
 TOKENS = ids(batch=2, length=6)
