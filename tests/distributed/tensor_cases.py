@@ -23,6 +23,7 @@ from tests.device import BACKEND, DEVICE, accelerator
 from tests.distributed.group import as_worker
 from tests.models import tiny
 from txtrain import compose
+from txtrain.config.plugins import component
 from txtrain.config.schema import Train
 from txtrain.model import options
 from txtrain.model.attention.multi_head import MultiHeadAttention
@@ -31,7 +32,7 @@ from txtrain.model.shape import InitConfig
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
-from txtrain.registry import TABLE, component, register
+from txtrain.registry import TABLE, register
 from txtrain.training.module import LitModule, add, cut, described, seed_everything
 
 STEPS, BATCH = 6, 8
