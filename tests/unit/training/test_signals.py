@@ -62,7 +62,7 @@ CALLBACKS = []
 def _callbacks(monkeypatch):
     """run_train takes a configuration alone."""
     CALLBACKS.clear()
-    monkeypatch.setattr("txtrain.training.run.instances", lambda nodes: list(CALLBACKS))
+    monkeypatch.setattr("txtrain.training.run.instances", lambda *named: list(CALLBACKS))
 
 
 def config_with(config, *callbacks):
