@@ -220,7 +220,7 @@ DRIVER = """
         time.sleep(0.02)
         note("training")
     checkpoint.save = save
-    txtrain.training.run.instances = lambda nodes: [Phases()]
+    txtrain.training.run.instances = lambda *named: [Phases()]
 
     ANSWERED = {signal.SIGUSR1, signal.SIGTERM}
 

