@@ -133,7 +133,10 @@ def parse_json(text: str | bytes, where: str, *, finite: bool = True) -> dict[st
     except RecursionError as e:
         raise ConfigError(f"{where} must be nested at most {_DEPTH} deep, but is deeper.") from e
     except ValueError as e:
-        said = f"{e.msg} in line {e.lineno}, column {e.colno}" if isinstance(e, json.JSONDecodeError) else e
+        said: object = e
+        if isinstance(e, json.JSONDecodeError):
+            line = f"line {e.lineno}, " if "\n" in e.doc else ""
+            said = f"{e.msg} at {line}column {e.colno}"
         raise ConfigError(f"{where} must be whole, valid JSON, but is not: {shorten(said)}.") from e
     return _object(made, where, "JSON object", finite)
 

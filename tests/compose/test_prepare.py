@@ -114,7 +114,7 @@ def test_killed_at_any_moment_and_started_again_the_result_is_the_same(n_kills, 
         ("out=new prepare.shard_tokens=0", "`prepare.shard_tokens` must be at least 1"),
         ("out=new data.path=blank.txt", "must have training text, but has none"),
         ("out=new data.path=nope.txt", "`data.path` must be an existing file"),
-        ("out=new data.path=bad.jsonl", "line 301 of "),
+        ("out=new data.path=bad.jsonl", "line 301 of"),
         ("out=new prepare.shard_token=3", "Did you mean prepare.shard_tokens?"),
     ],
 )

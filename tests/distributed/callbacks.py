@@ -1,5 +1,6 @@
 """What a test does to a run from within, by a text that crosses to the worker."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -54,7 +55,7 @@ class Hit(pl.Callback):
 
     def on_train_end(self, trainer, module):
         (watch,) = (c.watch for c in trainer.callbacks if hasattr(c, "watch"))
-        print("LOSSES", json.dumps(watch.losses.state()), flush=True)
+        print("LOSSES", json.dumps(dataclasses.asdict(watch.losses.state())), flush=True)
 
 
 class Warn(pl.Callback):

@@ -46,7 +46,7 @@ def _jsonl(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
             at += len(raw)
             if not line.strip():
                 continue
-            row = parse_json(line, f"`{key}`: line {number} of {path}", finite=False)  # pandas writes NaN into other columns
+            row = parse_json(line.strip(), f"`{key}`: line {number} of {path}", finite=False)  # pandas writes NaN into other columns
             if column not in row:
                 raise ConfigError(_no_column(list(row), column, f"line {number} of {path}"))
             if row[column] is not None and not isinstance(row[column], str):
