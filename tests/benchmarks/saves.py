@@ -22,9 +22,9 @@ from pathlib import Path
 import torch
 
 import txtrain
-from txtrain import files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.saver import Saver
+from txtrain.ground import files
 from txtrain.registry import make
 from txtrain.training.module import LitModule
 

@@ -21,8 +21,8 @@ from txtrain.cli.verbs import VERBS, Verb, root_of
 from txtrain.config.overrides import expand
 from txtrain.config.paths import CONF, groups_of, options
 from txtrain.config.schema import Train
-from txtrain.convert import build, key_paths
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build, key_paths
 from txtrain.registry import imported
 
 MISTAKES = [

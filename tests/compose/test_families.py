@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 import txtrain
 from tests.compose.conftest import ROOT
 from txtrain.config.paths import CONF
-from txtrain.convert import plain
+from txtrain.ground.convert import plain
 
 PUBLISHED = {
     "gpt1_base": 116_534_784,

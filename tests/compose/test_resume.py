@@ -4,8 +4,8 @@ import pytest
 import yaml
 
 from txtrain.cli.main import main
-from txtrain.convert import plain
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import plain
 
 
 @pytest.fixture

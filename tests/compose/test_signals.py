@@ -12,7 +12,7 @@ import pytest
 
 from tests.compose.conftest import ROOT
 from tests.training import TINY, rows, weights, write_text
-from tests.unit.test_slurm import program
+from tests.unit.ground.test_slurm import program
 from txtrain.parallel.launch import Group
 
 

@@ -25,11 +25,11 @@ SMALL = ("model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_siz
 # Stands in for `python -m txtrain`: takes the job, leaves what it got, ends as it is told.
 CHILD = """
 import pathlib, sys, types, yaml
-import txtrain.convert, txtrain.training
+import txtrain.ground.convert, txtrain.training
 stand_in = txtrain.training.run = sys.modules["txtrain.training.run"] = types.ModuleType("txtrain.training.run")  # before torch is imported
 def run_train(config, origin):
     folder = pathlib.Path(config.run_dir or f"runs/{config.name}/{origin.folder}"); folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.convert.plain(config)))
+    (folder / "config.yaml").write_text(yaml.safe_dump(txtrain.ground.convert.plain(config)))
     (folder / "notes.yaml").write_text(yaml.safe_dump({"grafts": origin.grafts, "given": origin.given}))
     if config.seed == 7: raise RuntimeError("seed 7")
     return {8: 75, 9: 2}.get(config.seed, 0)

@@ -192,7 +192,7 @@ def test_config_is_frozen_and_round_trips_through_yaml_and_json(job):
     import json
 
     from txtrain.config.schema import Train
-    from txtrain.convert import build, plain
+    from txtrain.ground.convert import build, plain
 
     for family in txtrain.families():
         config = job(f"model={family}", "optimizer.lr=1e-5").config

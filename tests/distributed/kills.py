@@ -22,8 +22,8 @@ import torch
 
 import txtrain.training.run
 from tests.training import tiny
-from txtrain import files
 from txtrain.config.schema import Train
+from txtrain.ground import files
 from txtrain.parallel.launch import _begin
 from txtrain.parallel.world import STORE
 

@@ -26,15 +26,11 @@ ROOMS = (
     "objectives",
     "hf",
     "data",
-    "slurm",
     "run_config",  # what a run is told, as all rooms above see it
     "optim",
     "model",
-    "convert",
-    "unknown_keys",
-    "registry",
-    "plain_files",
-    "files",
+    "ground",
+    "registry",  # what a component says of itself, and where it is found
     "errors",
 )
 PUBLIC = ("", "__main__", "loggers")  # names for users and saved configs: above all rooms, imported by none

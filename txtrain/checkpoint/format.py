@@ -24,11 +24,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from txtrain import files
 from txtrain.checkpoint import state as state_file
 from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
-from txtrain.plain_files import check_links, read_json
+from txtrain.ground import files
+from txtrain.ground.plain_files import check_links, read_json
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

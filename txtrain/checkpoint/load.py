@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.convert import build
 from txtrain.errors import ConfigError
-from txtrain.files import path_of
+from txtrain.ground.convert import build
+from txtrain.ground.files import path_of
+from txtrain.ground.plain_files import check_keys, read_yaml
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.config import ModelConfig
-from txtrain.plain_files import check_keys, read_yaml
 
 if TYPE_CHECKING:
     import torch

@@ -15,13 +15,13 @@ from typing import Any
 
 import yaml
 
-from txtrain import files, plain_files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import FORMAT, RunState, check_format
-from txtrain.convert import among, differing, marked, plain
 from txtrain.errors import ConfigError
+from txtrain.ground import files, plain_files
+from txtrain.ground.convert import among, differing, marked, plain
+from txtrain.ground.slurm import Job
 from txtrain.run_config import RunConfig
-from txtrain.slurm import Job
 
 # The kinds of what is read of a run.json.
 _FACTS: dict[str, Any] = {

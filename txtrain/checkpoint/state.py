@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from txtrain.errors import ConfigError
-from txtrain.plain_files import check_keys, read_json
+from txtrain.ground.plain_files import check_keys, read_json
 
 FORMAT = 1  # of state.json and run.json; files without a number are of txtrain 0.1.0, which are read as 1
 _MOST = 10**15  # of any count

@@ -16,8 +16,8 @@ from typing import Any
 
 from txtrain.cli.verbs import FLAGS, VERBS, root_of
 from txtrain.config.paths import CONF, DATA, groups_of, options
-from txtrain.convert import describe, hints, key_of, parts
 from txtrain.errors import ConfigError, hint
+from txtrain.ground.convert import describe, hints, key_of, parts
 from txtrain.registry import TABLE, imported
 
 LAUNCHER = "hydra/launcher"  # the group whose keys are Hydra's, not the verb's

@@ -22,7 +22,7 @@ from txtrain.config.loader import Loader, make_loader
 from txtrain.config.overrides import expand
 from txtrain.config.schema import Export, Generate, Train
 from txtrain.errors import ConfigError
-from txtrain.files import path_of
+from txtrain.ground.files import path_of
 
 
 def compose(

@@ -131,7 +131,7 @@ def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Compose
     if line.flags["--cfg"] == "job":
         import yaml
 
-        from txtrain.convert import plain
+        from txtrain.ground.convert import plain
 
         documents: list[Any] = [plain(composed.config) for composed, _ in jobs]
         print(yaml.safe_dump_all(documents, sort_keys=False, allow_unicode=True), end="")

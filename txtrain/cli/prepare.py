@@ -9,7 +9,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from txtrain import files
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
 from txtrain.data.prepare import make_tokenizer
@@ -21,6 +20,7 @@ from txtrain.data.store.split import Corpus, digest
 from txtrain.data.store.tokenize import write_tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 from txtrain.objectives.base import build_objective
 
 

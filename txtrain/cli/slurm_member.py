@@ -9,9 +9,9 @@ import sys
 import time
 from pathlib import Path
 
-from txtrain import files
 from txtrain.cli.verbs import exit_code, root_of, work_of
 from txtrain.config.composed import from_file
+from txtrain.ground import files
 
 
 def run(verb: str, file: str, record: str, digest: str) -> int:

@@ -19,17 +19,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from txtrain import files
 from txtrain.cli import slurm_member
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema import Plan, Train
 from txtrain.config.slurm_launcher import SlurmConfig
-from txtrain.convert import build, plain
 from txtrain.errors import ConfigError
+from txtrain.ground import files
+from txtrain.ground.convert import build, plain
+from txtrain.ground.plain_files import check_keys, read_json
 from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.start_screen import count
 from txtrain.parallel.early_signals import PREEMPTED
-from txtrain.plain_files import check_keys, read_json
 
 ENDED = {"complete", "failed", "lost", "preempted"}  # states that a member does not leave by itself
 GRACE = 20.0  # seconds in which a shared file system may still show what a job that has left the queue wrote last

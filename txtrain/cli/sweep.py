@@ -29,8 +29,8 @@ from txtrain.config import slurm_launcher
 from txtrain.config.compose import typed
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.loader import Loader
+from txtrain.ground.slurm import Job
 from txtrain.parallel.early_signals import PREEMPTED
-from txtrain.slurm import Job
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:

@@ -16,8 +16,8 @@ from txtrain.config.loggers import settled
 from txtrain.config.overrides import check, hydra_errors
 from txtrain.config.resume_from import resumed
 from txtrain.config.schema import Train
-from txtrain.convert import build
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build
 
 
 def compose_job(

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from txtrain.config.user_code import import_user
-from txtrain.convert import build, plain
+from txtrain.ground.convert import build, plain
 
 NOTES = "_txtrain"  # the node in which the loader hands over what is not configuration
 

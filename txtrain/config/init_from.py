@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.config.composed import Composed
-from txtrain.convert import differing, marked, plain
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import differing, marked, plain
 from txtrain.model.config import ModelConfig
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from txtrain.config.schema import Export, Generate, Prepare
-from txtrain.convert import marked
+from txtrain.ground.convert import marked
 
 LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
 

@@ -15,8 +15,8 @@ import yaml
 
 from txtrain.config.paths import CONF, options
 from txtrain.config.targets import WANDB
-from txtrain.convert import key_of, part
 from txtrain.errors import ConfigError, nearest
+from txtrain.ground.convert import key_of, part
 from txtrain.registry import knob
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"

@@ -19,9 +19,9 @@ from omegaconf.errors import OmegaConfBaseException
 from txtrain.config.literals import protect
 from txtrain.config.paths import groups_of
 from txtrain.config.schema import Train
-from txtrain.convert import key_paths
 from txtrain.errors import ConfigError, hint, nearest
-from txtrain.unknown_keys import unknown_key
+from txtrain.ground.convert import key_paths
+from txtrain.ground.unknown_keys import unknown_key
 
 LAUNCHER = "hydra/launcher"  # the group that says who runs the members of a sweep
 _ALIASES = {"recipe": "recipes", "experiment": "recipes"}

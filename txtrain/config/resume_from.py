@@ -19,9 +19,9 @@ from txtrain.config.literals import escape
 from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import check
 from txtrain.config.paths import groups_of
-from txtrain.convert import build, flat, marked
 from txtrain.errors import ConfigError
-from txtrain.plain_files import read_yaml
+from txtrain.ground.convert import build, flat, marked
+from txtrain.ground.plain_files import read_yaml
 
 
 def run_folder(run_or_checkpoint: str) -> Path:

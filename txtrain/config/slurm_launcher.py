@@ -12,8 +12,8 @@ from omegaconf import OmegaConf
 from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import LAUNCHER, hydra_errors
 from txtrain.config.units import bytes_of
-from txtrain.convert import part
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import part
 from txtrain.registry import knob
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import Any
 
-from txtrain.convert import among, marked
+from txtrain.ground.convert import among, marked
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from txtrain import plain_files
 from txtrain.errors import ConfigError
-from txtrain.files import path_of
+from txtrain.ground import plain_files
+from txtrain.ground.files import path_of
 
 # What a tokenizer of transformers is made of, and how images are to be scaled. Copied byte for byte, never opened here.
 TOKENIZER_FILES = (

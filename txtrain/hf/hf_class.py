@@ -6,8 +6,8 @@ import dataclasses as dc
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
-from txtrain.convert import build
 from txtrain.errors import ConfigError, hint
+from txtrain.ground.convert import build
 from txtrain.hf.describe import describe, differences
 from txtrain.hf.fields import Part
 from txtrain.hf.name_map import Row

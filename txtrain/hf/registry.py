@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.errors import ConfigError, hint
+from txtrain.ground.plain_files import read_json
 from txtrain.hf.families.bert import BERT, BERT_MLM
 from txtrain.hf.families.deepseek import DEEPSEEK_R1
 from txtrain.hf.families.gemma import GEMMA
@@ -22,7 +23,6 @@ from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import respelt
 from txtrain.hf.tensor_names import tensor_names
 from txtrain.model.config import ModelConfig
-from txtrain.plain_files import read_json
 
 if TYPE_CHECKING:
     from txtrain.hf.weights import Weights

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from txtrain import files
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 from txtrain.hf.name_map import Shape, stored_tensors
 from txtrain.hf.registry import CONFIG, class_of
 from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from txtrain import plain_files
 from txtrain.errors import ConfigError
+from txtrain.ground import plain_files
 from txtrain.hf.folder import member
 from txtrain.model.config import ModelConfig
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain import plain_files
 from txtrain.errors import ConfigError
+from txtrain.ground import plain_files
 from txtrain.hf.folder import member
 from txtrain.hf.name_map import respelt
 from txtrain.hf.tensor_file import DTYPES, Entry, PickleFile, SafetensorsFile

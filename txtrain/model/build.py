@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from txtrain.convert import checked
+from txtrain.ground.convert import checked
 from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.construct import construct, make_norm

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
-from txtrain.convert import plain
+from txtrain.ground.convert import plain
 from txtrain.model import flops, rules
 from txtrain.model import options as options  # (registers the options of all axes)
 from txtrain.model.shape import LAPTOP, ModelShape
@@ -102,7 +102,7 @@ class ModelConfig(ModelShape):
         return self.family if self.size == LAPTOP else f"{self.family}_{self.size}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; `txtrain.convert.build(ModelConfig, d)` reads them back."""
+        """Plain values; `txtrain.ground.convert.build(ModelConfig, d)` reads them back."""
         made: dict[str, Any] = plain(self)
         return made
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from txtrain.convert import build
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build
 from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.inputs import INTEGERS, outside, require
 

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from txtrain import files
 from txtrain.errors import ConfigError
+from txtrain.ground import files
+from txtrain.ground.plain_files import read_text, shorten
 from txtrain.parallel.timers import PHASES
-from txtrain.plain_files import read_text, shorten
 
 EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "loss_spikes")  # whatever happens to a run
 WALL_CLOCK = ("tokens_per_second", "mfu", "hfu", "seconds", "goodput", "memory_gib", *(f"time/{name}" for name in PHASES))  # what the clock and the machine say

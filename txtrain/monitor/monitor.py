@@ -12,10 +12,11 @@ from typing import Any, Protocol
 
 import torch
 
-from txtrain import files
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
+from txtrain.ground import files
+from txtrain.ground.plain_files import read_text
 from txtrain.monitor import slowness
 from txtrain.monitor.console import Display
 from txtrain.monitor.loss_spikes import Losses, Spike
@@ -25,7 +26,6 @@ from txtrain.monitor.throughput import Machine, Meter, memory
 from txtrain.parallel.config import Layout
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.timers import PHASES
-from txtrain.plain_files import read_text
 
 SPIKES = "spikes.jsonl"
 FAR_OFF = 100  # steps in a row after which a run is said to have diverged

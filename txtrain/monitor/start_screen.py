@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from txtrain.config.schema import Train
+from txtrain.ground.slurm import Job
 from txtrain.model.config import ModelConfig
-from txtrain.slurm import Job
 
 if TYPE_CHECKING:
     from txtrain.checkpoint.run_folder import RunFolder

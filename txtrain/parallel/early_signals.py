@@ -59,7 +59,7 @@ def _stop(number: int, frame: object) -> None:
     try:
         if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
             os.write(2, f"\ntxtrain: {signal.Signals(number).name}: stopped before the first step.\n".encode())
-            from txtrain.slurm import Job
+            from txtrain.ground.slurm import Job
 
             job = Job.here()
             if job is not None and NOT_AGAIN not in sys.argv:

@@ -19,6 +19,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from torch.optim import Optimizer
 
 from txtrain.errors import ConfigError
+from txtrain.ground.slurm import meeting_point
 from txtrain.optim.average import Average
 from txtrain.parallel import divisibility
 from txtrain.parallel.collective_timing import timed
@@ -28,7 +29,6 @@ from txtrain.parallel.gradient_buckets import GradientBuckets, as_read, local
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import STORE, World, by_srun
 from txtrain.run_config import RunConfig
-from txtrain.slurm import meeting_point
 
 if TYPE_CHECKING:
     from txtrain.parallel.tensor_parallel import Cut

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from txtrain.errors import ConfigError
-from txtrain.slurm import Task
+from txtrain.ground.slurm import Task
 
 STORE = "TXTRAIN_STORE"  # a file through which the processes of one machine find each other, in place of MASTER_ADDR and MASTER_PORT
 

@@ -10,8 +10,8 @@ from typing import Any
 from txtrain.config import hardware
 from txtrain.config.schema import Plan, PlanConfig, Train
 from txtrain.config.units import bytes_of, seconds_of
-from txtrain.convert import checked
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import checked
 from txtrain.model import flops as costs
 from txtrain.model.config import ModelConfig
 from txtrain.parallel.config import problems, processes

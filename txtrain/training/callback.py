@@ -12,7 +12,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from txtrain import files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.saver import Saver
@@ -20,6 +19,8 @@ from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.data.store.stream import Position
 from txtrain.errors import ConfigError
+from txtrain.ground import files
+from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
@@ -27,7 +28,6 @@ from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import Shown
-from txtrain.plain_files import decode, read_bytes
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule

@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from txtrain.config.schema import Train
-from txtrain.convert import checked
 from txtrain.data.prepare import Prepared, prepare
 from txtrain.data.samples.length_order import LengthOrder
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
@@ -24,6 +23,7 @@ from txtrain.data.sources.source import Split, build_source, describe, settle
 from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import checked
 from txtrain.objectives.base import Objective, build_objective
 from txtrain.training.signals import ignore
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.config.schema import Train
-from txtrain.convert import checked
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import checked
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.monitor.layer_stats import LayerStats

@@ -15,15 +15,16 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
-from txtrain import slurm
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
-from txtrain.convert import checked, flat, plain
 from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
+from txtrain.ground import slurm
+from txtrain.ground.convert import checked, flat, plain
+from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -37,7 +38,6 @@ from txtrain.parallel.early_signals import PREEMPTED
 from txtrain.parallel.one_process import OneProcess, precision_dtype
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
-from txtrain.slurm import Job
 from txtrain.training import code_versions
 from txtrain.training.callback import RunCallback, check_data
 from txtrain.training.data_module import DataModule

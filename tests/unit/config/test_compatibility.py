@@ -18,8 +18,8 @@ from tests.training import write_text
 from txtrain.config import compatibility
 from txtrain.config.compatibility import KIND, RUN_RULES
 from txtrain.config.schema import Train
-from txtrain.convert import build, plain
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build, plain
 from txtrain.model.config import ModelConfig
 from txtrain.model.rules import MODEL_RULES, Rule
 from txtrain.registry import MODEL_AXES, TABLE

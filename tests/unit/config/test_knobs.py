@@ -11,8 +11,8 @@ from tests.models import tiny
 from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config.schema import Train
 from txtrain.config.slurm_launcher import SlurmConfig
-from txtrain.convert import build, hints, key_of, marked
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build, hints, key_of, marked
 from txtrain.model.config import ModelConfig
 from txtrain.optim.config import EMAConfig
 from txtrain.registry import TABLE, knob, out_of_range

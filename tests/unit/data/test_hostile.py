@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from txtrain import plain_files
 from txtrain.data.sources.hub_text import HubDataset
 from txtrain.data.sources.images import ImageFiles
 from txtrain.data.sources.memmap import TokenFiles
@@ -21,6 +20,7 @@ from txtrain.data.sources.translation import Translation
 from txtrain.data.store.cache import TokenFile, TokenWriter
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.ground import plain_files
 
 MB = 1_000_000
 

@@ -20,8 +20,8 @@ from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.state import RunState
-from txtrain.convert import plain
 from txtrain.data.samples.rows import OrderedSamples
+from txtrain.ground.convert import plain
 from txtrain.monitor import monitor
 from txtrain.monitor.metrics_csv import EXACT, WALL_CLOCK, read
 from txtrain.parallel.timers import PHASES

@@ -16,8 +16,8 @@ import yaml
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
-from txtrain.convert import build
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build
 from txtrain.training.run import run_train, train
 
 

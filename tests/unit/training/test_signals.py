@@ -9,7 +9,7 @@ import time
 import pytest
 
 from tests.training import rows, tiny, weights
-from tests.unit.test_slurm import commands  # noqa: F401  (a fixture)
+from tests.unit.ground.test_slurm import commands  # noqa: F401  (a fixture)
 from tests.unit.training.test_run import Interrupt
 from txtrain.checkpoint import format as checkpoint
 from txtrain.errors import ConfigError

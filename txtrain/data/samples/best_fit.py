@@ -23,7 +23,7 @@ from torch import Tensor
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
 from txtrain.data.store.tokens import Tokens
-from txtrain.plain_files import map_npy
+from txtrain.ground.plain_files import map_npy
 
 FORMAT = "best fit 1"
 _WINDOW = 1 << 16  # documents that are packed together

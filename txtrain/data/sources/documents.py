@@ -7,7 +7,7 @@ from pathlib import Path
 
 from txtrain.data.sources.files import Limits, as_text, open_unpacked, read_text, unpacked_name
 from txtrain.errors import ConfigError, hint
-from txtrain.plain_files import check_expansion, parse_json, shorten
+from txtrain.ground.plain_files import check_expansion, parse_json, shorten
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")

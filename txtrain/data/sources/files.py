@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from txtrain.errors import ConfigError, hint
-from txtrain.plain_files import check_expansion
+from txtrain.ground.plain_files import check_expansion
 
 _CHUNK = 1 << 20
 HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents

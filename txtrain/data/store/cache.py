@@ -25,11 +25,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txtrain import files
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Shard, Tokens
 from txtrain.errors import ConfigError
-from txtrain.plain_files import map_npy, read_json
+from txtrain.ground import files
+from txtrain.ground.plain_files import map_npy, read_json
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 

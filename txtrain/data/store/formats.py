@@ -20,7 +20,7 @@ from txtrain.data.samples.order import Indices
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Shard
 from txtrain.errors import ConfigError
-from txtrain.plain_files import check_keys, map_npy, read_json, shorten
+from txtrain.ground.plain_files import check_keys, map_npy, read_json, shorten
 
 INDEX = "index.json"  # of our own folders; written last
 FORMAT = "txtrain tokens 1"

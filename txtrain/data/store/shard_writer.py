@@ -20,11 +20,11 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from txtrain import files
 from txtrain.data.sources.source import Split
 from txtrain.data.store.cache import SPLITS
 from txtrain.data.store.formats import FORMAT, INDEX, check_shards, shard_name
-from txtrain.plain_files import check_keys, read_json
+from txtrain.ground import files
+from txtrain.ground.plain_files import check_keys, read_json
 
 STATE = "state.json"
 _EVERY = 2.0  # seconds between two moments of which a restart may go on

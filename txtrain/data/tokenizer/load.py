@@ -12,7 +12,7 @@ from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
 from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint
-from txtrain.plain_files import TOKENIZER_LIMIT, check_file, read_json, read_text, shorten
+from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, read_json, read_text, shorten
 
 # Which token ends a text, begins it, pads it: by these names where no file says so.
 _USUAL = {

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from txtrain.errors import ConfigError
-from txtrain.plain_files import read_bytes
+from txtrain.ground.plain_files import read_bytes
 
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.type

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.errors import ConfigError
-from txtrain.plain_files import shorten
+from txtrain.ground.plain_files import shorten
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256

@@ -12,7 +12,7 @@ from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.loggers import TENSORBOARD
 from txtrain.config.schema import Train
 from txtrain.config.targets import WANDB, class_of, instances
-from txtrain.convert import plain
+from txtrain.ground.convert import plain
 from txtrain.monitor.loggers.line import Line
 from txtrain.monitor.loggers.sinks import Sink, TensorBoard
 from txtrain.objectives.base import Shown

@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from txtrain import slurm
 from txtrain.errors import ConfigError
+from txtrain.ground import slurm
+from txtrain.ground.slurm import PORTS, Job, Task, hosts, meeting_point, per_node
 from txtrain.parallel.world import World, started
 from txtrain.run_config import TrainerConfig
-from txtrain.slurm import PORTS, Job, Task, hosts, meeting_point, per_node
 from txtrain.training.deadline import SPARE, Deadline
 
 
@@ -115,7 +115,7 @@ def test_one_task_tells_what_all_find():
 
 
 def test_a_gpu_of_the_job_without_a_process_is_told(monkeypatch):
-    monkeypatch.setattr("txtrain.slurm._gpus", lambda accelerator: 4)
+    monkeypatch.setattr("txtrain.ground.slurm._gpus", lambda accelerator: 4)
     assert "1 node x 4 processes (trainer.devices=auto)" in problem(step(tasks="1", nodes="a"))
 
 

@@ -20,15 +20,15 @@ from hypothesis import strategies as st
 
 from tests.training import tiny
 from tests.unit.hf.folders import llama
-from txtrain import plain_files
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import load, run_folder
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.ground import plain_files
+from txtrain.ground.plain_files import parse_json, read_json, read_yaml
 from txtrain.hf.load import load_pretrained
 from txtrain.hf.save import save_pretrained
 from txtrain.monitor import metrics_csv
-from txtrain.plain_files import parse_json, read_json, read_yaml
 from txtrain.training.run import train
 
 QUICKLY = 5.0  # seconds; most take milliseconds

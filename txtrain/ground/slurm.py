@@ -12,12 +12,9 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 from txtrain.errors import ConfigError
-
-if TYPE_CHECKING:
-    from txtrain.run_config import TrainerConfig
 
 PORTS = range(12_000, 32_000)  # above those of services, below those that Linux gives to connections (32768 to 60999)
 _SPECIAL = 0xFFFFFFF0  # steps from here on are SLURM's own: of the batch script, of salloc's shell
@@ -96,6 +93,17 @@ def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]
 # ------------------------------------------------------------------------------------------------------------------ srun's tasks
 
 
+class Processes(Protocol):
+    """The ranks that a configuration names: `txtrain.run_config.TrainerConfig`."""
+
+    @property
+    def accelerator(self) -> str: ...
+    @property
+    def devices(self) -> int | Literal["auto"]: ...
+    @property
+    def num_nodes(self) -> int: ...
+
+
 class Task(NamedTuple):
     """This process' place among the tasks that srun started. tasks: on each node. hosts: the nodes' names, in order."""
 
@@ -124,7 +132,7 @@ class Task(NamedTuple):
         """By nodes, however srun has dealt the tasks out: what is exchanged most lies on one node."""
         return sum(self.tasks[: self.node]) + self.local_rank
 
-    def check(self, trainer: TrainerConfig) -> None:
+    def check(self, trainer: Processes) -> None:
         """Raises:
         ConfigError: the tasks are not the processes that the configuration names.
         """
@@ -132,7 +140,7 @@ class Task(NamedTuple):
         if problem is not None:
             raise ConfigError(*([problem] if self.rank == 0 else []))  # every task finds it, one tells it
 
-    def _problem(self, trainer: TrainerConfig) -> str | None:
+    def _problem(self, trainer: Processes) -> str | None:
         nodes, here = len(self.tasks), self.tasks[0]
         devices = _gpus(trainer.accelerator) or here if trainer.devices == "auto" else trainer.devices
         if set(self.tasks) == {here} and (devices, trainer.num_nodes) == (here, nodes):

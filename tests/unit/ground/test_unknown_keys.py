@@ -2,10 +2,10 @@
 
 import pytest
 
-from txtrain import unknown_keys
 from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config.schema import Generate, Train
-from txtrain.convert import key_paths
+from txtrain.ground import unknown_keys
+from txtrain.ground.convert import key_paths
 
 
 def test_every_key_that_is_told_exists():

@@ -7,11 +7,11 @@ import sys
 import pytest
 
 from tests.training import tiny
-from txtrain import files
 from txtrain.checkpoint import run_folder
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 
-HOLD = "import sys, time; from txtrain import files; held = files.lock(sys.argv[1]); print(held is not None, flush=True); time.sleep(60)"
+HOLD = "import sys, time; from txtrain.ground import files; held = files.lock(sys.argv[1]); print(held is not None, flush=True); time.sleep(60)"
 
 
 @pytest.fixture(autouse=True)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from txtrain.convert import build, key_paths, plain
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import build, key_paths, plain
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -12,10 +12,10 @@ from functools import cache
 from typing import Any, TypeVar
 
 from txtrain.errors import ConfigError, hint
-from txtrain.plain_files import shorten
+from txtrain.ground.plain_files import shorten
+from txtrain.ground.unknown_keys import unknown_key
 from txtrain.registry import TABLE, group_of, out_of_range
 from txtrain.registry import key_of as key_of
-from txtrain.unknown_keys import unknown_key
 
 T = TypeVar("T")
 
