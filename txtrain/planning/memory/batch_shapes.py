@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 from txtrain.config.schema import Train
+from txtrain.data.sources.source import method_of
 from txtrain.model.trace.attention_ops import Batch
 from txtrain.registry import chosen, is_own, resolve
 
@@ -16,7 +17,7 @@ def unknown(config: Train) -> list[str]:
     if is_own("objective", objective):
         found.append(f"{chosen('objective', objective)} is your own: of its batches and its loss nothing is known")
     known = ("documents", "pairs", "images")  # methods of a source that say what its samples are
-    if is_own("data", data) and not any(hasattr(resolve("data", data.type), method) for method in known):
+    if is_own("data", data) and method_of(resolve("data", data.type)) not in known:
         found.append(f"{chosen('data', data)} is your own: of what its samples hold nothing is known")
     return found
 
