@@ -16,9 +16,12 @@ from txtrain.model.shape import LAPTOP, ModelShape
 from txtrain.registry import knob, out_of_range
 
 
-@dc.dataclass(frozen=True, kw_only=True)
 class ModelConfig(ModelShape):
-    """A model's shape, its legality, and its cost."""
+    """A model's shape, its legality, and its cost.
+
+    Not a dataclass itself, so that other names than fields can be set: transformers.Trainer marks a model's config.
+    """
+
 
     def check(self) -> Iterator[str]:
         """Problems as sentences; none if the model can be built."""
@@ -114,16 +117,6 @@ class ModelConfig(ModelShape):
         """A copy, into which the trainer writes its tokenizer's ids."""
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return SimpleNamespace(**{name: getattr(self, name) for name in names})
-
-
-def _set(config: ModelConfig, name: str, value: Any) -> None:
-    """Fields are frozen; other names, which transformers.Trainer sets on every config (use_cache), are not."""
-    if name in ModelConfig.__dataclass_fields__:
-        raise dc.FrozenInstanceError(f"cannot assign to field {name!r}")
-    object.__setattr__(config, name, value)
-
-
-ModelConfig.__setattr__ = _set  # type: ignore[method-assign, assignment]  # a frozen dataclass may not define its own
 
 
 @dc.dataclass(frozen=True, kw_only=True)

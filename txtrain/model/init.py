@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
+from txtrain.model.ffn.moe import Experts
 from txtrain.model.head.heads import ClassHead, LMHead
 from txtrain.model.shape import InitConfig
 
@@ -60,7 +61,7 @@ class Initialiser:
             module.reset_parameters()
             if module.weight is not None:
                 _output(module.weight, init, self._generator(module.weight, name))
-        elif hasattr(module, "stacked_projections"):
+        elif isinstance(module, Experts):
             for child in module.stacked_projections:
                 self.fill_stacked(name, module, child, getattr(module, child))
         elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:  # norms, and a user's own modules
@@ -71,9 +72,9 @@ class Initialiser:
                 torch.manual_seed(self._seed_of(name))
                 module.reset_parameters()
 
-    def fill_stacked(self, name: str, module: Any, child: str, matrices: Iterable[Tensor]) -> None:
+    def fill_stacked(self, name: str, module: Experts, child: str, matrices: Iterable[Tensor]) -> None:
         """Fill the stacked matrices of one parameter, each as it would be alone; an iterator may make them lazily."""
-        factor = self._residual_factor if child in getattr(module, "residual_projections", ()) else 1.0
+        factor = self._residual_factor if child in module.residual_projections else 1.0
         generator = None
         for matrix in matrices:
             generator = generator or self._generator(matrix, f"{name}.{child}")

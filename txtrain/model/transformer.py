@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import inspect
 from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -259,29 +258,6 @@ def log_probs(model: Any, input_ids: Tensor, labels: Tensor, **inputs: Any) -> T
     out: ModelOutput = model(input_ids, labels=labels, return_logits=False, return_log_probs=True, **inputs)
     assert out.log_probs is not None
     return out.log_probs
-
-
-class SentencePairTransformer(Transformer):
-    """With a head that predicts whether the second sentence follows the first (BERT).
-
-    A class of its own: `transformers.Trainer` expects each parameter of forward named "...label..." in every batch.
-    """
-
-    def forward(self, *inputs: Any, next_sentence_label: Tensor | None = None, **named: Any) -> ModelOutput:
-        """As `Transformer.forward`. next_sentence_label: [B], 0 if the second sentence follows; its loss is added."""
-        out = super().forward(*inputs, **named)
-        if next_sentence_label is not None:
-            assert out.nsp_logits is not None
-            require("next_sentence_label", next_sentence_label, {"B": len(out.nsp_logits)}, LABELS)
-            loss = cross_entropy(out.nsp_logits, next_sentence_label, (next_sentence_label != IGNORED).sum())
-            out.loss = loss if out.loss is None else out.loss + loss
-        return out
-
-    # What trainers and collators look at: Transformer.forward's parameters and next_sentence_label.
-    _known = inspect.signature(Transformer.forward)
-    _label = inspect.Parameter("next_sentence_label", inspect.Parameter.KEYWORD_ONLY, default=None)
-    _both = _known.replace(parameters=[*_known.parameters.values(), _label])
-    forward.__signature__ = _both  # type: ignore[attr-defined]
 
 
 def _embedded(

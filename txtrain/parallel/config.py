@@ -34,10 +34,9 @@ class Layout(NamedTuple):
 class StrategyConfig:
     """Base: every rank holds the whole model and sees its share of the samples.
 
-    absent: why keys of other strategies are missing. stage: of ZeRO. cuts_activations: ranks share a block's output.
+    stage: of ZeRO. cuts_activations: ranks share a block's output.
     """
 
-    absent: ClassVar[dict[str, str]] = {"ep_size": " Copies of a model have all experts."}
     stage: ClassVar[int] = 0
     cuts_activations: ClassVar[bool] = False
     type: str
@@ -115,14 +114,10 @@ class HybridConfig(FullyShardedConfig):
         yield from found or super().problems(world, model)
 
 
-CUT_ALREADY = {"ep_size": " Tensor parallelism gives each rank a part of every expert instead."}
-
-
 @dc.dataclass(frozen=True, kw_only=True)
 class TensorConfig(StrategyConfig):
     """Ranks share each layer's matrices (1909.08053), and its norms by positions (2205.05198). tp_size: null: all."""
 
-    absent = CUT_ALREADY
     cuts_activations = True
     tp_size: int | None = None
 
@@ -138,7 +133,6 @@ class TensorConfig(StrategyConfig):
 class ShardedTensorConfig(ShardedConfig):
     """Matrices cut over tp_size ranks, and the pieces in shards over the groups."""
 
-    absent = CUT_ALREADY
     cuts_activations = True
     tp_size: int = 2
 
@@ -156,7 +150,6 @@ class ZeROConfig(StrategyConfig):
     cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, are in CPU memory.
     """
 
-    absent = {"ep_size": " ZeRO concatenates all parameters and shards them over all ranks."}
     cpu_offload: bool = False
 
     def layout(self, world: int) -> Layout:
@@ -224,10 +217,15 @@ def problems(config: RunConfig, world: int) -> Iterator[str]:
         yield must_divide("data.micro_batch_size", config.data.micro_batch_size, whole, size // data)
 
 
-register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
-register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", FullyShardedConfig)
-register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
+MESH, ZERO = "txtrain.parallel.mesh:Mesh", "txtrain.parallel.deepspeed:ZeRO"
+COPIED = {"ep_size": " Copies of a model have all experts."}
+CUT_ALREADY = {"ep_size": " Tensor parallelism gives each rank a part of every expert instead."}
+FLAT = {"ep_size": " ZeRO concatenates all parameters and shards them over all ranks."}
+
+register("strategy", "auto ddp", MESH, StrategyConfig, absent=COPIED)
+register("strategy", "fsdp", MESH, FullyShardedConfig)
+register("strategy", "hsdp", MESH, HybridConfig)
 for _config in (ZeRO1Config, ZeRO2Config, ZeRO3Config):
-    register("strategy", f"deepspeed_stage_{_config.stage}", "txtrain.parallel.deepspeed:ZeRO", _config)
-register("strategy", "tp", "txtrain.parallel.mesh:Mesh", TensorConfig)
-register("strategy", "fsdp_tp", "txtrain.parallel.mesh:Mesh", ShardedTensorConfig)
+    register("strategy", f"deepspeed_stage_{_config.stage}", ZERO, _config, absent=FLAT)
+register("strategy", "tp", MESH, TensorConfig, absent=CUT_ALREADY)
+register("strategy", "fsdp_tp", MESH, ShardedTensorConfig, absent=CUT_ALREADY)
