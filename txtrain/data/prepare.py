@@ -15,7 +15,7 @@ import numpy as np
 
 from txtrain.data.config import MixtureConfig
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
-from txtrain.data.samples.best_fit import write_plan
+from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
@@ -34,13 +34,13 @@ from txtrain.data.sources.source import (
     settle,
     validation_sets,
 )
-from txtrain.data.store.cache import SPLITS, TokenFile, TokenWriter, build_folder, cache_root
+from txtrain.data.store.cache import SPLITS, TOKEN_FILES, TokenFile, TokenWriter, cached
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
 from txtrain.data.store.tokenize import Limit, tokenise
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
-from txtrain.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
 
@@ -107,7 +107,8 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
     """The key of a text by a tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    return key, build_folder(cache_root(config.data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
+    fill = partial(tokenise, corpus, tokenizer, limit=_limit(config))
+    return key, cached(config.data.cache_dir, key, fill, TOKEN_FILES)
 
 
 def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -169,8 +170,8 @@ def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, c
 
 
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
-    folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
-    return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty))
+    name = f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
+    return cached(config.data.cache_dir, name, partial(write_plan, tokens, config.seq_len), PLAN_FILES)
 
 
 # -------------------------------------------------------------------------------------------------------------------- tokens
@@ -207,7 +208,7 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
                     break
         writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
 
-    validation = TokenFile(build_folder(cache_root(config.data.cache_dir) / digest(key, n_tokens), fill), "validation")
+    validation = TokenFile(cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES), "validation")
     stream = StreamTokens(source.stream, tokenizer)
     made = _packed((stream, validation), tokenizer, key, config, objective, "a larger data.val_fraction, or another data.val_split")
     return dc.replace(made, stream=stream)
@@ -247,7 +248,7 @@ def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tok
     def fill(empty: Any) -> None:
         train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens)).with_specials(special_tokens).save(empty)
 
-    tokenizer = load_tokenizer(build_folder(cache_root(cache_dir) / f"tokenizer-{key}", fill))
+    tokenizer = load_tokenizer(cached(cache_dir, f"tokenizer-{key}", fill, TOKENIZER_FILES))
     if tokenizer.vocab_size < vocab_size:
         log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
     return tokenizer
@@ -272,7 +273,8 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     corpus = PairCorpus(source, data.val_fraction)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config)))
+    fill = partial(tokenise, corpus, tokenizer, with_bos=False, limit=_limit(config))
+    folder = cached(data.cache_dir, key, fill, TOKEN_FILES)
     train, validation = (PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation"))
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):

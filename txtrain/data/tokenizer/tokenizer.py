@@ -18,6 +18,7 @@ from txtrain.ground.plain_files import shorten
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # that `Tokenizer.save` writes
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
 
@@ -130,7 +131,7 @@ class Tokenizer:
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         named |= {f"{name}_token": self.find(f"[{name.upper()}]") for name in ("mask", "cls", "sep")}
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
-        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own `save` says a full disk its own way
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n")
 
 
