@@ -24,7 +24,7 @@ from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
 from txtrain.data.store.split import Corpus, digest
-from txtrain.data.store.tokenize import write_tokens
+from txtrain.data.store.tokenize import write_skipped, write_tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
@@ -113,6 +113,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     if not train:
         writer.close()
         raise ConfigError("`data` must have training text, but has none: white space aside, there is too little to divide. Give more text.")
+    write_skipped(folder, corpus.source)
     writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
     progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")
     print(f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with model.vocab_size={tokenizer.vocab_size} or more")

@@ -37,7 +37,7 @@ from txtrain.data.sources.source import (
 from txtrain.data.store.cache import SPLITS, TOKEN_FILES, TokenFile, TokenWriter, cached
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
-from txtrain.data.store.tokenize import Limit, tokenise
+from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
@@ -60,6 +60,7 @@ class Prepared:
         named: validation sets with names; then `validation` is all of them.
         stream: where the training tokens are read as they come.
         shares: of the sources of a mixture, by name: the rows that each has, and its share of the samples.
+        skipped: files that list the rows of sources which were left out, one a line.
     """
 
     train: Rows
@@ -71,6 +72,16 @@ class Prepared:
     named: Mapping[str, Rows] = dc.field(default_factory=dict)
     shares: Mapping[str, tuple[int, Fraction]] = dc.field(default_factory=dict)
     stream: StreamTokens | None = None
+    skipped: tuple[Path, ...] = ()
+
+    @property
+    def n_skipped(self) -> int:
+        return sum(1 for file in self.skipped for _ in file.open("rb"))
+
+
+def _lists(*folders: Path) -> tuple[Path, ...]:
+    """The lists of rows that were left out of what is in these folders."""
+    return tuple(folder / SKIPPED for folder in folders if (folder / SKIPPED).exists())
 
 
 def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -79,7 +90,11 @@ def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepar
     Raises:
         ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
     """
-    return _WAYS[method_of(source) or ""](source, config, objective)
+    made = _WAYS[method_of(source) or ""](source, config, objective)
+    if made.skipped:
+        files = ", ".join(map(str, made.skipped))
+        log.warning("%s bad rows are left out (data.bad_rows=skip), listed in %s", f"{made.n_skipped:,}", files)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------- text
@@ -94,14 +109,17 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
     sets = validation_sets(source)
     if not sets:
         remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
-        return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
-    made = []
+        both = TokenFile(folder, "train"), TokenFile(folder, "validation")
+        return dc.replace(_packed(both, tokenizer, key, config, objective, remedy), skipped=_lists(folder))
+    made, folders = [], [folder]
     for name, one in sets.items():
         other, beside = _tokenised(ValidationSet(one), tokenizer, config)
+        folders.append(beside)
         splits = TokenFile(folder, "train"), TokenFile(beside, "validation")
         made.append(_packed(splits, tokenizer, digest(key, other), config, objective, f"a longer data.val_path.{name}"))
     named = {name: part.validation for name, part in zip(sets, made, strict=True)}
-    return dc.replace(made[0], validation=MixedRows([*named.values()]), named=named, fingerprint=digest(*(part.fingerprint for part in made)))
+    validation, fingerprint = MixedRows([*named.values()]), digest(*(part.fingerprint for part in made))
+    return dc.replace(made[0], validation=validation, named=named, fingerprint=fingerprint, skipped=_lists(*folders))
 
 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
@@ -134,6 +152,7 @@ def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared
         text=next(iter(made.values())).text,
         named=named,
         shares={name: (len(part.train), share) for (name, part), share in zip(made.items(), shares, strict=True)},
+        skipped=tuple(file for part in made.values() for file in part.skipped),
     )
 
 
@@ -186,7 +205,8 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
     for tokens in (train, validation):
         tokens.probe()
-    return _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+    made = _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+    return dc.replace(made, skipped=_lists(*source.folders))
 
 
 # -------------------------------------------------------------------------------------------------------------------- stream
@@ -284,7 +304,8 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
             )
         if rows.n_all > len(rows):
             log.warning("%d of %d %s pairs are longer than data.seq_len=%d and left out", rows.n_all - len(rows), rows.n_all, part, config.seq_len)
-    return Prepared(train, validation, digest(key, config.seq_len), tokenizer, lengths=train.lengths)
+    known = digest(key, config.seq_len)
+    return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
 
 
 # -------------------------------------------------------------------------------------------------------------------- images

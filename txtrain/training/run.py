@@ -132,7 +132,7 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
         if place is not None:
-            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
+            _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
         display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title))
         deadline = Deadline(parallel.first(_end_of_job))
@@ -308,11 +308,14 @@ def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
         return made
 
 
-def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any], start: float) -> None:
+def _create(
+    place: RunFolder, parallel: OneProcess, cfg: Train, data: DataModule, facts: Mapping[str, Any], start: float
+) -> None:
     """The first process makes the folder; where it is then, all know."""
 
     def create() -> Path:
         place.create(cfg, facts, start)
+        data.write_skipped(place.path)
         return place.path
 
     place.path = parallel.first(create)
@@ -343,7 +346,7 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
         **code_versions.environment(machine.name, module.parallel.world.size),
         "slurm": None if (job := Job.here()) is None else {"job": job.number, "restarts": job.restarts},
         "parameters": sum(p.numel() for p in module.model.parameters()),
-        "data": {"source": data.source, "fingerprint": data.fingerprint},
+        "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,
         "given": list(origin.given),

@@ -11,7 +11,8 @@ import pytest
 
 from txtrain.data.store.cache import TOKEN_FILES, TokenFile, build_folder, cache_root, cached
 from txtrain.data.store.split import Corpus
-from txtrain.data.store.tokenize import _PIECE, tokenise
+from txtrain.data.store.tokenize import tokenise
+from txtrain.data.tokenizer.cuts import PIECE
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 
@@ -37,7 +38,7 @@ def test_documents_are_bos_tokens_eos_in_order(tmp_path: Path) -> None:
 def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path) -> None:
     lines = [f"line {i},  with  spaces.{' ' * (i % 3)}\n{chr(10) * (i % 4)}{' ' * (i % 5)}" for i in range(60_000)]
     text = "".join(lines)
-    assert len(text) > 5 * _PIECE
+    assert len(text) > 5 * PIECE
     tokenizer = train_tokenizer([text[:10_000]], 400)
     tokenise(Corpus(Texts([text], ["x"]), 0.1), tokenizer, tmp_path)
     assert TokenFile(tmp_path, "train").n_documents == 1
@@ -45,8 +46,8 @@ def test_a_long_document_in_pieces_has_the_tokens_of_the_whole(tmp_path: Path) -
 
 
 def test_a_long_document_without_lines_stays_whole(tmp_path: Path) -> None:
-    tokenise(Corpus(Texts(["x" * (3 * _PIECE)], ["y"]), 0.1), byte_tokenizer(), tmp_path)
-    assert len(TokenFile(tmp_path, "train")) == 3 * _PIECE + 2
+    tokenise(Corpus(Texts(["x" * (3 * PIECE)], ["y"]), 0.1), byte_tokenizer(), tmp_path)
+    assert len(TokenFile(tmp_path, "train")) == 3 * PIECE + 2
 
 
 def test_a_failed_build_leaves_nothing(tmp_path: Path) -> None:
