@@ -246,15 +246,15 @@ def _problems(made: Any, finite: bool, whole: bool) -> Iterator[str]:
                 if finite and not -float("inf") < value < float("inf"):
                     yield f"`{shorten(f'{path}.{key}'.strip('.'))}` must be a finite number, but is {value} instead."
             elif kind is str:
-                if whole and not value.isascii() and not _whole(value):
+                if whole and not value.isascii() and not is_whole(value):
                     yield f"`{shorten(f'{path}.{key}'.strip('.'))}` must be whole text, but holds half of a character."
             elif value is not None and kind is not int and kind is not bool:
                 yield f"`{shorten(f'{path}.{key}'.strip('.'))}` must be text or a number, but is {_kind(value)}."
-            if whole and type(key) is str and not key.isascii() and not _whole(key):
+            if whole and type(key) is str and not key.isascii() and not is_whole(key):
                 yield f"{shorten(repr(key))} must be whole text, but holds half of a character."
 
 
-def _whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
     """JSON can spell one of the two surrogates that UTF-16 writes a character with."""
     try:
         text.encode()

@@ -80,13 +80,11 @@ def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path
         if not files:
             raise ConfigError(f"`{key}` must match files with {what}, but {name!r} matches none.")
         return files
-    if path.exists() or path.is_symlink():
-        raise ConfigError(f"`{key}` must be {what} in files, but {name} is {kind_of(path)}.")
     raise ConfigError(missing(name, key))
 
 
 def kind_of(path: Path) -> str:
-    """What something is that is no file and no folder."""
+    """What something is that is no file and no folder, but is there."""
     if not path.exists():
         return f"a link to {os.readlink(path)}, which does not exist"
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -103,8 +101,10 @@ def unpacked_name(path: Path) -> str:
 
 
 def missing(name: str, key: str, what: str = "an existing file, glob or folder") -> str:
-    """The sentence for a path that does not exist: how far it does, and the nearest name there."""
+    """The sentence for a path that is no file and no folder: what it is, or how far it exists, and the nearest name there."""
     path = Path(name).expanduser()
+    if os.path.lexists(path):
+        return f"`{key}` must be {what}, but {name} is {kind_of(path)}."
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
