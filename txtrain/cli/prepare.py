@@ -39,12 +39,15 @@ def run_prepare(job: Composed) -> int:
     """
     config: Prepare = job.config
     assert config.out is not None
+    folder = files.path_of(config.out, "out")
+    files.check_writable(folder, "out")
     corpus, tokenizer = _text(config)
-    key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = Path(config.out).expanduser()
-    there = folder.exists()
-    if there and not folder.is_dir():
-        raise ConfigError(f"`out` must be a folder, but {config.out!r} is a file.")
+    with files.writing(folder, "out"):  # what is written by then is where a second try goes on
+        return _fill(corpus, tokenizer, folder, config)
+
+
+def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -> int:
+    key, there = digest(corpus.fingerprint, tokenizer.fingerprint), folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     release = files.lock(folder)
     if release is None:

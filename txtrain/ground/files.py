@@ -46,12 +46,25 @@ def sync(path: Path) -> None:
 def write(path: Path, text: str) -> None:
     """Write a whole file at once: a reader sees the old one or the new one, also after a power cut."""
     part = path.with_name(path.name + ".tmp")
-    with open(part, "w", encoding="utf-8", newline="") as f:
-        f.write(text)
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write where the file lies: on a disk that is full a text that is not longer still fits."""
+    with open(path, "r+b") as f:
+        f.write(text.encode())
+        f.truncate()
         f.flush()
         os.fsync(f.fileno())
-    os.replace(part, path)
-    sync(path.parent)
 
 
 def lock(folder: Path) -> Callable[[], object] | None:
@@ -176,6 +189,23 @@ def _nearest(path: Path) -> Path:
             path = path.parent
 
 
+def check_temporary() -> str | None:
+    """What there is to say of $TMPDIR, which all that asks for a temporary folder would leave without a word.
+
+    Raises:
+        ConfigError: there is no folder for temporary files at all.
+    """
+    given = os.environ.get("TMPDIR")
+    try:
+        used = tempfile.gettempdir()
+    except FileNotFoundError as e:
+        raise ConfigError(f"`TMPDIR` must be a folder that can be written to, but is {given!r} instead: {e.strerror}.") from e
+    if not given or os.path.abspath(given) == used:
+        return None
+    os.environ["TMPDIR"] = used  # of child processes too, which need not say it again
+    return f"TMPDIR={given} is no folder that can be written to: {used} is used instead."
+
+
 @contextlib.contextmanager
 def writing(folder: Path, key: str) -> Iterator[None]:
     """What the system says of what is written below a folder's parent, as ours: the disk is full, a quota reached, a right missing.
@@ -187,12 +217,13 @@ def writing(folder: Path, key: str) -> Iterator[None]:
         yield
     except OSError as e:
         ours = isinstance(e.filename, (str, os.PathLike)) and Path(e.filename).is_relative_to(folder.parent)
-        if e.errno not in _FULL and not ours:  # None: numpy's, of a file that was not taken whole
+        of_numpy = type(e) is OSError and e.errno is None  # of a file that was not taken whole
+        if not (ours or of_numpy or e.errno in _FULL):
             raise
         raise _unwritable(folder, key, e) from e
 
 
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, None)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def _unwritable(folder: Path, key: str, e: OSError) -> ConfigError:

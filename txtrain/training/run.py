@@ -22,7 +22,7 @@ from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
-from txtrain.ground import slurm
+from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
@@ -233,19 +233,23 @@ def _begun() -> Iterator[None]:
 def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallback) -> Result:
     """Run Lightning's loop, and leave the folder with the status that the run has."""
     place, parallel, status = run.folder, module.parallel, "failed"
-    try:
-        run.stop.hold()
-        trainer.fit(module, datamodule=data)
-        status = "complete"
-    except Preempted:
-        status = "preempted"
-    finally:
+
+    def end() -> None:
+        if place is not None and parallel.is_first:
+            place.end(status, goodput=run.watch.goodput())
+
+    with contextlib.ExitStack() as last:  # each, whatever becomes of the one before: a full disk is full for all
+        if place is not None:
+            last.enter_context(files.writing(place.path, "run_dir"))
+        last.callback(lambda: run.loggers.close(status))
+        last.callback(end)
+        last.callback(run.close)
         try:
-            run.close()
-            if place is not None and parallel.is_first:
-                place.end(status, goodput=run.watch.goodput())
-        finally:
-            run.loggers.close(status)
+            run.stop.hold()
+            trainer.fit(module, datamodule=data)
+            status = "complete"
+        except Preempted:
+            status = "preempted"
     where = place.path if place is not None else None
     if status == "preempted":
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")

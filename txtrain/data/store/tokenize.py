@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from txtrain.data.sources.files import Text, chunks_of
-from txtrain.data.sources.source import Split, describe, n_bytes
+from txtrain.data.sources.source import Split, describe, n_bytes, skipped
 from txtrain.data.store.cache import TokenWriter
 from txtrain.data.store.progress import Progress
 from txtrain.data.tokenizer.cuts import Places, cut, places_of
@@ -64,9 +64,9 @@ def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bo
 
 def write_skipped(folder: Path, source: Any) -> None:
     """A line of SKIPPED for each row that was left out, where there are any. source: which has been read to its end."""
-    skipped = getattr(source, "skipped", None) or {}
-    lines = (json.dumps({"row": where, "why": why}, ensure_ascii=False) + "\n" for where, why in skipped.items())
-    if skipped:
+    rows = skipped(source).items()
+    lines = (json.dumps({"row": where, "why": why}, ensure_ascii=False) + "\n" for where, why in rows)
+    if rows:
         (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
 
 
