@@ -109,7 +109,7 @@ class RunConfig:
     callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_
     name: str = knob("default", literal=True)  # part of the run's folder
     run_dir: str | None = knob(None, free=True, literal=True)  # null: runs/<name>/<date>_<time>
-    seed: int = 1337
+    seed: int = knob(1337, at_least=-(2**63), below=2**64)
     # files or modules with your own parts, registered by @txtrain.component
     imports: tuple[str, ...] = knob((), free=True)
     # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...

@@ -24,7 +24,7 @@ FOREIGN = {
     "data.sources.hub": "reason",
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
-    "data.sources.source": "method has_validation n_bytes validation_sets describe identity unavailable",
+    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable",
     "data.samples.images": "files",
     "model.generation": "item config",
     "training.module": "config datamodule",

@@ -147,8 +147,13 @@ class RunFolder:
         files.write(self.path / "run.json", json.dumps({**self._read(), **values}, indent=2) + "\n")
 
     def end(self, status: str, **values: Any) -> None:
-        self.update(status=status, ended=_now(), **values)
-        self._release()
+        values |= {"status": status, "ended": _now()}
+        try:
+            self.update(**values)
+        except OSError:  # the disk is full: without its white space the file is not longer than it was
+            files.overwrite(self.path / "run.json", json.dumps({**self._read(), **values}, separators=(",", ":")))
+        finally:
+            self._release()
 
     def stopped(self) -> None:
         """The process ends before its first step: what this start has said of itself is over."""
@@ -184,9 +189,11 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
         ConfigError: the run cannot be continued: its checkpoint is unreadable, or its config is another.
     """
     if config.resume not in ("auto", "never"):
-        return _named(config, given)
+        named = _named(config, given)
+        files.check_writable(named.path, "resume")
+        return named
     path, exclusive = _path(config, name)
-    _refuse_file(path)
+    files.check_writable(path, "run_dir")
     checkpoint.check_newest(path)
     found = checkpoint.complete(path)
     if not found:
@@ -210,13 +217,6 @@ def _again(path: Path) -> bool:
     """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
     job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}
     return job is not None and job.restarts > 0 and before.get("job") == job.number
-
-
-def _refuse_file(path: Path) -> None:
-    """Before anything is done that the run could not keep."""
-    there = next((p for p in (path, *path.parents) if p.exists()), None)
-    if there is not None and not there.is_dir():
-        raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
 
 
 def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:

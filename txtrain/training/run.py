@@ -22,7 +22,7 @@ from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
-from txtrain.ground import slurm
+from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
@@ -132,7 +132,7 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
         if place is not None:
-            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
+            _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
         display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title))
         deadline = Deadline(parallel.first(_end_of_job))
@@ -233,19 +233,23 @@ def _begun() -> Iterator[None]:
 def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallback) -> Result:
     """Run Lightning's loop, and leave the folder with the status that the run has."""
     place, parallel, status = run.folder, module.parallel, "failed"
-    try:
-        run.stop.hold()
-        trainer.fit(module, datamodule=data)
-        status = "complete"
-    except Preempted:
-        status = "preempted"
-    finally:
+
+    def end() -> None:
+        if place is not None and parallel.is_first:
+            place.end(status, goodput=run.watch.goodput())
+
+    with contextlib.ExitStack() as last:  # each, whatever becomes of the one before: a full disk is full for all
+        if place is not None:
+            last.enter_context(files.writing(place.path, "run_dir"))
+        last.callback(lambda: run.loggers.close(status))
+        last.callback(end)
+        last.callback(run.close)
         try:
-            run.close()
-            if place is not None and parallel.is_first:
-                place.end(status, goodput=run.watch.goodput())
-        finally:
-            run.loggers.close(status)
+            run.stop.hold()
+            trainer.fit(module, datamodule=data)
+            status = "complete"
+        except Preempted:
+            status = "preempted"
     where = place.path if place is not None else None
     if status == "preempted":
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
@@ -308,11 +312,14 @@ def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
         return made
 
 
-def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any], start: float) -> None:
+def _create(
+    place: RunFolder, parallel: OneProcess, cfg: Train, data: DataModule, facts: Mapping[str, Any], start: float
+) -> None:
     """The first process makes the folder; where it is then, all know."""
 
     def create() -> Path:
         place.create(cfg, facts, start)
+        data.write_skipped(place.path)
         return place.path
 
     place.path = parallel.first(create)
@@ -343,7 +350,7 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
         **code_versions.environment(machine.name, module.parallel.world.size),
         "slurm": None if (job := Job.here()) is None else {"job": job.number, "restarts": job.restarts},
         "parameters": sum(p.numel() for p in module.model.parameters()),
-        "data": {"source": data.source, "fingerprint": data.fingerprint},
+        "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,
         "given": list(origin.given),
