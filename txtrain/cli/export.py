@@ -23,7 +23,7 @@ def run_export(job: Composed) -> int:
     out = Path(config.out).expanduser()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is {'not empty' if out.is_dir() else 'a file'}.")
-    loaded = load(config.checkpoint, weights=config.weights)
+    loaded = load(config.checkpoint, weights=config.weights, finite=not config.allow_nonfinite)
     save_pretrained(loaded.model, out, loaded.tokenizer)
     n = sum(p.numel() for p in loaded.model.parameters())
     print(f"{loaded.path} -> {out}: {n:,} parameters, {'with its tokenizer' if loaded.tokenizer else 'no tokenizer'}")
