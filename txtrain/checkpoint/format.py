@@ -396,7 +396,7 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
         met = [exception for exception, _ in e.failures.values()]
         if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
             raise (_damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]) from e
-        _refuse_not_finite(path, {name for exception in met for name in exception.problems}, how.key)
+        _refuse_not_finite(path, {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems}, how.key)
 
 
 def check_finite(path: Path, model: nn.Module, how: Reading) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -96,10 +97,10 @@ def read_state(file: Path) -> RunState:
     check_format(raw, file)
     where = str(file)
     defaults = ("format", "losses", "save_seconds", "skipped", "times", "optimizer", "id", "rows", "rows_hash")
-    kinds: dict[str, Any] = get_type_hints(RunState) | {"losses": dict | None, "skipped": list[int] | None}
+    kinds = _kinds(RunState) | {"losses": dict | None, "skipped": list[int] | None}
     check_keys(raw, where, {key: kind | None if key in defaults else kind for key, kind in kinds.items()})
     losses = raw.get("losses") or {}
-    check_keys(losses, f"{where}: losses", {key: kind | None for key, kind in get_type_hints(LossState).items()})
+    check_keys(losses, f"{where}: losses", {key: kind | None for key, kind in _kinds(LossState).items()})
     skipped, position = raw.get("skipped") or [0, 0], raw.get("stream_position")
     counts = [raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ()), raw.get("rows") or 0]
     if len(skipped) != 2 or len(position or "xyz") != 3 or not all(0 <= n < _MOST for n in counts):
@@ -135,7 +136,7 @@ class ShardState:
         if text is None:
             return cls()
         said = parse_json(str(text), where)
-        check_keys(said, where, get_type_hints(cls))
+        check_keys(said, where, _kinds(ShardState))
         return cls(**_known(cls, said))
 
 
@@ -149,6 +150,11 @@ def check_format(raw: Mapping[str, Any], file: Path) -> None:
         raise NewerFormat(
             f"{file}: `format` must be at most {FORMAT} for this version of txtrain, but is {number} instead: a newer version wrote it."
         )
+
+
+@cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _known(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:

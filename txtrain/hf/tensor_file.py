@@ -90,7 +90,9 @@ class SafetensorsFile:
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
     """The contiguous tensor's elements, flat, a megabyte at a time."""
-    yield from tensor.view(-1).split(max(1, _PIECE // tensor.element_size())) if tensor.numel() else ()
+    flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
+    for start in range(0, len(flat), n):
+        yield flat[start : start + n]
 
 
 def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:

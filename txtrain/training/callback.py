@@ -320,7 +320,7 @@ class RunCallback(pl.Callback):
             open_row=self.open,
             save_seconds=self._saver.longest,
             skipped=(module.skipped, module.skipped_in_a_row),
-            rows=self._file and self._file.n_rows,
+            rows=self._file.n_rows if self._file is not None else None,
             rows_hash=self._file.hash if self._file is not None else "",
             optimizer=module.parallel.training_numbers(module.model, optimizer),
         )
