@@ -61,6 +61,7 @@ class SaveConfig:
     keep_best: int = knob(1, at_least=0)  # and the best so many by validation loss
     keep_every_n_steps: int | None = knob(None, at_least=1)  # and those of every so many steps, for good
     async_: bool = False  # write while training goes on, from a copy in the processor's memory
+    verify: bool = True  # compare each tensor with its checksum when a run is continued or forked
 
     def check(self) -> Iterator[str]:
         every, step = self.keep_every_n_steps, self.every_n_steps
@@ -119,6 +120,8 @@ class RunConfig:
     resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
     # a run or checkpoint whose weights, optimizer state and step a new run starts from
     fork: str | None = knob(None, literal=True, run=True)
+    # go on from weights that hold NaN or infinity: those of init_from, fork and resume
+    allow_nonfinite: bool = knob(False, free=True)
     # of what is printed, with NO_COLOR=1 in black and white
     verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder

@@ -28,7 +28,7 @@ def run_export(job: Composed) -> int:
     there = out.exists()
     if there and any(out.iterdir()) and not any(out.glob(".export.*.tmp")):  # of an export that was killed
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
-    loaded = load(config.checkpoint, weights=config.weights)
+    loaded = load(config.checkpoint, weights=config.weights, finite=not config.allow_nonfinite)
     try:
         with files.writing(out, "out"):
             out.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def run_generate(job: Composed) -> int:
     prompts = read_prompts(config)
     device = pick_device(config.accelerator)
     assert config.checkpoint is not None
-    loaded = load(config.checkpoint, device, weights=config.weights)
+    loaded = load(config.checkpoint, device, weights=config.weights, finite=True)
     _check_writes(loaded)
     assert loaded.tokenizer is not None
     answers = _answers(loaded.model)

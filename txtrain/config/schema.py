@@ -205,6 +205,7 @@ class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    allow_nonfinite: bool = False  # write weights that hold NaN or infinity, too
     imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
@@ -228,7 +229,7 @@ class ZeRO(Mesh):
         """None: what updates elements one by one keeps tensors."""
         return {}
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         from txtrain.checkpoint.format import load_tensors, optimizer_names
 
         self._allocate()
@@ -237,7 +238,7 @@ class ZeRO(Mesh):
         # A parameter without a gradient so far has no state elsewhere; here it has zeros.
         new = {part.name for part in self._parts if saved and not any(f"{part.name}.{key}" in saved for key in self._core.state[part.master])}
         tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("optimizer.").rpartition(".")[0] not in new}
-        load_tensors(path, tensors, group=self.checkpoint_group)
+        load_tensors(path, tensors, group=self.checkpoint_group, how=how)
         for part in self._parts:
             whole: Any = tensors[f"model.{part.name}"]
             values = whole.full_tensor()

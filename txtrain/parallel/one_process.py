@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel.timers import Phases
@@ -182,11 +183,11 @@ class OneProcess:
 
         return dict(numbers(model, optimizer))
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         """Read a checkpoint's weights, optimizer state and averaged weights, in place."""
         from txtrain.checkpoint.format import load_training
 
-        load_training(path, model, optimizer, average, self.checkpoint_group)
+        load_training(path, model, optimizer, average, self.checkpoint_group, how)
 
 
 def whole(tensor: Tensor) -> Tensor:

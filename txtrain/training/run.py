@@ -28,7 +28,7 @@ from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
-from txtrain.monitor.metrics_csv import latest
+from txtrain.monitor.metrics_csv import check_rows, latest
 from txtrain.monitor.profiler import Profiled
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import build_objective
@@ -105,7 +105,7 @@ def train(
         display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
         last_words.know(place)
-        for text in start_screen.restarted(place):
+        for text in (*start_screen.restarted(place), *parallel.first(lambda: _gone(place))):
             display.tell(text)
         first, *loud = start_screen.opening(cfg, fallback)
         display.line(first)
@@ -200,7 +200,7 @@ def initial_model(cfg: Train, place: RunFolder | None) -> nn.Module | None:
     from txtrain.checkpoint.load import load
     from txtrain.model.build import build_model
 
-    found = load(cfg.init_from, key="init_from").model
+    found = load(cfg.init_from, key="init_from", finite=not cfg.allow_nonfinite).model
     with torch.device("meta"):
         model = build_model(cfg.model)  # of other dropouts, perhaps
     model.load_state_dict(found.state_dict(), assign=True)
@@ -218,12 +218,14 @@ def short(cfg: Train) -> Train:
 
 @contextlib.contextmanager
 def _begun() -> Iterator[None]:
-    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail.
+    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail. What it starts from is still one of the start.
 
     What a worker of the loader finds arrives as text, behind torch's copy of the worker's traceback.
     """
     try:
         yield
+    except checkpoint.LoadError:
+        raise
     except ConfigError as e:
         said = str(e).rpartition(f"{ConfigError.__name__}: ")[2].strip()
         raise RunError(*said.splitlines()) from e
@@ -238,7 +240,7 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallb
         if place is not None and parallel.is_first:
             place.end(status, goodput=run.watch.goodput())
 
-    with contextlib.ExitStack() as last:  # each, whatever becomes of the one before: a full disk is full for all
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as last:  # each, whatever becomes of the one before: a full disk is full for all
         if place is not None:
             last.enter_context(files.writing(place.path, "run_dir"))
         last.callback(lambda: run.loggers.close(status))
@@ -250,6 +252,10 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallb
             status = "complete"
         except Preempted:
             status = "preempted"
+        except checkpoint.LoadError:
+            if place is not None and parallel.is_first:
+                undo.callback(place.discard)
+            raise
     where = place.path if place is not None else None
     if status == "preempted":
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
@@ -341,6 +347,18 @@ def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Resul
     if parallel.is_first:
         place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))
+
+
+def _gone(place: RunFolder | None) -> list[str]:
+    """What a run that continues does not find any more, and can do without.
+
+    Raises:
+        ConfigError: metrics.csv has lost rows, or is damaged.
+    """
+    if place is None or place.checkpoint is None:
+        return []
+    facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times count from here."
+    return [text for text in (facts, check_rows(place)) if text]
 
 
 def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, origin: Origin, fallback: str | None) -> dict[str, Any]:

@@ -470,11 +470,11 @@ def test_a_checkpoint_written_behind_the_training_is_the_one_that_waiting_would_
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, capsys, how):
     real = checkpoint.write_tensors
 
-    def full(path, tensors, group=None):
+    def full(path, tensors, group=None, step=0):
         if path.name == "step_00000008.tmp":
             (path / "shard.safetensors").write_text("half of it")
             raise OSError(28, "No space left on device")
-        real(path, tensors, group)
+        return real(path, tensors, group, step)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     run_dir = folder / f"full-{how}"
@@ -485,7 +485,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, cap
 
 
 def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(folder, monkeypatch):
-    def full(path, tensors, group=None):
+    def full(path, tensors, group=None, step=0):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
