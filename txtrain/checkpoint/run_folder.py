@@ -27,7 +27,7 @@ from txtrain.run_config import RunConfig
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
-    "grafts": dict | None, "parent": dict | None,
+    "grafts": dict | None, "parent": dict | None, "progress": dict | None,
 }
 _LISTED = 20  # differences in a message
 
@@ -85,7 +85,8 @@ class RunFolder:
         self.began = life["first_start"] + life["complete_for"]
         now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # config.yaml does not tell
+        now |= {key: before[key] for key in kept if before.get(key) and not now.get(key)}
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
@@ -188,7 +189,7 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
     path, exclusive = _path(config, name)
     _refuse_file(path)
     checkpoint.check_newest(path)
-    found = checkpoint.complete(path)
+    found = [] if exclusive else checkpoint.complete(path)
     if not found:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
     if config.resume == "never" and not _again(path):
@@ -278,8 +279,8 @@ def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
-    if name is not None:
-        return Path("runs") / config.name / name, False
+    if name is not None:  # of the clock, but in a job, which finds its members again
+        return Path("runs") / config.name / name, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
     if trial:  # its agent may run several in one job; one that was preempted comes again under its id
         return Path("runs") / config.name / f"sweep-{trial}", False

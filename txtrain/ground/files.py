@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import shutil
+import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from txtrain.errors import ConfigError
@@ -57,24 +60,55 @@ def lock(folder: Path) -> Callable[[], object] | None:
     Returns:
         A function that gives it back; so does the garbage collector where that is forgotten.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return lambda: None
     handle = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + PATIENCE
     while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = _flock(handle)
+        if ours:
             return _Release(handle)
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
-                os.close(handle)
-                return lambda: None
-        if time.monotonic() > deadline:
+        if ours is None or time.monotonic() > deadline:
             os.close(handle)
-            return None
+            return None if ours is False else lambda: None
         time.sleep(0.2)
+
+
+def _flock(handle: int) -> bool | None:
+    """Whether the lock of an open folder is this process' now; None on a file system, or a system, without locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return None
+    except OSError as e:
+        return False if e.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+@contextlib.contextmanager
+def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
+    """A temporary folder, locked as long as it is used; those that a process left which was killed (kill -9) are removed.
+
+    Without locks nothing is known of the others, and they stay.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _opened(left) as handle:  # another user's, or a plain file
+            if _flock(handle):
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name, _opened(Path(name)) as handle:
+            if _flock(handle) is not False and os.path.exists(name):  # else another start took it for one that was left
+                yield Path(name)
+                return
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 class _Release:
