@@ -93,7 +93,7 @@ class Mesh(OneProcess):
     def _meeting_point(self) -> dict[str, Any]:
         """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""
         if STORE in os.environ or self.world.size == 1:
-            alone = {"store": dist.HashStore()}
+            alone = {"store": dist.HashStore()}  # type: ignore[attr-defined]
             return {"init_method": f"file://{os.environ[STORE]}"} if STORE in os.environ else alone
         if by_srun():
             address, port = meeting_point()
