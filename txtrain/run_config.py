@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from txtrain.ground.slurm import MAX_REQUEUES
 from txtrain.model.config import ModelConfig
 from txtrain.optim.config import EMAConfig
 from txtrain.registry import axis, knob
@@ -40,6 +41,8 @@ class TrainerConfig:
     activation_checkpointing: Literal["none", "full", "selective"] | int = knob("none", at_least=1)
     deterministic: bool = False
     auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
+    # So often a SLURM job is requeued in a row without a step that was kept: a start that never reaches its first does not go on for ever.
+    max_requeues: int = knob(MAX_REQUEUES, at_least=0)
     # So many steps (true: 1) of training and validation, then stop; nothing saved.
     fast_dev_run: bool | int = knob(False, at_least=0)
     overfit_batches: int = knob(0, at_least=0)  # train on the first so many global batches again and again

@@ -28,7 +28,7 @@ from txtrain.run_config import RunConfig
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
-    "grafts": dict | None, "parent": dict | None,
+    "grafts": dict | None, "parent": dict | None, "progress": dict | None,
 }
 _LISTED = 20  # differences in a message
 
@@ -91,7 +91,8 @@ class RunFolder:
         self.began = life["first_start"] + life["complete_for"]
         now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # config.yaml does not tell
+        now |= {key: before[key] for key in kept if before.get(key) and not now.get(key)}
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
@@ -212,7 +213,7 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
     path, exclusive = _path(config, name)
     files.check_writable(path, "run_dir")
     checkpoint.check_folder(path)
-    newest = checkpoint.newest_of(path, "resume")
+    newest = None if exclusive else checkpoint.newest_of(path, "resume")
     if newest is None:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
     if config.resume == "never" and not _again(path):
@@ -297,8 +298,8 @@ def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
-    if name is not None:
-        return Path("runs") / config.name / name, False
+    if name is not None:  # of the clock, but in a job, which finds its members again
+        return Path("runs") / config.name / name, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
     if trial:  # its agent may run several in one job; one that was preempted comes again under its id
         return Path("runs") / config.name / f"sweep-{trial}", False

@@ -77,25 +77,53 @@ def lock(folder: Path) -> Callable[[], object] | None:
     """
     handle = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + PATIENCE
-    while (locked := _flock(handle)) is False and time.monotonic() < deadline:
+    while True:
+        ours = _flock(handle)
+        if ours:
+            return _Release(handle)
+        if ours is None or time.monotonic() > deadline:
+            os.close(handle)
+            return None if ours is False else lambda: None
         time.sleep(0.2)
-    if locked:
-        return _Release(handle)
-    os.close(handle)
-    return None if locked is False else lambda: None
 
 
 def _flock(handle: int) -> bool | None:
-    """Whether the file is now locked by this handle; None: on this system, or its file system, nothing can be."""
+    """Whether the lock of an open folder is this process' now; None on a file system, or a system, without locks."""
     try:
         import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except ImportError:  # Windows
         return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as e:
         return False if e.errno in (errno.EAGAIN, errno.EACCES) else None
     return True
+
+
+@contextlib.contextmanager
+def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
+    """A temporary folder, locked as long as it is used; those that a process left which was killed (kill -9) are removed.
+
+    Without locks nothing is known of the others, and they stay.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _opened(left) as handle:  # another user's, or a plain file
+            if _flock(handle):
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name, _opened(Path(name)) as handle:
+            if _flock(handle) is not False and os.path.exists(name):  # else another start took it for one that was left
+                yield Path(name)
+                return
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 class _Release:

@@ -102,10 +102,10 @@ class ZeRO(Mesh):
         if any(not p.requires_grad for p in model.parameters()):
             raise ConfigError(f"`strategy` must not be {self.config.strategy.type} for a model with frozen parameters. Nearest: fsdp.")
 
-    def materialise(self, model: nn.Module, device: torch.device) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
         """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
         if self.stage < 3:
-            OneProcess.materialise(self, model, device)
+            OneProcess.materialise(self, model, device, fill)
             return
         import deepspeed
 
@@ -115,7 +115,8 @@ class ZeRO(Mesh):
         with torch.no_grad():
             for name, module in model.named_modules():
                 module.to_empty(device=device, recurse=False)
-                initialiser.fill(name, module)
+                if fill:
+                    initialiser.fill(name, module)
                 own = list(module.named_parameters(name, recurse=False))
                 if not own:
                     continue

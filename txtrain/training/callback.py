@@ -22,6 +22,7 @@ from txtrain.data.store.stream import Position
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
+from txtrain.ground.slurm import Job
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
@@ -74,6 +75,7 @@ class RunCallback(pl.Callback):
         self.position: Any = None  # of a stream, where the next step can be read from
         self.best = math.inf
         self.ended = False
+        self._first_step = 0  # updates before this start
         self.columns = (*COLUMNS, *columns) + balancing.columns(config.model) + data.columns
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
@@ -101,6 +103,7 @@ class RunCallback(pl.Callback):
                 self.data.start_position = Position(*self.state.stream_position)
                 self.position = self.data.start_position
             _continue_counting(trainer, module.step)
+        self._first_step = module.step
         self.watch.start(module)
         losses = checkpoint.val_losses(self.folder.path)
         self.best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
@@ -333,7 +336,9 @@ class RunCallback(pl.Callback):
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
             best = state.val_loss is not None and state.val_loss <= self.best
-            self.folder.update(data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput())
+            job = Job.here()
+            progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
+            self.folder.update(data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput(), **progress)
             self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 
     def _beside(self, path: Path) -> None:

@@ -87,6 +87,7 @@ class LitModule(pl.LightningModule):
         self._token_bytes: Tensor | None = None
         self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
+        self.is_read = False  # all weights come from a checkpoint
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
 
@@ -136,7 +137,7 @@ class LitModule(pl.LightningModule):
         wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
-            self.parallel.materialise(self.model, self.device)
+            self.parallel.materialise(self.model, self.device, fill=not self.is_read)
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,13 +27,14 @@ from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
+from txtrain.monitor.loggers.records import failures_said_once
 from txtrain.monitor.metrics_csv import check_rows, latest
 from txtrain.monitor.profiler import Profiled
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import build_objective
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.build import make_parallel
-from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.parallel.early_signals import PREEMPTED, say
 from txtrain.parallel.one_process import OneProcess, precision_dtype
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
@@ -98,7 +98,7 @@ def train(
     check_model(model, cfg)
     _check_given(cfg, data, callbacks)
     origin, world = origin or Origin(), World.here()
-    last_words = LastWords(cfg)
+    last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
@@ -117,6 +117,7 @@ def train(
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         parallel.check(module.model)
         if place is not None and (source := place.source) is not None:
+            module.is_read = True
             parallel.first(lambda: checkpoint.check_weights(source, module.model))
         data = data or DataModule(cfg, fallback or "", objective)
         parallel.in_turn(data.prepare)
@@ -147,6 +148,7 @@ def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[t
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(first=world.rank == 0, several=world.size > 1, last_words=last_words))
         stack.enter_context(quiet())
+        stack.enter_context(failures_said_once())
         parallel = make_parallel(cfg)
         stack.enter_context(parallel.started())
         if world.size > 1:
@@ -260,7 +262,9 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallb
     if status == "preempted":
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
-        run.stop.deaf = bool(parallel.first(lambda: _requeue(run.config, run.display.tell)))
+        run.stop.deaf = parallel.first(lambda: _requeue(run.config, run.display.tell))
+        if parallel.first(lambda: _gives_up(run.config)):
+            raise RunError("trainer.max_requeues: the run makes no progress.")
         return Result(where, dict(run.metrics), status)
     run.display.table(run.watch.summary(module, run.metrics))
     if where is not None:
@@ -279,32 +283,37 @@ def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
     if job is None:
         return False
     if cfg.trainer.auto_requeue:
-        say(job.requeue())
+        say(job.requeue(_gives_up(cfg)))
     else:
         say(f"Job {job.number} is not requeued: trainer.auto_requeue=false.")
     return slurm.has_requeued()
 
 
-class LastWords:
-    """Said by the first rank where a run is stopped before its first step is done."""
+def _gives_up(cfg: Train) -> bool:
+    """Whether the SLURM job has been started too often in a row without a step that was kept: exit code 1, so that no script runs it again."""
+    job = Job.here()
+    return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
 
-    def __init__(self, cfg: Train) -> None:
-        self._cfg = cfg
+
+class LastWords:
+    """Of a run that is stopped before its first step is done: said by the first rank. Gives the exit code."""
+
+    def __init__(self, cfg: Train, first: bool) -> None:
+        self._cfg, self._first = cfg, first
         self._folders: list[RunFolder] = []
 
     def know(self, place: RunFolder | None) -> None:
         """The run's folder has been chosen."""
         self._folders += [] if place is None else [place]
 
-    def __call__(self, cause: Cause) -> None:
-        def say(text: str) -> None:
-            os.write(2, f"txtrain: {text}\n".encode())
-
-        say("stopped before the first step.")
-        for place in self._folders:
-            place.stopped()
-        if cause != Cause.PERSON:
-            _requeue(self._cfg, say)
+    def __call__(self, cause: Cause) -> int:
+        if self._first:
+            say("stopped before the first step.")
+            for place in self._folders:
+                place.stopped()
+            if cause != Cause.PERSON:
+                _requeue(self._cfg, say)
+        return 1 if _gives_up(self._cfg) else PREEMPTED
 
 
 def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
@@ -366,7 +375,7 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
     return {
         "name": cfg.name,
         **code_versions.environment(machine.name, module.parallel.world.size),
-        "slurm": None if (job := Job.here()) is None else {"job": job.number, "restarts": job.restarts},
+        "slurm": None if (job := Job.here()) is None else job.record,
         "parameters": sum(p.numel() for p in module.model.parameters()),
         "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,24 @@ def test_tmpdir_that_is_none_is_told_and_no_temporary_folder_at_all_refused(tmp_
     monkeypatch.setattr(tempfile, "_get_default_tempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No usable temporary directory found")))
     with pytest.raises(ConfigError, match="`TMPDIR` must be a folder"):
         files.check_temporary()
+
+
+KEEP = "import sys, time; from txtrain.ground import files\nwith files.scratch() as f: (f / 'x').touch(); print(f, flush=True); time.sleep(60)"
+
+
+def test_a_temporary_folder_is_removed_also_after_kill_9_but_not_while_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-c", KEEP], stdout=subprocess.PIPE, text=True, env=environment)
+    theirs = Path(child.stdout.readline().strip())
+    (tmp_path / "txtrain-file").touch()  # none of ours
+    (tmp_path / "txtrain-link").symlink_to("/")
+    with files.scratch() as ours:
+        assert {theirs, ours} < set(tmp_path.iterdir())
+    assert theirs.exists()
+    assert not ours.exists()
+    child.kill()
+    child.wait()
+    with files.scratch():
+        assert not theirs.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["txtrain-file", "txtrain-link"]
