@@ -20,7 +20,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -231,11 +231,11 @@ def optimizer_names(path: Path) -> set[str]:
     return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
 
 
-def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group: Any = None) -> None:
+def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group: Any = None, without: Container[str] = ()) -> None:
     """Read every tensor of `into`, in place; of a tensor that lies over processes each reads its part.
 
     Args:
-        prefix: those of the checkpoint that must all be wanted.
+        prefix: those of the checkpoint that must all be wanted; without: all but these.
         group: the processes that read together; None: this one alone.
 
     Raises:
@@ -244,14 +244,14 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    _compare(path, into, prefix)
+    _compare(path, into, prefix, without)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
 
 
-def _compare(path: Path, into: Mapping[str, Tensor], prefix: str) -> None:
-    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
+def _compare(path: Path, into: Mapping[str, Tensor], prefix: str, without: Container[str] = ()) -> None:
+    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
     wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -290,23 +290,35 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
 def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None) -> None:
     """The model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
 
-    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there. Whether a run may
-    begin or end one there is for its configuration to say.
+    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there, and all that it has of
+    parameters which are not trained any more. Whether a run may begin or end one there is for its configuration to say.
     """
     from txtrain.optim import state as optimizer_state
 
-    numbers = read_state(path).optimizer
+    without = of_frozen(path, model)
+    numbers = {name: n for name, n in read_state(path).optimizer.items() if f"optimizer.{name}" not in without}
     optimizer_state.allocate(optimizer)
-    optimizer_state.forget({*optimizer_names(path), *numbers}, model, optimizer)
+    saved = {name for name in optimizer_names(path) if f"optimizer.{name}" not in without} | numbers.keys()
+    if without and not saved:
+        optimizer.state.clear()  # what was trained there is not what is trained here
+    optimizer_state.forget(saved, model, optimizer)
     tensors = training_tensors(model, optimizer)
     for prefix in ("model.", "optimizer."):
-        load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group)
+        load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group, without)
     optimizer_state.restore_numbers(numbers, model, optimizer)
     if average is not None and average.values:
-        if any(name.startswith("ema.") for name in shapes(path)):
-            load_tensors(path, average.tensors(), prefix="ema.", group=group)
-        else:
-            average.restart()
+        average.restart()
+        names = shapes(path)
+        if averaged := {name: value for name, value in average.tensors().items() if name in names}:
+            load_tensors(path, averaged, "ema.", group, without)
+
+
+def of_frozen(path: Path, model: nn.Module) -> set[str]:
+    """What a checkpoint has beside the weights of parameters that the model does not train."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    names = [*shapes(path), *(f"optimizer.{name}" for name in read_state(path).optimizer)]
+    parts = [(name, *name.split(".", 1)) for name in names]
+    return {name for name, kind, own in parts if (kind == "ema" and own in frozen) or (kind == "optimizer" and own.rpartition(".")[0] in frozen)}
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing

@@ -11,6 +11,7 @@ import txtrain.objectives.config  # noqa: F401  (these two register the sources 
 from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
+from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
@@ -29,6 +30,7 @@ class Train(RunConfig):
         where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for group in groups if hasattr(group, "check") for p in group.check()]
+        problems += pattern_problems("freeze", self.freeze)
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)

@@ -94,7 +94,10 @@ def attend(t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int
     """heads: of queries, and of keys. same_size: heads of values are as large as those of keys, which flash attention asks for."""
     mask = place.mask
     assert mask is not None
-    scores = place.batch * heads[0] * place.queries * place.keys
+    scores, across = place.batch * heads[0] * place.queries * place.keys, place.memory is not None
+    reach = place.keys if across else place.model.attention.seen(place.keys, place.layer, causal=mask.declared.causal)
+    t.multiplied(2.0 * q.n * reach, q, k)  # scores, then what they weigh
+    t.multiplied(2.0 * q.n * reach * v.n / k.n, q if q.edge else k, v)
     if mask.kernel == "plain":
         return _plain(t, q, k, v, mask, scores, heads, softcap, dropout)
     if mask.kernel in ("flex", "varlen"):

@@ -20,16 +20,17 @@ class Tape(Recorder):
         own = self.parameter(outputs, inputs, name=dotted(name, "weight")) if weight is None else weight
         shift = [self.low(self.parameter(outputs, name=dotted(name, "bias")))] if bias else []
         x, weight = self.low(x), self.low(own)
-        wants = x.edge is not None
+        wants, learns, shifts = x.edge is not None, weight.edge is not None, [y.edge is not None for y in shift]
 
         def backward(g: Bytes) -> Gradients:
-            of_bias = [self.bytes(outputs, x_size)] if bias else []
-            of_weight = self.bytes(inputs * outputs, x_size)
+            of_bias = [self.bytes(outputs, x_size) if learned else None for learned in shifts]
+            of_weight = self.bytes(inputs * outputs, x_size) if learns else None
             return (Bytes(self.meter, x_bytes, self.kind) if wants else None, of_weight, *of_bias)
 
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
-        saved = (x.storage, weight.storage if wants else None)  # the latter where it is a copy of the parameter
+        self.multiplied(2.0 * x.n * outputs, x, weight)
+        saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)  # the matrix' own, where it is a copy of the parameter
         return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 
     def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
@@ -139,10 +140,10 @@ class Tape(Recorder):
     def layer_norm(self, x: Value, size: int, bias: bool) -> Value:
         weights = [self.parameter(size, name=name) for name in (("weight", "bias") if bias else ("weight",))]
         statistics = self.bytes(2 * x.n // size, 4)
-        nbytes, wide = x.nbytes, x.size
+        nbytes, wide, wants, learned = x.nbytes, x.size, x.edge is not None, [w.edge is not None for w in weights]
 
         def backward(g: Bytes) -> Gradients:
-            return (Bytes(self.meter, nbytes, self.kind), *(self.bytes(size, wide) for _ in weights))
+            return (Bytes(self.meter, nbytes, self.kind) if wants else None, *(self.bytes(size, wide) if w else None for w in learned))
 
         return self.made([x, *weights], x.n, x.size, (x.storage, statistics), backward)
 
@@ -159,13 +160,14 @@ class Tape(Recorder):
         return self.to(self.mul(y, self.to(weight, 4)), x.size) if unit_offset else self.mul(self.to(y, x.size), weight)
 
     def matmul(self, a: Value, b: Value, n: int) -> Value:
-        """A product of n elements; both operands are kept."""
+        """A product of n elements; each operand is kept for the other's gradient."""
 
         def backward(g: Bytes) -> Gradients:
             return tuple(Bytes(self.meter, nbytes, self.kind) if nbytes else None for nbytes in sizes)
 
         sizes = [x.nbytes if x.edge else 0 for x in (a, b)]
-        return self.made([a, b], n, a.size, (a.storage, b.storage), backward, self.product(n, a.size))
+        saved = (a.storage if b.edge else None, b.storage if a.edge else None)
+        return self.made([a, b], n, a.size, saved, backward, self.product(n, a.size))
 
     def lookup(self, table: Parameter, n: int, columns: int, index: int = 0) -> Value:
         """n rows of a table. index: bytes of which, where they are made for it."""
@@ -198,16 +200,19 @@ class Tape(Recorder):
         nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs
         aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # what the kernel asks for; else an expert at a time
         apart = None if aligned else self.product(n, x.size)
+        wants, learns = x.edge is not None, weight.edge is not None
+        self.multiplied(2.0 * x.n * outputs, x, weight)
 
         def backward(g: Bytes) -> Gradients:
-            rows, matrices = (None if aligned else Bytes(self.meter, size, self.kind) for size in (nbytes, whole))
-            of_weight = Bytes(self.meter, whole, self.kind)
+            rows, matrices = (None if aligned or not wanted else Bytes(self.meter, size, self.kind) for size, wanted in ((nbytes, wants), (whole, learns)))
+            of_weight = Bytes(self.meter, whole, self.kind) if learns else None
             del matrices
-            of_x = Bytes(self.meter, nbytes, self.kind)
+            of_x = Bytes(self.meter, nbytes, self.kind) if wants else None
             del rows
             return of_x, of_weight
 
-        made = self.made([x, weight], n, x.size, (x.storage, weight.storage), backward)
+        saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
+        made = self.made([x, weight], n, x.size, saved, backward)
         del apart
         return made
 
@@ -221,21 +226,26 @@ class Tape(Recorder):
         x = self.low(x)
         if self.autocast:  # the loss casts by itself: the copies are not kept
             weight, shift = self.to(weight, 2), None if shift is None else self.to(shift, 2)
-        gradients = [self.bytes(x.n, x.size), self.bytes(weight.n, x.size), *([self.bytes(vocabulary, 4)] if shift else [])]
+        inputs = [x, weight, *([shift] if shift else [])]
+        self.multiplied(2.0 * x.n * vocabulary, x, weight)
+        made = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
+        gradients = [self.bytes(count, size) if y.edge else None for y, count, size in made]
+        wanted = any(gradients)
         for start in range(0, min(n, 2 * rows), rows):  # the third chunk and those after it are like the second
             chunk = min(rows, n - start) * vocabulary
             slope = self._logits(chunk, x.size, capped)  # that of the chunk before is held meanwhile
-            slope = self.bytes(chunk, 4)  # divided
-            if x.size != 4:
+            if wanted:
+                slope = self.bytes(chunk, 4)  # divided
+            if wanted and x.size != 4:
                 slope = self.bytes(chunk, x.size)
-            self.bytes(chunk // vocabulary * dim, x.size)
+            self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
         del slope
-        sizes = [g.n for g in gradients]
+        sizes = [None if g is None else g.n for g in gradients]
 
         def backward(g: Bytes) -> Gradients:
-            return tuple(Bytes(self.meter, nbytes, self.kind) for nbytes in sizes)
+            return tuple(None if nbytes is None else Bytes(self.meter, nbytes, self.kind) for nbytes in sizes)
 
-        return self.made([x, weight, *([shift] if shift else [])], 1, 4, gradients, backward)
+        return self.made(inputs, 1, 4, gradients, backward)
 
     def _logits(self, n: int, size: int, capped: bool) -> Bytes:
         """In float32, which become their gradient in place. A cap has a slope of its own."""
@@ -270,7 +280,7 @@ class Tape(Recorder):
         """As autocast has it: in 2 bytes, parameters once for all their uses."""
         if not self.autocast or x.size == 2:
             return x
-        if not isinstance(x, Parameter):
+        if not isinstance(x, Parameter) or x.edge is None:  # autocast keeps copies of what takes a gradient
             return self.to(x, 2)
         if id(x) not in self.casts:
             self.casts[id(x)] = self.to(x, 2)
