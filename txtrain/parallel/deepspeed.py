@@ -137,6 +137,8 @@ class ZeRO(Mesh):
         for module in model.modules():
             if isinstance(module, Block):
                 deepspeed.utils.set_z3_leaf_module(module, True)  # gathered as one, as FSDP2 does
+                if self.stage == 3:
+                    module.register_forward_pre_hook(_with_gradient)
         whole = Whole(model)
         self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
         self._parts = list(parts(names, self.engine.optimizer))
@@ -289,6 +291,14 @@ class ZeRO(Mesh):
             master.grad = gradient  # with offload the place that gradients are copied to
         if self.stage < 3:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed reduces a block's gradients when its input's is there: below what is trained it is asked for, though nobody reads it."""
+    x, *others = given
+    if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in block.parameters()):
+        x = x.detach().requires_grad_()
+    return x, *others
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
