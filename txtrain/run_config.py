@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from txtrain.ground.slurm import MAX_REQUEUES
 from txtrain.model.config import ModelConfig
+from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
 from txtrain.registry import axis, knob
 
@@ -106,6 +107,8 @@ class RunConfig:
     trainer: TrainerConfig = knob(free=True)
     save: SaveConfig = knob(free=True)
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
+    # parameters that are read and not trained: those whose dotted name has one of these as a pattern (re.search)
+    freeze: tuple[str, ...] = ()
     sample: SampleConfig = knob(free=True)
     layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
     # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
@@ -142,6 +145,15 @@ class RunConfig:
             return self.seq_len, None
         source, target = self.objective.lengths(self.seq_len)
         return source, target
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """What is changed in the model before it is laid over the ranks."""
+        return (Freeze(self.freeze),) if self.freeze else ()
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of that name is trained."""
+        return all(t.trains(name) for t in self.transforms)
 
     @property
     def micro_batch_size(self) -> int:

@@ -12,6 +12,7 @@ from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
 from txtrain.ground.convert import Checked
+from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
@@ -30,6 +31,7 @@ class Train(RunConfig):
         where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
+        problems += pattern_problems("freeze", self.freeze)
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)

@@ -115,11 +115,6 @@ class OneProcess:
 
     # ----------------------------------------------------------------------------------------------------------- the model
 
-    def check(self, model: nn.Module) -> None:
-        """Raises:
-        ConfigError: the strategy cannot train this model.
-        """
-
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """Allocate the model on the device, or lay it over the processes; a model without storage stays without until `materialise`."""
 

@@ -30,6 +30,7 @@ from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import Shown
+from txtrain.planning.trained import work
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
@@ -91,7 +92,7 @@ class RunCallback(pl.Callback):
             self.watch.start(module)
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
-        guess = 3 * 4 * self.config.model.n_params / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
+        guess = 4 * (module.n_params + 2 * module.n_trained) / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
         self._saver.longest = self.state.save_seconds or guess
         if self.folder.source is not None:
             how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
@@ -199,11 +200,10 @@ class RunCallback(pl.Callback):
         """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
         lengths = module.objective.lengths(batch, self.config.seq_len)
         if lengths not in self._works:  # a part of the user's own is built to be counted
-            model, n = self.config.model, self.config.data.global_batch_size
-            longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
-            once = model.flops_per_sample(*lengths, self.config.objective.target_share)
-            again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
-            self._works[lengths] = n * longer, n * once, n * again
+            n, frozen = self.config.data.global_batch_size, module.frozen
+            longer = max(lengths) if self.config.model.topology == "encoder_decoder" else lengths[0]
+            of_sample = work(self.config, lengths, (lambda name: name not in frozen) if frozen else None)
+            self._works[lengths] = n * longer, n * of_sample.once, n * of_sample.again
         return self._works[lengths]
 
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
+from txtrain.model.transform import transform
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import Batch, Objective, build_objective
 from txtrain.optim.average import Average
@@ -80,7 +81,12 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
-        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
+        transform(self.model, config.transforms)
+        named = list(self.model.named_parameters())
+        check_patterns([name for name, _ in named], config.optimizer)
+        self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
+        self.n_params = sum(p.numel() for _, p in named)
+        self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation

@@ -115,7 +115,6 @@ def train(
         objective = build_objective(cfg)
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel, objective)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
-        parallel.check(module.model)
         if place is not None and (source := place.source) is not None:
             module.is_read = True
             parallel.first(lambda: checkpoint.check_weights(source, module.model))
@@ -135,7 +134,7 @@ def train(
         if place is not None:
             _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
-        display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title))
+        display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title, (module.n_trained, module.n_params)))
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
         trainer = make_trainer(cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None)
@@ -376,7 +375,8 @@ def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, or
         "name": cfg.name,
         **code_versions.environment(machine.name, module.parallel.world.size),
         "slurm": None if (job := Job.here()) is None else job.record,
-        "parameters": sum(p.numel() for p in module.model.parameters()),
+        "parameters": module.n_params,
+        "trained_parameters": module.n_trained,
         "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,
