@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "I16": 2, "U16": 2, "I32": 4, "U32": 4,
     **dict.fromkeys(("I64", "U64", "C64"), 8),
 }
+
+_PIECE = 1 << 20  # bytes: what a processor has still at hand after it was read
 
 
 class Entry(NamedTuple):
@@ -70,16 +72,30 @@ class SafetensorsFile:
     def read(self, name: str) -> Tensor:
         """One tensor, in its own memory."""
         entry = self.entries[name]
-        data = torch.empty(n_elements(entry.shape) * _SIZES[entry.dtype], dtype=torch.uint8, device="cpu")
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
+        for _ in self.fill(name, tensor):
+            pass
+        return tensor
+
+    def fill(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
+        """One tensor into contiguous memory of its type and size, piece by piece: each is given when it is read."""
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._begin[name])
-            view, done = data.numpy().data, 0
-            while done < len(view):  # one call reads at most 2 GiB
-                got = f.readinto(view[done:])
-                if not got:
-                    raise self._broken(f"it ends within {name}")
-                done += got
-        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+            for piece in pieces(tensor):
+                view, done = piece.view(torch.uint8).numpy().data, 0
+                while done < len(view):
+                    got = f.readinto(view[done:])
+                    if not got:
+                        raise self._broken(f"it ends within {name}")
+                    done += got
+                yield piece
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The contiguous tensor's elements, flat, a megabyte at a time."""
+    flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
+    for start in range(0, len(flat), n):
+        yield flat[start : start + n]
 
 
 def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
+from txtrain.model.transform import transform
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import Batch, Objective, build_objective
 from txtrain.optim.average import Average
@@ -80,13 +81,19 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
-        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
+        transform(self.model, config.transforms)
+        named = list(self.model.named_parameters())
+        check_patterns([name for name, _ in named], config.optimizer)
+        self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
+        self.n_params = sum(p.numel() for _, p in named)
+        self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
         self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
+        self.is_read = False  # all weights come from a checkpoint
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
 
@@ -136,7 +143,7 @@ class LitModule(pl.LightningModule):
         wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
-            self.parallel.materialise(self.model, self.device)
+            self.parallel.materialise(self.model, self.device, fill=not self.is_read)
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 

@@ -101,7 +101,10 @@ def attend(
     """`kernels.attend`. heads: of queries, of keys. same_size: values have heads of the keys' size, as flash needs."""
     mask = place.mask
     assert mask is not None
-    scores = place.batch * heads[0] * place.queries * place.keys
+    scores, across = place.batch * heads[0] * place.queries * place.keys, place.memory is not None
+    reach = place.keys if across else place.model.attention.seen(place.keys, place.layer, causal=mask.declared.causal)
+    t.multiplied(2.0 * q.n * reach, q, k)  # scores, then what they weigh
+    t.multiplied(2.0 * q.n * reach * v.n / k.n, q if q.edge else k, v)
     if mask.kernel == "plain":
         return _plain(t, q, k, v, mask, scores, heads, softcap, dropout)
     if mask.kernel in ("flex", "varlen"):

@@ -115,20 +115,24 @@ class Source(Node):
     """An input of a block that is recomputed."""
 
     __slots__ = ("gradient",)
-    gradient: Bytes | None
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, (), None, _done)
+        self.gradient: Bytes | None = None
 
 
 class Recorder:
     """size: bytes per element of parameters and activations. recording: gradients are wanted."""
 
-    def __init__(self, size: int = 4, recording: bool = True) -> None:
-        self.size, self.meter = size, Meter()
+    def __init__(self, size: int = 4, trains: Callable[[str], bool] = lambda name: True) -> None:
+        """trains: whether the parameter of that canonical name takes a gradient."""
+        self.size, self.meter, self.trains = size, Meter(), trains
+        self.forward_flops = self.backward_flops = 0.0  # of products, where a mask hides nothing but what lies outside a window
         self.numbers = count()
         self.group = self.root = Group()
         self.parameters: list[Parameter] = []
         self.path = ""  # of the current module
         self.sent: dict[str, int] = {}  # bytes of whole buffers, by collective
-        self.leaves: dict[int, Leaf] = {}
         self.kind = "activations"
         self.accumulates = False  # gradients of earlier micro-batches exist; new ones are added to them
         self.arrived: Callable[[Parameter], None] | None = None  # called when a parameter's gradient is complete
@@ -178,9 +182,8 @@ class Recorder:
             return next(self.replayed)
         made = Parameter(dotted(self.path, name), shape, self.size, self.group)
         self.parameters.append(made)
-        leaf = Leaf(made)
-        self.leaves[id(made)] = leaf
-        made.edge = (leaf, 0)
+        if self.trains(made.name):
+            made.edge = (Leaf(made), 0)
         if self.lies is not None:
             made.storage = self.lies(made)
         return made
@@ -197,6 +200,11 @@ class Recorder:
             self.n_saved += 1
             self.stopped = self.n_saved == self.last_save
         return Value(n, size, storage, (Node(next(self.numbers), edges, saved, backward), 0))
+
+    def multiplied(self, flops: float, *operands: Value) -> None:
+        """A product costs as much again in the backward for each of its operands that takes a gradient."""
+        self.forward_flops += flops
+        self.backward_flops += flops * sum(x.edge is not None for x in operands)
 
     def like(self, x: Value) -> Bytes:
         return self.bytes(x.nbytes, 1)
@@ -229,9 +237,11 @@ class Recorder:
         self.recording, products, self.products = True, self.products, None
         own = self.parameters[first:]
         copies = [(x.n, x.size, x.storage, x.edge is not None) for x in inputs]
+        if all(x.edge is None for x in (*inputs, *own)):
+            return Value(out.n, out.size, out.storage)
 
         def backward(g: Bytes) -> Gradients:
-            sources = [Source(-2 - i, (), None, _done) for i in range(len(copies))]
+            sources = [Source(-2 - i) for i in range(len(copies))]
             values = [
                 Value(n, size, storage, (source, 0) if wants else None)
                 for (n, size, storage, wants), source in zip(copies, sources, strict=True)
@@ -247,7 +257,7 @@ class Recorder:
             self.backward(result, g)
             return tuple(source.gradient for source in sources)
 
-        return self.made(inputs, out.n, out.size, None, backward, out.storage)
+        return Value(out.n, out.size, out.storage, (Node(next(self.numbers), [x.edge for x in inputs], None, backward), 0))
 
     def saves_of(
         self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter],

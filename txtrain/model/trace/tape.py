@@ -23,16 +23,18 @@ class Tape(Recorder):
         own = self.parameter(outputs, inputs, name=dotted(name, "weight")) if weight is None else weight
         shift = [self.low(self.parameter(outputs, name=dotted(name, "bias")))] if bias else []
         x, weight = self.low(x), self.low(own)
-        wants = x.edge is not None
+        wants, learns, shifts = x.edge is not None, weight.edge is not None, [y.edge is not None for y in shift]
 
         def backward(g: Bytes) -> Gradients:
-            of_bias = [self.bytes(outputs, x_size)] if bias else []
-            of_weight = self.bytes(inputs * outputs, x_size)
+            of_bias = [self.bytes(outputs, x_size) if learned else None for learned in shifts]
+            of_weight = self.bytes(inputs * outputs, x_size) if learns else None
             return (self.bytes(x_bytes, 1) if wants else None, of_weight, *of_bias)
 
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
-        saved = (x.storage, weight.storage if wants else None)  # the weight's storage if it is a copy
+        self.multiplied(2.0 * x.n * outputs, x, weight)
+        # The weight's storage matters where it is a copy of the parameter.
+        saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
         return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 
     def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
@@ -138,10 +140,11 @@ class Tape(Recorder):
     def layer_norm(self, x: Value, size: int, bias: bool) -> Value:
         weights = [self.parameter(size, name=name) for name in (("weight", "bias") if bias else ("weight",))]
         statistics = self.bytes(2 * x.n // size, 4)
-        nbytes, wide = x.nbytes, x.size
+        nbytes, wide, wants, learned = x.nbytes, x.size, x.edge is not None, [w.edge is not None for w in weights]
 
         def backward(g: Bytes) -> Gradients:
-            return (self.bytes(nbytes, 1), *(self.bytes(size, wide) for _ in weights))
+            of_x = self.bytes(nbytes, 1) if wants else None
+            return (of_x, *(self.bytes(size, wide) if learns else None for learns in learned))
 
         return self.made([x, *weights], x.n, x.size, (x.storage, statistics), backward)
 
@@ -158,13 +161,14 @@ class Tape(Recorder):
         return self.to(self.mul(y, self.to(weight, 4)), x.size) if unit_offset else self.mul(self.to(y, x.size), weight)
 
     def matmul(self, a: Value, b: Value, n: int) -> Value:
-        """A product of n elements."""
+        """A product of n elements; each operand is saved for the other's gradient."""
 
         def backward(g: Bytes) -> Gradients:
             return tuple(self.bytes(nbytes, 1) if nbytes else None for nbytes in sizes)
 
         sizes = [x.nbytes if x.edge else 0 for x in (a, b)]
-        return self.made([a, b], n, a.size, (a.storage, b.storage), backward, self.product(n, a.size))
+        saved = (a.storage if b.edge else None, b.storage if a.edge else None)
+        return self.made([a, b], n, a.size, saved, backward, self.product(n, a.size))
 
     def lookup(self, table: Parameter, n: int, columns: int, index: int = 0) -> Value:
         """n rows of a table. index: bytes of an index that is allocated for them."""
@@ -200,16 +204,20 @@ class Tape(Recorder):
         nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs
         aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # else the kernel loops over experts
         apart = None if aligned else self.product(n, x.size)
+        wants, learns = x.edge is not None, weight.edge is not None
+        self.multiplied(2.0 * x.n * outputs, x, weight)
 
         def backward(g: Bytes) -> Gradients:
-            rows, matrices = (None if aligned else self.bytes(size, 1) for size in (nbytes, whole))
-            of_weight = self.bytes(whole, 1)
+            rows = None if aligned or not wants else self.bytes(nbytes, 1)
+            matrices = None if aligned or not learns else self.bytes(whole, 1)
+            of_weight = self.bytes(whole, 1) if learns else None
             del matrices
-            of_x = self.bytes(nbytes, 1)
+            of_x = self.bytes(nbytes, 1) if wants else None
             del rows
             return of_x, of_weight
 
-        made = self.made([x, weight], n, x.size, (x.storage, weight.storage), backward)
+        saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
+        made = self.made([x, weight], n, x.size, saved, backward)
         del apart
         return made
 
@@ -225,22 +233,26 @@ class Tape(Recorder):
         x = self.low(x)
         if self.autocast:  # the loss casts by itself: no cached copies
             weight, shift = self.to(weight, 2), None if shift is None else self.to(shift, 2)
-        gradients = [self.bytes(x.n, x.size), self.bytes(weight.n, x.size)]
-        gradients += [self.bytes(vocabulary, 4)] if shift else []
+        inputs = [x, weight, *([shift] if shift else [])]
+        self.multiplied(2.0 * x.n * vocabulary, x, weight)
+        made = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
+        gradients = [self.bytes(count, size) if y.edge else None for y, count, size in made]
+        wanted = any(gradients)
         for start in range(0, min(n, 2 * rows), rows):  # later chunks are like the second
             chunk = min(rows, n - start) * vocabulary
             slope = self._logits(chunk, x.size, capped)  # while that of the chunk before still exists
-            slope = self.bytes(chunk, 4)  # divided
-            if x.size != 4:
+            if wanted:
+                slope = self.bytes(chunk, 4)  # divided
+            if wanted and x.size != 4:
                 slope = self.bytes(chunk, x.size)
-            self.bytes(chunk // vocabulary * dim, x.size)
+            self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
         del slope
-        sizes = [g.n for g in gradients]
+        sizes = [None if g is None else g.n for g in gradients]
 
         def backward(g: Bytes) -> Gradients:
-            return tuple(self.bytes(nbytes, 1) for nbytes in sizes)
+            return tuple(None if nbytes is None else self.bytes(nbytes, 1) for nbytes in sizes)
 
-        return self.made([x, weight, *([shift] if shift else [])], 1, 4, gradients, backward)
+        return self.made(inputs, 1, 4, gradients, backward)
 
     def _logits(self, n: int, size: int, capped: bool) -> Bytes:
         """Logits in float32, which become their gradient in place; a softcap also has a slope."""
@@ -270,7 +282,7 @@ class Tape(Recorder):
         """As autocast casts: to 2 bytes, a parameter once for all its uses."""
         if not self.autocast or x.size == 2:
             return x
-        if not isinstance(x, Parameter):
+        if not isinstance(x, Parameter) or x.edge is None:  # autocast keeps copies of what takes a gradient
             return self.to(x, 2)
         if id(x) not in self.casts:
             self.casts[id(x)] = self.to(x, 2)
