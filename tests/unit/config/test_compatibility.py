@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 import txtrain
+from tests.cases import some
 from tests.draws import legal_models, nearly_legal_models
 from tests.models import tiny
 from tests.training import write_text
@@ -120,7 +121,7 @@ def test_the_command_line_refuses_and_names_a_way_out(overrides, said):
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, ("bert", "t5", "vit", "deepseek_r1")))
 def test_what_is_said_to_be_nearest_composes(name):
     wrong = next(o for o in OBJECTIVES if o not in compatibility.objectives_for(_model(name)))
     with pytest.raises(ConfigError) as refused:
@@ -211,12 +212,12 @@ def what_the_table_allows_trains(folder: Path, objective: str, how: settings) ->
 
 
 def test_nothing_fails_later_than_composition(folder):
-    nothing_fails_later(folder, settings(max_examples=60, **QUICK))
+    nothing_fails_later(folder, settings(max_examples=25, **QUICK))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_the_table_allows_trains(folder, objective):
-    what_the_table_allows_trains(folder, objective, settings(max_examples=8, **QUICK))
+    what_the_table_allows_trains(folder, objective, settings(max_examples=3, **QUICK))
 
 
 @pytest.mark.slow
