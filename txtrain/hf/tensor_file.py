@@ -29,7 +29,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
     **dict.fromkeys(("I64", "U64", "C64"), 8),
 }
 
-_PIECE = 1 << 20  # bytes: what a processor has still at hand after it was read
+_PIECE = 1 << 20  # bytes, which are still in the CPU cache when they are used
 
 
 class Entry(NamedTuple):
@@ -78,7 +78,7 @@ class SafetensorsFile:
         return tensor
 
     def fill(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
-        """One tensor into contiguous memory of its type and size, piece by piece: each is given when it is read."""
+        """Read one tensor into contiguous memory of its dtype and size; yields each piece once it is read."""
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._begin[name])
             for piece in pieces(tensor):
@@ -92,7 +92,7 @@ class SafetensorsFile:
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The contiguous tensor's elements, flat, a megabyte at a time."""
+    """A contiguous tensor's elements, flat, a megabyte at a time."""
     flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
     for start in range(0, len(flat), n):
         yield flat[start : start + n]
