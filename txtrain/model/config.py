@@ -14,11 +14,8 @@ from txtrain.model.shape import LAPTOP, ModelShape
 from txtrain.registry import knob, out_of_range
 
 
-class ModelConfig(ModelShape):
-    """A model's shape with what is legal and what it costs.
-
-    No dataclass of its own, so that names that are no fields can be set: transformers.Trainer marks a model's config.
-    """
+class ModelConfig(ModelShape):  # no dataclass: the Trainer of transformers sets names that are no fields
+    """A model's shape with what is legal and what it costs."""
 
     # ---------------------------------------------------------------------------------------------------------- legality
 
