@@ -29,6 +29,7 @@ from txtrain.ground import files
 from txtrain.ground.slurm import Job
 from txtrain.parallel.early_signals import PREEMPTED
 from txtrain.parallel.launch import Group
+from txtrain.run_config import RunConfig
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:
@@ -56,7 +57,7 @@ def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Overrid
 def in_folder(job: Composed, stamp: str, number: int) -> Composed:
     """The job with a run folder of its own; verbs without run folders stay as they are."""
     config = job.config
-    if not hasattr(config, "run_dir"):
+    if not isinstance(config, RunConfig):
         return job
     if config.run_dir is None:
         return dc.replace(job, folder=f"{stamp}-{number}")

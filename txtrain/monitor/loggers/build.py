@@ -25,7 +25,7 @@ _CALLED = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint
 _OURS = ("save", "finalize")  # Lightning's calls of them come to nothing: the run's end is the recorder's
 _CHANGING = ("status", "step", "ended", "data_order_hash")  # of run.json
 _PLAN = (
-    *("n_params", "n_active_params", "tokens", "steps"),
+    *("n_params", "n_active_params", "n_trained_params", "tokens", "steps"),
     *("flops_per_token", "flops_per_sample", "flops", "flops_missing"),
     *("memory", "memory_by_part", "memory_missing"),
 )
