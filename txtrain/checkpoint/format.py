@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+import functools
 import json
 import math
 import os
@@ -23,7 +24,7 @@ import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -323,7 +324,17 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
+    """Name -> shape of every tensor in a checkpoint that `verify` has passed.
+
+    A resumed run asks six times; of 2,000 layers that is a minute.
+    """
+    found = [(file, file.stat()) for file in sorted(path.glob("*.safetensors"))]
+    return dict(_shapes(path, *((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found)))
+
+
+@functools.lru_cache(maxsize=1)
+def _shapes(path: Path, *files: Any) -> dict[str, tuple[int, ...]]:
+    """files: what tells that one of them has changed."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from txtrain.checkpoint.reader import read_headers
@@ -378,11 +389,14 @@ def optimizer_names(path: Path) -> set[str]:
     return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
 
 
-def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group: Any = None, how: Reading = READING) -> None:
+def load_tensors(
+    path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...] = "", group: Any = None,
+    how: Reading = READING, without: Container[str] = (),
+) -> None:
     """Read every tensor of `into`, in place; of a tensor that lies over processes each reads its part.
 
     Args:
-        prefix: those of the checkpoint that must all be wanted.
+        prefix: those of the checkpoint that must all be wanted; of several any. without: all but these.
         group: the processes that read together; None: this one alone.
 
     Raises:
@@ -394,7 +408,7 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
 
     from txtrain.checkpoint.reader import NotFiniteError, Reader
 
-    _compare(path, into, prefix)
+    _compare(path, into, prefix, without)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
@@ -425,8 +439,8 @@ def _refuse_not_finite(path: Path, names: Iterable[str], key: str) -> NoReturn:
     raise LoadError(f"`{key}`: the weights in {path} must be finite numbers, but {listed} hold NaN or infinity. {_ALLOWED}")
 
 
-def _compare(path: Path, into: Mapping[str, Tensor], prefix: str) -> None:
-    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
+def _compare(path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()) -> None:
+    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
     wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -468,23 +482,33 @@ def load_training(
 ) -> None:
     """The model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
 
-    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there. Whether a run may
-    begin or end one there is for its configuration to say.
+    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there, and all that it has of
+    parameters which are not trained any more. Whether a run may begin or end one there is for its configuration to say.
     """
     from txtrain.optim import state as optimizer_state
 
-    numbers = read_state(path).optimizer
+    without = of_frozen(path, model)
+    numbers = {name: n for name, n in read_state(path).optimizer.items() if f"optimizer.{name}" not in without}
     optimizer_state.allocate(optimizer)
-    optimizer_state.forget({*optimizer_names(path), *numbers}, model, optimizer)
-    tensors = training_tensors(model, optimizer)
-    for prefix in ("model.", "optimizer."):
-        load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group, how)
+    saved = {name for name in optimizer_names(path) if f"optimizer.{name}" not in without} | numbers.keys()
+    if without and not saved:
+        optimizer.state.clear()  # what was trained there is not what is trained here
+    optimizer_state.forget(saved, model, optimizer)
+    load_tensors(path, training_tensors(model, optimizer), ("model.", "optimizer."), group, how, without)
     optimizer_state.restore_numbers(numbers, model, optimizer)
     if average is not None and average.values:
-        if any(name.startswith("ema.") for name in shapes(path)):
-            load_tensors(path, average.tensors(), "ema.", group, how)
-        else:
-            average.restart()
+        average.restart()
+        names = shapes(path)
+        if averaged := {name: value for name, value in average.tensors().items() if name in names}:
+            load_tensors(path, averaged, "ema.", group, how, without)
+
+
+def of_frozen(path: Path, model: nn.Module) -> set[str]:
+    """What a checkpoint has beside the weights of parameters that the model does not train."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    names = [*shapes(path), *(f"optimizer.{name}" for name in read_state(path).optimizer)]
+    parts = [(name, *name.split(".", 1)) for name in names]
+    return {name for name, kind, own in parts if (kind == "ema" and own in frozen) or (kind == "optimizer" and own.rpartition(".")[0] in frozen)}
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing

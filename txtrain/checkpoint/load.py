@@ -133,7 +133,7 @@ def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
 def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading) -> Transformer:
     import torch
 
-    from txtrain.model.build import build_model
+    from txtrain.hf.trainer import build_model
 
     if found.is_hf:
         from txtrain.hf.load import load_pretrained as from_hf

@@ -28,7 +28,7 @@ from txtrain.run_config import RunConfig
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
-    "grafts": dict | None, "parent": dict | None,
+    "grafts": dict | None, "parent": dict | None, "progress": dict | None,
 }
 _LISTED = 20  # differences in a message
 
@@ -91,7 +91,8 @@ class RunFolder:
         self.began = life["first_start"] + life["complete_for"]
         now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # config.yaml does not tell
+        now |= {key: before[key] for key in kept if before.get(key) and not now.get(key)}
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
@@ -153,8 +154,13 @@ class RunFolder:
         files.write(self.path / "run.json", json.dumps({**self._read(), **values}, indent=2) + "\n")
 
     def end(self, status: str, **values: Any) -> None:
-        self.update(status=status, ended=_now(), **values)
-        self._release()
+        values |= {"status": status, "ended": _now()}
+        try:
+            self.update(**values)
+        except OSError:  # the disk is full: without its white space the file is not longer than it was
+            files.overwrite(self.path / "run.json", json.dumps({**self._read(), **values}, separators=(",", ":")))
+        finally:
+            self._release()
 
     def stopped(self) -> None:
         """The process ends before its first step: what this start has said of itself is over."""
@@ -201,11 +207,13 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
         ConfigError: the run cannot be continued: its checkpoint is unreadable, or its config is another.
     """
     if config.resume not in ("auto", "never"):
-        return _named(config, given)
+        named = _named(config, given)
+        files.check_writable(named.path, "resume")
+        return named
     path, exclusive = _path(config, name)
-    _refuse_file(path)
+    files.check_writable(path, "run_dir")
     checkpoint.check_folder(path)
-    newest = checkpoint.newest_of(path, "resume")
+    newest = None if exclusive else checkpoint.newest_of(path, "resume")
     if newest is None:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
     if config.resume == "never" and not _again(path):
@@ -227,13 +235,6 @@ def _again(path: Path) -> bool:
     """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
     job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}
     return job is not None and job.restarts > 0 and before.get("job") == job.number
-
-
-def _refuse_file(path: Path) -> None:
-    """Before anything is done that the run could not keep."""
-    there = next((p for p in (path, *path.parents) if p.exists()), None)
-    if there is not None and not there.is_dir():
-        raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
 
 
 def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:
@@ -297,8 +298,8 @@ def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
-    if name is not None:
-        return Path("runs") / config.name / name, False
+    if name is not None:  # of the clock, but in a job, which finds its members again
+        return Path("runs") / config.name / name, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
     if trial:  # its agent may run several in one job; one that was preempted comes again under its id
         return Path("runs") / config.name / f"sweep-{trial}", False
