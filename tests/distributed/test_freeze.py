@@ -46,7 +46,13 @@ def test_two_ranks_that_freeze_equal_one(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "freeze"),
-    [("decoder", "[embedding,blocks.0]"), ("decoder", "[ffn,head]"), ("decoder", "[blocks]"), ("two stacks", "[encoder,embedding]"), ("encoder", "[attention]")],
+    [
+        ("decoder", "[embedding,blocks.0]"),
+        ("decoder", "[ffn,head]"),
+        ("decoder", "[blocks]"),
+        ("two stacks", "[encoder,embedding]"),
+        ("encoder", "[attention]"),
+    ],
 )
 def test_every_strategy_that_freezes_equals_one_process(tmp_path, model, freeze):
     compare(tmp_path, model, freeze, ALL)
