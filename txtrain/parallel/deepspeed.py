@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
@@ -97,10 +98,10 @@ class ZeRO(Mesh):
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """The engine lays the model over the processes when it gets the optimizer."""
 
-    def materialise(self, model: nn.Module, device: torch.device) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
         """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
         if self.stage < 3:
-            OneProcess.materialise(self, model, device)
+            OneProcess.materialise(self, model, device, fill)
             return
         import deepspeed
 
@@ -110,7 +111,8 @@ class ZeRO(Mesh):
         with torch.no_grad():
             for name, module in model.named_modules():
                 module.to_empty(device=device, recurse=False)
-                initialiser.fill(name, module)
+                if fill:
+                    initialiser.fill(name, module)
                 own = list(module.named_parameters(name, recurse=False))
                 if not own:
                     continue
@@ -243,7 +245,7 @@ class ZeRO(Mesh):
         """None: what updates elements one by one keeps tensors."""
         return {}
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         from txtrain.checkpoint.format import load_tensors, of_frozen, optimizer_names
 
         self._allocate()
@@ -252,7 +254,7 @@ class ZeRO(Mesh):
         # A parameter without a gradient so far has no state elsewhere; here it has zeros.
         new = {part.name for part in self._parts if saved and not any(f"{part.name}.{key}" in saved for key in self._state(part))}
         tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("optimizer.").rpartition(".")[0] not in new}
-        load_tensors(path, tensors, group=self.checkpoint_group, without=of_frozen(path, model))
+        load_tensors(path, tensors, group=self.checkpoint_group, how=how, without=of_frozen(path, model))
         for part in self._parts:
             whole: Any = tensors[f"model.{part.name}"]
             values = whole.full_tensor()
