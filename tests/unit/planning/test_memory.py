@@ -189,10 +189,13 @@ AHEAD = 300_000  # a block of llama2 has 791,040 elements
         ("t5", (400_000,), f"strategy=deepspeed_stage_1 optimizer=adamw {SHORT} {HALF}"),
         ("llama2", (400_000,), f"strategy=deepspeed_stage_2 data.seq_len=64 {HALF}"),
         ("gpt2", (2_000_000,), f"strategy=deepspeed_stage_2 {SHORT} {HALF}"),
+        ("llama2", (400_000,), f"strategy=deepspeed_stage_1 data.seq_len=64 freeze=[embedding,blocks.0] {HALF}"),
         ("llama2", (400_000,), "strategy=deepspeed_stage_3 data.seq_len=64"),
         ("t5", (400_000,), "strategy=deepspeed_stage_3 optimizer=adamw data.seq_len=64"),
         ("bert", (400_000,), f"strategy=deepspeed_stage_3 trainer.activation_checkpointing=full {SHORT} {HALF}"),
         ("llama2", (400_000, AHEAD), "strategy=deepspeed_stage_3 model.n_layers=4 data.seq_len=64"),
+        ("llama2", (400_000, AHEAD), "strategy=deepspeed_stage_3 model.n_layers=4 data.seq_len=64 freeze=[embedding,blocks.0]"),
+        ("llama2", (400_000,), f"strategy=deepspeed_stage_3 data.seq_len=64 freeze=[embedding,attention] {HALF}"),
         ("llama2", (400_000, AHEAD), f"strategy=deepspeed_stage_3 model.n_layers=4 data.seq_len=64 trainer.activation_checkpointing=full {HALF}"),
     ],
 )
