@@ -251,12 +251,10 @@ def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group
 
 
 def _compare(path: Path, into: Mapping[str, Tensor], prefix: str) -> None:
+    from txtrain.hf.pieces import compare
+
     saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
-    wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
-    if saved != wanted:
-        name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {there} there, {here} here.")
+    compare(saved, {name: tuple(tensor.shape) for name, tensor in into.items()}, f"The checkpoint {path}")
 
 
 def check_weights(path: Path, model: nn.Module) -> None:
@@ -270,21 +268,6 @@ def check_weights(path: Path, model: nn.Module) -> None:
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-
-
-def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
-    """The model's weights from a checkpoint, in place. weights: `ema` for the averaged ones; what is not averaged comes from the model.
-
-    Raises:
-        ConfigError: the checkpoint is of another model, or has no averaged weights.
-    """
-    state = model.state_dict()
-    load_tensors(path, _weights_of(model), prefix="model.")
-    if weights == "ema":
-        averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
-        if not averaged:
-            raise ConfigError(f"`weights` must be model, but is ema instead: {path} has no averaged weights. A run with ema.decay=0.999 keeps them.")
-        load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, prefix="ema.")
 
 
 def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None) -> None:

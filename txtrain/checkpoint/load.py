@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +18,11 @@ from txtrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
+    from txtrain.hf.pieces import Box, Piece, Source
+    from txtrain.hf.tensor_file import SafetensorsFile
     from txtrain.model.transformer import Transformer
 
 
@@ -69,6 +73,15 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
+def open_weights(where: str | os.PathLike[str], key: str = "checkpoint") -> Source:
+    """The model that lies there, of which only names and shapes are read.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+    return _opened(describe(where, key), None, "model")
+
+
 def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
     """The model, on the device, in evaluation mode, and its tokenizer.
 
@@ -82,7 +95,7 @@ def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key:
 
     found = describe(where, key)
     tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
-    return Loaded(found.path, _model(found, device, tokenizer, weights), tokenizer)
+    return Loaded(found.path, _opened(found, tokenizer, weights).load(device), tokenizer)
 
 
 def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
@@ -116,24 +129,55 @@ def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
         raise ConfigError(f"`weights` must be model for a Hugging Face folder, but is {weights} instead: {os.fspath(where)!r} has one set of weights.")
 
 
-def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str) -> Transformer:
+def _opened(found: Described, tokenizer: Tokenizer | None, weights: str) -> Source:
     import torch
 
+    from txtrain.hf.load import open_folder
+    from txtrain.hf.pieces import Source
     from txtrain.model.build import build_model
 
     if found.is_hf:
-        from txtrain.hf.load import load_pretrained as from_hf
-
         _refuse_average(found.path, weights)
-        with torch.device(device):
-            return from_hf(found.path)
+        return open_folder(found.path)
     checkpoint.verify(found.path)
     checkpoint.check_model(found.path, found.model)
     with torch.device("meta"):
         model = build_model(_with_ids(found.model, tokenizer))
-    model.to_empty(device=device)
-    checkpoint.load_weights(found.path, model, weights)
-    return model.eval()
+    checkpoint.check_weights(found.path, model)
+    return Source(found.path, model, pieces(found.path, weights))
+
+
+def pieces(path: Path, weights: str = "model") -> list[Piece]:
+    """What fills a model from a checkpoint. weights: `ema` for the averaged ones; what is not averaged comes from the model.
+
+    Raises:
+        ConfigError: the checkpoint has no averaged weights, or they have other shapes than the model's.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    from txtrain.hf.pieces import Piece, compare
+    from txtrain.hf.tensor_file import SafetensorsFile
+
+    saved = checkpoint.shapes(path)
+    averaged = {name: saved[f"model.{name}"] for of, _, name in (n.partition(".") for n in saved) if of == weights == "ema"}
+    if weights == "ema" and not averaged:
+        raise ConfigError(f"`weights` must be model, but is ema instead: {path} has no averaged weights. A run with ema.decay=0.999 keeps them.")
+    compare({name: saved[f"ema.{name}"] for name in averaged}, averaged, f"The checkpoint {path}")
+    files = {str(file): SafetensorsFile(file) for file in path.glob("*.safetensors")}
+    found = []
+    for index, lies in HuggingFaceStorageReader(str(path)).read_metadata().storage_data.items():
+        of, _, name = index.fqn.partition(".")
+        if of == ("ema" if name in averaged else "model"):
+            read = partial(_read, files[lies.relative_path], index.fqn)
+            found.append(Piece(name, tuple(index.offset), tuple(lies.shape), read))
+    return found
+
+
+def _read(file: SafetensorsFile, name: str, box: Box) -> Tensor:
+    found = file.read(name, *box[:1])
+    for dim, (first, last) in enumerate(box[1:], start=1):
+        found = found.narrow(dim, first, last - first)
+    return found
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a Transformer: everything is checked before memory is taken, then tensors stream in one by one."""
+"""A Hugging Face folder to a Transformer: everything is checked before memory is taken, then tensors are read one by one."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.hf.folder import checked, tokenizer_files
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Stored, n_elements, stored_tensors
+from txtrain.hf.pieces import Source
 from txtrain.hf.registry import CONFIG, label_names, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
 from txtrain.hf.tensor_layout import from_theirs, tensors_of
@@ -32,10 +33,17 @@ _SINUSOID_TOLERANCE = 2e-3  # of float16, and of the angles of far positions
 def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Transformer:
     """The model of a Hugging Face folder, on the default device, in eval mode.
 
-    Memory: at most the model and its largest tensor. Nothing in the folder is run, and nothing but tensors unpickled.
-
     Args:
         dtype: of the parameters; None: torch's default, whatever the files have.
+
+    Raises:
+        ConfigError: as `open_folder`.
+    """
+    return open_folder(folder).load(torch.get_default_device(), dtype)
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Source:
+    """The model of a Hugging Face folder. Nothing in it is run, and nothing but tensors unpickled.
 
     Raises:
         ConfigError: the folder is of no known class, has something in its config that would change the numbers and is not supported,
@@ -51,7 +59,8 @@ def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = 
     _check_size(config, entries, folder)
     with torch.device("meta"):
         model = build_model(config)
-    every = stored_tensors(hf.rows, config, {name: tuple(t.shape) for name, t in tensors_of(model).items()})
+    ours = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
+    every = stored_tensors(hf.rows, config, ours)
     stored = _without_spares(every, entries)
     copies = _copies(hf, config, stored, entries)
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
@@ -60,9 +69,7 @@ def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = 
     model.tokenizer_files = tokenizer_files(folder)
     model.label_names = label_names(folder)
     model.loss_type = hf.loss_type
-    model.to(dtype or torch.get_default_dtype()).to_empty(device=torch.get_default_device())
-    _fill(model, stored, weights)
-    return model.eval()
+    return Source(folder, model, [piece for s in stored for piece in from_theirs(s, weights, ours)])
 
 
 def _check_size(config: ModelConfig, entries: Mapping[str, Entry], folder: Path) -> None:
@@ -118,13 +125,6 @@ def _weight(hf: HFClass, ours: str, config: ModelConfig) -> str:
     module = ours.removesuffix(".weight")
     row = next(row for row in hf.rows if (module in row.ours or ours in row.ours) and row.when(config))
     return row.theirs if ours in row.ours else f"{row.theirs}.weight"
-
-
-@torch.no_grad()
-def _fill(model: Transformer, stored: list[Stored], weights: Weights) -> None:
-    tensors = tensors_of(model)
-    for s in stored:
-        from_theirs(s, weights.read(s.name), tensors)
 
 
 def _check_copies(copies: Mapping[str, str], weights: Weights, folder: Path) -> None:

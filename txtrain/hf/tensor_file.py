@@ -24,8 +24,9 @@ from txtrain.hf.tensor_names import read_header
 
 DTYPES: dict[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What else the format knows. Such tensors may be in a file (old buffers are), but no parameter can be read from them.
-_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8}
-_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+_BUFFERS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_OTHER_SIZES = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
+_SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} | _OTHER_SIZES
 
 
 class Entry(NamedTuple):
@@ -64,19 +65,22 @@ class SafetensorsFile:
     def _broken(self, why: str) -> ConfigError:
         return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
-        entry = self.entries[name]
-        data = torch.empty(n_elements(entry.shape) * _SIZES[entry.dtype], dtype=torch.uint8, device="cpu")
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, in memory of its own. rows: of its first dimension from which index to before which; None: all."""
+        (shape, dtype), skipped = self.entries[name], 0
+        if rows is not None:
+            shape = rows[1] - rows[0], *shape[1:]
+            skipped = rows[0] * n_elements(shape[1:]) * _SIZES[dtype]
+        data = torch.empty(n_elements(shape) * _SIZES[dtype], dtype=torch.uint8, device="cpu")
         with self.path.open("rb", buffering=0) as f:
-            f.seek(self._begin[name])
+            f.seek(self._begin[name] + skipped)
             view, done = data.numpy().data, 0
             while done < len(view):  # one call reads at most 2 GiB
                 got = f.readinto(view[done:])
                 if not got:
                     raise self._broken(f"it ends within {name}")
                 done += got
-        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+        return data.view((DTYPES | _BUFFERS)[dtype]).view(shape)
 
 
 def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:
@@ -117,8 +121,9 @@ class PickleFile:
         words = {dtype: word for word, dtype in DTYPES.items()}
         return Entry(tuple(tensor.shape), words.get(tensor.dtype, str(tensor.dtype)))
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        found = self._tensors[name].detach()
+        return found if rows is None else found[slice(*rows)]
 
 
 def write_safetensors(path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]) -> None:

@@ -6,7 +6,7 @@ One draw from torch's generator seeds the model; each parameter then has a gener
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -17,16 +17,24 @@ from txtrain.model.head.heads import ClassHead, LMHead
 from txtrain.model.shape import InitConfig
 
 
-def init_weights(model: nn.Module) -> None:
-    """Fill a materialised model (`to_empty`) in place by `model.config.init`.
+def init_weights(model: nn.Module, loaded: Container[str] = ()) -> None:
+    """Fill a materialised model (`to_empty`) in place by `model.config.init`, but for modules of which all that they own is `loaded`.
 
     Raises:
         ConfigError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
     """
     initialiser = Initialiser(model)
     with torch.no_grad():
-        for name, module in model.named_modules():
+        for name, module in to_initialise(model, loaded):
             initialiser.fill(name, module)
+
+
+def to_initialise(model: nn.Module, loaded: Container[str]) -> Iterator[tuple[str, Any]]:
+    """Modules that own nothing, or something that is not loaded, with their names."""
+    for name, module in model.named_modules():
+        own = [key for held in (module._parameters, module._buffers) for key, tensor in held.items() if tensor is not None]
+        if not own or any((f"{name}.{key}" if name else key) not in loaded for key in own):
+            yield name, module
 
 
 class Initialiser:

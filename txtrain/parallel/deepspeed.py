@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
 from txtrain.errors import ConfigError
+from txtrain.hf.pieces import Held, Source
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
 from txtrain.parallel.config import BUCKET
-from txtrain.parallel.deepspeed_layout import Part, global_norm, parts
+from txtrain.parallel.deepspeed_layout import Part, global_norm, parts, take_flat
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World
@@ -45,6 +46,7 @@ class ZeRO(Mesh):
         # A sum for stages 1 and 2; stage 3 can only average.
         self.gradient_factor = float(self.size) if self.stage == 3 else 1.0
         self.engine: Any = None
+        self._reading: list[Any] = []  # engines of models that are only read
         self._kept: dict[str, tuple[int, Tensor]] = {}  # by parameter: the number of the first element, and float32 values from there on
         self._parts: list[Part] = []
 
@@ -83,8 +85,9 @@ class ZeRO(Mesh):
                 try:
                     yield
                 finally:
-                    if self.engine is not None:
-                        self.engine.destroy()
+                    for engine in (self.engine, *self._reading):
+                        if engine is not None:
+                            engine.destroy()
                     if mine:  # it holds on to groups that end here
                         deepspeed.utils.groups._release_process_group_references()
                         deepspeed.comm.comm.cdb = None
@@ -101,48 +104,76 @@ class ZeRO(Mesh):
         if any(not p.requires_grad for p in model.parameters()):
             raise ConfigError(f"`strategy` must not be {self.config.strategy.type} for a model with frozen parameters. Nearest: fsdp.")
 
-    def materialise(self, model: nn.Module, device: torch.device) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
         """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
         if self.stage < 3:
-            OneProcess.materialise(self, model, device)
+            OneProcess.materialise(self, model, device, loaded)
             return
-        import deepspeed
+        from txtrain.model.init import Initialiser, to_initialise
 
-        from txtrain.model.init import Initialiser
-
-        initialiser = Initialiser(model)
+        initialiser, unset = Initialiser(model), dict(to_initialise(model, loaded))
+        sizes = [p.numel() for name, p in model.named_parameters() if name in loaded]
+        scratch = torch.empty(max(sizes, default=0), device=device)  # one place for all: of memory that comes and goes, much would not be given back
         with torch.no_grad():
             for name, module in model.named_modules():
-                module.to_empty(device=device, recurse=False)
-                initialiser.fill(name, module)
-                own = list(module.named_parameters(name, recurse=False))
-                if not own:
+                if name in unset:
+                    module.to_empty(device=device, recurse=False)
+                    initialiser.fill(name, module)
+                    self._scatter(name, module)
                     continue
-                for full_name, parameter in own:
-                    self._keep_share(full_name, parameter)
-                deepspeed.zero.Init(module=nn.ParameterList(p for _, p in own), config_dict_or_path=self._engine_config(), dtype=own[0][1].dtype)
+                module._buffers.update({key: torch.empty_like(b, device=device) for key, b in module._buffers.items() if b is not None})
+                for key, p in module._parameters.items():
+                    if p is not None:
+                        module._parameters[key] = nn.Parameter(scratch[: p.numel()].view(p.shape).to(p.dtype), requires_grad=p.requires_grad)
+                        self._scatter(name, module, key)
+
+    def _scatter(self, name: str, module: nn.Module, only: str | None = None) -> None:
+        """Of the parameters that a module itself owns, or of one, each rank keeps its part."""
+        import deepspeed
+
+        own = [(f"{name}.{key}" if name else key, p) for key, p in module._parameters.items() if p is not None and only in (None, key)]
+        for full_name, parameter in own:
+            self._keep_share(full_name, parameter)
+        if own:
+            deepspeed.zero.Init(module=nn.ParameterList(p for _, p in own), config_dict_or_path=self._engine_config(), dtype=own[0][1].dtype)
+
+    def fill(self, model: nn.Module, source: Source) -> None:
+        """Stage 3: float32 values that are kept beside rounded ones are read, and rounded."""
+        if self.stage < 3:
+            super().fill(model, source)
+            return
+        shares: dict[str, Any] = dict(model.named_parameters())
+        buffers = _buffers(model)
+        with torch.no_grad():
+            for piece in source.pieces:
+                if piece.name in buffers:
+                    Held.whole(buffers[piece.name]).take(piece)
+                    continue
+                share = shares[piece.name]
+                first, flat = self._kept.get(piece.name, (self._first(share.ds_numel), share.ds_tensor))
+                take_flat(piece, flat, first, share.ds_shape)
+                if piece.name in self._kept:
+                    share.ds_tensor[: len(flat)].copy_(flat)
+
+    def _first(self, n: int) -> int:
+        """Of a flattened parameter of n elements, the first that this rank has."""
+        return min(self.rank * -(-n // self.size), n)
 
     def _keep_share(self, name: str, parameter: nn.Parameter) -> None:
         """Before a parameter is rounded and cut: the float32 values that this process will update."""
         if not self._half:
             return
-        size = -(-parameter.numel() // self.size)
-        first = min(self.rank * size, parameter.numel())
+        size, first = -(-parameter.numel() // self.size), self._first(parameter.numel())
         self._kept[name] = first, parameter.detach().flatten()[first : first + size].clone()
         parameter.data = parameter.data.bfloat16()
 
     def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
         import deepspeed
 
-        from txtrain.model.block import Block
-
         names = {parameter: name for name, parameter in model.named_parameters()}
         if self._half and not self._kept:
             self._kept = {name: (0, parameter.detach()) for parameter, name in names.items()}
-        for module in model.modules():
-            if isinstance(module, Block):
-                deepspeed.utils.set_z3_leaf_module(module, True)  # gathered as one, as FSDP2 does
-        whole = Whole(model)
+        whole = self._by_blocks(model)
         self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
         self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
@@ -153,6 +184,39 @@ class ZeRO(Mesh):
                 part.fill(part.master, values, first)
         self._kept = {}
         return EngineOptimizer(self.engine, self._core)
+
+    @staticmethod
+    def _by_blocks(model: nn.Module) -> Whole:
+        """What the engine gets; a block is gathered as one, as FSDP2 does."""
+        import deepspeed
+
+        from txtrain.model.block import Block
+
+        for module in model.modules():
+            if isinstance(module, Block):
+                deepspeed.utils.set_z3_leaf_module(module, True)
+        return Whole(model)
+
+    def set_up_read(self, model: nn.Module) -> None:
+        """Stage 3: an engine without an optimizer gathers it (`readable`). Stages 1 and 2 hold it in every rank."""
+
+    def lay_read_only(self, source: Source, device: torch.device) -> Callable[..., Any]:
+        kept, self._kept = self._kept, {}  # float32 values of the model that is trained
+        read = super().lay_read_only(source, device)
+        self._kept = kept
+        return read
+
+    def readable(self, model: nn.Module) -> Callable[..., Any]:
+        if self.stage < 3:
+            return super().readable(model.bfloat16() if self._half else model)
+        import deepspeed
+
+        whole = self._by_blocks(model)
+        engine, *_ = deepspeed.initialize(model=whole, config=self._engine_config())
+        engine.eval()
+        self._gather_around(whole)
+        self._reading.append(engine)
+        return Read(engine, model)
 
     def _gather_around(self, whole: Whole) -> None:
         """What is outside the blocks is read by the model's forward itself (a tied head, the chunked loss): there from its start to its end."""
@@ -303,6 +367,14 @@ class Called:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+class Read(Called):
+    """The same of a model that is only read."""
+
+    @torch.no_grad()
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return super().__call__(*given, **named)
 
 
 class EngineOptimizer:

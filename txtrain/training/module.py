@@ -6,7 +6,7 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import lightning.pytorch as pl
@@ -14,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
+from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.monitor.layer_stats import LayerStats
@@ -61,6 +63,8 @@ class LitModule(pl.LightningModule):
         model: trained as it is; by default config.model's, initialised from config.seed.
         parallel: the run's processes, started; by default those of config.strategy.
         objective: by default config.objective's.
+        weights: those that the model starts from, read when it is laid over the ranks; by default it is initialised.
+        read: the models that the objective reads; by default those that config.objective names.
 
     Raises:
         ConfigError: the config is none, or illegal, or the model is not one that its objective could train.
@@ -72,6 +76,8 @@ class LitModule(pl.LightningModule):
         model: nn.Module | None = None,
         parallel: OneProcess | None = None,
         objective: Objective | None = None,
+        weights: Source | None = None,
+        read: Mapping[str, Source] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -80,6 +86,9 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        self.weights, self._read = weights, models_read(config) if read is None else read
+        for key, source in self._read.items():
+            self.parallel.check_read(source.model.config, f"objective.{key}")
         check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
@@ -135,7 +144,11 @@ class LitModule(pl.LightningModule):
         wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
-            self.parallel.materialise(self.model, self.device)
+            self.parallel.materialise(self.model, self.device, () if self.weights is None else self.weights.names)
+        if self.weights is not None:
+            self.parallel.fill(self.model, self.weights)
+        if self._read:  # no submodules: neither trained nor saved
+            self.objective.models = {key: self.parallel.lay_read_only(source, self.device) for key, source in self._read.items()}
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
@@ -262,6 +275,15 @@ def _add(sums: dict[str, float], name: str, value: Tensor, counts: bool) -> None
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
     return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
+
+
+def models_read(config: Train) -> dict[str, Source]:
+    """The models that the objective reads: names and shapes.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    return {key: open_weights(where, f"objective.{key}") for key, where in config.objective.models.items()}
 
 
 def described(config: Train) -> nn.Module:

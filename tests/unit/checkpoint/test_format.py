@@ -15,8 +15,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.load import pieces
 from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
+from txtrain.hf.pieces import fill
 from txtrain.optim import state as optimizer_state
 from txtrain.run_config import SaveConfig
 
@@ -131,7 +133,7 @@ def test_names_are_canonical(tmp_path):
 def test_weights_alone_need_no_optimizer(tmp_path):
     path = save(tmp_path, 1, seed=0)
     want, got = model_and_optimizer(0)[0].state_dict(), model_and_optimizer(1)[0]
-    checkpoint.load_weights(path, got)
+    fill(got.state_dict(), pieces(path))
     assert all(torch.equal(got.state_dict()[name], want[name]) for name in want)
 
 
@@ -140,7 +142,7 @@ def test_another_model_is_refused_by_name_and_shape(tmp_path):
     other = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
     other.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ConfigError, match=r"model\.0\.bias is \(4,\) there, \(5,\) here"):
-        checkpoint.load_weights(path, other)
+        checkpoint.check_weights(path, other)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
