@@ -158,7 +158,7 @@ class OneProcess:
 
     def readable(self, model: nn.Module) -> Callable[..., Any]:
         """What is called in place of a model that is only read, once it has its weights."""
-        model.forward = torch.no_grad()(model.forward)  # type: ignore[method-assign]
+        model.forward = torch.no_grad()(model.forward)
         return model
 
     def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
