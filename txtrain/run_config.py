@@ -113,12 +113,12 @@ class RunConfig:
     # files or modules with your own parts, registered by @txtrain.component
     imports: tuple[str, ...] = knob((), free=True)
     # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
-    init_from: str | None = knob(None, literal=True)
+    init_from: str | None = knob(None, literal=True, run=True)
     # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
     resume: str = knob("auto", free=True, literal=True)
     resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
     # a run or checkpoint whose weights, optimizer state and step a new run starts from
-    fork: str | None = knob(None, literal=True)
+    fork: str | None = knob(None, literal=True, run=True)
     # of what is printed, with NO_COLOR=1 in black and white
     verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.group import run
+import txtrain
+from tests.distributed.group import Case, run, train
+from tests.distributed.runs import largest_differences, overrides
 from tests.models import seeded, shake
-from txtrain import compose
+from txtrain import ConfigError, compose
+from txtrain.checkpoint.format import locate, shapes
+from txtrain.checkpoint.load import open_weights
 from txtrain.hf.save import save_pretrained
+from txtrain.monitor.metrics_csv import read
+from txtrain.parallel.mesh import Mesh
+from txtrain.parallel.world import World
 
 pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="/proc, deepspeed")
 
@@ -33,9 +40,9 @@ OF_FOUR = {
 }
 
 
-def folder(where: Path, *overrides: str, max_shard_bytes: int = 100_000) -> Path:
+def folder(where: Path, *given: str, max_shard_bytes: int = 100_000) -> Path:
     """Of a Hugging Face class, every value another one."""
-    config = compose([*overrides, *(o for o in DATA if "vit" not in overrides[0] or not o.startswith("data"))])
+    config = compose([*given, *DATA])
     where.parent.mkdir(exist_ok=True)
     save_pretrained(shake(seeded(config.model)), where, max_shard_bytes=max_shard_bytes)
     return where
@@ -52,16 +59,43 @@ def starts(source: Path, how: tuple[str, ...]) -> list[str]:
 
 
 def test_two_ranks_read_their_shards(tmp_path):
-    """A folder whose tensors are transposed and joined, cut by rows and columns; and what these two wrote, read by others."""
+    """A folder whose tensors are transposed and joined, cut by rows and columns; what these two wrote, read by others; a second model."""
     gpt = folder(tmp_path / "gpt2", "model=gpt2", *SMALL, "model.vocab_size=257", "model.max_seq_len=32")
-    saved = [("is_saved", [starts(gpt, HOW[how]), str(tmp_path / how)]) for how in ("tp", "fsdp")]
-    read = [("has_the_values_of_one_process", [starts(gpt, HOW["fsdp"])]), ("has_the_values_of_one_process", [starts(tmp_path / "fsdp", HOW["tp"])])]
-    launch([*saved, *read], 2, tmp_path)
+    cases = [("is_saved", [starts(gpt, HOW[how]), str(tmp_path / how)]) for how in ("tp", "fsdp")]
+    cases += [("has_the_values_of_one_process", [starts(source, HOW[how])]) for source, how in ((gpt, "fsdp"), (tmp_path / "fsdp", "tp"))]
+    cases += [("reads_a_second_model", [starts(tmp_path / "tp", HOW["fsdp"])])]
+    launch(cases, 2, tmp_path)
 
 
-def test_two_ranks_read_a_second_model_that_is_cut_as_the_first(tmp_path):
-    gpt = folder(tmp_path / "gpt2", "model=gpt2", *SMALL, "model.vocab_size=257", "model.max_seq_len=32")
-    launch([("reads_a_second_model", [starts(gpt, HOW[how])]) for how in ("ddp", "fsdp", "tp")], 2, tmp_path)
+def reading(tmp_path: Path, teacher: Path, name: str, *how: str) -> list[str]:
+    of_teacher = ["imports=[tests.distributed.reading]", "objective=toward", f"objective.teacher={teacher}"]
+    return overrides(tmp_path, "decoder", name, *of_teacher, "trainer.max_steps=4", "trainer.val_check_interval=2", *how)
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory):
+    """A folder with a teacher, and a run in one process that reads it."""
+    where = tmp_path_factory.mktemp("taught")
+    teacher = folder(where / "teacher", "model=gpt2", *SMALL, "model.vocab_size=360", "model.max_seq_len=32")
+    txtrain.train(compose(reading(where, teacher, "alone")))
+    return where
+
+
+def test_a_second_model_is_read_but_not_saved(taught):
+    assert all(float(row["to_teacher"]) > 0 for row in read(taught / "alone/metrics.csv"))
+    names = shapes(locate(taught / "alone"))
+    assert {name.partition(".")[0] for name in names} == {"model", "optimizer"}
+    assert not [name for name in names if "teacher" in name]
+
+
+def test_a_second_model_that_is_not_there_or_cannot_be_cut_ends_before_the_folder(tmp_path):
+    with pytest.raises(ConfigError, match=r"`objective\.teacher` must be a run's folder"):
+        txtrain.train(compose(reading(tmp_path, tmp_path / "nowhere", "run")))
+    teacher = folder(tmp_path / "teacher", "model=gpt2", *SMALL[:2], "model.n_heads=1", "model.vocab_size=360", "model.max_seq_len=32")
+    config = compose(reading(tmp_path, teacher, "run", "strategy=tp", "trainer.devices=2"))
+    with pytest.raises(ConfigError, match=r"`objective\.teacher` cannot be laid .* must divide model\.n_heads \(1\), but is 2 instead"):
+        Mesh(config, World(size=2)).check_read(open_weights(teacher).model.config, "objective.teacher")
+    assert not (tmp_path / "run").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------------------- slow
@@ -75,13 +109,24 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
+def test_a_run_that_reads_a_second_model_is_the_same_under_every_strategy(taught):
+    ways = [how for how in HOW if "experts" not in how and "bf16" not in how]
+    cases = {how: reading(taught, taught / "teacher", how, "trainer.devices=2", *HOW[how]) for how in ways}
+    train({how: Case(case) for how, case in cases.items()}, 2, taught / "group", timeout=600)
+    for how in ways:
+        columns = ("loss", "to_teacher", "val_to_teacher", "grad_norm")
+        assert max(largest_differences(taught / "alone", taught / how, columns).values()) < 1e-5, how
+        assert shapes(locate(taught / how)).keys() == shapes(locate(taught / "alone")).keys(), how
+
+
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):
     """Of each kind a folder of transformers', and checkpoints that two ranks wrote in shards."""
     where = tmp_path_factory.mktemp("sources")
     found, cases = {}, []
-    for i, (kind, overrides) in enumerate(KINDS.items()):
-        found[kind] = [folder(where / f"folder-{i}", *overrides, *SMALL, "model.vocab_size=257", "model.max_seq_len=32")]
+    for i, (kind, given) in enumerate(KINDS.items()):
+        found[kind] = [folder(where / f"folder-{i}", *given, *SMALL, "model.vocab_size=257", "model.max_seq_len=32")]
         for how in ("experts" if kind == "experts" else "fsdp", "tp"):
             cases.append(("is_saved", [starts(found[kind][0], HOW[how]), str(where / f"{how}-{i}")]))
             found[kind].append(where / f"{how}-{i}")
@@ -99,7 +144,8 @@ def test_every_strategy_reads_the_values_of_one_process(sources, n, tmp_path):
         for how in ways:
             if "experts" in how and kind != "experts":
                 continue
-            cases += [("has_the_values_of_one_process", [starts(source, (HOW | OF_FOUR)[how])]) for source in each]
+            given = [[starts(source, (HOW | OF_FOUR)[how])] for source in each]
+            cases += [("has_the_values_of_one_process", one) for one in given] + ([("reads_a_second_model", given[0])] if n == 2 else [])
     launch(cases, n, tmp_path, timeout=60 + 10 * len(cases))
 
 
@@ -111,8 +157,8 @@ def large(tmp_path_factory):
     """Of each kind a folder of some 300 MB, in one file, and a small one."""
     where = tmp_path_factory.mktemp("large")
     for kind in ("model=gpt2", "model=deepseek_r1"):
-        for size, overrides in (("large", LARGE), ("small", (*SMALL, "model.vocab_size=257"))):
-            of_kind = [*overrides, "model.max_seq_len=64", *(["model.mtp_depth=0"] if "deepseek" in kind else [])]
+        for size, given in (("large", LARGE), ("small", (*SMALL, "model.vocab_size=257"))):
+            of_kind = [*given, "model.max_seq_len=64", *(["model.mtp_depth=0"] if "deepseek" in kind else [])]
             folder(where / kind / size, kind, *of_kind, max_shard_bytes=10**10)
     return where
 

@@ -134,7 +134,7 @@ def _opened(found: Described, tokenizer: Tokenizer | None, weights: str) -> Sour
 
     from txtrain.hf.load import open_folder
     from txtrain.hf.pieces import Source
-    from txtrain.model.build import build_model
+    from txtrain.hf.trainer import build_model
 
     if found.is_hf:
         _refuse_average(found.path, weights)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import itertools
 import shutil
 import sys
@@ -12,7 +11,15 @@ from typing import Any
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
 from txtrain.data.prepare import make_tokenizer
-from txtrain.data.sources.source import build_source, describe, settle
+from txtrain.data.sources.source import (
+    as_named,
+    build_source,
+    describe,
+    method_of,
+    n_bytes,
+    settle,
+    validation_sets,
+)
 from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
@@ -59,12 +66,10 @@ def run_prepare(job: Composed) -> int:
 def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
     """The documents and their tokenizer. Nothing stands in for data that cannot be had: what is prepared is named once and used for long."""
     data: Any = config.data
-    if hasattr(data, "offline_fallback"):
-        config = dc.replace(config, data=dc.replace(data, offline_fallback="never"))
-    source = build_source(settle(config)[0])
-    if not hasattr(source, "documents"):
+    source = build_source(settle(as_named(config))[0])
+    if method_of(source) != "documents":
         raise ConfigError(f"`data` must be a source of text to be tokenised, but is {data.type} instead.")
-    if getattr(source, "named", None):
+    if validation_sets(source):
         raise ConfigError("`data.val_path` must be one path, or null, to be prepared: give the named ones to the run.")
     corpus = Corpus(source, data.val_fraction)
     return corpus, make_tokenizer(corpus, config, build_objective(config).special_tokens)
@@ -100,9 +105,9 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     writer.save(now=True)  # before anything else: from here on the folder is known to be ours
     tokenizer.save(folder / "tokenizer")
     rest = itertools.islice(corpus.documents(), writer.n_documents, None)
-    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress:
-        for n_bytes in write_tokens(rest, tokenizer, writer):
-            progress.advance(n_bytes)
+    with Progress("tokenising", n_bytes(corpus.source)) as progress:
+        for size in write_tokens(rest, tokenizer, writer):
+            progress.advance(size)
             writer.save()
     train, validation = writer.n_tokens("train"), writer.n_tokens("validation")
     if not train:

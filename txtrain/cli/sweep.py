@@ -31,6 +31,7 @@ from txtrain.config.composed import Composed, to_file
 from txtrain.config.loader import Loader
 from txtrain.ground.slurm import Job
 from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.run_config import RunConfig
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:
@@ -58,7 +59,7 @@ def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Overrid
 def in_folder(job: Composed, stamp: str, number: int) -> Composed:
     """The job with a run folder of its own; verbs without run folders stay as they are."""
     config = job.config
-    if not hasattr(config, "run_dir"):
+    if not isinstance(config, RunConfig):
         return job
     if config.run_dir is None:
         return dc.replace(job, folder=f"{stamp}-{number}")

@@ -32,6 +32,9 @@ class DataConfig:
 
     kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
+    mixes: ClassVar[bool] = False  # has sources of its own
+    streaming = False  # these two are no fields: some sources have them
+    offline_fallback = "never"
 
     def check(self) -> Iterator[str]:
         if self.packing != "concat" and self.kind != "text":
@@ -120,6 +123,8 @@ class MemmapConfig(DataConfig):
 class MixtureConfig(DataConfig):
     """`data=mixture`: several sources of text, each with its share of the samples."""
 
+    mixes: ClassVar = True
+
     sources: dict[str, Any] = axes("data")  # a name, and the keys of its source with its `type`
     weights: dict[str, float] | None = None  # of each name; null: as many samples as each has
 
@@ -137,10 +142,10 @@ class MixtureConfig(DataConfig):
             key = f"data.sources.{name}"
             if not re.fullmatch(r"\w[\w-]*", name):
                 yield f"`{key}`: a name must be of letters, digits, _ and -, but is {name!r} instead."
-            if source.type == "mixture" or source.kind != "text":
+            if source.mixes or source.kind != "text":
                 yield f"`{key}.type` must be a source of text, but is {source.type} instead."
                 continue
-            if getattr(source, "streaming", False):
+            if source.streaming:
                 yield f"`{key}.streaming` must be false in a mixture, but is true instead."
             yield from (problem.replace("`data.", f"`{key}.", 1) for problem in self.part(name).check())
             for shared in self.shared:

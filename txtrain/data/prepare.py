@@ -22,7 +22,18 @@ from txtrain.data.samples.pairs import PairCorpus, PairSamples
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
-from txtrain.data.sources.source import SampleSource, Source, TextSource, build_source, has_validation, settle
+from txtrain.data.sources.source import (
+    SampleSource,
+    Source,
+    TextSource,
+    as_named,
+    build_source,
+    has_validation,
+    identity,
+    method_of,
+    settle,
+    validation_sets,
+)
 from txtrain.data.store.cache import SPLITS, TokenFile, TokenWriter, build_folder, cache_root
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
@@ -68,8 +79,7 @@ def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepar
     Raises:
         ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
     """
-    way: Callable[[Any, RunConfig, SampleMaker], Prepared] = next(way for method, way in _WAYS.items() if hasattr(source, method))
-    return way(source, config, objective)
+    return _WAYS[method_of(source) or ""](source, config, objective)
 
 
 # ---------------------------------------------------------------------------------------------------------------------- text
@@ -81,7 +91,7 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
     corpus = Corpus(source, data.val_fraction)
     tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
     key, folder = _tokenised(corpus, tokenizer, config)
-    sets = source.validation_sets() if hasattr(source, "validation_sets") else {}
+    sets = validation_sets(source)
     if not sets:
         remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
         return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
@@ -104,13 +114,14 @@ def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared
     """The samples of all sources, by one tokenizer, and one validation set of each."""
     if config.data.tokenizer == "train" and any(type(one).tokenizer is None for one in source.parts().values()):
         raise ConfigError("`data.tokenizer` must be given with a data=memmap among data.sources: a folder of txtrain prepare has one in FOLDER/tokenizer.")
-    configs = {name: dc.replace(config, data=_as_named(config.data.part(name))) for name in source.parts()}
+    configs = {name: as_named(dc.replace(config, data=config.data.part(name))) for name in source.parts()}
     sources = {name: _told(name, lambda one=one: build_source(settle(one)[0])) for name, one in configs.items()}  # type: ignore[misc]
-    corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in sources.items() if hasattr(s, "documents")]
+    texts = {name: s for name, s in sources.items() if method_of(s) == "documents"}
+    corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in texts.items()]
     tokenizer = make_tokenizer(Corpora(tuple(corpora)), config, objective.special_tokens)
     made: dict[str, Prepared] = {}
     for name, s in sources.items():
-        way = partial(_text, tokenizer=tokenizer) if hasattr(s, "documents") else _tokens
+        way = partial(_text, tokenizer=tokenizer) if name in texts else _tokens
         made[name] = _told(name, lambda way=way, s=s, name=name: way(s, configs[name], objective))  # type: ignore[misc]
     shares = source.shares([len(part.train) for part in made.values()])
     named = {(f"{name}.{one}" if part.named else name): rows for name, part in made.items() for one, rows in (part.named or {"": part.validation}).items()}
@@ -123,11 +134,6 @@ def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared
         named=named,
         shares={name: (len(part.train), share) for (name, part), share in zip(made.items(), shares, strict=True)},
     )
-
-
-def _as_named(data: Any) -> Any:
-    """Nothing stands in for a source of a mixture that cannot be had."""
-    return dc.replace(data, offline_fallback="never") if hasattr(data, "offline_fallback") else data
 
 
 def _told(name: str, make: Callable[[], Any]) -> Any:
@@ -145,7 +151,7 @@ def _of_source(name: str, problem: str) -> str:
 
 
 def _limit(config: RunConfig) -> Limit | None:
-    n_nodes = getattr(config.trainer, "num_nodes", 1)
+    n_nodes = config.trainer.num_nodes
     return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
 
 
@@ -304,8 +310,9 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
         if not len(listed):
             raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
         probe(listed)
-    known = source.identity() if hasattr(source, "identity") else repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)])
+    known = identity(source, lambda: repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)]))
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
-_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture, "stream": _stream}
+Way = Callable[[Any, RunConfig, SampleMaker], Prepared]
+_WAYS: dict[str, Way] = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture, "stream": _stream}

@@ -19,8 +19,8 @@ from txtrain.hf.registry import CONFIG, label_names, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
 from txtrain.hf.tensor_layout import from_theirs, tensors_of
 from txtrain.hf.tensor_names import check_layers
+from txtrain.hf.trainer import build_model
 from txtrain.hf.weights import Weights
-from txtrain.model.build import build_model
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import Transformer
 

@@ -8,11 +8,12 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.hf.name_map import Shape, stored_tensors
@@ -20,9 +21,6 @@ from txtrain.hf.registry import CONFIG, class_of
 from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors
 from txtrain.hf.tensor_layout import tensors_of, to_theirs
 from txtrain.model.transformer import Transformer
-
-if TYPE_CHECKING:
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 SHARD_BYTES = 5_000_000_000
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
@@ -72,7 +70,7 @@ def _check(model: object, tokenizer: object, max_shard_bytes: object) -> None:
     if not isinstance(model, Transformer):
         what = "a model of txtrain.build_model or txtrain.load_pretrained"
         raise ConfigError(f"`model` must be {what}, but is {type(model).__name__} instead.")
-    if tokenizer is not None and not hasattr(tokenizer, "save"):
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise ConfigError(f"`tokenizer` must be a Tokenizer or None, but is {type(tokenizer).__name__} instead.")
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ConfigError(f"`max_shard_bytes` must be at least 1, but is {max_shard_bytes!r} instead.")

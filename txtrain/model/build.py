@@ -14,32 +14,25 @@ from txtrain.model.construct import construct, make_norm
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import FurtherToken
 from txtrain.model.stack import Stack
-from txtrain.model.transformer import SentencePairTransformer, Transformer
+from txtrain.model.transformer import Transformer
 
 
-def build_model(config: ModelConfig) -> Transformer:
-    """The model that the config describes, initialised by the family's rule from torch's generator.
-
-    Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
-
-    Raises:
-        ConfigError: the config is none, or illegal.
-    """
+def build_model(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
+    """As `txtrain.build_model`. pairs: what a model with a head for pairs of sentences is built as."""
     checked(config, ModelConfig, "config", "model")
     if torch.get_default_device().type == "meta":
-        return transformer(config)
+        return transformer(config, pairs)
     with torch.device("meta"):
-        model = transformer(config)
+        model = transformer(config, pairs)
     model.to_empty(device=torch.get_default_device())
     init_weights(model)
     return model
 
 
-def transformer(config: ModelConfig) -> Transformer:
+def transformer(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
     """The model on torch's default device, without initial values."""
     norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
-    cls = SentencePairTransformer if config.head.next_sentence else Transformer
-    return cls(
+    return (pairs if config.head.next_sentence else Transformer)(
         config,
         embedding=make_embedding(config),
         position=construct("position", config.position, config, causal=config.topology != "encoder"),

@@ -14,9 +14,11 @@ from txtrain.model.shape import LAPTOP, ModelShape
 from txtrain.registry import knob, out_of_range
 
 
-@dc.dataclass(frozen=True, kw_only=True)
 class ModelConfig(ModelShape):
-    """A model's shape with what is legal and what it costs."""
+    """A model's shape with what is legal and what it costs.
+
+    No dataclass of its own, so that names that are no fields can be set: transformers.Trainer marks a model's config.
+    """
 
     # ---------------------------------------------------------------------------------------------------------- legality
 
@@ -116,16 +118,6 @@ class ModelConfig(ModelShape):
     def get_text_config(self) -> SimpleNamespace:
         """Where the trainer writes the ids of its tokenizer: a copy, since a config is a value."""
         return SimpleNamespace(bos_token_id=self.bos_token_id, eos_token_id=self.eos_token_id, pad_token_id=self.pad_token_id)
-
-
-def _set(config: ModelConfig, name: str, value: Any) -> None:
-    """Fields are frozen. transformers.Trainer marks every model's config with names that are none (use_cache): let it."""
-    if name in ModelConfig.__dataclass_fields__:
-        raise dc.FrozenInstanceError(f"cannot assign to field {name!r}")
-    object.__setattr__(config, name, value)
-
-
-ModelConfig.__setattr__ = _set  # type: ignore[method-assign, assignment]  # a frozen dataclass may not define its own
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
+from txtrain.model.ffn.moe import Experts
 from txtrain.model.head.heads import ClassHead, LMHead
 from txtrain.model.shape import InitConfig
 
@@ -67,15 +68,15 @@ class Initialiser:
             module.reset_parameters()
             if module.weight is not None:
                 _output(module.weight, init, self._generator(module.weight, name))
-        elif hasattr(module, "stacked_projections"):
+        elif isinstance(module, Experts):
             for child in module.stacked_projections:
                 self.fill_stacked(name, module, child, getattr(module, child))
         elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
             _reset(name, module, self.seed)
 
-    def fill_stacked(self, name: str, module: Any, child: str, matrices: Iterable[Tensor]) -> None:
+    def fill_stacked(self, name: str, module: Experts, child: str, matrices: Iterable[Tensor]) -> None:
         """Fill matrices that lie side by side in one parameter, each as it would be alone; they may be made one by one."""
-        factor = self._residual_factor if child in getattr(module, "residual_projections", ()) else 1.0
+        factor = self._residual_factor if child in module.residual_projections else 1.0
         generator = None
         for matrix in matrices:
             generator = generator or self._generator(matrix, f"{name}.{child}")

@@ -73,11 +73,11 @@ def problems(model: Any) -> Iterator[str]:
 
 
 def value_of(choices: Choices, key: str) -> Any:
-    """The value at a key of the command line; of a group the option's name. None where the chosen option has no such knob."""
+    """The value at a key of the command line, which the chosen option must have; of a group the option's name."""
     value: Any = choices
     for part in key.replace("/", ".").split("."):
-        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
-    return getattr(value, "type", value)
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+    return value.type if dc.is_dataclass(value) else value
 
 
 def written(value: object) -> str:

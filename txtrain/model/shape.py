@@ -79,7 +79,7 @@ class ModelShape:
 
     @property
     def has_final_norm(self) -> bool:
-        return self.norm_position != "post" if self.final_norm is None else self.final_norm
+        return not self.residual.normalises_stream if self.final_norm is None else bool(self.final_norm)
 
     @property
     def encoder_layers(self) -> int:

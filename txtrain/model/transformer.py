@@ -5,8 +5,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -293,31 +292,6 @@ def log_probs(model: Any, input_ids: Tensor, labels: Tensor, **inputs: Any) -> T
     out: ModelOutput = model(input_ids, labels=labels, return_logits=False, return_log_probs=True, **inputs)
     assert out.log_probs is not None
     return out.log_probs
-
-
-def _signature_with(function: Callable[..., Any], name: str) -> inspect.Signature:
-    """The function's own, and one keyword more: what trainers and collators look at."""
-    known = inspect.signature(function)
-    return known.replace(parameters=[*known.parameters.values(), inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)])
-
-
-class SentencePairTransformer(Transformer):
-    """With a head that tells whether the second sentence follows the first (BERT).
-
-    A class of its own because `transformers.Trainer` takes every parameter of forward with "label" in its name for one that each batch has.
-    """
-
-    def forward(self, *inputs: Any, next_sentence_label: Tensor | None = None, **named: Any) -> ModelOutput:
-        """As `Transformer.forward`. next_sentence_label: [B]; 0 if the second sentence follows the first, 1 if not. Its loss is added."""
-        out = super().forward(*inputs, **named)
-        if next_sentence_label is not None:
-            assert out.nsp_logits is not None
-            require("next_sentence_label", next_sentence_label, {"B": len(out.nsp_logits)}, LABELS)
-            loss = cross_entropy(out.nsp_logits, next_sentence_label, (next_sentence_label != IGNORED).sum())
-            out.loss = loss if out.loss is None else out.loss + loss
-        return out
-
-    forward.__signature__ = _signature_with(Transformer.forward, "next_sentence_label")  # type: ignore[attr-defined]
 
 
 def _embedded(

@@ -121,7 +121,7 @@ def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
     from txtrain.config.overrides import parse
 
     own: ModelConfig = compose_job("train", Train, parse([f"model={model.preset}"]), make_loader())[0].config.model
-    return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts if hasattr(own, axis)})
+    return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts})
 
 
 def _value(value: object) -> str:

@@ -33,10 +33,9 @@ class Layout(NamedTuple):
 class StrategyConfig:
     """Base: every process holds all of the model and sees its share of the samples.
 
-    absent: why it has not a key that others have. stage: of ZeRO. cuts_activations: a block's output lies in parts.
+    stage: of ZeRO. cuts_activations: a block's output lies in parts.
     """
 
-    absent: ClassVar[dict[str, str]] = {"ep_size": " Copies of a model have all experts."}
     stage: ClassVar[int] = 0
     cuts_activations: ClassVar[bool] = False
     type: str
@@ -113,14 +112,10 @@ class HybridConfig(FullyShardedConfig):
         yield from found or super().problems(world, model)
 
 
-CUT_ALREADY = {"ep_size": " Tensor parallelism gives each process a part of every expert instead."}
-
-
 @dc.dataclass(frozen=True, kw_only=True)
 class TensorConfig(StrategyConfig):
     """Each layer's matrices are cut over the processes (1909.08053), its norms over positions (2205.05198). tp_size: null: all processes."""
 
-    absent = CUT_ALREADY
     cuts_activations = True
     tp_size: int | None = None
 
@@ -136,7 +131,6 @@ class TensorConfig(StrategyConfig):
 class ShardedTensorConfig(ShardedConfig):
     """Matrices cut over tp_size processes, and these pieces in shards over the groups."""
 
-    absent = CUT_ALREADY
     cuts_activations = True
     tp_size: int = 2
 
@@ -154,7 +148,6 @@ class ZeROConfig(StrategyConfig):
     cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, live in the processor's memory.
     """
 
-    absent = {"ep_size": " ZeRO lays all parameters end to end and cuts them over all processes alike."}
     cpu_offload: bool = False
 
     def layout(self, world: int) -> Layout:
@@ -233,11 +226,16 @@ def problems(config: RunConfig, world: int) -> Iterator[str]:
         yield f"`data.micro_batch_size` must divide a process' share of data.global_batch_size ({share}), but is {micro} instead. Nearest: {near}."
 
 
-register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
-register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", FullyShardedConfig)
-register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
-register("strategy", "deepspeed_stage_1", "txtrain.parallel.deepspeed:ZeRO", ZeRO1Config)
-register("strategy", "deepspeed_stage_2", "txtrain.parallel.deepspeed:ZeRO", ZeRO2Config)
-register("strategy", "deepspeed_stage_3", "txtrain.parallel.deepspeed:ZeRO", ZeRO3Config)
-register("strategy", "tp", "txtrain.parallel.mesh:Mesh", TensorConfig)
-register("strategy", "fsdp_tp", "txtrain.parallel.mesh:Mesh", ShardedTensorConfig)
+MESH, ZERO = "txtrain.parallel.mesh:Mesh", "txtrain.parallel.deepspeed:ZeRO"
+COPIED = {"ep_size": " Copies of a model have all experts."}
+CUT_ALREADY = {"ep_size": " Tensor parallelism gives each process a part of every expert instead."}
+FLAT = {"ep_size": " ZeRO lays all parameters end to end and cuts them over all processes alike."}
+
+register("strategy", "auto ddp", MESH, StrategyConfig, absent=COPIED)
+register("strategy", "fsdp", MESH, FullyShardedConfig)
+register("strategy", "hsdp", MESH, HybridConfig)
+register("strategy", "deepspeed_stage_1", ZERO, ZeRO1Config, absent=FLAT)
+register("strategy", "deepspeed_stage_2", ZERO, ZeRO2Config, absent=FLAT)
+register("strategy", "deepspeed_stage_3", ZERO, ZeRO3Config, absent=FLAT)
+register("strategy", "tp", MESH, TensorConfig, absent=CUT_ALREADY)
+register("strategy", "fsdp_tp", MESH, ShardedTensorConfig, absent=CUT_ALREADY)

@@ -77,10 +77,9 @@ def init_sharded(model: nn.Module, device: torch.device, loaded: Container[str] 
     initialiser = Initialiser(model)
     for name, module in to_initialise(model, loaded):
         parts: dict[str, Any] = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
-        stacked = [key for key in getattr(module, "stacked_projections", ()) if key in parts]
-        for key in stacked:
-            initialiser.fill_stacked(name, module, key, _one_by_one(parts[key], device))
-        if stacked:
+        if isinstance(module, Experts) and parts:
+            for key in module.stacked_projections:
+                initialiser.fill_stacked(name, module, key, _one_by_one(parts[key], device))
             continue
         for key, part in parts.items():
             module._parameters[key] = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=device), requires_grad=part.requires_grad)
@@ -101,6 +100,6 @@ def _one_by_one(stack: DTensor, device: torch.device) -> Iterator[Tensor]:
         yield matrix
         if i in places:
             part = matrix
-            for dim, indices in enumerate(within):
-                part = part if len(indices) == part.shape[dim] else part.index_select(dim, indices.to(device))
+            for dim, index in enumerate(within):
+                part = part if len(index) == part.shape[dim] else part.index_select(dim, index.to(device))
             stack.to_local()[places[i]].copy_(part)

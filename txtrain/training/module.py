@@ -7,7 +7,6 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -29,6 +28,7 @@ from txtrain.parallel.activation_checkpointing import wrap_blocks
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
+from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
 
 
@@ -110,9 +110,10 @@ class LitModule(pl.LightningModule):
         return self.step * int(self.config.data.global_batch_size)
 
     @property
-    def _data(self) -> Any:
-        """The trainer's data module; None where it was given loaders."""
-        return getattr(self.trainer, "datamodule", None)
+    def _data(self) -> DataModule | None:
+        """None where the trainer was given loaders, or a data module that is not ours."""
+        given = getattr(self.trainer, "datamodule", None)
+        return given if isinstance(given, DataModule) else None
 
     # ------------------------------------------------------------------------------------------------------------- set-up
 
@@ -125,7 +126,7 @@ class LitModule(pl.LightningModule):
                 f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, but it has {self.trainer.world_size} "
                 "processes: use txtrain.train, or start the script with torchrun and one Trainer device."
             )
-        self.plan(Limits.of(self.config, getattr(self._data, "n_train", 0)).steps)
+        self.plan(Limits.of(self.config, self._data.n_train if self._data else 0).steps)
 
     def plan(self, total_steps: int | None) -> None:
         """Fix the schedule for a run of so many steps.
@@ -161,10 +162,10 @@ class LitModule(pl.LightningModule):
         return parameter_groups(self.model.named_parameters(), self.config.optimizer)
 
     def on_fit_start(self) -> None:
-        table = getattr(self._data, "token_bytes", None)
-        if table is not None:
-            self._token_bytes = torch.as_tensor(table).to(self.device)
-        self._val_names = getattr(self._data, "val_names", ())
+        if data := self._data:
+            self._val_names = data.val_names
+            if data.token_bytes is not None:
+                self._token_bytes = torch.as_tensor(data.token_bytes).to(self.device)
 
     # ----------------------------------------------------------------------------------------------------------- training
 

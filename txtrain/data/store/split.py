@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from txtrain.data.sources.source import Split, TextSource, has_validation, identity
+from txtrain.data.sources.source import Split, TextSource, has_validation, hashed, identity, splits
 
 FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
 _MANY = 5  # whole documents are held out where there would be at least so many
@@ -49,7 +49,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """Of the text and of its split."""
-        return digest(FORMAT, identity(self.source), None if has_validation(self.source) else self.val_fraction)
+        return digest(FORMAT, _known(self.source), None if has_validation(self.source) else self.val_fraction)
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class ValidationSet:
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest(FORMAT, "validation set", identity(self.source))
+        return digest(FORMAT, "validation set", _known(self.source))
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,10 @@ class Corpora:
     @cached_property
     def fingerprint(self) -> str:
         return digest("corpora", *(corpus.fingerprint for corpus in self.corpora))
+
+
+def _known(source: TextSource) -> str:
+    return identity(source, lambda: hashed((split, text) for split in splits(source) for text in source.documents(split)))
 
 
 def digest(*parts: object) -> str:

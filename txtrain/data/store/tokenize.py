@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from txtrain.data.sources.source import Split, describe
+from txtrain.data.sources.source import Split, describe, n_bytes
 from txtrain.data.store.cache import TokenWriter
 from txtrain.data.store.progress import Progress
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
@@ -48,10 +48,10 @@ def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bo
     """
     writer = TokenWriter(folder, tokenizer.vocab_size)
     if limit is not None:
-        limit.check(getattr(corpus.source, "n_bytes", None) or 0)
-    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress, writer.open():
-        for n_bytes in write_tokens(corpus.documents(), tokenizer, writer, with_bos):
-            progress.advance(n_bytes)
+        limit.check(n_bytes(corpus.source) or 0)
+    with Progress("tokenising", n_bytes(corpus.source)) as progress, writer.open():
+        for size in write_tokens(corpus.documents(), tokenizer, writer, with_bos):
+            progress.advance(size)
             if limit is not None:
                 limit.check(progress.n_bytes)
     progress.done(f"tokenised {{size}}: {writer.n_tokens:,} tokens in {{seconds}}")
