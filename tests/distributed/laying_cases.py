@@ -1,4 +1,7 @@
-"""What each rank of test_laying.py does: `python -m tests.distributed.laying_cases FILE`, JSON, a list of [name of a case, arguments]."""
+"""What each rank of test_laying.py does: `python -m tests.distributed.laying_cases FILE`.
+
+FILE is JSON: a list of [name of a function below, its arguments].
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,8 @@ def composed(overrides: list[str]) -> Train:
     made: list[Any] = [compose(given) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made)
     config: Train = made[0]
-    return dc.replace(config, strategy=dc.replace(config.strategy, ep_size=2)) if of_experts else config  # type: ignore[call-arg]
+    strategy: Any = config.strategy
+    return dc.replace(config, strategy=dc.replace(strategy, ep_size=2)) if of_experts else config
 
 
 def laid(config: Train, parallel: OneProcess) -> LitModule:
@@ -59,7 +63,8 @@ def has_the_values_of_one_process(overrides: list[str]) -> None:
             found = {name.removeprefix("model."): t for name, t in tensors.items() if name.startswith("model.")}
             for part in parallel._parts:  # type: ignore[attr-defined]
                 mine = wanted[part.name].flatten()[part.offset : part.offset + part.length]
-                multiplied = part.parameter.ds_tensor if config.strategy.stage == 3 else part.parameter.detach().flatten()[part.offset :]
+                is_cut = config.strategy.stage == 3
+                multiplied = part.parameter.ds_tensor if is_cut else part.parameter.detach().flatten()[part.offset :]
                 assert multiplied[: part.length].equal(mine.to(multiplied.dtype)), part.name
         assert found.keys() == wanted.keys()
         for name, tensor in found.items():
@@ -95,7 +100,8 @@ def reads_a_second_model(overrides: list[str]) -> None:
         for _ in range(2):
             logits = read(input_ids=ids).logits
             with torch.no_grad():
-                torch.testing.assert_close(logits, alone(ids).logits, rtol=1e-2 if half else 1e-5, atol=1e-2 if half else 1e-5)
+                allowed = 1e-2 if half else 1e-5
+                torch.testing.assert_close(logits, alone(ids).logits, rtol=allowed, atol=allowed)
             assert not logits.requires_grad
             held = list(source.model.parameters())
             assert not any(p.requires_grad for p in held)
@@ -111,7 +117,10 @@ def reads_a_second_model(overrides: list[str]) -> None:
 
 
 def takes_its_share_of_memory(overrides: list[str], small: list[str]) -> None:
-    """At the peak: what the rank holds, the largest tensor, and a tenth of both; beside what the libraries take for a small model."""
+    """At the peak: what the rank holds, the largest tensor, and a tenth of both.
+
+    Beside what the libraries have taken for a small model.
+    """
     config, first = composed(overrides), composed(small)
     parallel = make_parallel(config)
     with parallel.started():
@@ -123,9 +132,11 @@ def takes_its_share_of_memory(overrides: list[str], small: list[str]) -> None:
         tensors = module.model.state_dict().values() if config.strategy.stage < 3 else module.model.parameters()
         share = sum(nbytes(getattr(tensor, "ds_tensor", tensor)) for tensor in tensors)
         with torch.device("meta"):
-            sizes = [tensor.nelement() * tensor.element_size() for tensor in open_weights(config.init_from or "").model.state_dict().values()]
+            every = open_weights(config.init_from or "").model.state_dict().values()
+            sizes = [tensor.nelement() * tensor.element_size() for tensor in every]
         allowed = 1.1 * (share + max(sizes))
-        told = f"{config.strategy.type}: {taken / 2**20:.0f} MiB of {allowed / 2**20:.0f}, share {share / 2**20:.0f}, whole {sum(sizes) / 2**20:.0f}"
+        numbers = {"taken": taken, "allowed": allowed, "share": share, "whole": sum(sizes)}
+        told = f"{config.strategy.type}: {', '.join(f'{name} {n / 2**20:.0f} MiB' for name, n in numbers.items())}"
         print(told, flush=True)
         assert taken <= allowed, told
 

@@ -148,7 +148,10 @@ def _opened(found: Described, tokenizer: Tokenizer | None, weights: str) -> Sour
 
 
 def pieces(path: Path, weights: str = "model") -> list[Piece]:
-    """What fills a model from a checkpoint. weights: `ema` for the averaged ones; what is not averaged comes from the model.
+    """What fills a model from a checkpoint.
+
+    Args:
+        weights: model, or ema for the averaged ones; what is not averaged comes from the model.
 
     Raises:
         ConfigError: the checkpoint has no averaged weights, or they have other shapes than the model's.
@@ -159,9 +162,13 @@ def pieces(path: Path, weights: str = "model") -> list[Piece]:
     from txtrain.hf.tensor_file import SafetensorsFile
 
     saved = checkpoint.shapes(path)
-    averaged = {name: saved[f"model.{name}"] for of, _, name in (n.partition(".") for n in saved) if of == weights == "ema"}
+    names = (name.removeprefix("ema.") for name in saved if name.startswith("ema.") and weights == "ema")
+    averaged = {name: saved[f"model.{name}"] for name in names}
     if weights == "ema" and not averaged:
-        raise ConfigError(f"`weights` must be model, but is ema instead: {path} has no averaged weights. A run with ema.decay=0.999 keeps them.")
+        raise ConfigError(
+            f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
+            "A run with ema.decay=0.999 keeps them."
+        )
     compare({name: saved[f"ema.{name}"] for name in averaged}, averaged, f"The checkpoint {path}")
     files = {str(file): SafetensorsFile(file) for file in path.glob("*.safetensors")}
     found = []

@@ -59,7 +59,10 @@ class Held:
 
 @dc.dataclass(frozen=True)
 class Source:
-    """A model that lies in files: described on the meta device, and what fills it. Names and shapes are checked, no value is read."""
+    """A model that lies in files: described on the meta device, and what fills it.
+
+    Names and shapes are checked, and no value is read.
+    """
 
     path: Path
     model: Transformer

@@ -23,8 +23,9 @@ from txtrain.hf.name_map import Shape, n_elements
 from txtrain.hf.tensor_names import read_header
 
 DTYPES: dict[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What else the format knows. Such tensors may be in a file (old buffers are), but no parameter can be read from them.
-_BUFFERS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+# What else the format knows: tensors of it may be in a file (old buffers are), but they are no parameters.
+_BUFFERS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8}
+_BUFFERS |= {"I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
 _OTHER_SIZES = {"F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "U32": 4, "U64": 8, "C64": 8}
 _SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} | _OTHER_SIZES
 

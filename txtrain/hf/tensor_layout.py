@@ -53,7 +53,9 @@ def _read(stored: Stored, weights: Weights, first: int, box: Box) -> Tensor:
     """first: row at which the box's parameter begins among those that are joined."""
     (low, high), *rest = box
     rows, wanted = slice(first + low, first + high), slice(None)
-    order = None if stored.order is None else torch.tensor(stored.order, device="cpu").argsort()[rows]  # theirs, of ours
+    order = None  # of each row of ours, where it is in theirs
+    if stored.order is not None:
+        order = torch.tensor(stored.order, device="cpu").argsort()[rows]
     if stored.leading:
         found = weights.read(stored.name)[0]
     elif stored.transposed:

@@ -19,7 +19,9 @@ from txtrain.model.shape import InitConfig
 
 
 def init_weights(model: nn.Module, loaded: Container[str] = ()) -> None:
-    """Fill a materialised model (`to_empty`) in place by `model.config.init`, but for modules of which all that they own is `loaded`.
+    """Fill a materialised model (`to_empty`) in place by `model.config.init`.
+
+    loaded: names of what is given its values elsewhere; a module that owns nothing else is left as it is.
 
     Raises:
         ConfigError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
@@ -33,7 +35,7 @@ def init_weights(model: nn.Module, loaded: Container[str] = ()) -> None:
 def to_initialise(model: nn.Module, loaded: Container[str]) -> Iterator[tuple[str, Any]]:
     """Modules that own nothing, or something that is not loaded, with their names."""
     for name, module in model.named_modules():
-        own = [key for held in (module._parameters, module._buffers) for key, tensor in held.items() if tensor is not None]
+        own = [key for key, tensor in (*module._parameters.items(), *module._buffers.items()) if tensor is not None]
         if not own or any((f"{name}.{key}" if name else key) not in loaded for key in own):
             yield name, module
 

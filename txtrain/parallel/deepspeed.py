@@ -113,7 +113,8 @@ class ZeRO(Mesh):
 
         initialiser, unset = Initialiser(model), dict(to_initialise(model, loaded))
         sizes = [p.numel() for name, p in model.named_parameters() if name in loaded]
-        scratch = torch.empty(max(sizes, default=0), device=device)  # one place for all: of memory that comes and goes, much would not be given back
+        # One place for all of them: of memory that comes and goes, much would not be given back.
+        scratch = torch.empty(max(sizes, default=0), device=device)
         with torch.no_grad():
             for name, module in model.named_modules():
                 if name in unset:
@@ -121,21 +122,24 @@ class ZeRO(Mesh):
                     initialiser.fill(name, module)
                     self._scatter(name, module)
                     continue
-                module._buffers.update({key: torch.empty_like(b, device=device) for key, b in module._buffers.items() if b is not None})
+                for key, buffer in module._buffers.items():
+                    module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device=device)
                 for key, p in module._parameters.items():
                     if p is not None:
-                        module._parameters[key] = nn.Parameter(scratch[: p.numel()].view(p.shape).to(p.dtype), requires_grad=p.requires_grad)
+                        whole = scratch[: p.numel()].view(p.shape).to(p.dtype)
+                        module._parameters[key] = nn.Parameter(whole, requires_grad=p.requires_grad)
                         self._scatter(name, module, key)
 
     def _scatter(self, name: str, module: nn.Module, only: str | None = None) -> None:
         """Of the parameters that a module itself owns, or of one, each rank keeps its part."""
         import deepspeed
 
-        own = [(f"{name}.{key}" if name else key, p) for key, p in module._parameters.items() if p is not None and only in (None, key)]
-        for full_name, parameter in own:
-            self._keep_share(full_name, parameter)
+        own = {key: p for key, p in module._parameters.items() if p is not None and only in (None, key)}
+        for key, parameter in own.items():
+            self._keep_share(f"{name}.{key}" if name else key, parameter)
         if own:
-            deepspeed.zero.Init(module=nn.ParameterList(p for _, p in own), config_dict_or_path=self._engine_config(), dtype=own[0][1].dtype)
+            listed = nn.ParameterList(own.values())
+            deepspeed.zero.Init(module=listed, config_dict_or_path=self._engine_config(), dtype=listed[0].dtype)
 
     def fill(self, model: nn.Module, source: Source) -> None:
         """Stage 3: float32 values that are kept beside rounded ones are read, and rounded."""

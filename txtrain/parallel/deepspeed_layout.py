@@ -52,7 +52,10 @@ class Part:
 
 
 def take_flat(piece: Piece, flat: Tensor, first: int, shape: torch.Size) -> None:
-    """Read, of a piece, what lies in a part of its flattened tensor of this shape: `flat`, whose first element is number `first`."""
+    """Read, of a piece, what lies in a part of its flattened tensor of this shape.
+
+    flat: the part, whose first element is number `first` of the tensor.
+    """
     width, end = shape[1:].numel(), min(first + len(flat), shape.numel())  # the last parts are filled up
     step = max(1, _AT_ONCE // width)
     for row in range(first // width, -(-end // width), step):

@@ -30,7 +30,7 @@ def shard(
 
     mesh: of one dimension (shards), or of two (copies, shards).
     mesh_of_experts: where those of this process alone lie over fewer processes (expert_parallel.py), they are gathered by themselves.
-    keep_root: of a model that is trained, the root's parameters are needed again as soon as the backward begins: they stay.
+    keep_root: the root's parameters stay after a forward; those of a model that is trained are needed again at once.
     compute: what parameters are gathered and multiplied in, beside float32 shards; None: as they are. Gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False)

@@ -209,7 +209,7 @@ class Mesh(OneProcess):
         if self._ep_size > 1 and divisibility.experts(model) is None:
             return  # it lies in shards as a model of the same size does
         if found := list(of_model(self.config.strategy, model, self.world.size)):
-            raise ConfigError(*(f"`{key}` cannot be laid over the processes as the model is: {problem}" for problem in found))
+            raise ConfigError(*(f"`{key}` cannot be laid over the processes as the model is: {why}" for why in found))
 
     def set_up_read(self, model: nn.Module) -> None:
         self._lay(model, reshard_after_forward=True, keep_root=False)
@@ -227,8 +227,8 @@ class Mesh(OneProcess):
         if self._shards:
             from txtrain.parallel.fsdp import shard
 
-            offload = self.config.strategy.cpu_offload
-            shard(model, self._data_mesh, self._policy(), reshard_after_forward, offload, self._mesh_of_experts, keep_root)
+            how = reshard_after_forward, self.config.strategy.cpu_offload, self._mesh_of_experts, keep_root
+            shard(model, self._data_mesh, self._policy(), *how)
         return made
 
     def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:

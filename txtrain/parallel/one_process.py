@@ -125,7 +125,7 @@ class OneProcess:
         """Allocate the model on the device, or lay it over the processes; a model without storage stays without until `materialise`."""
 
     def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
-        """Storage and initial values for a model that was described on the meta device: the same values under every strategy.
+        """Storage and initial values for a model that was described on the meta device: the same under every strategy.
 
         loaded: names of what `fill` gives its values; modules that own nothing else are left as they are.
         """
@@ -135,7 +135,7 @@ class OneProcess:
         init_weights(model, loaded)
 
     def fill(self, model: nn.Module, source: Source) -> None:
-        """Read the weights of a model that is laid and materialised, tensor by tensor; each rank reads what it holds."""
+        """Read the weights of a model that is laid and has storage, tensor by tensor; each rank reads what it holds."""
         fill(model.state_dict(), source.pieces)
 
     def check_read(self, model: ModelConfig, key: str) -> None:
@@ -144,7 +144,7 @@ class OneProcess:
         """
 
     def lay_read_only(self, source: Source, device: torch.device) -> Callable[..., Any]:
-        """A second model, laid over the ranks as the first, with its weights, in eval mode. What it computes has no gradient."""
+        """A second model, laid over the ranks as the first, with its weights, in eval mode and without gradients."""
         model = source.model.requires_grad_(False)
         if self.config.trainer.precision == "bf16-true":
             model.bfloat16()

@@ -149,7 +149,8 @@ class LitModule(pl.LightningModule):
         if self.weights is not None:
             self.parallel.fill(self.model, self.weights)
         if self._read:  # no submodules: neither trained nor saved
-            self.objective.models = {key: self.parallel.lay_read_only(source, self.device) for key, source in self._read.items()}
+            lay = self.parallel.lay_read_only
+            self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 

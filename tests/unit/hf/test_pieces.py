@@ -54,7 +54,8 @@ def test_of_a_checkpoint(tmp_path):
     model = shake(seeded(tiny()))
     model.register_buffer("counts", torch.arange(3))
     path = checkpoint.path_of(tmp_path, 1)
-    checkpoint.save(path, {f"model.{name}": t for name, t in model.state_dict().items()}, RunState(step=1), lambda _: None)
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    checkpoint.save(path, tensors, RunState(step=1), lambda _: None)
     assert_any_part_is_read(model.state_dict(), pieces(path))
 
 
@@ -64,7 +65,7 @@ def test_another_model_is_told_by_name_and_shape_before_a_value_is_read(tmp_path
     source = open_weights(tmp_path, "init_from")
     source.check(model)
     monkeypatch.setattr(Held, "take", lambda *_: pytest.fail("reads"))
-    with pytest.raises(ConfigError, match=r"is of another model: blocks\.0\.ffn\.down_proj\.weight is \(32, \d+\) there, \(32, 40\) here"):
+    with pytest.raises(ConfigError, match=r"of another model: blocks\.0\.ffn\.down_proj\.weight is \(32, \d+\) there, \(32, 40\)"):
         source.check(seeded(tiny(ffn=type(model.config.ffn)(type="swiglu", hidden_dim=40))))
     with pytest.raises(ConfigError, match=r"blocks\.2\.attention\S+ is absent there, \(32,"):
         source.check(seeded(tiny(n_layers=3)))

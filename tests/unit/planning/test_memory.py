@@ -308,7 +308,8 @@ def test_a_model_that_the_objective_reads_counts_with_its_weights_alone(world, s
     reads = dc.replace(config, objective=ReadingConfig(type="causal_lm", teacher=str(tmp_path)))
     shards = world if strategy != "ddp" else 1
     by_rows = strategy == "fsdp"  # ZeRO cuts between any two elements
-    held = sum(-(-len(p) // shards) * p[0].numel() if by_rows else -(-p.numel() // shards) for p in teacher.parameters())
+    parts = ((len(p), p[0].numel()) if by_rows else (p.numel(), 1) for p in teacher.parameters())
+    held = sum(-(-n // shards) * width for n, width in parts)
     without, found = memory(config, world), memory(reads, world)
     assert found.parts == without.parts | {"read": 4 * held}
     assert found.held == without.held + 4 * held

@@ -24,8 +24,8 @@ class Memory:
 
     Attributes:
         peak: bytes; parts: what they are: parameters, optimizer, averaged (weights), read
-            (weights of models that the objective reads), batch, gradients, activations (kept for the backward), recomputed,
-            temporaries, gathered (parameters of others), reduced (gradients on their way).
+            (weights of models that the objective reads), batch, gradients, activations (kept for the backward),
+            recomputed, temporaries, gathered (parameters of others), reduced (gradients on their way).
         held: bytes between steps.
         host, host_parts: the same of the processor's memory, where a strategy keeps something there and computes elsewhere.
         communicated: bytes of each collective's whole buffer in a step; a ring sends (n - 1) / n of it, an all_reduce twice that.
@@ -79,7 +79,7 @@ def _strategy(config: Train, layout: Layout) -> Copies:
 
 
 def _read(config: Train, layout: Layout) -> int:
-    """Bytes of the weights of the models that the objective reads, laid as the first; what their forward takes is not counted."""
+    """Bytes of the weights of the models that the objective reads, laid as the first; their forward is not counted."""
     found = [describe(where, f"objective.{key}").model for key, where in config.objective.models.items()]
     return sum(_strategy(dc.replace(config, model=model), layout).states()["parameters"] for model in found)
 
