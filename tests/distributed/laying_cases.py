@@ -97,11 +97,12 @@ def reads_a_second_model(overrides: list[str]) -> None:
         read: Any = parallel.lay_read_only(source, torch.device("cpu"))
         half = bool(config.strategy.stage) and config.trainer.precision == "bf16-mixed"
         alone = load(where).model.to(torch.bfloat16 if half else torch.float32)
+        asked = {"input_ids": ids} | ({"decoder_input_ids": ids} if source.model.config.encoder_layers else {})
         for _ in range(2):
-            logits = read(input_ids=ids).logits
+            logits = read(**asked).logits
             with torch.no_grad():
                 allowed = 1e-2 if half else 1e-5
-                torch.testing.assert_close(logits, alone(ids).logits, rtol=allowed, atol=allowed)
+                torch.testing.assert_close(logits, alone(**asked).logits, rtol=allowed, atol=allowed)
             assert not logits.requires_grad
             held = list(source.model.parameters())
             assert not any(p.requires_grad for p in held)

@@ -108,9 +108,14 @@ KINDS = {
     "decoder, transposed and joined": ("model=gpt2",),
     "decoder, tied": ("model=gemma2",),
     "experts": ("model=deepseek_r1", "model.mtp_depth=0"),
-    "encoder": ("model=bert",),
-    "two stacks": ("model=t5",),
+    "encoder": ("model=bert", "objective=masked_lm"),
+    "two stacks": ("model=t5", "objective=span_corruption"),
 }
+
+
+def of(kind: str) -> list[str]:
+    """What a run needs to be told beside init_from."""
+    return [o for o in KINDS[kind] if o.startswith("objective=")]
 
 
 @pytest.mark.slow
@@ -132,7 +137,7 @@ def sources(tmp_path_factory):
     for i, (kind, given) in enumerate(KINDS.items()):
         found[kind] = [folder(where / f"folder-{i}", *given, *SMALL, "model.vocab_size=257", "model.max_seq_len=32")]
         for how in ("experts" if kind == "experts" else "fsdp", "tp"):
-            cases.append(("is_saved", [starts(found[kind][0], HOW[how]), str(where / f"{how}-{i}")]))
+            cases.append(("is_saved", [starts(found[kind][0], (*HOW[how], *of(kind))), str(where / f"{how}-{i}")]))
             found[kind].append(where / f"{how}-{i}")
     launch(cases, 2, where)
     return found
@@ -148,7 +153,7 @@ def test_every_strategy_reads_the_values_of_one_process(sources, n, tmp_path):
         for how in ways:
             if "experts" in how and kind != "experts":
                 continue
-            given = [[starts(source, (HOW | OF_FOUR)[how])] for source in each]
+            given = [[starts(source, (*(HOW | OF_FOUR)[how], *of(kind)))] for source in each]
             cases += [("has_the_values_of_one_process", one) for one in given]
             cases += [("reads_a_second_model", given[0])] if n == 2 else []
     launch(cases, n, tmp_path, timeout=60 + 10 * len(cases))

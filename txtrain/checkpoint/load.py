@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.errors import ConfigError
@@ -18,14 +19,13 @@ from txtrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
-    from txtrain.hf.pieces import Box, Piece, Source
-    from txtrain.hf.tensor_file import SafetensorsFile
+    from txtrain.hf.pieces import Source
     from txtrain.model.transformer import Transformer
 
 
+T = TypeVar("T")
 WEIGHTS = ("model", "ema")
 
 
@@ -61,7 +61,12 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
         _, model = read_config(folder)
         check_layers(model, tensor_names(folder), str(folder / "config.json"))
         return Described(folder, model, _tokenizer_in(folder), True)
-    path = checkpoint.locate(folder, key)
+    return checkpoint.on_newest(folder, key, partial(_described, key))
+
+
+def _described(key: str, path: Path) -> Described:
+    """Of a checkpoint."""
+    checkpoint.verify(path, key, tensors=False)
     model = _saved_config(path, key)
     check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
     return Described(path, model, _tokenizer_in(path / "tokenizer"), False)
@@ -73,29 +78,60 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
-def open_weights(where: str | os.PathLike[str], key: str = "checkpoint") -> Source:
-    """The model that lies there, of which only names and shapes are read.
+def open_weights(
+    where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1
+) -> Source:
+    """The model that lies there, to be read tensor by tensor. Of `of` ranks each looks through a part of the values.
+
+    Args:
+        finite: refuse weights that hold NaN or infinity.
 
     Raises:
         ConfigError: as `load`.
     """
-    return _opened(describe(where, key), None, "model")
+
+    def opened(found: Described) -> Source:
+        from txtrain.checkpoint.reader import Reader
+        from txtrain.hf.load import open_folder
+        from txtrain.hf.pieces import Source
+
+        if found.is_hf:
+            source = open_folder(found.path)
+        else:
+            source = Source(found.path, _empty(found, None, key), Reader(found.path).pieces("model."))
+            checkpoint.check_weights(found.path, source.model)
+        checkpoint.check_values(found.path, source.pieces[turn::of], checkpoint.Reading(key, finite=finite))
+        return source
+
+    return _on(where, key, opened)
 
 
-def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
-    """The model, on the device, in evaluation mode, and its tokenizer.
+def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
+    folder = path_of(where, key)
+    if (folder / "config.json").is_file():
+        return do(describe(folder, key))
+    return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))
+
+
+def load(
+    where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model", finite: bool = False
+) -> Loaded:
+    """The model, on the device, in evaluation mode, and its tokenizer. A checkpoint's tensors are compared with their checksums.
 
     Args:
         weights: model, or ema for the averaged ones.
+        finite: refuse weights that hold NaN or infinity.
 
     Raises:
         ConfigError: as `describe`, or the weights are not the model's, or there are no averaged ones.
     """
     from txtrain.data.tokenizer.load import load_tokenizer
 
-    found = describe(where, key)
-    tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
-    return Loaded(found.path, _opened(found, tokenizer, weights).load(device), tokenizer)
+    def loaded(found: Described) -> Loaded:
+        tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+        return Loaded(found.path, _model(found, device, tokenizer, weights, checkpoint.Reading(key, finite=finite)), tokenizer)
+
+    return _on(where, key, loaded)
 
 
 def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
@@ -129,62 +165,32 @@ def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
         raise ConfigError(f"`weights` must be model for a Hugging Face folder, but is {weights} instead: {os.fspath(where)!r} has one set of weights.")
 
 
-def _opened(found: Described, tokenizer: Tokenizer | None, weights: str) -> Source:
+def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading) -> Transformer:
     import torch
 
-    from txtrain.hf.load import open_folder
-    from txtrain.hf.pieces import Source
+    if found.is_hf:
+        from txtrain.hf.load import load_pretrained as from_hf
+
+        _refuse_average(found.path, weights)
+        with torch.device(device):
+            model = from_hf(found.path)
+        checkpoint.check_finite(found.path, model, how)
+        return model
+    model = _empty(found, tokenizer, how.key).to_empty(device=device)
+    checkpoint.load_weights(found.path, model, weights, how)
+    return model.eval()
+
+
+def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transformer:
+    """The model of a checkpoint without storage, once its files are known to hold one of this size."""
+    import torch
+
     from txtrain.hf.trainer import build_model
 
-    if found.is_hf:
-        _refuse_average(found.path, weights)
-        return open_folder(found.path)
-    checkpoint.verify(found.path)
+    checkpoint.verify(found.path, key)
     checkpoint.check_model(found.path, found.model)
     with torch.device("meta"):
-        model = build_model(_with_ids(found.model, tokenizer))
-    checkpoint.check_weights(found.path, model)
-    return Source(found.path, model, pieces(found.path, weights))
-
-
-def pieces(path: Path, weights: str = "model") -> list[Piece]:
-    """What fills a model from a checkpoint.
-
-    Args:
-        weights: model, or ema for the averaged ones; what is not averaged comes from the model.
-
-    Raises:
-        ConfigError: the checkpoint has no averaged weights, or they have other shapes than the model's.
-    """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
-    from txtrain.hf.pieces import Piece, compare
-    from txtrain.hf.tensor_file import SafetensorsFile
-
-    saved = checkpoint.shapes(path)
-    names = (name.removeprefix("ema.") for name in saved if name.startswith("ema.") and weights == "ema")
-    averaged = {name: saved[f"model.{name}"] for name in names}
-    if weights == "ema" and not averaged:
-        raise ConfigError(
-            f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
-            "A run with ema.decay=0.999 keeps them."
-        )
-    compare({name: saved[f"ema.{name}"] for name in averaged}, averaged, f"The checkpoint {path}")
-    files = {str(file): SafetensorsFile(file) for file in path.glob("*.safetensors")}
-    found = []
-    for index, lies in HuggingFaceStorageReader(str(path)).read_metadata().storage_data.items():
-        of, _, name = index.fqn.partition(".")
-        if of == ("ema" if name in averaged else "model"):
-            read = partial(_read, files[lies.relative_path], index.fqn)
-            found.append(Piece(name, tuple(index.offset), tuple(lies.shape), read))
-    return found
-
-
-def _read(file: SafetensorsFile, name: str, box: Box) -> Tensor:
-    found = file.read(name, *box[:1])
-    for dim, (first, last) in enumerate(box[1:], start=1):
-        found = found.narrow(dim, first, last - first)
-    return found
+        return build_model(_with_ids(found.model, tokenizer))
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

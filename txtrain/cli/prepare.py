@@ -24,7 +24,7 @@ from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
 from txtrain.data.store.split import Corpus, digest
-from txtrain.data.store.tokenize import write_tokens
+from txtrain.data.store.tokenize import write_skipped, write_tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
@@ -39,12 +39,15 @@ def run_prepare(job: Composed) -> int:
     """
     config: Prepare = job.config
     assert config.out is not None
+    folder = files.path_of(config.out, "out")
+    files.check_writable(folder, "out")
     corpus, tokenizer = _text(config)
-    key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = Path(config.out).expanduser()
-    there = folder.exists()
-    if there and not folder.is_dir():
-        raise ConfigError(f"`out` must be a folder, but {config.out!r} is a file.")
+    with files.writing(folder, "out"):  # what is written by then is where a second try goes on
+        return _fill(corpus, tokenizer, folder, config)
+
+
+def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -> int:
+    key, there = digest(corpus.fingerprint, tokenizer.fingerprint), folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     release = files.lock(folder)
     if release is None:
@@ -113,6 +116,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     if not train:
         writer.close()
         raise ConfigError("`data` must have training text, but has none: white space aside, there is too little to divide. Give more text.")
+    write_skipped(folder, corpus.source)
     writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
     progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")
     print(f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with model.vocab_size={tokenizer.vocab_size} or more")

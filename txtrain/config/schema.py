@@ -12,6 +12,7 @@ from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
 from txtrain.ground.convert import Checked
+from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
@@ -30,6 +31,7 @@ class Train(RunConfig):
         where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
+        problems += pattern_problems("freeze", self.freeze)
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -205,6 +207,7 @@ class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    allow_nonfinite: bool = False  # write weights that hold NaN or infinity, too
     imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:

@@ -57,6 +57,9 @@ class TextsConfig(DataConfig):
 
     # of one text: a file of .txt or .tsv, a line of .jsonl, a row
     max_text_bytes: int = knob(1 << 31, at_least=1, free=True)
+    encoding_errors: Literal["strict", "replace"] = "strict"  # of what is not UTF-8: refused, or each U+FFFD
+    # Rows of .jsonl, .parquet, .tsv and sets: refused, or left out and listed in the run's folder.
+    bad_rows: Literal["refuse", "skip"] = "refuse"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,9 @@ class HFConfig(TextsConfig):
             yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
             yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, whose rows come one behind the other, but is {self.num_workers} instead."
+        for key, usual in (("encoding_errors", "strict"), ("bad_rows", "refuse")):
+            if self.streaming and getattr(self, key) != usual:  # what is left out is to be known before the run
+                yield f"`data.{key}` must be {usual} with data.streaming=true, but is {getattr(self, key)} instead."
         if self.streaming and self.tokenizer == "train":
             yield "`data.tokenizer` must be bytes, or a folder, file or hub name with data.streaming=true, but is train instead."
 

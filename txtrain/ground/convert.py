@@ -128,9 +128,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str]) -> list[tuple[str, Any, Any]]:
-    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below."""
+    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below. A key that
+    one of them does not have, as it is of another version, is null or an empty list there."""
     a, b = flat(old), flat(new)
-    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key) and not among(key, free)]
+    pairs = [(key, a.get(key), b.get(key)) for key in {**a, **b} if not among(key, free)]
+    return [(key, x, y) for key, x, y in pairs if x != y and [x, y] not in ([None, []], [[], None])]
 
 
 def among(key: str, keys: Iterable[str]) -> bool:

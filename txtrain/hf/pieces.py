@@ -22,12 +22,25 @@ class Piece:
     """A box of one of our tensors that a file holds.
 
     begin: its first index along each dimension. read: a box within it, counted from `begin`, on the CPU.
+    look: compare all of it with its checksum, and say whether its numbers are finite, if that is asked; None: it has
+        no checksum.
     """
 
     name: str
     begin: Shape
     shape: Shape
     read: Callable[[Box], Tensor]
+    look: Callable[[bool], bool] | None = None
+
+    def is_fine(self, finite: bool) -> bool:
+        """Whether its numbers are finite, if that is asked.
+
+        Raises:
+            ConfigError: they are not those that were written.
+        """
+        if self.look is not None:
+            return self.look(finite)
+        return not finite or is_finite(self.read([(0, n) for n in self.shape]))
 
 
 @dc.dataclass(frozen=True)
@@ -90,6 +103,14 @@ def fill(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], held: Callable[
     """Read pieces into tensors of these names, in place; of one that lies over ranks each reads its part."""
     for piece in pieces:
         held(tensors[piece.name]).take(piece)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. A finite sum is of finite numbers; another may have overflowed."""
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
 
 
 def _shapes(model: nn.Module) -> dict[str, Shape]:

@@ -1,4 +1,4 @@
-"""Models that `transformers.Trainer` trains as it does its own."""
+"""Models for `transformers.Trainer`."""
 
 # B batch
 
@@ -18,13 +18,13 @@ from txtrain.model.transformer import Transformer
 
 
 class SentencePairTransformer(Transformer):
-    """With a head that tells whether the second sentence follows the first (BERT).
+    """With a head that predicts whether the second sentence follows the first (BERT).
 
-    A class of its own: the Trainer takes every parameter of forward with "label" in its name for one that each batch has.
+    A class of its own: the Trainer expects each parameter of forward named "...label..." in every batch.
     """
 
     def forward(self, *inputs: Any, next_sentence_label: Tensor | None = None, **named: Any) -> ModelOutput:
-        """As `Transformer.forward`. next_sentence_label: [B]; 0 if the second sentence follows the first, 1 if not. Its loss is added."""
+        """As `Transformer.forward`. next_sentence_label: [B], 0 if the second sentence follows; its loss is added."""
         out = super().forward(*inputs, **named)
         if next_sentence_label is not None:
             assert out.nsp_logits is not None
@@ -34,7 +34,7 @@ class SentencePairTransformer(Transformer):
         return out
 
 
-# What the Trainer and collators look at: the parameters of the one, and the label of the other.
+# What the Trainer and collators inspect.
 _LABEL = inspect.Parameter("next_sentence_label", inspect.Parameter.KEYWORD_ONLY, default=None)
 _KNOWN = inspect.signature(Transformer.forward)
 SentencePairTransformer.forward.__signature__ = _KNOWN.replace(  # type: ignore[attr-defined]
@@ -43,11 +43,11 @@ SentencePairTransformer.forward.__signature__ = _KNOWN.replace(  # type: ignore[
 
 
 def build_model(config: ModelConfig) -> Transformer:
-    """The model that the config describes, initialised by the family's rule from torch's generator.
+    """The model of a config, initialised by the family's rule from torch's generator.
 
-    Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
+    Under `torch.device("meta")` it has no memory and no values; `to_empty` and `init_weights` add them later.
 
     Raises:
-        ConfigError: the config is none, or illegal.
+        ConfigError: it is no ModelConfig, or an illegal one.
     """
     return build.build_model(config, SentencePairTransformer)

@@ -1,8 +1,7 @@
 """The options of the model's axes: their knobs, what is legal, and what they cost in closed form. No torch.
 
-A config names the knobs of one option. `arguments` resolves the ones left open (null) and gives the flat parameters of the class
-that is built; `check` yields what is illegal; `n_params` and `flops` count. The classes stand in the modules beside the
-configs: attention/, ffn/, position/, norm/, embedding/, head/.
+A config names the knobs of one option. `arguments` gives the constructor's parameters, every null resolved; `check`
+yields what is illegal; `n_params` and `flops` count. The classes are in the modules beside the configs.
 """
 
 from __future__ import annotations

@@ -74,8 +74,11 @@ def sharded(model: nn.Module) -> Iterator[FSDPModule]:
 @torch.no_grad()
 def init_sharded(model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
     """The values of `init_weights`, each process keeping its parts; of one module at a time there is a whole copy, of experts one matrix."""
+    unset = to_initialise(model, loaded)
+    if not unset:
+        return
     initialiser = Initialiser(model)
-    for name, module in to_initialise(model, loaded):
+    for name, module in unset.items():
         parts: dict[str, Any] = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
         if isinstance(module, Experts) and parts:
             for key in module.stacked_projections:

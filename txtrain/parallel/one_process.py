@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Source, fill
 from txtrain.model.config import ModelConfig
@@ -116,11 +117,6 @@ class OneProcess:
 
     # ----------------------------------------------------------------------------------------------------------- the model
 
-    def check(self, model: nn.Module) -> None:
-        """Raises:
-        ConfigError: the strategy cannot train this model.
-        """
-
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """Allocate the model on the device, or lay it over the processes; a model without storage stays without until `materialise`."""
 
@@ -214,11 +210,11 @@ class OneProcess:
 
         return dict(numbers(model, optimizer))
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         """Read a checkpoint's weights, optimizer state and averaged weights, in place."""
         from txtrain.checkpoint.format import load_training
 
-        load_training(path, model, optimizer, average, self.checkpoint_group)
+        load_training(path, model, optimizer, average, self.checkpoint_group, how)
 
 
 def whole(tensor: Tensor) -> Tensor:

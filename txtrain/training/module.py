@@ -6,7 +6,7 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import lightning.pytorch as pl
 import numpy as np
@@ -20,6 +20,7 @@ from txtrain.ground.convert import checked
 from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
+from txtrain.model.transform import transform
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import Batch, Objective, build_objective
 from txtrain.optim.average import Average
@@ -86,16 +87,24 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
-        self.weights, self._read = weights, models_read(config) if read is None else read
+        if weights is not None:
+            weights.check(self.model)
+        self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
-        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
+        transform(self.model, config.transforms)
+        named = list(self.model.named_parameters())
+        check_patterns([name for name, _ in named], config.optimizer)
+        self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
+        self.n_params = sum(p.numel() for _, p in named)
+        self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
         self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
+        self.is_read = False  # all weights come from a checkpoint
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
 
@@ -145,7 +154,7 @@ class LitModule(pl.LightningModule):
         wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
-            self.parallel.materialise(self.model, self.device, () if self.weights is None else self.weights.names)
+            self.parallel.materialise(self.model, self.device, self._loaded())
         if self.weights is not None:
             self.parallel.fill(self.model, self.weights)
         if self._read:  # no submodules: neither trained nor saved
@@ -153,6 +162,12 @@ class LitModule(pl.LightningModule):
             self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def _loaded(self) -> Collection[str]:
+        """Names of what is not initialised: its values are read."""
+        if self.is_read:
+            return self.model.state_dict().keys()
+        return () if self.weights is None else self.weights.names
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.parallel.optimizer(self.model, make("optimizer", self.config.optimizer, params=self.parameter_groups()))
@@ -279,13 +294,14 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
 
 
-def models_read(config: Train) -> dict[str, Source]:
-    """The models that the objective reads: names and shapes.
+def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
+    """The models that the objective reads, to be laid; of their values each rank looks through a part.
 
     Raises:
         ConfigError: one of them cannot be read.
     """
-    return {key: open_weights(where, f"objective.{key}") for key, where in config.objective.models.items()}
+    models, (rank, size) = config.objective.models, parallel.world[:2]
+    return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
 
 
 def described(config: Train) -> nn.Module:

@@ -15,10 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.load import pieces
 from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
-from txtrain.hf.pieces import fill
 from txtrain.optim import state as optimizer_state
 from txtrain.run_config import SaveConfig
 
@@ -133,7 +131,7 @@ def test_names_are_canonical(tmp_path):
 def test_weights_alone_need_no_optimizer(tmp_path):
     path = save(tmp_path, 1, seed=0)
     want, got = model_and_optimizer(0)[0].state_dict(), model_and_optimizer(1)[0]
-    fill(got.state_dict(), pieces(path))
+    checkpoint.load_weights(path, got)
     assert all(torch.equal(got.state_dict()[name], want[name]) for name in want)
 
 
@@ -142,7 +140,7 @@ def test_another_model_is_refused_by_name_and_shape(tmp_path):
     other = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
     other.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ConfigError, match=r"model\.0\.bias is \(4,\) there, \(5,\) here"):
-        checkpoint.check_weights(path, other)
+        checkpoint.load_weights(path, other)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
@@ -219,7 +217,9 @@ def test_locate_takes_a_run_or_a_checkpoint_and_says_what_is_wrong(tmp_path):
     first, second = save(tmp_path, 1, seed=0), save(tmp_path, 20, seed=0)
     assert (checkpoint.locate(tmp_path), checkpoint.locate(str(first))) == (second, first)
     (second / "complete").unlink()
-    assert checkpoint.locate(tmp_path) == first
+    for where in (tmp_path, second):
+        with pytest.raises(ConfigError, match=f"step_00000020 cannot be read: complete, .* is missing. The newest whole one: init_from={first}"):
+            checkpoint.locate(where, "init_from")
     with pytest.raises(ConfigError, match=r"`checkpoint` must be .* does not exist"):
         checkpoint.locate(tmp_path / "nowhere")
 
@@ -244,7 +244,7 @@ def test_the_file_is_the_one_that_dcp_and_safetensors_write(tmp_path):
     names = [path.name for folder in (ours, theirs) for path in folder.iterdir()]
     assert names == [names[0]] * 2
     with safetensors.safe_open(ours / names[0], "pt") as one, safetensors.safe_open(theirs / names[0], "pt") as other:
-        assert one.metadata().keys() == other.metadata().keys()
+        assert one.metadata().keys() == other.metadata().keys() | {"txtrain"}
     found = load_file(ours / names[0])
     assert found.pop("transposed").tolist() == [[0, 3], [1, 4], [2, 5]]
     assert found.keys() == tensors.keys()

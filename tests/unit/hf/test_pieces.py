@@ -8,7 +8,8 @@ import torch
 from tests.models import seeded, shake, tiny
 from txtrain import compose
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.load import open_weights, pieces
+from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
 from txtrain.hf.load import open_folder
@@ -56,7 +57,7 @@ def test_of_a_checkpoint(tmp_path):
     path = checkpoint.path_of(tmp_path, 1)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     checkpoint.save(path, tensors, RunState(step=1), lambda _: None)
-    assert_any_part_is_read(model.state_dict(), pieces(path))
+    assert_any_part_is_read(model.state_dict(), Reader(path).pieces("model."))
 
 
 def test_another_model_is_told_by_name_and_shape_before_a_value_is_read(tmp_path, monkeypatch):

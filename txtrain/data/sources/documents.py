@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any, TypeVar
 
-from txtrain.data.sources.files import Limits, as_text, open_unpacked, read_text, unpacked_name
+from txtrain.data.sources.files import Limits, Text, as_text, open_unpacked, text_of, undecoded, unpacked_name
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion, parse_json, shorten
+
+Row = TypeVar("Row")
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")
@@ -19,7 +23,7 @@ def has_rows(path: Path) -> bool:
     return unpacked_name(path).endswith(_ROWS)
 
 
-def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iterator[str]:
+def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iterator[Text]:
     """The texts of a file, read as they are asked for; rows whose text is null are left out.
 
     Args:
@@ -30,29 +34,63 @@ def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iter
     """
     name = unpacked_name(path)
     if name.endswith(".jsonl"):
-        yield from _jsonl(path, key, text_column, limits)
+        yield from rows_of(path, key, limits, partial(_of_json, key, text_column, limits))
     elif name.endswith(".parquet"):
         yield from _parquet(path, key, text_column, limits)
     else:
-        yield read_text(path, key, limits)
+        yield text_of(path, key, limits)
 
 
-def _jsonl(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
+def rows_of(path: Path, key: str, limits: Limits, parse: Callable[[str, str], Row | None]) -> Iterator[Row]:
+    """What `parse` makes of each line that is not blank and of its place; None is left out.
+
+    Raises:
+        ConfigError: as `parse`, or a line is not UTF-8 or beyond the limits.
+    """
     with open_unpacked(path, key, limits) as f:
         at = 0
         for number, raw in enumerate(iter(lambda: f.readline(limits.max_text_bytes + 1), b""), start=1):
-            limits.check_text(len(raw), f"line {number} of {path}", key)
-            line = as_text(raw, path, key, at)
+            where, made = f"line {number} of {path}", None
+            with limits.row(where):
+                limits.check_text(len(raw), where, key)
+                line = as_text(raw, where, key, at, limits.encoding_errors)
+                made = parse(line, where) if line.strip() else None
             at += len(raw)
-            if not line.strip():
-                continue
-            row = parse_json(line.strip(), f"`{key}`: line {number} of {path}", finite=False)  # pandas writes NaN into other columns
-            if column not in row:
-                raise ConfigError(_no_column(list(row), column, f"line {number} of {path}"))
-            if row[column] is not None and not isinstance(row[column], str):
-                raise ConfigError(f"`data.text_column` must hold text, but {column} in line {number} of {path} is {shorten(repr(row[column]))}.")
-            if row[column] is not None:
-                yield row[column]
+            while len(raw) > limits.max_text_bytes and not raw.endswith(b"\n"):  # what is left of a line that is skipped
+                raw = f.readline(limits.max_text_bytes + 1)
+                at += len(raw)
+            if made is not None:
+                yield made
+
+
+def _of_json(key: str, column: str, limits: Limits, line: str, where: str) -> str | None:
+    replace = limits.encoding_errors == "replace"
+    row = parse_json(line.strip(), f"`{key}`: {where}", finite=False, whole=not replace)  # pandas writes NaN into other columns
+    if column not in row:
+        raise ConfigError(_no_column(list(row), column, where))
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"`data.text_column` must hold text, but {column} in {where} is {shorten(repr(text))}.")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if text and replace else text
+
+
+def texts_of(column: Any, first: int, path: object, name: str, key: str, limits: Limits) -> Iterator[str]:
+    """The texts of a column of Arrow, which does not look whether they are UTF-8; nulls are left out. first: number of its first row.
+
+    Raises:
+        ConfigError: a text is not UTF-8, or too long; names its row.
+    """
+    import pyarrow as pa
+
+    kind = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+    for number, raw in enumerate(column.cast(kind).to_pylist(), start=first):
+        where, text = f"row {number} of {path}", None
+        with limits.row(where):
+            limits.check_text(len(raw or b""), where, key)
+            with undecoded(f"{name} in {where}", key, 0):
+                text = None if raw is None else raw.decode("utf-8", limits.encoding_errors)
+        if text is not None:
+            yield text
 
 
 def _parquet(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
@@ -72,15 +110,13 @@ def _parquet(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         said = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
         check_expansion(said, size, limits.max_expansion, where)
-        unpacked = 0  # a text that stands in the file once may be that of each row: few at a time of a small file
+        unpacked, n = 0, 1  # a text that stands in the file once may be that of each row: few at a time of a small file
         for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=[column]):
             unpacked += batch.nbytes
             check_expansion(unpacked, size, limits.max_expansion, where)
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    limits.check_text(len(text), f"a row of {path}", key)
-                    yield text
-    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as e:
+            yield from texts_of(batch.column(0), n, path, column, key, limits)
+            n += len(batch)
+    except (pa.ArrowException, OSError, MemoryError) as e:
         raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {shorten(e)}") from e
 
 

@@ -94,6 +94,11 @@ def n_bytes(source: Source) -> int | None:
     return getattr(source, "n_bytes", None)
 
 
+def skipped(source: Source) -> dict[str, str]:
+    """Where each row is that was left out, and why, once all were read."""
+    return getattr(source, "skipped", None) or {}
+
+
 def validation_sets(source: Source) -> dict[str, Source]:
     """A source for each validation set that has a name."""
     return source.validation_sets() if hasattr(source, "validation_sets") else {}

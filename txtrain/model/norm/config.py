@@ -1,4 +1,4 @@
-"""Norm kinds, and where a sublayer's norm sits."""
+"""Norm kinds and norm positions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from txtrain.registry import BASES, knob, register
 
 @config
 class NormBase(Component):
-    """What the other axes may ask of any norm."""
+    """What other parts may ask of any norm."""
 
     def n_params_of(self, model: ModelShape, size: int) -> int:
-        """Parameters of the norm over so many values."""
+        """Parameters of the norm over `size` values."""
         return count_parameters(self, model, dim=size)
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
@@ -28,7 +28,7 @@ class NormBase(Component):
         return self.trace_of(t, x, place.model.dim)
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
-        """Of values of that size."""
+        """The norm over `size` values each."""
         raise NotImplementedError
 
 
@@ -73,18 +73,18 @@ class RMSNormConfig(NormBase):
 
 @config
 class NormPositionBase(Component):
-    """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
+    """Where a sublayer's norm sits; there are no knobs."""
 
-    normalises_stream: ClassVar[bool] = False  # the residual stream itself, so that there is no final norm
+    normalises_stream: ClassVar[bool] = False  # norms the residual stream itself: there is no final norm
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
-        """What leaves a sublayer f and its residual connection, in the operations of `txtrain.model.trace.tape`."""
+        """The residual stream after the sublayer f, in the operations of `txtrain.model.trace.tape`."""
         raise NotImplementedError
 
 
 @config
 class NormPositionConfig(NormPositionBase):
-    """By where its norms stand: before the sublayer, after it, or after the sum."""
+    """By the places of its norms: before the sublayer, after it, or after the sum."""
 
     norms: ClassVar[tuple[str, ...]] = ("before",)
 
