@@ -62,7 +62,7 @@ def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
     if hasattr(data, "offline_fallback"):
         config = dc.replace(config, data=dc.replace(data, offline_fallback="never"))
     source = build_source(settle(config)[0])
-    if not hasattr(source, "documents"):
+    if not hasattr(source, "documents") or hasattr(source, "marked"):
         raise ConfigError(f"`data` must be a source of text to be tokenised, but is {data.type} instead.")
     if getattr(source, "named", None):
         raise ConfigError("`data.val_path` must be one path, or null, to be prepared: give the named ones to the run.")

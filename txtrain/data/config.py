@@ -23,7 +23,8 @@ class DataConfig:
     # Sequences a process at a time; null: its whole share.
     micro_batch_size: int | None = knob(None, at_least=1, free=True)
     cross_document_attention: bool = False
-    packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
+    # Of text: documents cut where a sequence ends; whole ones, and padding; one in each sequence.
+    packing: Literal["concat", "best_fit", "none"] = "concat"
     # Of the text, where the source has no validation split of its own.
     val_fraction: float = knob(0.05, above=0, below=1)
     num_workers: int = knob(0, at_least=0, free=True)

@@ -22,9 +22,19 @@ from txtrain.data.samples.pairs import PairCorpus, PairSamples
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
-from txtrain.data.sources.source import SampleSource, Source, TextSource, build_source, has_validation, settle
-from txtrain.data.store.cache import SPLITS, TokenFile, TokenWriter, build_folder, cache_root
-from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
+from txtrain.data.sources.source import (
+    SPLITS,
+    MarkedSource,
+    SampleSource,
+    Source,
+    TextSource,
+    build_source,
+    describe,
+    has_validation,
+    settle,
+)
+from txtrain.data.store.cache import TokenFile, TokenWriter, build_folder, cache_root
+from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
 from txtrain.data.store.tokenize import Limit, tokenise
 from txtrain.data.store.tokens import Tokens
@@ -35,6 +45,7 @@ from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
+_PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
 _LARGE = 1_000_000_000  # bytes of text that a run on several nodes still tokenises by itself
 
 
@@ -94,6 +105,25 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
     return dc.replace(made[0], validation=MixedRows([*named.values()]), named=named, fingerprint=digest(*(part.fingerprint for part in made)))
 
 
+def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
+    """Texts of which some tokens are trained."""
+    data = config.data
+    tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
+    corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+
+    def fill(empty: Path) -> None:
+        writer = TokenWriter(empty, tokenizer.vocab_size, marked=True)
+        with writer.open():
+            for split, text in corpus.documents():
+                writer.append_marked(split, text)
+        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
+
+    folder = build_folder(cache_root(data.cache_dir) / key, fill)
+    splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
+    return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+
+
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
     """The key of a text by a tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
@@ -151,20 +181,23 @@ def _limit(config: RunConfig) -> Limit | None:
 
 def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker, remedy: str) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer."""
-    across = config.data.cross_document_attention
-    best_fit = config.data.packing == "best_fit"
-    plans = [_plan(tokens, key, config) if best_fit else None for tokens in splits]
+    across, packing = config.data.cross_document_attention, config.data.packing
+    if any(tokens.mask is not None for tokens in splits) and not objective.masks:
+        fitting = "causal_lm or sft"
+        raise ConfigError(f"`objective` must be {fitting} with texts of which only some tokens are trained, but is {config.objective.type} instead.")
+    plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
     texts = [TokenisedText(tokens, tokenizer, config.seq_len, across, plan) for tokens, plan in zip(splits, plans, strict=True)]
     train, validation = (objective.samples(text) for text in texts)
     _refuse_short(train, texts[0], "training", "more text")
     _refuse_short(validation, texts[1], "validation", remedy)
-    fingerprint = digest(key, config.seq_len, across, *([best_fit_format] if best_fit else []))
+    fingerprint = digest(key, config.seq_len, across, *_PLANNED[packing])
     return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
 
 
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
-    folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
-    return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty))
+    packing = config.data.packing
+    folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
+    return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty, together=packing == "best_fit"))
 
 
 # -------------------------------------------------------------------------------------------------------------------- tokens
@@ -250,6 +283,8 @@ def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tok
 def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) -> None:
     if not len(samples):
         tokens = text.tokens
+        if tokens.mask is not None:
+            raise ConfigError(f"`data` must have {part} texts with a token that is trained, but has none. Give {remedy}.")
         if not tokens.n_documents:
             raise ConfigError(f"`data` must have {part} text, but has none: white space aside, there is too little to divide. Give {remedy}.")
         raise ConfigError(
@@ -308,4 +343,13 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
-_WAYS = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture, "stream": _stream}
+_WAYS = {
+    "marked": _marked,  # before the texts, which such a source has too
+    "documents": _text,
+    "pairs": _pairs,
+    "images": _images,
+    "samples": _samples,
+    "tokens": _tokens,
+    "parts": _mixture,
+    "stream": _stream,
+}

@@ -218,15 +218,7 @@ class Transformer(Stack):
         return dc.replace(target, ids=self.shifted_right(labels, target.documents))
 
     def shifted_right(self, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
-        """What the decoder reads to predict these labels: the start token, then all but the last of them; so in each document of a row."""
-        start = self.config.decoder_start_token_id
-        pad = self.config.pad_token_id or 0
-        start = pad if start is None else start
-        first = labels_BT.new_full((len(labels_BT), 1), start)
-        before_BT = labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)
-        if document_ids_BT is not None:
-            before_BT = before_BT.masked_fill(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], start)
-        return torch.cat((first, before_BT), dim=1)
+        return shifted_right(self.config, labels_BT, document_ids_BT)
 
     # --------------------------------------------------------------------------------------------------------------- loss
 
@@ -379,3 +371,15 @@ def _positions(
     if cache is not None and cache.positions_BS is not None:
         raise ConfigError("`position_ids` must be given again: this cache was filled with explicit ones.")
     return index_1S[:, past:], index_1S
+
+
+def shifted_right(config: ModelConfig, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+    """What the decoder reads to predict these labels: the start token, then all but the last of them; so in each document of a row."""
+    start = config.decoder_start_token_id
+    pad = config.pad_token_id or 0
+    start = pad if start is None else start
+    first = labels_BT.new_full((len(labels_BT), 1), start)
+    before_BT = labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)
+    if document_ids_BT is not None:
+        before_BT = before_BT.masked_fill(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], start)
+    return torch.cat((first, before_BT), dim=1)

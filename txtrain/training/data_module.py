@@ -160,14 +160,25 @@ class DataModule(L.LightningDataModule):
         samples = OrderedSamples(self._val, self.config.seed)
         return (samples.__getitems__(rows[i : i + batch_size].tolist()) for i in range(0, n, batch_size))
 
-    def first(self, n: int, split: Split = "train") -> Batch:
-        """The first n samples that training reads, or of the validation set (all, if there are fewer)."""
+    def first(self, n: int | None, split: Split = "train") -> Iterator[tuple[Batch, list[list[int]]]]:
+        """The first n samples that training reads, or of the validation set (all, if there are fewer), by batches.
+
+        With each the numbers, in the source, of what its samples came from. n: None: all of the validation set, or of one epoch.
+
+        Raises:
+            ConfigError: all of a stream are asked for.
+        """
         self.prepare()
         assert self._train is not None
-        if split == "validation":
-            return OrderedSamples(self._val, self.config.seed).__getitems__(range(min(n, self.n_val)))
-        steps = -(-n // self.config.data.global_batch_size)
-        return OrderedSamples(self._train, self.config.seed, self.order).__getitems__(self.order.indices(0, steps)[:n].tolist())
+        if n is None and split == "train" and self._stream is not None:
+            raise ConfigError("`preview.n` must be a number with data.streaming=true, whose end is not known, but is all instead.")
+        rows, size = (self._train if split == "train" else self._val), self.config.data.global_batch_size
+        n = len(rows) if n is None else n if split == "train" else min(n, len(rows))
+        samples = OrderedSamples(rows, self.config.seed, self.order if split == "train" else None)
+        for at in range(0, n, size):
+            index = np.arange(at, min(at + size, n)) if split == "validation" else self.order.indices(at // size)[: n - at]
+            batch = samples.__getitems__(index.tolist())
+            yield batch, rows.sources(self.order.rows(index) if split == "train" else index)
 
     def _rank(self) -> tuple[int, int]:
         """(rank, world size) among the processes that see different samples, checked against the batch."""

@@ -14,6 +14,9 @@ a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input
 tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
 `kind: ClassVar = "pairs"` (or "images") in its nested Config.
 
+A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then serves to train a
+tokenizer alone: `Marked` texts, the same ones at every call.
+
 Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
 default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
 """
@@ -24,8 +27,8 @@ import dataclasses as dc
 import hashlib
 import inspect
 import os
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from txtrain.data.config import DataConfig, PythonDocsConfig
 from txtrain.errors import ConfigError
@@ -33,11 +36,27 @@ from txtrain.registry import call, resolve
 from txtrain.run_config import RunConfig
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 Run = TypeVar("Run", bound=RunConfig)
 
 
 class TextSource(Protocol):
     def documents(self, split: Split) -> Iterator[str]: ...
+
+
+class Marked(NamedTuple):
+    """A text as tokens, each with whether it is trained. The first never is: nothing stands before it that it could be told from.
+
+    number: of what it came from, from 0 on, ascending; texts of one number are on one side of the split.
+    """
+
+    ids: Sequence[int]
+    trained: Sequence[bool]
+    number: int
+
+
+class MarkedSource(TextSource, Protocol):
+    def marked(self, split: Split, tokenizer: Any) -> Iterator[Marked]: ...
 
 
 class Samples(Protocol):
@@ -51,7 +70,7 @@ class SampleSource(Protocol):
 
 
 Source = Any  # of text, pairs, images or samples: told apart by the method that it has
-METHODS = (  # the first four are for everyone's own
+METHODS = (  # the first four are for everyone's own; one with `marked` has `documents` too
     "documents",
     "pairs",
     "images",
@@ -93,8 +112,7 @@ def identity(source: TextSource) -> str:
     if hasattr(source, "identity"):
         return str(source.identity())
     sha = hashlib.sha256()
-    splits: tuple[Split, ...] = ("train", "validation") if has_validation(source) else ("train",)
-    for split in splits:
+    for split in SPLITS if has_validation(source) else SPLITS[:1]:
         for text in source.documents(split):
             sha.update(f"{split} {len(text)} ".encode() + text.encode())
     return sha.hexdigest()

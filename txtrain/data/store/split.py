@@ -19,7 +19,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from txtrain.data.sources.source import Split, TextSource, has_validation, identity
+from txtrain.data.sources.source import SPLITS, Marked, MarkedSource, Split, TextSource, has_validation, identity
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
 _MANY = 5  # whole documents are held out where there would be at least so many
@@ -50,6 +51,33 @@ class Corpus:
     def fingerprint(self) -> str:
         """Of the text and of its split."""
         return digest(FORMAT, identity(self.source), None if has_validation(self.source) else self.val_fraction)
+
+
+@dataclass(frozen=True)
+class MarkedCorpus:
+    """Texts of which some tokens are trained. Without a validation split of the source, whole items are held out: of few items one."""
+
+    source: MarkedSource
+    val_fraction: float
+    tokenizer: Tokenizer
+
+    def documents(self) -> Iterator[tuple[Split, Marked]]:
+        if has_validation(self.source):
+            for split in SPLITS:
+                yield from ((split, text) for text in self.source.marked(split, self.tokenizer))
+            return
+        items = itertools.groupby(self.source.marked("train", self.tokenizer), key=lambda text: text.number)
+        run = round(1 / self.val_fraction)
+        first = [(number, list(texts)) for number, texts in itertools.islice(items, run)]
+        few = len(first) < run and not any(is_held_out(number, self.val_fraction) for number, _ in first)
+        for k, (number, texts) in enumerate(itertools.chain(first, items)):
+            held = k == len(first) - 1 > 0 if few else is_held_out(number, self.val_fraction)
+            yield from (("validation" if held else "train", text) for text in texts)
+
+    @property
+    def fingerprint(self) -> str:
+        """As a corpus, of the source alone; the tokenizer has its own."""
+        return digest("marked", Corpus(self.source, self.val_fraction).fingerprint)
 
 
 @dataclass(frozen=True)
