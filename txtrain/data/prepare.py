@@ -109,6 +109,8 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
     """Texts of which some tokens are trained."""
     data = config.data
     tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
+    if (template := getattr(source, "chat_template", None)) is not None:
+        tokenizer = tokenizer.with_template(template)
     corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
 

@@ -219,6 +219,17 @@ class DataModule(L.LightningDataModule):
         documents = self._val_text.beginnings(n, 64)
         return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
 
+    def before_trained(self, n: int) -> list[list[int]]:
+        """What stands before the first trained token of the first n validation documents; fewer if there are fewer, none without a mask."""
+        self.prepare()
+        if self._val_text is None or self._val_text.mask is None:
+            return []
+        found = []
+        for i in range(min(n, self._val_text.n_documents)):
+            first = int(np.argmax(self._val_text.mask.read(*self._val_text.offsets[i : i + 2].tolist())))
+            found.append(self._val_text.document(i)[:first].tolist())
+        return found
+
 
 def _as_it_is(batch: Any) -> Any:
     """The dataset gives whole batches: nothing is left to collate."""

@@ -76,8 +76,10 @@ class MarkedCorpus:
 
     @property
     def fingerprint(self) -> str:
-        """As a corpus, of the source alone; the tokenizer has its own."""
-        return digest("marked", Corpus(self.source, self.val_fraction).fingerprint)
+        """Of the source and of how it is written; the tokens have the tokenizer's own."""
+        template = self.tokenizer.chat_template
+        written = None if template is None else [dict(template.texts), dict(self.tokenizer.names)]
+        return digest("marked", Corpus(self.source, self.val_fraction).fingerprint, written)
 
 
 @dataclass(frozen=True)
