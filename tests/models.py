@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
+from txtrain.hf.trainer import build_model
 from txtrain.model import options
-from txtrain.model.build import build_model
 from txtrain.model.config import ModelConfig
 from txtrain.model.shape import InitConfig
 from txtrain.model.transformer import Transformer

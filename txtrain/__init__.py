@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from txtrain.config.plugins import component
     from txtrain.errors import ConfigError
     from txtrain.hf.save import save_pretrained
-    from txtrain.model.build import build_model
+    from txtrain.hf.trainer import build_model
     from txtrain.model.generation import generate
     from txtrain.model.transformer import log_probs
     from txtrain.training.data_module import DataModule
@@ -26,7 +26,7 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "ConfigError": "txtrain.errors",
     "DataModule": "txtrain.training.data_module",
     "LitModule": "txtrain.training.module",
-    "build_model": "txtrain.model.build",
+    "build_model": "txtrain.hf.trainer",
     "component": "txtrain.config.plugins",
     "compose": "txtrain.cli.jobs",
     "families": "txtrain.config.paths",

@@ -25,12 +25,14 @@ from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hint
 How = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
 Cut = Mapping[str, How]  # by the names of modules, parameters and numbers within a component
 WHOLE: Cut = MappingProxyType({})
+NONE: Mapping[str, str] = MappingProxyType({})
 
 
 class Option(NamedTuple):
     config: type[Any]  # frozen dataclass; its `type` field is the option's name
     target: str | type  # "module:Class", or the class itself where a user registered it
     cut: Cut = WHOLE
+    absent: Mapping[str, str] = NONE  # of keys that other options of the axis have: why it has not, behind a space
 
 
 TABLE: dict[str, dict[str, Option]] = {}
@@ -49,9 +51,11 @@ def group_of(axis: str) -> str:
     return GROUP.get(axis, axis)
 
 
-def register(axis: str, names: str, target: str | type, config: type, cut: Cut = WHOLE) -> None:
+def register(
+    axis: str, names: str, target: str | type, config: type, cut: Cut = WHOLE, absent: Mapping[str, str] = NONE
+) -> None:
     for name in names.split():
-        TABLE.setdefault(axis, {})[name] = Option(config, target, cut)
+        TABLE.setdefault(axis, {})[name] = Option(config, target, cut, absent)
 
 
 def cut_of(axis: str, config: Any) -> Cut:
@@ -141,6 +145,7 @@ def knob(
     affects: Literal["label", "init", "dropout", "ids", "training"] | None = None,
     free: bool = False,
     literal: bool = False,
+    run: bool = False,
     from_run: Callable[[Any], object] | None = None,
 ) -> Any:
     """A field of a config, with what holds for it wherever it is used.
@@ -152,6 +157,7 @@ def knob(
             start, dropout, the ids of special tokens, or something else of training.
         free: may differ when a run is continued: changes neither which samples a step sees nor what is done with them.
         literal: its value on the command line is taken as typed.
+        run: names a run or what lies in one; a folder of runs stands for the newest.
         from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -161,6 +167,7 @@ def knob(
         "affects": affects,
         "free": free,
         "literal": literal,
+        "run": run,
         "from_run": from_run,
     }
     return dc.field(default=default, metadata={name: mark for name, mark in marks.items() if mark})

@@ -10,7 +10,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from txtrain.ground.slurm import MAX_REQUEUES
 from txtrain.model.config import ModelConfig
+from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
 from txtrain.registry import axis, knob
 
@@ -40,6 +42,8 @@ class TrainerConfig:
     activation_checkpointing: Literal["none", "full", "selective"] | int = knob("none", at_least=1)
     deterministic: bool = False
     auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
+    # So often a SLURM job is requeued in a row without a step that was kept: a start that never reaches its first does not go on for ever.
+    max_requeues: int = knob(MAX_REQUEUES, at_least=0)
     # So many steps (true: 1) of training and validation, then stop; nothing saved.
     fast_dev_run: bool | int = knob(False, at_least=0)
     overfit_batches: int = knob(0, at_least=0)  # train on the first so many global batches again and again
@@ -61,6 +65,7 @@ class SaveConfig:
     keep_best: int = knob(1, at_least=0)  # and the best so many by validation loss
     keep_every_n_steps: int | None = knob(None, at_least=1)  # and those of every so many steps, for good
     async_: bool = False  # write while training goes on, from a copy in the processor's memory
+    verify: bool = True  # compare each tensor with its checksum when a run is continued or forked
 
     def check(self) -> Iterator[str]:
         every, step = self.keep_every_n_steps, self.every_n_steps
@@ -102,6 +107,8 @@ class RunConfig:
     trainer: TrainerConfig = knob(free=True)
     save: SaveConfig = knob(free=True)
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
+    # parameters that are read and not trained: those whose dotted name has one of these as a pattern (re.search)
+    freeze: tuple[str, ...] = ()
     sample: SampleConfig = knob(free=True)
     layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
     # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
@@ -109,16 +116,18 @@ class RunConfig:
     callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_
     name: str = knob("default", literal=True)  # part of the run's folder
     run_dir: str | None = knob(None, free=True, literal=True)  # null: runs/<name>/<date>_<time>
-    seed: int = 1337
+    seed: int = knob(1337, at_least=-(2**63), below=2**64)
     # files or modules with your own parts, registered by @txtrain.component
     imports: tuple[str, ...] = knob((), free=True)
     # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
-    init_from: str | None = knob(None, literal=True)
+    init_from: str | None = knob(None, literal=True, run=True)
     # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
     resume: str = knob("auto", free=True, literal=True)
     resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
     # a run or checkpoint whose weights, optimizer state and step a new run starts from
-    fork: str | None = knob(None, literal=True)
+    fork: str | None = knob(None, literal=True, run=True)
+    # go on from weights that hold NaN or infinity: those of init_from, fork and resume
+    allow_nonfinite: bool = knob(False, free=True)
     # of what is printed, with NO_COLOR=1 in black and white
     verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
@@ -136,6 +145,15 @@ class RunConfig:
             return self.seq_len, None
         source, target = self.objective.lengths(self.seq_len)
         return source, target
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """What is changed in the model before it is laid over the ranks."""
+        return (Freeze(self.freeze),) if self.freeze else ()
+
+    def trains(self, name: str) -> bool:
+        """Whether the parameter of that name is trained."""
+        return all(t.trains(name) for t in self.transforms)
 
     @property
     def micro_batch_size(self) -> int:

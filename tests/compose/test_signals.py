@@ -1,11 +1,14 @@
 """Signals to the command, from its first moments to its last: what is left goes on as if nothing had happened."""
 
+import json
 import os
+import pty
 import random
 import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from tests.compose.conftest import ROOT
 from tests.training import TINY, rows, weights, write_text
 from tests.unit.ground.test_slurm import program
+from txtrain.checkpoint import format as checkpoint
 from txtrain.parallel.launch import Group
 
 
@@ -82,13 +86,11 @@ def test_a_signal_to_the_launcher_waits_for_processes_that_are_just_starting(cle
         EndsAtOnce().__enter__()
         time.sleep(60)
     """
-    group = Group([sys.executable, "-c", textwrap.dedent(begins)], [dict(os.environ)], held=True)
-    try:
+    with Group() as group:
+        group.start([sys.executable, "-c", textwrap.dedent(begins)], [dict(os.environ)], held=True)
         wait_for((clean_room / "begun").exists)
         os.kill(os.getpid(), signal.SIGUSR1)
         assert group.wait() == 75
-    finally:
-        group.end()
 
 
 LONG_START = """
@@ -143,6 +145,43 @@ def test_a_signal_after_the_run_is_complete_changes_nothing(n, run, clean_room):
     assert "txtrain:" not in err
     assert "Traceback" not in err
     assert asked(clean_room) == []
+
+
+def test_a_terminal_that_is_closed_stops_a_run_with_a_checkpoint(clean_room):
+    """SIGHUP, and from then on nothing can be written to the screen, not even by Python's own end."""
+    write_text(clean_room / "text.txt")
+    more = ("data.path=text.txt", "run_dir=run", "trainer.max_steps=1000000", "trainer.limit_val_batches=0")
+    more += ("callbacks.p._target_=talks.Talks", "imports=[talks.py]")
+    (clean_room / "talks.py").write_text(TALKS)
+    pid, terminal = pty.fork()
+    if not pid:
+        os.execve(sys.executable, [sys.executable, "-m", "txtrain", *TINY, *more], os.environ | {"OMP_NUM_THREADS": "1"})
+    drain = threading.Thread(target=lambda: [None for _ in iter(lambda: read_from(terminal), b"")], daemon=True)
+    drain.start()
+    try:
+        wait_for(lambda: len(rows(clean_room / "run")) > 3)
+    finally:
+        os.close(terminal)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert json.loads((clean_room / "run/run.json").read_text())["status"] == "preempted"
+    checkpoint.verify(checkpoint.locate(clean_room / "run"))
+
+
+TALKS = """
+import lightning.pytorch
+
+class Talks(lightning.pytorch.Callback):
+    def on_exception(self, *_):
+        print("the user's own code writes too", flush=True)
+"""
+
+
+def read_from(terminal):
+    try:
+        return os.read(terminal, 65536)
+    except OSError:
+        return b""
 
 
 def srun_tasks(run, *overrides, **more):

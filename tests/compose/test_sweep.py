@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import subprocess
 import sys
 import time
 
@@ -45,7 +44,7 @@ def count(*_):
     global n
     n += 1
 signal.signal(signal.SIGINT, count)
-print(flush=True)
+open(sys.argv[1], "x")
 while not n: time.sleep(0.01)
 time.sleep(0.3)
 sys.exit(75 if n == 1 else 3)
@@ -56,9 +55,8 @@ sys.exit(75 if n == 1 else 3)
 def fake(monkeypatch):
     """Children that do not train."""
 
-    def start(verb, file):
-        environment = os.environ | {"TXTRAIN_CONFIG": str(file)}
-        return subprocess.Popen([sys.executable, "-c", CHILD, verb], env=environment, start_new_session=True)
+    def start(group, verb, file):
+        group.start([sys.executable, "-c", CHILD, verb], [os.environ | {"TXTRAIN_CONFIG": str(file)}])
 
     monkeypatch.setattr(sweep_module, "_start", start)
 
@@ -103,14 +101,14 @@ def test_every_job_runs_and_the_worst_decides(seeds, code, fake, clean_room, cap
 
 
 def test_a_signal_reaches_the_running_job_once_and_no_other_starts(clean_room, monkeypatch):
-    started = []
+    started, ready = [], clean_room / "ready"
 
-    def start(verb, file):
-        child = subprocess.Popen([sys.executable, "-c", COUNTS_SIGNALS], stdout=subprocess.PIPE, start_new_session=True)
-        child.stdout.readline()
-        started.append(child)
+    def start(group, verb, file):
+        group.start([sys.executable, "-c", COUNTS_SIGNALS, str(ready)], [dict(os.environ)])
+        while not ready.exists():
+            time.sleep(0.01)
+        started.append(group._children[0])
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        return child
 
     monkeypatch.setattr(sweep_module, "_start", start)
     old = signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGINT))

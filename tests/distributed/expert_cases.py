@@ -26,7 +26,7 @@ from txtrain.parallel.build import make_parallel
 from txtrain.parallel.expert_parallel import Exchange, by_expert
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import whole
-from txtrain.planning.memory.all_to_all import rows_to_experts
+from txtrain.planning.memory.count import memory
 from txtrain.training.module import LitModule, described, seed_everything
 
 D, F = 6, 10
@@ -165,7 +165,7 @@ def sends_what_plan_says(overrides: list[str]) -> None:
         dist.all_to_all_single = real
     dist.all_reduce(sent)
     size = dist.get_world_size()
-    assert int(sent) == config.trainer.max_steps * size * rows_to_experts(config, size), (overrides, int(sent))
+    assert int(sent) == config.trainer.max_steps * size * memory(config, size).communicated["all_to_all"], (overrides, int(sent))
 
 
 def main() -> None:

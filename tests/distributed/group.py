@@ -43,14 +43,15 @@ def run(command: Sequence[str], n: int, folder: Path, timeout: float = 240, ends
     logs = [folder / f"log-{rank}.txt" for rank in range(n)]
     shell = ["bash", "-c", 'exec "$@" > "$TXTRAIN_TEST_LOG" 2>&1', "bash", *command]
     places = [{"RANK": str(rank), "LOCAL_RANK": str(rank), "TXTRAIN_TEST_LOG": str(logs[rank])} for rank in range(n)]
-    group = Group(shell, [os.environ | common | place for place in places])
-    timer = threading.Timer(timeout, group.end)
-    timer.daemon = True  # an interrupt before it is cancelled does not keep the tests waiting
-    timer.start()
-    try:
-        code = group.wait()
-    finally:
-        timer.cancel()
+    with Group() as group:
+        group.start(shell, [os.environ | common | place for place in places])
+        timer = threading.Timer(timeout, group.end)
+        timer.daemon = True  # an interrupt before it is cancelled does not keep the tests waiting
+        timer.start()
+        try:
+            code = group.wait()
+        finally:
+            timer.cancel()
     said = "\n".join(f"=== process {rank}\n{log.read_text()[-4000:]}" for rank, log in enumerate(logs) if log.exists())
     assert code == ends_with, f"exit code {code}{f', or longer than {timeout} s' if code < 0 or code == 1 else ''}\n{said}"
     return said

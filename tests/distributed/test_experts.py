@@ -208,8 +208,8 @@ def test_an_export_has_the_weights_of_all_experts(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (["strategy=fsdp", "strategy.ep_size=3", "trainer.devices=2"], r"`strategy.ep_size` must divide the processes .* \(2\), but is 3 .*: 1, 2\."),
-        (["strategy=fsdp", "strategy.ep_size=0", "trainer.devices=2"], r"`strategy.ep_size` must divide the processes .* \(2\), but is 0"),
+        (["strategy=fsdp", "strategy.ep_size=3", "trainer.devices=2"], r"`strategy.ep_size` must divide the ranks .* \(2\), but is 3 .*: 1, 2\."),
+        (["strategy=fsdp", "strategy.ep_size=0", "trainer.devices=2"], r"`strategy.ep_size` must divide the ranks .* \(2\), but is 0"),
         (["strategy=hsdp", "strategy.ep_size=4", "trainer.devices=4"], r"hold shards of one model \(2\), but is 4 instead. Nearest that both allow: 1, 2\."),
         (["strategy=fsdp", "strategy.ep_size=4", "trainer.devices=4", "model.ffn.n_experts=6"], r"divide model.ffn.n_experts \(6\), but is 4 .*: 1, 2\."),
         (["strategy=fsdp", "strategy.ep_size=2", "trainer.devices=2", "model/ffn=swiglu"], r"must be 1 with model/ffn=swiglu, .* is 2 .*: 1\."),

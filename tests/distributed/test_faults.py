@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -55,7 +56,7 @@ def test_a_process_that_dies_takes_the_others_down(tmp_path, long_run, who):
     _, err = command.communicate(timeout=60)
     assert command.returncode == (1 if who == "a process" else -signal.SIGKILL)
     if who == "a process":
-        assert "process 1 was killed by SIGKILL" in err
+        assert f"rank 1 (pid {workers[1]} on {socket.gethostname()}) was killed by SIGKILL" in err
     wait_for(lambda: not any(map(alive, workers)), 10)
 
 

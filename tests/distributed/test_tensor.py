@@ -122,10 +122,10 @@ class Auxiliary(nn.Module):
             ["strategy=tp", "trainer.devices=2", "model.n_heads=6", "model.dim=48", "model/attention=gqa", "model.attention.n_kv_heads=3"],
             r"must divide, or be a multiple of, model.attention.n_kv_heads \(3\), but is 2",
         ),
-        (["strategy=fsdp_tp", "trainer.devices=4", "strategy.tp_size=3"], r"`strategy.tp_size` must divide the number of processes \(4\), but is 3"),
+        (["strategy=fsdp_tp", "trainer.devices=4", "strategy.tp_size=3"], r"`strategy.tp_size` must divide the number of ranks \(4\), but is 3"),
         (
             ["strategy=tp", "trainer.devices=4", "model.n_heads=4", "model.vocab_size=5"],
-            r"must leave each process a part of model.vocab_size \(5\), but is 4 instead. Nearest .*: 1, 2\.",
+            r"must leave each rank a part of model.vocab_size \(5\), but is 4 instead. Nearest .*: 1, 2\.",
         ),
         (["strategy=tp", "trainer.devices=2", "model/ffn=tests_auxiliary"], r"`strategy` must be without tensor parallelism with model/ffn=tests_auxiliary"),
         (["strategy=tp", "trainer.devices=2", "model/ffn=moe", "model.ffn.dense_layers=1", "model.ffn.dense_hidden_dim=9"], r"dense_hidden_dim \(9\)"),

@@ -38,7 +38,9 @@ def start(n: int, file: str) -> int:
 
     common = os.environ | {STORE: f"{file}.store", "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
     environments = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(n)]
-    return Group([sys.executable, "-m", "tests.distributed.zero_cases", str(n), file], environments).wait()
+    with Group() as group:
+        group.start([sys.executable, "-m", "tests.distributed.zero_cases", str(n), file], environments)
+        return group.wait()
 
 
 def work(file: str) -> int:

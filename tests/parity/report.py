@@ -9,12 +9,14 @@ import transformers
 
 INTRODUCTION = """# Parity with Hugging Face transformers
 
-Written by the test run (`TXTRAIN_WRITE_DOCS=1 pytest tests/parity`), once for each version of `transformers`. Each cell is the largest
-difference seen between the class of `transformers` and the same model loaded by `txtrain.load_pretrained` from the folder that
-`transformers` wrote: largest absolute difference / largest absolute value, float32 on the CPU, over random small models of random
-shape (heads, key-value heads, head size, width, depth, vocabulary, tied or not, biases, windows shorter than the sequence, rotary
-base and scaling, soft caps, activations, layers of either stack, patches, classes), no parameter at its neutral value. 1e-5 is allowed.
-bert is `BertForPreTraining`, bert_mlm `BertForMaskedLM`, transformer `MarianMTModel`.
+Written by the test run (`TXTRAIN_WRITE_DOCS=1 pytest tests/parity`), once for each version of `transformers`.
+
+Each cell is the largest difference seen between the class of `transformers` and the same model loaded by `txtrain.load_pretrained` from
+the folder that `transformers` wrote: largest absolute difference / largest absolute value, float32 on the CPU. 1e-5 is allowed.
+
+The models are small and of random shape, no parameter at its neutral value: heads, key-value heads, head size, width, depth, vocabulary,
+tied or not, biases, windows shorter than the sequence, rotary base and scaling, soft caps, activations, layers of either stack, patches,
+classes. bert is `BertForPreTraining`, bert_mlm `BertForMaskedLM`, transformer `MarianMTModel`.
 
 | row | what is compared |
 |---|---|

@@ -13,7 +13,7 @@ from transformers import (
 
 from tests.parity.every import EVERY, pair
 from tests.parity.pairs import difference
-from txtrain.model.build import build_model
+from txtrain.hf.trainer import build_model
 
 pytest.importorskip("accelerate")
 

@@ -42,11 +42,12 @@ def name_of(path: Path) -> str:
 
 
 MODULES = {name_of(path): path for path in PACKAGE.rglob("*.py")}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in MODULES.items()}
 
 
 def imports(name: str) -> Iterator[tuple[str, int]]:
     """Modules of the package that a module imports, wherever it does, and the lines."""
-    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+    for node in ast.walk(TREES[name]):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{MODULES[name]}:{node.lineno} is relative"
             wanted = [f"{node.module}.{alias.name}" for alias in node.names]

@@ -4,7 +4,7 @@
                           by torch.distributed.checkpoint, so that any number of processes under any strategy can read it
     state.json            the integers of the run, what belongs to this step, and the optimizer's state that is no tensor
     config.yaml tokenizer/
-    complete              JSON, name -> size of every file; written last
+    complete              JSON, name -> size and checksum of every file (of a shard that of its header); written last
 
 DCP's own storage keeps its index in a pickle (`.metadata`). Nothing in a checkpoint may be unpickled, so the safetensors storage
 of DCP is used: it keeps the index in the headers.
@@ -12,23 +12,30 @@ of DCP is used: it keeps the index in the headers.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses as dc
+import functools
 import json
 import math
 import os
 import re
+import shlex
 import shutil
 import sys
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import xxhash
 
 from txtrain.checkpoint import state as state_file
-from txtrain.checkpoint.state import RunState
+from txtrain.checkpoint.state import NewerFormat, RunState, ShardState, check_format
 from txtrain.errors import ConfigError
-from txtrain.ground import files
-from txtrain.ground.plain_files import check_links, read_json
+from txtrain.ground import files, plain_files
+from txtrain.ground.plain_files import check_keys, check_links, read_json
+from txtrain.hf.tensor_names import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,6 +47,31 @@ if TYPE_CHECKING:
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 _NAME = re.compile(r"step_([0-9]{8,15})")
+_SHOWN = 3  # names in a message
+_ALLOWED = "To go on all the same, with train and export: allow_nonfinite=true."
+T = TypeVar("T")
+
+
+class LoadError(ConfigError):
+    """A checkpoint that a run or a command starts from cannot be used as it is."""
+
+
+@dc.dataclass(frozen=True)
+class Reading:
+    """How tensors are read.
+
+    Attributes:
+        key: what an error calls the checkpoint.
+        verify: compare each tensor with its checksum.
+        finite: refuse weights that hold NaN or infinity.
+    """
+
+    key: str = "checkpoint"
+    verify: bool = True
+    finite: bool = False
+
+
+READING = Reading()
 
 # ------------------------------------------------------------------------------------------------------------------- finding
 
@@ -67,18 +99,32 @@ def _named(run_dir: Path) -> list[Path]:
     return sorted((p for p in (run_dir / FOLDER).glob("step_*") if _NAME.fullmatch(p.name)), key=step_of)
 
 
-def check_newest(run_dir: Path) -> None:
-    """A checkpoint gets its name when it is complete: one that has the name and no marker has lost it since, as in a copy that was cut short.
+def newest_of(run_dir: Path, key: str) -> Path | None:
+    """The newest checkpoint of a run; None: it has none.
+
+    A checkpoint gets its name when it is complete: one that has the name and no marker has lost it since, as in a copy that was cut short.
 
     Raises:
-        ConfigError: the newest is such a one; names the older ones. Or a link leads out of the run's folder.
+        LoadError: the newest is such a one; names the newest whole one. Or it is a link.
+    """
+    while found := _named(run_dir):
+        check_links(found[-1:])
+        if is_complete(found[-1]):
+            return found[-1]
+        if found[-1].exists():  # else the run has removed it since it was found
+            verify(found[-1], key)
+    return None
+
+
+def check_folder(run_dir: Path) -> None:
+    """Before it is written to.
+
+    Raises:
+        ConfigError: a link leads out of it.
     """
     if run_dir.is_dir():
         check_links(p for p in run_dir.iterdir() if p.name != FOLDER)
         check_links((run_dir / FOLDER).glob("*"))
-    for newest in _named(run_dir)[-1:]:
-        if not is_complete(newest):
-            verify(newest)
 
 
 def newest_run(where: str | Path, key: str) -> str:
@@ -89,40 +135,46 @@ def newest_run(where: str | Path, key: str) -> str:
         return str(where)
     newest = max(runs, key=_start)
     if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of several ranks one says it
-        several, step = f"{len(runs)} run{'s' * (len(runs) > 1)}", step_of(complete(newest)[-1])
+        several, step = f"{len(runs)} run{'s' * (len(runs) > 1)}", step_of(_named(newest)[-1])
         print(f"{key}={where}: {newest} (the newest of {several} with a checkpoint), step {step}", file=sys.stderr)
     return str(newest)
 
 
 def _runs(path: Path) -> list[Path]:
-    """The runs with a complete checkpoint in the folder of a run's name; none in a folder of another kind."""
+    """The runs with a checkpoint in the folder of a run's name; none in a folder of another kind."""
     of_another_kind = (FOLDER, MARKER, "config.yaml", "config.json")
     if not path.is_dir() or any((path / name).exists() for name in of_another_kind):
         return []
-    return [run for run in path.iterdir() if complete(run)]
+    return [run for run in path.iterdir() if _named(run)]
 
 
 def _start(run: Path) -> tuple[float, str]:
-    """When it was first started; where run.json does not tell, when its folder was last changed."""
-    try:
-        return float(json.loads((run / "run.json").read_text())["first_start"]), run.name
-    except (OSError, ValueError, TypeError, KeyError):
-        return run.stat().st_mtime, run.name
+    """When it was first started; where run.json does not tell, when its folder was last changed.
+
+    Raises:
+        ConfigError: run.json is damaged, or of a newer format.
+    """
+    file = run / "run.json"
+    raw = read_json(file, finite=False) if file.exists() else {}
+    check_format(raw, file)
+    check_keys(raw, str(file), {"first_start": float | None})
+    first = raw.get("first_start")
+    return run.stat().st_mtime if first is None else float(first), run.name
 
 
 def locate(where: str | Path, key: str = "checkpoint") -> Path:
     """The checkpoint meant by its own folder, by its run's (the newest), or by that of a run's name (the newest run's).
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or it is not complete any more.
     """
     path = Path(newest_run(where, key)).expanduser()
     if is_complete(path):
         return path
-    found = complete(path)
-    if found:
-        check_links(found[-1:])
-        return found[-1]
+    if path.is_dir() and _NAME.fullmatch(path.name):
+        verify(path, key)
+    if (found := newest_of(path, key)) is not None:
+        return found
     what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"
     allowed = "a run's folder, one of its checkpoints, or a folder of runs"
     raise ConfigError(f"`{key}` must be {allowed}, but {str(where)!r} {what}.")
@@ -131,7 +183,22 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
 def exists(where: str | Path) -> bool:
     """Whether `locate` would find one."""
     path = Path(where).expanduser()
-    return is_complete(path) or bool(complete(path)) or bool(_runs(path))
+    return is_complete(path) or bool(_named(path)) or bool(_runs(path))
+
+
+def on_newest(where: str | Path, key: str, do: Callable[[Path], T]) -> T:
+    """What `do` makes of the checkpoint that `where` means; a run that rotates its checkpoints may remove it meanwhile: then of the next one.
+
+    Raises:
+        ConfigError: as `locate` and `do`.
+    """
+    while True:
+        path = locate(where, key)
+        try:
+            return do(path)
+        except Exception:
+            if path.exists():
+                raise
 
 
 def read_state(path: Path) -> RunState:
@@ -146,29 +213,102 @@ def read_state(path: Path) -> RunState:
     return state
 
 
-def verify(path: Path) -> None:
-    """Check a complete checkpoint against its marker, without reading the tensors.
+def verify(path: Path, key: str = "checkpoint", tensors: bool = True) -> None:
+    """Check a complete checkpoint against its marker and the headers of its shards; the numbers of its tensors are compared when they are read.
+
+    Args:
+        key: of the command that uses it.
+        tensors: also that the shards are all of the tensors; needs torch.
 
     Raises:
-        ConfigError: a file is missing, cut short or unreadable; names the older checkpoints.
+        LoadError: a file is missing, cut short, changed, unreadable or of another checkpoint; names the newest whole one.
+        NewerFormat: a newer version wrote it.
     """
+    if (problem := _problem(path, tensors)) is not None:
+        raise _damaged(path, problem, key)
+
+
+def _problem(path: Path, tensors: bool) -> str | None:
     try:
         check_links(path.rglob("*"))
-        sizes = read_json(path / MARKER)
-        wrong = [name for name, size in sizes.items() if (path / name).stat().st_size != size]
-        read_state(path)
-        problem = f"{wrong[0]} has another size than when it was written" if wrong else None
-        if problem is None:
+        if not is_complete(path):
+            raise ConfigError(f"{MARKER}, the file that is written last, is missing")
+        state = read_state(path)  # its format before all else
+        _check_shards(path, state)
+        _check_marker(path, read_json(path / MARKER), with_checksums=bool(state.id))
+        if tensors:
             _check_tensors(path)
+    except NewerFormat:
+        raise
     except ConfigError as e:
-        problem = e.problems[0].rstrip(".")
+        return e.problems[0].rstrip(".")
     except Exception as e:  # whatever a damaged file makes the readers say
-        problem = f"{type(e).__name__}: {e}".splitlines()[0]
-    if problem is None:
-        return
-    older = [p.name for p in complete(path.parent.parent) if step_of(p) < step_of(path)] if _NAME.fullmatch(path.name) else []
-    way_out = f"Move it away to continue from an older one ({', '.join(reversed(older))})." if older else "There is no older one."
-    raise ConfigError(f"The checkpoint {path} cannot be read: {problem}. {way_out}")
+        return f"{type(e).__name__}: {e}".splitlines()[0]
+    return None
+
+
+def _damaged(path: Path, problem: str, key: str) -> LoadError:
+    """With the newest whole checkpoint of the run, and how to use it."""
+    others = complete(path.parent.parent) if _NAME.fullmatch(path.name) else []
+    whole = next((other for other in reversed(others) if other != path and _is_whole(other)), None)
+    where = shlex.quote(str(path))
+    if whole is None:
+        way_out = "There is no other whole one."
+    elif key == "resume":
+        way_out = f"The newest whole one is {whole.name}. To go on from it: mv {where} {where}.damaged"
+    else:
+        way_out = f"The newest whole one: {key}={shlex.quote(str(whole))}"
+    return LoadError(f"The checkpoint {path} cannot be read: {problem}. {way_out}")
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        return _problem(path, tensors=False) is None
+    except NewerFormat:
+        return False
+
+
+def marker_of(folder: Path) -> dict[str, list[int | str]]:
+    """Name -> size and checksum of all its files."""
+    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
+    return {name: [(folder / name).stat().st_size, _checksum(folder / name)] for name in names}
+
+
+def _checksum(file: Path) -> str:
+    """Of a shard its header's: that has the tensors' own."""
+    if file.suffix != ".safetensors":
+        return xxhash.xxh3_64_hexdigest(plain_files.read_bytes(file, plain_files.TOKENIZER_LIMIT))
+    with file.open("rb") as f:
+        size = f.read(8)
+        return xxhash.xxh3_64_hexdigest(size + f.read(min(int.from_bytes(size, "little"), plain_files.TENSORS_LIMIT)))
+
+
+def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -> None:
+    """Raises:
+    ConfigError: a file is not the one that was written, or was not written at all.
+    """
+    for name, said in marker.items():
+        size, checksum = said if isinstance(said, list) and len(said) == 2 else (said, None)
+        if type(size) is not int or (type(checksum) is not str if with_checksums else checksum is not None):
+            raise ConfigError(f"{path / MARKER}: `{name}` must be the size and the checksum of a file, but is {plain_files.shorten(said)}")
+        if (found := (path / name).stat().st_size) != size:
+            raise ConfigError(f"{name} has another size than when it was written: {found:,} bytes, not {size:,}")
+        if checksum is not None and _checksum(path / name) != checksum:
+            raise ConfigError(f"{name} has changed since it was written")
+    read = [STATE, *(str(p.relative_to(path)) for p in (*path.glob("*.safetensors"), *path.glob("config.yaml"), *path.glob("tokenizer/*")))]
+    if added := [name for name in read if with_checksums and name not in marker]:
+        raise ConfigError(f"{added[0]} is not among the files that were written")
+
+
+def _check_shards(path: Path, state: RunState) -> None:
+    """Raises:
+    ConfigError: a shard is of another checkpoint, perhaps of the same run.
+    """
+    for file in sorted(path.glob("*.safetensors")):
+        said = ShardState.of(read_header(file)[0].get("__metadata__"), f"The header of {file.name}")
+        if (said.id, said.step) != (state.id, state.step if state.id else 0):
+            theirs, ours = (f"{id or 'none'}, step {step}" for id, step in ((said.id, said.step), (state.id, state.step)))
+            raise ConfigError(f"{file.name} is of another checkpoint: its id is {theirs}; that of {STATE} {ours}")
 
 
 # ------------------------------------------------------------------------------------------------------------------- tensors
@@ -184,11 +324,22 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    """Name -> shape of every tensor in a checkpoint that `verify` has passed.
+
+    A resumed run asks six times; of 2,000 layers that is a minute.
+    """
+    found = [(file, file.stat()) for file in sorted(path.glob("*.safetensors"))]
+    return dict(_shapes(path, *((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found)))
+
+
+@functools.lru_cache(maxsize=1)
+def _shapes(path: Path, *files: Any) -> dict[str, tuple[int, ...]]:
+    """files: what tells that one of them has changed."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    entries = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    from txtrain.checkpoint.reader import Reader
+
+    entries = Reader(path).read_metadata().state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
@@ -231,27 +382,58 @@ def optimizer_names(path: Path) -> set[str]:
     return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
 
 
-def load_tensors(path: Path, into: Mapping[str, Tensor], prefix: str = "", group: Any = None) -> None:
+def load_tensors(
+    path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...] = "", group: Any = None,
+    how: Reading = READING, without: Container[str] = (),
+) -> None:
     """Read every tensor of `into`, in place; of a tensor that lies over processes each reads its part.
 
     Args:
-        prefix: those of the checkpoint that must all be wanted.
+        prefix: those of the checkpoint that must all be wanted; of several any. without: all but these.
         group: the processes that read together; None: this one alone.
 
     Raises:
         ConfigError: the names or shapes differ.
+        LoadError: a tensor is not what was written, or weights are not finite.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    _compare(path, into, prefix)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        load(dict(into), storage_reader=HuggingFaceStorageReader(str(path)), process_group=group, no_dist=group is None)
+    from txtrain.checkpoint.reader import NotFiniteError, Reader
+
+    _compare(path, into, prefix, without)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            load(dict(into), storage_reader=Reader(path, how.verify, how.finite), process_group=group, no_dist=group is None)
+    except CheckpointException as e:  # what DCP makes of what its processes met
+        met = [exception for exception, _ in e.failures.values()]
+        if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
+            raise (_damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]) from e
+        _refuse_not_finite(path, {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems}, how.key)
 
 
-def _compare(path: Path, into: Mapping[str, Tensor], prefix: str) -> None:
-    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix)}
+def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
+    """Of weights that another reader has read.
+
+    Raises:
+        LoadError: they hold NaN or infinity.
+    """
+    from txtrain.checkpoint.reader import is_finite
+
+    if how.finite and (strange := [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]):
+        _refuse_not_finite(path, strange, how.key)
+
+
+def _refuse_not_finite(path: Path, names: Iterable[str], key: str) -> NoReturn:
+    held = sorted(names)
+    more = f" and {len(held) - _SHOWN:,} more" if len(held) > _SHOWN else ""
+    listed = ", ".join(held[:_SHOWN]) + more
+    raise LoadError(f"`{key}`: the weights in {path} must be finite numbers, but {listed} hold NaN or infinity. {_ALLOWED}")
+
+
+def _compare(path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()) -> None:
+    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
     wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
@@ -272,41 +454,54 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
 
 
-def load_weights(path: Path, model: nn.Module, weights: str = "model") -> None:
+def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Reading = READING) -> None:
     """The model's weights from a checkpoint, in place. weights: `ema` for the averaged ones; what is not averaged comes from the model.
 
     Raises:
         ConfigError: the checkpoint is of another model, or has no averaged weights.
+        LoadError: as `load_tensors`.
     """
     state = model.state_dict()
-    load_tensors(path, _weights_of(model), prefix="model.")
+    load_tensors(path, _weights_of(model), "model.", how=how)
     if weights == "ema":
         averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
         if not averaged:
             raise ConfigError(f"`weights` must be model, but is ema instead: {path} has no averaged weights. A run with ema.decay=0.999 keeps them.")
-        load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, prefix="ema.")
+        load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, "ema.", how=how)
 
 
-def load_training(path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None) -> None:
+def load_training(
+    path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None, how: Reading = READING
+) -> None:
     """The model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
 
-    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there. Whether a run may
-    begin or end one there is for its configuration to say.
+    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there, and all that it has of
+    parameters which are not trained any more. Whether a run may begin or end one there is for its configuration to say.
     """
     from txtrain.optim import state as optimizer_state
 
-    numbers = read_state(path).optimizer
+    without = of_frozen(path, model)
+    numbers = {name: n for name, n in read_state(path).optimizer.items() if f"optimizer.{name}" not in without}
     optimizer_state.allocate(optimizer)
-    optimizer_state.forget({*optimizer_names(path), *numbers}, model, optimizer)
-    tensors = training_tensors(model, optimizer)
-    for prefix in ("model.", "optimizer."):
-        load_tensors(path, {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}, prefix, group)
+    saved = {name for name in optimizer_names(path) if f"optimizer.{name}" not in without} | numbers.keys()
+    if without and not saved:
+        optimizer.state.clear()  # what was trained there is not what is trained here
+    optimizer_state.forget(saved, model, optimizer)
+    load_tensors(path, training_tensors(model, optimizer), ("model.", "optimizer."), group, how, without)
     optimizer_state.restore_numbers(numbers, model, optimizer)
     if average is not None and average.values:
-        if any(name.startswith("ema.") for name in shapes(path)):
-            load_tensors(path, average.tensors(), prefix="ema.", group=group)
-        else:
-            average.restart()
+        average.restart()
+        names = shapes(path)
+        if averaged := {name: value for name, value in average.tensors().items() if name in names}:
+            load_tensors(path, averaged, "ema.", group, how, without)
+
+
+def of_frozen(path: Path, model: nn.Module) -> set[str]:
+    """What a checkpoint has beside the weights of parameters that the model does not train."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    names = [*shapes(path), *(f"optimizer.{name}" for name in read_state(path).optimizer)]
+    parts = [(name, *name.split(".", 1)) for name in names]
+    return {name for name, kind, own in parts if (kind == "ema" and own in frozen) or (kind == "optimizer" and own.rpartition(".")[0] in frozen)}
 
 
 # -------------------------------------------------------------------------------------------------------------------- writing
@@ -335,13 +530,17 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Cal
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
 
+    def write() -> None:
+        nonlocal state
+        state = dc.replace(state, id=write_tensors(part, tensors, group, state.step))
+
     def finish() -> None:
         files.write(part / STATE, state.to_json())
         beside(part)
         _seal(part, path)
 
     try:
-        for do in (begin if first else None, lambda: write_tensors(part, tensors, group), finish if first else None):
+        for do in (begin if first else None, write, finish if first else None):
             _alike(do, group)
     except SaveError:
         if first:
@@ -349,15 +548,20 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Cal
         raise
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
-    """Each process its parts of the tensors, as safetensors."""
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None, step: int = 0) -> str:
+    """Each process its parts of the tensors, as safetensors.
+
+    Returns:
+        In the first process the id that all of the files have.
+    """
     from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
     from txtrain.checkpoint.writer import Writer
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save_tensors(dict(tensors), storage_writer=Writer(folder), process_group=group, no_dist=group is None)
+        save_tensors(dict(tensors), storage_writer=(writer := Writer(folder, step)), process_group=group, no_dist=group is None)
+    return writer.id
 
 
 def _alike(do: Callable[[], None] | None, group: Any) -> None:
@@ -387,10 +591,10 @@ def _alike(do: Callable[[], None] | None, group: Any) -> None:
 def _seal(part: Path, path: Path) -> None:
     """All of it on the disk, the marker last; then its own name."""
     old = path.with_name(path.name + ".old")
-    sizes = {str(p.relative_to(part)): p.stat().st_size for p in sorted(part.rglob("*")) if p.is_file()}
-    for name in sizes:
+    marker = marker_of(part)
+    for name in marker:
         files.sync(part / name)
-    files.write(part / MARKER, json.dumps(sizes, indent=1))
+    files.write(part / MARKER, json.dumps(marker))
     if path.exists():  # written again at the same step: after the validation that an interrupt had cut short
         path.rename(old)
     part.rename(path)
@@ -408,10 +612,20 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(rest)
 
 
+def val_losses(run_dir: Path) -> dict[Path, float | None]:
+    """Of the complete checkpoints whose state can be read, oldest first; None where a step was not validated."""
+    found: dict[Path, float | None] = {}
+    for path in complete(run_dir):
+        with contextlib.suppress(ConfigError):
+            found[path] = read_state(path).val_loss
+    return found
+
+
 def rotate(run_dir: Path, keep: SaveConfig) -> None:
-    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps."""
-    found = complete(run_dir)
-    losses = {path: read_state(path).val_loss for path in found}
+    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps.
+    Damaged ones are left as they are."""
+    losses = val_losses(run_dir)
+    found = list(losses)
     validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
     every = keep.keep_every_n_steps
     kept = {*found[-keep.keep_last :], *validated[: keep.keep_best], *(path for path in found if every and step_of(path) % every == 0)}

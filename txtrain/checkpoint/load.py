@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,12 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
         _, model = read_config(folder)
         check_layers(model, tensor_names(folder), str(folder / "config.json"))
         return Described(folder, model, _tokenizer_in(folder), True)
-    path = checkpoint.locate(folder, key)
+    return checkpoint.on_newest(folder, key, partial(_described, key))
+
+
+def _described(key: str, path: Path) -> Described:
+    """Of a checkpoint."""
+    checkpoint.verify(path, key, tensors=False)
     model = _saved_config(path, key)
     check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
     return Described(path, model, _tokenizer_in(path / "tokenizer"), False)
@@ -69,20 +75,28 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
-def load(where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model") -> Loaded:
-    """The model, on the device, in evaluation mode, and its tokenizer.
+def load(
+    where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model", finite: bool = False
+) -> Loaded:
+    """The model, on the device, in evaluation mode, and its tokenizer. A checkpoint's tensors are compared with their checksums.
 
     Args:
         weights: model, or ema for the averaged ones.
+        finite: refuse weights that hold NaN or infinity.
 
     Raises:
         ConfigError: as `describe`, or the weights are not the model's, or there are no averaged ones.
     """
     from txtrain.data.tokenizer.load import load_tokenizer
 
-    found = describe(where, key)
-    tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
-    return Loaded(found.path, _model(found, device, tokenizer, weights), tokenizer)
+    def loaded(found: Described) -> Loaded:
+        tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+        return Loaded(found.path, _model(found, device, tokenizer, weights, checkpoint.Reading(key, finite=finite)), tokenizer)
+
+    folder = path_of(where, key)
+    if (folder / "config.json").is_file():
+        return loaded(describe(folder, key))
+    return checkpoint.on_newest(folder, key, lambda path: loaded(_described(key, path)))
 
 
 def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
@@ -116,23 +130,25 @@ def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
         raise ConfigError(f"`weights` must be model for a Hugging Face folder, but is {weights} instead: {os.fspath(where)!r} has one set of weights.")
 
 
-def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str) -> Transformer:
+def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading) -> Transformer:
     import torch
 
-    from txtrain.model.build import build_model
+    from txtrain.hf.trainer import build_model
 
     if found.is_hf:
         from txtrain.hf.load import load_pretrained as from_hf
 
         _refuse_average(found.path, weights)
         with torch.device(device):
-            return from_hf(found.path)
-    checkpoint.verify(found.path)
+            model = from_hf(found.path)
+        checkpoint.check_finite(found.path, model, how)
+        return model
+    checkpoint.verify(found.path, how.key)
     checkpoint.check_model(found.path, found.model)
     with torch.device("meta"):
         model = build_model(_with_ids(found.model, tokenizer))
     model.to_empty(device=device)
-    checkpoint.load_weights(found.path, model, weights)
+    checkpoint.load_weights(found.path, model, weights, how)
     return model.eval()
 
 

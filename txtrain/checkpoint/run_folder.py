@@ -7,6 +7,7 @@ import dataclasses as dc
 import datetime
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import yaml
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.state import FORMAT, RunState, check_format
+from txtrain.checkpoint.state import FORMAT, NewerFormat, RunState, check_format
 from txtrain.errors import ConfigError
 from txtrain.ground import files, plain_files
 from txtrain.ground.convert import among, differing, marked, plain
@@ -27,7 +28,7 @@ from txtrain.run_config import RunConfig
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
-    "grafts": dict | None, "parent": dict | None,
+    "grafts": dict | None, "parent": dict | None, "progress": dict | None,
 }
 _LISTED = 20  # differences in a message
 
@@ -55,6 +56,11 @@ class RunFolder:
     def source(self) -> Path | None:
         """Where weights and optimizer state come from."""
         return self.checkpoint or self.parent
+
+    @property
+    def key(self) -> str:
+        """What brought the source."""
+        return "resume" if self.checkpoint is not None else "fork"
 
     @property
     def first_step(self) -> int:
@@ -85,7 +91,8 @@ class RunFolder:
         self.began = life["first_start"] + life["complete_for"]
         now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
-        now |= {key: before[key] for key in ("fallback", "grafts", "parent", "wandb_id") if before.get(key) and not now.get(key)}  # config.yaml does not tell
+        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # config.yaml does not tell
+        now |= {key: before[key] for key in kept if before.get(key) and not now.get(key)}
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
@@ -147,8 +154,13 @@ class RunFolder:
         files.write(self.path / "run.json", json.dumps({**self._read(), **values}, indent=2) + "\n")
 
     def end(self, status: str, **values: Any) -> None:
-        self.update(status=status, ended=_now(), **values)
-        self._release()
+        values |= {"status": status, "ended": _now()}
+        try:
+            self.update(**values)
+        except OSError:  # the disk is full: without its white space the file is not longer than it was
+            files.overwrite(self.path / "run.json", json.dumps({**self._read(), **values}, separators=(",", ":")))
+        finally:
+            self._release()
 
     def stopped(self) -> None:
         """The process ends before its first step: what this start has said of itself is over."""
@@ -159,15 +171,26 @@ class RunFolder:
         path = self.path / "run.json"
         if not path.exists():
             return {}
-        found = plain_files.read_json(path, finite=False)
-        check_format(found, path)
-        plain_files.check_keys(found, str(path), _FACTS)
-        plain_files.check_keys(found.get("slurm") or {}, f"{path}: slurm", {"job": str | None, "restarts": int | None})
         try:
-            datetime.datetime.fromisoformat(found.get("ended") or _now()).timestamp()
-        except (ValueError, OverflowError) as e:
-            raise ConfigError(f"{path}: `ended` must be a time, but is {found['ended'][:40]!r} instead.") from e
+            found = plain_files.read_json(path, finite=False)
+            check_format(found, path)
+            plain_files.check_keys(found, str(path), _FACTS)
+            plain_files.check_keys(found.get("slurm") or {}, f"{path}: slurm", {"job": str | None, "restarts": int | None})
+            try:
+                datetime.datetime.fromisoformat(found.get("ended") or _now()).timestamp()
+            except (ValueError, OverflowError) as e:
+                raise ConfigError(f"{path}: `ended` must be a time, but is {found['ended'][:40]!r} instead.") from e
+        except NewerFormat:
+            raise
+        except ConfigError as e:
+            raise ConfigError(*e.problems, f"The run can go on without what it says: {aside(path)}") from e
         return found
+
+
+def aside(path: Path) -> str:
+    """The command that moves a file away."""
+    where = shlex.quote(str(path))
+    return f"mv {where} {where}.damaged"
 
 
 # ------------------------------------------------------------------------------------------------------------------ choosing
@@ -184,19 +207,21 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
         ConfigError: the run cannot be continued: its checkpoint is unreadable, or its config is another.
     """
     if config.resume not in ("auto", "never"):
-        return _named(config, given)
+        named = _named(config, given)
+        files.check_writable(named.path, "resume")
+        return named
     path, exclusive = _path(config, name)
-    _refuse_file(path)
-    checkpoint.check_newest(path)
-    found = checkpoint.complete(path)
-    if not found:
+    files.check_writable(path, "run_dir")
+    checkpoint.check_folder(path)
+    newest = None if exclusive else checkpoint.newest_of(path, "resume")
+    if newest is None:
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
     if config.resume == "never" and not _again(path):
         raise ConfigError(
-            f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(found)}. "
+            f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(checkpoint.complete(path))}. "
             "Give another run_dir, or resume=auto to continue that run."
         )
-    return _continue(config, path, found[-1])
+    return _continue(config, path, newest)
 
 
 def begun_with(config: RunConfig, key: str) -> str | None:
@@ -212,41 +237,36 @@ def _again(path: Path) -> bool:
     return job is not None and job.restarts > 0 and before.get("job") == job.number
 
 
-def _refuse_file(path: Path) -> None:
-    """Before anything is done that the run could not keep."""
-    there = next((p for p in (path, *path.parents) if p.exists()), None)
-    if there is not None and not there.is_dir():
-        raise ConfigError(f"`run_dir` must be a folder, or a new one in a folder, but is {str(path)!r} instead: {there} is a file.")
-
-
 def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:
     if "run_dir" in given:
         raise ConfigError(f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. Leave it out.")
     newest = checkpoint.locate(config.resume, key="resume")
     path = newest.parent.parent
-    checkpoint.check_newest(path)
-    last = checkpoint.complete(path)[-1:]
-    if last and checkpoint.step_of(last[0]) != checkpoint.step_of(newest):
+    checkpoint.check_folder(path)
+    last = checkpoint.newest_of(path, "resume")
+    if last is not None and checkpoint.step_of(last) != checkpoint.step_of(newest):
         raise ConfigError(
-            f"`resume` must be the newest checkpoint of its run ({last[0].name}), but is {newest.name} instead: what came later would "
+            f"`resume` must be the newest checkpoint of its run ({last.name}), but is {newest.name} instead: what came later would "
             "be overwritten. Move the later ones away to go back to it."
         )
     return _continue(config, path, newest)
 
 
 def _continue(config: RunConfig, path: Path, newest: Path) -> RunFolder:
-    checkpoint.verify(newest)
+    folder = RunFolder(path, newest)
+    folder._read()  # refuses what is damaged, or of a newer format
+    checkpoint.verify(newest, "resume")
     different = differences(_saved(newest), plain(config))
     _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
     checkpoint.check_model(newest, config.model)
-    return RunFolder(path, newest)
+    return folder
 
 
 def _parent(config: RunConfig) -> Path:
     """The checkpoint to fork from: of the same model and kind of optimizer; all else is the new run's own."""
     assert config.fork is not None
     found = checkpoint.locate(config.fork, key="fork")
-    checkpoint.verify(found)
+    checkpoint.verify(found, "fork")
     different = [d for d in differences(_saved(found), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
     _refuse(different, config.resume_allow, f"to fork {found}", "Give these values, or start from the weights alone with init_from")
     checkpoint.check_model(found, config.model)
@@ -278,8 +298,8 @@ def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
-    if name is not None:
-        return Path("runs") / config.name / name, False
+    if name is not None:  # of the clock, but in a job, which finds its members again
+        return Path("runs") / config.name / name, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
     if trial:  # its agent may run several in one job; one that was preempted comes again under its id
         return Path("runs") / config.name / f"sweep-{trial}", False

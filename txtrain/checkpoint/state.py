@@ -1,17 +1,19 @@
-"""What a checkpoint knows of its run beside tensors: `state.json`, as one frozen object. No torch."""
+"""What a checkpoint knows of its run beside tensors: `state.json`, as one frozen object; and what its shards know of it. No torch."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import check_keys, read_json
+from txtrain.ground.plain_files import check_keys, parse_json, read_json
 
-FORMAT = 1  # of state.json and run.json; files without a number are of txtrain 0.1.0, which are read as 1
+FORMAT = 2  # of state.json and run.json. None: 0.1.0. 1: as 0.1.0. 2: checkpoints have an id and checksums
+HEADER = "txtrain"  # what a shard knows of its checkpoint, in its header's metadata
 _MOST = 10**15  # of any count
 
 
@@ -34,6 +36,10 @@ class LossState:
     in_spike: bool = False
 
 
+class NewerFormat(ConfigError):
+    """A file of a format that this version does not know: not damaged, and no older checkpoint is the remedy."""
+
+
 @dc.dataclass(frozen=True, kw_only=True)
 class RunState:
     """The state of a run after a step.
@@ -48,6 +54,8 @@ class RunState:
         open_row: the row of a step whose validation was cut short by an interrupt.
         save_seconds: the longest save so far.
         skipped: steps that were not finite: in all, and in a row.
+        id: of the checkpoint; in the header of each of its shards too. Empty in those of 0.1.0.
+        rows: of metrics.csv until then, and rows_hash: their checksum; None and empty: not known.
         optimizer: what the optimizer keeps as plain numbers, by parameter and name.
     """
 
@@ -66,6 +74,9 @@ class RunState:
     open_row: dict[str, float | None] | None = None
     save_seconds: float | None = None
     skipped: tuple[int, int] = (0, 0)
+    id: str = ""
+    rows: int | None = None
+    rows_hash: str = ""
     optimizer: dict[str, float | bool] = dc.field(default_factory=dict)
 
     @property
@@ -84,22 +95,49 @@ def read_state(file: Path) -> RunState:
     """
     raw = read_json(file, finite=False)
     check_format(raw, file)
-    where, defaults = str(file), ("format", "losses", "save_seconds", "skipped", "times", "optimizer")
-    kinds: dict[str, Any] = get_type_hints(RunState) | {"losses": dict | None, "skipped": list[int] | None}
+    where = str(file)
+    defaults = ("format", "losses", "save_seconds", "skipped", "times", "optimizer", "id", "rows", "rows_hash")
+    kinds = _kinds(RunState) | {"losses": dict | None, "skipped": list[int] | None}
     check_keys(raw, where, {key: kind | None if key in defaults else kind for key, kind in kinds.items()})
     losses = raw.get("losses") or {}
-    check_keys(losses, f"{where}: losses", {key: kind | None for key, kind in get_type_hints(LossState).items()})
+    check_keys(losses, f"{where}: losses", {key: kind | None for key, kind in _kinds(LossState).items()})
     skipped, position = raw.get("skipped") or [0, 0], raw.get("stream_position")
-    counts = [raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ())]
+    counts = [raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ()), raw.get("rows") or 0]
     if len(skipped) != 2 or len(position or "xyz") != 3 or not all(0 <= n < _MOST for n in counts):
         raise ConfigError(
-            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2) and `stream_position` (3) must be counts, but are {counts}."
+            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` (3) and `rows` must be counts, but are {counts}."
         )
     given = {key: value for key, value in raw.items() if key in kinds and value is not None}
     return RunState(
         **given
         | {"format": FORMAT, "losses": LossState(**_known(LossState, losses)), "skipped": (skipped[0], skipped[1])}
     )
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ShardState:
+    """What a shard's header says of its checkpoint. checksums: by tensor. 0.1.0's says nothing."""
+
+    id: str = ""
+    step: int = 0
+    checksums: dict[str, str] = dc.field(default_factory=dict)
+
+    def to_json(self) -> str:
+        return json.dumps(dc.asdict(self))
+
+    @classmethod
+    def of(cls, metadata: Any, where: str) -> ShardState:
+        """From the metadata of a header. where: what an error calls it.
+
+        Raises:
+            ConfigError: they are damaged.
+        """
+        text = metadata.get(HEADER) if isinstance(metadata, dict) else None
+        if text is None:
+            return cls()
+        said = parse_json(str(text), where)
+        check_keys(said, where, _kinds(ShardState))
+        return cls(**_known(cls, said))
 
 
 def check_format(raw: Mapping[str, Any], file: Path) -> None:
@@ -109,9 +147,14 @@ def check_format(raw: Mapping[str, Any], file: Path) -> None:
     check_keys(raw, str(file), {"format": int | None})
     number = FORMAT if raw.get("format") is None else raw["format"]
     if not 1 <= number <= FORMAT:
-        raise ConfigError(
+        raise NewerFormat(
             f"{file}: `format` must be at most {FORMAT} for this version of txtrain, but is {number} instead: a newer version wrote it."
         )
+
+
+@cache
+def _kinds(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
 
 
 def _known(cls: type, raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,19 +3,22 @@
 DCP's own writer holds all of a process' tensors, copies each into bytes, joins those, and writes them then: three times the memory of
 what it saves, and twice to five times the time of torch.save. Here one tensor at a time is brought to the processor and written from where it lies.
 The file is the same one, which DCP's reader and any reader of safetensors read: its header names each tensor's type, shape and place, and
-beside them which part of the whole it is.
+beside them which part of the whole it is. Under `txtrain` it also has the checkpoint's id, its step and each tensor's checksum.
 """
 
 from __future__ import annotations
 
+import dataclasses as dc
 import itertools
 import json
 import os
+import secrets
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import _hf_utils as words
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -24,14 +27,23 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from txtrain.checkpoint.state import HEADER, ShardState
+from txtrain.hf.tensor_file import pieces
+
+_NONE_YET = xxhash.xxh3_64_hexdigest(b"")
 _TYPES = {dtype: name for name, dtype in words.DTYPE_MAP.items()}
 
 
 class Writer(HuggingFaceStorageWriter):
     """Of each process one file, of the parts that DCP's plan gives it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, step: int) -> None:
         super().__init__(str(folder), save_distributed=True)
+        self.step, self.id = step, secrets.token_hex(8)  # that of the first process is the checkpoint's: it comes with the plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        made = super().prepare_global_plan(plans)
+        return [dc.replace(plan, storage_data={**plan.storage_data, "id": self.id}) for plan in made]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         results = []
@@ -39,10 +51,15 @@ class Writer(HuggingFaceStorageWriter):
             name = words._gen_file_name(1, 1, plan.storage_data["shard_index"])
             # Largest elements first: each tensor then begins at a multiple of its own element's size, as a reader that maps the file needs it.
             items = sorted(plan.items, key=lambda item: (-_dtype(item).itemsize, item.index.fqn))
+            checksums = {item.index.fqn: _NONE_YET for item in items}
+            ours = ShardState(id=plan.storage_data["id"], step=self.step, checksums=checksums)
             with open(Path(self.path) / name, "wb") as stream:
-                stream.write(_header(items))
+                stream.write(_header(items, ours))
                 for item in items:
-                    results.append(_write(stream, item, planner.resolve_data(item), name))
+                    result, checksums[item.index.fqn] = _write(stream, item, planner.resolve_data(item), name)
+                    results.append(result)
+                stream.seek(0)
+                stream.write(_header(items, ours))  # as long as before
                 stream.flush()
                 os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -50,7 +67,7 @@ class Writer(HuggingFaceStorageWriter):
         return done
 
 
-def _header(items: list[WriteItem]) -> bytes:
+def _header(items: list[WriteItem], ours: ShardState) -> bytes:
     ends = list(itertools.accumulate(_size(item) for item in items))
     entries: dict[str, Any] = {
         item.index.fqn: {words.DTYPE_KEY: _TYPES[_dtype(item)], words.SHAPE_KEY: list(_shape(item)), words.DATA_OFFSETS_KEY: [end - _size(item), end]}
@@ -62,18 +79,24 @@ def _header(items: list[WriteItem]) -> bytes:
         words.CUSTOM_METADATA_KEY: json.dumps(parts),
         words.DCP_VERSION_KEY: str(words.HF_DCP_VERSION),
         words.FORMAT_KEY: words.FORMAT_VALUE,
+        HEADER: ours.to_json(),
     }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _write(stream: BinaryIO, item: WriteItem, found: Any, name: str) -> WriteResult:
+def _write(stream: BinaryIO, item: WriteItem, found: Any, name: str) -> tuple[WriteResult, str]:
+    """Returns: where it lies, and its checksum."""
     tensor: Tensor = found.detach().cpu().contiguous()
     assert (tensor.dtype, tensor.shape) == (_dtype(item), _shape(item)), item.index
-    begin = stream.tell()
-    stream.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return WriteResult(index=item.index, size_in_bytes=_size(item), storage_data=_StorageInfo(name, begin, stream.tell() - begin))
+    begin, digest = stream.tell(), xxhash.xxh3_64()
+    for piece in pieces(tensor):
+        data = piece.view(torch.uint8).numpy().data
+        stream.write(data)
+        digest.update(data)
+    lies = _StorageInfo(name, begin, stream.tell() - begin)
+    return WriteResult(index=item.index, size_in_bytes=_size(item), storage_data=lies), digest.hexdigest()
 
 
 def _dtype(item: WriteItem) -> torch.dtype:

@@ -13,6 +13,7 @@ from torch import Tensor
 from txtrain.checkpoint.load import Loaded, load
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Generate
+from txtrain.data.sources.files import missing
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.model.generation import generate
@@ -33,7 +34,7 @@ def run_generate(job: Composed) -> int:
     prompts = read_prompts(config)
     device = pick_device(config.accelerator)
     assert config.checkpoint is not None
-    loaded = load(config.checkpoint, device, weights=config.weights)
+    loaded = load(config.checkpoint, device, weights=config.weights, finite=True)
     _check_writes(loaded)
     assert loaded.tokenizer is not None
     answers = _answers(loaded.model)
@@ -69,13 +70,16 @@ def read_prompts(config: Generate) -> list[str]:
     """`prompt` as it was typed; `-` is all of standard input; prompt_file has one a line.
 
     Raises:
-        ConfigError: the file cannot be read, or holds no prompt.
+        ConfigError: the file cannot be read, or holds no prompt, or something is not UTF-8.
     """
     if config.prompt is not None:
-        return [sys.stdin.read() if config.prompt == "-" else config.prompt]
+        return [_standard_input() if config.prompt == "-" else config.prompt]
     assert config.prompt_file is not None
+    path = Path(config.prompt_file).expanduser()
+    if path.exists() and not path.is_file():
+        raise ConfigError(missing(config.prompt_file, "prompt_file", "a text file with one prompt a line"))
     try:
-        lines = Path(config.prompt_file).expanduser().read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise ConfigError(f"`prompt_file` must be a text file with one prompt a line, but {config.prompt_file!r} cannot be read: {reason}.") from e
@@ -83,6 +87,15 @@ def read_prompts(config: Generate) -> list[str]:
     if not prompts:
         raise ConfigError(f"`prompt_file` must hold at least one prompt, but {config.prompt_file!r} holds none.")
     return prompts
+
+
+def _standard_input() -> str:
+    try:
+        text = sys.stdin.read()
+        text.encode()  # in a locale of ASCII other bytes come as halves of characters
+    except UnicodeError as e:
+        raise ConfigError(f"`prompt` must be text in UTF-8, but standard input is not: {e}.") from e
+    return text
 
 
 def pick_device(accelerator: str) -> torch.device:

@@ -23,6 +23,7 @@ from txtrain.config.overrides import expand
 from txtrain.config.schema import Export, Generate, Train
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
+from txtrain.run_config import RunConfig
 
 
 def compose(
@@ -55,9 +56,9 @@ def _pinned(composed: Composed) -> Composed:
     A run that is continued keeps the one that it was begun with.
     """
     config, found = composed.config, {}
-    for key in ("checkpoint", "init_from", "fork"):
-        if (where := getattr(config, key, None)) is not None:
-            before = begun_with(config, key) if hasattr(config, "run_dir") else None
+    for key in (f.name for f in dc.fields(config) if f.metadata.get("run")):
+        if (where := getattr(config, key)) is not None:
+            before = begun_with(config, key) if isinstance(config, RunConfig) else None
             found[key] = before or newest_run(where, key)
     return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
 
@@ -68,10 +69,10 @@ def with_init_from(job: Composed) -> Composed:
     Raises:
         ConfigError: there is no model there, or the configuration says something else than it.
     """
-    where = getattr(job.config, "init_from", None)
-    if where is None or job.config.resume not in ("auto", "never"):
+    config = job.config
+    if not isinstance(config, RunConfig) or config.init_from is None or config.resume not in ("auto", "never"):
         return job
     from txtrain.checkpoint.load import describe
 
-    found = describe(where, key="init_from")
+    found = describe(config.init_from, key="init_from")
     return applied(job, found.model, found.tokenizer)

@@ -96,13 +96,15 @@ def _work(argv: list[str]) -> Work:
     from txtrain.config import slurm_launcher
     from txtrain.config.loader import make_loader
     from txtrain.config.overrides import expand
+    from txtrain.run_config import RunConfig
 
     loader, multirun = make_loader(line.flags.get("--config-dir")), "--multirun" in line.flags
     expanded = expand(line.overrides, multirun, loader)
     if unread := list(slurm_launcher.unread(expanded[0], multirun)):
         raise ConfigError(*unread)
     jobs = [compose_job(verb, job, loader) for job in expanded]
-    if multirun and any(getattr(job.config, "resume", "auto") not in ("auto", "never") for job, _ in jobs):
+    runs = (job.config for job, _ in jobs if isinstance(job.config, RunConfig))
+    if multirun and any(config.resume not in ("auto", "never") for config in runs):
         raise ConfigError("`resume`: a run is resumed alone, without -m.")
     if "--cfg" in line.flags:
         _show(line, verb, loader, jobs)

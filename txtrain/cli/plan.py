@@ -57,7 +57,8 @@ def lines(config: Train, f: Figures) -> list[str]:
     further = f.params_by_part.get("mtp", 0)
     beside = f", {start_screen.count(f.n_params - further)} of them without the modules for further tokens" if further else ""
     active = f", {start_screen.count(f.n_active_params)} active a token" if f.n_active_params < f.n_params else ""
-    head = f"[bold]{f.model}[/]: {start_screen.count(f.n_params)} parameters{beside}{active}"
+    trained = f"; {start_screen.trained(f.n_trained_params, f.n_params)}" if f.n_trained_params < f.n_params else ""
+    head = f"[bold]{f.model}[/]: {start_screen.count(f.n_params)} parameters{beside}{active}{trained}"
     sections = [
         _section("model", start_screen.axes(model).items()),
         _section("parts", _parts(f)),
@@ -80,14 +81,17 @@ def _escaped(text: str) -> str:
 def _parts(f: Figures) -> list[tuple[str, str]]:
     """Parameters of each part, and its FLOPs in one sample's forward pass."""
 
-    def row(params: int, work: float) -> str:
+    def row(params: int, work: float, trained: int | None = None) -> str:
         shown = (f"{params:,}", f"{params / f.n_params:.1%}") if params else ("", "")
         done = (flops(work), f"{work / whole:.1%}") if work else ("", "")
-        return f"{shown[0]:>18}{shown[1]:>8}{done[0]:>16}{done[1]:>8}".rstrip()
+        learned = "" if not frozen else f"{'' if trained is None else f'{trained:,}':>18}"
+        return f"{shown[0]:>18}{shown[1]:>8}{learned}{done[0]:>16}{done[1]:>8}".rstrip()
 
-    whole = sum(f.flops_by_part.values())
-    rows = [(name, row(f.params_by_part.get(name, 0), f.flops_by_part.get(name, 0.0))) for name in dict.fromkeys((*f.params_by_part, *f.flops_by_part))]
-    rows = [("", f"{'parameters':>18}{'':8}{'forward, ' + a(f.sample):>24}"), *rows, ("in all", row(f.n_params, whole))]
+    whole, frozen = sum(f.flops_by_part.values()), f.n_trained_params < f.n_params
+    names = dict.fromkeys((*f.params_by_part, *f.flops_by_part))
+    rows = [(name, row(n := f.params_by_part.get(name, 0), f.flops_by_part.get(name, 0.0), f.trained_by_part.get(name, 0) if n else None)) for name in names]
+    title = f"{'parameters':>18}{'':8}{'trained' if frozen else '':>{18 * frozen}}{'forward, ' + a(f.sample):>24}"
+    rows = [("", title), *rows, ("in all", row(f.n_params, whole, f.n_trained_params))]
     return [*rows, ("active", row(f.n_active_params, 0.0))] if f.n_active_params < f.n_params else rows
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import itertools
 import shutil
 import sys
@@ -12,12 +11,20 @@ from typing import Any
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
 from txtrain.data.prepare import make_tokenizer
-from txtrain.data.sources.source import build_source, describe, settle
+from txtrain.data.sources.source import (
+    as_named,
+    build_source,
+    describe,
+    method_of,
+    n_bytes,
+    settle,
+    validation_sets,
+)
 from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
 from txtrain.data.store.split import Corpus, digest
-from txtrain.data.store.tokenize import write_tokens
+from txtrain.data.store.tokenize import write_skipped, write_tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
@@ -32,12 +39,15 @@ def run_prepare(job: Composed) -> int:
     """
     config: Prepare = job.config
     assert config.out is not None
+    folder = files.path_of(config.out, "out")
+    files.check_writable(folder, "out")
     corpus, tokenizer = _text(config)
-    key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = Path(config.out).expanduser()
-    there = folder.exists()
-    if there and not folder.is_dir():
-        raise ConfigError(f"`out` must be a folder, but {config.out!r} is a file.")
+    with files.writing(folder, "out"):  # what is written by then is where a second try goes on
+        return _fill(corpus, tokenizer, folder, config)
+
+
+def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -> int:
+    key, there = digest(corpus.fingerprint, tokenizer.fingerprint), folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     release = files.lock(folder)
     if release is None:
@@ -59,12 +69,10 @@ def run_prepare(job: Composed) -> int:
 def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
     """The documents and their tokenizer. Nothing stands in for data that cannot be had: what is prepared is named once and used for long."""
     data: Any = config.data
-    if hasattr(data, "offline_fallback"):
-        config = dc.replace(config, data=dc.replace(data, offline_fallback="never"))
-    source = build_source(settle(config)[0])
-    if not hasattr(source, "documents") or hasattr(source, "marked"):
+    source = build_source(settle(as_named(config))[0])
+    if method_of(source) != "documents":
         raise ConfigError(f"`data` must be a source of text to be tokenised, but is {data.type} instead.")
-    if getattr(source, "named", None):
+    if validation_sets(source):
         raise ConfigError("`data.val_path` must be one path, or null, to be prepared: give the named ones to the run.")
     corpus = Corpus(source, data.val_fraction)
     return corpus, make_tokenizer(corpus, config, build_objective(config).special_tokens)
@@ -100,14 +108,15 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     writer.save(now=True)  # before anything else: from here on the folder is known to be ours
     tokenizer.save(folder / "tokenizer")
     rest = itertools.islice(corpus.documents(), writer.n_documents, None)
-    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress:
-        for n_bytes in write_tokens(rest, tokenizer, writer):
-            progress.advance(n_bytes)
+    with Progress("tokenising", n_bytes(corpus.source)) as progress:
+        for size in write_tokens(rest, tokenizer, writer):
+            progress.advance(size)
             writer.save()
     train, validation = writer.n_tokens("train"), writer.n_tokens("validation")
     if not train:
         writer.close()
         raise ConfigError("`data` must have training text, but has none: white space aside, there is too little to divide. Give more text.")
+    write_skipped(folder, corpus.source)
     writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
     progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")
     print(f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with model.vocab_size={tokenizer.vocab_size} or more")

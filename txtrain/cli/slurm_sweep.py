@@ -192,7 +192,7 @@ def _check_one(m: Member, how: SlurmConfig) -> None:
     if m.run_dir is not None and (m.run_dir / "checkpoints").exists():
         from txtrain.checkpoint.run_folder import choose
 
-        choose(config, m.job.given, m.job.folder)
+        choose(dc.replace(config, run_dir=str(m.run_dir)), m.job.given)
 
 
 _PLANNED = {f.name.removesuffix("_") for f in dc.fields(Train)}

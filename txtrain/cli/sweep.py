@@ -10,15 +10,11 @@ from __future__ import annotations
 import dataclasses as dc
 import os
 import signal
-import subprocess
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any
 
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
@@ -29,8 +25,11 @@ from txtrain.config import slurm_launcher
 from txtrain.config.compose import typed
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.loader import Loader
+from txtrain.ground import files
 from txtrain.ground.slurm import Job
 from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.parallel.launch import Group
+from txtrain.run_config import RunConfig
 
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:
@@ -58,7 +57,7 @@ def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Overrid
 def in_folder(job: Composed, stamp: str, number: int) -> Composed:
     """The job with a run folder of its own; verbs without run folders stay as they are."""
     config = job.config
-    if not hasattr(config, "run_dir"):
+    if not isinstance(config, RunConfig):
         return job
     if config.run_dir is None:
         return dc.replace(job, folder=f"{stamp}-{number}")
@@ -76,52 +75,21 @@ def varied(jobs: Sequence[Sequence[str]]) -> list[str]:
 def _in_subprocesses(verb: str, jobs: Sequence[Composed], labels: Sequence[str]) -> list[int]:
     """Exit codes of the jobs that were started. A signal goes to the running job, and no other is started."""
     codes: list[int] = []
-    with tempfile.TemporaryDirectory(prefix="txtrain-") as folder, _Forwarding() as signals:
+    with files.scratch() as folder, Group() as group:
         for number, job in enumerate(jobs):
-            if signals.received:
+            if group.received:
                 break
-            file = Path(folder) / f"{number}.yaml"
+            file = folder / f"{number}.yaml"
             to_file(job, file)
             print(f"txtrain: job {number} (of 0 to {len(jobs) - 1}): {labels[number]}", file=sys.stderr)
-            codes.append(signals.wait(_start(verb, file)))
+            _start(group, verb, file)
+            codes.append(group.wait())
     return codes
 
 
-def _start(verb: str, file: Path) -> subprocess.Popen[bytes]:
-    environment = os.environ | {"TXTRAIN_CONFIG": str(file)}
-    return subprocess.Popen([sys.executable, "-m", "txtrain", verb], env=environment, start_new_session=True)
-
-
-class _Forwarding:
-    """Signals reach the running job once. It is a session of its own: a terminal's Ctrl-C would come to it twice otherwise,
-    and the second one means "at once"."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._child: subprocess.Popen[bytes] | None = None
-        self._old: dict[int, Any] = {}
-
-    def __enter__(self) -> _Forwarding:
-        self._old = {number: signal.signal(number, self._forward) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _forward(self, number: int, _: FrameType | None) -> None:
-        self.received = True
-        if self._child is not None:
-            self._child.send_signal(number)
-
-    def wait(self, child: subprocess.Popen[bytes]) -> int:
-        self._child = child
-        if self.received:  # between the start and here
-            child.send_signal(signal.SIGTERM)
-        try:
-            return child.wait()
-        finally:
-            self._child = None
+def _start(group: Group, verb: str, file: Path) -> None:
+    """Where the sweep itself is killed, the job saves and ends: nobody would know of it."""
+    group.start([sys.executable, "-m", "txtrain", verb], [os.environ | {"TXTRAIN_CONFIG": str(file)}], orphaned=signal.SIGTERM)
 
 
 # ----------------------------------------------------------------------------------------------------- Hydra's launchers

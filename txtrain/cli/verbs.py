@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from txtrain.errors import ConfigError, RunError
+from txtrain.ground import files
 from txtrain.parallel.early_signals import EndsAtOnce
 from txtrain.registry import imported
 
@@ -106,6 +107,8 @@ def root_of(verb: str) -> type:
 
 def work_of(verb: str, job: Composed, start: float = START) -> Work:
     """What runs the job, with its module imported. start: when it was asked for, by the system's clock."""
+    if said := files.check_temporary():
+        print(f"txtrain: {said}", file=sys.stderr)
     return partial(imported(VERBS[verb].run), dc.replace(job, start=start))
 
 

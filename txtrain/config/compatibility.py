@@ -72,14 +72,14 @@ WHY = {  # an objective of the user's own has the reason that stands last
 def objective_rules(name: str) -> list[Rule]:
     """What an objective's config declares, as rules, and what stands above."""
     config = TABLE["objective"][name].config
-    declared = [(key, getattr(config, attribute, None)) for attribute, key in DECLARED.items()]
+    declared = [(key, getattr(config, attribute)) for attribute, key in DECLARED.items()]
     made = [RunRule({"objective": (name,)}, key, allowed, WHY.get((name, key), WHY["", key])) for key, allowed in declared if allowed is not None]
     return [*made, *(rule for rule in OBJECTIVE_RULES if rule.given["objective"] == (name,))]
 
 
 def objectives_for(model: ModelConfig) -> list[str]:
     """The objectives that a model allows, on data of a kind that they read."""
-    kinds = {name: getattr(option.config, "reads", None) or ALL_KINDS for name, option in TABLE["objective"].items()}
+    kinds = {name: option.config.reads or ALL_KINDS for name, option in TABLE["objective"].items()}
     return [name for name, reads in kinds.items() if any(_fits(model, name, kind) for kind in reads)]
 
 
@@ -111,12 +111,13 @@ class _Option:
     type: str
     kind: str | None = None
     packing: str = "concat"
+    seq_len: int | None = None
 
 
 def sources_of(kind: str) -> list[str]:
     """The options of `data` whose samples are of that kind; first those that need no path."""
-    configs = {name: option.config for name, option in TABLE["data"].items() if getattr(option.config, "kind", None) == kind}
-    return sorted(configs, key=lambda name: "path" in getattr(configs[name], "__dataclass_fields__", {}))
+    configs = {name: option.config for name, option in TABLE["data"].items() if option.config.kind == kind}
+    return sorted(configs, key=lambda name: any(f.name == "path" for f in dc.fields(configs[name])))
 
 
 # -------------------------------------------------------------------------------------------------------------- documentation
@@ -125,9 +126,10 @@ def sources_of(kind: str) -> list[str]:
 def markdown() -> str:
     """The table as docs/axes.md shows it."""
     objectives = [
-        (f"`{name}`", *(_listed(getattr(option.config, attribute, None)) for attribute in DECLARED)) for name, option in TABLE["objective"].items()
+        (f"`{name}`", *(_listed(getattr(option.config, attribute)) for attribute in DECLARED))
+        for name, option in TABLE["objective"].items()
     ]
-    kinds = dict.fromkeys(getattr(option.config, "kind", "text") for option in TABLE["data"].values())
+    kinds = dict.fromkeys(option.config.kind for option in TABLE["data"].values())
     sources = [(kind, _listed(sources_of(kind))) for kind in kinds]
     rules = [(_conditions(rule), f"`{rule.key}`", _listed(rule.allowed), rule.why) for rule in (*MODEL_RULES, *OBJECTIVE_RULES, *RUN_RULES)]
     return "\n".join(

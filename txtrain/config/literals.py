@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 
 from txtrain.config.schema import Export, Generate, Prepare
+from txtrain.errors import ConfigError
 from txtrain.ground.convert import marked
+from txtrain.ground.plain_files import is_whole
 
 LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
 
@@ -26,8 +28,14 @@ def quote(value: str) -> str:
 
 
 def protect(override: str, sweep: bool) -> str:
-    """The override with a literal key's value quoted; in a sweep every comma separates values."""
+    """The override with a literal key's value quoted; in a sweep every comma separates values.
+
+    Raises:
+        ConfigError: it is not UTF-8: nothing that is written down could hold it.
+    """
     key, equals, value = override.partition("=")
+    if not is_whole(override):
+        raise ConfigError(f"`{key.encode(errors='replace').decode()}` must be text in UTF-8, but is {value!r} instead.")
     name = key.lstrip("+")
     paths = name == _PATHS and not sweep and "," in value and not _GRAMMAR.match(value)
     if not equals or not (name in LITERALS or paths):

@@ -45,18 +45,19 @@ def component(axis: str, name: str) -> Callable[[T], T]:
 def _knob_problem(axis: str, config: type) -> str | None:
     inherited = {f.name for f in dc.fields(BASES[axis])}
     for f in dc.fields(config):
-        if f.name not in inherited and hasattr(BASES[axis], f.name) and not _is_default(BASES[axis], f.name):
+        if f.name not in inherited and not _is_free(BASES[axis], f.name):
             return f"a knob must have another name than {f.name!r}, which every {axis} has a method or a constant of."
         if axis in VALUE_AXES and f.name != "type" and f.default is f.default_factory is dc.MISSING:
             return f"{f.name!r} must have a default: an option of {axis} is chosen by its name alone."
     return None
 
 
-def _is_default(base: type, name: str) -> bool:
-    """Whether it stands for a knob that some options lack: a plain value, which no annotation makes a constant."""
-    owner = next(cls for cls in base.__mro__ if name in vars(cls))
-    plain = isinstance(vars(owner)[name], int | float | None)
-    return plain and name not in inspect.get_annotations(owner)
+def _is_free(base: type, name: str) -> bool:
+    """Whether it is unknown, or stands for a knob that some options lack: a plain value, which no annotation makes a
+    constant."""
+    owner = next((cls for cls in base.__mro__ if name in vars(cls)), None)
+    plain = owner is None or isinstance(vars(owner)[name], int | float | str | None)
+    return plain and (owner is None or name not in inspect.get_annotations(owner))
 
 
 # Parameters are always known: a user's own option is built and counted, unless its Config states them.
@@ -69,7 +70,7 @@ def _config_with_base(axis: str, own: type) -> type:
     One that derives from an option of the package does not inherit that option's number of parameters.
     """
     base = BASES[axis]
-    forms = [form for form in COUNTED if hasattr(base, form) and inherits_from_package(own, form)]
+    forms = [form for form in COUNTED if not _is_free(base, form) and inherits_from_package(own, form)]
     counted = {form: getattr(base, form) for form in forms}
     if issubclass(own, base) and all(getattr(own, form) is method for form, method in counted.items()):
         return own

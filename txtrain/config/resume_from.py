@@ -6,6 +6,8 @@ the command line, the user's --config-dir or the packaged options; what the file
 
 from __future__ import annotations
 
+import contextlib
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ from typing import Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf, open_dict
 
+from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config import loggers, targets
 from txtrain.config.composed import NOTES, Composed
 from txtrain.config.literals import escape
@@ -20,7 +24,7 @@ from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import check
 from txtrain.config.paths import groups_of
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import build, flat, marked
+from txtrain.ground.convert import build, differing, flat, marked
 from txtrain.ground.plain_files import read_yaml
 
 
@@ -37,7 +41,32 @@ def run_folder(run_or_checkpoint: str) -> Path:
             return folder
     why = "has no config.yaml" if path.exists() else "does not exist"
     allowed = "auto, never, or a run's folder, one of its checkpoints, or a folder of runs"
-    raise ConfigError(f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.")
+    raise ConfigError(f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.", *_copy_of(folders[-1]))
+
+
+def _copy_of(folder: Path) -> list[str]:
+    """Where the run's config.yaml is whole once more, if it is, and how to take it."""
+    saved = [path / "config.yaml" for path in reversed(checkpoint.complete(folder)) if (path / "config.yaml").is_file()][:1]
+    return [f"A checkpoint has it as it was then: {shlex.join(('cp', str(path), str(folder / 'config.yaml')))}" for path in saved]
+
+
+def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The run's config.yaml; and how it differs from that of its newest checkpoint, which has a checksum, in sentences.
+
+    Raises:
+        ConfigError: it is damaged; says which checkpoint has it whole. Or the run is of a newer format.
+    """
+    _ = RunFolder(folder).facts
+    try:
+        raw = read_yaml(folder / "config.yaml")
+    except ConfigError as e:
+        raise ConfigError(*e.problems, *_copy_of(folder)) from e
+    told: list[str] = []
+    for newest in checkpoint.complete(folder)[-1:]:
+        with contextlib.suppress(ConfigError):  # a damaged checkpoint is refused where it is read
+            saved = read_yaml(newest / "config.yaml")
+            told += [f"{key}: {old!r} in {newest.name}, {new!r} in the run's config.yaml" for key, old, new in differing(saved, raw, free=())]
+    return raw, told
 
 
 def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], loader: Loader) -> Composed:
@@ -47,7 +76,7 @@ def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], load
         ConfigError: no such run, a group that may not change, a key or value that does not exist.
     """
     folder = run_folder(run)
-    raw: dict[str, Any] = read_yaml(folder / "config.yaml")
+    raw, edited = _read(folder)
     parsed = [o for o in overrides if not o.is_hydra_override()]
     _refuse_others(parsed, root)
     saved_imports = raw.get("imports") or []
@@ -70,7 +99,7 @@ def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], load
             raise
         again = f"imports=[{','.join(saved_imports)}]"
         raise ConfigError(*e.problems, f"`resume`: the run used {again}. Code is never imported by a checkpoint's word: name it again.") from e
-    return Composed(config, {}, given, notes=(*notes, *_changes(saved, raw)))
+    return Composed(config, {}, given, notes=(*edited, *notes, *_changes(saved, raw)))
 
 
 def _without_foreign(raw: dict[str, Any], given: list[str], root: type) -> tuple[list[str], list[str]]:

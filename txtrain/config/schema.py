@@ -11,6 +11,8 @@ import txtrain.objectives.config  # noqa: F401  (these two register the sources 
 from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
+from txtrain.ground.convert import Checked
+from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
@@ -28,7 +30,8 @@ class Train(RunConfig):
         """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and
         where the groups are sound what compares their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
-        problems = [*out_of_range(self)] or [p for group in groups if hasattr(group, "check") for p in group.check()]
+        problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
+        problems += pattern_problems("freeze", self.freeze)
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -51,7 +54,7 @@ class Train(RunConfig):
             )
         elif (world := parallel.processes(self)) is not None:
             yield from self._check_processes(world)
-        if getattr(data, "streaming", False) and self.trainer.max_epochs is not None:
+        if data.streaming and self.trainer.max_epochs is not None:
             yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
         yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
@@ -185,7 +188,7 @@ class Preview(Train):
 @dc.dataclass(frozen=True, kw_only=True)
 class Generate(Sampling):
     # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
-    checkpoint: str | None = knob(None, literal=True)
+    checkpoint: str | None = knob(None, literal=True, run=True)
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
     prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
     prompt_file: str | None = None  # one prompt a line
@@ -202,9 +205,10 @@ class Generate(Sampling):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Export:
-    checkpoint: str | None = knob(None, literal=True)  # a run's folder, or one of its checkpoints
+    checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # a new folder
     weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    allow_nonfinite: bool = False  # write weights that hold NaN or infinity, too
     imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
 
     def check(self) -> Iterator[str]:

@@ -33,6 +33,9 @@ class DataConfig:
 
     kind: ClassVar[str] = "text"  # what its samples are: text, chat, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
+    mixes: ClassVar[bool] = False  # has sources of its own
+    streaming = False  # these two are no fields: some sources have them
+    offline_fallback = "never"
 
     def check(self) -> Iterator[str]:
         if self.packing != "concat" and self.kind not in ("text", "chat"):
@@ -55,6 +58,9 @@ class TextsConfig(DataConfig):
 
     # of one text: a file of .txt or .tsv, a line of .jsonl, a row
     max_text_bytes: int = knob(1 << 31, at_least=1, free=True)
+    encoding_errors: Literal["strict", "replace"] = "strict"  # of what is not UTF-8: refused, or each U+FFFD
+    # Rows of .jsonl, .parquet, .tsv and sets: refused, or left out and listed in the run's folder.
+    bad_rows: Literal["refuse", "skip"] = "refuse"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -86,6 +92,9 @@ class HFConfig(TextsConfig):
             yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
             yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, whose rows come one behind the other, but is {self.num_workers} instead."
+        for key, usual in (("encoding_errors", "strict"), ("bad_rows", "refuse")):
+            if self.streaming and getattr(self, key) != usual:  # what is left out is to be known before the run
+                yield f"`data.{key}` must be {usual} with data.streaming=true, but is {getattr(self, key)} instead."
         if self.streaming and self.tokenizer == "train":
             yield "`data.tokenizer` must be bytes, or a folder, file or hub name with data.streaming=true, but is train instead."
 
@@ -140,6 +149,8 @@ class MemmapConfig(DataConfig):
 class MixtureConfig(DataConfig):
     """`data=mixture`: several sources of text, each with its share of the samples."""
 
+    mixes: ClassVar = True
+
     sources: dict[str, Any] = axes("data")  # a name, and the keys of its source with its `type`
     weights: dict[str, float] | None = None  # of each name; null: as many samples as each has
 
@@ -157,10 +168,10 @@ class MixtureConfig(DataConfig):
             key = f"data.sources.{name}"
             if not re.fullmatch(r"\w[\w-]*", name):
                 yield f"`{key}`: a name must be of letters, digits, _ and -, but is {name!r} instead."
-            if source.type == "mixture" or source.kind != "text":
+            if source.mixes or source.kind != "text":
                 yield f"`{key}.type` must be a source of text, but is {source.type} instead."
                 continue
-            if getattr(source, "streaming", False):
+            if source.streaming:
                 yield f"`{key}.streaming` must be false in a mixture, but is true instead."
             yield from (problem.replace("`data.", f"`{key}.", 1) for problem in self.part(name).check())
             for shared in self.shared:

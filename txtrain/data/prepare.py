@@ -15,7 +15,7 @@ import numpy as np
 
 from txtrain.data.config import MixtureConfig
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
-from txtrain.data.samples.best_fit import write_plan
+from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
@@ -28,18 +28,22 @@ from txtrain.data.sources.source import (
     SampleSource,
     Source,
     TextSource,
+    as_named,
     build_source,
     describe,
     has_validation,
+    identity,
+    method_of,
     settle,
+    validation_sets,
 )
-from txtrain.data.store.cache import TokenFile, TokenWriter, build_folder, cache_root
+from txtrain.data.store.cache import MARK_FILES, TOKEN_FILES, TokenFile, TokenWriter, cached
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
-from txtrain.data.store.tokenize import Limit, tokenise
+from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
-from txtrain.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
 
@@ -60,6 +64,7 @@ class Prepared:
         named: validation sets with names; then `validation` is all of them.
         stream: where the training tokens are read as they come.
         shares: of the sources of a mixture, by name: the rows that each has, and its share of the samples.
+        skipped: files that list the rows of sources which were left out, one a line.
     """
 
     train: Rows
@@ -71,6 +76,16 @@ class Prepared:
     named: Mapping[str, Rows] = dc.field(default_factory=dict)
     shares: Mapping[str, tuple[int, Fraction]] = dc.field(default_factory=dict)
     stream: StreamTokens | None = None
+    skipped: tuple[Path, ...] = ()
+
+    @property
+    def n_skipped(self) -> int:
+        return sum(1 for file in self.skipped for _ in file.open("rb"))
+
+
+def _lists(*folders: Path) -> tuple[Path, ...]:
+    """The lists of rows that were left out of what is in these folders."""
+    return tuple(folder / SKIPPED for folder in folders if (folder / SKIPPED).exists())
 
 
 def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -79,8 +94,11 @@ def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepar
     Raises:
         ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
     """
-    way: Callable[[Any, RunConfig, SampleMaker], Prepared] = next(way for method, way in _WAYS.items() if hasattr(source, method))
-    return way(source, config, objective)
+    made = _WAYS[method_of(source) or ""](source, config, objective)
+    if made.skipped:
+        files = ", ".join(map(str, made.skipped))
+        log.warning("%s bad rows are left out (data.bad_rows=skip), listed in %s", f"{made.n_skipped:,}", files)
+    return made
 
 
 # ---------------------------------------------------------------------------------------------------------------------- text
@@ -92,17 +110,20 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
     corpus = Corpus(source, data.val_fraction)
     tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
     key, folder = _tokenised(corpus, tokenizer, config)
-    sets = source.validation_sets() if hasattr(source, "validation_sets") else {}
+    sets = validation_sets(source)
     if not sets:
         remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
-        return _packed((TokenFile(folder, "train"), TokenFile(folder, "validation")), tokenizer, key, config, objective, remedy)
-    made = []
+        both = TokenFile(folder, "train"), TokenFile(folder, "validation")
+        return dc.replace(_packed(both, tokenizer, key, config, objective, remedy), skipped=_lists(folder))
+    made, folders = [], [folder]
     for name, one in sets.items():
         other, beside = _tokenised(ValidationSet(one), tokenizer, config)
+        folders.append(beside)
         splits = TokenFile(folder, "train"), TokenFile(beside, "validation")
         made.append(_packed(splits, tokenizer, digest(key, other), config, objective, f"a longer data.val_path.{name}"))
     named = {name: part.validation for name, part in zip(sets, made, strict=True)}
-    return dc.replace(made[0], validation=MixedRows([*named.values()]), named=named, fingerprint=digest(*(part.fingerprint for part in made)))
+    validation, fingerprint = MixedRows([*named.values()]), digest(*(part.fingerprint for part in made))
+    return dc.replace(made[0], validation=validation, named=named, fingerprint=fingerprint, skipped=_lists(*folders))
 
 
 def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -121,7 +142,7 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
                 writer.append_marked(split, text)
         writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
 
-    folder = build_folder(cache_root(data.cache_dir) / key, fill)
+    folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
     splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
     return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
 
@@ -129,20 +150,22 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
     """The key of a text by a tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    return key, build_folder(cache_root(config.data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, limit=_limit(config)))
+    fill = partial(tokenise, corpus, tokenizer, limit=_limit(config))
+    return key, cached(config.data.cache_dir, key, fill, TOKEN_FILES)
 
 
 def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     """The samples of all sources, by one tokenizer, and one validation set of each."""
     if config.data.tokenizer == "train" and any(type(one).tokenizer is None for one in source.parts().values()):
         raise ConfigError("`data.tokenizer` must be given with a data=memmap among data.sources: a folder of txtrain prepare has one in FOLDER/tokenizer.")
-    configs = {name: dc.replace(config, data=_as_named(config.data.part(name))) for name in source.parts()}
+    configs = {name: as_named(dc.replace(config, data=config.data.part(name))) for name in source.parts()}
     sources = {name: _told(name, lambda one=one: build_source(settle(one)[0])) for name, one in configs.items()}  # type: ignore[misc]
-    corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in sources.items() if hasattr(s, "documents")]
+    texts = {name: s for name, s in sources.items() if method_of(s) == "documents"}
+    corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in texts.items()]
     tokenizer = make_tokenizer(Corpora(tuple(corpora)), config, objective.special_tokens)
     made: dict[str, Prepared] = {}
     for name, s in sources.items():
-        way = partial(_text, tokenizer=tokenizer) if hasattr(s, "documents") else _tokens
+        way = partial(_text, tokenizer=tokenizer) if name in texts else _tokens
         made[name] = _told(name, lambda way=way, s=s, name=name: way(s, configs[name], objective))  # type: ignore[misc]
     shares = source.shares([len(part.train) for part in made.values()])
     named = {(f"{name}.{one}" if part.named else name): rows for name, part in made.items() for one, rows in (part.named or {"": part.validation}).items()}
@@ -154,12 +177,8 @@ def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared
         text=next(iter(made.values())).text,
         named=named,
         shares={name: (len(part.train), share) for (name, part), share in zip(made.items(), shares, strict=True)},
+        skipped=tuple(file for part in made.values() for file in part.skipped),
     )
-
-
-def _as_named(data: Any) -> Any:
-    """Nothing stands in for a source of a mixture that cannot be had."""
-    return dc.replace(data, offline_fallback="never") if hasattr(data, "offline_fallback") else data
 
 
 def _told(name: str, make: Callable[[], Any]) -> Any:
@@ -177,7 +196,7 @@ def _of_source(name: str, problem: str) -> str:
 
 
 def _limit(config: RunConfig) -> Limit | None:
-    n_nodes = getattr(config.trainer, "num_nodes", 1)
+    n_nodes = config.trainer.num_nodes
     return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
 
 
@@ -198,8 +217,9 @@ def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, c
 
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     packing = config.data.packing
-    folder = cache_root(config.data.cache_dir) / f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
-    return build_folder(folder, lambda empty: write_plan(tokens, config.seq_len, empty, together=packing == "best_fit"))
+    name = f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
+    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit")
+    return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
 # -------------------------------------------------------------------------------------------------------------------- tokens
@@ -214,7 +234,8 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
     for tokens in (train, validation):
         tokens.probe()
-    return _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+    made = _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+    return dc.replace(made, skipped=_lists(*source.folders))
 
 
 # -------------------------------------------------------------------------------------------------------------------- stream
@@ -236,7 +257,7 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
                     break
         writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
 
-    validation = TokenFile(build_folder(cache_root(config.data.cache_dir) / digest(key, n_tokens), fill), "validation")
+    validation = TokenFile(cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES), "validation")
     stream = StreamTokens(source.stream, tokenizer)
     made = _packed((stream, validation), tokenizer, key, config, objective, "a larger data.val_fraction, or another data.val_split")
     return dc.replace(made, stream=stream)
@@ -276,7 +297,7 @@ def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tok
     def fill(empty: Any) -> None:
         train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens)).with_specials(special_tokens).save(empty)
 
-    tokenizer = load_tokenizer(build_folder(cache_root(cache_dir) / f"tokenizer-{key}", fill))
+    tokenizer = load_tokenizer(cached(cache_dir, f"tokenizer-{key}", fill, TOKENIZER_FILES))
     if tokenizer.vocab_size < vocab_size:
         log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
     return tokenizer
@@ -303,7 +324,8 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     corpus = PairCorpus(source, data.val_fraction)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    folder = build_folder(cache_root(data.cache_dir) / key, lambda empty: tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config)))
+    fill = partial(tokenise, corpus, tokenizer, with_bos=False, limit=_limit(config))
+    folder = cached(data.cache_dir, key, fill, TOKEN_FILES)
     train, validation = (PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation"))
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
@@ -313,7 +335,8 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
             )
         if rows.n_all > len(rows):
             log.warning("%d of %d %s pairs are longer than data.seq_len=%d and left out", rows.n_all - len(rows), rows.n_all, part, config.seq_len)
-    return Prepared(train, validation, digest(key, config.seq_len), tokenizer, lengths=train.lengths)
+    known = digest(key, config.seq_len)
+    return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
 
 
 # -------------------------------------------------------------------------------------------------------------------- images
@@ -341,12 +364,13 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
         if not len(listed):
             raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
         probe(listed)
-    known = source.identity() if hasattr(source, "identity") else repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)])
+    known = identity(source, lambda: repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)]))
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
-_WAYS = {
-    "marked": _marked,  # before the texts, which such a source has too
+Way = Callable[[Any, RunConfig, SampleMaker], Prepared]
+_WAYS: dict[str, Way] = {
+    "marked": _marked,
     "documents": _text,
     "pairs": _pairs,
     "images": _images,

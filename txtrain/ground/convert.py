@@ -9,12 +9,12 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import shorten
 from txtrain.ground.unknown_keys import unknown_key
-from txtrain.registry import TABLE, group_of, out_of_range
+from txtrain.registry import NONE, TABLE, group_of, out_of_range
 from txtrain.registry import key_of as key_of
 
 T = TypeVar("T")
@@ -25,6 +25,13 @@ _MOST_PROBLEMS, _LONGEST = 50, 2000  # that are told at once, and characters of 
 _BAD = object()  # what stands in for a value that has a problem
 
 
+@runtime_checkable
+class Checked(Protocol):
+    """A config that finds its own problems, but for numbers out of their bounds."""
+
+    def check(self) -> Iterable[str]: ...
+
+
 def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     """The typed, checked object that `raw` describes.
 
@@ -33,7 +40,7 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
             that kind, numbers out of their bounds; if none, what the object's own `check` finds.
     """
     made, problems = part(cls, raw, "")
-    if problems or (problems := list(getattr(made, "check", tuple)())):
+    if problems or (isinstance(made, Checked) and (problems := list(made.check()))):
         raise ConfigError(*problems)
     return typing.cast(T, made)
 
@@ -51,8 +58,7 @@ def checked(value: Any, cls: type[T], name: str, path: str = "") -> T:
         raise ConfigError(f"`{name}` must be a {cls.__name__}, as txtrain.compose makes it, but is {kind} instead.")
     made, problems = part(type(value), plain(value), path)
     problems = problems or list(_differences(made, value, path))
-    problems = problems or list(getattr(value, "check", tuple)())
-    if problems:
+    if problems or (isinstance(value, Checked) and (problems := list(value.check()))):
         raise ConfigError(*problems)
     return value
 
@@ -122,9 +128,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str]) -> list[tuple[str, Any, Any]]:
-    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below."""
+    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below. A key that
+    one of them does not have, as it is of another version, is null or an empty list there."""
     a, b = flat(old), flat(new)
-    return [(key, a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key) and not among(key, free)]
+    pairs = [(key, a.get(key), b.get(key)) for key in {**a, **b} if not among(key, free)]
+    return [(key, x, y) for key, x, y in pairs if x != y and [x, y] not in ([None, []], [[], None])]
 
 
 def among(key: str, keys: Iterable[str]) -> bool:
@@ -156,16 +164,16 @@ class _Reader:
         self.root = root
         self.problems: list[str] = []
 
-    def dataclass(self, cls: type, raw: Any, path: str, axis: str | None) -> Any:
-        """`axis`: the axis that `cls` is an option of, if it is one."""
+    def dataclass(self, cls: type, raw: Any, path: str, axis: str | None, absent: Mapping[str, str] = NONE) -> Any:
+        """`axis`: the axis that `cls` is an option of, if it is one; absent: as of a registered option."""
         if not isinstance(raw, Mapping):
             return self.problem(f"`{path}` must be a mapping, but is {raw!r} instead.")
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         known = key_paths(self.root)
         for key in raw:
             if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # each is compared with all keys there are
-                reason = getattr(cls, "absent", {}).get(key, "")
-                self.problem(unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis) + reason)
+                said = unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis)
+                self.problem(said + absent.get(key, ""))
         values = {}
         for name, f in fields.items():
             if name in raw:
@@ -196,7 +204,7 @@ class _Reader:
         kind = raw.get(tag)
         if not isinstance(kind, str) or kind not in options:
             return self.not_an_option(f"{path}.{tag}", kind, options)
-        return self.dataclass(options[kind].config, raw, path, axis)
+        return self.dataclass(options[kind].config, raw, path, axis, options[kind].absent)
 
     def value(self, tp: Any, v: Any, path: str) -> Any:
         if v == _MISSING:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+import secrets
+import shutil
+import tempfile
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from txtrain.errors import ConfigError
 
+LOCK = "lock"  # of a temporary folder, in it
 PATIENCE = 6.0  # seconds: the data loader's workers of a process that was killed hold its lock until they notice (5 s)
 
 
@@ -41,12 +46,25 @@ def sync(path: Path) -> None:
 def write(path: Path, text: str) -> None:
     """Write a whole file at once: a reader sees the old one or the new one, also after a power cut."""
     part = path.with_name(path.name + ".tmp")
-    with open(part, "w", encoding="utf-8", newline="") as f:
-        f.write(text)
+    try:
+        with open(part, "w", encoding="utf-8", newline="") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def overwrite(path: Path, text: str) -> None:
+    """Write where the file lies: on a disk that is full a text that is not longer still fits."""
+    with open(path, "r+b") as f:
+        f.write(text.encode())
+        f.truncate()
         f.flush()
         os.fsync(f.fileno())
-    os.replace(part, path)
-    sync(path.parent)
 
 
 def lock(folder: Path) -> Callable[[], object] | None:
@@ -57,24 +75,55 @@ def lock(folder: Path) -> Callable[[], object] | None:
     Returns:
         A function that gives it back; so does the garbage collector where that is forgotten.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return lambda: None
     handle = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + PATIENCE
     while True:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        ours = _flock(handle)
+        if ours:
             return _Release(handle)
-        except OSError as e:
-            if e.errno not in (errno.EAGAIN, errno.EACCES):  # a file system without locks
-                os.close(handle)
-                return lambda: None
-        if time.monotonic() > deadline:
+        if ours is None or time.monotonic() > deadline:
             os.close(handle)
-            return None
+            return None if ours is False else lambda: None
         time.sleep(0.2)
+
+
+def _flock(handle: int) -> bool | None:
+    """Whether the lock of an open folder is this process' now; None on a file system, or a system, without locks."""
+    try:
+        import fcntl
+
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:  # Windows
+        return None
+    except OSError as e:
+        return False if e.errno in (errno.EAGAIN, errno.EACCES) else None
+    return True
+
+
+@contextlib.contextmanager
+def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
+    """A temporary folder, locked as long as it is used; those that a process left which was killed (kill -9) are removed.
+
+    Without locks nothing is known of the others, and they stay.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        with contextlib.suppress(OSError), _opened(left) as handle:  # another user's, or a plain file
+            if _flock(handle):
+                shutil.rmtree(left, ignore_errors=True)
+    while True:
+        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name, _opened(Path(name)) as handle:
+            if _flock(handle) is not False and os.path.exists(name):  # else another start took it for one that was left
+                yield Path(name)
+                return
+
+
+@contextlib.contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        yield handle
+    finally:
+        os.close(handle)
 
 
 class _Release:
@@ -83,3 +132,128 @@ class _Release:
 
     def __call__(self) -> None:
         self._close()
+
+
+# ---------------------------------------------------------------------------------------------------------- temporary folders
+
+
+@contextlib.contextmanager
+def temporary(parent: Path, name: str) -> Iterator[Path]:
+    """A new folder in `parent`, `.NAME.xxxxxxxx.tmp`, that is removed in the end, unless it was renamed.
+
+    What processes that are no more have left of such folders goes first. One is taken to be left if its lock can be had: the system,
+    that of another host too, gives it back when the process ends. A process's number would say nothing beyond its own container.
+    """
+    remove_abandoned(parent)
+    made, handle = _locked_folder(parent, name)
+    try:
+        yield made
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+        os.close(handle)
+
+
+def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
+    while True:
+        made = parent / f".{name}.{secrets.token_hex(4)}.tmp"
+        made.mkdir()  # not tempfile's, whose folders nobody else may read
+        with contextlib.suppress(FileNotFoundError):  # another process may take it for abandoned before it is locked
+            handle = os.open(made / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written to
+            if _flock(handle) is not False and os.path.samestat(os.fstat(handle), os.stat(made / LOCK)):
+                return made, handle
+            os.close(handle)
+
+
+def remove_abandoned(parent: Path) -> None:
+    """Temporary folders in `parent` whose processes have ended. Those of other users, and of file systems without locks, stay."""
+    for path in parent.glob(".*.tmp"):
+        with contextlib.suppress(OSError):
+            if not (path / LOCK).exists():
+                path.rmdir()  # unless there is something in it: not one of these
+                continue
+            handle = os.open(path / LOCK, os.O_RDWR)
+            try:
+                if _flock(handle):
+                    shutil.rmtree(path)
+            finally:
+                os.close(handle)
+
+
+# ------------------------------------------------------------------------------------------------------------------- writing
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Refuse a folder, or a new one, that could not be written to, before work is done that it should keep. Nothing is left there.
+
+    Args:
+        key: or variable, that names it.
+
+    Raises:
+        ConfigError: the folder, and why: its name, a link to nothing, rights, a disk that is full.
+    """
+    try:
+        there = _nearest(folder.absolute())
+        for part in folder.absolute().relative_to(there).parts:
+            with contextlib.suppress(FileNotFoundError):
+                os.lstat(there / part)  # the name may be too long
+        if there.is_symlink() and not there.exists():
+            raise FileNotFoundError(errno.ENOENT, f"{there} is a link to {os.readlink(there)}, which does not exist")
+        if not there.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, f"{there} is a file")
+        with tempfile.TemporaryFile(dir=there, buffering=0) as f:
+            f.write(bytes(1 << 16))
+            os.fsync(f.fileno())
+    except OSError as e:
+        raise _unwritable(folder, key, e) from e
+
+
+def _nearest(path: Path) -> Path:
+    """It or the folder above it that is there, be it a link to nothing."""
+    while True:
+        try:
+            os.lstat(path)
+            return path
+        except FileNotFoundError:
+            path = path.parent
+
+
+def check_temporary() -> str | None:
+    """What there is to say of $TMPDIR, which all that asks for a temporary folder would leave without a word.
+
+    Raises:
+        ConfigError: there is no folder for temporary files at all.
+    """
+    given = os.environ.get("TMPDIR")
+    try:
+        used = tempfile.gettempdir()
+    except FileNotFoundError as e:
+        raise ConfigError(f"`TMPDIR` must be a folder that can be written to, but is {given!r} instead: {e.strerror}.") from e
+    if not given or os.path.abspath(given) == used:
+        return None
+    os.environ["TMPDIR"] = used  # of child processes too, which need not say it again
+    return f"TMPDIR={given} is no folder that can be written to: {used} is used instead."
+
+
+@contextlib.contextmanager
+def writing(folder: Path, key: str) -> Iterator[None]:
+    """What the system says of what is written below a folder's parent, as ours: the disk is full, a quota reached, a right missing.
+
+    Raises:
+        ConfigError: names the key, the folder and the cause.
+    """
+    try:
+        yield
+    except OSError as e:
+        ours = isinstance(e.filename, (str, os.PathLike)) and Path(e.filename).is_relative_to(folder.parent)
+        of_numpy = type(e) is OSError and e.errno is None  # of a file that was not taken whole
+        if not (ours or of_numpy or e.errno in _FULL):
+            raise
+        raise _unwritable(folder, key, e) from e
+
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
+
+def _unwritable(folder: Path, key: str, e: OSError) -> ConfigError:
+    what = "a folder, or a new one in a folder, that can be written to"
+    return ConfigError(f"`{key}` must be {what}, but is {str(folder)!r} instead: {e.strerror or e}.")

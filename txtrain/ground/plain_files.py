@@ -116,12 +116,13 @@ def read_json(path: Path, limit: int = LIMIT, *, finite: bool = True) -> dict[st
     return parse_json(read_bytes(path, limit), str(path), finite=finite)
 
 
-def parse_json(text: str | bytes, where: str, *, finite: bool = True) -> dict[str, Any]:
+def parse_json(text: str | bytes, where: str, *, finite: bool = True, whole: bool = True) -> dict[str, Any]:
     """A JSON object.
 
     Args:
         where: what an error calls it.
         finite: refuse NaN and infinities, which JSON does not have, but Python writes.
+        whole: refuse halves of characters.
 
     Raises:
         ConfigError: it is cut off, no object, nested beyond reason, or says a name twice or a number that is none.
@@ -138,7 +139,7 @@ def parse_json(text: str | bytes, where: str, *, finite: bool = True) -> dict[st
             line = f"line {e.lineno}, " if "\n" in e.doc else ""
             said = f"{e.msg} at {line}column {e.colno}"
         raise ConfigError(f"{where} must be whole, valid JSON, but is not: {shorten(said)}.") from e
-    return _object(made, where, "JSON object", finite)
+    return _object(made, where, "JSON object", finite, whole)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -220,17 +221,17 @@ def _check_events(text: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------- values
 
 
-def _object(made: Any, where: str, what: str, finite: bool) -> dict[Any, Any]:
+def _object(made: Any, where: str, what: str, finite: bool, whole: bool = True) -> dict[Any, Any]:
     """What was read, if it is a mapping of plain values."""
     if not isinstance(made, dict):
         raise ConfigError(f"{where} must be a {what}, but is {_kind(made)} instead.")
-    problem = next(_problems(made, finite), None)
+    problem = next(_problems(made, finite, whole), None)
     if problem is not None:
         raise ConfigError(f"{where}: {problem}")
     return made
 
 
-def _problems(made: Any, finite: bool) -> Iterator[str]:
+def _problems(made: Any, finite: bool, whole: bool) -> Iterator[str]:
     """Of all values, without recursion."""
     waiting: list[tuple[Any, str, int]] = [(made, "", 1)]
     while waiting:
@@ -245,15 +246,15 @@ def _problems(made: Any, finite: bool) -> Iterator[str]:
                 if finite and not -float("inf") < value < float("inf"):
                     yield f"`{shorten(f'{path}.{key}'.strip('.'))}` must be a finite number, but is {value} instead."
             elif kind is str:
-                if not value.isascii() and not _whole(value):
+                if whole and not value.isascii() and not is_whole(value):
                     yield f"`{shorten(f'{path}.{key}'.strip('.'))}` must be whole text, but holds half of a character."
             elif value is not None and kind is not int and kind is not bool:
                 yield f"`{shorten(f'{path}.{key}'.strip('.'))}` must be text or a number, but is {_kind(value)}."
-            if type(key) is str and not key.isascii() and not _whole(key):
+            if whole and type(key) is str and not key.isascii() and not is_whole(key):
                 yield f"{shorten(repr(key))} must be whole text, but holds half of a character."
 
 
-def _whole(text: str) -> bool:
+def is_whole(text: str) -> bool:
     """JSON can spell one of the two surrogates that UTF-16 writes a character with."""
     try:
         text.encode()

@@ -6,19 +6,21 @@ import contextlib
 import dataclasses as dc
 import datetime
 import itertools
+import json
 import os
 import re
 import socket
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from txtrain.errors import ConfigError
 
 PORTS = range(12_000, 32_000)  # above those of services, below those that Linux gives to connections (32768 to 60999)
 _SPECIAL = 0xFFFFFFF0  # steps from here on are SLURM's own: of the batch script, of salloc's shell
 _QUESTION, _REQUEST = 10.0, 60.0  # seconds for an answer of SLURM's commands
+MAX_REQUEUES = 3  # default of trainer.max_requeues
 _requeued: set[str] = set()  # jobs for which this process has asked
 
 
@@ -45,7 +47,26 @@ class Job:
             return datetime.datetime.fromisoformat(self._asked("EndTime")[0]).timestamp()
         return None
 
-    def requeue(self) -> str:
+    @property
+    def record(self) -> dict[str, Any]:
+        """As run.json has it: under `slurm` of the latest start, under `progress` of the latest whose steps were kept."""
+        return {"job": self.number, "restarts": self.restarts}
+
+    def gives_up(self, most: int, *folders: str | None) -> bool:
+        """Whether more than `most` starts of the job in a row, this one the last, have kept no step.
+
+        folders: of the job's runs, where they may lie elsewhere than under runs/.
+        """
+        if self.restarts < most:
+            return False
+        last = -1
+        for file in (*(Path(f).expanduser() / "run.json" for f in folders if f), *Path("runs").glob("*/*/run.json")):
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or no run's of this version
+                kept = json.loads(file.read_text(encoding="utf-8"))["progress"]
+                last = max(last, kept["restarts"] if kept["job"] == self.number else -1)
+        return self.restarts - last > most
+
+    def requeue(self, gives_up: bool = False) -> str:
         """Have SLURM run the job again; called when all is on the disk, for SLURM ends the job's processes at once. What came of it, in words.
 
         A job that SLURM runs again by itself needs no word of ours, and one that a person has cancelled must not come back: SLURM would
@@ -60,6 +81,8 @@ class Job:
             return f"SLURM runs job {self.number} again by itself."
         if state == "CANCELLED" or (state == "COMPLETING" and reason != "TimeLimit"):
             return f"Job {self.number} was cancelled: it is not requeued."
+        if gives_up:
+            return f"Job {self.number} is not requeued: more starts in a row than trainer.max_requeues have kept no step."
         by_script = "exit code 75 tells the script to do it"
         try:
             done = _run(["scontrol", "requeue", self.number], _REQUEST)

@@ -1,10 +1,11 @@
 """Hugging Face folders in and out.
 
     load.py save.py         load_pretrained, save_pretrained
-    registry.py             the classes of transformers that are known; which of them a model equals
-    families/               one class each: its config.json and its tensor names, as tables that read both ways
-    hf_class.py fields.py rope_fields.py name_map.py        what those tables are made of
-    strict_json.py folder.py tensor_names.py weights.py tensor_file.py      files that a stranger wrote
+    trainer.py              build_model, for transformers.Trainer too
+    registry.py             the known classes of transformers; which of them a model equals
+    families/               one class each: its config.json and tensor names, as tables that read both ways
+    hf_class.py fields.py rope_fields.py name_map.py        the parts of those tables
+    folder.py tensor_names.py weights.py tensor_file.py     reading files that a stranger wrote
 
-Nothing here imports transformers, and only load, save, tensor_layout and the weights import torch.
+Nothing here imports transformers, and only load, save, trainer, tensor_layout and the weights import torch.
 """

@@ -1,4 +1,4 @@
-"""A model's folder, of which only the files in it count: no name may lead out of it."""
+"""A model's folder; no file name may lead out of it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,10 @@ from txtrain.errors import ConfigError
 from txtrain.ground import plain_files
 from txtrain.ground.files import path_of
 
-# What a tokenizer of transformers is made of, and how images are to be scaled. Copied byte for byte, never opened here.
+# Files of a tokenizer and of image preprocessing, copied byte for byte.
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "tokenizer.model",
-    "spiece.model",
-    "vocab.json",
-    "merges.txt",
-    "vocab.txt",
-    *("source.spm", "target.spm"),
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
+    "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "source.spm", "target.spm",
     "preprocessor_config.json",
 )
 
@@ -29,14 +20,15 @@ TOKENIZER_FILES = (
 def checked(folder: str | os.PathLike[str]) -> Path:
     path = path_of(folder, "folder")
     if not path.is_dir():
-        raise ConfigError(f"`load_pretrained` must be given a folder, but {str(folder)!r} is {'a file' if path.exists() else 'not there'}.")
+        found = "a file" if path.exists() else "not there"
+        raise ConfigError(f"`load_pretrained` must be given a folder, but {str(folder)!r} is {found}.")
     return path
 
 
 def member(folder: Path, name: str) -> Path | None:
     """The regular file of that name directly in the folder, or None if there is none.
 
-    A link must stay in the folder, but for the hub's cache: snapshots/REVISION/NAME -> ../../blobs/HASH.
+    A link must stay in the folder, except in the hub's cache: snapshots/REVISION/NAME -> ../../blobs/HASH.
 
     Raises:
         ConfigError: the name or the link leads elsewhere.
@@ -51,11 +43,7 @@ def member(folder: Path, name: str) -> Path | None:
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the tokenizer's files, as they are."""
-    found: dict[str, bytes] = {}
-    for name in TOKENIZER_FILES:
-        path = member(folder, name)
-        if path is None:
-            continue
-        found[name] = plain_files.read_bytes(path, plain_files.TOKENIZER_LIMIT)
-    return found
+    """Name -> content of the tokenizer's files."""
+    paths = {name: member(folder, name) for name in TOKENIZER_FILES}
+    limit = plain_files.TOKENIZER_LIMIT
+    return {name: plain_files.read_bytes(path, limit) for name, path in paths.items() if path is not None}

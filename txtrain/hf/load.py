@@ -1,4 +1,4 @@
-"""A Hugging Face folder to a Transformer: everything is checked before memory is taken, then tensors stream in one by one."""
+"""A Hugging Face folder to a Transformer: all is checked before memory is allocated; tensors load one by one."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ from txtrain.hf.registry import CONFIG, label_names, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
 from txtrain.hf.tensor_layout import from_theirs, tensors_of
 from txtrain.hf.tensor_names import check_layers
+from txtrain.hf.trainer import build_model
 from txtrain.hf.weights import Weights
-from txtrain.model.build import build_model
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import Transformer
 
 EMBEDDING, HEAD = "embedding.token.weight", "head.weight"
 _HEADS = ("lm_head.weight", "predictions.decoder.weight")
 _SHOWN = 3  # names in a message
-_SINUSOID_TOLERANCE = 2e-3  # of float16, and of the angles of far positions
+_SINUSOID_TOLERANCE = 2e-3  # for float16, and for the angles of far positions
 
 
 def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Transformer:
     """The model of a Hugging Face folder, on the default device, in eval mode.
 
-    Memory: at most the model and its largest tensor. Nothing in the folder is run, and nothing but tensors unpickled.
+    Memory: at most the model and its largest tensor. No code of the folder runs; only tensors are unpickled.
 
     Args:
         dtype: of the parameters; None: torch's default, whatever the files have.
 
     Raises:
-        ConfigError: the folder is of no known class, has something in its config that would change the numbers and is not supported,
+        ConfigError: the folder is of no known class, its config has an unsupported field that would change the numbers,
             or its files do not hold exactly the model's tensors.
     """
     folder = checked(folder)
@@ -48,40 +48,38 @@ def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = 
     weights.rename(hf.renamed)
     hf, config = read_config(folder, weights)
     entries = weights.entries()
-    _check_size(config, entries, folder)
+    check_layers(config, frozenset(entries), f"{folder}: {CONFIG}")  # a config may claim any size, the files cannot
+    held = sum(n_elements(entry.shape) for entry in entries.values())
+    if (n := config.n_params) > held:
+        sizes = f"a model of {n:,} parameters, but the files hold {held:,} numbers"
+        raise ConfigError(f"{folder}: {CONFIG} describes {sizes}.")
     with torch.device("meta"):
         model = build_model(config)
     every = stored_tensors(hf.rows, config, {name: tuple(t.shape) for name, t in tensors_of(model).items()})
     stored = _without_spares(every, entries)
     copies = _copies(hf, config, stored, entries)
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
-    _check_copies(copies, weights, folder)
-    _check_sinusoids(hf, model, weights, folder)
+    _check_values(hf, model, copies, weights, folder)
     model.tokenizer_files = tokenizer_files(folder)
     model.label_names = label_names(folder)
     model.loss_type = hf.loss_type
     model.to(dtype or torch.get_default_dtype()).to_empty(device=torch.get_default_device())
-    _fill(model, stored, weights)
+    tensors = tensors_of(model)
+    with torch.no_grad():
+        for s in stored:
+            from_theirs(s, weights.read(s.name), tensors)
     return model.eval()
 
 
-def _check_size(config: ModelConfig, entries: Mapping[str, Entry], folder: Path) -> None:
-    """Before anything is built: a config may claim any size, the files cannot."""
-    check_layers(config, frozenset(entries), f"{folder}: {CONFIG}")
-    held = sum(n_elements(entry.shape) for entry in entries.values())
-    if config.n_params > held:
-        raise ConfigError(f"{folder}: {CONFIG} describes a model of {config.n_params:,} parameters, but the files hold {held:,} numbers.")
-
-
 def _without_spares(stored: list[Stored], entries: Mapping[str, Entry]) -> list[Stored]:
-    """Of two names for one of ours, the one that is to be read."""
+    """Of two names for one of ours, the one to read."""
     there = {s.parts for s in stored if not s.spare and s.name in entries}
     spared = {s.parts for s in stored if s.spare and s.name in entries} - there
     return [s for s in stored if s.spare == (s.parts in spared)]
 
 
 def _copies(hf: HFClass, config: ModelConfig, stored: list[Stored], entries: Mapping[str, Entry]) -> dict[str, str]:
-    """Tensors in the folder that are another's, by name: the tied head, and what the class says."""
+    """Second names in the folder -> first names: the tied head's, and the class's."""
     copies = dict(hf.copies)
     if config.tie_word_embeddings:
         copies[_weight(hf, HEAD, dc.replace(config, tie_word_embeddings=False))] = _weight(hf, EMBEDDING, config)
@@ -89,15 +87,19 @@ def _copies(hf: HFClass, config: ModelConfig, stored: list[Stored], entries: Map
     return {name: of for name, of in copies.items() if name in entries and name not in wanted and of in wanted}
 
 
-def _check_tensors(hf: HFClass, stored: list[Stored], entries: Mapping[str, Entry], folder: Path, config: ModelConfig, known: Collection[str]) -> None:
+def _check_tensors(
+    hf: HFClass, stored: list[Stored], entries: Mapping[str, Entry], folder: Path, config: ModelConfig,
+    known: Collection[str],
+) -> None:
     wanted = {s.name: s.shape for s in stored}
     unread = "|".join((hf.buffers.replace("{n_layers}", str(config.n_layers)), hf.sinusoids))
     problems = []
     if missing := [name for name in wanted if name not in entries]:
-        problems.append(f"{folder} must hold {_listed(missing)}, but does not.{hint(missing[0], entries.keys() - wanted.keys())}")
+        near = hint(missing[0], entries.keys() - wanted.keys())
+        problems.append(f"{folder} must hold {_listed(missing)}, but does not.{near}")
     extra = [name for name in entries if name not in wanted and name not in known and not re.fullmatch(unread, name)]
     if extra:
-        problems.append(f"{folder} must hold nothing that {hf.architecture} has no place for, but holds {_listed(extra)}.")
+        problems.append(f"{folder} must hold only tensors of {hf.architecture}, but holds {_listed(extra)}.")
     for name, shape in wanted.items():
         entry = entries.get(name)
         if entry is not None and entry.shape != shape:
@@ -114,35 +116,27 @@ def _listed(names: list[str]) -> str:
 
 
 def _weight(hf: HFClass, ours: str, config: ModelConfig) -> str:
-    """Their name of one of our weights."""
+    """Their name for one of our weights."""
     module = ours.removesuffix(".weight")
     row = next(row for row in hf.rows if (module in row.ours or ours in row.ours) and row.when(config))
     return row.theirs if ours in row.ours else f"{row.theirs}.weight"
 
 
-@torch.no_grad()
-def _fill(model: Transformer, stored: list[Stored], weights: Weights) -> None:
-    tensors = tensors_of(model)
-    for s in stored:
-        from_theirs(s, weights.read(s.name), tensors)
-
-
-def _check_copies(copies: Mapping[str, str], weights: Weights, folder: Path) -> None:
-    """Some versions of transformers would use a tensor that is held twice as it is there, some would not."""
+def _check_values(
+    hf: HFClass, model: Transformer, copies: Mapping[str, str], weights: Weights, folder: Path
+) -> None:
+    """Second names must hold equal tensors, and position tables the sines and cosines that are computed here."""
     for name, of in copies.items():
         if not weights.same(name, of):
             nearest = f" Nearest: set tie_word_embeddings to false in {CONFIG}." if name.endswith(_HEADS) else ""
-            raise ConfigError(f"{folder}: {name} must be {of} once more, as {CONFIG} says, but is another tensor.{nearest}")
-
-
-def _check_sinusoids(hf: HFClass, model: Transformer, weights: Weights, folder: Path) -> None:
-    """Tables that are computed here: of the folder's only that they are no others."""
+            raise ConfigError(f"{folder}: {name} must equal {of}, as {CONFIG} says, but does not.{nearest}")
     for name, entry in weights.entries().items():
         if re.fullmatch(hf.sinusoids, name):
             right = entry.dtype in DTYPES and len(entry.shape) == 2 and entry.shape[1] == model.config.dim
             if right:
                 table = weights.read(name).float()
                 ids = torch.arange(len(table), device="cpu")[None]
-                right = torch.allclose(model.position.add(torch.zeros(1, *table.shape, device="cpu"), ids)[0], table, atol=_SINUSOID_TOLERANCE)
+                waves = model.position.add(torch.zeros(1, *table.shape, device="cpu"), ids)[0]
+                right = torch.allclose(waves, table, atol=_SINUSOID_TOLERANCE)
             if not right:
                 raise ConfigError(f"{folder}: {name} must be the sines and cosines of its positions, but is not.")

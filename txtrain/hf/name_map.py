@@ -1,4 +1,4 @@
-"""Names and layouts of tensors, as tables that read both ways. `{}` stands for the layer."""
+"""Names and layouts of tensors, as tables that read both ways. `{}` is the layer."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from typing import NamedTuple
 from txtrain.model.config import ModelConfig
 
 Shape = tuple[int, ...]
-EXPERT = "{expert}"  # in a name of theirs: ours holds one for each, side by side in a dimension of its own
+EXPERT = "{expert}"  # in a name of theirs: our tensor stacks the experts'
 
 
 class Row(NamedTuple):
-    """A module of theirs and the modules of ours that it holds, side by side along the output.
-
-    A name of ours may be a tensor's own; then so is theirs.
-    """
+    """A module of theirs (or a tensor), and the modules of ours that it holds, concatenated along the output."""
 
     theirs: str
     ours: tuple[str, ...]
     transposed: bool = False  # weights are [in, out], as in GPT's Conv1D
-    order: Callable[[ModelConfig], list[int]] | None = None  # of their outputs: which of ours, joined, each of them is
-    when: Callable[[ModelConfig], bool] = lambda model: True  # the class calls it so
-    leading: bool = False  # theirs has a dimension of size one before ours
-    spare: bool = False  # another name of what a row before has: always written, read only where that one is missing
+    order: Callable[[ModelConfig], list[int]] | None = None  # for each of their outputs, its index in ours
+    when: Callable[[ModelConfig], bool] = lambda model: True  # the row applies to this model
+    leading: bool = False  # theirs has a leading dimension of size 1
+    spare: bool = False  # a second name of an earlier row's tensor: always written, read only if the first is missing
 
 
 def linear(theirs: str, ours: str) -> Row:
     return Row(theirs, (ours,))
+
+
+def linears(theirs: str, ours: str, names: Mapping[str, str]) -> tuple[Row, ...]:
+    """A `linear` for each pair of names, after these prefixes."""
+    return tuple(linear(theirs + name, ours + own) for name, own in names.items())
 
 
 def conv1d(theirs: str, *ours: str) -> Row:
@@ -40,33 +42,30 @@ class Stored(NamedTuple):
     """One tensor of theirs."""
 
     name: str
-    parts: tuple[str, ...]  # our parameters, joined along their first dimension
+    parts: tuple[str, ...]  # our parameters, concatenated along their first dimension
     shape: Shape
-    transposed: bool
-    order: list[int] | None = None  # of their outputs, see Row
-    expert: int | None = None  # of a tensor of ours that holds several of theirs
-    leading: bool = False  # see Row
+    transposed: bool  # this and order, leading, spare: see Row
+    order: list[int] | None = None
+    expert: int | None = None  # its index in our stacked tensor
+    leading: bool = False
     spare: bool = False
 
 
 def stored_tensors(rows: Iterable[Row], model: ModelConfig, parameters: Mapping[str, Shape]) -> list[Stored]:
-    """What a folder holds for a model with these parameters, in the order of the layers."""
-    head: list[Row] = []
-    body: list[Row] = []
-    tail: list[Row] = []
-    for row in (r for r in rows if r.when(model)):
-        where = body if "{}" in row.theirs else tail if body else head
-        where.append(row)
+    """The tensors of a folder for a model with these parameters, in the order of the layers."""
+    chosen = [row for row in rows if row.when(model)]
+    body = [row for row in chosen if "{}" in row.theirs]
+    first = chosen.index(body[0])
     stacks = {"encoder.": model.encoder_layers, "blocks.": model.n_layers}
-    layers = [_of_layer(row, i) for stack, n in stacks.items() for i in range(n) for row in body if row.ours[0].startswith(stack)]
-    found = [s for row in (*head, *layers, *tail) for s in _of_row(row, model, parameters)]
+    layers = [
+        row._replace(theirs=row.theirs.replace("{}", str(i)), ours=tuple(o.replace("{}", str(i)) for o in row.ours))
+        for stack, n in stacks.items() for i in range(n) for row in body if row.ours[0].startswith(stack)
+    ]
+    ordered = [*chosen[:first], *layers, *(row for row in chosen[first:] if "{}" not in row.theirs)]
+    found = [s for row in ordered for s in _of_row(row, model, parameters)]
     covered = {part for stored in found for part in stored.parts}
     assert covered == parameters.keys(), f"no name for {sorted(parameters.keys() ^ covered)}"
     return found
-
-
-def _of_layer(row: Row, layer: int) -> Row:
-    return row._replace(theirs=row.theirs.replace("{}", str(layer)), ours=tuple(name.replace("{}", str(layer)) for name in row.ours))
 
 
 def _of_row(row: Row, model: ModelConfig, parameters: Mapping[str, Shape]) -> Iterator[Stored]:
@@ -85,7 +84,8 @@ def _of_row(row: Row, model: ModelConfig, parameters: Mapping[str, Shape]) -> It
 
 def _of_tensor(row: Row, ours: str, shape: Shape) -> Iterator[Stored]:
     if EXPERT not in row.theirs:
-        yield Stored(row.theirs, (ours,), (1, *shape) if row.leading else shape, False, leading=row.leading, spare=row.spare)
+        shape = (1, *shape) if row.leading else shape
+        yield Stored(row.theirs, (ours,), shape, False, leading=row.leading, spare=row.spare)
         return
     for i in range(shape[0]):
         yield Stored(row.theirs.replace(EXPERT, str(i)), (ours,), shape[1:], False, expert=i)

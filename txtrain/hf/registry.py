@@ -1,4 +1,4 @@
-"""The classes of transformers that are known, and which of them a model equals. No torch."""
+"""The known classes of transformers, and which of them a model equals. No torch."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ CONFIG = "config.json"
 
 
 def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, ModelConfig]:
-    """The class that a folder is of, and the model that its config.json describes.
+    """The class of a folder, and the model of its config.json.
 
-    weights: the folder's, opened. None: as far as it can be told without torch; only what a pickle knows of a head is then taken from
-        config.json.
+    weights: the folder's, opened. None: without torch; what only a pickle knows is then taken from config.json.
 
     Raises:
-        ConfigError: there is no config.json, or something in it is not supported, by name.
+        ConfigError: there is no config.json, or a field in it is not supported.
     """
     path = member(folder, CONFIG)
     if path is None:
@@ -48,16 +47,19 @@ def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, 
     known = dict.fromkeys(c.model_type for c in CLASSES)
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in known:
-        raise ConfigError(f"{path}: `model_type` must be one of {', '.join(known)}, but is {kind!r} instead.{hint(kind, known)}")
+        given_kind = f"{', '.join(known)}, but is {kind!r} instead"
+        raise ConfigError(f"{path}: `model_type` must be one of {given_kind}.{hint(kind, known)}")
     candidates = [c for c in CLASSES if c.model_type == kind and c.is_of(given)]
     try:
-        candidates[0].read(given)  # what is wrong with it is said before any tensor is looked at
-        return _told_by_tensors(candidates, given, folder, weights)
+        candidates[0].read(given)  # its errors come before any tensor is read
+        return _by_tensors(candidates, given, folder, weights)
     except ConfigError as e:
         raise ConfigError(*(f"{path}: {problem}" for problem in e.problems)) from e
 
 
-def _told_by_tensors(candidates: list[HFClass], given: dict[str, Any], folder: Path, weights: Weights | None) -> tuple[HFClass, ModelConfig]:
+def _by_tensors(
+    candidates: list[HFClass], given: dict[str, Any], folder: Path, weights: Weights | None
+) -> tuple[HFClass, ModelConfig]:
     names = tensor_names(folder) if weights is None else weights.entries().keys()
     if names is None:
         said = given.get("architectures")
@@ -69,7 +71,7 @@ def _told_by_tensors(candidates: list[HFClass], given: dict[str, Any], folder: P
 
 
 def label_names(folder: Path) -> tuple[str, ...]:
-    """What config.json calls the classes, in their order; none where it does not, or not each of them."""
+    """The names of all classes in config.json, in order; none if one is missing."""
     path = member(folder, CONFIG)
     names = None if path is None else read_json(path).get("id2label")
     if not isinstance(names, dict):
@@ -79,21 +81,21 @@ def label_names(folder: Path) -> tuple[str, ...]:
 
 
 def class_of(model: ModelConfig) -> HFClass:
-    """The class whose logits equal this model's, whatever its family is called; the label only decides among several that do.
+    """The class whose logits equal this model's; of several, that of its family.
 
     Raises:
-        ConfigError: there is none; says what differs from the nearest.
+        ConfigError: there is none; it says how the model differs from the nearest.
     """
     against = [(c, c.reasons_against(model)) for c in CLASSES]
     equal = [c for c, reasons in against if not reasons]
     if equal:
         return next((c for c in equal if c.family == model.family), equal[0])
     nearest, reasons = min(against, key=lambda pair: _distance(model, *pair))
-    raise ConfigError(
-        f"`model` must equal a class of transformers to be saved as one, but equals none. Nearest: {nearest.architecture}, but {'; '.join(reasons)}."
-    )
+    near = f"Nearest: {nearest.architecture}, but {'; '.join(reasons)}."
+    raise ConfigError(f"`model` must equal a class of transformers to be saved as one, but equals none. {near}")
 
 
 def _distance(model: ModelConfig, hf: HFClass, reasons: list[str]) -> tuple[bool, int, bool, int]:
-    """How far a model is from a class that it does not equal: what is of another kind counts before what has another value."""
-    return hf.fixed.get("topology", "decoder") != model.topology, len(hf.other_kinds(model)), hf.family != model.family, len(reasons)
+    """How far a model is from a class: other kinds of parts count before other values."""
+    other_topology = hf.fixed.get("topology", "decoder") != model.topology
+    return other_topology, len(hf.other_kinds(model)), hf.family != model.family, len(reasons)

@@ -1,4 +1,4 @@
-"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` of the versions before."""
+"""Rotary positions in config.json: `rope_parameters` of transformers 5, `rope_theta` and `rope_scaling` before it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,20 @@ from txtrain.errors import ConfigError, hint
 from txtrain.hf.fields import Fields, Values, number
 from txtrain.model import options
 
-# rope_type -> (theirs, ours). The names that differ are those of the original length.
-_ORIGINAL = ("original_max_position_embeddings", "original_max_seq_len")
-_SCALINGS: dict[str, tuple[tuple[str, str], ...]] = {
-    "linear": (("factor", "factor"),),
+_ORIGINAL, _OURS = "original_max_position_embeddings", "original_max_seq_len"  # the only names that differ
+_SCALINGS = {  # rope_type -> its fields
+    "linear": ("factor",),
     "yarn": (
-        ("factor", "factor"),
-        _ORIGINAL,
-        *((name, name) for name in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate")),
+        "factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
     ),
-    "llama3": (("factor", "factor"), _ORIGINAL, ("low_freq_factor", "low_freq_factor"), ("high_freq_factor", "high_freq_factor")),
+    "llama3": ("factor", _ORIGINAL, "low_freq_factor", "high_freq_factor"),
 }
 _NOT_OF_A_SCALING = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
 
 
 @dc.dataclass(frozen=True)
 class Rope:
-    """Both spellings are read, and both are written, so that a folder can be read by any version."""
+    """Both spellings are read, and both are written, for any version of transformers."""
 
     names: tuple[str, ...] = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
 
@@ -37,8 +34,10 @@ class Rope:
             raise ConfigError(f"`rope_theta` must be given once, but is {' and '.join(map(str, sorted(thetas)))}.")
         for where in (said, fields):
             if where.get("partial_rotary_factor") not in (None, 1):
-                raise ConfigError(f"`partial_rotary_factor` must be 1, but is {where['partial_rotary_factor']} instead: heads are turned whole here.")
-        return {"position.theta": thetas.pop() if thetas else 10_000.0, "position.scaling": _read_scaling(said, fields["max_position_embeddings"])}
+                given = f"1, but is {where['partial_rotary_factor']} instead"
+                raise ConfigError(f"`partial_rotary_factor` must be {given}: here heads are rotated whole.")
+        scaling = _read_scaling(said, fields["max_position_embeddings"])
+        return {"position.theta": thetas.pop() if thetas else 10_000.0, "position.scaling": scaling}
 
     def write(self, model: Values) -> Fields:
         theta, scaling = model["position.theta"], model["position.scaling"]
@@ -48,40 +47,44 @@ class Rope:
 
 
 def _one_of(fields: Fields) -> Mapping[str, Any]:
-    """`rope_parameters` or `rope_scaling`; versions disagree about which wins where both are given, so they must agree."""
+    """`rope_parameters` or `rope_scaling`; if both are given they must agree, since versions prefer different ones."""
     newer, older = fields["rope_parameters"], fields["rope_scaling"]
     for name, value in (("rope_parameters", newer), ("rope_scaling", older)):
         if value is not None and not isinstance(value, Mapping):
             raise ConfigError(f"`{name}` must be an object or null, but is {value!r} instead.")
     if newer and older and {**newer, "rope_theta": None} != {**older, "rope_theta": None}:
-        raise ConfigError(f"`rope_scaling` must agree with rope_parameters ({dict(newer)}), but is {dict(older)} instead.")
+        given = f"rope_parameters ({dict(newer)}), but is {dict(older)} instead"
+        raise ConfigError(f"`rope_scaling` must agree with {given}.")
     return newer or older or {}
 
 
 def _read_scaling(said: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any] | None:
     kind = said.get("rope_type", said.get("type", "default"))
-    names = dict(_SCALINGS.get(kind, ())) if isinstance(kind, str) else {}
+    names = _SCALINGS.get(kind, ()) if isinstance(kind, str) else ()
     if kind != "default" and not names:
-        raise ConfigError(f"`rope_type` must be one of default, {', '.join(_SCALINGS)}, but is {kind!r} instead.{hint(kind, _SCALINGS)}")
+        allowed = f"one of default, {', '.join(_SCALINGS)}"
+        raise ConfigError(f"`rope_type` must be {allowed}, but is {kind!r} instead.{hint(kind, _SCALINGS)}")
     given = {name: value for name, value in said.items() if name not in _NOT_OF_A_SCALING and value is not None}
     for name in given:
         if name not in names:
-            raise ConfigError(f"`{name}` must not be given with rope_type {kind}: it may change the numbers, and is not known.{hint(name, names)}")
+            why = f"it may change the numbers, and is not known.{hint(name, names)}"
+            raise ConfigError(f"`{name}` must not be given with rope_type {kind}: {why}")
     if kind == "default":
         return None
-    if _ORIGINAL[0] in names:
-        given.setdefault(_ORIGINAL[0], max_position_embeddings)
+    if _ORIGINAL in names:
+        given.setdefault(_ORIGINAL, max_position_embeddings)
     if kind == "yarn":
-        given.setdefault("factor", max_position_embeddings / given[_ORIGINAL[0]])
+        given.setdefault("factor", max_position_embeddings / given[_ORIGINAL])
     required = [name for name in names if kind != "yarn" and name not in given]
     if required:
         raise ConfigError(f"`{required[0]}` must be given with rope_type {kind}.")
-    return {"rope_type": kind} | {names[name]: value for name, value in given.items()}
+    return {"rope_type": kind} | {_OURS if name == _ORIGINAL else name: value for name, value in given.items()}
 
 
 def _write_scaling(scaling: options.RoPEScalingConfig) -> dict[str, Any]:
     if scaling.rope_type not in _SCALINGS:
-        raise ConfigError(f"`model.position.scaling.rope_type` must be one of {', '.join(_SCALINGS)}, but is {scaling.rope_type}")
-    usual = {f.name: f.default for f in dc.fields(scaling)} if scaling.rope_type == "yarn" else {}  # the class has the same
-    values = {theirs: getattr(scaling, ours) for theirs, ours in _SCALINGS[scaling.rope_type] if getattr(scaling, ours) != usual.get(ours, ())}
-    return {"rope_type": scaling.rope_type} | values
+        allowed = f"one of {', '.join(_SCALINGS)}, but is {scaling.rope_type}"
+        raise ConfigError(f"`model.position.scaling.rope_type` must be {allowed}")
+    usual = {f.name: f.default for f in dc.fields(scaling)} if scaling.rope_type == "yarn" else {}  # as in transformers
+    values = {f.name: getattr(scaling, f.name) for f in dc.fields(scaling)}
+    return {_ORIGINAL if n == _OURS else n: v for n, v in values.items() if n not in usual or v != usual[n]}

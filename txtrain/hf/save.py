@@ -6,13 +6,14 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.hf.name_map import Shape, stored_tensors
@@ -21,36 +22,47 @@ from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors
 from txtrain.hf.tensor_layout import tensors_of, to_theirs
 from txtrain.model.transformer import Transformer
 
-if TYPE_CHECKING:
-    from txtrain.data.tokenizer.tokenizer import Tokenizer
-
 SHARD_BYTES = 5_000_000_000
 _OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
-def save_pretrained(model: Transformer, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, *, max_shard_bytes: int = SHARD_BYTES) -> None:
-    """Write config.json, generation_config.json, model.safetensors (in shards where it is larger than max_shard_bytes) and the tokenizer.
+def save_pretrained(
+    model: Transformer, folder: str | os.PathLike[str], tokenizer: Tokenizer | None = None, *,
+    max_shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write config.json, generation_config.json, model.safetensors (in shards of max_shard_bytes) and the tokenizer.
 
-    The class of transformers is the one whose logits equal the model's, whatever its family is called. Weights keep their dtype.
+    The class of transformers is the one whose logits equal the model's. Weights keep their dtype.
 
     Args:
-        tokenizer: None: the files that came with the model from load_pretrained, if it came from there.
+        tokenizer: None: the files that load_pretrained found with the model.
 
     Raises:
-        ConfigError: no class of transformers equals the model; says what differs from the nearest. Nothing is written then.
+        ConfigError: no class of transformers equals the model; it says what differs from the nearest. Nothing is
+            written.
     """
     _check(model, tokenizer, max_shard_bytes)
-    path = files.path_of(folder, "folder")
+    folder = files.path_of(folder, "folder")
     hf = class_of(model.config)
     dtype = _dtype_of(dict(model.named_parameters()))
     tensors = tensors_of(model)
-    folder = _made(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as e:
+        where = f"{str(folder)!r} is or lies below a file"
+        raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
     if lost := hf.lost_dropouts(model.config):
-        warnings.warn(f"{hf.architecture} has no place for {', '.join(lost)}: its logits are equal, training on goes without.", stacklevel=2)
+        what = f"{', '.join(lost)}: its logits are equal, but training it further has no such dropout"
+        warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=2)
     if model.config.mtp_depth:
-        warnings.warn(f"{hf.architecture} has no place for what predicts further tokens (model.mtp_depth): logits are equal without.", stacklevel=2)
-    config = _with_label_names(hf.write(model.config), model.label_names)
-    stored = {s.name: s for s in stored_tensors(hf.rows, model.config, {name: tuple(t.shape) for name, t in tensors.items()})}
+        what = "the modules that predict further tokens (model.mtp_depth): its logits are equal without them"
+        warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=2)
+    config, names = hf.write(model.config), model.label_names
+    if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
+        config["id2label"] = {str(i): name for i, name in enumerate(names)}
+        config["label2id"] = {name: i for i, name in enumerate(names)}
+    every = stored_tensors(hf.rows, model.config, {name: tuple(t.shape) for name, t in tensors.items()})
+    stored = {s.name: s for s in every}
     dtypes = {name: tensors[s.parts[0]].dtype for name, s in stored.items()}
     shards = _shards({name: s.shape for name, s in stored.items()}, dtypes, max_shard_bytes)
     for name, shapes in shards.items():
@@ -58,13 +70,17 @@ def save_pretrained(model: Transformer, folder: str | os.PathLike[str], tokenize
         write_safetensors(part, shapes, dtypes, lambda name: to_theirs(stored[name], tensors))
         os.replace(part, folder / name)
     written = {*shards, *_write_index(folder, shards, dtypes)}
-    for old in folder.iterdir():  # a loader would take weights that an earlier save left
+    for old in folder.iterdir():  # a loader would take the weights of an earlier save
         if _OURS.fullmatch(old.name) and old.name not in written:
             old.unlink()
     if model.config.topology != "encoder":
-        ids: dict[str, object] = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id") if name in config}
+        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+        ids = {name: config[name] for name in tokens if name in config}
         _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-    _write_tokenizer(folder, model.tokenizer_files, tokenizer)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+    for name, content in model.tokenizer_files.items() if tokenizer is None else ():
+        (folder / name).write_bytes(content)
     _write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 
@@ -72,38 +88,23 @@ def _check(model: object, tokenizer: object, max_shard_bytes: object) -> None:
     if not isinstance(model, Transformer):
         what = "a model of txtrain.build_model or txtrain.load_pretrained"
         raise ConfigError(f"`model` must be {what}, but is {type(model).__name__} instead.")
-    if tokenizer is not None and not hasattr(tokenizer, "save"):
+    if tokenizer is not None and not isinstance(tokenizer, Tokenizer):
         raise ConfigError(f"`tokenizer` must be a Tokenizer or None, but is {type(tokenizer).__name__} instead.")
     if not isinstance(max_shard_bytes, int) or max_shard_bytes < 1:
         raise ConfigError(f"`max_shard_bytes` must be at least 1, but is {max_shard_bytes!r} instead.")
-
-
-def _with_label_names(config: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
-    """Classes called what they were called where the model came from, if there are still as many."""
-    if not names or len(config.get("id2label", ())) != len(names):
-        return config
-    return {**config, "id2label": {str(i): name for i, name in enumerate(names)}, "label2id": {name: i for i, name in enumerate(names)}}
-
-
-def _made(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        where = f"{str(path)!r} is or lies below a file"
-        raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
-    return path
 
 
 def _dtype_of(parameters: Mapping[str, Tensor]) -> torch.dtype:
     kinds = {(p.dtype, p.is_meta) for p in parameters.values()}
     if len(kinds) > 1 or next(iter(kinds)) not in {(dtype, False) for dtype in DTYPES.values()}:
         found = ", ".join(sorted(f"{dtype} without memory" if meta else str(dtype) for dtype, meta in kinds))
-        raise ConfigError(f"`model` must have parameters of one floating dtype, in memory, to be saved, but has {found}.")
+        what = "parameters of one floating dtype, in memory, to be saved"
+        raise ConfigError(f"`model` must have {what}, but has {found}.")
     return next(iter(kinds))[0]
 
 
 def _shards(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], limit: int) -> dict[str, dict[str, Shape]]:
-    """File name -> the tensors in it, in order; one that is larger than the limit gets a file of its own."""
+    """File name -> its tensors, in order; one larger than the limit gets its own file."""
     groups: list[dict[str, Shape]] = [{}]
     for name, shape in shapes.items():
         if groups[-1] and bytes_of({**groups[-1], name: shape}, dtypes) > limit:
@@ -114,21 +115,13 @@ def _shards(shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], limi
     return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": group for i, group in enumerate(groups, 1)}
 
 
-def _write_index(folder: Path, shards: Mapping[str, Mapping[str, Shape]], dtypes: Mapping[str, torch.dtype]) -> list[str]:
+def _write_index(folder: Path, shards: Mapping[str, Mapping[str, Shape]], dtypes: Mapping[str, Any]) -> list[str]:
     if len(shards) == 1:
         return []
     total = sum(bytes_of(shapes, dtypes) for shapes in shards.values())
     places = {tensor: name for name, shapes in shards.items() for tensor in shapes}
     _write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": places})
     return ["model.safetensors.index.json"]
-
-
-def _write_tokenizer(folder: Path, loaded: Mapping[str, bytes], tokenizer: Tokenizer | None) -> None:
-    if tokenizer is not None:
-        tokenizer.save(folder)
-        return
-    for name, content in loaded.items():
-        (folder / name).write_bytes(content)
 
 
 def _write_json(path: Path, content: Mapping[str, object]) -> None:

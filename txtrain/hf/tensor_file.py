@@ -1,7 +1,7 @@
-"""Files of tensors: safetensors read and written one tensor at a time, and torch's zip files without running what they hold.
+"""Files of tensors: safetensors, one tensor at a time, and torch's zip files, whose code is not run.
 
-safetensors' own reader maps the file into memory, and its writer copies all tensors first: with them, a process grows to twice the
-model. Here it grows by one tensor.
+safetensors' own reader maps the file into memory, and its writer copies all tensors first: the process would grow to
+twice the model. Here it grows by one tensor.
 
     8 bytes: n, little-endian | n bytes of JSON: name -> dtype, shape, [begin, end) | the tensors, without gaps
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import warnings
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,19 +22,23 @@ from txtrain.errors import ConfigError
 from txtrain.hf.name_map import Shape, n_elements
 from txtrain.hf.tensor_names import read_header
 
-DTYPES: dict[str, torch.dtype] = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# What else the format knows. Such tensors may be in a file (old buffers are), but no parameter can be read from them.
-_OTHER_SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "I32": 4, "U32": 4, "I64": 8, "U64": 8, "C64": 8}
-_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | _OTHER_SIZES
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The format's other dtypes may be in a file (as old buffers are), but not as parameters.
+_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "I16": 2, "U16": 2, "I32": 4, "U32": 4,
+    **dict.fromkeys(("I64", "U64", "C64"), 8),
+}
+
+_PIECE = 1 << 20  # bytes: what a processor has still at hand after it was read
 
 
 class Entry(NamedTuple):
     shape: Shape
-    dtype: str  # safetensors' word
+    dtype: str  # safetensors' name
 
 
 class SafetensorsFile:
-    """A file whose header is known and consistent with its size; tensors are read when asked for."""
+    """A file whose header is valid and consistent with its size; tensors are read on request."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +58,8 @@ class SafetensorsFile:
     def _entry(self, name: str, said: Any) -> tuple[Entry, int, int]:
         try:
             dtype, shape, (begin, end) = said["dtype"], said["shape"], said["data_offsets"]
-            sound = all(type(v) is int and v >= 0 for v in (*shape, begin, end)) and end - begin == n_elements(shape) * _SIZES[dtype]
+            sound = all(type(v) is int and v >= 0 for v in (*shape, begin, end))
+            sound = sound and end - begin == n_elements(shape) * _SIZES[dtype]
         except (TypeError, KeyError, ValueError):
             sound = False
         if not sound:
@@ -65,55 +70,69 @@ class SafetensorsFile:
         return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
 
     def read(self, name: str) -> Tensor:
-        """One tensor, in memory of its own."""
+        """One tensor, in its own memory."""
         entry = self.entries[name]
-        data = torch.empty(n_elements(entry.shape) * _SIZES[entry.dtype], dtype=torch.uint8, device="cpu")
+        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
+        for _ in self.fill(name, tensor):
+            pass
+        return tensor
+
+    def fill(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
+        """One tensor into contiguous memory of its type and size, piece by piece: each is given when it is read."""
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._begin[name])
-            view, done = data.numpy().data, 0
-            while done < len(view):  # one call reads at most 2 GiB
-                got = f.readinto(view[done:])
-                if not got:
-                    raise self._broken(f"it ends within {name}")
-                done += got
-        return data.view(DTYPES[entry.dtype]).view(entry.shape)
+            for piece in pieces(tensor):
+                view, done = piece.view(torch.uint8).numpy().data, 0
+                while done < len(view):
+                    got = f.readinto(view[done:])
+                    if not got:
+                        raise self._broken(f"it ends within {name}")
+                    done += got
+                yield piece
+
+
+def pieces(tensor: Tensor) -> Iterator[Tensor]:
+    """The contiguous tensor's elements, flat, a megabyte at a time."""
+    flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
+    for start in range(0, len(flat), n):
+        yield flat[start : start + n]
 
 
 def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:
     try:
         begin, end = item[1]["data_offsets"]
-        return int(begin), int(end)  # both: one without elements ends where the next begins
+        return int(begin), int(end)  # both: an empty tensor ends where the next begins
     except (TypeError, KeyError, ValueError, OverflowError):
-        return -1, -1  # not a tensor: refused when it is looked at
+        return -1, -1  # not a tensor: `_entry` refuses it
 
 
 class PickleFile:
-    """pytorch_model.bin: only tensors are unpickled, and the newer zip format is mapped, not read."""
+    """pytorch_model.bin: only tensors are unpickled; the newer zip format is mapped, not read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             mapped = zipfile.is_zipfile(path)
             if mapped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
-                raise ValueError("torch packs nothing, and what is packed may be of any size")
+                raise ValueError("torch does not compress, and compressed data may be of any size")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the pickle's age
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-        except Exception as e:  # whatever a hostile pickle makes torch say; it would advise to unpickle all the same
-            raise ConfigError(
-                f"{path} must hold tensors and nothing else, but does not: it is damaged, or would run code. Nothing of "
-                "it was run. Remedy: weights in model.safetensors, which cannot hold code."
-            ) from e
+        except Exception as e:  # torch's own messages advise to unpickle unsafely
+            why = "it is damaged, or would run code. Nothing of it was run"
+            remedy = "Remedy: weights in model.safetensors, which cannot hold code."
+            raise ConfigError(f"{path} must hold tensors and nothing else, but does not: {why}. {remedy}") from e
         if not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold tensors by name, but holds a {type(loaded).__name__}.")
         self._tensors: dict[str, Tensor] = dict(loaded)
         self.entries = {name: self._entry(name, tensor) for name, tensor in loaded.items()}
 
     def _entry(self, name: Any, tensor: Any) -> Entry:
-        plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided and tensor.device.type == "cpu"
-        # A stride of 0 makes a small file claim any size.
+        plain = isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout is torch.strided
+        plain = plain and tensor.device.type == "cpu"
+        # With a stride of 0 a small file could claim any size.
         if not plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
-            raise ConfigError(f"{self.path} must hold plain tensors by name, but {str(name)[:100]!r} is none.")
+            raise ConfigError(f"{self.path} must hold plain tensors by name, but {str(name)[:100]!r} is not one.")
         words = {dtype: word for word, dtype in DTYPES.items()}
         return Entry(tuple(tensor.shape), words.get(tensor.dtype, str(tensor.dtype)))
 
@@ -121,8 +140,10 @@ class PickleFile:
         return self._tensors[name].detach()
 
 
-def write_safetensors(path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]) -> None:
-    """Write tensors one by one; each is asked for when its turn comes, so that joined ones need memory for one only."""
+def write_safetensors(
+    path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]
+) -> None:
+    """Write tensors one by one; each is made when its turn comes, so that memory holds one."""
     words = {dtype: word for word, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

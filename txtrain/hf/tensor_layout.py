@@ -1,4 +1,4 @@
-"""Tensors from our layout to theirs and back, as the tables of name_map.py say."""
+"""Tensors from our layout to theirs and back, by the tables of name_map.py."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from txtrain.model.transformer import Transformer
 
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
-    """What a class of transformers has a place for: parameters and kept buffers, without the modules for further tokens."""
+    """Parameters and persistent buffers that a class of transformers has: all but multi-token prediction's."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
 
 
 def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
-    """One tensor of theirs, made of ours."""
+    """One tensor of theirs."""
     parts = [ours[name].detach() for name in stored.parts]
     whole = parts[0] if len(parts) == 1 else torch.cat(parts)
     if stored.expert is not None:

@@ -1,4 +1,4 @@
-"""The headers of safetensors files, and the names of a folder's tensors where they tell them. No torch."""
+"""The headers of safetensors files, and the tensors' names in them. No torch."""
 
 from __future__ import annotations
 
@@ -13,27 +13,22 @@ from txtrain.model.config import ModelConfig
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int]:
-    """What a safetensors file says of its tensors (and `__metadata__`), and the byte at which they begin.
+    """A safetensors file's header (tensors and `__metadata__`), and the byte at which the tensors begin.
 
     Raises:
-        ConfigError: it has no whole header.
+        ConfigError: the header is damaged.
     """
     size = plain_files.check_file(path, limit=None)
     with path.open("rb") as f:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or n > min(plain_files.TENSORS_LIMIT, size - 8):
-            raise ConfigError(
-                f"{path} must be a whole safetensors file, but its header is to have {n:,} bytes, the file has {size:,}."
-            )
+            sizes = f"its header is to have {n:,} bytes, the file has {size:,}"
+            raise ConfigError(f"{path} must be a whole safetensors file, but {sizes}.")
         return plain_files.parse_json(f.read(n), f"The header of {path}"), 8 + n
 
 
 def tensor_names(folder: Path) -> frozenset[str] | None:
-    """Of safetensors, in one file or several.
-
-    Returns:
-        None where only a pickle would know, or the file is broken, which weights.py says.
-    """
+    """Names in a folder's safetensors; None if it has only pickles, or a broken file (which weights.py reports)."""
     if (path := member(folder, "model.safetensors")) is not None:
         return names_in([path])
     if (path := member(folder, "model.safetensors.index.json")) is not None:
@@ -43,7 +38,7 @@ def tensor_names(folder: Path) -> frozenset[str] | None:
 
 
 def names_in(files: Iterable[Path]) -> frozenset[str] | None:
-    """The names of the tensors in safetensors files; None where one of them is broken."""
+    """The names of the tensors in safetensors files; None if a file is broken."""
     try:
         return frozenset(name for path in files for name in read_header(path)[0]) - {"__metadata__"}
     except ConfigError:
@@ -51,11 +46,7 @@ def names_in(files: Iterable[Path]) -> frozenset[str] | None:
 
 
 def check_layers(model: ModelConfig, names: frozenset[str] | None, where: str) -> None:
-    """Before anything goes through the layers one by one: a config may claim any number, the files cannot.
-
-    Raises:
-        ConfigError: there are more layers than tensors.
-    """
+    """Raise a ConfigError if there are more layers than tensors: a config may claim any number, the files cannot."""
     n_layers = model.n_layers + model.encoder_layers + model.mtp_depth
     if names is not None and n_layers > len(names):
         raise ConfigError(f"{where} describes {n_layers:,} layers, but the files hold {len(names):,} tensors.")

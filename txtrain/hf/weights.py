@@ -1,4 +1,4 @@
-"""The weights of a folder, in however many files: what they hold is known before any is read."""
+"""The weights of a folder, in one file or several; their names are known before any is read."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from txtrain.hf.tensor_file import DTYPES, Entry, PickleFile, SafetensorsFile
 
 TensorFile = SafetensorsFile | PickleFile
 
-# In the order of preference: the format, a file, and the index of several.
+# In order of preference: the format, a single file, and the index of several.
 _FORMATS: tuple[tuple[type[TensorFile], str, str], ...] = (
     (SafetensorsFile, "model.safetensors", "model.safetensors.index.json"),
     (PickleFile, "pytorch_model.bin", "pytorch_model.bin.index.json"),
@@ -33,21 +33,24 @@ class Weights:
         for file in _open(folder):
             for name in file.entries:
                 if name in self._places:
-                    raise ConfigError(f"{folder}: {name} must be in one file, but is in {self._places[name][0].path.name} and in {file.path.name}.")
+                    both = f"{self._places[name][0].path.name} and in {file.path.name}"
+                    raise ConfigError(f"{folder}: {name} must be in one file, but is in {both}.")
                 self._places[name] = file, name
 
     def add_prefix(self, prefix: str, but: str) -> None:
-        """A folder of the class without a head leaves out the prefix: put it before all names, except those that begin with `but`."""
+        """Add the prefix, which folders of the class without a head omit, to names that do not start with `but`."""
         if not any(name.startswith(prefix) for name in self._places):
-            self._places = {name if name.startswith(but) else prefix + name: place for name, place in self._places.items()}
+            places = self._places.items()
+            self._places = {name if name.startswith(but) else prefix + name: place for name, place in places}
 
     def rename(self, renamed: Iterable[tuple[str, str]]) -> None:
-        """Names that match a pattern become what the pattern's replacement says."""
+        """Apply `respelt` to all names."""
         places: dict[str, tuple[TensorFile, str]] = {}
         for name, place in self._places.items():
             new = respelt(name, renamed)
             if new in places:
-                raise ConfigError(f"{self.folder}: {new} must be there once, but is there as {places[new][1]} and as {place[1]}.")
+                both = f"{places[new][1]} and as {place[1]}"
+                raise ConfigError(f"{self.folder}: {new} must be there once, but is there as {both}.")
             places[new] = place
         self._places = places
 
@@ -74,13 +77,14 @@ def _open(folder: Path) -> list[TensorFile]:
             return [open_file(path)]
         if (path := member(folder, index)) is not None:
             return _open_shards(folder, open_file, path)
-    raise ConfigError(f"{folder} must hold one of {', '.join(name for _, *names in _FORMATS for name in names)}, but holds none of them.")
+    known = ", ".join(name for _, *names in _FORMATS for name in names)
+    raise ConfigError(f"{folder} must hold one of {known}, but holds none of them.")
 
 
 def _open_shards(folder: Path, open_file: type[TensorFile], index: Path) -> list[TensorFile]:
     places: Any = plain_files.read_json(index, plain_files.TENSORS_LIMIT).get("weight_map")
     if not isinstance(places, dict) or not places or not all(isinstance(name, str) for name in places.values()):
-        raise ConfigError(f"{index}: `weight_map` must say for each tensor the file that it is in.")
+        raise ConfigError(f"{index}: `weight_map` must give the file of each tensor.")
     files: dict[str, TensorFile] = {}
     for name in sorted(set(places.values())):
         if (path := member(folder, name)) is None:

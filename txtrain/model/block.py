@@ -13,11 +13,13 @@ from txtrain.model.context import Context
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each joined to the stream by the norm position's rule."""
+    """Attention, then feed-forward, each joined to the residual stream by the norm position's rule."""
 
     sublayers: ClassVar[dict[str, str]] = {"attention": "attention", "ffn": "ffn"}  # name and axis
 
-    def __init__(self, attention: nn.Module, attention_residual: nn.Module, ffn: nn.Module, ffn_residual: nn.Module) -> None:
+    def __init__(
+        self, attention: nn.Module, attention_residual: nn.Module, ffn: nn.Module, ffn_residual: nn.Module
+    ) -> None:
         super().__init__()
         self.attention = attention
         self.attention_residual = attention_residual
@@ -30,7 +32,7 @@ class Block(nn.Module):
 
 
 class CrossBlock(Block):
-    """The same with attention to another stack's output in between (Vaswani et al. 2017)."""
+    """The same with cross-attention to the encoder's output in between (Vaswani et al. 2017)."""
 
     sublayers: ClassVar[dict[str, str]] = {**Block.sublayers, "cross_attention": "attention"}
 
@@ -41,5 +43,5 @@ class CrossBlock(Block):
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = self.attention_residual(x_BTD, partial(self.attention, context=context))
-        x_BTD = self.cross_attention_residual(x_BTD, partial(self.cross_attention, context=context.memory))
+        x_BTD = self.cross_attention_residual(x_BTD, partial(self.cross_attention, context=context.cross))
         return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn)))

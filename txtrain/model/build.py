@@ -1,4 +1,4 @@
-"""From a ModelConfig to a Transformer: components (construct.py) put together."""
+"""From a ModelConfig to a Transformer."""
 
 from __future__ import annotations
 
@@ -12,34 +12,27 @@ from txtrain.model.block import Block, CrossBlock
 from txtrain.model.config import ModelConfig
 from txtrain.model.construct import construct, make_norm
 from txtrain.model.init import init_weights
-from txtrain.model.mtp import FurtherToken
+from txtrain.model.mtp import MTPModule
 from txtrain.model.stack import Stack
-from txtrain.model.transformer import SentencePairTransformer, Transformer
+from txtrain.model.transformer import Transformer
 
 
-def build_model(config: ModelConfig) -> Transformer:
-    """The model that the config describes, initialised by the family's rule from torch's generator.
-
-    Under `torch.device("meta")` it is only described: no memory, no values (`to_empty` and `init_weights` give them later).
-
-    Raises:
-        ConfigError: the config is none, or illegal.
-    """
+def build_model(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
+    """As `txtrain.build_model`. pairs: the class of a model with a next-sentence head."""
     checked(config, ModelConfig, "config", "model")
     if torch.get_default_device().type == "meta":
-        return transformer(config)
+        return transformer(config, pairs)
     with torch.device("meta"):
-        model = transformer(config)
+        model = transformer(config, pairs)
     model.to_empty(device=torch.get_default_device())
     init_weights(model)
     return model
 
 
-def transformer(config: ModelConfig) -> Transformer:
-    """The model on torch's default device, without initial values."""
+def transformer(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
+    """The model on torch's default device, uninitialised."""
     norm, two_stacks = make_norm(config), config.topology == "encoder_decoder"
-    cls = SentencePairTransformer if config.head.next_sentence else Transformer
-    return cls(
+    return (pairs if config.head.next_sentence else Transformer)(
         config,
         embedding=make_embedding(config),
         position=construct("position", config.position, config, causal=config.topology != "encoder"),
@@ -48,19 +41,15 @@ def transformer(config: ModelConfig) -> Transformer:
         head=construct("head", config.head, config),
         encoder=make_encoder(config) if two_stacks else None,
         encoder_embedding=make_embedding(config) if two_stacks and not config.share_embeddings else None,
-        mtp=[make_further_token(config, config.n_layers + i) for i in range(config.mtp_depth)],
+        mtp=[make_mtp(config, config.n_layers + i) for i in range(config.mtp_depth)],
     )
 
 
 def make_encoder(config: ModelConfig) -> Stack:
-    """The stack that reads the source, beside a decoder."""
-    return Stack(
-        construct("position", config.position, config, causal=False),
-        [make_block(config, layer) for layer in range(config.encoder_layers)],
-        make_norm(config)(config.dim) if config.has_final_norm else None,
-        causal=False,
-        output_dropout=config.output_dropout,
-    )
+    position = construct("position", config.position, config, causal=False)
+    blocks = [make_block(config, layer) for layer in range(config.encoder_layers)]
+    final_norm = make_norm(config)(config.dim) if config.has_final_norm else None
+    return Stack(position, blocks, final_norm, causal=False, output_dropout=config.output_dropout)
 
 
 def make_embedding(config: ModelConfig) -> Any:
@@ -77,12 +66,11 @@ def make_block(config: ModelConfig, layer: int, crossed: bool = False) -> Block:
     }
     if not crossed:
         return Block(**parts)
-    # A window is of positions in one sequence: what crosses to the other sees all of it.
-    across = construct("attention", config.attention, config, layer, window=None)
-    return CrossBlock(cross_attention=across, cross_attention_residual=construct("norm_position", config.residual, config, layer), **parts)
+    across = construct("attention", config.attention, config, layer, window=None)  # windows are within one sequence
+    across_residual = construct("norm_position", config.residual, config, layer)
+    return CrossBlock(cross_attention=across, cross_attention_residual=across_residual, **parts)
 
 
-def make_further_token(config: ModelConfig, layer: int) -> FurtherToken:
-    """One module of multi-token prediction, its block as if it were that layer."""
+def make_mtp(config: ModelConfig, layer: int) -> MTPModule:
     norm = make_norm(config)
-    return FurtherToken(config.dim, norm, make_block(config, layer), norm(config.dim) if config.has_final_norm else None)
+    return MTPModule(config.dim, norm, make_block(config, layer), norm(config.dim) if config.has_final_norm else None)

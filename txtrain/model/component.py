@@ -1,4 +1,4 @@
-"""What every option of a model axis has."""
+"""The base of every option's config."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
 
+from txtrain.errors import divisors_near
 from txtrain.model.construct import count_parameters
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place
@@ -21,7 +22,7 @@ def config(cls: type[T]) -> type[T]:
 
 
 class Size(NamedTuple):
-    """A number that ranks divide, and the key that sets it. shared: or of which as many ranks share one."""
+    """A number that ranks must divide, and its key. shared: more ranks may share one, as with key-value heads."""
 
     key: str
     value: int
@@ -31,12 +32,18 @@ class Size(NamedTuple):
         return self.value % n == 0 or (self.shared and n % self.value == 0)
 
 
+def must_divide(key: str, value: int, whole: str, total: int, unless: str = "") -> str:
+    """The sentence for a number that must divide another one."""
+    near = ", ".join(map(str, divisors_near(value, total)))
+    return f"`{key}` must divide {whole} ({total}){unless}, but is {value} instead. Nearest: {near}."
+
+
 @config
 class Component:
-    """What every option of a model axis has.
+    """Base of every option's config.
 
-    The closed forms of a user's own option are those that its Config states. Without them its parameters are counted on
-    the module, built on the meta device, and `plan` says what is missing of FLOPs, cache and memory.
+    Parameters of a user's own option without closed forms are counted on the module, built on the meta device; `plan`
+    says what is missing of FLOPs, cache and memory.
     """
 
     type: str
@@ -45,20 +52,20 @@ class Component:
         yield from ()
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
-        """The knobs as constructor arguments. Values of the model (dim, n_heads, ...) are added by the builder where named."""
+        """The knobs as constructor arguments, every null resolved; the builder adds the model's (dim, n_heads, ...)."""
         return {f.name: getattr(self, f.name) for f in dc.fields(self) if f.name != "type"}
 
     def divided(self, model: ModelShape) -> Iterator[Size]:
-        """What must be divided where ranks share the component's matrices, as its registration cuts them."""
+        """Numbers that ranks must divide where its matrices are cut as registered."""
         yield from ()
 
     def settled(self, model: ModelShape) -> Self:
-        """The same with no size left open that follows from one of `divided`."""
+        """The same with every null resolved that follows from a size in `divided`."""
         return self
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return count_parameters(self, model, layer)
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        """What the module computes of x [B, T, D] at that place of a model, in the operations of model/trace/tape.py."""
+        """The module's computation on x [B, T, D], in the operations of model/trace/tape.py."""
         raise NotImplementedError

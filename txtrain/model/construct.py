@@ -1,6 +1,6 @@
-"""From an option's config to its module, and what the module alone tells. Torch comes with first use.
+"""From an option's config to its module. Torch is imported on first use.
 
-A component's constructor gets its own knobs, resolved (`config.arguments`), and whatever of the model's values it names:
+A component's constructor gets its own knobs (`config.arguments`), and those of the model's values that it names:
 dim, n_heads, n_layers, vocab_size, max_seq_len, dropout, layer (its index), causal, norm (a function of a size).
 """
 
@@ -19,16 +19,9 @@ def make_norm(config: ModelShape) -> Callable[[int], Any]:
 
 def construct(axis: str, component: Any, model: ModelShape, layer: int = 0, **override: Any) -> Any:
     """The module of one option."""
-    shared: dict[str, Any] = {
-        "dim": model.dim,
-        "n_heads": model.n_heads,
-        "n_layers": model.n_layers,
-        "vocab_size": model.vocab_size,
-        "max_seq_len": model.max_seq_len,
-        "dropout": model.dropout,
-        "layer": layer,
-        "causal": model.topology != "encoder",
-    }
+    names = ("dim", "n_heads", "n_layers", "vocab_size", "max_seq_len", "dropout")
+    shared: dict[str, Any] = {name: getattr(model, name) for name in names}
+    shared |= {"layer": layer, "causal": model.topology != "encoder"}
     if axis != "norm":
         shared["norm"] = make_norm(model)
     knobs = component.arguments(model, layer)
@@ -39,7 +32,7 @@ _counted: dict[tuple[Any, str], int] = {}
 
 
 def count_parameters(component: Any, model: ModelShape, layer: int = 0, **override: Any) -> int:
-    """Parameters of an option without a closed form, built on the meta device once for each model and layer."""
+    """Parameters of an option without closed forms, built on the meta device once for each model and layer."""
     import torch
 
     axis = next(axis for axis, base in BASES.items() if isinstance(component, base))

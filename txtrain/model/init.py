@@ -1,6 +1,6 @@
-"""How weights start: each paper's rule, the same numbers whatever is built, in which order, and on how many devices.
+"""Initialisation: each paper's rule; the values do not depend on the order of building or the number of devices.
 
-One draw from torch's generator seeds the model; each parameter then has a generator of its own, seeded by that draw and by its name.
+One draw from torch's generator seeds the model; each parameter has its own generator, seeded by that draw and its name.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
+from txtrain.model.ffn.moe import Experts
 from txtrain.model.head.heads import ClassHead, LMHead
 from txtrain.model.shape import InitConfig
 
@@ -30,19 +31,20 @@ def init_weights(model: nn.Module) -> None:
 
 
 class Initialiser:
-    """The rule of one model, module by module: in which order they are filled, and how many of them exist at a time, changes no value."""
+    """The rule of one model; modules may be filled in any order, and need not exist at the same time."""
 
     def __init__(self, model: nn.Module) -> None:
         config: Any = model.config
         self.seed = int(torch.randint(0, 2**62, ()).item())
         self.init: InitConfig = config.init
-        self._residual = _residual_projections(model)
+        named = [(m, getattr(m, "residual_projections", ())) for m in model.modules()]
+        self._residual = {getattr(module, child) for module, children in named for child in children}
         self._classifier: Any = next((m.classifier for m in model.modules() if isinstance(m, ClassHead)), None)
         self._gains = _query_gains(model) if config.init.distribution == "fan_in" else {}
         self._residual_factor = (2 * config.n_layers) ** -0.5 if config.init.scale_residual else 1.0
 
     def fill(self, name: str, module: Any) -> None:
-        """Fill what the module itself owns, its children aside. name: its own in the model."""
+        """Fill the module's own parameters, not its children's. name: the module's in the model."""
         init = self.init
         if module is self._classifier:
             _output(module.weight, init, self._generator(module.weight, name))
@@ -59,33 +61,37 @@ class Initialiser:
             module.reset_parameters()
             if module.weight is not None:
                 _output(module.weight, init, self._generator(module.weight, name))
-        elif hasattr(module, "stacked_projections"):
+        elif isinstance(module, Experts):
             for child in module.stacked_projections:
                 self.fill_stacked(name, module, child, getattr(module, child))
-        elif any(True for _ in module.parameters(recurse=False)) or any(True for _ in module.buffers(recurse=False)):
-            _reset(name, module, self.seed)
+        elif [*module.parameters(recurse=False), *module.buffers(recurse=False)]:  # norms, and a user's own modules
+            if not hasattr(module, "reset_parameters"):
+                what = f"`{name}` ({type(module).__name__}) owns parameters or buffers"
+                raise ConfigError(f"{what}: it must have a method reset_parameters() that fills them.")
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(self._seed_of(name))
+                module.reset_parameters()
 
-    def fill_stacked(self, name: str, module: Any, child: str, matrices: Iterable[Tensor]) -> None:
-        """Fill matrices that lie side by side in one parameter, each as it would be alone; they may be made one by one."""
-        factor = self._residual_factor if child in getattr(module, "residual_projections", ()) else 1.0
+    def fill_stacked(self, name: str, module: Experts, child: str, matrices: Iterable[Tensor]) -> None:
+        """Fill the stacked matrices of one parameter, each as it would be alone; an iterator may make them lazily."""
+        factor = self._residual_factor if child in module.residual_projections else 1.0
         generator = None
         for matrix in matrices:
             generator = generator or self._generator(matrix, f"{name}.{child}")
             _matrix(matrix, self.init, factor, generator)
 
     def _generator(self, like: Tensor, name: str) -> torch.Generator:
+        return torch.Generator(like.device).manual_seed(self._seed_of(name))
+
+    def _seed_of(self, name: str) -> int:
         digest = hashlib.blake2b(f"{self.seed}:{name}".encode(), digest_size=8).digest()
-        return torch.Generator(like.device).manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def _residual_projections(model: nn.Module) -> set[Any]:
-    """The modules that write into the residual stream, as their owners name them."""
-    return {getattr(m, child) for m in model.modules() for child in getattr(m, "residual_projections", ())}
+        return int.from_bytes(digest, "little") >> 1
 
 
 def _query_gains(model: nn.Module) -> dict[nn.Module, float]:
-    """Scores start with deviation 1 whatever attention.scale is: T5, whose scale is 1, starts its queries smaller instead."""
-    scaled: list[Any] = [m for m in model.modules() if hasattr(m, "q_proj") and hasattr(m, "scale") and hasattr(m, "head_dim")]
+    """Scores start with deviation 1 whatever attention.scale is: with T5's scale of 1, queries start smaller."""
+    names = ("q_proj", "scale", "head_dim")
+    scaled: list[Any] = [m for m in model.modules() if all(hasattr(m, name) for name in names)]
     return {m.q_proj: m.head_dim**-0.5 / m.scale for m in scaled}
 
 
@@ -99,7 +105,7 @@ def _matrix(weight: Tensor, init: InitConfig, factor: float, generator: torch.Ge
 
 
 def _output(weight: Tensor, init: InitConfig, generator: torch.Generator) -> None:
-    """An output matrix of its own."""
+    """An untied output matrix."""
     if init.head_std is None:
         _matrix(weight, init, 1.0, generator)
     else:
@@ -111,16 +117,3 @@ def _normal(weight: Tensor, init: InitConfig, std: float, generator: torch.Gener
         nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std, generator=generator)
     else:
         nn.init.normal_(weight, std=std, generator=generator)
-
-
-def _reset(name: str, module: nn.Module, seed: int) -> None:
-    """Norms, and a user's own modules: torch's convention, under a seed of their own."""
-    reset = getattr(module, "reset_parameters", None)
-    if reset is None:
-        kind = type(module).__name__
-        raise ConfigError(
-            f"`{name}` ({kind}) owns parameters or buffers: it must have a method reset_parameters() that fills them."
-        )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest(), "little") >> 1)
-        reset()

@@ -1,6 +1,6 @@
-"""What `Transformer.forward` is given, and what it must be.
+"""The inputs of `Transformer.forward`, and their validation.
 
-Shapes and dtypes alone are looked at, but for `outside`: nothing waits for the device, and no compiled graph breaks.
+Only `outside` reads values; all else reads shapes and dtypes: nothing waits for the device, no compiled graph breaks.
 """
 
 # B batch, T positions given, S positions seen (past + T), D model size, C channels, H and W pixels
@@ -21,17 +21,15 @@ INTEGERS = (torch.int64, torch.int32)
 LABELS = (torch.int64,)
 Sizes = Mapping[str, int | None]  # of a tensor's dimensions, by their letters; None: any, but not 0
 
-TARGET = {  # names of the target's inputs, where there are two stacks
-    "ids": "decoder_input_ids",
-    "mask": "decoder_attention_mask",
-    "positions": "decoder_position_ids",
+TARGET = {  # the arguments of a decoder beside an encoder
+    "ids": "decoder_input_ids", "mask": "decoder_attention_mask", "positions": "decoder_position_ids",
     "documents": "decoder_document_ids",
 }
 
 
 @dc.dataclass(frozen=True)
 class Inputs:
-    """One stack's inputs, as `forward` got them."""
+    """One stack's inputs."""
 
     ids: Tensor | None = None
     embeds: Tensor | None = None
@@ -43,7 +41,7 @@ class Inputs:
     prefix: Tensor | None = None
 
     def check(self, reads: Reads, past: int = 0, prefix: str = "") -> tuple[int, int]:
-        """B and T of sound inputs (T 0 of images). prefix: of the names that `forward` has for them."""
+        """B and T (0 for images), if the inputs are valid. prefix: of their names in `forward`."""
         if sum(x is not None for x in (self.ids, self.embeds, self.pixels)) != 1:
             raise ConfigError("`input_ids`, `inputs_embeds` or `pixel_values` must be given, and only one of them.")
         if reads.n_channels is not None:
@@ -59,30 +57,24 @@ class Inputs:
             require(f"{prefix}input_ids", self.ids, {"B": None, "T": None}, INTEGERS)
         given: Any = self.ids if self.embeds is None else self.embeds
         B, T = given.shape[:2]
-        self._check_beside(B, T, past, prefix)
-        return B, T
-
-    def _check_beside(self, B: int, T: int, past: int, prefix: str) -> None:
         if self.mask is not None:
             require(f"{prefix}attention_mask", self.mask, {"B": B, "S": None})
-            if self.mask.shape[1] not in (T, past + T):
+            if (n := self.mask.shape[1]) not in (T, past + T):
                 wanted = f"{T} columns" + (f", or {past + T} with those of the cache" if past else "")
-                n = self.mask.shape[1]
                 raise ConfigError(f"`{prefix}attention_mask` must have {wanted}, but has {n} instead.")
         if self.positions is not None:
             one = isinstance(self.positions, Tensor) and self.positions.shape[:1] == (1,)  # for all rows
             require(f"{prefix}position_ids", self.positions, {"B": 1 if one else B, "T": T}, INTEGERS)
-        if self.documents is not None:
-            require(f"{prefix}document_ids", self.documents, {"B": B, "T": T}, INTEGERS)
-        if self.types is not None:
-            require("token_type_ids", self.types, {"B": B, "T": T}, INTEGERS)
-        if self.prefix is not None:
-            require("prefix_mask", self.prefix, {"B": B, "T": T})
+        ids = {f"{prefix}document_ids": self.documents, "token_type_ids": self.types, "prefix_mask": self.prefix}
+        for name, x in ids.items():
+            if x is not None:
+                require(name, x, {"B": B, "T": T}, () if x is self.prefix else INTEGERS)
+        return B, T
 
 
 @dc.dataclass(frozen=True)
 class Reads:
-    """What a model reads. n_channels: of images; None: tokens. pools: its head has one result a row."""
+    """What a model reads. n_channels: of images; None: tokens. pools: its head has one result per row."""
 
     dim: int
     n_channels: int | None
@@ -91,15 +83,15 @@ class Reads:
     pools: bool
 
     def check(self, main: Inputs, target: Inputs, labels: Any, cache: Any, logits_to_keep: Any) -> None:
-        """All that one forward is given.
+        """Validate one forward's arguments.
 
         Raises:
-            ConfigError: a wrong shape or dtype, or inputs that are not of this topology.
+            ConfigError: a shape or dtype is wrong, or inputs do not fit this topology.
         """
-        past = 0
-        if cache is not None:
-            _check_cache(cache, self.n_blocks)
-            past = cache.length
+        if cache is not None and (not isinstance(cache, Cache) or len(cache.layers) != self.n_blocks):
+            what = "another model's" if isinstance(cache, Cache) else type(cache).__name__
+            raise ConfigError(f"`past_key_values` must be what this model's last call returned, but is {what} instead.")
+        past = 0 if cache is None else cache.length
         if self.two_stacks:
             B, T = self._check_pair(main, target, labels, cache, past)
         elif given := [name for field, name in TARGET.items() if getattr(target, field) is not None]:
@@ -108,20 +100,21 @@ class Reads:
             B, T = main.check(self, past)
         if labels is not None:
             require("labels", labels, {"B": B} if self.pools else {"B": B, "T": T}, LABELS)
-        if cache is not None:
-            _check_rows(cache, B)
+        held = [len(buffer) for layer in (cache.layers if cache is not None else ()) for buffer in layer.buffers[:1]]
+        if held and held[0] != B:
+            needed = f"{B} rows, as many as the inputs"
+            raise ConfigError(f"`past_key_values` must hold {needed}, but holds {held[0]} instead.")
         self._check_kept(logits_to_keep, B, T, labels)
 
     def _check_pair(self, main: Inputs, target: Inputs, labels: Any, cache: Any, past: int) -> tuple[int, int]:
         if target.ids is None:
             if labels is None:
-                what = "`decoder_input_ids` or `labels` must be given"
-                raise ConfigError(f"{what} to a model with an encoder and a decoder.")
+                raise ConfigError("`decoder_input_ids` or `labels` must be given: the model has a decoder too.")
             require("labels", labels, {"B": None, "T": None}, LABELS)
             target = dc.replace(target, ids=labels)
         B, T = target.check(self, past, "decoder_")
-        if cache is not None and cache.memory_length:
-            return B, T  # the source is in the cache
+        if cache is not None and cache.encoder_length:
+            return B, T  # the encoder's output is in the cache
         n_sources, _ = main.check(self)
         if n_sources != B:
             name = "labels" if target.ids is labels else "decoder_input_ids"
@@ -133,7 +126,7 @@ class Reads:
         if not is_mask and (not isinstance(kept, int) or kept < 0):
             raise ConfigError(f"`logits_to_keep` must be at least 0, or a mask, but is {kept!r} instead.")
         if self.pools and (is_mask or kept):
-            raise ConfigError("`logits_to_keep` must be 0 for a model whose head has one result a row.")
+            raise ConfigError("`logits_to_keep` must be 0 for a model whose head has one result per row.")
         if is_mask:
             require("logits_to_keep", kept, {"B": B, "T": T}, (torch.bool,))
         elif kept and labels is not None:
@@ -141,14 +134,7 @@ class Reads:
 
 
 def require(name: str, x: Any, sizes: Sizes, dtypes: tuple[torch.dtype, ...] = (), more: str = "") -> None:
-    """That x is a tensor of these sizes, and of one of these dtypes if any are given.
-
-    Args:
-        more: what else an error says of the shape.
-
-    Raises:
-        ConfigError: it is not.
-    """
+    """Raise a ConfigError unless x is a tensor of these sizes and one of these dtypes. more: added to the shape."""
     if not isinstance(x, Tensor):
         raise ConfigError(f"`{name}` must be a tensor, but is {type(x).__name__} instead.")
     wanted = tuple(sizes.values())
@@ -161,26 +147,12 @@ def require(name: str, x: Any, sizes: Sizes, dtypes: tuple[torch.dtype, ...] = (
         raise ConfigError(f"`{name}` must be of {either}, but is of {str(x.dtype).removeprefix('torch.')} instead.")
 
 
-def _check_cache(cache: Any, n_blocks: int) -> None:
-    if not isinstance(cache, Cache) or len(cache.layers) != n_blocks:
-        what = "another model's" if isinstance(cache, Cache) else type(cache).__name__
-        raise ConfigError(f"`past_key_values` must be what this model's last call returned, but is {what} instead.")
-
-
-def _check_rows(cache: Cache, B: int) -> None:
-    held = [len(buffer) for layer in cache.layers for buffer in layer.buffers[:1]]
-    if held and held[0] != B:
-        raise ConfigError(f"`past_key_values` must hold {B} rows, as many as the inputs, but holds {held[0]} instead.")
-
-
 def explained(error: Exception, name: str, x: Tensor | None, n: int | None) -> Exception:
-    """The error of a look-up in the user's words, where a value of x is the cause of it."""
+    """The ConfigError for a look-up's IndexError if a value of x caused it, else the error itself."""
     return error if x is None or n is None else outside(name, x, n) or error
 
 
 def outside(name: str, x: Tensor, n: int) -> ConfigError | None:
-    """What is wrong where a value is not from 0 to n - 1. The only look at values; it waits for the device."""
-    found = x[(x < 0) | (x >= n)]
-    if not len(found):
-        return None
-    return ConfigError(f"`{name}` must be from 0 to {n - 1}, but holds {int(found[0])} instead.")
+    """The error if a value of x is not from 0 to n - 1, else None. Waits for the device."""
+    found = x[(x < 0) | (x >= n)].tolist()
+    return ConfigError(f"`{name}` must be from 0 to {n - 1}, but holds {found[0]} instead.") if found else None

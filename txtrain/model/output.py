@@ -1,4 +1,4 @@
-"""What a model returns: attributes, and what Hugging Face's trainers and collators expect of one."""
+"""What a model returns, with the interface that Hugging Face's trainers and collators expect."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from torch.utils import _pytree
 
 from txtrain.model.attention.cache import Cache
 
-_BESIDE = ("mtp_logits", "mtp_losses", "log_probs", "last_hidden_state", "encoder_last_hidden_state", "aux")
+_NOT_IN_TUPLE = ("mtp_logits", "mtp_losses", "log_probs", "last_hidden_state", "encoder_last_hidden_state", "aux")
 
 
 @dc.dataclass
 class ModelOutput:
-    """Fields that a model or call does not have are None. `output[0]` and `output["loss"]` work as in Hugging Face: only what is there counts."""
+    """Fields that do not apply are None. `output[0]` and `output["loss"]` work as in Hugging Face: None is left out."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None  # [B, T, V], or [B, classes]
     nsp_logits: Tensor | None = None  # [B, 2]
-    mtp_logits: tuple[Tensor, ...] | None = None  # [B, T - k, V] for each further token k = 1, 2, ... that is predicted
-    mtp_losses: tuple[Tensor, ...] | None = None  # of these; no part of `loss`
+    mtp_logits: tuple[Tensor, ...] | None = None  # [B, T - k, V] for each MTP depth k = 1, 2, ...
+    mtp_losses: tuple[Tensor, ...] | None = None  # not part of `loss`
     log_probs: Tensor | None = None  # [B, T], of the labels
     past_key_values: Cache | None = None
     last_hidden_state: Tensor | None = None  # [B, T, D]
     encoder_last_hidden_state: Tensor | None = None  # [B, S, D]
-    aux: dict[str, Tensor] | None = None  # statistics of this forward
+    aux: dict[str, Tensor] | None = None  # statistics of the blocks
 
     def to_tuple(self) -> tuple[Any, ...]:
-        """What a causal model of Hugging Face returns: transformers.Trainer takes all after the loss for predictions."""
-        return tuple(value for name, value in self.items() if name not in _BESIDE)
+        """As a causal model of Hugging Face: transformers.Trainer takes all after the loss for predictions."""
+        return tuple(value for name, value in self.items() if name not in _NOT_IN_TUPLE)
 
     def items(self) -> list[tuple[str, Any]]:
         return [(f.name, value) for f in dc.fields(self) if (value := getattr(self, f.name)) is not None]
 
     def keys(self) -> list[str]:
-        return [name for name, _ in self.items()]
+        return list(dict(self.items()))
 
     def __getitem__(self, key: int | slice | str) -> Any:
         return dict(self.items())[key] if isinstance(key, str) else self.to_tuple()[key]
@@ -45,5 +45,5 @@ class ModelOutput:
         return key in self.keys()
 
 
-# FSDP and DDP look for tensors in outputs through pytree; a class it does not know is a leaf, and its hooks would be lost.
+# FSDP and DDP hook the tensors that pytree finds in outputs; to pytree an unknown class is a leaf without tensors.
 _pytree.register_dataclass(ModelOutput)

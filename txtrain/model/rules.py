@@ -1,7 +1,7 @@
-"""What goes together within a model: rules of the axes, read where a model is described, by the tests, and by docs/axes.md. No torch.
+"""Which options of a model go together: read by the model's check, by the tests, and by docs/axes.md. No torch.
 
-Two options that no rule separates go together: every position with every attention, norm, norm position and FFN, in every topology,
-windows and packed documents included. What a run adds to this table is `txtrain.config.compatibility`.
+What no rule excludes is legal: every position with every attention, norm, norm position and FFN, in every topology,
+with windows and packed documents. `txtrain.config.compatibility` adds the rules of a run.
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import dataclasses as dc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-Choices = Mapping[str, Any]  # model, and where there is a run objective and data: their configs
+Choices = Mapping[str, Any]  # the configs: model, and in a run objective and data
 
 
 @dc.dataclass(frozen=True)
 class Rule:
-    """Where each key of `given` has one of its values, the value of `key` must be one of `allowed`, the first of them the nearest.
-
-    Keys are those of the command line.
-    """
+    """Where each key of `given` has one of its values, `key` must have one of `allowed`, the nearest first."""
 
     given: Mapping[str, tuple[Any, ...]]
     key: str
@@ -26,15 +23,17 @@ class Rule:
     why: str
 
     def broken_by(self, choices: Choices) -> bool:
-        return all(value_of(choices, k) in values for k, values in self.given.items()) and value_of(choices, self.key) not in self.allowed
+        applies = all(value_of(choices, key) in values for key, values in self.given.items())
+        return applies and value_of(choices, self.key) not in self.allowed
 
     def sentence(self, choices: Choices, nearest: str | None = None) -> str:
         given = " and ".join(self.assignment(choices, key) for key in self.given)
         key, allowed, value = self.told(choices)
-        return f"`{key}` must be {allowed} with {given}, but is {value} instead: {self.why}. Nearest: {nearest or self.nearest}."
+        near = nearest or self.nearest
+        return f"`{key}` must be {allowed} with {given}, but is {value} instead: {self.why}. Nearest: {near}."
 
     def told(self, choices: Choices) -> tuple[str, str, str]:
-        """The key, the allowed values and the present one, as the sentence writes them."""
+        """The key, the allowed values and the present one, for the sentence."""
         return self.key, " or ".join(map(written, self.allowed)), written(value_of(choices, self.key))
 
     def assignment(self, choices: Choices, key: str) -> str:
@@ -45,39 +44,43 @@ class Rule:
         return f"{self.key}={written(self.allowed[0])}"
 
 
+_CLASS, _PATCH = {"model/head": ("class",)}, {"model/embedding": ("patch",)}
+_ONE_STACK = {"model.topology": ("decoder", "encoder")}
+
 MODEL_RULES = (
-    Rule({"model/head": ("mlm",)}, "model.topology", ("encoder",), "it predicts each token at its own place, which a decoder has just read"),
-    Rule({"model/head": ("class",)}, "model.topology", ("encoder", "decoder"), "one class answers one sequence, and two stacks read two"),
+    Rule({"model/head": ("mlm",)}, "model.topology", ("encoder",), "a decoder has already read the token to predict"),
+    Rule(_CLASS, "model.topology", ("encoder", "decoder"), "one class answers one sequence, and two stacks read two"),
     Rule(
-        {"model/head": ("class",), "model.topology": ("decoder",)},
-        "model.head.pooling",
-        ("last", "mean"),
+        {**_CLASS, "model.topology": ("decoder",)}, "model.head.pooling", ("last", "mean"),
         "the first position of a decoder sees nothing but itself",
     ),
-    Rule({"model/head": ("class",)}, "model.logit_softcap", (None,), "only scores of a vocabulary are capped"),
-    Rule({"model/embedding": ("patch",)}, "model.topology", ("encoder", "decoder"), "a decoder beside the encoder reads tokens"),
-    Rule({"model/embedding": ("patch",)}, "model/head", ("class",), "patches have no vocabulary that a head could predict"),
-    Rule({"model/embedding": ("patch",)}, "model.tie_word_embeddings", (False,), "there is no table of words to tie the head to"),
-    Rule({"model/embedding": ("patch",)}, "model.vocab_size", (0,), "patches have no vocabulary"),
-    Rule({"model.topology": ("encoder", "encoder_decoder")}, "model.mtp_depth", (0,), "further tokens are told from those before, in one sequence"),
-    Rule({"model/head": ("class",)}, "model.mtp_depth", (0,), "there is no further token to tell"),
-    Rule({"model.topology": ("decoder", "encoder")}, "model.n_encoder_layers", (None,), "one stack has n_layers layers"),
-    Rule({"model.topology": ("decoder", "encoder")}, "model.share_embeddings", (True,), "one stack has one embedding"),
+    Rule(_CLASS, "model.logit_softcap", (None,), "only logits over a vocabulary are capped"),
+    Rule(_PATCH, "model.topology", ("encoder", "decoder"), "a decoder beside the encoder reads tokens"),
+    Rule(_PATCH, "model/head", ("class",), "patches have no vocabulary that a head could predict"),
+    Rule(_PATCH, "model.tie_word_embeddings", (False,), "there is no token embedding to tie the head to"),
+    Rule(_PATCH, "model.vocab_size", (0,), "patches have no vocabulary"),
+    Rule(
+        {"model.topology": ("encoder", "encoder_decoder")}, "model.mtp_depth", (0,),
+        "multi-token prediction needs a decoder alone",
+    ),
+    Rule(_CLASS, "model.mtp_depth", (0,), "there are no further tokens to predict"),
+    Rule(_ONE_STACK, "model.n_encoder_layers", (None,), "one stack has n_layers layers"),
+    Rule(_ONE_STACK, "model.share_embeddings", (True,), "one stack has one embedding"),
 )
 
 
 def problems(model: Any) -> Iterator[str]:
-    """What does not go together within a model; finished sentences."""
+    """Sentences for the rules that a model breaks."""
     choices = {"model": model}
     yield from (rule.sentence(choices) for rule in MODEL_RULES if rule.broken_by(choices))
 
 
 def value_of(choices: Choices, key: str) -> Any:
-    """The value at a key of the command line; of a group the option's name. None where the chosen option has no such knob."""
+    """The value at a key of the command line, which the chosen option must have; for a group the option's name."""
     value: Any = choices
     for part in key.replace("/", ".").split("."):
-        value = value.get(part) if isinstance(value, Mapping) else getattr(value, part, None)
-    return getattr(value, "type", value)
+        value = value[part] if isinstance(value, Mapping) else getattr(value, part)
+    return value.type if dc.is_dataclass(value) else value
 
 
 def written(value: object) -> str:

@@ -1,4 +1,4 @@
-"""ModelShape: the values that describe one transformer, as every option's config sees them. No torch."""
+"""ModelShape: the values of one transformer, as every option's config sees them. No torch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ LAPTOP = "laptop"
 
 @dc.dataclass(frozen=True, kw_only=True)
 class InitConfig:
-    """How weights start. Biases start at 0 and norms at the identity in all of them."""
+    """Initialisation of weights. Biases always start at 0, norms at the identity."""
 
-    distribution: Literal["normal", "truncated_normal", "xavier_uniform", "fan_in"] = "normal"  # of the matrices; of embeddings: (truncated) normal
-    std: float = knob(0.02, at_least=0)  # fan_in (T5): divided by the square root of a matrix' inputs
+    # Of matrices; embeddings are always normal or truncated normal.
+    distribution: Literal["normal", "truncated_normal", "xavier_uniform", "fan_in"] = "normal"
+    std: float = knob(0.02, at_least=0)  # fan_in (T5): divided by the square root of a matrix's inputs
     embedding_std: float | None = knob(None, at_least=0)  # null: std
     position_std: float | None = knob(None, at_least=0)  # of learned positions; null: std
-    head_std: float | None = knob(None, at_least=0)  # of an output matrix of its own; null: as other matrices
+    head_std: float | None = knob(None, at_least=0)  # of an untied output matrix; null: as other matrices
     scale_residual: bool = False  # matrices that write into the residual stream divided by sqrt(2 n_layers) (GPT-2)
 
 
@@ -27,7 +28,7 @@ class InitConfig:
 class ModelShape:
     """A transformer. `family`, `size` and `published` are labels: nothing in the model depends on them.
 
-    attention, ffn, position, norm and embedding hold the config of one option each (`txtrain.model.options`).
+    attention, ffn, position, norm, embedding and head each hold the config of one option (`txtrain.model.options`).
     """
 
     family: str = knob(affects="label")
@@ -42,8 +43,8 @@ class ModelShape:
     n_heads: int = knob(at_least=1)
     vocab_size: int = knob(at_least=0)  # 0 for images
     max_seq_len: int = knob(at_least=1)
-    dropout: float = dropout_knob()  # of the embedding's sum and of each sublayer's output
-    output_dropout: float = dropout_knob()  # of what leaves a stack (T5)
+    dropout: float = dropout_knob()  # of the summed embeddings and of each sublayer's output
+    output_dropout: float = dropout_knob()  # of a stack's output (T5)
 
     norm_position: str = choice("norm_position", "pre")
     final_norm: bool | None = None  # after the last block; null: yes, unless the norm position is post
@@ -53,17 +54,16 @@ class ModelShape:
     norm: Any = axis("norm")
     embedding: Any = axis("embedding")
     head: Any = axis("head")
-    share_embeddings: bool = True  # encoder_decoder: source and target read one table
+    share_embeddings: bool = True  # encoder_decoder: source and target share one table
     tie_word_embeddings: bool = True
     logit_softcap: float | None = knob(None, above=0)  # softcap * tanh(logits / softcap)
-    # Without an upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which then never comes.
+    # No upper bound: Hugging Face's configs of small models keep GPT-2's 50256, which such a model never generates.
     bos_token_id: int | None = knob(None, at_least=0, affects="ids")  # null: the tokenizer's, once it is known
     eos_token_id: int | tuple[int, ...] | None = knob(None, at_least=0, affects="ids")  # any of several ends a text
     pad_token_id: int | None = knob(None, at_least=0, affects="ids")
-    # encoder_decoder: what the target begins with; null: pad_token_id.
+    # encoder_decoder: first token of the decoder's input; null: pad_token_id.
     decoder_start_token_id: int | None = knob(None, at_least=0, affects="training")
-    # Further tokens than the next that are predicted in training, by a module each (DeepSeek-V3).
-    mtp_depth: int = knob(0, at_least=0)
+    mtp_depth: int = knob(0, at_least=0)  # tokens beyond the next that training predicts, a module each (DeepSeek-V3)
     init: InitConfig = knob(InitConfig(), affects="init")
 
     def components(self) -> Iterator[tuple[str, Any]]:
@@ -79,7 +79,7 @@ class ModelShape:
 
     @property
     def has_final_norm(self) -> bool:
-        return self.norm_position != "post" if self.final_norm is None else self.final_norm
+        return not self.residual.normalises_stream if self.final_norm is None else bool(self.final_norm)
 
     @property
     def encoder_layers(self) -> int:

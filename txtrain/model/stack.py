@@ -1,4 +1,4 @@
-"""Blocks of one kind, and what they share: masks, positions, caches."""
+"""Blocks of one kind, and the masks, positions and caches that they share."""
 
 # B batch, T query positions, S key positions, D model size
 
@@ -11,19 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from txtrain.model.attention.cache import Cache
+from txtrain.model.attention.cache import Cache, CrossCache
 from txtrain.model.attention.kernel_choice import choose_kernel
 from txtrain.model.attention.mask import Mask, PreparedMask, prepare
 from txtrain.model.block import CrossBlock
-from txtrain.model.context import Context, MemoryContext
+from txtrain.model.context import Context, CrossContext
 from txtrain.model.position.encodings import Position
 
 
 @dc.dataclass(frozen=True)
 class Given:
-    """What is known of the tokens that a stack reads: None where there is nothing to know.
+    """The tokens that a stack reads: their positions, documents, padding and prefix; None where there are none.
 
-    distances_BS: positions of all keys, past ones too, of which the differences are distances, [B or 1, S].
+    distances_BS: positions of all keys, past ones included, whose differences are distances, [B or 1, S].
+    grid: rows and columns of an image's patches.
     """
 
     position_ids_BT: Tensor
@@ -34,33 +35,28 @@ class Given:
     grid: tuple[int, int] | None = None
 
     def first(self, n: int) -> Given:
-        """Of the first n tokens alone, where nothing is cached."""
-        valid, documents, prefix = (None if x is None else x[:, :n] for x in (self.valid_BS, self.documents_BS, self.prefix_BS))
+        """The first n tokens alone, without a cache."""
+        masks = self.valid_BS, self.documents_BS, self.prefix_BS
+        valid, documents, prefix = (None if x is None else x[:, :n] for x in masks)
         return Given(self.position_ids_BT[:, :n], self.distances_BS[:, :n], valid, documents, prefix, self.grid)
 
 
 @dc.dataclass
 class Record:
-    """What the blocks leave behind: their statistics, by the block's name. loss_scale: of their auxiliary losses, see context.py."""
+    """Statistics of the blocks, by the block's name. loss_scale: factor of their auxiliary losses, see context.py."""
 
     statistics: dict[str, Tensor] = dc.field(default_factory=dict)
-    loss_scale: Tensor | None = None  # made where the first block computes
+    loss_scale: Tensor | None = None  # on the device of the first block
 
     def scale_on(self, device: torch.device) -> Tensor:
         if self.loss_scale is None:
             self.loss_scale = torch.ones((), device=device)
         return self.loss_scale
 
-    def has(self, kind: str) -> bool:
-        return any(name.rpartition(".")[2] == kind for name in self.statistics)
-
-    def keep(self, block: str, statistics: dict[str, Tensor]) -> None:
-        self.statistics.update({f"{block}.{name}": value for name, value in statistics.items()})
-
 
 @dc.dataclass(frozen=True)
-class Memory:
-    """Another stack's output, for cross-attention; output_BSD is None where the cache has what it needs of it."""
+class EncoderOutput:
+    """The encoder's output, for cross-attention; output_BSD is None where the cache has its keys and values."""
 
     output_BSD: Tensor | None
     length: int
@@ -71,7 +67,10 @@ class Memory:
 class Stack(nn.Module):
     """Position, blocks and final norm."""
 
-    def __init__(self, position: Position, blocks: Sequence[nn.Module], final_norm: nn.Module | None, causal: bool, output_dropout: float = 0.0) -> None:
+    def __init__(
+        self, position: Position, blocks: Sequence[nn.Module], final_norm: nn.Module | None, causal: bool,
+        output_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.position = position
         self.blocks = nn.ModuleList(blocks)
@@ -81,74 +80,69 @@ class Stack(nn.Module):
 
     def new_cache(self) -> Cache:
         windows = [_needs(block.attention)[0] for block in self.blocks]
-        return Cache(windows, with_memory=isinstance(self.blocks[0], CrossBlock))
+        return Cache(windows, with_cross=isinstance(self.blocks[0], CrossBlock))
 
     def run(
-        self, x_BTD: Tensor, given: Given, cache: Cache | None = None, memory: Memory | None = None, record: Record | None = None, name: str = ""
+        self, x_BTD: Tensor, given: Given, cache: Cache | None = None, encoded: EncoderOutput | None = None,
+        record: Record | None = None, name: str = "",
     ) -> Tensor:
         """[B, T, D] through all blocks and the final norm. name: a prefix for the record."""
         blocks = {f"{name}blocks.{i}": block for i, block in enumerate(self.blocks)}
-        x_BTD = self.through(blocks, x_BTD, given, cache, memory, record)
+        x_BTD = self.through(blocks, x_BTD, given, cache, encoded, record)
         x_BTD = x_BTD if self.final_norm is None else self.final_norm(x_BTD)
         return self.output_dropout(x_BTD)
 
     def through(
-        self,
-        blocks: Mapping[str, nn.Module],
-        x_BTD: Tensor,
-        given: Given,
-        cache: Cache | None = None,
-        memory: Memory | None = None,
-        record: Record | None = None,
+        self, blocks: Mapping[str, nn.Module], x_BTD: Tensor, given: Given, cache: Cache | None = None,
+        encoded: EncoderOutput | None = None, record: Record | None = None,
     ) -> Tensor:
         """[B, T, D] through blocks, by their names in the record, that share masks and positions."""
-        declared = Mask(x_BTD.shape[1], given.distances_BS.shape[1], self.causal, None, given.documents_BS, given.valid_BS, given.prefix_BS)
+        T, S = x_BTD.shape[1], given.distances_BS.shape[1]
+        declared = Mask(T, S, self.causal, None, given.documents_BS, given.valid_BS, given.prefix_BS)
         rotation = self.position.rotation(given.position_ids_BT, x_BTD.dtype)
         masks: dict[tuple[Any, ...], PreparedMask] = {}
-        crossed: dict[tuple[Any, ...], PreparedMask] = {}
         for i, (name, block) in enumerate(blocks.items()):
-            layer_cache = cache.layers[i] if cache is not None else None
-            n_keys = declared.n_keys if layer_cache is None else layer_cache.n_held + declared.n_queries
-            key = (*_needs(block.attention), n_keys)
+            layer_cache = None if cache is None else cache.layers[i]
+            n_keys = S if layer_cache is None else layer_cache.n_held + T
+            window, softcap, dropout = _needs(block.attention)
+            key = window, softcap, dropout, n_keys
             if key not in masks:
-                masks[key] = self._prepared(declared, *key, x_BTD, given.distances_BS)
+                distances_BS = given.distances_BS[:, -n_keys:]
+                bias = self.position.bias(distances_BS[:, -T:], distances_BS)
+                masks[key] = _with_kernel(declared.windowed(window, n_keys), bias, softcap, dropout, x_BTD)
+            cross = None
+            if encoded is not None:
+                cross = _cross(block, encoded, None if cache is None else cache.cross[i], x_BTD, given, masks)
             statistics: dict[str, Tensor] = {}
-            across = None if memory is None else self._across(block, memory, cache.memories[i] if cache is not None else None, declared, x_BTD, given, crossed)
             loss_scale = None if record is None else record.scale_on(x_BTD.device)
-            x_BTD = block(x_BTD, context=Context(masks[key], rotation, layer_cache, across, statistics, loss_scale))
+            x_BTD = block(x_BTD, context=Context(masks[key], rotation, layer_cache, cross, statistics, loss_scale))
             if record is not None:
-                record.keep(name, statistics)
+                record.statistics.update({f"{name}.{kind}": value for kind, value in statistics.items()})
         return x_BTD
 
-    def _prepared(
-        self, declared: Mask, window: int | None, softcap: bool, dropout: bool, n_keys: int, x_BTD: Tensor, distances_BS: Tensor
-    ) -> PreparedMask:
-        mask = declared.windowed(window, n_keys)
-        distances_BS = distances_BS[:, -n_keys:]
-        bias = self.position.bias(distances_BS[:, -mask.n_queries :], distances_BS)
-        return _with_kernel(mask, bias, softcap, dropout, x_BTD)
 
-    def _across(
-        self, block: nn.Module, memory: Memory, cache: Any, declared: Mask, x_BTD: Tensor, given: Given, masks: dict[tuple[Any, ...], PreparedMask]
-    ) -> MemoryContext:
-        _, softcap, dropout = key = _needs(block.cross_attention)
-        if key not in masks:
-            queries = given.documents_BS
-            mask = Mask(declared.n_queries, memory.length, False, None, memory.documents_BS, memory.valid_BS, query_documents_BT=queries)
-            masks[key] = _with_kernel(mask, None, softcap, dropout, x_BTD)
-        return MemoryContext(masks[key], memory.output_BSD, cache)
+def _cross(
+    block: Any, encoded: EncoderOutput, cache: CrossCache | None, x_BTD: Tensor, given: Given, masks: dict[Any, Any]
+) -> CrossContext:
+    _, softcap, dropout = _needs(block.cross_attention)
+    key = "cross", softcap, dropout
+    if key not in masks:
+        documents, of_queries = encoded.documents_BS, given.documents_BS
+        mask = Mask(x_BTD.shape[1], encoded.length, False, None, documents, encoded.valid_BS, None, of_queries)
+        masks[key] = _with_kernel(mask, None, softcap, dropout, x_BTD)
+    return CrossContext(masks[key], encoded.output_BSD, cache)
 
 
 def _with_kernel(mask: Mask, bias: Tensor | None, softcap: bool, dropout: bool, x_BTD: Tensor) -> PreparedMask:
     device, dtype = x_BTD.device, x_BTD.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    half = dtype in (torch.bfloat16, torch.float16)
-    kernel = choose_kernel(mask, device_type=device.type, softcap=softcap, bias=bias is not None, dropout=dropout, half=half)
+    half, biased = dtype in (torch.bfloat16, torch.float16), bias is not None
+    kernel = choose_kernel(mask, device_type=device.type, softcap=softcap, bias=biased, dropout=dropout, half=half)
     return prepare(mask, kernel, bias, device, dtype)
 
 
 def _needs(attention: Any) -> tuple[int | None, bool, bool]:
-    """What a kernel depends on: window, softcap, dropout. A user's own attention is any module, and may lack them."""
+    """Window, softcap and dropout, which decide the kernel. A user's own attention may be any module, without them."""
     window, softcap = getattr(attention, "window", None), getattr(attention, "softcap", None)
     return window, softcap is not None, bool(attention.training and getattr(attention, "dropout", 0.0))

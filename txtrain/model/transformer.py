@@ -5,34 +5,35 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
 from txtrain.model.attention.cache import Cache, append
+from txtrain.model.attention.mask import document_starts
 from txtrain.model.config import ModelConfig
 from txtrain.model.embedding.embeddings import PatchEmbedding, TokenEmbedding
 from txtrain.model.ffn.moe import AUX_LOSS, ScaleOf
 from txtrain.model.head.heads import Head, LMHead
 from txtrain.model.head.loss import IGNORED, cross_entropy
 from txtrain.model.inputs import LABELS, Inputs, Reads, explained, outside, require
-from txtrain.model.mtp import FurtherToken, further_targets
+from txtrain.model.mtp import MTPModule, further_targets
 from txtrain.model.output import ModelOutput
 from txtrain.model.position.encodings import Position
-from txtrain.model.stack import Given, Memory, Record, Stack
+from txtrain.model.stack import EncoderOutput, Given, Record, Stack
 
 Embedding = TokenEmbedding | PatchEmbedding
 
 
 @dc.dataclass(frozen=True)
 class Read:
-    """One stack's last hidden state [B, T, D], what was known of its tokens, and their vectors [B, T, D] as they were looked up."""
+    """One stack's last hidden state [B, T, D], its tokens, and their embeddings [B, T, D]."""
 
     x_BTD: Tensor
     given: Given
@@ -40,109 +41,100 @@ class Read:
 
 
 class Transformer(Stack):
-    """A decoder, an encoder, or (with `encoder`) both. Forward takes and returns what Hugging Face users expect, and changes nothing here.
+    """A decoder, an encoder, or (with `encoder`) both, built by `txtrain.build_model`. Forward changes nothing here.
 
-    The stack that ends in the head is this module itself (`blocks.0...`); an encoder beside it is `encoder.blocks.0...`.
-    Build it with `txtrain.build_model(config)`.
+    The stack that ends in the head is this module itself (`blocks.0...`); an encoder is `encoder.blocks.0...`.
     """
 
-    accepts_loss_kwargs = True  # transformers.Trainer: it may pass num_items_in_batch
-    loss_type: str | None  # transformers.Trainer: ForCausalLM where labels are shifted here, so that the first of a row is no target
-    tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from; they go along when it is saved
-    label_names: tuple[str, ...] = ()  # of the classes, as that folder has them; they go along too
+    accepts_loss_kwargs = True  # transformers.Trainer may pass num_items_in_batch
+    loss_type: str | None  # ForCausalLM tells transformers.Trainer that labels are shifted here
+    tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from, for saving
+    label_names: tuple[str, ...] = ()  # of the classes, from that folder, for saving
 
     def __init__(
-        self,
-        config: ModelConfig,
-        embedding: Embedding,
-        position: Position,
-        blocks: Sequence[nn.Module],
-        final_norm: nn.Module | None,
-        head: Head,
-        encoder: Stack | None = None,
-        encoder_embedding: TokenEmbedding | None = None,
-        mtp: Sequence[FurtherToken] = (),
+        self, config: ModelConfig, embedding: Embedding, position: Position, blocks: Sequence[nn.Module],
+        final_norm: nn.Module | None, head: Head, encoder: Stack | None = None,
+        encoder_embedding: TokenEmbedding | None = None, mtp: Sequence[MTPModule] = (),
     ) -> None:
-        super().__init__(position, blocks, final_norm, causal=config.topology != "encoder", output_dropout=config.output_dropout)
+        super().__init__(position, blocks, final_norm, config.topology != "encoder", config.output_dropout)
         self.config = config
         self.embedding = embedding
         self.dropout = nn.Dropout(config.dropout)
         self.head = head
         self.loss_type = "ForCausalLM" if head.shift else None
         self.encoder = encoder
-        self.encoder_embedding = encoder_embedding  # None: the source reads `embedding`
+        self.encoder_embedding = encoder_embedding  # None: the encoder reads `embedding`
         self.mtp = nn.ModuleList(mtp)
         self.reads = Reads(config.dim, embedding.n_channels, len(blocks), encoder is not None, head.pools)
 
     def forward(
         self,
-        input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        token_type_ids: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        pixel_values: Tensor | None = None,
-        prefix_mask: Tensor | None = None,
-        decoder_input_ids: Tensor | None = None,
-        decoder_attention_mask: Tensor | None = None,
-        decoder_position_ids: Tensor | None = None,
-        decoder_document_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        use_cache: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-        mtp_items_in_batch: Sequence[Tensor | int] | None = None,
-        return_logits: bool = True,
-        logits_to_keep: int | Tensor = 0,
-        return_log_probs: bool = False,
+        input_ids: Tensor | None = None, attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None, position_ids: Tensor | None = None,
+        document_ids: Tensor | None = None, inputs_embeds: Tensor | None = None,
+        pixel_values: Tensor | None = None, prefix_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None, decoder_attention_mask: Tensor | None = None,
+        decoder_position_ids: Tensor | None = None, decoder_document_ids: Tensor | None = None,
+        labels: Tensor | None = None, past_key_values: Cache | None = None, use_cache: bool = False,
+        num_items_in_batch: Tensor | int | None = None, mtp_items_in_batch: Sequence[Tensor | int] | None = None,
+        return_logits: bool = True, logits_to_keep: int | Tensor = 0, return_log_probs: bool = False,
     ) -> ModelOutput:
-        """One pass.
+        """One pass, with Hugging Face's arguments.
 
         Args:
-            input_ids: [B, T] (of the encoder where there is one), or inputs_embeds: [B, T, D] in its place, as `self.embedding` gives them:
-                scaled where it scales. For images pixel_values: [B, C, H, W].
+            input_ids: [B, T], of the encoder if there is one; or inputs_embeds: [B, T, D], scaled if `self.embedding`
+                scales; or pixel_values: [B, C, H, W].
             attention_mask: [B, T], or [B, S] with a cache; 1 for a real token, 0 for padding.
             token_type_ids: [B, T]; the segment of each token.
-            position_ids: [B, T]; by default 0, 1, 2, ... after what the cache holds, restarting at each document.
+            position_ids: [B, T]; by default 0, 1, 2, ... after the cache, restarting at each document.
             document_ids: [B, T]; tokens attend within their document only. Not with a cache.
-            prefix_mask: [B, T]; true for tokens that a causal model's every token may see, also from before (prefix LM).
-            decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids: the same of the target, where there are
-                two stacks; ids by default the labels shifted to the right, after the start token.
-            labels: [B, T]; -100 where nothing is to be predicted. A causal model shifts them here: logits at t predict label t + 1.
-                [B] for one class a sequence.
-            past_key_values: what the last call returned; it is updated in place.
-            num_items_in_batch: the loss is its sum over the targets divided by this; by default by the number of targets here.
-            mtp_items_in_batch: the same for the loss of each further token (`mtp_losses`; mtp.py). With a cache none is predicted.
+            prefix_mask: [B, T]; true for tokens that every position of a causal model may see (prefix LM).
+            decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids: the same for the
+                decoder beside an encoder; ids by default the labels shifted right, after the start token.
+            labels: [B, T]; -100: no target. A causal model shifts them: logits at t predict label t + 1. [B] for
+                classification.
+            past_key_values: what the last call returned; updated in place.
+            num_items_in_batch: the loss is its sum divided by this; by default by the number of targets.
+            mtp_items_in_batch: the same for each of `mtp_losses` (mtp.py). There is no MTP with a cache.
             return_logits: False computes the loss by chunks and never holds all logits.
-            logits_to_keep: logits of the last so many positions only; 0: of all. Not with labels. Or a mask [B, T]: logits [n, V] of the
-                positions where it is true. The loss is of all targets nevertheless. Not with a head that pools.
-            return_log_probs: `log_probs` of the labels in the place of any loss: see `log_probs` below.
+            logits_to_keep: logits of the last so many positions; 0: of all. Not with labels. Or a mask [B, T]: logits
+                [n, V] where it is true; the loss is still of all targets. Not with a head that pools.
+            return_log_probs: `log_probs` of the labels instead of a loss, see the function `log_probs`.
 
         Raises:
-            ConfigError: inputs have a wrong shape or dtype, contradict each other, are not of this topology, or exceed
+            ConfigError: inputs have a wrong shape or dtype, contradict each other, do not fit this topology, or exceed
                 the model's learned positions; on the CPU also: ids or labels are outside the vocabulary.
         """
-        main = Inputs(input_ids, inputs_embeds, attention_mask, position_ids, document_ids, token_type_ids, pixel_values, prefix_mask)
+        beside = token_type_ids, pixel_values, prefix_mask
+        main = Inputs(input_ids, inputs_embeds, attention_mask, position_ids, document_ids, *beside)
         target = Inputs(decoder_input_ids, None, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         self.reads.check(main, target, labels, cache, logits_to_keep)
-        record = Record()
-        main, memory = self._sides(main, target, labels, cache, record)
-        read = self._read(self, self.embedding, main, cache, memory, record)
+        record, encoded = Record(), None
+        if self.encoder is not None:
+            if target.ids is None:  # teacher forcing
+                assert labels is not None, "Reads.check"
+                target = dc.replace(target, ids=self.shifted_right(labels, target.documents))
+            encoded, main = self._encoded(self.encoder, main, cache, record), target
+        read = self._read(self, main, record, cache, encoded)
         x_BTD, valid_BT = read.x_BTD, read.given.valid_BS
-        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD, encoder_last_hidden_state=None if memory is None else memory.output_BSD)
+        out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD)
+        out.encoder_last_hidden_state = None if encoded is None else encoded.output_BSD
         out.nsp_logits = self.head.sentence_logits(x_BTD)
-        masked = isinstance(logits_to_keep, Tensor)
-        if return_logits:
-            out.logits = self.head(_kept(x_BTD, logits_to_keep), self.embedding.weight_VD, valid_BT)
+        masked, logits = isinstance(logits_to_keep, Tensor), None
+        if return_logits or self.head.pools:
+            kept = x_BTD[logits_to_keep] if isinstance(logits_to_keep, Tensor) else x_BTD[:, -logits_to_keep:]
+            logits = self.head(kept, self.embedding.weight_VD, valid_BT)
+        out.logits = logits if return_logits else None
         if labels is not None and return_log_probs:
             out.log_probs = self.head.log_probs(x_BTD, self.embedding.weight_VD, labels)
         elif labels is not None:
-            out.loss, share = self._loss(x_BTD, None if masked else out.logits, self.head.targets(labels), num_items_in_batch, valid_BT)
+            targets = self.head.targets(labels)
+            out.loss, share = self._loss(x_BTD, None if masked else logits, targets, num_items_in_batch)
         if self.mtp and cache is None and not masked and not logits_to_keep and not return_log_probs:
             self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
-        if out.loss is not None and record.loss_scale is not None and record.has(AUX_LOSS):
+        recorded = any(name.endswith(f".{AUX_LOSS}") for name in record.statistics)
+        if out.loss is not None and record.loss_scale is not None and recorded:
             out.loss, *further = ScaleOf.apply(record.loss_scale, share, out.loss, *(out.mtp_losses or ()))
             out.mtp_losses = tuple(further) or None
         out.aux = record.statistics or None
@@ -150,23 +142,16 @@ class Transformer(Stack):
 
     @property
     def max_positions(self) -> int | None:
-        """Positions that the model has vectors for; None: any number."""
+        """Number of learned positions; None: unlimited."""
         return self.position.max_positions
 
-    # ------------------------------------------------------------------------------------------------------------- inputs
-
     def _read(
-        self,
-        stack: Stack,
-        embedding: Embedding,
-        given: Inputs,
-        cache: Cache | None = None,
-        memory: Memory | None = None,
-        record: Record | None = None,
-        name: str = "",
+        self, stack: Stack, given: Inputs, record: Record, cache: Cache | None = None,
+        encoded: EncoderOutput | None = None,
     ) -> Read:
         """One sequence through one stack."""
-        side = "decoder_" if self.encoder is not None and stack is self else ""  # of the inputs' names
+        own, side = stack is self, "decoder_" if self.encoder is not None and stack is self else ""
+        embedding = self.embedding if own else self.encoder_embedding or self.embedding
         vectors_BTD, grid = _embedded(embedding, given, self.config.vocab_size, side)
         B, T = vectors_BTD.shape[:2]
         past = 0 if cache is None else cache.length
@@ -187,51 +172,34 @@ class Transformer(Stack):
             x_BTD = embedding.norm(x_BTD)
         prefix = None if given.prefix is None else given.prefix.bool()
         known = Given(positions, distances, valid_BS, given.documents, prefix, grid)
-        x_BTD = stack.run(self.dropout(x_BTD), known, cache, memory, record, name)
+        x_BTD = stack.run(self.dropout(x_BTD), known, cache, encoded, record, "" if own else "encoder.")
         if cache is not None:
             cache.length = past + T
         return Read(x_BTD, known, vectors_BTD)
 
-    def _sides(
-        self, main: Inputs, target: Inputs, labels: Tensor | None, cache: Cache | None, record: Record
-    ) -> tuple[Inputs, Memory | None]:
-        """What the stack that ends in the head reads, and what it looks at: with two stacks the target, and the source as the encoder read it."""
-        if self.encoder is not None:
-            return self._target(target, labels), self._encoded(self.encoder, main, cache, record)
-        return main, None
-
-    def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: Record) -> Memory:
-        """The source read, or what the cache knows of it."""
-        if cache is not None and cache.memory_length:
-            return Memory(None, cache.memory_length, cache.memory_valid_BS)
-        read = self._read(encoder, self.encoder_embedding or self.embedding, source, record=record, name="encoder.")
+    def _encoded(self, encoder: Stack, source: Inputs, cache: Cache | None, record: Record) -> EncoderOutput:
+        """The encoder's output for the source, or what the cache knows of it."""
+        if cache is not None and cache.encoder_length:
+            return EncoderOutput(None, cache.encoder_length, cache.encoder_valid_BS)
+        read = self._read(encoder, source, record)
         x_BSD, valid_BS = read.x_BTD, read.given.valid_BS
         if cache is not None:
-            cache.memory_length, cache.memory_valid_BS = x_BSD.shape[1], valid_BS
-        return Memory(x_BSD, x_BSD.shape[1], valid_BS, source.documents)
-
-    def _target(self, target: Inputs, labels: Tensor | None) -> Inputs:
-        """Teacher forcing: the decoder reads the labels, one position later."""
-        if target.ids is not None:
-            return target
-        assert labels is not None, "Reads.check"
-        return dc.replace(target, ids=self.shifted_right(labels, target.documents))
+            cache.encoder_length, cache.encoder_valid_BS = x_BSD.shape[1], valid_BS
+        return EncoderOutput(x_BSD, x_BSD.shape[1], valid_BS, source.documents)
 
     def shifted_right(self, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         return shifted_right(self.config, labels_BT, document_ids_BT)
 
-    # --------------------------------------------------------------------------------------------------------------- loss
-
     def _loss(
-        self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None, valid_BT: Tensor | None
+        self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
-        """The loss, and which share of the batch's targets is here."""
+        """The loss, and the share of the batch's targets that is here."""
         here = (targets != IGNORED).sum()
         denominator = torch.as_tensor(here if n_items is None else n_items, dtype=torch.float32, device=x_BTD.device)
         try:
             if logits is not None:
                 return cross_entropy(logits, targets, denominator), here / denominator
-            return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator, valid_BT), here / denominator
+            return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator), here / denominator
         except (IndexError, RuntimeError) as e:
             if targets.device.type != "cpu" or "out of bounds" not in str(e):
                 raise
@@ -239,9 +207,10 @@ class Transformer(Stack):
             raise explained(e, "labels", targets[targets != IGNORED], n) from e
 
     def _predict_further(
-        self, out: ModelOutput, read: Read, record: Record, labels: Tensor | None, n_items: Sequence[Tensor | int] | None, return_logits: bool
+        self, out: ModelOutput, read: Read, record: Record, labels: Tensor | None,
+        n_items: Sequence[Tensor | int] | None, return_logits: bool,
     ) -> None:
-        """Multi-token prediction: its logits, and its losses where there are labels."""
+        """MTP: its logits, and its losses where there are labels."""
         x_BTD, logits, losses = read.x_BTD, [], []
         modules: Any = self.mtp
         for i, module in enumerate(modules):
@@ -255,25 +224,25 @@ class Transformer(Stack):
             if labels is not None:
                 targets = further_targets(labels, read.given.documents_BS, k)
                 items = None if n_items is None else n_items[i]
-                losses.append(self._loss(entering_BTD, logits[-1] if return_logits else None, targets, items, None)[0])
+                losses.append(self._loss(entering_BTD, logits[-1] if return_logits else None, targets, items)[0])
         out.mtp_logits, out.mtp_losses = tuple(logits) or None, tuple(losses) or None
 
 
 def log_probs(model: Any, input_ids: Tensor, labels: Tensor, **inputs: Any) -> Tensor:
-    """Log-probability of each label, differentiable; all logits are never held at once.
+    """Log-probability of each label, differentiable, without holding all logits at once.
 
     Args:
         model: of `txtrain.build_model` or `txtrain.load_pretrained`, with a head over the vocabulary.
-        input_ids: [B, T]; with an encoder and a decoder [B, S], what the encoder reads.
-        labels: [B, T], -100 where nothing is asked for; with two stacks the target.
-        inputs: what else `Transformer.forward` takes, such as attention_mask, document_ids or decoder_input_ids.
+        input_ids: [B, T]; with an encoder and a decoder [B, S], the encoder's.
+        labels: [B, T], -100: not asked for; the target's with two stacks.
+        inputs: further arguments of `Transformer.forward`, such as attention_mask, document_ids or decoder_input_ids.
 
     Returns:
         [B, T], at t of label t, at least float32; 0 where the label is -100. A causal model (`model.head.shift`)
         predicts label t at position t - 1, so that the first label of a row has 0; other models predict it at t.
 
     Raises:
-        ConfigError: the head is not over the vocabulary, a label is not of it, or inputs are not what the model reads.
+        ConfigError: the head is not over the vocabulary, a label is outside it, or inputs do not fit the model.
     """
     if not isinstance(model, Transformer) or not isinstance(model.head, LMHead):
         what = "a model of txtrain.build_model or txtrain.load_pretrained with a head over the vocabulary"
@@ -287,35 +256,10 @@ def log_probs(model: Any, input_ids: Tensor, labels: Tensor, **inputs: Any) -> T
     return out.log_probs
 
 
-def _signature_with(function: Callable[..., Any], name: str) -> inspect.Signature:
-    """The function's own, and one keyword more: what trainers and collators look at."""
-    known = inspect.signature(function)
-    return known.replace(parameters=[*known.parameters.values(), inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None)])
-
-
-class SentencePairTransformer(Transformer):
-    """With a head that tells whether the second sentence follows the first (BERT).
-
-    A class of its own because `transformers.Trainer` takes every parameter of forward with "label" in its name for one that each batch has.
-    """
-
-    def forward(self, *inputs: Any, next_sentence_label: Tensor | None = None, **named: Any) -> ModelOutput:
-        """As `Transformer.forward`. next_sentence_label: [B]; 0 if the second sentence follows the first, 1 if not. Its loss is added."""
-        out = super().forward(*inputs, **named)
-        if next_sentence_label is not None:
-            assert out.nsp_logits is not None
-            require("next_sentence_label", next_sentence_label, {"B": len(out.nsp_logits)}, LABELS)
-            loss = cross_entropy(out.nsp_logits, next_sentence_label, (next_sentence_label != IGNORED).sum())
-            out.loss = loss if out.loss is None else out.loss + loss
-        return out
-
-    forward.__signature__ = _signature_with(Transformer.forward, "next_sentence_label")  # type: ignore[attr-defined]
-
-
 def _embedded(
     embedding: Embedding, given: Inputs, vocab_size: int, side: str
 ) -> tuple[Tensor, tuple[int, int] | None]:
-    """Vectors [B, T, D], and the rows and columns of patches where they are an image's."""
+    """Vectors [B, T, D], and the rows and columns of an image's patches."""
     if isinstance(embedding, PatchEmbedding):
         return embedding(given.pixels)
     try:
@@ -328,58 +272,47 @@ def _embedded(
         raise explained(e, "token_type_ids", given.types, embedding.n_types) from e
 
 
-def _kept(x_BTD: Tensor, positions: int | Tensor) -> Tensor:
-    """The last so many positions (0: all), [B, positions, D], or those where a mask [B, T] is true, [n, D]."""
-    return x_BTD[positions] if isinstance(positions, Tensor) else x_BTD[:, -positions:]
-
-
 def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -> Tensor | None:
-    """[B, S] True for real tokens, or None where all are; remembered in the cache."""
-    past = 0 if cache is None else cache.length
-    known = None if cache is None else cache.valid_BS
+    """[B, S] True for real tokens, or None where all are; kept in the cache."""
+    past, known = (0, None) if cache is None else (cache.length, cache.valid_BS)
     if attention_mask is None:
         if known is None:
             return None
         attention_mask = torch.ones(B, T, dtype=torch.bool, device=known.device)
     valid = attention_mask.bool()
     if valid.shape[1] != past + T:
-        valid = append(torch.ones(1, past, dtype=torch.bool, device=valid.device) if known is None else known, valid)
+        valid = append(valid.new_ones(1, past) if known is None else known, valid)
     if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
-        return None  # collators often send a mask of ones; on a GPU the look would wait for the device
+        return None  # collators often send a mask of ones; on a GPU the test would wait for the device
     if cache is not None:
         cache.valid_BS = valid
     return valid
 
 
 def _positions(
-    position_ids: Tensor | None, document_ids: Tensor | None, cache: Cache | None, past: int, T: int, device: torch.device
+    position_ids: Tensor | None, document_ids: Tensor | None, cache: Cache | None, past: int, T: int, device: Any
 ) -> tuple[Tensor, Tensor]:
     """Position ids of the new tokens [B or 1, T], and of all keys [B or 1, S] for distances.
 
-    Distances between default positions are those between indices, also within a document that starts later: no batch dimension.
+    By default distances are those between indices, also in a document that starts later: no batch dimension.
     """
     index_1S = torch.arange(past + T, device=device)[None]
     if position_ids is not None:
         if cache is None:
             return position_ids, position_ids
-        cache.positions_BS = append(index_1S[:, :past] if cache.positions_BS is None else cache.positions_BS, position_ids)
+        before = index_1S[:, :past] if cache.positions_BS is None else cache.positions_BS
+        cache.positions_BS = append(before, position_ids)
         return position_ids, cache.positions_BS
     if document_ids is not None:
-        starts = torch.ones_like(document_ids, dtype=torch.bool)
-        starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
-        return index_1S - torch.where(starts, index_1S, 0).cummax(dim=1).values, index_1S
+        return index_1S - torch.where(document_starts(document_ids), index_1S, 0).cummax(dim=1).values, index_1S
     if cache is not None and cache.positions_BS is not None:
         raise ConfigError("`position_ids` must be given again: this cache was filled with explicit ones.")
     return index_1S[:, past:], index_1S
 
 
 def shifted_right(config: ModelConfig, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
-    """What the decoder reads to predict these labels: the start token, then all but the last of them; so in each document of a row."""
-    start = config.decoder_start_token_id
-    pad = config.pad_token_id or 0
+    """The decoder's input for these labels: in each document the start token, then all labels but the last."""
+    pad, start = config.pad_token_id or 0, config.decoder_start_token_id
     start = pad if start is None else start
-    first = labels_BT.new_full((len(labels_BT), 1), start)
-    before_BT = labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad)
-    if document_ids_BT is not None:
-        before_BT = before_BT.masked_fill(document_ids_BT[:, 1:] != document_ids_BT[:, :-1], start)
-    return torch.cat((first, before_BT), dim=1)
+    before_BT = F.pad(labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad), (1, 0), value=start)
+    return before_BT if document_ids_BT is None else before_BT.masked_fill(document_starts(document_ids_BT), start)

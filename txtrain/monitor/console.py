@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import sys
 from collections.abc import Iterable
-from typing import Literal
+from typing import IO, Any, Literal, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -13,10 +14,39 @@ from rich.text import Text
 
 from txtrain.monitor.metrics_csv import COLUMNS, Row
 from txtrain.monitor.start_screen import duration
+from txtrain.parallel.early_signals import say
 from txtrain.parallel.timers import PHASES
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 _BAR = 5  # columns at least
+
+
+class _Screen:
+    """stdout, whatever becomes of it: what a closed terminal or a full disk does not take is lost, which is said once."""
+
+    lost = False
+
+    @property
+    def rich_proxied_file(self) -> _Screen:
+        """While it shows a bar, rich puts itself in the place of sys.stdout."""
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(getattr(sys.stdout, "rich_proxied_file", sys.stdout), name)
+
+    def write(self, text: str) -> None:
+        self._try("write", text)
+
+    def flush(self) -> None:
+        self._try("flush")
+
+    def _try(self, what: str, *arguments: str) -> None:
+        try:
+            self.__getattr__(what)(*arguments)
+        except OSError as e:
+            if not self.lost:
+                self.lost = True
+                say(f"the screen cannot be written to ({e}). The training goes on; what it would show is lost.")
 
 
 class Display:
@@ -28,7 +58,7 @@ class Display:
     """
 
     def __init__(self, console: Console | None = None, silent: bool = False, verbosity: Verbosity = "normal") -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=silent)
+        self.console = console or Console(file=cast(IO[str], _Screen()), highlight=False, soft_wrap=True, quiet=silent)
         self.verbosity = verbosity
         self.total: int | None = None
         self._moves = self.console.is_terminal and not self.console.is_dumb_terminal

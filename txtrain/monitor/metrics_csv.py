@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+import xxhash
+
+from txtrain.checkpoint.run_folder import RunFolder, aside
 from txtrain.errors import ConfigError
 from txtrain.ground import files
-from txtrain.ground.plain_files import read_text, shorten
+from txtrain.ground.plain_files import read_bytes, shorten
 from txtrain.parallel.timers import PHASES
 
 EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "loss_spikes")  # whatever happens to a run
@@ -28,10 +31,12 @@ class MetricsFile:
     Args:
         columns: step first; those that the file has beside them stay, empty from here on.
         keep: the rows up to this step stay; later ones, and a line that a killed run left unfinished, go.
+        n_kept: how many they are, where that is known: what is damaged behind them does not matter.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0) -> None:
-        rows = [row for row in read(path) if int(row["step"]) <= keep] if keep else []
+    def __init__(self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0, n_kept: int | None = None) -> None:
+        rows = [row for row in read(path, n_kept) if int(row["step"]) <= keep] if keep else []
+        self._digest, self.n_rows = digest_of(rows), len(rows)
         self.columns = columns + tuple(name for row in rows[:1] for name in row if name not in columns)
         files.write(path, "".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *rows])))
         self.latest = _latest(rows)  # of each column, the last value written
@@ -45,8 +50,16 @@ class MetricsFile:
     def write(self, row: Row) -> None:
         """Floats are written so that reading them back gives the same number; None is an empty cell."""
         self.latest |= {name: value for name, value in row.items() if value is not None}
-        self._file.write(self._line(row))
+        line = self._line(row)
+        self._digest.update(_canonical(dict(zip(self.columns, next(csv.reader([line])), strict=True))))
+        self.n_rows += 1
+        self._file.write(line)
         self._file.flush()
+
+    @property
+    def hash(self) -> str:
+        """Of the rows so far; see `digest_of`."""
+        return self._digest.hexdigest()
 
     def sync(self) -> None:
         """Everything written is on the disk when this returns."""
@@ -56,24 +69,72 @@ class MetricsFile:
         self._file.close()
 
 
-def read(path: Path) -> list[dict[str, str]]:
+def read(path: Path, n: int | None = None) -> list[dict[str, str]]:
     """The rows of a metrics.csv, also of one that is being written: without its unfinished last line.
 
+    Args:
+        n: the first so many, whatever comes behind them, as after a power cut.
+
     Raises:
-        ConfigError: a cell is no number.
+        ConfigError: a row has more or fewer cells than the header, or one that is no number.
     """
     if not path.exists():
         return []
-    text = read_text(path, _LIMIT)
-    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
+    raw = read_bytes(path, _LIMIT)
+    text = raw[: raw.rfind(b"\n") + 1].decode("utf-8-sig", errors="replace")  # what is no UTF-8 is no number either
+    reader, rows = csv.reader(io.StringIO(text)), list[dict[str, str]]()
     try:
-        rows = [row for row in reader if None not in row.values() and None not in row]
-        if not all(row["step"].isdecimal() for row in rows):
-            raise ValueError("a step is no number")
-        _latest(rows)
-    except (ValueError, KeyError, csv.Error) as e:
-        raise ConfigError(f"{path} must have rows of numbers, each with a step, but has not: {shorten(e)}.") from e
+        header = next(reader, ["step"])
+        if "step" not in header or "\ufffd" in "".join(header):
+            raise ValueError(f"its names are {header}")
+        while n is None or len(rows) < n:
+            if (cells := next(reader, None)) is None:
+                break
+            if len(cells) != len(header):
+                raise ValueError(f"{len(cells)} cells under {len(header)} names")
+            row = dict(zip(header, cells, strict=True))
+            if not row["step"].isdecimal():
+                raise ValueError(f"`step` is {row['step']!r}")
+            _latest([row])
+            rows.append(row)
+    except (ValueError, csv.Error) as e:
+        raise ConfigError(f"{path}, line {reader.line_num}, must be a row of numbers, each with a step, but is not: {shorten(e)}.") from e
     return rows
+
+
+def digest_of(rows: Iterable[Mapping[str, str]]) -> xxhash.xxh3_64:
+    """Of what rows say, whatever the order of their columns, and which are empty."""
+    digest = xxhash.xxh3_64()
+    for row in rows:
+        digest.update(_canonical(row))
+    return digest
+
+
+def _canonical(row: Mapping[str, str]) -> bytes:
+    return ("\x1f".join(f"{name}={row[name]}" for name in sorted(row) if row[name]) + "\n").encode()
+
+
+def check_rows(place: RunFolder) -> str | None:
+    """Whether the rows up to the run's checkpoint are those that were there when it was written.
+
+    Returns:
+        A sentence, where the whole file is gone.
+
+    Raises:
+        ConfigError: one is lost, or damaged; names the line.
+    """
+    path, state = place.path / "metrics.csv", place.state
+    if not path.exists():
+        return f"{path} is gone: it begins anew with step {place.first_step + 1}." if state.rows else None
+    try:
+        rows = [row for row in read(path, state.rows) if int(row["step"]) <= place.kept]
+        if state.rows is not None and (len(rows), digest_of(rows).hexdigest()) != (state.rows, state.rows_hash):
+            upto = f"the {state.rows:,} rows up to step {place.kept:,} that were written"
+            what = f"has {len(rows):,} of them" if len(rows) < state.rows else "one of them has changed"
+            raise ConfigError(f"{path} must have {upto}, but {what}.")
+    except ConfigError as e:
+        raise ConfigError(*e.problems, f"The run can go on without its earlier rows: {aside(path)}") from e
+    return None
 
 
 def latest(path: Path) -> dict[str, float]:

@@ -46,14 +46,24 @@ def opening(config: Train, fallback: str | None) -> list[str]:
     return [first] if fallback is None else [first, loud]
 
 
-def table(config: Train, data: Data, steps: int | None, machine: object, place: RunFolder | None, grafts: Grafts, strategy: str) -> list[tuple[str, str]]:
-    """The rest of the start screen: names and what they are. data: prepared."""
+def table(
+    config: Train,
+    data: Data,
+    steps: int | None,
+    machine: object,
+    place: RunFolder | None,
+    grafts: Grafts,
+    strategy: str,
+    parameters: tuple[int, int],
+) -> list[tuple[str, str]]:
+    """The rest of the start screen: names and what they are. data: prepared. parameters: trained, and all."""
     trainer = config.trainer
     tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
     done = 0 if place is None else place.first_step
     return [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
+        *([("trained", trained(*parameters))] if parameters[0] < parameters[1] else []),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", tokenizer),
         ("step", batch(config)),
@@ -63,6 +73,11 @@ def table(config: Train, data: Data, steps: int | None, machine: object, place: 
         ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
+
+
+def trained(n: int, of: int) -> str:
+    """`1.2 M of 5.3 M parameters trained`."""
+    return f"{count(n)} of {count(of)} parameters trained"
 
 
 def _number(n_train: int) -> str:
@@ -121,7 +136,7 @@ def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
     from txtrain.config.overrides import parse
 
     own: ModelConfig = compose_job("train", Train, parse([f"model={model.preset}"]), make_loader())[0].config.model
-    return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts if hasattr(own, axis)})
+    return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts})
 
 
 def _value(value: object) -> str:

@@ -10,6 +10,7 @@ from txtrain.registry import BASES, knob, register
 from txtrain.run_config import RunConfig
 
 Score = Literal["exact_match", "bleu", "chrf"]
+Shapes = dict[str, tuple[int, ...]]
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,17 @@ class ObjectiveConfig:
     def lengths(self, seq_len: int) -> tuple[int, int]:
         """Tokens of a source and of its target, at most, where there are two stacks."""
         return seq_len, seq_len
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        """Tensors of n samples at their longest, by the names that the objective reads: integers, or floats if pixels."""
+        return self._text_shapes(config, n, *config.lengths)
+
+    @staticmethod
+    def _text_shapes(config: RunConfig, n: int, read: int, written: int | None) -> Shapes:
+        shapes: Shapes = {"input_ids": (n, read), "labels": (n, written or read)}
+        if not config.data.cross_document_attention:
+            shapes |= {"document_ids": (n, read)} | ({"decoder_document_ids": (n, written)} if written else {})
+        return shapes
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -89,6 +101,12 @@ class MaskedLMConfig(ObjectiveConfig):
     def pairs(self, head: Any) -> bool:
         """Whether samples are pairs of segments, with a model that ends in `head`."""
         return bool(head.next_sentence) if self.next_sentence is None else self.next_sentence
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        if not self.pairs(config.model.head):
+            return super().batch_shapes(config, n)
+        names = ("input_ids", "token_type_ids", "attention_mask", "labels")
+        return dict.fromkeys(names, (n, config.seq_len)) | {"next_sentence_label": (n,)}
 
     def check(self) -> Iterator[str]:
         mask, random = self.mask_share, self.random_share
@@ -155,6 +173,12 @@ class PrefixLMConfig(ObjectiveConfig):
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"two_stacks": config.model.topology == "encoder_decoder"}
 
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        if config.model.topology != "encoder_decoder":
+            return super().batch_shapes(config, n) | {"prefix_mask": (n, config.seq_len)}
+        length = config.seq_len - 1
+        return self._text_shapes(config, n, length, length) | {"attention_mask": (n, length)}
+
     def check_with(self, config: RunConfig) -> Iterator[str]:
         if config.seq_len < 3:
             yield f"`data.seq_len` must be at least 3 for a prefix and its rest, but is {config.seq_len} instead. Nearest: 3."
@@ -183,6 +207,9 @@ class Seq2SeqConfig(SmoothedConfig):
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
 
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        return dict.fromkeys(("input_ids", "attention_mask", "labels"), (n, config.seq_len))
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ImageClassificationConfig(SmoothedConfig):
@@ -191,6 +218,10 @@ class ImageClassificationConfig(SmoothedConfig):
     topologies: ClassVar = ("encoder",)
     heads: ClassVar = ("class",)
     reads: ClassVar = ("images",)
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        e = config.model.embedding
+        return {"pixel_values": (n, e.n_channels, e.image_size, e.image_size), "labels": (n,)}
 
 
 for name, target, config in (

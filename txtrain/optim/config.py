@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
+from txtrain.ground.patterns import pattern_problems
 from txtrain.registry import BASES, knob, register
 
 Shape = tuple[int, ...]
@@ -250,14 +251,6 @@ class MuonConfig(OptimizerConfig):
 def _after(held: Sequence[Held]) -> list[tuple[int, Held]]:
     """Each with the number of elements of the one before it."""
     return list(zip([0, *(h.n for h in held)], held, strict=False))
-
-
-def pattern_problems(path: str, patterns: tuple[str, ...]) -> Iterator[str]:
-    for pattern in patterns:
-        try:
-            re.compile(pattern)
-        except re.error as e:
-            yield f"`{path}` must be regular expressions, but {pattern!r} is not one: {e}."
 
 
 # ------------------------------------------------------------------------------------------------------------------ scheduler

@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from txtrain.errors import ConfigError, hint
+from txtrain.errors import ConfigError
+from txtrain.ground.patterns import unfound
 from txtrain.optim.config import OptimizerConfig
 
 Groups = list[dict[str, Any]]
@@ -30,14 +31,8 @@ def check_patterns(names: Collection[str], config: OptimizerConfig) -> None:
     Raises:
         ConfigError: a pattern of optimizer.groups is found in no name.
     """
-    parts = [part for name in names for part in (name, *name.split("."))]
-    problems = [
-        f"`optimizer.groups[{i}].pattern` must be found in the name of a parameter, but {group.pattern!r} is in none of {len(names)}."
-        + (hint(group.pattern, parts) or f" The first is {next(iter(names), 'missing')}.")
-        for i, group in enumerate(config.groups)
-        if not any(group.matches(name) for name in names)
-    ]
-    if problems:
+    patterns = {f"optimizer.groups[{i}].pattern": group.pattern for i, group in enumerate(config.groups)}
+    if problems := list(unfound(names, patterns)):
         raise ConfigError(*problems)
 
 

@@ -1,4 +1,4 @@
-"""The strategies: their knobs, how they lay processes out, and what must divide. No torch."""
+"""The strategies: their knobs, their layouts of ranks, and what must divide. No torch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 from txtrain.errors import divisors_near
+from txtrain.model.component import must_divide
 from txtrain.model.config import ModelConfig
 from txtrain.parallel import divisibility
 from txtrain.registry import TABLE, register
 from txtrain.run_config import RunConfig
 
-BUCKET = 50_000_000  # elements of gradients that DeepSpeed sums at a time
+BUCKET = 50_000_000  # gradient elements per bucket of DeepSpeed
 
 
 class Layout(NamedTuple):
-    """How many processes hold copies, hold shards of one copy, and share each layer's matrices. Their product is the world's size."""
+    """Ranks that hold copies, hold shards of a copy, and share each layer's matrices; multiplied: the world size."""
 
     replicate: int = 1
     shard: int = 1
@@ -25,46 +26,45 @@ class Layout(NamedTuple):
 
     @property
     def data(self) -> int:
-        """Processes, or groups of them, that see different samples."""
+        """Ranks, or groups of them, that see different samples."""
         return self.replicate * self.shard
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    """Base: every process holds all of the model and sees its share of the samples.
+    """Base: every rank holds the whole model and sees its share of the samples.
 
-    absent: why it has not a key that others have. stage: of ZeRO. cuts_activations: a block's output lies in parts.
+    stage: of ZeRO. cuts_activations: ranks share a block's output.
     """
 
-    absent: ClassVar[dict[str, str]] = {"ep_size": " Copies of a model have all experts."}
     stage: ClassVar[int] = 0
     cuts_activations: ClassVar[bool] = False
     type: str
 
-    # Keys of some strategies; without an annotation they are no fields of all.
+    # Fields of some strategies only.
     ep_size = 1
     cpu_offload = False
     reshard_after_forward = False
 
     def layout(self, world: int) -> Layout:
-        """Of so many processes, `problems` being none."""
+        """The layout of `world` ranks, if `problems` has none."""
         return Layout(replicate=world)
 
     def problems(self, world: int, model: ModelConfig) -> Iterator[str]:
-        """What `world` processes cannot be laid out for."""
+        """Why `world` ranks cannot be laid out, as sentences."""
         yield from ()
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
-        """What of the rest of a configuration does not go together with this, on however many processes."""
+        """What of the rest of a configuration the strategy excludes, on any number of ranks."""
         yield from ()
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ShardedConfig(StrategyConfig):
-    """FSDP2 (2304.11277, by parameter): parameters, gradients and optimizer state in shards, a block's parameters gathered while it computes.
+    """FSDP2 (2304.11277): parameters, gradients and optimizer state in shards; a block gathers its own to compute.
 
-    reshard_after_forward: give a block's gathered parameters back after its forward, and gather them again for its backward.
-    cpu_offload: shards, gradients and the optimizer live in the processor's memory.
+    reshard_after_forward: free a block's gathered parameters after its forward, and gather them again for its backward.
+    cpu_offload: shards, gradients and the optimizer are in CPU memory.
     """
 
     reshard_after_forward: bool = True
@@ -76,7 +76,7 @@ class ShardedConfig(StrategyConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class FullyShardedConfig(ShardedConfig):
-    """ep_size: processes over which the experts of each mixture are divided (2006.16668); what is left of the shards cuts each of them. 1: none."""
+    """ep_size: ranks that divide each mixture's experts (2006.16668); further shards cut each expert. 1: undivided."""
 
     ep_size: int = 1
 
@@ -84,17 +84,18 @@ class FullyShardedConfig(ShardedConfig):
         yield from self._experts(self.layout(world).shard, model)
 
     def _experts(self, shards: int, model: ModelConfig) -> Iterator[str]:
-        """What the shards, or the model, do not allow of ep_size."""
+        """Why the shards or the model exclude ep_size, as sentences."""
         n, path = self.ep_size, "strategy.ep_size"
         if n == 1:
             return
         experts = divisibility.experts(model)
         if experts is None:
-            yield f"`{path}` must be 1 with model/ffn={model.ffn.type}, which has no experts to divide, but is {n} instead. Nearest: 1."
+            why = f"model/ffn={model.ffn.type}, which has no experts to divide"
+            yield f"`{path}` must be 1 with {why}, but is {n} instead. Nearest: 1."
             return
         near = f"Nearest that both allow: {', '.join(map(str, divisors_near(n, math.gcd(shards, experts))))}."
         if n < 1 or shards % n:
-            yield f"`{path}` must divide the processes that hold shards of one model ({shards}), but is {n} instead. {near}"
+            yield f"`{path}` must divide the ranks that hold shards of one model ({shards}), but is {n} instead. {near}"
         elif experts % n:
             yield f"`{path}` must divide model.ffn.n_experts ({experts}), but is {n} instead. {near}"
 
@@ -113,14 +114,10 @@ class HybridConfig(FullyShardedConfig):
         yield from found or super().problems(world, model)
 
 
-CUT_ALREADY = {"ep_size": " Tensor parallelism gives each process a part of every expert instead."}
-
-
 @dc.dataclass(frozen=True, kw_only=True)
 class TensorConfig(StrategyConfig):
-    """Each layer's matrices are cut over the processes (1909.08053), its norms over positions (2205.05198). tp_size: null: all processes."""
+    """Ranks share each layer's matrices (1909.08053), and its norms by positions (2205.05198). tp_size: null: all."""
 
-    absent = CUT_ALREADY
     cuts_activations = True
     tp_size: int | None = None
 
@@ -134,9 +131,8 @@ class TensorConfig(StrategyConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ShardedTensorConfig(ShardedConfig):
-    """Matrices cut over tp_size processes, and these pieces in shards over the groups."""
+    """Matrices cut over tp_size ranks, and the pieces in shards over the groups."""
 
-    absent = CUT_ALREADY
     cuts_activations = True
     tp_size: int = 2
 
@@ -149,40 +145,33 @@ class ShardedTensorConfig(ShardedConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ZeROConfig(StrategyConfig):
-    """DeepSpeed's ZeRO (1910.02054): optimizer state in parts over the processes (stage 1), gradients too (2), parameters too (3).
+    """DeepSpeed's ZeRO (1910.02054): optimizer state in shards (stage 1), gradients too (2), parameters too (3).
 
-    cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, live in the processor's memory.
+    cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, are in CPU memory.
     """
 
-    absent = {"ep_size": " ZeRO lays all parameters end to end and cuts them over all processes alike."}
     cpu_offload: bool = False
 
     def layout(self, world: int) -> Layout:
         return Layout(shard=world)
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
-        optimizer, precision = config.optimizer, config.trainer.precision
-        if not optimizer.elementwise:
-            known = ", ".join(name for name, option in TABLE["optimizer"].items() if option.config.elementwise)
-            yield (
-                f"`optimizer` must be one of {known} with strategy={self.type}, but is {optimizer.type} instead: "
-                "ZeRO updates pieces of flattened parameters, and an element's update may depend on nothing but that element. Nearest: strategy=fsdp."
-            )
-        if config.layer_stats.every_n_steps is not None:
-            yield (
-                f"`layer_stats.every_n_steps` must be null with strategy={self.type}, but is {config.layer_stats.every_n_steps} instead: "
-                "gradients lie in flat pieces that know of no layer. Nearest: strategy=fsdp."
-            )
-        if config.ema.decay is not None:
-            yield (
-                f"`ema.decay` must be null with strategy={self.type}, but is {config.ema.decay} instead: the weights lie in flat pieces, "
-                "of which no average is kept. Nearest: strategy=fsdp."
-            )
-        if precision == "bf16-true":
-            yield (
-                f"`trainer.precision` must be 32-true or bf16-mixed with strategy={self.type}, but is bf16-true instead: "
-                "ZeRO keeps float32 master weights. Nearest: bf16-mixed."
-            )
+        optimizer, steps, decay = config.optimizer, config.layer_stats.every_n_steps, config.ema.decay
+        elementwise = ", ".join(name for name, option in TABLE["optimizer"].items() if option.config.elementwise)
+        known, fsdp, precision = f"one of {elementwise}", "strategy=fsdp", config.trainer.precision
+        flat = "ZeRO updates shards of flattened parameters, and an element's update may depend on that element only"
+        for broken, key, allowed, value, why, nearest in (
+            (not optimizer.elementwise, "optimizer", known, optimizer.type, flat, fsdp),
+            (steps is not None, "layer_stats.every_n_steps", "null", steps, "flat gradients have no layers", fsdp),
+            (decay is not None, "ema.decay", "null", decay, "no average is kept of flat weights", fsdp),
+            (
+                precision == "bf16-true", "trainer.precision", "32-true or bf16-mixed", precision,
+                "ZeRO keeps float32 master weights", "bf16-mixed",
+            ),
+        ):
+            if broken:
+                given = f"{allowed} with strategy={self.type}, but is {value} instead"
+                yield f"`{key}` must be {given}: {why}. Nearest: {nearest}."
 
 
 class ZeRO1Config(ZeROConfig):
@@ -200,20 +189,19 @@ class ZeRO3Config(ZeROConfig):
 def _divides(name: str, size: int, world: int) -> Iterator[str]:
     if size < 1 or world % size:
         near = ", ".join(map(str, divisors_near(max(size, 1), world)))
-        yield f"`strategy.{name}` must divide the number of processes ({world}), but is {size} instead. Nearest: {near}."
+        yield f"`strategy.{name}` must divide the number of ranks ({world}), but is {size} instead. Nearest: {near}."
 
 
 def processes(config: RunConfig) -> int | None:
-    """How many the run is started with; None: as many as there are devices."""
+    """The number of ranks; None: that of devices."""
     devices = config.trainer.devices
     return None if devices == "auto" else devices * config.trainer.num_nodes
 
 
 def problems(config: RunConfig, world: int) -> Iterator[str]:
-    """What so many processes do not allow: the strategy's layout, and the batch's shares."""
-    found = list(config.strategy.problems(world, config.model))
-    yield from found
-    if found:
+    """Why `world` ranks cannot run this configuration, as sentences: the strategy's layout, and the batch's shares."""
+    if found := list(config.strategy.problems(world, config.model)):
+        yield from found
         return
     layout = config.strategy.layout(world)
     if layout.tensor > 1:
@@ -222,18 +210,22 @@ def problems(config: RunConfig, world: int) -> Iterator[str]:
     if size % data:
         low = size // data * data
         near = ", ".join(str(n) for n in (low, low + data) if n)
-        yield f"`data.global_batch_size` must be a multiple of the {data} processes that see different samples, but is {size} instead. Nearest: {near}."
+        allowed = f"a multiple of the {data} ranks that see different samples"
+        yield f"`data.global_batch_size` must be {allowed}, but is {size} instead. Nearest: {near}."
     elif config.data.micro_batch_size and (size // data) % config.data.micro_batch_size:
-        micro, share = config.data.micro_batch_size, size // data
-        near = ", ".join(map(str, divisors_near(micro, share)))
-        yield f"`data.micro_batch_size` must divide a process' share of data.global_batch_size ({share}), but is {micro} instead. Nearest: {near}."
+        whole = "a rank's share of data.global_batch_size"
+        yield must_divide("data.micro_batch_size", config.data.micro_batch_size, whole, size // data)
 
 
-register("strategy", "auto ddp", "txtrain.parallel.mesh:Mesh", StrategyConfig)
-register("strategy", "fsdp", "txtrain.parallel.mesh:Mesh", FullyShardedConfig)
-register("strategy", "hsdp", "txtrain.parallel.mesh:Mesh", HybridConfig)
-register("strategy", "deepspeed_stage_1", "txtrain.parallel.deepspeed:ZeRO", ZeRO1Config)
-register("strategy", "deepspeed_stage_2", "txtrain.parallel.deepspeed:ZeRO", ZeRO2Config)
-register("strategy", "deepspeed_stage_3", "txtrain.parallel.deepspeed:ZeRO", ZeRO3Config)
-register("strategy", "tp", "txtrain.parallel.mesh:Mesh", TensorConfig)
-register("strategy", "fsdp_tp", "txtrain.parallel.mesh:Mesh", ShardedTensorConfig)
+MESH, ZERO = "txtrain.parallel.mesh:Mesh", "txtrain.parallel.deepspeed:ZeRO"
+COPIED = {"ep_size": " Copies of a model have all experts."}
+CUT_ALREADY = {"ep_size": " Tensor parallelism gives each rank a part of every expert instead."}
+FLAT = {"ep_size": " ZeRO concatenates all parameters and shards them over all ranks."}
+
+register("strategy", "auto ddp", MESH, StrategyConfig, absent=COPIED)
+register("strategy", "fsdp", MESH, FullyShardedConfig)
+register("strategy", "hsdp", MESH, HybridConfig)
+for _config in (ZeRO1Config, ZeRO2Config, ZeRO3Config):
+    register("strategy", f"deepspeed_stage_{_config.stage}", ZERO, _config, absent=FLAT)
+register("strategy", "tp", MESH, TensorConfig, absent=CUT_ALREADY)
+register("strategy", "fsdp_tp", MESH, ShardedTensorConfig, absent=CUT_ALREADY)

@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
+from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
@@ -97,14 +98,10 @@ class ZeRO(Mesh):
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """The engine lays the model over the processes when it gets the optimizer."""
 
-    def check(self, model: nn.Module) -> None:
-        if any(not p.requires_grad for p in model.parameters()):
-            raise ConfigError(f"`strategy` must not be {self.config.strategy.type} for a model with frozen parameters. Nearest: fsdp.")
-
-    def materialise(self, model: nn.Module, device: torch.device) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
         """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
         if self.stage < 3:
-            OneProcess.materialise(self, model, device)
+            OneProcess.materialise(self, model, device, fill)
             return
         import deepspeed
 
@@ -114,7 +111,8 @@ class ZeRO(Mesh):
         with torch.no_grad():
             for name, module in model.named_modules():
                 module.to_empty(device=device, recurse=False)
-                initialiser.fill(name, module)
+                if fill:
+                    initialiser.fill(name, module)
                 own = list(module.named_parameters(name, recurse=False))
                 if not own:
                     continue
@@ -126,8 +124,7 @@ class ZeRO(Mesh):
         """Before a parameter is rounded and cut: the float32 values that this process will update."""
         if not self._half:
             return
-        size = -(-parameter.numel() // self.size)
-        first = min(self.rank * size, parameter.numel())
+        first, size = self._share(parameter.numel())
         self._kept[name] = first, parameter.detach().flatten()[first : first + size].clone()
         parameter.data = parameter.data.bfloat16()
 
@@ -142,17 +139,37 @@ class ZeRO(Mesh):
         for module in model.modules():
             if isinstance(module, Block):
                 deepspeed.utils.set_z3_leaf_module(module, True)  # gathered as one, as FSDP2 does
+                if self.stage == 3:
+                    module.register_forward_pre_hook(_with_gradient)
         whole = Whole(model)
         self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
         self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
             self._gather_around(whole)
+        self._parts += [self._frozen(name, p) for p, name in names.items() if not p.requires_grad]
         for part in self._parts:
             if part.name in self._kept:
                 first, values = self._kept[part.name]
                 part.fill(part.master, values, first)
         self._kept = {}
         return EngineOptimizer(self.engine, self._core)
+
+    def _frozen(self, name: str, parameter: Any) -> Part:
+        """The share of a parameter that the engine only computes with: of rounded ones in float32, or a checkpoint would hold other weights."""
+        shape = parameter.ds_shape if self.stage == 3 else parameter.shape
+        n = shape.numel()
+        offset, length = self._share(n)
+        if self._half:
+            return Part(name, parameter, shape, torch.empty(length, device="cpu"), offset, length, 0)
+        if self.stage == 3:
+            return Part(name, parameter, shape, parameter.ds_tensor, offset, length, 0)
+        return Part(name, parameter, shape, parameter.detach().view(-1), offset, length, offset)
+
+    def _share(self, n: int) -> tuple[int, int]:
+        """Of n elements that are cut evenly: the first that is this process', and how many are."""
+        size = -(-n // self.size)
+        first = min(self.rank * size, n)
+        return first, min(size, n - first)
 
     def _gather_around(self, whole: Whole) -> None:
         """What is outside the blocks is read by the model's forward itself (a tied head, the chunked loss): there from its start to its end."""
@@ -214,7 +231,7 @@ class ZeRO(Mesh):
         found = {f"model.{name}": buffer for name, buffer in _buffers(model).items()}
         for part in self._parts:
             found[f"model.{part.name}"] = self._by_rows(part.whole(part.master, self._data_group))
-            for key, state in self._core.state[part.master].items():
+            for key, state in self._state(part).items():
                 value = self._by_rows(part.whole(state, self._data_group)) if state.ndim else state.clone()
                 found[f"optimizer.{part.name}.{key}"] = value
         return found
@@ -228,22 +245,22 @@ class ZeRO(Mesh):
         """None: what updates elements one by one keeps tensors."""
         return {}
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
-        from txtrain.checkpoint.format import load_tensors, optimizer_names
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
+        from txtrain.checkpoint.format import load_tensors, of_frozen, optimizer_names
 
         self._allocate()
         tensors = self.training_tensors(model, optimizer, average)
         saved = optimizer_names(path)
         # A parameter without a gradient so far has no state elsewhere; here it has zeros.
-        new = {part.name for part in self._parts if saved and not any(f"{part.name}.{key}" in saved for key in self._core.state[part.master])}
+        new = {part.name for part in self._parts if saved and not any(f"{part.name}.{key}" in saved for key in self._state(part))}
         tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("optimizer.").rpartition(".")[0] not in new}
-        load_tensors(path, tensors, group=self.checkpoint_group)
+        load_tensors(path, tensors, group=self.checkpoint_group, how=how, without=of_frozen(path, model))
         for part in self._parts:
             whole: Any = tensors[f"model.{part.name}"]
             values = whole.full_tensor()
             part.fill(part.master, values.to(part.master.device))
             self._set_computed(part, values)
-            for key, state in self._core.state[part.master].items() if part.name not in new else ():
+            for key, state in self._state(part).items() if part.name not in new else ():
                 value: Any = tensors[f"optimizer.{part.name}.{key}"]
                 if state.ndim:
                     part.fill(state, value.full_tensor().to(state.device))
@@ -258,9 +275,13 @@ class ZeRO(Mesh):
             share: Any = part.parameter
             share.ds_tensor.data[: part.length].copy_(values.flatten()[part.offset : part.offset + part.length])
 
+    def _state(self, part: Part) -> dict[str, Any]:
+        """What the core keeps of it; nothing of what is frozen."""
+        return self._core.state[part.master] if part.parameter.requires_grad else {}
+
     def _allocate(self) -> None:
         """Make the core's state, as `optim.state.allocate` does: of all parts at once, which it is not given between steps."""
-        groups, masters = self._core.param_groups, list(dict.fromkeys(part.master for part in self._parts))
+        groups, masters = self._core.param_groups, list(dict.fromkeys(part.master for part in self._parts if part.parameter.requires_grad))
         before, gradients = [group["params"] for group in groups], [master.grad for master in masters]
         for group in groups:
             group["params"] = []
@@ -272,6 +293,14 @@ class ZeRO(Mesh):
             master.grad = gradient  # with offload the place that gradients are copied to
         if self.stage < 3:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """DeepSpeed reduces a block's gradients when its input's is there: below what is trained it is asked for, though nobody reads it."""
+    x, *others = given
+    if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in block.parameters()):
+        x = x.detach().requires_grad_()
+    return x, *others
 
 
 def _buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -1,6 +1,6 @@
-"""A module that reads its process' part of its parameters, and a vocabulary of which some rows are here."""
+"""Modules that read their rank's part of their parameters, and a vocabulary of which some rows are here."""
 
-# V vocabulary, D model size, C tokens of a chunk, W processes
+# V vocabulary, D model size, C tokens of a chunk, W ranks
 
 from __future__ import annotations
 
@@ -18,30 +18,31 @@ from txtrain.parallel.tensor_collectives import Lanes
 
 
 def own_parameters(module: nn.Module) -> list[tuple[str, Any]]:
-    """The module's own."""
     return [(name, p) for name, p in module._parameters.items() if p is not None]
 
 
-ROWS = "_rows_read"  # which rows of its parameters a module reads, where not all
+ROWS = "_rows_read"  # attribute: the rows of its parameters that a module reads, if not all
 
 
 @lru_cache
 def reading(cls: type, names: tuple[str, ...]) -> type:
-    """The class, whose parameters of these names are read as this process' part of them. What is registered stays what it is."""
-    return type(cls.__name__, (cls,), {name: property(partial(_read, name=name)) for name in names} | {"__module__": cls.__module__})
+    """The class with properties that read this rank's part of these parameters; the registered parameters stay."""
+    properties = {name: property(partial(_read, name=name)) for name in names}
+    return type(cls.__name__, (cls,), properties | {"__module__": cls.__module__})
 
 
 def _read(module: nn.Module, name: str) -> Any:
     parameter: Any = module._parameters[name]
-    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # the latter: FSDP has not gathered it, and asks for it
+    if not isinstance(parameter, DTensor) or parameter.device_mesh.ndim > 1:  # two dimensions: FSDP itself reads it
         return parameter
-    part = parameter.to_local(grad_placements=parameter.placements)  # a replicated gradient may be a part of a sum: `Cut.replicated`
+    # A replicated gradient may be a part of a sum: `Cut.replicated`.
+    part = parameter.to_local(grad_placements=parameter.placements)
     rows = module.__dict__.get(ROWS)
     return part if rows is None else part[rows]
 
 
 def place(owner: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
-    """Lay parameters of a module over a mesh of one dimension; it reads this process' part of all that it owns."""
+    """Distribute parameters of a module over a one-dimensional mesh; the module then reads this rank's part of them."""
     if not placements:
         return
     for name, placement in placements.items():
@@ -55,30 +56,31 @@ def place(owner: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
 
 
 def wrap(module: nn.Module, method: str, around: Callable[..., Any], *given: Any) -> None:
-    """Call `around(*given, method, ...)` in the method's place."""
+    """Replace the method by `around(*given, method, ...)`."""
     setattr(module, method, partial(around, *given, getattr(module, method)))
 
 
 class VocabularyPart(Vocabulary):
-    """Some rows here, the rest in the other processes; what each of them finds of a chunk is exchanged at once."""
+    """Some rows here, the rest on the other ranks, which exchange their results for a chunk at once."""
 
     def __init__(self, lanes: Lanes, vocab_size: int) -> None:
         self.lanes, self.vocab_size = lanes, vocab_size
 
     def rows_per_chunk(self, weight_VD: Tensor) -> int:
-        """As many in each process: they meet at every chunk."""
+        """Equal on all ranks, since they meet at every chunk."""
         return super().rows_per_chunk(weight_VD.new_empty(-(-self.vocab_size // self.lanes.size), 0))
 
     def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
         return rows_here(targets_C, self.lanes, self.vocab_size, n_rows)
 
     def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
-        log_z_WC, target_WC = self.lanes.stacked(torch.stack(super().log_z_and_target(logits_CV, rows_C, is_here_C))).unbind(1)
+        both_2C = torch.stack(super().log_z_and_target(logits_CV, rows_C, is_here_C))
+        log_z_WC, target_WC = self.lanes.stacked(both_2C).unbind(1)
         return log_z_WC.logsumexp(0), target_WC.sum(0)
 
 
 def rows_here(ids: Tensor, lanes: Lanes, n: int, n_here: int) -> tuple[Tensor, Tensor]:
-    """The row of each id among this process' rows of n, and whether it is one of them (0 where not)."""
+    """The row of each id among this rank's rows of n (0 if it is not here), and whether it is here."""
     rows = ids - lanes.rank * -(-n // lanes.size)
     is_here = (rows >= 0) & (rows < n_here)
     return rows.masked_fill(~is_here, 0), is_here

@@ -2,9 +2,12 @@
 
 import os
 import signal
+import stat
 import sys
 
-PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)  # preemption; the job's end is near; the same by submitit
+# Preemption; the job's end is near; the same by submitit; the terminal is gone.
+PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, *PREEMPTING)
 PREEMPTED = 75  # exit code EX_TEMPFAIL: try again, for schedulers, for the scripts of slurm/ and for `-m`
 NOT_AGAIN = "trainer.auto_requeue=false"  # on the command line: all that is known of the configuration so early
 
@@ -39,9 +42,46 @@ class EndsAtOnce:
 
 
 def nothing_is_left() -> None:
-    """The command has its exit code: from here on signals are ignored. Python's own end takes a while, and who is killed in it seems to have failed."""
-    for number in (signal.SIGINT, *PREEMPTING):
+    """The command has its exit code: from here on signals are ignored, and what cannot be written any more is let go.
+
+    Python's own end takes a while, and who is killed in it, or cannot write a last line, seems to have failed.
+    """
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            _to_nowhere(stream.fileno())
+
+
+def heard(numbers: tuple[signal.Signals, ...] = SIGNALS) -> list[signal.Signals]:
+    """Without SIGHUP where this process was told to ignore it: nohup."""
+    return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
+
+
+def say(text: str) -> None:
+    """A line past the console, which may be in the middle of one and hold its lock; lost where nobody can read it."""
+    try:  # noqa: SIM105  (contextlib would be imported)
+        os.write(2, f"\ntxtrain: {text}\n".encode())
+    except OSError:
+        pass
+
+
+def hung_up(number: int) -> None:
+    """After SIGHUP: where the terminal is gone, what is still printed is lost instead of an error."""
+    for fd in (1, 2) if number == signal.SIGHUP else ():
+        try:
+            if stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd):
+                _to_nowhere(fd)
+        except OSError:  # closed
+            pass
+
+
+def _to_nowhere(fd: int) -> None:
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, fd)
+    os.close(null)
 
 
 def is_training(words: list[str]) -> bool:
@@ -51,18 +91,23 @@ def is_training(words: list[str]) -> bool:
 
 
 def _end(number: int, frame: object) -> None:
-    os.write(2, b"\ntxtrain: interrupted.\n")
+    say("interrupted.")
     os._exit(1)
 
 
 def _stop(number: int, frame: object) -> None:
+    code, first = PREEMPTED, os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0"
     try:
-        if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-            os.write(2, f"\ntxtrain: {signal.Signals(number).name}: stopped before the first step.\n".encode())
-            from txtrain.ground.slurm import Job
+        if first:
+            say(f"{signal.Signals(number).name}: stopped before the first step.")
+        from txtrain.ground.slurm import MAX_REQUEUES, Job
 
-            job = Job.here()
-            if job is not None and NOT_AGAIN not in sys.argv:
-                os.write(2, f"txtrain: {job.requeue()}\n".encode())
+        job, words = Job.here(), dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+        if job is not None:  # a member of a sweep has no words: where its run is nobody can tell yet
+            most = int(words.get("trainer.max_requeues", MAX_REQUEUES))
+            gives_up = bool(words) and job.gives_up(most, words.get("run_dir"), words.get("resume"))
+            code = 1 if gives_up else PREEMPTED
+            if first and NOT_AGAIN not in sys.argv:
+                say(job.requeue(gives_up))
     finally:
-        os._exit(PREEMPTED)
+        os._exit(code)

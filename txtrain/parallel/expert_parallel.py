@@ -1,15 +1,15 @@
 """Expert parallelism, applied from outside to what a component declares as experts (`txtrain.registry.Cut`):
-each rank has whole experts, and tokens travel to them (2006.16668).
+each rank has whole experts, and tokens are sent to them (2006.16668).
 
-`Experts.forward` takes rows in the order of the experts and how many there are for each. Around it rows go to the processes that have
-their experts, and what these make of them comes back; the router, the weights and the sum stay where the token is. A parameter becomes a
-DTensor cut between experts, which its module reads as this process' part, as in tensor_parallel.py.
+`Experts.forward` takes rows in the order of the experts, and their number for each. Around it rows are sent to the
+ranks that have their experts, and the results come back; router, weights and sum stay on the token's rank. A parameter
+becomes a DTensor sharded by experts, of which the module reads this rank's part, as in tensor_parallel.py.
 
-The processes that share experts also see different samples: gradients of an expert come back with the rows of all of them.
+The ranks that share experts also see different samples: an expert's gradient includes the rows of all of them.
 """
 
-# R rows of this process (a token once for each expert it visits), S rows that came here, D model size, E experts, L experts of one process,
-# W processes
+# R rows of this rank (a token once per expert it visits), S rows received, D model size, E experts,
+# L experts of one rank, W ranks
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ from txtrain.registry import cut_of
 
 
 def divide(model: nn.Module, mesh: DeviceMesh) -> None:
-    """Give each process of a mesh of one dimension its experts of every mixture, in place; on the meta device, or with the same values in each."""
+    """Give each rank of a one-dimensional mesh its experts of every mixture, in place.
+
+    The model is on the meta device, or has equal values on all ranks.
+    """
     config: Any = model.config
     exchange, how = Exchange(mesh.get_group()), cut_of("ffn", config.ffn)
     children: list[tuple[str, Any]] = [child for module in model.modules() for child in module.named_children()]
@@ -39,48 +42,51 @@ def divide(model: nn.Module, mesh: DeviceMesh) -> None:
 
 
 class Exchange:
-    """Rows to the processes that have their experts, and back."""
+    """Sends rows to the ranks that have their experts, and back."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.size = group, group.size()
 
-    @partial(torch.compiler.disable, recursive=False)  # what it calls is compiled: this waits to know how many rows come
+    @partial(torch.compiler.disable, recursive=False)  # only its callees are compiled: this waits for the counts
     def through(self, experts: Callable[[Tensor, Tensor], Tensor], x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """experts(x, counts), of which `experts` has only this process'."""
+        """experts(x, counts) over the experts of all ranks; `experts` has this rank's."""
         theirs_WL = counts_E.view(self.size, -1)
         mine_WL = torch.empty_like(theirs_WL)
         dist.all_to_all_single(mine_WL, theirs_WL.contiguous(), group=self.group)
         sent, came = torch.stack((theirs_WL.sum(1), mine_WL.sum(1))).tolist()
         x_SD = _Exchanged.apply(x_RD, self.group, sent, came)  # type: ignore[no-untyped-call]
-        y_SD = together(experts, x_SD, mine_WL) if torch.is_grad_enabled() else one_by_one(experts, x_SD.split(came), mine_WL)
+        if torch.is_grad_enabled():
+            y_SD = together(experts, x_SD, mine_WL)
+        else:
+            y_SD = one_by_one(experts, x_SD.split(came), mine_WL)
         return _Exchanged.apply(y_SD, self.group, came, sent)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def together(experts: Callable[[Tensor, Tensor], Tensor], x_SD: Tensor, counts_WL: Tensor) -> Tensor:
-    """Rows in the order of processes, and of experts within: each expert computes those of all processes at once."""
+    """Rows ordered by rank, then by expert; each expert computes those of all ranks at once."""
     order_S = by_expert(counts_WL, len(x_SD))
     y_SD = experts(x_SD.index_select(0, order_S), counts_WL.sum(0))
     return y_SD.index_select(0, order_S.argsort())
 
 
 def one_by_one(experts: Callable[[Tensor, Tensor], Tensor], parts: Sequence[Tensor], counts_WL: Tensor) -> Tensor:
-    """The same, the rows of each process by themselves.
+    """The same, the rows of each rank separately.
 
-    Processes that generate the same text must get the same bits, or one might stop while another waits for it; and how a row is rounded may
-    depend on where it lies among others.
+    Ranks that generate the same text must get the same bits, or one might stop while another waits; a row's rounding
+    may depend on its place among others.
     """
     return torch.cat([experts(part_SD, counts_L) for part_SD, counts_L in zip(parts, counts_WL, strict=True)])
 
 
 def by_expert(counts_WL: Tensor, n: int) -> Tensor:
-    """The order in which n rows, which lie by process and within it by expert, lie by expert and within it by process."""
+    """The permutation of n rows from (rank, expert) order to (expert, rank) order."""
     W, L = counts_WL.shape
     expert_WL = torch.arange(L, device=counts_WL.device).expand(W, L)
     return expert_WL.flatten().repeat_interleave(counts_WL.flatten(), output_size=n).argsort(stable=True)
 
 
 class _Exchanged(torch.autograd.Function):
-    """Rows for each process in turn, `sent` of them, become those from each, `came` of them; gradients go the way back."""
+    """Sends `sent` rows to each rank and receives `came` rows from each; gradients go back."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: dist.ProcessGroup, sent: list[int], came: list[int]) -> Tensor:

@@ -70,10 +70,9 @@ def init_sharded(model: nn.Module, device: torch.device) -> None:
     initialiser = Initialiser(model)
     for name, module in model.named_modules():
         parts: dict[str, Any] = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
-        stacked = [key for key in getattr(module, "stacked_projections", ()) if key in parts]
-        for key in stacked:
-            initialiser.fill_stacked(name, module, key, _one_by_one(parts[key], device))
-        if stacked:
+        if isinstance(module, Experts) and parts:
+            for key in module.stacked_projections:
+                initialiser.fill_stacked(name, module, key, _one_by_one(parts[key], device))
             continue
         for key, part in parts.items():
             module._parameters[key] = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=device), requires_grad=part.requires_grad)

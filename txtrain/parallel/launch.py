@@ -5,9 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,13 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.errors import ConfigError
-from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED
+from txtrain.ground.files import scratch
+from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED, SIGNALS, heard, hung_up, say
 from txtrain.parallel.world import STORE, by_srun, started
 from txtrain.run_config import RunConfig
 
 USER = 2  # exit code of a mistake; as PREEMPTED, all processes have agreed on it
 AGREED, GRACE = 600.0, 5.0  # seconds in which the others may end by themselves, once one has ended so, or has failed
-FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOPPED = 60.0  # seconds for which a process may be stopped (SIGSTOP) while others wait for it
+_LOOK = 0.05  # seconds between two looks
 _PR_SET_PDEATHSIG = 1
 
 
@@ -59,35 +61,60 @@ def launch(config: RunConfig, write: Callable[[Path], None], n: int) -> int:
 
     write: the whole configuration, into a file that each of them reads.
     """
-    with tempfile.TemporaryDirectory(prefix="txtrain-") as folder:
-        file = Path(folder) / "config.yaml"
+    with scratch() as folder, Group() as group:
+        file = folder / "config.yaml"
         write(file)
         threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1) // n))
-        common = {"TXTRAIN_CONFIG": str(file), STORE: str(Path(folder) / "store"), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+        common = {"TXTRAIN_CONFIG": str(file), STORE: str(folder / "store"), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
         environments = [os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": threads} for rank in range(n)]
-        said = [] if config.trainer.auto_requeue else [NOT_AGAIN]  # the rest is in the file; this must be known before it is read
-        return Group([sys.executable, "-m", "txtrain", "train", *said], environments, held=True).wait()
+        # The rest is in the file; this must be known before it is read.
+        said = [f"trainer.max_requeues={config.trainer.max_requeues}", f"resume={config.resume}", f"run_dir={config.run_dir or ''}"]
+        said += [] if config.trainer.auto_requeue else [NOT_AGAIN]
+        group.start([sys.executable, "-m", "txtrain", "train", *said], environments, held=True)
+        return group.wait()
 
 
 class Group:
-    """Processes that live and die together. A signal to this one reaches each of them once; if this one is killed, so are they.
+    """Processes that live and die together. A signal to this one reaches each of them once; if this one is killed, they end too.
 
-    Args:
-        held: signals wait until the command takes them (EndsAtOnce does): an interpreter that is just starting would die of them.
+    `with Group() as group:` owns the signals, from before the first process starts until all have ended.
     """
 
-    def __init__(self, command: Sequence[str], environments: Sequence[dict[str, str]], held: bool = False) -> None:
-        self._received = 0
+    def __init__(self) -> None:
+        self.received = 0  # the last signal
         self._children: list[subprocess.Popen[bytes]] = []
-        self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
+        self._still: dict[int, float] = {}  # seconds for which a process is stopped and others wait for it
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Group:
+        self._before = {number: signal.signal(number, self._forward) for number in heard()}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+        for child in self._children:
+            child.wait()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def start(
+        self, command: Sequence[str], environments: Sequence[dict[str, str]], held: bool = False, orphaned: signal.Signals = signal.SIGKILL
+    ) -> None:
+        """
+        Args:
+            held: signals wait until the command takes them (EndsAtOnce does): an interpreter that is just starting would die of them.
+            orphaned: what each is sent when this process is gone, by kill -9 too (Linux).
+        """
+        self._children, self._still, begin = [], {}, partial(_begin, held, orphaned, os.getpid())
         for environment in environments:
             # A session of its own: a terminal's Ctrl-C would reach it twice otherwise, and the second one means "at once".
-            self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=partial(_begin, held)))
-        if self._received:  # between two starts
-            self._forward(self._received, None)
+            self._children.append(subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=begin))
+        if self.received:  # between two starts
+            self._forward(self.received, None)
 
     def _forward(self, number: int, _: Any) -> None:
-        self._received = number
+        hung_up(number)
+        self.received = number
         for child in self._children:
             if child.poll() is None:
                 child.send_signal(number)
@@ -99,33 +126,53 @@ class Group:
                 child.kill()
 
     def wait(self) -> int:
-        """The exit code of the process that failed first, 1 if it was killed, 0 if none failed."""
-        try:
-            return self._wait()
-        finally:
-            self.end()
-            for child in self._children:
-                child.wait()
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
-
-    def _wait(self) -> int:
-        first, deadline = 0, float("inf")
-        while any(child.poll() is None for child in self._children) and time.monotonic() < deadline:
-            failed = next((i for i, child in enumerate(self._children) if child.poll() not in (None, 0)), None)
-            if failed is not None and not first:
-                first = self._children[failed].returncode
+        """The exit code of the process that failed first, 1 if it was killed or stopped, 0 if none failed."""
+        first, deadline, left = 0, float("inf"), True
+        while left and time.monotonic() < deadline:
+            left = any(child.poll() is None for child in self._children)
+            if not first and (failed := self._failed()) is not None:
+                first, why = failed
                 deadline = time.monotonic() + (AGREED if first in (USER, PREEMPTED) else GRACE)
-                if first < 0:  # it had no word of its own
-                    print(f"txtrain: process {failed} was killed by {signal.Signals(-first).name}: the others are ended.", file=sys.stderr, flush=True)
-            time.sleep(0.05)
-        first = first or next((child.returncode for child in self._children if child.returncode), 0)
+                if why and not self.received:
+                    say(why)
+            time.sleep(_LOOK if left else 0)
+        self.end()
         return 1 if first < 0 else first
 
+    def _failed(self) -> tuple[int, str] | None:
+        """Exit code (below 0: the signal) of a process that has failed, the cause before its consequences, and what to say of it."""
+        codes = [child.poll() for child in self._children]
+        for code, i in sorted((code, i) for i, code in enumerate(codes) if code):
+            others = ": the others are ended." if None in codes else "."
+            if code < 0:
+                memory = " (by hand, or by the system where memory ran out: see dmesg)" if code == -signal.SIGKILL else ""
+                return code, f"{self._name(i)} was killed by {signal.Signals(-code).name}{memory}{others}"
+            return code, f"{self._name(i)} failed with exit code {code}{others}" if None in codes and code not in (USER, PREEMPTED) else ""
+        stopped = [i for i, child in enumerate(self._children) if codes[i] is None and _stopped(child.pid)]
+        waiting = codes.count(None) > len(stopped)  # else the whole run is suspended, and nobody waits
+        self._still = {i: self._still.get(i, 0.0) + _LOOK for i in stopped if waiting}
+        for i, seconds in self._still.items():
+            if seconds >= STOPPED:
+                number = signal.Signals(_stopped(self._children[i].pid) or signal.SIGSTOP)
+                return -number, f"{self._name(i)} has been stopped by {number.name} for {STOPPED:.0f} s: all are ended."
+        return None
 
-def _begin(held: bool) -> None:
-    """In the new process: it dies with its parent."""
+    def _name(self, i: int) -> str:
+        who = f"rank {i}" if len(self._children) > 1 else "the process"
+        return f"{who} (pid {self._children[i].pid} on {socket.gethostname()})"
+
+
+def _stopped(pid: int) -> int:
+    """The signal by which a child of this process is stopped; 0: it runs."""
+    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) if sys.platform == "linux" else None
+    return 0 if found is None else found.si_status
+
+
+def _begin(held: bool, orphaned: signal.Signals = signal.SIGKILL, parent: int | None = None) -> None:
+    """In the new process: it ends with its parent."""
     if held:
-        signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, orphaned)
+        if parent not in (None, os.getppid()):  # it was gone before
+            os.kill(os.getpid(), signal.SIGKILL)

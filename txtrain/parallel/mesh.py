@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -94,7 +93,8 @@ class Mesh(OneProcess):
     def _meeting_point(self) -> dict[str, Any]:
         """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""
         if STORE in os.environ or self.world.size == 1:
-            return {"init_method": f"file://{os.environ.get(STORE) or tempfile.mktemp(prefix='txtrain-')}"}
+            alone = {"store": dist.HashStore()}  # type: ignore[attr-defined]
+            return {"init_method": f"file://{os.environ[STORE]}"} if STORE in os.environ else alone
         if by_srun():
             address, port = meeting_point()
             return {"init_method": f"tcp://{f'[{address}]' if ':' in address else address}:{port}"}
@@ -215,11 +215,12 @@ class Mesh(OneProcess):
             shard(model, self._data_mesh, self._policy(), strategy.reshard_after_forward, strategy.cpu_offload, self._mesh_of_experts)
             self._fsdp = True
 
-    def materialise(self, model: nn.Module, device: torch.device) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
         from txtrain.parallel.fsdp import init_sharded
 
         model.to_empty(device="cpu" if self.config.strategy.cpu_offload else device)
-        init_sharded(model, device)
+        if fill:
+            init_sharded(model, device)
 
     # ------------------------------------------------------------------------------------------------------------ the step
 

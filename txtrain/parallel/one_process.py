@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.parallel.timers import Phases
@@ -114,20 +115,19 @@ class OneProcess:
 
     # ----------------------------------------------------------------------------------------------------------- the model
 
-    def check(self, model: nn.Module) -> None:
-        """Raises:
-        ConfigError: the strategy cannot train this model.
-        """
-
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """Allocate the model on the device, or lay it over the processes; a model without storage stays without until `materialise`."""
 
-    def materialise(self, model: nn.Module, device: torch.device) -> None:
-        """Storage and initial values for a model that was described on the meta device: the same values under every strategy."""
+    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
+        """Storage and initial values for a model that was described on the meta device: the same values under every strategy.
+
+        fill: False: whatever the storage holds, since all of it is read from a checkpoint.
+        """
         from txtrain.model.init import init_weights
 
         model.to_empty(device=device)
-        init_weights(model)
+        if fill:
+            init_weights(model)
 
     def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
         """What steps, of the optimizer over the model's parameters: itself, or what does the same on parts of them."""
@@ -182,11 +182,11 @@ class OneProcess:
 
         return dict(numbers(model, optimizer))
 
-    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average) -> None:
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         """Read a checkpoint's weights, optimizer state and averaged weights, in place."""
         from txtrain.checkpoint.format import load_training
 
-        load_training(path, model, optimizer, average, self.checkpoint_group)
+        load_training(path, model, optimizer, average, self.checkpoint_group, how)
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -1,21 +1,21 @@
-"""How activations pass between the processes that share each layer's matrices, forward and backward.
+"""How activations pass between the ranks that share each layer's matrices, forward and backward.
 
-Outside the blocks every process holds the whole stream, and the same gradient of it. Within them it holds some positions; within a
-sublayer all positions, and a gradient that is its part of a sum (1909.08053; 2205.05198 for the positions).
+Outside the blocks every rank holds the whole residual stream and its gradient. Between sublayers it holds some
+positions; within a sublayer all positions, and its part of a sum as the gradient (1909.08053; 2205.05198).
 
                       forward                        backward
     split             all -> mine                    mine gathered
     join              mine gathered                  all -> mine
     enter             mine gathered                  parts summed, mine kept
     leave             parts summed, mine kept        mine gathered
-    spread            as it is                       parts summed
-    summed            parts summed                   as it is
+    spread            unchanged                      parts summed
+    summed            parts summed                   unchanged
     classes           mine gathered, last dimension  all -> mine
 
-T positions are padded to a multiple of the processes by zeros, which `join` and `enter` cut off again: no gradient comes back to them.
+Zeros pad T positions to a multiple of the ranks; `join` and `enter` remove them, so they get no gradient.
 """
 
-# B batch, T positions, P positions of one process (the last ones may be padding), W processes, D model size, V vocabulary
+# B batch, T positions, P positions of one rank (the last ones may be padding), W ranks, D model size, V vocabulary
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 
 def _all_gather(*args: Any, **kwargs: Any) -> None:
-    """torch 2.13 renames it; 2.11 has the old name alone. Looked up when it is called: `traffic.timed` may have put another in its place."""
+    """Renamed in torch 2.13. Looked up at each call, since `collective_timing` may have replaced it."""
     (getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)(*args, **kwargs)
 
 
@@ -39,7 +39,7 @@ def _reduce_scatter(*args: Any, **kwargs: Any) -> None:
 
 
 class Lanes:
-    """The processes of one dimension of a mesh. rank, size: this one's place among them."""
+    """The ranks of one dimension of a mesh; rank and size are of this dimension."""
 
     def __init__(self, mesh: DeviceMesh) -> None:
         self.mesh = mesh
@@ -67,32 +67,31 @@ class Lanes:
     def classes(self, x_BTv: Tensor, n: int) -> Tensor:
         return _Classes.apply(x_BTv, self, n)  # type: ignore[no-any-return, no-untyped-call]
 
-    # --------------------------------------------------------------------------------------------------- without a gradient
+    # Without a gradient:
 
     def mine(self, x_BTD: Tensor) -> Tensor:
-        """[B, P, D] of all positions."""
+        """This rank's positions, [B, P, D]."""
         return self.padded(x_BTD, 1).chunk(self.size, 1)[self.rank]
 
     def padded(self, x: Tensor, dim: int) -> Tensor:
-        """Zeros behind a dimension, up to a multiple of the processes."""
+        """With zeros at the end of a dimension, to a multiple of the ranks."""
         more = -x.shape[dim] % self.size
         return F.pad(x, (0, 0) * (x.dim() - 1 - dim) + (0, more)) if more else x
 
     def gathered(self, x_BPD: Tensor, length: int) -> Tensor:
-        """[B, T, D] of everyone's positions."""
+        """The positions of all ranks, [B, T, D]."""
         all_BTD = self.stacked(x_BPD).movedim(0, 1).flatten(1, 2)
         return all_BTD if all_BTD.shape[1] == length else all_BTD[:, :length].contiguous()
 
     def reduced(self, x_BTD: Tensor) -> Tensor:
-        """[B, P, D]: this process' positions, summed over everyone's parts."""
-        padded_BTD = self.padded(x_BTD, 1)
-        parts_WBPD = torch.stack(padded_BTD.chunk(self.size, dim=1))
+        """This rank's positions, summed over all ranks, [B, P, D]."""
+        parts_WBPD = torch.stack(self.padded(x_BTD, 1).chunk(self.size, dim=1))
         out = torch.empty_like(parts_WBPD[0])
         _reduce_scatter(out, parts_WBPD.flatten(0, 1), group=self.group)
         return out
 
     def stacked(self, x: Tensor) -> Tensor:
-        """[W, ...] of everyone's x."""
+        """The x of all ranks, [W, ...]."""
         out = x.new_empty(self.size, *x.shape)
         _all_gather(out.flatten(0, 1), x.contiguous(), group=self.group)
         return out
@@ -126,7 +125,7 @@ class _Join(torch.autograd.Function):
 
 
 class _Enter(_Join):
-    """The same forward; what follows differs between processes, so that their gradients are summed."""
+    """The same forward; the ranks go on differently, so that their gradients are summed."""
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
@@ -166,7 +165,7 @@ class _Summed(torch.autograd.Function):
 
 
 class _Classes(torch.autograd.Function):
-    """Of n in all each process holds n / W, rounded up, the last ones fewer."""
+    """Each rank holds n / W of n classes, rounded up; the last ones fewer."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lanes: Lanes, n: int) -> Tensor:

@@ -1,16 +1,15 @@
-"""Tensor parallelism, applied from outside: each layer's matrices in parts, the stream between them by positions.
+"""Tensor parallelism, applied from outside: ranks share each layer's matrices, and the stream between by positions.
 
-A parameter becomes a DTensor, so that checkpoints, optimizers and FSDP know what is whole and what is in parts; the
-module that owns it reads this rank's part (dtensor_parts.py). So a component computes what it always computes, with
-fewer heads or a narrower hidden layer, and only where it meets the others is anything added: see tensor_collectives.py
-for how activations pass.
+A parameter becomes a DTensor, which tells checkpoints, optimizers and FSDP how it is sharded; its module reads this
+rank's part (dtensor_parts.py). So a component computes as always, with fewer heads or a narrower hidden layer;
+tensor_collectives.py has what is added where activations pass between ranks.
 
-A component declares what is cut and how (`txtrain.registry.Cut`): attention by heads, feed-forward by its hidden
-size, embedding and output matrix by the vocabulary. Everything else within a block is divided by positions: norms,
-dropout, residuals; a component that declares nothing reads all positions, and its matrices stay whole.
+A component declares what is cut and how (`txtrain.registry.Cut`): attention by heads, FFN by its hidden size, embedding
+and output matrix by the vocabulary. All else within a block (norms, dropout, residuals) is divided by positions; a
+component that declares nothing reads all positions, and its matrices stay whole.
 """
 
-# B batch, T positions, P positions of one process, D model size, N heads, K key-value heads, V vocabulary, C tokens of a chunk
+# B batch, T positions, P positions of one rank, D model size, N heads, K key-value heads, V vocabulary
 
 from __future__ import annotations
 
@@ -28,7 +27,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from txtrain.model.block import Block
-from txtrain.model.context import AnyContext, MemoryContext
+from txtrain.model.context import AnyContext, CrossContext
 from txtrain.model.position.encodings import Position
 from txtrain.parallel.divisibility import shared_heads
 from txtrain.parallel.dtensor_parts import ROWS, VocabularyPart, own_parameters, place, rows_here, wrap
@@ -41,7 +40,7 @@ Forward = Callable[..., Any]
 
 
 def cut(model: nn.Module, mesh: DeviceMesh) -> Cut:
-    """Lay the model over the processes of a mesh of one dimension, in place; on the meta device, or with the same values in each."""
+    """Cut the model over a one-dimensional mesh, in place; it is on the meta device, or equal on all ranks."""
     made = Cut(model, Lanes(mesh))
     made.vocabulary()
     made.blocks()
@@ -51,17 +50,15 @@ def cut(model: nn.Module, mesh: DeviceMesh) -> Cut:
 
 
 class Cut:
-    """What was done to a model. `replicated`: parameters that every process has whole, by owner and name, with what a gradient counts."""
+    """A model that is cut. replicated: owner and name of each whole parameter, and the weight of its gradient."""
 
     def __init__(self, model: nn.Module, lanes: Lanes) -> None:
         self.model, self.lanes = model, lanes
         self.config: Any = model.config
         self.replicated: list[tuple[nn.Module, str, float]] = []
-        self._length = 0  # positions of the block that computes
-        self._common_seed = 0  # of that block, the same in all processes
+        self._length = 0  # positions of the current block
+        self._common_seed = 0  # of the current block, equal on all ranks
         self._buckets: GradientBuckets | None = None
-
-    # -------------------------------------------------------------------------------------------------------- outside blocks
 
     def vocabulary(self) -> None:
         tables, parameters = cut_of("embedding", self.config.embedding), cut_of("head", self.config.head)
@@ -79,7 +76,7 @@ class Cut:
                 wrap(module, "forward", lambda forward, *args, n=n: self.lanes.classes(forward(*args), n))
 
     def _looked_up(self, token: nn.Embedding, forward: Forward, ids_BT: Tensor) -> Tensor:
-        """Each process looks up the tokens that it has; the others' vectors are 0 there."""
+        """Each rank looks up the tokens that it has; other vectors are 0, and the ranks' are summed."""
         rows_BT, is_here_BT = rows_here(ids_BT, self.lanes, token.num_embeddings, len(token.weight))
         padding = token.padding_idx
         if padding is not None:
@@ -89,7 +86,7 @@ class Cut:
         return self.lanes.summed(x_BTD.masked_fill(~is_here_BT[..., None], 0.0))
 
     def positions(self) -> None:
-        """What it gives to the blocks comes back as parts of a gradient; a table lies by heads where attention does."""
+        """Gradients of what it gives to the blocks are summed over ranks; a table is cut by heads if attention is."""
         by_heads = cut_of("attention", self.config.attention)
         tables = cut_of("position", self.config.position) if by_heads else ()
         for module in self.model.modules():
@@ -106,8 +103,6 @@ class Cut:
             return None if made is None else self.lanes.spread(made)
         return type(made)(*map(self.lanes.spread, made))
 
-    # ------------------------------------------------------------------------------------------------------------ the blocks
-
     def blocks(self) -> None:
         chains = [[m for m in module.children() if isinstance(m, Block)] for module in self.model.modules()]
         for chain in filter(None, chains):
@@ -116,9 +111,9 @@ class Cut:
                     self._cut_sublayer(block.get_submodule(name), axis)
                 wrap(block, "forward", self._through_block, chain[0] is block, chain[-1] is block)
 
-    @partial(torch.compiler.disable, recursive=False)  # what it calls is compiled: this changes the process' state
+    @partial(torch.compiler.disable, recursive=False)  # only its callees are compiled: this changes global state
     def _through_block(self, first: bool, last: bool, forward: Forward, x: Tensor, context: Any) -> Tensor:
-        """The first block of a stack takes all positions and the last one gives them back; between them each process has its own."""
+        """The first block of a stack takes all positions, the last one returns them; between, each rank has its own."""
         self._length = context.mask.declared.n_queries
         x = self.lanes.split(x) if first else x
         with self._random_numbers(own=True):
@@ -127,7 +122,7 @@ class Cut:
 
     @contextlib.contextmanager
     def _random_numbers(self, own: bool) -> Iterator[None]:
-        """What a process drops of its own positions, heads and hidden units is its own; what all compute alike, all drop alike."""
+        """Random numbers for dropout. own: this rank's, for its positions, heads and hidden units; else all ranks'."""
         if not torch.is_grad_enabled():
             yield
             return
@@ -158,32 +153,30 @@ class Cut:
         wrap(sublayer, "forward", self._entered if summed else self._entered_and_left)
 
     def _whole(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Tensor:
-        """Every process computes all positions, and keeps its own."""
+        """Every rank computes all positions, and keeps its own."""
         if "context" in given:
             given["context"] = self._seen(given["context"])
         with self._random_numbers(own=False):
             return self.lanes.mine(forward(self.lanes.enter(x_BPD, self._length), **given))
 
     def _entered(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Any:
-        """All positions, for a sublayer whose last matrix leaves its part of a sum."""
+        """All positions, for a sublayer whose last matrix sums over the ranks."""
         if "context" in given:
             given["context"] = self._seen(_of_heads(given["context"], self.config.n_heads, self.lanes))
         return forward(self.lanes.enter(x_BPD, self._length), **given)
 
     def _entered_and_left(self, forward: Forward, x_BPD: Tensor, **given: Any) -> Any:
-        """The same where what it gives is itself a part of a sum: of several experts."""
+        """The same for a sublayer whose output is a part of a sum, as of several experts."""
         return self.lanes.leave(self._entered(forward, x_BPD, **given))
 
     def _seen(self, context: AnyContext) -> AnyContext:
-        """Another stack's output is whole outside, and its gradient comes back in parts."""
-        if isinstance(context, MemoryContext) and context.output_BSD is not None:
+        """The encoder's output is whole on all ranks; its gradients are summed."""
+        if isinstance(context, CrossContext) and context.output_BSD is not None:
             return dc.replace(context, output_BSD=self.lanes.spread(context.output_BSD))
         return context
 
-    # -------------------------------------------------------------------------------------------------------------- matrices
-
     def _cut_matrix(self, linear: Any, how: How | None, is_last: bool) -> bool:
-        """is_last: its outputs are the sublayer's. True: they are summed here, before the bias is added."""
+        """is_last: its outputs are the sublayer's. Returns whether they are summed here, before the bias is added."""
         if how == "shared_rows" and (heads := shared_heads(self.config)) % self.lanes.size:
             n, head = linear.out_features // heads, self.lanes.rank * heads // self.lanes.size
             self._place(linear, weight=Replicate(), bias=Replicate())
@@ -205,19 +198,18 @@ class Cut:
         place(owner, self.lanes.mesh, **placements)
 
     def rest(self) -> None:
-        """What no rule has placed is whole; and of all that is whole, whose gradient is a part of a sum."""
+        """Replicate the parameters that no rule has cut, and list those that are replicated."""
         within = {id(p) for m in self.model.modules() if isinstance(m, Block) for p in m.modules()}
         for module in self.model.modules():
-            self._place(module, **{name: Replicate() for name, p in own_parameters(module) if not isinstance(p, DTensor)})
-            for name, p in own_parameters(module):
-                if p.placements[0].is_replicate():
-                    # Outside the blocks everyone has all of it: counting shares of it keeps the copies equal to the bit on any device.
-                    self.replicated.append((module, name, 1.0 if id(module) in within else 1.0 / self.lanes.size))
-
-    # ------------------------------------------------------------------------------------------------------------ the step
+            uncut = [name for name, p in own_parameters(module) if not isinstance(p, DTensor)]
+            self._place(module, **dict.fromkeys(uncut, Replicate()))
+            # Outside the blocks ranks have equal gradients; summing shares of them keeps copies equal to the bit.
+            share = 1.0 if id(module) in within else 1.0 / self.lanes.size
+            own = own_parameters(module)
+            self.replicated += [(module, name, share) for name, p in own if p.placements[0].is_replicate()]
 
     def sum_gradients(self) -> None:
-        """Of parameters that every process has whole, after the last backward of a step: one exchange for all, not one a parameter."""
+        """Sum the gradients of replicated parameters, in buckets, after a step's last backward."""
         held = [(owner._parameters[name], share) for owner, name, share in self.replicated]
         if self._buckets is None:
             self._buckets = GradientBuckets([p for p, _ in held if p is not None], self.lanes.group)
@@ -227,17 +219,15 @@ class Cut:
         self._buckets.finish()
 
     def clip(self, max_norm: float | None, shards: dist.ProcessGroup | None) -> Tensor:
-        """As `OneProcess.clip`. What lies in parts is counted by who has it, what is whole once.
-
-        shards: the processes over which these parts are sharded further.
-        """
-        whole = {id(owner._parameters[name]) for owner, name, _ in self.replicated}
-        held = [(local(p.grad), 1.0 / self.lanes.size if id(p) in whole else 1.0) for p in self.model.parameters() if p.grad is not None]
+        """As `OneProcess.clip`: parts count on their rank, whole gradients once. shards: ranks that shard the parts."""
+        whole, share = {id(owner._parameters[name]) for owner, name, _ in self.replicated}, 1.0 / self.lanes.size
+        graded = [p for p in self.model.parameters() if p.grad is not None]
+        held = [(local(p.grad), share if id(p) in whole else 1.0) for p in graded]
         return clip(held, max_norm, self.lanes.group, shards)
 
 
 def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:
-    """What is added to the scores, of this process' heads."""
+    """The context with the biases of this rank's heads."""
     mine = n_heads // lanes.size
 
     def narrowed(x: Tensor | None) -> Tensor | None:

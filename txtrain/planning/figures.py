@@ -19,6 +19,7 @@ from txtrain.planning.memory.batch_shapes import unknown
 from txtrain.planning.memory.count import memory
 from txtrain.planning.memory.fit import largest_micro_batch, remedy
 from txtrain.planning.memory.replicated import NotCounted
+from txtrain.planning.trained import n_trained_by_part, untraced, work
 from txtrain.registry import chosen, is_own, unstated
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -29,7 +30,8 @@ class Figures:
     """What `txtrain.plan` returns. FLOPs count a window as its width; see `txtrain.model.flops`.
 
     Attributes:
-        n_params, n_active_params: trainable parameters, and those that make one token's logits (fewer with experts).
+        n_params, n_active_params: parameters, and those that make one token's logits (fewer with experts).
+        n_trained_params, trained_by_part: of these, what takes a gradient (fewer with `freeze`).
         params_by_part: embedding, position, attention, ffn, norms, head, mtp.
         seq_len, target_len: positions of a sample; target_len is null with one stack.
         forward_flops_per_token, flops_per_token: without and with the backward pass; of an image a token is a position.
@@ -53,7 +55,9 @@ class Figures:
     model: str
     n_params: int
     n_active_params: int
+    n_trained_params: int
     params_by_part: dict[str, int]
+    trained_by_part: dict[str, int]
     sample: str
     seq_len: int
     target_len: int | None
@@ -105,7 +109,8 @@ def plan(config: Train) -> Figures:
     model, (source, target) = config.model, config.lengths
     inference = costs.forward_by_part(model, source, target, dense=False)
     training = costs.forward_by_part(model, source, target, dense=False, training=True, target_share=config.objective.target_share)
-    per_sample = costs.training_flops(training)
+    trained = n_trained_by_part(config)
+    per_sample = work(config, (source, target), config.trains if config.transforms else None).once
     peak = peak_of(config, how)
     step_flops = per_sample * config.data.global_batch_size
     n_devices = processes(config) or how.n_devices or 1
@@ -117,7 +122,9 @@ def plan(config: Train) -> Figures:
         model=model.preset,
         n_params=model.n_params,
         n_active_params=model.n_active_params,
+        n_trained_params=sum(trained.values()),
         params_by_part={name: n for name, n in model.n_params_by_part().items() if n},
+        trained_by_part={name: n for name, n in trained.items() if n},
         sample=sample_of(model),
         seq_len=source,
         target_len=target,
@@ -155,6 +162,8 @@ def flops_missing(config: Train) -> Iterator[str]:
     for axis, option in model.components():
         if axis in ("position", "norm", "norm_position") and is_own(axis, option):
             yield f"{chosen(axis, option)} is your own: matrix products in it, if there are any, are not counted"
+    if config.transforms and (own := [*unknown(config), *untraced(config)]):
+        yield f"{'; '.join(own)}: the backward is taken as if nothing were frozen"
     yield from (f"{what}: one pass over {config.seq_len} positions is taken" for what in unknown(config))
 
 

@@ -13,6 +13,7 @@ import lightning.pytorch as pl
 import torch
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.format import Reading
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.saver import Saver
 from txtrain.checkpoint.state import RunState
@@ -21,6 +22,7 @@ from txtrain.data.store.stream import Position
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
+from txtrain.ground.slurm import Job
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
@@ -28,6 +30,7 @@ from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import Shown
+from txtrain.planning.trained import work
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
@@ -73,6 +76,7 @@ class RunCallback(pl.Callback):
         self.position: Any = None  # of a stream, where the next step can be read from
         self.best = math.inf
         self.ended = False
+        self._first_step = 0  # updates before this start
         self.columns = (*COLUMNS, *columns) + balancing.columns(config.model) + data.columns
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
@@ -88,10 +92,11 @@ class RunCallback(pl.Callback):
             self.watch.start(module)
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
-        guess = 3 * 4 * self.config.model.n_params / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
+        guess = 4 * (module.n_params + 2 * module.n_trained) / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
         self._saver.longest = self.state.save_seconds or guess
         if self.folder.source is not None:
-            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average)
+            how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
+            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average, how)
             module.step = self.folder.first_step
             module.skipped, module.skipped_in_a_row = self.state.skipped
             self.data.start_step = module.step
@@ -99,12 +104,16 @@ class RunCallback(pl.Callback):
                 self.data.start_position = Position(*self.state.stream_position)
                 self.position = self.data.start_position
             _continue_counting(trainer, module.step)
+        self._first_step = module.step
         self.watch.start(module)
-        losses = [checkpoint.read_state(path).val_loss for path in checkpoint.complete(self.folder.path)]
-        self.best = min((loss for loss in losses if loss is not None), default=math.inf)
+        losses = checkpoint.val_losses(self.folder.path)
+        self.best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
+        for path in checkpoint.complete(self.folder.path):
+            if path not in losses:
+                self._warn(f"{path} is damaged. It is left as it is, and does not count among those that are kept.")
         if not module.parallel.is_first:
             return
-        self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None))
+        self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None), n_kept=self.state.rows)
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
         kept = read_bytes(samples, 1 << 30)[: self.state.samples_size] if self.folder.checkpoint is not None and samples.exists() else b""
@@ -191,11 +200,10 @@ class RunCallback(pl.Callback):
         """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
         lengths = module.objective.lengths(batch, self.config.seq_len)
         if lengths not in self._works:  # a part of the user's own is built to be counted
-            model, n = self.config.model, self.config.data.global_batch_size
-            longer = max(lengths) if model.topology == "encoder_decoder" else lengths[0]
-            once = model.flops_per_sample(*lengths, self.config.objective.target_share)
-            again = model.recomputed_flops(*lengths, checkpointing=self.config.trainer.activation_checkpointing)
-            self._works[lengths] = n * longer, n * once, n * again
+            n, frozen = self.config.data.global_batch_size, module.frozen
+            longer = max(lengths) if self.config.model.topology == "encoder_decoder" else lengths[0]
+            of_sample = work(self.config, lengths, (lambda name: name not in frozen) if frozen else None)
+            self._works[lengths] = n * longer, n * of_sample.once, n * of_sample.again
         return self._works[lengths]
 
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
@@ -315,6 +323,8 @@ class RunCallback(pl.Callback):
             open_row=self.open,
             save_seconds=self._saver.longest,
             skipped=(module.skipped, module.skipped_in_a_row),
+            rows=self._file.n_rows if self._file is not None else None,
+            rows_hash=self._file.hash if self._file is not None else "",
             optimizer=module.parallel.training_numbers(module.model, optimizer),
         )
         self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)
@@ -326,7 +336,9 @@ class RunCallback(pl.Callback):
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
             best = state.val_loss is not None and state.val_loss <= self.best
-            self.folder.update(data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput())
+            job = Job.here()
+            progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
+            self.folder.update(data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput(), **progress)
             self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 
     def _beside(self, path: Path) -> None:

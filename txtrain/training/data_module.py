@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as L
@@ -21,8 +22,10 @@ from txtrain.data.samples.rows import FILLER, OrderedSamples, Rows
 from txtrain.data.sources.mixture import MixtureOrder
 from txtrain.data.sources.source import Split, build_source, describe, settle
 from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
+from txtrain.data.store.tokenize import SKIPPED
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 from txtrain.ground.convert import checked
 from txtrain.objectives.base import Objective, build_objective
 from txtrain.training.signals import ignore
@@ -65,6 +68,8 @@ class DataModule(L.LightningDataModule):
         self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
         self._stream: StreamTokens | None = None
         self._train: Rows | None = None
+        self.skipped: tuple[Path, ...] = ()  # files that list the rows which were left out,
+        self.n_skipped = 0  # and how many these are
         self._mixed: tuple[str, ...] = ()  # names of a mixture's sources
 
     # ------------------------------------------------------------------------------------------------------------ prepare
@@ -93,6 +98,7 @@ class DataModule(L.LightningDataModule):
         self.n_train, self.n_val = len(made.train), len(made.validation)
         self.source = describe(source, config.data.type)
         self.val_names, self._stream = tuple(made.named), made.stream
+        self.skipped, self.n_skipped = made.skipped, made.n_skipped
         self.order = self._order(made)
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
         self._train, self._val, self._named = made.train, made.validation, made.named
@@ -109,6 +115,11 @@ class DataModule(L.LightningDataModule):
         if made.lengths is None or len(made.lengths) < size:
             return GlobalOrder(*given)
         return LengthOrder(*given, lengths=made.lengths)
+
+    def write_skipped(self, folder: Path) -> None:
+        """A line for each row of the data that was left out, if any was."""
+        if self.skipped:
+            files.write(folder / SKIPPED, "".join(file.read_text(encoding="utf-8") for file in self.skipped))
 
     # ----------------------------------------------------------------------------------------------------------- metrics
 

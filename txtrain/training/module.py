@@ -7,7 +7,6 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -19,6 +18,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
+from txtrain.model.transform import transform
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import Batch, Objective, build_objective
 from txtrain.optim.average import Average
@@ -27,6 +27,7 @@ from txtrain.parallel.activation_checkpointing import wrap_blocks
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
+from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
 
 
@@ -80,13 +81,19 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
-        check_patterns([name for name, _ in self.model.named_parameters()], config.optimizer)
+        transform(self.model, config.transforms)
+        named = list(self.model.named_parameters())
+        check_patterns([name for name, _ in named], config.optimizer)
+        self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
+        self.n_params = sum(p.numel() for _, p in named)
+        self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
         self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
         self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
+        self.is_read = False  # all weights come from a checkpoint
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
 
@@ -101,9 +108,10 @@ class LitModule(pl.LightningModule):
         return self.step * int(self.config.data.global_batch_size)
 
     @property
-    def _data(self) -> Any:
-        """The trainer's data module; None where it was given loaders."""
-        return getattr(self.trainer, "datamodule", None)
+    def _data(self) -> DataModule | None:
+        """None where the trainer was given loaders, or a data module that is not ours."""
+        given = getattr(self.trainer, "datamodule", None)
+        return given if isinstance(given, DataModule) else None
 
     # ------------------------------------------------------------------------------------------------------------- set-up
 
@@ -116,7 +124,7 @@ class LitModule(pl.LightningModule):
                 f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, but it has {self.trainer.world_size} "
                 "processes: use txtrain.train, or start the script with torchrun and one Trainer device."
             )
-        self.plan(Limits.of(self.config, getattr(self._data, "n_train", 0)).steps)
+        self.plan(Limits.of(self.config, self._data.n_train if self._data else 0).steps)
 
     def plan(self, total_steps: int | None) -> None:
         """Fix the schedule for a run of so many steps.
@@ -135,7 +143,7 @@ class LitModule(pl.LightningModule):
         wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
-            self.parallel.materialise(self.model, self.device)
+            self.parallel.materialise(self.model, self.device, fill=not self.is_read)
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
@@ -148,10 +156,10 @@ class LitModule(pl.LightningModule):
         return parameter_groups(self.model.named_parameters(), self.config.optimizer)
 
     def on_fit_start(self) -> None:
-        table = getattr(self._data, "token_bytes", None)
-        if table is not None:
-            self._token_bytes = torch.as_tensor(table).to(self.device)
-        self._val_names = getattr(self._data, "val_names", ())
+        if data := self._data:
+            self._val_names = data.val_names
+            if data.token_bytes is not None:
+                self._token_bytes = torch.as_tensor(data.token_bytes).to(self.device)
 
     # ----------------------------------------------------------------------------------------------------------- training
 

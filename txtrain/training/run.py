@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,19 +21,20 @@ from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
-from txtrain.ground import slurm
+from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
-from txtrain.monitor.metrics_csv import latest
+from txtrain.monitor.loggers.records import failures_said_once
+from txtrain.monitor.metrics_csv import check_rows, latest
 from txtrain.monitor.profiler import Profiled
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import build_objective
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.build import make_parallel
-from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.parallel.early_signals import PREEMPTED, say
 from txtrain.parallel.one_process import OneProcess, precision_dtype
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
@@ -98,14 +98,14 @@ def train(
     check_model(model, cfg)
     _check_given(cfg, data, callbacks)
     origin, world = origin or Origin(), World.here()
-    last_words = LastWords(cfg)
+    last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
         last_words.know(place)
-        for text in start_screen.restarted(place):
+        for text in (*start_screen.restarted(place), *parallel.first(lambda: _gone(place))):
             display.tell(text)
         first, *loud = start_screen.opening(cfg, fallback)
         display.line(first)
@@ -115,8 +115,8 @@ def train(
         objective = build_objective(cfg)
         module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel, objective)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
-        parallel.check(module.model)
         if place is not None and (source := place.source) is not None:
+            module.is_read = True
             parallel.first(lambda: checkpoint.check_weights(source, module.model))
         data = data or DataModule(cfg, fallback or "", objective)
         parallel.in_turn(data.prepare)
@@ -132,9 +132,9 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
         if place is not None:
-            _create(place, parallel, cfg, _facts(cfg, module, data, machine, origin, fallback), origin.start)
+            _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
-        display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title))
+        display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title, (module.n_trained, module.n_params)))
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
         trainer = make_trainer(cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None)
@@ -147,6 +147,7 @@ def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[t
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(first=world.rank == 0, several=world.size > 1, last_words=last_words))
         stack.enter_context(quiet())
+        stack.enter_context(failures_said_once())
         parallel = make_parallel(cfg)
         stack.enter_context(parallel.started())
         if world.size > 1:
@@ -200,7 +201,7 @@ def initial_model(cfg: Train, place: RunFolder | None) -> nn.Module | None:
     from txtrain.checkpoint.load import load
     from txtrain.model.build import build_model
 
-    found = load(cfg.init_from, key="init_from").model
+    found = load(cfg.init_from, key="init_from", finite=not cfg.allow_nonfinite).model
     with torch.device("meta"):
         model = build_model(cfg.model)  # of other dropouts, perhaps
     model.load_state_dict(found.state_dict(), assign=True)
@@ -218,12 +219,14 @@ def short(cfg: Train) -> Train:
 
 @contextlib.contextmanager
 def _begun() -> Iterator[None]:
-    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail.
+    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail. What it starts from is still one of the start.
 
     What a worker of the loader finds arrives as text, behind torch's copy of the worker's traceback.
     """
     try:
         yield
+    except checkpoint.LoadError:
+        raise
     except ConfigError as e:
         said = str(e).rpartition(f"{ConfigError.__name__}: ")[2].strip()
         raise RunError(*said.splitlines()) from e
@@ -233,24 +236,34 @@ def _begun() -> Iterator[None]:
 def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallback) -> Result:
     """Run Lightning's loop, and leave the folder with the status that the run has."""
     place, parallel, status = run.folder, module.parallel, "failed"
-    try:
-        run.stop.hold()
-        trainer.fit(module, datamodule=data)
-        status = "complete"
-    except Preempted:
-        status = "preempted"
-    finally:
+
+    def end() -> None:
+        if place is not None and parallel.is_first:
+            place.end(status, goodput=run.watch.goodput())
+
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as last:  # each, whatever becomes of the one before: a full disk is full for all
+        if place is not None:
+            last.enter_context(files.writing(place.path, "run_dir"))
+        last.callback(lambda: run.loggers.close(status))
+        last.callback(end)
+        last.callback(run.close)
         try:
-            run.close()
+            run.stop.hold()
+            trainer.fit(module, datamodule=data)
+            status = "complete"
+        except Preempted:
+            status = "preempted"
+        except checkpoint.LoadError:
             if place is not None and parallel.is_first:
-                place.end(status, goodput=run.watch.goodput())
-        finally:
-            run.loggers.close(status)
+                undo.callback(place.discard)
+            raise
     where = place.path if place is not None else None
     if status == "preempted":
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
-        run.stop.deaf = bool(parallel.first(lambda: _requeue(run.config, run.display.tell)))
+        run.stop.deaf = parallel.first(lambda: _requeue(run.config, run.display.tell))
+        if parallel.first(lambda: _gives_up(run.config)):
+            raise RunError("trainer.max_requeues: the run makes no progress.")
         return Result(where, dict(run.metrics), status)
     run.display.table(run.watch.summary(module, run.metrics))
     if where is not None:
@@ -269,32 +282,37 @@ def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
     if job is None:
         return False
     if cfg.trainer.auto_requeue:
-        say(job.requeue())
+        say(job.requeue(_gives_up(cfg)))
     else:
         say(f"Job {job.number} is not requeued: trainer.auto_requeue=false.")
     return slurm.has_requeued()
 
 
-class LastWords:
-    """Said by the first rank where a run is stopped before its first step is done."""
+def _gives_up(cfg: Train) -> bool:
+    """Whether the SLURM job has been started too often in a row without a step that was kept: exit code 1, so that no script runs it again."""
+    job = Job.here()
+    return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
 
-    def __init__(self, cfg: Train) -> None:
-        self._cfg = cfg
+
+class LastWords:
+    """Of a run that is stopped before its first step is done: said by the first rank. Gives the exit code."""
+
+    def __init__(self, cfg: Train, first: bool) -> None:
+        self._cfg, self._first = cfg, first
         self._folders: list[RunFolder] = []
 
     def know(self, place: RunFolder | None) -> None:
         """The run's folder has been chosen."""
         self._folders += [] if place is None else [place]
 
-    def __call__(self, cause: Cause) -> None:
-        def say(text: str) -> None:
-            os.write(2, f"txtrain: {text}\n".encode())
-
-        say("stopped before the first step.")
-        for place in self._folders:
-            place.stopped()
-        if cause != Cause.PERSON:
-            _requeue(self._cfg, say)
+    def __call__(self, cause: Cause) -> int:
+        if self._first:
+            say("stopped before the first step.")
+            for place in self._folders:
+                place.stopped()
+            if cause != Cause.PERSON:
+                _requeue(self._cfg, say)
+        return 1 if _gives_up(self._cfg) else PREEMPTED
 
 
 def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
@@ -308,11 +326,14 @@ def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
         return made
 
 
-def _create(place: RunFolder, parallel: OneProcess, cfg: Train, facts: Mapping[str, Any], start: float) -> None:
+def _create(
+    place: RunFolder, parallel: OneProcess, cfg: Train, data: DataModule, facts: Mapping[str, Any], start: float
+) -> None:
     """The first process makes the folder; where it is then, all know."""
 
     def create() -> Path:
         place.create(cfg, facts, start)
+        data.write_skipped(place.path)
         return place.path
 
     place.path = parallel.first(create)
@@ -336,14 +357,27 @@ def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Resul
     return Result(place.path, latest(place.path / "metrics.csv"))
 
 
+def _gone(place: RunFolder | None) -> list[str]:
+    """What a run that continues does not find any more, and can do without.
+
+    Raises:
+        ConfigError: metrics.csv has lost rows, or is damaged.
+    """
+    if place is None or place.checkpoint is None:
+        return []
+    facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times count from here."
+    return [text for text in (facts, check_rows(place)) if text]
+
+
 def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, origin: Origin, fallback: str | None) -> dict[str, Any]:
     """What run.json says."""
     return {
         "name": cfg.name,
         **code_versions.environment(machine.name, module.parallel.world.size),
-        "slurm": None if (job := Job.here()) is None else {"job": job.number, "restarts": job.restarts},
-        "parameters": sum(p.numel() for p in module.model.parameters()),
-        "data": {"source": data.source, "fingerprint": data.fingerprint},
+        "slurm": None if (job := Job.here()) is None else job.record,
+        "parameters": module.n_params,
+        "trained_parameters": module.n_trained,
+        "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,
         "given": list(origin.given),

@@ -14,9 +14,8 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from txtrain.errors import ConfigError
-from txtrain.parallel.early_signals import PREEMPTED, PREEMPTING
+from txtrain.parallel.early_signals import PREEMPTED, PREEMPTING, SIGNALS, heard, hung_up, say
 
-SIGNALS = (signal.SIGINT, *PREEMPTING)
 PATIENCE = 5.0  # seconds in which a start may still reach the end of its first step
 
 
@@ -42,10 +41,10 @@ class Stop:
     Args:
         first: this process speaks for all.
         several: the run has other processes: when one leaves, the others fail at what they do with it.
-        last_words: of the first process, when it leaves so.
+        last_words: when it leaves so; the exit code.
     """
 
-    def __init__(self, first: bool = True, several: bool = False, last_words: Callable[[Cause], None] = lambda cause: None) -> None:
+    def __init__(self, first: bool = True, several: bool = False, last_words: Callable[[Cause], int] = lambda cause: PREEMPTED) -> None:
         self.first, self.several, self.last_words = first, several, last_words
         self.asked = Cause.NONE  # of this process
         self.deaf = False  # whatever still comes, nobody answers: SLURM is ending the job at our own wish
@@ -61,19 +60,20 @@ class Stop:
     def hold(self, numbers: tuple[signal.Signals, ...] = SIGNALS) -> None:
         """Answer the signals from here on. Lightning sets handlers of its own when training starts."""
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
-            for number in numbers:
+            for number in heard(numbers):
                 signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if not self.asked and self.first:  # the console may be in the middle of a line and hold its lock: write past it
-            os.write(2, f"\ntxtrain: {signal.Signals(number).name}: stopping after this step; a checkpoint follows.\n".encode())
+        hung_up(number)
+        if not self.asked and self.first:
+            say(f"{signal.Signals(number).name}: stopping after this step; a checkpoint follows.")
         self.asked = max(self.asked, Cause.PERSON if number == signal.SIGINT else Cause.CLUSTER)
 
     def end_is_near(self, when: float) -> None:
         """Of the job: when, in seconds since 1970."""
         if not self.asked:
             clock = time.strftime("%H:%M:%S", time.localtime(when))
-            os.write(2, f"\ntxtrain: the job ends at {clock}: stopping after this step; a checkpoint follows.\n".encode())
+            say(f"the job ends at {clock}: stopping after this step; a checkpoint follows.")
         self.asked = max(self.asked, Cause.CLUSTER)
 
     def agree(self, most: Callable[[int], int]) -> bool:
@@ -141,11 +141,11 @@ class Stop:
         with self._lock:
             if self._begun:
                 return
+            code = PREEMPTED
             try:
-                if self.first:
-                    self.last_words(self.asked)
+                code = self.last_words(self.asked)
             finally:
-                os._exit(1 if self.asked == Cause.PERSON else PREEMPTED)
+                os._exit(1 if self.asked == Cause.PERSON else code)
 
 
 def ignore(*_: object) -> None:

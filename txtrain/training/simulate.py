@@ -8,19 +8,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fake_collectives import CollectiveOp, collective_ops, sync_ops
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
 from txtrain.config.schema import Train
@@ -84,7 +86,7 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         optimizer = module.attach(config.trainer.max_steps)
         share = config.data.global_batch_size // parallel.size
         batch = tensors_of(config, share)
-        tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else MemTracker()
+        tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else _Tracker()
         beside = (*batch.values(), *(local(value) for value in module.average.values.values()))
         tracker.track_inputs(beside) if module.is_sharded else tracker.track_external(module.model, optimizer, *beside)
         module.after_backward = tracker.reset_mod_stats  # it takes a second forward for a mistake
@@ -140,6 +142,16 @@ def _processes(config: Train, world: int) -> Iterator[OneProcess]:
         yield made
     finally:
         dist.destroy_process_group()
+
+
+class _Tracker(MemTracker):
+    """torch's own hooks every parameter's gradient, and fails where there is none to come."""
+
+    def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
+        for parameter in module.parameters():
+            if not parameter.requires_grad:
+                self._param_to_grad_hook_handles[parameter] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
+        return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
 
 class Unattended(LitModule):

@@ -2,9 +2,12 @@ import dataclasses as dc
 import re
 
 import pytest
+import torch
 
 from tests.training import tiny
+from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
+from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
 
 
@@ -73,11 +76,9 @@ def test_a_newest_checkpoint_that_has_lost_its_marker_is_not_passed_over(config,
     config = dc.replace(config, run_dir=str(path))
     newest = path / "checkpoints/step_00000200"
     newest.mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .*complete.* There is no older one\."):
+    with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .*complete.* There is no other whole one\."):
         run_folder.choose(config)
-    older = path / "checkpoints/step_00000100"
-    older.mkdir()
-    (older / "complete").write_text("{}")
+    checkpoint.save(path / "checkpoints/step_00000100", {"model.w": torch.ones(2)}, RunState(step=100), beside=lambda _: None)
     for resume in ("auto", str(path)):
-        with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .* an older one \(step_00000100\)\."):
+        with pytest.raises(ConfigError, match=rf"step_00000200 cannot be read: .* The newest whole one is step_00000100\. .*: mv {newest} {newest}\.damaged"):
             run_folder.choose(dc.replace(config, run_dir=None if resume != "auto" else str(path), resume=resume))

@@ -1,7 +1,10 @@
 """init_from=, export, load_pretrained: weights, architecture and tokenizer come in and go out."""
 
+import io
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ import torch
 import txtrain
 from tests.training import tiny, weights
 from txtrain import compose
+from txtrain.cli import export
 from txtrain.cli.main import main
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 from txtrain.training.run import train
 
 ENDS_AFTER_A_STEP = ("trainer.max_steps=1", "optimizer.lr=0.0", "optimizer.weight_decay=0.0")
@@ -157,6 +162,41 @@ def test_export_refuses_a_graft_and_a_full_folder(folder, exported, run, capsys)
     assert main(["export", f"checkpoint={grafted}", f"out={folder / 'never'}"]) == 2
     assert "sandwich" in capsys.readouterr().err
     assert not (folder / "never").exists()
+
+
+def test_an_export_that_fails_leaves_nothing_and_a_killed_one_is_done_again(exported, run, tmp_path, monkeypatch, capsys):
+    def full(model, folder, tokenizer):
+        (folder / "model.safetensors").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(export, "save_pretrained", full)
+    (tmp_path / "empty").mkdir()
+    for out in ("new", "empty"):
+        assert main(["export", f"checkpoint={run}", f"out={tmp_path / out}"]) == 2
+        assert f"`out` must be a folder, or a new one in a folder, that can be written to, but is '{tmp_path / out}'" in capsys.readouterr().err
+    assert [*tmp_path.rglob("*")] == [tmp_path / "empty"]
+    monkeypatch.undo()
+    (tmp_path / "killed" / ".export.00000000.tmp").mkdir(parents=True)  # while it moved its files
+    (tmp_path / "killed" / ".export.00000000.tmp" / files.LOCK).touch()
+    (tmp_path / "killed" / "model.safetensors").write_text("half")
+    assert main(["export", f"checkpoint={run}", f"out={tmp_path / 'killed'}"]) == 0
+    assert {p.name: p.read_bytes() for p in (tmp_path / "killed").iterdir()} == {p.name: p.read_bytes() for p in exported.iterdir()}
+
+
+def test_a_prompt_that_is_not_utf_8_is_refused(exported, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"The \xff"), encoding="utf-8"))
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "latin").write_bytes(b"The \xff")
+    attempts = {
+        "prompt=The \udcff": "`prompt` must be text in UTF-8, but is 'The \\udcff'",
+        "prompt=-": "`prompt` must be text in UTF-8, but standard input is not",
+        f"prompt_file={tmp_path / 'latin'}": "it is not UTF-8 text",
+        f"prompt_file={tmp_path / 'pipe'}": "is a pipe",
+    }
+    for given, said in attempts.items():
+        assert main(["generate", f"checkpoint={exported}", given]) == 2
+        assert said in capsys.readouterr().err
+    assert main(["generate", f"checkpoint={exported}", "prompt=The ", "temperature=1e-45", "max_new_tokens=2"]) == 0
 
 
 def test_generate_speaks_from_an_exported_folder(exported, capsys):

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from txtrain.data.sources.files import chunks_of
 from txtrain.data.sources.hub_text import HubDataset
 from txtrain.data.sources.images import ImageFiles
 from txtrain.data.sources.memmap import TokenFiles
@@ -40,7 +41,7 @@ def refused(do, *words: str, megabytes: int = 200) -> None:
 
 
 def read(path, **keys):
-    return list(TextFiles(str(path), **keys).documents("train"))
+    return ["".join(chunks_of(text)) for text in TextFiles(str(path), **keys).documents("train")]
 
 
 # ------------------------------------------------------------------------------------------------------------------- bombs
@@ -96,7 +97,7 @@ def test_one_text_has_a_limit_of_its_own(tmp_path):
     (tmp_path / "a.txt").write_text("x" * 1001)
     (tmp_path / "b.jsonl").write_text(json.dumps({"text": "x" * 10}) + "\n" + json.dumps({"text": "x" * 1000}) + "\n")
     pq.write_table(pa.table({"text": ["x", "x" * 1001]}), tmp_path / "c.parquet")
-    for name, place in (("a.txt", "a.txt"), ("b.jsonl", "line 2 of"), ("c.parquet", "a row of")):
+    for name, place in (("a.txt", "a.txt"), ("b.jsonl", "line 2 of"), ("c.parquet", "row 2 of")):
         refused(lambda name=name: read(tmp_path / name, **limits), name, place, "data.max_text_bytes")
         assert read(tmp_path / name, max_text_bytes=2000)
     rows = HubDataset(str(tmp_path / "b.jsonl"), None, "train", None, None, "text")

@@ -7,7 +7,7 @@ from txtrain.data.store.split import Corpus, is_held_out, split_documents
 
 
 def parts(texts: list[str], fraction: float) -> tuple[list[str], list[str]]:
-    made = list(split_documents(iter(texts), fraction))
+    made = list(split_documents(lambda: iter(texts), fraction))
     return [t for s, t in made if s == "train"], [t for s, t in made if s == "validation"]
 
 

@@ -1,8 +1,13 @@
-"""Two processes never write one run's folder."""
+"""Two processes never write one run's folder; what is to be written is tried before the work."""
 
+import errno
+import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +63,90 @@ def test_a_checkpoint_that_came_meanwhile_is_not_overwritten(tmp_path, monkeypat
         place.create(config, {})
     monkeypatch.undo()
     place.create(config, {})
+
+
+# ---------------------------------------------------------------------------------------------------------------- the disk
+
+
+def test_a_run_folder_that_cannot_be_written_is_refused_before_anything_is_done(tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    whys = {"file": "is a file", "file/x": "Not a directory", "link": "is a link to .*nothing", "x" * 300: "name too long", "a/" + "x" * 300: "too long"}
+    for where, why in whys.items():
+        with pytest.raises(ConfigError, match=f"`run_dir` must be a folder.*{why}"):
+            run_folder.choose(tiny(tmp_path, f"run_dir={tmp_path / where}"))
+    before = sorted(tmp_path.iterdir())
+
+    def full(*args, **kwargs):
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(ConfigError, match=r"`run_dir` must be .* quota exceeded"):
+        run_folder.choose(tiny(tmp_path, f"run_dir={tmp_path / 'new' / 'run'}"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_is_no_matter_of_writing_is_not_called_one(tmp_path):
+    def attempt(error):
+        with files.writing(tmp_path / "run", "run_dir"):
+            raise error
+
+    for error in (TimeoutError(), ConnectionError("reset"), PermissionError(13, "no", "/etc/shadow")):
+        with pytest.raises(type(error)):
+            attempt(error)
+    for error in (OSError(28, "No space"), PermissionError(13, "no", str(tmp_path / "run" / "x")), OSError("9 requested and 0 written")):
+        with pytest.raises(ConfigError, match="`run_dir`"):
+            attempt(error)
+
+
+def test_a_run_json_on_a_full_disk_still_says_how_the_run_ended(tmp_path, monkeypatch):
+    config = tiny(tmp_path, f"run_dir={tmp_path / 'run'}")
+    place = run_folder.choose(config)
+    place.create(config, {"who": "first"})
+
+    def full(path, text):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    size = (tmp_path / "run/run.json").stat().st_size
+    monkeypatch.setattr(files, "write", full)
+    place.end("failed")
+    monkeypatch.undo()
+    told = json.loads((tmp_path / "run/run.json").read_text())
+    assert (told["status"], told["who"]) == ("failed", "first")
+    assert (tmp_path / "run/run.json").stat().st_size <= size
+
+
+def test_tmpdir_that_is_none_is_told_and_no_temporary_folder_at_all_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    assert files.check_temporary() is None
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nothing"))
+    assert files.check_temporary().startswith(f"TMPDIR={tmp_path / 'nothing'} is no folder")
+    assert files.check_temporary() is None  # once is enough
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "nothing"))
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", lambda: (_ for _ in ()).throw(FileNotFoundError(2, "No usable temporary directory found")))
+    with pytest.raises(ConfigError, match="`TMPDIR` must be a folder"):
+        files.check_temporary()
+
+
+KEEP = "import sys, time; from txtrain.ground import files\nwith files.scratch() as f: (f / 'x').touch(); print(f, flush=True); time.sleep(60)"
+
+
+def test_a_temporary_folder_is_removed_also_after_kill_9_but_not_while_it_is_used(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    child = subprocess.Popen([sys.executable, "-c", KEEP], stdout=subprocess.PIPE, text=True, env=environment)
+    theirs = Path(child.stdout.readline().strip())
+    (tmp_path / "txtrain-file").touch()  # none of ours
+    (tmp_path / "txtrain-link").symlink_to("/")
+    with files.scratch() as ours:
+        assert {theirs, ours} < set(tmp_path.iterdir())
+    assert theirs.exists()
+    assert not ours.exists()
+    child.kill()
+    child.wait()
+    with files.scratch():
+        assert not theirs.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["txtrain-file", "txtrain-link"]

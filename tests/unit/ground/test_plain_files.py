@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -22,6 +23,9 @@ from tests.training import tiny
 from tests.unit.hf.folders import llama
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import load, run_folder
+from txtrain.cli.jobs import compose_job
+from txtrain.config.loader import make_loader
+from txtrain.config.overrides import expand
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import plain_files
@@ -218,8 +222,12 @@ def parts(header, **changes):
 def with_model(run: Path, **changes) -> None:
     file = newest(run) / "config.yaml"
     raw = yaml.safe_load(file.read_text())
-    file.write_text(yaml.safe_dump({**raw, "model": {**raw["model"], **changes}}))
-    unmarked(run)
+    with_config(run, yaml.safe_dump({**raw, "model": {**raw["model"], **changes}}).encode())
+
+
+def with_config(run: Path, raw: bytes) -> None:
+    (newest(run) / "config.yaml").write_bytes(raw)
+    sealed(newest(run))
 
 
 def linked(path: Path, target: str) -> None:
@@ -231,11 +239,9 @@ OF_A_RUN = {
     "config.yaml with a tag": (lambda run: (newest(run) / "config.yaml").write_bytes(YAML["a tag"]), "config.yaml"),
     "config.yaml deep": (lambda run: (newest(run) / "config.yaml").write_bytes(YAML["deep"]), "config.yaml"),
     "config.yaml cut": (lambda run: (newest(run) / "config.yaml").write_bytes(b"model: {"), "config.yaml"),
-    "config.yaml without model": (lambda run: (newest(run) / "config.yaml").write_bytes(b"seed: 1"), "`model`"),
-    "config.yaml with a list as model": (
-        lambda run: (newest(run) / "config.yaml").write_bytes(b"model: [1]"),
-        "`model`",
-    ),
+    "config.yaml without model": (lambda run: with_config(run, b"seed: 1"), "`model`"),
+    "config.yaml with a list as model": (lambda run: with_config(run, b"model: [1]"), "`model`"),
+    "config.yaml with a tag, sealed": (lambda run: with_config(run, YAML["a tag"]), "a tag"),
     "config.yaml gone": (lambda run: (newest(run) / "config.yaml").unlink(), "config.yaml"),
     "config.yaml of 1e9 layers": (lambda run: with_model(run, n_layers=10**9), "1,000,000,000 layers"),
     "config.yaml of a wide model": (lambda run: with_model(run, dim=2**30), "parameters"),
@@ -288,9 +294,9 @@ def test_an_attack_by_a_checkpoint_is_refused_with_its_name(attack, run):
     refused(lambda: load.load(run), word)
 
 
-def unmarked(run: Path) -> None:
-    """The marker knows no size any more: the tensors alone must show what is wrong with them."""
-    (newest(run) / "complete").write_text("{}")
+def sealed(folder: Path) -> None:
+    """As an attacker leaves it: sizes and checksums are those of what he wrote."""
+    (folder / "complete").write_text(json.dumps(checkpoint.marker_of(folder)))
 
 
 OF_SHARDS = {
@@ -310,7 +316,7 @@ OF_SHARDS = {
 @pytest.mark.parametrize("attack", OF_SHARDS)
 def test_shards_that_are_not_all_of_their_tensors_are_refused(attack, run):
     header_of(shard(run), OF_SHARDS[attack])
-    unmarked(run)
+    sealed(newest(run))
     refused(lambda: load.load(run), "step_00000004")
 
 
@@ -523,10 +529,10 @@ VALUES = [
 
 
 class Damage:
-    """One change of one file, drawn from a seed."""
+    """One to three changes of files: a bit, an end, a line, a value, a file."""
 
-    def __init__(self, seed: int) -> None:
-        self.random = random.Random(seed)
+    def __init__(self, draw: random.Random) -> None:
+        self.random = draw
 
     def __call__(self, home: Path) -> None:
         files = sorted(p for p in home.rglob("*") if p.is_file())
@@ -584,24 +590,60 @@ class Damage:
         path.write_text(yaml.safe_dump(tree) if path.suffix == ".yaml" else json.dumps(tree))
 
 
-def use_run(run: Path, made, out: Path) -> None:
-    config = made[1]
-    uses = (
-        lambda: load.describe(run),
-        lambda: load.load(run),
-        lambda: continued(made, run),
-        lambda: run_folder.RunFolder(run).facts,
-        lambda: metrics_csv.latest(run / "metrics.csv"),
-        lambda: [checkpoint.read_state(path) for path in checkpoint.complete(run)],
-        lambda: continued(made, run).kept,
-        lambda: run_folder.choose(dc.replace(config, run_dir=str(out), fork=str(run))),
-    )
-    for use in uses:
-        with contextlib.suppress(ConfigError):
-            use()
+class Uses:
+    """What commands make of a run's folder; each by itself. None where the folder is refused, or that was not asked."""
+
+    N = 5
+
+    def __init__(self, made) -> None:
+        self.config, self.loader = made[1], make_loader()
+
+    def __call__(self, run: Path, asked=range(N)) -> list:
+        uses = (
+            lambda: load.describe(run).model,
+            lambda: self.loaded(run),
+            lambda: self.continued(run),
+            lambda: self.resumed(run),
+            lambda: run_folder.choose(dc.replace(self.config, run_dir=str(run.parent / "new"), fork=str(run))).first_step,
+        )
+        return [self.attempt(use) if n in asked else None for n, use in enumerate(uses)]
+
+    @staticmethod
+    def attempt(use):
+        try:
+            return use()
+        except ConfigError:
+            return None
+
+    def loaded(self, run: Path):
+        found = load.load(run)
+        return {n: t.numpy().tobytes() for n, t in found.model.state_dict().items()}, found.tokenizer.encode("some text 1")
+
+    def continued(self, run: Path):
+        """All that a run which goes on takes from its folder."""
+        place = run_folder.choose(dc.replace(self.config, run_dir=str(run)))
+        if place.checkpoint is None:
+            return "begins anew"
+        gone = metrics_csv.check_rows(place)
+        rows = metrics_csv.read(run / "metrics.csv", place.state.rows)
+        tensors = {name: torch.zeros(shape) for name, shape in checkpoint.shapes(place.checkpoint).items()}
+        checkpoint.load_tensors(place.checkpoint, tensors)
+        numbers = {name: t.numpy().tobytes() for name, t in tensors.items()}
+        return place.state, numbers, gone or [{n: v for n, v in row.items() if v} for row in rows]
+
+    def resumed(self, run: Path):
+        """The configuration of `resume=RUN`, and what is said of it."""
+        job = compose_job("train", expand([f"resume={run}"], False, self.loader)[0], self.loader)[0]
+        return (dc.replace(job.config, resume="", run_dir=""), [n for n in job.notes if "run_dir" not in n])
+
+    def reasons(self, run: Path, before: list, found: list) -> list[str]:
+        """Of what is another than before, and of which nobody was told."""
+        told = [found[2] is not None and isinstance(found[2][2], str), bool(found[3] and found[3][1])]
+        silent = [n for n, (old, new) in enumerate(zip(before, found, strict=True)) if new is not None and new != old]
+        return [str(n) for n in silent if not (n == 2 and told[0] and found[2][:2] == before[2][:2]) and not (n == 3 and told[1])]
 
 
-def use_hf(hf: Path, made, out: Path) -> None:
+def use_hf(hf: Path) -> None:
     with contextlib.suppress(ConfigError):
         load.describe(hf)
     with contextlib.suppress(ConfigError):
@@ -609,37 +651,67 @@ def use_hf(hf: Path, made, out: Path) -> None:
         if loaded.tokenizer is not None:
             loaded.tokenizer.decode(loaded.tokenizer.encode("some text 1"))
     with contextlib.suppress(ConfigError):
-        save_pretrained(load_pretrained(hf), out)
+        save_pretrained(load_pretrained(hf), hf.parent / "out")
 
 
-def damage(made, home: Path, seeds, use, name: str) -> None:
-    for seed in seeds:
-        one = home / str(seed)
-        shutil.copytree(made[0] / name, one / name)
-        Damage(seed)(one / name)
-        for marker in one.glob("run/checkpoints/*/complete") if seed % 3 else ():
-            marker.write_text("{}")  # so that no size tells what is wrong
-        begin = time.process_time()
-        try:
-            use(one / name, made, one / "out")
-        except BaseException as e:
-            raise AssertionError(f"seed {seed} of {name}: {type(e).__name__}") from e
-        assert time.process_time() - begin < 4 * QUICKLY, f"seed {seed} of {name}"
-        shutil.rmtree(one)
+@contextlib.contextmanager
+def damaged(made, home: Path, name: str, draw: random.Random):
+    """A copy of the folder with changes in it; what is done with it raises nothing but ConfigErrors, in little time."""
+    one = home / "one"
+    shutil.rmtree(one, ignore_errors=True)
+    shutil.copytree(made[0] / name, one / name)
+    Damage(draw)(one / name)
+    begin = time.process_time()
+    yield one / name
+    assert time.process_time() - begin < 4 * QUICKLY
 
 
-def test_a_damaged_run_is_refused_or_read(made, tmp_path):
-    damage(made, tmp_path, range(100), use_run, "run")
+QUIETLY = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example, HealthCheck.filter_too_much]
+FEW, MANY = (settings(max_examples=n, deadline=None, database=None, derandomize=n < 1000, suppress_health_check=QUIETLY) for n in (100, 5000))
+
+
+def runs_are_refused_or_what_they_were(made, home: Path, cases: settings) -> None:
+    """By accident: what is accepted is what was written, or it is said. By an attacker, who seals what he wrote: refused or accepted."""
+    uses = Uses(made)
+    shutil.copytree(made[0] / "run", home / "one/run")
+    before = uses(home / "one/run")
+    assert None not in before
+
+    @cases
+    @given(st.randoms(use_true_random=False), st.booleans(), st.sets(st.integers(0, Uses.N - 1), min_size=1, max_size=2))
+    def one(draw, by_accident, asked):
+        with damaged(made, home, "run", draw) as run:
+            for marker in () if by_accident else run.glob("checkpoints/*/complete"):
+                with contextlib.suppress(ConfigError, OSError):
+                    sealed(marker.parent)
+            found = uses(run, asked)
+            assert not by_accident or not uses.reasons(run, before, found)
+
+    one()
+
+
+def hugging_face_folders_are_refused_or_read(made, home: Path, cases: settings) -> None:
+    @cases
+    @given(st.randoms(use_true_random=False))
+    def one(draw):
+        with damaged(made, home, "hf", draw) as hf:
+            use_hf(hf)
+
+    one()
+
+
+def test_a_damaged_run_is_refused_or_what_it_was(made, tmp_path):
+    runs_are_refused_or_what_they_were(made, tmp_path, FEW)
 
 
 def test_a_damaged_hugging_face_folder_is_refused_or_read(made, tmp_path):
-    damage(made, tmp_path, range(100), use_hf, "hf")
+    hugging_face_folders_are_refused_or_read(made, tmp_path, FEW)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("use", "name"), [(use_run, "run"), (use_hf, "hf")], ids=["run", "hf"])
-def test_thousands_of_damaged_folders(use, name, made, tmp_path):
-    damage(made, tmp_path, range(100, 3000), use, name)
+@pytest.mark.parametrize("check", [runs_are_refused_or_what_they_were, hugging_face_folders_are_refused_or_read])
+def test_thousands_of_damaged_folders(check, made, tmp_path):
+    check(made, tmp_path, MANY)
 
 
 @given(st.binary(max_size=400) | st.text(max_size=200).map(str.encode))

@@ -13,7 +13,7 @@ from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.hf.load import load_pretrained
 from txtrain.hf.save import save_pretrained
-from txtrain.model.build import build_model
+from txtrain.hf.trainer import build_model
 
 ROOT = Path(__file__).parents[3]
 

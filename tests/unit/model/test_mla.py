@@ -26,7 +26,7 @@ POSITIONS = {
 
 
 def forced(monkeypatch, absorbed):
-    monkeypatch.setattr(LatentAttention, "_absorbing_is_cheaper", lambda self, n_queries: absorbed)
+    monkeypatch.setattr(LatentAttention, "_absorbed_is_cheaper", lambda self, n_queries: absorbed)
 
 
 def decoded(model, tokens, mask=None):
@@ -74,9 +74,9 @@ def test_the_cheaper_form_is_chosen():
     """DeepSeek's sizes: some 170 queries at a time are worth expanding for."""
     with torch.device("meta"):
         attention = LatentAttention(64, 2, None, 512, 128, 64, 128, torch.nn.LayerNorm, 1.0)
-    assert attention._absorbing_is_cheaper(1)
-    assert attention._absorbing_is_cheaper(170)
-    assert not attention._absorbing_is_cheaper(171)
+    assert attention._absorbed_is_cheaper(1)
+    assert attention._absorbed_is_cheaper(170)
+    assert not attention._absorbed_is_cheaper(171)
 
 
 @torch.no_grad()
@@ -131,15 +131,15 @@ def test_scores_are_sharpened_where_yarn_says_so_for_all_dimensions():
 
 
 def test_values_may_be_of_another_size_in_every_kernel():
-    from txtrain.model.attention.kernels import sdpa, sdpa_masked
+    from txtrain.model.attention.kernels import sdpa
     from txtrain.model.attention.mask import Mask, prepare
 
     q, k, v = torch.randn(2, 4, 6, 8), torch.randn(2, 2, 6, 8), torch.randn(2, 2, 6, 3)
     prepared = {name: prepare(Mask(6, 6), name, None, q.device, q.dtype) for name in ("plain", "sdpa", "sdpa_masked")}
     expected = plain(q, k, v, prepared["plain"], 0.3, None, 0.0)
     assert expected.shape == (2, 4, 6, 3)
-    for kernel in (sdpa, sdpa_masked):
-        torch.testing.assert_close(kernel(q, k, v, prepared[kernel.__name__], 0.3, None, 0.0), expected, rtol=1e-5, atol=1e-6)
+    for name in ("sdpa", "sdpa_masked"):
+        torch.testing.assert_close(sdpa(q, k, v, prepared[name], 0.3, None, 0.0), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_and_biases_reach_it():

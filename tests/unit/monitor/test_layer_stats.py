@@ -96,7 +96,7 @@ def test_a_resumed_run_without_them_keeps_the_columns_that_its_file_has(folder):
         ("layer_stats.every_n_steps=15", "must be a multiple of trainer.log_every_n_steps (10) or null, but is 15 instead. Nearest: 20."),
         ("layer_stats.every_n_steps=0", "must be at least 1 or null"),
         ("layer_stats.activations=true", "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."),
-        ("layer_stats.every_n_steps=10 strategy=deepspeed_stage_1", "gradients lie in flat pieces that know of no layer. Nearest: strategy=fsdp."),
+        ("layer_stats.every_n_steps=10 strategy=deepspeed_stage_1", "flat gradients have no layers. Nearest: strategy=fsdp."),
         ("layer_stats.every_n_steps=10 layer_stats.activations=true strategy=tp", "`layer_stats.activations` must be false with strategy=tp"),
     ],
 )

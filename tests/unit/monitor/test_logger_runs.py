@@ -37,6 +37,14 @@ def test_a_logger_that_raises_is_said_once_and_the_run_is_the_same(folder, plain
     assert capsys.readouterr().out.replace("\n", " ").count("logger mine failed: OSError: the server is gone.") == 1
 
 
+@pytest.mark.parametrize(("more", "says"), [((), "failed: OSError: no route to host."), (("logger.mine.seconds=60",), "cannot be made (no answer for 1 s)")])
+def test_a_logger_without_a_server_costs_itself_alone(folder, plain, capsys, monkeypatch, more, says):
+    monkeypatch.setattr("txtrain.monitor.loggers.build._MAKING", 1.0)
+    done = train(with_logger(folder, "Unreachable", *more))
+    assert (done.status, rows(done.run_dir)) == ("complete", plain)
+    assert capsys.readouterr().out.replace("\n", " ").count(f"logger mine {says}") == 1
+
+
 def test_a_logger_that_sleeps_delays_nothing_but_the_end(folder, plain, capsys, monkeypatch):
     monkeypatch.setattr(Sink, "patience", lambda self, status: 0.5)
     began = time.monotonic()

@@ -26,7 +26,7 @@ def test_the_first_line_says_the_size_and_the_published_one():
 
 def test_the_table_says_axes_batch_budget_and_folder(tmp_path):
     config = tiny(tmp_path, "model/attention=gqa", "model.attention.n_kv_heads=1", "data.micro_batch_size=2")
-    rows = start_screen.table(config, data(), 12, "CPU; MFU against 1 GFLOP/s", None, {}, "auto, one process")
+    rows = start_screen.table(config, data(), 12, "CPU; MFU against 1 GFLOP/s", None, {}, "auto, one process", (1_200_000, 5_300_000))
     shown = "\n".join(text for _, text in rows)
     for text in (
         "gqa, n_kv_heads=1",

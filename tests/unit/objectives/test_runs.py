@@ -47,6 +47,19 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
+@pytest.mark.parametrize(("kind", "across"), [*((kind, False) for kind in KINDS), ("prefix_lm of two stacks", True)])
+def test_a_batch_is_what_its_objective_says(config, kind, across):
+    """`plan` counts on it without reading data."""
+    given = config(kind, f"data.cross_document_attention={str(across).lower()}")
+    said, batch = given.objective.batch_shapes(given, 3), DataModule(given).first(3)
+    del batch["sample_index"]
+    assert {name: x.is_floating_point() for name, x in batch.items()} == {name: name == "pixel_values" for name in said}
+    sizes = {name: tuple(x.shape) for name, x in batch.items()}
+    if given.data.kind != "pairs":  # padded only to the longest of a batch
+        assert sizes == said
+    assert all(a <= b for name, size in sizes.items() for a, b in zip(size, said[name], strict=True)), (sizes, said)
+
+
 @EVERY
 def test_batches_do_not_depend_on_workers_processes_micro_batches_or_the_start(kind, config):
     base = config(kind)

@@ -193,7 +193,7 @@ def test_a_cache_holds_what_the_closed_form_says(changes, length):
         else:
             cache = model(ids(1, length), use_cache=True).past_key_values
     held = sum(layer.n_held * b.shape[1] * b.shape[3] for layer in cache.layers for b in layer.buffers)
-    held += sum(x.numel() for memory in cache.memories for x in memory.kept)
+    held += sum(x.numel() for cross in cache.cross for x in cross.buffers)
     assert held == flops.cache_values(config, length, source_len)
     assert config.cache_bytes(length, source_len, bytes_per_value=4) == 4 * held
 

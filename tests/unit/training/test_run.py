@@ -16,8 +16,10 @@ import yaml
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, RunError
+from txtrain.ground import files
 from txtrain.ground.convert import build
+from txtrain.monitor.metrics_csv import MetricsFile
 from txtrain.training.run import run_train, train
 
 
@@ -468,11 +470,11 @@ def test_a_checkpoint_written_behind_the_training_is_the_one_that_waiting_would_
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, capsys, how):
     real = checkpoint.write_tensors
 
-    def full(path, tensors, group=None):
+    def full(path, tensors, group=None, step=0):
         if path.name == "step_00000008.tmp":
             (path / "shard.safetensors").write_text("half of it")
             raise OSError(28, "No space left on device")
-        real(path, tensors, group)
+        return real(path, tensors, group, step)
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     run_dir = folder / f"full-{how}"
@@ -483,13 +485,41 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, cap
 
 
 def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(folder, monkeypatch):
-    def full(path, tensors, group=None):
+    def full(path, tensors, group=None, step=0):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, "write_tensors", full)
     with pytest.raises(checkpoint.SaveError, match="No space left"):
         train(tiny(folder, f"run_dir={folder / 'full-last'}"))
     assert json.loads((folder / "full-last/run.json").read_text())["status"] == "failed"
+
+
+def test_a_disk_that_is_full_between_saves_stops_the_run_as_failed_and_leaves_its_checkpoint(folder, monkeypatch):
+    real, full = MetricsFile.write, []
+
+    def write(self, row):
+        if row["step"] > 5 or full:
+            full.append(row)
+            raise OSError(28, "No space left on device")
+        real(self, row)
+
+    real_text = files.write
+
+    def write_text(path, text):
+        if full:
+            raise OSError(28, "No space left on device")
+        real_text(path, text)
+
+    monkeypatch.setattr(MetricsFile, "write", write)
+    monkeypatch.setattr(files, "write", write_text)
+    run_dir = folder / "full-between"
+    config = tiny(folder, f"run_dir={run_dir}")
+    with pytest.raises(RunError, match=r"`run_dir` must be .*full-between.*No space left"):
+        train(config)
+    monkeypatch.undo()
+    assert json.loads((run_dir / "run.json").read_text())["status"] == "failed"
+    assert checkpoint.complete(run_dir)[-1].name == "step_00000005"
+    assert train(config).status == "complete"
 
 
 DECAYS = {  # steps of the run, and how it ends

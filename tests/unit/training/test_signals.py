@@ -1,5 +1,6 @@
 """A run that is told to stop: what it leaves, what SLURM is asked, how it goes on."""
 
+import dataclasses as dc
 import json
 import multiprocessing
 import os
@@ -14,8 +15,8 @@ from tests.unit.training.test_run import Interrupt
 from txtrain.checkpoint import format as checkpoint
 from txtrain.errors import ConfigError
 from txtrain.objectives.causal_lm import CausalLM
-from txtrain.training.run import run_train, train
-from txtrain.training.signals import PREEMPTING, SIGNALS
+from txtrain.training.run import LastWords, run_train, train
+from txtrain.training.signals import PREEMPTING, SIGNALS, Cause, Stop
 
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME")
 
@@ -206,6 +207,38 @@ def test_a_signal_in_a_validation_or_a_sample_is_made_up_for_after_the_requeue(w
     assert rows(folder / where) == rows(whole)
     assert weights(folder / where) == weights(whole)
     assert (folder / where / "samples.txt").read_text() == (whole / "samples.txt").read_text()
+
+
+def test_a_hangup_that_is_ignored_stays_ignored():
+    """nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Stop() as stop:
+            stop.hold()
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.asked == Cause.NONE
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_job_whose_starts_keep_no_step_is_requeued_so_often_and_then_fails(folder, job, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
+    asked = job(restarts=3)
+    run = folder / "no progress"
+    config = config_of(folder, run.name, "trainer.max_requeues=3", "trainer.limit_val_batches=0")
+    assert LastWords(config, first=True)(Cause.CLUSTER) == 1
+    assert "Job 17 is not requeued: more starts in a row than trainer.max_requeues have kept no step." in capfd.readouterr().err
+    assert LastWords(config, first=False)(Cause.CLUSTER) == 1
+    assert LastWords(dc.replace(config, trainer=dc.replace(config.trainer, max_requeues=4)), first=False)(Cause.CLUSTER) == 75
+    assert asked() == []
+    assert train(config, callbacks=[Interrupt("on_train_batch_start", step=2, number=signal.SIGUSR1)]).status == "preempted"
+    assert json.loads((run / "run.json").read_text())["progress"] == {"job": "17", "restarts": 3}
+    assert asked() == ["scontrol requeue 17"]
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "6")
+    assert LastWords(config, first=False)(Cause.CLUSTER) == 75, "only the starts since then count"
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "7")
+    assert LastWords(config, first=False)(Cause.CLUSTER) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------- the next start

@@ -30,6 +30,7 @@ from txtrain.data.store.tokens import Tokens
 from txtrain.ground.plain_files import map_npy
 
 FORMAT = "best fit 1"
+PLAN_FILES = ("begins.npy", "lengths.npy", "rows.npy")
 _WINDOW = 1 << 16  # documents that are packed together
 
 

@@ -16,7 +16,7 @@ from txtrain.data.samples.augment import Augment
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import Mapped, Rows, probe
-from txtrain.data.sources.source import Split, has_validation
+from txtrain.data.sources.source import Split, has_validation, identity
 from txtrain.data.store.split import digest, held_out
 from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
@@ -131,7 +131,7 @@ def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, 
     train.normalised(data.mean, data.std)
     for samples in (train, validation):
         probe(samples)
-    known = source.identity() if hasattr(source, "identity") else repr([len(every.labels), every.labels[:100].tolist()])
+    known = identity(source, lambda: repr([len(every.labels), every.labels[:100].tolist()]))
     fingerprint = digest(data.type, known, None if has_validation(source) else data.val_fraction, embedding.image_size, data.mean, data.std)
     augment = Augment(data.crop_padding, data.rotation, data.shift, data.flip)
     return Mapped(train, augment) if augment else train, validation, fingerprint

@@ -16,7 +16,7 @@ from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.length_order import BUCKET
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import Rows
-from txtrain.data.sources.source import Split, has_validation
+from txtrain.data.sources.source import Split, has_validation, hashed, identity, splits
 from txtrain.data.store.split import FORMAT, digest
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
@@ -40,11 +40,11 @@ class PairCorpus:
 
     def pairs(self) -> Iterator[tuple[Split, Pair]]:
         """Those of which neither side is blank."""
-        splits: tuple[Split, ...] = ("train", "validation") if has_validation(self.source) else ("train",)
-        for split in splits:
+        own = splits(self.source)
+        for split in own:
             for pair in self.source.pairs(split):
                 if pair[0].strip() and pair[1].strip():
-                    yield (split if len(splits) == 2 else self._side(pair[0])), pair
+                    yield (split if len(own) == 2 else self._side(pair[0])), pair
 
     def _side(self, text: str) -> Split:
         draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
@@ -61,14 +61,8 @@ class PairCorpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        known = str(self.source.identity()) if hasattr(self.source, "identity") else self._hash()
+        known = identity(self.source, lambda: hashed(self.documents()))
         return digest(FORMAT, "pairs", known, None if has_validation(self.source) else self.val_fraction)
-
-    def _hash(self) -> str:
-        sha = hashlib.sha256()
-        for split, text in self.documents():
-            sha.update(f"{split} {len(text)} ".encode() + text.encode())
-        return sha.hexdigest()
 
 
 class PairSamples(Rows):

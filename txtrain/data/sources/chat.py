@@ -10,7 +10,7 @@ from typing import Any
 from txtrain.data.chat.formats import Format, conversations
 from txtrain.data.chat.template import Template
 from txtrain.data.chat.turns import Conversation, Speaker, TrainOn
-from txtrain.data.sources.documents import rows_of
+from txtrain.data.sources.documents import objects_of
 from txtrain.data.sources.files import Limits, files_identity, find_files, listed
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Marked, Split
@@ -113,7 +113,7 @@ class Chats:
             if not file.name.removesuffix(".gz").removesuffix(".zst").endswith(KINDS):
                 raise ConfigError(f"`{key}` must be {', '.join(KINDS)} files of conversations, but {file} is another.")
         self._known.append(files_identity(files))
-        return lambda: (row for file in files for row in rows_of(file, key, self.limits))
+        return lambda: (row for file in files for row in objects_of(file, key, self.limits))
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Rows:
         from datasets.exceptions import DatasetsError

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from txtrain.data.sources.files import Limits, as_text, open_unpacked, read_text, unpacked_name
+from txtrain.data.sources.files import Limits, Text, as_text, chunks_of, open_unpacked, text_of, undecoded, unpacked_name
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion, parse_json, shorten
+
+Row = TypeVar("Row")
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")
@@ -20,7 +23,7 @@ def has_rows(path: Path) -> bool:
     return unpacked_name(path).endswith(_ROWS)
 
 
-def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iterator[str]:
+def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iterator[Text]:
     """The texts of a file, read as they are asked for; rows whose text is null are left out.
 
     Args:
@@ -31,14 +34,66 @@ def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iter
     """
     name = unpacked_name(path)
     if name.endswith(".jsonl"):
-        yield from _jsonl(path, key, text_column, limits)
+        yield from rows_of(path, key, limits, partial(_of_json, key, text_column, limits))
     elif name.endswith(".parquet"):
         yield from _parquet(path, key, text_column, limits)
     else:
-        yield read_text(path, key, limits)
+        yield text_of(path, key, limits)
 
 
-def rows_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows_of(path: Path, key: str, limits: Limits, parse: Callable[[str, str], Row | None]) -> Iterator[Row]:
+    """What `parse` makes of each line that is not blank and of its place; None is left out.
+
+    Raises:
+        ConfigError: as `parse`, or a line is not UTF-8 or beyond the limits.
+    """
+    with open_unpacked(path, key, limits) as f:
+        at = 0
+        for number, raw in enumerate(iter(lambda: f.readline(limits.max_text_bytes + 1), b""), start=1):
+            where, made = f"line {number} of {path}", None
+            with limits.row(where):
+                limits.check_text(len(raw), where, key)
+                line = as_text(raw, where, key, at, limits.encoding_errors)
+                made = parse(line, where) if line.strip() else None
+            at += len(raw)
+            while len(raw) > limits.max_text_bytes and not raw.endswith(b"\n"):  # what is left of a line that is skipped
+                raw = f.readline(limits.max_text_bytes + 1)
+                at += len(raw)
+            if made is not None:
+                yield made
+
+
+def _of_json(key: str, column: str, limits: Limits, line: str, where: str) -> str | None:
+    replace = limits.encoding_errors == "replace"
+    row = parse_json(line.strip(), f"`{key}`: {where}", finite=False, whole=not replace)  # pandas writes NaN into other columns
+    if column not in row:
+        raise ConfigError(_no_column(list(row), column, where))
+    text = row[column]
+    if text is not None and not isinstance(text, str):
+        raise ConfigError(f"`data.text_column` must hold text, but {column} in {where} is {shorten(repr(text))}.")
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if text and replace else text
+
+
+def texts_of(column: Any, first: int, path: object, name: str, key: str, limits: Limits) -> Iterator[str]:
+    """The texts of a column of Arrow, which does not look whether they are UTF-8; nulls are left out. first: number of its first row.
+
+    Raises:
+        ConfigError: a text is not UTF-8, or too long; names its row.
+    """
+    import pyarrow as pa
+
+    kind = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
+    for number, raw in enumerate(column.cast(kind).to_pylist(), start=first):
+        where, text = f"row {number} of {path}", None
+        with limits.row(where):
+            limits.check_text(len(raw or b""), where, key)
+            with undecoded(f"{name} in {where}", key, 0):
+                text = None if raw is None else raw.decode("utf-8", limits.encoding_errors)
+        if text is not None:
+            yield text
+
+
+def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
     """The rows of a file, each with its place: lines of .jsonl, the list that a .json is (or its lines), rows of .parquet.
 
     Raises:
@@ -46,41 +101,24 @@ def rows_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[st
     """
     name = unpacked_name(path)
     if name.endswith(".parquet"):
-        yield from ((f"row {i} of {path}", row) for i, row in enumerate(_parquet(path, key, None, limits)))
+        yield from ((f"row {i} of {path}", row) for i, row in enumerate(_parquet(path, key, None, limits), start=1))
         return
     if name.endswith(".json"):
         with open_unpacked(path, key, limits) as f:
-            listed = f.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
-        if listed:
-            rows = parse_json(f'{{"rows":{read_text(path, key, limits)}}}', f"`{key}`: {path}", finite=False)["rows"]
-            for i, row in enumerate(rows):
+            is_list = f.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if is_list:
+            whole = "".join(chunks_of(text_of(path, key, limits)))
+            rows = parse_json(f'{{"rows":{whole}}}', f"`{key}`: {path}", finite=False)["rows"]
+            for i, row in enumerate(rows, start=1):
                 if not isinstance(row, dict):
-                    raise ConfigError(f"`{key}` must hold a list of objects, but item {i} of {path} is {shorten(repr(row))}.")
+                    raise ConfigError(f"`{key}` must be a list of objects, but item {i} of {path} is {shorten(repr(row))}.")
                 yield f"item {i} of {path}", row
             return
-    yield from _json_lines(path, key, limits)
+    yield from rows_of(path, key, limits, partial(_object_of, key))
 
 
-def _json_lines(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open_unpacked(path, key, limits) as f:
-        at = 0
-        for number, raw in enumerate(iter(lambda: f.readline(limits.max_text_bytes + 1), b""), start=1):
-            where = f"line {number} of {path}"
-            limits.check_text(len(raw), where, key)
-            line = as_text(raw, path, key, at)
-            at += len(raw)
-            if line.strip():
-                yield where, parse_json(line.strip(), f"`{key}`: {where}", finite=False)  # pandas writes NaN into other columns
-
-
-def _jsonl(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
-    for where, row in _json_lines(path, key, limits):
-        if column not in row:
-            raise ConfigError(_no_column(list(row), column, where))
-        if row[column] is not None and not isinstance(row[column], str):
-            raise ConfigError(f"`data.text_column` must hold text, but {column} in {where} is {shorten(repr(row[column]))}.")
-        if row[column] is not None:
-            yield row[column]
+def _object_of(key: str, line: str, where: str) -> tuple[str, dict[str, Any]]:
+    return where, parse_json(line.strip(), f"`{key}`: {where}", finite=False)
 
 
 def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterator[Any]:
@@ -91,28 +129,22 @@ def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterat
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        if column is not None:
-            if column not in names:
-                raise ConfigError(_no_column(names, column, str(path)))
-            kind = file.schema_arrow.field(column).type
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-                raise ConfigError(f"`data.text_column` must hold text, but {column} of {path} holds {kind} instead.")
+        if column is not None and column not in names:
+            raise ConfigError(_no_column(names, column, str(path)))
+        kind = pa.string() if column is None else file.schema_arrow.field(column).type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ConfigError(f"`data.text_column` must hold text, but {column} of {path} holds {kind} instead.")
         where, size = f"`{key}`: {path}", path.stat().st_size
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         said = sum(c.total_uncompressed_size for c in chunks if column in (None, c.path_in_schema))
         check_expansion(said, size, limits.max_expansion, where)
-        unpacked = 0  # a text that stands in the file once may be that of each row: few at a time of a small file
+        unpacked, n = 0, 1  # a text that stands in the file once may be that of each row: few at a time of a small file
         for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=None if column is None else [column]):
             unpacked += batch.nbytes
             check_expansion(unpacked, size, limits.max_expansion, where)
-            if column is None:
-                yield from batch.to_pylist()
-                continue
-            for text in batch.column(0).to_pylist():
-                if text is not None:
-                    limits.check_text(len(text), f"a row of {path}", key)
-                    yield text
+            yield from batch.to_pylist() if column is None else texts_of(batch.column(0), n, path, column, key, limits)
+            n += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as e:
         raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {shorten(e)}") from e
 

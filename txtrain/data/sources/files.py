@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import codecs
 import glob
 import gzip
 import hashlib
 import io
 import os
 import re
+import stat
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property, partial
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,6 +21,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion
 
 _CHUNK = 1 << 20
+_LONG = 1 << 20  # characters; a text with more stays in its file
 HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
 _LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]")
 _COMMA = re.compile(r",(?![^[]*\])")
@@ -79,6 +83,14 @@ def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path
     raise ConfigError(missing(name, key))
 
 
+def kind_of(path: Path) -> str:
+    """What something is that is no file and no folder, but is there."""
+    if not path.exists():
+        return f"a link to {os.readlink(path)}, which does not exist"
+    kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+    return kinds.get(stat.S_IFMT(path.stat().st_mode), "no file")
+
+
 def _filled(paths: Iterable[Path]) -> list[Path]:
     return sorted(p.resolve() for p in paths if p.is_file() and p.stat().st_size)
 
@@ -89,8 +101,10 @@ def unpacked_name(path: Path) -> str:
 
 
 def missing(name: str, key: str, what: str = "an existing file, glob or folder") -> str:
-    """The sentence for a path that does not exist: how far it does, and the nearest name there."""
+    """The sentence for a path that is no file and no folder: what it is, or how far it exists, and the nearest name there."""
     path = Path(name).expanduser()
+    if os.path.lexists(path):
+        return f"`{key}` must be {what}, but {name} is {kind_of(path)}."
     parent = path.parent
     while not parent.is_dir():
         path, parent = parent, parent.parent
@@ -99,10 +113,28 @@ def missing(name: str, key: str, what: str = "an existing file, glob or folder")
 
 
 class Limits(NamedTuple):
-    """Of a file whose origin nobody vouches for; the data keys of the same names."""
+    """Of a file whose origin nobody vouches for, and what becomes of what is bad in it; the data keys of the same names."""
 
     max_expansion: float = 200.0  # times that a packed file may unpack to; text packs to a third or a tenth
     max_text_bytes: int = 1 << 31  # of one text; Arrow's columns have no longer ones either
+    encoding_errors: str = "strict"  # or replace
+    skipped: dict[str, str] | None = None  # where each row is that was left out, and why; None: bad rows are refused
+
+    @property
+    def identity(self) -> str:
+        """What of it changes the texts."""
+        said = ["skip"] * (self.skipped is not None) + ["replace"] * (self.encoding_errors != "strict")
+        return "".join(f"{word} " for word in said)
+
+    @contextmanager
+    def row(self, where: str) -> Iterator[None]:
+        """What is done with one row of a file. A bad one is left out and remembered, where that was asked for."""
+        try:
+            yield
+        except ConfigError as e:
+            if self.skipped is None:
+                raise
+            self.skipped[where] = str(e)
 
     def check_text(self, n_bytes: int, where: str, key: str) -> None:
         """Raises:
@@ -115,29 +147,139 @@ class Limits(NamedTuple):
             )
 
 
-def read_text(path: Path, key: str, limits: Limits) -> str:
-    """A UTF-8 file as one string, line ends as \\n; unpacked if its name ends in .gz or .zst.
+class LongText:
+    """A text that stays in its file and is read again, a piece at a time, whenever it is gone through; else as a str.
+
+    Args:
+        chunks: gives all of it anew at each call.
+    """
+
+    def __init__(self, chunks: Callable[[], Iterator[str]]) -> None:
+        self.chunks = chunks
+
+    @cached_property
+    def _n(self) -> int:
+        return sum(map(len, self.chunks()))
+
+    def __len__(self) -> int:
+        return self._n
+
+    def __bool__(self) -> bool:
+        return True
+
+    def isspace(self) -> bool:
+        return all(map(str.isspace, self.chunks()))
+
+    def find(self, char: str, start: int) -> int:
+        at = 0
+        for chunk in self.chunks():
+            if (found := chunk.find(char, max(start - at, 0))) >= 0:
+                return at + found
+            at += len(chunk)
+        return -1
+
+    def __getitem__(self, part: slice) -> LongText:
+        return LongText(partial(_within, self.chunks, part.start or 0, part.stop))
+
+
+Text = str | LongText
+
+
+def _within(chunks: Callable[[], Iterator[str]], begin: int, end: int | None) -> Iterator[str]:
+    at = 0
+    for chunk in chunks():
+        if found := chunk[max(begin - at, 0) : None if end is None else max(end - at, 0)]:
+            yield found
+        at += len(chunk)
+        if end is not None and at >= end:
+            return
+
+
+def chunks_of(text: Text) -> Iterator[str]:
+    return iter((text,) if text else ()) if isinstance(text, str) else text.chunks()
+
+
+def lines_of(text: Text) -> Iterator[str]:
+    """As `str.splitlines(keepends=True)`."""
+    waiting: list[str] = []  # parts of a line
+    for chunk in chunks_of(text):
+        if waiting and len(f"{waiting[-1][-1]}x".splitlines()) > 1:  # it has ended
+            yield "".join(waiting)
+            waiting = []
+        first, *lines = chunk.splitlines(keepends=True)
+        waiting.append(first)
+        if lines:
+            yield "".join(waiting)
+            yield from lines[:-1]
+            waiting = lines[-1:]
+    yield from ["".join(waiting)] if waiting else ()
+
+
+def text_of(path: Path, key: str, limits: Limits) -> Text:
+    """A UTF-8 file as one text, which stays in the file where it is long; see `text_chunks`."""
+    read = partial(text_chunks, path, key, limits)
+    held, n = [], 0
+    for chunk in read():
+        held.append(chunk)
+        n += len(chunk)
+        if n > _LONG:
+            return LongText(read)
+    return "".join(held)
+
+
+def text_chunks(path: Path, key: str, limits: Limits) -> Iterator[str]:
+    r"""A UTF-8 file, line ends as \n; unpacked if its name ends in .gz or .zst. No chunk is empty.
 
     Raises:
         ConfigError: it is not UTF-8, or holds NUL bytes, as binary files do; says where. Or it is beyond the limits.
     """
-    raw = bytearray()
+    decoder, n, held = codecs.getincrementaldecoder("utf-8")(limits.encoding_errors), 0, ""
     with open_unpacked(path, key, limits) as f:
-        while chunk := f.read(_CHUNK):
-            raw += chunk
-            limits.check_text(len(raw), str(path), key)
-    return as_text(raw, path, key).replace("\r\n", "\n")
+        raw = b"-"
+        while raw:
+            raw = f.read(_CHUNK)
+            begin = n - len(decoder.getstate()[0])
+            n += len(raw)
+            limits.check_text(n, str(path), key)
+            with undecoded(str(path), key, begin):
+                text = decoder.decode(raw, final=not raw)
+            check_binary(text, str(path), key, begin)
+            if n and begin == 0:
+                text = text.removeprefix("\ufeff")
+            text = held + text
+            held = "\r" if raw and text.endswith("\r") else ""  # until it is known what comes behind it
+            if text := text.removesuffix(held).replace("\r\n", "\n"):
+                yield text
 
 
-def as_text(raw: bytes | bytearray, path: Path, key: str, at: int = 0) -> str:
-    """The text of some bytes of a file, which stand at offset `at` of what is packed in it."""
+def as_text(raw: bytes, where: str, key: str, at: int = 0, errors: str = "strict") -> str:
+    """The text of some bytes of a file, which stand at offset `at` of what is packed in it.
+
+    Raises:
+        ConfigError: it is not UTF-8, or holds NUL bytes.
+    """
+    with undecoded(where, key, at):
+        text = raw.decode("utf-8", errors)
+    check_binary(text, where, key, at)
+    return text.removeprefix("\ufeff") if at == 0 else text
+
+
+@contextmanager
+def undecoded(where: str, key: str, at: int) -> Iterator[None]:
+    """What Python says of bytes that are not UTF-8, as ours."""
     try:
-        text = raw.decode("utf-8-sig" if at == 0 else "utf-8")
+        yield
     except UnicodeDecodeError as e:
-        raise ConfigError(f"`{key}` must be text in UTF-8, but {path} is not: byte 0x{raw[e.start]:02x} at offset {at + e.start}.") from None
-    if "\0" in text:
-        raise ConfigError(f"`{key}` must be text, but {path} is a binary file: byte 0x00 at offset {at + raw.index(0)}.")
-    return text
+        remedy = "data.encoding_errors=replace puts \ufffd there"
+        raise ConfigError(
+            f"`{key}` must be text in UTF-8, but {where} is not: byte 0x{e.object[e.start]:02x} at offset {at + e.start}. {remedy}."
+        ) from None
+
+
+def check_binary(text: str, where: str, key: str, at: int) -> None:
+    if (found := text.find("\0")) >= 0:
+        at += len(text[:found].encode())
+        raise ConfigError(f"`{key}` must be text, but {where} is a binary file: byte 0x00 at offset {at}.")
 
 
 @contextmanager

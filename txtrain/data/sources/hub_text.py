@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from txtrain.data.sources.documents import texts_of
 from txtrain.data.sources.files import Limits, files_identity
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
@@ -27,13 +28,16 @@ def hub_source(
     streaming: bool,
     val_fraction: float,
     max_text_bytes: int,
+    encoding_errors: str,
+    bad_rows: str,
 ) -> HubDataset | HubStream:
     made: HubDataset | HubStream
     if streaming:
         made = HubStream(path, name, split, val_split, val_path, text_column, val_fraction)
     else:
         made = HubDataset(path, name, split, val_split, val_path, text_column)
-    made.limits = Limits(max_text_bytes=max_text_bytes)
+    made.skipped = {} if bad_rows == "skip" else None
+    made.limits = Limits(max_text_bytes=max_text_bytes, encoding_errors=encoding_errors, skipped=made.skipped)
     return made
 
 
@@ -58,16 +62,16 @@ class HubDataset:
         self.has_validation = "validation" in self.rows
 
     limits = Limits()
+    skipped: dict[str, str] | None = None
 
     def documents(self, split: Split) -> Iterator[str]:
-        for batch in self.rows[split].select_columns([self.text_column]).iter(batch_size=1000):
-            for text in batch[self.text_column]:
-                if text:
-                    self.limits.check_text(len(text), f"a row of {self.path}", "data.path")
-                    yield text
+        n, where = 1, f"{self.path} ({split})"
+        for batch in self.rows[split].select_columns([self.text_column]).with_format("arrow").iter(batch_size=1000):
+            yield from filter(None, texts_of(batch.column(0), n, where, self.text_column, "data.path", self.limits))
+            n += len(batch)
 
     def identity(self) -> str:
-        return f"hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
+        return f"{self.limits.identity}hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
 
     def describe(self) -> str:
         return f"{self.path}{f' {self.name}' if self.name else ''} ({len(self.rows['train']):,} rows of {self.split}, column {self.text_column})"
@@ -103,6 +107,7 @@ class HubStream:
 
     has_validation = True
     limits = Limits()
+    skipped: dict[str, str] | None = None
 
     def __init__(
         self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str, val_fraction: float

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from txtrain.data.samples.images import Images
 from txtrain.data.sources.files import Limits, files_identity, missing, open_unpacked
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
@@ -65,18 +64,18 @@ class ImageFiles:
         self.found = found
         self.has_validation = "validation" in found
 
-    def images(self, split: Split) -> Images:
+    def images(self, split: Split) -> Opened:
         return self.found[split]
 
     def identity(self) -> str:
-        return f"images {files_identity(self.files)} {[getattr(images, 'known', '') for images in self.found.values()]}"
+        return f"images {files_identity(self.files)} {[images.known for images in self.found.values()]}"
 
     def describe(self) -> str:
         return f"{sum(len(images.labels) for images in self.found.values()):,} images of {self.path}"
 
     # --------------------------------------------------------------------------------------------------------------- open
 
-    def _open(self, spec: str, key: str, labels: str | None, split: str) -> dict[Split, Images]:
+    def _open(self, spec: str, key: str, labels: str | None, split: str) -> dict[Split, Opened]:
         path = Path(spec).expanduser()
         if path.is_dir():
             return self._folder(path, key)
@@ -92,12 +91,12 @@ class ImageFiles:
             return {"train": self._idx(_existing(path, key), key)}
         return {"train": self._set(spec, key, split)}
 
-    def _folder(self, path: Path, key: str) -> dict[Split, Images]:
+    def _folder(self, path: Path, key: str) -> dict[Split, Opened]:
         pictures = sorted(p for p in path.iterdir() if p.is_file() and "images" in p.name and "idx3" in p.name)
         if pictures:
             training = [p for p in pictures if p.name.startswith("train")]
             others = [p for p in pictures if p not in training]
-            found: dict[Split, Images] = {"train": self._idx((training or others)[0], key)}
+            found: dict[Split, Opened] = {"train": self._idx((training or others)[0], key)}
             return found | {"validation": self._idx(others[0], key)} if training and others else found
         if not (path / "train").is_dir():
             return {"train": self._classes(path, key)}
@@ -114,14 +113,14 @@ class ImageFiles:
         self.files += made.files
         return made
 
-    def _idx(self, path: Path, key: str) -> Images:
+    def _idx(self, path: Path, key: str) -> Opened:
         beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
         if beside == path or not beside.is_file():
             raise ConfigError(f"`{key}`: {path} must be a file of images with its labels beside it, but there is no {beside.name}.")
         self.files += [path, beside]
         return ArrayImages(read_idx(path, key, self.limits), read_idx(beside, key, self.limits), key)
 
-    def _npz(self, path: Path, key: str) -> dict[Split, Images]:
+    def _npz(self, path: Path, key: str) -> dict[Split, Opened]:
         where = f"`{key}`: {path}"
         arrays = npz_names(path, where)
         self.files.append(path)
@@ -175,6 +174,8 @@ def read_idx(path: Path, key: str, limits: Limits) -> NDArray[Any]:
 class ArrayImages:
     """Images [N, H, W] or [N, H, W, C], integers from 0 to 255 or floats from 0 to 1; labels [N]."""
 
+    known = ""  # what the contents are recognised by, beside files
+
     def __init__(self, images: NDArray[Any], labels: NDArray[Any], said: str = "data.path") -> None:
         if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
             raise ConfigError(
@@ -197,6 +198,8 @@ class ArrayImages:
 
 class FolderImages:
     """Pictures in one folder a class; the classes are numbered in the order of their names. A picture is decoded when it is read."""
+
+    known = ""
 
     def __init__(self, path: Path, key: str) -> None:
         self.key = key
@@ -241,6 +244,9 @@ class SetImages:
         with _picture("data.path", f"row {i} of the set"):
             image = self.rows[i][self.columns[0]]
             return _decoded(image) if hasattr(image, "convert") else np.asarray(image)
+
+
+Opened = ArrayImages | FolderImages | SetImages
 
 
 @contextmanager

@@ -92,6 +92,11 @@ class TokenFiles:
     # ----------------------------------------------------------------------------------------------------------- identity
 
     @property
+    def folders(self) -> Sequence[Path]:
+        """Those of `txtrain prepare`."""
+        return list(self._indexes)
+
+    @property
     def key(self) -> str:
         """What the tokens are recognised by. A folder of ours has the key of the text and tokenizer that it was made of: they are the same."""
         folders = {s.path.parent for shards in self.shards.values() for s in shards}

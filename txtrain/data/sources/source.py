@@ -25,9 +25,8 @@ from __future__ import annotations
 
 import dataclasses as dc
 import hashlib
-import inspect
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from txtrain.data.config import DataConfig, PythonDocsConfig
@@ -70,7 +69,8 @@ class SampleSource(Protocol):
 
 
 Source = Any  # of text, pairs, images or samples: told apart by the method that it has
-METHODS = (  # the first four are for everyone's own; one with `marked` has `documents` too
+METHODS = (  # but for the last three for everyone's own
+    "marked",  # and `documents` beside it
     "documents",
     "pairs",
     "images",
@@ -84,37 +84,59 @@ METHODS = (  # the first four are for everyone's own; one with `marked` has `doc
 def build_source(config: RunConfig) -> Source:
     """The source that `config.data` describes. Its constructor's parameters are filled by name: from the data group, then from
     the run (`seq_len` resolved, `seed`) and the model (`vocab_size`, ...)."""
-    cls = resolve("data", config.data.type)
-    given: dict[str, Any] = {}
-    for name in inspect.signature(cls).parameters:
-        owner = next((o for o in (config.data, config, config.model) if hasattr(o, name)), None)
-        if name == "seq_len":
-            owner = config
-        if owner is not None:
-            given[name] = getattr(owner, name)
+    groups = (config.model, config, config.data)
+    given = {f.name: getattr(group, f.name) for group in groups for f in dc.fields(group)} | {"seq_len": config.seq_len}
     source = call("data", config.data, given)
-    if not any(hasattr(source, method) for method in METHODS):
-        ways = ", ".join(f"{method}(split)" for method in METHODS[:4])
+    if method_of(source) is None:
+        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:5]), resolve("data", config.data.type)
         raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
     return source
+
+
+# What a source need not say: a user's own derives from nothing.
+
+
+def method_of(source: Source) -> str | None:
+    """Which of METHODS a source, or its class, has."""
+    return next((method for method in METHODS if hasattr(source, method)), None)
 
 
 def has_validation(source: Source) -> bool:
     return bool(getattr(source, "has_validation", False))
 
 
+def splits(source: Source) -> tuple[Split, ...]:
+    """Those that the source itself tells apart."""
+    return SPLITS if has_validation(source) else SPLITS[:1]
+
+
+def n_bytes(source: Source) -> int | None:
+    return getattr(source, "n_bytes", None)
+
+
+def skipped(source: Source) -> dict[str, str]:
+    """Where each row is that was left out, and why, once all were read."""
+    return getattr(source, "skipped", None) or {}
+
+
+def validation_sets(source: Source) -> dict[str, Source]:
+    """A source for each validation set that has a name."""
+    return source.validation_sets() if hasattr(source, "validation_sets") else {}
+
+
 def describe(source: Source, name: str) -> str:
     return str(source.describe()) if hasattr(source, "describe") else name
 
 
-def identity(source: TextSource) -> str:
-    """What the source's text is recognised by: its own word, else a hash of every document."""
-    if hasattr(source, "identity"):
-        return str(source.identity())
+def identity(source: Source, otherwise: Callable[[], str]) -> str:
+    """What the source's contents are recognised by: its own word, if it has one."""
+    return str(source.identity()) if hasattr(source, "identity") else otherwise()
+
+
+def hashed(documents: Iterable[tuple[Split, str]]) -> str:
     sha = hashlib.sha256()
-    for split in SPLITS if has_validation(source) else SPLITS[:1]:
-        for text in source.documents(split):
-            sha.update(f"{split} {len(text)} ".encode() + text.encode())
+    for split, text in documents:
+        sha.update(f"{split} {len(text)} ".encode() + text.encode())
     return sha.hexdigest()
 
 
@@ -140,6 +162,13 @@ def settle(config: Run) -> tuple[Run, str | None]:
     shared = {f.name: getattr(config.data, f.name) for f in dc.fields(DataConfig)}
     data = PythonDocsConfig(**{**shared, "type": "python_docs"})
     return dc.replace(config, data=data, name=f"{config.name}-fallback"), f"data={config.data.type} cannot be had: {reason}"
+
+
+def as_named(config: Run) -> Run:
+    """The same with nothing to stand in for data that cannot be had."""
+    if config.data.offline_fallback == "never":
+        return config
+    return dc.replace(config, data=dc.replace(config.data, offline_fallback="never"))
 
 
 def _no_fallback(config: RunConfig) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from txtrain.data.sources.documents import KINDS, documents_of, has_rows
-from txtrain.data.sources.files import PACKED, Limits, files_identity, find_files
+from txtrain.data.sources.files import PACKED, Limits, Text, files_identity, find_files
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError
 
@@ -25,6 +25,8 @@ class TextFiles:
         text_column: str = "text",
         max_expansion: float = Limits().max_expansion,
         max_text_bytes: int = Limits().max_text_bytes,
+        encoding_errors: str = Limits().encoding_errors,
+        bad_rows: str = "refuse",
     ) -> None:
         if not path:
             raise ConfigError("`data.path` must be given with data=text: a file, a glob, or a folder of .txt, .jsonl or .parquet files.")
@@ -37,10 +39,12 @@ class TextFiles:
         held = {file for files in (self.files.get("validation", []), *self.named.values()) for file in files}
         if both := set(self.files["train"]) & held:
             raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
-        self.path, self.text_column, self.limits = path, text_column, Limits(max_expansion, max_text_bytes)
+        self.path, self.text_column, self.bad_rows = path, text_column, bad_rows
+        self.skipped: dict[str, str] | None = {} if bad_rows == "skip" else None
+        self.limits = Limits(max_expansion, max_text_bytes, encoding_errors, self.skipped)
         self.has_validation = bool(val_path)
 
-    def documents(self, split: Split) -> Iterator[str]:
+    def documents(self, split: Split) -> Iterator[Text]:
         key = "data.path" if split == "train" else "data.val_path"
         for file in self.files.get(split, ()):
             yield from documents_of(file, key, self.text_column, self.limits)
@@ -48,13 +52,13 @@ class TextFiles:
     def validation_sets(self) -> dict[str, TextFiles]:
         """A source for each named set; its training documents are all."""
         return {
-            name: TextFiles(tuple(map(str, files)), None, self.text_column, *self.limits)
+            name: TextFiles(tuple(map(str, files)), None, self.text_column, *self.limits[:3], self.bad_rows)
             for name, files in self.named.items()
         }
 
     def identity(self) -> str:
         column = f"{self.text_column} " if any(map(has_rows, self._all)) else ""
-        return column + " ".join(files_identity(files) for files in self.files.values())
+        return self.limits.identity + column + " ".join(files_identity(files) for files in self.files.values())
 
     def describe(self) -> str:
         n = len(self._all)

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from txtrain.data.sources.files import Limits, files_identity, find_files, read_text
+from txtrain.data.sources.documents import rows_of
+from txtrain.data.sources.files import Limits, files_identity, find_files, text_chunks
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint
+from txtrain.ground.plain_files import shorten
 
 Pairs = Callable[[], Iterator[tuple[str, str]]]
 
@@ -42,11 +45,14 @@ class Translation:
         swap: bool,
         max_expansion: float = Limits().max_expansion,
         max_text_bytes: int = Limits().max_text_bytes,
+        encoding_errors: str = Limits().encoding_errors,
+        bad_rows: str = "refuse",
     ) -> None:
         if not path:
             raise ConfigError("`data.path` must be given with data=translation: a .tsv, a file of sources beside data.target_path, or a hub set.")
         self.path, self.columns, self.swap = path, columns, swap
-        self.limits = Limits(max_expansion, max_text_bytes)
+        self.skipped: dict[str, str] | None = {} if bad_rows == "skip" else None
+        self.limits = Limits(max_expansion, max_text_bytes, encoding_errors, self.skipped)
         self._known: list[str] = []
         self.rows: dict[Split, Pairs] = {"train": self._open(path, target_path, "data.path", name, split)}
         if val_path or val_split:
@@ -59,7 +65,7 @@ class Translation:
         return ((b, a) for a, b in self.rows[split]()) if self.swap else self.rows[split]()
 
     def identity(self) -> str:
-        return f"translation {self.columns} {self.swap} {' '.join(self._known)}"
+        return f"{self.limits.identity}translation {self.columns} {self.swap} {' '.join(self._known)}"
 
     def describe(self) -> str:
         return f"pairs of {self.path}{', swapped' if self.swap else ''}"
@@ -81,7 +87,7 @@ class Translation:
         return file
 
     def _aligned(self, source: Path, target: Path, key: str) -> Pairs:
-        sides = [read_text(file, key, self.limits).splitlines() for file in (source, target)]
+        sides = ["".join(text_chunks(file, key, self.limits)).splitlines() for file in (source, target)]
         if len(sides[0]) != len(sides[1]):
             raise ConfigError(f"`{key}` must be two files of as many lines, but {source} has {len(sides[0])} and {target} has {len(sides[1])}.")
         self._known.append(files_identity([source, target]))
@@ -100,21 +106,32 @@ class Translation:
             raise ConfigError(f"`{key}` must be {allowed}, but {path} ({split}) is not: {said}") from e
         pick = _picker(rows, self.columns, path)
         self._known.append(rows._fingerprint)
-        return lambda: map(pick, rows)
+        return lambda: _rows(map(pick, rows), path, key, self.limits)
 
 
 def _tsv(file: Path, columns: Any, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
     wanted = columns or (-2, -1)
     if not all(isinstance(c, int) for c in wanted):
         raise ConfigError(f"`data.columns` must be two numbers from 0 on for {file.name}, but is {list(wanted)} instead.")
-    for number, line in enumerate(read_text(file, key, limits).split("\n"), start=1):
-        if not line.strip():
-            continue
-        cells = line.split("\t")
-        if len(cells) < 2 or (columns is None and len(cells) > 3) or max(wanted) >= len(cells):
-            allowed = "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {max(wanted) + 1} columns"
-            raise ConfigError(f"`{key}` must have {allowed} in each line, but line {number} of {file} has {len(cells)}.")
-        yield cells[wanted[0]], cells[wanted[1]]
+    return rows_of(file, key, limits, partial(_of_tsv, columns, wanted, key))
+
+
+def _of_tsv(columns: Any, wanted: Any, key: str, line: str, where: str) -> tuple[str, str]:
+    cells = line.removesuffix("\n").removesuffix("\r").split("\t")
+    if len(cells) < 2 or (columns is None and len(cells) > 3) or max(wanted) >= len(cells):
+        allowed = "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {max(wanted) + 1} columns"
+        raise ConfigError(f"`{key}` must have {allowed} in each line, but {where} has {len(cells)}.")
+    return cells[wanted[0]], cells[wanted[1]]
+
+
+def _rows(pairs: Iterator[tuple[Any, Any]], path: str, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
+    for number, pair in enumerate(pairs, start=1):
+        where = f"row {number} of {path}"
+        if bad := [text for text in pair if not isinstance(text, str)]:
+            with limits.row(where):
+                raise ConfigError(f"`{key}` must be pairs of texts, but {where} has {shorten(repr(bad[0]))}.")
+        else:
+            yield pair
 
 
 def _picker(rows: Any, columns: Any, path: str) -> Callable[[Any], tuple[str, str]]:

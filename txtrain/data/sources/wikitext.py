@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 
-from txtrain.data.sources.files import Limits
+from txtrain.data.sources.files import Limits, lines_of
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
 from txtrain.data.sources.text import TextFiles
@@ -25,11 +25,14 @@ class WikiText:
         name: str,
         max_expansion: float = Limits().max_expansion,
         max_text_bytes: int = Limits().max_text_bytes,
+        encoding_errors: str = Limits().encoding_errors,
+        bad_rows: str = "refuse",
     ) -> None:
         if val_path and not path:
             raise ConfigError("`data.val_path` must stand beside data.path with data=wikitext: the hub's set has its own validation split.")
-        limits = {"max_expansion": max_expansion, "max_text_bytes": max_text_bytes}
-        self.files = TextFiles(path, val_path, **limits) if path else None  # type: ignore[arg-type]
+        limits = max_expansion, max_text_bytes, encoding_errors, bad_rows
+        self.files = TextFiles(path, val_path, "text", *limits) if path else None
+        self.skipped = self.files.skipped if self.files else None
         self.name = name
         self.has_validation = self.files.has_validation if self.files else True
 
@@ -46,7 +49,7 @@ class WikiText:
     def documents(self, split: Split) -> Iterator[str]:
         if self.files:
             for text in self.files.documents(split):
-                yield from articles(text.splitlines(keepends=True))
+                yield from articles(lines_of(text))
         else:
             rows = load_dataset(REPOSITORY, self.name)[split]
             lines = (line for batch in rows.iter(batch_size=1000) for line in batch["text"])

@@ -4,22 +4,23 @@
         train.bin  validation.bin                 token ids, uint16 (uint32 from a vocabulary of 65,536 on): all documents in a row
         train.offsets.npy  validation.offsets.npy int64 [n_documents + 1]: where each document begins, and the end
         train.trained  validation.trained         where only some tokens are trained: a byte for each token, 1 for those
-        train.numbers.npy  validation.numbers.npy and int64 [n_documents]: which conversation of the source each document is of
-        meta.json                                 sizes, and what the text was
+        train.numbers.npy  validation.numbers.npy and int64 [n_documents]: the conversation that each document is of
+        meta.json                                 what the text was; size and SHA-256 of each file; and a hash of itself
 
 The fingerprint says what is inside: the text, how it was split, and the tokenizer. Any process that knows it may read the folder.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import logging
 import os
 import shutil
-import socket
-import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,58 +28,129 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from txtrain.data.sources.files import HASHED_BELOW
 from txtrain.data.sources.source import SPLITS, Marked, Split
 from txtrain.data.store.tokens import Shard, Tokens
 from txtrain.errors import ConfigError
 from txtrain.ground import files
-from txtrain.ground.plain_files import map_npy, read_json
+from txtrain.ground.plain_files import check_keys, map_npy, read_json
+
+log = logging.getLogger(__name__)
+
+META = "meta.json"
+TOKEN_FILES = (META, *(f"{split}.{end}" for split in SPLITS for end in ("bin", "offsets.npy")))
+MARK_FILES = tuple(f"{split}.{end}" for split in SPLITS for end in ("trained", "numbers.npy"))  # beside them, where only some tokens are trained
 
 
 def cache_root(cache_dir: str | None) -> Path:
-    """data.cache_dir, else $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain."""
-    given = cache_dir or os.environ.get("TXTRAIN_CACHE")
-    if given:
-        return Path(given).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "txtrain"
+    """data.cache_dir, else $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
+
+    Raises:
+        ConfigError: it is below the home folder, and nobody knows which that is.
+    """
+    key, given = _chosen(cache_dir)
+    try:
+        root = Path(given).expanduser()
+    except RuntimeError as e:
+        remedy = "Set it, or say where the cache is to be: data.cache_dir or TXTRAIN_CACHE"
+        raise ConfigError(f"`{key}` must tell where {given} is, but does not: {e} {remedy}.") from e
+    return root if key in ("data.cache_dir", "TXTRAIN_CACHE") else root / "txtrain"
+
+
+def _chosen(cache_dir: str | None) -> tuple[str, str]:
+    """The key or variable that says where the cache is, and its value."""
+    given = {"data.cache_dir": cache_dir, **{name: os.environ.get(name) for name in ("TXTRAIN_CACHE", "XDG_CACHE_HOME")}}
+    return next(((key, value) for key, value in given.items() if value), ("HOME", "~/.cache"))
 
 
 # ------------------------------------------------------------------------------------------------------------------- folders
 
 
-def build_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+def cached(cache_dir: str | None, name: str, fill: Callable[[Path], None], needs: Sequence[str] = ()) -> Path:
+    """The folder of that name in the cache; see `build_folder`."""
+    return build_folder(cache_root(cache_dir) / name, fill, needs, _chosen(cache_dir)[0])
+
+
+def build_folder(
+    folder: Path, fill: Callable[[Path], None], needs: Sequence[str] = (), key: str = "data.cache_dir"
+) -> Path:
     """`folder`, filled by `fill` unless it is there already. Others see it complete or not at all.
 
     It is filled under a temporary name beside it and renamed. Two processes at once are safe: the second finds the name taken by
-    the same contents and throws its own away.
+    the same contents and throws its own away. A folder that lacks a file, or whose files are not as its meta.json says, is built anew.
+
+    Args:
+        needs: names of files that it must have.
+        key: that says where the cache is.
+
+    Raises:
+        ConfigError: its meta.json is damaged, or it cannot be written.
     """
-    if folder.is_dir():
+    if os.path.isdir(folder) and not _damage(folder, needs):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(folder.parent)
-    prefix = f".{socket.gethostname()}.{os.getpid()}."
-    temporary = Path(tempfile.mkdtemp(prefix=prefix, suffix=".tmp", dir=folder.parent))
-    try:
-        fill(temporary)
-        for path in temporary.iterdir():
-            files.sync(path)
-        with suppress(OSError):  # somebody else was first
-            temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    files.check_writable(folder, key)
+    with files.writing(folder, key):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with files.temporary(folder.parent, folder.name) as made:
+            if folder.is_dir():
+                log.warning("%s: %s: it is built anew", folder, _damage(folder, needs))
+            fill(made)
+            _seal(made)
+            if folder.is_dir() and _damage(folder, needs):  # others may have mended it meanwhile
+                shutil.rmtree(folder)
+            try:
+                made.rename(folder)
+                (folder / files.LOCK).unlink()
+            except OSError as e:
+                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # somebody else was first
+                    raise
     return folder
 
 
-def _remove_stale(root: Path) -> None:
-    """Temporary folders of processes of this machine that are no more."""
-    prefix = f".{socket.gethostname()}."
-    for path in root.glob(f"{prefix}*.tmp"):
-        pid = path.name.removeprefix(prefix).partition(".")[0]
-        try:
-            os.kill(int(pid), 0)
-        except ProcessLookupError:
-            shutil.rmtree(path, ignore_errors=True)
-        except PermissionError:  # it lives, under another user
-            continue
+def _seal(folder: Path) -> None:
+    """Have meta.json tell what each file is, and all of it on the disk."""
+    said = read_json(folder / META) if (folder / META).exists() else {}
+    said["files"] = {}
+    for path in sorted(folder.iterdir()):
+        if path.name not in (META, files.LOCK):
+            said["files"][path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+            files.sync(path)
+    said["check"] = _check_of(said)
+    files.write(folder / META, json.dumps(said, indent=2) + "\n")
+
+
+def _damage(folder: Path, needs: Sequence[str]) -> str | None:
+    """What of a folder is not as it was written; None: all is. Contents are looked at where the files are small enough for it.
+
+    Raises:
+        ConfigError: what its meta.json tells cannot be relied on.
+    """
+    if missing := [name for name in needs if not (folder / name).is_file()]:
+        return f"{missing[0]} is missing"
+    said = read_json(folder / META) if (folder / META).is_file() else {}
+    told = said.get("files")
+    if told is None:  # of a version that did not tell
+        return None
+    if said.get("check") != _check_of(said):
+        raise ConfigError(f"{folder / META} must be as it was written, but has changed. Remove the folder, and it is built anew.")
+    check_keys(said, str(folder / META), {"files": dict[str, dict[str, Any]]})
+    sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in told}
+    for name, size in sizes.items():
+        if size != told[name].get("bytes"):
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {told[name].get('bytes')}"
+    hashed = told if sum(size or 0 for size in sizes.values()) < HASHED_BELOW else ()
+    changed = (name for name in hashed if _sha256(folder / name) != told[name].get("sha256"))
+    return next((f"{name} has changed since it was written" for name in changed), None)
+
+
+def _check_of(said: dict[str, Any]) -> str:
+    rest = {key: value for key, value in said.items() if key != "check"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------------- files
@@ -126,7 +198,7 @@ class TokenWriter:
             np.save(self.folder / f"{split}.offsets.npy", np.frombuffer(self.offsets[split], dtype=np.int64))
             if self.marked:
                 np.save(self.folder / f"{split}.numbers.npy", np.frombuffer(self.numbers[split], dtype=np.int64))
-        (self.folder / "meta.json").write_text(json.dumps({"dtype": self.dtype.name, "n_tokens": self._n, **about}, indent=2) + "\n")
+        (self.folder / META).write_text(json.dumps({"dtype": self.dtype.name, "n_tokens": self._n, **about}, indent=2) + "\n")
 
     @property
     def n_tokens(self) -> int:
@@ -137,14 +209,19 @@ class TokenFile(Tokens):
     """One split of a cache folder."""
 
     def __init__(self, folder: Path, split: Split) -> None:
-        path = folder / f"{split}.bin"
-        dtype = read_json(folder / "meta.json").get("dtype")
-        if dtype not in ("uint16", "uint32"):
-            raise ConfigError(f"{folder}: its meta.json must have a `dtype` of tokens, but has not. Remove the folder.")
-        n_tokens = path.stat().st_size // np.dtype(dtype).itemsize
+        path, said = folder / f"{split}.bin", read_json(folder / META)
+        check_keys(said, str(folder / META), {"dtype": str, "n_tokens": dict[str, int]})
+        dtype, n_tokens = said["dtype"], said["n_tokens"].get(split)
+        if dtype not in ("uint16", "uint32") or n_tokens is None:
+            raise ConfigError(f"{folder}: its meta.json must have a `dtype` of tokens, and their number, but has not. Remove the folder.")
+        size = path.stat().st_size if path.is_file() else None
+        if size != n_tokens * np.dtype(dtype).itemsize:
+            have = "is missing" if size is None else f"has {size:,} bytes"
+            raise ConfigError(f"{path} must have {n_tokens:,} tokens, as its meta.json says, but {have}. Remove the folder.")
         marks, numbers = folder / f"{split}.trained", partial(_mapped, folder / f"{split}.numbers.npy")
         masked: dict[str, Any] = {"trained": marks, "numbers": numbers} if marks.is_file() else {}
-        super().__init__([Shard(path, dtype, n_tokens, borders=partial(_mapped, folder / f"{split}.offsets.npy"), **masked)], split)
+        borders = partial(_mapped, folder / f"{split}.offsets.npy")
+        super().__init__([Shard(path, dtype, n_tokens, borders=borders, **masked)], split)
 
     @property
     def ids(self) -> NDArray[np.unsignedinteger[Any]]:

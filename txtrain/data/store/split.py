@@ -12,14 +12,25 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
-from txtrain.data.sources.source import SPLITS, Marked, MarkedSource, Split, TextSource, has_validation, identity
+from txtrain.data.sources.files import Text
+from txtrain.data.sources.source import (
+    SPLITS,
+    Marked,
+    MarkedSource,
+    Split,
+    TextSource,
+    has_validation,
+    hashed,
+    identity,
+    splits,
+)
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
@@ -33,16 +44,16 @@ class Corpus:
     source: TextSource
     val_fraction: float
 
-    def documents(self) -> Iterator[tuple[Split, str]]:
+    def documents(self) -> Iterator[tuple[Split, Text]]:
         """(split, text), blank texts left out."""
         if not has_validation(self.source):
-            yield from split_documents(_written(self.source.documents("train")), self.val_fraction)
+            yield from split_documents(lambda: _written(self.source.documents("train")), self.val_fraction)
             return
         for split in ("train", "validation"):
             for text in _written(self.source.documents(split)):
                 yield split, text
 
-    def training_texts(self) -> Iterator[str]:
+    def training_texts(self) -> Iterator[Text]:
         if has_validation(self.source):
             return _written(self.source.documents("train"))
         return (text for split, text in self.documents() if split == "train")
@@ -50,7 +61,7 @@ class Corpus:
     @cached_property
     def fingerprint(self) -> str:
         """Of the text and of its split."""
-        return digest(FORMAT, identity(self.source), None if has_validation(self.source) else self.val_fraction)
+        return digest(FORMAT, _known(self.source), None if has_validation(self.source) else self.val_fraction)
 
 
 @dataclass(frozen=True)
@@ -88,12 +99,12 @@ class ValidationSet:
 
     source: TextSource
 
-    def documents(self) -> Iterator[tuple[Split, str]]:
+    def documents(self) -> Iterator[tuple[Split, Text]]:
         return (("validation", text) for text in _written(self.source.documents("train")))
 
     @cached_property
     def fingerprint(self) -> str:
-        return digest(FORMAT, "validation set", identity(self.source))
+        return digest(FORMAT, "validation set", _known(self.source))
 
 
 @dataclass(frozen=True)
@@ -102,7 +113,7 @@ class Corpora:
 
     corpora: tuple[Corpus, ...]
 
-    def training_texts(self) -> Iterator[str]:
+    def training_texts(self) -> Iterator[Text]:
         return itertools.chain.from_iterable(corpus.training_texts() for corpus in self.corpora)
 
     @cached_property
@@ -110,24 +121,29 @@ class Corpora:
         return digest("corpora", *(corpus.fingerprint for corpus in self.corpora))
 
 
+def _known(source: TextSource) -> str:
+    return identity(source, lambda: hashed((split, text) for split in splits(source) for text in source.documents(split)))
+
+
 def digest(*parts: object) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _written(texts: Iterable[str]) -> Iterator[str]:
+def _written(texts: Iterable[Text]) -> Iterator[Text]:
     return (text for text in texts if text and not text.isspace())
 
 
-def split_documents(texts: Iterator[str], val_fraction: float) -> Iterator[tuple[Split, str]]:
-    first = list(itertools.islice(texts, round(_MANY / val_fraction)))
-    if len(first) == round(_MANY / val_fraction):
-        for k, text in enumerate(itertools.chain(first, texts)):
+def split_documents(texts: Callable[[], Iterator[Text]], val_fraction: float) -> Iterator[tuple[Split, Text]]:
+    """texts: gives all of them anew at each call, so that none has to be kept."""
+    many = round(_MANY / val_fraction)
+    if sum(1 for _ in itertools.islice(texts(), many)) == many:
+        for k, text in enumerate(texts()):
             yield ("validation" if is_held_out(k, val_fraction) else "train"), text
         return
-    for text in first:
+    for text in texts():
         cut = _cut(text, val_fraction)
         yield "train", text[:cut]
-        if text[cut:].strip():
+        if cut < len(text) and not text[cut:].isspace():
             yield "validation", text[cut:]
 
 
@@ -152,7 +168,7 @@ def _first_of(run: int, fraction: float) -> int:
     return k
 
 
-def _cut(text: str, val_fraction: float) -> int:
+def _cut(text: Text, val_fraction: float) -> int:
     """Where the held-out end of a single document begins; its length, if it is too short to be divided."""
     want = round(len(text) * (1 - val_fraction))
     line = text.find("\n", want) + 1

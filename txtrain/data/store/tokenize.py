@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from txtrain.data.sources.source import Split, describe
+from txtrain.data.sources.files import Text, chunks_of
+from txtrain.data.sources.source import Split, describe, n_bytes, skipped
 from txtrain.data.store.cache import TokenWriter
 from txtrain.data.store.progress import Progress
+from txtrain.data.tokenizer.cuts import Places, cut, places_of
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
 
-_PIECE = 1 << 18  # characters: longer documents are encoded in pieces, which keeps memory bounded and all cores busy
-_BATCH = 1 << 22  # characters a batch
+SKIPPED = "skipped_rows.jsonl"
+_BATCH = 1 << 20  # characters a batch; while they are encoded, each of their tokens takes some hundred bytes
 
 
 class Piece(NamedTuple):
@@ -31,7 +34,7 @@ class Documents(Protocol):
     @property
     def source(self) -> Any: ...
 
-    def documents(self) -> Iterator[tuple[Split, str]]: ...
+    def documents(self) -> Iterator[tuple[Split, Text]]: ...
 
 
 class Writer(Protocol):
@@ -48,14 +51,23 @@ def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bo
     """
     writer = TokenWriter(folder, tokenizer.vocab_size)
     if limit is not None:
-        limit.check(getattr(corpus.source, "n_bytes", None) or 0)
-    with Progress("tokenising", getattr(corpus.source, "n_bytes", None)) as progress, writer.open():
-        for n_bytes in write_tokens(corpus.documents(), tokenizer, writer, with_bos):
-            progress.advance(n_bytes)
+        limit.check(n_bytes(corpus.source) or 0)
+    with Progress("tokenising", n_bytes(corpus.source)) as progress, writer.open():
+        for size in write_tokens(corpus.documents(), tokenizer, writer, with_bos):
+            progress.advance(size)
             if limit is not None:
                 limit.check(progress.n_bytes)
     progress.done(f"tokenised {{size}}: {writer.n_tokens:,} tokens in {{seconds}}")
+    write_skipped(folder, corpus.source)
     writer.finish(source=describe(corpus.source, type(corpus.source).__name__), tokenizer=tokenizer.fingerprint)
+
+
+def write_skipped(folder: Path, source: Any) -> None:
+    """A line of SKIPPED for each row that was left out, where there are any. source: which has been read to its end."""
+    rows = skipped(source).items()
+    lines = (json.dumps({"row": where, "why": why}, ensure_ascii=False) + "\n" for where, why in rows)
+    if rows:
+        (folder / SKIPPED).write_text("".join(lines), encoding="utf-8")
 
 
 class Limit(NamedTuple):
@@ -72,36 +84,25 @@ class Limit(NamedTuple):
             )
 
 
-def write_tokens(documents: Iterable[tuple[Split, str]], tokenizer: Tokenizer, writer: Writer, with_bos: bool = True) -> Iterator[int]:
+def write_tokens(documents: Iterable[tuple[Split, Text]], tokenizer: Tokenizer, writer: Writer, with_bos: bool = True) -> Iterator[int]:
     """Write the documents, and yield from time to time how many bytes of text came since the last time."""
     allow_threads(True)
     bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
     eos = [tokenizer.eos_id]
-    for pieces, encoded in _encode(_batches(_pieces(documents)), tokenizer):
+    for pieces, encoded in _encode(_batches(_pieces(documents, places_of(tokenizer.backend))), tokenizer):
         for piece, ids in zip(pieces, encoded, strict=True):
             writer.append(piece.split, [*(bos if piece.begins else []), *ids, *(eos if piece.ends else [])], piece.ends)
         yield sum(len(piece.text.encode()) for piece in pieces)
 
 
-def _pieces(documents: Iterable[tuple[Split, str]]) -> Iterator[Piece]:
+def _pieces(documents: Iterable[tuple[Split, Text]], places: Places | None) -> Iterator[Piece]:
     for split, text in documents:
-        at = 0
-        while len(text) - at > _PIECE and (cut := _cut(text, at)):
-            yield Piece(split, text[at:cut], at == 0, False)
-            at = cut
-        yield Piece(split, text[at:], at == 0, True)
-
-
-def _cut(text: str, at: int) -> int | None:
-    """Where the piece from `at` ends: before a run of white space that begins with a line's end; None if there is no such place.
-
-    There GPT-2's pre-tokenizer splits in any case, so that the tokens are those of the whole document. A tokenizer that puts a space
-    before each text (SentencePiece's) gets one such token more at each cut.
-    """
-    cut = text.find("\n", at + _PIECE - (_PIECE >> 3))
-    while cut > 0 and text[cut - 1].isspace():
-        cut = text.find("\n", cut + 1)
-    return cut if cut > at else None
+        pieces = cut(chunks_of(text), places)
+        last, begins = next(pieces), True
+        for piece in pieces:
+            yield Piece(split, last, begins, False)
+            last, begins = piece, False
+        yield Piece(split, last, begins, True)
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -37,6 +37,8 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
     if name == "bytes":
         return byte_tokenizer()
     path = Path(name).expanduser()
+    if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
+        raise ConfigError(missing(name, "data.tokenizer", "a folder or a file"))
     if not path.exists():
         path = _from_hub(name)
     folder = path if path.is_dir() else path.parent

@@ -14,12 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from txtrain.data.sources.files import Text, chunks_of
+from txtrain.data.tokenizer.cuts import byte_level_places, cut
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import shorten
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 _ROLES = ("bos_token", "eos_token", "pad_token")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # that `Tokenizer.save` writes
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
 
@@ -177,7 +180,7 @@ class Tokenizer:
                 place = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
                 place.parent.mkdir(exist_ok=True)
                 place.write_bytes(text.encode())
-        self.backend.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own `save` says a full disk its own way
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n")
 
 
@@ -210,7 +213,7 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(shifted)) for byte in range(N_BYTES)]
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[Text], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, 1508.07909; over bytes: GPT-2) of at most `vocab_size` tokens; fewer if the text has no more
     pairs to merge. Id 0 begins and ends a document. The same texts give the same tokenizer."""
     from tokenizers import Tokenizer as Backend
@@ -225,7 +228,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return Tokenizer(backend, eos_id=0, bos_id=0)
 
 
-def _lines(texts: Iterable[str]) -> Iterator[list[str]]:
+def _lines(texts: Iterable[Text]) -> Iterator[list[str]]:
     """Batches of lines: the trainer counts words on all cores, and a single long document would stay on one."""
     for text in texts:
-        yield text.splitlines(keepends=True)
+        for piece in cut(chunks_of(text), byte_level_places):
+            yield piece.splitlines(keepends=True)

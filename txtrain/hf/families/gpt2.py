@@ -1,61 +1,53 @@
-"""GPT2LMHeadModel (Radford et al. 2019) = GPT-1 + norms before the sublayers, a final norm, a width and a scale of its own."""
+"""GPT2LMHeadModel (Radford et al. 2019) = GPT-1 + norms before the sublayers, a final norm, its own width and scale."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 
 from txtrain.hf.families.gpt1 import GPT1
-from txtrain.hf.fields import Choice, Field, Fields, UnitScale, Values, integer, optional
+from txtrain.hf.fields import Choice, Field, Fields, Values, boolean, integer, optional
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import linear
 
-# theirs -> ours; gelu_new is the tanh approximation written out.
+# theirs -> ours; of several for one of ours, the first is written. gelu_new is the tanh approximation written out.
 ACTIVATIONS = (
-    ("gelu_new", "gelu_tanh"),
-    ("gelu_pytorch_tanh", "gelu_tanh"),
-    ("gelu", "gelu"),
-    ("relu", "relu"),
-    ("relu2", "relu2"),
-    ("silu", "silu"),
-    ("swish", "silu"),
-    ("tanh", "tanh"),
+    ("gelu_new", "gelu_tanh"), ("gelu_pytorch_tanh", "gelu_tanh"), ("gelu", "gelu"), ("relu", "relu"),
+    ("relu2", "relu2"), ("silu", "silu"), ("swish", "silu"), ("tanh", "tanh"),
 )
 
 
 class InnerWidth(Field):
-    """null: four times dim, and so written."""
+    """null: four times dim."""
 
     def write(self, model: Values) -> Fields:
         width = model[self.path]
         return {self.name: None if width == 4 * model["dim"] else width}
 
 
-_RENAMED = {"tokens_embed": "wte", "positions_embed": "wpe"}
+def unscaled(name: str, value: object) -> float | None:
+    """attention.scale: 1 where scores are not divided by sqrt(head_dim)."""
+    return None if boolean(name, value) else 1.0
 
 
-def _gpt2_name(name: str) -> str:
-    prefix, _, last = name.rpartition(".")
-    return f"{prefix}.{_RENAMED[last]}" if last in _RENAMED else name
-
+_NAMES = {"transformer.tokens_embed": "transformer.wte", "transformer.positions_embed": "transformer.wpe"}
+_BASE = GPT1.without("afn")
 
 GPT2: HFClass = dc.replace(
-    GPT1,
-    architecture="GPT2LMHeadModel",
-    model_type="gpt2",
-    family="gpt2",
+    _BASE,
+    architecture="GPT2LMHeadModel", model_type="gpt2", family="gpt2",
     parts=(
-        *(part for part in GPT1.parts if part.names != ("afn",)),
-        InnerWidth("n_inner", "ffn.hidden_dim", optional(integer)),
+        *_BASE.parts, InnerWidth("n_inner", "ffn.hidden_dim", optional(integer)),
         Choice("activation_function", "ffn.activation", words=ACTIVATIONS),
-        UnitScale(),
+        Field("scale_attn_weights", "attention.scale", unscaled, back=lambda scale: scale != 1.0),
     ),
-    defaults={name: value for name, value in GPT1.defaults.items() if name != "afn"}
-    | {"n_inner": None, "activation_function": "gelu_new", "scale_attn_weights": True, "bos_token_id": 50256, "eos_token_id": 50256},
+    defaults={
+        **_BASE.defaults, "n_inner": None, "activation_function": "gelu_new", "scale_attn_weights": True,
+        "bos_token_id": 50256, "eos_token_id": 50256,
+    },
     fixed={**GPT1.fixed, "norm_position": "pre", "final_norm": True, "init.scale_residual": True},
     rows=(
-        *(row._replace(theirs=_gpt2_name(row.theirs)) for row in GPT1.rows[:-1]),
-        linear("transformer.ln_f", "final_norm"),
-        GPT1.rows[-1],
+        *(row._replace(theirs=_NAMES.get(row.theirs, row.theirs)) for row in GPT1.rows[:-1]),
+        linear("transformer.ln_f", "final_norm"), GPT1.rows[-1],
     ),
     must_be={"scale_attn_by_inverse_layer_idx": (False, None), "reorder_and_upcast_attn": (False, None)},
     buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",

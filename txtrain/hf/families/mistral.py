@@ -8,19 +8,15 @@ from txtrain.hf.families.llama2 import LLAMA2
 from txtrain.hf.fields import Field, integer, optional
 from txtrain.hf.hf_class import HFClass
 
-_BIASES = ("attention_bias", "mlp_bias")
+_BASE = LLAMA2.without("attention_bias", "mlp_bias")
 
 MISTRAL: HFClass = dc.replace(
-    LLAMA2,
-    architecture="MistralForCausalLM",
-    model_type="mistral",
-    family="mistral",
-    parts=(
-        *(part for part in LLAMA2.parts if part.names[0] not in _BIASES),
-        Field("sliding_window", "attention.window", optional(integer)),
-    ),
-    defaults={name: value for name, value in LLAMA2.defaults.items() if name not in _BIASES}
-    | {"num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096},
+    _BASE,
+    architecture="MistralForCausalLM", model_type="mistral", family="mistral",
+    parts=(*_BASE.parts, Field("sliding_window", "attention.window", optional(integer))),
+    defaults={
+        **_BASE.defaults, "num_key_value_heads": 8, "max_position_embeddings": 131072, "sliding_window": 4096,
+    },
     must_be={"rope_interleaved": (False, None), "attention_bias": (False,), "mlp_bias": (False,)},
     demands=lambda model: None,
 )

@@ -1,4 +1,4 @@
-"""ViTForImageClassification (2010.11929): patches of an image through an encoder, norms before the sublayers, a score a class."""
+"""ViTForImageClassification (2010.11929): patches of an image, a pre-norm encoder, a score per class."""
 
 from __future__ import annotations
 
@@ -9,26 +9,28 @@ from txtrain.hf.families.bert import RATES, SIZES
 from txtrain.hf.families.llama2 import ACTIVATIONS
 from txtrain.hf.fields import Choice, Fields, Values, integer
 from txtrain.hf.hf_class import HFClass
-from txtrain.hf.name_map import Row, linear
+from txtrain.hf.name_map import Row, linear, linears
+
+_OURS = ("embedding.image_size", "embedding.patch_size", "embedding.n_channels")
 
 
 @dc.dataclass(frozen=True)
 class Patches:
-    """Sizes in pixels, of which the number of positions follows."""
+    """Sizes in pixels, which give the number of positions."""
 
     names: tuple[str, ...] = ("image_size", "patch_size", "num_channels")
 
     def read(self, fields: Fields) -> Values:
         image, patch = (_side(name, fields[name]) for name in ("image_size", "patch_size"))
-        made = {"image_size": image, "patch_size": patch, "n_channels": integer("num_channels", fields["num_channels"])}
-        return {"max_seq_len": (image // patch) ** 2 + 1, **{f"embedding.{name}": value for name, value in made.items()}}
+        sizes = image, patch, integer("num_channels", fields["num_channels"])
+        return {"max_seq_len": (image // patch) ** 2 + 1, **dict(zip(_OURS, sizes, strict=True))}
 
     def write(self, model: Values) -> Fields:
-        return dict(zip(self.names, (model[f"embedding.{name}"] for name in ("image_size", "patch_size", "n_channels")), strict=True))
+        return dict(zip(self.names, (model[name] for name in _OURS), strict=True))
 
 
 def _side(name: str, value: object) -> int:
-    """A side of a square, or both of them."""
+    """A side of a square, perhaps given twice."""
     if isinstance(value, list) and len(value) == 2 and value[0] == value[1]:
         value = value[0]
     side = integer(name, value)
@@ -39,7 +41,7 @@ def _side(name: str, value: object) -> int:
 
 @dc.dataclass(frozen=True)
 class Classes:
-    """The number of classes: of their names, of which only the number is kept. Silent: two."""
+    """The number of classes, which is that of their names; by default 2."""
 
     names: tuple[str, ...] = ("id2label", "num_labels")
 
@@ -57,73 +59,42 @@ class Classes:
         return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
 
 
-_LAYER = "vit.encoder.layer.{}"
-
 VIT = HFClass(
-    architecture="ViTForImageClassification",
-    model_type="vit",
-    family="vit",
+    architecture="ViTForImageClassification", model_type="vit", family="vit",
     parts=(
-        *SIZES,
-        Choice("hidden_act", "ffn.activation", words=ACTIVATIONS),
-        *RATES,
-        Patches(),
-        Classes(),
+        *SIZES, Choice("hidden_act", "ffn.activation", words=ACTIVATIONS), *RATES, Patches(), Classes(),
     ),
     defaults={
-        "hidden_size": 768,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-        "initializer_range": 0.02,
-        "layer_norm_eps": 1e-12,
-        "image_size": 224,
-        "patch_size": 16,
-        "num_channels": 3,
-        "id2label": None,
-        "num_labels": None,
+        "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
+        "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "initializer_range": 0.02, "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16, "num_channels": 3,
+        "id2label": None, "num_labels": None,
     },
     fixed={
-        "topology": "encoder",
-        "vocab_size": 0,
-        "norm_position": "pre",
-        "final_norm": True,
-        "attention.bias": True,
-        "ffn.type": "mlp",
-        "ffn.bias": True,
-        "position.type": "learned",
-        "norm.type": "layer",
-        "embedding.type": "patch",
-        "embedding.class_token": True,
-        "head.type": "class",
-        "head.pooling": "first",
+        "topology": "encoder", "vocab_size": 0, "norm_position": "pre", "final_norm": True, "attention.bias": True,
+        "ffn.type": "mlp", "ffn.bias": True, "position.type": "learned", "norm.type": "layer",
+        "embedding.type": "patch", "embedding.class_token": True, "head.type": "class", "head.pooling": "first",
         "tie_word_embeddings": False,
     },
     rows=(
         linear("vit.embeddings.cls_token", "embedding.class_token"),
         Row("vit.embeddings.position_embeddings", ("position.embedding.weight",), leading=True),
         linear("vit.embeddings.patch_embeddings.projection", "embedding.patch"),
-        linear(f"{_LAYER}.attention.attention.query", "blocks.{}.attention.q_proj"),
-        linear(f"{_LAYER}.attention.attention.key", "blocks.{}.attention.k_proj"),
-        linear(f"{_LAYER}.attention.attention.value", "blocks.{}.attention.v_proj"),
-        linear(f"{_LAYER}.attention.output.dense", "blocks.{}.attention.o_proj"),
-        linear(f"{_LAYER}.layernorm_before", "blocks.{}.attention_residual.norm"),
-        linear(f"{_LAYER}.intermediate.dense", "blocks.{}.ffn.up_proj"),
-        linear(f"{_LAYER}.output.dense", "blocks.{}.ffn.down_proj"),
-        linear(f"{_LAYER}.layernorm_after", "blocks.{}.ffn_residual.norm"),
+        *linears("vit.encoder.layer.{}.", "blocks.{}.", {
+            "attention.attention.query": "attention.q_proj", "attention.attention.key": "attention.k_proj",
+            "attention.attention.value": "attention.v_proj", "attention.output.dense": "attention.o_proj",
+            "layernorm_before": "attention_residual.norm", "intermediate.dense": "ffn.up_proj",
+            "output.dense": "ffn.down_proj", "layernorm_after": "ffn_residual.norm",
+        }),
         linear("vit.layernorm", "final_norm"),
         linear("classifier", "head.classifier"),
     ),
     base="",
     must_be={"qkv_bias": (True, None), "is_decoder": (False, None)},
-    harmless=frozenset(
-        "label2id pooler_output_size pooler_act encoder_stride tie_word_embeddings bos_token_id eos_token_id pad_token_id classifier_dropout".split()
-    ),
+    harmless="label2id pooler_output_size pooler_act encoder_stride tie_word_embeddings bos_token_id eos_token_id "
+    "pad_token_id classifier_dropout",
     buffers=r"vit\.pooler\..*",
-    # Files have the names above in every version; the modules of version 5 have these, and so has a pickled state_dict of one.
+    # Names of the modules of transformers 5, and of their pickled state_dict; its files have the names above.
     renamed=(
         (r"^vit\.layers\.(\d+)\.attention\.q_proj\.", r"vit.encoder.layer.\1.attention.attention.query."),
         (r"^vit\.layers\.(\d+)\.attention\.k_proj\.", r"vit.encoder.layer.\1.attention.attention.key."),

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens already read."""
+"""The key-value cache of decoding."""
 
 # B batch, K key-value heads, S keys held, T new positions, H head size
 
@@ -9,25 +9,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GROWTH = 256  # positions by which a buffer grows: no copy of everything for each token
+GROWTH = 256  # positions by which a buffer grows, so that not every token copies all of it
 
 
-class LayerCache:
-    """One layer's past: a few tensors of shape [B, K, S, H], sequence third. With a window, only the last `window - 1` are kept.
+class _Buffers:
+    """Tensors whose first dimension is the batch."""
 
-    The buffer of a windowed layer is a roll: tokens are appended until it is full, then the last window - 1 move to its front, so
-    that what is held is always one contiguous, ordered slice, and a move happens once in GROWTH tokens.
+    buffers: tuple[Tensor, ...] = ()
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these rows of the batch, in this order."""
+        self.buffers = tuple(x.index_select(0, rows) for x in self.buffers)
+
+
+class LayerCache(_Buffers):
+    """Keys and values of one layer, [B, K, S, H] each. With a window, only the last `window - 1` are kept.
+
+    A windowed layer's buffer fills up; then its last window - 1 positions move to the front. So the positions held are
+    one contiguous, ordered slice, and they move once in GROWTH tokens.
     """
 
     def __init__(self, window: int | None = None) -> None:
         self.window = window
-        self.buffers: tuple[Tensor, ...] = ()
-        self.start = 0  # of what is held, within the buffers
-        self.end = 0
+        self.start = self.end = 0  # of the slice held
 
     @property
     def n_held(self) -> int:
-        """Keys that the next token will find here: all, or the last window - 1."""
+        """Keys that the next token finds here: all, or the last window - 1."""
         held = self.end - self.start
         return held if self.window is None else min(held, self.window - 1)
 
@@ -45,73 +53,55 @@ class LayerCache:
     def _make_room(self, new: tuple[Tensor, ...]) -> None:
         held = self.end - self.start
         needed = held + new[0].shape[2]
-        capacity = needed + GROWTH if self.window is None else max(needed, self.window - 1 + min(self.window, GROWTH))
-        if self.buffers and capacity == self.buffers[0].shape[2]:  # a roll: move to the front, in place
-            for buffer in self.buffers:
-                buffer[:, :, :held] = buffer[:, :, self.start : self.end].clone()
+        capacity = needed + GROWTH
+        if self.window is not None:
+            capacity = max(needed, self.window - 1 + min(self.window, GROWTH))
+        old = tuple(x[:, :, self.start : self.end] for x in self.buffers or new)
+        if self.buffers and capacity == self.buffers[0].shape[2]:
+            old = tuple(x.clone() for x in old)  # source and target may overlap
         else:
-            old = self.buffers or tuple(x[:, :, :0] for x in new)
             self.buffers = tuple(x.new_empty(*x.shape[:2], capacity, x.shape[3]) for x in new)
-            for buffer, x in zip(self.buffers, old, strict=True):
-                buffer[:, :, :held] = x[:, :, self.start : self.end]
+        for buffer, x in zip(self.buffers, old, strict=True):
+            buffer[:, :, :held] = x
         self.start, self.end = 0, held
 
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order."""
-        self.buffers = tuple(b.index_select(0, rows) for b in self.buffers)
 
-    def n_bytes(self) -> int:
-        return sum(b.numel() * b.element_size() for b in self.buffers)
-
-
-class MemoryCache:
-    """What one layer's cross-attention attends to: projected from the other stack's output at first use, then kept."""
-
-    def __init__(self) -> None:
-        self.kept: tuple[Tensor, ...] = ()
+class CrossCache(_Buffers):
+    """Keys and values of one layer's cross-attention, projected from the encoder's output at first use."""
 
     def once(self, output_BSD: Tensor | None, project: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        if not self.kept:
+        if not self.buffers:
             assert output_BSD is not None
-            self.kept = project(output_BSD)
-        return self.kept
-
-    def select(self, rows: Tensor) -> None:
-        self.kept = tuple(x.index_select(0, rows) for x in self.kept)
-
-    def n_bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in self.kept)
+            self.buffers = project(output_BSD)
+        return self.buffers
 
 
 class Cache:
-    """The past of all layers; what a model returns as `past_key_values` and takes back. It is updated in place."""
+    """The past of all layers: `past_key_values`, updated in place. valid_BS: True for real tokens; None: all are."""
 
-    def __init__(self, windows: list[int | None], with_memory: bool = False) -> None:
+    def __init__(self, windows: list[int | None], with_cross: bool = False) -> None:
         self.layers = [LayerCache(w) for w in windows]
-        self.memories = [MemoryCache() for _ in windows] if with_memory else []
-        self.memory_length = 0  # of the other stack's output; 0: not read yet
-        self.memory_valid_BS: Tensor | None = None  # which of it is no padding; None: all
-        self.length = 0  # tokens read, windows or not
-        self.valid_BS: Tensor | None = None  # which of them are no padding; None: all
-        self.positions_BS: Tensor | None = None  # their position ids, where the caller gave them
+        self.cross = [CrossCache() for _ in windows] if with_cross else []
+        self.encoder_length = 0  # 0: the encoder has not run yet
+        self.encoder_valid_BS: Tensor | None = None
+        self.length = 0  # tokens read, whatever the windows
+        self.valid_BS: Tensor | None = None
+        self.positions_BS: Tensor | None = None  # position ids [B or 1, S], where the caller gave them
 
     def get_seq_length(self) -> int:
         """Tokens read so far (Hugging Face's name)."""
         return self.length
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch, in this order: finished ones leave, beams are copied."""
-        for part in self._parts():
+        """Keep these rows of the batch, in this order; beam search repeats rows."""
+        for part in (*self.layers, *self.cross):
             part.select(rows)
-        self.memory_valid_BS = None if self.memory_valid_BS is None else self.memory_valid_BS.index_select(0, rows)
-        self.valid_BS = None if self.valid_BS is None else self.valid_BS.index_select(0, rows)
-        self.positions_BS = None if self.positions_BS is None or self.positions_BS.shape[0] == 1 else self.positions_BS.index_select(0, rows)
-
-    def n_bytes(self) -> int:
-        return sum(part.n_bytes() for part in self._parts())
-
-    def _parts(self) -> list[LayerCache | MemoryCache]:
-        return [*self.layers, *self.memories]
+        if self.encoder_valid_BS is not None:
+            self.encoder_valid_BS = self.encoder_valid_BS.index_select(0, rows)
+        if self.valid_BS is not None:
+            self.valid_BS = self.valid_BS.index_select(0, rows)
+        if self.positions_BS is not None and len(self.positions_BS) > 1:
+            self.positions_BS = self.positions_BS.index_select(0, rows)
 
 
 def append(past: Tensor | None, new: Tensor) -> Tensor:

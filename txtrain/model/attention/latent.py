@@ -1,14 +1,14 @@
-"""Multi-head latent attention: keys and values of all heads come from one small vector a token, and only that is cached.
+"""Multi-head latent attention: keys and values of all heads come from one small vector per token; only that is cached.
 
-    expanded     k, v of every head made from the latents, then attention as usual     training, prefill
+    expanded     k, v of every head computed from the latents, then attention          training, prefill
     absorbed     the latents themselves are key and value of one head, which all       decoding with a cache
                  query heads share: q W_k c = (q W_k) c, and sum p (W_v c) = W_v (sum p c)
 
-The two are one formula. The first costs less a score, the second need not make keys and values of the whole past for each token.
+Both give the same result. Expanded costs less per score; absorbed makes no keys and values of the whole past again.
 """
 
-# B batch, T query positions, S key positions, D model size, N heads, H head size of q and k = P plain part + R rotated part,
-# V head size of the values, C latent size
+# B batch, T query positions, S key positions, D model size, N heads, C latent size, V head size of the values,
+# H head size of q and k = P part without position + R rotated part
 
 from __future__ import annotations
 
@@ -24,34 +24,22 @@ from txtrain.model.position.encodings import Rotation
 
 
 class LatentAttention(nn.Module):
-    """DeepSeek-V2's (2405.04434), of V3 and R1.
+    """DeepSeek-V2's attention (2405.04434), also of V3 and R1.
 
-    q_rank: size of a latent that queries are made from; None: they are made from x. rope_dim: rotary positions turn that part of a
-    head alone, whose key is one for all heads. The latents are normed by the model's norm. No position scheme but a rotation
-    touches the parts differently. As in the published models only the matrices around the latents and the output have biases.
+    q_rank: size of the latent that queries come from; None: they come from x. rope_dim: rotated part of a head, whose
+    key all heads share; only a rotation treats the parts differently. The model's norm is applied to the latents.
+    Biases, as in the published models: on the projections to the latents and on the output.
     """
 
     residual_projections = ("o_proj",)
 
     def __init__(
-        self,
-        dim: int,
-        n_heads: int,
-        q_rank: int | None,
-        kv_rank: int,
-        nope_dim: int,
-        rope_dim: int,
-        v_dim: int,
-        norm: Callable[[int], nn.Module],
-        scale: float,
-        bias: bool = False,
-        attention_dropout: float = 0.0,
+        self, dim: int, n_heads: int, q_rank: int | None, kv_rank: int, nope_dim: int, rope_dim: int, v_dim: int,
+        norm: Callable[[int], nn.Module], scale: float, bias: bool = False, attention_dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.nope_dim, self.v_dim, self.kv_rank = nope_dim, v_dim, kv_rank
-        self.head_dim = nope_dim + rope_dim
-        self.scale = scale
-        self.dropout = attention_dropout
+        self.head_dim, self.scale, self.dropout = nope_dim + rope_dim, scale, attention_dropout
         self.q_down_proj = None if q_rank is None else nn.Linear(dim, q_rank, bias=bias)
         self.q_norm = None if q_rank is None else norm(q_rank)
         self.q_proj = nn.Linear(dim if q_rank is None else q_rank, n_heads * self.head_dim, bias=False)
@@ -65,8 +53,18 @@ class LatentAttention(nn.Module):
     def forward(self, x_BTD: Tensor, context: AnyContext) -> Tensor:
         q_BNTP, q_BNTR = self._queries(x_BTD, context.rotation)
         c_B1SC, k_B1SR = context.attended(x_BTD, partial(self._latents, rotation=context.rotation))
-        attention = self._absorbed if context.cache is not None and self._absorbing_is_cheaper(x_BTD.shape[1]) else self._expanded
-        y_BNTV = attention(q_BNTP, q_BNTR, c_B1SC, k_B1SR, context)
+        absorbed = context.cache is not None and self._absorbed_is_cheaper(x_BTD.shape[1])
+        if absorbed:  # K is 1: the size of q and k is C + R, that of v is C
+            q_BNTP = q_BNTP @ self.k_proj.weight.view(-1, self.nope_dim, self.kv_rank)
+            k_BKSH, v_BKSV = torch.cat((c_B1SC, k_B1SR), dim=-1), c_B1SC
+        else:
+            k_BNSP = self.k_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.nope_dim)).transpose(1, 2)
+            v_BKSV = self.v_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.v_dim)).transpose(1, 2)
+            k_BKSH = torch.cat((k_BNSP, k_B1SR.expand(-1, k_BNSP.shape[1], -1, -1)), dim=-1)
+        q_BNTH, dropout = torch.cat((q_BNTP, q_BNTR), dim=-1), self.dropout if self.training else 0.0
+        y_BNTV = attend(q_BNTH, k_BKSH, v_BKSV, context.mask, self.scale, None, dropout)
+        if absorbed:
+            y_BNTV = y_BNTV @ self.v_proj.weight.view(-1, self.v_dim, self.kv_rank).transpose(1, 2)
         return self.o_proj(y_BNTV.transpose(1, 2).flatten(-2))
 
     def _queries(self, x_BTD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
@@ -78,25 +76,11 @@ class LatentAttention(nn.Module):
         return plain, turned if rotation is None else rotation(turned)
 
     def _latents(self, x_BSD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
-        """What is cached: [B, 1, S, C] and [B, 1, S, R]."""
+        """What is cached, [B, 1, S, C] and [B, 1, S, R]."""
         c_B1SC, k_B1SR = self.kv_norm(self.kv_down_proj(x_BSD))[:, None], self.k_rope_proj(x_BSD)[:, None]
         return c_B1SC, k_B1SR if rotation is None else rotation(k_B1SR)
 
-    def _absorbing_is_cheaper(self, n_queries: int) -> bool:
-        """A key costs n_queries * (2 C + R) a head absorbed, and n_queries * (P + R + V) + C * (P + V) expanded."""
+    def _absorbed_is_cheaper(self, n_queries: int) -> bool:
+        """Per key and head: n_queries * (2 C + R) absorbed, n_queries * (P + R + V) + C * (P + V) expanded."""
         per_head = self.nope_dim + self.v_dim
         return n_queries * (2 * self.kv_rank - per_head) < self.kv_rank * per_head
-
-    def _expanded(self, q_BNTP: Tensor, q_BNTR: Tensor, c_B1SC: Tensor, k_B1SR: Tensor, context: AnyContext) -> Tensor:
-        k_BNSP = self.k_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.nope_dim)).transpose(1, 2)
-        v_BNSV = self.v_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.v_dim)).transpose(1, 2)
-        k_BNSH = torch.cat((k_BNSP, k_B1SR.expand(-1, k_BNSP.shape[1], -1, -1)), dim=-1)
-        return self._attend(torch.cat((q_BNTP, q_BNTR), dim=-1), k_BNSH, v_BNSV, context)
-
-    def _absorbed(self, q_BNTP: Tensor, q_BNTR: Tensor, c_B1SC: Tensor, k_B1SR: Tensor, context: AnyContext) -> Tensor:
-        q_BNTC = q_BNTP @ self.k_proj.weight.view(-1, self.nope_dim, self.kv_rank)
-        y_BNTC = self._attend(torch.cat((q_BNTC, q_BNTR), dim=-1), torch.cat((c_B1SC, k_B1SR), dim=-1), c_B1SC, context)
-        return y_BNTC @ self.v_proj.weight.view(-1, self.v_dim, self.kv_rank).transpose(1, 2)
-
-    def _attend(self, q_BNTH: Tensor, k_BKSH: Tensor, v_BKSV: Tensor, context: AnyContext) -> Tensor:
-        return attend(q_BNTH, k_BKSH, v_BKSV, context.mask, self.scale, None, self.dropout if self.training else 0.0)

@@ -16,7 +16,7 @@ from txtrain.registry import Cut, dropout_knob, knob, register
 
 
 class Sizes(NamedTuple):
-    """The knobs, with nothing left open."""
+    """The knobs with every null resolved."""
 
     q_rank: int | None
     kv_rank: int
@@ -31,30 +31,27 @@ class Sizes(NamedTuple):
 
 @config
 class MLAConfig(AttentionBase):
-    """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values of all heads are made from one small vector a token.
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values of all heads come from one small vector.
 
-    Sizes left open follow h = dim / n_heads in about DeepSeek's proportions.
+    With h = dim / n_heads, the defaults have about DeepSeek's proportions.
     """
 
-    # Of the queries' own latent; null: queries are made from the stream itself.
-    q_rank: int | None = knob(None, at_least=1)
-    kv_rank: int | None = knob(None, at_least=1)  # null: 4 h
-    # The part of a head of q and k that position leaves alone; null: h.
-    nope_dim: int | None = knob(None, at_least=1)
-    # The part that rotary positions turn, one key for all heads; null: h / 2.
-    rope_dim: int | None = knob(None, at_least=1)
-    v_dim: int | None = knob(None, at_least=1)  # of a head's values; null: h
-    # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN is given mscale_all_dim.
+    q_rank: int | None = knob(None, at_least=1)  # size of the queries' latent; null: they come from the stream itself
+    kv_rank: int | None = knob(None, at_least=1)  # size of the latent of keys and values; null: 4 h
+    nope_dim: int | None = knob(None, at_least=1)  # part of a head of q and k without position; null: h
+    rope_dim: int | None = knob(None, at_least=1)  # rotated part, whose key all heads share; null: h / 2
+    v_dim: int | None = knob(None, at_least=1)  # head size of the values; null: h
+    # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN has mscale_all_dim.
     scale: float | None = knob(None, above=0)
-    # Of what makes the latents and of the output; queries, keys and values made from latents have none.
-    bias: bool = knob(False, carry=True)
+    bias: bool = knob(False, carry=True)  # of the projections to the latents, and of the output
     dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
     rotary_knob: ClassVar[str] = "rope_dim"
 
     def sizes(self, model: ModelShape) -> Sizes:
         h = model.dim // model.n_heads
-        return Sizes(self.q_rank, self.kv_rank or 4 * h, self.nope_dim or h, self.rope_dim or max(2, h // 4 * 2), self.v_dim or h)
+        rope_dim = self.rope_dim or max(2, h // 4 * 2)
+        return Sizes(self.q_rank, self.kv_rank or 4 * h, self.nope_dim or h, rope_dim, self.v_dim or h)
 
     def divided(self, model: ModelShape) -> Iterator[Size]:
         yield Size("model.n_heads", model.n_heads)
@@ -67,21 +64,17 @@ class MLAConfig(AttentionBase):
 
     def check(self, model: ModelShape) -> Iterator[str]:
         if model.dim < model.n_heads and None in (self.kv_rank, self.nope_dim, self.v_dim):
-            unless = "unless model.attention.kv_rank, nope_dim and v_dim are set"
-            yield f"`model.n_heads` must be at most model.dim ({model.dim}) {unless}, but is {model.n_heads} instead."
+            most = f"at most model.dim ({model.dim}) unless model.attention.kv_rank, nope_dim and v_dim are set"
+            yield f"`model.n_heads` must be {most}, but is {model.n_heads} instead."
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         sizes = self.sizes(model)
-        return {
-            "n_heads": model.n_heads,
-            **sizes._asdict(),
-            "scale": sizes.qk_dim**-0.5 * _yarn_sharpening(model) if self.scale is None else self.scale,
-            "bias": self.bias,
-            "attention_dropout": self.dropped(model),
-        }
+        scale = sizes.qk_dim**-0.5 * _yarn_factor(model) if self.scale is None else self.scale
+        own = {"n_heads": model.n_heads, "scale": scale, "bias": self.bias, "attention_dropout": self.dropped(model)}
+        return {**sizes._asdict(), **own}
 
     def _weights(self, model: ModelShape) -> tuple[int, int]:
-        """Of the matrices that a token goes through when it attends, and when it is attended to."""
+        """Weights that a token passes as a query, and as a key."""
         s, n, d = self.sizes(model), model.n_heads, model.dim
         queries = d * n * s.qk_dim if s.q_rank is None else (d + n * s.qk_dim) * s.q_rank
         return queries + n * s.v_dim * d, d * (s.kv_rank + s.rope_dim) + s.kv_rank * n * (s.nope_dim + s.v_dim)
@@ -93,7 +86,7 @@ class MLAConfig(AttentionBase):
         return sum(self._weights(model)) + int(norms) + bias
 
     def projection_flops(self, model: ModelShape, layer: int = 0) -> tuple[float, float]:
-        """Of the expanded form, in which it is trained."""
+        """In the expanded form, which training uses."""
         of_query, of_key = self._weights(model)
         return 2.0 * of_query, 2.0 * of_key
 
@@ -102,33 +95,36 @@ class MLAConfig(AttentionBase):
         return 2.0 * model.n_heads * (s.qk_dim + s.v_dim)
 
     def cache_values(self, model: ModelShape, layer: int = 0) -> int:
-        """The latent and the rotated key, whatever the number of heads."""
         s = self.sizes(model)
         return s.kv_rank + s.rope_dim
 
     def trace(self, t: Tape, x: Value, place: Place) -> Value:
-        """In the expanded form, in which it is trained."""
-        model, s = place.model, self.sizes(place.model)
-        n, keys = model.n_heads, place.batch * place.keys
+        """In the expanded form, which training uses."""
+        model, s, turn = place.model, self.sizes(place.model), place.rotation
+        n, keys, norm = model.n_heads, place.batch * place.keys, model.norm.trace_of
         q = x
         if s.q_rank is not None:
-            q = t.named("q_norm", model.norm.trace_of, t, t.linear(x, model.dim, s.q_rank, self.bias, name="q_down_proj"), s.q_rank)
+            q = t.linear(x, model.dim, s.q_rank, self.bias, name="q_down_proj")
+            q = t.named("q_norm", norm, t, q, s.q_rank)
         q = t.back_copied(t.linear(q, s.q_rank or model.dim, n * s.qk_dim, name="q_proj"))
         q_plain, q_turned = t.split(q, place.tokens * n * s.nope_dim, place.tokens * n * s.rope_dim)
-        q_turned = rotated(t, q_turned, place.rotation, several=False)
+        q_turned = rotated(t, q_turned, turn, several=False)
         source = x if place.memory is None else place.memory
-        latent = t.named("kv_norm", model.norm.trace_of, t, t.linear(source, model.dim, s.kv_rank, self.bias, name="kv_down_proj"), s.kv_rank)
-        k_turned = rotated(t, t.linear(source, model.dim, s.rope_dim, self.bias, name="k_rope_proj"), place.rotation, several=False)
+        latent = t.linear(source, model.dim, s.kv_rank, self.bias, name="kv_down_proj")
+        latent = t.named("kv_norm", norm, t, latent, s.kv_rank)
+        k_turned = t.linear(source, model.dim, s.rope_dim, self.bias, name="k_rope_proj")
+        k_turned = rotated(t, k_turned, turn, several=False)
         k_plain = t.back_copied(t.linear(latent, s.kv_rank, n * s.nope_dim, name="k_proj"))
         v = t.linear(latent, s.kv_rank, n * s.v_dim, name="v_proj")
         k = t.cat(k_plain, t.expanded(k_turned, keys * n * s.rope_dim))
-        y = attend(t, t.cat(q_plain, q_turned), k, v, place, (n, n), False, self.dropped(model), same_size=s.qk_dim == s.v_dim)
+        dropout, same_size = self.dropped(model), s.qk_dim == s.v_dim
+        y = attend(t, t.cat(q_plain, q_turned), k, v, place, (n, n), False, dropout, same_size)
         return t.linear(y, n * s.v_dim, model.dim, self.bias, name="o_proj")
 
 
-def _yarn_sharpening(model: ModelShape) -> float:
-    """YaRN sharpens scores by mscale^2. It does so through cos and sin; but of a latent head only a part is turned, and with
-    mscale_all_dim the factor is meant for the whole of it."""
+def _yarn_factor(model: ModelShape) -> float:
+    """YaRN multiplies scores by mscale^2 through cos and sin. Those reach only the rotated part of a latent head, but
+    mscale_all_dim is meant for all of it."""
     scaling = model.position.scaling
     if scaling is None or not scaling.mscale_all_dim or scaling.factor <= 1:
         return 1.0

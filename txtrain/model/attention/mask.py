@@ -1,8 +1,8 @@
-"""What may attend to what, declared; and drawn for the kernels that need it drawn (kernel_choice.py picks one).
+"""Attention masks: declared, and materialised for the kernels that need that (kernel_choice.py).
 
     causal        i sees j <= i                    window w     i sees j with |i - j| < w
-    documents     i sees its own document          padding      nobody sees a padding token
-    prefix        everybody sees it, also from before (prefix LM)
+    documents     i sees its own document          padding      no position sees a padding token
+    prefix        every position sees it (prefix LM)
 
         causal            causal, window 3       causal, documents 0 0 1 1
         x . . . .         x . . . .              x . . .
@@ -11,8 +11,8 @@
         x x x x .         . x x x .              . . x x
         x x x x x         . . x x x
 
-A mask is drawn (materialised, [B or 1, 1 or N, T, S]) only for the kernels that need it drawn, and once for all layers that share it.
-A row that sees nothing attends to nothing: its output is 0, never NaN.
+A mask is materialised, [B or 1, 1 or N, T, S], once for all layers that share it. The output of a position that sees
+nothing is 0, never NaN.
 """
 
 # B batch, T query positions, S key positions (in self-attention the last T of them are the queries'), N heads
@@ -23,6 +23,7 @@ import dataclasses as dc
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from txtrain.model.attention.kernel_choice import Declared, Kernel
@@ -30,10 +31,7 @@ from txtrain.model.attention.kernel_choice import Declared, Kernel
 
 @dc.dataclass(frozen=True)
 class Mask(Declared):
-    """The declaration. None: all keys are of one document, none is padding, none is prefix.
-
-    query_documents_BT: in cross-attention, whose queries are of another sequence; otherwise the last T of documents_BS.
-    """
+    """`Declared`, with the tensors of a batch."""
 
     documents_BS: Tensor | None = None
     valid_BS: Tensor | None = None
@@ -41,9 +39,14 @@ class Mask(Declared):
     query_documents_BT: Tensor | None = None
 
     def windowed(self, window: int | None, n_keys: int) -> Mask:
-        """For a layer with that window whose cache holds the last n_keys keys."""
+        """The mask of a layer with that window, whose cache holds the last n_keys keys."""
         valid = None if self.valid_BS is None else self.valid_BS[:, -n_keys:]
         return dc.replace(self, window=window, n_keys=n_keys, valid_BS=valid)
+
+    @property
+    def shift(self) -> int:
+        """Position of the first query among the keys."""
+        return max(self.n_keys - self.n_queries, 0)
 
     @property
     def documents_of_queries(self) -> Tensor:
@@ -53,9 +56,8 @@ class Mask(Declared):
     def visible(self, device: torch.device) -> Tensor:
         """True where query t may see key s, [B or 1, 1, T, S]."""
         k = torch.arange(self.n_keys, device=device)
-        q = k[-self.n_queries :, None] if self.n_queries <= self.n_keys else torch.arange(self.n_queries, device=device)[:, None]
-        seen = (q >= k) if self.causal else torch.ones(self.n_queries, self.n_keys, dtype=torch.bool, device=device)
-        seen = seen[None, None]
+        q = torch.arange(self.n_queries, device=device)[:, None] + self.shift
+        seen = ((q >= k) if self.causal else torch.ones_like(q + k, dtype=torch.bool))[None, None]
         if self.prefix_BS is not None:
             seen = seen | self.prefix_BS[:, None, None, :]
         if self.window is not None:
@@ -69,7 +71,7 @@ class Mask(Declared):
 
 @dc.dataclass(frozen=True)
 class PreparedMask:
-    """A mask with whatever its kernel reads, made once a forward for all layers that share it."""
+    """A mask with what its kernel reads."""
 
     declared: Mask
     kernel: Kernel
@@ -77,17 +79,17 @@ class PreparedMask:
     visible: Tensor | None = None  # plain: boolean, [B or 1, 1, T, S]
     additive: Tensor | None = None  # sdpa_masked: boolean, or in the scores' dtype where it carries the bias too
     blocks: Any = None  # flex: a BlockMask
-    offsets: Tensor | None = None  # varlen: where each document starts in the flattened batch, and the end, int32
+    offsets: Tensor | None = None  # varlen: `document_offsets`
 
 
-def prepare(mask: Mask, kernel: Kernel, bias: Tensor | None, device: torch.device, dtype: torch.dtype) -> PreparedMask:
+def prepare(
+    mask: Mask, kernel: Kernel, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+) -> PreparedMask:
     bias = None if bias is None else bias.to(dtype)
     if kernel == "flex":
         return PreparedMask(mask, kernel, bias=bias, blocks=block_mask(mask, device))
-    if kernel == "varlen":
-        return PreparedMask(mask, kernel, offsets=document_offsets(mask))
-    if kernel == "sdpa":
-        return PreparedMask(mask, kernel)
+    if kernel in ("sdpa", "varlen"):
+        return PreparedMask(mask, kernel, offsets=document_offsets(mask) if kernel == "varlen" else None)
     visible = None if mask.sees_all else mask.visible(device)
     if kernel == "plain":
         return PreparedMask(mask, kernel, bias=bias, visible=visible)
@@ -96,11 +98,10 @@ def prepare(mask: Mask, kernel: Kernel, bias: Tensor | None, device: torch.devic
 
 
 def block_mask(mask: Mask, device: torch.device) -> Any:
-    """The declaration in flex attention's words: a function of indices, and the blocks of 128 x 128 that anybody sees."""
+    """Flex attention's BlockMask: a function of indices, and the blocks of 128 x 128 with a visible entry."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    shift = max(mask.n_keys - mask.n_queries, 0)
-    documents, valid, prefix = mask.documents_BS, mask.valid_BS, mask.prefix_BS
+    shift, documents, valid, prefix = mask.shift, mask.documents_BS, mask.valid_BS, mask.prefix_BS
     query_documents = None if documents is None else mask.documents_of_queries
 
     def seen(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
@@ -112,19 +113,19 @@ def block_mask(mask: Mask, device: torch.device) -> Any:
             ok = ok & ((q - s).abs() < mask.window)
         if documents is not None and query_documents is not None:
             ok = ok & (query_documents[b, t] == documents[b, s])
-        if valid is not None:
-            ok = ok & valid[b, s]
-        return ok
+        return ok if valid is None else ok & valid[b, s]
 
-    batch = next((x for x in (documents, valid, prefix) if x is not None), None)
-    return create_block_mask(seen, None if batch is None else batch.shape[0], None, mask.n_queries, mask.n_keys, device=device)
+    batch = next((len(x) for x in (documents, valid, prefix) if x is not None), None)
+    return create_block_mask(seen, batch, None, mask.n_queries, mask.n_keys, device=device)
+
+
+def document_starts(documents_BT: Tensor) -> Tensor:
+    """True where a document starts, [B, T]."""
+    return F.pad(documents_BT[:, 1:] != documents_BT[:, :-1], (1, 0), value=True)
 
 
 def document_offsets(mask: Mask) -> Tensor:
-    """Starts of all documents in the batch laid end to end, and its length, int32: the `cu_seqlens` of flash attention."""
+    """Where each document starts in the flattened batch, and the end, int32: the `cu_seqlens` of flash attention."""
     assert mask.documents_BS is not None
-    d = mask.documents_BS
-    starts = torch.ones_like(d, dtype=torch.bool)
-    starts[:, 1:] = d[:, 1:] != d[:, :-1]
-    end = torch.tensor([d.numel()], device=d.device)
-    return torch.cat((starts.flatten().nonzero().flatten(), end)).to(torch.int32)
+    starts = document_starts(mask.documents_BS).flatten().nonzero().flatten()
+    return F.pad(starts, (0, 1), value=mask.documents_BS.numel()).to(torch.int32)

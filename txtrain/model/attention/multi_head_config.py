@@ -1,4 +1,4 @@
-"""Attention's options."""
+"""The options mha, gqa and mqa of attention, and the base of all."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self, cast
 
-from txtrain.errors import divisors_near
-from txtrain.model.component import Component, Size, config
+from txtrain.model.component import Component, Size, config, must_divide
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, attend, rotated
 from txtrain.model.trace.tape import Tape, Value
@@ -16,52 +15,50 @@ from txtrain.registry import BASES, Cut, dropout_knob, knob, register
 
 @config
 class AttentionBase(Component):
-    """What the other axes may ask of any attention."""
+    """What other parts may ask of any attention."""
 
-    rotary_knob: ClassVar[str] = "head_dim"  # whose value rotary_dim is
-
-    # Knobs of some options; no fields of all.
-    softcap = cast("float | None", None)
+    rotary_knob: ClassVar[str] = "head_dim"  # the knob that sets rotary_dim
+    softcap = cast("float | None", None)  # this and dropout are fields of some options only
     dropout = cast("float | None", None)
 
     def rotary_dim(self, model: ModelShape) -> int:
-        """The size of the part of a head that position turns."""
+        """Size of the rotated part of a head."""
         return model.dim // model.n_heads
 
     def dropped(self, model: ModelShape) -> float:
-        """The share of the probabilities that is dropped in training."""
+        """Dropout of the probabilities."""
         return model.dropout if self.dropout is None else self.dropout
 
     def window_at(self, layer: int) -> int | None:
-        """How far a position of that layer sees; None: all the way."""
+        """The window of that layer; None: no window."""
         return None
 
     def projection_flops(self, model: ModelShape, layer: int = 0) -> tuple[float, float]:
-        """Forward FLOPs of a token that attends (query and output), and of one that is attended to (key and value)."""
+        """Forward FLOPs of one token as a query (with the output), and as a key and value."""
         return self.n_params(model, layer), self.n_params(model, layer)
 
     def score_flops(self, model: ModelShape, layer: int = 0) -> float:
-        """Forward FLOPs of one token that attends to one other: the score, and the weighted sum. 0: nothing is known of it."""
+        """Forward FLOPs of one query and one key: the score, and the weighted sum. 0: unknown."""
         return 0.0
 
     def cache_values(self, model: ModelShape, layer: int = 0) -> int:
-        """Numbers that the cache keeps of a token. An option that says nothing keeps keys and values of all heads."""
+        """Numbers that the cache keeps per token; by default keys and values of all heads."""
         return 2 * model.dim
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
-        """A token of a sequence that attends to itself. A causal mask is not deducted (PaLM, 2204.02311, appendix B); a window is."""
+        """Forward FLOPs per token of self-attention, less what a window hides (`txtrain.model.flops`: useful)."""
         seen = self.seen(seq_len, layer, causal=model.topology != "encoder")
         return sum(self.projection_flops(model, layer)) + self.score_flops(model, layer) * seen
 
     def seen(self, seq_len: int, layer: int, *, causal: bool) -> int:
-        """Positions within reach of one in a sequence: the window to one side, or to both where nothing is causal."""
+        """Keys within a query's window, which reaches to one side if causal, else to both."""
         window = self.window_at(layer)
         return seq_len if window is None else min(seq_len, window if causal else 2 * window - 1)
 
 
 @config
 class AttentionConfig(AttentionBase):
-    """Multi-head attention. n_kv_heads tells the three kinds apart: all heads (mha), some (gqa, 2305.13245), one (mqa, 1911.02150)."""
+    """Multi-head attention. n_kv_heads: all heads (mha), some (gqa, 2305.13245), or one (mqa, 1911.02150)."""
 
     n_kv_heads: int | None = None  # null: n_heads
     head_dim: int | None = knob(None, at_least=1, carry=True)  # null: dim / n_heads
@@ -74,7 +71,7 @@ class AttentionConfig(AttentionBase):
     dropout: float | None = dropout_knob(None)  # of the probabilities; null: model.dropout
 
     def heads(self, model: ModelShape) -> tuple[int, int, int]:
-        """n_heads, n_kv_heads, head_dim, with nothing left open."""
+        """n_heads, n_kv_heads, head_dim, every null resolved."""
         return model.n_heads, self.n_kv_heads or model.n_heads, self.head_dim or model.dim // model.n_heads
 
     def divided(self, model: ModelShape) -> Iterator[Size]:
@@ -94,33 +91,24 @@ class AttentionConfig(AttentionBase):
         return self.window[layer % len(self.window)] if isinstance(self.window, tuple) else self.window
 
     def check(self, model: ModelShape) -> Iterator[str]:
-        n, path = model.n_heads, "model.attention"
+        n, kv, path = model.n_heads, self.n_kv_heads, "model.attention"
         if self.head_dim is None and model.dim % n:
-            near = ", ".join(map(str, divisors_near(n, model.dim)))
-            yield f"`model.n_heads` must divide model.dim ({model.dim}) unless {path}.head_dim is set, but is {n} instead. Nearest: {near}."
-        kv = self.n_kv_heads
+            yield must_divide("model.n_heads", n, "model.dim", model.dim, f" unless {path}.head_dim is set")
         if kv is not None and (kv < 1 or n % kv):
-            near = ", ".join(map(str, divisors_near(kv, n)))
-            yield f"`{path}.n_kv_heads` must divide model.n_heads ({n}), but is {kv} instead. Nearest: {near}."
-        elif self.type == "mha" and kv not in (None, n):
-            yield f"`{path}.n_kv_heads` must be null or model.n_heads ({n}) with model/attention=mha, but is {kv} instead: write model/attention=gqa."
-        elif self.type == "mqa" and kv != 1:
-            yield f"`{path}.n_kv_heads` must be 1 with model/attention=mqa, but is {kv} instead: write model/attention=gqa."
-        if isinstance(self.window, tuple) and not self.window:
-            yield f"`{path}.window` must be a width, null, or a list of them with one entry or more, but is [] instead."
+            yield must_divide(f"{path}.n_kv_heads", kv, "model.n_heads", n)
+        elif (self.type == "mha" and kv not in (None, n)) or (self.type == "mqa" and kv != 1):
+            allowed = "1" if self.type == "mqa" else f"null or model.n_heads ({n})"
+            given = f"{allowed} with model/attention={self.type}, but is {kv} instead"
+            yield f"`{path}.n_kv_heads` must be {given}: write model/attention=gqa."
+        if self.window == ():
+            yield f"`{path}.window` must be a width, null, or a list of at least one of them, but is [] instead."
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         n_heads, n_kv_heads, head_dim = self.heads(model)
         return {
-            "n_heads": n_heads,
-            "n_kv_heads": n_kv_heads,
-            "head_dim": head_dim,
-            "window": self.window_at(layer),
-            "softcap": self.softcap,
-            "scale": head_dim**-0.5 if self.scale is None else self.scale,
-            "qk_norm": self.qk_norm,
-            "bias": self.bias,
-            "attention_dropout": self.dropped(model),
+            "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim, "window": self.window_at(layer),
+            "scale": head_dim**-0.5 if self.scale is None else self.scale, "softcap": self.softcap,
+            "qk_norm": self.qk_norm, "bias": self.bias, "attention_dropout": self.dropped(model),
         }
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
@@ -133,8 +121,7 @@ class AttentionConfig(AttentionBase):
         return 4.0 * model.dim * h * n, 4.0 * model.dim * h * kv
 
     def score_flops(self, model: ModelShape, layer: int = 0) -> float:
-        n, _, h = self.heads(model)
-        return 4.0 * n * h
+        return 4.0 * model.n_heads * self.heads(model)[2]
 
     def cache_values(self, model: ModelShape, layer: int = 0) -> int:
         _, kv, h = self.heads(model)

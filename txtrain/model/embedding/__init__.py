@@ -1,1 +1,1 @@
-"""What enters the first block: tokens or patches as vectors."""
+"""Embeddings: tokens or patches become vectors."""

@@ -1,4 +1,4 @@
-"""What enters the first block."""
+"""The options of the embedding."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from txtrain.registry import Cut, knob, register
 class EmbeddingBase(Component):
     norm: bool = knob(False, carry=True)  # the model's norm over the sum of embedding and position (BERT)
 
-    n_types = 0  # not a field: embeddings of tokens have one
+    n_types = 0  # a field of token embeddings only
 
     def grid(self) -> tuple[int, int] | None:
         """Rows and columns of patches; None for a sequence."""
         return None
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
-        return {name: value for name, value in Component.arguments(self, model, layer).items() if name != "norm"}  # the builder makes it
+        arguments = Component.arguments(self, model, layer)
+        return {name: value for name, value in arguments.items() if name != "norm"}  # the builder makes it
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return model.norm.n_params(model) if self.norm else 0
@@ -32,17 +33,17 @@ class EmbeddingBase(Component):
         return 0.0
 
     def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
-        """Vectors of all positions. table: of the vocabulary."""
+        """The vectors of all positions. table: the vocabulary's."""
         raise NotImplementedError
 
 
 @config
 class TokenEmbeddingConfig(EmbeddingBase):
-    """One vector a token, and one a segment where n_types is not 0. scale: times sqrt(dim), rounded to the weights' dtype (2017, Gemma)."""
+    """A vector per token, and per segment unless n_types is 0. scale: times sqrt(dim), in their dtype (Gemma)."""
 
     scale: bool = False
     n_types: int = knob(0, at_least=0)  # kinds of segments (BERT: 2)
-    # A token whose vector is not trained by being read, as in Hugging Face's Llama and its descendants.
+    # A token whose vector gets no gradient from look-ups, as in Hugging Face's Llama and its descendants.
     padding_idx: int | None = knob(None, at_least=0, affects="training")
 
     def check(self, model: ModelShape) -> Iterator[str]:
@@ -67,7 +68,7 @@ class TokenEmbeddingConfig(EmbeddingBase):
 
 @config
 class PatchEmbeddingConfig(EmbeddingBase):
-    """One vector a square of pixels, and one for the class before them (ViT, 2010.11929)."""
+    """A vector per square of pixels, and the class token's before them (ViT, 2010.11929)."""
 
     image_size: int = knob(224, at_least=1)
     patch_size: int = knob(16, at_least=1)
@@ -86,14 +87,11 @@ class PatchEmbeddingConfig(EmbeddingBase):
         if self.image_size % self.patch_size:
             low = self.image_size // self.patch_size * self.patch_size
             near = ", ".join(str(n) for n in (low, low + self.patch_size) if n)
-            yield (
-                f"`model.embedding.image_size` must be a multiple of patch_size ({self.patch_size}), but is {self.image_size} instead. Nearest: {near}."
-            )
-        elif model.max_seq_len != self.n_positions():
-            yield (
-                f"`model.max_seq_len` must be {self.n_positions()}, the patches{' and the class token' if self.class_token else ''}, "
-                f"but is {model.max_seq_len} instead. Nearest: {self.n_positions()}."
-            )
+            allowed = f"a multiple of patch_size ({self.patch_size})"
+            yield f"`model.embedding.image_size` must be {allowed}, but is {self.image_size} instead. Nearest: {near}."
+        elif model.max_seq_len != (n := self.n_positions()):
+            what = "the patches and the class token" if self.class_token else "the patches"
+            yield f"`model.max_seq_len` must be {n}, {what}, but is {model.max_seq_len} instead. Nearest: {n}."
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"patch_size": self.patch_size, "n_channels": self.n_channels, "class_token": self.class_token}
@@ -105,7 +103,7 @@ class PatchEmbeddingConfig(EmbeddingBase):
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         rows, columns = self.grid()
         patches = 2.0 * model.dim * self.n_channels * self.patch_size**2
-        return patches * rows * columns / self.n_positions()  # the class token costs none
+        return patches * rows * columns / self.n_positions()  # the class token costs nothing
 
     def trace_vectors(self, t: Tape, table: Parameter | None, place: Place, batch: Batch) -> Value:
         dim, pixels = place.model.dim, self.n_channels * self.patch_size**2

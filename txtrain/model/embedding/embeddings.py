@@ -1,4 +1,4 @@
-"""What enters the first block: vectors of tokens, or of patches of an image."""
+"""Embeddings of tokens, and of an image's patches."""
 
 # B batch, T positions, D model size, V vocabulary, C channels, H and W pixels
 
@@ -13,22 +13,24 @@ from txtrain.errors import ConfigError
 
 
 class TokenEmbedding(nn.Module):
-    """One vector a token; a tied head reads the same weight.
+    """One vector per token; a tied head reads the same weight.
 
-    scale: times sqrt(dim) (Vaswani et al. 2017; Gemma), the factor rounded to the vectors' dtype as the published models do.
-    n_types: kinds of segments, each with a vector that is added (BERT). norm: over the sum with the position, applied by the model.
-    padding_idx: a token whose vector is not trained by being looked up.
+    scale: times sqrt(dim) (Vaswani et al. 2017; Gemma), rounded to the vectors' dtype as in the published models.
+    n_types: number of segments, whose vectors are added (BERT). norm: over the sum with the position; the model applies
+    it. padding_idx: a token whose vector gets no gradient from look-ups.
     """
 
-    n_channels = None  # it reads no images
+    n_channels = None  # of images, which it does not read
 
-    def __init__(self, dim: int, vocab_size: int, scale: bool = False, n_types: int = 0, padding_idx: int | None = None, norm: nn.Module | None = None) -> None:
+    def __init__(
+        self, dim: int, vocab_size: int, scale: bool = False, n_types: int = 0, padding_idx: int | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__()
         self.token = nn.Embedding(vocab_size, dim, padding_idx)
         self.segment = nn.Embedding(n_types, dim) if n_types else None
-        self.norm = norm
+        self.norm, self.n_types = norm, n_types
         self.scale = math.sqrt(dim) if scale else None
-        self.n_types = n_types
 
     @property
     def weight_VD(self) -> Tensor:
@@ -36,26 +38,29 @@ class TokenEmbedding(nn.Module):
 
     def forward(self, input_ids_BT: Tensor) -> Tensor:
         x_BTD: Tensor = self.token(input_ids_BT)
-        return x_BTD if self.scale is None else x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device=x_BTD.device)
+        if self.scale is None:
+            return x_BTD
+        return x_BTD * torch.tensor(self.scale, dtype=x_BTD.dtype, device=x_BTD.device)
 
     def add_types(self, x_BTD: Tensor, token_type_ids_BT: Tensor | None) -> Tensor:
-        """Segment vectors added; without ids all tokens are of segment 0."""
-        if self.segment is None:
-            if token_type_ids_BT is not None:
-                why = "the model has no segments (model.embedding.n_types is 0)"
-                raise ConfigError(f"`token_type_ids` must not be given: {why}.")
-            return x_BTD
-        if token_type_ids_BT is None:
-            return x_BTD + self.segment.weight[0]
-        return x_BTD + self.segment(token_type_ids_BT)
+        """x plus the segments' vectors; by default all tokens are of segment 0."""
+        if self.segment is not None:
+            of_segment = self.segment.weight[0] if token_type_ids_BT is None else self.segment(token_type_ids_BT)
+            return x_BTD + of_segment
+        if token_type_ids_BT is not None:
+            why = "the model has no segments (model.embedding.n_types is 0)"
+            raise ConfigError(f"`token_type_ids` must not be given: {why}.")
+        return x_BTD
 
 
 class PatchEmbedding(nn.Module):
-    """A linear map of each square of pixels, left to right and top to bottom, after a vector for the class (ViT, 2010.11929)."""
+    """A linear map of each patch, row by row, after the class token's vector (ViT, 2010.11929)."""
 
-    weight_VD = None  # there is nothing for a head to read
+    weight_VD = None  # no weight for a tied head
 
-    def __init__(self, dim: int, patch_size: int, n_channels: int, class_token: bool, norm: nn.Module | None = None) -> None:
+    def __init__(
+        self, dim: int, patch_size: int, n_channels: int, class_token: bool, norm: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.n_channels = n_channels
         self.patch = nn.Conv2d(n_channels, dim, kernel_size=patch_size, stride=patch_size)
@@ -70,7 +75,7 @@ class PatchEmbedding(nn.Module):
         """Vectors [B, T, D], and the rows and columns of patches.
 
         Raises:
-            ConfigError: the image is no whole number of patches.
+            ConfigError: a side is no multiple of the patch's.
         """
         height, width = pixel_values_BCHW.shape[-2:]
         p = self.patch.stride[0]

@@ -1,8 +1,8 @@
-"""Experts that stay evenly visited: counts over the global batch, and the rule that moves their biases, once a step.
+"""Load balancing of experts: counts over the global batch, and the update of their biases after each step.
 
-DeepSeek-V3's balancing without an auxiliary loss (2408.15664; 2412.19437, section 2.1.2): an expert that was visited less than the mean
-gets a larger bias on the choice, one that was visited more a smaller one. The bias never enters an expert's weight, so that no
-gradient pulls against the language model's.
+DeepSeek-V3's balancing without an auxiliary loss (2408.15664; 2412.19437, section 2.1.2): an expert visited less than
+the mean gets a larger bias on the choice, one visited more a smaller one. The bias does not enter an expert's weight,
+so no gradient competes with the language model's.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from txtrain.model.config import ModelConfig
 
-COUNTS = "expert_counts"  # the last part of the names under which layers record them
+COUNTS = "expert_counts"  # last part of the names in a record
 MAX_LOAD = "moe_max_load"
 
 
 class Observed:
-    """A model that is called as it is, and adds up how often its experts were chosen over several forwards.
+    """A model that sums, over several forwards, how often its experts were chosen.
 
-    The counts come from the outputs, not from hooks or buffers: a forward that is repeated for its backward (activation checkpointing)
-    does not count twice.
+    Counts come from the outputs: a forward that activation checkpointing repeats does not count twice.
     """
 
     def __init__(self, model: Callable[..., Any]) -> None:
@@ -44,7 +43,7 @@ class Observed:
 
 @torch.no_grad()
 def update(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
-    """Move the bias of every mixture by its rate, after the optimizer's step. counts: those of the whole global batch."""
+    """Move each mixture's biases by its rate, after the optimizer's step. counts: of the global batch."""
     for layer, counts_E in counts.items():
         mixture: Any = model.get_submodule(f"{layer}.ffn")
         if mixture.bias_update_rate:
@@ -52,12 +51,11 @@ def update(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
 
 
 def measured(counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """How often the most visited expert was chosen, as a multiple of the mean: 1 is even. Averaged over the layers; empty without any."""
-    if not counts:
-        return {}
-    return {MAX_LOAD: torch.stack([counts_E.max() / counts_E.mean() for counts_E in counts.values()]).mean()}
+    """Visits of the most visited expert over the mean, averaged over the layers (1: even); empty without mixtures."""
+    loads = [counts_E.max() / counts_E.mean() for counts_E in counts.values()]
+    return {MAX_LOAD: torch.stack(loads).mean()} if loads else {}
 
 
 def columns(model: ModelConfig) -> tuple[str, ...]:
-    """What metrics.csv has beside the columns of every run."""
+    """Further columns of metrics.csv."""
     return (MAX_LOAD,) if model.ffn.n_experts else ()

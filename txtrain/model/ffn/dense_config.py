@@ -1,4 +1,4 @@
-"""Feed-forward's options."""
+"""The dense options of the FFN, and the base of all."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 
 @config
 class FFNBase(Component):
-    """What the other axes may ask of any feed-forward."""
+    """What other parts may ask of any FFN."""
 
-    n_experts = 0  # not a field: a mixture has one
+    n_experts = 0  # a field of mixtures only
 
     def n_active_params(self, model: ModelShape, layer: int = 0) -> int:
-        """Parameters that a token meets: all, unless an option chooses among them."""
+        """Parameters that one token uses."""
         return self.n_params(model, layer)
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
-        """Forward FLOPs a token. An option that does not say: a multiply and an add for each parameter."""
+        """Forward FLOPs per token; by default a multiplication and an addition per parameter."""
         return 2.0 * self.n_params(model, layer)
 
 
 @config
 class MLPConfig(FFNBase):
-    """down(act(up(x))), as in the 2017 paper."""
+    """down(act(up(x))) (1706.03762)."""
 
     hidden_dim: int | None = knob(None, at_least=1)  # null: 4 * dim
     activation: Activation = "gelu_tanh"
@@ -48,7 +48,8 @@ class MLPConfig(FFNBase):
         yield Size("model.ffn.hidden_dim", self.width(model))
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
-        return {"hidden_dim": self.width(model), "activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
+        own = {"activation": self.activation, "bias": self.bias, "ffn_dropout": self.dropout}
+        return {"hidden_dim": self.width(model), **own}
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         f = self.width(model)
@@ -67,7 +68,7 @@ class MLPConfig(FFNBase):
 class GatedConfig(MLPConfig):
     """down(act(gate(x)) * up(x)): GLU variants (2002.05202)."""
 
-    # null: 8/3 * dim, up to a multiple of 8, so that a swap keeps the parameters.
+    # null: 8/3 * dim, rounded up to a multiple of 8: about as many parameters as an MLP.
     hidden_dim: int | None = knob(None, at_least=1, carry=True)
     activation: Activation = "silu"
     bias: bool = knob(False, carry=True)

@@ -1,11 +1,11 @@
-"""Mixture of experts: a router, stacked experts, and what keeps them evenly visited.
+"""Mixture of experts: a router, stacked experts, and their load balancing.
 
-Tokens are sorted by expert, so that each expert's are one slice; a grouped matrix product runs over the slices. There is no capacity:
-no token is dropped, and none depends on which others are in the batch.
+Tokens are sorted by expert, and a grouped matrix product runs over the slices. Experts have no capacity: no token is
+dropped, and no result depends on the other tokens of the batch.
 """
 
-# B batch, T positions, N tokens (B and T flattened), R rows (a token once for each expert it visits), D model size, E experts,
-# K experts a token visits, F hidden size of an expert
+# B batch, T positions, N tokens (B and T flattened), R rows (a token once per expert it visits), D model size,
+# E experts, K experts a token visits, F hidden size of an expert
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ BALANCE_BIAS = "balance_bias"
 AUX_LOSS = "aux_loss"
 
 
-def feed_forward(dim: int, hidden_dim: int, dense_hidden_dim: int | None, n_shared: int, activation: str, ffn_dropout: float, **of_routing: Any) -> nn.Module:
-    """The feed-forward of one layer: a plain one of dense_hidden_dim where that is given, else a mixture."""
+def feed_forward(
+    dim: int, hidden_dim: int, dense_hidden_dim: int | None, n_shared: int, activation: str, ffn_dropout: float,
+    **of_routing: Any,
+) -> nn.Module:
+    """The FFN of one layer: a dense one if dense_hidden_dim is given, else a mixture."""
     if dense_hidden_dim is not None:
         return GatedFFN(dim, dense_hidden_dim, activation, bias=False, ffn_dropout=ffn_dropout)
     shared = GatedFFN(dim, n_shared * hidden_dim, activation, bias=False, ffn_dropout=ffn_dropout) if n_shared else None
@@ -32,10 +35,10 @@ def feed_forward(dim: int, hidden_dim: int, dense_hidden_dim: int | None, n_shar
 
 
 class Experts(nn.Module):
-    """E gated feed-forwards (2002.05202) whose matrices are stacked: [E, out, in]."""
+    """E gated FFNs (2002.05202) with stacked matrices, [E, out, in]."""
 
     residual_projections = ("down_proj",)
-    stacked_projections = ("gate_proj", "up_proj", "down_proj")  # each slice starts as a matrix of its own: see model/init.py
+    stacked_projections = ("gate_proj", "up_proj", "down_proj")  # each slice is initialised alone: model/init.py
 
     def __init__(self, dim: int, hidden_dim: int, n_experts: int, activation: str, ffn_dropout: float = 0.0) -> None:
         super().__init__()
@@ -46,33 +49,23 @@ class Experts(nn.Module):
         self.dropout = nn.Dropout(ffn_dropout)
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
-        """x: rows in the order of the experts, counts of them for each."""
+        """x: rows in the order of the experts; counts: rows of each expert."""
         h_RF = self.act(grouped_linear(x_RD, self.gate_proj, counts_E)) * grouped_linear(x_RD, self.up_proj, counts_E)
         return grouped_linear(self.dropout(h_RF), self.down_proj, counts_E)
 
 
 class MixtureOfExperts(nn.Module):
-    """Sum over a token's experts of weight * expert(x), plus the shared expert (DeepSeekMoE, 2401.06066; Shazeer et al. 2017, 1701.06538).
+    """Sum over a token's experts of weight * expert(x), plus the shared expert (1701.06538; DeepSeekMoE, 2401.06066).
 
-    gate: sigmoid (DeepSeek-V3, 2412.19437) or softmax of the router's logits, in float32. The choice is made by score + bias, the
-    weight is the score alone. bias_update_rate: see `txtrain.model.ffn.balancing`; without it there is no bias. aux_weight: see `auxiliary_loss`.
+    gate: sigmoid (DeepSeek-V3, 2412.19437) or softmax of the router's logits, in float32. The choice is by score +
+    bias; the weight is the score. bias_update_rate: see balancing.py; 0: no bias. aux_weight: see `auxiliary_loss`.
 
-    Records `expert_counts` [E]: how many real tokens chose each expert; `aux_loss`, unweighted, where it is trained.
+    Records `expert_counts` [E], how many real tokens chose each expert, and in training `aux_loss`, unweighted.
     """
 
     def __init__(
-        self,
-        dim: int,
-        experts: Experts,
-        shared: nn.Module | None,
-        n_experts: int,
-        top_k: int,
-        gate: str,
-        normalise: bool,
-        routed_scale: float,
-        n_groups: int,
-        top_k_groups: int,
-        bias_update_rate: float,
+        self, dim: int, experts: Experts, shared: nn.Module | None, n_experts: int, top_k: int, gate: str,
+        normalise: bool, routed_scale: float, n_groups: int, top_k_groups: int, bias_update_rate: float,
         aux_weight: float,
     ) -> None:
         super().__init__()
@@ -85,12 +78,11 @@ class MixtureOfExperts(nn.Module):
         self.register_buffer(BALANCE_BIAS, torch.empty(n_experts, dtype=torch.float32) if bias_update_rate else None)
 
     def reset_parameters(self) -> None:
-        bias: Tensor | None = self.get_buffer(BALANCE_BIAS) if self.bias_update_rate else None
-        if bias is not None:
-            nn.init.zeros_(bias)
+        if self.bias_update_rate:
+            nn.init.zeros_(self.get_buffer(BALANCE_BIAS))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> MixtureOfExperts:
-        """`model.to(bfloat16)` leaves the bias in float32: a thousandth added to a half would be lost."""
+        """`model.to(bfloat16)` leaves the bias in float32: half precision would lose an update of 0.001."""
         kept = self._buffers[BALANCE_BIAS]
         super()._apply(fn, recurse)
         made = self._buffers[BALANCE_BIAS]
@@ -98,7 +90,10 @@ class MixtureOfExperts(nn.Module):
             self._buffers[BALANCE_BIAS] = kept.to(made.device)
         return self
 
-    def forward(self, x_BTD: Tensor, record: dict[str, Tensor] | None = None, valid_BT: Tensor | None = None, loss_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x_BTD: Tensor, record: dict[str, Tensor] | None = None, valid_BT: Tensor | None = None,
+        loss_scale: Tensor | None = None,
+    ) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         scores_NE = self._scores(x_ND)
         chosen_NK, weights_NK = self.choose(scores_NE)
@@ -108,7 +103,8 @@ class MixtureOfExperts(nn.Module):
         if record is None:
             return y_BTD
         valid_N = torch.ones_like(x_ND[:, 0], dtype=torch.float32) if valid_BT is None else valid_BT.flatten().float()
-        counts_E = valid_N.new_zeros(self.n_experts).index_add(0, chosen_NK.flatten(), valid_N.repeat_interleave(self.top_k))
+        valid_R = valid_N.repeat_interleave(self.top_k)
+        counts_E = valid_R.new_zeros(self.n_experts).index_add(0, chosen_NK.flatten(), valid_R)
         record["expert_counts"] = counts_E
         if not (self.aux_weight and self.training):
             return y_BTD
@@ -117,13 +113,13 @@ class MixtureOfExperts(nn.Module):
         return WithLoss.apply(y_BTD, aux * self.aux_weight, loss_scale)
 
     def _scores(self, x_ND: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)  # in half precision near scores would be equal ones
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)  # half precision would round close scores to equal ones
         with torch.autocast(x_ND.device.type, enabled=False):
             logits_NE = F.linear(x_ND.to(dtype), self.router.weight.to(dtype))
         return logits_NE.sigmoid() if self.gate == "sigmoid" else logits_NE.softmax(-1)
 
     def choose(self, scores_NE: Tensor) -> tuple[Tensor, Tensor]:
-        """A token's experts [N, K], and their weights."""
+        """A token's experts, and their weights: [N, K] each."""
         bias: Tensor | None = self._buffers[BALANCE_BIAS]
         ranks_NE = scores_NE.detach() if bias is None else scores_NE.detach() + bias
         if self.top_k_groups < self.n_groups:
@@ -135,70 +131,64 @@ class MixtureOfExperts(nn.Module):
         return chosen_NK, weights_NK * self.routed_scale
 
     def _within_best_groups(self, ranks_NE: Tensor) -> Tensor:
-        """Minus infinity outside the groups whose two best experts rank highest."""
+        """Minus infinity outside the groups whose two best experts have the highest sum."""
         groups_NGe = ranks_NE.unflatten(-1, (self.n_groups, -1))
         best_NG = groups_NGe.topk(min(2, groups_NGe.shape[-1]), dim=-1).values.sum(-1)
-        left_out_NG = torch.ones_like(best_NG, dtype=torch.bool).scatter(1, best_NG.topk(self.top_k_groups, dim=-1).indices, False)
+        chosen_NG = best_NG.topk(self.top_k_groups, dim=-1).indices
+        left_out_NG = torch.ones_like(best_NG, dtype=torch.bool).scatter(1, chosen_NG, False)
         return groups_NGe.masked_fill(left_out_NG[..., None], -torch.inf).flatten(1)
 
     def _routed(self, x_ND: Tensor, chosen_NK: Tensor, weights_NK: Tensor) -> Tensor:
         order_R = chosen_NK.flatten().argsort(stable=True)
         tokens_R = order_R // self.top_k
         counts_E = chosen_NK.new_zeros(self.n_experts).scatter_add(0, chosen_NK.flatten(), torch.ones_like(order_R))
-        y_RD = self.experts(x_ND[tokens_R], counts_E) * weights_NK.flatten()[order_R, None]  # float32: weights are
+        y_RD = self.experts(x_ND[tokens_R], counts_E) * weights_NK.flatten()[order_R, None]  # float32, as weights
         return torch.zeros_like(x_ND, dtype=y_RD.dtype).index_add(0, tokens_R, y_RD).to(x_ND.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------ grouped product
-
-
 def grouped_linear(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows x, in the order of the experts, times each one's matrix: [R, out]. In the dtype of autocast where that is on."""
+    """Rows x, in the order of the experts, times their expert's matrix, [R, out]; in autocast's dtype if it is on."""
     if torch.is_autocast_enabled(x_RI.device.type):
         dtype = torch.get_autocast_dtype(x_RI.device.type)
         x_RI, weight_EOI = x_RI.to(dtype), weight_EOI.to(dtype)
-    return grouped_mm(x_RI, weight_EOI, counts_E) if _grouped_mm_takes(weight_EOI) else by_loop(x_RI, weight_EOI, counts_E)
+    return (grouped_mm if _grouped_mm_takes(weight_EOI) else by_loop)(x_RI, weight_EOI, counts_E)
 
 
 def by_loop(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """The formula, an expert at a time. Waits for the device to know the counts."""
+    """The formula, one expert at a time. Waits for the device to read the counts."""
     parts = zip(x_RI.split(counts_E.tolist()), weight_EOI.unbind(0), strict=True)
     return torch.cat([F.linear(part, weight) for part, weight in parts])
 
 
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """The same in one kernel, which reads the counts where they are."""
+    """The same in one kernel, which reads the counts on the device."""
     return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
 
 
 def _grouped_mm_takes(weight_EOI: Tensor) -> bool:
-    """torch's kernel wants rows of whole 16 bytes; traced (compiled, or on the meta device) it takes bfloat16 alone."""
+    """torch's kernel needs rows of multiples of 16 bytes; compiled or on the meta device it takes bfloat16 only."""
     aligned = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
     traced = weight_EOI.is_meta or torch.compiler.is_compiling()
     return aligned and (weight_EOI.dtype is torch.bfloat16 or (weight_EOI.dtype is torch.float32 and not traced))
 
 
-# ------------------------------------------------------------------------------------------------------------------- balance
-
-
 def auxiliary_loss(scores_NE: Tensor, counts_E: Tensor, valid_N: Tensor) -> Tensor:
-    """Switch Transformer's (2101.03961, equation 4): E * sum over experts of (share of the visits) * (mean share of the scores).
+    """Switch Transformer's (2101.03961, equation 4): E * sum over experts of (share of visits) * (mean score share).
 
-    1 if both are even. Only the scores carry a gradient. It is a product of two means over the tokens of a forward, so that a step in
-    micro-batches evens out each of them; their losses enter by the share of the step's targets that they hold.
+    1 if both are even. Only the scores carry a gradient. As a product of two means over the tokens of one forward it
+    balances each micro-batch; their losses are weighted by their shares of the step's targets.
     """
     n_experts = scores_NE.shape[1]
-    shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)  # a softmax sums to 1 already; a sigmoid does not
+    shares_NE = scores_NE / scores_NE.sum(-1, keepdim=True)  # sigmoids do not sum to 1
     mean_E = (shares_NE * valid_N[:, None]).sum(0) / valid_N.sum().clamp(min=1)
     return n_experts * (counts_E / counts_E.sum().clamp(min=1) * mean_E).sum()
 
 
 class WithLoss(torch.autograd.Function):
-    """y unchanged, whose backward also sends a gradient into `loss`: as if scale * loss were added to what is minimised.
+    """y unchanged; the backward also sends a gradient into `loss`, as if scale * loss were added to the objective.
 
-    A loss that left the block by another way than its output would reach the backward before the block's parameters are gathered
-    (FSDP), or twice (activation checkpointing). scale: of the loss of this forward, known only when its backward has begun
-    (`ScaleOf`); None: 1.
+    A loss that left the block apart from its output would reach the backward before the block's parameters are gathered
+    (FSDP), or twice (activation checkpointing). scale: known once the backward has begun (`ScaleOf`); None: 1.
     """
 
     @staticmethod
@@ -209,15 +199,15 @@ class WithLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor, Tensor, None]:
         (scale,) = ctx.saved_tensors
-        # The zero ties it to the backward: compiled, what depends on inputs of the forward alone would be computed there, too early.
+        # The zero ties scale to the backward: compiled, what depends on the forward's inputs alone is computed there.
         return grad_y, scale + 0.0 * grad_y.flatten()[0].to(scale.dtype), None
 
 
 class ScaleOf(torch.autograd.Function):
-    """Losses unchanged, whose backward writes the first one's gradient times `share` into `scale`, before any block's backward reads it.
+    """Losses unchanged; the backward writes the first one's gradient times `share` into `scale`, for the blocks.
 
-    So whatever multiplies the loss afterwards (a weight, the number of processes) multiplies the auxiliary losses too, and without
-    state that outlives the forward. All losses of the forward go through it: a block below another one would else be earlier.
+    So what multiplies the loss afterwards (a weight, the number of ranks) multiplies the auxiliary losses too, without
+    state that outlives the forward. All losses of the forward pass through it, so that no block's backward is earlier.
     """
 
     @staticmethod
@@ -228,6 +218,6 @@ class ScaleOf(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor | None, *others: Tensor | None) -> tuple[Tensor | None, ...]:
-        # .data: the version that the blocks saved must stay, though they are to read the new value.
+        # .data: the blocks saved this tensor's version, and must read the new value.
         ctx.scale.data.copy_(torch.zeros_like(ctx.scale) if grad_loss is None else grad_loss * ctx.share)
         return None, None, grad_loss, *others

@@ -1,1 +1,1 @@
-"""What leaves the last block: logits and scores, and the cross-entropy that never holds all logits."""
+"""Heads over the vocabulary and over classes, and the cross-entropy that never holds all logits."""

@@ -1,4 +1,4 @@
-"""What leaves the last block: logits over the vocabulary, or scores of classes."""
+"""Heads: logits over the vocabulary, or over classes."""
 
 # B batch, T positions, N tokens (batch and positions flattened), D model size, V vocabulary
 
@@ -11,53 +11,44 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txtrain.model.ffn.dense import ACTIVATIONS
-from txtrain.model.head.loss import (
-    IGNORED,
-    ChunkedCrossEntropy,
-    ChunkedTokenLosses,
-    Vocabulary,
-    cross_entropy,
-    shifted,
-)
+from txtrain.model.head.loss import IGNORED, ChunkedCrossEntropy, ChunkedTokenLosses, Vocabulary, cross_entropy
 
 
 class Head(nn.Module):
-    """What the transformer asks of a head. `embedding_VD` is the embedding's weight, for heads that are tied to it."""
+    """What the transformer asks of a head. `embedding_VD` is the embedding's weight, for tied heads."""
 
-    pools: bool = False  # whether it has one result a row, and so one label
-    shift: bool = False  # whether position t predicts label t + 1, as a causal model's does, or label t
+    pools: bool = False  # whether it has one result and one label per row
+    shift: bool = False  # whether position t predicts label t + 1 (a causal model), or label t
 
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
         """Logits: [B, T, V], or [B, classes]."""
         raise NotImplementedError
 
     def targets(self, labels: Tensor) -> Tensor:
-        """What the logits of each position are to predict: the label of the same position, unless the head says otherwise."""
-        return labels
+        """The label that each position's logits predict; -100: none."""
+        return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shift else labels
 
-    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-        """`cross_entropy` of the logits, without holding all of them where they are many."""
-        return cross_entropy(self(x_BTD, embedding_VD, valid_BT), targets, denominator)
+    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor) -> Tensor:
+        """`cross_entropy` of the logits. This and `log_probs`: only of a head over the vocabulary."""
+        return cross_entropy(self(x_BTD, embedding_VD), targets, denominator)
 
     def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
-        """Log-probability of each label, [B, T], 0 where it is -100. Of a head over the vocabulary only."""
+        """Log-probability of each label, [B, T], 0 where it is -100."""
         raise NotImplementedError
 
     def sentence_logits(self, x_BTD: Tensor) -> Tensor | None:
-        """Whether the second sentence follows the first, [B, 2], where the head can tell."""
+        """Whether the second sentence follows the first, [B, 2]; None if the head does not predict it."""
         return None
 
 
 class LMHead(Head):
-    """Logits over the vocabulary; softcap * tanh(logits / softcap) where set (Gemma 2). A tied head owns no matrix.
-
-    shift: position t predicts label t + 1 (a causal model); otherwise label t. scale: what enters is multiplied by it (T5 v1.0).
-    """
+    """Logits over the vocabulary. A tied head owns no matrix. scale: a factor on the input (T5 v1.0)."""
 
     vocabulary = Vocabulary()
 
     def __init__(
-        self, dim: int, vocab_size: int, tied: bool, softcap: float | None = None, bias: bool = False, scale: float | None = None, shift: bool = True
+        self, dim: int, vocab_size: int, tied: bool, softcap: float | None = None, bias: bool = False,
+        scale: float | None = None, shift: bool = True,
     ) -> None:
         super().__init__()
         self.softcap, self.scale, self.shift = softcap, scale, shift
@@ -74,22 +65,18 @@ class LMHead(Head):
         return weight
 
     def entering(self, x_BTD: Tensor) -> Tensor:
-        """What meets the output matrix."""
+        """The input of the output matrix."""
         return x_BTD if self.scale is None else x_BTD * self.scale
 
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
         logits = F.linear(self.entering(x_BTD), self.output_weight(embedding_VD), self.bias)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def targets(self, labels: Tensor) -> Tensor:
-        return shifted(labels) if self.shift else labels
-
-    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-        """A chunk of tokens at a time, its gradient made while its logits are there."""
+    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor) -> Tensor:
         return self.chunked(self.entering(x_BTD).flatten(0, 1), embedding_VD, targets.flatten(), denominator)
 
     def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
-        """Only the positions that have a target go through the head, a chunk of them at a time."""
+        """Only positions with a target go through the head, by chunks."""
         targets_BT = self.targets(labels_BT)
         chosen_BT = targets_BT != IGNORED
         losses_N = self.chunked(self.entering(x_BTD[chosen_BT]), embedding_VD, targets_BT[chosen_BT], None)
@@ -99,7 +86,7 @@ class LMHead(Head):
     def chunked(
         self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor | None
     ) -> Tensor:
-        """The targets' summed loss divided by the denominator; without one each token's, [N]."""
+        """The summed loss divided by the denominator; without one each token's loss, [N]."""
         weight_VD = self.output_weight(embedding_VD)
         bias_V: Tensor | None = self.bias
         if torch.is_autocast_enabled(x_ND.device.type):
@@ -117,11 +104,12 @@ class LMHead(Head):
 class MLMHead(LMHead):
     """BERT's (Devlin et al. 2018, 1810.04805): dense, activation, norm, then the vocabulary with a bias.
 
-    next_sentence: beside it the pooler (dense and tanh of the first position) and the head that tells whether the sentences follow.
+    next_sentence: also the pooler (dense and tanh of the first position) and the next-sentence head.
     """
 
     def __init__(
-        self, dim: int, vocab_size: int, tied: bool, norm: Callable[[int], nn.Module], softcap: float | None, activation: str, next_sentence: bool
+        self, dim: int, vocab_size: int, tied: bool, norm: Callable[[int], nn.Module], softcap: float | None,
+        activation: str, next_sentence: bool,
     ) -> None:
         super().__init__(dim, vocab_size, tied, softcap, bias=True, shift=False)
         self.dense = nn.Linear(dim, dim)
@@ -133,8 +121,8 @@ class MLMHead(LMHead):
     def entering(self, x_BTD: Tensor) -> Tensor:
         return self.norm(self.act(self.dense(x_BTD)))
 
-    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor, valid_BT: Tensor | None = None) -> Tensor:
-        """Only the positions that have a target, a seventh or so, go through the head."""
+    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor) -> Tensor:
+        """Only positions with a target, about a seventh, go through the head."""
         chosen = targets != IGNORED
         return self.chunked(self.entering(x_BTD[chosen]), embedding_VD, targets[chosen], denominator)
 
@@ -145,7 +133,7 @@ class MLMHead(LMHead):
 
 
 class ClassHead(Head):
-    """One score a class, from one vector a sequence: its first position, its last real one, or the mean of the real ones."""
+    """One score per class, from the first or last real position, or the mean of the real ones."""
 
     pools = True
 
@@ -155,27 +143,17 @@ class ClassHead(Head):
         self.classifier = nn.Linear(dim, n_classes)
 
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
-        return self.classifier(POOLINGS[self.pooling](x_BTD, valid_BT))
+        return self.classifier(self._pooled(x_BTD, valid_BT))
 
-
-def _first(x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
-    if valid_BT is None:
-        return x_BTD[:, 0]
-    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), valid_BT.int().argmax(1)]
-
-
-def _last(x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
-    if valid_BT is None:
-        return x_BTD[:, -1]
-    last = valid_BT.shape[1] - 1 - valid_BT.flip(1).int().argmax(1)
-    return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last]
-
-
-def _mean(x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
-    if valid_BT is None:
-        return x_BTD.mean(1)
-    weights = valid_BT.to(x_BTD.dtype)
-    return (x_BTD * weights[..., None]).sum(1) / weights.sum(1, keepdim=True)
-
-
-POOLINGS = {"first": _first, "last": _last, "mean": _mean}
+    def _pooled(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+        if self.pooling == "mean":
+            if valid_BT is None:
+                return x_BTD.mean(1)
+            weights_BT1 = valid_BT.to(x_BTD.dtype)[..., None]
+            return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
+        if valid_BT is None:
+            return x_BTD[:, 0 if self.pooling == "first" else -1]
+        index_B = valid_BT.int().argmax(1)
+        if self.pooling == "last":
+            index_B = valid_BT.shape[1] - 1 - valid_BT.flip(1).int().argmax(1)
+        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), index_B]

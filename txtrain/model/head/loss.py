@@ -18,25 +18,20 @@ IGNORED = -100  # a label that is no target, as in torch and Hugging Face
 
 
 class Vocabulary:
-    """Which rows of the output matrix are here: all of them, unless the matrix lies in parts somewhere else too."""
+    """The rows of the output matrix that are here: all of them, unless ranks share it."""
 
     def rows_per_chunk(self, weight_VD: Tensor) -> int:
         """Tokens whose logits are held at a time."""
         return max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
 
     def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
-        """The row of each target here, and whether it is here."""
+        """The row of each target, and whether it is here."""
         is_target_C = targets_C != IGNORED
         return targets_C.masked_fill(~is_target_C, 0), is_target_C
 
     def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithm of the softmax' denominator, and the target's logit, both over the whole vocabulary: [C]."""
+        """Log of the softmax's denominator, and the target's logit, over the whole vocabulary: [C] each."""
         return logits_CV.logsumexp(-1), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
-
-
-def shifted(labels_BT: Tensor) -> Tensor:
-    """Targets of a causal model: position t predicts label t + 1; the last predicts nothing."""
-    return F.pad(labels_BT[:, 1:], (0, 1), value=IGNORED)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
@@ -48,28 +43,21 @@ def cross_entropy(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tenso
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(cap(x W^T + b))[target] / denominator, by chunks of tokens.
 
-    The gradient is made in the forward, where a chunk's logits still exist: the backward only scales it. So the largest
-    temporary is a chunk, not [N, V], and the logits are computed once (again in the backward would cost a third more).
+    The forward computes the gradient while a chunk's logits exist; the backward only scales it. So the largest
+    temporary is a chunk, not [N, V], and logits are computed once (recomputing them would cost a third more).
     """
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x_ND: Tensor,
-        weight_VD: Tensor,
-        bias_V: Tensor | None,
-        targets_N: Tensor,
-        denominator: Tensor,
-        softcap: float | None,
-        vocabulary: Vocabulary,
-        with_grad: bool,
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, denominator: Tensor,
+        softcap: float | None, vocabulary: Vocabulary, with_grad: bool,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         wanted = [with_grad and need for need in ctx.needs_input_grad[:3]]
-        gradients = _Gradients(x_ND, weight_VD, bias_V, wanted)
-        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         inputs = x_ND, weight_VD, bias_V, targets_N
-        for rows, loss_C, grad_CV in _chunks(*inputs, softcap, vocabulary, any(wanted)):
+        gradients = _Gradients(inputs, wanted)
+        total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
+        for rows, loss_C, grad_CV in _chunks(inputs, softcap, vocabulary, any(wanted)):
             total += loss_C.sum()
             if grad_CV is not None:
                 grad_CV = grad_CV / denominator
@@ -87,71 +75,64 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class ChunkedTokenLosses(torch.autograd.Function):
     """-log softmax(cap(x W^T + b))[target] of each token, [N], by chunks of tokens; 0 where there is no target.
 
-    What becomes of each token's loss is known in the backward only: there each chunk's logits are computed again.
+    The gradient of each token's loss is known only in the backward, which computes each chunk's logits again.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, *how: Any) -> Tensor:
-        """how: softcap and vocabulary, as above."""
-        ctx.how = how
-        ctx.save_for_backward(x_ND, weight_VD, bias_V, targets_N)
-        softcap, vocabulary = how
-        chunks = _chunks(x_ND, weight_VD, bias_V, targets_N, softcap, vocabulary, False)
-        return torch.cat([loss_C for _, loss_C, _ in chunks])
+    def forward(
+        ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None,
+        vocabulary: Vocabulary,
+    ) -> Tensor:
+        ctx.how, inputs = (softcap, vocabulary), (x_ND, weight_VD, bias_V, targets_N)
+        ctx.save_for_backward(*inputs)
+        return torch.cat([loss_C for _, loss_C, _ in _chunks(inputs, softcap, vocabulary, False)])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        x_ND, weight_VD, bias_V, targets_N = ctx.saved_tensors
-        gradients = _Gradients(x_ND, weight_VD, bias_V, ctx.needs_input_grad[:3])
-        softcap, vocabulary = ctx.how
-        with torch.autocast(x_ND.device.type, enabled=False):  # dtypes are those of the forward
-            for rows, _, grad_CV in _chunks(x_ND, weight_VD, bias_V, targets_N, softcap, vocabulary, True):
+        inputs, (softcap, vocabulary) = ctx.saved_tensors, ctx.how
+        gradients = _Gradients(inputs, ctx.needs_input_grad)
+        with torch.autocast(grad_N.device.type, enabled=False):  # dtypes are those of the forward
+            for rows, _, grad_CV in _chunks(inputs, softcap, vocabulary, True):
                 assert grad_CV is not None
                 gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
         return (*gradients.made(), None, None, None)
 
 
 class _Gradients:
-    """By x, weight and bias, those that are wanted, summed over chunks of tokens."""
+    """Those of x, weight and bias that are wanted, summed over chunks of tokens."""
 
-    def __init__(self, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, wanted: Sequence[bool]) -> None:
-        self.inputs = x_ND, weight_VD, bias_V
-        self.by_x = torch.empty_like(x_ND) if wanted[0] else None
-        self.by_weight = torch.zeros_like(weight_VD) if wanted[1] else None
-        self.by_bias = torch.zeros_like(weight_VD[:, 0], dtype=_wide(weight_VD.dtype)) if wanted[2] else None
+    def __init__(self, inputs: Sequence[Any], wanted: Sequence[bool]) -> None:
+        self.inputs = x_ND, weight_VD, _ = inputs[:3]
+        self.of_x = torch.empty_like(x_ND) if wanted[0] else None
+        self.of_weight = torch.zeros_like(weight_VD) if wanted[1] else None
+        self.of_bias = torch.zeros_like(weight_VD[:, 0], dtype=_wide(weight_VD.dtype)) if wanted[2] else None
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
         x_ND, weight_VD, _ = self.inputs
-        if self.by_bias is not None:
-            self.by_bias += grad_CV.sum(0)
+        if self.of_bias is not None:
+            self.of_bias += grad_CV.sum(0)
         grad_CV = grad_CV.to(x_ND.dtype)
-        if self.by_x is not None:
-            self.by_x[rows] = grad_CV @ weight_VD
-        if self.by_weight is not None:
-            self.by_weight.addmm_(grad_CV.T, x_ND[rows])
+        if self.of_x is not None:
+            self.of_x[rows] = grad_CV @ weight_VD
+        if self.of_weight is not None:
+            self.of_weight.addmm_(grad_CV.T, x_ND[rows])
 
     def made(self) -> tuple[Tensor | None, ...]:
-        bias_V = self.inputs[2]
-        by_bias = None if bias_V is None or self.by_bias is None else self.by_bias.to(bias_V.dtype)
-        return self.by_x, self.by_weight, by_bias
+        of_bias = None if self.of_bias is None else self.of_bias.to(self.inputs[2].dtype)
+        return self.of_x, self.of_weight, of_bias
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What logits of this dtype are summed in: float32, or float64 where they are."""
+    """The dtype of sums over logits: float32, or float64 if theirs is."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def _chunks(
-    x_ND: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_N: Tensor,
-    softcap: float | None,
-    vocabulary: Vocabulary,
-    with_grad: bool,
+    inputs: Sequence[Any], softcap: float | None, vocabulary: Vocabulary, with_grad: bool
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
-    """Which tokens a chunk has, and what `_chunk` says of them; one empty chunk where there is no token."""
+    """The tokens of each chunk, and its `_chunk`; at least one. inputs: x_ND, weight_VD, bias_V, targets_N."""
+    x_ND, weight_VD, bias_V, targets_N = inputs
     size = vocabulary.rows_per_chunk(weight_VD)
     for start in range(0, max(1, len(x_ND)), size):
         rows = slice(start, start + size)
@@ -159,15 +140,10 @@ def _chunks(
 
 
 def _chunk(
-    x_CD: Tensor,
-    weight_VD: Tensor,
-    bias_V: Tensor | None,
-    targets_C: Tensor,
-    softcap: float | None,
-    vocabulary: Vocabulary,
-    with_grad: bool,
+    x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None,
+    vocabulary: Vocabulary, with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses of a chunk's tokens [C], and the gradient of each by its logits before the cap, at least in float32."""
+    """Losses of the tokens [C], and their gradients by the logits before the cap, at least in float32."""
     logits_CV = F.linear(x_CD, weight_VD, bias_V)
     logits_CV = logits_CV.to(_wide(logits_CV.dtype))
     if softcap is not None:

@@ -1,4 +1,4 @@
-"""Norm kinds, and where a sublayer's norm sits."""
+"""Norm kinds and norm positions."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from txtrain.registry import BASES, knob, register
 
 @config
 class NormBase(Component):
-    """What the other axes may ask of any norm."""
+    """What other parts may ask of any norm."""
 
     def n_params_of(self, model: ModelShape, size: int) -> int:
-        """Parameters of the norm over so many values."""
+        """Parameters of the norm over `size` values."""
         return count_parameters(self, model, dim=size)
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
@@ -28,7 +28,7 @@ class NormBase(Component):
         return self.trace_of(t, x, place.model.dim)
 
     def trace_of(self, t: Tape, x: Value, size: int) -> Value:
-        """Of values of that size."""
+        """The norm over `size` values each."""
         raise NotImplementedError
 
 
@@ -73,41 +73,55 @@ class RMSNormConfig(NormBase):
 
 @config
 class NormPositionBase(Component):
-    """Where a sublayer's norm sits. No knobs: the option's name is all there is."""
+    """Where a sublayer's norm sits; there are no knobs."""
+
+    normalises_stream: ClassVar[bool] = False  # norms the residual stream itself: there is no final norm
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
-        """What leaves a sublayer f and its residual connection, in the operations of `txtrain.model.trace.tape`."""
+        """The residual stream after the sublayer f, in the operations of `txtrain.model.trace.tape`."""
         raise NotImplementedError
 
 
 @config
 class NormPositionConfig(NormPositionBase):
-    n_norms: ClassVar[int] = 1
+    """By the places of its norms: before the sublayer, after it, or after the sum."""
+
+    norms: ClassVar[tuple[str, ...]] = ("before",)
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
+        names = {"before": "pre_norm", "after": "post_norm"} if len(self.norms) > 1 else dict.fromkeys(self.norms, "norm")
 
-        def norm(x: Value, name: str) -> Value:
-            return t.named(name if self.n_norms > 1 else "norm", place.model.norm.trace, t, x, place)
+        def norm(where: str, x: Value) -> Value:
+            return t.named(names[where], place.model.norm.trace, t, x, place) if where in names else x
 
-        before, after = self.type in ("pre", "sandwich"), self.type in ("inner", "sandwich")
-        y = f(norm(x, "pre_norm") if before else x)
-        y = t.add(x, t.dropout(norm(y, "post_norm") if after else y, place.model.dropout))
-        return norm(y, "post_norm") if self.type == "post" else y
+        y = t.dropout(norm("after", f(norm("before", x))), place.model.dropout)
+        return norm("sum", t.add(x, y))
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
-        return self.n_norms * int(model.norm.n_params(model))
+        return len(self.norms) * int(model.norm.n_params(model))
+
+
+@config
+class PostNormConfig(NormPositionConfig):
+    normalises_stream: ClassVar[bool] = True
+    norms: ClassVar[tuple[str, ...]] = ("sum",)
+
+
+@config
+class InnerNormConfig(NormPositionConfig):
+    norms: ClassVar[tuple[str, ...]] = ("after",)
 
 
 @config
 class SandwichConfig(NormPositionConfig):
-    n_norms: ClassVar[int] = 2
+    norms: ClassVar[tuple[str, ...]] = ("before", "after")
 
 
 register("norm", "none", "txtrain.model.norm.norms:NoNorm", NoNormConfig)
 register("norm", "layer", "txtrain.model.norm.norms:LayerNorm", LayerNormConfig)
 register("norm", "rms", "txtrain.model.norm.norms:RMSNorm", RMSNormConfig)
 register("norm_position", "pre", "txtrain.model.norm.placement:PreNorm", NormPositionConfig)
-register("norm_position", "post", "txtrain.model.norm.placement:PostNorm", NormPositionConfig)
-register("norm_position", "inner", "txtrain.model.norm.placement:InnerNorm", NormPositionConfig)
+register("norm_position", "post", "txtrain.model.norm.placement:PostNorm", PostNormConfig)
+register("norm_position", "inner", "txtrain.model.norm.placement:InnerNorm", InnerNormConfig)
 register("norm_position", "sandwich", "txtrain.model.norm.placement:SandwichNorm", SandwichConfig)
 BASES.update(norm=NormBase, norm_position=NormPositionBase)

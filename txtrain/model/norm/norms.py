@@ -1,4 +1,4 @@
-"""Norm kinds. Where they sit is placement.py's business."""
+"""Norm kinds."""
 
 # B batch, T positions, D the normalised size
 
@@ -53,16 +53,11 @@ class RMSNorm(nn.Module):
         nn.init.zeros_(self.weight) if self.unit_offset else nn.init.ones_(self.weight)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        if x_BTD.dtype in (torch.bfloat16, torch.float16):
-            return self._in_half(x_BTD)
-        weight = 1.0 + self.weight if self.unit_offset else self.weight
-        return F.rms_norm(x_BTD, self.weight.shape, weight, self.eps)
-
-    def _in_half(self, x_BTD: Tensor) -> Tensor:
-        """Rounded where the published models round: Llama before the product with the weight, Gemma after it.
-
-        1 + weight in bfloat16 would keep 8 bits of a weight near 0.
-        """
+        if x_BTD.dtype not in (torch.bfloat16, torch.float16):
+            weight = 1.0 + self.weight if self.unit_offset else self.weight
+            return F.rms_norm(x_BTD, self.weight.shape, weight, self.eps)
+        # Rounded as in the published models: Llama before the product with the weight, Gemma after it, whose 1 + weight
+        # in bfloat16 would keep 8 bits of a weight near 0.
         normed = F.rms_norm(x_BTD.float(), self.weight.shape, eps=self.eps)
         if self.unit_offset:
             return (normed * (1.0 + self.weight.float())).to(x_BTD.dtype)

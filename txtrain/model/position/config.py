@@ -1,4 +1,4 @@
-"""Positional schemes, and the ways to stretch rotary ones."""
+"""Position schemes, and the scalings of rotary ones."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from txtrain.registry import BASES, Cut, knob, register
 
 @config
 class PositionBase(Component):
-    """What the model's memory is counted from, in the operations of `txtrain.model.trace.tape`.
+    """What other parts may ask of any position scheme.
 
-    restarting: positions begin anew with each document, so that rows differ.
+    The traces are in the operations of `txtrain.model.trace.tape`. restarting: positions restart at each document, so
+    that rows differ.
     """
 
-    scaling = cast("RoPEScalingConfig | None", None)  # not a field: rotary positions have one
+    scaling = cast("RoPEScalingConfig | None", None)  # a field of rotary positions only
 
     def max_positions(self, model: ModelShape) -> int | None:
-        """Positions that the scheme tells apart; None: any number."""
+        """Number of learned positions; None: unlimited."""
         return None
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
-        """The embedding with what is added to it."""
+        """The embedding plus the position's."""
         return x
 
     def trace_rotation(self, t: Tape, place: Place, restarting: bool) -> tuple[Value, Value] | None:
@@ -35,13 +36,13 @@ class PositionBase(Component):
         return None
 
     def trace_bias(self, t: Tape, place: Place) -> Value | None:
-        """What is added to the scores."""
+        """The bias added to the scores."""
         return None
 
 
 @config
 class PositionConfig(PositionBase):
-    """No position at all (NoPE, 2305.19466): a causal model can still count. Base of the package's others."""
+    """No position (NoPE, 2305.19466): a causal mask still reveals the order. Base of the package's other schemes."""
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return 0
@@ -57,7 +58,8 @@ class SinusoidalConfig(PositionConfig):
 
     def check(self, model: ModelShape) -> Iterator[str]:
         if model.dim % 2:
-            yield f"`model.dim` must be even with model/position=sinusoidal, but is {model.dim} instead. Nearest: {model.dim - 1}, {model.dim + 1}."
+            given = f"even with model/position=sinusoidal, but is {model.dim} instead"
+            yield f"`model.dim` must be {given}. Nearest: {model.dim - 1}, {model.dim + 1}."
 
     def trace_sum(self, t: Tape, x: Value, place: Place, restarting: bool) -> Value:
         return t.add(x, t.constant((place.tokens if restarting else place.queries) * place.model.dim))
@@ -65,7 +67,7 @@ class SinusoidalConfig(PositionConfig):
 
 @config
 class LearnedConfig(PositionConfig):
-    """One trained vector a position, max_seq_len of them, added to the embedding (BERT, GPT)."""
+    """A trained vector for each of max_seq_len positions, added to the embedding (BERT, GPT)."""
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
         return {"grid": model.embedding.grid()}
@@ -83,12 +85,12 @@ class LearnedConfig(PositionConfig):
 
 @config
 class RoPEScalingConfig:
-    """Base of the ways to stretch rotary positions beyond the length of pretraining; `rope_type` is Hugging Face's word."""
+    """Base of the scalings of rotary positions beyond the length of pretraining; `rope_type` is Hugging Face's name."""
 
     rope_type: str
     factor: float = knob(at_least=1)
 
-    mscale_all_dim = cast("float | None", None)  # not a field: YaRN has one
+    mscale_all_dim = cast("float | None", None)  # a field of YaRN only
 
     def check(self, path: str) -> Iterator[str]:
         yield from ()
@@ -101,17 +103,17 @@ class LinearScaling(RoPEScalingConfig):
 
 @config
 class NTKScaling(RoPEScalingConfig):
-    """The base raised so that the lowest frequency is stretched by the factor and the highest stays (NTK-aware)."""
+    """A higher base: the lowest frequency is divided by the factor, the highest stays (NTK-aware)."""
 
 
 @config
 class YaRNScaling(RoPEScalingConfig):
-    """Interpolated where the wavelength is long, kept where it is short, a ramp between; scores sharpened (2309.00071)."""
+    """Long wavelengths interpolated, short ones kept, a ramp between; scores multiplied by mscale^2 (2309.00071)."""
 
     original_max_seq_len: int = knob(at_least=1)
     beta_fast: float = 32.0
     beta_slow: float = 1.0
-    attention_factor: float | None = None  # null: 0.1 ln(factor) + 1, or from mscale / mscale_all_dim where these are given
+    attention_factor: float | None = None  # null: 0.1 ln(factor) + 1, or from mscale and mscale_all_dim if given
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True  # the ramp's ends rounded outwards to whole dimensions
@@ -119,15 +121,14 @@ class YaRNScaling(RoPEScalingConfig):
 
 @config
 class Llama3Scaling(RoPEScalingConfig):
-    """Llama 3.1: wavelengths beyond original / low_freq_factor divided, below original / high_freq_factor kept, blended between."""
+    """Llama 3.1: wavelengths above original / low_freq_factor divided, below original / high_freq_factor kept."""
 
     original_max_seq_len: int = knob(at_least=1)
     low_freq_factor: float = knob(1.0, above=0)
     high_freq_factor: float = 4.0
 
     def check(self, path: str) -> Iterator[str]:
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if not high > low:
+        if not (high := self.high_freq_factor) > (low := self.low_freq_factor):
             yield f"`{path}.high_freq_factor` must be above low_freq_factor ({low}), but is {high} instead."
 
 
@@ -146,8 +147,8 @@ class RoPEConfig(PositionConfig):
         return t.constant(n), t.constant(n)
 
     def check(self, model: ModelShape) -> Iterator[str]:
-        if model.attention.rotary_dim(model) % 2:
-            name, size = model.attention.rotary_knob, model.attention.rotary_dim(model)
+        if (size := model.attention.rotary_dim(model)) % 2:
+            name = model.attention.rotary_knob
             yield f"`model.attention.{name}` must be even with model/position=rope, but is {size} instead."
         if self.scaling is not None:
             yield from self.scaling.check("model.position.scaling")
@@ -155,7 +156,7 @@ class RoPEConfig(PositionConfig):
 
 @config
 class RelativeConfig(PositionConfig):
-    """T5's bias on the scores, by buckets of distance, one table shared by all layers (1910.10683)."""
+    """T5's bias on the scores by buckets of distance, one table for all layers (1910.10683)."""
 
     n_buckets: int = knob(32, at_least=4)
     max_distance: int = 128
@@ -178,7 +179,7 @@ class RelativeConfig(PositionConfig):
 
 @config
 class AlibiConfig(PositionConfig):
-    """A penalty on the scores that grows with distance, one slope a head (2108.12409)."""
+    """A penalty on the scores that grows with distance, one slope per head (2108.12409)."""
 
     def trace_bias(self, t: Tape, place: Place) -> Value | None:
         return t.constant(place.model.n_heads * place.queries * place.keys)
@@ -191,8 +192,6 @@ register("position", "rope", "txtrain.model.position.encodings:RoPE", RoPEConfig
 CUT: Cut = {"embedding": "heads"}
 register("position", "relative", "txtrain.model.position.encodings:RelativeBias", RelativeConfig, CUT)
 register("position", "alibi", "txtrain.model.position.encodings:ALiBi", AlibiConfig)
-register("rope_scaling", "linear", "txtrain.model.position.encodings:linear_frequencies", LinearScaling)
-register("rope_scaling", "ntk", "txtrain.model.position.encodings:ntk_frequencies", NTKScaling)
-register("rope_scaling", "yarn", "txtrain.model.position.encodings:yarn_frequencies", YaRNScaling)
-register("rope_scaling", "llama3", "txtrain.model.position.encodings:llama3_frequencies", Llama3Scaling)
+for _type, _cls in (("linear", LinearScaling), ("ntk", NTKScaling), ("yarn", YaRNScaling), ("llama3", Llama3Scaling)):
+    register("rope_scaling", _type, f"txtrain.model.position.encodings:{_type}_frequencies", _cls)
 BASES["position"] = PositionBase

@@ -1,10 +1,10 @@
-"""Positional schemes: one class with three hooks, each of which does nothing unless the scheme needs it.
+"""Position schemes: one class with three hooks, which by default do nothing.
 
-    add(x)        what is added to the embedding        sinusoidal, learned
-    rotation()    what turns q and k in every layer      RoPE and its scalings
-    bias(...)     what is added to the scores            T5's buckets, ALiBi
+    add(x)        adds to the embedding                sinusoidal, learned
+    rotation()    rotates q and k in every layer       RoPE and its scalings
+    bias(...)     is added to the scores               T5's buckets, ALiBi
 
-The stack calls each hook once a forward and hands the values to all its blocks.
+The stack calls each hook once per forward and hands the values to all its blocks.
 """
 
 # B batch, T query positions, S key positions, N heads, H head size, R rotated part of it, D model size
@@ -31,7 +31,7 @@ class Rotation(NamedTuple):
     sin: Tensor
 
     def __call__(self, x_BNTR: Tensor) -> Tensor:
-        """Pairs (i, i + R/2) turned by their angle: the halves convention of GPT-NeoX and Hugging Face."""
+        """Pairs (i, i + R/2) rotated by their angle: the halves convention of GPT-NeoX and Hugging Face."""
         a, b = x_BNTR.chunk(2, dim=-1)
         return torch.cat((a * self.cos - b * self.sin, b * self.cos + a * self.sin), dim=-1).to(x_BNTR.dtype)
 
@@ -39,7 +39,7 @@ class Rotation(NamedTuple):
 class Position(nn.Module):
     """No position (NoPE, Kazemnejad et al. 2023, 2305.19466), and the base of all schemes."""
 
-    max_positions: int | None = None  # None: any length
+    max_positions: int | None = None  # None: unlimited
 
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """grid: rows and columns of an image's patches, which come last in x."""
@@ -49,21 +49,19 @@ class Position(nn.Module):
         return None
 
     def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor | None:
-        """To be added to the scores, [B or 1, N, T, S]."""
+        """Added to the scores, [B or 1, N, T, S]."""
         return None
 
 
 class Sinusoidal(Position):
     """Sine in the even dimensions, cosine in the odd ones, wavelengths from 2 pi to theta * 2 pi (Vaswani et al. 2017).
 
-    layout: `halves` has all sines first, as the paper's own code and Marian do; which is the same up to a permutation of the dimensions.
+    layout: `halves` has all sines first, as the paper's own code and Marian do; only the order of dimensions differs.
     """
 
     def __init__(self, dim: int, theta: float, layout: str) -> None:
         super().__init__()
-        self.dim = dim
-        self.theta = theta
-        self.interleaved = layout == "interleaved"
+        self.dim, self.theta, self.interleaved = dim, theta, layout == "interleaved"
 
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         half = torch.arange(0, self.dim, 2, dtype=torch.float32, device=x_BTD.device)
@@ -74,13 +72,12 @@ class Sinusoidal(Position):
 
 
 class Learned(Position):
-    """One trained vector a position (BERT, GPT). An image of another resolution reads the table interpolated in two dimensions (ViT)."""
+    """One trained vector per position (BERT, GPT). For another resolution an image's table is interpolated (ViT)."""
 
     def __init__(self, dim: int, max_seq_len: int, grid: tuple[int, int] | None = None) -> None:
         super().__init__()
         self.embedding = nn.Embedding(max_seq_len, dim)
-        self.max_positions = max_seq_len
-        self.grid = grid
+        self.max_positions, self.grid = max_seq_len, grid
 
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         if grid != self.grid and grid is not None:
@@ -88,27 +85,24 @@ class Learned(Position):
         return x_BTD + self.embedding(position_ids_BT)
 
     def interpolated(self, grid: tuple[int, int]) -> Tensor:
-        """The table for other rows and columns: bicubic over the patches, the class token's vector as it is. [1, T, D]."""
+        """The table for other rows and columns, [1, T, D]: bicubic over the patches; the class token's vector stays."""
         assert self.grid is not None
-        table = self.embedding.weight
-        n_patches = self.grid[0] * self.grid[1]
-        before, patches = table[:-n_patches], table[-n_patches:]
+        n_patches = math.prod(self.grid)
+        class_token, patches = self.embedding.weight[:-n_patches], self.embedding.weight[-n_patches:]
         image = patches.T.reshape(1, -1, *self.grid)
         resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((before, resized.flatten(2)[0].T))[None]
+        return torch.cat((class_token, resized.flatten(2)[0].T))[None]
 
 
 class RelativeBias(Position):
-    """T5 (Raffel et al. 2020, 1910.10683): a trained score per head and bucket of distance, one table for all layers.
+    """T5 (Raffel et al. 2020, 1910.10683): a trained bias per head and bucket of distance, one table for all layers.
 
-    Half of the buckets (of one direction's) are exact distances; the others grow logarithmically up to max_distance.
+    Half of a direction's buckets are exact distances; the others grow logarithmically up to max_distance.
     """
 
     def __init__(self, n_heads: int, n_buckets: int, max_distance: int, causal: bool) -> None:
         super().__init__()
-        self.n_buckets = n_buckets
-        self.max_distance = max_distance
-        self.bidirectional = not causal
+        self.n_buckets, self.max_distance, self.bidirectional = n_buckets, max_distance, not causal
         self.embedding = nn.Embedding(n_buckets, n_heads)
 
     def bucket(self, relative: Tensor) -> Tensor:
@@ -122,8 +116,9 @@ class RelativeBias(Position):
         else:
             distance = (-relative).clamp(min=0)
         exact = n // 2
-        far = exact + (torch.log(distance.float() / exact) / math.log(self.max_distance / exact) * (n - exact)).to(relative.dtype)
-        return offset + torch.where(distance < exact, distance, far.clamp(max=n - 1))
+        far = torch.log(distance.float() / exact) / math.log(self.max_distance / exact) * (n - exact)
+        far = (exact + far.to(relative.dtype)).clamp(max=n - 1)
+        return offset + torch.where(distance < exact, distance, far)
 
     def bias(self, q_positions_BT: Tensor, k_positions_BS: Tensor) -> Tensor:
         relative_BTS = k_positions_BS[:, None, :] - q_positions_BT[:, :, None]
@@ -132,7 +127,7 @@ class RelativeBias(Position):
 
 @lru_cache
 def alibi_slopes(n_heads: int) -> tuple[float, ...]:
-    """2^(-8/n), 2^(-16/n), ... for n a power of two; otherwise those of the power below, then every other one of the power above."""
+    """2^(-8/n), 2^(-16/n), ... for powers of two; else those of the power below, then every other of that above."""
     power = 2 ** math.floor(math.log2(n_heads))
     slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
     if power < n_heads:
@@ -153,11 +148,8 @@ class ALiBi(Position):
         return -slopes_N[:, None, None] * distance_BTS[:, None]
 
 
-# -------------------------------------------------------------------------------------------------------------------- RoPE
-
-
 class Frequencies(NamedTuple):
-    """Radians a position of each pair, [R / 2] on the CPU, and the factor on cos and sin."""
+    """Radians per position of each pair, [R / 2] on the CPU, and the factor on cos and sin."""
 
     inverse: Tensor
     attention_factor: float
@@ -177,7 +169,7 @@ def ntk_frequencies(c: NTKScaling, rotary_dim: int, theta: float) -> Frequencies
 
 def yarn_frequencies(c: YaRNScaling, rotary_dim: int, theta: float) -> Frequencies:
     def dimension(rotations: float) -> float:
-        """The pair that turns so many times over the original length."""
+        """The pair that makes so many rotations over the original length."""
         return rotary_dim * math.log(c.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(c.beta_fast), dimension(c.beta_slow)
@@ -205,7 +197,8 @@ def llama3_frequencies(c: Llama3Scaling, rotary_dim: int, theta: float) -> Frequ
     blend = (c.original_max_seq_len / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
     blended = (1 - blend) * base / c.factor + blend * base
     long, short = c.original_max_seq_len / c.low_freq_factor, c.original_max_seq_len / c.high_freq_factor
-    return Frequencies(torch.where(wavelength > long, base / c.factor, torch.where(wavelength < short, base, blended)), 1.0)
+    kept = torch.where(wavelength < short, base, blended)
+    return Frequencies(torch.where(wavelength > long, base / c.factor, kept), 1.0)
 
 
 @lru_cache
@@ -220,15 +213,13 @@ def frequencies(rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None
 class RoPE(Position):
     """Rotary embedding (Su et al. 2021, 2104.09864) with the scalings of `config.RoPEScalingConfig`.
 
-    Nothing is stored: angles are made from the position ids, in float32, once a forward. A buffer would be garbage after the meta
-    device, and a table would bound the length.
+    Angles are computed from the position ids, in float32, once per forward. A buffer would be garbage after the meta
+    device, and a table would limit the length.
     """
 
     def __init__(self, rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None = None) -> None:
         super().__init__()
-        self.rotary_dim = rotary_dim
-        self.theta = theta
-        self.scaling = scaling
+        self.rotary_dim, self.theta, self.scaling = rotary_dim, theta, scaling
 
     def rotation(self, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotation:
         inverse, factor = frequencies(self.rotary_dim, self.theta, self.scaling)

@@ -1,1 +1,1 @@
-"""What a component's forward and backward hold, in operations whose bytes are known: the words of a config's `trace`. No torch."""
+"""The memory of a component's forward and backward, as operations whose bytes are known. No torch."""

@@ -1,8 +1,9 @@
-"""Pieces that several components compute alike: rotations, and attention by each kernel."""
+"""Traces shared by several components: rotations, gated FFNs, and attention by each kernel."""
 
 from __future__ import annotations
 
 import dataclasses as dc
+from functools import partial
 from typing import Any
 
 from txtrain.model.attention.kernel_choice import Declared, Kernel, choose_kernel
@@ -11,7 +12,7 @@ from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 @dc.dataclass(frozen=True)
 class Drawn:
-    """A mask as its kernel reads it. bias, visible, additive: of how many elements, and whether they take a gradient."""
+    """A mask as its kernel reads it (`mask.PreparedMask`)."""
 
     declared: Declared
     kernel: Kernel
@@ -21,7 +22,7 @@ class Drawn:
 
 @dc.dataclass(frozen=True)
 class Place:
-    """Where a component computes: B sequences of `queries` positions, which attend to `keys` positions."""
+    """Where a component computes: `batch` sequences of `queries` positions, which attend to `keys` positions."""
 
     model: Any
     layer: int
@@ -30,10 +31,10 @@ class Place:
     keys: int
     rotation: tuple[Value, Value] | None = None
     mask: Drawn | None = None
-    memory: Value | None = None  # what is attended to, where it is another stack's output
+    memory: Value | None = None  # the encoder's output, in cross-attention
     device: str = "cpu"
     scale: Value | None = None  # of auxiliary losses
-    first: bool = False  # of the blocks of its stack
+    first: bool = False  # whether its block is the first of the stack
     last: bool = False
 
     @property
@@ -43,10 +44,10 @@ class Place:
 
 @dc.dataclass(frozen=True)
 class Batch:
-    """n samples of `source` positions, and `target` of a second stack.
+    """n samples of `source` positions, and of `target` positions for a decoder beside an encoder.
 
-    source_masked, target_masked: what hides positions there, as `Declared` names it. chosen: positions that the head reads; None: all.
-    smoothed: the loss takes all logits at once. types: each token's segment is given.
+    source_masked, target_masked: fields of `Declared` that are set. chosen: number of positions that the head reads;
+    None: all. smoothed: the loss takes all logits at once. types: token_type_ids are given.
     """
 
     n: int
@@ -60,7 +61,7 @@ class Batch:
 
 
 def rotated(t: Tape, x: Value, rotation: tuple[Value, Value] | None, several: bool) -> Value:
-    """Halves turned by their angle. several: heads, so that the gradient lies in another order than the projection's."""
+    """`Rotation`. several: there are several heads, so that the gradient is copied into the projection's layout."""
     if rotation is None:
         return x
     cos, sin = rotation
@@ -71,30 +72,39 @@ def rotated(t: Tape, x: Value, rotation: tuple[Value, Value] | None, several: bo
 
 def gated(t: Tape, x: Value, dim: int, width: int, activation: str, dropout: float, bias: bool = False) -> Value:
     """down(act(gate(x)) * up(x))."""
-    h = t.mul(t.activation(t.linear(x, dim, width, bias, name="gate_proj"), activation), t.linear(x, dim, width, bias, name="up_proj"))
+    linear = partial(t.linear, x, dim, width, bias)
+    h = t.mul(t.activation(linear(name="gate_proj"), activation), linear(name="up_proj"))
     return t.linear(t.dropout(h, dropout), width, dim, bias, name="down_proj")
 
 
 def choose(declared: Declared, device: str, bias: Value | None, softcap: bool, dropout: float, size: int) -> Kernel:
-    return choose_kernel(declared, device_type=device, softcap=softcap, bias=bias is not None, dropout=dropout > 0, half=size == 2)
+    given = {"softcap": softcap, "bias": bias is not None, "dropout": dropout > 0, "half": size == 2}
+    return choose_kernel(declared, device_type=device, **given)
 
 
 def draw(t: Tape, declared: Declared, kernel: Kernel, bias: Value | None, batch: int) -> Drawn:
-    """What `mask.prepare` makes."""
+    """`mask.prepare`."""
     if kernel in ("sdpa", "flex", "varlen"):
         return Drawn(declared, kernel, bias)
     of_rows = declared.documents_BS or declared.valid_BS or declared.prefix_BS
-    visible = None if declared.sees_all else t.constant((batch if of_rows else 1) * declared.n_queries * declared.n_keys, 1)
+    n = declared.n_queries * declared.n_keys
+    visible = None if declared.sees_all else t.constant((batch if of_rows else 1) * n, 1)
     if kernel == "plain" or bias is None or visible is None:
         return Drawn(declared, kernel, bias, visible)
-    return Drawn(declared, kernel, _filled(t, bias, max(bias.n, visible.n * (bias.n // (declared.n_queries * declared.n_keys))), visible))
+    return Drawn(declared, kernel, _filled(t, bias, max(bias.n, visible.n * (bias.n // n)), visible))
 
 
-def attend(t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int, int], softcap: bool, dropout: float, same_size: bool) -> Value:
-    """heads: of queries, and of keys. same_size: heads of values are as large as those of keys, which flash attention asks for."""
+def attend(
+    t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int, int], softcap: bool, dropout: float,
+    same_size: bool,
+) -> Value:
+    """`kernels.attend`. heads: of queries, of keys. same_size: values have heads of the keys' size, as flash needs."""
     mask = place.mask
     assert mask is not None
-    scores = place.batch * heads[0] * place.queries * place.keys
+    scores, across = place.batch * heads[0] * place.queries * place.keys, place.memory is not None
+    reach = place.keys if across else place.model.attention.seen(place.keys, place.layer, causal=mask.declared.causal)
+    t.multiplied(2.0 * q.n * reach, q, k)  # scores, then what they weigh
+    t.multiplied(2.0 * q.n * reach * v.n / k.n, q if q.edge else k, v)
     if mask.kernel == "plain":
         return _plain(t, q, k, v, mask, scores, heads, softcap, dropout)
     if mask.kernel in ("flex", "varlen"):
@@ -104,25 +114,28 @@ def attend(t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int
     if not fused:
         return _math(t, q, k, v, mask, scores, heads, dropout, place)
     added = mask.bias if mask.bias is not None else mask.visible
-    if mask.bias is None and added is not None:  # a boolean mask becomes one of numbers in each call
+    if mask.bias is None and added is not None:  # each call converts a boolean mask to numbers
         added = t.constant(added.n, q.size)
     return _flash(t, q, k, v, added, scores // place.keys)
 
 
 def _flash(t: Tape, q: Value, k: Value, v: Value, mask: Value | None, rows: int) -> Value:
-    n = q.n * v.n // k.n  # heads of values may be smaller than those of keys, and a decoder's queries fewer than the keys
+    n = q.n * v.n // k.n  # values may have smaller heads than keys, and there may be fewer queries than keys
     out, log_sums = t.product(n, q.size), t.product(rows, 4)
     sizes = [x.nbytes for x in (q, k, v)]
 
     def backward(g: Bytes) -> Gradients:
-        return tuple(Bytes(t.meter, nbytes, t.kind) for nbytes in sizes)
+        return tuple(t.bytes(nbytes, 1) for nbytes in sizes)
 
     saved = (q.storage, k.storage, v.storage, out, log_sums, None if mask is None else mask.storage)
     return t.made([q, k, v], n, q.size, saved, backward, out)
 
 
-def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, heads: tuple[int, int], softcap: bool, dropout: float) -> Value:
-    k, v = (_repeated(t, x, heads[0] // heads[1]) for x in (k, v))  # where several query heads read one
+def _plain(
+    t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, heads: tuple[int, int], softcap: bool,
+    dropout: float,
+) -> Value:
+    k, v = (t.repeated(x, heads[0] // heads[1]) for x in (k, v))  # where several query heads share one
     scores = t.scaled(t.matmul(t.copy(q), k, n_scores))
     if softcap:
         scores = t.scaled(t.activation(t.scaled(scores), "tanh"))
@@ -138,14 +151,16 @@ def _plain(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, he
 
 
 def _filled(t: Tape, x: Value, n: int, where: Value) -> Value:
-    """masked_fill with a mask that is inverted for it, and kept."""
-    inverted = t.constant(where.n, 1)
-    nbytes = n * x.size
-    return t.made([x], n, x.size, inverted.storage, lambda g: (Bytes(t.meter, nbytes, t.kind),))
+    """masked_fill with an inverted mask, which is saved."""
+    inverted, nbytes = t.constant(where.n, 1), n * x.size
+    return t.made([x], n, x.size, inverted.storage, lambda g: (t.bytes(nbytes, 1),))
 
 
-def _math(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, heads: tuple[int, int], dropout: float, place: Place) -> Value:
-    """torch's own composition, where its fused kernel does not take the inputs."""
+def _math(
+    t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, heads: tuple[int, int], dropout: float,
+    place: Place,
+) -> Value:
+    """torch's composition, for inputs that its fused kernel does not take."""
     added = mask.bias
     if added is None and (mask.visible is not None or (mask.declared.causal and place.queries > 1)):
         added = t.constant(place.queries * place.keys if mask.visible is None else mask.visible.n)
@@ -153,15 +168,9 @@ def _math(t: Tape, q: Value, k: Value, v: Value, mask: Drawn, n_scores: int, hea
     q, k, v = (t.to(x, 4) for x in (q, k, v))  # half precision is computed in float32
     q, k = t.scaled(q), t.scaled(k)
     if heads[0] != heads[1]:
-        k, v = (_repeated(t, x, heads[0] // heads[1]) for x in (k, v))
+        k, v = (t.repeated(x, heads[0] // heads[1]) for x in (k, v))
     scores = t.matmul(t.copy(q), t.copy(k), n_scores)
     if added is not None:
         scores = t.add(scores, added)
     p = t.dropout(t.softmax(scores), dropout)
     return t.copy(t.to(t.matmul(p, t.copy(v), v.n // place.keys * place.queries), size))
-
-
-def _repeated(t: Tape, x: Value, times: int) -> Value:
-    """Heads side by side, so many times each."""
-    nbytes = x.nbytes
-    return t.made([x], x.n * times, x.size, None, lambda g: (Bytes(t.meter, nbytes, t.kind),))

@@ -1,8 +1,8 @@
-"""A forward and its backward in bytes: what autograd keeps, makes and gives back, in the order in which it does. No torch.
+"""A forward and its backward in bytes: what autograd allocates, saves and frees, in its order. No torch.
 
-Each component's config says what its module computes (`trace`, beside `flops`) in the operations of tape.py. An operation takes the
-bytes of its result, keeps what its gradient needs, and knows what its gradient makes. The bytes of a value are given back when
-nobody holds it any more: by Python's own count of references, as in torch. Nothing is computed, and no number is rounded.
+A component's config describes its module's computation (`trace`) in the operations of tape.py. An operation allocates
+its result, saves what its gradient needs, and knows what its gradient allocates. Bytes are freed by Python's reference
+count, as in torch. Nothing is computed, and no number is rounded.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from itertools import count
 from typing import Any
 
 Gradients = tuple["Bytes | None", ...]
+Backward = Callable[..., Gradients]
+Edge = tuple["Node", int]  # a node, and which of its results
 
 
 class Meter:
-    """Bytes held, by kind, and what they were at the fullest moment."""
+    """Bytes held, by kind, now and at the peak."""
 
     def __init__(self) -> None:
         self.now = self.peak = 0
         self.by_kind: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
-        self.largest = 0  # of the storages that lived for one moment
 
     def take(self, n: int, kind: str) -> None:
         self.now += n
@@ -38,7 +39,7 @@ class Meter:
 
 
 class Bytes:
-    """A storage: taken when made, given back when nobody refers to it."""
+    """A storage: taken from the meter when made, given back when nothing refers to it."""
 
     __slots__ = ("kind", "meter", "n")
 
@@ -57,20 +58,20 @@ class Bytes:
 
 
 class Node:
-    """What makes a value's gradient into those of its inputs. `saved` is given back once that is done."""
+    """Turns a value's gradient into those of its inputs, then frees `saved`."""
 
     __slots__ = ("backward", "edges", "number", "saved")
 
-    def __init__(self, number: int, edges: Sequence[tuple[Node, int] | None], saved: Any, backward: Callable[..., Gradients]) -> None:
+    def __init__(self, number: int, edges: Sequence[Edge | None], saved: Any, backward: Backward) -> None:
         self.number, self.edges, self.saved, self.backward = number, edges, saved, backward
 
 
 class Value:
-    """n elements of `size` bytes each in some storage; `edge`: the node that made it and which of its results it is, None without a gradient."""
+    """n elements of `size` bytes each. edge: the node that made it, and which of its results; None without gradient."""
 
     __slots__ = ("edge", "n", "size", "storage")
 
-    def __init__(self, n: int, size: int, storage: Bytes | None, edge: tuple[Node, int] | None = None) -> None:
+    def __init__(self, n: int, size: int, storage: Bytes | None, edge: Edge | None = None) -> None:
         self.n, self.size, self.storage, self.edge = n, size, storage, edge
 
     @property
@@ -79,7 +80,7 @@ class Value:
 
 
 class Parameter(Value):
-    """A leaf in the storage of its group; `node` gathers its gradient. name: canonical."""
+    """A leaf in the storage of its group. name: canonical."""
 
     __slots__ = ("gradient", "group", "name", "shape")
     gradient: Bytes | None
@@ -95,7 +96,7 @@ class Group:
 
     def __init__(self) -> None:
         self.parameters: list[Parameter] = []
-        self.live = self  # the group of another tape that stands for the same parameters
+        self.live = self  # another tape's group of the same parameters
 
     @property
     def n(self) -> int:
@@ -111,38 +112,40 @@ class Leaf(Node):
 
 
 class Source(Node):
-    """An input of a block that is computed again."""
+    """An input of a block that is recomputed."""
 
     __slots__ = ("gradient",)
-    gradient: Bytes | None
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number, (), None, _done)
+        self.gradient: Bytes | None = None
 
 
 class Recorder:
-    """size: bytes of an element of parameters and activations as they compute. training: dropout drops."""
+    """size: bytes per element of parameters and activations. recording: gradients are wanted."""
 
-    def __init__(self, size: int = 4, recording: bool = True) -> None:
-        self.size, self.meter = size, Meter()
+    def __init__(self, size: int = 4, trains: Callable[[str], bool] = lambda name: True) -> None:
+        """trains: whether the parameter of that canonical name takes a gradient."""
+        self.size, self.meter, self.trains = size, Meter(), trains
+        self.forward_flops = self.backward_flops = 0.0  # of products, where a mask hides nothing but what lies outside a window
         self.numbers = count()
         self.group = self.root = Group()
         self.parameters: list[Parameter] = []
-        self.path = ""  # of the module that computes
+        self.path = ""  # of the current module
         self.sent: dict[str, int] = {}  # bytes of whole buffers, by collective
-        self.leaves: dict[int, Leaf] = {}
         self.kind = "activations"
-        self.accumulates = False  # gradients of earlier micro-batches are there, and take the new ones in
-        self.arrived: Callable[[Parameter], None] | None = None  # told of each gradient that is complete
-        self.lies: Callable[[Parameter], Bytes | None] | None = None  # where a parameter does that is met, if it matters who holds that
-        self.autocast = False  # products in 2 bytes beside parameters in 4
+        self.accumulates = False  # gradients of earlier micro-batches exist; new ones are added to them
+        self.arrived: Callable[[Parameter], None] | None = None  # called when a parameter's gradient is complete
+        self.lies: Callable[[Parameter], Bytes | None] | None = None  # a parameter's storage, if its lifetime matters
+        self.autocast = False  # products in 2 bytes, parameters in 4
         self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
         self.shared: dict[str, Parameter] = {}
-        self.recording = True  # what gradients need is kept
-        self.replayed: Iterator[Parameter] | None = None  # those of a block that is computed again
-        self.n_saved = 0  # operations of which something was kept
-        self.last_save: int | None = None  # of a block that is computed again: what follows is not
+        self.recording = True  # save what gradients need
+        self.replayed: Iterator[Parameter] | None = None  # parameters of a block that is recomputed
+        self.n_saved = 0  # operations that saved something
+        self.last_save: int | None = None  # n_saved at which a recomputation stops
         self.stopped = False
-        self.products: list[Bytes] | None = None  # selective checkpointing: what products gave
-
-    # ----------------------------------------------------------------------------------------------------------- building
+        self.products: list[Bytes] | None = None  # selective checkpointing: results of products
 
     def bytes(self, n: int, size: int | None = None, kind: str | None = None) -> Bytes:
         return Bytes(self.meter, n * (self.size if size is None else size), kind or self.kind)
@@ -153,20 +156,24 @@ class Recorder:
         return Value(n, size, self.bytes(n, size))
 
     @contextlib.contextmanager
-    def at(self, path: str) -> Iterator[None]:
-        """Parameters that are met within belong to the module of that name."""
-        before, self.path = self.path, path
+    def having(self, **values: Any) -> Iterator[None]:
+        """With other values of these attributes."""
+        before = {name: vars(self)[name] for name in values}
+        vars(self).update(values)
         try:
             yield
         finally:
-            self.path = before
+            vars(self).update(before)
+
+    def at(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Parameters made here belong to the module of that name; `within`: of that name within the current one."""
+        return self.having(path=path)
 
     def within(self, name: str) -> contextlib.AbstractContextManager[None]:
-        """The same, of a module within the present one."""
         return self.at(dotted(self.path, name))
 
     def named(self, name: str, trace: Callable[..., Value], *args: Any) -> Value:
-        """What a module within the present one computes."""
+        """The trace of a module within the current one."""
         with self.within(name):
             return trace(*args)
 
@@ -175,15 +182,16 @@ class Recorder:
             return next(self.replayed)
         made = Parameter(dotted(self.path, name), shape, self.size, self.group)
         self.parameters.append(made)
-        leaf = Leaf(made)
-        self.leaves[id(made)] = leaf
-        made.edge = (leaf, 0)
+        if self.trains(made.name):
+            made.edge = (Leaf(made), 0)
         if self.lies is not None:
             made.storage = self.lies(made)
         return made
 
-    def made(self, inputs: Sequence[Value], n: int, size: int, saved: Any, backward: Callable[..., Gradients], storage: Bytes | None = None) -> Value:
-        """The result of an operation on `inputs`. saved: what its gradient reads; backward: the result's gradient -> those of the inputs."""
+    def made(
+        self, inputs: Sequence[Value], n: int, size: int, saved: Any, backward: Backward, storage: Bytes | None = None
+    ) -> Value:
+        """An operation's result. saved: what its gradient reads; backward: the result's gradient -> the inputs'."""
         storage = Bytes(self.meter, 0 if self.stopped else n * size, self.kind) if storage is None else storage
         edges = tuple(x.edge for x in inputs)
         if not self.recording or all(edge is None for edge in edges):
@@ -193,11 +201,16 @@ class Recorder:
             self.stopped = self.n_saved == self.last_save
         return Value(n, size, storage, (Node(next(self.numbers), edges, saved, backward), 0))
 
+    def multiplied(self, flops: float, *operands: Value) -> None:
+        """A product costs as much again in the backward for each of its operands that takes a gradient."""
+        self.forward_flops += flops
+        self.backward_flops += flops * sum(x.edge is not None for x in operands)
+
     def like(self, x: Value) -> Bytes:
-        return Bytes(self.meter, x.n * x.size, self.kind)
+        return self.bytes(x.nbytes, 1)
 
     def product(self, n: int, size: int) -> Bytes:
-        """The storage of a product's result: under selective checkpointing it is kept for the second time."""
+        """The storage of a product's result, which selective checkpointing keeps for the recomputation."""
         if self.products is None:
             return self.bytes(n, size)
         if self.replayed is not None:
@@ -206,7 +219,7 @@ class Recorder:
         return self.products[-1]
 
     def hook(self, x: Value, act: Callable[[], None]) -> Value:
-        """The value itself; `act` when its gradient is complete."""
+        """The value itself; calls `act` when its gradient is complete."""
 
         def backward(g: Bytes) -> Gradients:
             act()
@@ -215,40 +228,46 @@ class Recorder:
         return self.made([x], x.n, x.size, None, backward, x.storage)
 
     def checkpoint(self, block: Callable[..., Value], inputs: Sequence[Value], selective: bool) -> Value:
-        """A block whose forward keeps its inputs alone (selective: and what products gave), and is computed again in the backward."""
+        """A block that saves its inputs (selective: and results of products), and is recomputed in the backward."""
         self.recording, first = False, len(self.parameters)
         self.products = [] if selective else None
-        plain = [Value(x.n, x.size, x.storage, x.edge) for x in inputs]  # with their edges: a bias that learns takes another kernel
+        plain = [Value(x.n, x.size, x.storage, x.edge) for x in inputs]  # edges: a trained bias takes another kernel
         out = block(self, *plain)
         del plain
         self.recording, products, self.products = True, self.products, None
         own = self.parameters[first:]
         copies = [(x.n, x.size, x.storage, x.edge is not None) for x in inputs]
+        if all(x.edge is None for x in (*inputs, *own)):
+            return Value(out.n, out.size, out.storage)
 
         def backward(g: Bytes) -> Gradients:
-            sources = [Source(-2 - i, (), None, _done) for i in range(len(copies))]
-            values = [Value(n, size, storage, (s, 0) if wants else None) for (n, size, storage, wants), s in zip(copies, sources, strict=True)]
+            sources = [Source(-2 - i) for i in range(len(copies))]
+            values = [
+                Value(n, size, storage, (source, 0) if wants else None)
+                for (n, size, storage, wants), source in zip(copies, sources, strict=True)
+            ]
             copies.clear()
             self.last_save = self.saves_of(block, values, own, products)
             self.replayed, self.products, before, self.kind = iter(own), products, self.kind, "recomputed"
             result = block(self, *values)
             self.replayed, self.products, self.kind = None, None, before
             self.last_save, self.stopped = None, False
-            result.storage = None  # the last sum is not computed again
+            result.storage = None  # the last sum is not recomputed
             del values
             self.backward(result, g)
             return tuple(source.gradient for source in sources)
 
-        return self.made(inputs, out.n, out.size, None, backward, out.storage)
+        return Value(out.n, out.size, out.storage, (Node(next(self.numbers), [x.edge for x in inputs], None, backward), 0))
 
-    def saves_of(self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter], products: list[Bytes] | None) -> int | None:
-        """The number that `n_saved` will have when the last of what a block keeps is computed again; None: nothing is sent, it does not matter."""
+    def saves_of(
+        self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter],
+        products: list[Bytes] | None,
+    ) -> int | None:
+        """`n_saved` when all that a block saves is recomputed; None: it does not matter, since nothing is sent."""
         return None
 
-    # ----------------------------------------------------------------------------------------------------------- backward
-
     def backward(self, root: Value, gradient: Bytes | None = None) -> None:
-        """Gradients of all parameters, in autograd's order: the latest operation first. gradient: of the root, which needs none."""
+        """Gradients of all parameters, in autograd's order: the latest operation first. gradient: the root's."""
         assert root.edge is not None
         before, self.kind = self.kind, "temporaries"
         first, i = root.edge
@@ -265,7 +284,7 @@ class Recorder:
                 self._sent(made, waiting, given, ready)
         self.kind = before
 
-    def _stepped(self, node: Node, given: dict[int, Bytes]) -> list[tuple[tuple[Node, int], Bytes | None]]:
+    def _stepped(self, node: Node, given: dict[int, Bytes]) -> list[tuple[Edge, Bytes | None]]:
         if given:
             made = node.backward(given.get(0, next(iter(given.values()))))
         else:
@@ -273,13 +292,13 @@ class Recorder:
         node.saved, node.backward = None, _done
         return [(edge, g) for edge, g in zip(node.edges, made, strict=True) if edge is not None]
 
-    def _sent(self, made: list[tuple[tuple[Node, int], Bytes | None]], waiting: dict[Node, int], given: Any, ready: Any) -> None:
-        """The last of these, which nobody else holds any more when it has arrived."""
+    def _sent(self, made: list[tuple[Edge, Bytes | None]], waiting: Any, given: Any, ready: Any) -> None:
+        """Send on the last of these gradients, whose only reference then is the receiver's."""
         (node, i), gradient = made.pop()
         waiting[node] -= 1
         if gradient is not None:
             held = given.setdefault(node, {})
-            # Out of place, as autograd does while a tracker watches; without one it adds in place where nobody else holds the first.
+            # Out of place, as autograd under a tracker; without one it adds in place if nothing else holds the first.
             held[i] = Bytes(self.meter, gradient.n, self.kind) if i in held else gradient
             gradient = None
             del held
@@ -310,7 +329,7 @@ def dotted(path: str, name: str) -> str:
 
 
 def _done(*_: Any) -> Gradients:
-    raise AssertionError("a backward went through here before")
+    raise AssertionError("this node's backward has already run")
 
 
 def _dependencies(root: Node) -> dict[Node, int]:
@@ -318,10 +337,7 @@ def _dependencies(root: Node) -> dict[Node, int]:
     found: dict[Node, int] = {root: 0}
     stack = [root]
     while stack:
-        for edge in stack.pop().edges:
-            if edge is None:
-                continue
-            node = edge[0]
+        for node, _ in filter(None, stack.pop().edges):
             if node not in found:
                 found[node] = 0
                 stack.append(node)

@@ -1,49 +1,53 @@
-"""The operations that components are made of: what each takes, keeps for its gradient, and makes in the backward. No torch."""
+"""The operations of a trace: the bytes that each allocates, saves for its gradient, and allocates in the backward."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 from txtrain.model.trace.autograd import Bytes, Gradients, Group, Node, Parameter, Recorder, Value, dotted
 
-CHUNK_ELEMENTS = 1 << 22  # logits that the loss holds at a time, where the caller does not want them
+CHUNK_ELEMENTS = 1 << 22  # logits that the chunked loss holds at a time
 
 __all__ = ["CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "Parameter", "Tape", "Value", "dotted"]
 
 
 class Tape(Recorder):
-    """A recorder with torch's operations, as the CPU's kernels do them."""
+    """A recorder with torch's operations, as its CPU kernels compute them."""
 
-    def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = "") -> Value:
-        """x times a matrix [outputs, inputs]. name: of its module within the present one."""
+    def linear(
+        self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = ""
+    ) -> Value:
+        """x times a matrix [outputs, inputs]. name: of its module within the current one."""
         own = self.parameter(outputs, inputs, name=dotted(name, "weight")) if weight is None else weight
         shift = [self.low(self.parameter(outputs, name=dotted(name, "bias")))] if bias else []
         x, weight = self.low(x), self.low(own)
-        wants = x.edge is not None
+        wants, learns, shifts = x.edge is not None, weight.edge is not None, [y.edge is not None for y in shift]
 
         def backward(g: Bytes) -> Gradients:
-            of_bias = [self.bytes(outputs, x_size)] if bias else []
-            of_weight = self.bytes(inputs * outputs, x_size)
-            return (Bytes(self.meter, x_bytes, self.kind) if wants else None, of_weight, *of_bias)
+            of_bias = [self.bytes(outputs, x_size) if learned else None for learned in shifts]
+            of_weight = self.bytes(inputs * outputs, x_size) if learns else None
+            return (self.bytes(x_bytes, 1) if wants else None, of_weight, *of_bias)
 
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
-        saved = (x.storage, weight.storage if wants else None)  # the latter where it is a copy of the parameter
+        self.multiplied(2.0 * x.n * outputs, x, weight)
+        # The weight's storage matters where it is a copy of the parameter.
+        saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
         return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 
     def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
-        """Of the whole vocabulary."""
         return self.linear(x, dim, vocabulary, weight=weight)
 
     def pointwise(self, x: Value, keeps: str = "input", temporaries: int = 0) -> Value:
-        """A function of each element; keeps: input, result, or nothing, for its gradient."""
+        """A function of each element. keeps: input, result or nothing, for the gradient."""
         out = self.like(x)
         nbytes = x.nbytes
 
         def backward(g: Bytes) -> Gradients:
-            held = [Bytes(self.meter, nbytes, self.kind) for _ in range(temporaries)]
-            made = Bytes(self.meter, nbytes, self.kind)
+            held = [self.bytes(nbytes, 1) for _ in range(temporaries)]
+            made = self.bytes(nbytes, 1)
             del held
             return (made,)
 
@@ -59,72 +63,66 @@ class Tape(Recorder):
         return self.pointwise(x, "input", temporaries=2)
 
     def scaled(self, x: Value) -> Value:
-        """Times a number."""
         return self.pointwise(x, "nothing")
 
     def mul(self, a: Value, b: Value) -> Value:
-        """Elementwise; the smaller is repeated."""
+        """Elementwise product; the smaller one is broadcast."""
         n, size = max(a.n, b.n), max(a.size, b.size)
         saved = (b.storage if a.edge else None, a.storage if b.edge else None)
+        wants, sizes = _operands(a, b)
 
         def backward(g: Bytes) -> Gradients:
             wide = [self.bytes(n, size) if wanted else None for wanted in wants]
             return tuple(self._summed(w, small, size) for w, small in zip(wide, sizes, strict=True))
 
-        wants, sizes = (a.edge is not None, b.edge is not None), (a.n if a.n < n else 0, b.n if b.n < n else 0)
         return self.made([a, b], n, size, saved, backward)
 
     def _summed(self, gradient: Bytes | None, n: int, size: int) -> Bytes | None:
         return self.bytes(n, size) if n and gradient is not None else gradient
 
     def add(self, a: Value, b: Value, minus: bool = False) -> Value:
-        n, size = max(a.n, b.n), max(a.size, b.size)
+        n, size, own_sizes = max(a.n, b.n), max(a.size, b.size), (a.size, b.size)
+        wants, sizes = _operands(a, b)
 
         def backward(g: Bytes) -> Gradients:
             second = self.bytes(n, size) if minus and wants[1] else g
-            both = [self._summed(x if wanted else None, small, size) for x, wanted, small in zip((g, second), wants, sizes, strict=True)]
-            return tuple(x if x is None or own == size else self.bytes(n, own) for x, own in zip(both, own_sizes, strict=True))
+            given = zip((g, second), wants, sizes, strict=True)
+            both = [self._summed(x if wanted else None, small, size) for x, wanted, small in given]
+            return tuple(
+                x if x is None or own == size else self.bytes(n, own) for x, own in zip(both, own_sizes, strict=True)
+            )
 
-        wants, sizes = (a.edge is not None, b.edge is not None), (a.n if a.n < n else 0, b.n if b.n < n else 0)
-        own_sizes = (a.size, b.size)
         return self.made([a, b], n, size, None, backward)
 
     def mean(self, x: Value, n: int) -> Value:
-        """Over all but n."""
-        full, size = x.n, x.size
-        return self.made([x], n, size, None, lambda g: (self.bytes(full, size),))
+        """n means."""
+        return self.unary(x, n)
 
     def softmax(self, x: Value) -> Value:
         return self.pointwise(x, "result")
 
     def dropout(self, x: Value, p: float) -> Value:
-        """On the CPU a mask of the values' own type."""
+        """With a mask of the values' own dtype, as on the CPU."""
         return self.mul(x, self.constant(x.n, x.size)) if p else x
 
     def copy(self, x: Value) -> Value:
-        """Forward, for another order of dimensions; the gradient is a view."""
+        """A copy in another memory layout, whose gradient is a view."""
         return self.made([x], x.n, x.size, None, lambda g: (g,))
 
     def back_copied(self, x: Value) -> Value:
-        """The value itself, whose gradient has to be copied into another order of dimensions."""
-        if x.edge is None:
-            return x
-        nbytes = x.nbytes
-        return self.made([x], x.n, x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),), x.storage)
+        """The value itself, whose gradient is copied into another memory layout."""
+        return x if x.edge is None else self.unary(x, x.n, storage=x.storage)
 
     def to(self, x: Value, size: int) -> Value:
-        """Another precision."""
-        if x.size == size:
-            return x
-        before = x.nbytes
-        return self.made([x], x.n, size, None, lambda g: (Bytes(self.meter, before, self.kind),))
+        """A cast to elements of that many bytes."""
+        return x if x.size == size else self.unary(x, x.n, size)
 
     def split(self, x: Value, *parts: int) -> list[Value]:
-        """Views of so many elements each; their gradients are put together again."""
+        """Views of so many elements each, whose gradients are concatenated."""
         nbytes, size = x.nbytes, x.size
         if x.edge is None:
             return [Value(n, size, x.storage) for n in parts]
-        node = Node(next(self.numbers), (x.edge,), None, lambda *g: (Bytes(self.meter, nbytes, self.kind),))
+        node = Node(next(self.numbers), (x.edge,), None, lambda *g: (self.bytes(nbytes, 1),))
         return [Value(n, size, x.storage, (node, i)) for i, n in enumerate(parts)]
 
     def cat(self, *parts: Value) -> Value:
@@ -132,22 +130,26 @@ class Tape(Recorder):
         return self.made(parts, sum(p.n for p in parts), parts[0].size, None, lambda g: (g,) * k)
 
     def expanded(self, x: Value, n: int) -> Value:
-        """A view that repeats x; its gradient is summed."""
-        nbytes = x.nbytes
-        return self.made([x], n, x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),), x.storage)
+        """A view that repeats x, whose gradient is summed."""
+        return self.unary(x, n, storage=x.storage)
+
+    def repeated(self, x: Value, times: int) -> Value:
+        """A copy that repeats each head so many times."""
+        return self.unary(x, x.n * times)
 
     def layer_norm(self, x: Value, size: int, bias: bool) -> Value:
         weights = [self.parameter(size, name=name) for name in (("weight", "bias") if bias else ("weight",))]
         statistics = self.bytes(2 * x.n // size, 4)
-        nbytes, wide = x.nbytes, x.size
+        nbytes, wide, wants, learned = x.nbytes, x.size, x.edge is not None, [w.edge is not None for w in weights]
 
         def backward(g: Bytes) -> Gradients:
-            return (Bytes(self.meter, nbytes, self.kind), *(self.bytes(size, wide) for _ in weights))
+            of_x = self.bytes(nbytes, 1) if wants else None
+            return (of_x, *(self.bytes(size, wide) if learns else None for learns in learned))
 
         return self.made([x, *weights], x.n, x.size, (x.storage, statistics), backward)
 
     def rms_norm(self, x: Value, size: int, unit_offset: bool) -> Value:
-        """By elementary operations, as on the CPU; in half precision by way of float32."""
+        """By elementary operations, as on the CPU; half precision is computed in float32."""
         weight: Value = self.parameter(size)
         wide = self.to(x, 4)
         r = self.pointwise(self.mean(self.square(wide), x.n // size), "result")
@@ -159,86 +161,101 @@ class Tape(Recorder):
         return self.to(self.mul(y, self.to(weight, 4)), x.size) if unit_offset else self.mul(self.to(y, x.size), weight)
 
     def matmul(self, a: Value, b: Value, n: int) -> Value:
-        """A product of n elements; both operands are kept."""
+        """A product of n elements; each operand is saved for the other's gradient."""
 
         def backward(g: Bytes) -> Gradients:
-            return tuple(Bytes(self.meter, nbytes, self.kind) if nbytes else None for nbytes in sizes)
+            return tuple(self.bytes(nbytes, 1) if nbytes else None for nbytes in sizes)
 
         sizes = [x.nbytes if x.edge else 0 for x in (a, b)]
-        return self.made([a, b], n, a.size, (a.storage, b.storage), backward, self.product(n, a.size))
+        saved = (a.storage if b.edge else None, b.storage if a.edge else None)
+        return self.made([a, b], n, a.size, saved, backward, self.product(n, a.size))
 
     def lookup(self, table: Parameter, n: int, columns: int, index: int = 0) -> Value:
-        """n rows of a table. index: bytes of which, where they are made for it."""
-        nbytes = table.nbytes
-        kept = Bytes(self.meter, index, self.kind) if index else None
-        return self.made([table], n * columns, table.size, kept, lambda g: (Bytes(self.meter, nbytes, self.kind),))
+        """n rows of a table. index: bytes of an index that is allocated for them."""
+        return self.picked(table, n * columns, index)
 
     def picked(self, x: Value, n: int, index: int) -> Value:
-        """n elements of x, by an index of so many bytes that is kept."""
-        kept, nbytes = Bytes(self.meter, index, self.kind) if index else None, x.nbytes
-        return self.made([x], n, x.size, kept, lambda g: (Bytes(self.meter, nbytes, self.kind),))
+        """n elements of x, by an index of so many bytes, which is saved."""
+        return self.unary(x, n, saved=self.bytes(index, 1) if index else None)
 
     def sliced(self, x: Value, n: int, copies: bool = False) -> Value:
-        """n elements of x, as a view. copies: it is read by what wants them side by side."""
-        nbytes = x.nbytes
-        view = self.made([x], n, x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),), x.storage)
+        """n elements of x, as a view. copies: what reads them needs them contiguous."""
+        view = self.unary(x, n, storage=x.storage)
         return self.copy(view) if copies else view
 
     def added_up(self, x: Value, n: int, order: Value) -> Value:
-        """Rows of x added into n elements of zeros; torch keeps the rows, though it needs but their shape."""
-        zeros, nbytes = self.bytes(n, x.size), x.nbytes
-        made = self.made([x], n, x.size, (order.storage, x.storage), lambda g: (Bytes(self.meter, nbytes, self.kind),))
+        """Rows of x added into n zeros; torch saves the rows, although it needs only their shape."""
+        zeros = self.bytes(n, x.size)
+        made = self.unary(x, n, saved=(order.storage, x.storage))
         del zeros
         return made
 
+    def unary(
+        self, x: Value, n: int, size: int | None = None, saved: Any = None, storage: Bytes | None = None
+    ) -> Value:
+        """n elements computed from x, whose gradient is new."""
+        nbytes = x.nbytes
+        return self.made([x], n, size or x.size, saved, lambda g: (self.bytes(nbytes, 1),), storage)
+
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
-        """Rows of x, each times the matrix of its expert."""
+        """Rows of x, each times its expert's matrix."""
         both = x, self.parameter(experts, outputs, inputs, name=name)
-        x, weight = (self.to(y, 2) for y in both) if self.autocast else both  # each use casts anew: autocast itself does not know this product
+        x, weight = (self.to(y, 2) for y in both) if self.autocast else both  # autocast does not cache these casts
         nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs
-        aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # what the kernel asks for; else an expert at a time
+        aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # else the kernel loops over experts
         apart = None if aligned else self.product(n, x.size)
+        wants, learns = x.edge is not None, weight.edge is not None
+        self.multiplied(2.0 * x.n * outputs, x, weight)
 
         def backward(g: Bytes) -> Gradients:
-            rows, matrices = (None if aligned else Bytes(self.meter, size, self.kind) for size in (nbytes, whole))
-            of_weight = Bytes(self.meter, whole, self.kind)
+            rows = None if aligned or not wants else self.bytes(nbytes, 1)
+            matrices = None if aligned or not learns else self.bytes(whole, 1)
+            of_weight = self.bytes(whole, 1) if learns else None
             del matrices
-            of_x = Bytes(self.meter, nbytes, self.kind)
+            of_x = self.bytes(nbytes, 1) if wants else None
             del rows
             return of_x, of_weight
 
-        made = self.made([x, weight], n, x.size, (x.storage, weight.storage), backward)
+        saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
+        made = self.made([x, weight], n, x.size, saved, backward)
         del apart
         return made
 
     def experts(self, x: Value, dim: int, compute: Callable[[Value], Value]) -> Value:
-        """What the experts of a mixture make of rows of so many elements."""
+        """The experts' output for their rows."""
         return compute(x)
 
-    def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
-        """`head.ChunkedCrossEntropy`: gradients are made in the forward, by chunks of tokens."""
+    def chunked_loss(
+        self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool
+    ) -> Value:
+        """`head.loss.ChunkedCrossEntropy`, whose forward computes the gradients by chunks of tokens."""
         n, rows = x.n // dim, max(1, CHUNK_ELEMENTS // vocabulary)
         x = self.low(x)
-        if self.autocast:  # the loss casts by itself: the copies are not kept
+        if self.autocast:  # the loss casts by itself: no cached copies
             weight, shift = self.to(weight, 2), None if shift is None else self.to(shift, 2)
-        gradients = [self.bytes(x.n, x.size), self.bytes(weight.n, x.size), *([self.bytes(vocabulary, 4)] if shift else [])]
-        for start in range(0, min(n, 2 * rows), rows):  # the third chunk and those after it are like the second
+        inputs = [x, weight, *([shift] if shift else [])]
+        self.multiplied(2.0 * x.n * vocabulary, x, weight)
+        made = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
+        gradients = [self.bytes(count, size) if y.edge else None for y, count, size in made]
+        wanted = any(gradients)
+        for start in range(0, min(n, 2 * rows), rows):  # later chunks are like the second
             chunk = min(rows, n - start) * vocabulary
-            slope = self._logits(chunk, x.size, capped)  # that of the chunk before is held meanwhile
-            slope = self.bytes(chunk, 4)  # divided
-            if x.size != 4:
+            slope = self._logits(chunk, x.size, capped)  # while that of the chunk before still exists
+            if wanted:
+                slope = self.bytes(chunk, 4)  # divided
+            if wanted and x.size != 4:
                 slope = self.bytes(chunk, x.size)
-            self.bytes(chunk // vocabulary * dim, x.size)
+            self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
         del slope
-        sizes = [g.n for g in gradients]
+        sizes = [None if g is None else g.n for g in gradients]
 
         def backward(g: Bytes) -> Gradients:
-            return tuple(Bytes(self.meter, nbytes, self.kind) for nbytes in sizes)
+            return tuple(None if nbytes is None else self.bytes(nbytes, 1) for nbytes in sizes)
 
-        return self.made([x, weight, *([shift] if shift else [])], 1, 4, gradients, backward)
+        return self.made(inputs, 1, 4, gradients, backward)
 
     def _logits(self, n: int, size: int, capped: bool) -> Bytes:
-        """In float32, which become their gradient in place. A cap has a slope of its own."""
+        """Logits in float32, which become their gradient in place; a softcap also has a slope."""
         logits = self.bytes(n, size)
         if size != 4:
             logits = self.bytes(n, 4)
@@ -251,30 +268,30 @@ class Tape(Recorder):
         return logits
 
     def kept(self, name: str, make: Callable[[], Parameter]) -> Parameter:
-        """A parameter that several parts of the model share. name: any, in the module that computes."""
+        """A parameter that several parts of the model share. name: any, within the current module."""
         key = dotted(self.path, name)
         if key not in self.shared:
             self.shared[key] = make()
         return self.shared[key]
 
-    @contextlib.contextmanager
-    def exactly(self) -> Iterator[None]:
-        """Autocast is off within."""
-        before, self.autocast = self.autocast, False
-        try:
-            yield
-        finally:
-            self.autocast = before
+    def exactly(self) -> contextlib.AbstractContextManager[None]:
+        """Without autocast."""
+        return self.having(autocast=False)
 
     def low(self, x: Value) -> Value:
-        """As autocast has it: in 2 bytes, parameters once for all their uses."""
+        """As autocast casts: to 2 bytes, a parameter once for all its uses."""
         if not self.autocast or x.size == 2:
             return x
-        if not isinstance(x, Parameter):
+        if not isinstance(x, Parameter) or x.edge is None:  # autocast keeps copies of what takes a gradient
             return self.to(x, 2)
         if id(x) not in self.casts:
             self.casts[id(x)] = self.to(x, 2)
         cast = self.casts[id(x)]
-        if self.recording and cast.edge is None:  # made in a forward that is now computed again: its bytes are there, not the way back
-            cast = self.casts[id(x)] = self.made([x], x.n, 2, None, lambda g: (Bytes(self.meter, x.nbytes, self.kind),), cast.storage)
+        if self.recording and cast.edge is None:  # cast in a forward that is now recomputed: it has bytes, but no edge
+            cast = self.casts[id(x)] = self.unary(x, x.n, 2, storage=cast.storage)
         return cast
+
+
+def _operands(a: Value, b: Value) -> tuple[tuple[bool, bool], tuple[int, int]]:
+    """Which operands want a gradient, and the elements of those that are broadcast, else 0."""
+    return (a.edge is not None, b.edge is not None), (a.n if a.n < b.n else 0, b.n if b.n < a.n else 0)

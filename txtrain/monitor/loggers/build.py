@@ -13,18 +13,19 @@ from txtrain.config.loggers import TENSORBOARD
 from txtrain.config.schema import Train
 from txtrain.config.targets import WANDB, class_of, instances
 from txtrain.ground.convert import plain
-from txtrain.monitor.loggers.line import Line
+from txtrain.monitor.loggers.line import Line, within
 from txtrain.monitor.loggers.sinks import Sink, TensorBoard
 from txtrain.objectives.base import Shown
 from txtrain.planning.figures import plan
 
 Say = Callable[[str], None]
+_MAKING, _UPLOAD = 120.0, 3600.0  # seconds that a logger may take to be made; for a checkpoint, which it may upload
 _LIGHTNING_WANDB = "lightning.pytorch.loggers.WandbLogger"
 _CALLED = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint")  # by Lightning and by callbacks
 _OURS = ("save", "finalize")  # Lightning's calls of them come to nothing: the run's end is the recorder's
 _CHANGING = ("status", "step", "ended", "data_order_hash")  # of run.json
 _PLAN = (
-    *("n_params", "n_active_params", "tokens", "steps"),
+    *("n_params", "n_active_params", "n_trained_params", "tokens", "steps"),
     *("flops_per_token", "flops_per_sample", "flops", "flops_missing"),
     *("memory", "memory_by_part", "memory_missing"),
 )
@@ -46,8 +47,8 @@ class Loggers:
 
     @property
     def lightning(self) -> list[Any]:
-        """The loggers themselves, for lightning.Trainer."""
-        return [sink.logger for sink, _ in self._lines]
+        """The loggers themselves, for lightning.Trainer, which asks each for its `experiment`."""
+        return [sink.logger for sink, _ in self._lines if sink.has_experiment]
 
     def row(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._tell(lambda sink: partial(sink.row, step, metrics))
@@ -56,7 +57,7 @@ class Loggers:
         self._tell(lambda sink: partial(sink.samples, step, tokens, shown))
 
     def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
-        self._tell(lambda sink: partial(sink.checkpoint, path, step, order_hash, best))
+        self._tell(lambda sink: partial(sink.checkpoint, path, step, order_hash, best), patience=_UPLOAD)
 
     def close(self, status: str) -> None:
         """Once. status: complete, preempted, failed."""
@@ -64,16 +65,21 @@ class Loggers:
         for sink, line in lines:
             line.close(partial(sink.close, status), sink.patience(status))
 
-    def _tell(self, event: Callable[[Sink], Callable[[], object]]) -> None:
+    def _tell(self, event: Callable[[Sink], Callable[[], object]], patience: float | None = None) -> None:
         for sink, line in self._lines:
-            line.put(event(sink))
+            line.put(event(sink), patience)
 
 
 def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
     """Raises:
     ConfigError: a logger that its arguments do not fit.
     """
-    sinks = {name: _sink(config, place, say, name, dict(node)) for name, node in config.logger.items()}
+    sinks: dict[str, Sink] = {}
+    for name, node in config.logger.items():
+        try:
+            sinks[name] = within(_MAKING, partial(_sink, config, place, say, name, dict(node)))
+        except TimeoutError as e:
+            say(f"logger {name} cannot be made ({e}): it is dropped. The training goes on.")
     if not sinks:
         return Loggers()
     run = {name: value for name, value in place.facts.items() if name not in _CHANGING}

@@ -17,9 +17,10 @@ class Sink:
     """
 
     def __init__(self, logger: Any, x_axis: str = "step") -> None:
-        self.logger, self.x_axis = logger, x_axis
+        self.logger, self.x_axis, self.has_experiment = logger, x_axis, False
         with contextlib.suppress(Exception):  # it is said when `open` meets it
             _ = getattr(logger, "experiment", None)  # Lightning asks for it when training starts: two threads at once would make two
+            self.has_experiment = True
 
     def open(self, told: Mapping[str, Any]) -> None:
         """told: the configuration, and under `run` what run.json and plan say."""

@@ -41,6 +41,7 @@ VARIABLES = {  # of each word of ours that wins over it
     "resume": "WANDB_RESUME",
 }
 _BY_SWEEP = ("project", "entity")  # the agent of a sweep names them
+_OPENING = 120.0  # seconds that the training waits for the run to be open; wandb.init has 90 of its own
 _WRITING = 5.0  # seconds for the last block of an offline run's file
 _REOPENINGS = 3  # of one process: more than that is no accident
 FINISH, UPLOAD = 30.0, 3600.0  # seconds that a run's end waits for its last rows, for its last checkpoint; what remains is on the disk
@@ -88,8 +89,8 @@ class WandbLogger(lightning.WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, for callbacks; waits until it is open. What takes every call and does nothing, where it could not be opened."""
-        self.opened.wait()
+        """The W&B run, for callbacks; waits until it is open. What takes every call and does nothing, where it could not be opened in time."""
+        self.opened.wait(_OPENING)
         return _DummyExperiment() if self._experiment is None else self._experiment
 
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:

@@ -8,12 +8,13 @@ from collections.abc import Iterator
 
 from txtrain.config.schema import Train
 from txtrain.parallel.config import Layout
-from txtrain.planning.memory.all_to_all import rows_to_experts
 from txtrain.planning.memory.batch_shapes import nbytes_of, unknown
+from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.fsdp import Shards
 from txtrain.planning.memory.replicated import Copies, NotCounted
 from txtrain.planning.memory.zero3 import Gathered
 from txtrain.planning.memory.zero12 import Accumulated, Partitions
+from txtrain.planning.trained import untraced
 from txtrain.registry import chosen, unstated
 
 
@@ -64,8 +65,8 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     between = sum(static.values())
     parts = {name: static.get(name, 0) + in_step.get(name, 0) for name in static | in_step}
     sent = strategy.exchanged()
-    if strategy.ep_size > 1:
-        sent["all_to_all"] = rows_to_experts(config, world)
+    if isinstance(strategy.t, DividedTape):  # exact for the mean over the processes, of which one may have more rows than another
+        sent["all_to_all"] = round(strategy.t.travelled / micro * config.data.global_batch_size / layout.data)
     return Memory(micro, between + sum(in_step.values()), parts, between, sent, sum(host.values()), host)
 
 
@@ -80,21 +81,9 @@ def _parts(*parts: dict[str, int]) -> dict[str, int]:
     return {kind: n for found in parts for kind, n in found.items() if n}
 
 
-STATES = {  # what a component's Config must define for its memory to be counted
-    "attention": ("trace",),
-    "ffn": ("trace",),
-    "norm": ("trace_of",),
-    "norm_position": ("joined",),
-    "position": ("trace_sum", "trace_rotation", "trace_bias"),
-}
-
-
 def _unstated(config: Train, world: int) -> Iterator[str]:
     """What options of the user's own do not say."""
-    for axis, component in config.model.components():
-        if forms := unstated(axis, component, *STATES.get(axis, ())):
-            where = f"{forms} of its Config; plan.simulate=true looks at the module"
-            yield f"{chosen(axis, component)} does not say what it computes ({where})"
+    yield from untraced(config)
     optimizer = config.optimizer
     asked = ("state_values", "counts_steps", "update_bytes", *(["update_sent"] if world > 1 else []))
     if forms := unstated("optimizer", optimizer, *asked):

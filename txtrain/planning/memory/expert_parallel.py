@@ -5,15 +5,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from txtrain.model.trace.tape import Bytes, Tape, Value
+from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 
 class DividedTape(Tape):
     """A tape of one of `parts` processes that divide each mixture's experts. around: is called to compute them, and may gather them first."""
 
-    def __init__(self, size: int, parts: int) -> None:
-        super().__init__(size)
+    def __init__(self, size: int, parts: int, trains: Callable[[str], bool]) -> None:
+        super().__init__(size, trains)
         self.parts = parts
+        self.travelled = 0  # bytes of rows to experts and back, those of this process' own among them
         self.around: Callable[[Value, Callable[[Value], Value]], Value] | None = None
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
@@ -31,4 +32,10 @@ class DividedTape(Tape):
 
     def _exchanged(self, x: Value) -> Value:
         nbytes = x.nbytes
-        return self.made([x], x.n, x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),))
+        self.travelled += nbytes
+
+        def backward(g: Bytes) -> Gradients:
+            self.travelled += nbytes
+            return (Bytes(self.meter, nbytes, self.kind),)
+
+        return self.made([x], x.n, x.size, None, backward)

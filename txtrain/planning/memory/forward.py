@@ -141,7 +141,7 @@ class Traced:
         return made
 
     def _further(self, x: Value, vectors: Value, depth: int, length: int, masked: dict[str, bool], place: Place) -> tuple[Value, Value]:
-        """`mtp.FurtherToken`, and its loss."""
+        """`mtp.MTPModule`, and its loss."""
         model, t, n = self.model, self.t, length - depth
         here = dc.replace(place, queries=n, keys=n)
         sizes = here.tokens * model.dim

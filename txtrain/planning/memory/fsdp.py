@@ -26,7 +26,8 @@ class Shards(Copies):
         self.earlier_of: dict[int, Bytes] = {}
         self.order: list[int] = []  # of what was gathered in the forward: numbers of blocks, ~number of a block's experts
         self.places: dict[int, list[int]] = {}  # in it, of each
-        self.n_of_experts = 0  # bytes of their gathering
+        self.n_gathered = 0  # bytes of the buffers of a micro-batch
+        self.backward_of: set[int] = set()  # whose backward is still to come to its end
         self.whole_root = self._gathered(self.root)
         if isinstance(self.t, DividedTape):
             self.t.around = self._around_experts
@@ -54,11 +55,18 @@ class Shards(Copies):
 
     def _padded(self, group: Group) -> int:
         """Elements of the whole buffer: rows of each parameter up to a multiple of the shards."""
-        return sum(math.prod(self.own(p)) * self._shards(p) for p in group.parameters)
+        return sum(map(self._padded_of, group.parameters))
 
-    def _of_one(self, group: Group) -> int:
-        """Elements that this process has."""
-        return sum(math.prod(self.own(p)) for p in group.parameters)
+    def _reduced_of(self, group: Group) -> int:
+        """The same of those that have gradients."""
+        return sum(self._padded_of(p) for p in group.parameters if p.edge)
+
+    def _padded_of(self, p: Parameter) -> int:
+        return math.prod(self.own(p)) * self._shards(p)
+
+    def _of_one(self, group: Group, trained: bool = False) -> int:
+        """Elements that this process has. trained: of those that have gradients."""
+        return sum(math.prod(self.own(p)) for p in group.parameters if p.edge or not trained)
 
     def _is_alone(self, group: Group) -> bool:
         """Whether no other process has shards of it: nothing is gathered, and copied at once."""
@@ -69,10 +77,11 @@ class Shards(Copies):
 
     def communicated(self) -> dict[str, int]:
         found = dict(self.t.sent)
-        groups = [self.root, *self.groups]
-        again = self.groups if self.config.strategy.reshard_after_forward else []
-        gathered = self.n_micro_batches * (self.t.size * sum(map(self._padded, [*groups, *again])) + self.n_of_experts)
-        reduced = self.stored * sum(self._padded(group) for group in (*groups, *self.experts.values()) if not self._is_alone(group))
+        groups = [self.root, *self.groups, *self.experts.values()]
+        # What came ahead for a backward that has none is there for the next micro-batch' forward; the last one's is given up.
+        unused = self.t.size * sum(self._padded(self._group(number)) for number in self.prefetched)
+        gathered = self.n_micro_batches * (self.n_gathered - unused) + unused
+        reduced = self.stored * sum(self._reduced_of(group) for group in groups if not self._is_alone(group))
         summed = (self.gradients if self.layout.replicate > 1 else 0) + (self.in_common if self.layout.tensor > 1 else 0)
         for name, n in (("all_gather", gathered), ("reduce_scatter", reduced), ("all_reduce", summed)):
             if n:
@@ -83,14 +92,14 @@ class Shards(Copies):
 
     def before(self) -> None:
         """Gradients of earlier micro-batches lie whole in every process: none is reduced before the last."""
-        self.earlier_of = {id(g): self.t.bytes(g.n, self.stored, "gradients") for g in (self.root, *self.groups, *self.experts.values())}
+        groups = (self.root, *self.groups, *self.experts.values())
+        self.earlier_of = {id(g): self.t.bytes(sum(p.n for p in g.parameters if p.edge), self.stored, "gradients") for g in groups}
         self.t.accumulates = self.t.size == self.stored  # else they are made into float32 after the block, and added
 
     def _buffer(self, group: Group) -> Bytes:
         if self._is_alone(group):
             return self.t.bytes(0)
-        if any(group is of_block for of_block in self.experts.values()):
-            self.n_of_experts += self._padded(group) * self.t.size
+        self.n_gathered += self._padded(group) * self.t.size
         mine = self.t.bytes(self._of_one(group), self.stored, "gathered") if self.offloads else None  # copied to the device
         buffer = self.t.bytes(self._padded(group), kind="gathered")
         del mine
@@ -107,9 +116,10 @@ class Shards(Copies):
         t, number = self.t, self.seen
         self.seen += 1
         self.whole[number] = self._gathered(self.groups[number])
+        inputs = [*inputs]
+        self._reduces_behind(inputs, number)
         x, *others = inputs
         del inputs
-        x = t.hook(x, lambda: self._reduced(number))
         t.group = Group()
         mine = t.group
         self.groups[number].live = mine
@@ -117,6 +127,12 @@ class Shards(Copies):
         t.group = t.root
         self._left_forward(number)
         return t.hook(x, lambda: self._needed(number))
+
+    def _reduces_behind(self, inputs: list[Value], number: int) -> None:
+        """Its gradients are reduced when the first of its inputs has one; where none takes one, when all else is done."""
+        first = next((i for i, x in enumerate(inputs) if x.edge), None)
+        if first is not None:
+            inputs[first] = self.t.hook(inputs[first], lambda: self._reduced(number))
 
     def _left_forward(self, number: int) -> None:
         self.places.setdefault(number, []).append(len(self.order))
@@ -135,7 +151,10 @@ class Shards(Copies):
             self._rearranged(group)
         elif number not in self.whole:
             self.whole[number] = self._gathered(group)
-        x = t.hook(x, lambda: self._reduced(number))
+        entered = [x]
+        del x
+        self._reduces_behind(entered, number)
+        x = entered.pop()
         if t.replayed is None:
             t.group = group.live = Group()
         x = compute(x)
@@ -161,6 +180,7 @@ class Shards(Copies):
         """Before a block's backward."""
         if number >= 0:
             self.again = number
+        self.backward_of.add(number)
         group = self._group(number)
         if number not in self.whole:
             buffer = self.prefetched.pop(number, None) or self._buffer(group)
@@ -171,15 +191,18 @@ class Shards(Copies):
 
     def _reduced(self, number: int) -> None:
         """After a block's backward."""
-        del self.whole[number]
+        self.backward_of.discard(number)
+        self.whole.pop(number, None)
         self._reduce(self._group(number), self._group(number).live)
 
     def _reduce(self, group: Group, live: Group) -> None:
         self.reduced = None
-        cut = [p.n for p in group.parameters if self._along(p)]
+        if not any(p.edge for p in group.parameters):
+            return
+        cut = [p.n for p in group.parameters if self._along(p) and p.edge]
         self.t.bytes(max(cut, default=0), kind="reduced")  # one after the other is arranged anew
         before = self.t.bytes(cut[-1] if cut else 0, kind="reduced")  # of the last of these, what it was before stays with the last gradient
-        self.reduced = self.t.bytes(self._padded(group), self.stored, "reduced")
+        self.reduced = self.t.bytes(self._reduced_of(group), self.stored, "reduced")
         earlier = self.earlier_of.pop(id(group), None)
         last = self._left(group, live, earlier is not None)
         for p in live.parameters:
@@ -187,9 +210,9 @@ class Shards(Copies):
         del earlier
         if self.offloads:  # the one before has been copied to the processor's memory
             self.made.clear()
-        self.made.append(self.t.bytes(self._of_one(group), self.stored, "gradients"))
+        self.made.append(self.t.bytes(self._of_one(group, trained=True), self.stored, "gradients"))
         if self.device == "cpu" or self._is_alone(group):  # gloo sums a copy of what it scatters; alone, it is divided by 1
-            self.t.bytes(self._padded(group), self.stored, "reduced")
+            self.t.bytes(self._reduced_of(group), self.stored, "reduced")
         del before, last
 
     def _left(self, group: Group, live: Group, several: bool) -> Bytes | None:
@@ -197,7 +220,7 @@ class Shards(Copies):
 
         several: it is a sum over micro-batches, and a part of `earlier_of`.
         """
-        i = max(range(len(group.parameters)), key=lambda i: (registered(group.parameters[i].name), i))
+        i = max((i for i, p in enumerate(group.parameters) if p.edge), key=lambda i: (registered(group.parameters[i].name), i))
         if self._along(group.parameters[i]):
             return None  # counted as what it was before
         return self.t.bytes(group.parameters[i].n, self.stored, "gradients") if several else live.parameters[i].gradient
@@ -205,6 +228,8 @@ class Shards(Copies):
     def after_backward(self) -> None:
         del self.whole_root
         self._reduce(self.root, self.t.root)
+        for number in sorted(self.backward_of, key=lambda number: (~number, 1) if number < 0 else (number, 0)):  # their inputs take no gradient
+            self._reduced(number)
         if self.layout.tensor > 1:
             self.t.bytes(self.in_common, 1, "reduced")
 

@@ -54,8 +54,9 @@ class Copies:
 
     def _tape(self, size: int = FLOAT32) -> Tape:
         if self.layout.tensor > 1:
-            return CutTape(self.config.model, self.layout.tensor, size, self.device)
-        return DividedTape(size, self.ep_size) if self.ep_size > 1 else Tape(size)
+            return CutTape(self.config.model, self.layout.tensor, size, self.device, self.config.trains)
+        trains = self.config.trains
+        return DividedTape(size, self.ep_size, trains) if self.ep_size > 1 else Tape(size, trains)
 
     def _loss(self, n: int, t: Tape, around: Callable[[Block, Sequence[Value]], Value]) -> Value:
         traced = CutTraced if isinstance(t, CutTape) else Traced
@@ -101,23 +102,31 @@ class Copies:
     @property
     def held(self) -> list[Held]:
         """What this process keeps of each parameter."""
-        return [Held(p.name, self.shapes[p.name], self.own(p), p.shape) for p in self.pieces]
+        return [self._held(p) for p in self.pieces]
+
+    @property
+    def trained(self) -> list[Held]:
+        """The same of those that take a gradient."""
+        return [self._held(p) for p in self.pieces if p.edge]
+
+    def _held(self, p: Parameter) -> Held:
+        return Held(p.name, self.shapes[p.name], self.own(p), p.shape)
 
     def states(self) -> dict[str, int]:
         """Bytes between steps, beside the batch."""
-        optimizer = updates.states(self.config.optimizer, self.held, self.stored)
+        optimizer = updates.states(self.config.optimizer, self.trained, self.stored)
         assert optimizer is not None, "count.py asks for what an optimizer states"
         parameters = self.stored * sum(h.n for h in self.held)
-        return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.held)}
+        return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.trained)}
 
     def update(self) -> dict[str, int]:
         """Bytes beside these while the optimizer steps."""
-        return {"gradients": self.gradients, "temporaries": updates.made(self.config.optimizer, self.held, self.stored)}
+        return {"gradients": self.gradients, "temporaries": updates.made(self.config.optimizer, self.trained, self.stored)}
 
     @property
     def gradients(self) -> int:
         """Bytes, when the optimizer steps."""
-        return sum(h.n for h in self.held) * self.stored
+        return sum(h.n for h in self.trained) * self.stored
 
     def communicated(self) -> dict[str, int]:
         found = dict(self.t.sent)
@@ -130,14 +139,14 @@ class Copies:
     def exchanged(self) -> dict[str, int]:
         """Bytes of whole buffers in a step, those of the update among them."""
         sent = self.communicated()
-        for name, n in self.config.optimizer.update_sent(self.held, self.stored).items():
+        for name, n in self.config.optimizer.update_sent(self.trained, self.stored).items():
             sent[name] = sent.get(name, 0) + n
         return sent
 
     @property
     def in_common(self) -> int:
         """Bytes of gradients of what every process has whole beside its pieces."""
-        return sum(h.n for h, p in zip(self.held, self.pieces, strict=True) if p.shape == self.shapes[p.name]) * self.stored
+        return sum(self._held(p).n for p in self.pieces if p.edge and p.shape == self.shapes[p.name]) * self.stored
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -152,7 +161,7 @@ class Copies:
         self.t.sent = {name: n * self.n_micro_batches for name, n in self.t.sent.items()}
 
     def before(self) -> None:
-        self.earlier: Bytes | None = self.t.bytes(sum(p.n for p in self.pieces), self.stored, "gradients")
+        self.earlier: Bytes | None = self.t.bytes(sum(p.n for p in self.pieces if p.edge), self.stored, "gradients")
         self.t.accumulates = True
 
     def around(self, block: Block, inputs: Sequence[Value]) -> Value:

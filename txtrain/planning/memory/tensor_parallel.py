@@ -33,8 +33,8 @@ class Extent(NamedTuple):
 class CutTape(Tape):
     """A tape of one of `parts` processes that share each layer's matrices."""
 
-    def __init__(self, model: ModelConfig, parts: int, size: int, device: str) -> None:
-        super().__init__(size)
+    def __init__(self, model: ModelConfig, parts: int, size: int, device: str, trains: Callable[[str], bool]) -> None:
+        super().__init__(size, trains)
         self.parts, self.device = parts, device
         tables, parameters = cut_of("embedding", model.embedding), cut_of("head", model.head)
         self.by_vocabulary = {f"{stack}embedding.{table}.weight" for stack in ("", "encoder_") for table in tables}

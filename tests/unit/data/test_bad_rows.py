@@ -1,0 +1,128 @@
+"""What is not UTF-8, and rows that are no text: refused with file, row and column, or treated as two keys say."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from txtrain.data.prepare import prepare
+from txtrain.data.sources.hub_text import hub_source
+from txtrain.data.sources.source import build_source
+from txtrain.data.sources.text import TextFiles
+from txtrain.data.sources.translation import Translation
+from txtrain.data.tokenizer.load import load_tokenizer
+from txtrain.errors import ConfigError
+from txtrain.objectives.base import build_objective
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> dict[str, Path]:
+    """Three rows, the second of which is not UTF-8."""
+    made = {name: tmp_path / f"a.{name}" for name in ("jsonl", "half.jsonl", "parquet", "tsv", "txt")}
+    made["jsonl"].write_bytes(b'{"text": "one"}\n{"text": "t\xffwo"}\n{"text": "three"}\n')
+    made["half.jsonl"].write_text('{"text": "one"}\n{"text": "t\\ud83dwo"}\n{"text": "three"}\n')
+    raw = [b"one", b"t\xffwo", b"three"]
+    column = pa.StringArray.from_buffers(3, pa.array(np.cumsum([0, *map(len, raw)]), pa.int32()).buffers()[1], pa.py_buffer(b"".join(raw)))
+    pq.write_table(pa.table({"text": column}), made["parquet"])
+    made["tsv"].write_bytes(b"one\t1\nt\xffwo\t2\nthree\t3\n")
+    made["txt"].write_bytes(b"one\nt\xffwo\nthree\n")
+    return made
+
+
+def texts(path: Path, **keys) -> list[str]:
+    if path.suffix == ".tsv":
+        return [a for a, _ in Translation(str(path), None, None, None, None, "train", None, None, False, **keys).pairs("train")]
+    return list(TextFiles(str(path), **keys).documents("train"))
+
+
+PLACES = {
+    "jsonl": "line 2 of PATH is not: byte 0xff at offset 27",
+    "half.jsonl": "line 2 of PATH: `text` must be whole text",
+    "parquet": "text in row 2 of PATH is not: byte 0xff at offset 1",
+    "tsv": "line 2 of PATH is not: byte 0xff at offset 7",
+    "txt": "PATH is not: byte 0xff at offset 5",
+}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+def test_what_is_not_utf_8_is_refused_replaced_or_left_out(kind: str, rows: dict[str, Path]) -> None:
+    path = rows[kind]
+    with pytest.raises(ConfigError) as e:
+        texts(path)
+    assert PLACES[kind].replace("PATH", str(path)) in str(e.value)
+    found = texts(path, encoding_errors="replace")
+    assert "".join(found).replace("\n", "") == "onet\ufffdwothree"
+    if kind == "txt":  # no rows
+        with pytest.raises(ConfigError):
+            texts(path, bad_rows="skip")
+    else:
+        assert texts(path, bad_rows="skip") == ["one", "three"]
+
+
+def test_every_kind_of_bad_row_is_listed_with_its_cause(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    bad = [b'{"text": 3}', b'{"other": "x"}', b'{"text": "cut', b"[]", b'{"text": "' + b"x" * 2000 + b'"}', b'{"text": "\xff"}', b"\0"]
+    path.write_bytes(b"\n".join([b'{"text": "good"}', *bad, b'{"text": null}', b'{"text": "last"}']))
+    source = TextFiles(str(path), max_text_bytes=500, bad_rows="skip")
+    for _ in range(2):  # the tokenizer and the cache both read all
+        assert list(source.documents("train")) == ["good", "last"]
+    assert list(source.skipped) == [f"line {i} of {path}" for i in range(2, 9)]
+    assert all(str(path) in why for why in source.skipped.values())
+
+
+def test_rows_of_a_set_have_the_same_treatment(rows: dict[str, Path]) -> None:
+    def made(errors: str, bad: str):
+        return hub_source(str(rows["parquet"]), None, "train", None, None, "text", False, 0.05, 1 << 20, errors, bad)
+
+    with pytest.raises(ConfigError, match=r"text in row 2 of .*a.parquet \(train\) is not"):
+        list(made("strict", "refuse").documents("train"))
+    assert list(made("replace", "refuse").documents("train")) == ["one", "t\ufffdwo", "three"]
+    assert list(made("strict", "skip").documents("train")) == ["one", "three"]
+    assert len({made(e, b).identity() for e in ("strict", "replace") for b in ("refuse", "skip")}) == 4
+
+
+def test_what_is_left_out_is_in_the_fingerprint_and_listed_beside_the_tokens(make_config, tmp_path: Path, caplog) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": f"a text of number {i} " * 9}) + "\n" for i in range(60)))
+    clean, lists = [], []
+    for bad in (False, True):
+        if bad:
+            path.write_text(path.read_text() + "no row\n")
+        for way in ("refuse", "skip")[bad:]:
+            config = make_config("text", {"path": str(path), "bad_rows": way})
+            caplog.clear()
+            made = prepare(build_source(config), config, build_objective(config))
+            clean.append(made.fingerprint)
+            lists.append([line for file in made.skipped for line in file.read_text().splitlines()])
+            assert made.n_skipped == bad == ("1 bad rows are left out" in caplog.text)
+    assert len(set(clean)) == 3
+    again = prepare(build_source(config), config, build_objective(config))  # from the cache
+    assert again.n_skipped == 1
+    assert lists[:2] == [[], []]
+    assert [json.loads(line)["row"] for line in lists[2]] == [f"line 61 of {path}"]
+
+
+def test_fingerprints_of_data_without_the_new_keys_are_what_they_were(make_config, corpus_file: Path) -> None:
+    config = make_config("text", {"path": str(corpus_file)})
+    assert prepare(build_source(config), config, build_objective(config)).fingerprint == "251fc89783286e1a"
+
+
+def test_a_stream_cannot_leave_rows_out(make_config) -> None:
+    keys = {"path": "x", "streaming": True, "bad_rows": "skip", "encoding_errors": "replace"}
+    said = "\n".join(make_config("hf", keys).data.check())
+    assert "`data.bad_rows` must be refuse" in said
+    assert "`data.encoding_errors` must be strict" in said
+
+
+def test_what_is_no_file_is_told_by_its_kind(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    kinds = {str(tmp_path / "pipe"): "is a pipe", "/dev/null": "is a device", str(tmp_path / "link"): "is a link to .*nothing, which does not exist"}
+    for path, kind in kinds.items():
+        for read in (TextFiles, load_tokenizer, lambda path: Translation(f"{path}", f"{path}", None, None, None, "train", None, None, False)):
+            with pytest.raises(ConfigError, match=f"`data.* {kind}"):
+                read(path)

@@ -1,0 +1,153 @@
+"""What `writer` wrote, read into the place where it belongs, and looked at while it passes by.
+
+DCP's own reader copies each tensor out of a mapped file, and that into the model. Here a tensor that is wanted whole goes from the file
+to its place, a megabyte at a time; each is compared with its checksum, and looked through for NaN, while the processor still has it.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+from torch.distributed.checkpoint import _hf_utils as words
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+from torch.futures import Future
+
+from txtrain.checkpoint.state import ShardState
+from txtrain.errors import ConfigError
+from txtrain.ground.plain_files import parse_json
+from txtrain.hf.tensor_file import SafetensorsFile
+
+WEIGHTS = ("model.", "ema.")
+
+
+class NotFiniteError(ConfigError):
+    """Weights that hold NaN or infinity. problems: their names."""
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. A sum that is finite is of numbers that are; one that is not may have overflowed."""
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
+    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+
+
+class Reader(HuggingFaceStorageReader):
+    """Args:
+    verify: compare each tensor with its checksum. finite: refuse weights that are not finite.
+    """
+
+    def __init__(self, folder: Path, verify: bool = True, finite: bool = True) -> None:
+        super().__init__(str(folder))
+        self.verify, self.finite = verify, finite
+        self._files: dict[str, SafetensorsFile] = {}
+        self._checksums: dict[str, dict[str, str]] = {}
+
+    def read_metadata(self) -> Metadata:
+        """Of each tensor its parts, from the headers.
+
+        Raises:
+            ConfigError: one of them is damaged.
+        """
+        found: dict[str, TensorStorageMetadata] = {}
+        self.storage_data = {}
+        for path in sorted(Path(self.path).glob("*.safetensors")):
+            file = self._files[str(path)] = SafetensorsFile(path)
+            self._checksums[str(path)] = ShardState.of(file.metadata, f"The header of {path.name}").checksums
+            for name, offsets, shape, dtype in _parts(file):
+                held = found.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []))
+                held.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)))
+                ends = [o + n for o, n in zip(offsets, shape, strict=True)]
+                held.size = torch.Size(map(max, ends, held.size))
+                self.storage_data[MetadataIndex(name, offsets)] = str(path)
+        return Metadata(dict(found), storage_data=self.storage_data, storage_meta=StorageMeta(load_id=self.load_id))
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Parts that no process reads whole, as on another number of them, are compared with their checksums in turns."""
+        if not self.verify:
+            return plans
+        items = [item for plan in plans for item in plan.items]
+        rest = {item.storage_index for item in items} - {item.storage_index for item in items if self._whole(item)}
+        turns = sorted(rest, key=lambda index: (index.fqn, tuple(index.offset or ())))
+        return [dc.replace(plan, storage_data=turns[i :: len(plans)]) for i, plan in enumerate(plans)]
+
+    def _whole(self, item: ReadItem) -> bool:
+        index = item.storage_index
+        return tuple(item.lengths) == self._files[self.storage_data[index]].entries[index.fqn].shape
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Raises:
+        ConfigError: a tensor is not what was written. NotFiniteError: weights hold NaN or infinity.
+        """
+        from safetensors import safe_open
+
+        strange = []
+        for item in plan.items:
+            target, index = planner.resolve_tensor(item).detach(), item.storage_index
+            path, name = self.storage_data[index], index.fqn
+            check = self.finite and name.startswith(WEIGHTS)
+            if self._whole(item):
+                fine = self._read(path, name, target, check)
+            else:
+                with safe_open(path, "pt") as f:
+                    part = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
+                    target.copy_(f.get_slice(name)[part])
+                fine = not check or is_finite(target)
+            strange += [] if fine else [name]
+            planner.commit_tensor(item, target)
+        for index in plan.storage_data or ():
+            self._read(self.storage_data[index], index.fqn, None, finite=False)
+        if strange:
+            raise NotFiniteError(*strange)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read(self, path: str, name: str, target: Tensor | None, finite: bool) -> bool:
+        """One part, whole, into its place (None: nowhere); whether its numbers are finite, if that is asked."""
+        file, fine = self._files[path], True
+        entry, checksum = file.entries[name], self._checksums[path].get(name) if self.verify else None
+        dtype = words.DTYPE_MAP[entry.dtype]
+        direct = target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
+        held = target if target is not None and direct else torch.empty(entry.shape, dtype=dtype, device="cpu")
+        digest = xxhash.xxh3_64()
+        for piece in file.fill(name, held):
+            if checksum is not None:
+                digest.update(piece.view(torch.uint8).numpy().data)
+            fine = fine and (not finite or is_finite(piece))
+        if checksum is not None and digest.hexdigest() != checksum:
+            raise ConfigError(f"{file.path.name}: {name} is not what was written: its checksum is another")
+        if target is not None and not direct:
+            target.copy_(held)
+        return fine
+
+
+def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, ...], torch.dtype]]:
+    """Of each tensor in a file where its part begins in the whole, the part's shape, and its type."""
+    where = f"The header of {file.path.name}"
+    metadata = file.metadata if isinstance(file.metadata, dict) else {}
+    text = metadata.get(words.CUSTOM_METADATA_KEY)
+    places = {} if text is None else parse_json(str(text), where)
+    for name, entry in file.entries.items():
+        place = places.get(name) if text is not None else {words.SAVED_OFFSETS_KEY: [0] * len(entry.shape)}
+        offsets: Any = place.get(words.SAVED_OFFSETS_KEY) if isinstance(place, dict) else None
+        sound = isinstance(offsets, list) and len(offsets) == len(entry.shape) and all(type(o) is int and 0 <= o < 2**63 for o in offsets)
+        if not sound or entry.dtype not in words.DTYPE_MAP or any(o + n >= 2**63 for o, n in zip(offsets, entry.shape, strict=True)):
+            raise ConfigError(f"{where}: {name} must be a part of a tensor, but is {entry} at {json.dumps(place)[:80]}")
+        yield name, offsets, entry.shape, words.DTYPE_MAP[entry.dtype]
