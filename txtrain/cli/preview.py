@@ -34,7 +34,8 @@ def run_preview(job: Composed) -> int:
     """Print preview.n samples.
 
     Raises:
-        ConfigError: as `train`, for what is wrong with the data; samples that are neither tokens nor images; images as JSON.
+        ConfigError: as `train`, for what is wrong with the data; samples that are
+            neither tokens nor images; images as JSON.
     """
     config: Preview = job.config
     wanted = config.preview

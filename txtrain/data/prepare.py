@@ -204,8 +204,8 @@ def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, c
     """The objective's samples of both splits. key: of text and tokenizer."""
     across, packing = config.data.cross_document_attention, config.data.packing
     if any(tokens.mask is not None for tokens in splits) and not objective.masks:
-        fitting = "causal_lm or sft"
-        raise ConfigError(f"`objective` must be {fitting} with texts of which only some tokens are trained, but is {config.objective.type} instead.")
+        fitting = "causal_lm or sft with texts of which only some tokens are trained"
+        raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
     plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
     texts = [TokenisedText(tokens, tokenizer, config.seq_len, across, plan) for tokens, plan in zip(splits, plans, strict=True)]
     train, validation = (objective.samples(text) for text in texts)

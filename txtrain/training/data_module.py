@@ -174,7 +174,7 @@ class DataModule(L.LightningDataModule):
     def first(self, n: int | None, split: Split = "train") -> Iterator[tuple[Batch, list[list[int]]]]:
         """The first n samples that training reads, or of the validation set (all, if there are fewer), by batches.
 
-        With each the numbers, in the source, of what its samples came from. n: None: all of the validation set, or of one epoch.
+        With each the numbers, in the source, of what its samples came from. n: None: all of the set, or of one epoch.
 
         Raises:
             ConfigError: all of a stream are asked for.
@@ -182,12 +182,13 @@ class DataModule(L.LightningDataModule):
         self.prepare()
         assert self._train is not None
         if n is None and split == "train" and self._stream is not None:
-            raise ConfigError("`preview.n` must be a number with data.streaming=true, whose end is not known, but is all instead.")
+            why = "with data.streaming=true, whose end is not known"
+            raise ConfigError(f"`preview.n` must be a number {why}, but is all instead.")
         rows, size = (self._train if split == "train" else self._val), self.config.data.global_batch_size
         n = len(rows) if n is None else n if split == "train" else min(n, len(rows))
         samples = OrderedSamples(rows, self.config.seed, self.order if split == "train" else None)
         for at in range(0, n, size):
-            index = np.arange(at, min(at + size, n)) if split == "validation" else self.order.indices(at // size)[: n - at]
+            index = self.order.indices(at // size)[: n - at] if split == "train" else np.arange(at, min(at + size, n))
             batch = samples.__getitems__(index.tolist())
             yield batch, rows.sources(self.order.rows(index) if split == "train" else index)
 
@@ -231,7 +232,7 @@ class DataModule(L.LightningDataModule):
         return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
 
     def before_trained(self, n: int) -> list[list[int]]:
-        """What stands before the first trained token of the first n validation documents; fewer if there are fewer, none without a mask."""
+        """What stands before the first trained token of the first n validation documents; none without a mask."""
         self.prepare()
         if self._val_text is None or self._val_text.mask is None:
             return []

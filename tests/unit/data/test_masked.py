@@ -57,7 +57,9 @@ def read(rows: Rows, world_size: int, micro: int, size: int) -> Iterator[tuple[i
             for at in range(0, len(indices), micro):
                 batch = samples.__getitems__(indices[at : at + micro])
                 numbers = order.rows(batch["sample_index"].numpy()).tolist()
-                for row, ids, labels in zip(numbers, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True):
+                for row, ids, labels in zip(
+                    numbers, batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True
+                ):
                     if left > 0:
                         yield row, ids, labels
                     left -= 1
@@ -72,7 +74,12 @@ def read(rows: Rows, world_size: int, micro: int, size: int) -> Iterator[tuple[i
     ranks=st.sampled_from([(1, 4), (2, 1), (4, 1), (2, 2)]),
 )
 def test_what_is_trained_is_what_the_source_marked(
-    tmp_path_factory: pytest.TempPathFactory, texts: list[list[bool]], seq_len: int, packing: str, across: bool, ranks: tuple[int, int]
+    tmp_path_factory: pytest.TempPathFactory,
+    texts: list[list[bool]],
+    seq_len: int,
+    packing: str,
+    across: bool,
+    ranks: tuple[int, int],
 ) -> None:
     folder = tmp_path_factory.mktemp("marked")
     ids = iter(range(1, 1000))
@@ -106,11 +113,17 @@ def test_sources_without_marks_have_the_same_files_as_before(tmp_path: Path) -> 
     with TokenWriter(tmp_path, 300).open() as writer:
         writer.append("train", [1, 2], ends=True)
     writer.finish()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["meta.json", *(f"{s}.{e}" for s in ("train", "validation") for e in ("bin", "offsets.npy"))]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "meta.json",
+        *(f"{s}.{e}" for s in ("train", "validation") for e in ("bin", "offsets.npy")),
+    ]
     assert TokenFile(tmp_path, "train").mask is None
 
 
-@pytest.mark.parametrize(("text", "wrong"), [(Marked([1, 2], [True], 7), "a mark for each of its 2 tokens"), (Marked([1, 300], [True] * 2, 7), "0 to 299")])
+@pytest.mark.parametrize(
+    ("text", "wrong"),
+    [(Marked([1, 2], [True], 7), "a mark for each of its 2 tokens"), (Marked([1, 300], [True] * 2, 7), "0 to 299")],
+)
 def test_what_does_not_fit_names_its_text(tmp_path: Path, text: Marked, wrong: str) -> None:
     with pytest.raises(ConfigError, match=f"text 7 must .*{wrong}"):
         write(tmp_path, [text], 300)
@@ -161,7 +174,9 @@ def test_the_loss_counts_trained_tokens_alone(make_config: Callable[..., Train],
         assert trained.any(dim=1).all()
         assert int(objective.denominators(batch)["loss"]) == int(trained.sum())
         assert torch.equal(objective.target_ids(batch), batch["labels"][:, 1:][trained])
-        assert [sorted(set(ids.tolist()) - {256}) for ids in batch["input_ids"]] == [sorted(set(numbers)) for numbers in sources]
+        assert [sorted(set(ids.tolist()) - {256}) for ids in batch["input_ids"]] == [
+            sorted(set(numbers)) for numbers in sources
+        ]
         n += int(trained.sum())
     held = {n for _, sources in data.first(None, "validation") for numbers in sources for n in numbers}
     wanted = sum(2 * ((4 + k % 3) // 2) for k in range(40) if k not in held)

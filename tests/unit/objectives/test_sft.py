@@ -20,7 +20,9 @@ def gradients(model: torch.nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "none"])
-def test_a_packed_batch_has_the_loss_and_gradients_of_its_conversations_one_by_one(config: Callable[..., Train], packing: str) -> None:
+def test_a_packed_batch_has_the_loss_and_gradients_of_its_conversations_one_by_one(
+    config: Callable[..., Train], packing: str
+) -> None:
     made = config("sft", f"data.packing={packing}", "data.global_batch_size=8")
     data, objective = DataModule(made), build_objective(made)
     batch, _ = next(data.first(8))
@@ -29,7 +31,9 @@ def test_a_packed_batch_has_the_loss_and_gradients_of_its_conversations_one_by_o
     given = {name: batch[name] for name in ("input_ids", "labels", "document_ids", "attention_mask")}
     counts = objective.denominators(given)
 
-    halves = [{name: value[half] for name, value in given.items()} for half in (slice(0, 3), slice(3, 8))]  # two micro-batches
+    halves = [
+        {name: value[half] for name, value in given.items()} for half in (slice(0, 3), slice(3, 8))
+    ]  # two micro-batches
     together = torch.stack([objective(model, half, counts)["loss"] for half in halves]).sum()
     together.backward()
     of_batch = gradients(model)

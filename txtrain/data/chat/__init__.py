@@ -1,1 +1,1 @@
-"""Conversations: rows of files become messages, a template makes tokens of them, and some of these are trained. Not: where the rows come from."""
+"""Conversations: rows become messages, a template makes tokens of them, some of which are trained. Not: where rows are from."""

@@ -37,7 +37,9 @@ def conversations(row: Row, form: Format, number: int, where: str) -> Iterator[C
         yield from _READ[name](row, number, where)
     except (KeyError, TypeError, AttributeError) as e:
         said = f"no {e}" if isinstance(e, KeyError) else str(e)
-        raise ConfigError(f"`data.format`: {where} must be of the format {name}, but is not: {shorten(said)} in {_shown(row)}.") from e
+        raise ConfigError(
+            f"`data.format`: {where} must be of the format {name}, but is not: {shorten(said)} in {_shown(row)}."
+        ) from e
 
 
 def _format_of(row: Row, where: str) -> str:
@@ -49,10 +51,16 @@ def _format_of(row: Row, where: str) -> str:
             return "messages"
     if "replies" in row or (isinstance(row.get("prompt"), dict) and "replies" in row["prompt"]):
         return "oasst"
-    for name, keys in (("self_instruct", ("instruction", "instances")), ("alpaca", ("instruction", "output")), ("prompt_completion", ("prompt", "completion"))):
+    for name, keys in (
+        ("self_instruct", ("instruction", "instances")),
+        ("alpaca", ("instruction", "output")),
+        ("prompt_completion", ("prompt", "completion")),
+    ):
         if all(key in row for key in keys):
             return name
-    raise ConfigError(f"`data.format` must be one of {', '.join(_READ)}, but {where} is of none: it has the keys {shorten(', '.join(row))}.")
+    raise ConfigError(
+        f"`data.format` must be one of {', '.join(_READ)}, but {where} is of none: it has the keys {shorten(', '.join(row))}."
+    )
 
 
 def _messages(row: Row, number: int, where: str) -> Iterator[Conversation]:
@@ -128,7 +136,9 @@ def _role(speaker: Any, where: str) -> str:
     role = _SPEAKERS.get(speaker.lower() if isinstance(speaker, str) else "")
     if role is None:
         near = hint(str(speaker), list(_SPEAKERS))
-        raise ConfigError(f"`data.path`: who speaks must be one of {', '.join(_SPEAKERS)}, but is {shorten(repr(speaker))} in {where}.{near}")
+        raise ConfigError(
+            f"`data.path`: who speaks must be one of {', '.join(_SPEAKERS)}, but is {shorten(repr(speaker))} in {where}.{near}"
+        )
     return role
 
 
@@ -147,9 +157,13 @@ def _checked(turns: Any, where: str) -> list[dict[str, Any]]:
         raise TypeError(f"{type(turns).__name__} instead of a list of messages")
     for turn in turns:
         content = turn.get("content") if isinstance(turn, dict) else None
-        text = isinstance(content, (str, list)) or (content is None and isinstance(turn, dict) and turn.keys() - {"role", "content"})
+        text = isinstance(content, (str, list)) or (
+            content is None and isinstance(turn, dict) and turn.keys() - {"role", "content"}
+        )
         if not isinstance(turn, dict) or not isinstance(turn.get("role"), str) or not text:
-            raise ConfigError(f"`data.path`: a message must have a role and a content of text, but is {_shown(turn)} in {where}.")
+            raise ConfigError(
+                f"`data.path`: a message must have a role and a content of text, but is {_shown(turn)} in {where}."
+            )
     return turns
 
 

@@ -1,4 +1,4 @@
-"""Renders Jinja chat templates of strangers, in a process of its own that has little memory and little time. Run as a program.
+"""Renders Jinja chat templates of strangers, in a process of its own with little memory and little time. A program.
 
 Each line of standard input is a request, each line of standard output its answer, both JSON:
 
@@ -6,8 +6,9 @@ Each line of standard input is a request, each line of standard output its answe
     {"name": NAME, "messages": [...], "tools": ..., "wanted": [[n, prompt], ...]}
         -> {"rendered": [{"text": ..., "spans": [[begin, end], ...]} or {"error": ...}, ...]}
 
-`wanted`: the first n messages, and whether the header of the next assistant turn stands behind them (add_generation_prompt). `spans`: what
-stands within `{% generation %}`, in characters. Whatever ends the process (SIGPROF once the time is over) is for the parent to tell.
+`wanted`: the first n messages, and whether the header of the next assistant turn stands behind them (add_generation_prompt).
+`spans`: what stands within `{% generation %}`, in characters. Whatever ends the process (SIGPROF once the time is over) is for
+the parent to tell.
 The environment is that of `transformers`: what a template finds there, it finds here.
 """
 
@@ -53,13 +54,17 @@ class Generation(Extension):
 
 
 def environment() -> Any:
-    made = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"])
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
     made.filters["tojson"] = tojson
     made.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return made
 
 
-def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+def tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
@@ -102,7 +107,9 @@ def main() -> None:
                 answer = {
                     "rendered": [
                         rendered(
-                            templates[asked["name"]], jinja.generation, {"messages": asked["messages"][:n], "add_generation_prompt": prompt, **fixed}
+                            templates[asked["name"]],
+                            jinja.generation,
+                            {"messages": asked["messages"][:n], "add_generation_prompt": prompt, **fixed},
                         )
                         for n, prompt in asked["wanted"]
                     ]

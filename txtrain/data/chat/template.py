@@ -1,4 +1,4 @@
-"""A chat template at work: messages to text, in a process that a stranger's template cannot leave, fill or stop (`renderer.py`)."""
+"""A chat template at work: messages to text, in a process that a stranger's template cannot leave (`renderer.py`)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ from txtrain.ground.plain_files import shorten
 
 Message = Mapping[str, Any]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
-_REASONING = ("reasoning_content", "thinking", "reasoning")  # one thing, under the names that templates read and data have
+_REASONING = (
+    "reasoning_content",
+    "thinking",
+    "reasoning",
+)  # one thing under several names
 
 
 class Rendered(NamedTuple):
@@ -34,12 +38,14 @@ class Template:
     """The chat template of a tokenizer, to be used in a `with` statement.
 
     Raises:
-        ConfigError: there is none, or it is no Jinja template; inside, that it takes too much memory or time. Names its file.
+        ConfigError: there is none, or it is no Jinja template; inside, it takes too much memory or time. Names its file.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.chat_template is None:
-            raise ConfigError("`data.chat_template` must be a file, since data.tokenizer brings no chat template, but is null instead.")
+            raise ConfigError(
+                "`data.chat_template` must be a file, since data.tokenizer brings no chat template, but is null instead."
+            )
         self.templates, self.where = tokenizer.chat_template
         self.tokens = tokenizer.names
         self.marks_generation = any(_GENERATION.search(text) for text in self.templates.values())
@@ -58,7 +64,9 @@ class Template:
         self._ask({"templates": self.templates, "tokens": self.tokens})
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._process.kill()
         self._process.communicate()
 
@@ -67,7 +75,9 @@ class Template:
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         plain = [_without_nulls(message) for message in messages]
         found = self._ask({"name": name, "messages": plain, "tools": tools, "wanted": wanted})["rendered"]
-        return [Rendered(one.get("text", ""), [(b, e) for b, e in one.get("spans", ())], one.get("error")) for one in found]
+        return [
+            Rendered(one.get("text", ""), [(b, e) for b, e in one.get("spans", ())], one.get("error")) for one in found
+        ]
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
         """What a model is given to answer.
@@ -96,12 +106,13 @@ class Template:
             line = json.dumps({"fatal": slow if code == -signal.SIGPROF else f"its process ended with {code}"})
         answer: dict[str, Any] = json.loads(line)
         if "fatal" in answer:
-            raise ConfigError(f"`data.chat_template` must be a template that can be rendered, but {self.where} is not: {shorten(answer['fatal'])}.")
+            why = shorten(answer["fatal"])
+            raise ConfigError(f"`data.chat_template` must be a template that can be rendered, but {self.where} is not: {why}.")
         return answer
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:
-    """As `transformers` gives a message to a template: without keys whose value is null, and with one text of reasoning under all its names."""
+    """As `transformers` gives a message to a template: without null values, its reasoning under all names for it."""
     made = {key: value for key, value in message.items() if value is not None}
     reasoning = next((made[key] for key in _REASONING if key in made), None)
     return made if reasoning is None else {"thinking": reasoning, **made, "reasoning_content": reasoning}

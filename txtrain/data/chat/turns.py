@@ -5,9 +5,10 @@
     ------- whole_k ------------------------------->                     as far as turn k
                                       ~~~~~ ~~~~~~~                      trained
 
-Where all prompts and turns of a conversation are prefixes of its tokens, it is one sample. A template that writes a turn otherwise once
-another follows (drops what it thought, ends only the last turn) gives one sample for each assistant turn, rendered as at inference. So the
-tokens before a turn are always those of `apply_chat_template(add_generation_prompt=True)`. All of this is compared on token ids.
+Where all prompts and turns of a conversation are prefixes of its tokens, it is one sample. A template that writes a turn
+otherwise once another follows (drops what it thought, ends only the last turn) gives one sample for each assistant turn,
+rendered as at inference. So the tokens before a turn are always those of `apply_chat_template(add_generation_prompt=True)`.
+All of this is compared on token ids.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Conversation:
 
     def assistant(self) -> list[int]:
         """Places of the turns to be trained."""
-        return [k for k, message in enumerate(self.messages) if message["role"] == "assistant" and k not in self.context]
+        return [
+            k for k, message in enumerate(self.messages) if message["role"] == "assistant" and k not in self.context
+        ]
 
 
 class Turn(NamedTuple):
@@ -75,7 +78,11 @@ class Speaker:
         n = len(talk.messages)
         ids = self._encoded(self._rendered(talk, n).text) if n else []
         if len(ids) > self.seq_len:
-            shorter = [one for one in self.template.render(talk.messages, talk.tools, [(k, False) for k in range(n - 1, 0, -1)]) if one.error is None]
+            shorter = [
+                one
+                for one in self.template.render(talk.messages, talk.tools, [(k, False) for k in range(n - 1, 0, -1)])
+                if one.error is None
+            ]
             fitting = (found for one in shorter if len(found := self._encoded(one.text)) <= self.seq_len)
             ids = next(fitting, [])
             self.left_out += 1
@@ -89,7 +96,11 @@ class Speaker:
         wanted = [pair for k in places for pair in ((k, True), (k + 1, False))]
         found = self.template.render(talk.messages, talk.tools, wanted)
         # A turn whose prompt cannot be rendered (before it stands nothing) is never asked for: it is read only.
-        asked = [(k, prompt, turn) for k, prompt, turn in zip(places, found[::2], found[1::2], strict=True) if prompt.error is None and turn.error is None]
+        asked = [
+            (k, prompt, turn)
+            for k, prompt, turn in zip(places, found[::2], found[1::2], strict=True)
+            if prompt.error is None and turn.error is None
+        ]
         if not asked:
             raise self._refused(talk, next(one.error for one in found if one.error is not None))
         turns = [self._turn(talk, *one) for one in asked]
@@ -124,19 +135,23 @@ class Speaker:
             marked = [any(b < stop + first and start + first < e for b, e in whole.spans) for start, stop in offsets]
             closing = end - 1 if end and ids[end - 1] in self.tokenizer.added_ids else -1
             some = any(marked[begin:end])
-            trained = [known and some and (mark or i == closing) for i, (known, mark) in enumerate(zip(trained, marked, strict=True))]
+            trained = [
+                known and some and (mark or i == closing)
+                for i, (known, mark) in enumerate(zip(trained, marked, strict=True))
+            ]
         return Turn(ids, trained, begin, end, exact)
 
     def _end(self, ids: list[int], begin: int) -> int:
-        """Behind the token that ends the turn: the last one that is no text, if but white space follows; else all is the turn's."""
+        """Behind the token that ends the turn: the last one that is no text, if but white space follows; else the end."""
         last = next((i for i in range(len(ids) - 1, begin - 1, -1) if ids[i] in self.tokenizer.added_ids), None)
         return len(ids) if last is None or self.tokenizer.decode(ids[last + 1 :]).strip() else last + 1
 
     def _rest(self, talk: Conversation, k: int, prompt: str, whole: str) -> tuple[str, int | None]:
-        """What turn k puts behind a prompt that is written otherwise in `whole`, and from which character of it that is.
+        """What turn k puts behind a prompt that is written otherwise in `whole`, and from which character of it.
 
-        Where the turn's own text begins and ends is found by turns that say something else. If the prompt opens what the turn itself
-        begins with (DeepSeek-R1's <think>, which `whole` drops), the turn goes on from there, in its own words (None).
+        Where the turn's own text begins and ends is found by turns that say something else. If the prompt opens what the
+        turn itself begins with (DeepSeek-R1's <think>, which `whole` drops), the turn goes on from there, in its own words
+        (None).
         """
         if whole.startswith(prompt):
             return whole[len(prompt) :], len(prompt)
@@ -168,7 +183,8 @@ class Speaker:
 
     def _refused(self, talk: Conversation, why: str | None) -> ConfigError:
         shown = shorten(json.dumps([*talk.messages], ensure_ascii=False))
-        return ConfigError(f"`data.chat_template`: {self.template.where} cannot render {talk.where}: {shorten(why)} The conversation: {shown}")
+        problem = f"{self.template.where} cannot render {talk.where}: {shorten(why)} The conversation: {shown}"
+        return ConfigError(f"`data.chat_template`: {problem}")
 
 
 def _shared(a: str, b: str) -> int:

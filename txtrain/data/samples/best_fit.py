@@ -6,8 +6,8 @@ A document longer than seq_len is cut into pieces of seq_len and a rest; one tha
 are put, the longest first, each into the row that it leaves least room in. What stays free is padding, which no loss reads and no
 document sees. Each token is in exactly one row. Which pieces a row holds is written to the cache once; the order of rows is arithmetic.
 
-Where only some tokens are trained, a piece of a document that is cut begins with the last token of the piece before it, so that every
-trained token has a token before it in its row; pieces that would train nothing are left out.
+Where only some tokens are trained, a piece of a document that is cut begins with the last token of the piece before it, so
+that every trained token has a token before it in its row; pieces that would train nothing are left out.
 """
 
 # B batch, T tokens of a row
@@ -42,9 +42,10 @@ def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True
     begins, lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     offsets = tokens.offsets
     for first in range(0, len(offsets) - 1, _WINDOW):
-        begin, length = pieces(np.asarray(offsets[first : first + _WINDOW + 1]), seq_len, overlap=int(tokens.mask is not None))
-        if tokens.mask is not None:
-            some = [bool(tokens.mask.read(b + 1, b + n).any()) for b, n in zip(begin.tolist(), length.tolist(), strict=True)]
+        mask, within = tokens.mask, np.asarray(offsets[first : first + _WINDOW + 1])
+        begin, length = pieces(within, seq_len, overlap=int(mask is not None))
+        if mask is not None:
+            some = [bool(mask.read(b + 1, b + n).any()) for b, n in zip(begin.tolist(), length.tolist(), strict=True)]
             begin, length = begin[some], length[some]
         rows = list(best_fit_decreasing(length, seq_len)) if together else [[i] for i in range(len(length))]
         order = np.array([i for row in rows for i in row], dtype=np.int64)
@@ -57,8 +58,10 @@ def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True
 
 
 def pieces(offsets: Indices, seq_len: int, overlap: int = 0) -> tuple[Indices, Indices]:
-    """Begins and lengths of the pieces of documents that begin at offsets[:-1] and end at offsets[1:]. overlap: tokens that a piece
-    shares with the one before it."""
+    """Begins and lengths of the pieces of documents that begin at offsets[:-1] and end at offsets[1:].
+
+    overlap: tokens that a piece shares with the one before it.
+    """
     sizes, stride = np.diff(offsets), seq_len - overlap
     n_pieces = np.maximum(-(-(sizes - overlap) // stride), np.minimum(sizes, 1))
     document = np.repeat(np.arange(len(sizes)), n_pieces)
@@ -104,12 +107,13 @@ class BestFitSamples(Rows):
         return len(self.rows) - 1
 
     def sources(self, rows: Indices) -> list[list[int]]:
-        return [[n for i in range(*self.rows[row : row + 2]) for n in self.tokens.numbers(self.begins[i], self.begins[i] + 1)] for row in rows]
+        places = [self.begins[slice(*self.rows[row : row + 2])].tolist() for row in rows]
+        return [[n for begin in begins for n in self.tokens.numbers(begin, begin + 1)] for begins in places]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids, labels, attention_mask (0: padding), int64 [B, T]; document_ids, unless documents may see each other: a row's
-        pieces from 0 on, its padding one of its own. Labels are -100 at the first token of each piece, at padding, and where a token is
-        not trained."""
+        pieces from 0 on, its padding one of its own. Labels are -100 at the first token of each piece, at padding, and where a
+        token is not trained."""
         shape = len(rows), self.seq_len
         ids_BT, mask_BT = np.full(shape, self.pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         unread_BT, documents_BT = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.int64)
@@ -121,7 +125,8 @@ class BestFitSamples(Rows):
                 ids_BT[b, at : at + length] = self.tokens.read(begin, begin + length)
                 documents_BT[b, at : at + length] = number
                 unread_BT[b, at : at + length] = mask is not None and mask.read(begin, begin + length) == 0
-                unread_BT[b, at] |= mask is not None or not self.cross_document_attention  # of a cut one, trained in the piece before
+                # The first token of a later piece is trained in the piece before it.
+                unread_BT[b, at] |= mask is not None or not self.cross_document_attention
                 at += length
             mask_BT[b, :at] = 1
             documents_BT[b, at:] = number + 1

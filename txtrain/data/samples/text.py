@@ -46,7 +46,12 @@ class TokenisedText:
 
 
 class SampleMaker(Protocol):
-    """What the data ask of an objective. special_tokens: that a tokenizer must have. masks: it trains the labels alone that are given."""
+    """What the data ask of an objective.
+
+    Attributes:
+        special_tokens: that a tokenizer must have.
+        masks: it trains the labels alone that are given.
+    """
 
     @property
     def special_tokens(self) -> Sequence[str]: ...

@@ -54,7 +54,9 @@ class Chats:
         max_text_bytes: int,
     ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=chat: .json, .jsonl or .parquet files of conversations, or a hub set.")
+            raise ConfigError(
+                "`data.path` must be given with data=chat: .json, .jsonl or .parquet files of conversations, or a hub set."
+            )
         self.path, self.format, self.train_on, self.seq_len = path, format, train_on, seq_len
         self.limits = Limits(max_expansion, max_text_bytes)
         self.chat_template: ChatTemplate | None = None
@@ -66,7 +68,9 @@ class Chats:
         if val_path or val_split:
             self.rows["validation"] = self._open(val_path or path, "data.val_path", name, val_split or split)
             if len(set(self._known)) < len(self._known):
-                raise ConfigError(f"`data.val_path` must not be the training conversations, but {val_path or val_split} is.")
+                raise ConfigError(
+                    f"`data.val_path` must not be the training conversations, but {val_path or val_split} is."
+                )
         self.has_validation = "validation" in self.rows
 
     def conversations(self, split: Split) -> Iterator[Conversation]:
@@ -124,7 +128,9 @@ class Chats:
             raise ConfigError(f"`{key}`: {path} is no file here, and as a hub set it cannot be had: {e}.") from e
         except (FileNotFoundError, ValueError, DatasetsError) as e:
             said = str(e.__cause__ or e).splitlines()[0]
-            raise ConfigError(f"`{key}` must be files of conversations or what load_dataset takes, but {path} ({split}) is not: {said}") from e
+            raise ConfigError(
+                f"`{key}` must be files of conversations or what load_dataset takes, but {path} ({split}) is not: {said}"
+            ) from e
         self._known.append(rows._fingerprint)
         return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
 

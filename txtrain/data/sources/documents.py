@@ -7,7 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from txtrain.data.sources.files import Limits, Text, as_text, chunks_of, open_unpacked, text_of, undecoded, unpacked_name
+from txtrain.data.sources.files import (
+    Limits,
+    Text,
+    as_text,
+    chunks_of,
+    open_unpacked,
+    text_of,
+    undecoded,
+    unpacked_name,
+)
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion, parse_json, shorten
 
@@ -111,7 +120,8 @@ def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict
             rows = parse_json(f'{{"rows":{whole}}}', f"`{key}`: {path}", finite=False)["rows"]
             for i, row in enumerate(rows, start=1):
                 if not isinstance(row, dict):
-                    raise ConfigError(f"`{key}` must be a list of objects, but item {i} of {path} is {shorten(repr(row))}.")
+                    said = shorten(repr(row))
+                    raise ConfigError(f"`{key}` must be a list of objects, but item {i} of {path} is {said}.")
                 yield f"item {i} of {path}", row
             return
     yield from rows_of(path, key, limits, partial(_object_of, key))

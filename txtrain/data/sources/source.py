@@ -14,8 +14,9 @@ a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input
 tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
 `kind: ClassVar = "pairs"` (or "images") in its nested Config.
 
-A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then serves to train a
-tokenizer alone: `Marked` texts, the same ones at every call. (`chat_template`: what the tokenizer is to write conversations with.)
+A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then serves
+to train a tokenizer alone: `Marked` texts, the same ones at every call. (`chat_template`: what the tokenizer is to write
+conversations with.)
 
 Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
 default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
@@ -44,7 +45,7 @@ class TextSource(Protocol):
 
 
 class Marked(NamedTuple):
-    """A text as tokens, each with whether it is trained. The first never is: nothing stands before it that it could be told from.
+    """A text as tokens, each with whether it is trained. The first never is: nothing before it tells what it is.
 
     number: of what it came from, from 0 on, ascending; texts of one number are on one side of the split.
     """

@@ -39,7 +39,8 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 TOKEN_FILES = (META, *(f"{split}.{end}" for split in SPLITS for end in ("bin", "offsets.npy")))
-MARK_FILES = tuple(f"{split}.{end}" for split in SPLITS for end in ("trained", "numbers.npy"))  # beside them, where only some tokens are trained
+# Beside them, where only some tokens are trained.
+MARK_FILES = tuple(f"{split}.{end}" for split in SPLITS for end in ("trained", "numbers.npy"))
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -169,7 +170,8 @@ class TokenWriter:
     def open(self) -> Iterator[TokenWriter]:
         with ExitStack() as stack:
             self._files = {split: stack.enter_context((self.folder / f"{split}.bin").open("wb")) for split in SPLITS}
-            self._masks = {split: stack.enter_context((self.folder / f"{split}.trained").open("wb")) for split in SPLITS if self.marked}
+            masks = {split: (self.folder / f"{split}.trained").open("wb") for split in SPLITS if self.marked}
+            self._masks = {split: stack.enter_context(file) for split, file in masks.items()}
             self._n = dict.fromkeys(SPLITS, 0)
             yield self
 
@@ -184,9 +186,11 @@ class TokenWriter:
         """A whole document."""
         trained = np.array(text.trained, dtype=np.uint8)
         if len(trained) != len(text.ids):
-            raise ConfigError(f"`data`: text {text.number} must have a mark for each of its {len(text.ids)} tokens, but has {len(trained)}.")
+            each = f"a mark for each of its {len(text.ids)} tokens"
+            raise ConfigError(f"`data`: text {text.number} must have {each}, but has {len(trained)}.")
         if text.ids and not 0 <= min(text.ids) <= max(text.ids) < self.vocab_size:
-            raise ConfigError(f"`data`: text {text.number} must be of tokens from 0 to {self.vocab_size - 1}, but has others.")
+            known = f"tokens from 0 to {self.vocab_size - 1}"
+            raise ConfigError(f"`data`: text {text.number} must be of {known}, but has others.")
         trained[:1] = 0
         self._masks[split].write(trained.tobytes())
         self.numbers[split].append(text.number)

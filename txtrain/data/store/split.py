@@ -66,7 +66,7 @@ class Corpus:
 
 @dataclass(frozen=True)
 class MarkedCorpus:
-    """Texts of which some tokens are trained. Without a validation split of the source, whole items are held out: of few items one."""
+    """Texts of which some tokens are trained. Without a validation split whole items are held out: of few items one."""
 
     source: MarkedSource
     val_fraction: float

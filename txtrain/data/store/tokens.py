@@ -68,7 +68,8 @@ class Shard:
     def part(self, begin: int, end: int) -> Shard:
         """Tokens begin to end - 1, and the documents and parts of documents that they are."""
         borders = None if self.borders is None else partial(_within, self.borders, begin, end)
-        return Shard(self.path, self.dtype, end - begin, self.first_byte + begin * np.dtype(self.dtype).itemsize, borders, self.trained)
+        first_byte = self.first_byte + begin * np.dtype(self.dtype).itemsize
+        return Shard(self.path, self.dtype, end - begin, first_byte, borders, self.trained)
 
     def mask(self) -> Shard:
         """The bytes of `trained` that belong to these tokens."""
@@ -100,7 +101,8 @@ class Tokens:
         self.shards, self.split, self.eos_id, self.below = tuple(s for s in shards if s.n_tokens) or tuple(shards[:1]), split, eos_id, below
         self._first = np.concatenate(([0], np.cumsum([s.n_tokens for s in self.shards], dtype=np.int64)))
         masked = any(s.trained is not None for s in self.shards)
-        self.mask: Tokens | None = Tokens([s.mask() for s in self.shards], split) if masked else None  # 1: trained; None: all are
+        # Of each token, 1: it is trained; None: all are.
+        self.mask: Tokens | None = Tokens([s.mask() for s in self.shards], split) if masked else None
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -225,8 +227,9 @@ class Tokens:
         return len(self.offsets) - 1
 
     def numbers(self, begin: int, end: int) -> list[int]:
-        """Of what each document of tokens begin to end - 1 came from: its place in the split where the source does not tell."""
-        documents = np.arange(np.searchsorted(self.offsets, begin, side="right") - 1, np.searchsorted(self.offsets, end, side="left"))
+        """Of what each document of tokens begin to end - 1 came from: its place in the split, if the source does not tell."""
+        first = np.searchsorted(self.offsets, begin, side="right") - 1
+        documents = np.arange(first, np.searchsorted(self.offsets, end, side="left"))
         told = self.shards[0].numbers if len(self.shards) == 1 else None
         found: list[int] = (documents if told is None else told()[documents]).tolist()
         return found

@@ -21,8 +21,9 @@ _USUAL = {
     "pad_token": ("<pad>", "[PAD]"),
 }
 _OLDER_NAMES = {"eos_token": "sep_token", "bos_token": "cls_token"}  # BERT's
-_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")  # that a template may ask for
-_GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")  # classes without special tokens of their own
+# That a template may ask for, and the classes that have none of their own.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _TEMPLATE = "chat_template.jinja"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -168,12 +169,12 @@ def _said(said: Mapping[str, Any], role: str, folder: Path) -> str | None:
 
 
 def _names(backend: Any, folder: Path, ids: Mapping[str, int | None]) -> dict[str, str]:
-    """The special tokens as `transformers` tells them to a template: those that the files say; of a class of one family also its own."""
+    """The special tokens as `transformers` tells them to a template: what the files say; of a family's class also its own."""
     said = _config(folder)
     found = {role: token for role in _NAMED if (token := _said(said, role, folder)) is not None}
     if said.get("tokenizer_class") not in _GENERIC:
-        usual = {role: backend.id_to_token(i) for role, i in ids.items() if i is not None and role not in said and role != "pad_token"}
-        found = usual | found
+        own = {role: i for role, i in ids.items() if i is not None and role not in said and role != "pad_token"}
+        found = {role: backend.id_to_token(i) for role, i in own.items()} | found
     return found
 
 
@@ -199,7 +200,8 @@ def _chat_template(folder: Path) -> ChatTemplate | None:
             said = {"default": said}
         texts |= said or {}
     if texts and "default" not in texts:
-        raise ConfigError(f"{where}: one of its chat templates must be called default, but they are called {shorten(', '.join(texts))}.")
+        names = shorten(", ".join(texts))
+        raise ConfigError(f"{where}: one of its chat templates must be called default, but they are called {names}.")
     return ChatTemplate(texts, str(where)) if texts else None
 
 
@@ -218,7 +220,8 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [*_FORMATS, "tokenizer_config.json", "special_tokens_map.json", _TEMPLATE, "additional_chat_templates/*.jinja"]
+    templates = _TEMPLATE, "additional_chat_templates/*.jinja"
+    wanted = [*_FORMATS, "tokenizer_config.json", "special_tokens_map.json", *templates]
     try:
         cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if any((cached / file).is_file() for file in _FORMATS):

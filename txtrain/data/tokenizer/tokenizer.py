@@ -50,7 +50,7 @@ def told(what: str) -> Iterator[None]:
 
 
 class ChatTemplate(NamedTuple):
-    """Jinja templates by name: `default`, perhaps `tool_use` for conversations that have tools. where: the file, for errors."""
+    """Jinja templates by name: `default`, perhaps `tool_use` for conversations with tools. where: the file, for errors."""
 
     texts: Mapping[str, str]
     where: str
@@ -63,7 +63,7 @@ class Tokenizer:
 
     Args:
         chat_template: that its files bring.
-        names: of special tokens, by role, as its files say them (a template reads them): `eos_token`, ...; None: those of the ids.
+        names: of special tokens by role (`eos_token`, ...), as its files say them and a template reads them; None: of the ids.
     """
 
     def __init__(
@@ -82,7 +82,8 @@ class Tokenizer:
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
         roles = dict(zip(_ROLES, (bos_id, eos_id, pad_id), strict=True))
         self.chat_template = chat_template
-        self.names = names if names is not None else {role: backend.id_to_token(i) for role, i in roles.items() if i is not None}
+        of_ids = {role: backend.id_to_token(i) for role, i in roles.items() if i is not None}
+        self.names = of_ids if names is None else names
 
     def encode(self, text: str) -> list[int]:
         with told("encode this text"):
@@ -95,7 +96,7 @@ class Tokenizer:
             return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def as_written(self, text: str) -> Any:
-        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text in which special tokens stand by their names, as chat templates write it."""
+        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text with special tokens by name, as chat templates write it."""
         with told("encode this text"):
             return self._of_written.encode(text, add_special_tokens=False)
 
@@ -177,7 +178,8 @@ class Tokenizer:
         if self.chat_template is not None:  # it reads these, and may ask whether there is one
             config = {name: token for name, token in config.items() if name not in _ROLES} | dict(self.names)
             for name, text in self.chat_template.texts.items():
-                place = folder / ("chat_template.jinja" if name == "default" else f"additional_chat_templates/{name}.jinja")
+                other = f"additional_chat_templates/{name}.jinja"
+                place = folder / ("chat_template.jinja" if name == "default" else other)
                 place.parent.mkdir(exist_ok=True)
                 place.write_bytes(text.encode())
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own `save` says a full disk its own way
