@@ -217,6 +217,10 @@ class Recorder:
         self.products.append(self.bytes(n, size))
         return self.products[-1]
 
+    def detached(self, x: Value) -> Value:
+        """The same value as a leaf whose gradient is wanted."""
+        return Value(x.n, x.size, x.storage, (Source(next(self.numbers)), 0))
+
     def hook(self, x: Value, act: Callable[[], None]) -> Value:
         """The value itself; calls `act` when its gradient is complete."""
 
