@@ -72,7 +72,7 @@ class Held:
 
 @dc.dataclass(frozen=True)
 class Source:
-    """A model in files: on the meta device, with the pieces that fill it. Names and shapes are checked; nothing is read."""
+    """A model on the meta device, and the pieces in files that fill it; names and shapes are checked."""
 
     path: Path
     model: Transformer
