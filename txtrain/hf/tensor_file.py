@@ -81,7 +81,7 @@ class SafetensorsFile:
         return tensor
 
     def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
-        """Read one tensor, from element `first`, into contiguous memory of its dtype; yields each piece that is read."""
+        """Read one tensor, from element `first`, into contiguous memory of its dtype; yields pieces as they come."""
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._begin[name] + first * tensor.element_size())
             for piece in pieces(tensor):
