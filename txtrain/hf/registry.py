@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # What the modules of families/ define; a class that one derives from stands before it.
 _MODULES = [importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)]
-_DEFINED = {id(c): c for module in _MODULES for c in vars(module).values() if isinstance(c, HFClass)}
+_NAMED = [item for module in _MODULES for item in vars(module).items()]
+_DEFINED = {id(c): c for name, c in _NAMED if isinstance(c, HFClass) and not name.startswith("_")}
 CLASSES: tuple[HFClass, ...] = tuple(_DEFINED.values())
 CONFIG = "config.json"
 
