@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from txtrain.registry import BASES, knob, register
@@ -28,6 +28,11 @@ class ObjectiveConfig:
     def target_share(self) -> float:
         """Of the positions that have a target, about: a head may skip the others."""
         return 1.0
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        """Models that the objective reads beside the one that is trained: the knob that names each, and where it lies."""
+        return {}
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """What the objective is given beside the knobs, or in place of one that was left open (null)."""
