@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from txtrain.hf.pieces import Piece
     from txtrain.model.config import ModelConfig
     from txtrain.optim.average import Average
     from txtrain.run_config import SaveConfig
@@ -415,9 +416,23 @@ def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
     Raises:
         LoadError: they hold NaN or infinity.
     """
-    from txtrain.checkpoint.reader import is_finite
+    from txtrain.hf.pieces import is_finite
 
     if how.finite and (strange := [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]):
+        _refuse_not_finite(path, strange, how.key)
+
+
+def check_values(path: Path, pieces: Iterable[Piece], how: Reading) -> None:
+    """Of weights that are read by pieces later.
+
+    Raises:
+        LoadError: one of them is not what was written, or not finite.
+    """
+    try:
+        strange = [piece.name for piece in pieces if not piece.is_fine(how.finite)]
+    except ConfigError as e:
+        raise _damaged(path, e.problems[0], how.key) from e
+    if strange:
         _refuse_not_finite(path, strange, how.key)
 
 
@@ -429,12 +444,10 @@ def _refuse_not_finite(path: Path, names: Iterable[str], key: str) -> NoReturn:
 
 
 def _compare(path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()) -> None:
+    from txtrain.hf.pieces import compare
+
     saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
-    wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
-    if saved != wanted:
-        name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {there} there, {here} here.")
+    compare(saved, {name: tuple(tensor.shape) for name, tensor in into.items()}, f"The checkpoint {path}")
 
 
 def check_weights(path: Path, model: nn.Module) -> None:

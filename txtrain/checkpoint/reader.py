@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
-import math
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch.futures import Future
 from txtrain.checkpoint.state import ShardState
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import parse_json
+from txtrain.hf.pieces import Box, Piece, is_finite
 from txtrain.hf.tensor_file import SafetensorsFile
 
 WEIGHTS = ("model.", "ema.")
@@ -40,14 +40,6 @@ WEIGHTS = ("model.", "ema.")
 
 class NotFiniteError(ConfigError):
     """Weights that hold NaN or infinity. problems: their names."""
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity. A sum that is finite is of numbers that are; one that is not may have overflowed."""
-    if not tensor.is_floating_point():
-        return True
-    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
-    return math.isfinite(total.item()) or bool(tensor.isfinite().all())
 
 
 @dc.dataclass(frozen=True)
@@ -96,6 +88,17 @@ class Reader(HuggingFaceStorageReader):
     def read_metadata(self) -> Metadata:
         """Of each tensor its parts, from the headers."""
         return dc.replace(self._headers.metadata, storage_meta=StorageMeta(load_id=self.load_id))
+
+    def pieces(self, prefix: str) -> list[Piece]:
+        """Of the tensors that begin with it, without it, for a reader that needs no plan."""
+        found = []
+        for index, path in self._headers.metadata.storage_data.items():
+            if index.fqn.startswith(prefix):
+                file, name = self._headers.files[path], index.fqn
+                look = partial(self._read, path, name, None)
+                shape, read = file.entries[name].shape, partial(_box, file, name)
+                found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))
+        return found
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Parts that no process reads whole, as on another number of them, are compared with their checksums in turns."""
@@ -155,6 +158,13 @@ class Reader(HuggingFaceStorageReader):
         if target is not None and not direct:
             target.copy_(held)
         return fine
+
+
+def _box(file: SafetensorsFile, name: str, box: Box) -> Tensor:
+    found = file.read(name, *box[:1])
+    for dim, (first, last) in enumerate(box[1:], start=1):
+        found = found.narrow(dim, first, last - first)
+    return found
 
 
 def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, ...], torch.dtype]]:

@@ -1,5 +1,6 @@
 """Memory as it is counted equals memory as torch's tracker sees it on the real wrapped model."""
 
+import dataclasses as dc
 import json
 import os
 import subprocess
@@ -10,8 +11,12 @@ import torch
 
 import txtrain
 from tests.cases import some
+from tests.models import seeded, tiny
 from txtrain.config.schema import Train
+from txtrain.hf.save import save_pretrained
+from txtrain.model.options import GatedConfig
 from txtrain.model.trace.tape import Tape
+from txtrain.objectives.config import CausalLMConfig
 from txtrain.parallel.config import BUCKET, Layout
 from txtrain.parallel.one_process import OneProcess
 from txtrain.planning.memory import zero3, zero12
@@ -288,3 +293,27 @@ def test_gradients_of_earlier_micro_batches_lie_whole_in_every_process():
     config = composed("llama2", "strategy=fsdp", "data.micro_batch_size=1")
     alone, several = memory(config, 4), memory(config, 2)
     assert several.peak - alone.peak > 3 * config.model.n_params
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ReadingConfig(CausalLMConfig):
+    teacher: str = ""
+
+    @property
+    def models(self):
+        return {"teacher": self.teacher}
+
+
+@pytest.mark.parametrize(("world", "strategy"), [(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "deepspeed_stage_3")])
+def test_a_model_that_the_objective_reads_counts_with_its_weights_alone(world, strategy, tmp_path):
+    teacher = seeded(tiny(ffn=GatedConfig(type="swiglu", hidden_dim=24)))
+    save_pretrained(teacher, tmp_path)
+    config = composed("llama2", f"strategy={strategy}")
+    reads = dc.replace(config, objective=ReadingConfig(type="causal_lm", teacher=str(tmp_path)))
+    shards = world if strategy != "ddp" else 1
+    by_rows = strategy == "fsdp"  # ZeRO cuts between any two elements
+    parts = ((len(p), p[0].numel()) if by_rows else (p.numel(), 1) for p in teacher.parameters())
+    held = sum(-(-n // shards) * width for n, width in parts)
+    without, found = memory(config, world), memory(reads, world)
+    assert found.parts == without.parts | {"read": 4 * held}
+    assert found.held == without.held + 4 * held
