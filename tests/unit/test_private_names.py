@@ -70,6 +70,7 @@ PRIVATE = {
     "torch.distributed._tools.fake_collectives.CollectiveOp": "get_comm_tensor_size",
     "torch.distributed._tools.fsdp2_mem_tracker": "FSDPMemTracker",
     "torch.distributed._tools.mem_tracker": "MemTracker",
+    "torch.distributed._tools.mem_tracker.MemTracker": "_param_to_grad_hook_handles _track_module_params_and_buffers",
     "torch.distributed.checkpoint._hf_utils": (
         "CUSTOM_METADATA_KEY DATA_OFFSETS_KEY DCP_VERSION_KEY DEFAULT_EXTRA_METADATA_KEY DTYPE_KEY DTYPE_MAP "
         "FORMAT_KEY FORMAT_VALUE HF_DCP_VERSION SAVED_OFFSETS_KEY SHAPE_KEY _gen_file_name"

@@ -338,10 +338,17 @@ def _shapes(path: Path, *files: Any) -> dict[str, tuple[int, ...]]:
     """files: what tells that one of them has changed."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from txtrain.checkpoint.reader import Reader
+    from txtrain.checkpoint.reader import read_headers
 
-    entries = Reader(path).read_metadata().state_dict_metadata
+    entries = read_headers(path).metadata.state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def forget_headers() -> None:
+    """A run that has been loaded asks for none again, and of thousands of layers they take memory."""
+    from txtrain.checkpoint.reader import parse_headers
+
+    parse_headers.cache_clear()
 
 
 def _check_tensors(path: Path) -> None:
@@ -350,11 +357,11 @@ def _check_tensors(path: Path) -> None:
     Raises:
         ConfigError: names the file or the tensor. And what DCP's reader says.
     """
-    from txtrain.hf.tensor_file import SafetensorsFile
+    from txtrain.checkpoint.reader import read_headers
 
     held: Counter[str] = Counter()  # elements
-    for file in sorted(path.glob("*.safetensors")):
-        for name, entry in SafetensorsFile(file).entries.items():
+    for file in read_headers(path).files.values():
+        for name, entry in file.entries.items():
             held[name] += math.prod(entry.shape)
     for name, shape in shapes(path).items():
         if math.prod(shape) != held[name]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -110,7 +111,7 @@ def is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point():
         return True
     total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(total.item()) or bool(tensor.isfinite().all())
 
 
 def _shapes(model: nn.Module) -> dict[str, Shape]:

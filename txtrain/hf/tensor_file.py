@@ -30,7 +30,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} |
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "U16": 2, "U32": 4, **dict.fromkeys(("U64", "C64"), 8),
 }
 
-_PIECE = 1 << 20  # bytes: what a processor has still at hand after it was read
+_PIECE = 1 << 20  # bytes, which are still in the CPU cache when they are used
 
 
 class Entry(NamedTuple):
@@ -81,9 +81,9 @@ class SafetensorsFile:
         return tensor
 
     def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
-        """One tensor, from its element number `first`, into contiguous memory of its type, piece by piece.
+        """Read one tensor, from its element number `first`, into contiguous memory of its dtype.
 
-        Each is given when it is read.
+        Yields each piece once it is read.
         """
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._begin[name] + first * tensor.element_size())
@@ -98,7 +98,7 @@ class SafetensorsFile:
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The contiguous tensor's elements, flat, a megabyte at a time."""
+    """A contiguous tensor's elements, flat, a megabyte at a time."""
     flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
     for start in range(0, len(flat), n):
         yield flat[start : start + n]

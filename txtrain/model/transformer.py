@@ -296,10 +296,7 @@ def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -
 def _positions(
     position_ids: Tensor | None, document_ids: Tensor | None, cache: Cache | None, past: int, T: int, device: Any
 ) -> tuple[Tensor, Tensor]:
-    """Position ids of the new tokens [B or 1, T], and of all keys [B or 1, S] for distances.
-
-    By default distances are those between indices, also in a document that starts later: no batch dimension.
-    """
+    """Position ids of the new tokens [B or 1, T], and of all keys [B or 1, S] for distances (by default indices)."""
     index_1S = torch.arange(past + T, device=device)[None]
     if position_ids is not None:
         if cache is None:

@@ -259,8 +259,7 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallb
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
         run.stop.deaf = parallel.first(lambda: _requeue(run.config, run.display.tell))
-        if parallel.first(lambda: _gives_up(run.config)):
-            raise RunError("trainer.max_requeues: the run makes no progress.")
+        parallel.first(lambda: _check_progress(run.config))
         return Result(where, dict(run.metrics), status)
     run.display.table(run.watch.summary(module, run.metrics))
     if where is not None:
@@ -289,6 +288,14 @@ def _gives_up(cfg: Train) -> bool:
     """Whether the SLURM job has been started too often in a row without a step that was kept: exit code 1, so that no script runs it again."""
     job = Job.here()
     return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
+
+
+def _check_progress(cfg: Train) -> None:
+    """Raises:
+    RunError: the run has stopped where it began, too often in a row.
+    """
+    if _gives_up(cfg):
+        raise RunError(f"The run has kept no step, and is not to be started again: trainer.max_requeues={cfg.trainer.max_requeues}.")
 
 
 class LastWords:

@@ -5,14 +5,19 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.load import load
+from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
 from txtrain.cli.main import main
 from txtrain.errors import ConfigError
@@ -364,3 +369,28 @@ def test_generate_beside_a_thread_that_rotates(run):
 
 def test_weights_are_what_they_were(run, made):
     assert weights(run) == weights(made / "run")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_tensor_of_which_each_process_reads_a_part_is_compared_too(tmp_path, damaged):
+    """On another number of processes nobody reads it whole: one of them looks at all of it."""
+    path, w = step(tmp_path, 1), torch.arange(12.0).reshape(4, 3)
+    checkpoint.save(path, {"model.w": w}, RunState(step=1), lambda folder: None)
+    if damaged:
+        flip(shard(path), -1)
+    reader = Reader(path)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, True)
+    halves = [ChunkStorageMetadata(torch.Size((2 * i, 0)), torch.Size((2, 3))) for i in range(2)]
+    known = metadata.state_dict_metadata["model.w"]
+    plans = reader.prepare_global_plan([LoadPlan(create_read_items_for_chunk_list("model.w", known, [half])) for half in halves])
+    assert [len(plan.storage_data) for plan in plans] == [1, 0]
+    into = torch.zeros(2, 3)
+    planner = SimpleNamespace(resolve_tensor=lambda item: into, commit_tensor=lambda item, tensor: None)
+    if damaged:
+        with pytest.raises(ConfigError, match=r"model\.w is not what was written"):
+            reader.read_data(plans[0], planner)
+        return
+    for plan, half in zip(plans, (w[:2], w[2:]), strict=True):
+        reader.read_data(plan, planner)
+        assert torch.equal(into, half)

@@ -3,6 +3,7 @@
 import dataclasses as dc
 import math
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,16 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from hypothesis import strategies as st
 
 import txtrain
+from tests.cases import some
 from tests.draws import legal_models, nearly_legal_models
 from tests.models import tiny
 from tests.training import write_text
 from txtrain.config import compatibility
-from txtrain.config.compatibility import KIND, RUN_RULES
+from txtrain.config.compatibility import DECLARED, KIND, OBJECTIVE_RULES, RUN_RULES, sources_of
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build, plain
+from txtrain.ground.unknown_keys import written
 from txtrain.model.config import ModelConfig
 from txtrain.model.rules import MODEL_RULES, Rule
 from txtrain.registry import MODEL_AXES, TABLE
@@ -120,7 +123,7 @@ def test_the_command_line_refuses_and_names_a_way_out(overrides, said):
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", some(FAMILIES, ("bert", "t5", "vit", "deepseek_r1")))
 def test_what_is_said_to_be_nearest_composes(name):
     wrong = next(o for o in OBJECTIVES if o not in compatibility.objectives_for(_model(name)))
     with pytest.raises(ConfigError) as refused:
@@ -211,12 +214,12 @@ def what_the_table_allows_trains(folder: Path, objective: str, how: settings) ->
 
 
 def test_nothing_fails_later_than_composition(folder):
-    nothing_fails_later(folder, settings(max_examples=60, **QUICK))
+    nothing_fails_later(folder, settings(max_examples=25, **QUICK))
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_the_table_allows_trains(folder, objective):
-    what_the_table_allows_trains(folder, objective, settings(max_examples=8, **QUICK))
+    what_the_table_allows_trains(folder, objective, settings(max_examples=3, **QUICK))
 
 
 @pytest.mark.slow
@@ -233,6 +236,42 @@ def test_what_the_table_allows_trains_many_draws(folder, objective):
 # ------------------------------------------------------------------------------------------------------------ documentation
 
 
+def markdown() -> str:
+    """The table as docs/axes.md shows it."""
+    objectives = [
+        (f"`{name}`", *(_listed(getattr(option.config, attribute)) for attribute in DECLARED))
+        for name, option in TABLE["objective"].items()
+    ]
+    kinds = dict.fromkeys(option.config.kind for option in TABLE["data"].values())
+    sources = [(kind, _listed(sources_of(kind))) for kind in kinds]
+    every = (*MODEL_RULES, *OBJECTIVE_RULES, *RUN_RULES)
+    rules = [(_conditions(rule), f"`{rule.key}`", _listed(rule.allowed), rule.why) for rule in every]
+    return "\n".join(
+        (
+            *_table(("objective", "`model.topology`", "`model/head`", "reads"), objectives),
+            "",
+            *_table(("samples", "`data`"), sources),
+            "",
+            *_table(("with", "the key", "must be", "because"), rules),
+        )
+    )
+
+
+def _conditions(rule: Rule) -> str:
+    def one(key: str, value: object) -> str:
+        return f"samples `{value}`" if key == KIND else f"`{key}={written(value)}`"
+
+    return " and ".join(" or ".join(one(key, value) for value in values) for key, values in rule.given.items())
+
+
+def _listed(values: Sequence[Any] | None) -> str:
+    return "any" if values is None else ", ".join(f"`{written(v)}`" for v in values)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+
+
 def test_the_page_shows_the_table():
     """TXTRAIN_UPDATE_GOLDEN=1 writes it."""
     page = AXES_PAGE.read_text(encoding="utf-8")
@@ -241,6 +280,6 @@ def test_the_page_shows_the_table():
     assert rest, f"docs/axes.md must have the line {BEGIN!r}"
     assert after, f"docs/axes.md must have the line {END!r} after it"
     if os.environ.get("TXTRAIN_UPDATE_GOLDEN") == "1":
-        AXES_PAGE.write_text(before + BEGIN + compatibility.markdown() + "\n" + END + after, encoding="utf-8")
+        AXES_PAGE.write_text(before + BEGIN + markdown() + "\n" + END + after, encoding="utf-8")
         return
-    assert shown == compatibility.markdown() + "\n", "docs/axes.md is not current: TXTRAIN_UPDATE_GOLDEN=1 pytest tests/unit/config/test_compatibility.py"
+    assert shown == markdown() + "\n", "docs/axes.md is not current: TXTRAIN_UPDATE_GOLDEN=1 pytest tests/unit/config/test_compatibility.py"

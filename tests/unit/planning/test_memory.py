@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import txtrain
+from tests.cases import some
 from tests.models import seeded, tiny
 from txtrain.config.schema import Train
 from txtrain.hf.save import save_pretrained
@@ -68,17 +69,17 @@ def agree(config: Train, world: int, allowed: float = 0.02) -> None:
         assert abs(a - b) <= (0.005 * b + 4096 if cut or name == "all_reduce" else 0), (name, a, b)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", some(FAMILIES, ("t5", "gemma2", "deepseek_r1")))
 def test_counted_equals_simulated_on_one_process(family):
     agree(composed(family), 1)
 
 
-@pytest.mark.parametrize("family", ["llama2", "t5", "deepseek_r1"])
+@pytest.mark.parametrize("family", some(("llama2", "t5", "deepseek_r1"), ("llama2",)))
 def test_counted_equals_simulated_in_shards(family):
     agree(composed(family, *SHARDED), 4)
 
 
-@pytest.mark.parametrize(("family", "world", "overrides"), [("t5", 2, CUT[0][1]), ("mistral", 4, CUT[2][1])])
+@pytest.mark.parametrize(("family", "world", "overrides"), [("t5", 2, CUT[0][1]), pytest.param("mistral", 4, CUT[2][1], marks=pytest.mark.slow)])
 def test_counted_equals_simulated_in_pieces_of_each_matrix(family, world, overrides):
     agree(composed(family, *overrides), world)
 
@@ -97,7 +98,7 @@ def test_counted_equals_simulated_in_uneven_pieces_and_with_what_processes_share
     agree(composed("mistral", "strategy=tp", *overrides), 2)
 
 
-@pytest.mark.parametrize("overrides", [("optimizer=adafactor",), ("optimizer=muon",)])
+@pytest.mark.parametrize("overrides", some((("optimizer=adafactor",), ("optimizer=muon",)), (("optimizer=muon",),)))
 def test_an_update_is_counted_as_it_is_simulated(overrides):
     agree(composed("llama2", *SMALL, *overrides), 1)
 
@@ -193,10 +194,13 @@ AHEAD = 300_000  # a block of llama2 has 791,040 elements
         ("t5", (400_000,), f"strategy=deepspeed_stage_1 optimizer=adamw {SHORT} {HALF}"),
         ("llama2", (400_000,), f"strategy=deepspeed_stage_2 data.seq_len=64 {HALF}"),
         ("gpt2", (2_000_000,), f"strategy=deepspeed_stage_2 {SHORT} {HALF}"),
+        ("llama2", (400_000,), f"strategy=deepspeed_stage_1 data.seq_len=64 freeze=[embedding,blocks.0] {HALF}"),
         ("llama2", (400_000,), "strategy=deepspeed_stage_3 data.seq_len=64"),
         ("t5", (400_000,), "strategy=deepspeed_stage_3 optimizer=adamw data.seq_len=64"),
         ("bert", (400_000,), f"strategy=deepspeed_stage_3 trainer.activation_checkpointing=full {SHORT} {HALF}"),
         ("llama2", (400_000, AHEAD), "strategy=deepspeed_stage_3 model.n_layers=4 data.seq_len=64"),
+        ("llama2", (400_000, AHEAD), "strategy=deepspeed_stage_3 model.n_layers=4 data.seq_len=64 freeze=[embedding,blocks.0]"),
+        ("llama2", (400_000,), f"strategy=deepspeed_stage_3 data.seq_len=64 freeze=[embedding,attention] {HALF}"),
         ("llama2", (400_000, AHEAD), f"strategy=deepspeed_stage_3 model.n_layers=4 data.seq_len=64 trainer.activation_checkpointing=full {HALF}"),
     ],
 )
@@ -244,7 +248,7 @@ def test_what_is_offloaded_is_counted_apart():
     assert not off.host
 
 
-@pytest.mark.parametrize("overrides", [(), ("model/attention=mla",), ("model/ffn=moe", "model.norm_position=sandwich"), ("model/position=relative",)])
+@pytest.mark.parametrize("overrides", [("model/attention=mla",), ("model/ffn=moe", "model.norm_position=sandwich", "model/position=relative")])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tape_meets_every_parameter_once_by_its_name_and_shape(family, overrides):
     try:

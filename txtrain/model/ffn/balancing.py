@@ -20,10 +20,7 @@ MAX_LOAD = "moe_max_load"
 
 
 class Observed:
-    """A model that sums, over several forwards, how often its experts were chosen.
-
-    Counts come from the outputs: a forward that activation checkpointing repeats does not count twice.
-    """
+    """A model that sums how often its experts were chosen, from its outputs: recomputed forwards do not count."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model
@@ -43,10 +40,10 @@ class Observed:
 
 @torch.no_grad()
 def update(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
-    """Move each mixture's biases by its rate, after the optimizer's step. counts: of the global batch."""
+    """Move the biases of each mixture that is trained by its rate, after the optimizer's step. counts: of the global batch."""
     for layer, counts_E in counts.items():
         mixture: Any = model.get_submodule(f"{layer}.ffn")
-        if mixture.bias_update_rate:
+        if mixture.bias_update_rate and any(p.requires_grad for p in mixture.parameters()):
             mixture.balance_bias += mixture.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
 
 

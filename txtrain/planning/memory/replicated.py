@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.tape import Bytes, Group, Parameter, Tape, Value
+from txtrain.optim.config import Held
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory import optimizer as updates
 from txtrain.planning.memory.batch_shapes import batch_of
 from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.forward import Traced
-from txtrain.planning.memory.optimizer import Held
 from txtrain.planning.memory.tensor_parallel import CutTape, CutTraced
 
 Block = Callable[..., Value]
@@ -63,8 +63,9 @@ class Copies:
         return traced(self.config.model, batch_of(self.config, n), t, around, self.device).loss()
 
     def _survey(self) -> None:
-        """Parameters by block, and of experts that are gathered by themselves; the shapes of the whole ones."""
+        """Parameters by block, and of experts that are gathered by themselves; the shapes of the whole ones; which blocks have a backward."""
         self.groups: list[Group] = []
+        self.goes_back: list[bool] = []
         self.experts: dict[int, Group] = {}  # by the number of their block
         t = self._tape()
 
@@ -83,6 +84,7 @@ class Copies:
             self.groups.append(t.group)
             made = block(t, *inputs)
             t.group = t.root
+            self.goes_back.append(made.edge is not None)
             return made
 
         self._loss(1, t, surveyed)
@@ -108,6 +110,11 @@ class Copies:
     def trained(self) -> list[Held]:
         """The same of those that take a gradient."""
         return [self._held(p) for p in self.pieces if p.edge]
+
+    @property
+    def n_frozen(self) -> int:
+        """Elements that this process keeps of those that take none."""
+        return sum(self._held(p).n for p in self.pieces if not p.edge)
 
     def _held(self, p: Parameter) -> Held:
         return Held(p.name, self.shapes[p.name], self.own(p), p.shape)

@@ -10,8 +10,9 @@ from itertools import accumulate
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.tape import Bytes, Parameter
+from txtrain.optim.config import Held
 from txtrain.parallel.config import BUCKET, Layout
-from txtrain.planning.memory.optimizer import Held, grouped
+from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Copies
 
 ALIGNED = 2  # elements, times the processes, up to which a group is filled
@@ -22,7 +23,7 @@ class Partitions(Copies):
     def __init__(self, config: Train, layout: Layout) -> None:
         super().__init__(config, layout)
         self.stage: int = config.strategy.stage
-        laid = grouped(config.optimizer, self.held)
+        laid = grouped(config.optimizer, self.trained)
         groups = [[h.n for h in group] for group in laid]
         filled = ALIGNED * layout.shard
         self.flat = [math.ceil(sum(sizes) / filled) * filled for sizes in groups]
@@ -47,7 +48,9 @@ class Partitions(Copies):
     def states(self) -> dict[str, int]:
         values = self.config.optimizer.state_values("", (1,))
         assert values is not None, "what ZeRO takes is elementwise"
-        return {"parameters": self.t.size * sum(self.flat), "optimizer": FLOAT32 * (1 + values) * sum(self.mine)}
+        shares = sum(math.ceil(p.n / self.layout.shard) for p in self.pieces if not p.edge) if self.half and self.device == "cpu" else 0
+        parameters = self.t.size * (sum(self.flat) + self.n_frozen) + FLOAT32 * shares
+        return {"parameters": parameters, "optimizer": FLOAT32 * (1 + values) * sum(self.mine)}
 
     def update(self) -> dict[str, int]:
         made = max(self.config.optimizer.update_bytes([Held("", (n,), (n,))], FLOAT32) for n in self.mine)
@@ -56,7 +59,7 @@ class Partitions(Copies):
 
     def communicated(self) -> dict[str, int]:
         reductions = self.n_micro_batches if self.stage == 2 else 1
-        return {"all_reduce": FLOAT32 * reductions * sum(h.n for h in self.held), "all_gather": self.t.size * sum(self.flat)}
+        return {"all_reduce": FLOAT32 * reductions * sum(h.n for h in self.trained), "all_gather": self.t.size * sum(self.flat)}
 
     # ------------------------------------------------------------------------------------------------------------ the step
 
@@ -122,7 +125,8 @@ class Partitions(Copies):
         if self.stage == 1:
             self.earlier = None
             for p in self.t.parameters:
-                self._copy(p)
+                if p.edge:
+                    self._copy(p)
         self._reduce()
 
 
@@ -138,14 +142,14 @@ class Accumulated(Partitions):
 
     def update(self) -> dict[str, int]:
         made = super().update()["temporaries"]
-        return {"gradients": self.t.size * sum(h.n for h in self.held), "temporaries": made}
+        return {"gradients": self.t.size * sum(h.n for h in self.trained), "temporaries": made}
 
     def before(self) -> None:
-        self.earlier = self.t.bytes(sum(h.n for h in self.held), kind="gradients")
+        self.earlier = self.t.bytes(sum(h.n for h in self.trained), kind="gradients")
         self.t.accumulates = True
 
     def after_backward(self) -> None:
-        self.t.bytes(max(h.n for h in self.held), FLOAT32)  # one gradient after the other is added
+        self.t.bytes(max(h.n for h in self.trained), FLOAT32)  # one gradient after the other is added
         together = 0
         for n in self.flat:
             together += n

@@ -10,8 +10,9 @@ from itertools import chain
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
+from txtrain.optim.config import Held
 from txtrain.parallel.config import BUCKET, Layout
-from txtrain.planning.memory.optimizer import Held, grouped
+from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
 
 # Elements, DeepSpeed's defaults.
@@ -49,10 +50,11 @@ class Gathered(Copies):
 
     def _called(self) -> list[list[Place]]:
         """What the modules read, in the order of their calls, forward and backward. The outermost reads all that is in no block."""
+        back = [[(number, i) for i in range(len(group.parameters))] for number, group in enumerate(self.groups) if self.goes_back[number]]
         root = [(ROOT, i) for i in range(len(self.root.parameters))]
         blocks = [[(number, i) for i in range(len(group.parameters))] for number, group in enumerate(self.groups)]
         nothing: list[list[Place]] = [[]]
-        return [root, root, *nothing * OPENING, *blocks, *nothing * CLOSING, root, *nothing * CLOSING, *reversed(blocks), *nothing * OPENING]
+        return [root, root, *nothing * OPENING, *blocks, *nothing * CLOSING, root, *nothing * CLOSING, *reversed(back), *nothing * OPENING]
 
     @property
     def _turn(self) -> int:
@@ -67,12 +69,14 @@ class Gathered(Copies):
     def states(self) -> dict[str, int]:
         values = self.config.optimizer.state_values("", (1,))
         assert values is not None, "what ZeRO takes is elementwise"
-        n = sum(h.n for h in self.held)
-        return {"parameters": self.t.size * n, "optimizer": FLOAT32 * (1 + values) * n, "gradients": FLOAT32 * n, "reduced": FLOAT32 * BUCKET}
+        n = sum(h.n for h in self.trained)
+        shares = FLOAT32 * self.n_frozen if self.t.size != FLOAT32 and self.device == "cpu" else 0
+        parameters = self.t.size * (n + self.n_frozen) + shares
+        return {"parameters": parameters, "optimizer": FLOAT32 * (1 + values) * n, "gradients": FLOAT32 * n, "reduced": FLOAT32 * BUCKET}
 
     def update(self) -> dict[str, int]:
         """Absolute values, to see whether all are finite; then the gradients of a group end to end."""
-        held = self.held
+        held = self.trained
         largest = max(min(sum(h.n for h in group), UPDATED + max(h.n for h in group)) for group in grouped(self.config.optimizer, held))
         made = FLOAT32 * largest + self.config.optimizer.update_bytes([Held("", (largest,), (largest,))], FLOAT32)
         return {"temporaries": max((FLOAT32 + 1) * sum(h.n for h in held), made)}
@@ -166,6 +170,8 @@ class Gathered(Copies):
         self._call()
         x, *others = inputs
         del inputs
+        if x.edge is None and any(p.edge for p in self.groups[number].parameters):
+            x = t.detached(x)
         x = t.hook(x, lambda: self._done(number))
         live = t.group = self.groups[number].live = Group()
         # A product keeps its matrix transposed, a view that lives on when the parameter is given back: not where the block is computed again.
@@ -221,6 +227,3 @@ class Gathered(Copies):
             self._reduce()
         self.there.clear()
         self.coming.clear()
-
-
-__all__ = ["Gathered"]
