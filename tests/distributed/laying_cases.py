@@ -30,14 +30,11 @@ from txtrain.training.module import LitModule
 
 
 def composed(overrides: list[str]) -> Train:
-    """Once for all: it takes as long as what is tested."""
-    of_experts = [o for o in overrides if "ep_size" in o]  # known of a folder's model only
-    given = [*(o for o in overrides if o not in of_experts), f"trainer.devices={dist.get_world_size()}"]
-    made: list[Any] = [compose(given) if dist.get_rank() == 0 else None]
+    """Once for all: it takes as long as what is tested. The model is named beside its weights."""
+    where, *given = overrides
+    made: list[Any] = [compose([*given, f"trainer.devices={dist.get_world_size()}"]) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made)
-    config: Train = made[0]
-    strategy: Any = config.strategy
-    return dc.replace(config, strategy=dc.replace(strategy, ep_size=2)) if of_experts else config
+    return dc.replace(made[0], init_from=where)
 
 
 def laid(config: Train, parallel: OneProcess) -> LitModule:
