@@ -1,4 +1,4 @@
-"""Weights as they lie in files, in pieces of our tensors: a rank reads of each only what it holds."""
+"""Weights in files, as pieces of our tensors: a rank reads only what it holds."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ Box = Sequence[Range]  # one for each dimension
 
 @dc.dataclass(frozen=True)
 class Piece:
-    """A box of one of our tensors that a file holds.
+    """A box of one of our tensors, in a file.
 
-    begin: its first index along each dimension. read: a box within it, counted from `begin`, on the CPU.
-    look: compare all of it with its checksum, and say whether its numbers are finite, if that is asked; None: it has
-        no checksum.
+    begin: its first index along each dimension. read: a box within it, relative to `begin`, on the CPU. look: compares
+    it with its checksum, and returns whether its numbers are finite, if that is asked; None: it has no checksum.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Piece:
         """Whether its numbers are finite, if that is asked.
 
         Raises:
-            ConfigError: they are not those that were written.
+            ConfigError: they differ from those that were written.
         """
         if self.look is not None:
             return self.look(finite)
@@ -46,7 +45,7 @@ class Piece:
 
 @dc.dataclass(frozen=True)
 class Held:
-    """What a rank holds of one tensor. indices: for each dimension of `tensor`, which of the whole one's, ascending."""
+    """A rank's part of one tensor. indices: for each dimension of `tensor`, indices of the whole one, ascending."""
 
     tensor: Tensor
     indices: tuple[Tensor, ...]
@@ -56,7 +55,7 @@ class Held:
         return cls(tensor, tuple(torch.arange(n, device="cpu") for n in tensor.shape))
 
     def take(self, piece: Piece) -> None:
-        """Read, of the piece, what is held here."""
+        """Read the piece's values that are held here."""
         places, within = [], []
         for index, begin, n in zip(self.indices, piece.begin, piece.shape, strict=True):
             first, last = torch.searchsorted(index, torch.tensor([begin, begin + n], device="cpu")).tolist()
@@ -73,10 +72,7 @@ class Held:
 
 @dc.dataclass(frozen=True)
 class Source:
-    """A model that lies in files: described on the meta device, and what fills it.
-
-    Names and shapes are checked, and no value is read.
-    """
+    """A model on the meta device, and the pieces in files that fill it; names and shapes are checked."""
 
     path: Path
     model: Transformer
@@ -87,13 +83,11 @@ class Source:
         return frozenset(piece.name for piece in self.pieces)
 
     def check(self, model: nn.Module) -> None:
-        """Raises:
-        ConfigError: the model has other tensors, by name and shape.
-        """
+        """Raise a ConfigError if the model has other tensors, by name and shape."""
         compare(_shapes(self.model), _shapes(model), str(self.path))
 
     def load(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transformer:
-        """The model, whole, in eval mode. Memory: it, and its largest tensor. dtype: None: torch's default."""
+        """The whole model, in eval mode. Memory: it and its largest tensor. dtype: None: torch's default."""
         self.model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
         fill(self.model.state_dict(), self.pieces)
         return self.model.eval()
@@ -101,13 +95,13 @@ class Source:
 
 @torch.no_grad()
 def fill(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], held: Callable[[Tensor], Held] = Held.whole) -> None:
-    """Read pieces into tensors of these names, in place; of one that lies over ranks each reads its part."""
+    """Read pieces into tensors of these names, in place; of a sharded one each rank reads its part."""
     for piece in pieces:
         held(tensors[piece.name]).take(piece)
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity. A finite sum is of finite numbers; another may have overflowed."""
+    """Whether it holds neither NaN nor infinity. A finite sum proves it; an infinite one may be an overflow."""
     if not tensor.is_floating_point():
         return True
     total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
@@ -119,9 +113,7 @@ def _shapes(model: nn.Module) -> dict[str, Shape]:
 
 
 def compare(saved: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
-    """Raises:
-    ConfigError: names or shapes differ. where: what the saved ones lie in.
-    """
+    """Raise a ConfigError if names or shapes differ. where: the place of the saved ones."""
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         there, here = saved.get(name, "absent"), wanted.get(name, "absent")

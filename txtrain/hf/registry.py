@@ -19,11 +19,10 @@ from txtrain.model.config import ModelConfig
 if TYPE_CHECKING:
     from txtrain.hf.weights import Weights
 
-# What the modules of families/ define; a class that one derives from stands before it.
+# The public classes of the modules of families/, a base before what derives from it.
 _MODULES = [importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)]
-_NAMED = [item for module in _MODULES for item in vars(module).items()]
-_DEFINED = {id(c): c for name, c in _NAMED if isinstance(c, HFClass) and not name.startswith("_")}
-CLASSES: tuple[HFClass, ...] = tuple(_DEFINED.values())
+_PUBLIC = [c for m in _MODULES for name, c in vars(m).items() if isinstance(c, HFClass) and not name.startswith("_")]
+CLASSES: tuple[HFClass, ...] = tuple({id(c): c for c in _PUBLIC}.values())
 CONFIG = "config.json"
 
 

@@ -71,7 +71,7 @@ class SafetensorsFile:
         return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor, in its own memory. rows: from which index of its first dimension to before which; None: all."""
+        """One tensor, in its own memory. rows: begin and end in its first dimension; None: all."""
         shape, dtype = self.entries[name]
         if rows is not None:
             shape = rows[1] - rows[0], *shape[1:]
@@ -81,10 +81,7 @@ class SafetensorsFile:
         return tensor
 
     def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
-        """Read one tensor, from its element number `first`, into contiguous memory of its dtype.
-
-        Yields each piece once it is read.
-        """
+        """Read one tensor, from element `first`, into contiguous memory of its dtype; yields pieces as they come."""
         with self.path.open("rb", buffering=0) as f:
             f.seek(self._begin[name] + first * tensor.element_size())
             for piece in pieces(tensor):

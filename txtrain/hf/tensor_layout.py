@@ -33,8 +33,8 @@ def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
 
 
 def from_theirs(stored: Stored, weights: Weights, ours: Mapping[str, Shape]) -> Iterator[Piece]:
-    """The pieces of ours that one tensor of theirs is."""
-    first = 0  # row of ours, joined
+    """One tensor of theirs as pieces of ours."""
+    first = 0  # row of our concatenated tensors
     for name in stored.parts:
         shape = ours[name]
         if stored.expert is None:
@@ -50,10 +50,10 @@ def _read_expert(stored: Stored, weights: Weights, box: Box) -> Tensor:
 
 
 def _read(stored: Stored, weights: Weights, first: int, box: Box) -> Tensor:
-    """first: row at which the box's parameter begins among those that are joined."""
+    """first: row of the box's parameter among those that are concatenated."""
     (low, high), *rest = box
     rows, wanted = slice(first + low, first + high), slice(None)
-    order = None  # of each row of ours, where it is in theirs
+    order = None  # for each row of ours, its row in theirs
     if stored.order is not None:
         order = torch.tensor(stored.order, device="cpu").argsort()[rows]
     if stored.leading:
@@ -61,7 +61,7 @@ def _read(stored: Stored, weights: Weights, first: int, box: Box) -> Tensor:
     elif stored.transposed:
         found = weights.read(stored.name, rest[0]).T
         rest = []
-    else:  # of what is rearranged, all between the first and the last
+    else:  # rearranged rows: all from the first to the last
         rows = rows if order is None else slice(int(order.min()), int(order.max()) + 1)
         found = weights.read(stored.name, (rows.start, rows.stop))
         rows, order = wanted, None if order is None else order - rows.start

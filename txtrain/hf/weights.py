@@ -59,7 +59,7 @@ class Weights:
         return {name: file.entries[there] for name, (file, there) in self._places.items()}
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """One tensor on the CPU. rows: of its first dimension from which index to before which; None: all."""
+        """One tensor on the CPU. rows: begin and end in its first dimension; None: all."""
         file, there = self._places[name]
         return file.read(there, rows)
 

@@ -21,7 +21,7 @@ from txtrain.model.shape import InitConfig
 def init_weights(model: nn.Module, loaded: Container[str] = ()) -> None:
     """Fill a materialised model (`to_empty`) in place by `model.config.init`.
 
-    loaded: names of what is given its values elsewhere; a module that owns nothing else is left as it is.
+    loaded: names of tensors that are filled elsewhere; a module that owns no others is skipped.
 
     Raises:
         ConfigError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
@@ -34,7 +34,7 @@ def init_weights(model: nn.Module, loaded: Container[str] = ()) -> None:
 
 
 def to_initialise(model: nn.Module, loaded: Container[str]) -> dict[str, Any]:
-    """The modules that own something which is not loaded, by name."""
+    """The modules that own a tensor which is not loaded, by name."""
 
     def own(name: str, module: nn.Module) -> Iterator[str]:
         for key, tensor in (*module._parameters.items(), *module._buffers.items()):

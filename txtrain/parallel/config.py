@@ -199,7 +199,7 @@ def processes(config: RunConfig) -> int | None:
 
 
 def of_model(strategy: StrategyConfig, model: ModelConfig, world: int) -> Iterator[str]:
-    """What of a model so many processes cannot share."""
+    """Why `world` ranks cannot share the model, as sentences."""
     found = list(strategy.problems(world, model))
     yield from found
     if not found and (tensor := strategy.layout(world).tensor) > 1:

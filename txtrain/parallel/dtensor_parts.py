@@ -57,7 +57,7 @@ def place(owner: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
 
 
 def indices(whole: DTensor, dim: int) -> Tensor:
-    """Which indices along a dimension this process has."""
+    """This rank's indices along a dimension."""
     cuts = [p if getattr(p, "dim", None) == dim else Replicate() for p in whole.placements]
     index = torch.arange(whole.shape[dim], device=whole.device_mesh.device_type)
     spread = index.view([-1 if d == dim else 1 for d in range(whole.ndim)])
@@ -65,7 +65,7 @@ def indices(whole: DTensor, dim: int) -> Tensor:
 
 
 def held(tensor: Tensor) -> Held:
-    """What this rank has of a tensor that may lie over ranks."""
+    """This rank's part of a tensor, which may be sharded."""
     if not isinstance(tensor, DTensor):
         return Held.whole(tensor)
     return Held(tensor.to_local(), tuple(indices(tensor, dim).cpu() for dim in range(tensor.ndim)))

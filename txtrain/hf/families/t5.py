@@ -1,6 +1,6 @@
 """T5ForConditionalGeneration (1910.10683): two stacks, RMS norms before the sublayers, a bias by distance only.
 
-Two tables for one class: its first release has a plain feed-forward, v1.1 and what came after a gated one.
+Two tables for one class: the first release has a plain FFN, v1.1 and later ones a gated one.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class Observed:
 
 @torch.no_grad()
 def update(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
-    """Move the biases of each mixture that is trained by its rate, after the optimizer's step. counts: of the global batch."""
+    """Move the biases of each trained mixture by its rate, after the optimizer's step. counts: of the global batch."""
     for layer, counts_E in counts.items():
         mixture: Any = model.get_submodule(f"{layer}.ffn")
         if mixture.bias_update_rate and any(p.requires_grad for p in mixture.parameters()):

@@ -96,8 +96,9 @@ class NormPositionConfig(NormPositionBase):
         def norm(where: str, x: Value) -> Value:
             return t.named(names[where], place.model.norm.trace, t, x, place) if where in names else x
 
-        y = t.dropout(norm("after", f(norm("before", x))), place.model.dropout)
-        return norm("sum", t.add(x, y))
+        y = f(norm("before", x))
+        y = t.add(x, t.dropout(norm("after", y), place.model.dropout))
+        return norm("sum", y)
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
         return len(self.norms) * int(model.norm.n_params(model))
