@@ -6,19 +6,19 @@ TYPE_CHECKING = False  # as typing's, without importing it
 if TYPE_CHECKING:
     from typing import Any
 
-    from txtrain.checkpoint.load import load_pretrained
-    from txtrain.cli.jobs import compose
-    from txtrain.cli.plan import plan
-    from txtrain.config.paths import families
-    from txtrain.config.plugins import component
-    from txtrain.errors import ConfigError
-    from txtrain.hf.save import save_pretrained
-    from txtrain.hf.trainer import build_model
-    from txtrain.model.generation import generate
-    from txtrain.model.transformer import log_probs
-    from txtrain.training.data_module import DataModule
-    from txtrain.training.module import LitModule
-    from txtrain.training.run import train
+    from txtrain.checkpoint.load import load_pretrained as load_pretrained
+    from txtrain.cli.jobs import compose as compose
+    from txtrain.cli.plan import plan as plan
+    from txtrain.config.paths import families as families
+    from txtrain.config.plugins import component as component
+    from txtrain.errors import ConfigError as ConfigError
+    from txtrain.hf.save import save_pretrained as save_pretrained
+    from txtrain.hf.trainer import build_model as build_model
+    from txtrain.model.generation import generate as generate
+    from txtrain.model.transformer import log_probs as log_probs
+    from txtrain.training.data_module import DataModule as DataModule
+    from txtrain.training.module import LitModule as LitModule
+    from txtrain.training.run import train as train
 
 __version__ = "0.1.0"
 
@@ -38,21 +38,7 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "train": "txtrain.training.run",
 }
 
-__all__ = [
-    "ConfigError",
-    "DataModule",
-    "LitModule",
-    "build_model",
-    "component",
-    "compose",
-    "families",
-    "generate",
-    "load_pretrained",
-    "log_probs",
-    "plan",
-    "save_pretrained",
-    "train",
-]
+__all__ = [*_LAZY]
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,8 @@ from txtrain.config.paths import CONF, groups_of, options
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build, key_paths
-from txtrain.registry import imported
+from txtrain.objectives.config import ObjectiveConfig
+from txtrain.registry import TABLE, Option, imported
 
 MISTAKES = [
     ("data.seq_ln=3", "Did you mean data.seq_len?"),
@@ -191,7 +192,6 @@ def test_help_answers_at_once(args, cli):
 @pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_is_one_row_and_its_help_names_every_option_and_every_key(verb):
     text, root = usage(verb), root_of(verb)
-    assert (CONF / f"{verb}.yaml").is_file()
     assert callable(imported(VERBS[verb].run))
     inherited = key_paths(Train) if root is not Train and issubclass(root, Train) else {}
     for key in key_paths(root).keys() - inherited:
@@ -229,15 +229,28 @@ def greet(job):
     return 0
 
 
-def test_a_new_verb_is_a_row_a_module_and_a_file(monkeypatch, clean_room, capsys):
+def test_a_new_verb_is_a_row_and_a_module(monkeypatch, clean_room, capsys):
     monkeypatch.setitem(VERBS, "hello", Verb("greet", f"{__name__}:Hello", f"{__name__}:greet", ""))
-    (clean_room / "hello.yaml").write_text("defaults: [base, _self_]\nwhom: you\nimports: []\n")
-    assert main(["hello", "--config-dir", ".", "whom=Ada"]) == 0
+    assert main(["hello", "whom=Ada"]) == 0
     assert capsys.readouterr().out == "Hello Ada\n"
     assert main(["hello", "--help"]) == 0
     assert re.search(r"whom=you +is greeted", capsys.readouterr().out)
-    assert main(["hello", "--config-dir", ".", "who=Ada"]) == 2
+    assert main(["hello", "who=Ada"]) == 2
     assert "Did you mean whom?" in capsys.readouterr().err
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Told(ObjectiveConfig):
+    """What a test tells.
+
+    And more.
+    """
+
+
+def test_an_option_without_a_file_has_its_type_alone(monkeypatch):
+    monkeypatch.setitem(TABLE["objective"], "told", Option(Told, "nowhere:Told"))
+    assert compose(["objective=told"]).objective == Told(type="told")
+    assert "objective=told                       What a test tells." in usage("train", ["objective"])
 
 
 @pytest.mark.parametrize(

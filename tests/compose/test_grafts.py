@@ -19,6 +19,7 @@ def told(axis, graft):
     return f"{axis}: {graft['from']} -> {graft['to']}; kept {kept}; dropped {dropped}"
 
 
+@pytest.mark.slow
 def test_every_single_swap_is_legal_and_keeps_and_drops_what_the_golden_file_says(job):
     lines = []
     keys = [*((f"model/{axis}", axis) for axis in GRAFTED), ("model.norm_position", "norm_position")]

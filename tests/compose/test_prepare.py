@@ -15,6 +15,7 @@ import pytest
 from tests.training import RUN, rows, write_text
 from txtrain.cli.main import main
 from txtrain.data.prepare import _LARGE
+from txtrain.data.store.shard_writer import ShardWriter
 from txtrain.data.store.tokenize import Limit
 from txtrain.errors import ConfigError
 
@@ -45,15 +46,20 @@ def prepare(text: Path, out: Path, *more: str) -> int:
 @pytest.mark.parametrize("objective", [(), ("model=bert", "objective.next_sentence=false")], ids=["causal_lm", "masked_lm"])
 def test_a_run_on_the_prepared_folder_is_the_run_on_the_text(objective, tmp_path, capsys):
     text = write_documents(tmp_path / "a.jsonl", 300)
+    text.write_text(text.read_text() + "no row\n")
     shape = [*MODEL, *objective, "model.norm_position=pre"] if objective else [*MODEL]
-    assert main(["prepare", *shape, "data=text", f"data.path={text}", "data.tokenizer=train", "out=ready", "prepare.shard_tokens=9000"]) == 0
+    given = ["data=text", f"data.path={text}", "data.tokenizer=train", "data.bad_rows=skip"]
+    assert main(["prepare", *shape, *given, "out=ready", "prepare.shard_tokens=9000"]) == 0
     assert len(list(Path("ready").glob("train-*.bin"))) > 2
-    assert main([*shape, "data=text", f"data.path={text}", "data.tokenizer=train", "run_dir=direct"]) == 0
+    assert main([*shape, *given, "run_dir=direct"]) == 0
     assert main([*shape, "data=memmap", "data.path=ready", "run_dir=mapped"]) == 0
     one, two = (json.loads(Path(run, "run.json").read_text()) for run in ("direct", "mapped"))
     assert one["data_order_hash"] == two["data_order_hash"]
     assert one["data"]["fingerprint"] == two["data"]["fingerprint"]
     assert rows(Path("direct")) == rows(Path("mapped"))
+    for run, told in (("direct", one), ("mapped", two)):
+        assert told["data"]["skipped_rows"] == 1
+        assert json.loads(Path(run, "skipped_rows.jsonl").read_text())["row"] == f"line 301 of {text}"
 
 
 def test_a_complete_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path, capsys):
@@ -105,12 +111,31 @@ def test_killed_at_any_moment_and_started_again_the_result_is_the_same(n_kills, 
     assert [name for name in one if one[name] != two[name]] == []
 
 
+def test_after_a_disk_was_full_a_second_try_goes_on(tmp_path, monkeypatch, capsys):
+    text = write_text(tmp_path / "a.txt")
+    args = ["prepare", *MODEL, "data=text", f"data.path={text}", "data.tokenizer=bytes"]
+    real = ShardWriter.append
+
+    def full(self, split, ids, ends):
+        if split == "validation":
+            raise OSError(28, "No space left on device")
+        real(self, split, ids, ends)
+
+    with monkeypatch.context() as m:
+        m.setattr(ShardWriter, "append", full)
+        assert main([*args, "out=out"]) == 2
+    assert "`out` must be a folder, or a new one in a folder, that can be written to, but is 'out' instead: No space" in capsys.readouterr().err
+    assert main([*args, "out=out"]) == main([*args, "out=whole"]) == 0
+    assert contents(Path("out")) == contents(Path("whole"))
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("", "`out` must be given"),
         ("out=full", "must be a new or empty folder, but 'full' is not empty"),
-        ("out=text.txt", "must be a folder, but 'text.txt' is a file"),
+        ("out=text.txt", "text.txt is a file"),
+        ("out=text.txt/new", "can be written to, but is 'text.txt/new' instead: Not a directory"),
         ("out=new prepare.shard_tokens=0", "`prepare.shard_tokens` must be at least 1"),
         ("out=new data.path=blank.txt", "must have training text, but has none"),
         ("out=new data.path=nope.txt", "`data.path` must be an existing file"),

@@ -5,6 +5,7 @@ import json
 import pytest
 
 import txtrain
+from tests.cases import some
 from tests.distributed.callbacks import named
 from tests.distributed.choices import CHOICES, STEPS, STRATEGIES, allowed, overrides
 from tests.distributed.covering import covering
@@ -51,7 +52,7 @@ def alone(case, folder, stop):
     assert_same(folder / "whole", folder / "parts", title(case), stop)
 
 
-@pytest.mark.parametrize("i", range(len(EACH)), ids=lambda i: title(EACH[i]))
+@pytest.mark.parametrize("i", some(range(len(EACH)), range(3)), ids=lambda i: title(EACH[i]))
 def test_one_process_stopped_and_continued_is_the_uninterrupted_run(i, tmp_path):
     """Every choice at least once."""
     alone(EACH[i], tmp_path, stop_of(i))

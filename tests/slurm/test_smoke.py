@@ -36,6 +36,7 @@ def ending(cluster, tmp_path):
     return start
 
 
+@pytest.mark.slow
 def test_the_smoke_test_trains_on_two_nodes_to_its_end(cluster, tmp_path):
     text = ["data=text", f"data.path={write_text(tmp_path / 'text.txt')}", "data.val_fraction=0.2", f"data.cache_dir={tmp_path / 'cache'}"]
     steps = ["trainer.max_steps=4", "trainer.val_check_interval=4", "trainer.log_every_n_steps=1", "sample.n=0"]
@@ -47,6 +48,7 @@ def test_the_smoke_test_trains_on_two_nodes_to_its_end(cluster, tmp_path):
     assert (facts(run)["status"], facts(run)["hardware"]["processes"]) == ("complete", 2)
 
 
+@pytest.mark.slow
 def test_a_job_is_requeued_once_where_it_was_stopped_or_killed_and_nowhere_else(cluster, tmp_path, ending):
     (tmp_path / "one.txt").write_text("seed=1\n")
     scripts = {"one_node.sh": ONE_CPU, "cpu_smoke.sh": (), "array.sh": (*ONE_CPU, "one.txt")}
@@ -61,6 +63,7 @@ def test_a_job_is_requeued_once_where_it_was_stopped_or_killed_and_nowhere_else(
     }
 
 
+@pytest.mark.slow
 def test_a_chain_ends_with_the_first_job_that_fails(cluster, ending):
     number = int(ending("1", "chain.sh", "--cpus-per-task=1"))  # of its last job
     states = [cluster.until(str(n), "ended")["JobState"] for n in range(number - 3, number + 1)]

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import functools
 import json
 import math
 import os
@@ -41,6 +40,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from txtrain.hf.pieces import Piece
     from txtrain.model.config import ModelConfig
     from txtrain.optim.average import Average
     from txtrain.run_config import SaveConfig
@@ -324,23 +324,20 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint that `verify` has passed.
-
-    A resumed run asks six times; of 2,000 layers that is a minute.
-    """
-    found = [(file, file.stat()) for file in sorted(path.glob("*.safetensors"))]
-    return dict(_shapes(path, *((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found)))
-
-
-@functools.lru_cache(maxsize=1)
-def _shapes(path: Path, *files: Any) -> dict[str, tuple[int, ...]]:
-    """files: what tells that one of them has changed."""
+    """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-    from txtrain.checkpoint.reader import Reader
+    from txtrain.checkpoint.reader import read_headers
 
-    entries = Reader(path).read_metadata().state_dict_metadata
+    entries = read_headers(path).metadata.state_dict_metadata
     return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+
+def forget_headers() -> None:
+    """A run that has been loaded asks for none again, and of thousands of layers they take memory."""
+    from txtrain.checkpoint.reader import parse_headers
+
+    parse_headers.cache_clear()
 
 
 def _check_tensors(path: Path) -> None:
@@ -349,11 +346,11 @@ def _check_tensors(path: Path) -> None:
     Raises:
         ConfigError: names the file or the tensor. And what DCP's reader says.
     """
-    from txtrain.hf.tensor_file import SafetensorsFile
+    from txtrain.checkpoint.reader import read_headers
 
     held: Counter[str] = Counter()  # elements
-    for file in sorted(path.glob("*.safetensors")):
-        for name, entry in SafetensorsFile(file).entries.items():
+    for file in read_headers(path).files.values():
+        for name, entry in file.entries.items():
             held[name] += math.prod(entry.shape)
     for name, shape in shapes(path).items():
         if math.prod(shape) != held[name]:
@@ -419,9 +416,23 @@ def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
     Raises:
         LoadError: they hold NaN or infinity.
     """
-    from txtrain.checkpoint.reader import is_finite
+    from txtrain.hf.pieces import is_finite
 
     if how.finite and (strange := [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]):
+        _refuse_not_finite(path, strange, how.key)
+
+
+def check_values(path: Path, pieces: Iterable[Piece], how: Reading) -> None:
+    """Of weights that are read by pieces later.
+
+    Raises:
+        LoadError: one of them is not what was written, or not finite.
+    """
+    try:
+        strange = [piece.name for piece in pieces if not piece.is_fine(how.finite)]
+    except ConfigError as e:
+        raise _damaged(path, e.problems[0], how.key) from e
+    if strange:
         _refuse_not_finite(path, strange, how.key)
 
 
@@ -433,12 +444,10 @@ def _refuse_not_finite(path: Path, names: Iterable[str], key: str) -> NoReturn:
 
 
 def _compare(path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()) -> None:
+    from txtrain.hf.pieces import compare
+
     saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
-    wanted = {name: tuple(tensor.shape) for name, tensor in into.items()}
-    if saved != wanted:
-        name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        raise ConfigError(f"The checkpoint {path} is of another model: {name} is {there} there, {here} here.")
+    compare(saved, {name: tuple(tensor.shape) for name, tensor in into.items()}, f"The checkpoint {path}")
 
 
 def check_weights(path: Path, model: nn.Module) -> None:

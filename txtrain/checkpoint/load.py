@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses as dc
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.errors import ConfigError
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     import torch
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
+    from txtrain.hf.pieces import Source
     from txtrain.model.transformer import Transformer
 
 
+T = TypeVar("T")
 WEIGHTS = ("model", "ema")
 
 
@@ -75,6 +78,41 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
+def open_weights(
+    where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1
+) -> Source:
+    """The model that lies there, to be read tensor by tensor. Of `of` ranks each looks through a part of the values.
+
+    Args:
+        finite: refuse weights that hold NaN or infinity.
+
+    Raises:
+        ConfigError: as `load`.
+    """
+
+    def opened(found: Described) -> Source:
+        from txtrain.checkpoint.reader import Reader
+        from txtrain.hf.load import open_folder
+        from txtrain.hf.pieces import Source
+
+        if found.is_hf:
+            source = open_folder(found.path)
+        else:
+            source = Source(found.path, _empty(found, None, key), Reader(found.path).pieces("model."))
+            checkpoint.check_weights(found.path, source.model)
+        checkpoint.check_values(found.path, source.pieces[turn::of], checkpoint.Reading(key, finite=finite))
+        return source
+
+    return _on(where, key, opened)
+
+
+def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
+    folder = path_of(where, key)
+    if (folder / "config.json").is_file():
+        return do(describe(folder, key))
+    return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))
+
+
 def load(
     where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model", finite: bool = False
 ) -> Loaded:
@@ -93,10 +131,7 @@ def load(
         tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
         return Loaded(found.path, _model(found, device, tokenizer, weights, checkpoint.Reading(key, finite=finite)), tokenizer)
 
-    folder = path_of(where, key)
-    if (folder / "config.json").is_file():
-        return loaded(describe(folder, key))
-    return checkpoint.on_newest(folder, key, lambda path: loaded(_described(key, path)))
+    return _on(where, key, loaded)
 
 
 def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
@@ -133,8 +168,6 @@ def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
 def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading) -> Transformer:
     import torch
 
-    from txtrain.hf.trainer import build_model
-
     if found.is_hf:
         from txtrain.hf.load import load_pretrained as from_hf
 
@@ -143,13 +176,21 @@ def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | 
             model = from_hf(found.path)
         checkpoint.check_finite(found.path, model, how)
         return model
-    checkpoint.verify(found.path, how.key)
-    checkpoint.check_model(found.path, found.model)
-    with torch.device("meta"):
-        model = build_model(_with_ids(found.model, tokenizer))
-    model.to_empty(device=device)
+    model = _empty(found, tokenizer, how.key).to_empty(device=device)
     checkpoint.load_weights(found.path, model, weights, how)
     return model.eval()
+
+
+def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transformer:
+    """The model of a checkpoint without storage, once its files are known to hold one of this size."""
+    import torch
+
+    from txtrain.hf.trainer import build_model
+
+    checkpoint.verify(found.path, key)
+    checkpoint.check_model(found.path, found.model)
+    with torch.device("meta"):
+        return build_model(_with_ids(found.model, tokenizer))
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

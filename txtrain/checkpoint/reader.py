@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses as dc
 import json
 from collections.abc import Iterator
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from torch.futures import Future
 from txtrain.checkpoint.state import ShardState
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import parse_json
+from txtrain.hf.pieces import Box, Piece, is_finite
 from txtrain.hf.tensor_file import SafetensorsFile
 
 WEIGHTS = ("model.", "ema.")
@@ -40,43 +42,63 @@ class NotFiniteError(ConfigError):
     """Weights that hold NaN or infinity. problems: their names."""
 
 
-def is_finite(tensor: Tensor) -> bool:
-    """Whether it holds neither NaN nor infinity. A sum that is finite is of numbers that are; one that is not may have overflowed."""
-    if not tensor.is_floating_point():
-        return True
-    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
-    return bool(total.isfinite()) or bool(tensor.isfinite().all())
+@dc.dataclass(frozen=True)
+class Headers:
+    """What the headers of a checkpoint's shards say. files, checksums: by path."""
+
+    files: dict[str, SafetensorsFile]
+    checksums: dict[str, dict[str, str]]
+    metadata: Metadata
+
+
+def read_headers(folder: Path) -> Headers:
+    """Parsed once, as long as the files are the same: of thousands of layers they are long, and a start asks for them ten times.
+
+    Raises:
+        ConfigError: one of them is damaged.
+    """
+    stats = [(path, path.stat()) for path in sorted(folder.glob("*.safetensors"))]
+    return parse_headers(tuple((str(path), s.st_size, s.st_mtime_ns, s.st_ino) for path, s in stats))
+
+
+@lru_cache(maxsize=1)
+def parse_headers(shards: tuple[tuple[str, int, int, int], ...]) -> Headers:
+    """shards: path, and what tells whether it was changed."""
+    made, found, places = Headers({}, {}, Metadata({})), dict[str, TensorStorageMetadata](), dict[MetadataIndex, str]()
+    for path, *_ in shards:
+        file = made.files[path] = SafetensorsFile(Path(path))
+        made.checksums[path] = ShardState.of(file.metadata, f"The header of {file.path.name}").checksums
+        for name, offsets, shape, dtype in _parts(file):
+            held = found.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []))
+            held.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)))
+            ends = [o + n for o, n in zip(offsets, shape, strict=True)]
+            held.size = torch.Size(map(max, ends, held.size))
+            places[MetadataIndex(name, offsets)] = path
+    return dc.replace(made, metadata=Metadata(dict(found), storage_data=places))
 
 
 class Reader(HuggingFaceStorageReader):
-    """Args:
-    verify: compare each tensor with its checksum. finite: refuse weights that are not finite.
-    """
+    """verify: compare each tensor with its checksum. finite: refuse weights that are not finite."""
 
     def __init__(self, folder: Path, verify: bool = True, finite: bool = True) -> None:
         super().__init__(str(folder))
         self.verify, self.finite = verify, finite
-        self._files: dict[str, SafetensorsFile] = {}
-        self._checksums: dict[str, dict[str, str]] = {}
+        self._headers = read_headers(folder)
 
     def read_metadata(self) -> Metadata:
-        """Of each tensor its parts, from the headers.
+        """Of each tensor its parts, from the headers."""
+        return dc.replace(self._headers.metadata, storage_meta=StorageMeta(load_id=self.load_id))
 
-        Raises:
-            ConfigError: one of them is damaged.
-        """
-        found: dict[str, TensorStorageMetadata] = {}
-        self.storage_data = {}
-        for path in sorted(Path(self.path).glob("*.safetensors")):
-            file = self._files[str(path)] = SafetensorsFile(path)
-            self._checksums[str(path)] = ShardState.of(file.metadata, f"The header of {path.name}").checksums
-            for name, offsets, shape, dtype in _parts(file):
-                held = found.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []))
-                held.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)))
-                ends = [o + n for o, n in zip(offsets, shape, strict=True)]
-                held.size = torch.Size(map(max, ends, held.size))
-                self.storage_data[MetadataIndex(name, offsets)] = str(path)
-        return Metadata(dict(found), storage_data=self.storage_data, storage_meta=StorageMeta(load_id=self.load_id))
+    def pieces(self, prefix: str) -> list[Piece]:
+        """Of the tensors that begin with it, without it, for a reader that needs no plan."""
+        found = []
+        for index, path in self._headers.metadata.storage_data.items():
+            if index.fqn.startswith(prefix):
+                file, name = self._headers.files[path], index.fqn
+                look = partial(self._read, path, name, None)
+                shape, read = file.entries[name].shape, partial(_box, file, name)
+                found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))
+        return found
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Parts that no process reads whole, as on another number of them, are compared with their checksums in turns."""
@@ -89,7 +111,7 @@ class Reader(HuggingFaceStorageReader):
 
     def _whole(self, item: ReadItem) -> bool:
         index = item.storage_index
-        return tuple(item.lengths) == self._files[self.storage_data[index]].entries[index.fqn].shape
+        return tuple(item.lengths) == self._headers.files[self.storage_data[index]].entries[index.fqn].shape
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Raises:
@@ -121,8 +143,8 @@ class Reader(HuggingFaceStorageReader):
 
     def _read(self, path: str, name: str, target: Tensor | None, finite: bool) -> bool:
         """One part, whole, into its place (None: nowhere); whether its numbers are finite, if that is asked."""
-        file, fine = self._files[path], True
-        entry, checksum = file.entries[name], self._checksums[path].get(name) if self.verify else None
+        file, fine = self._headers.files[path], True
+        entry, checksum = file.entries[name], self._headers.checksums[path].get(name) if self.verify else None
         dtype = words.DTYPE_MAP[entry.dtype]
         direct = target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
         held = target if target is not None and direct else torch.empty(entry.shape, dtype=dtype, device="cpu")
@@ -136,6 +158,13 @@ class Reader(HuggingFaceStorageReader):
         if target is not None and not direct:
             target.copy_(held)
         return fine
+
+
+def _box(file: SafetensorsFile, name: str, box: Box) -> Tensor:
+    found = file.read(name, *box[:1])
+    for dim, (first, last) in enumerate(box[1:], start=1):
+        found = found.narrow(dim, first, last - first)
+    return found
 
 
 def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, ...], torch.dtype]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses as dc
+import inspect
 import itertools
 import json
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.cli.verbs import FLAGS, VERBS, root_of
-from txtrain.config.paths import CONF, DATA, groups_of, options
+from txtrain.config.paths import CONF, DATA, groups_of, options, unwritten
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.convert import describe, hints, key_of, parts
 from txtrain.registry import TABLE, imported
@@ -73,7 +74,8 @@ def _options(group: str) -> dict[str, str]:
         lines = [line for line in file.read_text(encoding="utf-8").splitlines() if not line.startswith("# @package")]
         said = [line[2:] for line in itertools.takewhile(lambda line: line.startswith("# "), lines)]
         found[option] = " ".join(said[:1] if group == "recipes" else said)
-    return found
+    rows = {name: TABLE[g.rpartition("/")[2]][name].config for g, name in unwritten() if g == group}
+    return found | {name: inspect.cleandoc(config.__doc__ or "").partition("\n")[0] for name, config in rows.items()}
 
 
 # -------------------------------------------------------------------------------------------------------------- keys

@@ -1,4 +1,4 @@
-"""The verbs, one row each. A new one is a row, a module with its configuration and what runs it, and conf/VERB.yaml."""
+"""The verbs, one row each. A new one is a row, and a module with its configuration and what runs it."""
 
 from __future__ import annotations
 

@@ -6,16 +6,15 @@ The rules are made from what each objective's config declares (`topologies`, `he
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 from txtrain.model.config import ModelConfig
-from txtrain.model.rules import MODEL_RULES, Choices, Rule, written
+from txtrain.model.rules import Choices, Rule
 from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 KIND = "data.kind"
-ALL_KINDS = ("text", "pairs", "images")
+ALL_KINDS = ("text", "chat", "pairs", "images")
 
 
 class RunRule(Rule):
@@ -36,7 +35,7 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule({KIND: ("text", "pairs")}, "model/embedding", ("token",), "text enters as tokens"),
+    RunRule({KIND: ("text", "chat", "pairs")}, "model/embedding", ("token",), "text enters as tokens"),
 )
 
 OBJECTIVE_RULES = (
@@ -59,6 +58,8 @@ WHY = {  # an objective of the user's own has the reason that stands last
     ("prefix_lm", "model.topology"): "the rest is told token by token, and an encoder has read it all",
     ("seq2seq", "model.topology"): "a pair is read by one stack and written by another",
     ("seq2seq", KIND): "there must be a source and a target",
+    ("sft", "model.topology"): "each token is told from those before it, and an encoder has read them all",
+    ("sft", KIND): "there must be turns that are trained, and turns that are not",
     ("image_classification", KIND): "there must be images and their classes",
     ("image_classification", "model/head"): "an image has one class",
     ("", "model.topology"): "the objective is of another shape of model",
@@ -116,38 +117,3 @@ def sources_of(kind: str) -> list[str]:
     """The options of `data` whose samples are of that kind; first those that need no path."""
     configs = {name: option.config for name, option in TABLE["data"].items() if option.config.kind == kind}
     return sorted(configs, key=lambda name: any(f.name == "path" for f in dc.fields(configs[name])))
-
-
-# -------------------------------------------------------------------------------------------------------------- documentation
-
-
-def markdown() -> str:
-    """The table as docs/axes.md shows it."""
-    objectives = [
-        (f"`{name}`", *(_listed(getattr(option.config, attribute)) for attribute in DECLARED))
-        for name, option in TABLE["objective"].items()
-    ]
-    kinds = dict.fromkeys(option.config.kind for option in TABLE["data"].values())
-    sources = [(kind, _listed(sources_of(kind))) for kind in kinds]
-    rules = [(_conditions(rule), f"`{rule.key}`", _listed(rule.allowed), rule.why) for rule in (*MODEL_RULES, *OBJECTIVE_RULES, *RUN_RULES)]
-    return "\n".join(
-        (
-            *_table(("objective", "`model.topology`", "`model/head`", "reads"), objectives),
-            "",
-            *_table(("samples", "`data`"), sources),
-            "",
-            *_table(("with", "the key", "must be", "because"), rules),
-        )
-    )
-
-
-def _conditions(rule: Rule) -> str:
-    return " and ".join(" or ".join(f"`{key}={written(v)}`" if key != KIND else f"samples `{v}`" for v in values) for key, values in rule.given.items())
-
-
-def _listed(values: Sequence[Any] | None) -> str:
-    return "any" if values is None else ", ".join(f"`{written(v)}`" for v in values)
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]

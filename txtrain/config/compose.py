@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -32,6 +33,8 @@ def compose_job(
     """
     with hydra_errors():
         loader.imports(overrides)  # the user's options must exist before they are looked up
+        if not loader.repository.config_exists(verb):  # a verb needs a file only to say more
+            ConfigStore.instance().store(verb, {"defaults": ["train" if issubclass(root, Train) else "base", "_self_"]})
         run = next(
             (str(o.value()) for o in reversed(overrides) if o.key_or_group == "resume" and not o.is_delete()), "auto"
         )

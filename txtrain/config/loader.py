@@ -16,6 +16,7 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl  # pinned: hydra
 from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra._internal.hydra import Hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
@@ -24,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from txtrain.config.composed import NOTES
 from txtrain.config.grafts import GraftedRepository
 from txtrain.config.overrides import parse
-from txtrain.config.paths import CONF, DATA, groups_of
+from txtrain.config.paths import CONF, DATA, groups_of, unwritten
 from txtrain.config.schema import Train
 from txtrain.config.user_code import import_user
 from txtrain.errors import ConfigError
@@ -80,6 +81,8 @@ class Loader(ConfigLoaderImpl):
                 for option in values:
                     if isinstance(option, str):
                         found |= dict.fromkeys(self._imports_of(f"{o.key_or_group}/{option}"))
+        for group, name in unwritten():
+            ConfigStore.instance().store(name, {"type": name}, group)
         return list(found)
 
     def _imports_of(self, path: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from txtrain.registry import TABLE, VALUE_AXES, group_of
 _PACKAGE = Path(__file__).resolve().parents[1]
 DATA = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # holds conf/ and recipes/
 CONF = DATA / "conf"
+_NO_GROUPS = {*VALUE_AXES, "rope_scaling"}
 
 
 def families() -> list[str]:
@@ -17,9 +18,15 @@ def families() -> list[str]:
     return options("model")
 
 
+def unwritten() -> list[tuple[str, str]]:
+    """Group and name of options that need no file: their `type` is all that one would say."""
+    rows = [(group_of(axis), name) for axis in TABLE if axis not in _NO_GROUPS for name in TABLE[axis]]
+    return [(group, name) for group, name in rows if not (CONF / group / f"{name}.yaml").is_file()]
+
+
 def groups_of(root: type) -> list[str]:
     """The groups of a verb, as written on its command line."""
-    axes = [axis for axis in TABLE if axis not in VALUE_AXES and axis != "rope_scaling"]
+    axes = [axis for axis in TABLE if axis not in _NO_GROUPS]
     fields = {f.name for f in dc.fields(root)}
     groups = ["model", *map(group_of, axes), "trainer", "callbacks", "logger"]
     return [g for g in groups if g.partition("/")[0] in fields] + (["recipes"] if "model" in fields else [])

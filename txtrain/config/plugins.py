@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import txtrain.config.schema  # noqa: F401  (fills BASES)
 from txtrain.errors import ConfigError, hint
-from txtrain.registry import BASES, USER_AXES, VALUE_AXES, dropout_knob, group_of, inherits_from_package, knob, register
+from txtrain.registry import BASES, USER_AXES, VALUE_AXES, dropout_knob, inherits_from_package, knob, register
 
 T = TypeVar("T", bound=type)
 
@@ -33,10 +33,6 @@ def component(axis: str, name: str) -> Callable[[T], T]:
         if problem := _knob_problem(axis, config):
             raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: {problem}")
         register(axis, name, cls, config)
-        if axis not in VALUE_AXES:
-            from hydra.core.config_store import ConfigStore
-
-            ConfigStore.instance().store(name=name, node={"type": name}, group=group_of(axis))
         return cls
 
     return wrap

@@ -114,7 +114,7 @@ def unknown_key(path: str, value: Any, siblings: Collection[str], known: Collect
     else:
         said = f" Did you mean {parent + '.' if parent else ''}{near}{rest}?" if near else ""
         guess = said + (f" It has: {', '.join(beside)}." if beside else "")
-    return f"`{path}{rest}={_shown(value)}`: {parent or 'the configuration'} has no key {name}.{guess}"
+    return f"`{path}{rest}={written(value)}`: {parent or 'the configuration'} has no key {name}.{guess}"
 
 
 def _of_another_option(key: str, axis: str | None) -> str:
@@ -144,5 +144,6 @@ def _translated(word: str, known: Collection[str]) -> str:
     return f" Did you mean {ours}{'=NAME' if ours in _CHOICES else ''}?"
 
 
-def _shown(value: Any) -> str:
+def written(value: object) -> str:
+    """As on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

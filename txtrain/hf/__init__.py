@@ -5,7 +5,8 @@
     registry.py             the known classes of transformers; which of them a model equals
     families/               one class each: its config.json and tensor names, as tables that read both ways
     hf_class.py fields.py rope_fields.py name_map.py        the parts of those tables
+    pieces.py               weights as they lie in files: of each tensor a rank reads what it holds
     folder.py tensor_names.py weights.py tensor_file.py     reading files that a stranger wrote
 
-Nothing here imports transformers, and only load, save, trainer, tensor_layout and the weights import torch.
+Nothing here imports transformers, and only load, save, trainer, tensor_layout, pieces and the weights import torch.
 """

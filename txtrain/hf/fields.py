@@ -164,12 +164,9 @@ class Heads:
 
 @dc.dataclass(frozen=True)
 class TokenIds:
-    """Ids of special tokens. Those beyond the vocabulary are kept: transformers has them in its defaults.
+    """Ids of special tokens. Those beyond the vocabulary are kept: transformers has them in its defaults."""
 
-    freezes_pad: the class's embedding has a padding_idx: look-ups of padding get no gradient.
-    """
-
-    freezes_pad: bool
+    freezes_pad: bool  # the class's embedding has a padding_idx
     names: tuple[str, ...] = ("bos_token_id", "eos_token_id", "pad_token_id")
 
     def read(self, fields: Fields) -> Values:

@@ -14,6 +14,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.hf.folder import checked, tokenizer_files
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Stored, n_elements, stored_tensors
+from txtrain.hf.pieces import Source
 from txtrain.hf.registry import CONFIG, label_names, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
 from txtrain.hf.tensor_layout import from_theirs, tensors_of
@@ -32,10 +33,17 @@ _SINUSOID_TOLERANCE = 2e-3  # for float16, and for the angles of far positions
 def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> Transformer:
     """The model of a Hugging Face folder, on the default device, in eval mode.
 
-    Memory: at most the model and its largest tensor. No code of the folder runs; only tensors are unpickled.
-
     Args:
         dtype: of the parameters; None: torch's default, whatever the files have.
+
+    Raises:
+        ConfigError: as `open_folder`.
+    """
+    return open_folder(folder).load(torch.get_default_device(), dtype)
+
+
+def open_folder(folder: str | os.PathLike[str]) -> Source:
+    """The model of a Hugging Face folder. No code of the folder runs; only tensors are unpickled.
 
     Raises:
         ConfigError: the folder is of no known class, its config has an unsupported field that would change the numbers,
@@ -55,7 +63,8 @@ def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = 
         raise ConfigError(f"{folder}: {CONFIG} describes {sizes}.")
     with torch.device("meta"):
         model = build_model(config)
-    every = stored_tensors(hf.rows, config, {name: tuple(t.shape) for name, t in tensors_of(model).items()})
+    ours = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
+    every = stored_tensors(hf.rows, config, ours)
     stored = _without_spares(every, entries)
     copies = _copies(hf, config, stored, entries)
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
@@ -63,12 +72,7 @@ def load_pretrained(folder: str | os.PathLike[str], dtype: torch.dtype | None = 
     model.tokenizer_files = tokenizer_files(folder)
     model.label_names = label_names(folder)
     model.loss_type = hf.loss_type
-    model.to(dtype or torch.get_default_dtype()).to_empty(device=torch.get_default_device())
-    tensors = tensors_of(model)
-    with torch.no_grad():
-        for s in stored:
-            from_theirs(s, weights.read(s.name), tensors)
-    return model.eval()
+    return Source(folder, model, [piece for s in stored for piece in from_theirs(s, weights, ours)])
 
 
 def _without_spares(stored: list[Stored], entries: Mapping[str, Entry]) -> list[Stored]:

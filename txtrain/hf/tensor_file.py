@@ -24,12 +24,13 @@ from txtrain.hf.tensor_names import read_header
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # The format's other dtypes may be in a file (as old buffers are), but not as parameters.
-_SIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()} | {
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "I16": 2, "U16": 2, "I32": 4, "U32": 4,
-    **dict.fromkeys(("I64", "U64", "C64"), 8),
+_BUFFERS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8}
+_BUFFERS |= {"I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+_SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} | {
+    **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "U16": 2, "U32": 4, **dict.fromkeys(("U64", "C64"), 8),
 }
 
-_PIECE = 1 << 20  # bytes: what a processor has still at hand after it was read
+_PIECE = 1 << 20  # bytes, which are still in the CPU cache when they are used
 
 
 class Entry(NamedTuple):
@@ -69,18 +70,23 @@ class SafetensorsFile:
     def _broken(self, why: str) -> ConfigError:
         return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, in its own memory."""
-        entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=DTYPES[entry.dtype], device="cpu")
-        for _ in self.fill(name, tensor):
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor, in its own memory. rows: from which index of its first dimension to before which; None: all."""
+        shape, dtype = self.entries[name]
+        if rows is not None:
+            shape = rows[1] - rows[0], *shape[1:]
+        tensor = torch.empty(shape, dtype=(DTYPES | _BUFFERS)[dtype], device="cpu")
+        for _ in self.fill(name, tensor, 0 if rows is None else rows[0] * n_elements(shape[1:])):
             pass
         return tensor
 
-    def fill(self, name: str, tensor: Tensor) -> Iterator[Tensor]:
-        """One tensor into contiguous memory of its type and size, piece by piece: each is given when it is read."""
+    def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
+        """Read one tensor, from its element number `first`, into contiguous memory of its dtype.
+
+        Yields each piece once it is read.
+        """
         with self.path.open("rb", buffering=0) as f:
-            f.seek(self._begin[name])
+            f.seek(self._begin[name] + first * tensor.element_size())
             for piece in pieces(tensor):
                 view, done = piece.view(torch.uint8).numpy().data, 0
                 while done < len(view):
@@ -92,7 +98,7 @@ class SafetensorsFile:
 
 
 def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """The contiguous tensor's elements, flat, a megabyte at a time."""
+    """A contiguous tensor's elements, flat, a megabyte at a time."""
     flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
     for start in range(0, len(flat), n):
         yield flat[start : start + n]
@@ -136,8 +142,9 @@ class PickleFile:
         words = {dtype: word for word, dtype in DTYPES.items()}
         return Entry(tuple(tensor.shape), words.get(tensor.dtype, str(tensor.dtype)))
 
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].detach()
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        found = self._tensors[name].detach()
+        return found if rows is None else found[slice(*rows)]
 
 
 def write_safetensors(

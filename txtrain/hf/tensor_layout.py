@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from txtrain.hf.name_map import Stored
+from txtrain.hf.name_map import Shape, Stored
+from txtrain.hf.pieces import Box, Piece
+from txtrain.hf.weights import Weights
 from txtrain.model.transformer import Transformer
 
 
@@ -29,11 +32,38 @@ def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
     return whole.T if stored.transposed else whole
 
 
-def from_theirs(stored: Stored, tensor: Tensor, ours: Mapping[str, Tensor]) -> None:
-    """Fill ours, in place, from one tensor of theirs."""
-    parts = [ours[name] if stored.expert is None else ours[name][stored.expert] for name in stored.parts]
-    whole = tensor[0] if stored.leading else tensor.T if stored.transposed else tensor
+def from_theirs(stored: Stored, weights: Weights, ours: Mapping[str, Shape]) -> Iterator[Piece]:
+    """The pieces of ours that one tensor of theirs is."""
+    first = 0  # row of ours, joined
+    for name in stored.parts:
+        shape = ours[name]
+        if stored.expert is None:
+            yield Piece(name, (0,) * len(shape), shape, partial(_read, stored, weights, first))
+        else:
+            begin = stored.expert, *(0 for _ in shape[1:])
+            yield Piece(name, begin, (1, *shape[1:]), partial(_read_expert, stored, weights))
+        first += shape[0]
+
+
+def _read_expert(stored: Stored, weights: Weights, box: Box) -> Tensor:
+    return _read(stored, weights, 0, box[1:])[None]
+
+
+def _read(stored: Stored, weights: Weights, first: int, box: Box) -> Tensor:
+    """first: row at which the box's parameter begins among those that are joined."""
+    (low, high), *rest = box
+    rows, wanted = slice(first + low, first + high), slice(None)
+    order = None  # of each row of ours, where it is in theirs
     if stored.order is not None:
-        whole = torch.empty_like(whole).index_copy_(0, torch.tensor(stored.order, device=whole.device), whole)
-    for part, piece in zip(parts, torch.split(whole, [p.shape[0] for p in parts]), strict=True):
-        part.copy_(piece)
+        order = torch.tensor(stored.order, device="cpu").argsort()[rows]
+    if stored.leading:
+        found = weights.read(stored.name)[0]
+    elif stored.transposed:
+        found = weights.read(stored.name, rest[0]).T
+        rest = []
+    else:  # of what is rearranged, all between the first and the last
+        rows = rows if order is None else slice(int(order.min()), int(order.max()) + 1)
+        found = weights.read(stored.name, (rows.start, rows.stop))
+        rows, order = wanted, None if order is None else order - rows.start
+    found = found[rows] if order is None else found.index_select(0, order)
+    return found[(wanted, *(slice(*cut) for cut in rest))]

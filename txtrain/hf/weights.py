@@ -12,10 +12,11 @@ from torch import Tensor
 from txtrain.errors import ConfigError
 from txtrain.ground import plain_files
 from txtrain.hf.folder import member
-from txtrain.hf.name_map import respelt
+from txtrain.hf.name_map import n_elements, respelt
 from txtrain.hf.tensor_file import DTYPES, Entry, PickleFile, SafetensorsFile
 
 TensorFile = SafetensorsFile | PickleFile
+_COMPARED = 1 << 22  # elements at a time
 
 # In order of preference: the format, a single file, and the index of several.
 _FORMATS: tuple[tuple[type[TensorFile], str, str], ...] = (
@@ -57,18 +58,20 @@ class Weights:
     def entries(self) -> dict[str, Entry]:
         return {name: file.entries[there] for name, (file, there) in self._places.items()}
 
-    def read(self, name: str) -> Tensor:
-        """One tensor on the CPU."""
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """One tensor on the CPU. rows: of its first dimension from which index to before which; None: all."""
         file, there = self._places[name]
-        return file.read(there)
+        return file.read(there, rows)
 
     def same(self, a: str, b: str) -> bool:
         """Whether two tensors are equal, in the second's dtype."""
         entries = self.entries()
         if entries[a].shape != entries[b].shape or not {entries[a].dtype, entries[b].dtype} <= DTYPES.keys():
             return False
-        there = self.read(b)
-        return torch.equal(self.read(a).to(there.dtype), there)
+        shape, dtype = entries[b].shape, DTYPES[entries[b].dtype]
+        step = max(1, _COMPARED // max(1, n_elements(shape[1:])))
+        parts = [(i, min(i + step, shape[0])) for i in range(0, shape[0], step)] if shape else [None]
+        return all(torch.equal(self.read(a, rows).to(dtype), self.read(b, rows)) for rows in parts)
 
 
 def _open(folder: Path) -> list[TensorFile]:

@@ -17,10 +17,7 @@ from txtrain.registry import knob, out_of_range
 
 
 class ModelConfig(ModelShape):
-    """A model's shape, its legality, and its cost.
-
-    Not a dataclass itself, so that other names than fields can be set: transformers.Trainer marks a model's config.
-    """
+    """A model's shape, legality and cost. Not a dataclass: transformers.Trainer sets other names than fields."""
 
 
     def check(self) -> Iterator[str]:

@@ -95,10 +95,7 @@ def _mtp(model: ModelShape, seq_len: int, depth: int, dense: bool) -> float:
 
 
 def cache_values(model: ModelShape, seq_len: int, source_len: int = 0) -> int:
-    """Numbers in the cache of one row after seq_len tokens; a windowed layer keeps the last window - 1.
-
-    source_len: the encoder's length, whose keys and values each decoder layer keeps; 0 without an encoder.
-    """
+    """Numbers in one row's cache after seq_len tokens (at most window - 1) and source_len encoded tokens."""
     if model.topology == "encoder":
         return 0
     across, total = source_len if model.topology == "encoder_decoder" else 0, 0

@@ -6,7 +6,7 @@ One draw from torch's generator seeds the model; each parameter has its own gene
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,16 +18,30 @@ from txtrain.model.head.heads import ClassHead, LMHead
 from txtrain.model.shape import InitConfig
 
 
-def init_weights(model: nn.Module) -> None:
+def init_weights(model: nn.Module, loaded: Container[str] = ()) -> None:
     """Fill a materialised model (`to_empty`) in place by `model.config.init`.
+
+    loaded: names of what is given its values elsewhere; a module that owns nothing else is left as it is.
 
     Raises:
         ConfigError: a module owns parameters or buffers, is no Linear or Embedding, and has no `reset_parameters()`.
     """
-    initialiser = Initialiser(model)
-    with torch.no_grad():
-        for name, module in model.named_modules():
-            initialiser.fill(name, module)
+    if unset := to_initialise(model, loaded):
+        initialiser = Initialiser(model)
+        with torch.no_grad():
+            for name, module in unset.items():
+                initialiser.fill(name, module)
+
+
+def to_initialise(model: nn.Module, loaded: Container[str]) -> dict[str, Any]:
+    """The modules that own something which is not loaded, by name."""
+
+    def own(name: str, module: nn.Module) -> Iterator[str]:
+        for key, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None:
+                yield f"{name}.{key}" if name else key
+
+    return {n: module for n, module in model.named_modules() if any(name not in loaded for name in own(n, module))}
 
 
 class Initialiser:

@@ -12,7 +12,6 @@ from txtrain.model.attention.multi_head_config import AttentionConfig as Attenti
 from txtrain.model.component import Component as Component
 from txtrain.model.embedding.config import PatchEmbeddingConfig as PatchEmbeddingConfig
 from txtrain.model.embedding.config import TokenEmbeddingConfig as TokenEmbeddingConfig
-from txtrain.model.ffn.dense_config import Activation as Activation
 from txtrain.model.ffn.dense_config import FFNBase as FFNBase
 from txtrain.model.ffn.dense_config import GatedConfig as GatedConfig
 from txtrain.model.ffn.dense_config import MLPConfig as MLPConfig

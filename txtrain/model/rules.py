@@ -10,6 +10,8 @@ import dataclasses as dc
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from txtrain.ground.unknown_keys import written
+
 Choices = Mapping[str, Any]  # the configs: model, and in a run objective and data
 
 
@@ -80,9 +82,5 @@ def value_of(choices: Choices, key: str) -> Any:
     value: Any = choices
     for part in key.replace("/", ".").split("."):
         value = value[part] if isinstance(value, Mapping) else getattr(value, part)
-    return value.type if dc.is_dataclass(value) else value
-
-
-def written(value: object) -> str:
-    """As on the command line."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    is_option: bool = dc.is_dataclass(value)
+    return value.type if is_option else value

@@ -1,7 +1,7 @@
-"""What is changed in a model between its description and its laying over the ranks, under every strategy. No torch.
+"""Changes to a model after it is built and before ranks share it, under every strategy. No torch.
 
-A transform of a run's configuration is applied once, to the model without storage or to the one that was given. Whatever comes later
-asks each parameter whether it takes a gradient (`requires_grad`); what builds nothing (`plan`) asks `trains`.
+A transform is applied once, to the model on the meta device or to the one that was given. Later parts look at each
+parameter's `requires_grad`; `plan`, which builds no model, asks `trains`.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from txtrain.ground.patterns import unfound
 
 
 class Transform:
-    """One change. Names are the canonical ones of parameters."""
+    """One change. Names are parameters' canonical names."""
 
     def problems(self, names: Collection[str]) -> Iterator[str]:
-        """Why a model with these parameters cannot be changed so, as sentences."""
+        """Why it cannot change a model with these parameters, as sentences."""
         yield from ()
 
     def apply(self, model: Any) -> None:
@@ -32,14 +32,15 @@ class Transform:
 
 @dc.dataclass(frozen=True)
 class Freeze(Transform):
-    """Parameters whose name has one of the patterns (re.search) are read and not trained."""
+    """Parameters whose name matches a pattern (re.search) are not trained."""
 
     patterns: tuple[str, ...]
 
     def problems(self, names: Collection[str]) -> Iterator[str]:
         yield from unfound(names, {f"freeze[{i}]": pattern for i, pattern in enumerate(self.patterns)})
         if names and not any(map(self.trains, names)):
-            yield f"`freeze` must leave a parameter to be trained, but {list(self.patterns)} has all {len(names)} of them."
+            all_of = f"{list(self.patterns)} has all {len(names)} of them"
+            yield f"`freeze` must leave a parameter to be trained, but {all_of}."
 
     def apply(self, model: Any) -> None:
         for name, parameter in model.named_parameters():
@@ -51,10 +52,10 @@ class Freeze(Transform):
 
 
 def transform(model: Any, transforms: Sequence[Transform]) -> None:
-    """Apply all of them to a torch.nn.Module, in place.
+    """Apply all to a torch.nn.Module, in place.
 
     Raises:
-        ConfigError: one of them does not go with the model.
+        ConfigError: one of them does not fit the model.
     """
     for one in transforms:
         if problems := list(one.problems([name for name, _ in model.named_parameters()])):

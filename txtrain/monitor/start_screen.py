@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from txtrain.config.schema import Train
 from txtrain.ground.slurm import Job
+from txtrain.ground.unknown_keys import written
 from txtrain.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ def _value(value: object) -> str:
         return "{" + ", ".join(f"{f.name}={_value(v)}" for f in dc.fields(value) if (v := getattr(value, f.name)) != f.default) + "}"
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(map(_value, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    return written(value)
 
 
 def count(n: float) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from txtrain.registry import BASES, knob, register
@@ -28,6 +28,11 @@ class ObjectiveConfig:
     def target_share(self) -> float:
         """Of the positions that have a target, about: a head may skip the others."""
         return 1.0
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        """Models that the objective reads beside the one that is trained: the knob that names each, and where it lies."""
+        return {}
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """What the objective is given beside the knobs, or in place of one that was left open (null)."""
@@ -61,13 +66,20 @@ class ObjectiveConfig:
 class CausalLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     heads: ClassVar = ("lm",)
-    reads: ClassVar = ("text",)
+    reads: ClassVar[tuple[str, ...]] = ("text", "chat")
 
     # Of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2).
     mtp_weight: float = knob(0.3, at_least=0)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"mtp_depth": config.model.mtp_depth, "counts_tokens": config.model.ffn.n_experts > 0}
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SFTConfig(CausalLMConfig):
+    """The answers of conversations, token by token."""
+
+    reads: ClassVar = ("chat",)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -219,6 +231,7 @@ class ImageClassificationConfig(SmoothedConfig):
 
 for name, target, config in (
     ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
+    ("sft", "sft:SFT", SFTConfig),
     ("masked_lm", "masked_lm:MaskedLM", MaskedLMConfig),
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),

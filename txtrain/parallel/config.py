@@ -198,15 +198,20 @@ def processes(config: RunConfig) -> int | None:
     return None if devices == "auto" else devices * config.trainer.num_nodes
 
 
+def of_model(strategy: StrategyConfig, model: ModelConfig, world: int) -> Iterator[str]:
+    """What of a model so many processes cannot share."""
+    found = list(strategy.problems(world, model))
+    yield from found
+    if not found and (tensor := strategy.layout(world).tensor) > 1:
+        yield from divisibility.problems(model, "strategy.tp_size", tensor, world)
+
+
 def problems(config: RunConfig, world: int) -> Iterator[str]:
     """Why `world` ranks cannot run this configuration, as sentences: the strategy's layout, and the batch's shares."""
-    if found := list(config.strategy.problems(world, config.model)):
-        yield from found
+    yield from of_model(config.strategy, config.model, world)
+    if any(config.strategy.problems(world, config.model)):
         return
-    layout = config.strategy.layout(world)
-    if layout.tensor > 1:
-        yield from divisibility.problems(config.model, "strategy.tp_size", layout.tensor, world)
-    size, data = config.data.global_batch_size, layout.data
+    size, data = config.data.global_batch_size, config.strategy.layout(world).data
     if size % data:
         low = size // data * data
         near = ", ".join(str(n) for n in (low, low + data) if n)

@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 
 from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
+from txtrain.hf.pieces import Held, Source
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
 from txtrain.parallel.config import BUCKET
-from txtrain.parallel.deepspeed_layout import Part, global_norm, parts
+from txtrain.parallel.deepspeed_layout import Part, global_norm, parts, take_flat
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World
@@ -46,6 +47,7 @@ class ZeRO(Mesh):
         # A sum for stages 1 and 2; stage 3 can only average.
         self.gradient_factor = float(self.size) if self.stage == 3 else 1.0
         self.engine: Any = None
+        self._reading: list[Any] = []  # engines of models that are only read
         self._kept: dict[str, tuple[int, Tensor]] = {}  # by parameter: the number of the first element, and float32 values from there on
         self._parts: list[Part] = []
 
@@ -84,8 +86,9 @@ class ZeRO(Mesh):
                 try:
                     yield
                 finally:
-                    if self.engine is not None:
-                        self.engine.destroy()
+                    for engine in (self.engine, *self._reading):
+                        if engine is not None:
+                            engine.destroy()
                     if mine:  # it holds on to groups that end here
                         deepspeed.utils.groups._release_process_group_references()
                         deepspeed.comm.comm.cdb = None
@@ -98,27 +101,61 @@ class ZeRO(Mesh):
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """The engine lays the model over the processes when it gets the optimizer."""
 
-    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
         """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
         if self.stage < 3:
-            OneProcess.materialise(self, model, device, fill)
+            OneProcess.materialise(self, model, device, loaded)
             return
-        import deepspeed
+        from txtrain.model.init import Initialiser, to_initialise
 
-        from txtrain.model.init import Initialiser
-
-        initialiser = Initialiser(model)
+        unset = to_initialise(model, loaded)
+        initialiser = Initialiser(model) if unset else None
+        sizes = [p.numel() for name, p in model.named_parameters() if name in loaded]
+        # One place for all of them: of memory that comes and goes, much would not be given back.
+        scratch = torch.empty(max(sizes, default=0), device=device)
         with torch.no_grad():
             for name, module in model.named_modules():
-                module.to_empty(device=device, recurse=False)
-                if fill:
+                if initialiser is not None and name in unset:
+                    module.to_empty(device=device, recurse=False)
                     initialiser.fill(name, module)
-                own = list(module.named_parameters(name, recurse=False))
-                if not own:
+                    self._scatter(name, module)
                     continue
-                for full_name, parameter in own:
-                    self._keep_share(full_name, parameter)
-                deepspeed.zero.Init(module=nn.ParameterList(p for _, p in own), config_dict_or_path=self._engine_config(), dtype=own[0][1].dtype)
+                for key, buffer in module._buffers.items():
+                    module._buffers[key] = None if buffer is None else torch.empty_like(buffer, device=device)
+                for key, p in module._parameters.items():
+                    if p is not None:
+                        whole = scratch[: p.numel()].view(p.shape).to(p.dtype)
+                        module._parameters[key] = nn.Parameter(whole, requires_grad=p.requires_grad)
+                        self._scatter(name, module, key)
+
+    def _scatter(self, name: str, module: nn.Module, only: str | None = None) -> None:
+        """Of the parameters that a module itself owns, or of one, each rank keeps its part."""
+        import deepspeed
+
+        own = {key: p for key, p in module._parameters.items() if p is not None and only in (None, key)}
+        for key, parameter in own.items():
+            self._keep_share(f"{name}.{key}" if name else key, parameter)
+        if own:
+            listed = nn.ParameterList(own.values())
+            deepspeed.zero.Init(module=listed, config_dict_or_path=self._engine_config(), dtype=listed[0].dtype)
+
+    def fill(self, model: nn.Module, source: Source) -> None:
+        """Stage 3: float32 values that are kept beside rounded ones are read, and rounded."""
+        if self.stage < 3:
+            super().fill(model, source)
+            return
+        shares: dict[str, Any] = dict(model.named_parameters())
+        buffers = _buffers(model)
+        with torch.no_grad():
+            for piece in source.pieces:
+                if piece.name in buffers:
+                    Held.whole(buffers[piece.name]).take(piece)
+                    continue
+                share = shares[piece.name]
+                first, flat = self._kept.get(piece.name, (self._share(share.ds_numel)[0], share.ds_tensor))
+                take_flat(piece, flat, first, share.ds_shape)
+                if piece.name in self._kept:
+                    share.ds_tensor[: len(flat)].copy_(flat)
 
     def _keep_share(self, name: str, parameter: nn.Parameter) -> None:
         """Before a parameter is rounded and cut: the float32 values that this process will update."""
@@ -131,17 +168,10 @@ class ZeRO(Mesh):
     def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
         import deepspeed
 
-        from txtrain.model.block import Block
-
         names = {parameter: name for name, parameter in model.named_parameters()}
         if self._half and not self._kept:
             self._kept = {name: (0, parameter.detach()) for parameter, name in names.items()}
-        for module in model.modules():
-            if isinstance(module, Block):
-                deepspeed.utils.set_z3_leaf_module(module, True)  # gathered as one, as FSDP2 does
-                if self.stage == 3:
-                    module.register_forward_pre_hook(_with_gradient)
-        whole = Whole(model)
+        whole = self._by_blocks(model, is_trained=True)
         self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
         self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
@@ -153,6 +183,40 @@ class ZeRO(Mesh):
                 part.fill(part.master, values, first)
         self._kept = {}
         return EngineOptimizer(self.engine, self._core)
+
+    def _by_blocks(self, model: nn.Module, is_trained: bool) -> Whole:
+        """What the engine gets; a block is gathered as one, as FSDP2 does."""
+        import deepspeed
+
+        from txtrain.model.block import Block
+
+        for module in model.modules():
+            if isinstance(module, Block):
+                deepspeed.utils.set_z3_leaf_module(module, True)
+                if self.stage == 3 and is_trained:
+                    module.register_forward_pre_hook(_with_gradient)
+        return Whole(model)
+
+    def set_up_read(self, model: nn.Module) -> None:
+        """Stage 3: an engine without an optimizer gathers it (`readable`). Stages 1 and 2 hold it in every rank."""
+
+    def lay_read_only(self, source: Source, device: torch.device) -> Callable[..., Any]:
+        kept, self._kept = self._kept, {}  # float32 values of the model that is trained
+        read = super().lay_read_only(source, device)
+        self._kept = kept
+        return read
+
+    def readable(self, model: nn.Module) -> Callable[..., Any]:
+        if self.stage < 3:
+            return super().readable(model.bfloat16() if self._half else model)
+        import deepspeed
+
+        whole = self._by_blocks(model, is_trained=False)
+        engine, *_ = deepspeed.initialize(model=whole, config=self._engine_config())
+        engine.eval()
+        self._gather_around(whole)
+        self._reading.append(engine)
+        return Read(engine, model)
 
     def _frozen(self, name: str, parameter: Any) -> Part:
         """The share of a parameter that the engine only computes with: of rounded ones in float32, or a checkpoint would hold other weights."""
@@ -332,6 +396,14 @@ class Called:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
+
+
+class Read(Called):
+    """The same of a model that is only read."""
+
+    @torch.no_grad()
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        return super().__call__(*given, **named)
 
 
 class EngineOptimizer:

@@ -14,6 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from txtrain.hf.pieces import Held, Piece
+
+_AT_ONCE = 1 << 21  # elements that are read at a time
+
 
 @dc.dataclass(frozen=True)
 class Part:
@@ -45,6 +49,23 @@ class Part:
     def fill(self, flat: Tensor, values: Tensor, offset: int = 0) -> None:
         """Set this process' elements from the flattened parameter's values, of which the first given is number `offset`."""
         self.of(flat).copy_(values.flatten().narrow(0, self.offset - offset, self.length) if self.length else values.flatten()[:0])
+
+
+def take_flat(piece: Piece, flat: Tensor, first: int, shape: torch.Size) -> None:
+    """Read, of a piece, what lies in a part of its flattened tensor of this shape.
+
+    flat: the part, whose first element is number `first` of the tensor.
+    """
+    width, end = shape[1:].numel(), min(first + len(flat), shape.numel())  # the last parts are filled up
+    step = max(1, _AT_ONCE // width)
+    for row in range(first // width, -(-end // width), step):
+        rows = torch.empty(min(step, shape[0] - row), *shape[1:], dtype=flat.dtype, device=flat.device)
+        begin, stop = max(first, row * width), min(end, row * width + rows.numel())
+        mine, here = flat[begin - first : stop - first], rows.flatten()[begin - row * width : stop - row * width]
+        here.copy_(mine)  # what other pieces have given
+        indices = torch.arange(row, row + len(rows), device="cpu"), *(torch.arange(n, device="cpu") for n in shape[1:])
+        Held(rows, indices).take(piece)
+        mine.copy_(here)
 
 
 # DeepSpeed has three optimizers: for stages 1 and 2, for stage 3, and for stage 1 where gradients are added up in float32 beside bfloat16

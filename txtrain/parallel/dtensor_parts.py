@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, distribute_tensor
+from torch.distributed.tensor import DTensor, Placement, Replicate, distribute_tensor
 
+from txtrain.hf.pieces import Held
 from txtrain.model.head.loss import Vocabulary
 from txtrain.parallel.tensor_collectives import Lanes
 
@@ -53,6 +54,21 @@ def place(owner: nn.Module, mesh: DeviceMesh, **placements: Placement) -> None:
         owner._parameters[name] = nn.Parameter(placed, requires_grad=parameter.requires_grad)
     cls: Any = type(owner)
     owner.__class__ = reading(cls, tuple(name for name, _ in own_parameters(owner)))
+
+
+def indices(whole: DTensor, dim: int) -> Tensor:
+    """Which indices along a dimension this process has."""
+    cuts = [p if getattr(p, "dim", None) == dim else Replicate() for p in whole.placements]
+    index = torch.arange(whole.shape[dim], device=whole.device_mesh.device_type)
+    spread = index.view([-1 if d == dim else 1 for d in range(whole.ndim)])
+    return distribute_tensor(spread, whole.device_mesh, cuts, src_data_rank=None).to_local().flatten()
+
+
+def held(tensor: Tensor) -> Held:
+    """What this rank has of a tensor that may lie over ranks."""
+    if not isinstance(tensor, DTensor):
+        return Held.whole(tensor)
+    return Held(tensor.to_local(), tuple(indices(tensor, dim).cpu() for dim in range(tensor.ndim)))
 
 
 def wrap(module: nn.Module, method: str, around: Callable[..., Any], *given: Any) -> None:

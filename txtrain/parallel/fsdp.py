@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from txtrain.model.block import Block
 from txtrain.model.ffn.moe import Experts
-from txtrain.model.init import Initialiser
+from txtrain.model.init import Initialiser, to_initialise
+from txtrain.parallel.dtensor_parts import indices
 
 
 def shard(
-    model: nn.Module, mesh: DeviceMesh, compute: torch.dtype | None, reshard_after_forward: bool, cpu_offload: bool, mesh_of_experts: DeviceMesh | None = None
+    model: nn.Module,
+    mesh: DeviceMesh,
+    compute: torch.dtype | None,
+    reshard_after_forward: bool,
+    cpu_offload: bool,
+    mesh_of_experts: DeviceMesh | None = None,
+    keep_root: bool = True,
 ) -> None:
     """Each block is gathered while it computes; what is outside the blocks (embedding, last norm, head) belongs to the root.
 
     mesh: of one dimension (shards), or of two (copies, shards).
     mesh_of_experts: where those of this process alone lie over fewer processes (expert_parallel.py), they are gathered by themselves.
+    keep_root: the root's parameters stay after a forward; those of a model that is trained are needed again at once.
     compute: what parameters are gathered and multiplied in, beside float32 shards; None: as they are. Gradients are summed in float32.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False)
@@ -33,8 +41,7 @@ def shard(
         for module in model.modules():
             if isinstance(module, kind) and its_mesh is not None:
                 fully_shard(module, mesh=its_mesh, reshard_after_forward=reshard_after_forward, **how)
-    # The root's parameters are needed again as soon as the backward begins: they stay.
-    fully_shard(model, mesh=mesh, reshard_after_forward=False, **how)
+    fully_shard(model, mesh=mesh, reshard_after_forward=not keep_root, **how)
     for part in sharded(model):
         part.set_gradient_divide_factor(1.0)  # sums, not means: the loss is divided by the targets of the whole global batch
         part.set_force_sum_reduction_for_comms(True)
@@ -65,10 +72,13 @@ def sharded(model: nn.Module) -> Iterator[FSDPModule]:
 
 
 @torch.no_grad()
-def init_sharded(model: nn.Module, device: torch.device) -> None:
+def init_sharded(model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
     """The values of `init_weights`, each process keeping its parts; of one module at a time there is a whole copy, of experts one matrix."""
+    unset = to_initialise(model, loaded)
+    if not unset:
+        return
     initialiser = Initialiser(model)
-    for name, module in model.named_modules():
+    for name, module in unset.items():
         parts: dict[str, Any] = {key: p for key, p in module._parameters.items() if isinstance(p, DTensor)}
         if isinstance(module, Experts) and parts:
             for key in module.stacked_projections:
@@ -86,21 +96,13 @@ def init_sharded(model: nn.Module, device: torch.device) -> None:
 
 def _one_by_one(stack: DTensor, device: torch.device) -> Iterator[Tensor]:
     """Each matrix of a stack, to be filled by who iterates; this process keeps its part of it."""
-    rows, *within = (_indices(stack, dim) for dim in range(stack.ndim))
+    rows, *within = (indices(stack, dim) for dim in range(stack.ndim))
     places = {row: i for i, row in enumerate(rows.tolist())}
     matrix = torch.empty(stack.shape[1:], dtype=stack.dtype, device=device)
     for i in range(stack.shape[0]):
         yield matrix
         if i in places:
             part = matrix
-            for dim, indices in enumerate(within):
-                part = part if len(indices) == part.shape[dim] else part.index_select(dim, indices.to(device))
+            for dim, index in enumerate(within):
+                part = part if len(index) == part.shape[dim] else part.index_select(dim, index.to(device))
             stack.to_local()[places[i]].copy_(part)
-
-
-def _indices(whole: DTensor, dim: int) -> Tensor:
-    """Which indices along a dimension this process has."""
-    cuts = [p if getattr(p, "dim", None) == dim else Replicate() for p in whole.placements]
-    index = torch.arange(whole.shape[dim], device=whole.device_mesh.device_type)
-    spread = index.view([-1 if d == dim else 1 for d in range(whole.ndim)])
-    return distribute_tensor(spread, whole.device_mesh, cuts, src_data_rank=None).to_local().flatten()

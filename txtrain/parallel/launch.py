@@ -133,7 +133,7 @@ class Group:
             if not first and (failed := self._failed()) is not None:
                 first, why = failed
                 deadline = time.monotonic() + (AGREED if first in (USER, PREEMPTED) else GRACE)
-                if why and not self.received:
+                if why and (not self.received or first not in (1, -self.received)):
                     say(why)
             time.sleep(_LOOK if left else 0)
         self.end()
@@ -142,7 +142,7 @@ class Group:
     def _failed(self) -> tuple[int, str] | None:
         """Exit code (below 0: the signal) of a process that has failed, the cause before its consequences, and what to say of it."""
         codes = [child.poll() for child in self._children]
-        for code, i in sorted((code, i) for i, code in enumerate(codes) if code):
+        for _, i, code in sorted((code > 0, i, code) for i, code in enumerate(codes) if code):
             others = ": the others are ended." if None in codes else "."
             if code < 0:
                 memory = " (by hand, or by the system where memory ran out: see dmesg)" if code == -signal.SIGKILL else ""

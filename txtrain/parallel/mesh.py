@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -19,10 +19,12 @@ from torch.optim import Optimizer
 
 from txtrain.errors import ConfigError
 from txtrain.ground.slurm import meeting_point
+from txtrain.hf.pieces import Source, fill
+from txtrain.model.config import ModelConfig
 from txtrain.optim.average import Average
 from txtrain.parallel import divisibility
 from txtrain.parallel.collective_timing import timed
-from txtrain.parallel.config import problems
+from txtrain.parallel.config import of_model, problems
 from txtrain.parallel.grad_norm import clip
 from txtrain.parallel.gradient_buckets import GradientBuckets, as_read, local
 from txtrain.parallel.one_process import OneProcess
@@ -200,10 +202,24 @@ class Mesh(OneProcess):
     # ----------------------------------------------------------------------------------------------------------- the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
+        self._cut = self._lay(model, self.config.strategy.reshard_after_forward)
+        self._fsdp = self._shards
+
+    def check_read(self, model: ModelConfig, key: str) -> None:
+        if self._ep_size > 1 and divisibility.experts(model) is None:
+            return  # it lies in shards as a model of the same size does
+        if found := list(of_model(self.config.strategy, model, self.world.size)):
+            raise ConfigError(*(f"`{key}` cannot be laid over the processes as the model is: {why}" for why in found))
+
+    def set_up_read(self, model: nn.Module) -> None:
+        self._lay(model, reshard_after_forward=True, keep_root=False)
+
+    def _lay(self, model: nn.Module, reshard_after_forward: bool, keep_root: bool = True) -> Cut | None:
+        made = None
         if self.layout.tensor > 1:
             from txtrain.parallel.tensor_parallel import cut
 
-            self._cut = cut(model, self.mesh["tensor"])
+            made = cut(model, self.mesh["tensor"])
         if self._ep_size > 1:
             from txtrain.parallel.expert_parallel import divide
 
@@ -211,16 +227,20 @@ class Mesh(OneProcess):
         if self._shards:
             from txtrain.parallel.fsdp import shard
 
-            strategy = self.config.strategy
-            shard(model, self._data_mesh, self._policy(), strategy.reshard_after_forward, strategy.cpu_offload, self._mesh_of_experts)
-            self._fsdp = True
+            how = reshard_after_forward, self.config.strategy.cpu_offload, self._mesh_of_experts, keep_root
+            shard(model, self._data_mesh, self._policy(), *how)
+        return made
 
-    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
+    def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
         from txtrain.parallel.fsdp import init_sharded
 
         model.to_empty(device="cpu" if self.config.strategy.cpu_offload else device)
-        if fill:
-            init_sharded(model, device)
+        init_sharded(model, device, loaded)
+
+    def fill(self, model: nn.Module, source: Source) -> None:
+        from txtrain.parallel.dtensor_parts import held
+
+        fill(model.state_dict(), source.pieces, held)
 
     # ------------------------------------------------------------------------------------------------------------ the step
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from txtrain.checkpoint.format import Reading
 from txtrain.errors import ConfigError
+from txtrain.hf.pieces import Source, fill
+from txtrain.model.config import ModelConfig
 from txtrain.optim.average import Average
 from txtrain.parallel.timers import Phases
 from txtrain.parallel.world import World
@@ -118,16 +120,42 @@ class OneProcess:
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         """Allocate the model on the device, or lay it over the processes; a model without storage stays without until `materialise`."""
 
-    def materialise(self, model: nn.Module, device: torch.device, fill: bool = True) -> None:
-        """Storage and initial values for a model that was described on the meta device: the same values under every strategy.
+    def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
+        """Storage and initial values for a model that was described on the meta device: the same under every strategy.
 
-        fill: False: whatever the storage holds, since all of it is read from a checkpoint.
+        loaded: names of what `fill` gives its values; modules that own nothing else are left as they are.
         """
         from txtrain.model.init import init_weights
 
         model.to_empty(device=device)
-        if fill:
-            init_weights(model)
+        init_weights(model, loaded)
+
+    def fill(self, model: nn.Module, source: Source) -> None:
+        """Read the weights of a model that is laid and has storage, tensor by tensor; each rank reads what it holds."""
+        fill(model.state_dict(), source.pieces)
+
+    def check_read(self, model: ModelConfig, key: str) -> None:
+        """Raises:
+        ConfigError: a second model cannot be laid over the ranks as the first is. key: what names it.
+        """
+
+    def lay_read_only(self, source: Source, device: torch.device) -> Callable[..., Any]:
+        """A second model, laid over the ranks as the first, with its weights, in eval mode and without gradients."""
+        model = source.model.requires_grad_(False)
+        if self.config.trainer.precision == "bf16-true":
+            model.bfloat16()
+        self.set_up_read(model)
+        self.materialise(model, device, source.names)
+        self.fill(model, source)
+        return self.readable(model.eval())
+
+    def set_up_read(self, model: nn.Module) -> None:
+        """As `set_up`, of a model that is only read."""
+
+    def readable(self, model: nn.Module) -> Callable[..., Any]:
+        """What is called in place of a model that is only read, once it has its weights."""
+        model.forward = torch.no_grad()(model.forward)
+        return model
 
     def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
         """What steps, of the optimizer over the model's parameters: itself, or what does the same on parts of them."""

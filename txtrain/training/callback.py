@@ -97,6 +97,7 @@ class RunCallback(pl.Callback):
         if self.folder.source is not None:
             how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
             module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average, how)
+            checkpoint.forget_headers()
             module.step = self.folder.first_step
             module.skipped, module.skipped_in_a_row = self.state.skipped
             self.data.start_step = module.step

@@ -6,16 +6,18 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
+from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
@@ -62,6 +64,8 @@ class LitModule(pl.LightningModule):
         model: trained as it is; by default config.model's, initialised from config.seed.
         parallel: the run's processes, started; by default those of config.strategy.
         objective: by default config.objective's.
+        weights: those that the model starts from, read when it is laid over the ranks; by default it is initialised.
+        read: the models that the objective reads; by default those that config.objective names.
 
     Raises:
         ConfigError: the config is none, or illegal, or the model is not one that its objective could train.
@@ -73,6 +77,8 @@ class LitModule(pl.LightningModule):
         model: nn.Module | None = None,
         parallel: OneProcess | None = None,
         objective: Objective | None = None,
+        weights: Source | None = None,
+        read: Mapping[str, Source] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -81,6 +87,11 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        if weights is not None:
+            weights.check(self.model)
+        self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
+        for key, source in self._read.items():
+            self.parallel.check_read(source.model.config, f"objective.{key}")
         transform(self.model, config.transforms)
         named = list(self.model.named_parameters())
         check_patterns([name for name, _ in named], config.optimizer)
@@ -143,9 +154,20 @@ class LitModule(pl.LightningModule):
         wrap_blocks(self.model, self.config.trainer.activation_checkpointing, self.config.trainer.compile)
         if any(p.is_meta for p in self.model.parameters()):
             seed_everything(self.config.seed)
-            self.parallel.materialise(self.model, self.device, fill=not self.is_read)
+            self.parallel.materialise(self.model, self.device, self._loaded())
+        if self.weights is not None:
+            self.parallel.fill(self.model, self.weights)
+        if self._read:  # no submodules: neither trained nor saved
+            lay = self.parallel.lay_read_only
+            self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def _loaded(self) -> Collection[str]:
+        """Names of what is not initialised: its values are read."""
+        if self.is_read:
+            return self.model.state_dict().keys()
+        return () if self.weights is None else self.weights.names
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = self.parallel.optimizer(self.model, make("optimizer", self.config.optimizer, params=self.parameter_groups()))
@@ -270,6 +292,16 @@ def _add(sums: dict[str, float], name: str, value: Tensor, counts: bool) -> None
 
 def _means(sums: dict[str, float]) -> dict[str, float]:
     return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
+
+
+def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
+    """The models that the objective reads, to be laid; of their values each rank looks through a part.
+
+    Raises:
+        ConfigError: one of them cannot be read.
+    """
+    models, (rank, size) = config.objective.models, parallel.world[:2]
+    return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
 
 
 def described(config: Train) -> nn.Module:

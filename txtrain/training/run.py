@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
+from txtrain.checkpoint.load import open_weights
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
@@ -24,6 +24,7 @@ from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
+from txtrain.hf.pieces import Source
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -44,7 +45,7 @@ from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
-from txtrain.training.module import LitModule, check_model
+from txtrain.training.module import LitModule, check_model, models_read
 from txtrain.training.signals import Cause, Preempted, Stop
 
 
@@ -113,7 +114,9 @@ def train(
             display.tell(text)
         device = parallel.device()
         objective = build_objective(cfg)
-        module = LitModule(cfg, initial_model(cfg, place) if model is None else model, parallel, objective)
+        weights = parallel.together(lambda: initial_weights(cfg, place, parallel)) if model is None else None
+        read = parallel.together(lambda: models_read(cfg, parallel))
+        module = LitModule(cfg, model, parallel, objective, weights, read)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if place is not None and (source := place.source) is not None:
             module.is_read = True
@@ -194,18 +197,12 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
     return PREEMPTED if result.status == "preempted" else 0
 
 
-def initial_model(cfg: Train, place: RunFolder | None) -> nn.Module | None:
-    """With init_from the model that the run starts from; a run that continues has its weights in its own checkpoint."""
+def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> Source | None:
+    """With init_from what the run starts from; a run that continues has its weights in its own checkpoint."""
     if cfg.init_from is None or (place is not None and place.source is not None):
         return None
-    from txtrain.checkpoint.load import load
-    from txtrain.model.build import build_model
-
-    found = load(cfg.init_from, key="init_from", finite=not cfg.allow_nonfinite).model
-    with torch.device("meta"):
-        model = build_model(cfg.model)  # of other dropouts, perhaps
-    model.load_state_dict(found.state_dict(), assign=True)
-    return model
+    rank, size = parallel.world[:2]
+    return open_weights(cfg.init_from, "init_from", not cfg.allow_nonfinite, rank, size)
 
 
 def short(cfg: Train) -> Train:
@@ -262,8 +259,7 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallb
         run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
         # The others wait for the first: some launchers end all at the first exit code that is not 0.
         run.stop.deaf = parallel.first(lambda: _requeue(run.config, run.display.tell))
-        if parallel.first(lambda: _gives_up(run.config)):
-            raise RunError("trainer.max_requeues: the run makes no progress.")
+        parallel.first(lambda: _check_progress(run.config))
         return Result(where, dict(run.metrics), status)
     run.display.table(run.watch.summary(module, run.metrics))
     if where is not None:
@@ -292,6 +288,14 @@ def _gives_up(cfg: Train) -> bool:
     """Whether the SLURM job has been started too often in a row without a step that was kept: exit code 1, so that no script runs it again."""
     job = Job.here()
     return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
+
+
+def _check_progress(cfg: Train) -> None:
+    """Raises:
+    RunError: the run has stopped where it began, too often in a row.
+    """
+    if _gives_up(cfg):
+        raise RunError(f"The run has kept no step, and is not to be started again: trainer.max_requeues={cfg.trainer.max_requeues}.")
 
 
 class LastWords:

@@ -5,14 +5,20 @@ import json
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan
+from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.load import load
+from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
 from txtrain.cli.main import main
 from txtrain.errors import ConfigError
@@ -246,6 +252,18 @@ def test_a_runs_config_that_is_damaged_is_told_with_the_copy_to_take(do, says, r
     assert main([f"resume={run}"]) == 0
 
 
+def test_a_key_that_the_version_before_did_not_have_has_its_default(made, run):
+    """Whatever version of txtrain added it: the run of the older one goes on."""
+    config, file = tiny(made, f"run_dir={run}", *SMALL), step(run, 4) / "config.yaml"
+    for key, fine in (("ema", True), ("seed", True), ("optimizer", False)):  # the run's own optimizer.lr is not the default
+        whole = yaml.safe_load((run / "config.yaml").read_text())
+        lost = {**whole, key: {"type": whole[key]["type"]}} if key == "optimizer" else {k: v for k, v in whole.items() if k != key}
+        file.write_text(yaml.safe_dump(lost))
+        (step(run, 4) / "complete").write_text(json.dumps(checkpoint.marker_of(step(run, 4))))
+        with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match=r"`optimizer\.lr` must be .*, but is 0\.01 instead"):
+            assert run_folder.choose(config).checkpoint == step(run, 4)
+
+
 def test_a_changed_value_in_a_runs_config_is_said(run, capsys):
     raw = yaml.safe_load((run / "config.yaml").read_text())
     (run / "config.yaml").write_text(yaml.safe_dump({**raw, "trainer": {**raw["trainer"], "log_every_n_steps": 3}}))
@@ -364,3 +382,28 @@ def test_generate_beside_a_thread_that_rotates(run):
 
 def test_weights_are_what_they_were(run, made):
     assert weights(run) == weights(made / "run")
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_tensor_of_which_each_process_reads_a_part_is_compared_too(tmp_path, damaged):
+    """On another number of processes nobody reads it whole: one of them looks at all of it."""
+    path, w = step(tmp_path, 1), torch.arange(12.0).reshape(4, 3)
+    checkpoint.save(path, {"model.w": w}, RunState(step=1), lambda folder: None)
+    if damaged:
+        flip(shard(path), -1)
+    reader = Reader(path)
+    metadata = reader.read_metadata()
+    reader.set_up_storage_reader(metadata, True)
+    halves = [ChunkStorageMetadata(torch.Size((2 * i, 0)), torch.Size((2, 3))) for i in range(2)]
+    known = metadata.state_dict_metadata["model.w"]
+    plans = reader.prepare_global_plan([LoadPlan(create_read_items_for_chunk_list("model.w", known, [half])) for half in halves])
+    assert [len(plan.storage_data) for plan in plans] == [1, 0]
+    into = torch.zeros(2, 3)
+    planner = SimpleNamespace(resolve_tensor=lambda item: into, commit_tensor=lambda item, tensor: None)
+    if damaged:
+        with pytest.raises(ConfigError, match=r"model\.w is not what was written"):
+            reader.read_data(plans[0], planner)
+        return
+    for plan, half in zip(plans, (w[:2], w[2:]), strict=True):
+        reader.read_data(plan, planner)
+        assert torch.equal(into, half)

@@ -41,6 +41,24 @@ def test_a_given_folder_wins_over_the_sweeps_and_that_over_the_clock(config):
     assert str(run_folder.choose(dc.replace(config, run_dir="mine"), name="sweep-1").path) == "mine"
 
 
+def test_two_sweeps_of_one_second_have_folders_of_their_own(config, monkeypatch):
+    """Also where the other's member has a checkpoint by now; but the members of a job that is requeued are found again."""
+    other = run_folder.choose(config, name="2026-11-27_10-00-00-0")
+    other.create(config, {})
+    (other.path / "checkpoints/step_00000004").mkdir(parents=True)
+    (other.path / "checkpoints/step_00000004/complete").write_text("{}")
+    mine = run_folder.choose(config, name="2026-11-27_10-00-00-0")
+    assert mine.checkpoint is None
+    mine.create(config, {})
+    assert str(mine.path) == "runs/try/2026-11-27_10-00-00-0_2"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    again = run_folder.choose(config, name="slurm-77-0")
+    again.create(config, {})
+    again.end("preempted")
+    assert run_folder.choose(config, name="slurm-77-0").path == again.path
+    assert not run_folder.choose(config, name="slurm-77-0").exclusive
+
+
 def test_choosing_writes_nothing(config, tmp_path):
     before = set(tmp_path.rglob("*"))
     run_folder.choose(config)

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from txtrain import compose
 from txtrain.data.prepare import prepare
 from txtrain.data.sources.hub_text import hub_source
 from txtrain.data.sources.source import build_source
@@ -109,6 +110,13 @@ def test_what_is_left_out_is_in_the_fingerprint_and_listed_beside_the_tokens(mak
 def test_fingerprints_of_data_without_the_new_keys_are_what_they_were(make_config, corpus_file: Path) -> None:
     config = make_config("text", {"path": str(corpus_file)})
     assert prepare(build_source(config), config, build_objective(config)).fingerprint == "251fc89783286e1a"
+
+
+def test_a_seed_has_64_bits() -> None:
+    for seed in (2**70, 2**64, -(2**63) - 1):
+        with pytest.raises(ConfigError, match="`seed` must be"):
+            compose([f"seed={seed}"])
+    assert compose([f"seed={2**64 - 1}"]).seed == 2**64 - 1
 
 
 def test_a_stream_cannot_leave_rows_out(make_config) -> None:

@@ -44,7 +44,7 @@ def test_a_frozen_side_gets_no_gradient_and_costs_none():
 
 
 def test_labels_are_shifted_by_one():
-    assert head_loss.shifted(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, -100]]
+    assert heads.LMHead(8, 11, tied=True).targets(torch.tensor([[1, 2, 3]])).tolist() == [[2, 3, -100]]
 
 
 def test_nothing_to_predict_gives_zero_not_nan():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import txtrain
+from tests.cases import some
 from tests.distributed.equivalence import KINDS
 from tests.distributed.runs import overrides
 
@@ -23,10 +24,7 @@ def whole(monkeypatch, **how):
     return seen
 
 
-SHOWN = ("decoder", "T5", "experts")  # one block, two stacks, routing
-
-
-@pytest.mark.parametrize("kind", [*SHOWN, *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS if kind not in SHOWN)])
+@pytest.mark.parametrize("kind", some(KINDS, ("experts",)))
 def test_a_blocks_graph_is_whole(kind, tmp_path, monkeypatch):
     """Forward and backward, training and validation; traced, not compiled, which takes a minute and finds nothing more."""
     blocks = whole(monkeypatch, backend="eager")

@@ -17,7 +17,7 @@ from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import moe
 from txtrain.model.transformer import Transformer
 
-QUICK = settings(max_examples=80, deadline=None, derandomize=True)
+QUICK = settings(max_examples=30, deadline=None, derandomize=True)
 MORE = settings(max_examples=2000, deadline=None)
 BATCH = 3
 MOE = options.MoEConfig(type="moe", n_experts=4, top_k=2, n_shared=1, dense_layers=1)

@@ -12,6 +12,7 @@ from txtrain.planning.memory.fsdp import Shards
 DIVIDED = ("strategy=fsdp", "strategy.ep_size=2", "trainer.devices=4")
 
 
+@pytest.mark.slow
 def test_counted_equals_simulated_where_shards_cut_within_experts():
     """4 shards do not divide 6 experts: nothing is padded, and everything is copied once more."""
     agree(composed("deepseek_r1", *SHARDED, "model.ffn.n_experts=6", "model.n_layers=3"), 4)

@@ -5,6 +5,7 @@ import dataclasses as dc
 import pytest
 from torch.utils.checkpoint import set_checkpoint_early_stop
 
+from tests.cases import some
 from tests.models import seeded, tiny
 from tests.unit.planning.test_figures import BATCH, MLA, MOE, counted, inputs
 from txtrain.model import flops
@@ -20,7 +21,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full", 1, 2, 3])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS, ("windows", "two stacks")))
 def test_it_equals_what_is_counted(name, checkpointing):
     changes = dict(MODELS[name])
     if isinstance(changes.get("attention"), dict):

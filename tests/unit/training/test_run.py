@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import pytest
 import yaml
 
+from tests.cases import some
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
 from txtrain.errors import ConfigError, RunError
@@ -50,7 +51,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", some(VARIANTS, ("accumulation", "bf16-mixed")))
 def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(folder, variant):
     whole, parts = folder / f"{variant}-whole", folder / f"{variant}-parts"
     train(tiny(folder, *VARIANTS[variant], f"run_dir={whole}"))
@@ -187,6 +188,7 @@ DRIVER = """
 """
 
 
+@pytest.mark.slow  # by default: a save that is killed, tests/unit/checkpoint/test_format.py
 def test_forty_steps_killed_at_ten_random_moments_equal_the_uninterrupted_run(tmp_path):
     seed = random.randrange(10**6)
     program = [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), str(seed)]
@@ -451,7 +453,7 @@ def test_loggers_write_the_columns_of_metrics_csv_into_the_folder(folder):
     assert [e.step for e in read.Scalars("loss")] == [2, 4, 5, 6]
 
 
-@pytest.mark.parametrize("stopped_at", [None, 6])
+@pytest.mark.parametrize("stopped_at", some((None, 6), (6,)))
 def test_a_checkpoint_written_behind_the_training_is_the_one_that_waiting_would_have_given(folder, stopped_at):
     behind, waiting = folder / f"behind-{stopped_at}", folder / f"waiting-{stopped_at}"
     for run_dir, how in ((behind, "true"), (waiting, "false")):
@@ -529,6 +531,7 @@ DECAYS = {  # steps of the run, and how it ends
 }
 
 
+@pytest.mark.slow
 def test_three_decays_forked_from_one_checkpoint_are_the_uninterrupted_runs_with_their_schedules(folder):
     stable, at = ("scheduler=wsd", "model.dropout=0.1", "data.micro_batch_size=4"), 8
     train(tiny(folder, f"run_dir={folder / 'stable'}", *stable, "scheduler.decay_steps=4", "trainer.max_steps=20", "save.keep_last=9"))

@@ -101,12 +101,13 @@ class ImageFiles:
         if not (path / "train").is_dir():
             return {"train": self._classes(path, key)}
         held = next((path / name for name in _VALIDATION_FOLDERS if (path / name).is_dir()), None)
-        found = {"train": self._classes(path / "train", key)}
-        if held is not None:
-            found["validation"] = self._classes(held, key)
-            if found["validation"].classes != found["train"].classes:  # type: ignore[attr-defined]
-                raise ConfigError(f"`{key}`: the classes of {held} must be those of {path / 'train'}, but are not.")
-        return found
+        train = self._classes(path / "train", key)
+        if held is None:
+            return {"train": train}
+        validation = self._classes(held, key)
+        if validation.classes != train.classes:
+            raise ConfigError(f"`{key}`: the classes of {held} must be those of {path / 'train'}, but are not.")
+        return {"train": train, "validation": validation}
 
     def _classes(self, path: Path, key: str) -> FolderImages:
         made = FolderImages(path, key)

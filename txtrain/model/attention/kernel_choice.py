@@ -10,10 +10,7 @@ Kernel = Literal["plain", "sdpa", "sdpa_masked", "flex", "varlen"]
 
 @dc.dataclass(frozen=True)
 class Declared:
-    """What the choice of a kernel depends on. None: no window, one document, no padding, no prefix.
-
-    query_documents_BT: documents of the queries in cross-attention, where they are another sequence.
-    """
+    """What the choice of a kernel depends on. None: no window, one document, no padding, no prefix."""
 
     n_queries: int
     n_keys: int
@@ -22,7 +19,7 @@ class Declared:
     documents_BS: Any = None
     valid_BS: Any = None
     prefix_BS: Any = None
-    query_documents_BT: Any = None
+    query_documents_BT: Any = None  # in cross-attention, whose queries are another sequence
 
     @property
     def may_see_nothing(self) -> bool:

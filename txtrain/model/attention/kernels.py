@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.model.attention.kernel_choice import Kernel
 from txtrain.model.attention.mask import PreparedMask
 
 
@@ -93,6 +92,4 @@ def varlen(
     return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)[..., : v.shape[-1]]
 
 
-KERNELS: dict[Kernel, Callable[..., Tensor]] = {
-    "plain": plain, "sdpa": sdpa, "sdpa_masked": sdpa, "flex": flex, "varlen": varlen,
-}
+KERNELS = {"plain": plain, "sdpa": sdpa, "sdpa_masked": sdpa, "flex": flex, "varlen": varlen}

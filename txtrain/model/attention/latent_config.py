@@ -31,14 +31,11 @@ class Sizes(NamedTuple):
 
 @config
 class MLAConfig(AttentionBase):
-    """Multi-head latent attention (DeepSeek-V2, 2405.04434): keys and values of all heads come from one small vector.
-
-    With h = dim / n_heads, the defaults have about DeepSeek's proportions.
-    """
+    """Multi-head latent attention (DeepSeek-V2, 2405.04434): all heads' keys and values come from one small vector."""
 
     q_rank: int | None = knob(None, at_least=1)  # size of the queries' latent; null: they come from the stream itself
-    kv_rank: int | None = knob(None, at_least=1)  # size of the latent of keys and values; null: 4 h
-    nope_dim: int | None = knob(None, at_least=1)  # part of a head of q and k without position; null: h
+    kv_rank: int | None = knob(None, at_least=1)  # size of the keys' and values' latent; null: 4 h, h = dim / n_heads
+    nope_dim: int | None = knob(None, at_least=1)  # unrotated part of a head of q and k; null: h
     rope_dim: int | None = knob(None, at_least=1)  # rotated part, whose key all heads share; null: h / 2
     v_dim: int | None = knob(None, at_least=1)  # head size of the values; null: h
     # null: (nope_dim + rope_dim) ** -0.5, times mscale^2 where YaRN has mscale_all_dim.

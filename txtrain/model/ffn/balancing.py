@@ -20,10 +20,7 @@ MAX_LOAD = "moe_max_load"
 
 
 class Observed:
-    """A model that sums, over several forwards, how often its experts were chosen.
-
-    Counts come from the outputs: a forward that activation checkpointing repeats does not count twice.
-    """
+    """A model that sums how often its experts were chosen, from its outputs: recomputed forwards do not count."""
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model

@@ -102,10 +102,7 @@ class LMHead(Head):
 
 
 class MLMHead(LMHead):
-    """BERT's (Devlin et al. 2018, 1810.04805): dense, activation, norm, then the vocabulary with a bias.
-
-    next_sentence: also the pooler (dense and tanh of the first position) and the next-sentence head.
-    """
+    """BERT's (1810.04805): dense, activation, norm, vocabulary with bias; next_sentence: pooler, next-sentence head."""
 
     def __init__(
         self, dim: int, vocab_size: int, tied: bool, norm: Callable[[int], nn.Module], softcap: float | None,

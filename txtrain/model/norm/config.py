@@ -89,7 +89,9 @@ class NormPositionConfig(NormPositionBase):
     norms: ClassVar[tuple[str, ...]] = ("before",)
 
     def joined(self, t: Tape, x: Value, f: Callable[[Value], Value], place: Place) -> Value:
-        names = {"before": "pre_norm", "after": "post_norm"} if len(self.norms) > 1 else dict.fromkeys(self.norms, "norm")
+        names = dict.fromkeys(self.norms, "norm")
+        if len(self.norms) > 1:
+            names = {"before": "pre_norm", "after": "post_norm"}
 
         def norm(where: str, x: Value) -> Value:
             return t.named(names[where], place.model.norm.trace, t, x, place) if where in names else x

@@ -38,10 +38,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight (Zhang and Sennrich 2019, 1910.07467).
-
-    unit_offset: times (1 + weight), so that weight decay pulls towards the identity (Gemma).
-    """
+    """x / sqrt(mean(x^2) + eps) * weight (1910.07467). unit_offset: * (1 + weight), which decays to 1 (Gemma)."""
 
     def __init__(self, dim: int, eps: float = 1e-5, unit_offset: bool = False) -> None:
         super().__init__()

@@ -15,11 +15,7 @@ from txtrain.registry import BASES, Cut, knob, register
 
 @config
 class PositionBase(Component):
-    """What other parts may ask of any position scheme.
-
-    The traces are in the operations of `txtrain.model.trace.tape`. restarting: positions restart at each document, so
-    that rows differ.
-    """
+    """What other parts may ask of any position scheme. restarting: at each document, so that rows differ."""
 
     scaling = cast("RoPEScalingConfig | None", None)  # a field of rotary positions only
 

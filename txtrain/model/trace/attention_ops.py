@@ -103,7 +103,7 @@ def attend(
     assert mask is not None
     scores, across = place.batch * heads[0] * place.queries * place.keys, place.memory is not None
     reach = place.keys if across else place.model.attention.seen(place.keys, place.layer, causal=mask.declared.causal)
-    t.multiplied(2.0 * q.n * reach, q, k)  # scores, then what they weigh
+    t.multiplied(2.0 * q.n * reach, q, k)  # scores, then the weighted sum
     t.multiplied(2.0 * q.n * reach * v.n / k.n, q if q.edge else k, v)
     if mask.kernel == "plain":
         return _plain(t, q, k, v, mask, scores, heads, softcap, dropout)

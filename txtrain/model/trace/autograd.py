@@ -122,12 +122,11 @@ class Source(Node):
 
 
 class Recorder:
-    """size: bytes per element of parameters and activations. recording: gradients are wanted."""
+    """size: bytes per element. trains: whether the parameter of that canonical name takes a gradient."""
 
     def __init__(self, size: int = 4, trains: Callable[[str], bool] = lambda name: True) -> None:
-        """trains: whether the parameter of that canonical name takes a gradient."""
         self.size, self.meter, self.trains = size, Meter(), trains
-        self.forward_flops = self.backward_flops = 0.0  # of products, where a mask hides nothing but what lies outside a window
+        self.forward_flops = self.backward_flops = 0.0  # of products; a window hides keys, no other mask does
         self.numbers = count()
         self.group = self.root = Group()
         self.parameters: list[Parameter] = []
@@ -202,7 +201,7 @@ class Recorder:
         return Value(n, size, storage, (Node(next(self.numbers), edges, saved, backward), 0))
 
     def multiplied(self, flops: float, *operands: Value) -> None:
-        """A product costs as much again in the backward for each of its operands that takes a gradient."""
+        """Count a product, which costs as much again in the backward for each operand that takes a gradient."""
         self.forward_flops += flops
         self.backward_flops += flops * sum(x.edge is not None for x in operands)
 
@@ -261,7 +260,8 @@ class Recorder:
             self.backward(result, g)
             return tuple(source.gradient for source in sources)
 
-        return Value(out.n, out.size, out.storage, (Node(next(self.numbers), [x.edge for x in inputs], None, backward), 0))
+        node = Node(next(self.numbers), [x.edge for x in inputs], None, backward)
+        return Value(out.n, out.size, out.storage, (node, 0))
 
     def saves_of(
         self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter],

@@ -33,7 +33,7 @@ class Tape(Recorder):
         x_size, x_bytes = x.size, x.n * x.size
         n = x.n // inputs * outputs
         self.multiplied(2.0 * x.n * outputs, x, weight)
-        # The weight's storage matters where it is a copy of the parameter.
+        # The weight's storage matters if it is a copy of the parameter.
         saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
         return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 

@@ -6,6 +6,7 @@ import dataclasses as dc
 import math
 from collections.abc import Iterator
 
+from txtrain.checkpoint.load import describe
 from txtrain.config.schema import Train
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.batch_shapes import nbytes_of, unknown
@@ -23,8 +24,9 @@ class Memory:
     """Of one process, at the fullest moment of a step after the first.
 
     Attributes:
-        peak: bytes; parts: what they are: parameters, optimizer, averaged (weights), batch, gradients, activations (kept for the backward), recomputed,
-            temporaries, gathered (parameters of others), reduced (gradients on their way).
+        peak: bytes; parts: what they are: parameters, optimizer, averaged (weights), read
+            (weights of models that the objective reads), batch, gradients, activations (kept for the backward),
+            recomputed, temporaries, gathered (parameters of others), reduced (gradients on their way).
         held: bytes between steps.
         host, host_parts: the same of the processor's memory, where a strategy keeps something there and computes elsewhere.
         communicated: bytes of each collective's whole buffer in a step; a ring sends (n - 1) / n of it, an all_reduce twice that.
@@ -54,7 +56,7 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     strategy = _strategy(config, layout)
     strategy.n_micro_batches = math.ceil(share / micro)
     strategy.step(micro, several=micro < share)
-    meter, states, beside = strategy.t.meter, strategy.states(), strategy.update()
+    meter, states, beside = strategy.t.meter, strategy.states() | {"read": _read(config, layout)}, strategy.update()
     static, host = {"batch": nbytes_of(config, share)}, {}
     if strategy.offloads:
         host, beside = _parts(states, beside), {}
@@ -75,6 +77,12 @@ def _strategy(config: Train, layout: Layout) -> Copies:
     if stage and layout.shard > 1:
         return Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half else Partitions(config, layout)
     return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
+
+
+def _read(config: Train, layout: Layout) -> int:
+    """Bytes of the weights of the models that the objective reads, laid as the first; their forward is not counted."""
+    found = [describe(where, f"objective.{key}").model for key, where in config.objective.models.items()]
+    return sum(_strategy(dc.replace(config, model=model), layout).states()["parameters"] for model in found)
 
 
 def _parts(*parts: dict[str, int]) -> dict[str, int]:

@@ -11,7 +11,7 @@ from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.optimizer import registered
-from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
+from txtrain.planning.memory.replicated import Block, Copies
 
 
 class Shards(Copies):
@@ -232,6 +232,3 @@ class Shards(Copies):
             self._reduced(number)
         if self.layout.tensor > 1:
             self.t.bytes(self.in_common, 1, "reduced")
-
-
-__all__ = ["FLOAT32", "Shards"]

@@ -7,8 +7,6 @@ from typing import Any
 
 from txtrain.optim.config import EMAConfig, Held, OptimizerConfig
 
-__all__ = ["Held", "averaged", "grouped", "made", "registered", "states"]
-
 # How modules of a model are registered, in which order their parameters enter the optimizer; a stable sort of the forward's own order.
 MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
 SUBLAYERS = ("attention", "attention_residual", "ffn", "ffn_residual", "cross_attention", "cross_attention_residual")

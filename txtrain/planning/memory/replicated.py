@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.tape import Bytes, Group, Parameter, Tape, Value
+from txtrain.optim.config import Held
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory import optimizer as updates
 from txtrain.planning.memory.batch_shapes import batch_of
 from txtrain.planning.memory.expert_parallel import DividedTape
 from txtrain.planning.memory.forward import Traced
-from txtrain.planning.memory.optimizer import Held
 from txtrain.planning.memory.tensor_parallel import CutTape, CutTraced
 
 Block = Callable[..., Value]

@@ -10,8 +10,9 @@ from itertools import accumulate
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.tape import Bytes, Parameter
+from txtrain.optim.config import Held
 from txtrain.parallel.config import BUCKET, Layout
-from txtrain.planning.memory.optimizer import Held, grouped
+from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Copies
 
 ALIGNED = 2  # elements, times the processes, up to which a group is filled

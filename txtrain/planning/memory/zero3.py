@@ -10,8 +10,9 @@ from itertools import chain
 
 from txtrain.config.schema import Train
 from txtrain.model.trace.tape import Bytes, Group, Parameter, Value
+from txtrain.optim.config import Held
 from txtrain.parallel.config import BUCKET, Layout
-from txtrain.planning.memory.optimizer import Held, grouped
+from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
 
 # Elements, DeepSpeed's defaults.
@@ -226,6 +227,3 @@ class Gathered(Copies):
             self._reduce()
         self.there.clear()
         self.coming.clear()
-
-
-__all__ = ["Gathered"]

@@ -1,0 +1,128 @@
+"""Weights as they lie in files, in pieces of our tensors: a rank reads of each only what it holds."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from txtrain.errors import ConfigError
+from txtrain.hf.name_map import Shape
+from txtrain.model.transformer import Transformer
+
+Range = tuple[int, int]  # from the first index to before the second
+Box = Sequence[Range]  # one for each dimension
+
+
+@dc.dataclass(frozen=True)
+class Piece:
+    """A box of one of our tensors that a file holds.
+
+    begin: its first index along each dimension. read: a box within it, counted from `begin`, on the CPU.
+    look: compare all of it with its checksum, and say whether its numbers are finite, if that is asked; None: it has
+        no checksum.
+    """
+
+    name: str
+    begin: Shape
+    shape: Shape
+    read: Callable[[Box], Tensor]
+    look: Callable[[bool], bool] | None = None
+
+    def is_fine(self, finite: bool) -> bool:
+        """Whether its numbers are finite, if that is asked.
+
+        Raises:
+            ConfigError: they are not those that were written.
+        """
+        if self.look is not None:
+            return self.look(finite)
+        return not finite or is_finite(self.read([(0, n) for n in self.shape]))
+
+
+@dc.dataclass(frozen=True)
+class Held:
+    """What a rank holds of one tensor. indices: for each dimension of `tensor`, which of the whole one's, ascending."""
+
+    tensor: Tensor
+    indices: tuple[Tensor, ...]
+
+    @classmethod
+    def whole(cls, tensor: Tensor) -> Held:
+        return cls(tensor, tuple(torch.arange(n, device="cpu") for n in tensor.shape))
+
+    def take(self, piece: Piece) -> None:
+        """Read, of the piece, what is held here."""
+        places, within = [], []
+        for index, begin, n in zip(self.indices, piece.begin, piece.shape, strict=True):
+            first, last = torch.searchsorted(index, torch.tensor([begin, begin + n], device="cpu")).tolist()
+            if first == last:
+                return
+            places.append(slice(first, last))
+            within.append(index[first:last] - begin)
+        values = piece.read([(int(index[0]), int(index[-1]) + 1) for index in within])
+        for dim, index in enumerate(within):
+            if len(index) < values.shape[dim]:
+                values = values.index_select(dim, index - index[0])
+        self.tensor[tuple(places)].copy_(values)
+
+
+@dc.dataclass(frozen=True)
+class Source:
+    """A model that lies in files: described on the meta device, and what fills it.
+
+    Names and shapes are checked, and no value is read.
+    """
+
+    path: Path
+    model: Transformer
+    pieces: Sequence[Piece]
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(piece.name for piece in self.pieces)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises:
+        ConfigError: the model has other tensors, by name and shape.
+        """
+        compare(_shapes(self.model), _shapes(model), str(self.path))
+
+    def load(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transformer:
+        """The model, whole, in eval mode. Memory: it, and its largest tensor. dtype: None: torch's default."""
+        self.model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
+        fill(self.model.state_dict(), self.pieces)
+        return self.model.eval()
+
+
+@torch.no_grad()
+def fill(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], held: Callable[[Tensor], Held] = Held.whole) -> None:
+    """Read pieces into tensors of these names, in place; of one that lies over ranks each reads its part."""
+    for piece in pieces:
+        held(tensors[piece.name]).take(piece)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether it holds neither NaN nor infinity. A finite sum is of finite numbers; another may have overflowed."""
+    if not tensor.is_floating_point():
+        return True
+    total = tensor.sum(dtype=torch.float32 if tensor.element_size() < 4 else None)
+    return math.isfinite(total.item()) or bool(tensor.isfinite().all())
+
+
+def _shapes(model: nn.Module) -> dict[str, Shape]:
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def compare(saved: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
+    """Raises:
+    ConfigError: names or shapes differ. where: what the saved ones lie in.
+    """
+    if saved != wanted:
+        name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+        raise ConfigError(f"{where} is of another model: {name} is {there} there, {here} here.")
