@@ -1,7 +1,6 @@
 """Tiny runs for tests: a second of training on a page of text."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
 
 from txtrain import compose
@@ -32,6 +31,17 @@ TINY = (
     "scheduler.warmup_steps=4",
     *RUN,
 )
+
+
+def write_chats(folder: Path, n: int = 120) -> tuple[str, ...]:
+    """Short conversations of one to three turns, and the overrides that read them by bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    turns = [[{"from": "human", "value": f"Q{k}?"}, {"from": "gpt", "value": f"A{k * k % 10}."}] for k in range(n)]
+    rows = [{"conversations": [turn for t in range(1 + k % 3) for turn in turns[(k + t) % n]]} for k in range(n)]
+    (folder / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    each = "{% for m in messages %}{{ m.role[0] + m.content + eos_token }}{% endfor %}"
+    (folder / "short.jinja").write_text(each + "{% if add_generation_prompt %}a{% endif %}")
+    return "data=chat", f"data.path={folder / 'chats.jsonl'}", f"data.chat_template={folder / 'short.jinja'}", "data.tokenizer=bytes"
 
 
 def write_text(path: Path) -> Path:

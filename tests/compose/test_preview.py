@@ -1,7 +1,9 @@
 """`txtrain preview`: pieces, trained tokens, borders, for every objective."""
 
+import json
 import re
 
+import numpy as np
 import pytest
 
 from tests.training import write_text
@@ -101,6 +103,20 @@ def test_validation_can_be_seen_and_text_without_a_tokenizer_is_numbers(preview,
     assert re.search(r"\n  \d+·«\d+»·", out)
 
 
+def test_json_has_an_object_a_line(preview):
+    line = ("model=llama2", *TEXT, "preview.format=json")
+    made = [json.loads(line) for line in preview(*line, "preview.n=all", "preview.split=val").splitlines()]
+    assert len(made) > 3
+    assert all(len(one["input_ids"]) == len(one["trained"]) == len(one["documents"]) == 40 for one in made)
+    assert all(not trained for one in made for trained, new in zip(one["trained"], [True, *np.diff(one["documents"])], strict=True) if new)
+    assert {n for one in made for n in np.atleast_1d(one["source"])} in (set(range(n)) for n in range(12, 16))  # the end is left out
+    single = json.loads(preview(*line, "data.packing=none", "preview.n=1"))
+    assert single["trained"] == [False] + [True] * (len(single["input_ids"]) - 1)
+    assert isinstance(single["source"], int)
+    pair = json.loads(preview("model=transformer", "data=reverse", "model.n_layers=1", "model.vocab_size=300", "preview.n=1", line[-1]))
+    assert pair["decoder_input_ids"][1:] == [i if i >= 0 else 0 for i in pair["labels"]][:-1]
+
+
 def test_a_mistake_is_told(capsys):
     assert main(["preview", "data=python_docs", "preview.n=0"]) == 2
-    assert "`preview.n` must be at least 1, but is 0 instead." in capsys.readouterr().err
+    assert "`preview.n` must be at least 1 or all, but is 0 instead." in capsys.readouterr().err

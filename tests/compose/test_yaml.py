@@ -16,6 +16,7 @@ IMAGES, PAIRS = "model=vit objective=image_classification data=digits", "model=t
 FAMILIES = {"bert": "objective=masked_lm", "t5": "objective=span_corruption", "transformer": PAIRS, "vit": IMAGES}  # what is no decoder goes with
 NEEDED = {  # what the other files go with
     "conf/data/text": "data.path=x",
+    "conf/data/chat": "data.path=x",
     "conf/data/hf": "data.path=x",
     "conf/data/mixture": "data.sources.a={type:text,path:x}",
     "conf/data/memmap": "data.path=x",
@@ -26,6 +27,7 @@ NEEDED = {  # what the other files go with
     "conf/objective/image_classification": IMAGES,
     "conf/objective/masked_lm": "model=bert",
     "conf/objective/seq2seq": PAIRS,
+    "conf/objective/sft": "data=chat data.path=x",
     "conf/objective/span_corruption": "model=t5",
     "conf/model/embedding/patch": IMAGES,
     "conf/model/head/class": IMAGES,

@@ -18,6 +18,7 @@ FOREIGN = {
     "ground.convert": "__name__",
     "ground.plain_files": "CSafeLoader anchor tag",
     "parallel.launch": "sched_getaffinity",
+    "monitor.console": "rich_proxied_file",
     "monitor.monitor": "sched_getaffinity",
     # errors of Hydra and of the hub, pictures of Pillow
     "config.overrides": "full_key msg",

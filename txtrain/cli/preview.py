@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import itertools
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -11,8 +14,11 @@ from torch import Tensor
 
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Preview
+from txtrain.data.sources.source import Split
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
+from txtrain.model.config import ModelConfig
+from txtrain.model.transformer import shifted_right
 from txtrain.objectives.base import IGNORED
 from txtrain.training.data_module import DataModule
 
@@ -28,23 +34,58 @@ def run_preview(job: Composed) -> int:
     """Print preview.n samples.
 
     Raises:
-        ConfigError: as `train`, for what is wrong with the data; samples that are neither tokens nor images.
+        ConfigError: as `train`, for what is wrong with the data; samples that are
+            neither tokens nor images; images as JSON.
     """
     config: Preview = job.config
+    wanted = config.preview
+    split: Split = "train" if wanted.split == "train" else "validation"
     data = DataModule(config)
-    batch = data.first(config.preview.n, config.preview.split)
+    batches = data.first(None if wanted.n == "all" else wanted.n, split)
+    batch, sources = next(batches)
     if "input_ids" not in batch and "pixel_values" not in batch:
         raise ConfigError(f"`data`: samples must have input_ids or pixel_values to be shown, but have {', '.join(batch)}.")
+    if wanted.format == "json" and "input_ids" not in batch:
+        raise ConfigError("`preview.format` must be text for images, but is json instead.")
+    batches = itertools.chain([(batch, sources)], batches)
+    if wanted.format == "json":
+        for batch, sources in batches:
+            for i, numbers in enumerate(sources):
+                print(json.dumps(as_json({name: value[i] for name, value in batch.items()}, numbers, config.model)))
+        return 0
     console = Console(highlight=False)
     coloured = console.color_system is not None and not console.no_color
     if data.fallback:
         console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
     writer = Writer(pieces_of(data.tokenizer), config.model.topology, coloured)
-    console.print(f"{data.source}; {config.preview.split}, objective={config.objective.type}. {writer.legend(batch)}")
-    for i in range(len(batch["sample_index"])):
-        for line in writer.lines({name: value[i] for name, value in batch.items()}):
-            console.print(line, soft_wrap=not console.is_terminal)
+    console.print(f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}")
+    for batch, _ in batches:
+        for i in range(len(batch["sample_index"])):
+            for line in writer.lines({name: value[i] for name, value in batch.items()}):
+                console.print(line, soft_wrap=not console.is_terminal)
     return 0
+
+
+def targets(sample: Sample, topology: str) -> Tensor:
+    """The labels; -100 where nothing is predicted."""
+    labels = sample["labels"].clone()
+    if topology == "decoder":
+        labels[0] = IGNORED  # nothing stands before it that it could be told from
+    return labels
+
+
+def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[str, Any]:
+    """A sample of tokens without its padding. numbers: in the source, of what its documents came from."""
+    ids = sample["input_ids"]
+    real, labels = sample.get("attention_mask", torch.ones_like(ids)) != 0, targets(sample, model.topology)
+    trained = labels != IGNORED if model.topology != "encoder_decoder" else torch.zeros_like(real)
+    documents = sample.get("document_ids", torch.zeros_like(ids))
+    made = {"input_ids": ids[real].tolist(), "trained": trained[real].tolist(), "documents": documents[real].tolist()}
+    if model.topology == "encoder_decoder":
+        written = sample.get("decoder_document_ids")
+        read = shifted_right(model, labels[None], None if written is None else written[None])
+        made |= {"decoder_input_ids": read[0].tolist(), "labels": labels.tolist()}
+    return {**made, "source": numbers[0] if len(numbers) == 1 else list(numbers)}
 
 
 def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
@@ -80,9 +121,7 @@ class Writer:
         if "pixel_values" in sample:
             yield from self._image(sample)
             return
-        labels = sample["labels"].clone()
-        if self.topology == "decoder":
-            labels[0] = IGNORED  # nothing stands before it that it could be told from
+        labels = targets(sample, self.topology)
         n, n_trained = self._n_tokens(sample), int((labels != IGNORED).sum())
         yield Text(f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}", style="bold")
         if self.topology == "encoder_decoder":

@@ -14,7 +14,7 @@ from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 KIND = "data.kind"
-ALL_KINDS = ("text", "pairs", "images")
+ALL_KINDS = ("text", "chat", "pairs", "images")
 
 
 class RunRule(Rule):
@@ -35,7 +35,7 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule({KIND: ("text", "pairs")}, "model/embedding", ("token",), "text enters as tokens"),
+    RunRule({KIND: ("text", "chat", "pairs")}, "model/embedding", ("token",), "text enters as tokens"),
 )
 
 OBJECTIVE_RULES = (
@@ -58,6 +58,8 @@ WHY = {  # an objective of the user's own has the reason that stands last
     ("prefix_lm", "model.topology"): "the rest is told token by token, and an encoder has read it all",
     ("seq2seq", "model.topology"): "a pair is read by one stack and written by another",
     ("seq2seq", KIND): "there must be a source and a target",
+    ("sft", "model.topology"): "each token is told from those before it, and an encoder has read them all",
+    ("sft", KIND): "there must be turns that are trained, and turns that are not",
     ("image_classification", KIND): "there must be images and their classes",
     ("image_classification", "model/head"): "an image has one class",
     ("", "model.topology"): "the objective is of another shape of model",

@@ -173,8 +173,9 @@ class Prepare(Train):
 class PreviewConfig:
     """What `preview` shows."""
 
-    n: int = knob(3, at_least=1)  # samples, from the first step on
-    split: Literal["train", "validation"] = "train"
+    n: int | Literal["all"] = knob(3, at_least=1)  # samples, from the first step on; all: of one epoch
+    split: Literal["train", "validation", "val"] = "train"
+    format: Literal["text", "json"] = "text"  # json: an object a line, `input_ids`, `trained`, `documents`, `source`
 
 
 @dc.dataclass(frozen=True, kw_only=True)

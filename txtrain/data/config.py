@@ -23,21 +23,22 @@ class DataConfig:
     # Sequences a process at a time; null: its whole share.
     micro_batch_size: int | None = knob(None, at_least=1, free=True)
     cross_document_attention: bool = False
-    packing: Literal["concat", "best_fit"] = "concat"  # of text: documents cut where a sequence ends, or whole ones and padding
+    # Of text: documents cut where a sequence ends; whole ones, and padding; one in each sequence.
+    packing: Literal["concat", "best_fit", "none"] = "concat"
     # Of the text, where the source has no validation split of its own.
     val_fraction: float = knob(0.05, above=0, below=1)
     num_workers: int = knob(0, at_least=0, free=True)
     # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
     cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
-    kind: ClassVar[str] = "text"  # what its samples are: text, pairs, images (`txtrain.config.compatibility`)
+    kind: ClassVar[str] = "text"  # what its samples are: text, chat, pairs, images (`txtrain.config.compatibility`)
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
     mixes: ClassVar[bool] = False  # has sources of its own
     streaming = False  # these two are no fields: some sources have them
     offline_fallback = "never"
 
     def check(self) -> Iterator[str]:
-        if self.packing != "concat" and self.kind != "text":
+        if self.packing != "concat" and self.kind not in ("text", "chat"):
             yield f"`data.packing` must be concat with data={self.type}, which is no text, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
             yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
@@ -111,6 +112,25 @@ class WikiTextConfig(UnpackedConfig, TextsConfig):
 @dc.dataclass(frozen=True, kw_only=True)
 class PythonDocsConfig(DataConfig):
     """`data=python_docs`: the help texts and docstrings that every Python installation carries."""
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ChatConfig(UnpackedConfig, TextsConfig):
+    """`data=chat`: conversations, of which the assistant's turns are trained."""
+
+    kind: ClassVar = "chat"
+
+    # Files (.json, .jsonl, .parquet), globs, folders, or a list of them; or a set of load_dataset.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    val_path: str | tuple[str, ...] | None = None
+    name: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    # Of each row; auto: as its keys say.
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "oasst", "self_instruct"] = "auto"
+    chat_template: str | None = knob(None, literal=True)  # a file with a Jinja template; null: the tokenizer's
+    train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # the turns whose tokens are trained
+    packing: Literal["best_fit", "none"] = "best_fit"  # several samples in a sequence, and padding; or one
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -254,6 +274,7 @@ for name, target, config in (
     ("hf", "hub_text:hub_source", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
+    ("chat", "chat:Chats", ChatConfig),
     ("memmap", "memmap:TokenFiles", MemmapConfig),
     ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),

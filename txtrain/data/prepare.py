@@ -23,19 +23,22 @@ from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
 from txtrain.data.sources.source import (
+    SPLITS,
+    MarkedSource,
     SampleSource,
     Source,
     TextSource,
     as_named,
     build_source,
+    describe,
     has_validation,
     identity,
     method_of,
     settle,
     validation_sets,
 )
-from txtrain.data.store.cache import SPLITS, TOKEN_FILES, TokenFile, TokenWriter, cached
-from txtrain.data.store.split import FORMAT, Corpora, Corpus, ValidationSet, digest, held_out
+from txtrain.data.store.cache import MARK_FILES, TOKEN_FILES, TokenFile, TokenWriter, cached
+from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
 from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise
 from txtrain.data.store.tokens import Tokens
@@ -46,6 +49,7 @@ from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
+_PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
 _LARGE = 1_000_000_000  # bytes of text that a run on several nodes still tokenises by itself
 
 
@@ -122,6 +126,27 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
     return dc.replace(made[0], validation=validation, named=named, fingerprint=fingerprint, skipped=_lists(*folders))
 
 
+def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
+    """Texts of which some tokens are trained."""
+    data = config.data
+    tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
+    if (template := getattr(source, "chat_template", None)) is not None:
+        tokenizer = tokenizer.with_template(template)
+    corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+
+    def fill(empty: Path) -> None:
+        writer = TokenWriter(empty, tokenizer.vocab_size, marked=True)
+        with writer.open():
+            for split, text in corpus.documents():
+                writer.append_marked(split, text)
+        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
+
+    folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
+    splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
+    return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+
+
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
     """The key of a text by a tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
@@ -177,20 +202,24 @@ def _limit(config: RunConfig) -> Limit | None:
 
 def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker, remedy: str) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer."""
-    across = config.data.cross_document_attention
-    best_fit = config.data.packing == "best_fit"
-    plans = [_plan(tokens, key, config) if best_fit else None for tokens in splits]
+    across, packing = config.data.cross_document_attention, config.data.packing
+    if any(tokens.mask is not None for tokens in splits) and not objective.masks:
+        fitting = "causal_lm or sft with texts of which only some tokens are trained"
+        raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
+    plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
     texts = [TokenisedText(tokens, tokenizer, config.seq_len, across, plan) for tokens, plan in zip(splits, plans, strict=True)]
     train, validation = (objective.samples(text) for text in texts)
     _refuse_short(train, texts[0], "training", "more text")
     _refuse_short(validation, texts[1], "validation", remedy)
-    fingerprint = digest(key, config.seq_len, across, *([best_fit_format] if best_fit else []))
+    fingerprint = digest(key, config.seq_len, across, *_PLANNED[packing])
     return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
 
 
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
-    name = f"plan-{digest(key, best_fit_format, config.seq_len, tokens.split)}"
-    return cached(config.data.cache_dir, name, partial(write_plan, tokens, config.seq_len), PLAN_FILES)
+    packing = config.data.packing
+    name = f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
+    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit")
+    return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
 # -------------------------------------------------------------------------------------------------------------------- tokens
@@ -277,6 +306,9 @@ def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tok
 def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) -> None:
     if not len(samples):
         tokens = text.tokens
+        if tokens.mask is not None:
+            wanted = f"{part} texts with a token that is trained"
+            raise ConfigError(f"`data` must have {wanted}, but has none. Give {remedy}.")
         if not tokens.n_documents:
             raise ConfigError(f"`data` must have {part} text, but has none: white space aside, there is too little to divide. Give {remedy}.")
         raise ConfigError(
@@ -338,4 +370,13 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
 
 
 Way = Callable[[Any, RunConfig, SampleMaker], Prepared]
-_WAYS: dict[str, Way] = {"documents": _text, "pairs": _pairs, "images": _images, "samples": _samples, "tokens": _tokens, "parts": _mixture, "stream": _stream}
+_WAYS: dict[str, Way] = {
+    "marked": _marked,
+    "documents": _text,
+    "pairs": _pairs,
+    "images": _images,
+    "samples": _samples,
+    "tokens": _tokens,
+    "parts": _mixture,
+    "stream": _stream,
+}

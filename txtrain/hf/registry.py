@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import read_json
-from txtrain.hf.families.bert import BERT, BERT_MLM
-from txtrain.hf.families.deepseek import DEEPSEEK_R1
-from txtrain.hf.families.gemma import GEMMA
-from txtrain.hf.families.gemma2 import GEMMA2
-from txtrain.hf.families.gpt1 import GPT1
-from txtrain.hf.families.gpt2 import GPT2
-from txtrain.hf.families.llama2 import LLAMA2
-from txtrain.hf.families.marian import MARIAN, MARIAN_UNBIASED
-from txtrain.hf.families.mistral import MISTRAL
-from txtrain.hf.families.t5 import T5, T5_V1_1
-from txtrain.hf.families.vit import VIT
+from txtrain.hf import families
 from txtrain.hf.folder import member
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import respelt
@@ -27,8 +19,11 @@ from txtrain.model.config import ModelConfig
 if TYPE_CHECKING:
     from txtrain.hf.weights import Weights
 
-_DECODERS = (GPT1, GPT2, LLAMA2, MISTRAL, GEMMA, GEMMA2, DEEPSEEK_R1)
-CLASSES: tuple[HFClass, ...] = (*_DECODERS, BERT, BERT_MLM, VIT, T5, T5_V1_1, MARIAN, MARIAN_UNBIASED)
+# What the modules of families/ define; a class that one derives from stands before it.
+_MODULES = [importlib.import_module(f"{families.__name__}.{m.name}") for m in pkgutil.iter_modules(families.__path__)]
+_NAMED = [item for module in _MODULES for item in vars(module).items()]
+_DEFINED = {id(c): c for name, c in _NAMED if isinstance(c, HFClass) and not name.startswith("_")}
+CLASSES: tuple[HFClass, ...] = tuple(_DEFINED.values())
 CONFIG = "config.json"
 
 

@@ -188,11 +188,7 @@ class Transformer(Stack):
         return EncoderOutput(x_BSD, x_BSD.shape[1], valid_BS, source.documents)
 
     def shifted_right(self, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
-        """The decoder's input for these labels: in each document the start token, then all labels but the last."""
-        pad, start = self.config.pad_token_id or 0, self.config.decoder_start_token_id
-        start = pad if start is None else start
-        before_BT = F.pad(labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad), (1, 0), value=start)
-        return before_BT if document_ids_BT is None else before_BT.masked_fill(document_starts(document_ids_BT), start)
+        return shifted_right(self.config, labels_BT, document_ids_BT)
 
     def _loss(
         self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None
@@ -309,3 +305,11 @@ def _positions(
     if cache is not None and cache.positions_BS is not None:
         raise ConfigError("`position_ids` must be given again: this cache was filled with explicit ones.")
     return index_1S[:, past:], index_1S
+
+
+def shifted_right(config: ModelConfig, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+    """The decoder's input for these labels: in each document the start token, then all labels but the last."""
+    pad, start = config.pad_token_id or 0, config.decoder_start_token_id
+    start = pad if start is None else start
+    before_BT = F.pad(labels_BT[:, :-1].masked_fill(labels_BT[:, :-1] == IGNORED, pad), (1, 0), value=start)
+    return before_BT if document_ids_BT is None else before_BT.masked_fill(document_starts(document_ids_BT), start)

@@ -22,6 +22,7 @@ class CausalLM(Objective):
     """
 
     perplexity = True
+    masks = True
     counts_tokens = False
 
     def __init__(self, mtp_weight: float = 0.3, mtp_depth: int = 0, counts_tokens: bool = False) -> None:

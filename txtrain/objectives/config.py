@@ -66,13 +66,20 @@ class ObjectiveConfig:
 class CausalLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     heads: ClassVar = ("lm",)
-    reads: ClassVar = ("text",)
+    reads: ClassVar[tuple[str, ...]] = ("text", "chat")
 
     # Of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2).
     mtp_weight: float = knob(0.3, at_least=0)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         return {"mtp_depth": config.model.mtp_depth, "counts_tokens": config.model.ffn.n_experts > 0}
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class SFTConfig(CausalLMConfig):
+    """The answers of conversations, token by token."""
+
+    reads: ClassVar = ("chat",)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -224,6 +231,7 @@ class ImageClassificationConfig(SmoothedConfig):
 
 for name, target, config in (
     ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
+    ("sft", "sft:SFT", SFTConfig),
     ("masked_lm", "masked_lm:MaskedLM", MaskedLMConfig),
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
+from txtrain.data.samples.rows import Rows
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
@@ -19,7 +20,7 @@ from txtrain.errors import ConfigError
 FOLLOWS, ELSEWHERE = 0, 1  # BERT's labels
 
 
-class SentencePairs:
+class SentencePairs(Rows):
     """Row i is a chunk of seq_len - 3 tokens of one document, or what is left at its end if that is at least two tokens.
 
     In every reading of a row, which comes from its `draws`, the chunk is cut at a random place. In half of all readings what follows
@@ -48,6 +49,10 @@ class SentencePairs:
 
     def __len__(self) -> int:
         return int(self.first_row[-1])
+
+    def sources(self, rows: Indices) -> list[list[int]]:
+        begins = self.begins[np.searchsorted(self.first_row, rows, side="right") - 1]
+        return [self.tokens.numbers(begin, begin + 1) for begin in begins.tolist()]
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]:
         """input_ids, token_type_ids, attention_mask, labels (the input_ids), int64 [B, T]; next_sentence_label, int64 [B]."""

@@ -221,8 +221,8 @@ class Cut:
     def clip(self, max_norm: float | None, shards: dist.ProcessGroup | None) -> Tensor:
         """As `OneProcess.clip`: parts count on their rank, whole gradients once. shards: ranks that shard the parts."""
         whole, share = {id(owner._parameters[name]) for owner, name, _ in self.replicated}, 1.0 / self.lanes.size
-        graded = [p for p in self.model.parameters() if p.grad is not None]
-        held = [(local(p.grad), share if id(p) in whole else 1.0) for p in graded]
+        own = self.model.parameters()
+        held = [(local(p.grad), share if id(p) in whole else 1.0) for p in own if p.grad is not None]
         return clip(held, max_norm, self.lanes.group, shards)
 
 

@@ -171,14 +171,26 @@ class DataModule(L.LightningDataModule):
         samples = OrderedSamples(self._val, self.config.seed)
         return (samples.__getitems__(rows[i : i + batch_size].tolist()) for i in range(0, n, batch_size))
 
-    def first(self, n: int, split: Split = "train") -> Batch:
-        """The first n samples that training reads, or of the validation set (all, if there are fewer)."""
+    def first(self, n: int | None, split: Split = "train") -> Iterator[tuple[Batch, list[list[int]]]]:
+        """The first n samples that training reads, or of the validation set (all, if there are fewer), by batches.
+
+        With each the numbers, in the source, of what its samples came from. n: None: all of the set, or of one epoch.
+
+        Raises:
+            ConfigError: all of a stream are asked for.
+        """
         self.prepare()
         assert self._train is not None
-        if split == "validation":
-            return OrderedSamples(self._val, self.config.seed).__getitems__(range(min(n, self.n_val)))
-        steps = -(-n // self.config.data.global_batch_size)
-        return OrderedSamples(self._train, self.config.seed, self.order).__getitems__(self.order.indices(0, steps)[:n].tolist())
+        if n is None and split == "train" and self._stream is not None:
+            why = "with data.streaming=true, whose end is not known"
+            raise ConfigError(f"`preview.n` must be a number {why}, but is all instead.")
+        rows, size = (self._train if split == "train" else self._val), self.config.data.global_batch_size
+        n = len(rows) if n is None else n if split == "train" else min(n, len(rows))
+        samples = OrderedSamples(rows, self.config.seed, self.order if split == "train" else None)
+        for at in range(0, n, size):
+            index = self.order.indices(at // size)[: n - at] if split == "train" else np.arange(at, min(at + size, n))
+            batch = samples.__getitems__(index.tolist())
+            yield batch, rows.sources(self.order.rows(index) if split == "train" else index)
 
     def _rank(self) -> tuple[int, int]:
         """(rank, world size) among the processes that see different samples, checked against the batch."""
@@ -218,6 +230,17 @@ class DataModule(L.LightningDataModule):
             return []
         documents = self._val_text.beginnings(n, 64)
         return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
+
+    def before_trained(self, n: int) -> list[list[int]]:
+        """What stands before the first trained token of the first n validation documents; none without a mask."""
+        self.prepare()
+        if self._val_text is None or self._val_text.mask is None:
+            return []
+        found = []
+        for i in range(min(n, self._val_text.n_documents)):
+            first = int(np.argmax(self._val_text.mask.read(*self._val_text.offsets[i : i + 2].tolist())))
+            found.append(self._val_text.document(i)[:first].tolist())
+        return found
 
 
 def _as_it_is(batch: Any) -> Any:

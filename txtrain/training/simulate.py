@@ -144,7 +144,7 @@ def _processes(config: Train, world: int) -> Iterator[OneProcess]:
         dist.destroy_process_group()
 
 
-class _Tracker(MemTracker):
+class _Tracker(MemTracker):  # type: ignore[no-untyped-call]  # MemTracker's own metaclass hook
     """torch's own hooks every parameter's gradient, and fails where there is none to come."""
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:

@@ -40,7 +40,7 @@ class ImageSource(Protocol):
     def images(self, split: Split) -> Images: ...
 
 
-class ImageSamples:
+class ImageSamples(Rows):
     """Some images of a split as the model reads them: its size and channels, floats with a mean of 0 and a deviation of 1 a channel."""
 
     def __init__(self, images: Images, rows: Indices, size: int, n_channels: int) -> None:

@@ -13,34 +13,58 @@ Packing happens at read time from the documents' offsets; one cache serves every
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
+from txtrain.data.samples.rows import Rows
 from txtrain.data.store.tokens import Tokens
 
+_TOGETHER = 1 << 12  # rows whose masks are looked at at once
 
-class PackedSamples:
-    """Row i covers stream[i * (seq_len - overlap) :][:seq_len]. Shorter than one sample at the end: left out."""
+
+class PackedSamples(Rows):
+    """Row i covers stream[i * (seq_len - overlap) :][:seq_len]. Shorter than one sample at the end: left out.
+
+    Where only some tokens are trained, rows that would train none are left out too.
+    """
 
     def __init__(self, tokens: Tokens, seq_len: int, cross_document_attention: bool = False, overlap: int = 1) -> None:
         self.tokens, self.seq_len, self.cross_document_attention = tokens, seq_len, cross_document_attention
         self.overlap, self.stride = overlap, seq_len - overlap
+        self._n = max(0, (len(tokens) - overlap) // self.stride)
+        self.kept: Indices | None = None  # rows, by their place in the stream; None: all
+        if tokens.mask is not None:
+            begins = np.arange(self._n) * self.stride
+            chunks = np.split(begins, range(_TOGETHER, len(begins), _TOGETHER))
+            trained = [tokens.mask.windows(chunk, seq_len)[:, overlap:].any(axis=1) for chunk in chunks]
+            self.kept = begins[np.concatenate(trained)]
 
     def __len__(self) -> int:
-        return max(0, (len(self.tokens) - self.overlap) // self.stride)
+        return self._n if self.kept is None else len(self.kept)
+
+    def _begins(self, rows: Indices) -> Indices:
+        return rows * self.stride if self.kept is None else self.kept[rows]
+
+    def sources(self, rows: Indices) -> list[list[int]]:
+        return [self.tokens.numbers(begin, begin + self.seq_len) for begin in self._begins(rows).tolist()]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids and labels, int64 [B, T]; document_ids, int64 [B, T] from 0 in each row, unless documents may see each other.
 
-        One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what it is.
+        One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what
+        it is; and where a token is not trained.
         """
-        begin = rows * self.stride
+        begin = self._begins(rows)
         input_ids = torch.from_numpy(self.tokens.windows(begin, self.seq_len))
+        labels = input_ids.clone()
+        if (trained := self.tokens.trained(begin, self.seq_len)) is not None:
+            labels[~torch.from_numpy(trained)] = -100
         if self.cross_document_attention:
-            return {"input_ids": input_ids, "labels": input_ids.clone()}
+            return {"input_ids": input_ids, "labels": labels}
         starts = torch.from_numpy(self.tokens.starts(begin, self.seq_len))
-        labels = input_ids.masked_fill(starts, -100)
+        labels[starts] = -100
         starts[:, 0] = False  # the row's first document is number 0, whether it begins here or before
         return {"input_ids": input_ids, "labels": labels, "document_ids": starts.cumsum(1)}

@@ -15,6 +15,7 @@ from torch import Tensor
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.length_order import BUCKET
 from txtrain.data.samples.order import Indices
+from txtrain.data.samples.rows import Rows
 from txtrain.data.sources.source import Split, has_validation, hashed, identity, splits
 from txtrain.data.store.split import FORMAT, digest
 from txtrain.data.store.tokens import Tokens
@@ -64,7 +65,7 @@ class PairCorpus:
         return digest(FORMAT, "pairs", known, None if has_validation(self.source) else self.val_fraction)
 
 
-class PairSamples:
+class PairSamples(Rows):
     """Row i is the i-th pair of which neither side, its end token included, is longer than seq_len.
 
     tokens: documents 2 k and 2 k + 1 are the sides of pair k, each with the end token behind it.
@@ -80,6 +81,9 @@ class PairSamples:
 
     def __len__(self) -> int:
         return len(self.kept)
+
+    def sources(self, rows: Indices) -> list[list[int]]:
+        return [[number] for number in self.kept[rows].tolist()]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids and attention_mask [B, S], labels [B, T], int64; padded on the right to a multiple of 8, labels with -100."""

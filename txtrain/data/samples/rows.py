@@ -29,8 +29,12 @@ class Rows(Protocol):
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]: ...
 
+    def sources(self, rows: Indices) -> list[list[int]]:
+        """For each row the numbers of what it came from: documents, conversations, pairs. By default its own."""
+        return [[row] for row in rows.tolist()]
 
-class Mapped:
+
+class Mapped(Rows):
     """Rows, and what is done to each batch of them: masks, crops."""
 
     def __init__(self, rows: Rows, change: Callable[[dict[str, Tensor], Draws], dict[str, Tensor]]) -> None:
@@ -41,6 +45,9 @@ class Mapped:
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]:
         return self.change(self.rows.batch(rows, draws), draws)
+
+    def sources(self, rows: Indices) -> list[list[int]]:
+        return self.rows.sources(rows)
 
 
 class OrderedSamples(Dataset[dict[str, Tensor]]):
@@ -65,7 +72,7 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
         return {**batch, "sample_index": torch.from_numpy(index)}
 
 
-class ListedSamples:
+class ListedSamples(Rows):
     """Some rows of a source's own samples, stacked. `labels` are the input_ids where the source gives none.
 
     Args:
@@ -83,12 +90,15 @@ class ListedSamples:
         """Raises:
         ConfigError: a sample of other keys or shapes than the first, or an id that the model does not have.
         """
-        picked = [self._read(int(row)) for row in self.rows[rows]]
+        picked = [self._read(row) for (row,) in self.sources(rows)]
         batch = {key: torch.stack([sample[key] for sample in picked]) for key in picked[0]}
         if "input_ids" in batch:
             self._check_ids(batch["input_ids"], self.rows[rows])
             batch.setdefault("labels", batch["input_ids"].clone())
         return batch
+
+    def sources(self, rows: Indices) -> list[list[int]]:
+        return [[row] for row in self.rows[rows].tolist()]
 
     def _read(self, row: int) -> dict[str, Tensor]:
         sample = {key: torch.as_tensor(value) for key, value in self.samples[row].items()}

@@ -23,7 +23,7 @@ class TokenisedText:
     tokenizer: Tokenizer | None  # None: files of tokens of which nobody knows what they stand for
     seq_len: int
     cross_document_attention: bool = False
-    plan: Path | None = None  # a folder that says which documents each sequence holds (data.packing=best_fit)
+    plan: Path | None = None  # a folder that says which documents each sequence holds (data.packing=best_fit, none)
 
     def sequences(self, overlap: int = 1) -> Rows:
         """Packed as the run says. overlap: of neighbours, where documents are cut: 1 where a sequence's first token is no target."""
@@ -46,9 +46,17 @@ class TokenisedText:
 
 
 class SampleMaker(Protocol):
-    """What the data ask of an objective. special_tokens: that a tokenizer must have."""
+    """What the data ask of an objective.
+
+    Attributes:
+        special_tokens: that a tokenizer must have.
+        masks: it trains the labels alone that are given.
+    """
 
     @property
     def special_tokens(self) -> Sequence[str]: ...
+
+    @property
+    def masks(self) -> bool: ...
 
     def samples(self, text: TokenisedText) -> Rows: ...

@@ -7,7 +7,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from txtrain.data.sources.files import Limits, Text, as_text, open_unpacked, text_of, undecoded, unpacked_name
+from txtrain.data.sources.files import (
+    Limits,
+    Text,
+    as_text,
+    chunks_of,
+    open_unpacked,
+    text_of,
+    undecoded,
+    unpacked_name,
+)
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion, parse_json, shorten
 
@@ -93,30 +102,60 @@ def texts_of(column: Any, first: int, path: object, name: str, key: str, limits:
             yield text
 
 
-def _parquet(path: Path, key: str, column: str, limits: Limits) -> Iterator[str]:
+def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a file with their places: lines of .jsonl, the list that a .json is (or its lines), rows of .parquet.
+
+    Raises:
+        ConfigError: the file is not what its name says, or it is beyond the limits.
+    """
+    name = unpacked_name(path)
+    if name.endswith(".parquet"):
+        yield from ((f"row {i} of {path}", row) for i, row in enumerate(_parquet(path, key, None, limits), start=1))
+        return
+    if name.endswith(".json"):
+        with open_unpacked(path, key, limits) as f:
+            is_list = f.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
+        if is_list:
+            whole = "".join(chunks_of(text_of(path, key, limits)))
+            rows = parse_json(f'{{"rows":{whole}}}', f"`{key}`: {path}", finite=False)["rows"]
+            for i, row in enumerate(rows, start=1):
+                if not isinstance(row, dict):
+                    said = shorten(repr(row))
+                    raise ConfigError(f"`{key}` must be a list of objects, but item {i} of {path} is {said}.")
+                yield f"item {i} of {path}", row
+            return
+    yield from rows_of(path, key, limits, partial(_object_of, key))
+
+
+def _object_of(key: str, line: str, where: str) -> tuple[str, dict[str, Any]]:
+    return where, parse_json(line.strip(), f"`{key}`: {where}", finite=False)
+
+
+def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterator[Any]:
+    """The texts of a column, or whole rows as mappings."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         file = pq.ParquetFile(path)
         names = file.schema_arrow.names
-        if column not in names:
+        if column is not None and column not in names:
             raise ConfigError(_no_column(names, column, str(path)))
-        kind = file.schema_arrow.field(column).type
+        kind = pa.string() if column is None else file.schema_arrow.field(column).type
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
             raise ConfigError(f"`data.text_column` must hold text, but {column} of {path} holds {kind} instead.")
         where, size = f"`{key}`: {path}", path.stat().st_size
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
-        said = sum(c.total_uncompressed_size for c in chunks if c.path_in_schema == column)
+        said = sum(c.total_uncompressed_size for c in chunks if column in (None, c.path_in_schema))
         check_expansion(said, size, limits.max_expansion, where)
         unpacked, n = 0, 1  # a text that stands in the file once may be that of each row: few at a time of a small file
-        for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=[column]):
+        for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=None if column is None else [column]):
             unpacked += batch.nbytes
             check_expansion(unpacked, size, limits.max_expansion, where)
-            yield from texts_of(batch.column(0), n, path, column, key, limits)
+            yield from batch.to_pylist() if column is None else texts_of(batch.column(0), n, path, column, key, limits)
             n += len(batch)
-    except (pa.ArrowException, OSError, MemoryError) as e:
+    except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as e:
         raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {shorten(e)}") from e
 
 

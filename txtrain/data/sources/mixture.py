@@ -103,7 +103,7 @@ class MixtureOrder(GlobalOrder):
         return rows
 
 
-class MixedRows:
+class MixedRows(Rows):
     """The rows of several sets, one set behind the other. All are of one shape."""
 
     def __init__(self, sets: Sequence[Rows]) -> None:
@@ -112,6 +112,10 @@ class MixedRows:
 
     def __len__(self) -> int:
         return int(self.first[-1])
+
+    def sources(self, rows: Indices) -> list[list[int]]:
+        of = (np.searchsorted(self.first, rows, side="right") - 1).tolist()
+        return [self.sets[k].sources(np.array([row - self.first[k]]))[0] for k, row in zip(of, rows, strict=True)]
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]:
         """In the order of `rows`, what is drawn for each sample as if it stood alone."""

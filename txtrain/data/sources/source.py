@@ -14,6 +14,10 @@ a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input
 tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
 `kind: ClassVar = "pairs"` (or "images") in its nested Config.
 
+A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then
+serves to train a tokenizer alone: `Marked` texts, the same ones at every call. (`chat_template`: what the tokenizer is to
+write conversations with.)
+
 Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
 default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
 """
@@ -23,8 +27,8 @@ from __future__ import annotations
 import dataclasses as dc
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, Literal, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from txtrain.data.config import DataConfig, PythonDocsConfig
 from txtrain.errors import ConfigError
@@ -32,11 +36,27 @@ from txtrain.registry import call, resolve
 from txtrain.run_config import RunConfig
 
 Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = ("train", "validation")
 Run = TypeVar("Run", bound=RunConfig)
 
 
 class TextSource(Protocol):
     def documents(self, split: Split) -> Iterator[str]: ...
+
+
+class Marked(NamedTuple):
+    """A text as tokens, each with whether it is trained. The first never is: nothing before it tells what it is.
+
+    number: of what it came from, from 0 on, ascending; texts of one number are on one side of the split.
+    """
+
+    ids: Sequence[int]
+    trained: Sequence[bool]
+    number: int
+
+
+class MarkedSource(TextSource, Protocol):
+    def marked(self, split: Split, tokenizer: Any) -> Iterator[Marked]: ...
 
 
 class Samples(Protocol):
@@ -50,7 +70,16 @@ class SampleSource(Protocol):
 
 
 Source = Any  # of text, pairs, images or samples: told apart by the method that it has
-METHODS = ("documents", "pairs", "images", "samples", "tokens", "stream", "parts")  # four for everyone, three of ours
+METHODS = (  # but for the last three for everyone's own
+    "marked",  # and `documents` beside it
+    "documents",
+    "pairs",
+    "images",
+    "samples",
+    "tokens",
+    "stream",
+    "parts",
+)
 
 
 def build_source(config: RunConfig) -> Source:
@@ -60,7 +89,7 @@ def build_source(config: RunConfig) -> Source:
     given = {f.name: getattr(group, f.name) for group in groups for f in dc.fields(group)} | {"seq_len": config.seq_len}
     source = call("data", config.data, given)
     if method_of(source) is None:
-        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[:4]), resolve("data", config.data.type)
+        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:5]), resolve("data", config.data.type)
         raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
     return source
 
@@ -79,7 +108,7 @@ def has_validation(source: Source) -> bool:
 
 def splits(source: Source) -> tuple[Split, ...]:
     """Those that the source itself tells apart."""
-    return ("train", "validation") if has_validation(source) else ("train",)
+    return SPLITS if has_validation(source) else SPLITS[:1]
 
 
 def n_bytes(source: Source) -> int | None:

@@ -3,6 +3,8 @@
     <cache_dir>/<fingerprint>/
         train.bin  validation.bin                 token ids, uint16 (uint32 from a vocabulary of 65,536 on): all documents in a row
         train.offsets.npy  validation.offsets.npy int64 [n_documents + 1]: where each document begins, and the end
+        train.trained  validation.trained         where only some tokens are trained: a byte for each token, 1 for those
+        train.numbers.npy  validation.numbers.npy and int64 [n_documents]: the conversation that each document is of
         meta.json                                 what the text was; size and SHA-256 of each file; and a hash of itself
 
 The fingerprint says what is inside: the text, how it was split, and the tokenizer. Any process that knows it may read the folder.
@@ -27,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.data.sources.files import HASHED_BELOW
-from txtrain.data.sources.source import Split
+from txtrain.data.sources.source import SPLITS, Marked, Split
 from txtrain.data.store.tokens import Shard, Tokens
 from txtrain.errors import ConfigError
 from txtrain.ground import files
@@ -35,9 +37,10 @@ from txtrain.ground.plain_files import check_keys, map_npy, read_json
 
 log = logging.getLogger(__name__)
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
 META = "meta.json"
 TOKEN_FILES = (META, *(f"{split}.{end}" for split in SPLITS for end in ("bin", "offsets.npy")))
+# Beside them, where only some tokens are trained.
+MARK_FILES = tuple(f"{split}.{end}" for split in SPLITS for end in ("trained", "numbers.npy"))
 
 
 def cache_root(cache_dir: str | None) -> Path:
@@ -155,31 +158,50 @@ def _sha256(path: Path) -> str:
 
 
 class TokenWriter:
-    """Writes the files of both splits below `folder`, document after document."""
+    """Writes the files of both splits below `folder`, document after document. marked: by `append_marked`."""
 
-    def __init__(self, folder: Path, vocab_size: int) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, vocab_size: int, marked: bool = False) -> None:
+        self.folder, self.vocab_size, self.marked = folder, vocab_size, marked
         self.dtype = np.dtype(np.uint16 if vocab_size < 1 << 16 else np.uint32)
         self.offsets = {split: array("q", [0]) for split in SPLITS}
+        self.numbers = {split: array("q") for split in SPLITS}
 
     @contextmanager
     def open(self) -> Iterator[TokenWriter]:
         with ExitStack() as stack:
             self._files = {split: stack.enter_context((self.folder / f"{split}.bin").open("wb")) for split in SPLITS}
+            masks = {split: (self.folder / f"{split}.trained").open("wb") for split in SPLITS if self.marked}
+            self._masks = {split: stack.enter_context(file) for split, file in masks.items()}
             self._n = dict.fromkeys(SPLITS, 0)
             yield self
 
-    def append(self, split: Split, ids: list[int], ends: bool) -> None:
+    def append(self, split: Split, ids: Sequence[int], ends: bool) -> None:
         """ends: these are the last tokens of their document."""
         self._files[split].write(np.array(ids, dtype=self.dtype).tobytes())
         self._n[split] += len(ids)
         if ends:
             self.offsets[split].append(self._n[split])
 
+    def append_marked(self, split: Split, text: Marked) -> None:
+        """A whole document."""
+        trained = np.array(text.trained, dtype=np.uint8)
+        if len(trained) != len(text.ids):
+            each = f"a mark for each of its {len(text.ids)} tokens"
+            raise ConfigError(f"`data`: text {text.number} must have {each}, but has {len(trained)}.")
+        if text.ids and not 0 <= min(text.ids) <= max(text.ids) < self.vocab_size:
+            known = f"tokens from 0 to {self.vocab_size - 1}"
+            raise ConfigError(f"`data`: text {text.number} must be of {known}, but has others.")
+        trained[:1] = 0
+        self._masks[split].write(trained.tobytes())
+        self.numbers[split].append(text.number)
+        self.append(split, text.ids, ends=True)
+
     def finish(self, **about: Any) -> None:
         """Offsets and meta.json, once all documents are written."""
         for split in SPLITS:
             np.save(self.folder / f"{split}.offsets.npy", np.frombuffer(self.offsets[split], dtype=np.int64))
+            if self.marked:
+                np.save(self.folder / f"{split}.numbers.npy", np.frombuffer(self.numbers[split], dtype=np.int64))
         (self.folder / META).write_text(json.dumps({"dtype": self.dtype.name, "n_tokens": self._n, **about}, indent=2) + "\n")
 
     @property
@@ -200,12 +222,15 @@ class TokenFile(Tokens):
         if size != n_tokens * np.dtype(dtype).itemsize:
             have = "is missing" if size is None else f"has {size:,} bytes"
             raise ConfigError(f"{path} must have {n_tokens:,} tokens, as its meta.json says, but {have}. Remove the folder.")
-        super().__init__([Shard(path, dtype, n_tokens, borders=partial(_offsets, folder / f"{split}.offsets.npy"))], split)
+        marks, numbers = folder / f"{split}.trained", partial(_mapped, folder / f"{split}.numbers.npy")
+        masked: dict[str, Any] = {"trained": marks, "numbers": numbers} if marks.is_file() else {}
+        borders = partial(_mapped, folder / f"{split}.offsets.npy")
+        super().__init__([Shard(path, dtype, n_tokens, borders=borders, **masked)], split)
 
     @property
     def ids(self) -> NDArray[np.unsignedinteger[Any]]:
         return self.shards[0].ids
 
 
-def _offsets(path: Path) -> NDArray[np.int64]:
+def _mapped(path: Path) -> NDArray[np.int64]:
     return map_npy(path)

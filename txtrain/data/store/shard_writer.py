@@ -20,8 +20,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from txtrain.data.sources.source import Split
-from txtrain.data.store.cache import SPLITS
+from txtrain.data.sources.source import SPLITS, Split
 from txtrain.data.store.formats import FORMAT, INDEX, check_shards, shard_name
 from txtrain.ground import files
 from txtrain.ground.plain_files import check_keys, read_json

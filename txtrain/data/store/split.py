@@ -20,7 +20,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.data.sources.files import Text
-from txtrain.data.sources.source import Split, TextSource, has_validation, hashed, identity, splits
+from txtrain.data.sources.source import (
+    SPLITS,
+    Marked,
+    MarkedSource,
+    Split,
+    TextSource,
+    has_validation,
+    hashed,
+    identity,
+    splits,
+)
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
 _MANY = 5  # whole documents are held out where there would be at least so many
@@ -51,6 +62,35 @@ class Corpus:
     def fingerprint(self) -> str:
         """Of the text and of its split."""
         return digest(FORMAT, _known(self.source), None if has_validation(self.source) else self.val_fraction)
+
+
+@dataclass(frozen=True)
+class MarkedCorpus:
+    """Texts of which some tokens are trained. Without a validation split whole items are held out: of few items one."""
+
+    source: MarkedSource
+    val_fraction: float
+    tokenizer: Tokenizer
+
+    def documents(self) -> Iterator[tuple[Split, Marked]]:
+        if has_validation(self.source):
+            for split in SPLITS:
+                yield from ((split, text) for text in self.source.marked(split, self.tokenizer))
+            return
+        items = itertools.groupby(self.source.marked("train", self.tokenizer), key=lambda text: text.number)
+        run = round(1 / self.val_fraction)
+        first = [(number, list(texts)) for number, texts in itertools.islice(items, run)]
+        few = len(first) < run and not any(is_held_out(number, self.val_fraction) for number, _ in first)
+        for k, (number, texts) in enumerate(itertools.chain(first, items)):
+            held = k == len(first) - 1 > 0 if few else is_held_out(number, self.val_fraction)
+            yield from (("validation" if held else "train", text) for text in texts)
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the source and of how it is written; the tokens have the tokenizer's own."""
+        template = self.tokenizer.chat_template
+        written = None if template is None else [dict(template.texts), dict(self.tokenizer.names)]
+        return digest("marked", Corpus(self.source, self.val_fraction).fingerprint, written)
 
 
 @dataclass(frozen=True)

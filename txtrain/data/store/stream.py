@@ -45,6 +45,7 @@ class StreamTokens:
     """The training tokens of a streamed set; `Tokens`, as far as packing reads it. Reading back is possible, and slow: from the start."""
 
     split = "train"
+    mask = None
 
     def __init__(self, rows_from: RowsFrom, tokenizer: Tokenizer, start: Position = _BEGIN) -> None:
         self.rows_from, self.tokenizer, self.start = rows_from, tokenizer, start
@@ -124,6 +125,14 @@ class StreamTokens:
         marks[[place.token - self._begin for place, _ in self._documents]] = True
         found: NDArray[np.bool_] = np.lib.stride_tricks.sliding_window_view(marks, T)[begin_B - self._begin]
         return found
+
+    def trained(self, begin_B: Indices, T: int) -> None:
+        """All tokens are."""
+
+    def numbers(self, begin: int, end: int) -> list[int]:
+        """The row of each document of tokens begin to end - 1."""
+        self._need(begin, end)
+        return [place.row for place, ids in self._documents if place.token < end and place.token + len(ids) > begin]
 
     def __getstate__(self) -> dict[str, Any]:
         return {"rows_from": self.rows_from, "tokenizer": self.tokenizer, "start": self.start}

@@ -38,6 +38,8 @@ class Shard:
     Attributes:
         n_tokens: from byte first_byte of the file on, each a dtype.
         borders: gives int64 [n_documents + 1]: where each document begins, from 0 on, and the end; None: the format does not tell.
+        trained: a file with a byte for each token of `path`, 1 where it is trained; None: all are.
+        numbers: gives int64 [n_documents]: of what each document came from; None: they are counted.
     """
 
     path: Path
@@ -45,6 +47,8 @@ class Shard:
     n_tokens: int
     first_byte: int = 0
     borders: Borders | None = None
+    trained: Path | None = None
+    numbers: Borders | None = None
 
     @cached_property
     def ids(self) -> NDArray[Any]:
@@ -64,7 +68,13 @@ class Shard:
     def part(self, begin: int, end: int) -> Shard:
         """Tokens begin to end - 1, and the documents and parts of documents that they are."""
         borders = None if self.borders is None else partial(_within, self.borders, begin, end)
-        return Shard(self.path, self.dtype, end - begin, self.first_byte + begin * np.dtype(self.dtype).itemsize, borders)
+        first_byte = self.first_byte + begin * np.dtype(self.dtype).itemsize
+        return Shard(self.path, self.dtype, end - begin, first_byte, borders, self.trained)
+
+    def mask(self) -> Shard:
+        """The bytes of `trained` that belong to these tokens."""
+        assert self.trained is not None
+        return Shard(self.trained, "uint8", self.n_tokens, self.first_byte // np.dtype(self.dtype).itemsize)
 
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in dc.fields(self)}
@@ -90,6 +100,9 @@ class Tokens:
     def __init__(self, shards: Sequence[Shard], split: Split, eos_id: int | None = None, below: int | None = None) -> None:
         self.shards, self.split, self.eos_id, self.below = tuple(s for s in shards if s.n_tokens) or tuple(shards[:1]), split, eos_id, below
         self._first = np.concatenate(([0], np.cumsum([s.n_tokens for s in self.shards], dtype=np.int64)))
+        masked = any(s.trained is not None for s in self.shards)
+        # Of each token, 1: it is trained; None: all are.
+        self.mask: Tokens | None = Tokens([s.mask() for s in self.shards], split) if masked else None
 
     def __len__(self) -> int:
         return int(self._first[-1])
@@ -118,6 +131,10 @@ class Tokens:
         """int64 [end - begin]."""
         row: Indices = self.windows(np.array([begin]), end - begin)[0]
         return row
+
+    def trained(self, begin_B: Indices, T: int) -> NDArray[np.bool_] | None:
+        """[B, T]: which tokens of each window are trained; None: all."""
+        return None if self.mask is None else self.mask.windows(begin_B, T) != 0
 
     def probe(self) -> None:
         """Look for ids that the model does not have before a run starts: at all tokens of files that are small enough
@@ -208,6 +225,14 @@ class Tokens:
     @property
     def n_documents(self) -> int:
         return len(self.offsets) - 1
+
+    def numbers(self, begin: int, end: int) -> list[int]:
+        """What each document of tokens begin to end - 1 came from: its place in the split, if the source does not tell."""
+        first = np.searchsorted(self.offsets, begin, side="right") - 1
+        documents = np.arange(first, np.searchsorted(self.offsets, end, side="left"))
+        told = self.shards[0].numbers if len(self.shards) == 1 else None
+        found: list[int] = (documents if told is None else told()[documents]).tolist()
+        return found
 
     def beginnings(self, n: int, length: int) -> Iterator[Indices]:
         """The first `length` tokens of the first n documents (fewer, if there are fewer), found without reading whole files."""

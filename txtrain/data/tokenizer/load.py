@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
-from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_tokenizer, told
+from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, read_json, read_text, shorten
+from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_json, read_text, shorten
 
 # Which token ends a text, begins it, pads it: by these names where no file says so.
 _USUAL = {
@@ -21,6 +21,10 @@ _USUAL = {
     "pad_token": ("<pad>", "[PAD]"),
 }
 _OLDER_NAMES = {"eos_token": "sep_token", "bos_token": "cls_token"}  # BERT's
+# That a template may ask for, and the classes that have none of their own.
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
+_TEMPLATE = "chat_template.jinja"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -53,7 +57,14 @@ def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
             f"`data.tokenizer`: {name} must have a token that ends a text: `eos_token` in its tokenizer_config.json, or one of {usual} in its vocabulary."
         )
     bos_id = ids["bos_token"]
-    return Tokenizer(backend, eos_id=eos_id, bos_id=eos_id if bos_id is None else bos_id, pad_id=ids["pad_token"])
+    return Tokenizer(
+        backend,
+        eos_id=eos_id,
+        bos_id=eos_id if bos_id is None else bos_id,
+        pad_id=ids["pad_token"],
+        chat_template=_chat_template(folder),
+        names=_names(backend, folder, ids),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------- formats
@@ -142,14 +153,57 @@ def _special_ids(backend: Any, folder: Path) -> dict[str, int | None]:
     said = _config(folder)
     found: dict[str, int | None] = {}
     for role, usual in _USUAL.items():
-        token = said.get(role) or said.get(_OLDER_NAMES.get(role, ""))
-        if isinstance(token, dict):  # an AddedToken, written out
-            token = token.get("content")
-        if token is not None and not isinstance(token, str):
-            raise ConfigError(f"{folder}: `{role}` of its tokenizer must be text, but is {shorten(repr(token))} instead.")
+        token = _said(said, role, folder) or _said(said, _OLDER_NAMES.get(role, ""), folder)
         names = [token] if token else usual
         found[role] = next((i for i in map(backend.token_to_id, names) if i is not None), None)
     return found
+
+
+def _said(said: Mapping[str, Any], role: str, folder: Path) -> str | None:
+    token = said.get(role)
+    if isinstance(token, dict):  # an AddedToken, written out
+        token = token.get("content")
+    if token is not None and not isinstance(token, str):
+        raise ConfigError(f"{folder}: `{role}` of its tokenizer must be text, but is {shorten(repr(token))} instead.")
+    return token
+
+
+def _names(backend: Any, folder: Path, ids: Mapping[str, int | None]) -> dict[str, str]:
+    """The special tokens as `transformers` tells them to a template: the files' own; of a family's class also its own."""
+    said = _config(folder)
+    known = {role: said[role] for role in _NAMED if isinstance(said.get(role), (str, dict))}
+    found = {role: token for role in known if (token := _said(known, role, folder)) is not None}
+    if said.get("tokenizer_class") not in _GENERIC:
+        own = {role: i for role, i in ids.items() if i is not None and role not in said and role != "pad_token"}
+        found = {role: backend.id_to_token(i) for role, i in own.items()} | found
+    return found
+
+
+def _chat_template(folder: Path) -> ChatTemplate | None:
+    """What the folder's own files say, or `chat_template` of its tokenizer_config.json.
+
+    Raises:
+        ConfigError: there are several, of which none is called default.
+    """
+    files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / _TEMPLATE).is_file():
+        files["default"] = folder / _TEMPLATE
+    texts = {name: read_text(path) for name, path in files.items()}
+    where = folder / _TEMPLATE
+    if "default" not in texts:
+        where, said = folder / "tokenizer_config.json", _config(folder).get("chat_template")
+        if isinstance(said, list):
+            kind = list[dict[str, str]]
+            check_keys({"chat_template": said}, str(where), {"chat_template": kind})
+            said = {one.get("name", ""): one.get("template", "") for one in said}
+        elif said is not None:
+            check_keys({"chat_template": said}, str(where), {"chat_template": str})
+            said = {"default": said}
+        texts |= said or {}
+    if texts and "default" not in texts:
+        names = shorten(", ".join(texts))
+        raise ConfigError(f"{where}: one of its chat templates must be called default, but they are called {names}.")
+    return ChatTemplate(texts, str(where)) if texts else None
 
 
 def _mark_specials(backend: Any, names: list[str]) -> None:
@@ -167,7 +221,8 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    wanted = [*_FORMATS, "tokenizer_config.json", "special_tokens_map.json"]
+    templates = _TEMPLATE, "additional_chat_templates/*.jinja"
+    wanted = [*_FORMATS, "tokenizer_config.json", "special_tokens_map.json", *templates]
     try:
         cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if any((cached / file).is_file() for file in _FORMATS):

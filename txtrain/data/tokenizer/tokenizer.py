@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,7 @@ from txtrain.ground.plain_files import shorten
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
+_ROLES = ("bos_token", "eos_token", "pad_token")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # that `Tokenizer.save` writes
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
@@ -47,18 +49,41 @@ def told(what: str) -> Iterator[None]:
         raise ConfigError(f"`data.tokenizer` must be a tokenizer, but cannot {what}: {shorten(e)}.") from e
 
 
+class ChatTemplate(NamedTuple):
+    """Jinja templates by name: `default`, perhaps `tool_use` for talk with tools. where: the file, for errors."""
+
+    texts: Mapping[str, str]
+    where: str
+
+
 class Tokenizer:
     """Encodes text as text: a special token's name that stands in it is spelt out, and no specials are added.
 
     Special ids are put in by whoever builds a sequence: `bos_id` before a document, `eos_id` after it.
+
+    Args:
+        chat_template: that its files bring.
+        names: of special tokens by role (`eos_token`, ...), as its files say and a template reads them; None: of the ids.
     """
 
-    def __init__(self, backend: Any, eos_id: int, bos_id: int | None = None, pad_id: int | None = None) -> None:
+    def __init__(
+        self,
+        backend: Any,
+        eos_id: int,
+        bos_id: int | None = None,
+        pad_id: int | None = None,
+        chat_template: ChatTemplate | None = None,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         backend.no_truncation()
         backend.no_padding()
         backend.encode_special_tokens = True
         self.backend, self.eos_id, self.bos_id, self.pad_id = backend, eos_id, bos_id, pad_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        roles = dict(zip(_ROLES, (bos_id, eos_id, pad_id), strict=True))
+        self.chat_template = chat_template
+        of_ids = {role: backend.id_to_token(i) for role, i in roles.items() if i is not None}
+        self.names = of_ids if names is None else names
 
     def encode(self, text: str) -> list[int]:
         with told("encode this text"):
@@ -69,6 +94,20 @@ class Tokenizer:
         """On all cores: several times faster than one text after another."""
         with told("encode these texts"):
             return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def as_written(self, text: str) -> Any:
+        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text with special tokens by name, as templates write it."""
+        with told("encode this text"):
+            return self._of_written.encode(text, add_special_tokens=False)
+
+    @cached_property
+    def _of_written(self) -> Any:
+        return type(self.backend).from_str(self.backend.to_str())
+
+    @cached_property
+    def added_ids(self) -> frozenset[int]:
+        """Tokens beside the text's own, such as those that end a turn."""
+        return frozenset(self.backend.get_added_tokens_decoder())
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
         """Text; special tokens are left out, or with `special` written as their names."""
@@ -94,7 +133,10 @@ class Tokenizer:
             return self
         backend = type(self.backend).from_str(self.backend.to_str())
         backend.add_special_tokens(missing)
-        return Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id)
+        return Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id, self.chat_template, self.names)
+
+    def with_template(self, template: ChatTemplate) -> Tokenizer:
+        return Tokenizer(self.backend, self.eos_id, self.bos_id, self.pad_id, template, self.names)
 
     def special_ids(self) -> set[int]:
         added = self.backend.get_added_tokens_decoder()
@@ -127,12 +169,19 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode() + named.encode()).hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """tokenizer.json and tokenizer_config.json, as `transformers` reads them."""
+        """tokenizer.json, tokenizer_config.json and the chat template, as `transformers` reads them."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         named |= {f"{name}_token": self.find(f"[{name.upper()}]") for name in ("mask", "cls", "sep")}
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
+        if self.chat_template is not None:  # it reads these, and may ask whether there is one
+            config = dict(self.names)
+            for name, text in self.chat_template.texts.items():
+                other = f"additional_chat_templates/{name}.jinja"
+                place = folder / ("chat_template.jinja" if name == "default" else other)
+                place.parent.mkdir(exist_ok=True)
+                place.write_bytes(text.encode())
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own `save` says a full disk its own way
         (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n")
 

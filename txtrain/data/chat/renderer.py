@@ -1,0 +1,130 @@
+"""Renders Jinja chat templates of strangers, in a process of its own with little memory and little time. A program.
+
+Each line of standard input is a request, each line of standard output its answer, both JSON:
+
+    {"templates": {NAME: TEXT}, "tokens": {"eos_token": ...}}   -> {"ready": true}; first and once
+    {"name": NAME, "messages": [...], "tools": ..., "wanted": [[n, prompt], ...]}
+        -> {"rendered": [{"text": ..., "spans": [[begin, end], ...]} or {"error": ...}, ...]}
+
+`wanted`: the first n messages, and whether the header of the next assistant turn stands behind them
+(add_generation_prompt). `spans`: what stands within `{% generation %}`, in characters. Whatever ends the process (SIGPROF
+once the time is over) is for the parent to tell.
+The environment is that of `transformers`: what a template finds there, it finds here.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+from jinja2 import TemplateError, TemplateSyntaxError, nodes
+from jinja2.ext import Extension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY = 1 << 30  # bytes of address space, Python's own among them
+SECONDS = 5  # of processor time for a conversation
+
+
+class Generation(Extension):
+    """`{% generation %} ... {% endgeneration %}`: remembers where what stands within is written."""
+
+    tags = {"generation"}
+
+    def __init__(self, environment: Any) -> None:
+        super().__init__(environment)
+        self.written: list[str] = []
+        self.spans: list[tuple[int, int]] = []
+        environment.extend(generation=self)
+
+    def parse(self, parser: Any) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("mark"), [], [], body).set_lineno(line)
+
+    def mark(self, caller: Callable[[], str]) -> str:
+        inside = caller()
+        begin = sum(map(len, self.written))
+        self.spans.append((begin, begin + len(inside)))
+        return inside
+
+
+def environment() -> Any:
+    made = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    made.filters["tojson"] = tojson
+    made.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    return made
+
+
+def tojson(
+    x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def raise_exception(message: str) -> None:
+    raise TemplateError(message)
+
+
+def strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+def rendered(template: Any, marks: Generation, given: dict[str, Any]) -> dict[str, Any]:
+    marks.written, marks.spans = [], []
+    try:
+        for piece in template.generate(**given):
+            marks.written.append(piece)
+    except MemoryError:
+        raise
+    except Exception as e:  # a template may raise whatever its filters and methods raise
+        return {"error": f"{type(e).__name__}: {e}"[:300]}
+    return {"text": "".join(marks.written), "spans": marks.spans}
+
+
+def main() -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    jinja = environment()
+    templates: dict[str, Any] = {}
+    tokens: dict[str, str] = {}
+    for line in sys.stdin.buffer:
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            asked = json.loads(line)
+            if not templates:
+                tokens = asked["tokens"]
+                templates = {name: jinja.from_string(text) for name, text in asked["templates"].items()}
+                answer: dict[str, Any] = {"ready": True}
+            else:
+                fixed = {"tools": asked["tools"], "documents": None, **tokens}
+                answer = {
+                    "rendered": [
+                        rendered(
+                            templates[asked["name"]],
+                            jinja.generation,
+                            {"messages": asked["messages"][:n], "add_generation_prompt": prompt, **fixed},
+                        )
+                        for n, prompt in asked["wanted"]
+                    ]
+                }
+            said = json.dumps(answer)
+        except MemoryError:
+            said = json.dumps({"fatal": f"it needs more than {MEMORY >> 20} MB of memory"})
+        except TemplateSyntaxError as e:
+            said = json.dumps({"fatal": f"it is no Jinja template: line {e.lineno}: {e}"[:300]})
+        except (TemplateError, RecursionError) as e:
+            said = json.dumps({"fatal": f"it is no Jinja template: {e}"[:300]})
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        sys.stdout.write(said + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

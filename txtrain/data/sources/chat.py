@@ -1,0 +1,142 @@
+"""data=chat: conversations in files or in a set of load_dataset, as tokens of which the assistant's are trained."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from txtrain.data.chat.formats import Format, conversations
+from txtrain.data.chat.template import Template
+from txtrain.data.chat.turns import Conversation, Speaker, TrainOn
+from txtrain.data.sources.documents import objects_of
+from txtrain.data.sources.files import Limits, files_identity, find_files, listed
+from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.source import Marked, Split
+from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer
+from txtrain.errors import ConfigError
+from txtrain.ground.plain_files import read_text
+
+log = logging.getLogger(__name__)
+
+FORMAT = "chat 1"  # of what a conversation becomes: raise it when its tokens or marks change
+KINDS = (".json", ".jsonl", ".parquet")
+_TEMPLATE_LIMIT = 1_000_000  # bytes
+Paths = str | tuple[str, ...]
+Rows = Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]  # each row with its place
+
+
+class Chats:
+    """One row, one conversation (of self-instruct and of trees several).
+
+    Args:
+        path, val_path: files, globs, folders, or a list of them; or a name for load_dataset.
+        chat_template: a file; None: the tokenizer's.
+        seq_len: tokens of a sample, at most: turns beyond are left out.
+
+    Raises:
+        ConfigError: a path that does not exist, or a file in both path and val_path.
+    """
+
+    def __init__(
+        self,
+        path: Paths | None,
+        val_path: Paths | None,
+        name: str | None,
+        split: str,
+        val_split: str | None,
+        format: Format,
+        chat_template: str | None,
+        train_on: TrainOn,
+        seq_len: int,
+        max_expansion: float,
+        max_text_bytes: int,
+    ) -> None:
+        if not path:
+            raise ConfigError(
+                "`data.path` must be given with data=chat: .json, .jsonl or .parquet files, or a hub set."
+            )
+        self.path, self.format, self.train_on, self.seq_len = path, format, train_on, seq_len
+        self.limits = Limits(max_expansion, max_text_bytes)
+        self.chat_template: ChatTemplate | None = None
+        if chat_template is not None:
+            file = Path(chat_template).expanduser()
+            self.chat_template = ChatTemplate({"default": read_text(file, _TEMPLATE_LIMIT)}, chat_template)
+        self._known: list[str] = []
+        self.rows: dict[Split, Rows] = {"train": self._open(path, "data.path", name, split)}
+        if val_path or val_split:
+            self.rows["validation"] = self._open(val_path or path, "data.val_path", name, val_split or split)
+            if len(set(self._known)) < len(self._known):
+                raise ConfigError(
+                    f"`data.val_path` must not be the training conversations, but {val_path or val_split} is."
+                )
+        self.has_validation = "validation" in self.rows
+
+    def conversations(self, split: Split) -> Iterator[Conversation]:
+        for number, (where, row) in enumerate(self.rows[split]()):
+            yield from conversations(row, self.format, number, where)
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """What is said, for a tokenizer to be trained on."""
+        for talk in self.conversations(split):
+            yield "\n".join(turn["content"] for turn in talk.messages if isinstance(turn.get("content"), str))
+
+    def marked(self, split: Split, tokenizer: Tokenizer) -> Iterator[Marked]:
+        n_without = n_all = 0
+        with Template(tokenizer) as template:
+            speaker = Speaker(tokenizer, template, self.train_on, self.seq_len)
+            for talk in self.conversations(split):
+                samples = speaker.samples(talk)
+                n_all, n_without = n_all + 1, n_without + (not samples)
+                yield from samples
+        if speaker.left_out or n_without:
+            log.warning(
+                "%s: %d turns that end behind data.seq_len=%d are left out; %d of %d conversations train nothing",
+                split,
+                speaker.left_out,
+                self.seq_len,
+                n_without,
+                n_all,
+            )
+
+    def identity(self) -> str:
+        return f"{FORMAT} {self.format} {self.train_on} {self.seq_len} {' '.join(self._known)}"
+
+    def describe(self) -> str:
+        return f"conversations of {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
+
+    # ------------------------------------------------------------------------------------------------------------- open
+
+    def _open(self, path: Paths, key: str, name: str | None, split: str) -> Rows:
+        names = listed(path)
+        if len(names) == 1 and _is_hub_name(names[0]):
+            return self._set(names[0], key, name, split)
+        files = find_files(path, key, KINDS, "conversations")
+        for file in files:
+            if not file.name.removesuffix(".gz").removesuffix(".zst").endswith(KINDS):
+                raise ConfigError(f"`{key}` must be {', '.join(KINDS)} files of conversations, but {file} is another.")
+        self._known.append(files_identity(files))
+        return lambda: (row for file in files for row in objects_of(file, key, self.limits))
+
+    def _set(self, path: str, key: str, name: str | None, split: str) -> Rows:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            rows = load_dataset(path, name, split)
+        except HubUnreachable as e:
+            raise ConfigError(f"`{key}`: {path} is no file here, and as a hub set it cannot be had: {e}.") from e
+        except (FileNotFoundError, ValueError, DatasetsError) as e:
+            said = str(e.__cause__ or e).splitlines()[0]
+            raise ConfigError(
+                f"`{key}` must be files of conversations or what load_dataset takes, "
+                f"but {path} ({split}) is not: {said}"
+            ) from e
+        self._known.append(rows._fingerprint)
+        return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
+
+
+def _is_hub_name(name: str) -> bool:
+    """A word, or two with a slash between, that is nothing here."""
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(KINDS) or set(name) & set("[*?")
+    return not local and not Path(name).exists()

@@ -1,0 +1,33 @@
+"""Predict the assistant's turns of conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from txtrain.data.chat.template import Template
+from txtrain.objectives.base import Shown
+from txtrain.objectives.causal_lm import CausalLM
+from txtrain.objectives.continuations import said
+from txtrain.run_config import RunConfig
+
+
+class SFT(CausalLM):
+    """Cross-entropy of the trained tokens, in nats a token, over all of a global batch: long answers count for more."""
+
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
+        """What the model answers to config.sample's prompts, or where the first validation answers begin."""
+        tokenizer, wanted = data.tokenizer, config.sample
+        if tokenizer is None or wanted.max_new_tokens == 0:
+            return []
+        if wanted.prompts:
+            with Template(tokenizer) as template:
+                asked = [template.prompt([{"role": "user", "content": prompt}]) for prompt in wanted.prompts]
+            given = [tokenizer.as_written(text).ids for text in asked]
+        else:
+            given = data.before_trained(wanted.n)
+        made = []
+        for ids in given:
+            answer = said(module, tokenizer, ids, config, check)
+            made.append(Shown(tokenizer.decode(ids, special=True), tokenizer.decode(answer)))
+        return made
