@@ -26,18 +26,15 @@ from txtrain.config.schema import Train
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
-from txtrain.training.module import LitModule
+from txtrain.training.module import LitModule, described
 
 
 def composed(overrides: list[str]) -> Train:
-    """Once for all: it takes as long as what is tested."""
-    of_experts = [o for o in overrides if "ep_size" in o]  # known of a folder's model only
-    given = [*(o for o in overrides if o not in of_experts), f"trainer.devices={dist.get_world_size()}"]
-    made: list[Any] = [compose(given) if dist.get_rank() == 0 else None]
+    """Once for all: it takes as long as what is tested. The model is named beside its weights."""
+    where, *given = overrides
+    made: list[Any] = [compose([*given, f"trainer.devices={dist.get_world_size()}"]) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made)
-    config: Train = made[0]
-    strategy: Any = config.strategy
-    return dc.replace(config, strategy=dc.replace(strategy, ep_size=2)) if of_experts else config
+    return dc.replace(made[0], init_from=where)
 
 
 def laid(config: Train, parallel: OneProcess) -> LitModule:
@@ -92,9 +89,12 @@ def reads_a_second_model(overrides: list[str]) -> None:
     ids = torch.randint(0, 200, (2, 16), generator=torch.Generator().manual_seed(0))
     parallel = make_parallel(config)
     with parallel.started(), torch.enable_grad():
+        first, device = described(config), torch.device("cpu")
+        parallel.set_up(first, device)
+        parallel.materialise(first, device)
         source = open_weights(where, "objective.teacher")
         parallel.check_read(source.model.config, "objective.teacher")
-        read: Any = parallel.lay_read_only(source, torch.device("cpu"))
+        read: Any = parallel.lay_read_only(source, device)
         half = bool(config.strategy.stage) and config.trainer.precision == "bf16-mixed"
         alone = load(where).model.to(torch.bfloat16 if half else torch.float32)
         asked = {"input_ids": ids} | ({"decoder_input_ids": ids} if source.model.config.encoder_layers else {})
@@ -104,17 +104,14 @@ def reads_a_second_model(overrides: list[str]) -> None:
                 allowed = 1e-2 if half else 1e-5
                 torch.testing.assert_close(logits, alone(**asked).logits, rtol=allowed, atol=allowed)
             assert not logits.requires_grad
-            held = list(source.model.parameters())
-            assert not any(p.requires_grad for p in held)
-            n = torch.tensor(sum(getattr(p, "ds_tensor", local(p)).numel() for p in held))
-            dist.all_reduce(n)
-            once = source.model.config.n_params * parallel.layout.replicate  # type: ignore[attr-defined]
-            if config.strategy.type == "fsdp":
-                assert int(n) == once
-            else:  # what is whole in every rank, and what fills the last parts up
-                whole_in_each = config.strategy.stage in (1, 2)
-                assert once <= int(n) < 1.1 * once * (dist.get_world_size() if whole_in_each else 1), int(n) / once
+            assert not any(p.requires_grad for p in source.model.parameters())
+            assert n_held(source.model) == n_held(first)
         assert not source.model.training
+
+
+def n_held(model: nn.Module) -> int:
+    """Elements that this rank has."""
+    return sum(getattr(p, "ds_tensor", local(p)).numel() for p in model.parameters())
 
 
 def takes_its_share_of_memory(overrides: list[str], small: list[str]) -> None:

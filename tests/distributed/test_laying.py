@@ -22,9 +22,10 @@ from txtrain.parallel.world import World
 
 pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="/proc, deepspeed")
 
-SMALL = ("model.n_layers=2", "model.dim=32", "model.n_heads=4")
+SMALL = ("model.n_layers=2", "model.dim=32", "model.n_heads=4", "model.vocab_size=257", "model.max_seq_len=32")
+GPT2 = ("model=gpt2", *SMALL)
 TEXT = ("data=text", "data.path=text.txt", "data.tokenizer=bytes", "data.seq_len=32")
-DATA = (*TEXT, "data.global_batch_size=8", "trainer.accelerator=cpu")
+DATA = (*TEXT, "data.global_batch_size=12", "trainer.accelerator=cpu")
 HOW = {
     "ddp": ("strategy=ddp",),
     "fsdp": ("strategy=fsdp",),
@@ -55,17 +56,17 @@ def launch(cases: list[tuple[str, list]], n: int, where: Path, timeout: float = 
     return run([sys.executable, "-m", "tests.distributed.laying_cases", str(listed)], n, where, timeout)
 
 
-def starts(source: Path, how: tuple[str, ...]) -> list[str]:
-    return [f"init_from={source}", *DATA, *how]
+def starts(source: Path, how: tuple[str, ...], model: tuple[str, ...]) -> list[str]:
+    return [str(source), *model, *DATA, *how]
 
 
 def test_two_ranks_read_their_shards(tmp_path):
     """A folder whose tensors are transposed and joined; what two ranks wrote, read by others; a second model."""
-    gpt = folder(tmp_path / "gpt2", "model=gpt2", *SMALL, "model.vocab_size=257", "model.max_seq_len=32")
-    cases = [("is_saved", [starts(gpt, HOW[how]), str(tmp_path / how)]) for how in ("tp", "fsdp")]
+    gpt = folder(tmp_path / "gpt2", *GPT2)
+    cases = [("is_saved", [starts(gpt, HOW[how], GPT2), str(tmp_path / how)]) for how in ("tp", "fsdp")]
     for source, how in ((gpt, "fsdp"), (tmp_path / "fsdp", "tp")):
-        cases.append(("has_the_values_of_one_process", [starts(source, HOW[how])]))
-    cases += [("reads_a_second_model", [starts(tmp_path / "tp", HOW["fsdp"])])]
+        cases.append(("has_the_values_of_one_process", [starts(source, HOW[how], GPT2)]))
+    cases += [("reads_a_second_model", [starts(tmp_path / "tp", HOW["fsdp"], GPT2)])]
     launch(cases, 2, tmp_path)
 
 
@@ -79,7 +80,7 @@ def reading(tmp_path: Path, teacher: Path, name: str, *how: str) -> list[str]:
 def taught(tmp_path_factory):
     """A folder with a teacher, and a run in one process that reads it."""
     where = tmp_path_factory.mktemp("taught")
-    teacher = folder(where / "teacher", "model=gpt2", *SMALL, "model.vocab_size=360", "model.max_seq_len=32")
+    teacher = folder(where / "teacher", "model=gpt2", *SMALL[:3], "model.vocab_size=360", "model.max_seq_len=32")
     txtrain.train(compose(reading(where, teacher, "alone")))
     return where
 
@@ -105,17 +106,12 @@ def test_a_second_model_that_is_not_there_or_cannot_be_cut_ends_before_the_folde
 # ------------------------------------------------------------------------------------------------------------------------- slow
 
 KINDS = {
-    "decoder, transposed and joined": ("model=gpt2",),
-    "decoder, tied": ("model=gemma2",),
-    "experts": ("model=deepseek_r1", "model.mtp_depth=0"),
-    "encoder": ("model=bert", "objective=masked_lm"),
-    "two stacks": ("model=t5", "objective=span_corruption"),
+    "decoder, transposed and joined": GPT2,
+    "decoder, tied": ("model=gemma2", *SMALL),
+    "experts": ("model=deepseek_r1", "model.mtp_depth=0", *SMALL),
+    "encoder": ("model=bert", "objective=masked_lm", *SMALL),
+    "two stacks": ("model=t5", "objective=span_corruption", "optimizer=adamw", *SMALL),
 }
-
-
-def of(kind: str) -> list[str]:
-    """What a run needs to be told beside init_from."""
-    return [o for o in KINDS[kind] if o.startswith("objective=")]
 
 
 @pytest.mark.slow
@@ -135,9 +131,9 @@ def sources(tmp_path_factory):
     where = tmp_path_factory.mktemp("sources")
     found, cases = {}, []
     for i, (kind, given) in enumerate(KINDS.items()):
-        found[kind] = [folder(where / f"folder-{i}", *given, *SMALL, "model.vocab_size=257", "model.max_seq_len=32")]
+        found[kind] = [folder(where / f"folder-{i}", *given)]
         for how in ("experts" if kind == "experts" else "fsdp", "tp"):
-            cases.append(("is_saved", [starts(found[kind][0], (*HOW[how], *of(kind))), str(where / f"{how}-{i}")]))
+            cases.append(("is_saved", [starts(found[kind][0], HOW[how], given), str(where / f"{how}-{i}")]))
             found[kind].append(where / f"{how}-{i}")
     launch(cases, 2, where)
     return found
@@ -153,30 +149,36 @@ def test_every_strategy_reads_the_values_of_one_process(sources, n, tmp_path):
         for how in ways:
             if "experts" in how and kind != "experts":
                 continue
-            given = [[starts(source, (*(HOW | OF_FOUR)[how], *of(kind)))] for source in each]
+            given = [[starts(source, (HOW | OF_FOUR)[how], KINDS[kind])] for source in each]
             cases += [("has_the_values_of_one_process", one) for one in given]
             cases += [("reads_a_second_model", given[0])] if n == 2 else []
     launch(cases, n, tmp_path, timeout=60 + 10 * len(cases))
 
 
-LARGE = ("model.n_layers=12", "model.dim=512", "model.n_heads=8", "model.vocab_size=24000")
+LARGE = ("model.n_layers=12", "model.dim=512", "model.n_heads=8", "model.vocab_size=24000", "model.max_seq_len=64")
 
 
 @pytest.fixture(scope="module")
 def large(tmp_path_factory):
-    """Of each kind a folder of some 300 MB, in one file, and a small one."""
+    """large(kind) is a folder of some 300 MB, in one file, and a small one, each with what it is of."""
     where = tmp_path_factory.mktemp("large")
-    for kind in ("model=gpt2", "model=deepseek_r1"):
-        for size, given in (("large", LARGE), ("small", (*SMALL, "model.vocab_size=257"))):
-            of_kind = [*given, "model.max_seq_len=64", *(["model.mtp_depth=0"] if "deepseek" in kind else [])]
-            folder(where / kind / size, kind, *of_kind, max_shard_bytes=10**10)
-    return where
+    found = {}
+
+    def of(*kind):
+        if kind not in found:
+            sizes = {"large": (*kind, *LARGE), "small": (*kind, *SMALL)}
+            found[kind] = [
+                (folder(where / kind[0] / size, *model, max_shard_bytes=10**10), model) for size, model in sizes.items()
+            ]
+        return found[kind]
+
+    return of
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["ddp", "fsdp", "tp", "zero 3", "experts"])
 def test_no_rank_holds_more_than_its_share_and_the_largest_tensor(large, how, tmp_path):
     """Processes of their own: what another case gave back may lie in a process still."""
-    kind = large / ("model=deepseek_r1" if how == "experts" else "model=gpt2")
-    given = [starts(kind / size, HOW[how]) for size in ("large", "small")]
+    kind = ("model=deepseek_r1", "model.mtp_depth=0") if how == "experts" else ("model=gpt2",)
+    given = [starts(source, HOW[how], model) for source, model in large(*kind)]
     print(launch([("takes_its_share_of_memory", given)], 2, tmp_path))

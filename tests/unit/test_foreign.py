@@ -18,6 +18,7 @@ FOREIGN = {
     "ground.convert": "__name__",
     "ground.plain_files": "CSafeLoader anchor tag",
     "parallel.launch": "sched_getaffinity",
+    "monitor.console": "rich_proxied_file",
     "monitor.monitor": "sched_getaffinity",
     # errors of Hydra and of the hub, pictures of Pillow
     "config.overrides": "full_key msg",
@@ -25,17 +26,19 @@ FOREIGN = {
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
     "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable",
+    "data.prepare": "chat_template",
     "data.samples.images": "files",
     "model.generation": "item config",
     "training.module": "config datamodule",
     "model.stack": "window softcap dropout",
-    "model.init": "reset_parameters residual_projections q_proj scale head_dim",
+    "model.init": "reset_parameters residual_projections name",
     # Lightning's trainer and loggers
     "training.data_module": "lightning_module parallel",
     "monitor.loggers.build": "name",
     "monitor.loggers.sinks": "experiment",
     # tensors, placements and collectives of torch; DeepSpeed's optimizers
     "optim.sharded": "dim",
+    "parallel.dtensor_parts": "dim",
     "parallel.fsdp": "dim placements _local_tensor",
     "parallel.gradient_buckets": "_local_tensor",
     "parallel.one_process": "full_tensor",

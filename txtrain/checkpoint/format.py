@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-import functools
 import json
 import math
 import os
@@ -325,17 +324,7 @@ def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | 
 
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor in a checkpoint that `verify` has passed.
-
-    A resumed run asks six times; of 2,000 layers that is a minute.
-    """
-    found = [(file, file.stat()) for file in sorted(path.glob("*.safetensors"))]
-    return dict(_shapes(path, *((file, stat.st_ino, stat.st_size, stat.st_mtime_ns) for file, stat in found)))
-
-
-@functools.lru_cache(maxsize=1)
-def _shapes(path: Path, *files: Any) -> dict[str, tuple[int, ...]]:
-    """files: what tells that one of them has changed."""
+    """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     from txtrain.checkpoint.reader import read_headers

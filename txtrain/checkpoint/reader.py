@@ -91,10 +91,10 @@ class Reader(HuggingFaceStorageReader):
 
     def pieces(self, prefix: str) -> list[Piece]:
         """Of the tensors that begin with it, without it, for a reader that needs no plan."""
-        found = []
-        for index, path in self._headers.metadata.storage_data.items():
+        found, headers = [], self._headers
+        for index, path in (headers.metadata.storage_data or {}).items():
             if index.fqn.startswith(prefix):
-                file, name = self._headers.files[path], index.fqn
+                file, name = headers.files[path], index.fqn
                 look = partial(self._read, path, name, None)
                 shape, read = file.entries[name].shape, partial(_box, file, name)
                 found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))

@@ -20,7 +20,7 @@ from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import FORMAT, NewerFormat, RunState, check_format
 from txtrain.errors import ConfigError
 from txtrain.ground import files, plain_files
-from txtrain.ground.convert import among, differing, marked, plain
+from txtrain.ground.convert import among, build, differing, marked, plain
 from txtrain.ground.slurm import Job
 from txtrain.run_config import RunConfig
 
@@ -99,7 +99,7 @@ class RunFolder:
     def _started_before(self, config: RunConfig) -> bool:
         """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
         there = config.resume == "auto" and (self.path / "config.yaml").exists()
-        return there and not differences(_saved(self.path), plain(config))
+        return there and not differences(_completed(self.path, config), plain(config))
 
     def _of_parent(self, parent: Path) -> dict[str, Any]:
         logged = RunFolder(parent.parent.parent).facts.get("wandb_id")
@@ -256,7 +256,7 @@ def _continue(config: RunConfig, path: Path, newest: Path) -> RunFolder:
     folder = RunFolder(path, newest)
     folder._read()  # refuses what is damaged, or of a newer format
     checkpoint.verify(newest, "resume")
-    different = differences(_saved(newest), plain(config))
+    different = differences(_completed(newest, config), plain(config))
     _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
     checkpoint.check_model(newest, config.model)
     return folder
@@ -267,7 +267,7 @@ def _parent(config: RunConfig) -> Path:
     assert config.fork is not None
     found = checkpoint.locate(config.fork, key="fork")
     checkpoint.verify(found, "fork")
-    different = [d for d in differences(_saved(found), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
+    different = [d for d in differences(_completed(found, config), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
     _refuse(different, config.resume_allow, f"to fork {found}", "Give these values, or start from the weights alone with init_from")
     checkpoint.check_model(found, config.model)
     return found
@@ -275,6 +275,16 @@ def _parent(config: RunConfig) -> Path:
 
 def _saved(path: Path) -> dict[str, Any]:
     return plain_files.read_yaml(path / "config.yaml")
+
+
+def _completed(path: Path, config: RunConfig) -> dict[str, Any]:
+    """What was saved, with the defaults of keys that the version which wrote it did not have."""
+    raw = _saved(path)
+    try:
+        completed: dict[str, Any] = plain(build(type(config), raw))
+    except ConfigError:  # a key that is no more: compared as it is
+        return raw
+    return completed
 
 
 def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], why: str, remedy: str) -> None:

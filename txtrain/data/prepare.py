@@ -307,7 +307,8 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
     if not len(samples):
         tokens = text.tokens
         if tokens.mask is not None:
-            raise ConfigError(f"`data` must have {part} texts with a token that is trained, but has none. Give {remedy}.")
+            wanted = f"{part} texts with a token that is trained"
+            raise ConfigError(f"`data` must have {wanted}, but has none. Give {remedy}.")
         if not tokens.n_documents:
             raise ConfigError(f"`data` must have {part} text, but has none: white space aside, there is too little to divide. Give {remedy}.")
         raise ConfigError(

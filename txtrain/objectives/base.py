@@ -55,7 +55,7 @@ class Objective:
     metrics: tuple[str, ...] = ()  # what validation tells beside the terms, from `validate` or `examine`
     check: Callable[[], None] = staticmethod(lambda: None)  # the run's: it may raise to stop what takes long
     models: Mapping[str, Callable[..., Any]] = {}  # that its config names, laid over the ranks, without gradients
-    masks: bool = False  # labels that the data leave out (-100) stay out: of texts of which only some tokens are trained
+    masks: bool = False  # labels that the data leave out (-100) stay out, where only some tokens are trained
     special_tokens: tuple[str, ...] = ()  # that a tokenizer must have; missing ones are added behind its vocabulary
 
     # --------------------------------------------------------------------------------------------------------------- data

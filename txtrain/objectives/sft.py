@@ -13,10 +13,10 @@ from txtrain.run_config import RunConfig
 
 
 class SFT(CausalLM):
-    """Cross-entropy of the trained tokens, in nats a token, over all in the global batch: long answers count for more."""
+    """Cross-entropy of the trained tokens, in nats a token, over all of a global batch: long answers count for more."""
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
-        """What the model answers to config.sample's prompts, or where the first answers of validation conversations begin."""
+        """What the model answers to config.sample's prompts, or where the first validation answers begin."""
         tokenizer, wanted = data.tokenizer, config.sample
         if tokenizer is None or wanted.max_new_tokens == 0:
             return []

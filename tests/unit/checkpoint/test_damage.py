@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import run_folder
 from txtrain.checkpoint.load import load
 from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
@@ -249,6 +250,18 @@ def test_a_runs_config_that_is_damaged_is_told_with_the_copy_to_take(do, says, r
     assert says.replace("\\", "") in said
     shutil.copy(step(run, 4) / "config.yaml", run / "config.yaml")
     assert main([f"resume={run}"]) == 0
+
+
+def test_a_key_that_the_version_before_did_not_have_has_its_default(made, run):
+    """Whatever version of txtrain added it: the run of the older one goes on."""
+    config, file = tiny(made, f"run_dir={run}", *SMALL), step(run, 4) / "config.yaml"
+    for key, fine in (("ema", True), ("seed", True), ("optimizer", False)):  # the run's own optimizer.lr is not the default
+        whole = yaml.safe_load((run / "config.yaml").read_text())
+        lost = {**whole, key: {"type": whole[key]["type"]}} if key == "optimizer" else {k: v for k, v in whole.items() if k != key}
+        file.write_text(yaml.safe_dump(lost))
+        (step(run, 4) / "complete").write_text(json.dumps(checkpoint.marker_of(step(run, 4))))
+        with contextlib.nullcontext() if fine else pytest.raises(ConfigError, match=r"`optimizer\.lr` must be .*, but is 0\.01 instead"):
+            assert run_folder.choose(config).checkpoint == step(run, 4)
 
 
 def test_a_changed_value_in_a_runs_config_is_said(run, capsys):

@@ -524,3 +524,31 @@ def test_real_chats_are_read(make_config: Callable[..., Train], tokenizer_folder
     data.prepare()
     assert data.n_train > 10
     assert data.n_val >= 1
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"chat_template": "one"},
+        {"chat_template": [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]},
+        {"eos_token": {"__type": "AddedToken", "content": "</s>"}, "unk_token": None, "pad_token": "<eos>", "chat_template": "one"},
+        {"bos_token": None},
+    ],
+)
+def test_templates_and_names_are_those_that_transformers_reads(tmp_path: Path, said: dict[str, Any]) -> None:
+    from transformers import PreTrainedTokenizerFast
+
+    with_template("x").save(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    named = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(named | said))
+    ours, theirs = load_tokenizer(tmp_path), PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    assert ours.names == theirs.special_tokens_map
+    template = theirs.chat_template
+    told = None if ours.chat_template is None else dict(ours.chat_template.texts)
+    assert told == (template if template is None or isinstance(template, dict) else {"default": template})
+    ours.save(tmp_path / "again")
+    again = load_tokenizer(tmp_path / "again")
+    assert again.fingerprint == ours.fingerprint
+    assert told == (None if again.chat_template is None else dict(again.chat_template.texts))
+    assert told is None or again.names == ours.names

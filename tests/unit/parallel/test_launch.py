@@ -55,7 +55,11 @@ def test_a_rank_that_fails_is_named_with_its_host_and_signal_and_ends_the_others
 
 def test_the_cause_is_named_before_its_consequence(capfd):
     """Both are found at one look: the one that was killed, and the one that lost its connection by it."""
-    assert ended("exit 1", "kill -KILL $$") == 1
+    with Group() as group:
+        group.start(["sh", "-c", "test $RANK = 1 && kill -KILL $$; exit 1"], [os.environ | {"RANK": str(rank)} for rank in range(2)])
+        for child in group._children:
+            os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert group.wait() == 1
     assert "rank 1 (pid" in capfd.readouterr().err
 
 

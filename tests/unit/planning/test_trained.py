@@ -17,7 +17,7 @@ from txtrain.errors import ConfigError
 from txtrain.model import flops, stack
 from txtrain.model.ffn import moe
 from txtrain.model.transform import Freeze, transform
-from txtrain.planning import trained
+from txtrain.planning import figures, trained
 from txtrain.planning.memory.count import memory
 
 PATTERNS = ("embedding", "attention", "ffn", r"blocks\.0", r"blocks\.1", "norm", "head", "bias", "q_proj", "weight$", "encoder", "experts", "position")
@@ -81,10 +81,11 @@ def test_below_the_lowest_trained_parameter_there_is_no_backward():
 
 
 def test_what_is_frozen_of_a_users_own_is_counted_as_built():
-    with mock.patch.object(trained, "untraced", return_value=["an ffn of your own"]):
-        figures = txtrain.plan(dc.replace(once("llama2"), freeze=("ffn",)))
-    assert "ffn" not in figures.trained_by_part
-    assert "as if nothing were frozen" in figures.flops_missing
+    own = ["an ffn of your own"]
+    with mock.patch.object(trained, "untraced", return_value=own), mock.patch.object(figures, "untraced", return_value=own):
+        found = txtrain.plan(dc.replace(once("llama2"), freeze=("ffn",)))
+    assert "ffn" not in found.trained_by_part
+    assert "as if nothing were frozen" in found.flops_missing
 
 
 def test_a_mistyped_pattern_is_told():

@@ -1,1 +1,1 @@
-"""Conversations: rows become messages, a template makes tokens of them, some of which are trained. Not: where rows are from."""
+"""Conversations: rows to messages, by a template to tokens, some of which are trained. Not: where rows are from."""

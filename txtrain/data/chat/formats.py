@@ -59,7 +59,8 @@ def _format_of(row: Row, where: str) -> str:
         if all(key in row for key in keys):
             return name
     raise ConfigError(
-        f"`data.format` must be one of {', '.join(_READ)}, but {where} is of none: it has the keys {shorten(', '.join(row))}."
+        f"`data.format` must be one of {', '.join(_READ)}, "
+        f"but {where} is of none: it has the keys {shorten(', '.join(row))}."
     )
 
 
@@ -115,7 +116,7 @@ _READ: dict[str, Callable[[Row, int, str], Iterator[Conversation]]] = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------------- pieces
+# --------------------------------------------------------------------------------------------------------------- pieces
 
 
 def _list_of(row: Row) -> str:
@@ -137,7 +138,8 @@ def _role(speaker: Any, where: str) -> str:
     if role is None:
         near = hint(str(speaker), list(_SPEAKERS))
         raise ConfigError(
-            f"`data.path`: who speaks must be one of {', '.join(_SPEAKERS)}, but is {shorten(repr(speaker))} in {where}.{near}"
+            f"`data.path`: who speaks must be one of {', '.join(_SPEAKERS)}, "
+            f"but is {shorten(repr(speaker))} in {where}.{near}"
         )
     return role
 

@@ -6,9 +6,9 @@ Each line of standard input is a request, each line of standard output its answe
     {"name": NAME, "messages": [...], "tools": ..., "wanted": [[n, prompt], ...]}
         -> {"rendered": [{"text": ..., "spans": [[begin, end], ...]} or {"error": ...}, ...]}
 
-`wanted`: the first n messages, and whether the header of the next assistant turn stands behind them (add_generation_prompt).
-`spans`: what stands within `{% generation %}`, in characters. Whatever ends the process (SIGPROF once the time is over) is for
-the parent to tell.
+`wanted`: the first n messages, and whether the header of the next assistant turn stands behind them
+(add_generation_prompt). `spans`: what stands within `{% generation %}`, in characters. Whatever ends the process (SIGPROF
+once the time is over) is for the parent to tell.
 The environment is that of `transformers`: what a template finds there, it finds here.
 """
 

@@ -38,13 +38,14 @@ class Template:
     """The chat template of a tokenizer, to be used in a `with` statement.
 
     Raises:
-        ConfigError: there is none, or it is no Jinja template; inside, it takes too much memory or time. Names its file.
+        ConfigError: there is none, or it is no Jinja template; inside, it takes too much memory or time.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         if tokenizer.chat_template is None:
             raise ConfigError(
-                "`data.chat_template` must be a file, since data.tokenizer brings no chat template, but is null instead."
+                "`data.chat_template` must be a file, since data.tokenizer brings no chat template, "
+                "but is null instead."
             )
         self.templates, self.where = tokenizer.chat_template
         self.tokens = tokenizer.names
@@ -107,7 +108,8 @@ class Template:
         answer: dict[str, Any] = json.loads(line)
         if "fatal" in answer:
             why = shorten(answer["fatal"])
-            raise ConfigError(f"`data.chat_template` must be a template that can be rendered, but {self.where} is not: {why}.")
+            wanted = "a template that can be rendered"
+            raise ConfigError(f"`data.chat_template` must be {wanted}, but {self.where} is not: {why}.")
         return answer
 
 

@@ -6,9 +6,9 @@
                                       ~~~~~ ~~~~~~~                      trained
 
 Where all prompts and turns of a conversation are prefixes of its tokens, it is one sample. A template that writes a turn
-otherwise once another follows (drops what it thought, ends only the last turn) gives one sample for each assistant turn,
-rendered as at inference. So the tokens before a turn are always those of `apply_chat_template(add_generation_prompt=True)`.
-All of this is compared on token ids.
+otherwise once another follows (drops what it thought, ends only the last turn) gives a sample for each assistant turn,
+rendered as at inference. So the tokens before a turn are always those of
+`apply_chat_template(add_generation_prompt=True)`. All of this is compared on token ids.
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ TrainOn = Literal["assistant", "last_assistant", "all"]
 class Conversation:
     """Messages as `transformers` has them: `role`, `content`, and what else a template reads.
 
-    number: of its row in the source. where: what an error calls it. context: assistant turns, by place, that are read only.
+    Attributes:
+        number: of its row in the source.
+        where: what an error calls it.
+        context: assistant turns, by place, that are read only.
     """
 
     messages: Sequence[Message]
@@ -48,7 +51,7 @@ class Conversation:
 
 
 class Turn(NamedTuple):
-    """A sample that ends with an assistant turn. exact: it is `whole_k`; else the turn had to be put behind its prompt."""
+    """A sample that ends with an assistant turn. exact: it is `whole_k`; else the turn was put behind its prompt."""
 
     ids: list[int]
     trained: list[bool]
@@ -58,7 +61,7 @@ class Turn(NamedTuple):
 
 
 class Speaker:
-    """Conversations to samples, by a tokenizer and its template. left_out: turns so far that were longer than seq_len."""
+    """Conversations to samples, by a tokenizer and its template. left_out: turns that were longer than seq_len."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, train_on: TrainOn, seq_len: int) -> None:
         self.tokenizer, self.template, self.train_on, self.seq_len = tokenizer, template, train_on, seq_len
@@ -118,7 +121,7 @@ class Speaker:
         n = len(ids) if len(ids) <= self.seq_len else fitting[-1].end
         return [(ids[:n], trained[:n])]
 
-    # -------------------------------------------------------------------------------------------------------------- a turn
+    # ----------------------------------------------------------------------------------------------------------- a turn
 
     def _turn(self, talk: Conversation, k: int, prompt: Rendered, whole: Rendered) -> Turn:
         before, encoding = self._encoded(prompt.text), self.tokenizer.as_written(whole.text)
@@ -142,16 +145,16 @@ class Speaker:
         return Turn(ids, trained, begin, end, exact)
 
     def _end(self, ids: list[int], begin: int) -> int:
-        """Behind the token that ends the turn: the last one that is no text, if but white space follows; else the end."""
+        """Behind the token that ends the turn: the last one that is no text, if but white space follows; or the end."""
         last = next((i for i in range(len(ids) - 1, begin - 1, -1) if ids[i] in self.tokenizer.added_ids), None)
         return len(ids) if last is None or self.tokenizer.decode(ids[last + 1 :]).strip() else last + 1
 
     def _rest(self, talk: Conversation, k: int, prompt: str, whole: str) -> tuple[str, int | None]:
         """What turn k puts behind a prompt that is written otherwise in `whole`, and from which character of it.
 
-        Where the turn's own text begins and ends is found by turns that say something else. If the prompt opens what the
-        turn itself begins with (DeepSeek-R1's <think>, which `whole` drops), the turn goes on from there, in its own words
-        (None).
+        Where the turn's own text begins and ends is found by turns that say something else. If the prompt opens what
+        the turn itself begins with (DeepSeek-R1's <think>, which `whole` drops), the turn goes on from there, in its
+        own words (None).
         """
         if whole.startswith(prompt):
             return whole[len(prompt) :], len(prompt)
@@ -169,7 +172,7 @@ class Speaker:
             return (own.lstrip("\n") if prompt.endswith("\n") else own) + a[len(a) - _shared(a[::-1], b[::-1]) :], None
         return whole[header:], header
 
-    # ------------------------------------------------------------------------------------------------------------- pieces
+    # ----------------------------------------------------------------------------------------------------------- pieces
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self.tokenizer.as_written(text).ids

@@ -6,8 +6,8 @@ A document longer than seq_len is cut into pieces of seq_len and a rest; one tha
 are put, the longest first, each into the row that it leaves least room in. What stays free is padding, which no loss reads and no
 document sees. Each token is in exactly one row. Which pieces a row holds is written to the cache once; the order of rows is arithmetic.
 
-Where only some tokens are trained, a piece of a document that is cut begins with the last token of the piece before it, so
-that every trained token has a token before it in its row; pieces that would train nothing are left out.
+Where only some tokens are trained, a piece of a document that is cut begins with the last token of the piece before it,
+so that every trained token has a token before it in its row; pieces that would train nothing are left out.
 """
 
 # B batch, T tokens of a row
@@ -112,8 +112,8 @@ class BestFitSamples(Rows):
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids, labels, attention_mask (0: padding), int64 [B, T]; document_ids, unless documents may see each other: a row's
-        pieces from 0 on, its padding one of its own. Labels are -100 at the first token of each piece, at padding, and where a
-        token is not trained."""
+        pieces from 0 on, its padding one of its own. Labels are -100 at the first token of each piece, at padding, and
+        where a token is not trained."""
         shape = len(rows), self.seq_len
         ids_BT, mask_BT = np.full(shape, self.pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         unread_BT, documents_BT = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.int64)

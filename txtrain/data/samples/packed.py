@@ -54,8 +54,8 @@ class PackedSamples(Rows):
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids and labels, int64 [B, T]; document_ids, int64 [B, T] from 0 in each row, unless documents may see each other.
 
-        One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what it
-        is; and where a token is not trained.
+        One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what
+        it is; and where a token is not trained.
         """
         begin = self._begins(rows)
         input_ids = torch.from_numpy(self.tokens.windows(begin, self.seq_len))

@@ -55,7 +55,7 @@ class Chats:
     ) -> None:
         if not path:
             raise ConfigError(
-                "`data.path` must be given with data=chat: .json, .jsonl or .parquet files of conversations, or a hub set."
+                "`data.path` must be given with data=chat: .json, .jsonl or .parquet files, or a hub set."
             )
         self.path, self.format, self.train_on, self.seq_len = path, format, train_on, seq_len
         self.limits = Limits(max_expansion, max_text_bytes)
@@ -92,7 +92,7 @@ class Chats:
                 yield from samples
         if speaker.left_out or n_without:
             log.warning(
-                "%s: %d turns are left out, which would end behind data.seq_len=%d; %d of %d conversations train nothing",
+                "%s: %d turns that end behind data.seq_len=%d are left out; %d of %d conversations train nothing",
                 split,
                 speaker.left_out,
                 self.seq_len,
@@ -106,7 +106,7 @@ class Chats:
     def describe(self) -> str:
         return f"conversations of {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
 
-    # --------------------------------------------------------------------------------------------------------------- open
+    # ------------------------------------------------------------------------------------------------------------- open
 
     def _open(self, path: Paths, key: str, name: str | None, split: str) -> Rows:
         names = listed(path)
@@ -129,7 +129,8 @@ class Chats:
         except (FileNotFoundError, ValueError, DatasetsError) as e:
             said = str(e.__cause__ or e).splitlines()[0]
             raise ConfigError(
-                f"`{key}` must be files of conversations or what load_dataset takes, but {path} ({split}) is not: {said}"
+                f"`{key}` must be files of conversations or what load_dataset takes, "
+                f"but {path} ({split}) is not: {said}"
             ) from e
         self._known.append(rows._fingerprint)
         return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))

@@ -103,7 +103,7 @@ def texts_of(column: Any, first: int, path: object, name: str, key: str, limits:
 
 
 def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file, each with its place: lines of .jsonl, the list that a .json is (or its lines), rows of .parquet.
+    """The rows of a file with their places: lines of .jsonl, the list that a .json is (or its lines), rows of .parquet.
 
     Raises:
         ConfigError: the file is not what its name says, or it is beyond the limits.

@@ -14,9 +14,9 @@ a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input
 tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
 `kind: ClassVar = "pairs"` (or "images") in its nested Config.
 
-A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then serves
-to train a tokenizer alone: `Marked` texts, the same ones at every call. (`chat_template`: what the tokenizer is to write
-conversations with.)
+A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then
+serves to train a tokenizer alone: `Marked` texts, the same ones at every call. (`chat_template`: what the tokenizer is to
+write conversations with.)
 
 Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
 default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).

@@ -227,7 +227,7 @@ class Tokens:
         return len(self.offsets) - 1
 
     def numbers(self, begin: int, end: int) -> list[int]:
-        """Of what each document of tokens begin to end - 1 came from: its place in the split, if the source does not tell."""
+        """What each document of tokens begin to end - 1 came from: its place in the split, if the source does not tell."""
         first = np.searchsorted(self.offsets, begin, side="right") - 1
         documents = np.arange(first, np.searchsorted(self.offsets, end, side="left"))
         told = self.shards[0].numbers if len(self.shards) == 1 else None

@@ -169,9 +169,10 @@ def _said(said: Mapping[str, Any], role: str, folder: Path) -> str | None:
 
 
 def _names(backend: Any, folder: Path, ids: Mapping[str, int | None]) -> dict[str, str]:
-    """The special tokens as `transformers` tells them to a template: what the files say; of a family's class also its own."""
+    """The special tokens as `transformers` tells them to a template: the files' own; of a family's class also its own."""
     said = _config(folder)
-    found = {role: token for role in _NAMED if (token := _said(said, role, folder)) is not None}
+    known = {role: said[role] for role in _NAMED if isinstance(said.get(role), (str, dict))}
+    found = {role: token for role in known if (token := _said(known, role, folder)) is not None}
     if said.get("tokenizer_class") not in _GENERIC:
         own = {role: i for role, i in ids.items() if i is not None and role not in said and role != "pad_token"}
         found = {role: backend.id_to_token(i) for role, i in own.items()} | found

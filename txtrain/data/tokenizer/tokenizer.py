@@ -50,7 +50,7 @@ def told(what: str) -> Iterator[None]:
 
 
 class ChatTemplate(NamedTuple):
-    """Jinja templates by name: `default`, perhaps `tool_use` for conversations with tools. where: the file, for errors."""
+    """Jinja templates by name: `default`, perhaps `tool_use` for talk with tools. where: the file, for errors."""
 
     texts: Mapping[str, str]
     where: str
@@ -63,7 +63,7 @@ class Tokenizer:
 
     Args:
         chat_template: that its files bring.
-        names: of special tokens by role (`eos_token`, ...), as its files say them and a template reads them; None: of the ids.
+        names: of special tokens by role (`eos_token`, ...), as its files say and a template reads them; None: of the ids.
     """
 
     def __init__(
@@ -96,7 +96,7 @@ class Tokenizer:
             return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def as_written(self, text: str) -> Any:
-        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text with special tokens by name, as chat templates write it."""
+        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text with special tokens by name, as templates write it."""
         with told("encode this text"):
             return self._of_written.encode(text, add_special_tokens=False)
 
@@ -176,7 +176,7 @@ class Tokenizer:
         named |= {f"{name}_token": self.find(f"[{name.upper()}]") for name in ("mask", "cls", "sep")}
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
         if self.chat_template is not None:  # it reads these, and may ask whether there is one
-            config = {name: token for name, token in config.items() if name not in _ROLES} | dict(self.names)
+            config = dict(self.names)
             for name, text in self.chat_template.texts.items():
                 other = f"additional_chat_templates/{name}.jinja"
                 place = folder / ("chat_template.jinja" if name == "default" else other)
