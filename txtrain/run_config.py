@@ -64,9 +64,9 @@ class SaveConfig:
     """When checkpoints are written: also at the last step, an interrupt and a new best validation, if allowed."""
 
     every_n_steps: int = knob(200, at_least=1)
-    keep_last: int = knob(2, at_least=1)  # the newest ones to keep
-    keep_best: int = knob(1, at_least=0)  # those with the lowest validation loss to keep
-    keep_every_n_steps: int | None = knob(None, at_least=1)  # keep those of every so many steps for good
+    keep_last: int = knob(2, at_least=1)  # how many of the newest to keep
+    keep_best: int = knob(1, at_least=0)  # how many with the lowest validation loss to keep
+    keep_every_n_steps: int | None = knob(None, at_least=1)  # those of every so many steps are kept for good
     async_: bool = False  # write from a copy in CPU memory while the training goes on
     verify: bool = True  # compare each tensor with its checksum on resume and fork
 
@@ -131,7 +131,7 @@ class RunConfig:
     fork: str | None = knob(None, literal=True, run=True)
     # accept NaN and infinity in the weights of init_from, fork and resume
     allow_nonfinite: bool = knob(False, free=True)
-    # how much is printed; NO_COLOR=1 turns colors off
+    # how much is printed; NO_COLOR=1 turns colours off
     verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
     # the first and the last step to trace; null: the fourth to the sixth of this start
