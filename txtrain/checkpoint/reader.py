@@ -177,13 +177,11 @@ def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, .
         place = places.get(name) if text is not None else {words.SAVED_OFFSETS_KEY: [0] * len(entry.shape)}
         offsets: Any = place.get(words.SAVED_OFFSETS_KEY) if isinstance(place, dict) else None
         sound = (
-            isinstance(offsets, list)
-            and len(offsets) == len(entry.shape)
+            isinstance(offsets, list) and len(offsets) == len(entry.shape)
             and all(type(o) is int and 0 <= o < 2**63 for o in offsets)
         )
         if (
-            not sound
-            or entry.dtype not in words.DTYPE_MAP
+            not sound or entry.dtype not in words.DTYPE_MAP
             or any(o + n >= 2**63 for o, n in zip(offsets, entry.shape, strict=True))
         ):
             raise ConfigError(f"{where}: {name} must be a part of a tensor, but is {entry} at {json.dumps(place)[:80]}")

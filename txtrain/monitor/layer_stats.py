@@ -114,8 +114,7 @@ def _squares(tensors: list[Any], n_processes: int, device: torch.device) -> Tens
             part = tensor.to_local()
             parts = math.prod(
                 tensor.device_mesh.size(i)
-                for i, placement in enumerate(tensor.placements)
-                if not placement.is_replicate()
+                for i, placement in enumerate(tensor.placements) if not placement.is_replicate()
             )
         total += part.double().square().sum().to(device) * (parts / n_processes)
     return total

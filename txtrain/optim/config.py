@@ -138,8 +138,7 @@ class AdamConfig(OptimizerConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimizerConfig):
-    """The sign of an interpolated momentum (2302.06675). Use a 3 to 10 times lower rate than AdamW's, and as much more
-    weight decay."""
+    """The sign of an interpolated momentum (2302.06675); lr 3 to 10 times lower than AdamW's, and more weight decay."""
 
     lr: float = knob(1e-4, at_least=0)
     weight_decay: float = knob(1.0, at_least=0)
@@ -158,8 +157,7 @@ class LionConfig(OptimizerConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class AdafactorConfig(OptimizerConfig):
-    """Second moments of a matrix factored into rows and columns (1804.04235). As in T5 the rate is set from outside and
-    relative."""
+    """Second moments factored into rows and columns (1804.04235); as in T5, lr is relative and from the schedule."""
 
     lr: float = knob(1e-2, at_least=0)
     weight_decay: float = knob(0.0, at_least=0)

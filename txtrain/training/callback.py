@@ -205,8 +205,7 @@ class RunCallback(pl.Callback):
             where = f" The samples of this step: {path}."
         raise FloatingPointError(
             f"Step {module.step} is not finite: {what}"
-            + (f", after {n - 1} others in a row" if n > 1 else "")
-            + f".{where} "
+            + (f", after {n - 1} others in a row" if n > 1 else "") + f".{where} "
             "Try a lower optimizer.lr, more scheduler.warmup_steps, or trainer.precision=32-true."
         )
 
@@ -241,8 +240,7 @@ class RunCallback(pl.Callback):
             "skipped_steps": module.skipped,
             **{
                 name: float(outputs[name])
-                for name in (*module.objective.weights, *balancing.columns(self.config.model))
-                if name != "loss"
+                for name in (*module.objective.weights, *balancing.columns(self.config.model)) if name != "loss"
             },
             **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
