@@ -254,11 +254,11 @@ def _damaged(path: Path, problem: str, key: str) -> LoadError:
     whole = next((other for other in reversed(others) if other != path and _is_whole(other)), None)
     where = shlex.quote(str(path))
     if whole is None:
-        way_out = "There is no other whole one."
+        way_out = "There is no other intact one."
     elif key == "resume":
-        way_out = f"The newest whole one is {whole.name}. To go on from it: mv {where} {where}.damaged"
+        way_out = f"The newest intact one is {whole.name}. To go on from it: mv {where} {where}.damaged"
     else:
-        way_out = f"The newest whole one: {key}={shlex.quote(str(whole))}"
+        way_out = f"The newest intact one: {key}={shlex.quote(str(whole))}"
     return LoadError(f"The checkpoint {path} cannot be read: {problem}. {way_out}")
 
 

@@ -226,5 +226,5 @@ def _saved_config(path: Path, key: str) -> ModelConfig:
         again = f"imports=[{','.join(raw['imports'])}]"
         raise ConfigError(
             *e.problems,
-            f"`{key}`: its run used {again}. Code is never imported by a checkpoint's word: name it again.",
+            f"`{key}`: its run used {again}. A checkpoint's code is never imported by itself: name it again.",
         ) from e

@@ -90,7 +90,7 @@ class Saver:
         except checkpoint.SaveError as e:
             if must:
                 raise
-            self.warn(f"{path.name} could not be saved ({e}): the run goes on, older checkpoints are as they were.")
+            self.warn(f"{path.name} could not be saved ({e}): the run goes on, and older checkpoints are intact.")
             return
         self.done(path)
 

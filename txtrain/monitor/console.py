@@ -46,7 +46,7 @@ class _Screen:
         except OSError as e:
             if not self.lost:
                 self.lost = True
-                say(f"the screen cannot be written to ({e}). The training goes on; what it would show is lost.")
+                say(f"the screen cannot be written to ({e}). The training goes on without it.")
 
 
 class Display:

@@ -162,7 +162,7 @@ class Watch:
         machine = self.machine.reaching(flops)
         if machine.peak != self.machine.peak:
             self.display.tell(
-                f"  device        {machine}; measured again: more was done than had been measured at the start"
+                f"  device        {machine}; measured again, as the run was faster than the peak measured at its start"
             )
         self.machine = machine
 

@@ -67,7 +67,7 @@ class Profiled(pl.Callback):
         elif self.done == 0 and self.first <= self.last:
             self.display.tell(
                 f"profile: the run ended before step {self.first}: nothing is traced. "
-                "profile_steps=[FIRST,LAST] says which steps are."
+                "profile_steps=[FIRST,LAST] sets the steps."
             )
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:

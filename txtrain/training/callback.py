@@ -112,7 +112,7 @@ class RunCallback(pl.Callback):
         self.best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
         for path in checkpoint.complete(self.folder.path):
             if path not in losses:
-                self._warn(f"{path} is damaged. It is left as it is, and does not count among those that are kept.")
+                self._warn(f"{path} is damaged. It is left in place; save.keep_last and keep_best do not count it.")
         if not module.parallel.is_first:
             return
         self._file = MetricsFile(

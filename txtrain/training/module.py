@@ -49,7 +49,7 @@ def check_model(model: nn.Module | None, config: Train) -> None:
         asked = f"at least {config.model.vocab_size} tokens, config.model.vocab_size"
         raise ConfigError(f"`model` must have a vocabulary of {asked}, but has {own.vocab_size} instead.")
     if own.embedding.grid() is not None and (own.embedding, own.head) != (config.model.embedding, config.model.head):
-        raise ConfigError("`model` must read the images and tell the classes that config.model does, but has others.")
+        raise ConfigError("`model` must have the image embedding and the head of config.model, but has others.")
 
 
 class LitModule(pl.LightningModule):

@@ -321,7 +321,7 @@ def _check_progress(cfg: Train) -> None:
     """
     if _gives_up(cfg):
         raise RunError(
-            "The run has kept no step, and is not to be started again: "
+            "The run has saved no step and must not be started again: "
             f"trainer.max_requeues={cfg.trainer.max_requeues}."
         )
 
@@ -397,7 +397,7 @@ def _gone(place: RunFolder | None) -> list[str]:
     """
     if place is None or place.checkpoint is None:
         return []
-    facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times count from here."
+    facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times are counted from now on."
     return [text for text in (facts, check_rows(place)) if text]
 
 
