@@ -150,11 +150,7 @@ def _runs(path: Path) -> list[Path]:
 
 
 def _start(run: Path) -> tuple[float, str]:
-    """When the run was first started; without that in run.json, when its folder was last changed.
-
-    Raises:
-        ConfigError: run.json is damaged, or of a newer format.
-    """
+    """When the run was first started; without that in run.json, when its folder was last changed."""
     file = run / "run.json"
     raw = read_json(file, finite=False) if file.exists() else {}
     check_format(raw, file)
@@ -285,9 +281,7 @@ def _checksum(file: Path) -> str:
 
 
 def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -> None:
-    """Raises:
-    ConfigError: a file differs from what was written, or was not written with the checkpoint.
-    """
+    """Raise ConfigError if a file differs from what was written, or was not written with the checkpoint."""
     for name, said in marker.items():
         size, checksum = said if isinstance(said, list) and len(said) == 2 else (said, None)
         if type(size) is not int or (type(checksum) is not str if with_checksums else checksum is not None):
@@ -311,9 +305,7 @@ def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -
 
 
 def _check_shards(path: Path, state: RunState) -> None:
-    """Raises:
-    ConfigError: a shard is of another checkpoint, perhaps of the same run.
-    """
+    """Raise ConfigError if a shard is of another checkpoint, perhaps of the same run."""
     for file in sorted(path.glob("*.safetensors")):
         said = ShardState.of(read_header(file)[0].get("__metadata__"), f"The header of {file.name}")
         if (said.id, said.step) != (state.id, state.step if state.id else 0):
@@ -353,11 +345,7 @@ def forget_headers() -> None:
 
 
 def _check_tensors(path: Path) -> None:
-    """Check that tensors fill each file without gaps, and that the shards hold all elements of each tensor.
-
-    Raises:
-        ConfigError: names the file or the tensor. Other errors: those of DCP's reader.
-    """
+    """Check that tensors fill each file without gaps, and that the shards hold all elements of each tensor."""
     from txtrain.checkpoint.reader import read_headers
 
     held: Counter[str] = Counter()  # elements

@@ -145,9 +145,7 @@ class ShardState:
 
 
 def check_format(raw: Mapping[str, Any], file: Path) -> None:
-    """Raises:
-    NewerFormat: this version does not know the file's format.
-    """
+    """Raise NewerFormat if this version does not know the file's format."""
     check_keys(raw, str(file), {"format": int | None})
     number = FORMAT if raw.get("format") is None else raw["format"]
     if not 1 <= number <= FORMAT:

@@ -94,11 +94,7 @@ class WSD(Constant):
 
 
 def known(total_steps: int | None, name: str) -> int:
-    """The number of steps, which must be known.
-
-    Raises:
-        ConfigError: it is None.
-    """
+    """The number of steps; ConfigError if it is None."""
     if total_steps is None:
         raise ConfigError(
             "`scheduler` must be constant or inverse_sqrt where only trainer.max_time ends the run, "

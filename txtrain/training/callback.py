@@ -184,9 +184,7 @@ class RunCallback(pl.Callback):
         return self.stop.agree(module.parallel.most)
 
     def _skipped(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Raises:
-        FloatingPointError: too many steps in a row; the run's folder names the batch.
-        """
+        """Report a skipped step. After too many in a row raise FloatingPointError; the run's folder names the batch."""
         n, allowed = module.skipped_in_a_row, self.config.trainer.max_skipped_steps
         what = f"loss {float(outputs['loss'])}, gradient norm {float(outputs['grad_norm'])}"
         if n <= allowed:

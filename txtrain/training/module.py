@@ -127,9 +127,7 @@ class LitModule(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------------- set-up
 
     def setup(self, stage: str | None = None) -> None:
-        """Raises:
-        ConfigError: one's own trainer has another number of ranks than config.strategy: gradients would not be reduced.
-        """
+        """ConfigError if one's own trainer has another number of ranks than config.strategy: gradients are not reduced."""
         if self.trainer.world_size != self.parallel.world.size:
             raise ConfigError(
                 f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, "

@@ -316,9 +316,7 @@ def _gives_up(cfg: Train) -> bool:
 
 
 def _check_progress(cfg: Train) -> None:
-    """Raises:
-    RunError: the run has stopped without a new checkpoint too often in a row.
-    """
+    """Raise RunError if the run has stopped without a new checkpoint too often in a row."""
     if _gives_up(cfg):
         raise RunError(
             "The run has saved no step and must not be started again: "
@@ -390,11 +388,7 @@ def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Resul
 
 
 def _gone(place: RunFolder | None) -> list[str]:
-    """Warnings about files that a resumed run no longer finds, and can do without.
-
-    Raises:
-        ConfigError: metrics.csv has lost rows, or is damaged.
-    """
+    """Warnings about files that a resumed run lacks and can do without; ConfigError if metrics.csv has lost rows."""
     if place is None or place.checkpoint is None:
         return []
     facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times are counted from now on."

@@ -73,9 +73,7 @@ class Loggers:
 
 
 def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
-    """Raises:
-    ConfigError: the arguments of a logger do not fit it.
-    """
+    """Make the loggers; ConfigError if the arguments of one do not fit it."""
     sinks: dict[str, Sink] = {}
     for name, node in config.logger.items():
         try:
