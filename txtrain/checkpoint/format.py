@@ -407,7 +407,7 @@ def load_tensors(
                 dict(into), storage_reader=Reader(path, how.verify, how.finite), process_group=group,
                 no_dist=group is None,
             )
-    except CheckpointException as e:  # what DCP makes of what its processes met
+    except CheckpointException as e:  # holds the exceptions of all ranks
         met = [exception for exception, _ in e.failures.values()]
         if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
             raise (
@@ -608,7 +608,7 @@ def _alike(do: Callable[[], None] | None, group: Any) -> None:
             do()
     except OSError as e:
         error = str(e)
-    except CheckpointException as e:  # what DCP makes of what its processes met
+    except CheckpointException as e:  # holds the exceptions of all ranks
         met = [exception for exception, _ in e.failures.values()]
         if not all(isinstance(exception, OSError) for exception in met):
             raise

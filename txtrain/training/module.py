@@ -127,7 +127,7 @@ class LitModule(pl.LightningModule):
     # ----------------------------------------------------------------------------------------------------------- set-up
 
     def setup(self, stage: str | None = None) -> None:
-        """ConfigError if one's own trainer has another number of ranks than config.strategy: gradients are not reduced."""
+        """ConfigError if one's own trainer has other ranks than config.strategy: gradients would not be reduced."""
         if self.trainer.world_size != self.parallel.world.size:
             raise ConfigError(
                 f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, "
