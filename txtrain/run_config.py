@@ -21,13 +21,13 @@ from txtrain.registry import axis, knob
 class TrainerConfig:
     """Names as in Lightning. Intervals count steps, that is optimizer updates. The limit reached first ends the run."""
 
-    max_steps: int | None = knob(None, at_least=1)
-    max_epochs: int | None = knob(None, at_least=1)
-    max_tokens: int | None = knob(None, at_least=1)
+    max_steps: int | None = knob(None, at_least=1)  # optimizer updates
+    max_epochs: int | None = knob(None, at_least=1)  # passes over the training data
+    max_tokens: int | None = knob(None, at_least=1)  # positions, padding included
     max_time: str | None = None  # DD:HH:MM:SS
-    val_check_interval: int = knob(100, at_least=1)  # steps
+    val_check_interval: int = knob(100, at_least=1)  # steps between validations
     limit_val_batches: int = knob(32, at_least=0)  # at most so many batches of global_batch_size sequences each
-    log_every_n_steps: int = knob(10, at_least=1)
+    log_every_n_steps: int = knob(10, at_least=1)  # steps between rows of metrics.csv
     gradient_clip_val: float | None = knob(1.0, at_least=0)  # clip the global norm of the gradients; null: never
     # allowed in a row; a step whose loss or gradient is not finite is skipped, and one more ends the run
     max_skipped_steps: int = knob(5, at_least=0)
@@ -40,7 +40,7 @@ class TrainerConfig:
     compile: bool = False  # compile the blocks with torch.compile
     # recomputed in the backward: full: all activations; selective: all but matrix products; a number: every n-th block
     activation_checkpointing: Literal["none", "full", "selective"] | int = knob("none", at_least=1)
-    deterministic: bool = False
+    deterministic: bool = False  # use deterministic algorithms only
     auto_requeue: bool = True  # requeue a SLURM job that is preempted or near its end, after a checkpoint
     # requeue a SLURM job at most so often in a row without a new checkpoint
     max_requeues: int = knob(MAX_REQUEUES, at_least=0)
@@ -63,7 +63,7 @@ class TrainerConfig:
 class SaveConfig:
     """When checkpoints are written: also at the last step, an interrupt and a new best validation, if allowed."""
 
-    every_n_steps: int = knob(200, at_least=1)
+    every_n_steps: int = knob(200, at_least=1)  # steps between checkpoints
     keep_last: int = knob(2, at_least=1)  # how many of the newest to keep
     keep_best: int = knob(1, at_least=0)  # how many with the lowest validation loss to keep
     keep_every_n_steps: int | None = knob(None, at_least=1)  # those of every so many steps are kept for good
@@ -82,9 +82,9 @@ class SampleConfig:
     """Continuations written at each validation: to the screen and to samples.txt."""
 
     prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
-    n: int = knob(2, at_least=0)
+    n: int = knob(2, at_least=0)  # number of prompts that are taken from the validation set
     max_new_tokens: int = knob(40, at_least=0)
-    temperature: float = knob(0.8, at_least=0)
+    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
 
 
 @dc.dataclass(frozen=True, kw_only=True)

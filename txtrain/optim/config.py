@@ -53,11 +53,11 @@ class GroupConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     type: str
-    lr: float = knob(1e-3, at_least=0)
+    lr: float = knob(1e-3, at_least=0)  # the highest rate, which the schedule scales
     weight_decay: float = knob(0.1, at_least=0)
     # parameters without weight decay: those whose dotted name has one of these patterns (re.search)
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
-    groups: tuple[GroupConfig, ...] = ()  # of several that match, the last one that gives a value wins
+    groups: tuple[GroupConfig, ...] = ()  # of several that match, the last that gives a value wins
 
     # each value is updated by itself, so that parameters may be flattened and cut anywhere
     elementwise: ClassVar[bool] = False
@@ -161,9 +161,9 @@ class AdafactorConfig(OptimizerConfig):
 
     lr: float = knob(1e-2, at_least=0)
     weight_decay: float = knob(0.0, at_least=0)
-    beta1: float | None = knob(None, at_least=0, below=1)  # of the momentum; null: none, which saves its memory
+    beta1: float | None = knob(None, at_least=0, below=1)  # decay of the momentum; null: none, which saves its memory
     beta2_decay: float = knob(0.8, above=0, at_most=1)  # beta2 at step t is 1 - t^-beta2_decay
-    clip_threshold: float = knob(1.0, above=0)  # of an update's root mean square, before the rate
+    clip_threshold: float = knob(1.0, above=0)  # upper bound of an update's root mean square, before the rate
     # added to squared gradients; lower bound of the root mean square that scales a rate
     eps: tuple[float, float] = knob((1e-30, 1e-3), at_least=0)
     scale_parameter: bool = True  # multiply the rate by the parameter's root mean square
@@ -197,15 +197,15 @@ class AdafactorConfig(OptimizerConfig):
 class MuonConfig(OptimizerConfig):
     """Muon for matrices of hidden layers (Jordan 2024; 2502.16982 for its scale beside AdamW), AdamW for the rest."""
 
-    momentum: float = knob(0.95, at_least=0, below=1)
+    momentum: float = knob(0.95, at_least=0, below=1)  # its decay
     nesterov: bool = True
     ns_steps: int = knob(5, at_least=1, at_most=99)  # iterations of Newton-Schulz
-    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of the iteration
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # precision of the iteration
     # as in torch.optim.Muon; with match_rms_adamw one lr serves both
     adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
     # matrices that AdamW trains: those whose dotted name has one of these patterns (re.search)
     adamw: tuple[str, ...] = ("embedding", r"^head\.")
-    adamw_lr: float | None = knob(None, at_least=0)  # null: lr
+    adamw_lr: float | None = knob(None, at_least=0)  # AdamW's; null: lr
     adamw_betas: tuple[float, float] = knob((0.9, 0.95), at_least=0, below=1)
     adamw_eps: float = knob(1e-8, at_least=0)
 
@@ -268,8 +268,8 @@ class SchedulerConfig:
     """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio."""
 
     type: str
-    warmup_steps: int = knob(0, at_least=0)
-    min_lr_ratio: float = knob(0.0, at_least=0, at_most=1)
+    warmup_steps: int = knob(0, at_least=0)  # of linear warm-up
+    min_lr_ratio: float = knob(0.0, at_least=0, at_most=1)  # the lowest rate, as a share of optimizer.lr
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -285,7 +285,7 @@ class InverseSqrtConfig(SchedulerConfig):
 @dc.dataclass(frozen=True, kw_only=True)
 class WSDConfig(SchedulerConfig):
     decay_steps: int | None = knob(None, at_least=0)  # number of last steps that decay; null: decay_ratio of the run
-    decay_ratio: float = knob(0.1, at_least=0, at_most=1)
+    decay_ratio: float = knob(0.1, at_least=0, at_most=1)  # share of the run, where decay_steps is null
     decay_type: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
 
 
@@ -297,7 +297,7 @@ class EMAConfig:
     """An exponential moving average of the weights."""
 
     decay: float | None = knob(None, at_least=0, below=1)  # null: no average
-    every_n_steps: int = knob(1, at_least=1)
+    every_n_steps: int = knob(1, at_least=1)  # between updates of the average
     validate: bool = False  # use the averaged weights to validate, sample and choose the best checkpoint
 
     def check(self) -> Iterator[str]:
