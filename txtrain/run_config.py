@@ -82,7 +82,7 @@ class SampleConfig:
     """Continuations written at each validation: to the screen and to samples.txt."""
 
     prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
-    n: int = knob(2, at_least=0)  # number of prompts that are taken from the validation set
+    n: int = knob(2, at_least=0)  # validation samples that are shown or continued
     max_new_tokens: int = knob(40, at_least=0)
     temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
 
