@@ -108,8 +108,10 @@ class ShardWriter:
 
 
 def _fresh(key: str, shard_tokens: int) -> dict[str, Any]:
-    shards = {split: [{"n_tokens": 0, "n_documents": 0}] for split in SPLITS}
-    return {"key": key, "shard_tokens": shard_tokens, "n_documents": 0, "shards": shards}
+    return {
+        "key": key, "shard_tokens": shard_tokens, "n_documents": 0,
+        "shards": {split: [{"n_tokens": 0, "n_documents": 0}] for split in SPLITS},
+    }  # fmt: skip
 
 
 def _read(path: Path) -> dict[str, Any] | None:
