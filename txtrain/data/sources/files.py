@@ -74,7 +74,8 @@ def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path
         if not files:
             listed = ", ".join(kinds[:-1]) + (" or " if kinds[:-1] else "") + kinds[-1]
             raise ConfigError(
-                f"`{key}`: the folder {name} must hold {listed} files with {what}, but holds none. Other names: a glob such as '{name}/*.md'."
+                f"`{key}`: the folder {name} must hold {listed} files with {what}, but holds none. "
+                f"Other names: a glob such as '{name}/*.md'."
             )
         return files
     if glob.has_magic(name):
@@ -103,7 +104,7 @@ def unpacked_name(path: Path) -> str:
 
 
 def missing(name: str, key: str, what: str = "an existing file, glob or folder") -> str:
-    """The error for a path that is neither a file nor a folder: what it is, or how far it exists and the nearest name."""
+    """The error for a path that is no file and no folder: what it is, or how far it exists and the nearest name."""
     path = Path(name).expanduser()
     if os.path.lexists(path):
         return f"`{key}` must be {what}, but {name} is {kind_of(path)}."
@@ -142,9 +143,7 @@ class Limits(NamedTuple):
             self.skipped[where] = str(e)
 
     def check_text(self, n_bytes: int, where: str, key: str) -> None:
-        """Raises:
-        ConfigError: a text is longer; names the key that allows more.
-        """
+        """Raises ConfigError if a text is longer than max_text_bytes."""
         if n_bytes > self.max_text_bytes:
             raise ConfigError(
                 f"`{key}` must have texts of at most {self.max_text_bytes:,} bytes (data.max_text_bytes), "
