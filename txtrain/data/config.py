@@ -161,7 +161,7 @@ class MixtureConfig(DataConfig):
     shared: ClassVar = (
         "tokenizer", "seq_len", "global_batch_size", "micro_batch_size",
         "cross_document_attention", "packing", "num_workers", "cache_dir",
-    )  # fmt: skip
+    )
 
     def part(self, name: str) -> Any:
         """The config of a source, with the keys that it shares with the mixture."""

@@ -216,11 +216,7 @@ def _limit(config: RunConfig) -> Limit | None:
 
 
 def _packed(
-    splits: tuple[Any, Tokens],
-    tokenizer: Tokenizer | None,
-    key: str,
-    config: RunConfig,
-    objective: SampleMaker,
+    splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker,
     remedy: str,
 ) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer. remedy: for too little validation text."""

@@ -19,11 +19,7 @@ from txtrain.ground.plain_files import shorten
 
 Message = Mapping[str, Any]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # synonyms
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms
 
 
 class Rendered(NamedTuple):

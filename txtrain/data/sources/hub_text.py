@@ -21,17 +21,8 @@ _NO_PATH = "`data.path` must be given with data=hf: a name on the hub, or a loca
 
 
 def hub_source(
-    path: str | None,
-    name: str | None,
-    split: str,
-    val_split: str | None,
-    val_path: str | None,
-    text_column: str,
-    streaming: bool,
-    val_fraction: float,
-    max_text_bytes: int,
-    encoding_errors: str,
-    bad_rows: str,
+    path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str,
+    streaming: bool, val_fraction: float, max_text_bytes: int, encoding_errors: str, bad_rows: str,
 ) -> HubDataset | HubStream:
     made: HubDataset | HubStream
     if streaming:
@@ -51,12 +42,7 @@ class HubDataset:
     """
 
     def __init__(
-        self,
-        path: str | None,
-        name: str | None,
-        split: str,
-        val_split: str | None,
-        val_path: str | None,
+        self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None,
         text_column: str,
     ) -> None:
         if not path:
@@ -131,14 +117,8 @@ class HubStream:
     skipped: dict[str, str] | None = None
 
     def __init__(
-        self,
-        path: str | None,
-        name: str | None,
-        split: str,
-        val_split: str | None,
-        val_path: str | None,
-        text_column: str,
-        val_fraction: float,
+        self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None,
+        text_column: str, val_fraction: float,
     ) -> None:
         if not path:
             raise ConfigError(_NO_PATH)
@@ -149,13 +129,8 @@ class HubStream:
                 )
         if val_split == split and not val_path:
             raise ConfigError(f"`data.val_split` must not be data.split, but both are {split}.")
-        self.path, self.name, self.split, self.text_column, self.val_fraction = (
-            path,
-            name,
-            split,
-            text_column,
-            val_fraction,
-        )
+        self.path, self.name, self.split = path, name, split
+        self.text_column, self.val_fraction = text_column, val_fraction
         self.rows = _load(path, name, "data.path", split, text_column, streaming=True)
         self.held_out = None if not (val_path or val_split) else self._opened(val_path, val_split)
         self._known = [p for p in (path, val_path) if p and os.path.exists(p)]

@@ -46,16 +46,8 @@ class ImageFiles:
     """
 
     def __init__(
-        self,
-        path: str | None,
-        val_path: str | None,
-        labels: str | None,
-        val_labels: str | None,
-        name: str | None,
-        split: str,
-        val_split: str | None,
-        columns: tuple[str, str],
-        max_expansion: float = Limits().max_expansion,
+        self, path: str | None, val_path: str | None, labels: str | None, val_labels: str | None, name: str | None,
+        split: str, val_split: str | None, columns: tuple[str, str], max_expansion: float = Limits().max_expansion,
     ) -> None:
         if not path:
             raise ConfigError(

@@ -37,12 +37,8 @@ class TokenFiles:
     has_validation = True
 
     def __init__(
-        self,
-        path: str | tuple[str, ...] | None,
-        val_path: str | tuple[str, ...] | None,
-        tokenizer: str | None,
-        dtype: str,
-        val_fraction: float,
+        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None, tokenizer: str | None,
+        dtype: str, val_fraction: float,
     ) -> None:
         if not path:
             raise ConfigError(

@@ -82,9 +82,7 @@ def _megatron(path: Path, index: Path, key: str) -> Shard:
             "they do not belong together."
         )
     return Shard(
-        path,
-        np.dtype(dtype).newbyteorder("<").str,
-        n_tokens,
+        path, np.dtype(dtype).newbyteorder("<").str, n_tokens,
         borders=partial(_megatron_borders, index, width, n_sequences, n_documents),
     )
 

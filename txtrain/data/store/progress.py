@@ -19,7 +19,7 @@ class Progress:
         columns = (
             TextColumn("{task.description}"), BarColumn(),
             DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
+        )
         self._bar = Bar(*columns, console=self._console, transient=True, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(label, total=total)
         self.n_bytes, self._began = 0, time.monotonic()

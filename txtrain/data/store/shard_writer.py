@@ -111,7 +111,7 @@ def _fresh(key: str, shard_tokens: int) -> dict[str, Any]:
     return {
         "key": key, "shard_tokens": shard_tokens, "n_documents": 0,
         "shards": {split: [{"n_tokens": 0, "n_documents": 0}] for split in SPLITS},
-    }  # fmt: skip
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:

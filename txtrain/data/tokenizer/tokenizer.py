@@ -230,10 +230,7 @@ def train_tokenizer(texts: Iterable[Text], vocab_size: int) -> Tokenizer:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[END_OF_TEXT],
-        initial_alphabet=byte_alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_alphabet(), show_progress=False
     )
     allow_threads(True)
     backend.train_from_iterator(_lines(texts), trainer)
