@@ -139,7 +139,7 @@ def _role(speaker: Any, where: str) -> str:
     if role is None:
         near = hint(str(speaker), list(_SPEAKERS))
         raise ConfigError(
-            f"`data.path`: who speaks must be one of {', '.join(_SPEAKERS)}, "
+            f"`data.path`: the speaker must be one of {', '.join(_SPEAKERS)}, "
             f"but is {shorten(repr(speaker))} in {where}.{near}"
         )
     return role

@@ -92,7 +92,7 @@ class Chats:
                 yield from samples
         if speaker.left_out or n_without:
             log.warning(
-                "%s: %d turns that end behind data.seq_len=%d are left out; %d of %d conversations train nothing",
+                "%s: %d turns that end beyond data.seq_len=%d are left out; %d of %d conversations train nothing",
                 split,
                 speaker.left_out,
                 self.seq_len,
@@ -125,7 +125,7 @@ class Chats:
         try:
             rows = load_dataset(path, name, split)
         except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {path} is no file here, and as a hub set it cannot be had: {e}.") from e
+            raise ConfigError(f"`{key}`: {path} is no local file, and as a hub set it is unavailable: {e}.") from e
         except (FileNotFoundError, ValueError, DatasetsError) as e:
             said = str(e.__cause__ or e).splitlines()[0]
             raise ConfigError(

@@ -89,7 +89,7 @@ def _load(path: str, name: str | None, key: str, split: str, text_column: str, s
         columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
     except HubUnreachable as e:
         raise ConfigError(
-            f"`{key}`: {path} cannot be had: {e}. A local .jsonl, .csv or .parquet, or a folder of them, needs no hub."
+            f"`{key}`: {path} is unavailable: {e}. A local .jsonl, .csv or .parquet, or a folder of them, needs no hub."
         ) from e
     except (FileNotFoundError, ValueError, DatasetsError) as e:
         said = str(e.__cause__ or e).splitlines()[0]

@@ -151,10 +151,10 @@ class ImageFiles:
         try:
             return SetImages(load_dataset(spec, self.name, split), self.columns)
         except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {spec} is no file here, and the set cannot be had: {e}.") from e
+            raise ConfigError(f"`{key}`: {spec} is no local file, and as a hub set it is unavailable: {e}.") from e
         except (FileNotFoundError, DatasetsError) as e:
             raise ConfigError(
-                f"`{key}` must be images here or a set of load_dataset, "
+                f"`{key}` must be local images or a set for load_dataset, "
                 f"but {spec} ({split}) is not: {str(e).splitlines()[0]}"
             ) from e
 
@@ -170,7 +170,7 @@ def read_idx(path: Path, key: str, limits: Limits) -> NDArray[Any]:
     with open_unpacked(path, key, limits) as f:
         magic = f.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or magic[3] not in (1, 2, 3, 4):
-            raise ConfigError(f"`{key}` must be an IDX file, but {path} does not begin like one.")
+            raise ConfigError(f"`{key}` must be an IDX file, but {path} has no IDX header.")
         dtype, sizes = np.dtype(_IDX_TYPES[magic[2]]), f.read(4 * magic[3])
         shape = struct.unpack(f">{len(sizes) // 4}I", sizes[: len(sizes) // 4 * 4])
         wanted, raw = math.prod(shape) * dtype.itemsize, bytearray()
@@ -290,7 +290,7 @@ def _picture(key: str, where: str) -> Iterator[None]:
         try:
             yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError, *_DAMAGED) as e:
-            raise ConfigError(f"`{key}`: {where} must be a whole picture, but is not: {shorten(e)}.") from e
+            raise ConfigError(f"`{key}`: {where} must be an intact image, but is not: {shorten(e)}.") from e
 
 
 def _decoded(picture: Any) -> NDArray[Any]:

@@ -99,7 +99,7 @@ class TokenFiles:
                 continue
             raise ConfigError(
                 f"`data.tokenizer` must be the one of {folder}, but is {given} instead. "
-                "Leave it out: the folder brings it."
+                "Leave it out: the folder has its own."
             )
         return tokenizer
 

@@ -168,13 +168,13 @@ def settle(config: Run) -> tuple[Run, str | None]:
     obstacle = _no_fallback(config)
     if obstacle is not None:
         raise ConfigError(
-            f"`data={config.data.type}` cannot be had: {reason}. {obstacle} "
+            f"`data={config.data.type}` is unavailable: {reason}. {obstacle} "
             "Give its files with `data.path=`, or say `data=python_docs`."
         )
     shared = {f.name: getattr(config.data, f.name) for f in dc.fields(DataConfig)}
     data = PythonDocsConfig(**{**shared, "type": "python_docs"})
     fallback = dc.replace(config, data=data, name=f"{config.name}-fallback")
-    return fallback, f"data={config.data.type} cannot be had: {reason}"
+    return fallback, f"data={config.data.type} is unavailable: {reason}"
 
 
 def as_named(config: Run) -> Run:
@@ -189,14 +189,14 @@ def _no_fallback(config: RunConfig) -> str | None:
     if config.data.offline_fallback == "never":
         return "`data.offline_fallback` is never."
     if config.model.preset != config.model.family:
-        return f"A stand-in is for laptop sizes only, not for {config.model.size}."
+        return f"The fallback is for laptop sizes only, not for {config.model.size}."
     if "SLURM_JOB_ID" in os.environ:
-        return "There is no stand-in under SLURM."
+        return "There is no fallback under SLURM."
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or config.trainer.devices not in ("auto", 1):
-        return "There is no stand-in for a run of several processes."
+        return "There is no fallback for a run of several processes."
     if config.trainer.accelerator != "cpu":
         import torch
 
         if config.trainer.accelerator == "gpu" or torch.cuda.is_available():
-            return "There is no stand-in for a run on a GPU."
+            return "There is no fallback for a run on a GPU."
     return None

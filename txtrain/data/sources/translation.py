@@ -110,7 +110,7 @@ class Translation:
             rows = load_dataset(path, name, split)
         except HubUnreachable as e:
             raise ConfigError(
-                f"`{key}`: {path} cannot be had: {e}. "
+                f"`{key}`: {path} is unavailable: {e}. "
                 "A .tsv, or a file of sources with data.target_path beside it, needs no hub."
             ) from e
         except (FileNotFoundError, ValueError, DatasetsError) as e:

@@ -79,7 +79,7 @@ def build_folder(
     """`folder`, filled by `fill` unless it exists; other processes see it complete or not at all.
 
     It is filled under a temporary name and renamed. If two processes do so at once, the second one discards its copy.
-    A folder with missing or changed files (by its meta.json) is built anew.
+    A folder with missing or changed files (by its meta.json) is rebuilt.
 
     Args:
         needs: names of required files.
@@ -95,7 +95,7 @@ def build_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.temporary(folder.parent, folder.name) as made:
             if folder.is_dir():
-                log.warning("%s: %s: it is built anew", folder, _damage(folder, needs))
+                log.warning("%s: %s: it is rebuilt", folder, _damage(folder, needs))
             fill(made)
             _seal(made)
             if folder.is_dir() and _damage(folder, needs):  # another process may have rebuilt it meanwhile
@@ -135,7 +135,7 @@ def _damage(folder: Path, needs: Sequence[str]) -> str | None:
         return None
     if said.get("check") != _check_of(said):
         raise ConfigError(
-            f"{folder / META} must be as it was written, but has changed. Remove the folder, and it is built anew."
+            f"{folder / META} must be as it was written, but has changed. Remove the folder to rebuild it."
         )
     check_keys(said, str(folder / META), {"files": dict[str, dict[str, Any]]})
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in told}

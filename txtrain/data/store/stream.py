@@ -78,7 +78,7 @@ class StreamTokens:
     @property
     def offsets(self) -> Indices:
         raise ConfigError(
-            "`data.streaming` must be false with objective.next_sentence=true, which picks documents from everywhere, "
+            "`data.streaming` must be false with objective.next_sentence=true, which picks documents at random, "
             "but is true instead."
         )
 
