@@ -107,9 +107,9 @@ class WikiTextConfig(UnpackedConfig, TextsConfig):
 
     path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
-    name: Literal["wikitext-103-raw-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-2-v1"] = (
-        "wikitext-103-raw-v1"
-    )
+    name: Literal[
+        "wikitext-103-raw-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-2-v1"
+    ] = "wikitext-103-raw-v1"
     offline_fallback: Literal["auto", "never"] = "auto"
 
 

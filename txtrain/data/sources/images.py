@@ -83,7 +83,7 @@ class ImageFiles:
         if path.suffix == ".npy":
             if not labels:
                 raise ConfigError(
-                    f"`{key}`: {path} must have its labels beside it: `{key.replace('path', 'labels')}=FILE.npy`."
+                    f"`{key}`: {path} must have its labels in `{key.replace('path', 'labels')}=FILE.npy`."
                 )
             pictures, classes = (
                 _existing(path, key),
@@ -125,9 +125,7 @@ class ImageFiles:
     def _idx(self, path: Path, key: str) -> Opened:
         beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
         if beside == path or not beside.is_file():
-            raise ConfigError(
-                f"`{key}`: {path} must be a file of images with its labels beside it, but there is no {beside.name}."
-            )
+            raise ConfigError(f"`{key}`: {path} must have its labels beside it, but there is no {beside.name}.")
         self.files += [path, beside]
         return ArrayImages(read_idx(path, key, self.limits), read_idx(beside, key, self.limits), key)
 

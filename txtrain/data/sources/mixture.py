@@ -87,8 +87,9 @@ class MixtureOrder(GlobalOrder):
         """[K]: samples of each source in steps 1..step."""
         if self.overfit_batches:
             rounds, step = divmod(step, self.overfit_batches)
-            return rounds * self._first(self.overfit_batches * self.global_batch_size) + self._first(
-                step * self.global_batch_size
+            return (
+                rounds * self._first(self.overfit_batches * self.global_batch_size)
+                + self._first(step * self.global_batch_size)
             )
         return self._first(step * self.global_batch_size)
 

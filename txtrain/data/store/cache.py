@@ -134,9 +134,7 @@ def _damage(folder: Path, needs: Sequence[str]) -> str | None:
     if told is None:  # written by an older version
         return None
     if said.get("check") != _check_of(said):
-        raise ConfigError(
-            f"{folder / META} must be as it was written, but has changed. Remove the folder to rebuild it."
-        )
+        raise ConfigError(f"{folder / META} must be as it was written, but has changed. Remove the folder.")
     check_keys(said, str(folder / META), {"files": dict[str, dict[str, Any]]})
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in told}
     for name, size in sizes.items():
@@ -222,10 +220,7 @@ class TokenFile(Tokens):
         check_keys(said, str(folder / META), {"dtype": str, "n_tokens": dict[str, int]})
         dtype, n_tokens = said["dtype"], said["n_tokens"].get(split)
         if dtype not in ("uint16", "uint32") or n_tokens is None:
-            raise ConfigError(
-                f"{folder}: its meta.json must have a `dtype` of tokens, and their number, but has not. "
-                "Remove the folder."
-            )
+            raise ConfigError(f"{folder / META} must have `dtype` and `n_tokens`, but has not. Remove the folder.")
         size = path.stat().st_size if path.is_file() else None
         if size != n_tokens * np.dtype(dtype).itemsize:
             have = "is missing" if size is None else f"has {size:,} bytes"

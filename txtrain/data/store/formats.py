@@ -124,9 +124,7 @@ def _megatron_borders(index: Path, width: int, n_sequences: int, n_documents: in
     end = (int(places[-1]) // width + int(lengths[-1])) if n_sequences else 0
     first = np.unique(documents[:-1])  # a document without sequences begins where the next does
     if len(first) and not 0 <= first[0] <= first[-1] < n_sequences:
-        raise ConfigError(
-            f"{index} must give the first of {n_sequences:,} sequences of each document, but gives others."
-        )
+        raise ConfigError(f"{index} must give the first of {n_sequences:,} sequences of each document, but does not.")
     return _ascending(np.concatenate((np.asarray(places[first]) // width, [end])), end, index)
 
 
@@ -198,7 +196,5 @@ def _own_borders(path: Path, n_tokens: int) -> Indices:
 def _ascending(borders: Indices, n_tokens: int, path: Path) -> Indices:
     """The borders, which must ascend from 0 to n_tokens; else raises ConfigError."""
     if borders[0] != 0 or borders[-1] != n_tokens or np.any(borders[1:] < borders[:-1]):
-        raise ConfigError(
-            f"{path} must give the end of each document among {n_tokens:,} tokens, but gives other numbers."
-        )
+        raise ConfigError(f"{path} must give the end of each document among {n_tokens:,} tokens, but does not.")
     return borders

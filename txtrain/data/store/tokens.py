@@ -62,9 +62,7 @@ class Shard:
             return None
         found = self.borders()
         if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found) or found[-1] != self.n_tokens:
-            raise ConfigError(
-                f"{self.path}: its document offsets must be those of {self.n_tokens:,} tokens, but are not."
-            )
+            raise ConfigError(f"{self.path}: its document offsets must end at {self.n_tokens:,} tokens, but do not.")
         return found
 
     def part(self, begin: int, end: int) -> Shard:

@@ -137,9 +137,7 @@ def _read(path: Path, folder: Path) -> Any:
     for name, read in _FORMATS.items():
         if (folder / name).is_file():
             return read(folder, name)
-    raise ConfigError(
-        f"`data.tokenizer`: the folder {folder} must hold one of {', '.join(_FORMATS)}, but holds none of them."
-    )
+    raise ConfigError(f"`data.tokenizer`: {folder} must hold one of {', '.join(_FORMATS)}, but holds none of them.")
 
 
 # ------------------------------------------------------------------------------------------------------- special tokens

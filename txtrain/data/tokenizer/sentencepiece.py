@@ -102,9 +102,7 @@ def convert(path: Path) -> Any:
 
     model = read(path)
     if model.kind not in (_UNIGRAM, _BPE):
-        raise ConfigError(
-            f"`data.tokenizer`: {path} must be a SentencePiece model of kind BPE or unigram, but is of another kind."
-        )
+        raise ConfigError(f"`data.tokenizer`: {path} must be a SentencePiece model, BPE or unigram, but is neither.")
     backend = Tokenizer(_bpe(model) if model.kind == _BPE else _unigram(model))
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:
