@@ -130,7 +130,7 @@ class Same:
             other = fields[name]
             if other is not None and self.kind(name, other) != value:
                 given = f"{first} ({value}), but is {other} instead"
-                raise ConfigError(f"`{name}` must equal {given}: here it is one number.")
+                raise ConfigError(f"`{name}` must be {given}: here it is one number.")
         return {self.path: value}
 
     def write(self, model: Values) -> Fields:
@@ -193,7 +193,7 @@ class Dropouts:
         embedding, residual, attention = (number(name, fields[name]) for name in self.names)
         if embedding != residual:
             given = f"resid_pdrop ({residual}), but is {embedding} instead"
-            raise ConfigError(f"`embd_pdrop` must equal {given}: model.dropout is both.")
+            raise ConfigError(f"`embd_pdrop` must be {given}: model.dropout is both.")
         return {"dropout": residual, "attention.dropout": attention}
 
     def write(self, model: Values) -> Fields:
