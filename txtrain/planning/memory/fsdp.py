@@ -32,7 +32,7 @@ class Shards(Copies):
         if isinstance(self.t, DividedTape):
             self.t.around = self._around_experts
 
-    # ------------------------------------------------------------------------------------------------------------- sizes
+    # ------------------------------------------------------------------------------------------------------------ sizes
 
     def own(self, p: Parameter) -> tuple[int, ...]:
         along, shards = self._along(p), self._shards(p)
@@ -88,7 +88,7 @@ class Shards(Copies):
                 found[name] = found.get(name, 0) + n
         return found
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def before(self) -> None:
         """Gradients of earlier micro-batches lie whole in every process: none is reduced before the last."""

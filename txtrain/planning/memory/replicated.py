@@ -50,7 +50,7 @@ class Copies:
         """Whether states and gradients lie in the processor's memory, and that is another than the device's."""
         return bool(self.config.strategy.cpu_offload) and self.device != "cpu"
 
-    # ------------------------------------------------------------------------------------------------------------ the model
+    # -------------------------------------------------------------------------------------------------------- the model
 
     def _tape(self, size: int = FLOAT32) -> Tape:
         if self.layout.tensor > 1:
@@ -95,7 +95,7 @@ class Copies:
             Traced(self.config.model, batch_of(self.config, 1), whole, lambda block, inputs: block(whole, *inputs)).loss()
             self.shapes = {p.name: p.shape for p in whole.parameters}
 
-    # -------------------------------------------------------------------------------------------------------------- states
+    # ----------------------------------------------------------------------------------------------------------- states
 
     def own(self, p: Parameter) -> tuple[int, ...]:
         """The shape of what the first process keeps of a piece."""
@@ -155,7 +155,7 @@ class Copies:
         """Bytes of gradients of what every process has whole beside its pieces."""
         return sum(self._held(p).n for p in self.pieces if p.edge and p.shape == self.shapes[p.name]) * self.stored
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def step(self, micro: int, several: bool) -> None:
         """Forward and backward of a micro-batch; several: gradients of those before it are there."""

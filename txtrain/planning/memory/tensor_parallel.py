@@ -44,7 +44,7 @@ class CutTape(Tape):
         self.taken = 0  # key-value heads that lie whole in every rank, which reads one of them
         self.extent = Extent(1, 1, 1)  # of that sublayer
 
-    # --------------------------------------------------------------------------------------------------------------- matrices
+    # --------------------------------------------------------------------------------------------------------- matrices
 
     def parameter(self, *shape: int, name: str = "weight") -> Parameter:
         if dotted(self.path, name) in self.by_vocabulary:
@@ -93,7 +93,7 @@ class CutTape(Tape):
         """A process' part of a parameter is a view of it, of which autocast keeps no copy for the next use."""
         return self.to(x, 2) if self.autocast else x
 
-    # ------------------------------------------------------------------------------------------------------------------ lanes
+    # ------------------------------------------------------------------------------------------------------------ lanes
 
     def mine(self, x: Value) -> Value:
         """Positions of this process, copied; their gradients are gathered."""

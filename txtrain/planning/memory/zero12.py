@@ -43,7 +43,7 @@ class Partitions(Copies):
         self.earlier: Bytes | None = None
         self.t.arrived = self._arrived
 
-    # -------------------------------------------------------------------------------------------------------------- states
+    # ----------------------------------------------------------------------------------------------------------- states
 
     def states(self) -> dict[str, int]:
         values = self.config.optimizer.state_values("", (1,))
@@ -61,7 +61,7 @@ class Partitions(Copies):
         reductions = self.n_micro_batches if self.stage == 2 else 1
         return {"all_reduce": FLOAT32 * reductions * sum(h.n for h in self.trained), "all_gather": self.t.size * sum(self.flat)}
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def before(self) -> None:
         if self.stage == 1:

@@ -61,7 +61,7 @@ class Gathered(Copies):
         """The number of the first call of the backward."""
         return 2 + OPENING + len(self.groups) + CLOSING
 
-    # -------------------------------------------------------------------------------------------------------------- states
+    # ----------------------------------------------------------------------------------------------------------- states
 
     def own(self, p: Parameter) -> tuple[int, ...]:
         return (math.ceil(p.n / self.layout.shard),)
@@ -87,7 +87,7 @@ class Gathered(Copies):
     def _send(self, name: str, nbytes: int) -> None:
         self.t.sent[name] = self.t.sent.get(name, 0) + nbytes
 
-    # ------------------------------------------------------------------------------------------------------------ gathering
+    # -------------------------------------------------------------------------------------------------------- gathering
 
     def _parameter(self, place: Place) -> Parameter:
         return self.names[place[0]].parameters[place[1]]
@@ -154,7 +154,7 @@ class Gathered(Copies):
             if place not in again and self.next_use.get(place, -1) <= self.at and self.there.pop(place, None) is not None:
                 self.n_there -= p.n
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def step(self, micro: int, several: bool) -> None:
         for _ in range(2 + OPENING):
