@@ -108,9 +108,8 @@ def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
             if _flock(handle):
                 shutil.rmtree(left, ignore_errors=True)
     while True:
-        with tempfile.TemporaryDirectory(
-            prefix=prefix, ignore_cleanup_errors=True
-        ) as name, _opened(Path(name)) as handle:
+        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+        with made as name, _opened(Path(name)) as handle:
             if _flock(handle) is not False and os.path.exists(name):  # else another process took it for abandoned
                 yield Path(name)
                 return

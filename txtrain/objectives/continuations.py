@@ -14,7 +14,7 @@ from txtrain.run_config import RunConfig
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:
-    """Token ids of a prompt, as a document begins in training; answers: as an encoder's source, with sentinels and end."""
+    """Token ids of a prompt, as a document begins in training; answers: as an encoder's source, sentinels included."""
     if answers:
         pieces = [
             (piece, tokenizer.find(piece) if SENTINEL.fullmatch(piece) else None) for piece in SENTINEL.split(prompt)

@@ -73,9 +73,8 @@ class SentencePairs(Rows):
 
     def _written(self, begin: Indices, length: Indices, second: Indices, second_length: Indices) -> dict[str, Tensor]:
         shape = len(begin), self.seq_len
-        ids, types, mask = np.full(shape, self.sep, dtype=np.int64), np.zeros(shape, dtype=np.int64), np.zeros(
-            shape, dtype=np.int64
-        )
+        ids = np.full(shape, self.sep, dtype=np.int64)
+        types, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for i in range(shape[0]):
             middle, end = length[i] + 2, length[i] + second_length[i] + 3
             ids[i, 0] = self.cls
