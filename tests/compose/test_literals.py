@@ -39,7 +39,7 @@ def test_keys_of_train_arrive_unchanged(key, job):
 
 def test_every_literal_key_is_one_of_the_contract():
     contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
-    assert sorted(LITERALS) == sorted([*contract, "data.cache_dir"])  # a folder as the others are
+    assert sorted(LITERALS) == sorted([*contract, "data.cache_dir", "data.chat_template"])  # paths as the others are
 
 
 @pytest.mark.parametrize("value", ["a.txt,c.txt", "[a.txt,c.txt]", "a b,c=d.txt"])

@@ -59,7 +59,7 @@ class ObjectiveConfig:
         shapes: Shapes = {"input_ids": (n, read), "labels": (n, written or read)}
         if not config.data.cross_document_attention:
             shapes |= {"document_ids": (n, read)} | ({"decoder_document_ids": (n, written)} if written else {})
-        return shapes
+        return shapes | ({} if config.data.packing == "concat" else {"attention_mask": (n, read)})  # padding
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -293,9 +293,9 @@ def test_an_optimizer_that_says_all_is_counted_and_one_that_inherits_is_not():
 
 
 def test_a_simulation_of_a_batch_that_nobody_knows_is_refused():
+    config = txtrain.compose(["model=llama2", "plan.simulate=true"], verb="plan")
     with registered():
         txtrain.component("objective", "own")(OwnObjective)
-        config = txtrain.compose(["model=llama2", "plan.simulate=true"], verb="plan")
         config = dc.replace(config, objective=TABLE["objective"]["own"].config(type="own"))
         with pytest.raises(txtrain.ConfigError, match=r"`plan\.simulate` must be false here, .*: objective=own is"):
             txtrain.plan(config)
