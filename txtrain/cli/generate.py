@@ -174,13 +174,8 @@ class _Printer:
 
 def _how(config: Generate, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "min_p": config.min_p,
-        "eos_token_id": tokenizer.eos_id,
-        "seed": config.seed,
+        "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
+        "top_p": config.top_p, "min_p": config.min_p, "eos_token_id": tokenizer.eos_id, "seed": config.seed
     }
 
 

@@ -11,15 +11,7 @@ from typing import Any
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
 from txtrain.data.prepare import make_tokenizer
-from txtrain.data.sources.source import (
-    as_named,
-    build_source,
-    describe,
-    method_of,
-    n_bytes,
-    settle,
-    validation_sets,
-)
+from txtrain.data.sources.source import as_named, build_source, describe, method_of, n_bytes, settle, validation_sets
 from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished

@@ -49,10 +49,8 @@ OBJECTIVE_RULES = (
         {"objective": ("prefix_lm",)}, "model.mtp_depth", (0,), "causal_lm alone trains the modules for further tokens"
     ),
     RunRule(
-        {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)},
-        "data.packing",
-        ("concat",),
-        "the sequence is cut anywhere, padding would be on both sides",
+        {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)}, "data.packing", ("concat",),
+        "the sequence is cut anywhere, padding would be on both sides"
     ),
     RunRule(
         {"objective": ("span_corruption",)}, "data.packing", ("concat",), "padding would be corrupted, and be a target"

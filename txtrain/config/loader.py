@@ -36,12 +36,8 @@ class Loader(ConfigLoaderImpl):
     which pickle the loader and call it on other machines."""
 
     def load_configuration(
-        self,
-        config_name: str | None,
-        overrides: Sequence[str | Override],
-        run_mode: RunMode,
-        from_shell: bool = True,
-        validate_sweep_overrides: bool = True,
+        self, config_name: str | None, overrides: Sequence[str | Override], run_mode: RunMode, from_shell: bool = True,
+        validate_sweep_overrides: bool = True
     ) -> DictConfig:
         parsed: list[Any] = parse(overrides)
         imports = self.imports(parsed)

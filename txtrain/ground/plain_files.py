@@ -35,14 +35,8 @@ _EVENTS = 200_000  # of a YAML file
 EXPANSION_FLOOR = 64_000_000  # bytes to which any compressed file may expand
 _SHOWN = 80  # characters of a value or a name in a message
 _WORDS: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    dict: "a mapping",
-    list: "a list",
-    types.NoneType: "null",
-    Any: "a value",
+    int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list",
+    types.NoneType: "null", Any: "a value"
 }
 
 

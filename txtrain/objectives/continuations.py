@@ -53,12 +53,8 @@ def said(
     ids = list(ids)[-limit:] if answers else list(ids)[-(limit - 1) :]
     begin = 1 if answers else len(ids)  # an answer follows a start token
     out = generate(
-        module.model,
-        torch.tensor([ids], device=module.device),
-        max_new_tokens=min(wanted.max_new_tokens, limit - begin),
-        temperature=wanted.temperature,
-        eos_token_id=tokenizer.eos_id,
-        seed=config.seed,
-        on_token=lambda *_: check(),
+        module.model, torch.tensor([ids], device=module.device),
+        max_new_tokens=min(wanted.max_new_tokens, limit - begin), temperature=wanted.temperature,
+        eos_token_id=tokenizer.eos_id, seed=config.seed, on_token=lambda *_: check()
     )
     return [token for token in out[0, begin:].tolist() if token != tokenizer.eos_id]

@@ -24,13 +24,8 @@ class MaskedLM(Objective):
     """
 
     def __init__(
-        self,
-        probability: float = 0.15,
-        mask_share: float = 0.8,
-        random_share: float = 0.1,
-        whole_word: bool = False,
-        next_sentence: bool = False,
-        segments: bool = True,
+        self, probability: float = 0.15, mask_share: float = 0.8, random_share: float = 0.1, whole_word: bool = False,
+        next_sentence: bool = False, segments: bool = True
     ) -> None:
         self.masking = partial(
             Masking, probability=probability, mask_share=mask_share, random_share=random_share, whole_word=whole_word

@@ -49,12 +49,9 @@ class SpanCorruption(Objective):
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         output = model(
-            input_ids=batch["input_ids"],
-            document_ids=batch.get("document_ids"),
-            decoder_document_ids=batch.get("decoder_document_ids"),
-            labels=batch["labels"],
-            num_items_in_batch=denominators["loss"],
-            return_logits=False,
+            input_ids=batch["input_ids"], document_ids=batch.get("document_ids"),
+            decoder_document_ids=batch.get("decoder_document_ids"), labels=batch["labels"],
+            num_items_in_batch=denominators["loss"], return_logits=False
         )
         return {"loss": output.loss}
 
