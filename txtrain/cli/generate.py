@@ -58,9 +58,7 @@ def _check_writes(loaded: Loaded) -> None:
             f"encoder ({loaded.model.config.family}), which reads a whole text and continues none."
         )
     if loaded.tokenizer is None:
-        raise ConfigError(
-            f"`checkpoint` must have a tokenizer to continue text, but {where!r} has none: it was not trained on text."
-        )
+        raise ConfigError(f"`checkpoint` must have a tokenizer, but {where!r} has none: it was not trained on text.")
 
 
 def _answers(model: Any) -> bool:

@@ -74,10 +74,7 @@ def _not_a_flag(word: str) -> str:
     name, equals, _ = word.partition("=")
     known = [*_FLAGS, *_SHORT]
     if name in _FILE_FLAGS:
-        return (
-            f"`{name}` is not a flag. A named run is recipe=NAME; a folder of your own options and recipes is "
-            "--config-dir DIR."
-        )
+        return f"`{name}` is not a flag. A named run is recipe=NAME; a folder of your own options is --config-dir DIR."
     if equals and name not in known:
         return f"`{word}` is not a flag. Overrides have no dashes: write {word.lstrip('-')}."
     return f"`{word}` is not a flag. Flags: {', '.join(known)}.{hint(name, known)}"

@@ -43,9 +43,7 @@ def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -
     folder.mkdir(parents=True, exist_ok=True)
     release = files.lock(folder)
     if release is None:
-        raise ConfigError(
-            f"`out` must be a folder that no other process writes to, but another one is preparing {config.out!r}."
-        )
+        raise ConfigError(f"`out` must be a folder that no process writes to, but one is preparing {config.out!r}.")
     try:
         if _is_done(folder, key, config):
             print(f"{folder} is complete: nothing left to do.")
@@ -80,19 +78,14 @@ def _is_done(folder: Path, key: str, config: Prepare) -> bool:
     """
     if (folder / INDEX).is_file():
         if read_index(folder, "out")["key"] != key:
-            raise ConfigError(
-                f"`out` must be a new folder, but {config.out!r} holds other text, or text by another tokenizer."
-            )
+            raise ConfigError(f"`out` must be a new folder, but {config.out!r} holds other text or other tokens.")
         forget(folder)  # the state of an unfinished run, which a kill between the last two steps leaves
         return True
     begun = unfinished(folder)
     if begun is None and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
     if begun is not None and begun["key"] != key:
-        raise ConfigError(
-            f"`out` must be a new folder, but {config.out!r} was begun for other text, or another tokenizer. Remove "
-            "it, or give another."
-        )
+        raise ConfigError(f"`out` must be a new folder, but {config.out!r} was begun for another text or tokenizer.")
     if begun is not None and begun["shard_tokens"] != config.prepare.shard_tokens:
         raise ConfigError(
             f"`prepare.shard_tokens` must be {begun['shard_tokens']}, with which {config.out!r} was begun, "
@@ -115,10 +108,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     train, validation = writer.n_tokens("train"), writer.n_tokens("validation")
     if not train:
         writer.close()
-        raise ConfigError(
-            "`data` must have training text, but has none: white space aside, there is too little to divide. Give more "
-            "text."
-        )
+        raise ConfigError("`data` must have training text, but has none: too little to divide. Give more text.")
     write_skipped(folder, corpus.source)
     writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
     progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")

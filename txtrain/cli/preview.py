@@ -43,9 +43,7 @@ def run_preview(job: Composed) -> int:
     batches = data.first(None if wanted.n == "all" else wanted.n, split)
     batch, sources = next(batches)
     if "input_ids" not in batch and "pixel_values" not in batch:
-        raise ConfigError(
-            f"`data`: samples must have input_ids or pixel_values to be shown, but have {', '.join(batch)}."
-        )
+        raise ConfigError(f"`data`: samples must have input_ids or pixel_values, but have {', '.join(batch)}.")
     if wanted.format == "json" and "input_ids" not in batch:
         raise ConfigError("`preview.format` must be text for images, but is json instead.")
     batches = itertools.chain([(batch, sources)], batches)

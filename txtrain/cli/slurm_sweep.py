@@ -135,10 +135,7 @@ def submit(verb: str, jobs: Sequence[Composed], labels: Sequence[str], how: Slur
 
 def _check_commands() -> None:
     if missing := [command for command in ("sbatch", "squeue", "srun") if shutil.which(command) is None]:
-        raise ConfigError(
-            f"`hydra/launcher=slurm` must be used where SLURM's commands are, but there is no {', '.join(missing)} "
-            "here."
-        )
+        raise ConfigError(f"`hydra/launcher=slurm` needs SLURM's commands, but there is no {', '.join(missing)} here.")
     try:
         import submitit  # noqa: F401
     except ImportError as e:
@@ -185,10 +182,7 @@ def _check(members: Sequence[Member], how: SlurmConfig) -> None:
     layouts = {layout(m.job.config, how) for m in members}
     if len(layouts) > 1:
         shown = ", ".join(f"{nodes} x {tasks}" for nodes, tasks in sorted(layouts))
-        raise ConfigError(
-            f"`hydra/launcher=slurm` must get members of one layout, since they are one array, but they want {shown} "
-            "(nodes x tasks)."
-        )
+        raise ConfigError(f"`hydra/launcher=slurm` needs members of one layout, but they want {shown} (nodes x tasks).")
     problems = []
     for m in members:
         try:

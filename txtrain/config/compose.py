@@ -57,10 +57,7 @@ def typed(cfg: DictConfig, root: type) -> Composed:
     raw: Any = OmegaConf.to_container(cfg, resolve=True)
     raw["imports"] = notes["imports"]
     if "recipes" in raw:
-        raise ConfigError(
-            "`recipe`: its file must have the line `# @package _global_` at its top, so that its keys are those of the "
-            "command line."
-        )
+        raise ConfigError("`recipe`: its file must have the line `# @package _global_` at its top.")
     problems = [*_types_elsewhere(raw, notes["types"]), *targets.problems(raw, raw["imports"])]
     if problems:
         raise ConfigError(*problems)

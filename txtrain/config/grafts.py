@@ -79,10 +79,7 @@ class GraftedRepository:
             if config_path not in self.named:
                 group, _, option = config_path.rpartition("/")
                 name = f"{group}={option}"
-                raise ConfigError(
-                    f"`imports` in {config_path}.yaml must be asked for: name {name} on the command line, or the files "
-                    "as imports=[...]."
-                )
+                raise ConfigError(f"`imports` in {config_path}.yaml must be asked for: give {name}, or imports=[...].")
             del result.config["imports"]  # imported before composing
         if is_family(config_path):
             self._filter(result.config, self.families[self.families.index(config_path) :])

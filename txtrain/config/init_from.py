@@ -22,9 +22,7 @@ def applied(composed: Composed, model: ModelConfig, tokenizer: Path | None) -> C
     changes: dict[str, Any] = {"model": _model(composed, model)}
     if "data.tokenizer" not in composed.given and config.data.tokenizer == "train":
         if tokenizer is None:
-            raise ConfigError(
-                f"`data.tokenizer` must be given with init_from={config.init_from}: no tokenizer came along with it."
-            )
+            raise ConfigError(f"`data.tokenizer` must be given with init_from={config.init_from}: it has no tokenizer.")
         changes["data"] = dc.replace(config.data, tokenizer=str(tokenizer))
     config = dc.replace(config, **changes)
     if problems := list(config.check()):

@@ -77,10 +77,7 @@ class Train(RunConfig):
     def _check_name(self) -> Iterator[str]:
         parts = self.name.split("/")
         if not self.name.isprintable() or any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts):
-            yield (
-                f"`name` must be the name of a folder in runs/, but is {self.name!r} instead. A run anywhere else: "
-                "run_dir=..."
-            )
+            yield f"`name` must be the name of a folder in runs/, but is {self.name!r} instead. Elsewhere: run_dir=..."
 
     def _check_layer_stats(self) -> Iterator[str]:
         every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
@@ -210,10 +207,7 @@ class Generate(Sampling):
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if (self.prompt is None) == (self.prompt_file is None):
-            yield (
-                '`prompt` must be given, or prompt_file, and not both: prompt="The " '
-                "(or prompt=- to read standard input)."
-            )
+            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=-: standard input).'
 
 
 @dc.dataclass(frozen=True, kw_only=True)

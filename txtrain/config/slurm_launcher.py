@@ -61,10 +61,7 @@ class SlurmConfig:
             allowed = f"above 0 and below timeout_min ({limit} s)"
             yield f"`hydra.launcher.signal_delay_s` must be {allowed}, but is {delay} instead."
         if self.gpu_memory is not None and not bytes_of(self.gpu_memory):
-            yield (
-                f"`hydra.launcher.gpu_memory` must be a size such as 80GB or 79.6GiB, but is {self.gpu_memory!r} "
-                "instead."
-            )
+            yield f"`hydra.launcher.gpu_memory` must be a size such as 80GB, but is {self.gpu_memory!r} instead."
 
 
 def named(overrides: Sequence[Override]) -> str | None:

@@ -224,9 +224,7 @@ def check_temporary() -> str | None:
     try:
         used = tempfile.gettempdir()
     except FileNotFoundError as e:
-        raise ConfigError(
-            f"`TMPDIR` must be a folder that can be written to, but is {given!r} instead: {e.strerror}."
-        ) from e
+        raise ConfigError(f"`TMPDIR` must be a folder to write to, but is {given!r} instead: {e.strerror}.") from e
     if not given or os.path.abspath(given) == used:
         return None
     os.environ["TMPDIR"] = used  # for child processes, which then do not warn again

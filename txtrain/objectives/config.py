@@ -130,10 +130,7 @@ class MaskedLMConfig(ObjectiveConfig):
                 "whether sentences follow each other, but is true instead. Nearest: null."
             )
         if config.data.packing != "concat":
-            yield (
-                "`data.packing` must be concat for pairs of segments, which are cut from documents, but is "
-                f"{config.data.packing} instead."
-            )
+            yield f"`data.packing` must be concat for pairs of segments, but is {config.data.packing} instead."
         if config.seq_len < 8:
             yield (
                 f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."

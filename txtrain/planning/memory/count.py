@@ -108,10 +108,6 @@ def _refuse_uncounted(config: Train, world: int) -> None:
     if strategy.stage:
         if strategy.cpu_offload or world == 1:
             what = "strategy.cpu_offload=true" if strategy.cpu_offload else "one process"
-            raise NotCounted(
-                f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted"
-            )
+            raise NotCounted(f"strategy={strategy.type} with {what}: DeepSpeed's copies there are not counted")
     elif strategy.cpu_offload and strategy.layout(world).shard == 1:
-        raise NotCounted(
-            "strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted"
-        )
+        raise NotCounted("strategy.cpu_offload=true with one shard: torch's copies to the device are not counted")
