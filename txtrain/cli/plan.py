@@ -55,10 +55,7 @@ def lines(config: Train, f: Figures) -> list[str]:
     """The lines of the screen, in rich's markup."""
     model = config.model
     further = f.params_by_part.get("mtp", 0)
-    beside = (
-        f", {start_screen.count(f.n_params - further)} of them without the modules for further tokens"
-        if further else ""
-    )
+    beside = f", {start_screen.count(f.n_params - further)} of them without the MTP modules" if further else ""
     active = f", {start_screen.count(f.n_active_params)} active a token" if f.n_active_params < f.n_params else ""
     trained = f"; {start_screen.trained(f.n_trained_params, f.n_params)}" if f.n_trained_params < f.n_params else ""
     head = f"[bold]{f.model}[/]: {start_screen.count(f.n_params)} parameters{beside}{active}{trained}"
@@ -92,10 +89,11 @@ def _parts(f: Figures) -> list[tuple[str, str]]:
 
     whole, frozen = sum(f.flops_by_part.values()), f.n_trained_params < f.n_params
     names = dict.fromkeys((*f.params_by_part, *f.flops_by_part))
-    rows = [(name, row(
-        n := f.params_by_part.get(name, 0), f.flops_by_part.get(name, 0.0),
-        f.trained_by_part.get(name, 0) if n else None
-    )) for name in names]
+    params, work, trained = f.params_by_part, f.flops_by_part, f.trained_by_part
+    rows = [
+        (name, row(n := params.get(name, 0), work.get(name, 0.0), trained.get(name, 0) if n else None))
+        for name in names
+    ]
     title = f"{'parameters':>18}{'':8}{'trained' if frozen else '':>{18 * frozen}}{'forward, ' + a(f.sample):>24}"
     rows = [("", title), *rows, ("in all", row(f.n_params, whole, f.n_trained_params))]
     return [*rows, ("active", row(f.n_active_params, 0.0))] if f.n_active_params < f.n_params else rows
@@ -137,13 +135,8 @@ def _run(config: Train, f: Figures) -> list[tuple[str, str]]:
         ("step", f"{n:,} {what}" if f.sample == "image" else f"{n:,} {what} x {f.seq_len} = {n * f.seq_len:,} tokens")
     ]
     if f.steps is None or f.tokens is None or f.flops is None or f.seconds is None:
-        return [*rows, (
-            "steps",
-            "only the data could tell: trainer.max_epochs counts its samples. Give trainer.max_steps or max_tokens."
-        )]
-    left_out = (
-        "; trainer.max_epochs, which needs the data, is not counted" if config.trainer.max_epochs is not None else ""
-    )
+        return [*rows, ("steps", "unknown without the data (max_epochs). Give trainer.max_steps or max_tokens.")]
+    left_out = "; trainer.max_epochs needs the data: not counted" if config.trainer.max_epochs is not None else ""
     seen = (
         start_screen.count(f.steps * n)
         if f.sample == "image" else f"{start_screen.count(f.tokens)}, {f.tokens / f.n_params:.3g} a parameter"
@@ -154,11 +147,8 @@ def _run(config: Train, f: Figures) -> list[tuple[str, str]]:
         ("steps", f"{f.steps:,} ({f.limited_by}{left_out})"),
         ("images" if f.sample == "image" else "tokens", seen),
         ("compute", flops(f.flops)),
-        (
-            "time",
-            f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s "
-            f"({config.trainer.precision}); training only"
-        ),
+        ("time", f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s "
+                 f"({config.trainer.precision}); training only"),
     ]
 
 
@@ -171,17 +161,14 @@ def _memory(f: Figures) -> list[tuple[str, str]]:
             (name, f"{size(n):>12}{n / f.memory:>8.1%}")
             for name, n in sorted(f.memory_by_part.items(), key=lambda row: -row[1])
         ]
-        rows.append((
-            "in all",
-            f"{size(f.memory):>12}{'':8}  at the fullest moment of a step of micro-batches of {f.micro_batch_size}"
-        ))
+        when = f"at the fullest moment of a step of micro-batches of {f.micro_batch_size}"
+        rows.append(("in all", f"{size(f.memory):>12}{'':8}  {when}"))
         if f.memory_of_host:
             parts = ", ".join(f"{name} {size(n)}" for name, n in f.memory_of_host_by_part.items())
             rows.append(("in host memory", f"{size(f.memory_of_host):>12}{'':8}  {parts}"))
     if f.memory_simulated is not None:
-        rows.append((
-            "simulated", f"{size(f.memory_simulated):>12}{'':8}  the real model without storage, with the CPU's kernels"
-        ))
+        how = "the real model without storage, with the CPU's kernels"
+        rows.append(("simulated", f"{size(f.memory_simulated):>12}{'':8}  {how}"))
     if f.largest_micro_batch_size is not None:
         rows.append(("largest micro-batch", f"{f.largest_micro_batch_size:>12,}"))
     return [*rows, *((f"{name}, a step", f"{size(n):>12}") for name, n in f.communicated.items())]

@@ -92,9 +92,8 @@ class Member:
             return "", ""
         known = read_json(self.record)
         check_keys(known, str(self.record), {"digest": str, "code": int, "ended": str})
-        if known["digest"] != self.digest or (
-            known["code"] == 0 and self.run_dir is not None and not self.run_dir.exists()
-        ):
+        removed = known["code"] == 0 and self.run_dir is not None and not self.run_dir.exists()
+        if known["digest"] != self.digest or removed:
             return "", ""
         return {0: "complete", PREEMPTED: "preempted"}.get(known["code"], "failed"), known["ended"]
 
@@ -147,9 +146,8 @@ def layout(config: Any, how: SlurmConfig) -> tuple[int, int]:
     if not isinstance(config, Train):
         return how.nodes or 1, how.tasks_per_node or 1
     devices = config.trainer.devices
-    return how.nodes or config.trainer.num_nodes, how.tasks_per_node or (
-        devices if devices != "auto" else how.gpus_per_node or 1
-    )
+    tasks = how.tasks_per_node or (devices if devices != "auto" else how.gpus_per_node or 1)
+    return how.nodes or config.trainer.num_nodes, tasks
 
 
 def _laid_out(job: Composed, how: SlurmConfig) -> Composed:
@@ -199,10 +197,8 @@ def _check_one(m: Member, how: SlurmConfig) -> None:
         return
     from txtrain.cli.plan import plan, size
 
-    figures = plan(build(
-        Plan,
-        {key: value for key, value in plain(config).items() if key in _PLANNED} | {"plan": {"memory": how.gpu_memory}}
-    ))
+    given = {key: value for key, value in plain(config).items() if key in _PLANNED}
+    figures = plan(build(Plan, given | {"plan": {"memory": how.gpu_memory}}))
     memory = "" if figures.memory is None else f", {size(figures.memory)} a process"
     _say(f"{m}: {count(figures.n_params)} parameters{memory}")
     if m.run_dir is not None and (m.run_dir / "checkpoints").exists():
@@ -261,17 +257,15 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
         to_file(m.job, m.file)
     executor = submitit.AutoExecutor(folder=str(members[0].folder / "logs"), cluster="slurm", slurm_python=how.python)
     config = members[0].job.config
-    executor.update_parameters(
-        **_parameters(how, *layout(config, how), requeue=not isinstance(config, Train) or config.trainer.auto_requeue)
-    )
+    requeue = not isinstance(config, Train) or config.trainer.auto_requeue
+    executor.update_parameters(**_parameters(how, *layout(config, how), requeue=requeue))
     arguments = [(verb, str(m.file.resolve()), str(m.record.resolve()), m.digest) for m in members]
     try:
         submitted = executor.map_array(slurm_member.run, *zip(*arguments, strict=True))
     except FailedJobError as e:
         said = " ".join(str(e).split())
-        raise ConfigError(
-            f"`hydra/launcher=slurm`: sbatch refuses the sweep: {said[said.rfind('sbatch: error') :][:300]}"
-        ) from e
+        said = said[said.rfind("sbatch: error") :][:300]
+        raise ConfigError(f"`hydra/launcher=slurm`: sbatch refuses the sweep: {said}") from e
     return [job.job_id for job in submitted]
 
 
@@ -358,9 +352,8 @@ def _wait(members: Sequence[Member], queue: Queue) -> int:
         while True:
             states = {m.number: queue.patient(m) for m in members}
             for m in members:
-                if told.get(m.number) != states[m.number] and not (
-                    m.number not in told and states[m.number] in ENDED | {"pending"}
-                ):
+                expected = m.number not in told and states[m.number] in ENDED | {"pending"}
+                if told.get(m.number) != states[m.number] and not expected:
                     _say(f"{m}: {states[m.number]}, job {queue.jobs.get(m.number, '-')}")
             told = states
             if set(states.values()) <= ENDED:

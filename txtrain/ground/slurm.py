@@ -108,10 +108,8 @@ class Job:
         width = 60
         said = ""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            said = _run(
-                ["squeue", "--noheader", "--jobs", self.number, "-O", ",".join(f"{name}:{width}" for name in fields)],
-                _QUESTION
-            ).stdout
+            asked = ",".join(f"{name}:{width}" for name in fields)
+            said = _run(["squeue", "--noheader", "--jobs", self.number, "-O", asked], _QUESTION).stdout
         return [said[i * width : (i + 1) * width].strip() for i in range(len(fields))]
 
 
@@ -120,12 +118,9 @@ def has_requeued() -> bool:
 
 
 def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")} | {
-        "SLURM_TIME_FORMAT": "standard"
-    }
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=seconds, env=environment, stdin=subprocess.DEVNULL
-    )
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    env["SLURM_TIME_FORMAT"] = "standard"
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env, stdin=subprocess.DEVNULL)
 
 
 # -------------------------------------------------------------------------------------------------------- srun's tasks
