@@ -1,4 +1,4 @@
-"""The user's mistake, in one grammar: the dotted path, the value, what is allowed, the nearest right one."""
+"""Errors that a user can fix, in one form: the dotted path, what is allowed, the value, the nearest right one."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# A message may quote a stranger's file, and a terminal would obey what it holds.
+# A message may quote a stranger's file, and a terminal would execute its control characters.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 class ConfigError(ValueError):
-    """What a user can put right. One problem a line; the command line prints it and exits with 2."""
+    """An error that the user can fix. One problem a line; the command line prints it and exits with 2."""
 
     def __init__(self, *problems: str) -> None:
         self.problems: tuple[str, ...] = tuple(dict.fromkeys(_CONTROL.sub(_spelt, problem) for problem in problems))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
-        return (type(self), self.problems)  # exceptions cross process borders: launchers pickle them
+        return (type(self), self.problems)  # launchers pickle exceptions
 
 
 def _spelt(found: re.Match[str]) -> str:
@@ -26,12 +26,12 @@ def _spelt(found: re.Match[str]) -> str:
 
 
 class RunError(ConfigError):
-    """A mistake that only a run found after its folder was made, as in a row of its data: exit code 1, not 2."""
+    """An error found after the run's folder was made, as in a row of its data: exit code 1, not 2."""
 
 
 def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str | None:
-    """The option that `word` was most likely meant to be, or None. Case does not matter; of equally near options
-    one with the same first letter is meant."""
+    """The option that `word` was most likely meant to be, or None. Case is ignored; among equally near options one
+    with the same first letter wins."""
     meant = str(word)[:100].casefold()
     folded = {str(o).casefold(): str(o) for o in options}
     got = difflib.get_close_matches(meant, folded, n=len(folded) or 1, cutoff=cutoff)
@@ -45,12 +45,12 @@ def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str
 
 
 def hint(word: object, options: Iterable[object], template: str = "{}") -> str:
-    """` Did you mean X?`, or nothing; ready to be appended to a sentence."""
+    """` Did you mean X?`, to be appended to a sentence, or an empty string."""
     got = nearest(word, options)
     return f" Did you mean {template.format(got)}?" if got else ""
 
 
 def divisors_near(value: int, total: int, n: int = 2) -> list[int]:
-    """The divisors of `total` closest to `value`, ascending: what to write instead of a number that does not divide."""
+    """The divisors of `total` closest to `value`, ascending."""
     divisors = [d for d in range(1, abs(total) + 1) if total % d == 0] if abs(total) <= 1_000_000 else []
     return sorted(sorted(divisors, key=lambda d: (abs(d - value), d))[:n])

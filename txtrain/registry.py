@@ -1,7 +1,7 @@
-"""The table of options: of each axis and name a config class and a lazy reference to what is built from it. No torch.
+"""The table of options: for each axis and name a config class and a lazy reference to what is built from it. No torch.
 
-Every choice that a user can make by name is a row of `TABLE`. The config is a frozen dataclass in a module without torch; the
-class that does the work is named as "module:Class" and imported when it is first built.
+Every choice that a user can make by name is a row of `TABLE`. The config is a frozen dataclass in a module without
+torch; the class that does the work is named as "module:Class" and imported when it is first built.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
-# How ranks share what a component owns. What it does not name is whole in every rank.
+# How ranks share a component's parameters. What is not named is whole on every rank.
 #     rows           a matrix by its outputs
-#     shared_rows    the same; where there are more ranks than key-value heads, whole in each, which reads one head's
-#     columns        a matrix by its inputs: its outputs are parts of a sum over the ranks
-#     heads          a table with a column a head, where attention is cut
-#     vocabulary     by tokens
+#     shared_rows    the same; with more ranks than key-value heads whole on each rank, which reads one head's rows
+#     columns        a matrix by its inputs: its outputs are summed over the ranks
+#     heads          a table with a column for each head, where attention is cut
+#     vocabulary     a table by tokens
 #     equal_part     a number of which each rank counts an equal part
 #     experts        stacked experts, whole ones for each rank of `strategy.ep_size`
 How = Literal["rows", "shared_rows", "columns", "heads", "vocabulary", "equal_part", "experts"]
@@ -32,12 +32,12 @@ class Option(NamedTuple):
     config: type[Any]  # frozen dataclass; its `type` field is the option's name
     target: str | type  # "module:Class", or the class itself where a user registered it
     cut: Cut = WHOLE
-    absent: Mapping[str, str] = NONE  # of keys that other options of the axis have: why it has not, behind a space
+    absent: Mapping[str, str] = NONE  # of keys of other options of the axis: why this one lacks it, after a space
 
 
 TABLE: dict[str, dict[str, Option]] = {}
 
-# Where an axis is chosen on the command line. Axes of the model are groups below model/; all others are groups of their own name.
+# Where an axis is chosen on the command line: axes of the model in groups below model/, others in groups of their name.
 MODEL_AXES = ("attention", "ffn", "position", "norm", "embedding", "head")
 GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 
@@ -59,12 +59,12 @@ def register(
 
 
 def cut_of(axis: str, config: Any) -> Cut:
-    """How ranks share what an option's component owns."""
+    """How ranks share the parameters of an option's component."""
     return TABLE[axis][config.type].cut
 
 
 def chosen(axis: str, config: Any) -> str:
-    """The choice of an option, as it is written on the command line."""
+    """The choice of an option, as written on the command line."""
     return f"{VALUE_AXES.get(axis) or group_of(axis)}={config.type}"
 
 
@@ -75,9 +75,9 @@ def is_own(axis: str, config: Any) -> bool:
 
 
 def unstated(axis: str, config: Any, *forms: str) -> str:
-    """The names of those methods that a user's own option should define in its Config and does not.
+    """The methods that a user's own option should define in its Config and does not.
 
-    What it inherits from an option of the package does not count: that is true of another module.
+    Those inherited from an option of the package do not count: they describe another module.
     """
     missing = [form for form in forms if is_own(axis, config) and inherits_from_package(type(config), form)]
     return ", ".join(f"`{form}`" for form in missing)
@@ -99,24 +99,24 @@ def resolve(axis: str, name: str) -> Any:
 
 
 def imported(reference: str) -> Any:
-    """What "module:name" stands for."""
+    """The object that "module:name" refers to."""
     module, _, name = reference.partition(":")
     return getattr(importlib.import_module(module), name)
 
 
 def make(axis: str, config: Any, **given: Any) -> Any:
-    """What an option stands for, called with its knobs and with what the caller gives, each where its parameters name it."""
+    """Call an option's target with its knobs and with what the caller gives, as far as its parameters name them."""
     return call(axis, config, {f.name: getattr(config, f.name) for f in dc.fields(config)} | given)
 
 
 def call(axis: str, config: Any, values: Mapping[str, Any], knobs: Collection[str] = ()) -> Any:
-    """What an option stands for, called with those of the values that its parameters name.
+    """Call an option's target with those of the values that its parameters name.
 
     Args:
-        knobs: names of values that it must take, by name or as keywords of any name.
+        knobs: names of values that it must accept, by name or through **kwargs.
 
     Raises:
-        ConfigError: a parameter of a user's own has neither a value nor a default, or there is none for a knob.
+        ConfigError: a parameter of a user's component has neither a value nor a default, or a knob has no parameter.
     """
     from txtrain.errors import ConfigError
 
@@ -148,16 +148,16 @@ def knob(
     run: bool = False,
     from_run: Callable[[Any], object] | None = None,
 ) -> Any:
-    """A field of a config, with what holds for it wherever it is used.
+    """A field of a config, with its properties.
 
     Args:
-        at_least, above, at_most, below: bounds of the number, or of each number in a list; null and words pass.
-        carry: not part of the mechanism, so that a swap to another option that also has it keeps its value.
+        at_least, above, at_most, below: bounds of the number, or of each number in a list; null and strings pass.
+        carry: not part of the mechanism, so that a swap to another option that has it keeps its value.
         affects: what of a model it changes, where that is neither weights nor logits: nothing (a label), how weights
             start, dropout, the ids of special tokens, or something else of training.
-        free: may differ when a run is continued: changes neither which samples a step sees nor what is done with them.
+        free: may differ on resume: changes neither the samples of a step nor what is done with them.
         literal: its value on the command line is taken as typed.
-        run: names a run or what lies in one; a folder of runs stands for the newest.
+        run: names a run or something in one; a folder of runs means the newest.
         from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
@@ -174,27 +174,27 @@ def knob(
 
 
 def dropout_knob(default: Any = 0.0) -> Any:
-    """The share of values that is dropped in training."""
+    """The probability that a value is dropped in training."""
     return knob(default, at_least=0, below=1, carry=True, affects="dropout")
 
 
 def axis(name: str, *, free: bool = False) -> Any:
-    """A field whose value is the config of one option of that axis, told apart by its `type`. free: as of a knob."""
+    """A field that holds the config of one option of an axis, distinguished by its `type`. free: as in `knob`."""
     return dc.field(metadata={"axis": name, "free": free})
 
 
 def axes(name: str) -> Any:
-    """A field whose value is a mapping from names of the user's to configs of options of that axis."""
+    """A field that maps the user's names to configs of options of an axis."""
     return dc.field(metadata={"axes": name})
 
 
 def choice(name: str, default: Any = dc.MISSING) -> Any:
-    """A string field whose value is the name of one option of that axis."""
+    """A string field that holds the name of an option of an axis."""
     return dc.field(default=default, metadata={"choice": name})
 
 
 def key_of(field: dc.Field[Any]) -> str:
-    """The field's key on the command line: an underscore behind one of Python's own words (`async_`) is left out."""
+    """The field's key on the command line, without the underscore after a Python keyword (`async_`)."""
     return field.name.removesuffix("_")
 
 
@@ -204,7 +204,7 @@ _HOLDS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le,
 
 
 def out_of_range(config: Any, path: str = "") -> Iterator[str]:
-    """Numbers out of their fields' bounds, as sentences: those of a config at `path`, and of the configs in it."""
+    """Numbers outside their fields' bounds, as sentences, in a config at `path` and the configs in it."""
     for f in dc.fields(config):
         bounds, key = f.metadata.get("bounds", {}), f"{path}.{key_of(f)}" if path else key_of(f)
         for at, value in _values(getattr(config, f.name), key):
@@ -217,7 +217,7 @@ def out_of_range(config: Any, path: str = "") -> Iterator[str]:
 
 
 def in_bounds(bounds: Mapping[str, float], hint: Any) -> str:
-    """What a value of that type may be, in words: `at least 0 and below 1, or null`."""
+    """The allowed values of that type, in words: `at least 0 and below 1, or null`."""
     words = [" and ".join(f"{name.replace('_', ' ')} {bound}" for name, bound in bounds.items())]
     for member in (hint, *get_args(hint)):
         words += map(str, get_args(member)) if get_origin(member) is Literal else ["null"] if member is NoneType else []
@@ -225,7 +225,7 @@ def in_bounds(bounds: Mapping[str, float], hint: Any) -> str:
 
 
 def _values(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    """What a field holds, and where: of lists and mappings each value."""
+    """A field's values and their paths: each one of lists and mappings."""
     if isinstance(value, (list, tuple, Mapping)):
         for at, one in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _values(one, f"{path}.{at}" if isinstance(value, Mapping) else f"{path}[{at}]")
@@ -238,5 +238,5 @@ def _element(hint: Any) -> Any:
     return next((get_args(m)[0] for m in (hint, *get_args(hint)) if get_origin(m) in (list, tuple)), Any)
 
 
-# What each axis' config derives from; filled by the modules that own the axes.
+# The base class of each axis' configs; filled by the modules that own the axes.
 BASES: dict[str, type] = {}

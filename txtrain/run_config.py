@@ -1,6 +1,6 @@
-"""RunConfig: what a run is told, as data, objectives, strategies and checkpoints see it. No torch.
+"""RunConfig: the configuration of a run, as data, objectives, strategies and checkpoints see it. No torch.
 
-What of it goes together is checked where the groups meet: `txtrain.config.schema.Train`.
+Checks that involve several groups are in `txtrain.config.schema.Train`.
 """
 
 from __future__ import annotations
@@ -19,53 +19,56 @@ from txtrain.registry import axis, knob
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TrainerConfig:
-    """Lightning's words. Every interval counts steps; a step is one optimizer update. The first limit that is reached ends the run."""
+    """Names as in Lightning. Intervals count steps, that is optimizer updates. The limit reached first ends the run."""
 
-    max_steps: int | None = knob(None, at_least=1)
-    max_epochs: int | None = knob(None, at_least=1)
-    max_tokens: int | None = knob(None, at_least=1)
+    max_steps: int | None = knob(None, at_least=1)  # optimizer updates
+    max_epochs: int | None = knob(None, at_least=1)  # passes over the training data
+    max_tokens: int | None = knob(None, at_least=1)  # positions, padding included
     max_time: str | None = None  # DD:HH:MM:SS
-    val_check_interval: int = knob(100, at_least=1)  # steps
-    limit_val_batches: int = knob(32, at_least=0)  # of global_batch_size sequences each
-    log_every_n_steps: int = knob(10, at_least=1)
-    gradient_clip_val: float | None = knob(1.0, at_least=0)  # by the global norm; null: never
-    # In a row; a step whose loss or gradient is not finite changes nothing, and one more of them ends the run.
+    val_check_interval: int = knob(100, at_least=1)  # steps between validations
+    limit_val_batches: int = knob(32, at_least=0)  # at most so many batches of global_batch_size sequences each
+    log_every_n_steps: int = knob(10, at_least=1)  # steps between rows of metrics.csv
+    gradient_clip_val: float | None = knob(1.0, at_least=0)  # clip the global norm of the gradients; null: never
+    # allowed in a row; a step whose loss or gradient is not finite is skipped, and one more ends the run
     max_skipped_steps: int = knob(5, at_least=0)
-    # In a row, whose loss is far above the best (`monitor.loss_spikes`); one more ends the run; null: it is only said.
+    # allowed in a row with a loss far above the best (`monitor.loss_spikes`); one more ends the run; null: only warn
     max_divergent_steps: int | None = knob(None, at_least=0)
     precision: Literal["32-true", "bf16-mixed", "bf16-true"] = "32-true"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = knob("auto", at_least=1)  # processes on each node; auto: one a GPU, or one
+    devices: int | Literal["auto"] = knob("auto", at_least=1)  # processes on each node; auto: one for each GPU, or one
     num_nodes: int = knob(1, at_least=1)
-    compile: bool = False
-    # Computed again in the backward: all; all but products; every n-th block.
+    compile: bool = False  # compile the blocks with torch.compile
+    # recomputed in the backward: full: all activations; selective: all but matrix products; a number: every n-th block
     activation_checkpointing: Literal["none", "full", "selective"] | int = knob("none", at_least=1)
-    deterministic: bool = False
-    auto_requeue: bool = True  # a SLURM job that is preempted, or whose end is near, asks to be run again once its checkpoint is complete
-    # So often a SLURM job is requeued in a row without a step that was kept: a start that never reaches its first does not go on for ever.
+    deterministic: bool = False  # use deterministic algorithms only
+    auto_requeue: bool = True  # requeue a SLURM job that is preempted or near its end, after a checkpoint
+    # requeue a SLURM job at most so often in a row without a new checkpoint
     max_requeues: int = knob(MAX_REQUEUES, at_least=0)
-    # So many steps (true: 1) of training and validation, then stop; nothing saved.
+    # stop after so many steps (true: 1) of training and validation; write nothing
     fast_dev_run: bool | int = knob(False, at_least=0)
-    overfit_batches: int = knob(0, at_least=0)  # train on the first so many global batches again and again
+    overfit_batches: int = knob(0, at_least=0)  # train only on the first so many global batches; 0: on all
 
     def check(self) -> Iterator[str]:
         limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
         if all(getattr(self, name) is None for name in limits):
-            yield "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: nothing would end the run."
+            yield (
+                "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: "
+                "nothing would end the run."
+            )
         if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
             yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class SaveConfig:
-    """When checkpoints are written. The last step, an interrupt and a new best always write one as far as these allow."""
+    """When checkpoints are written: also at the last step, an interrupt and a new best validation, if allowed."""
 
-    every_n_steps: int = knob(200, at_least=1)
-    keep_last: int = knob(2, at_least=1)  # the newest so many
-    keep_best: int = knob(1, at_least=0)  # and the best so many by validation loss
-    keep_every_n_steps: int | None = knob(None, at_least=1)  # and those of every so many steps, for good
-    async_: bool = False  # write while training goes on, from a copy in the processor's memory
-    verify: bool = True  # compare each tensor with its checksum when a run is continued or forked
+    every_n_steps: int = knob(200, at_least=1)  # steps between checkpoints
+    keep_last: int = knob(2, at_least=1)  # how many of the newest to keep
+    keep_best: int = knob(1, at_least=0)  # how many with the lowest validation loss to keep
+    keep_every_n_steps: int | None = knob(None, at_least=1)  # those of every so many steps are kept for good
+    async_: bool = False  # write from a copy in CPU memory while the training goes on
+    verify: bool = True  # compare each tensor with its checksum on resume and fork
 
     def check(self) -> Iterator[str]:
         every, step = self.keep_every_n_steps, self.every_n_steps
@@ -79,17 +82,17 @@ class SampleConfig:
     """Continuations written at each validation: to the screen and to samples.txt."""
 
     prompts: tuple[str, ...] = ()  # empty: the first words of the first n validation documents
-    n: int = knob(2, at_least=0)
+    n: int = knob(2, at_least=0)  # validation samples that are shown or continued
     max_new_tokens: int = knob(40, at_least=0)
-    temperature: float = knob(0.8, at_least=0)
+    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class LayerStatsConfig:
-    """Figures of each layer in metrics.csv and the loggers: gradient and weight norms, and of each mixture how even its load is."""
+    """Statistics of each layer in metrics.csv and the loggers: norms of gradients and weights, load balance of MoE."""
 
-    every_n_steps: int | None = knob(None, at_least=1)  # in the row of every so many steps; null: never
-    activations: bool = False  # also the root mean square of what each block puts out
+    every_n_steps: int | None = knob(None, at_least=1)  # in rows of every so many steps; null: never
+    activations: bool = False  # also the root mean square of each block's output
 
     def check(self) -> Iterator[str]:
         if self.every_n_steps is None and self.activations:
@@ -107,31 +110,31 @@ class RunConfig:
     trainer: TrainerConfig = knob(free=True)
     save: SaveConfig = knob(free=True)
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
-    # parameters that are read and not trained: those whose dotted name has one of these as a pattern (re.search)
+    # parameters that are not trained: those whose dotted name has one of these patterns (re.search)
     freeze: tuple[str, ...] = ()
     sample: SampleConfig = knob(free=True)
     layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
-    # Lightning loggers by _target_; of wandb project, entity, group, tags, mode, ...: docs/logging.md
+    # Lightning loggers by _target_; the keys of wandb are in docs/logging.md
     logger: dict[str, Any] = knob(free=True)
     callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_
     name: str = knob("default", literal=True)  # part of the run's folder
     run_dir: str | None = knob(None, free=True, literal=True)  # null: runs/<name>/<date>_<time>
     seed: int = knob(1337, at_least=-(2**63), below=2**64)
-    # files or modules with your own parts, registered by @txtrain.component
+    # files or modules with your own components, registered by @txtrain.component
     imports: tuple[str, ...] = knob((), free=True)
-    # weights, architecture and tokenizer: a Hugging Face folder, an export, a run, ...
+    # start from the weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
     init_from: str | None = knob(None, literal=True, run=True)
-    # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, key=value on top
+    # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, which further keys override
     resume: str = knob("auto", free=True, literal=True)
-    resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from those of the run that is continued
-    # a run or checkpoint whose weights, optimizer state and step a new run starts from
+    resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from the resumed or forked run
+    # start a new run from the weights, optimizer state and step of this run or checkpoint
     fork: str | None = knob(None, literal=True, run=True)
-    # go on from weights that hold NaN or infinity: those of init_from, fork and resume
+    # accept NaN and infinity in the weights of init_from, fork and resume
     allow_nonfinite: bool = knob(False, free=True)
-    # of what is printed, with NO_COLOR=1 in black and white
+    # how much is printed; NO_COLOR=1 turns colours off
     verbosity: Literal["quiet", "normal", "verbose"] = knob("normal", free=True)
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
-    # the first and the last of them; null: the fourth to the sixth of this start
+    # the first and the last step to trace; null: the fourth to the sixth of this start
     profile_steps: tuple[int, int] | None = knob(None, at_least=1, free=True)
 
     @property
@@ -140,7 +143,7 @@ class RunConfig:
 
     @property
     def lengths(self) -> tuple[int, int | None]:
-        """Positions of one sample as the model reads it, at most: of the source, and of the target where there are two stacks."""
+        """Maximal positions of one sample: of the source, and of the target where there are two stacks."""
         if self.model.topology != "encoder_decoder":
             return self.seq_len, None
         source, target = self.objective.lengths(self.seq_len)
@@ -148,7 +151,7 @@ class RunConfig:
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """What is changed in the model before it is laid over the ranks."""
+        """Changes to the model before it is sharded."""
         return (Freeze(self.freeze),) if self.freeze else ()
 
     def trains(self, name: str) -> bool:

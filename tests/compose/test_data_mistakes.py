@@ -39,7 +39,7 @@ MISTAKES = [
     ("data=hf data.path=folder", "`data"),
     ("data=hf data.path=no/such-set", "`data"),
     ("data=wikitext data.offline_fallback=never", "`data.offline_fallback` is never."),
-    ("data=wikitext model=gpt2_small", "A stand-in is for laptop sizes only, not for small."),
+    ("data=wikitext model=gpt2_small", "The fallback is for laptop sizes only, not for small."),
 ]
 
 

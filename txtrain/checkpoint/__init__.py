@@ -1,1 +1,1 @@
-"""Checkpoints and the folder of a run: written, found, kept, read back. Folders of Hugging Face are hf/."""
+"""Checkpoints and the folder of a run: writing, finding, rotating, reading. Hugging Face folders are in hf/."""

@@ -1,13 +1,13 @@
 """Checkpoints: `checkpoints/step_00000100/`, complete or absent.
 
-    shard-*.safetensors   model.<parameter>, optimizer.<parameter>.<state> and ema.<parameter>, by canonical name: written and read
-                          by torch.distributed.checkpoint, so that any number of processes under any strategy can read it
-    state.json            the integers of the run, what belongs to this step, and the optimizer's state that is no tensor
+    shard-*.safetensors   model.<parameter>, optimizer.<parameter>.<state> and ema.<parameter>, by canonical name; any
+                          number of ranks under any strategy reads them: torch.distributed.checkpoint (DCP) writes them
+    state.json            integers of the run, what belongs to this step, and the optimizer's state that is no tensor
     config.yaml tokenizer/
     complete              JSON, name -> size and checksum of every file (of a shard that of its header); written last
 
-DCP's own storage keeps its index in a pickle (`.metadata`). Nothing in a checkpoint may be unpickled, so the safetensors storage
-of DCP is used: it keeps the index in the headers.
+DCP's own storage keeps its index in a pickle (`.metadata`), and nothing in a checkpoint may be unpickled. So DCP's
+safetensors storage is used, which keeps the index in the headers.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Reading:
 
 READING = Reading()
 
-# ------------------------------------------------------------------------------------------------------------------- finding
+# -------------------------------------------------------------------------------------------------------------- finding
 
 
 def path_of(run_dir: Path, step: int) -> Path:
@@ -100,12 +100,13 @@ def _named(run_dir: Path) -> list[Path]:
 
 
 def newest_of(run_dir: Path, key: str) -> Path | None:
-    """The newest checkpoint of a run; None: it has none.
+    """The newest checkpoint of a run, or None.
 
-    A checkpoint gets its name when it is complete: one that has the name and no marker has lost it since, as in a copy that was cut short.
+    A checkpoint is renamed once it is complete: one with its name but no marker was damaged later, as in a copy that
+    was cut short.
 
     Raises:
-        LoadError: the newest is such a one; names the newest whole one. Or it is a link.
+        LoadError: the newest has no marker (the error names the newest intact one), or is a link.
     """
     while found := _named(run_dir):
         check_links(found[-1:])
@@ -117,7 +118,7 @@ def newest_of(run_dir: Path, key: str) -> Path | None:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Before it is written to.
+    """Check a run's folder before it is written to.
 
     Raises:
         ConfigError: a link leads out of it.
@@ -128,20 +129,20 @@ def check_folder(run_dir: Path) -> None:
 
 
 def newest_run(where: str | Path, key: str) -> str:
-    """`where` itself; of the folder of a run's name, `runs/NAME`, the newest run that has a complete checkpoint. Says
-    which on standard error."""
+    """`where` itself; for `runs/NAME`, a folder of runs, the newest run with a complete checkpoint, which is printed to
+    standard error."""
     runs = _runs(Path(where).expanduser())
     if not runs:
         return str(where)
     newest = max(runs, key=_start)
-    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # of several ranks one says it
+    if os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":  # only the first rank prints
         several, step = f"{len(runs)} run{'s' * (len(runs) > 1)}", step_of(_named(newest)[-1])
         print(f"{key}={where}: {newest} (the newest of {several} with a checkpoint), step {step}", file=sys.stderr)
     return str(newest)
 
 
 def _runs(path: Path) -> list[Path]:
-    """The runs with a checkpoint in the folder of a run's name; none in a folder of another kind."""
+    """The runs with a checkpoint in a folder of runs; none for any other folder."""
     of_another_kind = (FOLDER, MARKER, "config.yaml", "config.json")
     if not path.is_dir() or any((path / name).exists() for name in of_another_kind):
         return []
@@ -149,11 +150,7 @@ def _runs(path: Path) -> list[Path]:
 
 
 def _start(run: Path) -> tuple[float, str]:
-    """When it was first started; where run.json does not tell, when its folder was last changed.
-
-    Raises:
-        ConfigError: run.json is damaged, or of a newer format.
-    """
+    """When the run was first started; without that in run.json, when its folder was last changed."""
     file = run / "run.json"
     raw = read_json(file, finite=False) if file.exists() else {}
     check_format(raw, file)
@@ -163,7 +160,7 @@ def _start(run: Path) -> tuple[float, str]:
 
 
 def locate(where: str | Path, key: str = "checkpoint") -> Path:
-    """The checkpoint meant by its own folder, by its run's (the newest), or by that of a run's name (the newest run's).
+    """The checkpoint that `where` means: itself, the newest of a run, or that of the newest run in a folder of runs.
 
     Raises:
         ConfigError: there is none, or it is not complete any more.
@@ -187,7 +184,7 @@ def exists(where: str | Path) -> bool:
 
 
 def on_newest(where: str | Path, key: str, do: Callable[[Path], T]) -> T:
-    """What `do` makes of the checkpoint that `where` means; a run that rotates its checkpoints may remove it meanwhile: then of the next one.
+    """`do` applied to the checkpoint that `where` means, or to the next one if a running training removes it meanwhile.
 
     Raises:
         ConfigError: as `locate` and `do`.
@@ -214,14 +211,14 @@ def read_state(path: Path) -> RunState:
 
 
 def verify(path: Path, key: str = "checkpoint", tensors: bool = True) -> None:
-    """Check a complete checkpoint against its marker and the headers of its shards; the numbers of its tensors are compared when they are read.
+    """Check a complete checkpoint against its marker and its shards' headers; tensors are checked when they are read.
 
     Args:
-        key: of the command that uses it.
-        tensors: also that the shards are all of the tensors; needs torch.
+        key: what an error calls the checkpoint.
+        tensors: also check that the shards hold all elements of every tensor; needs torch.
 
     Raises:
-        LoadError: a file is missing, cut short, changed, unreadable or of another checkpoint; names the newest whole one.
+        LoadError: a file is missing, cut short, changed, or of another checkpoint; names the newest intact one.
         NewerFormat: a newer version wrote it.
     """
     if (problem := _problem(path, tensors)) is not None:
@@ -233,7 +230,7 @@ def _problem(path: Path, tensors: bool) -> str | None:
         check_links(path.rglob("*"))
         if not is_complete(path):
             raise ConfigError(f"{MARKER}, the file that is written last, is missing")
-        state = read_state(path)  # its format before all else
+        state = read_state(path)  # first, for its format
         _check_shards(path, state)
         _check_marker(path, read_json(path / MARKER), with_checksums=bool(state.id))
         if tensors:
@@ -242,22 +239,22 @@ def _problem(path: Path, tensors: bool) -> str | None:
         raise
     except ConfigError as e:
         return e.problems[0].rstrip(".")
-    except Exception as e:  # whatever a damaged file makes the readers say
+    except Exception as e:  # whatever the readers raise on a damaged file
         return f"{type(e).__name__}: {e}".splitlines()[0]
     return None
 
 
 def _damaged(path: Path, problem: str, key: str) -> LoadError:
-    """With the newest whole checkpoint of the run, and how to use it."""
+    """The error, with the newest intact checkpoint of the run and how to use it."""
     others = complete(path.parent.parent) if _NAME.fullmatch(path.name) else []
     whole = next((other for other in reversed(others) if other != path and _is_whole(other)), None)
     where = shlex.quote(str(path))
     if whole is None:
-        way_out = "There is no other whole one."
+        way_out = "There is no other intact one."
     elif key == "resume":
-        way_out = f"The newest whole one is {whole.name}. To go on from it: mv {where} {where}.damaged"
+        way_out = f"The newest intact one is {whole.name}. To go on from it: mv {where} {where}.damaged"
     else:
-        way_out = f"The newest whole one: {key}={shlex.quote(str(whole))}"
+        way_out = f"The newest intact one: {key}={shlex.quote(str(whole))}"
     return LoadError(f"The checkpoint {path} cannot be read: {problem}. {way_out}")
 
 
@@ -269,13 +266,13 @@ def _is_whole(path: Path) -> bool:
 
 
 def marker_of(folder: Path) -> dict[str, list[int | str]]:
-    """Name -> size and checksum of all its files."""
+    """Name -> size and checksum of all files in the folder."""
     names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.name != MARKER)
     return {name: [(folder / name).stat().st_size, _checksum(folder / name)] for name in names}
 
 
 def _checksum(file: Path) -> str:
-    """Of a shard its header's: that has the tensors' own."""
+    """Of a shard the checksum of its header, which holds those of the tensors."""
     if file.suffix != ".safetensors":
         return xxhash.xxh3_64_hexdigest(plain_files.read_bytes(file, plain_files.TOKENIZER_LIMIT))
     with file.open("rb") as f:
@@ -284,38 +281,45 @@ def _checksum(file: Path) -> str:
 
 
 def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -> None:
-    """Raises:
-    ConfigError: a file is not the one that was written, or was not written at all.
-    """
+    """Raise ConfigError if a file differs from what was written, or was not written with the checkpoint."""
     for name, said in marker.items():
         size, checksum = said if isinstance(said, list) and len(said) == 2 else (said, None)
         if type(size) is not int or (type(checksum) is not str if with_checksums else checksum is not None):
-            raise ConfigError(f"{path / MARKER}: `{name}` must be the size and the checksum of a file, but is {plain_files.shorten(said)}")
+            raise ConfigError(
+                f"{path / MARKER}: `{name}` must be the size and the checksum of a file, "
+                f"but is {plain_files.shorten(said)}"
+            )
         if (found := (path / name).stat().st_size) != size:
             raise ConfigError(f"{name} has another size than when it was written: {found:,} bytes, not {size:,}")
         if checksum is not None and _checksum(path / name) != checksum:
             raise ConfigError(f"{name} has changed since it was written")
-    read = [STATE, *(str(p.relative_to(path)) for p in (*path.glob("*.safetensors"), *path.glob("config.yaml"), *path.glob("tokenizer/*")))]
+    read = [
+        STATE,
+        *(
+            str(p.relative_to(path))
+            for p in (*path.glob("*.safetensors"), *path.glob("config.yaml"), *path.glob("tokenizer/*"))
+        ),
+    ]
     if added := [name for name in read if with_checksums and name not in marker]:
         raise ConfigError(f"{added[0]} is not among the files that were written")
 
 
 def _check_shards(path: Path, state: RunState) -> None:
-    """Raises:
-    ConfigError: a shard is of another checkpoint, perhaps of the same run.
-    """
+    """Raise ConfigError if a shard is of another checkpoint, perhaps of the same run."""
     for file in sorted(path.glob("*.safetensors")):
         said = ShardState.of(read_header(file)[0].get("__metadata__"), f"The header of {file.name}")
         if (said.id, said.step) != (state.id, state.step if state.id else 0):
-            theirs, ours = (f"{id or 'none'}, step {step}" for id, step in ((said.id, said.step), (state.id, state.step)))
+            theirs, ours = (
+                f"{id or 'none'}, step {step}" for id, step in ((said.id, said.step), (state.id, state.step))
+            )
             raise ConfigError(f"{file.name} is of another checkpoint: its id is {theirs}; that of {STATE} {ours}")
 
 
-# ------------------------------------------------------------------------------------------------------------------- tensors
+# -------------------------------------------------------------------------------------------------------------- tensors
 
 
 def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | None = None) -> dict[str, Tensor]:
-    """Everything to save, by canonical name; the tensors themselves, so that reading into them in place restores them."""
+    """All tensors to save, by canonical name; not copies, so that reading into them in place restores them."""
     from txtrain.optim import state as optimizer_state
 
     tensors = _weights_of(model)
@@ -334,18 +338,14 @@ def shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def forget_headers() -> None:
-    """A run that has been loaded asks for none again, and of thousands of layers they take memory."""
+    """Free the parsed headers: with thousands of layers they take memory, and a loaded run needs none."""
     from txtrain.checkpoint.reader import parse_headers
 
     parse_headers.cache_clear()
 
 
 def _check_tensors(path: Path) -> None:
-    """Of each file that its tensors lie in it without gaps, and of each tensor that its shards are all of it.
-
-    Raises:
-        ConfigError: names the file or the tensor. And what DCP's reader says.
-    """
+    """Check that tensors fill each file without gaps, and that the shards hold all elements of each tensor."""
     from txtrain.checkpoint.reader import read_headers
 
     held: Counter[str] = Counter()  # elements
@@ -358,10 +358,10 @@ def _check_tensors(path: Path) -> None:
 
 
 def check_model(path: Path, model: ModelConfig) -> None:
-    """Before a model is built: a config may claim any size, the files cannot.
+    """Check a config before a model is built from it: it may claim any size, the files cannot.
 
     Raises:
-        ConfigError: there are fewer tensors than layers, or numbers than parameters.
+        ConfigError: the files hold fewer tensors than it has layers, or fewer numbers than parameters.
     """
     from txtrain.hf.tensor_names import check_layers
 
@@ -375,7 +375,7 @@ def check_model(path: Path, model: ModelConfig) -> None:
 
 
 def optimizer_names(path: Path) -> set[str]:
-    """`<parameter>.<key>` of every tensor of the optimizer's state. A parameter that had no gradient until then has none."""
+    """`<parameter>.<key>` of each tensor of the optimizer's state; a parameter without a gradient so far has none."""
     return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
 
 
@@ -383,15 +383,16 @@ def load_tensors(
     path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...] = "", group: Any = None,
     how: Reading = READING, without: Container[str] = (),
 ) -> None:
-    """Read every tensor of `into`, in place; of a tensor that lies over processes each reads its part.
+    """Read every tensor of `into`, in place; of a sharded tensor each rank reads its shard.
 
     Args:
-        prefix: those of the checkpoint that must all be wanted; of several any. without: all but these.
-        group: the processes that read together; None: this one alone.
+        prefix: of the checkpoint's tensors, one or several: those with it must be the names in `into`.
+        group: the ranks that read together; None: this one alone.
+        without: names with the prefix that are not read.
 
     Raises:
         ConfigError: the names or shapes differ.
-        LoadError: a tensor is not what was written, or weights are not finite.
+        LoadError: a tensor has changed since it was written, or weights are not finite.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -402,16 +403,24 @@ def load_tensors(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(dict(into), storage_reader=Reader(path, how.verify, how.finite), process_group=group, no_dist=group is None)
-    except CheckpointException as e:  # what DCP makes of what its processes met
+            load(
+                dict(into), storage_reader=Reader(path, how.verify, how.finite), process_group=group,
+                no_dist=group is None,
+            )
+    except CheckpointException as e:  # holds the exceptions of all ranks
         met = [exception for exception, _ in e.failures.values()]
         if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
-            raise (_damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]) from e
-        _refuse_not_finite(path, {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems}, how.key)
+            raise (
+                _damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]
+            ) from e
+        _refuse_not_finite(
+            path, {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems},
+            how.key,
+        )
 
 
 def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
-    """Of weights that another reader has read.
+    """Check weights that another reader has read.
 
     Raises:
         LoadError: they hold NaN or infinity.
@@ -423,10 +432,10 @@ def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
 
 
 def check_values(path: Path, pieces: Iterable[Piece], how: Reading) -> None:
-    """Of weights that are read by pieces later.
+    """Check weights that are read piece by piece later.
 
     Raises:
-        LoadError: one of them is not what was written, or not finite.
+        LoadError: one of them has changed since it was written, or is not finite.
     """
     try:
         strange = [piece.name for piece in pieces if not piece.is_fine(how.finite)]
@@ -440,10 +449,14 @@ def _refuse_not_finite(path: Path, names: Iterable[str], key: str) -> NoReturn:
     held = sorted(names)
     more = f" and {len(held) - _SHOWN:,} more" if len(held) > _SHOWN else ""
     listed = ", ".join(held[:_SHOWN]) + more
-    raise LoadError(f"`{key}`: the weights in {path} must be finite numbers, but {listed} hold NaN or infinity. {_ALLOWED}")
+    raise LoadError(
+        f"`{key}`: the weights in {path} must be finite numbers, but {listed} hold NaN or infinity. {_ALLOWED}"
+    )
 
 
-def _compare(path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()) -> None:
+def _compare(
+    path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()
+) -> None:
     from txtrain.hf.pieces import compare
 
     saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
@@ -451,7 +464,7 @@ def _compare(path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ..
 
 
 def check_weights(path: Path, model: nn.Module) -> None:
-    """Whether the checkpoint's weights are those of this model, by name and shape; nothing is read.
+    """Check by names and shapes that the checkpoint's weights are this model's; reads no weights.
 
     Raises:
         ConfigError: they are not.
@@ -464,7 +477,7 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Reading = READING) -> None:
-    """The model's weights from a checkpoint, in place. weights: `ema` for the averaged ones; what is not averaged comes from the model.
+    """Read the model's weights in place. weights: `ema` for the averaged ones; what is not averaged is the model's.
 
     Raises:
         ConfigError: the checkpoint is of another model, or has no averaged weights.
@@ -475,17 +488,21 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Read
     if weights == "ema":
         averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
         if not averaged:
-            raise ConfigError(f"`weights` must be model, but is ema instead: {path} has no averaged weights. A run with ema.decay=0.999 keeps them.")
+            raise ConfigError(
+                f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
+                "A run with ema.decay=0.999 keeps them."
+            )
         load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, "ema.", how=how)
 
 
 def load_training(
-    path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None, how: Reading = READING
+    path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None,
+    how: Reading = READING,
 ) -> None:
-    """The model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
+    """Read the model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
 
-    An average that the checkpoint does not have starts from its weights; one that is not wanted is left there, and all that it has of
-    parameters which are not trained any more. Whether a run may begin or end one there is for its configuration to say.
+    An average that the checkpoint lacks starts from its weights. Not read: an average that the run does not keep, and
+    what belongs to parameters that are frozen now. The configuration decides whether that is allowed.
     """
     from txtrain.optim import state as optimizer_state
 
@@ -494,7 +511,7 @@ def load_training(
     optimizer_state.allocate(optimizer)
     saved = {name for name in optimizer_names(path) if f"optimizer.{name}" not in without} | numbers.keys()
     if without and not saved:
-        optimizer.state.clear()  # what was trained there is not what is trained here
+        optimizer.state.clear()  # no parameter is trained both there and here
     optimizer_state.forget(saved, model, optimizer)
     load_tensors(path, training_tensors(model, optimizer), ("model.", "optimizer."), group, how, without)
     optimizer_state.restore_numbers(numbers, model, optimizer)
@@ -506,29 +523,34 @@ def load_training(
 
 
 def of_frozen(path: Path, model: nn.Module) -> set[str]:
-    """What a checkpoint has beside the weights of parameters that the model does not train."""
+    """Names of averaged weights and optimizer state that belong to parameters which the model does not train."""
     frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
     names = [*shapes(path), *(f"optimizer.{name}" for name in read_state(path).optimizer)]
     parts = [(name, *name.split(".", 1)) for name in names]
-    return {name for name, kind, own in parts if (kind == "ema" and own in frozen) or (kind == "optimizer" and own.rpartition(".")[0] in frozen)}
+    return {
+        name for name, kind, own in parts
+        if (kind == "ema" and own in frozen) or (kind == "optimizer" and own.rpartition(".")[0] in frozen)
+    }
 
 
-# -------------------------------------------------------------------------------------------------------------------- writing
+# -------------------------------------------------------------------------------------------------------------- writing
 
 
 class SaveError(OSError):
-    """A checkpoint could not be written; those that there were are as they were."""
+    """A checkpoint could not be written; earlier ones are untouched."""
 
 
-def save(path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], group: Any = None) -> None:
-    """Write a checkpoint under another name, then give it its own: a kill at any moment leaves a complete one or none.
+def save(
+    path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], group: Any = None
+) -> None:
+    """Write a checkpoint under another name, then rename it: a kill at any moment leaves a complete one or none.
 
     Args:
-        beside: writes what else belongs into the folder it is given.
-        group: the processes that write together, each its parts; all of them call this. None: this one alone.
+        beside: writes the other files into the folder that it is given.
+        group: the ranks that write together, each its shards; all of them call this. None: this one alone.
 
     Raises:
-        SaveError: a disk is full or gone, in all processes where it is so in one.
+        SaveError: a disk is full or gone; raised on all ranks if it is so on one.
     """
     import torch.distributed as dist
 
@@ -558,10 +580,10 @@ def save(path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Cal
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None, step: int = 0) -> str:
-    """Each process its parts of the tensors, as safetensors.
+    """Each rank writes its shards of the tensors, as safetensors.
 
     Returns:
-        In the first process the id that all of the files have.
+        On the first rank the id that all of the files have.
     """
     from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -569,12 +591,14 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save_tensors(dict(tensors), storage_writer=(writer := Writer(folder, step)), process_group=group, no_dist=group is None)
+        save_tensors(
+            dict(tensors), storage_writer=(writer := Writer(folder, step)), process_group=group, no_dist=group is None
+        )
     return writer.id
 
 
 def _alike(do: Callable[[], None] | None, group: Any) -> None:
-    """One part of a save; where the system refuses it to one process, it has failed for all."""
+    """Do one part of a save; a system error on one rank fails it on all."""
     import torch.distributed as dist
     from torch.distributed.checkpoint.api import CheckpointException
 
@@ -584,7 +608,7 @@ def _alike(do: Callable[[], None] | None, group: Any) -> None:
             do()
     except OSError as e:
         error = str(e)
-    except CheckpointException as e:  # what DCP makes of what its processes met
+    except CheckpointException as e:  # holds the exceptions of all ranks
         met = [exception for exception, _ in e.failures.values()]
         if not all(isinstance(exception, OSError) for exception in met):
             raise
@@ -598,13 +622,13 @@ def _alike(do: Callable[[], None] | None, group: Any) -> None:
 
 
 def _seal(part: Path, path: Path) -> None:
-    """All of it on the disk, the marker last; then its own name."""
+    """Sync all files, write the marker last, then rename the folder."""
     old = path.with_name(path.name + ".old")
     marker = marker_of(part)
     for name in marker:
         files.sync(part / name)
     files.write(part / MARKER, json.dumps(marker))
-    if path.exists():  # written again at the same step: after the validation that an interrupt had cut short
+    if path.exists():  # the step is saved again, after a validation that an interrupt had cut short
         path.rename(old)
     part.rename(path)
     files.sync(path.parent)
@@ -622,7 +646,7 @@ def clean(run_dir: Path) -> None:
 
 
 def val_losses(run_dir: Path) -> dict[Path, float | None]:
-    """Of the complete checkpoints whose state can be read, oldest first; None where a step was not validated."""
+    """Of the complete checkpoints whose state is readable, oldest first; None where a step was not validated."""
     found: dict[Path, float | None] = {}
     for path in complete(run_dir):
         with contextlib.suppress(ConfigError):
@@ -631,15 +655,20 @@ def val_losses(run_dir: Path) -> dict[Path, float | None]:
 
 
 def rotate(run_dir: Path, keep: SaveConfig) -> None:
-    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, and those of every keep_every_n_steps.
-    Damaged ones are left as they are."""
+    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, those of every
+    keep_every_n_steps, and damaged ones."""
     losses = val_losses(run_dir)
     found = list(losses)
-    validated = sorted((path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path)))
+    validated = sorted(
+        (path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path))
+    )
     every = keep.keep_every_n_steps
-    kept = {*found[-keep.keep_last :], *validated[: keep.keep_best], *(path for path in found if every and step_of(path) % every == 0)}
+    kept = {
+        *found[-keep.keep_last :], *validated[: keep.keep_best],
+        *(path for path in found if every and step_of(path) % every == 0),
+    }
     for path in found:
         if path not in kept:
-            gone = path.with_name(path.name + ".tmp")  # removed from sight at once, from the disk by and by
+            gone = path.with_name(path.name + ".tmp")  # invisible at once, even if deleting takes long
             path.rename(gone)
             shutil.rmtree(gone)

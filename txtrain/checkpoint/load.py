@@ -1,4 +1,4 @@
-"""A trained model and its tokenizer from wherever they lie: a run, one of its checkpoints, or a Hugging Face folder."""
+"""A trained model and its tokenizer: from a run, one of its checkpoints, or a Hugging Face folder."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ WEIGHTS = ("model", "ema")
 
 @dc.dataclass(frozen=True)
 class Described:
-    """path: the checkpoint's or the folder's. tokenizer: the folder that holds it, None where there is none."""
+    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None."""
 
     path: Path
     model: ModelConfig
@@ -41,7 +41,7 @@ class Described:
 
 @dc.dataclass(frozen=True)
 class Loaded:
-    """tokenizer: None where there is none."""
+    """tokenizer: None if there is none."""
 
     path: Path
     model: Transformer
@@ -49,10 +49,10 @@ class Loaded:
 
 
 def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Described:
-    """What lies there, without reading weights or importing torch. key: what an error calls it.
+    """What `where` holds, without reading weights or importing torch. key: what an error calls it.
 
     Raises:
-        ConfigError: there is no model, or its config is damaged, hostile, not supported, or needs components that were not imported.
+        ConfigError: there is no model, or its config is damaged, hostile or unsupported, or needs other `imports`.
     """
     folder = path_of(where, key)
     if (folder / "config.json").is_file():
@@ -81,7 +81,7 @@ def _tokenizer_in(folder: Path) -> Path | None:
 def open_weights(
     where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1
 ) -> Source:
-    """The model that lies there, to be read tensor by tensor. Of `of` ranks each looks through a part of the values.
+    """The model at `where`, to be read tensor by tensor. Each of `of` ranks checks a part of the values.
 
     Args:
         finite: refuse weights that hold NaN or infinity.
@@ -114,9 +114,10 @@ def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -
 
 
 def load(
-    where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model", finite: bool = False
+    where: str | os.PathLike[str], device: torch.device | str = "cpu", key: str = "checkpoint", weights: str = "model",
+    finite: bool = False,
 ) -> Loaded:
-    """The model, on the device, in evaluation mode, and its tokenizer. A checkpoint's tensors are compared with their checksums.
+    """The model, on the device, in eval mode, and its tokenizer. A checkpoint's tensors are checked by checksum.
 
     Args:
         weights: model, or ema for the averaged ones.
@@ -129,12 +130,16 @@ def load(
 
     def loaded(found: Described) -> Loaded:
         tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
-        return Loaded(found.path, _model(found, device, tokenizer, weights, checkpoint.Reading(key, finite=finite)), tokenizer)
+        return Loaded(
+            found.path, _model(found, device, tokenizer, weights, checkpoint.Reading(key, finite=finite)), tokenizer
+        )
 
     return _on(where, key, loaded)
 
 
-def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model") -> Transformer:
+def load_pretrained(
+    where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model"
+) -> Transformer:
     """The model of a Hugging Face folder, an export, a run (its newest checkpoint), a checkpoint or a folder of runs
     (the newest), on the default device, in eval mode.
 
@@ -162,10 +167,15 @@ def load_pretrained(where: str | os.PathLike[str], dtype: torch.dtype | None = N
 
 def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
     if weights != "model":
-        raise ConfigError(f"`weights` must be model for a Hugging Face folder, but is {weights} instead: {os.fspath(where)!r} has one set of weights.")
+        raise ConfigError(
+            f"`weights` must be model for a Hugging Face folder, but is {weights} instead: "
+            f"{os.fspath(where)!r} has one set of weights."
+        )
 
 
-def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading) -> Transformer:
+def _model(
+    found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading
+) -> Transformer:
     import torch
 
     if found.is_hf:
@@ -182,7 +192,7 @@ def _model(found: Described, device: torch.device | str, tokenizer: Tokenizer | 
 
 
 def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transformer:
-    """The model of a checkpoint without storage, once its files are known to hold one of this size."""
+    """A checkpoint's model without storage, after a check that its files hold a model of this size."""
     import torch
 
     from txtrain.hf.trainer import build_model
@@ -194,15 +204,17 @@ def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transform
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
-    """Ids that the config leaves to the tokenizer."""
+    """Fill in special ids that the config leaves to the tokenizer."""
     if tokenizer is None:
         return config
-    known: dict[str, Any] = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
+    known: dict[str, Any] = {
+        "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id
+    }
     return dc.replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
 
 
 def _saved_config(path: Path, key: str) -> ModelConfig:
-    """From a checkpoint's config.yaml, which is data: what it names in `imports` is not imported."""
+    """From a checkpoint's config.yaml, which is only data: the files in its `imports` are not imported."""
     file = path / "config.yaml"
     raw = read_yaml(file)
     check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
@@ -212,4 +224,7 @@ def _saved_config(path: Path, key: str) -> ModelConfig:
         if not raw.get("imports"):
             raise
         again = f"imports=[{','.join(raw['imports'])}]"
-        raise ConfigError(*e.problems, f"`{key}`: its run used {again}. Code is never imported by a checkpoint's word: name it again.") from e
+        raise ConfigError(
+            *e.problems,
+            f"`{key}`: its run used {again}. A checkpoint's code is never imported by itself: name it again.",
+        ) from e

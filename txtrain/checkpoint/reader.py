@@ -1,7 +1,7 @@
-"""What `writer` wrote, read into the place where it belongs, and looked at while it passes by.
+"""Reads what `writer` wrote straight into place, and checks it on the way.
 
-DCP's own reader copies each tensor out of a mapped file, and that into the model. Here a tensor that is wanted whole goes from the file
-to its place, a megabyte at a time; each is compared with its checksum, and looked through for NaN, while the processor still has it.
+DCP's own reader copies each tensor out of a mapped file, then into the model. Here a tensor that is wanted whole goes
+from the file to its place a megabyte at a time, and is compared with its checksum and checked for NaN while in cache.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Headers:
 
 
 def read_headers(folder: Path) -> Headers:
-    """Parsed once, as long as the files are the same: of thousands of layers they are long, and a start asks for them ten times.
+    """The headers, parsed once while the files are unchanged: they may be long, and a start asks for them ten times.
 
     Raises:
         ConfigError: one of them is damaged.
@@ -63,7 +63,7 @@ def read_headers(folder: Path) -> Headers:
 
 @lru_cache(maxsize=1)
 def parse_headers(shards: tuple[tuple[str, int, int, int], ...]) -> Headers:
-    """shards: path, and what tells whether it was changed."""
+    """shards: path, size, time of change and inode of each file."""
     made, found, places = Headers({}, {}, Metadata({})), dict[str, TensorStorageMetadata](), dict[MetadataIndex, str]()
     for path, *_ in shards:
         file = made.files[path] = SafetensorsFile(Path(path))
@@ -78,7 +78,7 @@ def parse_headers(shards: tuple[tuple[str, int, int, int], ...]) -> Headers:
 
 
 class Reader(HuggingFaceStorageReader):
-    """verify: compare each tensor with its checksum. finite: refuse weights that are not finite."""
+    """verify: compare each tensor with its checksum. finite: refuse weights that hold NaN or infinity."""
 
     def __init__(self, folder: Path, verify: bool = True, finite: bool = True) -> None:
         super().__init__(str(folder))
@@ -86,11 +86,11 @@ class Reader(HuggingFaceStorageReader):
         self._headers = read_headers(folder)
 
     def read_metadata(self) -> Metadata:
-        """Of each tensor its parts, from the headers."""
+        """The shards of each tensor, from the headers."""
         return dc.replace(self._headers.metadata, storage_meta=StorageMeta(load_id=self.load_id))
 
     def pieces(self, prefix: str) -> list[Piece]:
-        """Of the tensors that begin with it, without it, for a reader that needs no plan."""
+        """Of the tensors whose names begin with the prefix, named without it; for a reader that needs no plan."""
         found, headers = [], self._headers
         for index, path in (headers.metadata.storage_data or {}).items():
             if index.fqn.startswith(prefix):
@@ -101,7 +101,7 @@ class Reader(HuggingFaceStorageReader):
         return found
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Parts that no process reads whole, as on another number of them, are compared with their checksums in turns."""
+        """Shards that no rank reads whole (their number has changed) are divided over the ranks to be verified."""
         if not self.verify:
             return plans
         items = [item for plan in plans for item in plan.items]
@@ -115,7 +115,7 @@ class Reader(HuggingFaceStorageReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Raises:
-        ConfigError: a tensor is not what was written. NotFiniteError: weights hold NaN or infinity.
+        ConfigError: a tensor has changed since it was written. NotFiniteError: weights hold NaN or infinity.
         """
         from safetensors import safe_open
 
@@ -142,7 +142,7 @@ class Reader(HuggingFaceStorageReader):
         return done
 
     def _read(self, path: str, name: str, target: Tensor | None, finite: bool) -> bool:
-        """One part, whole, into its place (None: nowhere); whether its numbers are finite, if that is asked."""
+        """Read one shard into its place (None: nowhere). Returns whether its numbers are finite, if that is asked."""
         file, fine = self._headers.files[path], True
         entry, checksum = file.entries[name], self._headers.checksums[path].get(name) if self.verify else None
         dtype = words.DTYPE_MAP[entry.dtype]
@@ -168,7 +168,7 @@ def _box(file: SafetensorsFile, name: str, box: Box) -> Tensor:
 
 
 def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, ...], torch.dtype]]:
-    """Of each tensor in a file where its part begins in the whole, the part's shape, and its type."""
+    """Of each tensor in a file: its name, its shard's offsets in the whole, shape and type."""
     where = f"The header of {file.path.name}"
     metadata = file.metadata if isinstance(file.metadata, dict) else {}
     text = metadata.get(words.CUSTOM_METADATA_KEY)
@@ -176,7 +176,13 @@ def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, .
     for name, entry in file.entries.items():
         place = places.get(name) if text is not None else {words.SAVED_OFFSETS_KEY: [0] * len(entry.shape)}
         offsets: Any = place.get(words.SAVED_OFFSETS_KEY) if isinstance(place, dict) else None
-        sound = isinstance(offsets, list) and len(offsets) == len(entry.shape) and all(type(o) is int and 0 <= o < 2**63 for o in offsets)
-        if not sound or entry.dtype not in words.DTYPE_MAP or any(o + n >= 2**63 for o, n in zip(offsets, entry.shape, strict=True)):
+        sound = (
+            isinstance(offsets, list) and len(offsets) == len(entry.shape)
+            and all(type(o) is int and 0 <= o < 2**63 for o in offsets)
+        )
+        if (
+            not sound or entry.dtype not in words.DTYPE_MAP
+            or any(o + n >= 2**63 for o, n in zip(offsets, entry.shape, strict=True))
+        ):
             raise ConfigError(f"{where}: {name} must be a part of a tensor, but is {entry} at {json.dumps(place)[:80]}")
         yield name, offsets, entry.shape, words.DTYPE_MAP[entry.dtype]

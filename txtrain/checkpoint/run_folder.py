@@ -24,7 +24,7 @@ from txtrain.ground.convert import among, build, differing, marked, plain
 from txtrain.ground.slurm import Job
 from txtrain.run_config import RunConfig
 
-# The kinds of what is read of a run.json.
+# Types of the values that are read from a run.json.
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
@@ -35,21 +35,27 @@ _LISTED = 20  # differences in a message
 
 @dc.dataclass
 class RunFolder:
-    """path: the folder. checkpoint: what the run continues from; None: it starts anew. parent: the checkpoint of another run that a new
-    one starts from, with that one's step as its first. exclusive: the folder must be a new one."""
+    """A run's folder and what the run starts from.
+
+    Attributes:
+        checkpoint: what the run continues from; None: it starts anew.
+        parent: the checkpoint of another run from which a new one is forked, with that one's step as its first.
+        exclusive: the folder must be a new one.
+        began: when the run was first started, in seconds since 1970, later by the time during which it was complete.
+    """
 
     path: Path
     checkpoint: Path | None = None
     parent: Path | None = None
     exclusive: bool = False
-    began: float | None = None  # when the run was first started, in seconds of the system's clock, without the time in which it was complete
+    began: float | None = None
     _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
-    _made: list[Path] = dc.field(default_factory=list, repr=False)  # the folders that are new with this run
-    _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # gives the folder's lock back
+    _made: list[Path] = dc.field(default_factory=list, repr=False)  # folders that this run has created
+    _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # releases the folder's lock
 
     @property
     def state(self) -> RunState:
-        """At the checkpoint; that of a run which has not begun, where there is none."""
+        """The state at the checkpoint; without one, that of a run at its start."""
         return RunState() if self.checkpoint is None else checkpoint.read_state(self.checkpoint)
 
     @property
@@ -59,26 +65,26 @@ class RunFolder:
 
     @property
     def key(self) -> str:
-        """What brought the source."""
+        """The key of the configuration that names the source."""
         return "resume" if self.checkpoint is not None else "fork"
 
     @property
     def first_step(self) -> int:
-        """Updates that are done before this process begins."""
+        """Updates before this start."""
         return 0 if self.source is None else checkpoint.read_state(self.source).step
 
     @property
     def kept(self) -> int:
-        """The rows of metrics.csv up to this step are the run's; what comes later is done again."""
+        """The last step whose row of metrics.csv is kept; later steps are done again."""
         return self.first_step - (self.state.open_row is not None) if self.checkpoint is not None else 0
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What run.json says; empty where there is none."""
+        """The contents of run.json; empty where there is none."""
         return self._read()
 
     def create(self, config: RunConfig, facts: Mapping[str, Any], start: float | None = None) -> None:
-        """Make the folder and write config.yaml and run.json. Nothing is written before this. start: of this process, by the system's clock."""
+        """Make the folder, write config.yaml and run.json; nothing is written before. start: in seconds since 1970."""
         self._made = [p for p in (self.path, *self.path.parents) if not p.exists()]
         if self.exclusive:
             self._claim()
@@ -89,15 +95,18 @@ class RunFolder:
         self.write_config(config, self.path)
         life = _life(before, time.time() if start is None else start)
         self.began = life["first_start"] + life["complete_for"]
-        now = {"format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(), "ended": None}
+        now = {
+            "format": FORMAT, **facts, **life, "status": "running", "started": before.get("started") or _now(),
+            "ended": None,
+        }
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
-        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # config.yaml does not tell
+        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # not in config.yaml
         now |= {key: before[key] for key in kept if before.get(key) and not now.get(key)}
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
 
     def _started_before(self, config: RunConfig) -> bool:
-        """Whether an earlier start of the same run was ended here before its first checkpoint: this is that run."""
+        """Whether the same run was started here before, and ended before its first checkpoint."""
         there = config.resume == "auto" and (self.path / "config.yaml").exists()
         return there and not differences(_completed(self.path, config), plain(config))
 
@@ -106,7 +115,7 @@ class RunFolder:
         return {"checkpoint": str(parent.resolve()), "step": self.first_step} | ({"wandb_id": logged} if logged else {})
 
     def _claim(self) -> None:
-        """Two runs may start within one second."""
+        """Make the folder under the first free name: two runs may start within one second."""
         first, number = self.path, 1
         while True:
             try:
@@ -117,7 +126,7 @@ class RunFolder:
                 self._made = [self.path]
 
     def discard(self) -> None:
-        """Take back what `create` made: the run cannot start after all."""
+        """Undo `create`: the run cannot start after all."""
         self._release()
         if self.path in self._made:
             shutil.rmtree(self.path)
@@ -126,18 +135,24 @@ class RunFolder:
                 parent.rmdir()
 
     def _own(self) -> None:
-        """No other process may write here while this one does. The system gives the lock back when a process ends, however it ends.
+        """Lock the folder against other processes. The system releases the lock when the process ends, however it ends.
 
         Raises:
-            ConfigError: another process writes to the folder, or has since this one chose its checkpoint.
+            ConfigError: another process writes to the folder, or has done so since this one chose its checkpoint.
         """
         self._lock = files.lock(self.path)
         if self._lock is None:
-            raise ConfigError(f"`run_dir` must be a folder that no other process writes to, but another one is training in {str(self.path)!r}.")
+            raise ConfigError(
+                "`run_dir` must be a folder that no other process writes to, "
+                f"but another one is training in {str(self.path)!r}."
+            )
         newest = checkpoint.complete(self.path)[-1:]
         if newest and newest != [self.checkpoint]:
             self._release()
-            raise ConfigError(f"`run_dir`: another process has trained in {str(self.path)!r} since this one looked. Start again to continue from there.")
+            raise ConfigError(
+                f"`run_dir`: another process has trained in {str(self.path)!r} since this one looked. "
+                "Start again to continue from there."
+            )
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -145,7 +160,7 @@ class RunFolder:
             self._lock = None
 
     def write_config(self, config: RunConfig, into: Path) -> None:
-        """`txtrain resume=RUN` and `checkpoint=` need nothing but this."""
+        """Write the config.yaml that `txtrain resume=RUN` and `checkpoint=` read."""
         resolved = plain(dc.replace(config, run_dir=str(self.path), resume="auto"))
         files.write(into / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
 
@@ -157,13 +172,13 @@ class RunFolder:
         values |= {"status": status, "ended": _now()}
         try:
             self.update(**values)
-        except OSError:  # the disk is full: without its white space the file is not longer than it was
+        except OSError:  # the disk is full: without white space the file is no longer than before
             files.overwrite(self.path / "run.json", json.dumps({**self._read(), **values}, separators=(",", ":")))
         finally:
             self._release()
 
     def stopped(self) -> None:
-        """The process ends before its first step: what this start has said of itself is over."""
+        """Mark `run.json` as preempted: the process ends before its first step."""
         if self._owned:
             self.update(status="preempted", ended=_now())
 
@@ -175,7 +190,9 @@ class RunFolder:
             found = plain_files.read_json(path, finite=False)
             check_format(found, path)
             plain_files.check_keys(found, str(path), _FACTS)
-            plain_files.check_keys(found.get("slurm") or {}, f"{path}: slurm", {"job": str | None, "restarts": int | None})
+            plain_files.check_keys(
+                found.get("slurm") or {}, f"{path}: slurm", {"job": str | None, "restarts": int | None}
+            )
             try:
                 datetime.datetime.fromisoformat(found.get("ended") or _now()).timestamp()
             except (ValueError, OverflowError) as e:
@@ -193,7 +210,7 @@ def aside(path: Path) -> str:
     return f"mv {where} {where}.damaged"
 
 
-# ------------------------------------------------------------------------------------------------------------------ choosing
+# ------------------------------------------------------------------------------------------------------------- choosing
 
 
 def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None) -> RunFolder:
@@ -204,7 +221,7 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
         name: of the folder under runs/<name>/, where config.run_dir is null; by default the SLURM job or the time.
 
     Raises:
-        ConfigError: the run cannot be continued: its checkpoint is unreadable, or its config is another.
+        ConfigError: the run cannot be continued: its checkpoint is damaged, or its config is another.
     """
     if config.resume not in ("auto", "never"):
         named = _named(config, given)
@@ -218,36 +235,40 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
         return RunFolder(path, parent=None if config.fork is None else _parent(config), exclusive=exclusive)
     if config.resume == "never" and not _again(path):
         raise ConfigError(
-            f"`run_dir` must be without checkpoints with resume=never, but {str(path)!r} has {len(checkpoint.complete(path))}. "
+            f"`run_dir` must be without checkpoints with resume=never, "
+            f"but {str(path)!r} has {len(checkpoint.complete(path))}. "
             "Give another run_dir, or resume=auto to continue that run."
         )
     return _continue(config, path, newest)
 
 
 def begun_with(config: RunConfig, key: str) -> str | None:
-    """The run in the folder of runs `config.<key>` that this one was begun with; None if it was not begun so."""
+    """Which run of the folder of runs `config.<key>` this run was begun with; None if it was not begun so."""
     path, _ = _path(config, None)
     before = _saved(path).get(key) if (path / "config.yaml").exists() else None
     return before if isinstance(before, str) and Path(before).parent == Path(getattr(config, key)) else None
 
 
 def _again(path: Path) -> bool:
-    """Whether SLURM has started this job again, which wrote the folder: its checkpoints are its own."""
+    """Whether SLURM has restarted the job that wrote the folder, so that its checkpoints are this run's own."""
     job, before = Job.here(), RunFolder(path)._read().get("slurm") or {}
     return job is not None and job.restarts > 0 and before.get("job") == job.number
 
 
 def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:
     if "run_dir" in given:
-        raise ConfigError(f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. Leave it out.")
+        raise ConfigError(
+            f"`run_dir` must not be given with resume={config.resume}: a run is continued in its own folder. "
+            "Leave it out."
+        )
     newest = checkpoint.locate(config.resume, key="resume")
     path = newest.parent.parent
     checkpoint.check_folder(path)
     last = checkpoint.newest_of(path, "resume")
     if last is not None and checkpoint.step_of(last) != checkpoint.step_of(newest):
         raise ConfigError(
-            f"`resume` must be the newest checkpoint of its run ({last.name}), but is {newest.name} instead: what came later would "
-            "be overwritten. Move the later ones away to go back to it."
+            f"`resume` must be the newest checkpoint of its run ({last.name}), but is {newest.name} instead: "
+            "what came later would be overwritten. Move the later ones away to go back to it."
         )
     return _continue(config, path, newest)
 
@@ -257,18 +278,26 @@ def _continue(config: RunConfig, path: Path, newest: Path) -> RunFolder:
     folder._read()  # refuses what is damaged, or of a newer format
     checkpoint.verify(newest, "resume")
     different = differences(_completed(newest, config), plain(config))
-    _refuse(different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir")
+    _refuse(
+        different, config.resume_allow, f"to continue {path}", "Give these values, or train anew in another run_dir"
+    )
     checkpoint.check_model(newest, config.model)
     return folder
 
 
 def _parent(config: RunConfig) -> Path:
-    """The checkpoint to fork from: of the same model and kind of optimizer; all else is the new run's own."""
+    """The checkpoint to fork from: model and type of optimizer must be the same, all else may differ."""
     assert config.fork is not None
     found = checkpoint.locate(config.fork, key="fork")
     checkpoint.verify(found, "fork")
-    different = [d for d in differences(_completed(found, config), plain(config)) if d[0].startswith("model.") or d[0] == "optimizer.type"]
-    _refuse(different, config.resume_allow, f"to fork {found}", "Give these values, or start from the weights alone with init_from")
+    different = [
+        d for d in differences(_completed(found, config), plain(config))
+        if d[0].startswith("model.") or d[0] == "optimizer.type"
+    ]
+    _refuse(
+        different, config.resume_allow, f"to fork {found}",
+        "Give these values, or start from the weights alone with init_from",
+    )
     checkpoint.check_model(found, config.model)
     return found
 
@@ -278,17 +307,17 @@ def _saved(path: Path) -> dict[str, Any]:
 
 
 def _completed(path: Path, config: RunConfig) -> dict[str, Any]:
-    """What was saved, with the defaults of keys that the version which wrote it did not have."""
+    """The saved config, with defaults for keys that its version did not have."""
     raw = _saved(path)
     try:
         completed: dict[str, Any] = plain(build(type(config), raw))
-    except ConfigError:  # a key that is no more: compared as it is
+    except ConfigError:  # it has a key that no longer exists: compared as it is
         return raw
     return completed
 
 
 def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], why: str, remedy: str) -> None:
-    """Keys whose values differ; those of `allowed`, and what lies below them, may."""
+    """Raise for keys whose values differ, except those of `allowed` and keys below them."""
     listed = [
         f"`{key}` must be {plain_files.shorten(repr(old))} {why}, but is {plain_files.shorten(repr(new))} instead."
         for key, old, new in different
@@ -300,7 +329,7 @@ def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], w
 
 
 def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
-    """Dotted key, saved and wanted value of everything that must not change when a run is continued."""
+    """Dotted key, saved and wanted value of each difference that a resumed run must not have."""
     return differing(saved, wanted, free=marked(RunConfig, "free"))
 
 
@@ -308,22 +337,24 @@ def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one."""
     if config.run_dir is not None:
         return Path(config.run_dir).expanduser(), False
-    if name is not None:  # of the clock, but in a job, which finds its members again
+    if name is not None:  # new by the clock; in a SLURM job a member finds its folder again
         return Path("runs") / config.name / name, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
-    if trial:  # its agent may run several in one job; one that was preempted comes again under its id
+    if trial:  # a W&B agent may run several in one job; a preempted one returns under its id
         return Path("runs") / config.name / f"sweep-{trial}", False
-    if job := Job.here():  # a requeued job has the same number: it finds its own checkpoints
+    if job := Job.here():  # a requeued job keeps its number: it finds its own checkpoints
         return Path("runs") / config.name / f"slurm-{job.number}", False
     return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
 
 
-# --------------------------------------------------------------------------------------------------------------------- facts
+# ---------------------------------------------------------------------------------------------------------------- facts
 
 
 def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:
-    """Of all starts of a run. before: what run.json said. complete_for: seconds in which it was complete and nothing was left to do, until
-    it was given more."""
+    """What run.json says of a run's starts. before: its contents so far.
+
+    complete_for: seconds between the completion of the run and a start that gave it more to do.
+    """
     first = before.get("first_start", start)
     idle = before.get("complete_for", 0.0)
     if before.get("status") == "complete" and before.get("ended"):

@@ -1,4 +1,4 @@
-"""When a checkpoint is written: while the training waits, or behind its back from a copy."""
+"""Writes checkpoints, while the training waits or from a copy in a thread."""
 
 from __future__ import annotations
 
@@ -17,35 +17,37 @@ from txtrain.checkpoint.state import RunState
 
 
 class Saver:
-    """Writes one checkpoint after the other; a full disk costs a checkpoint, not the run.
+    """Writes one checkpoint at a time; a full disk costs a checkpoint, not the run.
 
     Args:
-        group: the processes that write together (`OneProcess.checkpoint_group`).
-        behind: go on training while a copy in the processor's memory is written.
-        done: called with each checkpoint that is complete, in the order of their steps.
+        group: the ranks that write together (`OneProcess.checkpoint_group`).
+        behind: write from a copy in CPU memory while the training goes on.
+        done: called with each complete checkpoint, in the order of their steps.
         warn: told of one that could not be written.
     """
 
     def __init__(self, group: Any, behind: bool, done: Callable[[Path], None], warn: Callable[[str], None]) -> None:
         self.group, self.behind, self.done, self.warn = group, behind, done, warn
-        self.longest = 0.0  # seconds that a save took; before the first what its owner expects
+        self.longest = 0.0  # seconds of the longest save; before the first, the owner's estimate
         self._measured = False
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._copies: Copies | None = None
-        if behind and group is not None:  # collectives of two threads must not meet in one group
+        if behind and group is not None:  # two threads must not use one group for collectives
             import torch.distributed as dist
 
             self.group = dist.new_group(backend="gloo")
 
     def prepare(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
-        """Where checkpoints are written behind the training, take the memory of the copies beside it too, once: the first save would wait for it."""
+        """Allocate the copies' memory in the thread ahead of the first save, which would wait for it. Acts once."""
         if self.behind and self._copies is None:
             self._copies = Copies()
-            self._start(partial(self._copies.of, tensors()))  # of values that change meanwhile: nobody reads them
+            self._start(partial(self._copies.of, tensors()))  # values may change meanwhile: this copy is not used
 
-    def save(self, path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], must: bool) -> None:
-        """Write it, or begin to. must: be done when this returns, and raise where it cannot be: nothing comes after it.
+    def save(
+        self, path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], must: bool
+    ) -> None:
+        """Write it, or begin to. must: it is complete on return, or an error is raised; for the last of a run.
 
         Raises:
             SaveError: with `must`.
@@ -59,7 +61,7 @@ class Saver:
         self._start(partial(self._write, path, copies, state, beside, must=False))
 
     def wait(self) -> None:
-        """Until nothing is being written. What the thread met that was no full disk is raised here."""
+        """Wait until nothing is being written. Errors of the thread other than a full disk are raised here."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -74,10 +76,12 @@ class Saver:
     def _try(self, work: Callable[[], object]) -> None:
         try:
             work()
-        except BaseException as e:  # the border of the thread: `wait` raises it where it is seen
+        except BaseException as e:  # raised by `wait` in the main thread
             self._error = e
 
-    def _write(self, path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], must: bool) -> None:
+    def _write(
+        self, path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], must: bool
+    ) -> None:
         try:
             begun = time.monotonic()
             checkpoint.save(path, tensors, state, beside, self.group)
@@ -86,22 +90,24 @@ class Saver:
         except checkpoint.SaveError as e:
             if must:
                 raise
-            self.warn(f"{path.name} could not be saved ({e}): the run goes on, older checkpoints are as they were.")
+            self.warn(f"{path.name} could not be saved ({e}): the run goes on, and older checkpoints are intact.")
             return
         self.done(path)
 
 
 class Copies:
-    """In the processor's memory; of a tensor that lies over processes this one's part. The memory is kept and used again: to get it from the
-    system takes longer than to copy."""
+    """Copies in CPU memory; of a sharded tensor this rank's shard. Their memory is reused: allocating it takes longer
+    than copying."""
 
     def __init__(self) -> None:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-        gpu = torch.cuda.is_available()  # pinned memory: at the full speed of the bus, all copies under way at once and then waited for
-        self._stager = DefaultStager(StagingOptions(use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu))
+        gpu = torch.cuda.is_available()  # pinned memory: at full bus speed, all copies asynchronous, then waited for
+        self._stager = DefaultStager(StagingOptions(
+            use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+        ))
 
     def of(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Those that were made before change with it."""
+        """Overwrites the copies made before."""
         copies: Any = self._stager.stage(dict(tensors))
         return dict(copies)

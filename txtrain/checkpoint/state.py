@@ -1,4 +1,4 @@
-"""What a checkpoint knows of its run beside tensors: `state.json`, as one frozen object; and what its shards know of it. No torch."""
+"""`state.json`, a checkpoint's state of the run, as a frozen object; and the state in its shards' headers. No torch."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any, get_type_hints
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import check_keys, parse_json, read_json
 
-FORMAT = 2  # of state.json and run.json. None: 0.1.0. 1: as 0.1.0. 2: checkpoints have an id and checksums
-HEADER = "txtrain"  # what a shard knows of its checkpoint, in its header's metadata
-_MOST = 10**15  # of any count
+FORMAT = 2  # of state.json and run.json. Absent, 1: 0.1.0. 2: checkpoints have an id and checksums
+HEADER = "txtrain"  # key of `ShardState` in the metadata of a shard's header
+_MOST = 10**15  # for any count
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class LossState:
     Attributes:
         window: the latest losses.
         first: the highest of the first steps.
-        lowest: median of the run so far.
-        far_off: steps in a row that were far above it.
+        lowest: the lowest median so far.
+        far_off: number of steps in a row that were far above it.
     """
 
     window: list[float] = dc.field(default_factory=list)
@@ -37,7 +37,7 @@ class LossState:
 
 
 class NewerFormat(ConfigError):
-    """A file of a format that this version does not know: not damaged, and no older checkpoint is the remedy."""
+    """A file of a newer format: it is not damaged, and an older checkpoint is no remedy."""
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -45,18 +45,18 @@ class RunState:
     """The state of a run after a step.
 
     Attributes:
-        step: completed updates. tokens, samples: trained on until then, over all ranks.
-        seconds: of training, over all starts; times: where they went, by phase.
+        step: completed updates. tokens, samples: trained on so far, over all ranks.
+        seconds: of training, over all starts; times: their sums by phase.
         data_order_hash: of the samples of steps 1..step. data_fingerprint: of contents, tokenizer and packing.
-        stream_position: of a streamed set, where the next step is read from: token, epoch, row.
+        stream_position: where the next step of a streamed set is read from: token, epoch, row.
         samples_size: bytes of samples.txt.
         metrics: val_loss, if this step was validated.
         open_row: the row of a step whose validation was cut short by an interrupt.
         save_seconds: the longest save so far.
-        skipped: steps that were not finite: in all, and in a row.
-        id: of the checkpoint; in the header of each of its shards too. Empty in those of 0.1.0.
-        rows: of metrics.csv until then, and rows_hash: their checksum; None and empty: not known.
-        optimizer: what the optimizer keeps as plain numbers, by parameter and name.
+        skipped: steps that were not finite: in all, and the latest in a row.
+        id: of the checkpoint, also in the headers of its shards; empty in those of 0.1.0.
+        rows: number of rows of metrics.csv so far, and rows_hash: their checksum; None and empty: unknown.
+        optimizer: numbers of the optimizer's state that are not tensors, by parameter and name.
     """
 
     format: int = FORMAT
@@ -91,7 +91,7 @@ def read_state(file: Path) -> RunState:
     """The state in a state.json.
 
     Raises:
-        ConfigError: a key is missing or of another kind, a count is none, or the file is of a newer format.
+        ConfigError: a key is missing or of another type, a number is no count, or the format is newer.
     """
     raw = read_json(file, finite=False)
     check_format(raw, file)
@@ -102,10 +102,14 @@ def read_state(file: Path) -> RunState:
     losses = raw.get("losses") or {}
     check_keys(losses, f"{where}: losses", {key: kind | None for key, kind in _kinds(LossState).items()})
     skipped, position = raw.get("skipped") or [0, 0], raw.get("stream_position")
-    counts = [raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ()), raw.get("rows") or 0]
+    counts = [
+        raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ()),
+        raw.get("rows") or 0,
+    ]
     if len(skipped) != 2 or len(position or "xyz") != 3 or not all(0 <= n < _MOST for n in counts):
         raise ConfigError(
-            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` (3) and `rows` must be counts, but are {counts}."
+            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` (3) and `rows` "
+            f"must be counts, but are {counts}."
         )
     given = {key: value for key, value in raw.items() if key in kinds and value is not None}
     return RunState(
@@ -116,7 +120,7 @@ def read_state(file: Path) -> RunState:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ShardState:
-    """What a shard's header says of its checkpoint. checksums: by tensor. 0.1.0's says nothing."""
+    """The checkpoint that a shard belongs to. checksums: by tensor. All empty in 0.1.0."""
 
     id: str = ""
     step: int = 0
@@ -141,14 +145,13 @@ class ShardState:
 
 
 def check_format(raw: Mapping[str, Any], file: Path) -> None:
-    """Raises:
-    ConfigError: the file is of a format that this version does not know.
-    """
+    """Raise NewerFormat if this version does not know the file's format."""
     check_keys(raw, str(file), {"format": int | None})
     number = FORMAT if raw.get("format") is None else raw["format"]
     if not 1 <= number <= FORMAT:
         raise NewerFormat(
-            f"{file}: `format` must be at most {FORMAT} for this version of txtrain, but is {number} instead: a newer version wrote it."
+            f"{file}: `format` must be at most {FORMAT} for this version of txtrain, but is {number} instead: "
+            "a newer version wrote it."
         )
 
 

@@ -1,9 +1,9 @@
-"""What torch.distributed.checkpoint's safetensors storage writes, written tensor by tensor.
+"""Writes the files of torch.distributed.checkpoint's (DCP's) safetensors storage tensor by tensor.
 
-DCP's own writer holds all of a process' tensors, copies each into bytes, joins those, and writes them then: three times the memory of
-what it saves, and twice to five times the time of torch.save. Here one tensor at a time is brought to the processor and written from where it lies.
-The file is the same one, which DCP's reader and any reader of safetensors read: its header names each tensor's type, shape and place, and
-beside them which part of the whole it is. Under `txtrain` it also has the checkpoint's id, its step and each tensor's checksum.
+DCP's own writer holds all tensors of a process, copies each into bytes and joins them before it writes: three times the
+memory of what it saves, and two to five times the time of torch.save. Here one tensor at a time is brought to the CPU
+and written from where it lies. Any reader of safetensors reads the file: its header names each tensor's type, shape and
+place, and its offsets in the whole. Under `txtrain` it has the checkpoint's id, its step and each tensor's checksum.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ _TYPES = {dtype: name for name, dtype in words.DTYPE_MAP.items()}
 
 
 class Writer(HuggingFaceStorageWriter):
-    """Of each process one file, of the parts that DCP's plan gives it."""
+    """Writes one file on each rank, with the shards that DCP's plan gives it."""
 
     def __init__(self, folder: Path, step: int) -> None:
         super().__init__(str(folder), save_distributed=True)
-        self.step, self.id = step, secrets.token_hex(8)  # that of the first process is the checkpoint's: it comes with the plan
+        self.step, self.id = step, secrets.token_hex(8)  # the plan brings the first rank's id to all ranks
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         made = super().prepare_global_plan(plans)
@@ -49,7 +49,7 @@ class Writer(HuggingFaceStorageWriter):
         results = []
         if plan.items:
             name = words._gen_file_name(1, 1, plan.storage_data["shard_index"])
-            # Largest elements first: each tensor then begins at a multiple of its own element's size, as a reader that maps the file needs it.
+            # Largest elements first: each tensor begins at a multiple of its element's size, as memory mapping needs.
             items = sorted(plan.items, key=lambda item: (-_dtype(item).itemsize, item.index.fqn))
             checksums = {item.index.fqn: _NONE_YET for item in items}
             ours = ShardState(id=plan.storage_data["id"], step=self.step, checksums=checksums)
@@ -70,7 +70,10 @@ class Writer(HuggingFaceStorageWriter):
 def _header(items: list[WriteItem], ours: ShardState) -> bytes:
     ends = list(itertools.accumulate(_size(item) for item in items))
     entries: dict[str, Any] = {
-        item.index.fqn: {words.DTYPE_KEY: _TYPES[_dtype(item)], words.SHAPE_KEY: list(_shape(item)), words.DATA_OFFSETS_KEY: [end - _size(item), end]}
+        item.index.fqn: {
+            words.DTYPE_KEY: _TYPES[_dtype(item)], words.SHAPE_KEY: list(_shape(item)),
+            words.DATA_OFFSETS_KEY: [end - _size(item), end],
+        }
         for item, end in zip(items, ends, strict=True)
     }
     assert len(entries) == len(items), "two parts of one tensor in one file: the format names a tensor once"
@@ -87,7 +90,7 @@ def _header(items: list[WriteItem], ours: ShardState) -> bytes:
 
 
 def _write(stream: BinaryIO, item: WriteItem, found: Any, name: str) -> tuple[WriteResult, str]:
-    """Returns: where it lies, and its checksum."""
+    """Returns where it was written, and its checksum."""
     tensor: Tensor = found.detach().cpu().contiguous()
     assert (tensor.dtype, tensor.shape) == (_dtype(item), _shape(item)), item.index
     begin, digest = stream.tell(), xxhash.xxh3_64()

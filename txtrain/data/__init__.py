@@ -1,3 +1,3 @@
-"""From a source to samples in the order in which a run reads them: sources/ -> tokenizer/ -> store/ -> samples/.
+"""From a source to ordered samples: sources/ -> tokenizer/ -> store/ -> samples/.
 
-`prepare.py` has one way through them for each kind of data. Loaders and their batches are training/data_module.py."""
+`prepare.py` goes through these for each kind of data. Loaders and their batches are in training/data_module.py."""

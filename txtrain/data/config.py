@@ -1,4 +1,4 @@
-"""The data group: keys of each source, and what is legal. No torch."""
+"""Configs of the data group: the keys of each source, and their checks. No torch."""
 
 from __future__ import annotations
 
@@ -14,62 +14,63 @@ Tokenizer = str  # folder, file or hub name; `bytes`; `train`
 
 @dc.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Keys that every source has. A user's own source derives from this, or gets these keys beside its constructor's."""
+    """Keys of every source. A user's own config derives from this, or the source gets these keys beside its own."""
 
     type: str
     tokenizer: Tokenizer | None = knob("train", literal=True)
     seq_len: int | None = knob(None, at_least=2)  # null: model.max_seq_len
-    global_batch_size: int = knob(8, at_least=1)  # sequences a step, over all processes
-    # Sequences a process at a time; null: its whole share.
+    global_batch_size: int = knob(8, at_least=1)  # sequences per step, over all ranks
+    # Sequences per rank and forward pass; null: the rank's whole share of the global batch.
     micro_batch_size: int | None = knob(None, at_least=1, free=True)
     cross_document_attention: bool = False
-    # Of text: documents cut where a sequence ends; whole ones, and padding; one in each sequence.
+    # concat: documents are cut where a sequence ends; best_fit: whole documents and padding; none: one per sequence.
     packing: Literal["concat", "best_fit", "none"] = "concat"
-    # Of the text, where the source has no validation split of its own.
+    # Fraction held out for validation, if the source has no validation split.
     val_fraction: float = knob(0.05, above=0, below=1)
     num_workers: int = knob(0, at_least=0, free=True)
     # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
     cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
-    kind: ClassVar[str] = "text"  # what its samples are: text, chat, pairs, images (`txtrain.config.compatibility`)
-    scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # that tell how good answers to its pairs are
-    mixes: ClassVar[bool] = False  # has sources of its own
-    streaming = False  # these two are no fields: some sources have them
+    kind: ClassVar[str] = "text"  # of samples: text, chat, pairs, images (`txtrain.config.compatibility`)
+    scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # metrics for generated answers to its pairs
+    mixes: ClassVar[bool] = False  # consists of other sources
+    streaming = False  # these two are fields of some sources only
     offline_fallback = "never"
 
     def check(self) -> Iterator[str]:
         if self.packing != "concat" and self.kind not in ("text", "chat"):
-            yield f"`data.packing` must be concat with data={self.type}, which is no text, but is {self.packing} instead."
+            where = f"data={self.type}, which is no text"
+            yield f"`data.packing` must be concat with {where}, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
             yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class UnpackedConfig(DataConfig):
-    """A key of sources that read packed files."""
+    """A key of sources that read compressed files."""
 
-    # times its size that a packed file (.gz, .zst, .parquet, .npz) may have inside, from 64 MB on
+    # Largest ratio of unpacked to compressed size (.gz, .zst, .parquet, .npz), from 64 MB on.
     max_expansion: float = knob(200.0, at_least=1, free=True)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TextsConfig(DataConfig):
-    """A key of sources of texts of any origin."""
+    """Keys of sources that read texts of any origin."""
 
-    # of one text: a file of .txt or .tsv, a line of .jsonl, a row
+    # Largest size of one text: a .txt or .tsv file, a line of .jsonl, a row.
     max_text_bytes: int = knob(1 << 31, at_least=1, free=True)
-    encoding_errors: Literal["strict", "replace"] = "strict"  # of what is not UTF-8: refused, or each U+FFFD
-    # Rows of .jsonl, .parquet, .tsv and sets: refused, or left out and listed in the run's folder.
+    encoding_errors: Literal["strict", "replace"] = "strict"  # invalid UTF-8: an error, or replaced by U+FFFD
+    # Bad rows of .jsonl, .parquet, .tsv and hub sets: an error, or skipped and listed in the run's folder.
     bad_rows: Literal["refuse", "skip"] = "refuse"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TextConfig(UnpackedConfig, TextsConfig):
-    """`data=text`: files of text, or with texts in their rows."""
+    """`data=text`: text files, or files with a text in each row."""
 
     # A file, a glob, a folder (its .txt, .jsonl and .parquet, recursively), or a list of them.
     path: str | tuple[str, ...] | None = knob(None, literal=True)
-    # Or a name and a path for each of several validation sets.
+    # As path, or a mapping of names to paths for several validation sets.
     val_path: str | tuple[str, ...] | dict[str, str] | None = None
     text_column: str = "text"  # of .jsonl and .parquet
 
@@ -81,22 +82,23 @@ class HFConfig(TextsConfig):
     path: str | None = knob(None, literal=True)
     name: str | None = None
     split: str = "train"
-    val_split: str | None = None  # null: `validation` where the set has it, else val_fraction of the training split
-    val_path: str | None = None  # another path of load_dataset, its `val_split` or `split`
+    val_split: str | None = None  # null: `validation` if the set has it, else val_fraction of the training split
+    val_path: str | None = None  # another path for load_dataset, of which `val_split` or `split` is read
     text_column: str = "text"
-    streaming: bool = False  # read as it comes, in the order of the set; never as a whole
+    streaming: bool = False  # read in the order of the set, without downloading or tokenising it first
 
     def check(self) -> Iterator[str]:
         yield from super().check()
         if self.streaming and self.packing != "concat":
-            yield f"`data.packing` must be concat with data.streaming=true, since what will come is not known, but is {self.packing} instead."
-        if self.streaming and self.num_workers > 1:  # `datasets` would deal the rows out among them
-            yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, whose rows come one behind the other, but is {self.num_workers} instead."
+            yield f"`data.packing` must be concat with data.streaming=true, but is {self.packing} instead."
+        if self.streaming and self.num_workers > 1:  # `datasets` would divide the rows among them
+            yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, but is {self.num_workers} instead."
         for key, usual in (("encoding_errors", "strict"), ("bad_rows", "refuse")):
-            if self.streaming and getattr(self, key) != usual:  # what is left out is to be known before the run
+            if self.streaming and getattr(self, key) != usual:  # skipped rows must be known before the run
                 yield f"`data.{key}` must be {usual} with data.streaming=true, but is {getattr(self, key)} instead."
         if self.streaming and self.tokenizer == "train":
-            yield "`data.tokenizer` must be bytes, or a folder, file or hub name with data.streaming=true, but is train instead."
+            allowed = "bytes, or a folder, file or hub name with data.streaming=true"
+            yield f"`data.tokenizer` must be {allowed}, but is train instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -105,13 +107,15 @@ class WikiTextConfig(UnpackedConfig, TextsConfig):
 
     path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
-    name: Literal["wikitext-103-raw-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-2-v1"] = "wikitext-103-raw-v1"
+    name: Literal[
+        "wikitext-103-raw-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-2-v1"
+    ] = "wikitext-103-raw-v1"
     offline_fallback: Literal["auto", "never"] = "auto"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class PythonDocsConfig(DataConfig):
-    """`data=python_docs`: the help texts and docstrings that every Python installation carries."""
+    """`data=python_docs`: help topics and docstrings of the Python installation."""
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -120,29 +124,29 @@ class ChatConfig(UnpackedConfig, TextsConfig):
 
     kind: ClassVar = "chat"
 
-    # Files (.json, .jsonl, .parquet), globs, folders, or a list of them; or a set of load_dataset.
+    # Files (.json, .jsonl, .parquet), globs, folders, or a list of them; or a set for load_dataset.
     path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
     name: str | None = None
     split: str = "train"
     val_split: str | None = None
-    # Of each row; auto: as its keys say.
+    # Format of the rows; auto: recognised by the keys of each row.
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "oasst", "self_instruct"] = "auto"
     chat_template: str | None = knob(None, literal=True)  # a file with a Jinja template; null: the tokenizer's
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # the turns whose tokens are trained
-    packing: Literal["best_fit", "none"] = "best_fit"  # several samples in a sequence, and padding; or one
+    packing: Literal["best_fit", "none"] = "best_fit"  # several samples per sequence, and padding; or one
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class MemmapConfig(DataConfig):
-    """`data=memmap`: tokens that are there already."""
+    """`data=memmap`: token files, ours or those of other tools."""
 
-    # null: what a folder of `txtrain prepare` brings; of other tools' files nothing.
+    # null: the tokenizer in the folder of `txtrain prepare`; none for files of other tools.
     tokenizer: Tokenizer | None = knob(None, literal=True)
     # A folder of `txtrain prepare`, files of tokens (.bin, .npy), folders and globs of them, or a list.
     path: str | tuple[str, ...] | None = knob(None, literal=True)
     val_path: str | tuple[str, ...] | None = None
-    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files that do not say
+    dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files without a header
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -151,13 +155,16 @@ class MixtureConfig(DataConfig):
 
     mixes: ClassVar = True
 
-    sources: dict[str, Any] = axes("data")  # a name, and the keys of its source with its `type`
-    weights: dict[str, float] | None = None  # of each name; null: as many samples as each has
+    sources: dict[str, Any] = axes("data")  # by name: the `type` of the source, and its keys
+    weights: dict[str, float] | None = None  # by name; null: in proportion to the sizes
 
-    shared: ClassVar = ("tokenizer", "seq_len", "global_batch_size", "micro_batch_size", "cross_document_attention", "packing", "num_workers", "cache_dir")
+    shared: ClassVar = (
+        "tokenizer", "seq_len", "global_batch_size", "micro_batch_size",
+        "cross_document_attention", "packing", "num_workers", "cache_dir",
+    )
 
     def part(self, name: str) -> Any:
-        """The config of a source, with the keys that are the mixture's."""
+        """The config of a source, with the keys that it shares with the mixture."""
         return dc.replace(self.sources[name], **{key: getattr(self, key) for key in self.shared})
 
     def check(self) -> Iterator[str]:
@@ -176,17 +183,20 @@ class MixtureConfig(DataConfig):
             yield from (problem.replace("`data.", f"`{key}.", 1) for problem in self.part(name).check())
             for shared in self.shared:
                 if getattr(source, shared) != getattr(type(source), shared):
-                    yield f"`{key}.{shared}` must not be given: it is one for all sources. Write data.{shared}={getattr(source, shared)}."
+                    remedy = f"Write data.{shared}={getattr(source, shared)}"
+                    yield f"`{key}.{shared}` must not be given: it is one for all sources. {remedy}."
         yield from self._check_weights()
 
     def _check_weights(self) -> Iterator[str]:
         if self.weights is None:
             return
         if self.weights.keys() != self.sources.keys():
-            yield f"`data.weights` must be of {', '.join(self.sources)}, but is of {', '.join(self.weights) or 'nothing'} instead."
+            given = ", ".join(self.weights) or "nothing"
+            yield f"`data.weights` must be of {', '.join(self.sources)}, but is of {given} instead."
         for name, weight in self.weights.items():
             if not weight > 0:
-                yield f"`data.weights.{name}` must be above 0, but is {weight} instead. To leave a source out: take it out of data.sources."
+                remedy = "To leave a source out: take it out of data.sources"
+                yield f"`data.weights.{name}` must be above 0, but is {weight} instead. {remedy}."
         if self.weights and 0 < min(self.weights.values()) < 1e-6 * sum(self.weights.values()):
             yield f"`data.weights` must not be below a millionth of their sum, but are {self.weights} instead."
 
@@ -197,21 +207,22 @@ class TranslationConfig(UnpackedConfig, TextsConfig):
 
     kind: ClassVar = "pairs"
 
-    # A .tsv (or .gz); or the sources, with target_path beside them; or a set of load_dataset.
+    # A .tsv (or .gz); or the source sentences, with target_path beside them; or a set for load_dataset.
     path: str | None = knob(None, literal=True)
-    target_path: str | None = None  # line by line what those of data.path are translated to
+    target_path: str | None = None  # translations of the lines of data.path, line by line
     val_path: str | None = None
     val_target_path: str | None = None
     name: str | None = None
     split: str = "train"
     val_split: str | None = None
-    columns: tuple[int, int] | tuple[str, str] | None = None  # source and target; null: the last two of a .tsv's 2 or 3, or a set's only two
-    swap: bool = False  # translate the other way
+    # Source and target; null: the last two of a .tsv with 2 or 3 columns, or the only two of a set.
+    columns: tuple[int, int] | tuple[str, str] | None = None
+    swap: bool = False  # exchange source and target
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ReverseConfig(DataConfig):
-    """`data=reverse`: random strings, to be written backwards. No files."""
+    """`data=reverse`: random strings, and the same strings reversed. No files."""
 
     kind: ClassVar = "pairs"
     scores: ClassVar = ("exact_match",)
@@ -230,24 +241,25 @@ class ReverseConfig(DataConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class PixelConfig(DataConfig):
-    """Keys of every source of images. They are brought to the model's image_size and n_channels."""
+    """Keys of every source of images. Images are resized to the model's image_size and n_channels."""
 
     kind: ClassVar = "images"
 
-    mean: tuple[float, ...] | None = None  # a channel's, of pixels from 0 to 1; null: measured on training images
+    mean: tuple[float, ...] | None = None  # per channel, of pixels from 0 to 1; null: measured on training images
     std: tuple[float, ...] | None = knob(None, above=0)
-    # In training: a random window of the image whose edge goes on for so many pixels.
+    # In training: a random crop after padding each side by so many pixels of the edge.
     crop_padding: int = knob(0, at_least=0)
-    # In training: each image turned by at most so many degrees to either side.
+    # In training: a random rotation by at most so many degrees to either side.
     rotation: float = knob(0.0, at_least=0, at_most=180)
-    # In training: each image moved by at most this share of its side up or down, and left or right.
+    # In training: a random shift by at most this fraction of a side, in both directions.
     shift: float = knob(0.0, at_least=0, below=1)
-    flip: bool = False  # in training: half of the images mirrored
+    flip: bool = False  # in training: half of the images are mirrored
 
     def check(self) -> Iterator[str]:
         yield from super().check()
         if self.seq_len is not None:
-            yield f"`data.seq_len` must be null for images, whose positions are the model's patches, but is {self.seq_len} instead."
+            positions = "images, whose positions are the model's patches"
+            yield f"`data.seq_len` must be null for {positions}, but is {self.seq_len} instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -256,7 +268,7 @@ class ImagesConfig(PixelConfig, UnpackedConfig):
 
     path: str | None = knob(None, literal=True)
     val_path: str | None = None
-    labels: str | None = None  # the .npy that belongs to an .npy of images
+    labels: str | None = None  # the .npy of labels for an .npy of images
     val_labels: str | None = None
     name: str | None = None
     split: str = "train"
@@ -266,7 +278,7 @@ class ImagesConfig(PixelConfig, UnpackedConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class DigitsConfig(PixelConfig):
-    """`data=digits`: 1,797 digits of 8 x 8 pixels, inside scikit-learn."""
+    """`data=digits`: the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn."""
 
 
 for name, target, config in (

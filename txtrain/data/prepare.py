@@ -1,4 +1,4 @@
-"""From a source to samples that are read by row: one way for each kind of source."""
+"""From a source to samples that are read by row: one function per kind of source."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ from txtrain.run_config import RunConfig
 log = logging.getLogger(__name__)
 
 _PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
-_LARGE = 1_000_000_000  # bytes of text that a run on several nodes still tokenises by itself
+_LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
 
 
 @dc.dataclass(frozen=True)
 class Prepared:
-    """Both splits, ready to be read.
+    """Both splits, ready to read.
 
     Attributes:
         fingerprint: of contents, tokenizer and packing.
-        lengths: of the training rows, where batches are to hold samples of about one length.
-        text: the validation documents, where there are documents.
-        named: validation sets with names; then `validation` is all of them.
-        stream: where the training tokens are read as they come.
-        shares: of the sources of a mixture, by name: the rows that each has, and its share of the samples.
-        skipped: files that list the rows of sources which were left out, one a line.
+        lengths: of the training rows, if samples are batched by length.
+        text: the validation documents, if there are documents.
+        named: named validation sets; `validation` is all of them.
+        stream: the training tokens, if they are streamed.
+        shares: of a mixture, per source: its number of rows and its share of the samples.
+        skipped: files that list the skipped rows, one per line.
     """
 
     train: Rows
@@ -84,12 +84,12 @@ class Prepared:
 
 
 def _lists(*folders: Path) -> tuple[Path, ...]:
-    """The lists of rows that were left out of what is in these folders."""
+    """The lists of skipped rows in these folders."""
     return tuple(folder / SKIPPED for folder in folders if (folder / SKIPPED).exists())
 
 
 def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepared:
-    """Everything that takes time: the tokenizer trained or loaded, the text tokenised into the cache, the images found.
+    """Train or load the tokenizer, tokenise the text into the cache, find the images: all that takes time.
 
     Raises:
         ConfigError: the data do not fill one sample, or the tokenizer does not fit the model.
@@ -101,11 +101,13 @@ def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepar
     return made
 
 
-# ---------------------------------------------------------------------------------------------------------------------- text
+# ----------------------------------------------------------------------------------------------------------------- text
 
 
-def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokenizer: Tokenizer | None = None) -> Prepared:
-    """tokenizer: of a mixture."""
+def _text(
+    source: TextSource, config: RunConfig, objective: SampleMaker, tokenizer: Tokenizer | None = None
+) -> Prepared:
+    """tokenizer: that of the mixture; None: the one that the config names."""
     data = config.data
     corpus = Corpus(source, data.val_fraction)
     tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
@@ -127,7 +129,7 @@ def _text(source: TextSource, config: RunConfig, objective: SampleMaker, tokeniz
 
 
 def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
-    """Texts of which some tokens are trained."""
+    """Texts with a mask of the tokens to be trained."""
     data = config.data
     tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
     if (template := getattr(source, "chat_template", None)) is not None:
@@ -148,18 +150,24 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
 
 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
-    """The key of a text by a tokenizer, and its folder in the cache."""
+    """The cache key of a text with this tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
     fill = partial(tokenise, corpus, tokenizer, limit=_limit(config))
     return key, cached(config.data.cache_dir, key, fill, TOKEN_FILES)
 
 
 def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    """The samples of all sources, by one tokenizer, and one validation set of each."""
+    """The samples of all sources, with one tokenizer, and a validation set per source."""
     if config.data.tokenizer == "train" and any(type(one).tokenizer is None for one in source.parts().values()):
-        raise ConfigError("`data.tokenizer` must be given with a data=memmap among data.sources: a folder of txtrain prepare has one in FOLDER/tokenizer.")
+        raise ConfigError(
+            "`data.tokenizer` must be given with a data=memmap among data.sources: "
+            "a folder of `txtrain prepare` has one in FOLDER/tokenizer."
+        )
     configs = {name: as_named(dc.replace(config, data=config.data.part(name))) for name in source.parts()}
-    sources = {name: _told(name, lambda one=one: build_source(settle(one)[0])) for name, one in configs.items()}  # type: ignore[misc]
+    sources = {
+        name: _told(name, lambda one=one: build_source(settle(one)[0]))  # type: ignore[misc]
+        for name, one in configs.items()
+    }
     texts = {name: s for name, s in sources.items() if method_of(s) == "documents"}
     corpora = [Corpus(s, configs[name].data.val_fraction) for name, s in texts.items()]
     tokenizer = make_tokenizer(Corpora(tuple(corpora)), config, objective.special_tokens)
@@ -168,11 +176,18 @@ def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared
         way = partial(_text, tokenizer=tokenizer) if name in texts else _tokens
         made[name] = _told(name, lambda way=way, s=s, name=name: way(s, configs[name], objective))  # type: ignore[misc]
     shares = source.shares([len(part.train) for part in made.values()])
-    named = {(f"{name}.{one}" if part.named else name): rows for name, part in made.items() for one, rows in (part.named or {"": part.validation}).items()}
+    named = {
+        (f"{name}.{one}" if part.named else name): rows
+        for name, part in made.items()
+        for one, rows in (part.named or {"": part.validation}).items()
+    }
     return Prepared(
         train=MixedRows([part.train for part in made.values()]),
         validation=MixedRows([*named.values()]),
-        fingerprint=digest("mixture", *((name, part.fingerprint, str(share)) for (name, part), share in zip(made.items(), shares, strict=True))),
+        fingerprint=digest(
+            "mixture",
+            *((name, part.fingerprint, str(share)) for (name, part), share in zip(made.items(), shares, strict=True)),
+        ),
         tokenizer=tokenizer,
         text=next(iter(made.values())).text,
         named=named,
@@ -182,7 +197,7 @@ def _mixture(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared
 
 
 def _told(name: str, make: Callable[[], Any]) -> Any:
-    """What `make` gives; its complaints about `data` are about this source."""
+    """The result of `make`; its errors about `data` name this source of a mixture."""
     try:
         return make()
     except ConfigError as e:
@@ -200,14 +215,20 @@ def _limit(config: RunConfig) -> Limit | None:
     return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
 
 
-def _packed(splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker, remedy: str) -> Prepared:
-    """The objective's samples of both splits. key: of text and tokenizer."""
+def _packed(
+    splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker,
+    remedy: str,
+) -> Prepared:
+    """The objective's samples of both splits. key: of text and tokenizer. remedy: for too little validation text."""
     across, packing = config.data.cross_document_attention, config.data.packing
     if any(tokens.mask is not None for tokens in splits) and not objective.masks:
-        fitting = "causal_lm or sft with texts of which only some tokens are trained"
+        fitting = "causal_lm or sft with data of which only some tokens are trained"
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
     plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
-    texts = [TokenisedText(tokens, tokenizer, config.seq_len, across, plan) for tokens, plan in zip(splits, plans, strict=True)]
+    texts = [
+        TokenisedText(tokens, tokenizer, config.seq_len, across, plan)
+        for tokens, plan in zip(splits, plans, strict=True)
+    ]
     train, validation = (objective.samples(text) for text in texts)
     _refuse_short(train, texts[0], "training", "more text")
     _refuse_short(validation, texts[1], "validation", remedy)
@@ -222,7 +243,7 @@ def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
-# -------------------------------------------------------------------------------------------------------------------- tokens
+# --------------------------------------------------------------------------------------------------------------- tokens
 
 
 def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -234,15 +255,16 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
     for tokens in (train, validation):
         tokens.probe()
-    made = _packed((train, validation), tokenizer, source.key, config, objective, "a larger data.val_fraction, or data.val_path")
+    remedy = "a larger data.val_fraction, or data.val_path"
+    made = _packed((train, validation), tokenizer, source.key, config, objective, remedy)
     return dc.replace(made, skipped=_lists(*source.folders))
 
 
-# -------------------------------------------------------------------------------------------------------------------- stream
+# --------------------------------------------------------------------------------------------------------------- stream
 
 
 def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    """Training tokens as they come, behind as much validation text as the run reads, which is kept in the cache."""
+    """Streamed training tokens, and as much validation text as the run reads, kept in the cache."""
     tokenizer = _fitted(load_tokenizer(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
     n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
     key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
@@ -259,14 +281,17 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
     validation = TokenFile(cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES), "validation")
     stream = StreamTokens(source.stream, tokenizer)
-    made = _packed((stream, validation), tokenizer, key, config, objective, "a larger data.val_fraction, or another data.val_split")
+    remedy = "a larger data.val_fraction, or another data.val_split"
+    made = _packed((stream, validation), tokenizer, key, config, objective, remedy)
     return dc.replace(made, stream=stream)
 
 
-# ----------------------------------------------------------------------------------------------------------------- tokenizer
+# ------------------------------------------------------------------------------------------------------------ tokenizer
 
 
-def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: RunConfig, special_tokens: Sequence[str]) -> Tokenizer:
+def make_tokenizer(
+    corpus: Corpus | Corpora | PairCorpus, config: RunConfig, special_tokens: Sequence[str]
+) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
     Raises:
@@ -279,27 +304,32 @@ def make_tokenizer(corpus: Corpus | Corpora | PairCorpus, config: RunConfig, spe
 
 
 def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: Sequence[str] = ()) -> Tokenizer:
-    """With the special tokens that are missing. name: what the user calls it."""
+    """The tokenizer with the missing special tokens added. name: the value of data.tokenizer."""
     given, tokenizer = tokenizer.vocab_size, tokenizer.with_specials(special_tokens)
     if tokenizer.vocab_size > given and name != "bytes":
-        log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, tokenizer.vocab_size - given)
+        added = tokenizer.vocab_size - given
+        log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, added)
     if tokenizer.vocab_size > config.model.vocab_size:
         raise ConfigError(
-            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, but is {config.model.vocab_size} instead. "
-            f"Nearest: {tokenizer.vocab_size}."
+            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, "
+            f"but is {config.model.vocab_size} instead. Nearest: {tokenizer.vocab_size}."
         )
     return tokenizer
 
 
-def _trained(corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None) -> Tokenizer:
+def _trained(
+    corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
+) -> Tokenizer:
     key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
 
     def fill(empty: Any) -> None:
-        train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens)).with_specials(special_tokens).save(empty)
+        trained = train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens))
+        trained.with_specials(special_tokens).save(empty)
 
     tokenizer = load_tokenizer(cached(cache_dir, f"tokenizer-{key}", fill, TOKENIZER_FILES))
     if tokenizer.vocab_size < vocab_size:
-        log.warning("the text is too small for a vocabulary of %d: its tokenizer has %d tokens", vocab_size, tokenizer.vocab_size)
+        short = "the text is too small for a vocabulary of %d: its tokenizer has %d tokens"
+        log.warning(short, vocab_size, tokenizer.vocab_size)
     return tokenizer
 
 
@@ -310,14 +340,15 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
             wanted = f"{part} texts with a token that is trained"
             raise ConfigError(f"`data` must have {wanted}, but has none. Give {remedy}.")
         if not tokens.n_documents:
-            raise ConfigError(f"`data` must have {part} text, but has none: white space aside, there is too little to divide. Give {remedy}.")
+            why = "white space aside, there is too little to divide"
+            raise ConfigError(f"`data` must have {part} text, but has none: {why}. Give {remedy}.")
         raise ConfigError(
-            f"`data.seq_len` must be at most {len(tokens)}, the tokens of the {part} text ({tokens.n_documents} documents), "
-            f"but is {text.seq_len} instead. Give {remedy}, or a smaller data.seq_len."
+            f"`data.seq_len` must be at most {len(tokens)}, the tokens of the {part} text ({tokens.n_documents} "
+            f"documents), but is {text.seq_len} instead. Give {remedy}, or a smaller data.seq_len."
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------- pairs
+# ---------------------------------------------------------------------------------------------------------------- pairs
 
 
 def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -327,20 +358,23 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
     fill = partial(tokenise, corpus, tokenizer, with_bos=False, limit=_limit(config))
     folder = cached(data.cache_dir, key, fill, TOKEN_FILES)
-    train, validation = (PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation"))
+    train, validation = (
+        PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation")
+    )
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
             raise ConfigError(
-                f"`data={data.type}` must have at least one {part} pair of at most data.seq_len={config.seq_len} tokens a side, "
-                f"but has none: {rows.n_all} in all."
+                f"`data={data.type}` must have at least one {part} pair of at most data.seq_len={config.seq_len} "
+                f"tokens a side, but has none: {rows.n_all} in all."
             )
-        if rows.n_all > len(rows):
-            log.warning("%d of %d %s pairs are longer than data.seq_len=%d and left out", rows.n_all - len(rows), rows.n_all, part, config.seq_len)
+        if left_out := rows.n_all - len(rows):
+            longer = "%d of %d %s pairs are longer than data.seq_len=%d and left out"
+            log.warning(longer, left_out, rows.n_all, part, config.seq_len)
     known = digest(key, config.seq_len)
     return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
 
 
-# -------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 def _images(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -348,7 +382,7 @@ def _images(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     return Prepared(train, validation, known)
 
 
-# ------------------------------------------------------------------------------------------------------------- ready samples
+# -------------------------------------------------------------------------------------------------------- ready samples
 
 
 def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -363,7 +397,8 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
     train, validation = (ListedSamples(found, rows, f"samples({split!r})", below) for split, found, rows in parts)
     for part, listed in (("training", train), ("validation", validation)):
         if not len(listed):
-            raise ConfigError(f"`data={data.type}` must have at least one {part} sample, but has none: {len(samples)} in all.")
+            few = f"at least one {part} sample, but has none: {len(samples)} in all"
+            raise ConfigError(f"`data={data.type}` must have {few}.")
         probe(listed)
     known = identity(source, lambda: repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)]))
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))

@@ -1,1 +1,1 @@
-"""What is measured and shown while a run trains: metrics, console, speed, spikes, loggers/. No step depends on it."""
+"""What is measured and shown during training: metrics, console, speed, spikes, loggers/. No step depends on it."""

@@ -1,4 +1,4 @@
-"""What is shown while a run trains: a bar and tables on a terminal, time-stamped lines elsewhere."""
+"""The screen during training: a progress bar and tables on a terminal, time-stamped lines elsewhere."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from txtrain.parallel.early_signals import say
 from txtrain.parallel.timers import PHASES
 
 Verbosity = Literal["quiet", "normal", "verbose"]
-_BAR = 5  # columns at least
+_BAR = 5  # least width in columns
 
 
 class _Screen:
-    """stdout, whatever becomes of it: what a closed terminal or a full disk does not take is lost, which is said once."""
+    """stdout that never raises: output that a closed terminal or a full disk refuses is lost, and reported once."""
 
     lost = False
 
     @property
     def rich_proxied_file(self) -> _Screen:
-        """While it shows a bar, rich puts itself in the place of sys.stdout."""
+        """While a bar is shown, rich replaces sys.stdout."""
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -46,15 +46,15 @@ class _Screen:
         except OSError as e:
             if not self.lost:
                 self.lost = True
-                say(f"the screen cannot be written to ({e}). The training goes on; what it would show is lost.")
+                say(f"the screen cannot be written to ({e}). The training goes on without it.")
 
 
 class Display:
-    """Lines of text, and one bar below them where there is a terminal that can move its cursor.
+    """Lines of text, and a progress bar below them on a terminal that can move its cursor.
 
     Args:
-        silent: this process says nothing: another one does.
-        verbosity: quiet: what must be known, and the end; verbose: also where the time of each logged step went.
+        silent: print nothing: another rank does.
+        verbosity: quiet: only warnings and the end; verbose: also how the time of each logged step was spent.
     """
 
     def __init__(self, console: Console | None = None, silent: bool = False, verbosity: Verbosity = "normal") -> None:
@@ -66,14 +66,14 @@ class Display:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
 
-    # -------------------------------------------------------------------------------------------------------------- lines
+    # ------------------------------------------------------------------------------------------------------------ lines
 
     def tell(self, text: str, style: str | None = None) -> None:
-        """What must be known, also where all else is quiet. Not wrapped: a path in it can be copied."""
+        """Print a line even if verbosity is quiet. It is not wrapped: a path in it can be copied."""
         self.console.print(self._stamp() + text, style=style, markup=False)
 
     def line(self, text: str, style: str | None = None) -> None:
-        """On a terminal wrapped between words."""
+        """Print a line, wrapped between words on a terminal."""
         if self.verbosity != "quiet":
             self.console.print(self._stamp() + text, style=style, markup=False, soft_wrap=not self._moves)
 
@@ -82,14 +82,14 @@ class Display:
             self.line(text)
 
     def text(self, text: str) -> None:
-        """What the model wrote."""
+        """Print what the model wrote."""
         if self.verbosity != "quiet":
             shown = " ".join(text.split())
             shown = f"  {shown[:160]}{'...' if len(shown) > 160 else ''}"
             self.console.print(shown, style="dim", markup=False, soft_wrap=not self._moves)
 
     def table(self, rows: Iterable[tuple[str, str]]) -> None:
-        """Names and what they are. On a terminal a long text goes on below itself; elsewhere a row is a line, for grep."""
+        """Print names and values. On a terminal long values are wrapped; elsewhere a row is a line, for grep."""
         if self.verbosity == "quiet":
             return
         if not self._moves:
@@ -104,25 +104,28 @@ class Display:
         self.console.print(grid, soft_wrap=False)
 
     def _stamp(self) -> str:
-        """Before each line of a log, once training has begun: with the date, since jobs run over midnight. On a terminal the time is enough."""
+        """The time before each line once training has begun; in a log with the date, since jobs run over midnight."""
         if not self._stamped:
             return ""
         return datetime.datetime.now().strftime("%H:%M:%S  " if self._moves else "%Y-%m-%d %H:%M:%S  ")
 
-    # --------------------------------------------------------------------------------------------------------------- steps
+    # ------------------------------------------------------------------------------------------------------------ steps
 
     def start(self, step: int, total: int | None) -> None:
-        """Training begins after `step` steps. total: None where only the time ends the run."""
+        """Training begins after `step` steps. total: None if only a time limit ends the run."""
         self.total, self._stamped = total, True
         if self._moves and not self.console.quiet and self.verbosity != "quiet" and self._bar is None:
-            # What the text leaves is the bar's.
-            columns = TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None), TextColumn("{task.fields[text]}", markup=False)
+            # The bar takes the width that the text leaves.
+            columns = (
+                TextColumn("step {task.completed}/{task.total}"), BarColumn(bar_width=None),
+                TextColumn("{task.fields[text]}", markup=False),
+            )
             self._bar = Progress(*columns, console=self.console, refresh_per_second=4, expand=True)
             self._task = self._bar.add_task("train", total=self.total, completed=step, text="")
             self._bar.start()
 
     def step(self, step: int) -> None:
-        """A step is done; costs nothing worth counting."""
+        """A step is done; costs next to nothing."""
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, completed=step)
 
@@ -149,7 +152,7 @@ class Display:
         return parts
 
     def _fitting(self, row: Row, parts: list[str]) -> str:
-        """As many of them as leave a bar beside the steps; the loss and the time left go last."""
+        """As many parts as leave room for the bar; the loss and the time left are dropped last."""
         room = self.console.width - len(f"step {row['step']}/{self.total}") - _BAR - 4
         while len(parts) > 1 and len("  ".join(parts)) > room:
             del parts[-2 if len(parts) > 2 else -1]
@@ -159,22 +162,29 @@ class Display:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
-        self._stamped = self._stamped and not self._moves  # what follows on a terminal is said at once
+        self._stamped = self._stamped and not self._moves  # what follows on a terminal is printed at once
 
 
 def _details(row: Row) -> str:
-    """What a screen has no room for: of what took time the share."""
+    """More than a bar has room for: gradient norm, shares of the time, HFU, goodput, memory."""
     times = {name: row.get(f"time/{name}") or 0.0 for name in PHASES}
     whole = sum(times.values()) or 1.0
     parts = [f"gradient norm {row.get('grad_norm') or 0:.3f}"]
-    parts += [f"{name.replace('_', '/')} {seconds / whole:.0%}" for name, seconds in times.items() if seconds / whole >= 0.005]
-    parts += [f"{name} {row[key]:.1%}" for name, key in (("HFU", "hfu"), ("goodput", "goodput")) if row.get(key) is not None]
+    parts += [
+        f"{name.replace('_', '/')} {seconds / whole:.0%}" for name, seconds in times.items() if seconds / whole >= 0.005
+    ]
+    parts += [
+        f"{name} {row[key]:.1%}" for name, key in (("HFU", "hfu"), ("goodput", "goodput")) if row.get(key) is not None
+    ]
     return "  ".join(parts + ([f"memory {row['memory_gib']:.2f} GiB"] if row.get("memory_gib") is not None else []))
 
 
 def _validation(row: Row) -> str:
-    """The loss first, then what the objective tells of validation beside it."""
+    """The validation loss, then the objective's other metrics."""
     names = {"val_loss": "validation loss", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
     own = (name for name in row if name not in COLUMNS and f"val_{name}" not in row)
     names |= {name: name.removeprefix("val_").replace("_", " ") for name in own}
-    return "  ".join(f"{text} {value:{'.2f' if value >= 10 else '.4f'}}" for name, text in names.items() if (value := row.get(name)) is not None)
+    return "  ".join(
+        f"{text} {value:{'.2f' if value >= 10 else '.4f'}}" for name, text in names.items()
+        if (value := row.get(name)) is not None
+    )

@@ -1,4 +1,4 @@
-"""Steps whose loss stands out, and runs that have lost what they had learnt. Exact: a function of the losses of the run's steps."""
+"""Loss spikes and divergence, as an exact function of the losses of a run's steps."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from collections.abc import Iterable
 from txtrain.checkpoint.state import LossState
 
 WINDOW = 64  # steps that a loss is compared with
-ENOUGH = 32  # of them before anything is said
+ENOUGH = 32  # losses in the window before any is judged
 DEVIATIONS = 8.0  # above the median, in standard deviations of the noise
 LEAST = 0.1  # and at least this part of the median
-LOST = 0.25  # of what has been learnt since the beginning
+LOST = 0.25  # of the fall of the loss since the beginning
 FACTOR = 1.5  # times the lowest median
 
 
 @dc.dataclass(frozen=True)
 class Spike:
-    """A step's loss beside the median of the steps before it. first: the step before was none."""
+    """A step's loss and the median of the steps before it. first: the previous step was no spike."""
 
     step: int
     loss: float
@@ -27,14 +27,15 @@ class Spike:
 
 
 class Losses:
-    """Watches the loss of every step. `state` goes into the checkpoint, so that a resumed run sees what the uninterrupted one does.
+    """Watches the loss of every step. `state` goes into the checkpoint: a resumed run decides as an uninterrupted one.
 
-    A spike is above the median of the last 64 losses by 8 standard deviations of what is noise in them (robustly, and whatever way the loss
-    goes meanwhile: by the median of the differences from step to step) and by a tenth of the median.
-    A spike that stays is soon the median itself, and then no spike any more.
+    A spike is above the median of the last 64 losses by 8 standard deviations of their noise and by a tenth of that
+    median. The noise is estimated robustly and without the trend: from the median of the differences between steps.
+    A spike that lasts soon becomes the median, and is then no spike any more.
 
-    A step is far off where its loss is above 1.5 times the lowest median of the run, and a quarter of what was learnt is lost: of the
-    way from the highest loss of the first 32 steps down to that median. The run has diverged when that has been so for many steps in a row (`far_off`).
+    A step is far off where its loss is above 1.5 times the lowest median of the run, and a quarter of the progress is
+    lost: of the way from the highest of the first 32 losses down to that median. A run has diverged when many steps in
+    a row are far off (`far_off`).
     """
 
     def __init__(self, state: LossState | None = None) -> None:
@@ -54,7 +55,7 @@ class Losses:
         )
 
     def add(self, step: int, loss: float) -> Spike | None:
-        """The step's loss; a spike, if it is one. One that is not finite is none of ours: the step is skipped, and told of elsewhere."""
+        """Add a step's loss; returns a spike, if it is one. Non-finite losses are ignored: their steps are skipped."""
         if not math.isfinite(loss):
             return None
         found = None
@@ -67,7 +68,9 @@ class Losses:
         return found
 
     def _spike(self, step: int, loss: float, median: float) -> Spike | None:
-        deviation = 1.4826 / math.sqrt(2) * _median(abs(b - a) for a, b in zip(self.window, self.window[1:], strict=False))
+        deviation = (
+            1.4826 / math.sqrt(2) * _median(abs(b - a) for a, b in zip(self.window, self.window[1:], strict=False))
+        )
         if loss - median <= max(DEVIATIONS * deviation, LEAST * abs(median)):
             return None
         self.n_spikes += 1

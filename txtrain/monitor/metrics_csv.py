@@ -1,4 +1,4 @@
-"""metrics.csv: one row a logged step, never a gap and never a double, whatever happens to the process."""
+"""metrics.csv: one row for each logged step, without gaps or duplicates however processes end."""
 
 from __future__ import annotations
 
@@ -17,11 +17,18 @@ from txtrain.ground import files
 from txtrain.ground.plain_files import read_bytes, shorten
 from txtrain.parallel.timers import PHASES
 
-EXACT = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "lr", "grad_norm", "skipped_steps", "loss_spikes")  # whatever happens to a run
-WALL_CLOCK = ("tokens_per_second", "mfu", "hfu", "seconds", "goodput", "memory_gib", *(f"time/{name}" for name in PHASES))  # what the clock and the machine say
+# Equal in every run of the same configuration, interrupted or not.
+EXACT = (
+    "step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte",
+    "lr", "grad_norm", "skipped_steps", "loss_spikes",
+)
+# Dependent on the clock and the machine.
+WALL_CLOCK = (
+    "tokens_per_second", "mfu", "hfu", "seconds", "goodput", "memory_gib", *(f"time/{name}" for name in PHASES),
+)
 COLUMNS = EXACT + WALL_CLOCK
 
-_LIMIT = 1 << 30  # bytes of a file of some millions of steps
+_LIMIT = 1 << 30  # bytes: a file of some millions of steps
 Row = Mapping[str, float | int | None]
 
 
@@ -29,26 +36,30 @@ class MetricsFile:
     """A CSV file with a fixed header, appended to.
 
     Args:
-        columns: step first; those that the file has beside them stay, empty from here on.
-        keep: the rows up to this step stay; later ones, and a line that a killed run left unfinished, go.
-        n_kept: how many they are, where that is known: what is damaged behind them does not matter.
+        columns: step first; other columns that the file already has stay, empty from here on.
+        keep: the last step whose row stays; later rows and an unfinished line of a killed run are removed.
+        n_kept: their number, if known: damage behind them is then ignored.
     """
 
-    def __init__(self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0, n_kept: int | None = None) -> None:
+    def __init__(
+        self, path: Path, columns: tuple[str, ...] = COLUMNS, keep: int = 0, n_kept: int | None = None
+    ) -> None:
         rows = [row for row in read(path, n_kept) if int(row["step"]) <= keep] if keep else []
         self._digest, self.n_rows = digest_of(rows), len(rows)
         self.columns = columns + tuple(name for row in rows[:1] for name in row if name not in columns)
         files.write(path, "".join(map(self._line, [dict(zip(self.columns, self.columns, strict=True)), *rows])))
-        self.latest = _latest(rows)  # of each column, the last value written
+        self.latest = _latest(rows)  # the last value of each column
         self._file: TextIO = open(path, "a", encoding="utf-8", newline="")  # noqa: SIM115  (closed by close)
 
     def _line(self, row: Mapping[str, Any]) -> str:
         out = io.StringIO()
-        csv.writer(out, lineterminator="\n").writerow(["" if row.get(name) is None else row[name] for name in self.columns])
+        csv.writer(out, lineterminator="\n").writerow(
+            ["" if row.get(name) is None else row[name] for name in self.columns]
+        )
         return out.getvalue()
 
     def write(self, row: Row) -> None:
-        """Floats are written so that reading them back gives the same number; None is an empty cell."""
+        """Floats are written so that they are read back exactly; None is an empty cell."""
         self.latest |= {name: value for name, value in row.items() if value is not None}
         line = self._line(row)
         self._digest.update(_canonical(dict(zip(self.columns, next(csv.reader([line])), strict=True))))
@@ -58,11 +69,11 @@ class MetricsFile:
 
     @property
     def hash(self) -> str:
-        """Of the rows so far; see `digest_of`."""
+        """Checksum of the rows so far; see `digest_of`."""
         return self._digest.hexdigest()
 
     def sync(self) -> None:
-        """Everything written is on the disk when this returns."""
+        """Write everything to the disk before returning."""
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
@@ -70,18 +81,18 @@ class MetricsFile:
 
 
 def read(path: Path, n: int | None = None) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, also of one that is being written: without its unfinished last line.
+    """The rows of a metrics.csv, which may be in use: an unfinished last line is left out.
 
     Args:
-        n: the first so many, whatever comes behind them, as after a power cut.
+        n: read only the first n rows, whatever follows, as after a power cut.
 
     Raises:
-        ConfigError: a row has more or fewer cells than the header, or one that is no number.
+        ConfigError: a row has more or fewer cells than the header, or one that is not a number.
     """
     if not path.exists():
         return []
     raw = read_bytes(path, _LIMIT)
-    text = raw[: raw.rfind(b"\n") + 1].decode("utf-8-sig", errors="replace")  # what is no UTF-8 is no number either
+    text = raw[: raw.rfind(b"\n") + 1].decode("utf-8-sig", errors="replace")  # what is not UTF-8 is not a number
     reader, rows = csv.reader(io.StringIO(text)), list[dict[str, str]]()
     try:
         header = next(reader, ["step"])
@@ -98,12 +109,14 @@ def read(path: Path, n: int | None = None) -> list[dict[str, str]]:
             _latest([row])
             rows.append(row)
     except (ValueError, csv.Error) as e:
-        raise ConfigError(f"{path}, line {reader.line_num}, must be a row of numbers, each with a step, but is not: {shorten(e)}.") from e
+        raise ConfigError(
+            f"{path}, line {reader.line_num}, must be a row of numbers, each with a step, but is not: {shorten(e)}."
+        ) from e
     return rows
 
 
 def digest_of(rows: Iterable[Mapping[str, str]]) -> xxhash.xxh3_64:
-    """Of what rows say, whatever the order of their columns, and which are empty."""
+    """Checksum of rows, independent of the order of columns and of empty ones."""
     digest = xxhash.xxh3_64()
     for row in rows:
         digest.update(_canonical(row))
@@ -115,13 +128,13 @@ def _canonical(row: Mapping[str, str]) -> bytes:
 
 
 def check_rows(place: RunFolder) -> str | None:
-    """Whether the rows up to the run's checkpoint are those that were there when it was written.
+    """Check that the rows up to the run's checkpoint are those that it was written with.
 
     Returns:
-        A sentence, where the whole file is gone.
+        A warning if the whole file is gone.
 
     Raises:
-        ConfigError: one is lost, or damaged; names the line.
+        ConfigError: a row is lost or damaged; names the line.
     """
     path, state = place.path / "metrics.csv", place.state
     if not path.exists():
@@ -138,7 +151,7 @@ def check_rows(place: RunFolder) -> str | None:
 
 
 def latest(path: Path) -> dict[str, float]:
-    """Of each column, its last value."""
+    """The last value of each column."""
     return _latest(read(path))
 
 

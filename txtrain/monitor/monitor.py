@@ -1,4 +1,4 @@
-"""How a run goes: speed, where its time goes, memory, goodput; why it is slow; steps that stand out; whether it has diverged."""
+"""Monitors a run: speed, phases of its time, memory, goodput; why it is slow; loss spikes; divergence."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.timers import PHASES
 
 SPIKES = "spikes.jsonl"
-FAR_OFF = 100  # steps in a row after which a run is said to have diverged
+FAR_OFF = 100  # steps in a row after which a run is reported as diverged
 
 
 class Training(Protocol):
-    """What is watched of `txtrain.LitModule`. step: completed updates; tokens: positions trained on, over all ranks."""
+    """The monitored part of `txtrain.LitModule`. step: completed updates; tokens: trained on, over all ranks."""
 
     step: int
     parallel: OneProcess
@@ -49,47 +49,56 @@ class Diverged(RuntimeError):
 
 
 class Watch:
-    """What is measured beside the training; none of it changes what is trained.
+    """Measures the training without changing it.
 
-    Losses are those of the global batch: every process finds the same spikes and the same end. Times and memory are this process'.
+    Losses are those of the global batch, so every rank finds the same spikes and the same end. Times and memory are
+    this rank's.
 
     Args:
         folder: None: nothing is written.
-        data: a DataModule that is prepared.
+        data: a prepared DataModule.
     """
 
-    def __init__(self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: RunState) -> None:
+    def __init__(
+        self, config: Train, data: Any, folder: RunFolder | None, display: Display, machine: Machine, state: RunState
+    ) -> None:
         self.config, self.data, self.folder, self.display, self.machine = config, data, folder, display, machine
         self.meter = Meter(state.seconds)
         self.losses = Losses(state.losses)
-        self.times = dict.fromkeys(PHASES, 0.0) | state.times  # over all starts, of steps that counted
+        self.times = dict.fromkeys(PHASES, 0.0) | state.times  # over all starts, of the steps that count
         self._writes = False
         self._told: set[str] = set()
-        self._stretch: Stretch | None = None  # None: before the first row, which warms up
-        self._since = 0  # the step of the row before
+        self._stretch: Stretch | None = None  # None: before the first row, which is warm-up
+        self._since = 0  # step of the previous row
         self._compiled, self._compiled_again = 0, 0
 
     def start(self, module: Training) -> None:
-        """The model is set up. module.step: the steps that are done."""
+        """The model is set up. module.step: steps done before."""
         module.parallel.phases.start(module.device)
         self._writes = self.folder is not None and module.parallel.is_first
         if self._writes and self.folder is not None:
             path = self.folder.path / SPIKES
-            kept = [line for line in read_text(path).splitlines(keepends=True) if _step(line) <= module.step] if path.exists() else []
+            kept = (
+                [line for line in read_text(path).splitlines(keepends=True) if _step(line) <= module.step]
+                if path.exists()
+                else []
+            )
             if path.exists():
                 files.write(path, "".join(kept))
 
     def state(self) -> dict[str, Any]:
-        """Its part of the checkpoint's `RunState`."""
+        """Fields for the checkpoint's `RunState`."""
         return {"seconds": self.meter.seconds, "losses": self.losses.state(), "times": self.times}
 
-    # ---------------------------------------------------------------------------------------------------------- each step
+    # -------------------------------------------------------------------------------------------------------- each step
 
-    def step(self, module: Training, outputs: Mapping[str, torch.Tensor], tokens: int, flops: float, again: float) -> None:
-        """A step is done. tokens, flops, again: of the global batch (`Meter.count`).
+    def step(
+        self, module: Training, outputs: Mapping[str, torch.Tensor], tokens: int, flops: float, again: float
+    ) -> None:
+        """A step is done. tokens, flops, again: of the global batch, see `Meter.count`.
 
         Raises:
-            Diverged: and that is to end the run.
+            Diverged: trainer.max_divergent_steps is exceeded.
         """
         self.meter.count(tokens, flops, again)
         spike = self.losses.add(module.step, float(outputs["loss"]))
@@ -106,28 +115,32 @@ class Watch:
             with open(path, "a", encoding="utf-8") as f:
                 f.write(json.dumps(told | {"sample_index": self.data.order.indices(spike.step - 1).tolist()}) + "\n")
         if spike.first:
-            self.display.tell(f"step {spike.step}: the loss jumps to {spike.loss:.4f} from a median of {spike.median:.4f}{where}", style="bold")
+            self.display.tell(
+                f"step {spike.step}: the loss jumps to {spike.loss:.4f} from a median of {spike.median:.4f}{where}",
+                style="bold",
+            )
 
     def _far_off(self, step: int) -> None:
         losses, allowed = self.losses, self.config.trainer.max_divergent_steps
         if allowed is not None and losses.far_off > allowed:
             best = "save.keep_best keeps the checkpoint of the best validation; " if self.config.save.keep_best else ""
             raise Diverged(
-                f"The run has diverged: the loss of the last {losses.far_off} steps up to {step} is far above its best median ({losses.lowest:.4f}), and "
-                f"trainer.max_divergent_steps={allowed} ends it. {best}"
-                "fork=CHECKPOINT goes on from one, with a lower optimizer.lr or a trainer.gradient_clip_val; null never ends a run."
+                f"The run has diverged: the loss of the last {losses.far_off} steps up to {step} is far above its best "
+                f"median ({losses.lowest:.4f}), and trainer.max_divergent_steps={allowed} ends it. {best}"
+                "fork=CHECKPOINT goes on from one, with a lower optimizer.lr or a trainer.gradient_clip_val; "
+                "null never ends a run."
             )
         if losses.far_off == FAR_OFF and allowed is None:
             self.display.tell(
-                f"step {step}: the run may have diverged: the loss has been far above its best median ({losses.lowest:.4f}) for {FAR_OFF} steps. "
-                f"trainer.max_divergent_steps={FAR_OFF} would end it.",
+                f"step {step}: the run may have diverged: the loss has been far above its best median "
+                f"({losses.lowest:.4f}) for {FAR_OFF} steps. trainer.max_divergent_steps={FAR_OFF} would end it.",
                 style="bold",
             )
 
-    # ------------------------------------------------------------------------------------------------------- each logged row
+    # -------------------------------------------------------------------------------------------------- each logged row
 
     def measures(self, module: Training) -> dict[str, float | None]:
-        """Columns of the row of this step, since the row before."""
+        """This step's columns, measured since the previous row."""
         tokens_per_second, flops, with_again = self.meter.rates()
         size = module.parallel.world.size
         self._measure_again(with_again / size)
@@ -148,11 +161,13 @@ class Watch:
     def _measure_again(self, flops: float) -> None:
         machine = self.machine.reaching(flops)
         if machine.peak != self.machine.peak:
-            self.display.tell(f"  device        {machine}; measured again: more was done than had been measured at the start")
+            self.display.tell(
+                f"  device        {machine}; measured again, as the run was faster than the peak measured at its start"
+            )
         self.machine = machine
 
     def add_times(self, module: Training, row: dict[str, Any]) -> None:
-        """What has passed since the row was begun belongs to it: a validation."""
+        """Add the time since the row was begun, that of a validation."""
         for name, seconds in self._taken(module).items():
             row[name] = row.get(name, 0.0) + seconds
 
@@ -163,13 +178,13 @@ class Watch:
         return {f"time/{name}": seconds for name, seconds in taken.items()}
 
     def goodput(self) -> float | None:
-        """Share of the time since the run was first started that was spent in steps that count; None where it has no folder."""
+        """Share of the time since the first start that was spent in steps that count; None without a folder."""
         if self.folder is None or self.folder.began is None:
             return None
         return min(1.0, self.meter.seconds / max(time.time() - self.folder.began, 1e-9))
 
     def _judge(self, module: Training, row: Mapping[str, Any]) -> None:
-        """Say why it is slow, once enough has been seen. What a process does first (compilation, caches, workers) is not looked at."""
+        """Report why the run is slow, after enough steps. Its warm-up (compilation, caches, workers) is left out."""
         compiled = _compiled()
         if self._stretch is None:
             self._stretch, self._compiled = self._empty(module), compiled
@@ -209,15 +224,18 @@ class Watch:
             reshards=config.strategy.reshard_after_forward,
         )
 
-    # ---------------------------------------------------------------------------------------------------------------- the end
+    # ---------------------------------------------------------------------------------------------------------- the end
 
     def summary(self, module: Training, metrics: Mapping[str, float]) -> list[tuple[str, str]]:
-        """Rows of a table: what was reached, in which time, and where that went."""
+        """Rows of a table: loss, steps, time and its phases, memory, goodput."""
         self._taken(module)
         whole = sum(self.times.values())
         if not whole or "loss" not in metrics:
             return []
-        shares = [f"{name.replace('_', '/')} {seconds / whole:.0%}" for name, seconds in self.times.items() if seconds / whole >= 0.005]
+        shares = [
+            f"{name.replace('_', '/')} {seconds / whole:.0%}" for name, seconds in self.times.items()
+            if seconds / whole >= 0.005
+        ]
         validation = f", validation {metrics['val_loss']:.4f}" if "val_loss" in metrics else ""
         rows = [
             ("loss", f"{metrics['loss']:.4f}{validation}"),
@@ -232,11 +250,11 @@ class Watch:
 def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, LookupError, TypeError, RecursionError):  # a line that a killed run left unfinished
+    except (ValueError, LookupError, TypeError, RecursionError):  # an unfinished line of a killed run
         return 1 << 62
 
 
 def _compiled() -> int:
-    """Graphs that torch.compile has made in this process."""
+    """Number of graphs that torch.compile has made in this process."""
     dynamo = sys.modules.get("torch._dynamo.utils")
     return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])

@@ -1,4 +1,4 @@
-"""`profile=true`: a trace of a few steps, as torch.profiler sees them, in the run's folder."""
+"""`profile=true`: a trace of a few steps by torch.profiler, in the run's folder."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from txtrain.monitor.console import Display
 from txtrain.monitor.monitor import Training
 
 FOLDER = "profile"
-WARM_UP, N_STEPS, N_OPERATORS = 3, 3, 10  # steps before the trace, and in it, where nothing is said of them; operators that are shown
+WARM_UP, N_STEPS, N_OPERATORS = 3, 3, 10  # by default: steps before the trace, steps in it; operators that are shown
 
 
 class Profiled(pl.Callback):
-    """Each process traces its own steps: `profile/steps_4_6_rank0.json.gz` for https://ui.perfetto.dev or chrome://tracing, and beside it
-    the costliest operators as text. A run that stops in between leaves the trace of the steps that it made.
+    """Each rank traces its own steps, for https://ui.perfetto.dev or chrome://tracing, as `steps_4_6_rank0.json.gz` in
+    `profile/`, and beside it the costliest operators as text. A run that stops earlier leaves the steps it made.
 
     Args:
         folder: None: only the operators are shown.
@@ -36,7 +36,10 @@ class Profiled(pl.Callback):
         self.first, self.last = self.config.profile_steps or (done + WARM_UP + 1, done + WARM_UP + N_STEPS)
         self.first = max(self.first, done + 1)
         if self.first > self.last:
-            self.display.tell(f"profile_steps=[{self.config.profile_steps[0]},{self.last}] are done already: nothing is traced.")  # type: ignore[index]
+            self.display.tell(
+                f"profile_steps=[{self.config.profile_steps[0]},{self.last}] "  # type: ignore[index]
+                "are done already: nothing is traced."
+            )
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         step = module.step + 1
@@ -62,7 +65,10 @@ class Profiled(pl.Callback):
         if self._profiler is not None:
             self._finish(module)
         elif self.done == 0 and self.first <= self.last:
-            self.display.tell(f"profile: the run ended before step {self.first}: nothing is traced. profile_steps=[FIRST,LAST] says which steps are.")
+            self.display.tell(
+                f"profile: the run ended before step {self.first}: nothing is traced. "
+                "profile_steps=[FIRST,LAST] sets the steps."
+            )
 
     def on_exception(self, trainer: pl.Trainer, module: Any, exception: BaseException) -> None:
         self._end_step()
@@ -89,23 +95,34 @@ class Profiled(pl.Callback):
         self.display.tell(f"profile of steps {self.first} to {self.done}{where}", style="bold")
         self.display.table([("ms a step", "share  calls  operator"), *((ms, text) for ms, text in self._shown(rows))])
 
-    def _write(self, profiler: torch.profiler.profile, rows: list[tuple[str, int, float]], folder: Path, rank: int) -> Path:
+    def _write(
+        self, profiler: torch.profiler.profile, rows: list[tuple[str, int, float]], folder: Path, rank: int
+    ) -> Path:
         folder.mkdir(exist_ok=True)
         name = f"steps_{self.first}_{self.done}_rank{rank}"
         profiler.export_chrome_trace(str(folder / f"{name}.json.gz"))
-        text = "\n".join(f"{ms:>12}  {rest}" for ms, rest in [("ms a step", "share  calls  operator"), *self._shown(rows, n=len(rows))])
+        text = "\n".join(
+            f"{ms:>12}  {rest}"
+            for ms, rest in [("ms a step", "share  calls  operator"), *self._shown(rows, n=len(rows))]
+        )
         (folder / f"{name}.txt").write_text(text + "\n", encoding="utf-8")
         return folder / f"{name}.json.gz"
 
     def _shown(self, rows: list[tuple[str, int, float]], n: int = N_OPERATORS) -> list[tuple[str, str]]:
         whole = sum(seconds for *_, seconds in rows) or 1.0
         steps = self.done - self.first + 1
-        return [(f"{1000 * seconds / steps:.2f}", f"{seconds / whole:>5.1%}  {calls / steps:>5.0f}  {name}") for name, calls, seconds in rows[:n]]
+        return [
+            (f"{1000 * seconds / steps:.2f}", f"{seconds / whole:>5.1%}  {calls / steps:>5.0f}  {name}")
+            for name, calls, seconds in rows[:n]
+        ]
 
 
 def costliest(profiler: torch.profiler.profile) -> list[tuple[str, int, float]]:
-    """Operators, how often they were called, and the seconds in them alone: of the device where one computed, else of the processor."""
+    """Operators, calls, and seconds without callees: on the device if one computed, else on the CPU."""
     events = [e for e in profiler.key_averages() if not e.is_user_annotation]
     on_device = any(e.self_device_time_total for e in events)
-    found = [(str(e.key), int(e.count), (e.self_device_time_total if on_device else e.self_cpu_time_total) / 1e6) for e in events]
+    found = [
+        (str(e.key), int(e.count), (e.self_device_time_total if on_device else e.self_cpu_time_total) / 1e6)
+        for e in events
+    ]
     return sorted((row for row in found if row[2] > 0), key=lambda row: -row[2])

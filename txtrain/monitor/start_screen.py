@@ -1,4 +1,4 @@
-"""The screen at the start of a run, as lines of text, and the few words in which numbers are written."""
+"""The screen at the start of a run, as lines of text, and the formats of numbers."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from txtrain.checkpoint.run_folder import RunFolder
     from txtrain.data.tokenizer.tokenizer import Tokenizer
 
-_UNCOUNTED = 1 << 40  # what is said to have more samples is a stream
+_UNCOUNTED = 1 << 40  # more samples than this: a stream
 Grafts = Mapping[str, Mapping[str, Any]]
 
 
 class Data(Protocol):
-    """What is told of `txtrain.DataModule`, once it is prepared."""
+    """The part of a prepared `txtrain.DataModule` that is shown."""
 
     source: str
     tokenizer: Tokenizer | None
@@ -29,21 +29,29 @@ class Data(Protocol):
 
 
 def restarted(place: RunFolder | None) -> list[str]:
-    """Before anything else, where SLURM has started the job again and there is nothing to go on from."""
+    """A warning if SLURM has restarted the job and there is no checkpoint to continue from."""
     job = Job.here()
     if place is None or job is None or job.restarts == 0 or place.checkpoint is not None:
         return []
     start = "starts at step 0" if place.parent is None else f"is forked from {place.parent} again"
-    return [f"SLURM restart {job.restarts} of job {job.number}, and {place.path} has no complete checkpoint: the run {start}."]
+    return [
+        f"SLURM restart {job.restarts} of job {job.number}, and {place.path} has no complete checkpoint: "
+        f"the run {start}."
+    ]
 
 
 def opening(config: Train, fallback: str | None) -> list[str]:
-    """The first line of every run: how large this is, and how large the published models of the family are. Then, loudly, a stand-in."""
+    """The first line of a run: its size and those of the family's published models; then a warning of stand-in data."""
     model = config.model
     published = ", ".join(f"{name} {count(n)}" for name, n in model.published.items())
     size = "laptop size" if model.preset == model.family else f"size {model.size}"
-    first = f"{model.family}, {size}: {count(model.n_params)} parameters" + (f"; published: {published}" if published else "")
-    loud = f"STAND-IN DATA: {fallback}. This run trains on data={config.data.type} instead. For the real set: data.path=, or a hub."
+    first = f"{model.family}, {size}: {count(model.n_params)} parameters" + (
+        f"; published: {published}" if published else ""
+    )
+    loud = (
+        f"STAND-IN DATA: {fallback}. This run trains on data={config.data.type} instead. "
+        "For the real set: data.path=, or a hub."
+    )
     return [first] if fallback is None else [first, loud]
 
 
@@ -57,9 +65,12 @@ def table(
     strategy: str,
     parameters: tuple[int, int],
 ) -> list[tuple[str, str]]:
-    """The rest of the start screen: names and what they are. data: prepared. parameters: trained, and all."""
+    """The rest of the start screen: names and values. data: prepared. parameters: numbers of trained and of all."""
     trainer = config.trainer
-    tokenizer = "none" if data.tokenizer is None else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
+    tokenizer = (
+        "none" if data.tokenizer is None
+        else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
+    )
     done = 0 if place is None else place.first_step
     return [
         *axes(config.model).items(),
@@ -86,8 +97,11 @@ def _number(n_train: int) -> str:
 
 
 def samples(config: Train) -> str:
-    """`sequences of 256 tokens`, or what the data are made of."""
-    kinds = {"pairs": f"pairs of at most {config.seq_len} tokens a side", "images": f"images in {config.seq_len} positions"}
+    """`sequences of 256 tokens`, or the like for other kinds of data."""
+    kinds = {
+        "pairs": f"pairs of at most {config.seq_len} tokens a side",
+        "images": f"images in {config.seq_len} positions",
+    }
     return kinds.get(config.data.kind, f"sequences of {config.seq_len} tokens")
 
 
@@ -109,25 +123,40 @@ def budget(config: Train, steps: int | None, n_train: int) -> str:
 
 
 def axes(model: ModelConfig) -> dict[str, str]:
-    """Each axis: the chosen option and those of its knobs that are not at their default."""
-    shown = {"shape": f"{model.n_layers} layers, dim {model.dim}, {model.n_heads} heads, vocabulary {model.vocab_size:,}"}
+    """For each axis the chosen option and its knobs that are not at their defaults."""
+    shown = {
+        "shape": f"{model.n_layers} layers, dim {model.dim}, {model.n_heads} heads, vocabulary {model.vocab_size:,}"
+    }
     for name, component in model.components():
-        knobs = [f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component) if f.name != "type" and getattr(component, f.name) != f.default]
+        knobs = [
+            f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component)
+            if f.name != "type" and getattr(component, f.name) != f.default
+        ]
         shown[name.replace("_", " ")] = ", ".join([component.type, *knobs])
     return shown
 
 
 def graft_lines(model: ModelConfig, grafts: Grafts) -> list[str]:
-    """`attention: gqa -> mqa; kept window=64; dropped n_kv_heads=2`, and what all of them do to the number of parameters."""
+    """`attention: gqa -> mqa; kept window=64; dropped n_kv_heads=2`, and their effect on the number of parameters."""
     if not grafts:
         return []
     told = []
     for name, graft in grafts.items():
-        values = {what: ", ".join(f"{k}={_value(v)}" for k, v in (graft.get(what) or {}).items()) for what in ("kept", "dropped")}
-        told.append(f"{name}: {graft['from']} -> {graft['to']}" + "".join(f"; {what} {text}" for what, text in values.items() if text))
+        values = {
+            what: ", ".join(f"{k}={_value(v)}" for k, v in (graft.get(what) or {}).items())
+            for what in ("kept", "dropped")
+        }
+        told.append(
+            f"{name}: {graft['from']} -> {graft['to']}"
+            + "".join(f"; {what} {text}" for what, text in values.items() if text)
+        )
     before = _unmodified(model, grafts).n_params
     change = model.n_params - before
-    return [*told, f"{change:+,} parameters ({change / before:+.1%}) to {model.family} of this shape without {'it' if len(grafts) == 1 else 'them'}"]
+    return [
+        *told,
+        f"{change:+,} parameters ({change / before:+.1%}) to {model.family} of this shape "
+        f"without {'it' if len(grafts) == 1 else 'them'}",
+    ]
 
 
 def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
@@ -142,7 +171,11 @@ def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
 
 def _value(value: object) -> str:
     if dc.is_dataclass(value):
-        return "{" + ", ".join(f"{f.name}={_value(v)}" for f in dc.fields(value) if (v := getattr(value, f.name)) != f.default) + "}"
+        return (
+            "{"
+            + ", ".join(f"{f.name}={_value(v)}" for f in dc.fields(value) if (v := getattr(value, f.name)) != f.default)
+            + "}"
+        )
     if isinstance(value, (tuple, list)):
         return "[" + ",".join(map(_value, value)) + "]"
     return written(value)

@@ -1,6 +1,6 @@
-"""Tokens per second, and the share of the hardware's peak that they need.
+"""Tokens per second, MFU and HFU.
 
-MFU (2204.02311, appendix B) counts what a step needs; HFU what the device does for it, with what activation checkpointing computes again.
+MFU (2204.02311, appendix B) counts the FLOPs that a step needs; HFU also those recomputed by activation checkpointing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from txtrain.monitor.start_screen import count
 
 
 class Peak(NamedTuple):
-    """flops: per second, of one device. source: where the number is from."""
+    """flops: FLOP/s of one device. source: where the number is from."""
 
     flops: float
     source: str
@@ -30,8 +30,13 @@ class Peak(NamedTuple):
 
 
 class Machine(NamedTuple):
-    """name: of the device. peak: FLOP/s against which the MFU is counted. measure: that peak once more; None where it is published.
-    tries: how often it still is, as each takes a fifth of a second."""
+    """A device.
+
+    Attributes:
+        peak: FLOP/s that MFU and HFU are shares of.
+        measure: measures the peak again; None if it is a published figure.
+        tries: re-measurements left, as each takes a fifth of a second.
+    """
 
     name: str
     peak: Peak
@@ -45,7 +50,7 @@ class Machine(NamedTuple):
         return cls(name, found, partial(_measured, device, dtype) if found.is_measured else None)
 
     def reaching(self, flops: float) -> Machine:
-        """This one, or, where it has done more FLOP/s than its measured peak, with the peak measured again: something else had the device then."""
+        """This machine; its peak is measured again if `flops` exceed it: something else used the device before."""
         if self.measure is None or flops <= self.peak.flops or not self.tries:
             return self
         return self._replace(peak=max(self.peak, self.measure()), tries=self.tries - 1)
@@ -60,7 +65,7 @@ def _si(n: float) -> str:
 
 @cache
 def peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """The published figure of a known GPU; else what a matrix product reaches here, now."""
+    """The published figure of a known GPU; else what a matrix product reaches here."""
     if device.type == "cuda":
         tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
         known = named(torch.cuda.get_device_name(device))
@@ -70,8 +75,10 @@ def peak(device: torch.device, dtype: torch.dtype) -> Peak:
 
 
 def _measured(device: torch.device, dtype: torch.dtype) -> Peak:
-    size = 512 if device.type == "cpu" else 8192  # 512: over in a millisecond, so that some go undisturbed on a machine that is shared
-    a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))  # no random numbers: measuring changes nothing
+    # 512 on a CPU: a product takes a millisecond, so that some run undisturbed on a shared machine.
+    size = 512 if device.type == "cpu" else 8192
+    # No random numbers: measuring changes no generator.
+    a, b = (torch.full((size, size), 0.5, device=device, dtype=dtype) for _ in range(2))
 
     def once() -> float:
         start = time.perf_counter()
@@ -92,7 +99,7 @@ def _threads() -> str:
 
 
 class Meter:
-    """Counts tokens and operations against time spent in training: waiting for data counts, validating, sampling and saving do not.
+    """Counts tokens and FLOPs over training time: waiting for data counts, validation, sampling and saving do not.
 
     Args:
         seconds: of training before this process.
@@ -105,11 +112,11 @@ class Meter:
         self._tokens, self._flops, self._again, self._since = 0, 0.0, 0.0, 0.0
 
     def start(self) -> None:
-        """Training goes on from here."""
+        """Training begins, or goes on, now."""
         self._mark = self._clock()
 
     def count(self, tokens: int, flops: float, again: float = 0.0) -> None:
-        """A step is done. again: operations that were done a second time."""
+        """A step is done. again: recomputed FLOPs."""
         now = self._clock()
         passed = now - (now if self._mark is None else self._mark)
         self._mark = now
@@ -120,14 +127,14 @@ class Meter:
         self._again += again
 
     def rates(self) -> tuple[float, float, float]:
-        """Per second since the last call: tokens; floating-point operations; these and what was done a second time."""
+        """Per second since the last call: tokens; FLOPs; FLOPs with the recomputed ones."""
         tokens, flops, again, seconds = self._tokens, self._flops, self._again, self._since
         self._tokens, self._flops, self._again, self._since = 0, 0.0, 0.0, 0.0
         return (tokens / seconds, flops / seconds, (flops + again) / seconds) if seconds > 0 else (0.0, 0.0, 0.0)
 
 
 def memory(device: torch.device) -> int:
-    """Bytes at the fullest moment so far: of a GPU what tensors held, of a processor what the process held."""
+    """Peak bytes so far: of tensors on a GPU, of the process on a CPU."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,4 +1,4 @@
-"""Optimizers, the groups of their parameters, the learning rate as a function of the step, and the average of the weights.
+"""Optimizers, their parameter groups, the learning rate schedule, and the moving average of the weights.
 
-`config.py` is without torch, and so is `schedules.py`; the optimizers are imported when one is built.
+`config.py` and `schedules.py` are without torch; the optimizers are imported when one is built.
 """

@@ -1,7 +1,7 @@
-"""Adafactor: second moments of a matrix kept as those of its rows and its columns (1804.04235, algorithms 4 and 5).
+"""Adafactor: second moments of a matrix factored into those of its rows and columns (1804.04235, algorithms 4 and 5).
 
-torch.optim.Adafactor is another: its rate is always relative and at most 1/sqrt(step), it has no momentum, and it waits for the device.
-T5 sets its rate from outside (1910.10683), so that is the default.
+torch.optim.Adafactor differs: its rate is always relative and at most 1/sqrt(step), it has no momentum, and it waits
+for the device. T5 sets its rate from outside (1910.10683), so that is the default here.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from txtrain.optim.sharded import kept_without, local, root_mean_square, summed
 
 
 class Adafactor(Stepper):
-    """State in float32: `row` and `col` of what has two or more dimensions (of the last two), `variance` of the rest; `exp_avg` with beta1."""
+    """State in float32: `row` and `col` over the last two dimensions, `variance` below two dimensions; with beta1 also
+    `exp_avg`."""
 
     def __init__(
         self,
@@ -39,7 +40,7 @@ class Adafactor(Stepper):
             assert p.grad is not None
             state, value = self.state[p], local(p).float()
             if "step" not in state:
-                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU, where reading it waits for nothing
+                state["step"] = torch.zeros((), dtype=torch.float32)  # on the CPU: reading it waits for nothing
             t = float(state["step"].add_(1))
             change = self._normalised(local(p.grad).float(), p, state, 1 - t**-self.beta2_decay)
             change = change / (root_mean_square(change, p) / self.clip_threshold).clamp(min=1)
@@ -50,7 +51,7 @@ class Adafactor(Stepper):
             local(p).copy_(value * (1 - group["weight_decay"] * rate) - change)
 
     def _normalised(self, grad: Tensor, p: Tensor, state: dict[str, Tensor], beta2: float) -> Tensor:
-        """The gradient divided by the root of its second moment; of this process' part."""
+        """The gradient divided by the root of its second moment; this rank's shard."""
         squared = grad.square() + self.eps[0]
         if p.ndim < 2:
             return grad * kept(state, "variance", p).lerp_(squared, 1 - beta2).rsqrt()
@@ -65,7 +66,7 @@ class Adafactor(Stepper):
 
 
 def kept(state: dict[str, Tensor], name: str, p: Tensor) -> Tensor:
-    """This process' part of a parameter's state of its own shape, float32."""
+    """This rank's shard of a state tensor with the parameter's shape, float32."""
     if name not in state:
         state[name] = torch.zeros_like(p, dtype=torch.float32)
     return local(state[name])

@@ -1,4 +1,4 @@
-"""Adam and AdamW: torch's own, fused where there is a fused one."""
+"""Adam and AdamW: torch's own, fused where possible."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def adamw(params: Groups, lr: float, betas: tuple[float, float], eps: float) -> 
 
 
 def adam(params: Groups, lr: float, betas: tuple[float, float], eps: float) -> Optimizer:
-    """Adam (1412.6980); weight decay, where there is one, is added to the gradient."""
+    """Adam (1412.6980); weight decay, if any, is added to the gradient."""
     return torch.optim.Adam(params, lr=lr, betas=betas, eps=eps, fused=_fused(params))
 
 

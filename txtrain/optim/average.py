@@ -9,17 +9,22 @@ from txtrain.optim.config import EMAConfig
 
 
 class Average:
-    """value <- decay value + (1 - decay) weight, every n-th step; the first of them takes the weights as they are.
+    """value <- decay value + (1 - decay) weight, every n-th step; the first time value <- weight.
 
-    Nothing is kept where the decay is null: then all methods do nothing. At least float32: what one step adds is below the precision
-    of bfloat16. Only what is trained is averaged, and no buffers.
+    With decay null nothing is kept and all methods do nothing. At least float32: one step adds less than the precision
+    of bfloat16. Only trained parameters are averaged, no buffers.
     """
 
     def __init__(self, model: nn.Module, config: EMAConfig) -> None:
         self.model, self.config = model, config
-        self._weights = {} if config.decay is None else {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self.values = {name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True) for name, p in self._weights.items()}
-        self._trained: list[Tensor] | None = None  # the weights proper, while the averaged ones are in their place
+        self._weights = (
+            {} if config.decay is None else {name: p for name, p in model.named_parameters() if p.requires_grad}
+        )
+        self.values = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in self._weights.items()
+        }
+        self._trained: list[Tensor] | None = None  # the trained weights, while the averaged ones are in their place
 
     @torch.no_grad()
     def update(self, step: int) -> None:
@@ -34,7 +39,7 @@ class Average:
 
     @torch.no_grad()
     def restart(self) -> None:
-        """From the weights as they are now."""
+        """Start anew from the current weights."""
         for name, value in self.values.items():
             value.copy_(self._weights[name])
 
@@ -49,7 +54,7 @@ class Average:
 
     @torch.no_grad()
     def swap_out(self) -> None:
-        """Put the trained weights back, if they are not in the model."""
+        """Put the trained weights back, if they are swapped out."""
         if self._trained is not None:
             for p, trained in zip(self._weights.values(), self._trained, strict=True):
                 p.copy_(trained)
@@ -57,7 +62,7 @@ class Average:
             self._forget_gathered()
 
     def _forget_gathered(self) -> None:
-        """FSDP2 leaves its root's parameters gathered after a forward without a backward: the next would not see the change."""
+        """FSDP2 keeps the root's parameters gathered after a forward without a backward; they would be out of date."""
         from torch.distributed.fsdp import FSDPModule
 
         for module in self.model.modules():

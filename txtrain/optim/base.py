@@ -1,4 +1,4 @@
-"""What the optimizers that are written here have in common."""
+"""The base of the optimizers that are written here."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 class Stepper(Optimizer):
-    """Goes through the groups; `update` is what an optimizer is. State is made with a parameter's first gradient and is tensors alone."""
+    """Calls `update` for each group. State is made with a parameter's first gradient and consists of tensors only."""
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -26,12 +26,12 @@ class Stepper(Optimizer):
         return loss
 
     def update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Change the parameters, which all have gradients, by the group's values."""
+        """Update parameters that all have gradients, by the group's values."""
         raise NotImplementedError
 
 
 def kept(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """A tensor of a parameter's state; zeros, cut over processes as `like` is, when it is first asked for."""
+    """A tensor of a parameter's state, sharded like `like`; created as zeros."""
     if name not in state:
         state[name] = torch.zeros_like(like)
     return state[name]

@@ -1,4 +1,4 @@
-"""The groups `optimizer`, `scheduler` and `ema`: typed, without torch; and the bytes that an optimizer's state takes."""
+"""The groups `optimizer`, `scheduler` and `ema`, typed and without torch; and the bytes of an optimizer's state."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ Shape = tuple[int, ...]
 
 
 class Held(NamedTuple):
-    """A parameter of which a process holds some part. own: the shape of that part. piece: what is in shards, where tensor parallelism has cut first."""
+    """A parameter that a rank holds a part of.
+
+    own: the shape of that part. piece: the shape of what is sharded, where tensor parallelism has cut it first.
+    """
 
     name: str
     shape: Shape
@@ -27,16 +30,16 @@ class Held(NamedTuple):
         return math.prod(self.own)
 
 
-# ------------------------------------------------------------------------------------------------------------------ optimizer
+# ------------------------------------------------------------------------------------------------------------ optimizer
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class GroupConfig:
-    """What holds for the parameters whose dotted name has the pattern (re.search) instead of the optimizer's own values."""
+    """Values for the parameters whose dotted name has the pattern (re.search), in place of the optimizer's own."""
 
     pattern: str
-    lr_scale: float | None = knob(None, at_least=0)  # the rate as a multiple of what it would be
-    weight_decay: float | None = knob(None, at_least=0)  # comes before no_decay
+    lr_scale: float | None = knob(None, at_least=0)  # factor of the rate
+    weight_decay: float | None = knob(None, at_least=0)  # wins over no_decay
 
     def matches(self, name: str) -> bool:
         return re.search(self.pattern, name) is not None
@@ -50,12 +53,14 @@ class GroupConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     type: str
-    lr: float = knob(1e-3, at_least=0)
+    lr: float = knob(1e-3, at_least=0)  # the highest rate, which the schedule scales
     weight_decay: float = knob(0.1, at_least=0)
-    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")  # parameters whose dotted name has one of these as a pattern (re.search)
-    groups: tuple[GroupConfig, ...] = ()  # of several that match, the last that gives a value holds
+    # parameters without weight decay: those whose dotted name has one of these patterns (re.search)
+    no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
+    groups: tuple[GroupConfig, ...] = ()  # of several that match, the last that gives a value wins
 
-    elementwise: ClassVar[bool] = False  # true: a value's update needs no other value, so that parameters may be flattened and cut anywhere
+    # each value is updated by itself, so that parameters may be flattened and cut anywhere
+    elementwise: ClassVar[bool] = False
 
     def check(self) -> Iterator[str]:
         yield from pattern_problems("optimizer.no_decay", self.no_decay)
@@ -63,7 +68,7 @@ class OptimizerConfig:
             yield from group.check(f"optimizer.groups[{i}]")
 
     def settings(self, name: str, shape: Shape) -> dict[str, Any]:
-        """What holds for a parameter, as the keys of its group in the optimizer. peak_lr: its rate where the schedule is 1."""
+        """A parameter's values, as keys of its group in the optimizer. peak_lr: its rate where the schedule is 1."""
         found: dict[str, Any] = {
             "peak_lr": self.rate(name, shape),
             "weight_decay": 0.0 if any(re.search(p, name) for p in self.no_decay) else self.weight_decay,
@@ -76,18 +81,18 @@ class OptimizerConfig:
         return found | {"peak_lr": scale * found["peak_lr"]}
 
     def rate(self, name: str, shape: Shape) -> float:
-        """The rate of a parameter that no group scales."""
+        """The rate of a parameter before a group scales it."""
         return self.lr
 
     def state_values(self, name: str, shape: Shape) -> int | None:
-        """Values kept for a parameter beside it, a counter of the steps not among them; None: not known."""
+        """Number of state values for a parameter, without its step counter; None: unknown."""
         return None
 
     def state_bytes(self, shapes: Mapping[str, Shape], bytes_per_value: int = 4) -> int | None:
-        """Bytes of the whole state. None: an optimizer of the user's own, of which nothing is known.
+        """Bytes of the whole state. None: unknown, for an optimizer of the user's own.
 
         Args:
-            shapes: of the parameters held here, by their canonical names.
+            shapes: of the parameters held here, by canonical name.
             bytes_per_value: of the parameters' own type, in which the state is kept.
         """
         values = [self.state_values(name, shape) for name, shape in shapes.items()]
@@ -96,23 +101,23 @@ class OptimizerConfig:
         return sum(known) * bytes_per_value + counters if len(known) == len(values) else None
 
     def counts_steps(self, name: str, shape: Shape) -> bool:
-        """Whether a parameter has a counter of its own in the state."""
+        """Whether a parameter's state has a step counter of its own."""
         return False
 
     def update_bytes(self, held: Sequence[Held], size: int) -> int:
-        """Bytes made at the fullest moment of the update of a group's parameters, in their order, beside state and gradients.
+        """Temporary bytes at the peak of the update of a group's parameters, in order, beside state and gradients.
 
         Args:
             size: bytes of a parameter's element.
         """
-        return 0  # fused kernels make none
+        return 0  # fused kernels need none
 
     def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
-        """Bytes that the update of these parameters exchanges, by collective, where a process holds parts of them."""
+        """Bytes that the update of these parameters exchanges, by collective, where they are sharded."""
         return {}
 
 
-STEP_BYTES = 4  # a counter of the steps is one float32
+STEP_BYTES = 4  # a step counter is one float32
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -133,11 +138,11 @@ class AdamConfig(OptimizerConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class LionConfig(OptimizerConfig):
-    """The sign of an interpolated momentum (2302.06675). The rate is some 3 to 10 times lower than AdamW's, the decay as much higher."""
+    """The sign of an interpolated momentum (2302.06675); lr 3 to 10 times lower than AdamW's, and more weight decay."""
 
     lr: float = knob(1e-4, at_least=0)
     weight_decay: float = knob(1.0, at_least=0)
-    # Of the update, and of the momentum that is kept.
+    # of the update, and of the momentum that is kept
     betas: tuple[float, float] = knob((0.9, 0.99), at_least=0, below=1)
 
     elementwise: ClassVar[bool] = True
@@ -146,23 +151,23 @@ class LionConfig(OptimizerConfig):
         return math.prod(shape)
 
     def update_bytes(self, held: Sequence[Held], size: int) -> int:
-        """A direction, while the one before is still there."""
+        """The direction, while the previous one still exists."""
         return size * max(before + h.n for before, h in _after(held))
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class AdafactorConfig(OptimizerConfig):
-    """Second moments of a matrix as its rows' and columns' (1804.04235). As T5 uses it, the rate comes from outside and is relative."""
+    """Second moments factored into rows and columns (1804.04235); as in T5, lr is relative and from the schedule."""
 
     lr: float = knob(1e-2, at_least=0)
     weight_decay: float = knob(0.0, at_least=0)
-    beta1: float | None = knob(None, at_least=0, below=1)  # null: no momentum, and no memory for one
+    beta1: float | None = knob(None, at_least=0, below=1)  # decay of the momentum; null: none, which saves its memory
     beta2_decay: float = knob(0.8, above=0, at_most=1)  # beta2 at step t is 1 - t^-beta2_decay
-    clip_threshold: float = knob(1.0, above=0)  # of the root mean square of a parameter's update, before its rate
-    # Added to squared gradients; least root mean square by which a rate is scaled.
+    clip_threshold: float = knob(1.0, above=0)  # upper bound of an update's root mean square, before the rate
+    # added to squared gradients; lower bound of the root mean square that scales a rate
     eps: tuple[float, float] = knob((1e-30, 1e-3), at_least=0)
-    scale_parameter: bool = True  # the rate is a share of the parameter's root mean square
-    relative_step: bool = False  # the share is also at most 1/sqrt(step), as in the paper
+    scale_parameter: bool = True  # multiply the rate by the parameter's root mean square
+    relative_step: bool = False  # limit lr to 1/sqrt(step) before that, as in the paper
 
     def state_values(self, name: str, shape: Shape) -> int:
         moments = math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
@@ -175,13 +180,13 @@ class AdafactorConfig(OptimizerConfig):
         return True
 
     def update_bytes(self, held: Sequence[Held], size: int) -> int:
-        """In float32: squares and two products; what the parameter before made of them is still there, unless the momentum took it in.
-        From half precision also value and gradient."""
+        """In float32: squares and two products, while the previous parameter's change still exists, unless the momentum
+        took it in. From half precision also value and gradient."""
         left = (0 if self.beta1 is not None else 1) + (size < 4)
         return 4 * max(left * before + (3 + 2 * (size < 4)) * h.n for before, h in _after(held))
 
     def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
-        """Sums along what is cut, over each of the dimensions of processes that cut it."""
+        """Sums along sharded dimensions, over each mesh dimension that shards them."""
         cuts = [(h, pair) for h in held for pair in ((h.shape, h.piece or h.shape), (h.piece or h.shape, h.own))]
         cut = [(h, d) for h, (before, after) in cuts if len(h.shape) >= 2 for d in (-1, -2) if after[d] != before[d]]
         found = sum(4 * h.n // h.own[d] for h, d in cut)
@@ -190,15 +195,17 @@ class AdafactorConfig(OptimizerConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class MuonConfig(OptimizerConfig):
-    """Matrices of the hidden layers by Muon (Jordan 2024; 2502.16982 for its scale beside AdamW), everything else by AdamW."""
+    """Muon for matrices of hidden layers (Jordan 2024; 2502.16982 for its scale beside AdamW), AdamW for the rest."""
 
-    momentum: float = knob(0.95, at_least=0, below=1)
+    momentum: float = knob(0.95, at_least=0, below=1)  # its decay
     nesterov: bool = True
-    ns_steps: int = knob(5, at_least=1, at_most=99)  # of the Newton-Schulz iteration
-    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # in which it is computed
-    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"  # torch's words; the former lets one lr serve both
-    adamw: tuple[str, ...] = ("embedding", r"^head\.")  # matrices that AdamW trains, as patterns of their dotted name (re.search)
-    adamw_lr: float | None = knob(None, at_least=0)  # null: lr
+    ns_steps: int = knob(5, at_least=1, at_most=99)  # iterations of Newton-Schulz
+    ns_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # precision of the iteration
+    # as in torch.optim.Muon; with match_rms_adamw one lr serves both
+    adjust_lr_fn: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    # matrices that AdamW trains: those whose dotted name has one of these patterns (re.search)
+    adamw: tuple[str, ...] = ("embedding", r"^head\.")
+    adamw_lr: float | None = knob(None, at_least=0)  # AdamW's; null: lr
     adamw_betas: tuple[float, float] = knob((0.9, 0.95), at_least=0, below=1)
     adamw_eps: float = knob(1e-8, at_least=0)
 
@@ -207,7 +214,7 @@ class MuonConfig(OptimizerConfig):
         yield from pattern_problems("optimizer.adamw", self.adamw)
 
     def is_matrix(self, name: str, shape: Shape) -> bool:
-        """Whether Muon trains it: a matrix, or a stack of them (the weights of experts), that is no table and no head."""
+        """Whether Muon trains it: a matrix or a stack of them (experts) that matches no pattern of `adamw`."""
         return len(shape) in (2, 3) and not any(re.search(p, name) for p in self.adamw)
 
     def rate(self, name: str, shape: Shape) -> float:
@@ -223,14 +230,14 @@ class MuonConfig(OptimizerConfig):
         return not self.is_matrix(name, shape)
 
     def update_bytes(self, held: Sequence[Held], size: int) -> int:
-        """What Muon wants of a matrix, the whole matrix where the process has a part of it, and the iteration's own; AdamW makes nothing."""
+        """Muon's direction, the gathered matrix if it is sharded, and the iteration's temporaries; AdamW needs none."""
         matrices = [h for h in held if self.is_matrix(h.name, h.shape)]
         return max((self._of_matrix(h, before, size) for before, h in _after(matrices)), default=0)
 
     def _of_matrix(self, h: Held, before: int, size: int) -> int:
         low, wanted = (2 if self.ns_dtype == "bfloat16" else 4), h.n * size if self.nesterov else 0
         n, side = (math.prod(h.shape) if self._is_gathered(h) else h.n), min(h.shape[-2:])
-        if len(h.shape) == 3 and h.own[-2:] != h.shape[-2:]:  # cut within its matrices: each process computes some of them
+        if len(h.shape) == 3 and h.own[-2:] != h.shape[-2:]:  # matrices are cut: each rank computes some of them
             shares = math.prod(h.shape) // h.n
             n = math.ceil(h.shape[0] / shares) * math.prod(h.shape[-2:])
         squares = math.ceil(n / math.prod(h.shape[-2:])) * side**2 * low
@@ -239,21 +246,21 @@ class MuonConfig(OptimizerConfig):
         return before * size + wanted + gathered + iteration
 
     def update_sent(self, held: Sequence[Held], size: int) -> dict[str, int]:
-        """Matrices are gathered. (What of a stack that is cut within its matrices goes to and fro is not counted.)"""
+        """Matrices are gathered. (The exchange of a stack whose matrices are cut is not counted.)"""
         found = sum(math.prod(h.shape) * size for h in held if self.is_matrix(h.name, h.shape) and self._is_gathered(h))
         return {"all_gather": found} if found else {}
 
     def _is_gathered(self, h: Held) -> bool:
-        """A stack is not."""
+        """Whether a sharded matrix is gathered; a stack is not."""
         return len(h.shape) == 2 and h.own != h.shape
 
 
 def _after(held: Sequence[Held]) -> list[tuple[int, Held]]:
-    """Each with the number of elements of the one before it."""
+    """Each parameter, after the number of elements of the previous one."""
     return list(zip([0, *(h.n for h in held)], held, strict=False))
 
 
-# ------------------------------------------------------------------------------------------------------------------ scheduler
+# ------------------------------------------------------------------------------------------------------------ scheduler
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -261,13 +268,13 @@ class SchedulerConfig:
     """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio."""
 
     type: str
-    warmup_steps: int = knob(0, at_least=0)
-    min_lr_ratio: float = knob(0.0, at_least=0, at_most=1)
+    warmup_steps: int = knob(0, at_least=0)  # of linear warm-up
+    min_lr_ratio: float = knob(0.0, at_least=0, at_most=1)  # the lowest rate, as a share of optimizer.lr
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class InverseSqrtConfig(SchedulerConfig):
-    # The share is 1 up to this step, then sqrt(timescale / step); null: warmup_steps.
+    # the share is 1 up to this step, then sqrt(timescale / step); null: warmup_steps
     timescale: int | None = knob(None, at_least=1)
 
     def check(self) -> Iterator[str]:
@@ -277,21 +284,21 @@ class InverseSqrtConfig(SchedulerConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class WSDConfig(SchedulerConfig):
-    decay_steps: int | None = knob(None, at_least=0)  # the last so many; null: decay_ratio of the run
-    decay_ratio: float = knob(0.1, at_least=0, at_most=1)
+    decay_steps: int | None = knob(None, at_least=0)  # number of last steps that decay; null: decay_ratio of the run
+    decay_ratio: float = knob(0.1, at_least=0, at_most=1)  # share of the run, where decay_steps is null
     decay_type: Literal["linear", "1-sqrt", "cosine"] = "1-sqrt"
 
 
-# ------------------------------------------------------------------------------------------------------------------------ ema
+# ------------------------------------------------------------------------------------------------------------------ ema
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class EMAConfig:
-    """An exponential moving average of the weights, beside them."""
+    """An exponential moving average of the weights."""
 
-    decay: float | None = knob(None, at_least=0, below=1)  # null: none is kept
-    every_n_steps: int = knob(1, at_least=1)
-    validate: bool = False  # validate, sample and choose the best checkpoint with the averaged weights
+    decay: float | None = knob(None, at_least=0, below=1)  # null: no average
+    every_n_steps: int = knob(1, at_least=1)  # between updates of the average
+    validate: bool = False  # use the averaged weights to validate, sample and choose the best checkpoint
 
     def check(self) -> Iterator[str]:
         if self.validate and self.decay is None:

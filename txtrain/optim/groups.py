@@ -1,4 +1,4 @@
-"""Which values of the optimizer hold for which parameters, and the rate of each group at a step."""
+"""The optimizer's parameter groups, and the rate of each group at a step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Groups = list[dict[str, Any]]
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> Groups:
-    """The trainable parameters; those for which the same values hold are in one group."""
+    """The trainable parameters, grouped by equal values."""
     groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
     for name, parameter in named:
         if parameter.requires_grad:
@@ -26,10 +26,10 @@ def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: Optimize
 
 
 def check_patterns(names: Collection[str], config: OptimizerConfig) -> None:
-    """Refuse a group that no parameter is in: a mistyped pattern would leave the rates as they are, unseen.
+    """Refuse a group without parameters: a mistyped pattern would have no effect, unnoticed.
 
     Raises:
-        ConfigError: a pattern of optimizer.groups is found in no name.
+        ConfigError: a pattern of optimizer.groups matches no name.
     """
     patterns = {f"optimizer.groups[{i}].pattern": group.pattern for i, group in enumerate(config.groups)}
     if problems := list(unfound(names, patterns)):
@@ -37,6 +37,6 @@ def check_patterns(names: Collection[str], config: OptimizerConfig) -> None:
 
 
 def set_rates(optimizer: Optimizer, share: float) -> None:
-    """Every group's rate, at a step at which the schedule is at `share` of its peak."""
+    """Set every group's rate to `share` of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * share

@@ -1,10 +1,11 @@
 """Muon for the matrices of the hidden layers, AdamW for everything else, in one optimizer.
 
-Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) moves a matrix by the orthogonal matrix nearest to its momentum. Its step has
-the same size in every direction, whatever the gradient's. Where 2502.16982 matches that size to AdamW's, one rate serves both.
+Muon (Jordan 2024, https://kellerjordan.github.io/posts/muon) moves a matrix by the orthogonal matrix nearest to its
+momentum, so that its step has the same size in every direction. Where 2502.16982 matches that size to AdamW's, one rate
+serves both.
 
-torch.optim.Muon takes two-dimensional parameters alone, so that a model needs two optimizers; and its products of sharded matrices
-exchange data at every step of the iteration, where one gathering would do.
+torch.optim.Muon takes only two-dimensional parameters, so a model needs two optimizers; and its products of sharded
+matrices communicate at every iteration, where gathering once would do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from txtrain.optim.base import Stepper, kept
 from txtrain.optim.groups import Groups
 from txtrain.optim.sharded import by_matrix
 
-# x <- a x + (b x x' + c (x x')^2) x drives all singular values towards 1; this quintic is steep at 0, and ends near 1 without ending there
+# x <- a x + (b x x' + c (x x')^2) x drives all singular values towards 1: steep at 0, it ends near 1 but not at 1.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 EPS = 1e-7
 
@@ -72,7 +73,9 @@ class Muon(Stepper):
                     "exp_avg": torch.zeros_like(p),
                     "exp_avg_sq": torch.zeros_like(p),
                 }
-        averages, squares, steps = ([self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step"))
+        averages, squares, steps = (
+            [self.state[p][key] for p in parameters] for key in ("exp_avg", "exp_avg_sq", "step")
+        )
         adamw(
             parameters,
             [p.grad for p in parameters if p.grad is not None],
@@ -95,7 +98,7 @@ def orthogonalised(x: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """About U V' where x is U S V', by Newton-Schulz, of matrices [..., A, B]; in the type of x."""
     a, b, c = QUINTIC
     tall = x.shape[-2] > x.shape[-1]
-    y = (x.mT if tall else x).to(dtype)  # the smaller side first: the products are of its size
+    y = (x.mT if tall else x).to(dtype)  # the smaller side first, for smaller products
     y = (y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)).reshape(-1, *y.shape[-2:])
     for _ in range(steps):
         gram = y @ y.mT

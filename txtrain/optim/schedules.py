@@ -18,7 +18,7 @@ class Constant:
         self.total_steps, self.warmup_steps, self.min_lr_ratio = total_steps, warmup_steps, min_lr_ratio
 
     def __call__(self, step: int) -> float:
-        """The share for update number `step`, of which the first is 1. The warm-up ends, with 1, at update `warmup_steps`."""
+        """The share for update number `step`, counted from 1. The warm-up ends, with 1, at update `warmup_steps`."""
         if step < self.warmup_steps:
             return step / self.warmup_steps
         return self.shape(step)
@@ -51,10 +51,10 @@ class Cosine(Linear):
 
 
 class InverseSqrt(Constant):
-    """1 up to `timescale`, then falling with the step's inverse square root, and with no end to know of.
+    """1 up to `timescale`, then proportional to 1/sqrt(step), without an end.
 
-    With a warm-up and no timescale that of the Transformer (1706.03762, equation 3, divided by its peak); with a timescale and no
-    warm-up that of T5 (1910.10683: 10,000). min_lr_ratio is a floor.
+    With a warm-up and no timescale it is the Transformer's (1706.03762, equation 3, divided by its peak); with a
+    timescale and no warm-up T5's (1910.10683: 10,000). min_lr_ratio is a floor.
     """
 
     def __init__(self, total_steps: int | None, warmup_steps: int, min_lr_ratio: float, timescale: int | None) -> None:
@@ -68,8 +68,8 @@ class InverseSqrt(Constant):
 class WSD(Constant):
     """Warm-up, stable, decay (2404.06395): 1 until the last `decay_steps`, in which it falls to min_lr_ratio.
 
-    Until the decay no step depends on how long the run is: several decays can leave one stable run. The decay begins after the
-    warm-up at the earliest. `1-sqrt` is 2405.18392's.
+    Until the decay no rate depends on the length of the run, so several decays can start from one stable run. The decay
+    begins after the warm-up at the earliest. `1-sqrt` is from 2405.18392.
     """
 
     FALLS: dict[str, Callable[[float], float]] = {
@@ -78,7 +78,10 @@ class WSD(Constant):
         "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
     }
 
-    def __init__(self, total_steps: int | None, warmup_steps: int, min_lr_ratio: float, decay_steps: int | None, decay_ratio: float, decay_type: str) -> None:
+    def __init__(
+        self, total_steps: int | None, warmup_steps: int, min_lr_ratio: float, decay_steps: int | None,
+        decay_ratio: float, decay_type: str,
+    ) -> None:
         super().__init__(total_steps, warmup_steps, min_lr_ratio)
         total = known(total_steps, "wsd")
         wanted = round(decay_ratio * total) if decay_steps is None else decay_steps
@@ -91,14 +94,10 @@ class WSD(Constant):
 
 
 def known(total_steps: int | None, name: str) -> int:
-    """The number of steps.
-
-    Raises:
-        ConfigError: there is none.
-    """
+    """The number of steps; ConfigError if it is None."""
     if total_steps is None:
         raise ConfigError(
-            f"`scheduler` must be constant or inverse_sqrt where only trainer.max_time ends the run, but is {name} instead: "
-            "it needs a number of steps. Add trainer.max_steps."
+            "`scheduler` must be constant or inverse_sqrt where only trainer.max_time ends the run, "
+            f"but is {name} instead: it needs a number of steps. Add trainer.max_steps."
         )
     return total_steps

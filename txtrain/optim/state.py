@@ -1,7 +1,7 @@
-"""What an optimizer keeps of each parameter (`optimizer.state[parameter]`), by canonical name: tensors, and plain Python numbers.
+"""An optimizer's state of each parameter (`optimizer.state[parameter]`), by canonical name: tensors and Python numbers.
 
-A checkpoint holds the tensors as tensors and the numbers in its state.json, which gives back an int as an int. Nothing else that an
-optimizer might keep would come back after a resume, so anything else is refused when a run starts.
+A checkpoint holds the tensors as tensors, and the numbers in its state.json, which keeps ints apart from floats. Any
+other state would be lost on resume, so it is refused when a run starts.
 """
 
 from __future__ import annotations
@@ -32,16 +32,18 @@ def numbers(model: nn.Module, optimizer: Optimizer) -> dict[str, Number]:
 
 
 def restore_numbers(saved: Mapping[str, Number], model: nn.Module, optimizer: Optimizer) -> None:
-    """Put back what `numbers` gave, into a state that has been allocated.
+    """Restore what `numbers` returned, into a state that has been allocated.
 
     Raises:
-        ConfigError: the optimizer keeps other numbers.
+        ConfigError: the optimizer's numbers have other names or types.
     """
     entries = _entries(model, optimizer)
     mine = numbers(model, optimizer).keys()
     if saved.keys() != mine:
         name = min(saved.keys() ^ mine)
-        raise ConfigError(f"The checkpoint is of another optimizer: {name} is {'a' if name in saved else 'no'} number there.")
+        raise ConfigError(
+            f"The checkpoint is of another optimizer: {name} is {'a' if name in saved else 'no'} number there."
+        )
     for name, value in saved.items():
         parameter, key, number = entries[name]
         if type(value) is not type(number):
@@ -50,15 +52,17 @@ def restore_numbers(saved: Mapping[str, Number], model: nn.Module, optimizer: Op
 
 
 def _entries(model: nn.Module, optimizer: Optimizer) -> dict[str, tuple[Tensor, str, Any]]:
-    """All of the state: parameter, key and value by canonical name."""
+    """The whole state: parameter, key and value by canonical name."""
     names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
-    if found := [*_unfit(optimizer, names)]:  # from its second step on: the first was tried when the run began
+    if found := [*_unfit(optimizer, names)]:  # may appear from the second step on: `check` has tried the first
         raise ConfigError(*(_refusal(type(optimizer).__name__, problem) for problem in found))
-    return {f"{names[p]}.{key}": (p, key, value) for p, state in optimizer.state.items() for key, value in state.items()}
+    return {
+        f"{names[p]}.{key}": (p, key, value) for p, state in optimizer.state.items() for key, value in state.items()
+    }
 
 
 def _unfit(optimizer: Optimizer, parameters: Container[Tensor]) -> Iterator[str]:
-    """What a checkpoint cannot hold of the state."""
+    """The parts of the state that a checkpoint cannot hold."""
     for owner, state in optimizer.state.items():
         if owner not in parameters:
             yield f"state[{owner!r}], which is no parameter's"
@@ -70,12 +74,13 @@ def _unfit(optimizer: Optimizer, parameters: Container[Tensor]) -> Iterator[str]
 
 def _refusal(name: str, problem: str) -> str:
     return (
-        f"`optimizer` must keep tensors, ints, floats or bools, in state[parameter], but {name} keeps {problem} instead: a checkpoint would not bring it back."
+        "`optimizer` must keep tensors, ints, floats or bools, in state[parameter], "
+        f"but {name} keeps {problem} instead: a checkpoint would not bring it back."
     )
 
 
 def allocate(optimizer: Optimizer) -> None:
-    """Make the optimizer's state, to be read into: it comes with a first step, here of gradient 0 at rate 0."""
+    """Allocate the optimizer's state to read into, by a first step with gradient 0 at rate 0."""
     rates = [group["lr"] for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"] = 0.0
@@ -88,26 +93,28 @@ def allocate(optimizer: Optimizer) -> None:
 
 
 def forget(saved: Container[str], model: nn.Module, optimizer: Optimizer) -> None:
-    """Give up what `allocate` made for parameters of which nothing was saved: they have had no gradient yet, and so no state.
+    """Delete what `allocate` made for parameters without saved state: they have had no gradient yet.
 
     saved: `<parameter>.<key>`.
     """
     had = {parameter for name, (parameter, _, _) in _entries(model, optimizer).items() if name in saved}
-    for parameter in [*optimizer.state] if had else ():  # nothing at all: another optimizer's, which is refused where it is read
+    for parameter in [*optimizer.state] if had else ():  # no match: another optimizer's state, refused when it is read
         if parameter not in had:
             del optimizer.state[parameter]
 
 
 def check(config: OptimizerConfig, groups: list[dict[str, Any]]) -> None:
-    """Make a first step of another optimizer of that kind, on a few zeros, and look at what it keeps.
+    """Make one step with a second optimizer of that kind, on a few zeros, and check its state.
 
     Args:
-        groups: as the run's own gets them; its parameters only lend their numbers of dimensions.
+        groups: those of the run's optimizer; only their numbers of dimensions are used.
 
     Raises:
-        ConfigError: it keeps what a checkpoint cannot hold.
+        ConfigError: a checkpoint cannot hold its state.
     """
-    tried: Optimizer = make("optimizer", config, params=[{**group, "params": _stand_ins(group["params"])} for group in groups])
+    tried: Optimizer = make(
+        "optimizer", config, params=[{**group, "params": _stand_ins(group["params"])} for group in groups]
+    )
     before = [_settings(group) for group in tried.param_groups]
     allocate(tried)
     found = [*_unfit(tried, {parameter for group in tried.param_groups for parameter in group["params"]})]
@@ -118,11 +125,11 @@ def check(config: OptimizerConfig, groups: list[dict[str, Any]]) -> None:
 
 
 def _stand_ins(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """A parameter of zeros for each number of dimensions."""
+    """One parameter of zeros for each number of dimensions."""
     shapes = {p.ndim: [min(n, 8) for n in p.shape] for p in parameters}
     return [nn.Parameter(torch.zeros(shape)) for shape in shapes.values()]
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, str]:
-    """Of a group, without what each step is given. As text: a tensor changes in place."""
+    """A group's settings, except what each step sets. As text, since a tensor changes in place."""
     return {key: repr(value) for key, value in group.items() if key not in ("params", "lr")}

@@ -1,4 +1,4 @@
-"""What happens between two steps: the row, the validation's results, the samples, the checkpoint, the end."""
+"""What happens between two steps: the row of metrics.csv, validation results, samples, the checkpoint, the end."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 class RunCallback(pl.Callback):
     """Closes each step once: row, then samples, then checkpoint, in that order, and ends the run where it must.
 
-    A step at which a validation is due is closed after it. An interrupt in between saves the step with its open row; the resumed run
-    validates first and closes it then, so that nothing tells an interrupted run from another.
+    A step at which a validation is due is closed after it. An interrupt in between saves the step with its open row;
+    the resumed run first validates and closes it, so its files equal those of an uninterrupted run.
 
     Args:
         folder: None: nothing is written.
@@ -73,7 +73,7 @@ class RunCallback(pl.Callback):
         self.meter = self.watch.meter
         self.open: dict[str, Any] | None = self.state.open_row  # of a step that is not closed yet
         self.metrics: dict[str, float] = {}  # of each column, its latest value
-        self.position: Any = None  # of a stream, where the next step can be read from
+        self.position: Any = None  # where the next step is read from, in a stream
         self.best = math.inf
         self.ended = False
         self._first_step = 0  # updates before this start
@@ -82,7 +82,7 @@ class RunCallback(pl.Callback):
         self._saver: Saver | None = None
         self._works: dict[tuple[int, int], tuple[int, float, float]] = {}  # by the lengths of a batch, see `_work`
 
-    # ------------------------------------------------------------------------------------------------------------ the start
+    # -------------------------------------------------------------------------------------------------------- the start
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         module = _lit(pl_module)
@@ -92,7 +92,8 @@ class RunCallback(pl.Callback):
             self.watch.start(module)
             return
         self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
-        guess = 4 * (module.n_params + 2 * module.n_trained) / module.parallel.world.size / SLOW_DISK  # weights and two moments, until one was seen
+        # Until a save has been timed: the weights and two moments, at the speed of a slow disk.
+        guess = 4 * (module.n_params + 2 * module.n_trained) / module.parallel.world.size / SLOW_DISK
         self._saver.longest = self.state.save_seconds or guess
         if self.folder.source is not None:
             how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
@@ -111,17 +112,24 @@ class RunCallback(pl.Callback):
         self.best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
         for path in checkpoint.complete(self.folder.path):
             if path not in losses:
-                self._warn(f"{path} is damaged. It is left as it is, and does not count among those that are kept.")
+                self._warn(f"{path} is damaged. It is left in place; save.keep_last and keep_best do not count it.")
         if not module.parallel.is_first:
             return
-        self._file = MetricsFile(self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None), n_kept=self.state.rows)
+        self._file = MetricsFile(
+            self.folder.path / "metrics.csv", self.columns, keep=module.step - (self.open is not None),
+            n_kept=self.state.rows,
+        )
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
-        kept = read_bytes(samples, 1 << 30)[: self.state.samples_size] if self.folder.checkpoint is not None and samples.exists() else b""
+        kept = (
+            read_bytes(samples, 1 << 30)[: self.state.samples_size]
+            if self.folder.checkpoint is not None and samples.exists()
+            else b""
+        )
         files.write(samples, decode(kept, str(samples)))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop.hold()  # Lightning took the signals just before
+        self.stop.hold()  # Lightning has just set its own handlers
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self.stop.hold()
@@ -129,12 +137,16 @@ class RunCallback(pl.Callback):
         self.meter.start()
         _lit(pl_module).parallel.phases.enter("data")
 
-    # ------------------------------------------------------------------------------------------------------- after each step
+    # -------------------------------------------------------------------------------------------------- after each step
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         _lit(pl_module).parallel.phases.enter("forward_backward")
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         _lit(pl_module).parallel.phases.enter("other")
         self._end_step(trainer, _lit(pl_module), outputs, batch)
         _lit(pl_module).parallel.phases.enter("data")
@@ -144,7 +156,9 @@ class RunCallback(pl.Callback):
         if "stream_position" in batch:
             self.position = batch["stream_position"][-1]
         if self._saver is not None and module.parallel.saves_in_place:
-            self._saver.prepare(lambda: module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average))
+            self._saver.prepare(
+                lambda: module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
+            )
         self.display.step(module.step)
         self.watch.step(module, outputs, *self._work(module, batch))
         if module.skipped_in_a_row:
@@ -163,16 +177,14 @@ class RunCallback(pl.Callback):
         self._close(trainer, module)
 
     def _stopping(self, module: LitModule) -> bool:
-        """Whether the run ends here because a process was asked to, or because the job's end is near by the first one's clock; all agree."""
+        """Whether the run ends here: a rank was asked to, or the job ends soon by rank 0's clock. Collective."""
         if module.parallel.is_first and self.deadline.near(self._saver.longest if self._saver else 0.0):
             assert self.deadline.end is not None
             self.stop.end_is_near(self.deadline.end)
         return self.stop.agree(module.parallel.most)
 
     def _skipped(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> None:
-        """Raises:
-        FloatingPointError: too many steps in a row; the batch that did it is named in the run's folder.
-        """
+        """Report a skipped step. After too many in a row raise FloatingPointError; the run's folder names the batch."""
         n, allowed = module.skipped_in_a_row, self.config.trainer.max_skipped_steps
         what = f"loss {float(outputs['loss'])}, gradient norm {float(outputs['grad_norm'])}"
         if n <= allowed:
@@ -181,15 +193,22 @@ class RunCallback(pl.Callback):
         where = ""
         if self.folder is not None and module.parallel.is_first:
             path = self.folder.path / "nonfinite.json"
-            files.write(path, json.dumps({"step": module.step, "sample_index": self.data.order.indices(module.step - 1).tolist(), **_floats(outputs)}))
+            files.write(
+                path,
+                json.dumps({
+                    "step": module.step, "sample_index": self.data.order.indices(module.step - 1).tolist(),
+                    **_floats(outputs),
+                }),
+            )
             where = f" The samples of this step: {path}."
         raise FloatingPointError(
-            f"Step {module.step} is not finite: {what}" + (f", after {n - 1} others in a row" if n > 1 else "") + f".{where} "
+            f"Step {module.step} is not finite: {what}"
+            + (f", after {n - 1} others in a row" if n > 1 else "") + f".{where} "
             "Try a lower optimizer.lr, more scheduler.warmup_steps, or trainer.precision=32-true."
         )
 
     def _reached(self, module: LitModule) -> bool:
-        """Whether the run is over, which clocks of several processes may see differently."""
+        """Whether the run is over. Ranks agree where a time limit decides, as their clocks may differ."""
         reached = self.limits.reached(module.step, self.meter.seconds)
         return reached if self.limits.seconds is None else module.parallel.any(reached)
 
@@ -198,9 +217,9 @@ class RunCallback(pl.Callback):
         return self.config.trainer.limit_val_batches > 0 and self.data.n_val > 0
 
     def _work(self, module: LitModule, batch: Any) -> tuple[int, float, float]:
-        """Token positions, and floating-point operations once and again, of a step that had batches of this shape in every process."""
+        """Token positions, FLOPs, and recomputed FLOPs of a step whose batches have this shape on every rank."""
         lengths = module.objective.lengths(batch, self.config.seq_len)
-        if lengths not in self._works:  # a part of the user's own is built to be counted
+        if lengths not in self._works:  # counting may build a user's own component
             n, frozen = self.config.data.global_batch_size, module.frozen
             longer = max(lengths) if self.config.model.topology == "encoder_decoder" else lengths[0]
             of_sample = work(self.config, lengths, (lambda name: name not in frozen) if frozen else None)
@@ -208,7 +227,7 @@ class RunCallback(pl.Callback):
         return self._works[lengths]
 
     def _row(self, module: LitModule, outputs: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-        """What is known of the step without a validation. Waits for the device."""
+        """The columns that need no validation. Waits for the device."""
         loss = float(outputs["loss"])
         return {
             "step": module.step,
@@ -217,18 +236,23 @@ class RunCallback(pl.Callback):
             "lr": self.config.optimizer.lr * module.schedule(module.step),
             "grad_norm": float(outputs["grad_norm"]),
             "skipped_steps": module.skipped,
-            **{name: float(outputs[name]) for name in (*module.objective.weights, *balancing.columns(self.config.model)) if name != "loss"},
+            **{
+                name: float(outputs[name])
+                for name in (*module.objective.weights, *balancing.columns(self.config.model)) if name != "loss"
+            },
             **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
             **self.watch.measures(module),
         }
 
-    # --------------------------------------------------------------------------------------------------------- validation
+    # ------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         _lit(pl_module).parallel.phases.enter("validation")
 
-    def on_validation_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
         self._check(_lit(pl_module))
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -247,10 +271,10 @@ class RunCallback(pl.Callback):
         if self._stopping(module):
             self._leave(module)
 
-    # ---------------------------------------------------------------------------------------------------- the end of a step
+    # ------------------------------------------------------------------------------------------------ the end of a step
 
     def _close(self, trainer: pl.Trainer, module: LitModule, shown: Sequence[Shown] = ()) -> None:
-        """The step is complete: write what belongs to it, save if it is time, stop if it was asked for."""
+        """The step is complete: write its row and samples, save if it is time, stop if it was asked for."""
         row, self.open = self.open, None
         val_loss = row.get("val_loss") if row else None
         if row is not None:
@@ -267,7 +291,7 @@ class RunCallback(pl.Callback):
             self._leave(module)
 
     def _leave(self, module: LitModule) -> None:
-        """Save and end the run where it is, this step's row open or closed."""
+        """Save and end the run here, whether this step's row is open or closed."""
         module.average.swap_out()
         if self._saver is not None:
             self._saver.wait()
@@ -285,7 +309,7 @@ class RunCallback(pl.Callback):
         self.loggers.row(row["step"], {name: row[name] for name in self.columns[1:] if row.get(name) is not None})
 
     def _write_samples(self, module: LitModule, shown: Sequence[Shown]) -> None:
-        if self._file is None and self.folder is not None:  # another process writes
+        if self._file is None and self.folder is not None:  # another rank writes
             return
         for one in shown:
             self.display.text(one.text)
@@ -295,7 +319,7 @@ class RunCallback(pl.Callback):
                 f.write("".join(f"--- step {module.step}\n{one.text}\n\n" for one in shown))
 
     def _save(self, module: LitModule, val_loss: float | None, must: bool) -> None:
-        """must: it is the run's last."""
+        """must: the run ends with it, so a failure is raised."""
         with module.parallel.phases.within("saving"):
             self._save_now(module, val_loss, must)
 
@@ -328,18 +352,22 @@ class RunCallback(pl.Callback):
             rows_hash=self._file.hash if self._file is not None else "",
             optimizer=module.parallel.training_numbers(module.model, optimizer),
         )
-        self._saver.save(path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must)
+        self._saver.save(
+            path, module.parallel.training_tensors(module.model, optimizer, module.average), state, self._beside, must
+        )
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is complete."""
         assert self.folder is not None
-        if self._file is not None:  # this process writes
+        if self._file is not None:  # this rank writes
             checkpoint.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
             best = state.val_loss is not None and state.val_loss <= self.best
             job = Job.here()
             progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
-            self.folder.update(data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput(), **progress)
+            self.folder.update(
+                data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput(), **progress
+            )
             self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 
     def _beside(self, path: Path) -> None:
@@ -351,10 +379,10 @@ class RunCallback(pl.Callback):
     def _warn(self, text: str) -> None:
         self.display.tell(text, style="bold")
 
-    # ---------------------------------------------------------------------------------------------------------------- the end
+    # ---------------------------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
-        """What is being written is written to its end."""
+        """Finish what is being written."""
         self.display.stop()
         if self._saver is not None:
             self._saver.wait()
@@ -363,7 +391,7 @@ class RunCallback(pl.Callback):
 
 
 def _floats(outputs: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    return {name: str(float(value)) for name, value in outputs.items()}  # JSON has no word for what is not finite
+    return {name: str(float(value)) for name, value in outputs.items()}  # JSON has no NaN or infinity
 
 
 def check_data(folder: RunFolder, data: Any) -> None:
@@ -375,13 +403,14 @@ def check_data(folder: RunFolder, data: Any) -> None:
     state = folder.state
     if data.fingerprint != state.data_fingerprint or data.order_hash(state.step) != state.data_order_hash:
         raise ConfigError(
-            f"`data` must be what {folder.path} was trained on (fingerprint {state.data_fingerprint}), but is {data.fingerprint} instead: "
+            f"`data` must be what {folder.path} was trained on (fingerprint {state.data_fingerprint}), "
+            f"but is {data.fingerprint} instead: "
             "the files have changed. Restore them, or train anew in another run_dir."
         )
 
 
 def _continue_counting(trainer: pl.Trainer, step: int) -> None:
-    """Set Lightning's counters as if it had made the first `step` steps: its limits and intervals count from them."""
+    """Set Lightning's counters as if it had made the first `step` steps: its limits and intervals depend on them."""
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = step
     for progress in (loop.batch_progress.total, loop.manual_optimization.optim_step_progress.total):

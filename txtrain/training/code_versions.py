@@ -1,4 +1,4 @@
-"""With what the processes of a run compute, and whether it is the same: this package, the user's files, what they stand on, the machine."""
+"""The code that the ranks of a run execute, to check that it is the same: txtrain, the user's files, libraries."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ import torch
 from txtrain.config.user_code import module_name
 
 PACKAGE = Path(__file__).resolve().parents[1]
-BELOW = ("torch", "lightning", "deepspeed")  # what a step is made with
+BELOW = ("torch", "lightning", "deepspeed")  # libraries that compute a step
 
 
 def versions(imports: Sequence[str] = ()) -> dict[str, str]:
-    """By what each is called. Of code that is edited more often than numbered, a digest of its files.
+    """Version by name; for code that is edited more often than its version number, a digest of its files.
 
-    imports: what the configuration imports; it has been imported.
+    imports: the configuration's `imports`, which have been imported.
     """
     found = {f"the version of {name}": _version(name) for name in BELOW}
     found["the code of txtrain"] = digest(sorted(PACKAGE.rglob("*.py")), PACKAGE)
@@ -34,7 +34,7 @@ def versions(imports: Sequence[str] = ()) -> dict[str, str]:
 
 
 def digest(files: Iterable[Path], folder: Path) -> str:
-    """Of the files' names below the folder, and of what they hold."""
+    """A digest of the files: their names relative to the folder, and their contents."""
     made = hashlib.blake2b(digest_size=6)
     for file in files:
         content = file.read_bytes()
@@ -52,14 +52,20 @@ def environment(device: str, processes: int) -> dict[str, Any]:
             "lightning": _version("lightning"),
         },
         "git_commit": git_commit(),
-        "hardware": {"device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(), "platform": platform.platform()},
+        "hardware": {
+            "device": device, "processes": processes, "threads": torch.get_num_threads(), "host": platform.node(),
+            "platform": platform.platform(),
+        },
     }
 
 
 def git_commit() -> str | None:
-    """Of the folder in which the run was started, `-dirty` if it has changes; None outside a repository."""
+    """The commit of the working directory, `-dirty` if it has changes; None outside a repository."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True, timeout=10)
+        found = subprocess.run(
+            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True,
+            timeout=10,
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None

@@ -1,4 +1,4 @@
-"""DataModule: from a config to batches, one of which is this process's share of one optimizer step."""
+"""DataModule: the batches that a config describes; each is this rank's share of one optimizer step."""
 
 from __future__ import annotations
 
@@ -37,20 +37,20 @@ _PROMPT = re.compile(r"\s*(?:\S+\s+){0,5}\S+")
 class DataModule(L.LightningDataModule):
     """The training and validation batches of a run.
 
-    A batch holds what the objective reads: of text `input_ids` and `labels` (-100: not a target), `document_ids` unless documents may
-    attend to each other, all int64 [B, T]; of images `pixel_values`, float32 [B, C, H, W], and `labels` [B]; and always `sample_index`,
-    int64 [B]. After `prepare()`: `tokenizer` (None without text), `n_train`, `n_val` (samples), `source` (for the screen),
-    `fingerprint` (of contents, tokenizer and packing), `token_bytes`.
+    A batch holds what the objective reads: of text `input_ids` and `labels` (-100: not a target), `document_ids` unless
+    documents may attend to each other, all int64 [B, T]; of images `pixel_values`, float32 [B, C, H, W], and `labels`
+    [B]; and always `sample_index`, int64 [B]. After `prepare()`: `tokenizer` (None without text), `n_train`, `n_val`
+    (samples), `source` (for the screen), `fingerprint` (of contents, tokenizer and packing), `token_bytes`.
 
     start_step: set it before fit; the first training batch is the one of this step (0-based).
 
     Args:
-        settled: why the data are not those that were asked for, or "" where they are: the config comes from `settle`. By default it
-            is settled here.
+        settled: where config comes from `settle`: why the data are not those that were asked for, or "" if they
+            are. None: it is settled here.
         objective: by default config.objective's.
 
     Raises:
-        ConfigError: the config is none, or illegal.
+        ConfigError: config is not a valid configuration.
     """
 
     tokenizer: Tokenizer | None
@@ -65,14 +65,14 @@ class DataModule(L.LightningDataModule):
         self.fallback = settled or None
         self.given = config  # before `settle`
         self.start_step = 0
-        self.start_position = Position()  # of a stream, where it is read on; at a resume set beside start_step
+        self.start_position = Position()  # of a stream; set beside start_step on resume
         self._stream: StreamTokens | None = None
         self._train: Rows | None = None
-        self.skipped: tuple[Path, ...] = ()  # files that list the rows which were left out,
-        self.n_skipped = 0  # and how many these are
+        self.skipped: tuple[Path, ...] = ()  # files that list the skipped rows
+        self.n_skipped = 0  # their number
         self._mixed: tuple[str, ...] = ()  # names of a mixture's sources
 
-    # ------------------------------------------------------------------------------------------------------------ prepare
+    # ---------------------------------------------------------------------------------------------------------- prepare
 
     def prepare_data(self) -> None:
         self.prepare()
@@ -81,10 +81,10 @@ class DataModule(L.LightningDataModule):
         self.prepare()
 
     def prepare(self) -> None:
-        """Everything that takes time, once: find the text, train or load the tokenizer, tokenise into the cache.
+        """Find the text, train or load the tokenizer, tokenise into the cache. Does nothing when called again.
 
         Raises:
-            ConfigError: the data cannot be had, are not text, do not fill one sequence, or the tokenizer does not fit the model.
+            ConfigError: the data cannot be read, do not fill one sequence, or the tokenizer does not fit the model.
         """
         if self._train is not None:
             return
@@ -117,26 +117,29 @@ class DataModule(L.LightningDataModule):
         return LengthOrder(*given, lengths=made.lengths)
 
     def write_skipped(self, folder: Path) -> None:
-        """A line for each row of the data that was left out, if any was."""
+        """Write a line for each skipped row of the data, if there are any."""
         if self.skipped:
             files.write(folder / SKIPPED, "".join(file.read_text(encoding="utf-8") for file in self.skipped))
 
-    # ----------------------------------------------------------------------------------------------------------- metrics
+    # ---------------------------------------------------------------------------------------------------------- metrics
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What metrics.csv has of these data: the loss on each named validation set; of a mixture tokens and epochs of each source."""
-        return (*(f"val_loss/{name}" for name in self.val_names), *(f"{what}/{name}" for what in ("tokens", "epochs") for name in self._mixed))
+        """Columns for metrics.csv: the loss on each named validation set; tokens and epochs of a mixture's sources."""
+        return (
+            *(f"val_loss/{name}" for name in self.val_names),
+            *(f"{what}/{name}" for what in ("tokens", "epochs") for name in self._mixed),
+        )
 
     def measures(self, step: int) -> dict[str, float]:
-        """The values of those columns that are known after `step` steps without a validation."""
+        """The values of those columns that are known without a validation."""
         if not isinstance(self.order, MixtureOrder):
             return {}
         counts = dict(zip(self._mixed, self.order.counts(step).tolist(), strict=True))
         epochs = {f"epochs/{name}": n / size for (name, n), size in zip(counts.items(), self.order.sizes, strict=True)}
         return {f"tokens/{name}": n * self.config.seq_len for name, n in counts.items()} | epochs
 
-    # ------------------------------------------------------------------------------------------------------------ loaders
+    # ---------------------------------------------------------------------------------------------------------- loaders
 
     def train_dataloader(self) -> DataLoader[Batch]:
         """This rank's share of each global step, from start_step on, without end."""
@@ -148,12 +151,14 @@ class DataModule(L.LightningDataModule):
         return self._loader(samples, ShareSampler(self.order, *self._rank(), self.start_step))
 
     def val_dataloader(self) -> Any:
-        """This rank's share of global batches, the same at every call: rows spread evenly over the set where the limit leaves some out.
+        """This rank's share of the global batches, the same at every call; a limit selects rows evenly over the set.
 
-        Of named sets a list: each has its own loader and its own limit.
+        A list for named sets: each has its own loader and its own limit.
         """
         self.prepare()
-        return [self._val_loader(rows) for rows in self._named.values()] if self.val_names else self._val_loader(self._val)
+        return (
+            [self._val_loader(rows) for rows in self._named.values()] if self.val_names else self._val_loader(self._val)
+        )
 
     def _val_loader(self, samples: Rows) -> DataLoader[Batch] | list[Batch]:
         size = self.config.data.global_batch_size
@@ -174,10 +179,10 @@ class DataModule(L.LightningDataModule):
     def first(self, n: int | None, split: Split = "train") -> Iterator[tuple[Batch, list[list[int]]]]:
         """The first n samples that training reads, or of the validation set (all, if there are fewer), by batches.
 
-        With each the numbers, in the source, of what its samples came from. n: None: all of the set, or of one epoch.
+        With each batch, the numbers in the source of what its samples came from. n: None: all of the set, or an epoch.
 
         Raises:
-            ConfigError: all of a stream are asked for.
+            ConfigError: all samples of a stream are asked for.
         """
         self.prepare()
         assert self._train is not None
@@ -193,7 +198,7 @@ class DataModule(L.LightningDataModule):
             yield batch, rows.sources(self.order.rows(index) if split == "train" else index)
 
     def _rank(self) -> tuple[int, int]:
-        """(rank, world size) among the processes that see different samples, checked against the batch."""
+        """(rank, world size) among the data-parallel ranks; the batch must be divisible by their number."""
         if self.trainer is None:
             return 0, 1
         parallel = getattr(getattr(self.trainer, "lightning_module", None), "parallel", None)
@@ -203,7 +208,10 @@ class DataModule(L.LightningDataModule):
         if size % world_size:
             low = size // world_size * world_size
             near = ", ".join(str(n) for n in (low, low + world_size) if n)
-            raise ConfigError(f"`data.global_batch_size` must be a multiple of the {world_size} processes, but is {size} instead. Nearest: {near}.")
+            raise ConfigError(
+                f"`data.global_batch_size` must be a multiple of the {world_size} processes, but is {size} instead. "
+                f"Nearest: {near}."
+            )
         return self.trainer.global_rank, world_size
 
     def _loader(self, samples: OrderedSamples, batches: Iterable[list[int]]) -> DataLoader[Batch]:
@@ -218,13 +226,13 @@ class DataModule(L.LightningDataModule):
             worker_init_fn=ignore,
             collate_fn=_as_it_is,
             pin_memory=torch.cuda.is_available() and self.config.trainer.accelerator != "cpu",
-            generator=torch.Generator(),  # the loader draws a seed for its workers; never from the generator that the run resumes
+            generator=torch.Generator(),  # for the workers' seeds; the global one stays untouched
         )
 
-    # ------------------------------------------------------------------------------------------------------------ samples
+    # ---------------------------------------------------------------------------------------------------------- samples
 
     def prompts(self, n: int) -> list[str]:
-        """The first words of the first n validation documents; fewer if there are fewer, none where there are no documents."""
+        """The first words of the first n validation documents, or of as many as there are."""
         self.prepare()
         if self.tokenizer is None or self._val_text is None:
             return []
@@ -232,7 +240,7 @@ class DataModule(L.LightningDataModule):
         return [found.group() for ids in documents if (found := _PROMPT.match(self.tokenizer.decode(ids.tolist())))]
 
     def before_trained(self, n: int) -> list[list[int]]:
-        """What stands before the first trained token of the first n validation documents; none without a mask."""
+        """The tokens before the first trained one in each of the first n validation documents; none without a mask."""
         self.prepare()
         if self._val_text is None or self._val_text.mask is None:
             return []
@@ -244,5 +252,5 @@ class DataModule(L.LightningDataModule):
 
 
 def _as_it_is(batch: Any) -> Any:
-    """The dataset gives whole batches: nothing is left to collate."""
+    """The dataset gives whole batches: there is nothing to collate."""
     return batch

@@ -1,32 +1,32 @@
-"""The end of the job that a run knows of beforehand."""
+"""When a run must stop to save before the known end of its job."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 
-SPARE = 10.0  # seconds: for what is neither a step nor a save, and for a clock that is not SLURM's
+SPARE = 10.0  # seconds: for what is neither a step nor a save, and for a difference from SLURM's clock
 
 
 class Deadline:
-    """Says when a save must begin, so that it is done before the job's end.
+    """Decides when the last save must begin to be complete before the job's end.
 
-    Between two looks lies a step, a batch of the validation or a token of a sample; the longest seen is what the next may take.
+    Between two calls of `near` lies a step, a validation batch or a token of a sample: at most the longest seen so far.
 
     Args:
-        end: in seconds since 1970; None: it is not known.
+        end: in seconds since 1970; None: unknown.
     """
 
     def __init__(self, end: float | None, clock: Callable[[], float] = time.time) -> None:
         self.longest = 0.0
         self._clock, self._begun = clock, clock()
         self.end = None if end is None or end <= self._begun else end  # SLURM may let a job run on
-        self._last: float | None = None  # so that the first step, which compiles, does not count
+        self._last: float | None = None  # None: the first step, which compiles, is not timed
 
     def near(self, save: float) -> bool:
-        """Whether the run must stop here. save: seconds that one may take; twice that is kept, for the system may be slow just then.
+        """Whether the run must stop here. save: seconds that a save takes; twice that is reserved for a slow disk.
 
-        A job that is shorter than all this still gets half of its time for training.
+        A job shorter than this margin still trains for half of its time.
         """
         now = self._clock()
         if self._last is not None:
@@ -38,5 +38,5 @@ class Deadline:
         return now + margin >= self.end
 
     def pause(self) -> None:
-        """What comes now is no step."""
+        """What follows is not a step and is not timed."""
         self._last = None

@@ -28,7 +28,7 @@ def make_trainer(
     """A trainer whose every interval counts optimizer updates.
 
     Args:
-        validate_first: a validation was cut short by an interrupt; Lightning's check before training then runs it in full.
+        validate_first: an interrupt cut a validation short; Lightning's check before training runs it in full.
     """
     trainer = config.trainer
     return pl.Trainer(
@@ -47,13 +47,13 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,  # the order is the data module's
-        inference_mode=False,  # compiled blocks would be compiled once more for it
+        inference_mode=False,  # true would compile compiled blocks once more
     )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without Lightning's remarks on hardware, workers and services (TXTRAIN_DEBUG=1 shows them); global switches as before afterwards."""
+    """Silence Lightning's remarks (TXTRAIN_DEBUG=1 shows them), and restore the global switches that it changes."""
     names = ("lightning.pytorch", "lightning.fabric")
     levels = {name: logging.getLogger(name).level for name in names}
     deterministic = torch.are_deterministic_algorithms_enabled()
@@ -63,7 +63,9 @@ def quiet() -> Iterator[None]:
                 for name in names:
                     logging.getLogger(name).setLevel(logging.ERROR)
                 warnings.filterwarnings("ignore", module=r"lightning(\.|_utilities).*")
-                warnings.filterwarnings("ignore", message=r".*(does not have many workers|`_?pytree|isinstance\(treespec)")
+                warnings.filterwarnings(
+                    "ignore", message=r".*(does not have many workers|`_?pytree|isinstance\(treespec)"
+                )
             yield
     finally:
         torch.use_deterministic_algorithms(deterministic)

@@ -11,7 +11,7 @@ from txtrain.config.units import seconds_of
 
 @dc.dataclass(frozen=True)
 class Limits:
-    """The first that is reached ends the run. steps: optimizer updates; seconds: of training, those before a resume included."""
+    """The limit reached first ends the run. steps: optimizer updates; seconds: of training, over all starts."""
 
     steps: int | None
     seconds: float | None

@@ -34,10 +34,10 @@ from txtrain.training.limits import Limits
 
 
 def check_model(model: nn.Module | None, config: Train) -> None:
-    """Of a model that was given; what is known of a module that is not ours shows when it is called.
+    """Check a model that was given. A module without our config is checked only by calling it.
 
     Raises:
-        ConfigError: it is no module, or its own config does not go with the objective and the data.
+        ConfigError: it is not a module, or its own config does not fit the objective and the data.
     """
     if model is not None and not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch.nn.Module, but is {type(model).__name__} instead.")
@@ -49,26 +49,26 @@ def check_model(model: nn.Module | None, config: Train) -> None:
         asked = f"at least {config.model.vocab_size} tokens, config.model.vocab_size"
         raise ConfigError(f"`model` must have a vocabulary of {asked}, but has {own.vocab_size} instead.")
     if own.embedding.grid() is not None and (own.embedding, own.head) != (config.model.embedding, config.model.head):
-        raise ConfigError("`model` must read the images and tell the classes that config.model does, but has others.")
+        raise ConfigError("`model` must have the image embedding and the head of config.model, but has others.")
 
 
 class LitModule(pl.LightningModule):
     """A model, an objective, an optimizer and a schedule, for `txtrain.train` or one's own lightning.Trainer.
 
-    Its batches are those of `txtrain.DataModule`: this process' share of one global batch, which is cut into micro-batches here. The
-    trainer's own accumulation and clipping stay off. With a trainer of one's own, `max_steps` there ends the run, and the schedule
-    still follows the limits of `config.trainer`.
+    Its batches are those of `txtrain.DataModule`: this rank's share of one global batch, cut into micro-batches here.
+    The trainer's own accumulation and clipping stay off. With a trainer of one's own, its `max_steps` ends the run,
+    while the schedule follows the limits of `config.trainer`.
 
     Args:
         config: from `txtrain.compose`.
         model: trained as it is; by default config.model's, initialised from config.seed.
-        parallel: the run's processes, started; by default those of config.strategy.
+        parallel: the run's ranks, started; by default those of config.strategy.
         objective: by default config.objective's.
-        weights: those that the model starts from, read when it is laid over the ranks; by default it is initialised.
+        weights: initial weights, read once the model is wrapped; by default it is initialised.
         read: the models that the objective reads; by default those that config.objective names.
 
     Raises:
-        ConfigError: the config is none, or illegal, or the model is not one that its objective could train.
+        ConfigError: config is not a valid configuration, or its objective cannot train the model.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class LitModule(pl.LightningModule):
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
         self.n_params = sum(p.numel() for _, p in named)
         self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
-        self.step = 0  # completed updates; all that a run is, besides tensors, is a function of it
+        self.step = 0  # completed updates; except for tensors, a run's state is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
         self._token_bytes: Tensor | None = None
@@ -110,12 +110,12 @@ class LitModule(pl.LightningModule):
 
     @property
     def tokens(self) -> int:
-        """Token positions trained on so far, over all processes."""
+        """Token positions trained on so far, over all ranks."""
         return self.samples * self.config.seq_len
 
     @property
     def samples(self) -> int:
-        """Sequences trained on so far, over all processes."""
+        """Sequences trained on so far, over all ranks."""
         return self.step * int(self.config.data.global_batch_size)
 
     @property
@@ -124,16 +124,15 @@ class LitModule(pl.LightningModule):
         given = getattr(self.trainer, "datamodule", None)
         return given if isinstance(given, DataModule) else None
 
-    # ------------------------------------------------------------------------------------------------------------- set-up
+    # ----------------------------------------------------------------------------------------------------------- set-up
 
     def setup(self, stage: str | None = None) -> None:
-        """Raises:
-        ConfigError: a trainer of one's own has other processes than config.strategy; gradients would not be exchanged.
-        """
+        """ConfigError if one's own trainer has other ranks than config.strategy: gradients would not be reduced."""
         if self.trainer.world_size != self.parallel.world.size:
             raise ConfigError(
-                f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, but it has {self.trainer.world_size} "
-                "processes: use txtrain.train, or start the script with torchrun and one Trainer device."
+                f"`trainer.devices` must be {self.parallel.world.size} in a lightning.Trainer of your own, "
+                f"but it has {self.trainer.world_size} processes: use txtrain.train, or start the script with torchrun "
+                "and one Trainer device."
             )
         self.plan(Limits.of(self.config, self._data.n_train if self._data else 0).steps)
 
@@ -146,7 +145,7 @@ class LitModule(pl.LightningModule):
         self.schedule = make("scheduler", self.config.scheduler, total_steps=total_steps)
 
     def configure_model(self) -> None:
-        """Lay the model over the processes, allocate and initialise it, once; a model without storage until then costs nothing to describe."""
+        """Wrap the model, allocate and initialise it, once; until then it has no storage."""
         if self._is_set_up:
             return
         self._is_set_up = True
@@ -164,13 +163,15 @@ class LitModule(pl.LightningModule):
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
     def _loaded(self) -> Collection[str]:
-        """Names of what is not initialised: its values are read."""
+        """Names of the weights that are read and not initialised."""
         if self.is_read:
             return self.model.state_dict().keys()
         return () if self.weights is None else self.weights.names
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = self.parallel.optimizer(self.model, make("optimizer", self.config.optimizer, params=self.parameter_groups()))
+        optimizer: torch.optim.Optimizer = self.parallel.optimizer(
+            self.model, make("optimizer", self.config.optimizer, params=self.parameter_groups())
+        )
         self.average = Average(self.model, self.config.ema)
         return optimizer
 
@@ -183,13 +184,13 @@ class LitModule(pl.LightningModule):
             if data.token_bytes is not None:
                 self._token_bytes = torch.as_tensor(data.token_bytes).to(self.device)
 
-    # ----------------------------------------------------------------------------------------------------------- training
+    # --------------------------------------------------------------------------------------------------------- training
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One update. Returns the terms of the global batch, what is reported of them as `loss`, and the gradient's norm before clipping.
+        """One update. Returns the global batch's terms, the reported `loss`, and the gradient norm before clipping.
 
-        A step whose loss or gradient is not finite changes nothing: neither weights nor the optimizer's state. It counts as a step, so that
-        the schedule and the order of the data go on.
+        A step whose loss or gradient is not finite changes neither weights nor optimizer state. It counts as a step, so
+        that the schedule and the order of the data go on.
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         phases = self.parallel.phases
@@ -203,13 +204,15 @@ class LitModule(pl.LightningModule):
                 with self.parallel.micro_batch(self, last=i == len(micro_batches)):
                     terms = self.objective(model, micro_batch, denominators)
                     self.parallel.backward(self, self.objective.total(terms))
-                shares.append({name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()})
+                shares.append(
+                    {name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()}
+                )
         terms = self.parallel.reduce(add(shares))
         phases.enter("optimizer")
         visits = self.parallel.reduce(model.counts)
         layers = self.layers.measure(self.step + 1, visits)
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)
-        # Loss and norm are the same in all processes: so is what follows.
+        # Loss and norm are equal on all ranks, so all take the same branch.
         if self.is_finite(norm + terms["loss"]):
             self._update(visits)
             self.skipped_in_a_row = 0
@@ -221,7 +224,7 @@ class LitModule(pl.LightningModule):
         return {**terms, "grad_norm": norm, **balancing.measured(visits), **layers}
 
     def is_finite(self, total: Tensor) -> bool:
-        """Of the loss and the gradient's norm. Waits for the device: what is not finite must not reach the weights."""
+        """Whether loss and gradient norm are finite. Waits for the device: bad values must not reach the weights."""
         return bool(torch.isfinite(total))
 
     def _update(self, visits: dict[str, Tensor]) -> None:
@@ -233,7 +236,7 @@ class LitModule(pl.LightningModule):
         balancing.update(self.model, visits)
         self.average.update(self.step + 1)
 
-    # --------------------------------------------------------------------------------------------------------- validation
+    # ------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
         self._sums_of_sets = {}
@@ -241,7 +244,7 @@ class LitModule(pl.LightningModule):
             self.average.swap_in()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Every process makes the same number of forwards: one whose share is shorter repeats its first part, which counts for nothing."""
+        """Every rank makes the same number of forwards: one with fewer parts repeats its first sample, uncounted."""
         sums = self._sums_of_sets.setdefault(dataloader_idx, {})
         parts = [] if is_filler(batch) else list(cut(batch, self.config.micro_batch_size))
         for i in range(self.parallel.most(len(parts))):
@@ -255,9 +258,13 @@ class LitModule(pl.LightningModule):
                 _add(sums, "bytes", self._token_bytes[ids].sum(), counts)
 
     def _gather_sums(self) -> None:
-        """Of all processes, each set's own and of all sets together."""
-        here = {f"{number} {name}": value for number, sums in self._sums_of_sets.items() for name, value in sums.items()}
-        everywhere = self.parallel.reduce({key: torch.tensor(value, dtype=torch.float64, device=self.device) for key, value in here.items()})
+        """Sum over all ranks: each validation set, and all sets together."""
+        here = {
+            f"{number} {name}": value for number, sums in self._sums_of_sets.items() for name, value in sums.items()
+        }
+        everywhere = self.parallel.reduce(
+            {key: torch.tensor(value, dtype=torch.float64, device=self.device) for key, value in here.items()}
+        )
         self._sums = {}
         for key, value in everywhere.items():
             number, name = key.split(" ", 1)
@@ -265,7 +272,8 @@ class LitModule(pl.LightningModule):
             self._sums[name] = self._sums.get(name, 0.0) + float(value)
 
     def on_validation_epoch_end(self) -> None:
-        """val_loss, weighted by targets and not by batches; what the objective tells; perplexity; bits per byte, which compares across tokenizers."""
+        """val_loss (the mean over targets, not batches), the objective's metrics, perplexity, and bits per byte, which
+        is comparable across tokenizers."""
         self._gather_sums()
         means = _means(self._sums)
         self.val_metrics = {"val_loss": self.objective.reported(means)}
@@ -279,7 +287,7 @@ class LitModule(pl.LightningModule):
             self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
         if self._sums.get("bytes"):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
-        self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # one process' word: what follows from it must not differ
+        self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # decisions based on them must agree
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
 
     def on_validation_end(self) -> None:
@@ -295,7 +303,7 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
 
 
 def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
-    """The models that the objective reads, to be laid; of their values each rank looks through a part.
+    """The models that the objective reads; each rank checks a part of their values.
 
     Raises:
         ConfigError: one of them cannot be read.
@@ -320,7 +328,7 @@ def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def is_filler(batch: Batch) -> bool:
-    """Whether the batch stands for the samples that a process does not have, so that all make the same number of forwards."""
+    """Whether the batch is a filler on a rank without samples, so that all ranks make the same number of forwards."""
     index = batch.get("sample_index")
     return index is not None and bool((index < 0).any())
 
@@ -330,15 +338,15 @@ def add(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def seed_everything(seed: int, step: int | None = None, rank: int = 0) -> None:
-    """Seed Python, NumPy and torch for the initial weights (step: None), or for one step of one process.
+    """Seed Python, NumPy and torch for the initial weights (step: None), or for one step of one rank.
 
-    Every step starts from its own seed, so that what happens between steps (a validation, a sample, a callback, a kill and a resume)
-    cannot shift a random number of a later one, and there is no generator state to save.
+    Every step starts from its own seed, so that what happens between steps (a validation, a sample, a callback, a
+    resume) cannot shift later random numbers, and there is no generator state to save.
     """
     digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
     mixed = int.from_bytes(digest, "little") >> 1
     random.seed(mixed)
     np.random.seed(mixed % 2**32)
-    torch.default_generator.manual_seed(mixed)  # torch.manual_seed would format a stack trace each time where there is no GPU
+    torch.default_generator.manual_seed(mixed)  # torch.manual_seed formats a stack trace where there is no GPU
     if torch.cuda.is_available():
         torch.cuda.manual_seed(mixed)

@@ -1,4 +1,4 @@
-"""A run, from its configuration to its folder. `train` is the whole of it; each line is a noun of the domain."""
+"""`train`: a run, from its configuration to its folder."""
 
 from __future__ import annotations
 
@@ -66,8 +66,13 @@ class Result:
 
 @dc.dataclass(frozen=True)
 class Origin:
-    """How the configuration came about; recorded in run.json. folder: under runs/<name>/, where run_dir is null (the jobs of `-m`).
-    start: when this process was started, by the system's clock. notes: sentences for the start screen."""
+    """How the configuration came about; recorded in run.json.
+
+    Attributes:
+        folder: name of the folder under runs/<name>/ where run_dir is null (the jobs of `-m`).
+        start: when this process was started, in seconds since 1970.
+        notes: sentences for the start screen.
+    """
 
     grafts: Mapping[str, Any] = dc.field(default_factory=dict)
     given: Sequence[str] = ()
@@ -92,8 +97,8 @@ def train(
         callbacks: Lightning callbacks.
 
     Raises:
-        ConfigError: what the configuration, the data or the checkpoint to continue from do not allow; nothing is written then.
-        RunError: what only training found, as a row of the data unlike the others; the run's folder says `failed`.
+        ConfigError: the configuration, the data or the checkpoint does not allow the run; nothing is written then.
+        RunError: an error that only training can find, such as a bad row of the data; the run's folder says `failed`.
     """
     checked(cfg, Train, "cfg")
     check_model(model, cfg)
@@ -104,7 +109,10 @@ def train(
         parallel.agree(_common(cfg))
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
-        place = None if cfg.trainer.fast_dev_run else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
+        place = (
+            None if cfg.trainer.fast_dev_run
+            else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
+        )
         last_words.know(place)
         for text in (*start_screen.restarted(place), *parallel.first(lambda: _gone(place))):
             display.tell(text)
@@ -137,16 +145,21 @@ def train(
         if place is not None:
             _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
-        display.table(start_screen.table(cfg, data, limits.steps, machine, place, origin.grafts, parallel.title, (module.n_trained, module.n_params)))
+        display.table(start_screen.table(
+            cfg, data, limits.steps, machine, place, origin.grafts, parallel.title,
+            (module.n_trained, module.n_params),
+        ))
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
-        trainer = make_trainer(cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None)
+        trainer = make_trainer(
+            cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
+        )
         return _fit(trainer, module, data, ours)
 
 
 @contextlib.contextmanager
 def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[tuple[Stop, OneProcess]]:
-    """Signals are the run's, Lightning is quiet, the ranks are connected, and warnings say which rank they are of."""
+    """Handle signals, silence Lightning, connect the ranks, and label warnings with their rank."""
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(Stop(first=world.rank == 0, several=world.size > 1, last_words=last_words))
         stack.enter_context(quiet())
@@ -159,7 +172,7 @@ def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[t
 
 
 def _check_given(cfg: Train, data: object, callbacks: object) -> None:
-    """Of what a run is given beside its configuration, which is what its folder says of it."""
+    """Refuse `data` and `callbacks` that do not fit the configuration, which is what the run's folder records."""
     if data is not None:
         if not isinstance(data, DataModule):
             raise ConfigError(f"`data` must be a txtrain.DataModule, but is {type(data).__name__} instead.")
@@ -173,7 +186,7 @@ def _check_given(cfg: Train, data: object, callbacks: object) -> None:
 
 
 def _shape_of_batches(cfg: Train) -> dict[str, Any]:
-    """What decides which batches the training step is given."""
+    """What decides the batches of a training step."""
     return {
         "model.topology": cfg.model.topology,
         "objective": cfg.objective,
@@ -184,7 +197,7 @@ def _shape_of_batches(cfg: Train) -> dict[str, Any]:
 
 
 def run_train(config: Train, origin: Origin | None = None) -> int:
-    """`txtrain train`: the exit code. What goes wrong is raised: Python itself tells a failure by its traceback and exit code 1.
+    """`txtrain train`: returns the exit code. Other failures are raised: Python prints the traceback and exits with 1.
 
     Raises:
         ConfigError: as `train`, for the command line to print.
@@ -198,7 +211,7 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
 
 
 def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> Source | None:
-    """With init_from what the run starts from; a run that continues has its weights in its own checkpoint."""
+    """The weights of init_from; None for a run that continues: they are in its own checkpoint."""
     if cfg.init_from is None or (place is not None and place.source is not None):
         return None
     rank, size = parallel.world[:2]
@@ -211,14 +224,19 @@ def short(cfg: Train) -> Train:
     if n == 0:
         return cfg
     limit = min(n, cfg.trainer.limit_val_batches)
-    return dc.replace(cfg, trainer=dc.replace(cfg.trainer, max_steps=n, val_check_interval=n, limit_val_batches=limit, log_every_n_steps=1))
+    return dc.replace(
+        cfg,
+        trainer=dc.replace(
+            cfg.trainer, max_steps=n, val_check_interval=n, limit_val_batches=limit, log_every_n_steps=1
+        ),
+    )
 
 
 @contextlib.contextmanager
 def _begun() -> Iterator[None]:
-    """The run's folder is there: a mistake of the user's that is found from here on makes the run fail. What it starts from is still one of the start.
+    """Once the run's folder exists, a ConfigError becomes a RunError, except one about the checkpoint to start from.
 
-    What a worker of the loader finds arrives as text, behind torch's copy of the worker's traceback.
+    An error from a worker of the loader arrives as text, behind torch's copy of the worker's traceback.
     """
     try:
         yield
@@ -231,14 +249,15 @@ def _begun() -> Iterator[None]:
 
 @_begun()
 def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallback) -> Result:
-    """Run Lightning's loop, and leave the folder with the status that the run has."""
+    """Run Lightning's loop, and record how the run ended in its folder."""
     place, parallel, status = run.folder, module.parallel, "failed"
 
     def end() -> None:
         if place is not None and parallel.is_first:
             place.end(status, goodput=run.watch.goodput())
 
-    with contextlib.ExitStack() as undo, contextlib.ExitStack() as last:  # each, whatever becomes of the one before: a full disk is full for all
+    # Each callback runs even if one before it fails: a full disk is full for all of them.
+    with contextlib.ExitStack() as undo, contextlib.ExitStack() as last:
         if place is not None:
             last.enter_context(files.writing(place.path, "run_dir"))
         last.callback(lambda: run.loggers.close(status))
@@ -256,8 +275,11 @@ def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallb
             raise
     where = place.path if place is not None else None
     if status == "preempted":
-        run.display.tell(f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""), style="bold")
-        # The others wait for the first: some launchers end all at the first exit code that is not 0.
+        run.display.tell(
+            f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""),
+            style="bold",
+        )
+        # The other ranks wait for the first: some launchers end all ranks at the first exit code that is not 0.
         run.stop.deaf = parallel.first(lambda: _requeue(run.config, run.display.tell))
         parallel.first(lambda: _check_progress(run.config))
         return Result(where, dict(run.metrics), status)
@@ -273,7 +295,10 @@ def _end_of_job() -> float | None:
 
 
 def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
-    """Whether SLURM runs the job again at our word. SIGINT is no exception: in a job it comes from `--signal=INT@300`; who wants an end of it calls scancel."""
+    """Whether SLURM runs the job again because we asked.
+
+    SIGINT is no exception: in a job it comes from `--signal=INT@300`; a user who wants to end the job calls scancel.
+    """
     job = Job.here()
     if job is None:
         return False
@@ -285,21 +310,22 @@ def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
 
 
 def _gives_up(cfg: Train) -> bool:
-    """Whether the SLURM job has been started too often in a row without a step that was kept: exit code 1, so that no script runs it again."""
+    """Whether the SLURM job was started too often in a row without a saved step; exit code 1 then stops scripts too."""
     job = Job.here()
     return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
 
 
 def _check_progress(cfg: Train) -> None:
-    """Raises:
-    RunError: the run has stopped where it began, too often in a row.
-    """
+    """Raise RunError if the run has stopped without a new checkpoint too often in a row."""
     if _gives_up(cfg):
-        raise RunError(f"The run has kept no step, and is not to be started again: trainer.max_requeues={cfg.trainer.max_requeues}.")
+        raise RunError(
+            "The run has saved no step and must not be started again: "
+            f"trainer.max_requeues={cfg.trainer.max_requeues}."
+        )
 
 
 class LastWords:
-    """Of a run that is stopped before its first step is done: said by the first rank. Gives the exit code."""
+    """What the first rank says and does when a run is stopped before its first step is done. Gives the exit code."""
 
     def __init__(self, cfg: Train, first: bool) -> None:
         self._cfg, self._first = cfg, first
@@ -320,7 +346,7 @@ class LastWords:
 
 
 def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
-    """They write into the run's folder, so it is there before one of them can fail: a wrong argument."""
+    """The run's loggers. They write into its folder, which exists by now and is removed if one cannot be made."""
     if place is None:
         return Loggers()
     with contextlib.ExitStack() as undo:
@@ -333,7 +359,7 @@ def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
 def _create(
     place: RunFolder, parallel: OneProcess, cfg: Train, data: DataModule, facts: Mapping[str, Any], start: float
 ) -> None:
-    """The first process makes the folder; where it is then, all know."""
+    """The first rank makes the folder and tells the others its path."""
 
     def create() -> Path:
         place.create(cfg, facts, start)
@@ -344,7 +370,7 @@ def _create(
 
 
 def _common(cfg: Train) -> dict[str, str]:
-    """What the processes of one run must have alike: the configuration value by value, so that the one that differs is named, and the code."""
+    """What must be equal on all ranks: each value of the configuration, so that an error names its key; the code."""
     return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
 
 
@@ -354,7 +380,7 @@ def _nothing_left(place: RunFolder, limits: Limits) -> bool:
 
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
-    """The run had reached its end; it may have been killed before it could say so."""
+    """The run had made its last step; it may have been killed before it could record that."""
     display.tell(f"{place.path} has all of its {place.state.step} steps: nothing left to do.")
     if parallel.is_first:
         place.end("complete")
@@ -362,19 +388,17 @@ def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Resul
 
 
 def _gone(place: RunFolder | None) -> list[str]:
-    """What a run that continues does not find any more, and can do without.
-
-    Raises:
-        ConfigError: metrics.csv has lost rows, or is damaged.
-    """
+    """Warnings about files that a resumed run lacks and can do without; ConfigError if metrics.csv has lost rows."""
     if place is None or place.checkpoint is None:
         return []
-    facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times count from here."
+    facts = None if place.facts else f"{place.path / 'run.json'} is gone: starts and times are counted from now on."
     return [text for text in (facts, check_rows(place)) if text]
 
 
-def _facts(cfg: Train, module: LitModule, data: DataModule, machine: Machine, origin: Origin, fallback: str | None) -> dict[str, Any]:
-    """What run.json says."""
+def _facts(
+    cfg: Train, module: LitModule, data: DataModule, machine: Machine, origin: Origin, fallback: str | None
+) -> dict[str, Any]:
+    """The contents of run.json."""
     return {
         "name": cfg.name,
         **code_versions.environment(machine.name, module.parallel.world.size),

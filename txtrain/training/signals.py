@@ -1,4 +1,4 @@
-"""Signals end a run at the next step, with a complete checkpoint; before the first step they end it as it is. No torch."""
+"""Signals end a run after the current step, with a checkpoint; before the first step at once. No torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,10 @@ class Preempted(Exception):
 
 
 class Cause(enum.IntEnum):
-    """Why a run stops. PERSON: SIGINT, which has no exit code 75 where there is nothing to save. CLUSTER: its signals, or the end of the job is near."""
+    """Why a run stops.
+
+    PERSON: SIGINT; the exit code is not 75 where nothing was saved. CLUSTER: other signals, or the job's end is near.
+    """
 
     NONE = 0
     CLUSTER = 1
@@ -32,22 +35,24 @@ class Cause(enum.IntEnum):
 
 
 class Stop:
-    """A flag that the signals set; `with Stop() as stop:` owns them, and gives them back.
+    """A flag that signals set. `with Stop() as stop:` installs the handlers and restores the former ones.
 
-    A handler that saved by itself would do so in the middle of a step. So whoever is between two steps asks `agree`, and until it was
-    asked for the first time nothing has been done that could be lost: a start that takes longer (tokenising, compiling, waiting for
-    other processes) is left after PATIENCE seconds, by a thread, since the main one may be waiting where Python answers no signal.
+    A handler that saved would do so in the middle of a step, so the loop polls `agree` between steps. Before the first
+    call nothing can be lost: a longer start (tokenising, compiling, waiting for other ranks) is ended after PATIENCE
+    seconds by a thread, since the main thread may be blocked where Python handles no signal.
 
     Args:
-        first: this process speaks for all.
-        several: the run has other processes: when one leaves, the others fail at what they do with it.
-        last_words: when it leaves so; the exit code.
+        first: this rank prints for all.
+        several: there are other ranks: when one leaves, the others fail in their next exchange with it.
+        last_words: called when the process leaves before the first step; returns the exit code.
     """
 
-    def __init__(self, first: bool = True, several: bool = False, last_words: Callable[[Cause], int] = lambda cause: PREEMPTED) -> None:
+    def __init__(
+        self, first: bool = True, several: bool = False, last_words: Callable[[Cause], int] = lambda cause: PREEMPTED
+    ) -> None:
         self.first, self.several, self.last_words = first, several, last_words
-        self.asked = Cause.NONE  # of this process
-        self.deaf = False  # whatever still comes, nobody answers: SLURM is ending the job at our own wish
+        self.asked = Cause.NONE  # of this rank
+        self.deaf = False  # ignore further signals: SLURM is ending the job at our request
         self._begun = False
         self._lock = threading.Lock()
         self._before: dict[signal.Signals, Any] = {}
@@ -55,10 +60,10 @@ class Stop:
         self._pipe = (-1, -1)
         self._wakeup = -1
 
-    # ------------------------------------------------------------------------------------------------------------ the flag
+    # --------------------------------------------------------------------------------------------------------- the flag
 
     def hold(self, numbers: tuple[signal.Signals, ...] = SIGNALS) -> None:
-        """Answer the signals from here on. Lightning sets handlers of its own when training starts."""
+        """Handle the signals from here on. Called again after Lightning has set handlers of its own."""
         if threading.current_thread() is threading.main_thread():  # Python delivers signals nowhere else
             for number in heard(numbers):
                 signal.signal(number, self._handle)
@@ -70,20 +75,20 @@ class Stop:
         self.asked = max(self.asked, Cause.PERSON if number == signal.SIGINT else Cause.CLUSTER)
 
     def end_is_near(self, when: float) -> None:
-        """Of the job: when, in seconds since 1970."""
+        """The job ends soon. when: in seconds since 1970."""
         if not self.asked:
             clock = time.strftime("%H:%M:%S", time.localtime(when))
             say(f"the job ends at {clock}: stopping after this step; a checkpoint follows.")
         self.asked = max(self.asked, Cause.CLUSTER)
 
     def agree(self, most: Callable[[int], int]) -> bool:
-        """Whether the run must stop here. most: the largest number of all processes; each of them comes here at this moment of the run."""
+        """Whether the run must stop here. most: the maximum over all ranks. Collective."""
         agreed = most(int(self.asked))
         with self._lock:
             self._begun = True
         return bool(agreed)
 
-    # ----------------------------------------------------------------------------------------------------------- the owner
+    # -------------------------------------------------------------------------------------------------------- the owner
 
     def __enter__(self) -> Stop:
         if threading.current_thread() is threading.main_thread():
@@ -93,10 +98,12 @@ class Stop:
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
             self._watch = threading.Thread(target=self._leave_a_long_start, name="signals", daemon=True)
             self._watch.start()
-            self.hold(PREEMPTING)  # Ctrl-C is Python's exception as long as nothing is trained
+            self.hold(PREEMPTING)  # until training begins Ctrl-C raises KeyboardInterrupt
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if isinstance(error, Exception) and not isinstance(error, (Preempted, ConfigError)):
             self._is_it_a_consequence()
         if self._watch is None:
@@ -110,17 +117,17 @@ class Stop:
             os.close(end)
 
     def _is_it_a_consequence(self) -> None:
-        """What a start meets when it, or another process a moment before, was told to stop: then the stop is the word, and no traceback."""
+        """If the start failed because this or another rank was told to stop: leave as stopped, without a traceback."""
         deadline = time.monotonic() + PATIENCE
         while self.several and not self._begun and not self.asked and time.monotonic() < deadline:
             time.sleep(0.05)
         if self.asked and not self._begun:
             self._leave()
 
-    # ----------------------------------------------------------------------------------------------------- before the first step
+    # -------------------------------------------------------------------------------------------- before the first step
 
     def _leave_a_long_start(self) -> None:
-        """The thread: the numbers of the signals come through a pipe, whatever the main thread does."""
+        """The thread: reads signal numbers from a pipe, whatever the main thread does."""
         deadline, cause = None, Cause.NONE
         while True:
             seconds = None if deadline is None else max(0.0, deadline - time.monotonic())
@@ -132,7 +139,7 @@ class Stop:
                     deadline = time.monotonic() + PATIENCE
                     cause = Cause.PERSON if signal.SIGINT in numbers else Cause.CLUSTER
             elif deadline is not None:
-                self.asked = max(self.asked, cause)  # the main thread may not have come to it
+                self.asked = max(self.asked, cause)  # the main thread may not have handled it
                 self._leave()
                 deadline = None
 
@@ -149,13 +156,13 @@ class Stop:
 
 
 def ignore(*_: object) -> None:
-    """In a process that helps this one (a worker of a loader): SLURM may send a signal to all of a job's, and the run still needs it."""
+    """For helper processes (a loader's workers): SLURM may signal all of a job's, and the run still needs them."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def _forget() -> None:
-    """A fork is a process of its own: what it is sent is not meant for the run."""
+    """In a forked child: what is sent to it is not meant for the run."""
     held = [number for number in SIGNALS if isinstance(getattr(signal.getsignal(number), "__self__", None), Stop)]
     if held:
         with contextlib.suppress(ValueError):

@@ -1,7 +1,7 @@
-"""What a step holds, seen on the real wrapped model: fake tensors, a process group that sends nothing, torch's own memory tracker.
+"""The memory of a step, on the real wrapped model with fake tensors, a fake process group and torch's memory tracker.
 
-The model is built by `build_model`, laid over the processes by the strategy's own `set_up`, and trained by `LitModule.training_step`
-itself; only storage and messages are missing. Seconds for billions of parameters, whatever the number of processes.
+The model is built by `build_model`, wrapped by the strategy's own `set_up`, and trained by `LitModule.training_step`;
+only storage and messages are missing. Takes seconds for billions of parameters, whatever the number of ranks.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ STEPS = 2  # in the first there is no optimizer state yet
 
 @dc.dataclass(frozen=True)
 class Simulated:
-    """Of one process, in the second step.
+    """Of one rank, in the second step.
 
     Attributes:
-        peak: bytes at the fullest moment; parts: what they were then, in the tracker's words.
+        peak: bytes at the peak; parts: what they are, in the tracker's words.
         held: bytes between steps.
         communicated: bytes of each collective's full buffer in the step; calls: how often it was called.
     """
@@ -56,20 +56,20 @@ class Simulated:
 
 
 def simulate(config: Train, *, world: int | None = None) -> Simulated:
-    """One process of `world` (by default as many as the configuration starts), without memory for what it holds.
+    """One rank of `world` (by default as many as the configuration starts), without memory for its tensors.
 
     Raises:
-        ConfigError: so many processes cannot be laid out.
+        ConfigError: the strategy cannot use so many ranks.
     """
     with _processes(config, world or processes(config) or 1) as parallel:
         try:
             return _tracked(config, parallel, FakeTensorMode(allow_non_fake_inputs=True))
         finally:
-            frequencies.cache_clear()  # those that were made here have no values
+            frequencies.cache_clear()  # those made here are fake
 
 
 def measure(config: Train, parallel: OneProcess) -> Simulated:
-    """The same with real tensors, in the processes that there are."""
+    """The same with real tensors, on the ranks that there are."""
     return _tracked(config, parallel, contextlib.nullcontext())
 
 
@@ -80,7 +80,7 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
     with mode, _default(torch.bfloat16 if config.trainer.precision == "bf16-true" else torch.float32):
         model = (transformer if is_fake else build_model)(config.model)
         module = Unattended(config, model, parallel)
-    module.configure_model()  # outside: a mesh looks into itself with real tensors
+    module.configure_model()  # outside: a device mesh inspects itself with real tensors
     parallel.reduce({"first": torch.zeros(())})
     with mode:
         optimizer = module.attach(config.trainer.max_steps)
@@ -89,11 +89,13 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
         tracker: Any = FSDPMemTracker(module.model, optimizer) if module.is_sharded else _Tracker()
         beside = (*batch.values(), *(local(value) for value in module.average.values.values()))
         tracker.track_inputs(beside) if module.is_sharded else tracker.track_external(module.model, optimizer, *beside)
-        module.after_backward = tracker.reset_mod_stats  # it takes a second forward for a mistake
+        module.after_backward = tracker.reset_mod_stats  # it takes a second forward for an error
         sent = Sent()
         for step in range(STEPS):
             sent.clear()
-            as_real = _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
+            as_real = (
+                _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
+            )
             as_gloo: Any = _AsGloo() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
             with as_real, sent, tracker, as_gloo, _precision(config, parallel):
                 module.training_step(batch, step)
@@ -104,9 +106,11 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
 
 @contextlib.contextmanager
 def _precision(config: Train, parallel: OneProcess) -> Iterator[None]:
-    """As Lightning's plugin has it: autocast around the step where the strategy does not see to it."""
+    """As Lightning's plugin does: autocast around the step, unless the strategy casts."""
     precision = config.trainer.precision
-    casts = precision == "bf16-mixed" and not (parallel.world.size > 1 and config.strategy.layout(parallel.world.size).shard > 1)
+    casts = precision == "bf16-mixed" and not (
+        parallel.world.size > 1 and config.strategy.layout(parallel.world.size).shard > 1
+    )
     with torch.autocast("cpu", torch.bfloat16, enabled=casts, cache_enabled=True):
         yield
 
@@ -128,7 +132,7 @@ def _of_cpu(snapshot: dict[torch.device, dict[Any, int]]) -> dict[str, int]:
 
 @contextlib.contextmanager
 def _processes(config: Train, world: int) -> Iterator[OneProcess]:
-    """The strategy as process 0 of so many sees it; messages go nowhere."""
+    """The strategy as rank 0 of `world` sees it; messages go nowhere."""
     alone = world == 1 and not config.strategy.cpu_offload
     if alone:
         yield OneProcess(config)
@@ -145,17 +149,20 @@ def _processes(config: Train, world: int) -> Iterator[OneProcess]:
 
 
 class _Tracker(MemTracker):  # type: ignore[no-untyped-call]  # MemTracker's own metaclass hook
-    """torch's own hooks every parameter's gradient, and fails where there is none to come."""
+    """torch's own hooks every parameter's gradient, and fails on a frozen parameter."""
 
     def _track_module_params_and_buffers(self, module: nn.Module, install_grad_hooks: bool = True) -> Any:
         for parameter in module.parameters():
             if not parameter.requires_grad:
-                self._param_to_grad_hook_handles[parameter] = RemovableHandle(OrderedDict()), RemovableHandle(OrderedDict())
+                self._param_to_grad_hook_handles[parameter] = (
+                    RemovableHandle(OrderedDict()),
+                    RemovableHandle(OrderedDict()),
+                )
         return super()._track_module_params_and_buffers(module, install_grad_hooks)
 
 
 class Unattended(LitModule):
-    """Steps without a trainer. after_backward: of each micro-batch."""
+    """Steps without a trainer. after_backward: called after that of each micro-batch."""
 
     after_backward: Callable[[], None] | None = None
 
@@ -172,7 +179,7 @@ class Unattended(LitModule):
         return isinstance(self.model, FSDPModule)
 
     def is_finite(self, total: Tensor) -> bool:
-        return True  # there are no values
+        return True  # fake tensors have no values
 
     def optimizers(self, use_pl_optimizer: bool = True) -> Any:
         return self._optimizer
@@ -207,7 +214,9 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in collective_ops and func not in sync_ops:
             name = NAMES.get(func._schema.name.split("::")[1].strip("_"), func._schema.name)
-            self.bytes[name] = self.bytes.get(name, 0) + int(CollectiveOp.get_comm_tensor_size(func, result, args, kwargs))
+            self.bytes[name] = self.bytes.get(name, 0) + int(
+                CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
+            )
             self.calls[name] = self.calls.get(name, 0) + 1
         return result
 
@@ -224,7 +233,7 @@ NAMES = {
 
 
 class _AsGloo(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gloo sums a copy of what it reduces and scatters; the group that sends nothing makes none."""
+    """Gloo's reduce_scatter sums a copy of its input; the fake group makes none."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(t is DTensor for t in types):
@@ -236,17 +245,17 @@ class _AsGloo(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Where torch's fake tensors differ from real ones.
+    """Makes up for differences between torch's fake tensors and real ones.
 
-    A choice by a mask has no size: it is taken to be `n_chosen`. A flag is taken to be unset: some token is padding;
-    a number (a drawn seed, a step) is taken to be 1, but for what is counted: all experts are visited alike. Flash attention's
-    output lies position by position, not head by head. The grouped product takes float32.
+    Indexing with a mask has no known size: it is taken to be `n_chosen`. A flag reads as unset (some token is padding),
+    a number (a drawn seed, a step) as 1, except for counts: all experts are visited equally often. The output of flash
+    attention is laid out by position, not by head. The grouped product takes float32.
     """
 
     def __init__(self, n_chosen: int | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.n_chosen = n_chosen
-        self.counts: Any = WeakIdKeyDictionary()  # by storage of whole numbers: what they add up to, and how many of them do
+        self.counts: Any = WeakIdKeyDictionary()  # by storage of integers: their sum, and over how many it goes
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (ATEN.index.Tensor, ATEN.index_put.default) and args[1][0].dtype == torch.bool:
@@ -269,18 +278,21 @@ class _AsReal(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return int(total // n + (int(x.storage_offset()) % n < total % n))
 
     def _count(self, func: Any, args: Any, result: Any) -> None:
-        """Rows of each expert; of each process' experts; those that came from elsewhere, as many as went there."""
+        """Rows of each expert; of each rank's experts; received rows, as many as were sent."""
         if func is ATEN.scatter_add.default and not args[0].is_floating_point():
             self.counts[result.untyped_storage()] = args[2].numel(), args[0].numel()
         elif func in (ATEN.sum.dim_IntList, ATEN.stack.default, ATEN.clone.default, ALL_TO_ALL):
-            made, source = (args[0], args[1]) if func is ALL_TO_ALL else (result, args[0][0] if func is ATEN.stack.default else args[0])
+            made, source = (
+                (args[0], args[1]) if func is ALL_TO_ALL
+                else (result, args[0][0] if func is ATEN.stack.default else args[0])
+            )
             total, n = self.counts.get(source.untyped_storage(), (0, 0))
             if total:
                 self.counts[made.untyped_storage()] = total, made.numel() if func is ATEN.sum.dim_IntList else n
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, bias: None = None, out_dtype: torch.dtype | None = None) -> Tensor:
-    """Rows in groups times a matrix each; or, both of two dimensions, the sum over each group's rows of their outer products."""
+    """Groups of rows times a matrix each; if both are 2-D, the sum over each group's rows of their outer products."""
     shape = (offs.shape[0], a.shape[0], b.shape[1]) if a.ndim == b.ndim == 2 else (a.shape[0], b.shape[-1])
     return a.new_empty(shape, dtype=out_dtype)
 

@@ -99,7 +99,7 @@ VERBS = {
 def test_damage_of_the_newest_checkpoint_is_refused_by_name(damage, made, run):
     do, word = NEWEST[damage]
     do(step(run, 4), made)
-    with pytest.raises(ConfigError, match=f"step_00000004 cannot be read: .*({word}).* The newest whole one: checkpoint={step(run, 2)}$"):
+    with pytest.raises(ConfigError, match=f"step_00000004 cannot be read: .*({word}).* The newest intact one: checkpoint={step(run, 2)}$"):
         load(run)
     before = (run / "metrics.csv").read_bytes()
     with pytest.raises(ConfigError, match=f"cannot be read: .*({word}).* step_00000002. .* mv {step(run, 4)} {step(run, 4)}.damaged$"):

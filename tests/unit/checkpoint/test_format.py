@@ -218,7 +218,7 @@ def test_locate_takes_a_run_or_a_checkpoint_and_says_what_is_wrong(tmp_path):
     assert (checkpoint.locate(tmp_path), checkpoint.locate(str(first))) == (second, first)
     (second / "complete").unlink()
     for where in (tmp_path, second):
-        with pytest.raises(ConfigError, match=f"step_00000020 cannot be read: complete, .* is missing. The newest whole one: init_from={first}"):
+        with pytest.raises(ConfigError, match=f"step_00000020 cannot be read: complete, .* is missing. The newest intact one: init_from={first}"):
             checkpoint.locate(where, "init_from")
     with pytest.raises(ConfigError, match=r"`checkpoint` must be .* does not exist"):
         checkpoint.locate(tmp_path / "nowhere")

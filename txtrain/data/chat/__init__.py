@@ -1,1 +1,1 @@
-"""Conversations: rows to messages, by a template to tokens, some of which are trained. Not: where rows are from."""
+"""Conversations: from rows to messages, and by a template to tokens, some of which are trained. No sources of rows."""

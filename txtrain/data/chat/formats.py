@@ -1,4 +1,4 @@
-"""Rows of the formats that chats come in, as conversations."""
+"""Rows of the usual chat formats, as conversations."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ _SPEAKERS = {
 
 
 def conversations(row: Row, form: Format, number: int, where: str) -> Iterator[Conversation]:
-    """What a row holds: one conversation, of self-instruct one for each instance, of a tree one for each of its ends.
+    """The conversation of a row; of self-instruct one per instance, of a tree one per leaf.
 
     Args:
-        form: auto: as the row's keys say.
-        number: of the row in the source. where: what an error calls it.
+        form: auto: recognised by the row's keys.
+        number: of the row in the source.
+        where: name of the row in errors.
 
     Raises:
         ConfigError: the row is not of this format, or of none.
@@ -94,7 +95,7 @@ def _self_instruct(row: Row, number: int, where: str) -> Iterator[Conversation]:
 
 
 def _oasst(row: Row, number: int, where: str) -> Iterator[Conversation]:
-    """Each assistant turn is trained once: in the first of the paths, from the root to an end, that hold it."""
+    """Each assistant turn is trained once: in the first path from the root to a leaf that holds it."""
     waiting: list[tuple[list[dict[str, Any]], frozenset[int], Row]] = [([], frozenset(), row.get("prompt", row))]
     while waiting:
         before, context, node = waiting.pop()
@@ -128,7 +129,7 @@ def _pair(asked: Any, said: Any) -> list[dict[str, Any]]:
 
 
 def _asked(row: Row, instance: Row) -> str:
-    """Alpaca's instruction, and the input that belongs to it."""
+    """Alpaca's instruction and input."""
     beside = instance.get("input")
     return f"{row['instruction']}\n\n{beside}" if beside else row["instruction"]
 
@@ -138,14 +139,14 @@ def _role(speaker: Any, where: str) -> str:
     if role is None:
         near = hint(str(speaker), list(_SPEAKERS))
         raise ConfigError(
-            f"`data.path`: who speaks must be one of {', '.join(_SPEAKERS)}, "
+            f"`data.path`: the speaker must be one of {', '.join(_SPEAKERS)}, "
             f"but is {shorten(repr(speaker))} in {where}.{near}"
         )
     return role
 
 
 def _tools(row: Row, where: str) -> Any:
-    """A list of tools, or null; some files have them as JSON in a text."""
+    """A list of tools, or None; some files have them as a JSON string."""
     found = row.get("tools")
     if isinstance(found, str) and found.strip():
         found = parse_json(f'{{"tools": {found}}}', f"`tools` of {where}")["tools"]

@@ -1,4 +1,4 @@
-"""Renders Jinja chat templates of strangers, in a process of its own with little memory and little time. A program.
+"""A program that renders untrusted Jinja chat templates, with limits on memory and time.
 
 Each line of standard input is a request, each line of standard output its answer, both JSON:
 
@@ -6,10 +6,9 @@ Each line of standard input is a request, each line of standard output its answe
     {"name": NAME, "messages": [...], "tools": ..., "wanted": [[n, prompt], ...]}
         -> {"rendered": [{"text": ..., "spans": [[begin, end], ...]} or {"error": ...}, ...]}
 
-`wanted`: the first n messages, and whether the header of the next assistant turn stands behind them
-(add_generation_prompt). `spans`: what stands within `{% generation %}`, in characters. Whatever ends the process (SIGPROF
-once the time is over) is for the parent to tell.
-The environment is that of `transformers`: what a template finds there, it finds here.
+`wanted`: the first n messages, and whether the header of the next assistant turn follows (add_generation_prompt).
+`spans`: the text within `{% generation %}`, in characters. The parent reports why the process ended (SIGPROF: out of
+time). Templates find the same environment as in `transformers`.
 """
 
 from __future__ import annotations
@@ -26,12 +25,12 @@ from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-MEMORY = 1 << 30  # bytes of address space, Python's own among them
-SECONDS = 5  # of processor time for a conversation
+MEMORY = 1 << 30  # bytes of address space, Python's included
+SECONDS = 5  # of processor time per conversation
 
 
 class Generation(Extension):
-    """`{% generation %} ... {% endgeneration %}`: remembers where what stands within is written."""
+    """`{% generation %} ... {% endgeneration %}`: records the span of the text within."""
 
     tags = {"generation"}
 

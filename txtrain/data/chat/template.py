@@ -1,4 +1,4 @@
-"""A chat template at work: messages to text, in a process that a stranger's template cannot leave (`renderer.py`)."""
+"""Chat templates: messages to text, rendered in a separate process, since templates are untrusted (`renderer.py`)."""
 
 from __future__ import annotations
 
@@ -19,15 +19,11 @@ from txtrain.ground.plain_files import shorten
 
 Message = Mapping[str, Any]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
-_REASONING = (
-    "reasoning_content",
-    "thinking",
-    "reasoning",
-)  # one thing under several names
+_REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms
 
 
 class Rendered(NamedTuple):
-    """spans: characters within `{% generation %}`, [begin, end). error: why there is no text."""
+    """spans: [begin, end) of the characters within `{% generation %}`. error: why there is no text."""
 
     text: str
     spans: Sequence[tuple[int, int]] = ()
@@ -35,10 +31,10 @@ class Rendered(NamedTuple):
 
 
 class Template:
-    """The chat template of a tokenizer, to be used in a `with` statement.
+    """The chat template of a tokenizer, for use in a `with` statement.
 
     Raises:
-        ConfigError: there is none, or it is no Jinja template; inside, it takes too much memory or time.
+        ConfigError: there is none, it is no Jinja template, or (inside the `with`) it takes too much memory or time.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -52,7 +48,7 @@ class Template:
         self.marks_generation = any(_GENERATION.search(text) for text in self.templates.values())
 
     def __enter__(self) -> Template:
-        # In a session of its own: a signal to the group of the run is for the run, which decides what becomes of it.
+        # In its own session: signals to the process group of the run must not reach it.
         self._process = subprocess.Popen(
             [sys.executable, "-P", str(Path(renderer.__file__))],
             stdin=subprocess.PIPE,
@@ -72,7 +68,7 @@ class Template:
         self._process.communicate()
 
     def render(self, messages: Sequence[Message], tools: Any, wanted: Sequence[tuple[int, bool]]) -> list[Rendered]:
-        """For each of `wanted` the first n messages, with the header of an assistant turn behind them or without."""
+        """For each (n, prompt) of `wanted` the first n messages, with the header of an assistant turn if prompt."""
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         plain = [_without_nulls(message) for message in messages]
         found = self._ask({"name": name, "messages": plain, "tools": tools, "wanted": wanted})["rendered"]
@@ -81,7 +77,7 @@ class Template:
         ]
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:
-        """What a model is given to answer.
+        """The prompt for a model's answer.
 
         Raises:
             ConfigError: the template cannot render these messages.
@@ -114,7 +110,7 @@ class Template:
 
 
 def _without_nulls(message: Message) -> dict[str, Any]:
-    """As `transformers` gives a message to a template: without null values, its reasoning under all names for it."""
+    """A message as `transformers` gives it to a template: without null values, its reasoning under all names."""
     made = {key: value for key, value in message.items() if value is not None}
     reasoning = next((made[key] for key in _REASONING if key in made), None)
     return made if reasoning is None else {"thinking": reasoning, **made, "reasoning_content": reasoning}

@@ -1,12 +1,12 @@
 """Which tokens of a conversation are trained: the assistant's, and the token that ends its turn.
 
     <|user|> Hi <|end|> <|assistant|> Hello <|end|> <|user|> ...        rendered as a whole
-    ------- prompt_k -------------->                                     what `generate` is given before turn k
-    ------- whole_k ------------------------------->                     as far as turn k
+    ------- prompt_k -------------->                                     the prompt of `generate` before turn k
+    ------- whole_k ------------------------------->                     up to turn k
                                       ~~~~~ ~~~~~~~                      trained
 
-Where all prompts and turns of a conversation are prefixes of its tokens, it is one sample. A template that writes a turn
-otherwise once another follows (drops what it thought, ends only the last turn) gives a sample for each assistant turn,
+If all prompts and turns of a conversation are prefixes of its tokens, it is one sample. If the template renders a turn
+differently once another follows (drops its reasoning, ends only the last turn), there is a sample per assistant turn,
 rendered as at inference. So the tokens before a turn are always those of
 `apply_chat_template(add_generation_prompt=True)`. All of this is compared on token ids.
 """
@@ -29,12 +29,12 @@ TrainOn = Literal["assistant", "last_assistant", "all"]
 
 @dc.dataclass(frozen=True)
 class Conversation:
-    """Messages as `transformers` has them: `role`, `content`, and what else a template reads.
+    """Messages as in `transformers`: `role`, `content`, and what else a template reads.
 
     Attributes:
         number: of its row in the source.
-        where: what an error calls it.
-        context: assistant turns, by place, that are read only.
+        where: its name in errors.
+        context: indices of assistant turns that are not trained.
     """
 
     messages: Sequence[Message]
@@ -44,24 +44,24 @@ class Conversation:
     context: frozenset[int] = frozenset()
 
     def assistant(self) -> list[int]:
-        """Places of the turns to be trained."""
+        """Indices of the turns to be trained."""
         return [
             k for k, message in enumerate(self.messages) if message["role"] == "assistant" and k not in self.context
         ]
 
 
 class Turn(NamedTuple):
-    """A sample that ends with an assistant turn. exact: it is `whole_k`; else the turn was put behind its prompt."""
+    """A sample that ends with an assistant turn. exact: it is `whole_k`; else the turn was appended to its prompt."""
 
     ids: list[int]
     trained: list[bool]
     begin: int  # of the turn
-    end: int  # behind its last trained token
+    end: int  # after its last trained token
     exact: bool
 
 
 class Speaker:
-    """Conversations to samples, by a tokenizer and its template. left_out: turns that were longer than seq_len."""
+    """Conversations to samples, by a tokenizer and its template. left_out: the number of turns beyond seq_len."""
 
     def __init__(self, tokenizer: Tokenizer, template: Template, train_on: TrainOn, seq_len: int) -> None:
         self.tokenizer, self.template, self.train_on, self.seq_len = tokenizer, template, train_on, seq_len
@@ -98,7 +98,7 @@ class Speaker:
         whole = self._rendered(talk, places[-1] + 1)
         wanted = [pair for k in places for pair in ((k, True), (k + 1, False))]
         found = self.template.render(talk.messages, talk.tools, wanted)
-        # A turn whose prompt cannot be rendered (before it stands nothing) is never asked for: it is read only.
+        # A turn whose prompt cannot be rendered (nothing precedes it) is never generated: it is not trained.
         asked = [
             (k, prompt, turn)
             for k, prompt, turn in zip(places, found[::2], found[1::2], strict=True)
@@ -125,7 +125,7 @@ class Speaker:
 
     def _turn(self, talk: Conversation, k: int, prompt: Rendered, whole: Rendered) -> Turn:
         before, encoding = self._encoded(prompt.text), self.tokenizer.as_written(whole.text)
-        first: int | None = 0  # the character of `whole` with which the encoded text begins
+        first: int | None = 0  # index in `whole` of the first character of the encoded text
         ids, offsets = list(encoding.ids), list(encoding.offsets)
         exact = ids[: len(before)] == before
         if not exact:
@@ -145,16 +145,16 @@ class Speaker:
         return Turn(ids, trained, begin, end, exact)
 
     def _end(self, ids: list[int], begin: int) -> int:
-        """Behind the token that ends the turn: the last one that is no text, if but white space follows; or the end."""
+        """The index after the token that ends the turn: the last added one if only white space follows; or the end."""
         last = next((i for i in range(len(ids) - 1, begin - 1, -1) if ids[i] in self.tokenizer.added_ids), None)
         return len(ids) if last is None or self.tokenizer.decode(ids[last + 1 :]).strip() else last + 1
 
     def _rest(self, talk: Conversation, k: int, prompt: str, whole: str) -> tuple[str, int | None]:
-        """What turn k puts behind a prompt that is written otherwise in `whole`, and from which character of it.
+        """The text of turn k after a prompt that `whole` renders differently, and its index in `whole`.
 
-        Where the turn's own text begins and ends is found by turns that say something else. If the prompt opens what
-        the turn itself begins with (DeepSeek-R1's <think>, which `whole` drops), the turn goes on from there, in its
-        own words (None).
+        Rendering turns with other contents shows where the turn's own text begins and ends. If the prompt opens what
+        the turn itself begins with (DeepSeek-R1's <think>, which `whole` drops), the turn continues from there, with
+        its own content (index None).
         """
         if whole.startswith(prompt):
             return whole[len(prompt) :], len(prompt)
@@ -191,5 +191,5 @@ class Speaker:
 
 
 def _shared(a: str, b: str) -> int:
-    """With how many characters both begin."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -1,1 +1,1 @@
-"""Samples of a tokenised text, of pairs and of images, and the order in which they are read."""
+"""Samples of tokenised text, pairs and images, and their order."""

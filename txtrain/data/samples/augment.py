@@ -1,4 +1,4 @@
-"""Random crops, turns, shifts and flips of training images, with torch alone."""
+"""Random crops, rotations, shifts and flips of training images, with torch alone."""
 
 # B batch, C channels, H and W pixels
 
@@ -15,13 +15,13 @@ from txtrain.data.samples.draws import Draws
 
 
 class Augment:
-    """What is done to each training image, each with numbers of its own; what lies outside of the image is its edge, going on.
+    """Random changes of training images, drawn per image; outside of the image its edge is replicated.
 
     Args:
-        crop_padding: pixels; a window of the image's size at a random place of the image whose edge goes on for so many.
-        rotation: degrees; a turn about the centre by at most so many to either side, bilinear.
-        shift: share of a side; a move by at most so much up or down, and left or right, parts of pixels included, bilinear.
-        flip: half of the images are mirrored.
+        crop_padding: pixels; a random crop of the image's size after padding each side by so many.
+        rotation: degrees; a rotation about the centre by at most so many to either side, bilinear.
+        shift: fraction of a side; a shift by at most so much in both directions, bilinear.
+        flip: mirror half of the images.
     """
 
     def __init__(self, crop_padding: int = 0, rotation: float = 0.0, shift: float = 0.0, flip: bool = False) -> None:
@@ -56,7 +56,8 @@ class Augment:
         angle_B = math.radians(self.rotation) * (2 * draws.uniform("angle", 1)[:, 0] - 1)
         shift_B2 = 2 * self.shift * (2 * draws.uniform("shift", 2) - 1)  # in affine_grid's units a side is 2 long
         cos_B, sin_B = np.cos(angle_B), np.sin(angle_B)
-        rows_B6 = np.stack((cos_B, -sin_B * H / W, shift_B2[:, 0], sin_B * W / H, cos_B, shift_B2[:, 1]), axis=1)  # a turn in pixels, not in sides
+        # H / W: the rotation is in pixels, not in sides.
+        rows_B6 = np.stack((cos_B, -sin_B * H / W, shift_B2[:, 0], sin_B * W / H, cos_B, shift_B2[:, 1]), axis=1)
         affine_B23 = torch.from_numpy(rows_B6).float().view(-1, 2, 3)
         grid_BHW2 = F.affine_grid(affine_B23, list(pixels_BCHW.shape), align_corners=False)
         return F.grid_sample(pixels_BCHW, grid_BHW2, mode="bilinear", padding_mode="border", align_corners=False)

@@ -2,12 +2,12 @@
 
     documents of 3, 5, 2, 4, 1 tokens, seq_len = 6      [b b b b b e] [d d d d c c] [a a a . . .]
 
-A document longer than seq_len is cut into pieces of seq_len and a rest; one that is not is never cut. Pieces of a window of documents
-are put, the longest first, each into the row that it leaves least room in. What stays free is padding, which no loss reads and no
-document sees. Each token is in exactly one row. Which pieces a row holds is written to the cache once; the order of rows is arithmetic.
+Documents longer than seq_len, and no others, are cut into pieces of seq_len and a rest. The pieces of a window of
+documents go, the longest first, into the row with the least room left that fits them; the rest of a row is padding.
+Each token is in exactly one row. The pieces of each row are written to the cache once; the order of rows is arithmetic.
 
-Where only some tokens are trained, a piece of a document that is cut begins with the last token of the piece before it,
-so that every trained token has a token before it in its row; pieces that would train nothing are left out.
+If only some tokens are trained, the pieces of a cut document overlap by one token, so that every trained token has a
+token before it in its row; pieces without a trained token are left out.
 """
 
 # B batch, T tokens of a row
@@ -31,13 +31,13 @@ from txtrain.ground.plain_files import map_npy
 
 FORMAT = "best fit 1"
 PLAN_FILES = ("begins.npy", "lengths.npy", "rows.npy")
-_WINDOW = 1 << 16  # documents that are packed together
+_WINDOW = 1 << 16  # documents packed together
 
 
 def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True) -> None:
-    """Which pieces each row holds: begins and lengths of pieces, row after row, and where each row begins among them.
+    """Write the begins and lengths of the pieces, row by row, and the number of the first piece of each row.
 
-    together: else each piece has a row of its own.
+    together: several pieces per row; else each piece has its own row.
     """
     begins, lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     offsets = tokens.offsets
@@ -71,10 +71,10 @@ def pieces(offsets: Indices, seq_len: int, overlap: int = 0) -> tuple[Indices, I
 
 
 def best_fit_decreasing(lengths: Indices, seq_len: int) -> Iterator[list[int]]:
-    """Rows, each a list of pieces by number, whose lengths (at most seq_len each) are seq_len together at most."""
+    """Rows: lists of pieces by number, with at most seq_len tokens together. lengths: of pieces, at most seq_len."""
     rows: list[list[int]] = []
-    with_room: dict[int, list[int]] = defaultdict(list)  # rows by how many tokens still fit
-    rooms: list[int] = []  # its keys that have rows, ascending
+    with_room: dict[int, list[int]] = defaultdict(list)  # rows by the number of free tokens
+    rooms: list[int] = []  # the keys with rows, ascending
     for i in np.argsort(-lengths, kind="stable").tolist():
         length = int(lengths[i])
         at = bisect.bisect_left(rooms, length)
@@ -97,8 +97,11 @@ def best_fit_decreasing(lengths: Indices, seq_len: int) -> Iterator[list[int]]:
 class BestFitSamples(Rows):
     """Rows of a plan that `write_plan` left in `folder`."""
 
-    def __init__(self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False) -> None:
-        self.tokens, self.seq_len, self.pad_id, self.cross_document_attention = tokens, seq_len, pad_id, cross_document_attention
+    def __init__(
+        self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False
+    ) -> None:
+        self.tokens, self.seq_len, self.pad_id = tokens, seq_len, pad_id
+        self.cross_document_attention = cross_document_attention
         self.begins, self.lengths, self.rows = (
             map_npy(folder / f"{name}.npy") for name in ("begins", "lengths", "rows")
         )
@@ -111,9 +114,9 @@ class BestFitSamples(Rows):
         return [[n for begin in begins for n in self.tokens.numbers(begin, begin + 1)] for begins in places]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """input_ids, labels, attention_mask (0: padding), int64 [B, T]; document_ids, unless documents may see each other: a row's
-        pieces from 0 on, its padding one of its own. Labels are -100 at the first token of each piece, at padding, and
-        where a token is not trained."""
+        """input_ids, labels, attention_mask (0: padding), int64 [B, T]; document_ids, without cross-document attention:
+        0 for the first piece of a row, and so on; padding counts as one. Labels are -100 at the first token of each
+        piece, at padding, and at tokens that are not trained."""
         shape = len(rows), self.seq_len
         ids_BT, mask_BT = np.full(shape, self.pad_id, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         unread_BT, documents_BT = np.ones(shape, dtype=np.bool_), np.zeros(shape, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Images: what a source of them is, and their way to pixel_values."""
+"""Image sources, and their images as pixel_values."""
 
 # B batch, C channels, H and W pixels
 
@@ -21,7 +21,7 @@ from txtrain.data.store.split import digest, held_out
 from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
 
-_MEASURED = 2048  # training images that mean and deviation are taken from, where they are not given
+_MEASURED = 2048  # training images from which mean and std are measured, if they are not given
 _LUMINANCE = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 
@@ -41,7 +41,7 @@ class ImageSource(Protocol):
 
 
 class ImageSamples(Rows):
-    """Some images of a split as the model reads them: its size and channels, floats with a mean of 0 and a deviation of 1 a channel."""
+    """Some images of a split in the model's size and channels, with mean 0 and std 1 per channel."""
 
     def __init__(self, images: Images, rows: Indices, size: int, n_channels: int) -> None:
         self.images, self.rows, self.size, self.n_channels = images, rows, size, n_channels
@@ -54,18 +54,24 @@ class ImageSamples(Rows):
         """pixel_values, float32 [B, C, H, W]; labels, int64 [B].
 
         Raises:
-            ConfigError: an image that cannot be read, or has other channels than the model.
+            ConfigError: an image cannot be read, or has other channels than the model.
         """
         picked = self.rows[rows]
         pixels = torch.stack([self._pixels(int(i)) for i in picked])
-        return {"pixel_values": (pixels - self.mean[:, None, None]) / self.std[:, None, None], "labels": torch.from_numpy(self.images.labels[picked])}
+        return {
+            "pixel_values": (pixels - self.mean[:, None, None]) / self.std[:, None, None],
+            "labels": torch.from_numpy(self.images.labels[picked]),
+        }
 
-    def normalised(self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, like: ImageSamples | None = None) -> ImageSamples:
-        """With this mean and deviation a channel, or with those of images spread evenly over `like` (by default over these)."""
+    def normalised(
+        self, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, like: ImageSamples | None = None
+    ) -> ImageSamples:
+        """Set mean and std per channel, or measure them on images spread evenly over `like` (by default over these)."""
         if mean is None or std is None:
             like = like or self
             n = min(len(like), _MEASURED)
-            pixels = ImageSamples(like.images, like.rows, like.size, like.n_channels).batch(np.arange(n) * len(like) // n)["pixel_values"]
+            raw = ImageSamples(like.images, like.rows, like.size, like.n_channels)
+            pixels = raw.batch(np.arange(n) * len(like) // n)["pixel_values"]
             measured = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3)).clamp(min=1e-6)
         self.mean = measured[0] if mean is None else _per_channel("mean", mean, self.n_channels)
         self.std = measured[1] if std is None else _per_channel("std", std, self.n_channels)
@@ -99,7 +105,10 @@ class ImageSamples(Rows):
 
 def _per_channel(name: str, values: tuple[float, ...], n: int) -> Tensor:
     if len(values) not in (1, n):
-        raise ConfigError(f"`data.{name}` must be null, or 1 or {n} values (model.embedding.n_channels), but is {list(values)} instead.")
+        raise ConfigError(
+            f"`data.{name}` must be null, or 1 or {n} values (model.embedding.n_channels), "
+            f"but is {list(values)} instead."
+        )
     return torch.tensor(values).expand(n).clone()
 
 
@@ -107,7 +116,7 @@ def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, 
     """Both splits, and a fingerprint.
 
     Raises:
-        ConfigError: a split without images, or more classes than the model has.
+        ConfigError: a split has no images, or there are more classes than in the model.
     """
     data, embedding = config.data, config.model.embedding
     every = source.images("train")
@@ -119,19 +128,24 @@ def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, 
         parts = [(every, np.flatnonzero(~held)), (every, np.flatnonzero(held))]
     for part, (_, rows) in zip(("training", "validation"), parts, strict=True):
         if not len(rows):
-            raise ConfigError(f"`data={data.type}` must have at least one {part} image, but has none: {len(every.labels)} in all.")
+            raise ConfigError(
+                f"`data={data.type}` must have at least one {part} image, but has none: {len(every.labels)} in all."
+            )
     n_classes = 1 + max(int(images.labels.max()) for images, _ in parts)
     if n_classes > config.model.head.n_classes:
         raise ConfigError(
-            f"`model.head.n_classes` must be at least {n_classes}, the classes of data={data.type}, but is {config.model.head.n_classes} instead. "
-            f"Nearest: {n_classes}."
+            f"`model.head.n_classes` must be at least {n_classes}, the classes of data={data.type}, "
+            f"but is {config.model.head.n_classes} instead. Nearest: {n_classes}."
         )
-    train, validation = (ImageSamples(images, rows, embedding.image_size, embedding.n_channels) for images, rows in parts)
+    train, validation = (
+        ImageSamples(images, rows, embedding.image_size, embedding.n_channels) for images, rows in parts
+    )
     validation.normalised(data.mean, data.std, like=train)
     train.normalised(data.mean, data.std)
     for samples in (train, validation):
         probe(samples)
     known = identity(source, lambda: repr([len(every.labels), every.labels[:100].tolist()]))
-    fingerprint = digest(data.type, known, None if has_validation(source) else data.val_fraction, embedding.image_size, data.mean, data.std)
+    fraction = None if has_validation(source) else data.val_fraction
+    fingerprint = digest(data.type, known, fraction, embedding.image_size, data.mean, data.std)
     augment = Augment(data.crop_padding, data.rotation, data.shift, data.flip)
     return Mapped(train, augment) if augment else train, validation, fingerprint

@@ -1,4 +1,4 @@
-"""Batches of samples of about one length, by arithmetic: less of a batch is padding, and the order is still a function of (seed, step)."""
+"""Batches of samples of similar length, for less padding, in an order that is still a function of (seed, step)."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 from txtrain.data.samples.order import GlobalOrder, Indices, mix, permutation
 
-BUCKET = 8  # lengths are told apart by multiples of so many tokens, and batches are padded to one
+BUCKET = 8  # tokens; lengths are rounded up to a multiple, and batches padded to one
 
 
 @dc.dataclass(frozen=True, eq=False)
 class LengthOrder(GlobalOrder):
-    """In epoch e the samples are sorted by their length, rounded up to a multiple of BUCKET, and within one by a hash of (seed, e, row).
+    """In epoch e samples are sorted by length, rounded up to a multiple of BUCKET, then by a hash of (seed, e, row).
 
-    Every global_batch_size in a row are a global batch, and the batches stand in the order permutation(seed, e). So batches are
-    other ones in each epoch. The n % global_batch_size samples with the smallest hashes are not in the epoch.
+    Each global_batch_size consecutive samples form a global batch, and permutation(seed, e) orders the batches: they
+    differ between epochs. The n % global_batch_size samples with the smallest hashes are not in the epoch.
     """
 
     lengths: Indices = dc.field(kw_only=True)
@@ -44,4 +44,4 @@ class LengthOrder(GlobalOrder):
         return self._epochs[epoch]
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_epochs": {}}  # workers sort for themselves
+        return {**self.__dict__, "_epochs": {}}  # workers sort themselves

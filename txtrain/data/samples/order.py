@@ -1,8 +1,8 @@
 """The order of samples as arithmetic: what step s trains on is a pure function of (seed, s).
 
-Step s (0-based) holds the global sample indices g = s*G .. s*G + G - 1. Index g lies in epoch g // n and stands there for the row
-permutation(seed, epoch)[g % n]. Nothing is stored and nothing is shuffled: a run resumes at any step, on any number of processes,
-with the same samples. The permutation is a keyed bijection, so that it costs no memory however many samples there are.
+Step s (0-based) holds the global sample indices g = s*G .. s*G + G - 1. Index g is row permutation(seed, epoch)[g % n]
+of epoch g // n. Nothing is stored or shuffled: a run resumes at any step, on any number of ranks, with the same
+samples. The permutation is a keyed bijection, which needs no memory for any number of samples.
 """
 
 from __future__ import annotations
@@ -18,26 +18,28 @@ Indices = NDArray[np.int64]
 _Words = NDArray[np.uint64]
 
 _ROUNDS = 6
-_CHUNK = 1 << 16  # indices at a time when a hash catches up
+_CHUNK = 1 << 16  # indices hashed at a time
 
 
 def mix(x: _Words) -> _Words:
-    """splitmix64's finaliser (Steele et al. 2014): every bit of the input moves half of the output's bits."""
+    """splitmix64's finaliser (Steele et al. 2014): each bit of the input changes half of the output's bits."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def permutation(positions: Indices, n: int, seed: int, epoch: Indices | int = 0) -> Indices:
-    """The rows that stand at `positions` (each in 0..n-1) of the shuffled range(n), for each position's own `epoch`.
+    """The rows at `positions` (each in 0..n-1) of the shuffled range(n), for the `epoch` of each position.
 
-    An unbalanced Feistel network over the smallest power of two that holds n; results outside are sent through again until they
-    fall inside (cycle walking, Black and Rogaway 2002), less than once a position on average.
+    An unbalanced Feistel network over the smallest power of two that holds n; results outside are passed through again
+    until they are inside (cycle walking, Black and Rogaway 2002), less than once per position on average.
     """
     bits = (n - 1).bit_length()
     low_bits = np.uint64(bits // 2)
     low_mask, high_mask = np.uint64((1 << bits // 2) - 1), np.uint64((1 << (bits - bits // 2)) - 1)
-    key = mix(mix(np.asarray(seed & 0xFFFFFFFFFFFFFFFF, np.uint64)[None]) ^ np.asarray(epoch, np.int64).astype(np.uint64))
+    key = mix(
+        mix(np.asarray(seed & 0xFFFFFFFFFFFFFFFF, np.uint64)[None]) ^ np.asarray(epoch, np.int64).astype(np.uint64)
+    )
     keys = np.broadcast_to(key, positions.shape)
 
     def scramble(x: _Words, key: _Words) -> _Words:
@@ -58,7 +60,7 @@ def permutation(positions: Indices, n: int, seed: int, epoch: Indices | int = 0)
 
 @dataclass(frozen=True)
 class GlobalOrder:
-    """Which samples each step holds. overfit_batches: only the samples of the first so many steps, again and again."""
+    """The samples of each step. overfit_batches: if > 0, repeat the samples of the first so many steps."""
 
     n: int  # samples in the training set
     global_batch_size: int
@@ -79,7 +81,7 @@ class GlobalOrder:
 
 
 class ShareSampler:
-    """One list of global sample indices a step: this rank's contiguous share of the step, from `start_step` on, without end."""
+    """A list of global sample indices per step, without end: this rank's contiguous share, from `start_step` on."""
 
     def __init__(self, order: GlobalOrder, rank: int = 0, world_size: int = 1, start_step: int = 0) -> None:
         share = order.global_batch_size // world_size
@@ -94,7 +96,7 @@ class ShareSampler:
 
 
 class OrderHash:
-    """A hash of the rows of steps 1..step in their order. Cheap while steps grow: it continues where it last stood."""
+    """A hash of the rows of steps 1..step in order. Cheap for increasing steps: it continues from the last one."""
 
     def __init__(self, order: GlobalOrder) -> None:
         self.order = order

@@ -1,4 +1,4 @@
-"""Samples of seq_len tokens, cut from one stream of documents when they are read.
+"""Samples of seq_len tokens, cut at read time from one stream of documents.
 
                  T = 5, a stride of 4: a sample's last token is the next one's first
     stream    a a a b b b b c c c c c ...
@@ -6,9 +6,9 @@
     sample 1          b b b c c
     sample 2                  c c c c c
 
-A causal model predicts labels[:, t+1] from position t, so the first token of a sample is never a target: with that overlap every token
-of the stream is a target exactly once. Where a token may be predicted from both sides there is none.
-Packing happens at read time from the documents' offsets; one cache serves every seq_len.
+A causal model predicts labels[:, t+1] from position t, so the first token of a sample is never a target: with this
+overlap every token of the stream is a target exactly once. Bidirectional models have no overlap. One cache serves
+every seq_len.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import Rows
 from txtrain.data.store.tokens import Tokens
 
-_TOGETHER = 1 << 12  # rows whose masks are looked at at once
+_TOGETHER = 1 << 12  # rows whose masks are read at once
 
 
 class PackedSamples(Rows):
-    """Row i covers stream[i * (seq_len - overlap) :][:seq_len]. Shorter than one sample at the end: left out.
+    """Row i covers stream[i * (seq_len - overlap) :][:seq_len]; a shorter rest at the end is left out.
 
-    Where only some tokens are trained, rows that would train none are left out too.
+    If only some tokens are trained, rows without any are left out too.
     """
 
     def __init__(self, tokens: Tokens, seq_len: int, cross_document_attention: bool = False, overlap: int = 1) -> None:
@@ -52,10 +52,10 @@ class PackedSamples(Rows):
         return [self.tokens.numbers(begin, begin + self.seq_len) for begin in self._begins(rows).tolist()]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """input_ids and labels, int64 [B, T]; document_ids, int64 [B, T] from 0 in each row, unless documents may see each other.
+        """input_ids and labels, int64 [B, T]; document_ids, from 0 in each row, without cross-document attention.
 
-        One gather for the whole batch. Labels are -100 at the first token of each document: nothing before it tells what
-        it is; and where a token is not trained.
+        Labels are -100 at the first token of each document, which nothing before it predicts, and at tokens that are
+        not trained.
         """
         begin = self._begins(rows)
         input_ids = torch.from_numpy(self.tokens.windows(begin, self.seq_len))
@@ -66,5 +66,5 @@ class PackedSamples(Rows):
             return {"input_ids": input_ids, "labels": labels}
         starts = torch.from_numpy(self.tokens.starts(begin, self.seq_len))
         labels[starts] = -100
-        starts[:, 0] = False  # the row's first document is number 0, whether it begins here or before
+        starts[:, 0] = False  # the first document of a row is number 0, whether or not it begins here
         return {"input_ids": input_ids, "labels": labels, "document_ids": starts.cumsum(1)}

@@ -1,4 +1,4 @@
-"""Pairs of texts: which side of the split each is on, and the batches of their tokens."""
+"""Pairs of texts: their split, and batches of their tokens."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ class PairSource(Protocol):
 class PairCorpus:
     """A source's pairs as documents: the source of a pair, then its target.
 
-    Without a validation split of its own, a pair is held out by a hash of its source text: equal sources are on one side.
+    Without a validation split, pairs are held out by a hash of the source text: equal texts are on one side.
     """
 
     source: PairSource
     val_fraction: float
 
     def pairs(self) -> Iterator[tuple[Split, Pair]]:
-        """Those of which neither side is blank."""
+        """The pairs without a blank side."""
         own = splits(self.source)
         for split in own:
             for pair in self.source.pairs(split):
@@ -56,7 +56,7 @@ class PairCorpus:
                 yield split, text
 
     def training_texts(self) -> Iterator[str]:
-        """Both sides: a tokenizer trained on them serves both."""
+        """Both sides, since one tokenizer serves both."""
         return (text for split, pair in self.pairs() if split == "train" for text in pair)
 
     @cached_property
@@ -66,9 +66,9 @@ class PairCorpus:
 
 
 class PairSamples(Rows):
-    """Row i is the i-th pair of which neither side, its end token included, is longer than seq_len.
+    """Row i is the i-th pair with at most seq_len tokens on each side, end token included.
 
-    tokens: documents 2 k and 2 k + 1 are the sides of pair k, each with the end token behind it.
+    tokens: documents 2 k and 2 k + 1 are the sides of pair k, each followed by the end token.
     """
 
     def __init__(self, tokens: Tokens, tokenizer: Tokenizer, seq_len: int) -> None:
@@ -86,7 +86,7 @@ class PairSamples(Rows):
         return [[number] for number in self.kept[rows].tolist()]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """input_ids and attention_mask [B, S], labels [B, T], int64; padded on the right to a multiple of 8, labels with -100."""
+        """input_ids, attention_mask [B, S], labels [B, T], int64; right-padded to a multiple of 8, labels with -100."""
         source, mask = self._side(2 * self.kept[rows], self.pad_id)
         labels, _ = self._side(2 * self.kept[rows] + 1, -100)
         return {"input_ids": source, "attention_mask": mask, "labels": labels}

@@ -1,4 +1,4 @@
-"""Datasets as the loaders read them: a whole batch at once, addressed by global sample index."""
+"""Datasets as the loaders read them: a whole batch at once, by global sample indices."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from txtrain.errors import ConfigError
 
 PROBED = 64  # rows of each split that are read before a run starts
 _TOGETHER = 16
-FILLER = -1  # an index that stands for no sample: what a process reads whose share is empty
+FILLER = -1  # index of no sample, for ranks with an empty share
 
 
 class Rows(Protocol):
-    """Samples that are read by row, many at a time. What is random in them comes from `draws`, and from nowhere else."""
+    """Samples that are read by row, many at a time. All randomness comes from `draws`."""
 
     def __len__(self) -> int: ...
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]: ...
 
     def sources(self, rows: Indices) -> list[list[int]]:
-        """For each row the numbers of what it came from: documents, conversations, pairs. By default its own."""
+        """For each row the numbers of its source items: documents, conversations, pairs. By default its own number."""
         return [[row] for row in rows.tolist()]
 
 
 class Mapped(Rows):
-    """Rows, and what is done to each batch of them: masks, crops."""
+    """Rows with a change of each batch: masks, crops."""
 
     def __init__(self, rows: Rows, change: Callable[[dict[str, Tensor], Draws], dict[str, Tensor]]) -> None:
         self.rows, self.change = rows, change
@@ -51,13 +51,15 @@ class Mapped(Rows):
 
 
 class OrderedSamples(Dataset[dict[str, Tensor]]):
-    """What a loader indexes: global sample indices to rows by the order, or rows themselves without one (validation).
+    """What a loader indexes: by global sample indices, mapped to rows by the order, or by rows (validation).
 
-    The index travels in the batch as `sample_index`, int64 [B]; of a stream also `stream_position`, int64 [B, 3]: a `Position` from
-    which the next batch can be read.
+    Batches also hold `sample_index`, int64 [B], and those of a stream `stream_position`, int64 [B, 3]: a `Position`
+    from which the next batch can be read.
     """
 
-    def __init__(self, rows: Rows, seed: int, order: GlobalOrder | None = None, stream: StreamTokens | None = None) -> None:
+    def __init__(
+        self, rows: Rows, seed: int, order: GlobalOrder | None = None, stream: StreamTokens | None = None
+    ) -> None:
         self.rows, self.seed, self.order, self.stream = rows, seed, order, stream
 
     def __len__(self) -> int:
@@ -65,7 +67,8 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         index = np.asarray(indices, dtype=np.int64)
-        draws = Draws(self.seed, "train", index) if self.order else Draws(0, "validation", index)  # for runs of any seed the same
+        # Validation is the same for every seed.
+        draws = Draws(self.seed, "train", index) if self.order else Draws(0, "validation", index)
         batch = self.rows.batch(self.order.rows(index) if self.order else index.clip(min=0), draws)
         if self.stream is not None:
             batch = {**batch, "stream_position": torch.tensor([self.stream.position] * len(index))}
@@ -73,11 +76,11 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
 
 
 class ListedSamples(Rows):
-    """Some rows of a source's own samples, stacked. `labels` are the input_ids where the source gives none.
+    """Some rows of a source's own samples, stacked. `labels` default to the input_ids.
 
     Args:
-        said: what an error calls the samples.
-        below: what every id of `input_ids` must be; None: they are no ids of the model's.
+        said: name of the samples in errors.
+        below: bound of the `input_ids`; None: they are no token ids.
     """
 
     def __init__(self, samples: Samples, rows: Indices, said: str, below: int | None) -> None:
@@ -87,9 +90,7 @@ class ListedSamples(Rows):
         return len(self.rows)
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """Raises:
-        ConfigError: a sample of other keys or shapes than the first, or an id that the model does not have.
-        """
+        """The stacked samples. Raises ConfigError: keys or shapes differ between samples, or an id is out of bounds."""
         picked = [self._read(row) for (row,) in self.sources(rows)]
         batch = {key: torch.stack([sample[key] for sample in picked]) for key in picked[0]}
         if "input_ids" in batch:
@@ -137,10 +138,10 @@ def _shapes(sample: Mapping[str, Any]) -> dict[str, list[int]]:
 
 
 def probe(rows: Rows) -> None:
-    """Read some rows, spread evenly over all, before a run starts: all of them where they are few.
+    """Read at most PROBED rows, spread evenly over all, before a run starts.
 
     Raises:
-        ConfigError: what reading them finds.
+        ConfigError: as reading them does.
     """
     n = min(len(rows), PROBED)
     index = np.arange(n) * len(rows) // max(n, 1)

@@ -1,4 +1,4 @@
-"""A tokenised text, and who makes samples of it."""
+"""A tokenised text, and the protocol of what makes samples of it."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from txtrain.errors import ConfigError
 
 @dc.dataclass(frozen=True)
 class TokenisedText:
-    """One split of a text, of which an objective makes its samples."""
+    """One split of a text, from which an objective makes its samples."""
 
     tokens: Tokens
-    tokenizer: Tokenizer | None  # None: files of tokens of which nobody knows what they stand for
+    tokenizer: Tokenizer | None  # None: token files of an unknown tokenizer
     seq_len: int
     cross_document_attention: bool = False
-    plan: Path | None = None  # a folder that says which documents each sequence holds (data.packing=best_fit, none)
+    plan: Path | None = None  # the folder of `write_plan` (data.packing=best_fit, none)
 
     def sequences(self, overlap: int = 1) -> Rows:
-        """Packed as the run says. overlap: of neighbours, where documents are cut: 1 where a sequence's first token is no target."""
+        """Packed by data.packing. overlap: of neighbours with concat; 1 if the first token is never a target."""
         if self.plan is None:
             return PackedSamples(self.tokens, self.seq_len, self.cross_document_attention, overlap)
         tokenizer = self.tokenizer
@@ -35,22 +35,24 @@ class TokenisedText:
 
     @property
     def words(self) -> Tokenizer:
-        """The tokenizer, for an objective that cannot do without.
+        """The tokenizer, for an objective that needs it.
 
         Raises:
             ConfigError: there is none.
         """
         if self.tokenizer is None:
-            raise ConfigError("`data.tokenizer` must be given with this objective, which needs tokens of its own, but is null instead.")
+            raise ConfigError(
+                "`data.tokenizer` must be given with this objective, which needs special tokens, but is null instead."
+            )
         return self.tokenizer
 
 
 class SampleMaker(Protocol):
-    """What the data ask of an objective.
+    """What the data need of an objective.
 
     Attributes:
-        special_tokens: that a tokenizer must have.
-        masks: it trains the labels alone that are given.
+        special_tokens: required in the tokenizer.
+        masks: it trains only on the given labels, so a mask of trained tokens applies.
     """
 
     @property

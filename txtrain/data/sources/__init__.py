@@ -1,1 +1,1 @@
-"""Where documents, pairs and images come from: files, the hub, packages. Text, not tokens."""
+"""Sources of documents, pairs and images: files, the hub, packages. Text, not tokens."""

@@ -1,4 +1,4 @@
-"""data=chat: conversations in files or in a set of load_dataset, as tokens of which the assistant's are trained."""
+"""data=chat: conversations in files or in a set for load_dataset, of which the assistant's tokens are trained."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from txtrain.ground.plain_files import read_text
 
 log = logging.getLogger(__name__)
 
-FORMAT = "chat 1"  # of what a conversation becomes: raise it when its tokens or marks change
+FORMAT = "chat 1"  # part of fingerprints: raise it when the tokens or masks of conversations change
 KINDS = (".json", ".jsonl", ".parquet")
 _TEMPLATE_LIMIT = 1_000_000  # bytes
 Paths = str | tuple[str, ...]
-Rows = Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]  # each row with its place
+Rows = Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]  # (place, row), a new iterable at each call
 
 
 class Chats:
-    """One row, one conversation (of self-instruct and of trees several).
+    """One conversation per row; several of self-instruct and of trees.
 
     Args:
         path, val_path: files, globs, folders, or a list of them; or a name for load_dataset.
         chat_template: a file; None: the tokenizer's.
-        seq_len: tokens of a sample, at most: turns beyond are left out.
+        seq_len: tokens per sample, at most; further turns are left out.
 
     Raises:
-        ConfigError: a path that does not exist, or a file in both path and val_path.
+        ConfigError: a path does not exist, or a file is in both path and val_path.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Chats:
             yield from conversations(row, self.format, number, where)
 
     def documents(self, split: Split) -> Iterator[str]:
-        """What is said, for a tokenizer to be trained on."""
+        """The text of the conversations, to train a tokenizer on."""
         for talk in self.conversations(split):
             yield "\n".join(turn["content"] for turn in talk.messages if isinstance(turn.get("content"), str))
 
@@ -92,7 +92,7 @@ class Chats:
                 yield from samples
         if speaker.left_out or n_without:
             log.warning(
-                "%s: %d turns that end behind data.seq_len=%d are left out; %d of %d conversations train nothing",
+                "%s: %d turns that end beyond data.seq_len=%d are left out; %d of %d conversations train nothing",
                 split,
                 speaker.left_out,
                 self.seq_len,
@@ -125,7 +125,7 @@ class Chats:
         try:
             rows = load_dataset(path, name, split)
         except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {path} is no file here, and as a hub set it cannot be had: {e}.") from e
+            raise ConfigError(f"`{key}`: {path} is no local file, and as a hub set it is unavailable: {e}.") from e
         except (FileNotFoundError, ValueError, DatasetsError) as e:
             said = str(e.__cause__ or e).splitlines()[0]
             raise ConfigError(
@@ -137,6 +137,6 @@ class Chats:
 
 
 def _is_hub_name(name: str) -> bool:
-    """A word, or two with a slash between, that is nothing here."""
+    """Whether a name is NAME or OWNER/NAME, and no local file."""
     local = name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith(KINDS) or set(name) & set("[*?")
     return not local and not Path(name).exists()

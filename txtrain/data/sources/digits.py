@@ -1,4 +1,4 @@
-"""data=digits: 1,797 handwritten digits of 8 x 8 pixels (UCI, Alpaydin and Kaynak 1998), which scikit-learn carries."""
+"""data=digits: 1,797 handwritten digits of 8 x 8 pixels (UCI, Alpaydin and Kaynak 1998) in scikit-learn."""
 
 from __future__ import annotations
 

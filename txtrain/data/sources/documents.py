@@ -1,4 +1,4 @@
-"""The documents of a file: a text is one, and each row of .jsonl and .parquet is one."""
+"""The documents of a file: the whole text, or each row of .jsonl and .parquet."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ Row = TypeVar("Row")
 
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")
-_BATCH = 1000  # rows of .parquet that are in memory at once
+_BATCH = 1000  # rows of .parquet in memory at once
 
 
 def has_rows(path: Path) -> bool:
-    """Whether a document is a row of the file and not the file."""
+    """Whether each row of the file is a document."""
     return unpacked_name(path).endswith(_ROWS)
 
 
 def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iterator[Text]:
-    """The texts of a file, read as they are asked for; rows whose text is null are left out.
+    """The texts of a file, read lazily; rows whose text is null are left out.
 
     Args:
-        key: of the configuration, that names the file.
+        key: the config key that names the file.
 
     Raises:
-        ConfigError: the file is not what its name says, a row has no text in text_column, or it is beyond the limits.
+        ConfigError: the file is not of its suffix's format, exceeds the limits, or a row has no text in text_column.
     """
     name = unpacked_name(path)
     if name.endswith(".jsonl"):
@@ -51,10 +51,10 @@ def documents_of(path: Path, key: str, text_column: str, limits: Limits) -> Iter
 
 
 def rows_of(path: Path, key: str, limits: Limits, parse: Callable[[str, str], Row | None]) -> Iterator[Row]:
-    """What `parse` makes of each line that is not blank and of its place; None is left out.
+    """`parse(line, place)` of each line that is not blank; None is left out.
 
     Raises:
-        ConfigError: as `parse`, or a line is not UTF-8 or beyond the limits.
+        ConfigError: as `parse`, or a line is not UTF-8 or exceeds the limits.
     """
     with open_unpacked(path, key, limits) as f:
         at = 0
@@ -65,7 +65,7 @@ def rows_of(path: Path, key: str, limits: Limits, parse: Callable[[str, str], Ro
                 line = as_text(raw, where, key, at, limits.encoding_errors)
                 made = parse(line, where) if line.strip() else None
             at += len(raw)
-            while len(raw) > limits.max_text_bytes and not raw.endswith(b"\n"):  # what is left of a line that is skipped
+            while len(raw) > limits.max_text_bytes and not raw.endswith(b"\n"):  # the rest of a skipped line
                 raw = f.readline(limits.max_text_bytes + 1)
                 at += len(raw)
             if made is not None:
@@ -74,7 +74,8 @@ def rows_of(path: Path, key: str, limits: Limits, parse: Callable[[str, str], Ro
 
 def _of_json(key: str, column: str, limits: Limits, line: str, where: str) -> str | None:
     replace = limits.encoding_errors == "replace"
-    row = parse_json(line.strip(), f"`{key}`: {where}", finite=False, whole=not replace)  # pandas writes NaN into other columns
+    # finite=False: pandas writes NaN into other columns.
+    row = parse_json(line.strip(), f"`{key}`: {where}", finite=False, whole=not replace)
     if column not in row:
         raise ConfigError(_no_column(list(row), column, where))
     text = row[column]
@@ -84,10 +85,10 @@ def _of_json(key: str, column: str, limits: Limits, line: str, where: str) -> st
 
 
 def texts_of(column: Any, first: int, path: object, name: str, key: str, limits: Limits) -> Iterator[str]:
-    """The texts of a column of Arrow, which does not look whether they are UTF-8; nulls are left out. first: number of its first row.
+    """The texts of an Arrow column, without nulls. Arrow does not check UTF-8. first: number of its first row.
 
     Raises:
-        ConfigError: a text is not UTF-8, or too long; names its row.
+        ConfigError: a text is not UTF-8, or too long.
     """
     import pyarrow as pa
 
@@ -103,10 +104,10 @@ def texts_of(column: Any, first: int, path: object, name: str, key: str, limits:
 
 
 def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a file with their places: lines of .jsonl, the list that a .json is (or its lines), rows of .parquet.
+    """(place, row) for the lines of .jsonl, the list of a .json (or its lines), the rows of .parquet.
 
     Raises:
-        ConfigError: the file is not what its name says, or it is beyond the limits.
+        ConfigError: the file is not of its suffix's format, or exceeds the limits.
     """
     name = unpacked_name(path)
     if name.endswith(".parquet"):
@@ -149,7 +150,7 @@ def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterat
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         said = sum(c.total_uncompressed_size for c in chunks if column in (None, c.path_in_schema))
         check_expansion(said, size, limits.max_expansion, where)
-        unpacked, n = 0, 1  # a text that stands in the file once may be that of each row: few at a time of a small file
+        unpacked, n = 0, 1  # one text in the file may be that of all rows: small batches of small files
         for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=None if column is None else [column]):
             unpacked += batch.nbytes
             check_expansion(unpacked, size, limits.max_expansion, where)
@@ -160,4 +161,7 @@ def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterat
 
 
 def _no_column(names: list[str], column: str, where: str) -> str:
-    return f"`data.text_column` must be one of {shorten(', '.join(names)) or '(there is none)'} for {where}, but is {column} instead.{hint(column, names)}"
+    return (
+        f"`data.text_column` must be one of {shorten(', '.join(names)) or '(there is none)'} for {where}, "
+        f"but is {column} instead.{hint(column, names)}"
+    )

@@ -1,4 +1,4 @@
-"""Files of text by path, glob or folder, packed or not, and what can be wrong with them."""
+"""Text files by path, glob or folder, compressed or not, and their errors."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion
 
 _CHUNK = 1 << 20
-_LONG = 1 << 20  # characters; a text with more stays in its file
-HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times stand for the contents
+_LONG = 1 << 20  # characters; a longer text stays in its file
+HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times replace hashes of the contents
 _LIST = re.compile(r"\[((?:[^][]|\[[^][]*\])*)\]")
 _COMMA = re.compile(r",(?![^[]*\])")
 _QUOTED = re.compile(r"^(['\"])(.*)\1$")
@@ -30,16 +30,16 @@ PACKED = {".gz": "gzip", ".zst": "Zstandard"}
 
 
 def find_files(spec: str | Sequence[str], key: str, kinds: Sequence[str] = (".txt",), what: str = "text") -> list[Path]:
-    """The files that `spec` (the value of the config key `key`) names: files, globs, folders, in a fixed order.
+    """The files of `spec`, the value of config key `key`: files, globs, folders, in a fixed order.
 
     Args:
-        kinds: the ends of names that count in a folder, each also with an end of PACKED behind it.
-        what: the files hold.
+        kinds: suffixes of the files to take from a folder, also with a suffix of PACKED after them.
+        what: the contents of the files, for errors.
 
     Raises:
-        ConfigError: a path that does not exist, a folder without such files, an empty file.
+        ConfigError: a path does not exist, a folder has no such file, or a file is empty.
     """
-    found: dict[Path, None] = {}  # an ordered set: a file named twice counts once
+    found: dict[Path, None] = {}  # an ordered set
     for name in listed(spec):
         found.update(dict.fromkeys(_expand(name, key, tuple(kinds), what)))
     if not found:
@@ -48,8 +48,8 @@ def find_files(spec: str | Sequence[str], key: str, kinds: Sequence[str] = (".tx
 
 
 def listed(spec: str | Sequence[str]) -> list[str]:
-    """The paths that `spec` stands for. A string is one path if it exists as typed, or matches files as a glob; else it
-    may be several: `a.txt,b.txt` or `[a.txt,b.txt]`. A comma within a glob's brackets separates nothing."""
+    """The paths in `spec`. A string is one path if it exists, or matches files as a glob; else it may be several:
+    `a.txt,b.txt` or `[a.txt,b.txt]`. A comma within a glob's brackets does not separate paths."""
     if not isinstance(spec, str):
         return list(spec)
     inner, pattern = _LIST.fullmatch(spec), os.path.expanduser(spec)
@@ -57,7 +57,7 @@ def listed(spec: str | Sequence[str]) -> list[str]:
         return [spec]
     parts = [part.strip() for part in _COMMA.split(inner[1] if inner else spec)]
     parts = [_QUOTED.sub(r"\2", part) for part in parts if part]
-    as_list = inner and (len(parts) > 1 or any(map(os.path.exists, parts)))  # and no set of characters of a glob
+    as_list = inner and (len(parts) > 1 or any(map(os.path.exists, parts)))  # not a character set of a glob
     if not as_list and glob.has_magic(spec) and any(glob.iglob(pattern, recursive=True)):
         return [spec]
     return parts or [spec]
@@ -73,7 +73,10 @@ def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path
         files = _filled(p for p in path.rglob("*") if unpacked_name(p).endswith(kinds))
         if not files:
             listed = ", ".join(kinds[:-1]) + (" or " if kinds[:-1] else "") + kinds[-1]
-            raise ConfigError(f"`{key}`: the folder {name} must hold {listed} files with {what}, but holds none. Other names: a glob such as '{name}/*.md'.")
+            raise ConfigError(
+                f"`{key}`: the folder {name} must hold {listed} files with {what}, but holds none. "
+                f"Other names: a glob such as '{name}/*.md'."
+            )
         return files
     if glob.has_magic(name):
         files = _filled(map(Path, glob.glob(str(path), recursive=True)))
@@ -84,7 +87,7 @@ def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path
 
 
 def kind_of(path: Path) -> str:
-    """What something is that is no file and no folder, but is there."""
+    """What an existing path is that is neither a file nor a folder."""
     if not path.exists():
         return f"a link to {os.readlink(path)}, which does not exist"
     kinds = {stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
@@ -96,12 +99,12 @@ def _filled(paths: Iterable[Path]) -> list[Path]:
 
 
 def unpacked_name(path: Path) -> str:
-    """The file's name without an end that says how it is packed."""
+    """The file's name without a suffix of PACKED."""
     return path.stem if path.suffix in PACKED else path.name
 
 
 def missing(name: str, key: str, what: str = "an existing file, glob or folder") -> str:
-    """The sentence for a path that is no file and no folder: what it is, or how far it exists, and the nearest name there."""
+    """The error for a path that is no file and no folder: what it is, or how far it exists and the nearest name."""
     path = Path(name).expanduser()
     if os.path.lexists(path):
         return f"`{key}` must be {what}, but {name} is {kind_of(path)}."
@@ -109,26 +112,29 @@ def missing(name: str, key: str, what: str = "an existing file, glob or folder")
     while not parent.is_dir():
         path, parent = parent, parent.parent
     near = hint(path.name, os.listdir(parent), str(parent / "{}") if str(parent) != "." else "{}")
-    return f"`{key}` must be {what}, but {name} does not exist.{near or f' There is no {path.name} in {parent.resolve()}.'}"
+    return (
+        f"`{key}` must be {what}, but {name} does not exist."
+        f"{near or f' There is no {path.name} in {parent.resolve()}.'}"
+    )
 
 
 class Limits(NamedTuple):
-    """Of a file whose origin nobody vouches for, and what becomes of what is bad in it; the data keys of the same names."""
+    """Limits on untrusted files, and the handling of bad rows: the data keys of the same names."""
 
-    max_expansion: float = 200.0  # times that a packed file may unpack to; text packs to a third or a tenth
-    max_text_bytes: int = 1 << 31  # of one text; Arrow's columns have no longer ones either
+    max_expansion: float = 200.0  # ratio of unpacked to compressed size; of text it is 3 to 10
+    max_text_bytes: int = 1 << 31  # of one text; the limit of Arrow's columns too
     encoding_errors: str = "strict"  # or replace
-    skipped: dict[str, str] | None = None  # where each row is that was left out, and why; None: bad rows are refused
+    skipped: dict[str, str] | None = None  # place of each skipped row, and why; None: bad rows are errors
 
     @property
     def identity(self) -> str:
-        """What of it changes the texts."""
+        """The settings that change the texts, for fingerprints."""
         said = ["skip"] * (self.skipped is not None) + ["replace"] * (self.encoding_errors != "strict")
         return "".join(f"{word} " for word in said)
 
     @contextmanager
     def row(self, where: str) -> Iterator[None]:
-        """What is done with one row of a file. A bad one is left out and remembered, where that was asked for."""
+        """Surrounds the reading of a row: skips and records a bad one if `skipped` is given."""
         try:
             yield
         except ConfigError as e:
@@ -137,9 +143,7 @@ class Limits(NamedTuple):
             self.skipped[where] = str(e)
 
     def check_text(self, n_bytes: int, where: str, key: str) -> None:
-        """Raises:
-        ConfigError: a text is longer; names the key that allows more.
-        """
+        """Raises ConfigError if a text is longer than max_text_bytes."""
         if n_bytes > self.max_text_bytes:
             raise ConfigError(
                 f"`{key}` must have texts of at most {self.max_text_bytes:,} bytes (data.max_text_bytes), "
@@ -148,10 +152,10 @@ class Limits(NamedTuple):
 
 
 class LongText:
-    """A text that stays in its file and is read again, a piece at a time, whenever it is gone through; else as a str.
+    """A text that stays in its file and is read chunk by chunk at each pass; with the methods of str that we need.
 
     Args:
-        chunks: gives all of it anew at each call.
+        chunks: returns a new iterator over all of it at each call.
     """
 
     def __init__(self, chunks: Callable[[], Iterator[str]]) -> None:
@@ -203,7 +207,7 @@ def lines_of(text: Text) -> Iterator[str]:
     """As `str.splitlines(keepends=True)`."""
     waiting: list[str] = []  # parts of a line
     for chunk in chunks_of(text):
-        if waiting and len(f"{waiting[-1][-1]}x".splitlines()) > 1:  # it has ended
+        if waiting and len(f"{waiting[-1][-1]}x".splitlines()) > 1:  # the line has ended
             yield "".join(waiting)
             waiting = []
         first, *lines = chunk.splitlines(keepends=True)
@@ -216,7 +220,7 @@ def lines_of(text: Text) -> Iterator[str]:
 
 
 def text_of(path: Path, key: str, limits: Limits) -> Text:
-    """A UTF-8 file as one text, which stays in the file where it is long; see `text_chunks`."""
+    """A UTF-8 file as one text, which stays in the file if it is long; see `text_chunks`."""
     read = partial(text_chunks, path, key, limits)
     held, n = [], 0
     for chunk in read():
@@ -228,10 +232,10 @@ def text_of(path: Path, key: str, limits: Limits) -> Text:
 
 
 def text_chunks(path: Path, key: str, limits: Limits) -> Iterator[str]:
-    r"""A UTF-8 file, line ends as \n; unpacked if its name ends in .gz or .zst. No chunk is empty.
+    r"""The non-empty chunks of a UTF-8 file, with line ends as \n; unpacked if its name ends in .gz or .zst.
 
     Raises:
-        ConfigError: it is not UTF-8, or holds NUL bytes, as binary files do; says where. Or it is beyond the limits.
+        ConfigError: it is not UTF-8, holds NUL bytes as binary files do, or exceeds the limits.
     """
     decoder, n, held = codecs.getincrementaldecoder("utf-8")(limits.encoding_errors), 0, ""
     with open_unpacked(path, key, limits) as f:
@@ -247,13 +251,13 @@ def text_chunks(path: Path, key: str, limits: Limits) -> Iterator[str]:
             if n and begin == 0:
                 text = text.removeprefix("\ufeff")
             text = held + text
-            held = "\r" if raw and text.endswith("\r") else ""  # until it is known what comes behind it
+            held = "\r" if raw and text.endswith("\r") else ""  # \n may follow
             if text := text.removesuffix(held).replace("\r\n", "\n"):
                 yield text
 
 
 def as_text(raw: bytes, where: str, key: str, at: int = 0, errors: str = "strict") -> str:
-    """The text of some bytes of a file, which stand at offset `at` of what is packed in it.
+    """The text of bytes at offset `at` of the unpacked file.
 
     Raises:
         ConfigError: it is not UTF-8, or holds NUL bytes.
@@ -266,13 +270,14 @@ def as_text(raw: bytes, where: str, key: str, at: int = 0, errors: str = "strict
 
 @contextmanager
 def undecoded(where: str, key: str, at: int) -> Iterator[None]:
-    """What Python says of bytes that are not UTF-8, as ours."""
+    """Python's errors about bytes that are not UTF-8, as ours."""
     try:
         yield
     except UnicodeDecodeError as e:
         remedy = "data.encoding_errors=replace puts \ufffd there"
         raise ConfigError(
-            f"`{key}` must be text in UTF-8, but {where} is not: byte 0x{e.object[e.start]:02x} at offset {at + e.start}. {remedy}."
+            f"`{key}` must be text in UTF-8, but {where} is not: "
+            f"byte 0x{e.object[e.start]:02x} at offset {at + e.start}. {remedy}."
         ) from None
 
 
@@ -284,10 +289,11 @@ def check_binary(text: str, where: str, key: str, at: int) -> None:
 
 @contextmanager
 def open_unpacked(path: Path, key: str, limits: Limits) -> Iterator[IO[bytes]]:
-    """A file as a stream of its bytes, unpacked as they are read.
+    """The bytes of a file as a stream, unpacked while they are read.
 
     Raises:
-        ConfigError: inside too, where what is read is not packed as its name says, cut off, or unpacks to too much.
+        ConfigError: (inside the `with` too) the file is not compressed as its name says, is truncated, or unpacks to
+            too much.
     """
     if path.suffix not in PACKED:
         with path.open("rb") as f:
@@ -301,19 +307,19 @@ def open_unpacked(path: Path, key: str, limits: Limits) -> Iterator[IO[bytes]]:
 
 
 class _ZstandardError(Exception):
-    """Arrow says it by a plain OSError, which a broken disk does too."""
+    """Arrow raises a plain OSError, as a broken disk does."""
 
 
 def _unpacked(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
-    import pyarrow as pa  # comes with datasets; the standard library has Zstandard from Python 3.14 on
+    import pyarrow as pa  # installed with datasets; the standard library has Zstandard from Python 3.14 on
 
     return _Zstandard(pa.CompressedInputStream(pa.OSFile(str(path)), "zstd"))
 
 
 class _Measured(io.RawIOBase):
-    """What is unpacked of a file, until it is too much."""
+    """An unpacked stream that refuses to exceed max_expansion."""
 
     def __init__(self, stream: Any, path: Path, key: str, limits: Limits) -> None:
         self._stream, self._where, self._packed = stream, f"`{key}`: {path}", path.stat().st_size
@@ -346,7 +352,7 @@ class _Zstandard(io.RawIOBase):
 
 
 def files_identity(files: Iterable[Path]) -> str:
-    """A hash of the contents, in order; of paths, sizes and times where reading them would take long."""
+    """A hash of the contents, in order; of paths, sizes and times from HASHED_BELOW bytes on."""
     files = list(files)
     sha = hashlib.sha256()
     by_contents = sum(p.stat().st_size for p in files) < HASHED_BELOW

@@ -1,6 +1,6 @@
-"""The Hugging Face hub, at a bounded price: its cache first, then one short look whether it answers at all.
+"""The Hugging Face hub: its cache first, then one short request whether it answers at all.
 
-The libraries themselves retry an unreachable hub for 24 s, for each thing that they ask it.
+The libraries themselves retry each request to an unreachable hub for 24 s.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
-_PATIENCE = 8.0  # seconds; name resolution has no time-out of its own, hence the thread
+_PATIENCE = 8.0  # seconds; name resolution has no time-out, hence the thread
 
 
 class HubUnreachable(Exception):
@@ -25,7 +25,7 @@ class HubUnreachable(Exception):
 
 @functools.cache
 def why_unreachable() -> str | None:
-    """Why the hub cannot be asked, or None. Asked once a process."""
+    """Why the hub is unreachable; None if it is not. Checked once per process."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
@@ -37,7 +37,7 @@ def why_unreachable() -> str | None:
             request = urllib.request.Request(constants.ENDPOINT, method="HEAD", headers={"User-Agent": "txtrain"})
             urllib.request.urlopen(request, timeout=_PATIENCE).close()
             answer.append(None)
-        except urllib.error.HTTPError as e:  # something answers; a proxy's refusal is not the hub
+        except urllib.error.HTTPError as e:  # the hub answers, or a proxy refuses
             answer.append(f"{constants.ENDPOINT} answers {e.code}" if e.code in (403, 407) or e.code >= 500 else None)
         except (OSError, ValueError) as e:
             answer.append(f"{constants.ENDPOINT} cannot be reached ({getattr(e, 'reason', e)})")
@@ -50,7 +50,7 @@ def why_unreachable() -> str | None:
 
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
-    """Inside, the libraries look into their caches only. Both keep the setting as a constant that they read at each use."""
+    """Restrict the libraries to their caches. Both read a module constant at each use."""
     import datasets.config
     from huggingface_hub import constants
 
@@ -64,10 +64,10 @@ def offline() -> Iterator[None]:
 
 @functools.cache
 def load_dataset(path: str, name: str | None, split: str | None = None, streaming: bool = False) -> Any:
-    """`datasets.load_dataset`: a local file or folder at once, a hub name from the cache, else from the hub; streamed, always from there.
+    """`datasets.load_dataset` of a local file or folder, or of a hub name: from the cache, else (and streamed) the hub.
 
     Raises:
-        HubUnreachable: neither the cache nor the hub has an answer.
+        HubUnreachable: it is not in the cache, and the hub does not answer.
     """
     import datasets
 
@@ -83,7 +83,7 @@ def load_dataset(path: str, name: str | None, split: str | None = None, streamin
         try:
             with offline():
                 return datasets.load_dataset(path, name, split=split)
-        except (FileNotFoundError, ConnectionError, ValueError) as e:  # ValueError: cached, but not with this name or split
+        except (FileNotFoundError, ConnectionError, ValueError) as e:  # ValueError: cached without this name or split
             miss = f" ({str(e).splitlines()[0]})" if isinstance(e, ValueError) else ""
         if reason := why_unreachable():
             raise HubUnreachable(f"it is not in the cache{miss}, and {reason}")
@@ -95,7 +95,7 @@ def load_dataset(path: str, name: str | None, split: str | None = None, streamin
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the library's note that it reads its cache; its progress bars stay."""
+    """Silence the library's note that it reads its cache, but not its progress bars."""
     import datasets
 
     before = datasets.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""data=hf: a text column of whatever `datasets.load_dataset` takes."""
+"""data=hf: a text column of a set for `datasets.load_dataset`."""
 
 from __future__ import annotations
 
@@ -15,21 +15,14 @@ from txtrain.data.sources.source import Split
 from txtrain.data.store.split import is_held_out
 from txtrain.errors import ConfigError, hint
 
-_LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # load_dataset would read the current folder with these
+_LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # as a path, load_dataset reads the current folder
+
+_NO_PATH = "`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it."
 
 
 def hub_source(
-    path: str | None,
-    name: str | None,
-    split: str,
-    val_split: str | None,
-    val_path: str | None,
-    text_column: str,
-    streaming: bool,
-    val_fraction: float,
-    max_text_bytes: int,
-    encoding_errors: str,
-    bad_rows: str,
+    path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str,
+    streaming: bool, val_fraction: float, max_text_bytes: int, encoding_errors: str, bad_rows: str,
 ) -> HubDataset | HubStream:
     made: HubDataset | HubStream
     if streaming:
@@ -42,15 +35,18 @@ def hub_source(
 
 
 class HubDataset:
-    """One document a row.
+    """One document per row.
 
     Raises:
-        ConfigError: the set, its split or its column does not exist, or the validation rows are training rows.
+        ConfigError: the set, its split or its column does not exist, or validation rows are also training rows.
     """
 
-    def __init__(self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str) -> None:
+    def __init__(
+        self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None,
+        text_column: str,
+    ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it.")
+            raise ConfigError(_NO_PATH)
         self.path, self.name, self.split, self.text_column = path, name, split, text_column
         self.rows: dict[Split, Any] = {"train": _load(path, name, "data.path", split, text_column)}
         available = self.rows["train"].info.splits or {}
@@ -71,27 +67,38 @@ class HubDataset:
             n += len(batch)
 
     def identity(self) -> str:
-        return f"{self.limits.identity}hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
+        return (
+            f"{self.limits.identity}hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
+        )
 
     def describe(self) -> str:
-        return f"{self.path}{f' {self.name}' if self.name else ''} ({len(self.rows['train']):,} rows of {self.split}, column {self.text_column})"
+        name = f" {self.name}" if self.name else ""
+        return f"{self.path}{name} ({len(self.rows['train']):,} rows of {self.split}, column {self.text_column})"
 
 
 def _load(path: str, name: str | None, key: str, split: str, text_column: str, streaming: bool = False) -> Any:
     from datasets.exceptions import DatasetsError
 
     if path in _LOADERS:
-        raise ConfigError(f"`{key}` must be a set, a folder or a file, but {path} is only the name of a loader. Name your files' folder; its kind is seen.")
+        raise ConfigError(
+            f"`{key}` must be a set, a folder or a file, but {path} is only the name of a loader. "
+            "Name the folder of your files; their format is recognised."
+        )
     try:
         rows = load_dataset(path, name, split, streaming)
-        columns = rows.column_names or list(next(iter(rows), {}))  # of a stream they may be unknown before its first row
+        columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
     except HubUnreachable as e:
-        raise ConfigError(f"`{key}`: {path} cannot be had: {e}. A local .jsonl, .csv or .parquet, or a folder of them, needs no hub.") from e
+        raise ConfigError(
+            f"`{key}`: {path} is unavailable: {e}. A local .jsonl, .csv or .parquet, or a folder of them, needs no hub."
+        ) from e
     except (FileNotFoundError, ValueError, DatasetsError) as e:
         said = str(e.__cause__ or e).splitlines()[0]
         raise ConfigError(f"`{key}` must be what load_dataset takes, but {path} ({split}) is not: {said}") from e
     if text_column not in columns:
-        raise ConfigError(f"`data.text_column` must be one of {', '.join(columns)} for {path}, but is {text_column} instead.{hint(text_column, columns)}")
+        raise ConfigError(
+            f"`data.text_column` must be one of {', '.join(columns)} for {path}, "
+            f"but is {text_column} instead.{hint(text_column, columns)}"
+        )
     kind = rows.features[text_column].dtype if rows.features else "string"
     if kind not in ("string", "large_string"):
         raise ConfigError(f"`data.text_column` must hold text, but {text_column} of {path} holds {kind} instead.")
@@ -99,10 +106,10 @@ def _load(path: str, name: str | None, key: str, split: str, text_column: str, s
 
 
 class HubStream:
-    """A set that is read from its first row on, never as a whole. Rows are counted as they stand in it; blank ones have a number too.
+    """A set read row by row, never as a whole. Rows are numbered as in the set, blank ones included.
 
     Raises:
-        ConfigError: as `HubDataset`; slices, which a stream cannot have.
+        ConfigError: as `HubDataset`; or a split with slices, which a stream cannot have.
     """
 
     has_validation = True
@@ -110,16 +117,20 @@ class HubStream:
     skipped: dict[str, str] | None = None
 
     def __init__(
-        self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str, val_fraction: float
+        self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None,
+        text_column: str, val_fraction: float,
     ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it.")
+            raise ConfigError(_NO_PATH)
         for key, value in (("split", split), ("val_split", val_split)):
             if value is not None and not re.fullmatch(r"\w+", value):
-                raise ConfigError(f"`data.{key}` must be the name of a split with data.streaming=true, but is {value} instead.")
+                raise ConfigError(
+                    f"`data.{key}` must be the name of a split with data.streaming=true, but is {value} instead."
+                )
         if val_split == split and not val_path:
             raise ConfigError(f"`data.val_split` must not be data.split, but both are {split}.")
-        self.path, self.name, self.split, self.text_column, self.val_fraction = path, name, split, text_column, val_fraction
+        self.path, self.name, self.split = path, name, split
+        self.text_column, self.val_fraction = text_column, val_fraction
         self.rows = _load(path, name, "data.path", split, text_column, streaming=True)
         self.held_out = None if not (val_path or val_split) else self._opened(val_path, val_split)
         self._known = [p for p in (path, val_path) if p and os.path.exists(p)]
@@ -130,15 +141,16 @@ class HubStream:
         return _load(val_path or self.path, self.name, key, val_split or self.split, self.text_column, streaming=True)
 
     def stream(self, first: int = 0) -> Iterator[tuple[int, str]]:
-        """Number and text of the training rows from row `first` on."""
+        """Numbers and texts of the training rows from row `first` on."""
         for k, text in self._texts(self.rows, first):
             if self.held_out is not None or not is_held_out(k, self.val_fraction):
                 yield k, text
 
     def validation(self) -> Iterator[str]:
-        """The validation texts, from the first on: of a split of their own, else the held-out rows."""
+        """The texts of the validation split, else of the held-out rows."""
         own = self.held_out is not None
-        return (text for k, text in self._texts(self.held_out if own else self.rows, 0) if own or is_held_out(k, self.val_fraction))
+        rows = self._texts(self.held_out if own else self.rows, 0)
+        return (text for k, text in rows if own or is_held_out(k, self.val_fraction))
 
     def _texts(self, rows: Any, first: int) -> Iterator[tuple[int, str]]:
         for k, row in enumerate(rows.skip(first) if first else rows, start=first):
@@ -148,15 +160,18 @@ class HubStream:
                 yield k, text
 
     def identity(self) -> str:
-        files = [f for p in self._known for f in ([Path(p)] if os.path.isfile(p) else sorted(q for q in Path(p).rglob("*") if q.is_file()))]
-        return f"hf stream {self._words} {None if self.held_out is not None else self.val_fraction} {files_identity(files)}"
+        files: list[Path] = []
+        for known in map(Path, self._known):
+            files += [known] if known.is_file() else sorted(file for file in known.rglob("*") if file.is_file())
+        fraction = None if self.held_out is not None else self.val_fraction
+        return f"hf stream {self._words} {fraction} {files_identity(files)}"
 
     def describe(self) -> str:
         return f"{self.path}{f' {self.name}' if self.name else ''}, streamed ({self.split}, column {self.text_column})"
 
 
 def _names(split: str) -> set[str]:
-    """The splits that a spec such as `train[:90%]+extra` draws on."""
+    """The splits in a spec such as `train[:90%]+extra`."""
     return {re.match(r"\w*", part.strip()).group() for part in split.split("+")}  # type: ignore[union-attr]
 
 
@@ -170,6 +185,6 @@ def _refuse_overlap(split: str, val_split: str, sizes: dict[str, int]) -> None:
         for name, begin, end in taken:
             if name == held.splitname and max(begin, held.from_) < min(end, held.to):
                 raise ConfigError(
-                    f"`data.val_split` must not overlap data.split, but {val_split} and {split} share rows {max(begin, held.from_)} "
-                    f"to {min(end, held.to) - 1} of {name}."
+                    f"`data.val_split` must not overlap data.split, but {val_split} and {split} share rows "
+                    f"{max(begin, held.from_)} to {min(end, held.to) - 1} of {name}."
                 )

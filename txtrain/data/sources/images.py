@@ -1,4 +1,4 @@
-"""data=images: folders with one folder a class, arrays, IDX files (MNIST's format), or a set that `load_dataset` takes."""
+"""data=images: a folder per class, arrays, IDX files (MNIST's format), or a set for `load_dataset`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,11 @@ from txtrain.ground.plain_files import map_npy, npz_names, read_npz, shorten
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _DAMAGED = (OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, IndexError, MemoryError)
 _VALIDATION_FOLDERS = ("validation", "val", "test")
-_ARRAYS = (("x_train", "y_train", "x_test", "y_test"), ("images", "labels", "val_images", "val_labels"), ("x", "y", "x_val", "y_val"))  # of an .npz
+_ARRAYS = (  # of an .npz
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("images", "labels", "val_images", "val_labels"),
+    ("x", "y", "x_val", "y_val"),
+)
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 
 
@@ -32,29 +36,24 @@ class ImageFiles:
     """Images by path.
 
     Args:
-        path: a folder that holds a folder a class (or folders `train` and `validation`, `val` or `test` of such); an .npz; an .npy with
-            `labels` beside it; an IDX file, or a folder of them; else a name or file for load_dataset.
+        path: a folder with a folder per class (or with folders `train` and `validation`, `val` or `test` of such); an
+            .npz; an .npy, with `labels`; an IDX file, or a folder of them; else a name or file for load_dataset.
         val_path: the same, for validation.
-        labels, val_labels: .npy files that belong to .npy images.
+        labels, val_labels: .npy files of labels for .npy images.
 
     Raises:
-        ConfigError: a path that is none of these, or images and labels that do not fit each other.
+        ConfigError: a path is none of these, or images and labels do not match.
     """
 
     def __init__(
-        self,
-        path: str | None,
-        val_path: str | None,
-        labels: str | None,
-        val_labels: str | None,
-        name: str | None,
-        split: str,
-        val_split: str | None,
-        columns: tuple[str, str],
-        max_expansion: float = Limits().max_expansion,
+        self, path: str | None, val_path: str | None, labels: str | None, val_labels: str | None, name: str | None,
+        split: str, val_split: str | None, columns: tuple[str, str], max_expansion: float = Limits().max_expansion,
     ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=images: a folder of class folders, an .npz or .npy, IDX files, or a hub set.")
+            raise ConfigError(
+                "`data.path` must be given with data=images: a folder of class folders, an .npz or .npy, IDX files, "
+                "or a hub set."
+            )
         self.path, self.name, self.columns = path, name, columns
         self.limits = Limits(max_expansion)
         self.files: list[Path] = []
@@ -73,7 +72,7 @@ class ImageFiles:
     def describe(self) -> str:
         return f"{sum(len(images.labels) for images in self.found.values()):,} images of {self.path}"
 
-    # --------------------------------------------------------------------------------------------------------------- open
+    # ------------------------------------------------------------------------------------------------------------- open
 
     def _open(self, spec: str, key: str, labels: str | None, split: str) -> dict[Split, Opened]:
         path = Path(spec).expanduser()
@@ -83,10 +82,19 @@ class ImageFiles:
             return self._npz(_existing(path, key), key)
         if path.suffix == ".npy":
             if not labels:
-                raise ConfigError(f"`{key}`: {path} must have its labels beside it: `{key.replace('path', 'labels')}=FILE.npy`.")
-            pictures, classes = _existing(path, key), _existing(Path(labels).expanduser(), key.replace("path", "labels"))
+                raise ConfigError(
+                    f"`{key}`: {path} must have its labels in `{key.replace('path', 'labels')}=FILE.npy`."
+                )
+            pictures, classes = (
+                _existing(path, key),
+                _existing(Path(labels).expanduser(), key.replace("path", "labels")),
+            )
             self.files += [pictures, classes]
-            return {"train": ArrayImages(map_npy(pictures, f"`{key}`: {pictures}"), map_npy(classes, f"`{key}`: {classes}"), key)}
+            return {
+                "train": ArrayImages(
+                    map_npy(pictures, f"`{key}`: {pictures}"), map_npy(classes, f"`{key}`: {classes}"), key
+                )
+            }
         if "idx" in path.name:
             return {"train": self._idx(_existing(path, key), key)}
         return {"train": self._set(spec, key, split)}
@@ -106,7 +114,7 @@ class ImageFiles:
             return {"train": train}
         validation = self._classes(held, key)
         if validation.classes != train.classes:
-            raise ConfigError(f"`{key}`: the classes of {held} must be those of {path / 'train'}, but are not.")
+            raise ConfigError(f"`{key}`: {held} must have the classes of {path / 'train'}, but has others.")
         return {"train": train, "validation": validation}
 
     def _classes(self, path: Path, key: str) -> FolderImages:
@@ -117,7 +125,7 @@ class ImageFiles:
     def _idx(self, path: Path, key: str) -> Opened:
         beside = path.with_name(path.name.replace("images", "labels").replace("idx3", "idx1"))
         if beside == path or not beside.is_file():
-            raise ConfigError(f"`{key}`: {path} must be a file of images with its labels beside it, but there is no {beside.name}.")
+            raise ConfigError(f"`{key}`: {path} must have its labels beside it, but there is no {beside.name}.")
         self.files += [path, beside]
         return ArrayImages(read_idx(path, key, self.limits), read_idx(beside, key, self.limits), key)
 
@@ -127,9 +135,11 @@ class ImageFiles:
         self.files.append(path)
         for names in _ARRAYS:
             if names[0] in arrays and names[1] in arrays:
-                pairs = {"train": names[:2]} | ({"validation": names[2:]} if names[2] in arrays and names[3] in arrays else {})
+                pairs = {"train": names[:2]} | (
+                    {"validation": names[2:]} if names[2] in arrays and names[3] in arrays else {}
+                )
                 read = partial(read_npz, path, where=where, max_expansion=self.limits.max_expansion)
-                return {split: ArrayImages(read(x), read(y), key) for split, (x, y) in pairs.items()}  # type: ignore[misc]
+                return {k: ArrayImages(read(x), read(y), key) for k, (x, y) in pairs.items()}  # type: ignore[misc]
         wanted = " or ".join("/".join(names[:2]) for names in _ARRAYS)
         raise ConfigError(f"`{key}`: {path} must hold {wanted}, but holds {shorten(', '.join(arrays))}.")
 
@@ -139,9 +149,12 @@ class ImageFiles:
         try:
             return SetImages(load_dataset(spec, self.name, split), self.columns)
         except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {spec} is no file here, and the set cannot be had: {e}.") from e
+            raise ConfigError(f"`{key}`: {spec} is no local file, and as a hub set it is unavailable: {e}.") from e
         except (FileNotFoundError, DatasetsError) as e:
-            raise ConfigError(f"`{key}` must be images here or a set of load_dataset, but {spec} ({split}) is not: {str(e).splitlines()[0]}") from e
+            raise ConfigError(
+                f"`{key}` must be local images or a set for load_dataset, "
+                f"but {spec} ({split}) is not: {str(e).splitlines()[0]}"
+            ) from e
 
 
 def _existing(path: Path, key: str) -> Path:
@@ -151,15 +164,15 @@ def _existing(path: Path, key: str) -> Path:
 
 
 def read_idx(path: Path, key: str, limits: Limits) -> NDArray[Any]:
-    """An array in MNIST's format: two zeros, a type, the number of dimensions, their sizes (big-endian), the values. Unpacks .gz."""
+    """An array in MNIST's format: two zeros, dtype, number of dimensions, sizes (big-endian), values. Unpacks .gz."""
     with open_unpacked(path, key, limits) as f:
         magic = f.read(4)
         if len(magic) < 4 or magic[:2] != b"\0\0" or magic[2] not in _IDX_TYPES or magic[3] not in (1, 2, 3, 4):
-            raise ConfigError(f"`{key}` must be an IDX file, but {path} does not begin like one.")
+            raise ConfigError(f"`{key}` must be an IDX file, but {path} has no IDX header.")
         dtype, sizes = np.dtype(_IDX_TYPES[magic[2]]), f.read(4 * magic[3])
         shape = struct.unpack(f">{len(sizes) // 4}I", sizes[: len(sizes) // 4 * 4])
         wanted, raw = math.prod(shape) * dtype.itemsize, bytearray()
-        while len(raw) <= wanted and (chunk := f.read(1 << 20)):  # never more at once than the file has
+        while len(raw) <= wanted and (chunk := f.read(1 << 20)):  # `wanted` may be absurd: read no more than there is
             raw += chunk
     if len(shape) != magic[3] or len(raw) != wanted:
         more = "or more " if len(raw) > wanted else ""
@@ -169,25 +182,30 @@ def read_idx(path: Path, key: str, limits: Limits) -> NDArray[Any]:
     return np.frombuffer(raw, dtype).reshape(shape).astype(dtype.newbyteorder("="))
 
 
-# -------------------------------------------------------------------------------------------------------------------- images
+# --------------------------------------------------------------------------------------------------------------- images
 
 
 class ArrayImages:
     """Images [N, H, W] or [N, H, W, C], integers from 0 to 255 or floats from 0 to 1; labels [N]."""
 
-    known = ""  # what the contents are recognised by, beside files
+    known = ""  # identifies the contents, besides files
 
     def __init__(self, images: NDArray[Any], labels: NDArray[Any], said: str = "data.path") -> None:
         if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
             raise ConfigError(
-                f"`{said}` must be images [N, H, W] or [N, H, W, C] with labels [N], but they are {list(images.shape)} and {list(labels.shape)} instead."
+                f"`{said}` must be images [N, H, W] or [N, H, W, C] with labels [N], "
+                f"but they are {list(images.shape)} and {list(labels.shape)} instead."
             )
         if not np.issubdtype(labels.dtype, np.integer) or (len(labels) and labels.min() < 0):
-            raise ConfigError(f"`{said}` must have labels that are integers from 0 on, but they are {labels.dtype} from {labels.min()} on.")
+            raise ConfigError(
+                f"`{said}` must have labels that are integers from 0 on, "
+                f"but they are {labels.dtype} from {labels.min()} on."
+            )
         integers = np.issubdtype(images.dtype, np.integer)
         if images.size and not (images.min() >= 0 and images.max() <= (255 if integers else 1)):
             raise ConfigError(
-                f"`{said}` must be integers from 0 to 255 or floats from 0 to 1, but is {images.dtype} from {images.min()} to {images.max()} instead."
+                f"`{said}` must be integers from 0 to 255 or floats from 0 to 1, "
+                f"but is {images.dtype} from {images.min()} to {images.max()} instead."
             )
         self.array = images.astype(np.uint8) if integers else images
         self.labels = labels.astype(np.int64)
@@ -198,18 +216,23 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Pictures in one folder a class; the classes are numbered in the order of their names. A picture is decoded when it is read."""
+    """Pictures in a folder per class, decoded when they are read. Classes are numbered in the order of their names."""
 
     known = ""
 
     def __init__(self, path: Path, key: str) -> None:
         self.key = key
         self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
-        found = [[p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes]
+        found = [
+            [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes
+        ]
         self.files = [p for files in found for p in files]
         self.labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(files) for files in found])
         if not self.files:
-            raise ConfigError(f"`{key}`: the folder {path} must hold a folder of {', '.join(_SUFFIXES)} for each class, or IDX files, but holds neither.")
+            raise ConfigError(
+                f"`{key}`: the folder {path} must hold a folder of {', '.join(_SUFFIXES)} for each class, "
+                "or IDX files, but holds neither."
+            )
         self._need_pillow(key)
 
     @staticmethod
@@ -217,7 +240,9 @@ class FolderImages:
         try:
             import PIL.Image  # noqa: F401
         except ImportError:
-            raise ConfigError(f"`{key}`: to read pictures, Pillow must be installed: pip install 'txtrain[images]'.") from None
+            raise ConfigError(
+                f"`{key}`: to read pictures, Pillow must be installed: pip install 'txtrain[images]'."
+            ) from None
 
     def read(self, i: int) -> NDArray[Any]:
         from PIL import Image
@@ -227,13 +252,16 @@ class FolderImages:
 
 
 class SetImages:
-    """Rows of a set whose columns are a picture and its class."""
+    """Rows of a set with a column of pictures and one of classes."""
 
     def __init__(self, rows: Any, columns: tuple[str, str]) -> None:
         for column in columns:
             if column not in rows.column_names:
                 names = rows.column_names
-                raise ConfigError(f"`data.columns` must be two of {', '.join(names)}, but is {list(columns)} instead.{hint(column, names)}")
+                raise ConfigError(
+                    f"`data.columns` must be two of {', '.join(names)}, "
+                    f"but is {list(columns)} instead.{hint(column, names)}"
+                )
         self.rows, self.columns, self.known = rows, columns, rows._fingerprint
         FolderImages._need_pillow("data.path")
 
@@ -252,19 +280,19 @@ Opened = ArrayImages | FolderImages | SetImages
 
 @contextmanager
 def _picture(key: str, where: str) -> Iterator[None]:
-    """Pillow's complaints as ours: it refuses pictures that unpack to far more than any camera makes."""
+    """Pillow's errors as ours, among them its refusal of decompression bombs."""
     from PIL import Image
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)  # an error only from twice as many pixels on
+        warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's error needs twice as many pixels
         try:
             yield
         except (Image.DecompressionBombWarning, Image.DecompressionBombError, *_DAMAGED) as e:
-            raise ConfigError(f"`{key}`: {where} must be a whole picture, but is not: {shorten(e)}.") from e
+            raise ConfigError(f"`{key}`: {where} must be an intact image, but is not: {shorten(e)}.") from e
 
 
 def _decoded(picture: Any) -> NDArray[Any]:
-    """Gray or colour, 8 bits (16-bit gray as floats); palettes and transparency resolved."""
+    """Gray or RGB, 8 bits (16-bit gray as floats); palettes and transparency are converted."""
     if picture.mode.startswith("I"):
         return np.array(picture, dtype=np.float32) / 65535
     if picture.mode not in ("L", "RGB"):

@@ -1,4 +1,4 @@
-"""data=memmap: tokens that are there already, in our own format or that of another tool, larger than memory perhaps."""
+"""data=memmap: token files in our own format or that of another tool, possibly larger than memory."""
 
 from __future__ import annotations
 
@@ -23,45 +23,54 @@ _NANOGPT = ("train.bin", "val.bin")
 class TokenFiles:
     """Folders of `txtrain prepare`, files of other tools, or folders and globs of these.
 
-    Validation: `val_path`; else what the folder has for it (ours, or nanoGPT's val.bin); else the end of each file, val_fraction of it,
-    cut between documents where the format tells them.
+    Validation: `val_path`; else the validation files of the folder (ours, or nanoGPT's val.bin); else the last
+    val_fraction of each file, cut between documents if the format has them.
 
     Args:
-        tokenizer: what the ids stand for; None: what a folder of ours says.
-        dtype: of files that do not say.
+        tokenizer: of the ids; None: the one in a folder of ours.
+        dtype: of files without a header.
 
     Raises:
-        ConfigError: a path that does not exist, files that are not of any such format, or of another tokenizer.
+        ConfigError: a path does not exist, or files are of no such format or of another tokenizer.
     """
 
     has_validation = True
 
     def __init__(
-        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None, tokenizer: str | None, dtype: str, val_fraction: float
+        self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None, tokenizer: str | None,
+        dtype: str, val_fraction: float,
     ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=memmap: a folder of txtrain prepare, or files of tokens (.bin, .npy).")
+            raise ConfigError(
+                "`data.path` must be given with data=memmap: a folder of txtrain prepare, "
+                "or files of tokens (.bin, .npy)."
+            )
         self.path, self.dtype = path, dtype
         self._indexes: dict[Path, dict[str, Any]] = {}  # of our folders
-        self._val_fraction: float | None = None  # where the ends of files are held out
+        self._val_fraction: float | None = None  # if the ends of files are held out
         self.shards = self._all(path, "data.path")
         if val_path:
-            self.shards["validation"] = [shard for shards in self._all(val_path, "data.val_path").values() for shard in shards]
+            self.shards["validation"] = [
+                shard for shards in self._all(val_path, "data.val_path").values() for shard in shards
+            ]
             if both := {s.path for s in self.shards["train"]} & {s.path for s in self.shards["validation"]}:
                 raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
         elif not self.shards["validation"]:
             self._val_fraction = val_fraction
             cuts = [(shard, _cut(shard, val_fraction)) for shard in self.shards["train"]]
-            self.shards = {"train": [s.part(0, cut) for s, cut in cuts], "validation": [s.part(cut, s.n_tokens) for s, cut in cuts]}
+            self.shards = {
+                "train": [s.part(0, cut) for s, cut in cuts],
+                "validation": [s.part(cut, s.n_tokens) for s, cut in cuts],
+            }
         self.tokenizer = self._tokenizer(tokenizer)
 
     def tokens(self, split: Split) -> Sequence[Shard]:
         return self.shards[split]
 
-    # --------------------------------------------------------------------------------------------------------------- open
+    # ------------------------------------------------------------------------------------------------------------- open
 
     def _all(self, path: str | tuple[str, ...], key: str) -> dict[Split, list[Shard]]:
-        """The shards of all that is named, and the validation shards that come with it."""
+        """The shards of all paths, and the validation shards of their folders."""
         found: dict[Split, list[Shard]] = {"train": [], "validation": []}
         for name in listed(path):
             here = Path(name).expanduser()
@@ -79,41 +88,51 @@ class TokenFiles:
     def _tokenizer(self, given: str | None) -> Tokenizer | None:
         told = {str(index["tokenizer"]): folder for folder, index in self._indexes.items()}
         if len(told) > 1:
-            raise ConfigError(f"`data.path` must be of one tokenizer, but {' and '.join(map(str, told.values()))} are of several.")
+            raise ConfigError(
+                f"`data.path` must be of one tokenizer, but {' and '.join(map(str, told.values()))} are of several."
+            )
         if given is None:
             return load_tokenizer(next(iter(told.values())) / "tokenizer") if told else None
         tokenizer = load_tokenizer(given)
         for known, folder in told.items():
             if tokenizer.fingerprint in (known, load_tokenizer(folder / "tokenizer").fingerprint):
                 continue
-            raise ConfigError(f"`data.tokenizer` must be the one of {folder}, but is {given} instead. Leave it out: the folder brings it.")
+            raise ConfigError(
+                f"`data.tokenizer` must be the one of {folder}, but is {given} instead. "
+                "Leave it out: the folder has its own."
+            )
         return tokenizer
 
-    # ----------------------------------------------------------------------------------------------------------- identity
+    # --------------------------------------------------------------------------------------------------------- identity
 
     @property
     def folders(self) -> Sequence[Path]:
-        """Those of `txtrain prepare`."""
+        """The folders of `txtrain prepare`."""
         return list(self._indexes)
 
     @property
     def key(self) -> str:
-        """What the tokens are recognised by. A folder of ours has the key of the text and tokenizer that it was made of: they are the same."""
+        """Identifies the tokens. A folder of ours keeps the key of the text and tokenizer that it was made from."""
         folders = {s.path.parent for shards in self.shards.values() for s in shards}
         if len(self._indexes) == 1 and folders == set(self._indexes):
             return str(next(iter(self._indexes.values()))["key"])
         files = list(dict.fromkeys(s.path for shards in self.shards.values() for s in shards))
         tokenizer = None if self.tokenizer is None else self.tokenizer.fingerprint
-        return digest("memmap", files_identity(files), self.dtype, self._val_fraction, len(self.shards["train"]), tokenizer)
+        return digest(
+            "memmap", files_identity(files), self.dtype, self._val_fraction, len(self.shards["train"]), tokenizer
+        )
 
     def describe(self) -> str:
         shards = [s for shards in self.shards.values() for s in shards]
         n, files = sum(s.n_tokens for s in shards), len({s.path for s in shards})
-        return f"{self.path if isinstance(self.path, str) else ', '.join(self.path)} ({files} file{'s' * (files > 1)}, {n:,} tokens)"
+        return (
+            f"{self.path if isinstance(self.path, str) else ', '.join(self.path)} "
+            f"({files} file{'s' * (files > 1)}, {n:,} tokens)"
+        )
 
 
 def _files(name: str, key: str) -> list[Path]:
-    """Files of tokens; a .idx of Megatron, or the two files' common name, stand for the .bin beside it."""
+    """Token files; Megatron's .idx, or the common name of .bin and .idx, stands for the .bin."""
     path = Path(name).expanduser()
     prefix = path.with_suffix("") if path.suffix == ".idx" else path
     beside = prefix.with_name(prefix.name + ".bin")
@@ -124,7 +143,7 @@ def _files(name: str, key: str) -> list[Path]:
 
 
 def _cut(shard: Shard, val_fraction: float) -> int:
-    """Where the held-out end of a file begins: between two documents, where there are any."""
+    """Where the held-out end of a file begins: between two documents, if they are known."""
     want = round(shard.n_tokens * (1 - val_fraction))
     if shard.offsets is None or len(shard.offsets) <= 2:
         return want

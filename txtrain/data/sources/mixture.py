@@ -1,12 +1,12 @@
 """data=mixture: several sources in one run, each with its share of the samples.
 
-Global sample indices come in blocks of a fixed length. Which source an index is from, and which of its samples, is arithmetic:
+Global sample indices come in blocks of a fixed length. The source of an index, and the sample, are arithmetic:
 
-- up to the end of block b, source k has had floor(W_k n) - floor(W_(k-1) n) of the n samples, W_k being the sum of the shares up to k:
-  never a whole sample away from its share of n, and all of them together are n;
+- of the n samples up to the end of block b, source k has floor(W_k n) - floor(W_(k-1) n), where W_k is the sum of the
+  shares up to k: less than one sample from its share of n, and n in all;
 - within a block the sources are shuffled by permutation(seed, b).
 
-So the proportions are exact at every block's end, nothing is stored, and a run resumes at any step.
+So the proportions are exact at the end of each block, nothing is stored, and a run resumes at any step.
 """
 
 # B batch, K sources
@@ -38,38 +38,40 @@ class Mixture:
         self.sources, self.weights = dict(sources), weights
 
     def parts(self) -> Mapping[str, Any]:
-        """The configuration of each source."""
+        """The config of each source."""
         return self.sources
 
     def shares(self, sizes: Sequence[int]) -> list[Fraction]:
-        """Of each source, all together 1; without weights as many samples of each as it has."""
+        """The share of each source, with sum 1; without weights in proportion to the sizes."""
         given = sizes if self.weights is None else [Fraction(repr(self.weights[name])) for name in self.sources]
         return [Fraction(w) / sum(map(Fraction, given)) for w in given]
 
     def describe(self) -> str:
         weights = {} if self.weights is None else self.weights
-        return "mixture of " + ", ".join(name + (f" ({weights[name]:g})" if name in weights else "") for name in self.sources)
+        return "mixture of " + ", ".join(
+            name + (f" ({weights[name]:g})" if name in weights else "") for name in self.sources
+        )
 
 
 @dc.dataclass(frozen=True, eq=False)
 class MixtureOrder(GlobalOrder):
-    """n: rows of all sources, those of the first source first."""
+    """n: rows of all sources, concatenated in order."""
 
     sizes: tuple[int, ...] = dc.field(kw_only=True)  # rows of each source
     shares: tuple[Fraction, ...] = dc.field(kw_only=True)
 
     @cached_property
     def block(self) -> int:
-        """Long enough for a sample of each source: then no count of the formula above falls from one block to the next."""
+        """Block length: enough for a sample of each source, so that no count in the formula above decreases."""
         return max(_BLOCK, 1 << (-(-1 // min(self.shares)) - 1).bit_length())
 
     def before(self, n: int) -> Indices:
-        """[K]: samples of each source among the first n indices, n being the end of a block."""
+        """[K]: samples of each source among the first n indices; n must be the end of a block."""
         sums = [sum(self.shares[: k + 1], Fraction(0)) for k in range(len(self.shares))]
         return np.diff([int(s * n) for s in sums], prepend=0)
 
     def place(self, indices: Indices) -> tuple[Indices, Indices]:
-        """Of each index the source, and which of the samples that this source gives to the run it is, from 0 on."""
+        """The source of each index, and its number among the samples of this source in the run."""
         source, which = np.empty_like(indices), np.empty_like(indices)
         for b in np.unique(indices // self.block).tolist():
             here = indices // self.block == b
@@ -85,7 +87,10 @@ class MixtureOrder(GlobalOrder):
         """[K]: samples of each source in steps 1..step."""
         if self.overfit_batches:
             rounds, step = divmod(step, self.overfit_batches)
-            return rounds * self._first(self.overfit_batches * self.global_batch_size) + self._first(step * self.global_batch_size)
+            return (
+                rounds * self._first(self.overfit_batches * self.global_batch_size)
+                + self._first(step * self.global_batch_size)
+            )
         return self._first(step * self.global_batch_size)
 
     def _first(self, n: int) -> Indices:
@@ -104,7 +109,7 @@ class MixtureOrder(GlobalOrder):
 
 
 class MixedRows(Rows):
-    """The rows of several sets, one set behind the other. All are of one shape."""
+    """The concatenated rows of several sets, all of one shape."""
 
     def __init__(self, sets: Sequence[Rows]) -> None:
         self.sets = tuple(sets)
@@ -118,7 +123,7 @@ class MixedRows(Rows):
         return [self.sets[k].sources(np.array([row - self.first[k]]))[0] for k, row in zip(of, rows, strict=True)]
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]:
-        """In the order of `rows`, what is drawn for each sample as if it stood alone."""
+        """The batch in the order of `rows`, with the same draws for each sample as in its own set."""
         of_B = np.searchsorted(self.first, rows, side="right") - 1
         made: dict[str, Tensor] = {}
         for k in np.unique(of_B).tolist():

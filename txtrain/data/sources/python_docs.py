@@ -1,4 +1,4 @@
-"""data=python_docs: English text that every Python installation carries: pydoc's help topics and the standard library's docstrings."""
+"""data=python_docs: English text of the Python installation: pydoc's help topics and the library's docstrings."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 
 
 class PythonDocs:
-    """One document a help topic and one a module; the modules are parsed, never imported."""
+    """One document per help topic and one per module; modules are parsed, never imported."""
 
     def documents(self, split: Split) -> Iterator[str]:
         return iter(_documents())
@@ -32,7 +32,7 @@ class PythonDocs:
 
 @functools.cache
 def _documents() -> tuple[str, ...]:
-    """A few megabytes; kept, because parsing takes longer than what is done with them."""
+    """A few megabytes, cached because parsing is slow."""
     from pydoc_data.topics import topics
 
     return (*(topics[name] for name in sorted(topics)), *filter(None, map(_docstrings, _modules())))
@@ -47,7 +47,7 @@ def _docstrings(path: Path) -> str:
     """All docstrings of a module, each under its name, in the order of the file."""
     try:
         module = ast.parse(path.read_bytes())
-    except SyntaxError:  # lib2to3 and others carry files for other versions of Python
+    except SyntaxError:  # lib2to3 and others have files for other versions of Python
         return ""
     return "\n\n".join(f"{name}\n\n{doc}" for name, doc in _walk(module, path.stem) if doc)
 

@@ -1,4 +1,4 @@
-"""What a data source is, how it is built from its config, and what happens where data=wikitext cannot be had.
+"""What a data source is, how it is built from its config, and the fallback of data=wikitext without a hub.
 
 A source of text needs one method; your own takes a few lines:
 
@@ -6,20 +6,22 @@ A source of text needs one method; your own takes a few lines:
     class Mine:
         def __init__(self, path: str = "notes.txt"): ...     # a key: data.path
         def documents(self, split):                          # "train"; "validation" only with has_validation = True
-            yield from ...                                   # one str a document, the same ones at every call
+            yield from ...                                   # one str per document, the same ones at every call
 
-A source of pairs of texts has `pairs(split)` instead: (source, target), both str. A source of images has `images(split)`: an object
-with `labels`, int64 [N], and `read(i)`, the image as an array [H, W] or [H, W, C]. A source of anything else has `samples(split)`:
-a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input_ids` and, if they differ, `labels`; then there is no
-tokenizer. (`tokens(split)`: text that is tokens already, `memmap.py`.) What is not text says so beside its knobs:
-`kind: ClassVar = "pairs"` (or "images") in its nested Config.
+Other methods instead of `documents`:
 
-A source of texts of which only some tokens are trained has `marked(split, tokenizer)` beside `documents`, which then
-serves to train a tokenizer alone: `Marked` texts, the same ones at every call. (`chat_template`: what the tokenizer is to
-write conversations with.)
+- `pairs(split)`: pairs of texts, (source, target), both str.
+- `images(split)`: an object with `labels`, int64 [N], and `read(i)`, an array [H, W] or [H, W, C].
+- `samples(split)`: a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input_ids` and, if they
+  differ, `labels`; no tokenizer is used.
+- `tokens(split)`: text that is tokenised already (`memmap.py`).
+- `marked(split, tokenizer)`: texts of which only some tokens are trained, as `Marked`, the same ones at every call;
+  `documents` beside it then only trains the tokenizer. `chat_template` replaces the tokenizer's.
 
-Optional in both: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents; by
-default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of the text, for the progress bar).
+What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images").
+
+Optional: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents;
+by default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of text, for the progress bar).
 """
 
 from __future__ import annotations
@@ -45,9 +47,9 @@ class TextSource(Protocol):
 
 
 class Marked(NamedTuple):
-    """A text as tokens, each with whether it is trained. The first never is: nothing before it tells what it is.
+    """A tokenised text with a mask of trained tokens. The first token is never trained: no position predicts it.
 
-    number: of what it came from, from 0 on, ascending; texts of one number are on one side of the split.
+    number: of the source item, from 0 on, ascending; texts of one item are on one side of the split.
     """
 
     ids: Sequence[int]
@@ -69,8 +71,8 @@ class SampleSource(Protocol):
     def samples(self, split: Split) -> Samples: ...
 
 
-Source = Any  # of text, pairs, images or samples: told apart by the method that it has
-METHODS = (  # but for the last three for everyone's own
+Source = Any  # of text, pairs, images or samples: recognised by its method
+METHODS = (  # in order of precedence; the last three are for our own sources
     "marked",  # and `documents` beside it
     "documents",
     "pairs",
@@ -83,22 +85,28 @@ METHODS = (  # but for the last three for everyone's own
 
 
 def build_source(config: RunConfig) -> Source:
-    """The source that `config.data` describes. Its constructor's parameters are filled by name: from the data group, then from
-    the run (`seq_len` resolved, `seed`) and the model (`vocab_size`, ...)."""
+    """The source of `config.data`.
+
+    Its constructor's parameters are filled by name: from the data group, else from the run (`seq_len` resolved, `seed`)
+    or the model (`vocab_size`, ...).
+    """
     groups = (config.model, config, config.data)
-    given = {f.name: getattr(group, f.name) for group in groups for f in dc.fields(group)} | {"seq_len": config.seq_len}
+    given = {f.name: getattr(group, f.name) for group in groups for f in dc.fields(group)}
+    given["seq_len"] = config.seq_len
     source = call("data", config.data, given)
     if method_of(source) is None:
         ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:5]), resolve("data", config.data.type)
-        raise ConfigError(f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none.")
+        raise ConfigError(
+            f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none."
+        )
     return source
 
 
-# What a source need not say: a user's own derives from nothing.
+# Defaults of what is optional: a user's source has no base class.
 
 
 def method_of(source: Source) -> str | None:
-    """Which of METHODS a source, or its class, has."""
+    """The first of METHODS that a source, or its class, has."""
     return next((method for method in METHODS if hasattr(source, method)), None)
 
 
@@ -107,7 +115,7 @@ def has_validation(source: Source) -> bool:
 
 
 def splits(source: Source) -> tuple[Split, ...]:
-    """Those that the source itself tells apart."""
+    """The splits of the source itself."""
     return SPLITS if has_validation(source) else SPLITS[:1]
 
 
@@ -116,12 +124,12 @@ def n_bytes(source: Source) -> int | None:
 
 
 def skipped(source: Source) -> dict[str, str]:
-    """Where each row is that was left out, and why, once all were read."""
+    """The place of each skipped row, and why it was skipped, once all rows were read."""
     return getattr(source, "skipped", None) or {}
 
 
 def validation_sets(source: Source) -> dict[str, Source]:
-    """A source for each validation set that has a name."""
+    """A source for each named validation set."""
     return source.validation_sets() if hasattr(source, "validation_sets") else {}
 
 
@@ -130,7 +138,7 @@ def describe(source: Source, name: str) -> str:
 
 
 def identity(source: Source, otherwise: Callable[[], str]) -> str:
-    """What the source's contents are recognised by: its own word, if it has one."""
+    """A str that identifies the source's contents: its own, else `otherwise()`."""
     return str(source.identity()) if hasattr(source, "identity") else otherwise()
 
 
@@ -141,17 +149,17 @@ def hashed(documents: Iterable[tuple[Split, str]]) -> str:
     return sha.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------------------ fallback
+# ------------------------------------------------------------------------------------------------------------- fallback
 
 
 def settle(config: Run) -> tuple[Run, str | None]:
-    """The config to run, and why it is not the one given, if it is not.
+    """The config to run, and why it differs from the given one; None if it does not.
 
-    Where the source says that it cannot be had (`unavailable()`, data=wikitext without a hub) and `data.offline_fallback` is auto, a
-    small run on one CPU trains on data=python_docs under a name that says so. Nothing larger is ever diverted.
+    If the source is unavailable (data=wikitext without a hub) and `data.offline_fallback` is auto, a small run on one
+    CPU falls back to data=python_docs, under a name that says so. Larger runs never do.
 
     Raises:
-        ConfigError: the data cannot be had, and this run may not fall back.
+        ConfigError: the data are unavailable, and this run may not fall back.
     """
     source = build_source(config)
     reason: str | None = source.unavailable() if hasattr(source, "unavailable") else None
@@ -159,32 +167,36 @@ def settle(config: Run) -> tuple[Run, str | None]:
         return config, None
     obstacle = _no_fallback(config)
     if obstacle is not None:
-        raise ConfigError(f"`data={config.data.type}` cannot be had: {reason}. {obstacle} Give its files with `data.path=`, or say `data=python_docs`.")
+        raise ConfigError(
+            f"`data={config.data.type}` is unavailable: {reason}. {obstacle} "
+            "Give its files with `data.path=`, or say `data=python_docs`."
+        )
     shared = {f.name: getattr(config.data, f.name) for f in dc.fields(DataConfig)}
     data = PythonDocsConfig(**{**shared, "type": "python_docs"})
-    return dc.replace(config, data=data, name=f"{config.name}-fallback"), f"data={config.data.type} cannot be had: {reason}"
+    fallback = dc.replace(config, data=data, name=f"{config.name}-fallback")
+    return fallback, f"data={config.data.type} is unavailable: {reason}"
 
 
 def as_named(config: Run) -> Run:
-    """The same with nothing to stand in for data that cannot be had."""
+    """The same config without a fallback."""
     if config.data.offline_fallback == "never":
         return config
     return dc.replace(config, data=dc.replace(config.data, offline_fallback="never"))
 
 
 def _no_fallback(config: RunConfig) -> str | None:
-    """Why this run must have the data that it names; None if it may fall back."""
+    """Why this run may not fall back; None if it may."""
     if config.data.offline_fallback == "never":
         return "`data.offline_fallback` is never."
     if config.model.preset != config.model.family:
-        return f"A stand-in is for laptop sizes only, not for {config.model.size}."
+        return f"The fallback is for laptop sizes only, not for {config.model.size}."
     if "SLURM_JOB_ID" in os.environ:
-        return "There is no stand-in under SLURM."
+        return "There is no fallback under SLURM."
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 or config.trainer.devices not in ("auto", 1):
-        return "There is no stand-in for a run of several processes."
+        return "There is no fallback for a run of several processes."
     if config.trainer.accelerator != "cpu":
         import torch
 
         if config.trainer.accelerator == "gpu" or torch.cuda.is_available():
-            return "There is no stand-in for a run on a GPU."
+            return "There is no fallback for a run on a GPU."
     return None

@@ -1,4 +1,4 @@
-"""data=text: the user's own files: a text is one document, .jsonl and .parquet have one in each row."""
+"""data=text: the user's own files: a text file is one document; .jsonl and .parquet have one per row."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from txtrain.errors import ConfigError
 
 
 class TextFiles:
-    """Files, globs, folders, or a list of them; each file also packed (.gz, .zst).
+    """Files, globs, folders, or a list of them; files may be compressed (.gz, .zst).
 
     Raises:
-        ConfigError: a path that does not exist, or a file in both path and val_path.
+        ConfigError: a path does not exist, or a file is in both path and val_path.
     """
 
     def __init__(
@@ -29,9 +29,12 @@ class TextFiles:
         bad_rows: str = "refuse",
     ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=text: a file, a glob, or a folder of .txt, .jsonl or .parquet files.")
+            raise ConfigError(
+                "`data.path` must be given with data=text: a file, a glob, or a folder of .txt, .jsonl or .parquet "
+                "files."
+            )
         self.files: dict[Split, list[Path]] = {"train": find_files(path, "data.path", KINDS)}
-        self.named: dict[str, list[Path]] = {}  # validation sets that have names
+        self.named: dict[str, list[Path]] = {}  # named validation sets
         if isinstance(val_path, Mapping):
             self.named = {name: find_files(one, f"data.val_path.{name}", KINDS) for name, one in val_path.items()}
         elif val_path:
@@ -50,7 +53,7 @@ class TextFiles:
             yield from documents_of(file, key, self.text_column, self.limits)
 
     def validation_sets(self) -> dict[str, TextFiles]:
-        """A source for each named set; its training documents are all."""
+        """A source for each named set, with all documents in its training split."""
         return {
             name: TextFiles(tuple(map(str, files)), None, self.text_column, *self.limits[:3], self.bad_rows)
             for name, files in self.named.items()
@@ -62,11 +65,14 @@ class TextFiles:
 
     def describe(self) -> str:
         n = len(self._all)
-        return f"{self.path if isinstance(self.path, str) else ', '.join(self.path)} ({n} file{'s' * (n > 1)}, {self._on_disk / 1e6:.1f} MB)"
+        return (
+            f"{self.path if isinstance(self.path, str) else ', '.join(self.path)} "
+            f"({n} file{'s' * (n > 1)}, {self._on_disk / 1e6:.1f} MB)"
+        )
 
     @property
     def n_bytes(self) -> int | None:
-        """None where the text is not as large as its files."""
+        """None if the size of the text is not that of its files."""
         return None if any(f.suffix in PACKED or has_rows(f) for f in self._all) else self._on_disk
 
     @property

@@ -1,4 +1,4 @@
-"""data=translation: sentence pairs in .tsv files, in two aligned files, or in a set that `load_dataset` takes."""
+"""data=translation: sentence pairs in .tsv files, in two aligned files, or in a set for `load_dataset`."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ _TSV = (".tsv", ".tsv.gz")
 
 
 class Translation:
-    """One pair a row.
+    """One pair per row.
 
     Args:
-        path, val_path: a .tsv; or a file of sources, with target_path, val_target_path beside it, line by line; or a name or a file for
-            load_dataset. Files may be .gz.
-        columns: of a .tsv or a set; null: the last two of a .tsv, and of a set those of its `translation`, in its own order.
-        swap: the target is translated into the source.
+        path, val_path: a .tsv; or source sentences, with target_path, val_target_path line by line; or a name or a file
+            for load_dataset. Files may be .gz.
+        columns: of a .tsv or a set; null: the last two of a .tsv, and the two of a set or of its `translation`.
+        swap: exchange source and target.
 
     Raises:
-        ConfigError: a file or set that does not exist or is not of such pairs.
+        ConfigError: a file or set does not exist, or is not of such pairs.
     """
 
     def __init__(
@@ -49,14 +49,19 @@ class Translation:
         bad_rows: str = "refuse",
     ) -> None:
         if not path:
-            raise ConfigError("`data.path` must be given with data=translation: a .tsv, a file of sources beside data.target_path, or a hub set.")
+            raise ConfigError(
+                "`data.path` must be given with data=translation: a .tsv, a file of sources beside data.target_path, "
+                "or a hub set."
+            )
         self.path, self.columns, self.swap = path, columns, swap
         self.skipped: dict[str, str] | None = {} if bad_rows == "skip" else None
         self.limits = Limits(max_expansion, max_text_bytes, encoding_errors, self.skipped)
         self._known: list[str] = []
         self.rows: dict[Split, Pairs] = {"train": self._open(path, target_path, "data.path", name, split)}
         if val_path or val_split:
-            self.rows["validation"] = self._open(val_path or path, val_target_path, "data.val_path", name, val_split or split)
+            self.rows["validation"] = self._open(
+                val_path or path, val_target_path, "data.val_path", name, val_split or split
+            )
             if len(set(self._known)) < len(self._known):
                 raise ConfigError(f"`data.val_path` must not be the training pairs, but {val_path or val_split} is.")
         self.has_validation = "validation" in self.rows
@@ -70,11 +75,13 @@ class Translation:
     def describe(self) -> str:
         return f"pairs of {self.path}{', swapped' if self.swap else ''}"
 
-    # --------------------------------------------------------------------------------------------------------------- open
+    # ------------------------------------------------------------------------------------------------------------- open
 
     def _open(self, path: str, target_path: str | None, key: str, name: str | None, split: str) -> Pairs:
         if target_path:
-            return self._aligned(self._file(path, key), self._file(target_path, key.replace("path", "target_path")), key)
+            return self._aligned(
+                self._file(path, key), self._file(target_path, key.replace("path", "target_path")), key
+            )
         if path.endswith(_TSV):
             file = self._file(path, key)
             self._known.append(files_identity([file]))
@@ -89,7 +96,10 @@ class Translation:
     def _aligned(self, source: Path, target: Path, key: str) -> Pairs:
         sides = ["".join(text_chunks(file, key, self.limits)).splitlines() for file in (source, target)]
         if len(sides[0]) != len(sides[1]):
-            raise ConfigError(f"`{key}` must be two files of as many lines, but {source} has {len(sides[0])} and {target} has {len(sides[1])}.")
+            raise ConfigError(
+                f"`{key}` must be two files with the same number of lines, "
+                f"but {source} has {len(sides[0])} and {target} has {len(sides[1])}."
+            )
         self._known.append(files_identity([source, target]))
         return lambda: zip(*sides, strict=True)
 
@@ -99,7 +109,10 @@ class Translation:
         try:
             rows = load_dataset(path, name, split)
         except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {path} cannot be had: {e}. A .tsv, or a file of sources with data.target_path beside it, needs no hub.") from e
+            raise ConfigError(
+                f"`{key}`: {path} is unavailable: {e}. "
+                "A .tsv, or a file of sources with data.target_path beside it, needs no hub."
+            ) from e
         except (FileNotFoundError, ValueError, DatasetsError) as e:
             said = str(e.__cause__ or e).splitlines()[0]
             allowed = "a .tsv, a file of sources beside data.target_path, or what load_dataset takes"
@@ -112,14 +125,18 @@ class Translation:
 def _tsv(file: Path, columns: Any, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
     wanted = columns or (-2, -1)
     if not all(isinstance(c, int) for c in wanted):
-        raise ConfigError(f"`data.columns` must be two numbers from 0 on for {file.name}, but is {list(wanted)} instead.")
+        raise ConfigError(
+            f"`data.columns` must be two numbers from 0 on for {file.name}, but is {list(wanted)} instead."
+        )
     return rows_of(file, key, limits, partial(_of_tsv, columns, wanted, key))
 
 
 def _of_tsv(columns: Any, wanted: Any, key: str, line: str, where: str) -> tuple[str, str]:
     cells = line.removesuffix("\n").removesuffix("\r").split("\t")
     if len(cells) < 2 or (columns is None and len(cells) > 3) or max(wanted) >= len(cells):
-        allowed = "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {max(wanted) + 1} columns"
+        allowed = (
+            "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {max(wanted) + 1} columns"
+        )
         raise ConfigError(f"`{key}` must have {allowed} in each line, but {where} has {len(cells)}.")
     return cells[wanted[0]], cells[wanted[1]]
 
@@ -135,11 +152,18 @@ def _rows(pairs: Iterator[tuple[Any, Any]], path: str, key: str, limits: Limits)
 
 
 def _picker(rows: Any, columns: Any, path: str) -> Callable[[Any], tuple[str, str]]:
-    """The two texts of a row: of its `translation` (a text for each language), or of two columns."""
+    """A function of a row that gives its two texts: of its `translation` (a text per language), or of two columns."""
     nested = "translation" in rows.column_names
     names = list(rows[0]["translation"]) if nested else list(rows.column_names)
     first, second = wanted = columns or (tuple(names) if len(names) == 2 else ("", ""))
     for column in wanted:
         if column not in names:
-            raise ConfigError(f"`data.columns` must be two of {', '.join(names)} for {path}, but is {columns or 'null'} instead.{hint(column, names)}")
-    return (lambda row: (row["translation"][first], row["translation"][second])) if nested else (lambda row: (row[first], row[second]))
+            raise ConfigError(
+                f"`data.columns` must be two of {', '.join(names)} for {path}, "
+                f"but is {columns or 'null'} instead.{hint(column, names)}"
+            )
+    return (
+        (lambda row: (row["translation"][first], row["translation"][second]))
+        if nested
+        else (lambda row: (row[first], row[second]))
+    )

@@ -16,7 +16,7 @@ _TITLE = re.compile(r" = [^=].* = \n?")  # ` = Title = `; sections are ` = = Sec
 
 
 class WikiText:
-    """One document an article, its title first. With `path`: the user's files in WikiText's format; else the hub or its cache."""
+    """One document per article, its title first. With `path`: files in WikiText's format; else the hub or its cache."""
 
     def __init__(
         self,
@@ -29,7 +29,10 @@ class WikiText:
         bad_rows: str = "refuse",
     ) -> None:
         if val_path and not path:
-            raise ConfigError("`data.val_path` must stand beside data.path with data=wikitext: the hub's set has its own validation split.")
+            raise ConfigError(
+                "`data.val_path` must stand beside data.path with data=wikitext: "
+                "the hub's set has its own validation split."
+            )
         limits = max_expansion, max_text_bytes, encoding_errors, bad_rows
         self.files = TextFiles(path, val_path, "text", *limits) if path else None
         self.skipped = self.files.skipped if self.files else None
@@ -37,7 +40,7 @@ class WikiText:
         self.has_validation = self.files.has_validation if self.files else True
 
     def unavailable(self) -> str | None:
-        """Why there is no text, or None. Downloads what is not yet in the cache."""
+        """Why the text is unavailable; None if it is not. Downloads it if it is not in the cache."""
         if self.files:
             return None
         try:
@@ -70,7 +73,7 @@ class WikiText:
 
 
 def articles(lines: Iterable[str]) -> Iterator[str]:
-    """Lines joined to articles: a new one begins at each title. What precedes the first title belongs to the first article."""
+    """Lines joined to articles, which begin at titles. Text before the first title belongs to the first article."""
     article: list[str] = []
     titled = False
     for line in lines:

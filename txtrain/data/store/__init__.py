@@ -1,1 +1,1 @@
-"""Tokens on disk: written once, mapped, split, streamed; formats of others."""
+"""Tokens on disk, written once and memory-mapped; the split; streams; formats of other tools."""

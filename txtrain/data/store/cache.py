@@ -1,13 +1,13 @@
 """Tokenised text on disk: written once, complete or absent, read through a memory map.
 
     <cache_dir>/<fingerprint>/
-        train.bin  validation.bin                 token ids, uint16 (uint32 from a vocabulary of 65,536 on): all documents in a row
-        train.offsets.npy  validation.offsets.npy int64 [n_documents + 1]: where each document begins, and the end
-        train.trained  validation.trained         where only some tokens are trained: a byte for each token, 1 for those
-        train.numbers.npy  validation.numbers.npy and int64 [n_documents]: the conversation that each document is of
-        meta.json                                 what the text was; size and SHA-256 of each file; and a hash of itself
+        train.bin  validation.bin                 token ids, uint16 (uint32 from a vocabulary of 65,536 on)
+        train.offsets.npy  validation.offsets.npy int64 [n_documents + 1]: begins of documents, and the end
+        train.trained  validation.trained         if only some tokens are trained: a byte per token, 1 for those
+        train.numbers.npy  validation.numbers.npy and int64 [n_documents]: the conversation of each document
+        meta.json                                 the source; size and SHA-256 of each file; a hash of itself
 
-The fingerprint says what is inside: the text, how it was split, and the tokenizer. Any process that knows it may read the folder.
+The fingerprint identifies the text, its split and the tokenizer: any process that knows it may read the folder.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 META = "meta.json"
 TOKEN_FILES = (META, *(f"{split}.{end}" for split in SPLITS for end in ("bin", "offsets.npy")))
-# Beside them, where only some tokens are trained.
+# Besides, if only some tokens are trained.
 MARK_FILES = tuple(f"{split}.{end}" for split in SPLITS for end in ("trained", "numbers.npy"))
 
 
@@ -47,7 +47,7 @@ def cache_root(cache_dir: str | None) -> Path:
     """data.cache_dir, else $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
 
     Raises:
-        ConfigError: it is below the home folder, and nobody knows which that is.
+        ConfigError: it is below the home folder, which is unknown.
     """
     key, given = _chosen(cache_dir)
     try:
@@ -59,12 +59,13 @@ def cache_root(cache_dir: str | None) -> Path:
 
 
 def _chosen(cache_dir: str | None) -> tuple[str, str]:
-    """The key or variable that says where the cache is, and its value."""
-    given = {"data.cache_dir": cache_dir, **{name: os.environ.get(name) for name in ("TXTRAIN_CACHE", "XDG_CACHE_HOME")}}
+    """The key or environment variable that sets the place of the cache, and its value."""
+    variables = {name: os.environ.get(name) for name in ("TXTRAIN_CACHE", "XDG_CACHE_HOME")}
+    given = {"data.cache_dir": cache_dir, **variables}
     return next(((key, value) for key, value in given.items() if value), ("HOME", "~/.cache"))
 
 
-# ------------------------------------------------------------------------------------------------------------------- folders
+# -------------------------------------------------------------------------------------------------------------- folders
 
 
 def cached(cache_dir: str | None, name: str, fill: Callable[[Path], None], needs: Sequence[str] = ()) -> Path:
@@ -75,14 +76,14 @@ def cached(cache_dir: str | None, name: str, fill: Callable[[Path], None], needs
 def build_folder(
     folder: Path, fill: Callable[[Path], None], needs: Sequence[str] = (), key: str = "data.cache_dir"
 ) -> Path:
-    """`folder`, filled by `fill` unless it is there already. Others see it complete or not at all.
+    """`folder`, filled by `fill` unless it exists; other processes see it complete or not at all.
 
-    It is filled under a temporary name beside it and renamed. Two processes at once are safe: the second finds the name taken by
-    the same contents and throws its own away. A folder that lacks a file, or whose files are not as its meta.json says, is built anew.
+    It is filled under a temporary name and renamed. If two processes do so at once, the second one discards its copy.
+    A folder with missing or changed files (by its meta.json) is rebuilt.
 
     Args:
-        needs: names of files that it must have.
-        key: that says where the cache is.
+        needs: names of required files.
+        key: the key that sets the place of the cache, for errors.
 
     Raises:
         ConfigError: its meta.json is damaged, or it cannot be written.
@@ -94,22 +95,22 @@ def build_folder(
         folder.parent.mkdir(parents=True, exist_ok=True)
         with files.temporary(folder.parent, folder.name) as made:
             if folder.is_dir():
-                log.warning("%s: %s: it is built anew", folder, _damage(folder, needs))
+                log.warning("%s: %s: it is rebuilt", folder, _damage(folder, needs))
             fill(made)
             _seal(made)
-            if folder.is_dir() and _damage(folder, needs):  # others may have mended it meanwhile
+            if folder.is_dir() and _damage(folder, needs):  # another process may have rebuilt it meanwhile
                 shutil.rmtree(folder)
             try:
                 made.rename(folder)
                 (folder / files.LOCK).unlink()
             except OSError as e:
-                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # somebody else was first
+                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):  # another process was first
                     raise
     return folder
 
 
 def _seal(folder: Path) -> None:
-    """Have meta.json tell what each file is, and all of it on the disk."""
+    """Write size and hash of each file to meta.json, and sync all files to disk."""
     said = read_json(folder / META) if (folder / META).exists() else {}
     said["files"] = {}
     for path in sorted(folder.iterdir()):
@@ -121,24 +122,25 @@ def _seal(folder: Path) -> None:
 
 
 def _damage(folder: Path, needs: Sequence[str]) -> str | None:
-    """What of a folder is not as it was written; None: all is. Contents are looked at where the files are small enough for it.
+    """What has changed in a folder since it was written; None: nothing. Contents are checked if the files are small.
 
     Raises:
-        ConfigError: what its meta.json tells cannot be relied on.
+        ConfigError: its meta.json is damaged.
     """
     if missing := [name for name in needs if not (folder / name).is_file()]:
         return f"{missing[0]} is missing"
     said = read_json(folder / META) if (folder / META).is_file() else {}
     told = said.get("files")
-    if told is None:  # of a version that did not tell
+    if told is None:  # written by an older version
         return None
     if said.get("check") != _check_of(said):
-        raise ConfigError(f"{folder / META} must be as it was written, but has changed. Remove the folder, and it is built anew.")
+        raise ConfigError(f"{folder / META} must be as it was written, but has changed. Remove the folder.")
     check_keys(said, str(folder / META), {"files": dict[str, dict[str, Any]]})
     sizes = {name: (folder / name).stat().st_size if (folder / name).is_file() else None for name in told}
     for name, size in sizes.items():
         if size != told[name].get("bytes"):
-            return f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {told[name].get('bytes')}"
+            wanted = told[name].get("bytes")
+            return f"{name} is missing" if size is None else f"{name} has {size} bytes instead of {wanted}"
     hashed = told if sum(size or 0 for size in sizes.values()) < HASHED_BELOW else ()
     changed = (name for name in hashed if _sha256(folder / name) != told[name].get("sha256"))
     return next((f"{name} has changed since it was written" for name in changed), None)
@@ -154,11 +156,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------- files
+# ---------------------------------------------------------------------------------------------------------------- files
 
 
 class TokenWriter:
-    """Writes the files of both splits below `folder`, document after document. marked: by `append_marked`."""
+    """Writes the files of both splits into `folder`, document by document. marked: with `append_marked`."""
 
     def __init__(self, folder: Path, vocab_size: int, marked: bool = False) -> None:
         self.folder, self.vocab_size, self.marked = folder, vocab_size, marked
@@ -197,12 +199,13 @@ class TokenWriter:
         self.append(split, text.ids, ends=True)
 
     def finish(self, **about: Any) -> None:
-        """Offsets and meta.json, once all documents are written."""
+        """Write offsets and meta.json, after the last document."""
         for split in SPLITS:
             np.save(self.folder / f"{split}.offsets.npy", np.frombuffer(self.offsets[split], dtype=np.int64))
             if self.marked:
                 np.save(self.folder / f"{split}.numbers.npy", np.frombuffer(self.numbers[split], dtype=np.int64))
-        (self.folder / META).write_text(json.dumps({"dtype": self.dtype.name, "n_tokens": self._n, **about}, indent=2) + "\n")
+        meta = {"dtype": self.dtype.name, "n_tokens": self._n, **about}
+        (self.folder / META).write_text(json.dumps(meta, indent=2) + "\n")
 
     @property
     def n_tokens(self) -> int:
@@ -217,11 +220,13 @@ class TokenFile(Tokens):
         check_keys(said, str(folder / META), {"dtype": str, "n_tokens": dict[str, int]})
         dtype, n_tokens = said["dtype"], said["n_tokens"].get(split)
         if dtype not in ("uint16", "uint32") or n_tokens is None:
-            raise ConfigError(f"{folder}: its meta.json must have a `dtype` of tokens, and their number, but has not. Remove the folder.")
+            raise ConfigError(f"{folder / META} must have `dtype` and `n_tokens`, but has not. Remove the folder.")
         size = path.stat().st_size if path.is_file() else None
         if size != n_tokens * np.dtype(dtype).itemsize:
             have = "is missing" if size is None else f"has {size:,} bytes"
-            raise ConfigError(f"{path} must have {n_tokens:,} tokens, as its meta.json says, but {have}. Remove the folder.")
+            raise ConfigError(
+                f"{path} must have {n_tokens:,} tokens, as its meta.json says, but {have}. Remove the folder."
+            )
         marks, numbers = folder / f"{split}.trained", partial(_mapped, folder / f"{split}.numbers.npy")
         masked: dict[str, Any] = {"trained": marks, "numbers": numbers} if marks.is_file() else {}
         borders = partial(_mapped, folder / f"{split}.offsets.npy")

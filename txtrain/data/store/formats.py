@@ -1,9 +1,9 @@
-"""Formats of token files, ours and those of other tools, read as they are. A file becomes a `Shard`; nothing of its tokens is read.
+"""Formats of token files, ours and those of other tools. A file becomes a `Shard`; no tokens are read.
 
 ours        a folder with index.json, which `txtrain prepare` writes
-Megatron    NAME.bin, tokens one behind the other, and NAME.idx: magic, version, type, sizes and places of sequences, documents
-nanoGPT     NAME.bin, nothing but tokens, uint16
-OLMo        NAME.npy, nothing but tokens in spite of its name (numpy.memmap writes no header), uint16 or uint32; also true .npy
+Megatron    NAME.bin: concatenated tokens; NAME.idx: magic, version, dtype, sizes and offsets of sequences, documents
+nanoGPT     NAME.bin: raw uint16 tokens
+OLMo        NAME.npy: raw uint16 or uint32 tokens (numpy.memmap writes no header); true .npy files are read too
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from txtrain.data.store.tokens import Shard
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import check_keys, map_npy, read_json, shorten
 
-INDEX = "index.json"  # of our own folders; written last
+INDEX = "index.json"  # of our own format; written last
 FORMAT = "txtrain tokens 1"
 KINDS = (".bin", ".npy")
-_MOST = 1 << 48  # tokens of a file
+_MOST = 1 << 48  # tokens per file, at most
 
 _MEGATRON = b"MMIDIDX\x00\x00"
 _MEGATRON_TYPES = {1: "uint8", 2: "int8", 3: "int16", 4: "int32", 5: "int64", 8: "uint16"}
@@ -34,10 +34,10 @@ _NPY = b"\x93NUMPY"
 
 
 def shard_of(path: Path, key: str, dtype: str) -> Shard:
-    """A file of another tool, told by its name and first bytes. dtype: of files that do not say.
+    """A file of another tool, recognised by its name and first bytes. dtype: of files without a header.
 
     Raises:
-        ConfigError: its size is not that of so many tokens, or it holds something else.
+        ConfigError: the size is no multiple of the dtype's, or the file is not of its format.
     """
     index = path.with_suffix(".idx")
     if path.suffix == ".bin" and index.is_file():
@@ -51,18 +51,23 @@ def shard_of(path: Path, key: str, dtype: str) -> Shard:
 def _raw(path: Path, key: str, dtype: str) -> Shard:
     size, width = path.stat().st_size, np.dtype(dtype).itemsize
     if size % width:
-        raise ConfigError(f"`{key}`: {path} must hold tokens of {width} bytes (data.dtype={dtype}), but has {size} bytes. Another data.dtype?")
+        raise ConfigError(
+            f"`{key}`: {path} must hold tokens of {width} bytes (data.dtype={dtype}), but has {size} bytes. "
+            "Another data.dtype?"
+        )
     return Shard(path, np.dtype(dtype).newbyteorder("<").str, size // width)
 
 
 def _npy(path: Path, key: str) -> Shard:
     found: Any = map_npy(path, f"`{key}`: {path}")
     if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise ConfigError(f"`{key}` must hold one row of integers, but {path} holds {found.dtype} of shape {list(found.shape)}.")
+        raise ConfigError(
+            f"`{key}` must hold one row of integers, but {path} holds {found.dtype} of shape {list(found.shape)}."
+        )
     return Shard(path, found.dtype.str, len(found), found.offset)
 
 
-# ------------------------------------------------------------------------------------------------------------------ Megatron
+# ------------------------------------------------------------------------------------------------------------- Megatron
 
 
 def _megatron(path: Path, index: Path, key: str) -> Shard:
@@ -72,26 +77,40 @@ def _megatron(path: Path, index: Path, key: str) -> Shard:
     lengths, places, documents = _megatron_tables(index, n_sequences, n_documents)
     end = int(places[-1]) + int(lengths[-1]) * width if n_sequences else 0
     if end != size or (n_documents and int(documents[-1]) != n_sequences):
-        raise ConfigError(f"`{key}`: {index} must tell of the {size} bytes of {path.name}, but tells of {end}: they do not belong together.")
-    return Shard(path, np.dtype(dtype).newbyteorder("<").str, n_tokens, borders=partial(_megatron_borders, index, width, n_sequences, n_documents))
+        raise ConfigError(
+            f"`{key}`: {index} must describe the {size} bytes of {path.name}, but describes {end}: "
+            "they do not belong together."
+        )
+    return Shard(
+        path, np.dtype(dtype).newbyteorder("<").str, n_tokens,
+        borders=partial(_megatron_borders, index, width, n_sequences, n_documents),
+    )
 
 
 def _megatron_header(index: Path, key: str) -> tuple[str, int, int]:
     with index.open("rb") as f:
         raw = f.read(len(_MEGATRON) + _HEADER.size)
     if not raw.startswith(_MEGATRON) or len(raw) < len(_MEGATRON) + _HEADER.size:
-        raise ConfigError(f"`{key}`: {index} must begin as an index of Megatron does (MMIDIDX), but does not. A .bin alone has no .idx beside it.")
+        raise ConfigError(
+            f"`{key}`: {index} must begin as an index of Megatron does (MMIDIDX), but does not. "
+            "If the .bin is of another format, remove the .idx beside it."
+        )
     version, code, n_sequences, n_documents = _HEADER.unpack(raw[len(_MEGATRON) :])
     if version != 1 or code not in _MEGATRON_TYPES:
-        raise ConfigError(f"`{key}`: {index} must be of version 1 and of integers, but is of version {version} and type {code}.")
+        raise ConfigError(
+            f"`{key}`: {index} must be of version 1 and of integers, but is of version {version} and type {code}."
+        )
     needed = len(raw) + n_sequences * (4 + 8) + n_documents * 8
     if index.stat().st_size < needed:
-        raise ConfigError(f"`{key}`: {index} must have {needed} bytes for its {n_sequences} sequences, but has {index.stat().st_size}: it is cut off.")
+        raise ConfigError(
+            f"`{key}`: {index} must have {needed} bytes for its {n_sequences} sequences, "
+            f"but has {index.stat().st_size}: it is cut off."
+        )
     return _MEGATRON_TYPES[code], n_sequences, n_documents
 
 
 def _megatron_tables(index: Path, n_sequences: int, n_documents: int) -> tuple[Any, Any, Any]:
-    """Sizes of sequences in tokens, their places in bytes, and the first sequence of each document; not read but mapped."""
+    """Sizes of sequences in tokens, their offsets in bytes, and the first sequence of each document; memory-mapped."""
     at = len(_MEGATRON) + _HEADER.size
     tables = []
     for dtype, n in (("<i4", n_sequences), ("<i8", n_sequences), ("<i8", n_documents)):
@@ -105,38 +124,46 @@ def _megatron_borders(index: Path, width: int, n_sequences: int, n_documents: in
     end = (int(places[-1]) // width + int(lengths[-1])) if n_sequences else 0
     first = np.unique(documents[:-1])  # a document without sequences begins where the next does
     if len(first) and not 0 <= first[0] <= first[-1] < n_sequences:
-        raise ConfigError(f"{index} must tell the first of {n_sequences:,} sequences of each document, but tells others.")
+        raise ConfigError(f"{index} must give the first of {n_sequences:,} sequences of each document, but does not.")
     return _ascending(np.concatenate((np.asarray(places[first]) // width, [end])), end, index)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- ours
+# ----------------------------------------------------------------------------------------------------------------- ours
 
 
 def read_index(folder: Path, key: str) -> dict[str, Any]:
-    """index.json of one of our folders.
+    """The index.json of one of our folders.
 
     Raises:
-        ConfigError: it is of another format, or a file that it names is missing or cut off.
+        ConfigError: it is of another format, or a file that it names is missing or truncated.
     """
     path = folder / INDEX
     found = read_json(path)
     if found.get("format") != FORMAT:
-        raise ConfigError(f"`{key}`: {path} must be of format {FORMAT!r}, but is of {shorten(repr(found.get('format')))}.")
+        raise ConfigError(
+            f"`{key}`: {path} must be of format {FORMAT!r}, but is of {shorten(repr(found.get('format')))}."
+        )
     check_keys(found, str(path), {"key": str, "dtype": str, "tokenizer": str, "shards": dict})
     check_shards(found["shards"], str(path))
     if found["dtype"] not in ("uint16", "uint32"):
         raise ConfigError(f"{path}: `dtype` must be uint16 or uint32, but is {shorten(found['dtype'])} instead.")
     for split in ("train", "validation"):
         for name, n_tokens, n_documents in _files(found, split):
-            for file, size in ((folder / f"{name}.bin", n_tokens * np.dtype(found["dtype"]).itemsize), (folder / f"{name}.ends", n_documents * 8)):
+            for file, size in (
+                (folder / f"{name}.bin", n_tokens * np.dtype(found["dtype"]).itemsize),
+                (folder / f"{name}.ends", n_documents * 8),
+            ):
                 have = file.stat().st_size if file.is_file() else None
                 if have != size:
-                    raise ConfigError(f"`{key}`: {file} must have {size} bytes, but {'is missing' if have is None else f'has {have}'}. Prepare again.")
+                    raise ConfigError(
+                        f"`{key}`: {file} must have {size} bytes, "
+                        f"but {'is missing' if have is None else f'has {have}'}. Prepare again."
+                    )
     return found
 
 
 def check_shards(shards: dict[str, Any], where: str) -> None:
-    """Refuse what is no list of files with their tokens and documents for each split."""
+    """Refuse what does not list files with their numbers of tokens and documents for each split."""
     for split in ("train", "validation"):
         check_keys(shards, f"{where}: shards", {split: list[dict[str, Any]]})
         for n, shard in enumerate(shards[split]):
@@ -167,9 +194,7 @@ def _own_borders(path: Path, n_tokens: int) -> Indices:
 
 
 def _ascending(borders: Indices, n_tokens: int, path: Path) -> Indices:
-    """Raises:
-    ConfigError: documents that do not lie one behind the other.
-    """
+    """The borders, which must ascend from 0 to n_tokens; else raises ConfigError."""
     if borders[0] != 0 or borders[-1] != n_tokens or np.any(borders[1:] < borders[:-1]):
-        raise ConfigError(f"{path} must tell where each document ends among {n_tokens:,} tokens, but tells other places.")
+        raise ConfigError(f"{path} must give the end of each document among {n_tokens:,} tokens, but does not.")
     return borders

@@ -1,12 +1,12 @@
-"""A folder of token files that grows, is killed, and goes on: what `txtrain prepare` writes.
+"""The folder of token files that `txtrain prepare` writes, and resumes after an interruption.
 
 DIR/
-    train-00000.bin, ...    token ids, uint16 (uint32 from a vocabulary of 65,536 on), documents one behind the other
-    train-00000.ends, ...   int64: where each document of that file ends
+    train-00000.bin, ...    token ids, uint16 (uint32 from a vocabulary of 65,536 on)
+    train-00000.ends, ...   int64: the end of each document of that file
     validation-00000.bin, validation-00000.ends, ...
     tokenizer/              tokenizer.json, tokenizer_config.json
-    state.json              until all is done: how much of the files is certain
-    index.json              once all is done: the files, the tokenizer, and the key of the text
+    state.json              while unfinished: how much of the files is safely written
+    index.json              when finished: the files, the tokenizer, and the key of the text
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from txtrain.ground import files
 from txtrain.ground.plain_files import check_keys, read_json
 
 STATE = "state.json"
-_EVERY = 2.0  # seconds between two moments of which a restart may go on
+_EVERY = 2.0  # seconds between two saved states
 
 
 class ShardWriter:
-    """Files of both splits. A file ends with the document that brings it to shard_tokens, so its end depends on the text alone.
+    """Files of both splits. A file ends with the document that brings it to shard_tokens, whatever was interrupted.
 
-    `n_documents` of the corpus are in the files for certain: those to leave out are the first so many.
+    The first `n_documents` of the corpus are safely in the files: skip them on resume.
     """
 
     def __init__(self, folder: Path, key: str, vocab_size: int, shard_tokens: int) -> None:
@@ -42,11 +42,11 @@ class ShardWriter:
         self.n_documents: int = self._state["n_documents"]
         self._shards: dict[Split, list[dict[str, int]]] = self._state["shards"]
         self._open = {split: self._opened(split) for split in SPLITS}
-        self._tail = dict.fromkeys(SPLITS, 0)  # tokens of a document that has not ended yet
+        self._tail = dict.fromkeys(SPLITS, 0)  # tokens of an unfinished document
         self._saved = time.monotonic()
 
     def _opened(self, split: Split) -> tuple[BinaryIO, BinaryIO]:
-        """The last file of a split, cut back to what is certain of it."""
+        """The last file of a split, truncated to what is safely written."""
         shard, name = self._shards[split][-1], shard_name(split, len(self._shards[split]) - 1)
         pair = []
         for end, size in ((".bin", shard["n_tokens"] * self.dtype.itemsize), (".ends", shard["n_documents"] * 8)):
@@ -78,7 +78,7 @@ class ShardWriter:
         self._open[split] = self._opened(split)
 
     def save(self, now: bool = False) -> None:
-        """Make what is written certain, if it is time for it."""
+        """Sync the files and save the state, at most every _EVERY seconds unless `now`."""
         if not now and time.monotonic() - self._saved < _EVERY:
             return
         for pair in self._open.values():
@@ -90,7 +90,7 @@ class ShardWriter:
         self._saved = time.monotonic()
 
     def finish(self, **about: Any) -> None:
-        """index.json, and with it the folder is complete."""
+        """Write index.json, which completes the folder."""
         self.save(now=True)
         self.close()
         shards = {split: self._shards[split] for split in SPLITS}
@@ -108,7 +108,10 @@ class ShardWriter:
 
 
 def _fresh(key: str, shard_tokens: int) -> dict[str, Any]:
-    return {"key": key, "shard_tokens": shard_tokens, "n_documents": 0, "shards": {split: [{"n_tokens": 0, "n_documents": 0}] for split in SPLITS}}
+    return {
+        "key": key, "shard_tokens": shard_tokens, "n_documents": 0,
+        "shards": {split: [{"n_tokens": 0, "n_documents": 0}] for split in SPLITS},
+    }
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -121,12 +124,12 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 def unfinished(folder: Path) -> dict[str, Any] | None:
-    """What a folder that is not complete was begun for: `key`, `shard_tokens`; None if it was not begun."""
+    """The state of an unfinished folder, with its `key` and `shard_tokens`; None if there is none."""
     return _read(folder / STATE)
 
 
 def forget(folder: Path) -> None:
-    """Remove what only an unfinished folder needs, and what a kill left of a file that was being replaced."""
+    """Remove state.json and the temporary files of an interrupted write."""
     for left in folder.glob("*.tmp"):
         left.unlink()
     with contextlib.suppress(FileNotFoundError):

@@ -1,10 +1,10 @@
-"""Training and validation text of a source, never overlapping.
+"""Training and validation text of a source, without overlap.
 
-A source with a validation split of its own keeps it. Otherwise `val_fraction` of the text is held out, by a rule that depends on
-nothing but the documents' order:
+A source with a validation split keeps it. Otherwise `val_fraction` of the text is held out, by a rule that depends on
+the order of documents alone:
 
-- many documents (at least 5 / val_fraction, 100 for 5 %): whole documents, one out of each 1 / val_fraction in a row, drawn by a hash;
-- fewer: the end of each document, cut at the end of a line where there is one (else of a word) behind 1 - val_fraction of it.
+- many documents (at least 5 / val_fraction, 100 for 5 %): one whole document, by a hash, of each 1 / val_fraction;
+- fewer: the end of each document after 1 - val_fraction of it, from the next line on, or else the next word.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from txtrain.data.sources.source import (
 )
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 
-FORMAT = 1  # of what a fingerprint stands for: raise it when the split, the tokens or their files change
-_MANY = 5  # whole documents are held out where there would be at least so many
+FORMAT = 1  # part of fingerprints: raise it when the split, the tokens or their files change
+_MANY = 5  # whole documents are held out if they are at least so many
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents of a source, each with the split that it belongs to; the same at every pass."""
+    """Documents of a source, each with its split; the same at every pass."""
 
     source: TextSource
     val_fraction: float
 
     def documents(self) -> Iterator[tuple[Split, Text]]:
-        """(split, text), blank texts left out."""
+        """(split, text), without blank texts."""
         if not has_validation(self.source):
             yield from split_documents(lambda: _written(self.source.documents("train")), self.val_fraction)
             return
@@ -60,13 +60,13 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the text and of its split."""
+        """Of text and split."""
         return digest(FORMAT, _known(self.source), None if has_validation(self.source) else self.val_fraction)
 
 
 @dataclass(frozen=True)
 class MarkedCorpus:
-    """Texts of which some tokens are trained. Without a validation split whole items are held out: of few items one."""
+    """Texts with a mask of trained tokens. Without a validation split whole items are held out, at least one."""
 
     source: MarkedSource
     val_fraction: float
@@ -87,7 +87,7 @@ class MarkedCorpus:
 
     @property
     def fingerprint(self) -> str:
-        """Of the source and of how it is written; the tokens have the tokenizer's own."""
+        """Of the source and its chat template; the fingerprint of the tokenizer is separate."""
         template = self.tokenizer.chat_template
         written = None if template is None else [dict(template.texts), dict(self.tokenizer.names)]
         return digest("marked", Corpus(self.source, self.val_fraction).fingerprint, written)
@@ -109,7 +109,7 @@ class ValidationSet:
 
 @dataclass(frozen=True)
 class Corpora:
-    """Several, as far as a tokenizer that is trained on all of them reads them."""
+    """Several corpora, for training one tokenizer on all of them."""
 
     corpora: tuple[Corpus, ...]
 
@@ -122,7 +122,9 @@ class Corpora:
 
 
 def _known(source: TextSource) -> str:
-    return identity(source, lambda: hashed((split, text) for split in splits(source) for text in source.documents(split)))
+    return identity(
+        source, lambda: hashed((split, text) for split in splits(source) for text in source.documents(split))
+    )
 
 
 def digest(*parts: object) -> str:
@@ -134,7 +136,7 @@ def _written(texts: Iterable[Text]) -> Iterator[Text]:
 
 
 def split_documents(texts: Callable[[], Iterator[Text]], val_fraction: float) -> Iterator[tuple[Split, Text]]:
-    """texts: gives all of them anew at each call, so that none has to be kept."""
+    """(split, text). texts: returns a new iterator over all of them at each call, so that none is kept."""
     many = round(_MANY / val_fraction)
     if sum(1 for _ in itertools.islice(texts(), many)) == many:
         for k, text in enumerate(texts()):
@@ -148,7 +150,7 @@ def split_documents(texts: Callable[[], Iterator[Text]], val_fraction: float) ->
 
 
 def is_held_out(k: int, fraction: float) -> bool:
-    """Whether item k is for validation: one of each run of 1 / fraction items, so that no stretch of the source is over-represented."""
+    """Whether item k is for validation: one item of each run of 1 / fraction, so that all parts are represented."""
     run = int(k * fraction)
     begin, end = _first_of(run, fraction), _first_of(run + 1, fraction)
     draw = int.from_bytes(hashlib.sha256(str(run).encode()).digest()[:8], "little")
@@ -161,7 +163,7 @@ def held_out(n: int, fraction: float) -> NDArray[np.bool_]:
 
 
 def _first_of(run: int, fraction: float) -> int:
-    """The smallest k with int(k * fraction) == run; searched, because a division would round otherwise than the product does."""
+    """The smallest k with int(k * fraction) == run; searched, because a division rounds differently."""
     k = max(0, int(run / fraction) - 1)
     while int(k * fraction) < run:
         k += 1
@@ -169,7 +171,7 @@ def _first_of(run: int, fraction: float) -> int:
 
 
 def _cut(text: Text, val_fraction: float) -> int:
-    """Where the held-out end of a single document begins; its length, if it is too short to be divided."""
+    """Where the held-out end of a document begins; its length, if it is too short to divide."""
     want = round(len(text) * (1 - val_fraction))
     line = text.find("\n", want) + 1
     if line and line < len(text):

@@ -1,11 +1,11 @@
-"""Text that is read as it comes: documents by the number, tokens by their place, and a position from which both go on.
+"""Streamed text: tokens by position in the stream, and a position from which to resume.
 
     rows of the set      0        1     2 (blank)   3 (held out)   4 ...       counted from 0 on in each epoch
     stream of tokens     [a a a a][b b b]                          [c c c c c]
 
-The stream of tokens is the one that a cache would hold; only what the samples in hand need of it is in memory. Every process reads all
-of it and takes its own rows, so all make the same steps whatever there is to read. What is remembered of a position is where one
-document begins: its place in the stream of tokens, its epoch, and its row.
+The token stream equals the one a cache would hold; only what the current samples need is in memory. Every rank reads
+all of it and takes its own rows, so all ranks make the same steps. A position is the begin of a document: its token in
+the stream, its epoch, and its row.
 """
 
 # B batch, T tokens of a window
@@ -24,10 +24,10 @@ from txtrain.data.samples.order import GlobalOrder, Indices
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 
-ENDLESS = 1 << 60  # as many tokens as a stream is said to have
-_TOGETHER = 32  # documents that are encoded at once
+ENDLESS = 1 << 60  # tokens, the nominal length of a stream
+_TOGETHER = 32  # documents encoded at once
 
-RowsFrom = Callable[[int], Iterator[tuple[int, str]]]  # number and text of the training documents from a row of the set on
+RowsFrom = Callable[[int], Iterator[tuple[int, str]]]  # row and text of the training documents from a row on
 
 
 class Position(NamedTuple):
@@ -42,7 +42,7 @@ _BEGIN = Position()
 
 
 class StreamTokens:
-    """The training tokens of a streamed set; `Tokens`, as far as packing reads it. Reading back is possible, and slow: from the start."""
+    """The training tokens of a streamed set, with what packing reads of `Tokens`. Going back reads from the start."""
 
     split = "train"
     mask = None
@@ -52,7 +52,7 @@ class StreamTokens:
         self._seek(start)
 
     def _seek(self, start: Position) -> None:
-        self._begin = start.token  # of what is in memory
+        self._begin = start.token  # of the tokens in memory
         self._end = start.token
         self._documents: deque[tuple[Position, NDArray[np.int64]]] = deque()
         self._source = self._read(start)
@@ -68,7 +68,7 @@ class StreamTokens:
 
     @property
     def position(self) -> Position:
-        """Of the last document that the latest windows touched: reading can go on from there."""
+        """The last document in the latest windows: reading can resume from there."""
         return self._reached
 
     @property
@@ -77,12 +77,15 @@ class StreamTokens:
 
     @property
     def offsets(self) -> Indices:
-        raise ConfigError("`data.streaming` must be false with objective.next_sentence=true, which picks documents from everywhere, but is true instead.")
+        raise ConfigError(
+            "`data.streaming` must be false with objective.next_sentence=true, which picks documents at random, "
+            "but is true instead."
+        )
 
-    # ----------------------------------------------------------------------------------------------------------- reading
+    # ---------------------------------------------------------------------------------------------------------- reading
 
     def _read(self, start: Position) -> Iterator[tuple[Position, list[int]]]:
-        """Documents without end, from a position on; behind the last row the next epoch begins."""
+        """Documents from a position on, without end; the next epoch begins after the last row."""
         bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]
         row, epoch = start.row, start.epoch
         while True:
@@ -98,7 +101,7 @@ class StreamTokens:
             row, epoch = 0, epoch + 1
 
     def _need(self, begin: int, end: int) -> None:
-        """Tokens begin to end - 1 are in memory; what lies before them is not kept."""
+        """Read tokens begin to end - 1 into memory, and drop those before."""
         if begin < self._begin:
             self._seek(_BEGIN)
         while self._end < end:
@@ -119,7 +122,7 @@ class StreamTokens:
         return found
 
     def starts(self, begin_B: Indices, T: int) -> NDArray[np.bool_]:
-        """[B, T]: whether a document begins at this token of each window."""
+        """[B, T]: whether a document begins at each token."""
         self._need(int(begin_B.min()), int(begin_B.max()) + T)
         marks = np.zeros(self._end - self._begin, dtype=np.bool_)
         marks[[place.token - self._begin for place, _ in self._documents]] = True
@@ -127,10 +130,10 @@ class StreamTokens:
         return found
 
     def trained(self, begin_B: Indices, T: int) -> None:
-        """All tokens are."""
+        """None: all tokens are trained."""
 
     def numbers(self, begin: int, end: int) -> list[int]:
-        """The row of each document of tokens begin to end - 1."""
+        """The row of each document in tokens begin to end - 1."""
         self._need(begin, end)
         return [place.row for place, ids in self._documents if place.token < end and place.token + len(ids) > begin]
 
@@ -142,7 +145,7 @@ class StreamTokens:
 
 
 class StreamOrder(GlobalOrder):
-    """Samples as they come: nothing that is not there yet can be shuffled."""
+    """Samples in the order of the stream, which cannot be shuffled."""
 
     def rows(self, indices: Indices) -> Indices:
         return indices

@@ -1,4 +1,4 @@
-"""A corpus to a cache folder: documents as (bos +) tokens + eos, tokenised on all cores while they stream by."""
+"""Tokenise a corpus into a cache folder: documents as (bos +) tokens + eos, on all cores, in one pass."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
 
 SKIPPED = "skipped_rows.jsonl"
-_BATCH = 1 << 20  # characters a batch; while they are encoded, each of their tokens takes some hundred bytes
+_BATCH = 1 << 20  # characters per batch; each token takes some hundred bytes during encoding
 
 
 class Piece(NamedTuple):
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
 
 
 class Documents(Protocol):
-    """A corpus: documents, each with its split; `source` is where they are from."""
+    """A corpus: documents with their splits, and their source."""
 
     @property
     def source(self) -> Any: ...
@@ -38,13 +38,15 @@ class Documents(Protocol):
 
 
 class Writer(Protocol):
-    """Where tokens go, document after document; `ends`: these are the last of their document."""
+    """Where tokens are written, document by document. ends: these are the last of their document."""
 
     def append(self, split: Split, ids: list[int], ends: bool) -> None: ...
 
 
-def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bool = True, limit: Limit | None = None) -> None:
-    """Both splits of the corpus into `folder`, in one pass.
+def tokenise(
+    corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bool = True, limit: Limit | None = None
+) -> None:
+    """Tokenise both splits of the corpus into `folder`, in one pass.
 
     Raises:
         ConfigError: there is more text than the limit allows.
@@ -63,7 +65,7 @@ def tokenise(corpus: Documents, tokenizer: Tokenizer, folder: Path, with_bos: bo
 
 
 def write_skipped(folder: Path, source: Any) -> None:
-    """A line of SKIPPED for each row that was left out, where there are any. source: which has been read to its end."""
+    """Write a line of SKIPPED per skipped row, if any, once the source has been read to its end."""
     rows = skipped(source).items()
     lines = (json.dumps({"row": where, "why": why}, ensure_ascii=False) + "\n" for where, why in rows)
     if rows:
@@ -71,7 +73,7 @@ def write_skipped(folder: Path, source: Any) -> None:
 
 
 class Limit(NamedTuple):
-    """Of text that a run tokenises by itself: on many nodes all but one process of each would wait for it."""
+    """On text that a run tokenises itself: on several nodes all ranks but one per node would wait."""
 
     n_bytes: int
     why: str  # such as trainer.num_nodes=4
@@ -79,13 +81,16 @@ class Limit(NamedTuple):
     def check(self, n_bytes: int) -> None:
         if n_bytes > self.n_bytes:
             raise ConfigError(
-                f"`data` must be tokenised beforehand with {self.why} if it is more than {self.n_bytes / 1e9:g} GB, and it is {n_bytes / 1e9:.3g} GB or more: "
-                "txtrain prepare data=... out=DIR (and this run's model, objective and tokenizer), then data=memmap data.path=DIR."
+                f"`data` must be tokenised beforehand with {self.why} if it is more than {self.n_bytes / 1e9:g} GB, "
+                f"and it is {n_bytes / 1e9:.3g} GB or more: txtrain prepare data=... out=DIR (and this run's model, "
+                "objective and tokenizer), then data=memmap data.path=DIR."
             )
 
 
-def write_tokens(documents: Iterable[tuple[Split, Text]], tokenizer: Tokenizer, writer: Writer, with_bos: bool = True) -> Iterator[int]:
-    """Write the documents, and yield from time to time how many bytes of text came since the last time."""
+def write_tokens(
+    documents: Iterable[tuple[Split, Text]], tokenizer: Tokenizer, writer: Writer, with_bos: bool = True
+) -> Iterator[int]:
+    """Write the documents, and yield the number of bytes of text after each batch."""
     allow_threads(True)
     bos = [] if tokenizer.bos_id is None or not with_bos else [tokenizer.bos_id]
     eos = [tokenizer.eos_id]
@@ -119,7 +124,7 @@ def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
 
 
 def _encode(batches: Iterator[list[Piece]], tokenizer: Tokenizer) -> Iterator[tuple[list[Piece], Iterator[list[int]]]]:
-    """Each batch with its ids, one batch ahead: the library's threads encode it while this one copies and writes the last."""
+    """Each batch with its ids; the library's threads encode the next one while this thread writes the last."""
     encode = partial(tokenizer.backend.encode_batch_fast, add_special_tokens=False)
     with ThreadPoolExecutor(1) as pool:
         ahead: tuple[list[Piece], Future[Any]] | None = None

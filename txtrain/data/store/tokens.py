@@ -1,7 +1,7 @@
-"""Tokens in files, read through memory maps: one stream, in however many files of whatever format it lies.
+"""Tokens in memory-mapped files of any number and format, as one stream.
 
-      file 0            file 1      file 2          nothing is read before it is asked for, and nothing is kept:
-    [a a a b b b b c c][d d d d e][f f f f f f]     a set of files may be larger than memory
+      file 0            file 1      file 2          nothing is read in advance, and nothing is kept:
+    [a a a b b b b c c][d d d d e][f f f f f f]     the files may be larger than memory
      0                  9         14                `begin` and `end` count from the start of the stream
 
 A sample may begin in one file and end in the next. Every file begins a document.
@@ -26,20 +26,20 @@ from txtrain.data.sources.files import HASHED_BELOW
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError
 
-Borders = Callable[[], Indices]  # picklable: a function of a module, or a partial of one
+Borders = Callable[[], Indices]  # picklable: a module's function, or a partial of one
 _PROBED = 1 << 12
-_SCANNED = 1 << 22  # tokens at a time where documents are found by their end tokens
+_SCANNED = 1 << 22  # tokens at a time when documents are found by their end tokens
 
 
 @dc.dataclass(frozen=True)
 class Shard:
-    """Some tokens of one file. The arrays are opened where they are read: a copy sent to a worker process carries paths only.
+    """Some tokens of one file. Arrays are opened where they are read: a copy sent to a worker process has paths only.
 
     Attributes:
-        n_tokens: from byte first_byte of the file on, each a dtype.
-        borders: gives int64 [n_documents + 1]: where each document begins, from 0 on, and the end; None: the format does not tell.
-        trained: a file with a byte for each token of `path`, 1 where it is trained; None: all are.
-        numbers: gives int64 [n_documents]: of what each document came from; None: they are counted.
+        n_tokens: of type dtype, from byte first_byte of the file on.
+        borders: returns int64 [n_documents + 1]: the begin of each document, and the end; None: unknown to the format.
+        trained: a file with a byte per token of `path`, 1 if it is trained; None: all are.
+        numbers: returns int64 [n_documents]: the source item of each document; None: 0, 1, 2, ...
     """
 
     path: Path
@@ -62,17 +62,17 @@ class Shard:
             return None
         found = self.borders()
         if found.ndim != 1 or found.dtype.kind not in "iu" or not len(found) or found[-1] != self.n_tokens:
-            raise ConfigError(f"{self.path}: the places of its documents must be those of {self.n_tokens:,} tokens, but are not.")
+            raise ConfigError(f"{self.path}: its document offsets must end at {self.n_tokens:,} tokens, but do not.")
         return found
 
     def part(self, begin: int, end: int) -> Shard:
-        """Tokens begin to end - 1, and the documents and parts of documents that they are."""
+        """Tokens begin to end - 1, with the documents, or parts of documents, among them."""
         borders = None if self.borders is None else partial(_within, self.borders, begin, end)
         first_byte = self.first_byte + begin * np.dtype(self.dtype).itemsize
         return Shard(self.path, self.dtype, end - begin, first_byte, borders, self.trained)
 
     def mask(self) -> Shard:
-        """The bytes of `trained` that belong to these tokens."""
+        """The bytes of `trained` for these tokens."""
         assert self.trained is not None
         return Shard(self.trained, "uint8", self.n_tokens, self.first_byte // np.dtype(self.dtype).itemsize)
 
@@ -93,21 +93,24 @@ class Tokens:
     """One split of a text, as one stream.
 
     Args:
-        eos_id: in files whose format does not tell where documents begin, one begins behind each of these; None: nobody knows.
-        below: every id must be; None: they are known to be. Looked at in every window, since files are too large to be read for that.
+        eos_id: ends each document in files whose format has no document offsets; None: they are unknown.
+        below: bound of the ids, checked in each window, since files may be too large to scan; None: no check.
     """
 
-    def __init__(self, shards: Sequence[Shard], split: Split, eos_id: int | None = None, below: int | None = None) -> None:
-        self.shards, self.split, self.eos_id, self.below = tuple(s for s in shards if s.n_tokens) or tuple(shards[:1]), split, eos_id, below
+    def __init__(
+        self, shards: Sequence[Shard], split: Split, eos_id: int | None = None, below: int | None = None
+    ) -> None:
+        filled = tuple(s for s in shards if s.n_tokens)
+        self.shards, self.split, self.eos_id, self.below = filled or tuple(shards[:1]), split, eos_id, below
         self._first = np.concatenate(([0], np.cumsum([s.n_tokens for s in self.shards], dtype=np.int64)))
         masked = any(s.trained is not None for s in self.shards)
-        # Of each token, 1: it is trained; None: all are.
+        # 1 for each token that is trained; None: all are.
         self.mask: Tokens | None = Tokens([s.mask() for s in self.shards], split) if masked else None
 
     def __len__(self) -> int:
         return int(self._first[-1])
 
-    # ----------------------------------------------------------------------------------------------------------- windows
+    # ---------------------------------------------------------------------------------------------------------- windows
 
     def windows(self, begin_B: Indices, T: int) -> Indices:
         """int64 [B, T]: T tokens from each begin on.
@@ -133,15 +136,14 @@ class Tokens:
         return row
 
     def trained(self, begin_B: Indices, T: int) -> NDArray[np.bool_] | None:
-        """[B, T]: which tokens of each window are trained; None: all."""
+        """[B, T]: the tokens of each window that are trained; None: all."""
         return None if self.mask is None else self.mask.windows(begin_B, T) != 0
 
     def probe(self) -> None:
-        """Look for ids that the model does not have before a run starts: at all tokens of files that are small enough
-        to be hashed as a whole too, else at a few of each file (at most some hundred files).
+        """Check ids before a run starts: all if the files are small enough to be hashed, else some of each file.
 
         Raises:
-            ConfigError: an id that the model does not have.
+            ConfigError: an id is outside of the model's vocabulary.
         """
         if sum(shard.n_tokens * np.dtype(shard.dtype).itemsize for shard in self.shards) < HASHED_BELOW:
             for k, shard in enumerate(self.shards):
@@ -161,7 +163,8 @@ class Tokens:
         k = int(np.searchsorted(self._first, at, side="right")) - 1
         shard = self.shards[k]
         raise ConfigError(
-            f"`data.path` must hold ids from 0 to {self.below - 1}, but token {at - int(self._first[k]) + self._before(shard)} of {shard.path}, read as "
+            f"`data.path` must hold ids from 0 to {self.below - 1}, "
+            f"but token {at - int(self._first[k]) + self._before(shard)} of {shard.path}, read as "
             f"{shard.dtype}, is {found_BT[row, column]}: a larger model.vocab_size, or another data.dtype."
         )
 
@@ -170,24 +173,25 @@ class Tokens:
         return shard.first_byte // np.dtype(shard.dtype).itemsize
 
     def _touched(self, begin_B: Indices, T: int) -> Iterator[tuple[int, Indices, Indices]]:
-        """For each file in which a window has tokens: its number, those windows, and where in the file they begin (before it: below 0)."""
+        """For each file with tokens of a window: its number, the windows, and their begins in the file (may be < 0)."""
         if T <= 0 or not len(begin_B):
             return
         low_B = np.searchsorted(self._first, begin_B, side="right") - 1
         high_B = np.searchsorted(self._first, begin_B + T, side="left") - 1
-        for k in np.unique(np.concatenate([np.arange(a, b + 1) for a, b in set(zip(low_B.tolist(), high_B.tolist(), strict=True))])).tolist():
+        spans = set(zip(low_B.tolist(), high_B.tolist(), strict=True))
+        for k in np.unique(np.concatenate([np.arange(a, b + 1) for a, b in spans])).tolist():
             rows = np.flatnonzero((low_B <= k) & (k <= high_B))
             yield k, rows, begin_B[rows] - self._first[k]
 
-    # --------------------------------------------------------------------------------------------------------- documents
+    # -------------------------------------------------------------------------------------------------------- documents
 
     def starts(self, begin_B: Indices, T: int) -> NDArray[np.bool_]:
-        """[B, T]: whether a document begins at this token of each window."""
+        """[B, T]: whether a document begins at each token."""
         starts_BT = np.zeros((len(begin_B), T), dtype=np.bool_)
         for k, rows, at_B in self._touched(begin_B, T):
             offsets = self.shards[k].offsets
             if offsets is None:
-                offsets = np.zeros(1, dtype=np.int64)  # the file's own begin
+                offsets = np.zeros(1, dtype=np.int64)  # the begin of the file
                 if self.eos_id is not None:
                     self._behind_ends(k, rows, at_B, starts_BT)
             else:
@@ -208,7 +212,7 @@ class Tokens:
 
     @cached_property
     def offsets(self) -> Indices:
-        """int64 [n_documents + 1]: where each document begins, and the end. Where only end tokens tell, all files are read for it."""
+        """int64 [n_documents + 1]: begins of documents, and the end. Reads all files if only end tokens tell them."""
         if len(self.shards) == 1:
             return self._offsets_of(self.shards[0])
         parts = [self._offsets_of(shard)[:-1] + first for shard, first in zip(self.shards, self._first, strict=False)]
@@ -227,7 +231,7 @@ class Tokens:
         return len(self.offsets) - 1
 
     def numbers(self, begin: int, end: int) -> list[int]:
-        """What each document of tokens begin to end - 1 came from: its place in the split, if the source does not tell."""
+        """The source item of each document in tokens begin to end - 1; its number in the split, if that is unknown."""
         first = np.searchsorted(self.offsets, begin, side="right") - 1
         documents = np.arange(first, np.searchsorted(self.offsets, end, side="left"))
         told = self.shards[0].numbers if len(self.shards) == 1 else None
@@ -235,9 +239,10 @@ class Tokens:
         return found
 
     def beginnings(self, n: int, length: int) -> Iterator[Indices]:
-        """The first `length` tokens of the first n documents (fewer, if there are fewer), found without reading whole files."""
+        """The first `length` tokens of the first n documents (or of all), without reading whole files."""
         for first, shard in zip(self._first.tolist(), self.shards, strict=False):
-            offsets = self._offsets_of(shard.part(0, min(shard.n_tokens, _SCANNED)) if shard.offsets is None else shard)[: n + 1].tolist()
+            scanned = shard.part(0, min(shard.n_tokens, _SCANNED)) if shard.offsets is None else shard
+            offsets = self._offsets_of(scanned)[: n + 1].tolist()
             for begin, end in itertools.pairwise(offsets):
                 yield self.read(first + begin, first + min(end, begin + length))
             n -= len(offsets) - 1

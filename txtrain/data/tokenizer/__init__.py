@@ -1,1 +1,1 @@
-"""Tokenizers: trained, read from files of others, or plain bytes."""
+"""Tokenizers: trained, loaded, or plain bytes."""

@@ -1,8 +1,8 @@
-"""A text in pieces that are encoded one by one, so that memory does not depend on its length and all cores are busy.
+"""Cut a text into pieces that are encoded separately: memory does not depend on its length, and all cores are busy.
 
-Pieces end before a line's end. GPT-2's pre-tokenizer splits there in any case; a tokenizer that puts a space before each text
-(SentencePiece's) gets one such token more at each of these cuts. Where lines are long or missing, a piece is cut further at places
-where its tokenizer provably merges nothing, so that its tokens stay those of the piece.
+Pieces end before the end of a line. GPT-2's pre-tokenizer splits there in any case; a tokenizer that puts a space
+before each text (SentencePiece's) adds such a token at each of these cuts. If lines are long or missing, a piece is cut
+further at places where its tokenizer provably merges nothing, so that its tokens do not change.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 PIECE = 1 << 18  # characters
-_SMALL = 1 << 16  # of a piece of a piece
+_SMALL = 1 << 16  # characters of a further cut piece
 
-# The first place from an index on: where the text before it ends, and where the one behind it begins.
+# (text, index) -> the first cut from index on: the end of the text before it, and the begin of the text after it.
 Places = Callable[[str, int], "tuple[int, int] | None"]
 
-# Letters and digits in all versions of Unicode, each a grapheme of its own behind a space: no marks, no Thai vowels.
+# Letters and digits of all Unicode versions, each a grapheme of its own after a space: no marks, no Thai vowels.
 _WORD = (
     "0-9A-Za-z\u00c0-\u00d6\u00d8-\u00f6\u00f8-\u01ff\u0391-\u03a1\u03a3-\u03c9\u0410-\u044f\u05d0-\u05ea"
     "\u3041-\u3094\u30a1-\u30fa\u4e00-\u9fa5\uac00-\ud7a3"
@@ -30,12 +30,12 @@ _OF_SENTENCEPIECE = ("Precompiled", "Strip", "Prepend", "Replace")
 
 
 def cut(chunks: Iterator[str], places: Places | None) -> Iterator[str]:
-    """The pieces of a text that comes in chunks of any length; None: of a tokenizer of which no places are known."""
+    """The pieces of a text that comes in chunks of any length. places: of the tokenizer; None: unknown."""
     pieces, waiting, n = _Pieces(places), [""], 0
     for chunk in chunks:
         waiting.append(chunk)
         n += len(chunk)
-        if n >= len(pieces.held):  # else a text that cannot be cut would be copied with every chunk
+        if n >= len(pieces.held):  # or a text that cannot be cut would be copied with every chunk
             yield from pieces.take("".join(waiting))
             waiting, n = [], 0
     yield from pieces.take("".join(waiting))
@@ -43,7 +43,7 @@ def cut(chunks: Iterator[str], places: Places | None) -> Iterator[str]:
 
 
 class _Pieces:
-    """held: what is behind the last cut. The piece that it belongs to began `before` characters ahead of it."""
+    """held: the text after the last cut. Its piece began `before` characters ahead of it."""
 
     def __init__(self, places: Places | None) -> None:
         self.held, self.places, self.before, self.searched = "", places, 0, 0
@@ -63,7 +63,7 @@ class _Pieces:
             self.held, self.searched = rest, len(rest)
 
     def _end_of_line(self) -> int:
-        """The first one far enough from the last, before a run of white space that begins with it; -1: there is none yet."""
+        """The first line end far enough from the last cut with no white space before it; -1: there is none yet."""
         end = self.held.find("\n", max(self.searched, PIECE - (PIECE >> 3) - self.before))
         while end > 0 and self.held[end - 1].isspace():
             end = self.held.find("\n", end + 1)
@@ -79,15 +79,17 @@ def _smaller(text: str, places: Places | None) -> Iterator[str]:
     yield text[at:]
 
 
-# -------------------------------------------------------------------------------------------------------------------- places
+# --------------------------------------------------------------------------------------------------------------- places
 
 
 def places_of(backend: Any) -> Places | None:
-    """Where a text may be cut with the tokens of both parts those of the whole; None where that is not known of a tokenizer."""
+    """Where a text may be cut without changing its tokens; None if that is unknown for the tokenizer."""
     said = json.loads(backend.to_str())
     model, normalizer, splitter = said["model"], said["normalizer"], said["pre_tokenizer"] or {"type": None}
-    named = [token for token in said["added_tokens"] if not token["special"]]  # found in text before anything else
-    if model.get("dropout") or any(t["lstrip"] or t["rstrip"] or {" ", "\n", _SPACE} & set(t["content"]) for t in named):
+    named = [token for token in said["added_tokens"] if not token["special"]]  # matched in text before anything else
+    if model.get("dropout") or any(
+        t["lstrip"] or t["rstrip"] or {" ", "\n", _SPACE} & set(t["content"]) for t in named
+    ):
         return None
     if splitter["type"] == "ByteLevel" and splitter.get("use_regex", True):
         return None if splitter["add_prefix_space"] or normalizer or named else byte_level_places
@@ -97,19 +99,19 @@ def places_of(backend: Any) -> Places | None:
 
 
 def byte_level_places(text: str, start: int) -> tuple[int, int] | None:
-    """Of GPT-2's pre-tokenizer: behind a word, which ends there whatever follows."""
+    """For GPT-2's pre-tokenizer: after a word, which ends there whatever follows."""
     found = _END_OF_WORD.search(text, start)
     return found and (found.start(), found.end())
 
 
 def _between_words(text: str, start: int) -> tuple[int, int] | None:
-    """The space goes: BERT has no token for it, and SentencePiece puts one before each text."""
+    """The space is dropped: BERT has no token for it, and SentencePiece puts one before each text."""
     found = _BETWEEN_WORDS.search(text, start)
     return found and (found.start(), found.end())
 
 
 def _is_sentencepiece(model: dict[str, Any], normalizer: dict[str, Any]) -> bool:
-    """Whether a space is put before each text, and no token goes on behind the space that begins a word."""
+    """Whether a space is put before each text, and tokens have spaces at their begin only."""
     steps = normalizer.get("normalizers", [normalizer])
     replaced = [step["pattern"] for step in steps if step.get("type") == "Replace"]
     if (

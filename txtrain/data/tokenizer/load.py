@@ -1,4 +1,4 @@
-"""The files that tokenizers come in, told apart by their names, as `transformers` lays them out."""
+"""Load tokenizers from files, recognised by their names, in the layout of `transformers`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_token
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_json, read_text, shorten
 
-# Which token ends a text, begins it, pads it: by these names where no file says so.
+# Usual names of the special tokens, if no file names them.
 _USUAL = {
     "eos_token": ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "[SEP]"),
     "bos_token": ("<s>", "<|begin_of_text|>", "<bos>", "[CLS]"),
     "pad_token": ("<pad>", "[PAD]"),
 }
 _OLDER_NAMES = {"eos_token": "sep_token", "bos_token": "cls_token"}  # BERT's
-# That a template may ask for, and the classes that have none of their own.
+# Roles that a chat template may read, and the tokenizer classes without special tokens of their own.
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _TEMPLATE = "chat_template.jinja"
@@ -29,10 +29,10 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
-    """`bytes`, a tokenizer's folder or file, or a name on the hub.
+    """The tokenizer `bytes`, of a folder or file, or of a name on the hub.
 
     Raises:
-        ConfigError: none of these, or it has no token for the end of a text.
+        ConfigError: it is none of these, or has no end-of-text token.
     """
     name = os.fspath(where)
     if name == "bytes":
@@ -54,7 +54,8 @@ def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
     if eos_id is None:
         usual = ", ".join(_USUAL["eos_token"])
         raise ConfigError(
-            f"`data.tokenizer`: {name} must have a token that ends a text: `eos_token` in its tokenizer_config.json, or one of {usual} in its vocabulary."
+            f"`data.tokenizer`: {name} must have a token that ends a text: `eos_token` in its tokenizer_config.json, "
+            f"or one of {usual} in its vocabulary."
         )
     bos_id = ids["bos_token"]
     return Tokenizer(
@@ -67,7 +68,7 @@ def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- formats
+# -------------------------------------------------------------------------------------------------------------- formats
 
 
 def _tokenizer_json(folder: Path, name: str) -> Any:
@@ -77,7 +78,7 @@ def _tokenizer_json(folder: Path, name: str) -> Any:
 
 
 def _byte_level_bpe(folder: Path, name: str) -> Any:
-    """GPT-2's pair of files."""
+    """GPT-2's vocab.json and merges.txt."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -86,14 +87,16 @@ def _byte_level_bpe(folder: Path, name: str) -> Any:
             raise ConfigError(f"`data.tokenizer`: {folder} must hold vocab.json and merges.txt, but has no {file}.")
         check_file(folder / file, TOKENIZER_LIMIT)
     backend = Backend(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=bool(_config(folder).get("add_prefix_space", False)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=bool(_config(folder).get("add_prefix_space", False))
+    )
     backend.decoder = decoders.ByteLevel()
     _mark_specials(backend, [*_USUAL["eos_token"], *_USUAL["bos_token"], *_USUAL["pad_token"], "<unk>", "<mask>"])
     return backend
 
 
 def _word_piece(folder: Path, name: str) -> Any:
-    """BERT's list of words; lower-case unless tokenizer_config.json says otherwise."""
+    """BERT's vocab.txt; lower-case unless tokenizer_config.json says otherwise."""
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -113,7 +116,7 @@ def _sentencepiece(folder: Path, name: str) -> Any:
     return convert(folder / name)
 
 
-# In the order of preference where a folder has several. sentencepiece.bpe.model (XLM-R) is missing on purpose: its ids are shifted.
+# In order of preference. sentencepiece.bpe.model (XLM-R) is left out: its ids are shifted.
 _FORMATS: dict[str, Callable[[Path, str], Any]] = {
     "tokenizer.json": _tokenizer_json,
     "tokenizer.model": _sentencepiece,
@@ -134,14 +137,14 @@ def _read(path: Path, folder: Path) -> Any:
     for name, read in _FORMATS.items():
         if (folder / name).is_file():
             return read(folder, name)
-    raise ConfigError(f"`data.tokenizer`: the folder {folder} must hold one of {', '.join(_FORMATS)}, but holds none of them.")
+    raise ConfigError(f"`data.tokenizer`: {folder} must hold one of {', '.join(_FORMATS)}, but holds none of them.")
 
 
-# ------------------------------------------------------------------------------------------------------------ special tokens
+# ------------------------------------------------------------------------------------------------------- special tokens
 
 
 def _config(folder: Path) -> dict[str, Any]:
-    """What the folder says of its tokenizer; tokenizer_config.json wins over the older special_tokens_map.json."""
+    """The config of the folder's tokenizer; tokenizer_config.json wins over the older special_tokens_map.json."""
     said: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         if (folder / name).is_file():
@@ -161,7 +164,7 @@ def _special_ids(backend: Any, folder: Path) -> dict[str, int | None]:
 
 def _said(said: Mapping[str, Any], role: str, folder: Path) -> str | None:
     token = said.get(role)
-    if isinstance(token, dict):  # an AddedToken, written out
+    if isinstance(token, dict):  # a serialised AddedToken
         token = token.get("content")
     if token is not None and not isinstance(token, str):
         raise ConfigError(f"{folder}: `{role}` of its tokenizer must be text, but is {shorten(repr(token))} instead.")
@@ -169,7 +172,7 @@ def _said(said: Mapping[str, Any], role: str, folder: Path) -> str | None:
 
 
 def _names(backend: Any, folder: Path, ids: Mapping[str, int | None]) -> dict[str, str]:
-    """The special tokens as `transformers` tells them to a template: the files' own; of a family's class also its own."""
+    """The special tokens that `transformers` gives to a chat template: of the files, and of the tokenizer's class."""
     said = _config(folder)
     known = {role: said[role] for role in _NAMED if isinstance(said.get(role), (str, dict))}
     found = {role: token for role in known if (token := _said(known, role, folder)) is not None}
@@ -180,10 +183,10 @@ def _names(backend: Any, folder: Path, ids: Mapping[str, int | None]) -> dict[st
 
 
 def _chat_template(folder: Path) -> ChatTemplate | None:
-    """What the folder's own files say, or `chat_template` of its tokenizer_config.json.
+    """The templates in the folder's .jinja files, or in `chat_template` of its tokenizer_config.json.
 
     Raises:
-        ConfigError: there are several, of which none is called default.
+        ConfigError: none of several templates is called default.
     """
     files = {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / _TEMPLATE).is_file():
@@ -210,12 +213,14 @@ def _mark_specials(backend: Any, names: list[str]) -> None:
     backend.add_special_tokens([name for name in names if backend.token_to_id(name) is not None])
 
 
-# ----------------------------------------------------------------------------------------------------------------------- hub
+# ------------------------------------------------------------------------------------------------------------------ hub
 
 
 def _from_hub(name: str) -> Path:
-    """The folder of the hub's tokenizer files: from the cache if they are there, else downloaded."""
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (".json", ".model", ".txt")
+    """The folder of the hub's tokenizer files: in the cache, else downloaded."""
+    looks_local = (
+        name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).suffix in (".json", ".model", ".txt")
+    )
     if looks_local or not _HUB_NAME.fullmatch(name):
         raise ConfigError(missing(name, "data.tokenizer", "a folder, a file, a hub name, bytes or train"))
     from huggingface_hub import snapshot_download
@@ -232,11 +237,13 @@ def _from_hub(name: str) -> Path:
     near = hint(name, ("bytes", "train", *os.listdir()))
     if reason := why_unreachable():
         raise ConfigError(
-            f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, but {name} is no file here nor in the hub's cache, and {reason}.{near}"
+            f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, "
+            f"but {name} is no file here nor in the hub's cache, and {reason}.{near}"
         )
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
     except (HfHubHTTPError, ConnectionError) as e:
         raise ConfigError(
-            f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, but is {name} instead: {str(e).splitlines()[0]}.{near}"
+            f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, "
+            f"but is {name} instead: {str(e).splitlines()[0]}.{near}"
         ) from e

@@ -1,6 +1,6 @@
-"""SentencePiece models (`tokenizer.model`, `spiece.model`) as `tokenizers` objects, read without the sentencepiece package.
+"""SentencePiece models (`tokenizer.model`, `spiece.model`) as `tokenizers` objects, without the sentencepiece package.
 
-A model is one protobuf message of which four fields matter here; the wire format is a few lines (protobuf.dev/programming-guides/encoding).
+A model is one protobuf message, of which four fields matter here (protobuf.dev/programming-guides/encoding).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from txtrain.ground.plain_files import read_bytes
 _UNIGRAM, _BPE = 1, 2  # TrainerSpec.model_type
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6  # SentencePiece.type
 _SPACE = "▁"
-_LARGEST = 50_000_000  # bytes; those of the largest vocabularies have 5 million
+_LARGEST = 50_000_000  # bytes; the largest vocabularies have 5 million
 _LONGEST = 256  # characters of a piece; the trainer's default is 16
 
 
@@ -61,7 +61,7 @@ def read(path: Path) -> Model:
 
 
 def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(field number, value) of a protobuf message: an int, or bytes where the field is fixed-width, a string or a message."""
+    """(field number, value) of a protobuf message: an int, or bytes of a fixed-width field, a string or a message."""
     at = 0
 
     def varint() -> int:
@@ -96,13 +96,13 @@ def convert(path: Path) -> Any:
     """A `tokenizers.Tokenizer` that encodes as the SentencePiece model does.
 
     Raises:
-        ConfigError: not a SentencePiece model, or of a kind other than BPE and unigram.
+        ConfigError: it is no SentencePiece model, or neither BPE nor unigram.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers
 
     model = read(path)
     if model.kind not in (_UNIGRAM, _BPE):
-        raise ConfigError(f"`data.tokenizer`: {path} must be a SentencePiece model of kind BPE or unigram, but is of another kind.")
+        raise ConfigError(f"`data.tokenizer`: {path} must be a SentencePiece model, BPE or unigram, but is neither.")
     backend = Tokenizer(_bpe(model) if model.kind == _BPE else _unigram(model))
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:
@@ -110,8 +110,12 @@ def convert(path: Path) -> Any:
     steps += [normalizers.Prepend(_SPACE)] if model.add_dummy_prefix else []
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", _SPACE)])
     strip = [decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    backend.add_special_tokens([AddedToken(p.text, normalized=False, special=True) for p in model.pieces if p.kind in (_UNKNOWN, _CONTROL)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    backend.add_special_tokens(
+        [AddedToken(p.text, normalized=False, special=True) for p in model.pieces if p.kind in (_UNKNOWN, _CONTROL)]
+    )
     backend.add_tokens([AddedToken(p.text, normalized=False) for p in model.pieces if p.kind == _USER_DEFINED])
     return backend
 
@@ -128,7 +132,7 @@ def _unigram(model: Model) -> Any:
 
 
 def _bpe(model: Model) -> Any:
-    """SentencePiece merges the pair whose union has the best score; `tokenizers` wants these pairs listed, best first."""
+    """SentencePiece merges the pair whose union has the best score; `tokenizers` wants a list of pairs, best first."""
     from tokenizers import models
 
     ids = {p.text: i for i, p in enumerate(model.pieces)}
@@ -141,4 +145,6 @@ def _bpe(model: Model) -> Any:
     ]
     has_bytes = any(p.kind == _BYTE for p in model.pieces)
     unknown = model.pieces[_unknown(model)].text
-    return models.BPE(ids, [pair[3:] for pair in sorted(merges)], unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes)
+    return models.BPE(
+        ids, [pair[3:] for pair in sorted(merges)], unk_token=unknown, fuse_unk=True, byte_fallback=has_bytes
+    )

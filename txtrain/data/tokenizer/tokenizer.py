@@ -1,4 +1,4 @@
-"""Text to token ids and back: one class over a `tokenizers.Tokenizer`, whatever file it came from."""
+"""Text to token ids and back: a wrapper of `tokenizers.Tokenizer`, whatever file it came from."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ from txtrain.ground.plain_files import shorten
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 _ROLES = ("bos_token", "eos_token", "pad_token")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # that `Tokenizer.save` writes
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # of `Tokenizer.save`
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
 
-# The user's own setting wins over ours; read before we ever write it.
+# The user's setting wins over ours; read before we write it.
 _USER_PARALLELISM = os.environ.get("TOKENIZERS_PARALLELISM")
 
 
 def allow_threads(allow: bool) -> None:
-    """Threads while tokenising; none declared before worker processes are forked, else each of them would print a warning."""
+    """Threads for tokenising; disallow them before worker processes are forked, or each of them prints a warning."""
     if _USER_PARALLELISM is None:
         os.environ["TOKENIZERS_PARALLELISM"] = "true" if allow else "false"
 
 
 @contextmanager
 def told(what: str) -> Iterator[None]:
-    """What the library says of a tokenizer that it cannot use, as ours; it has no error of its own for it, and may panic."""
+    """The library's errors about an unusable tokenizer, as ours; it has no class for them, and may panic."""
     try:
         yield
     except ConfigError:
@@ -50,20 +50,20 @@ def told(what: str) -> Iterator[None]:
 
 
 class ChatTemplate(NamedTuple):
-    """Jinja templates by name: `default`, perhaps `tool_use` for talk with tools. where: the file, for errors."""
+    """Jinja templates by name: `default`, and possibly `tool_use`. where: the file, for errors."""
 
     texts: Mapping[str, str]
     where: str
 
 
 class Tokenizer:
-    """Encodes text as text: a special token's name that stands in it is spelt out, and no specials are added.
+    """Encodes text without special tokens: none is added, and the name of one in the text is encoded as text.
 
-    Special ids are put in by whoever builds a sequence: `bos_id` before a document, `eos_id` after it.
+    Whoever builds a sequence adds special ids: `bos_id` before a document, `eos_id` after it.
 
     Args:
-        chat_template: that its files bring.
-        names: of special tokens by role (`eos_token`, ...), as its files say and a template reads them; None: of the ids.
+        chat_template: of the tokenizer's files.
+        names: special tokens by role (`eos_token`, ...) for the chat template; None: those of the ids.
     """
 
     def __init__(
@@ -91,12 +91,12 @@ class Tokenizer:
             return ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """On all cores: several times faster than one text after another."""
+        """Encode on all cores: several times faster than one by one."""
         with told("encode these texts"):
             return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def as_written(self, text: str) -> Any:
-        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text with special tokens by name, as templates write it."""
+        """The `tokenizers.Encoding` (`ids`, `offsets`) of a text in which templates wrote special tokens by name."""
         with told("encode this text"):
             return self._of_written.encode(text, add_special_tokens=False)
 
@@ -106,28 +106,28 @@ class Tokenizer:
 
     @cached_property
     def added_ids(self) -> frozenset[int]:
-        """Tokens beside the text's own, such as those that end a turn."""
+        """Ids of added tokens, such as those that end a turn."""
         return frozenset(self.backend.get_added_tokens_decoder())
 
     def decode(self, ids: Iterable[int], special: bool = False) -> str:
-        """Text; special tokens are left out, or with `special` written as their names."""
+        """The text; special tokens are left out, or with `special` written by name."""
         with told("decode these tokens"):
             text: str = self.backend.decode(list(ids), skip_special_tokens=not special)
             return text
 
     def find(self, name: str) -> int | None:
-        """The id of a special token such as [MASK], also where the vocabulary has it under another usual name."""
+        """The id of a special token such as [MASK], or of its usual other name."""
         found = (self.backend.token_to_id(n) for n in (name, *_OTHER_NAMES.get(name, ())))
         return next((i for i in found if i is not None), None)
 
     def id_of(self, name: str) -> int:
-        """As `find`, for a token that is known to be there."""
+        """As `find`, for a token that is known to exist."""
         found = self.find(name)
         assert found is not None, name
         return found
 
     def with_specials(self, names: Iterable[str]) -> Tokenizer:
-        """This one, or one with the missing special tokens behind its vocabulary, in the order of `names`."""
+        """This tokenizer, or one with the missing special tokens appended to its vocabulary in the given order."""
         missing = [name for name in names if self.find(name) is None]
         if not missing:
             return self
@@ -144,9 +144,9 @@ class Tokenizer:
         return named | {i for i, token in added.items() if token.special}
 
     def token_bytes(self) -> NDArray[np.int32]:
-        """int32 [vocab_size]: UTF-8 bytes of text that each token stands for; 0 for special tokens and unused ids.
+        """int32 [vocab_size]: UTF-8 bytes of text per token; 0 for special tokens and unused ids.
 
-        For tokenizers that lose text (lower-casing, unknown words) it is the text that they decode to.
+        For tokenizers that lose text (lower-casing, unknown words) it is the decoded text.
         """
         kind = self.alphabet
         sizes = np.zeros(self.vocab_size, dtype=np.int32)
@@ -157,7 +157,7 @@ class Tokenizer:
 
     @property
     def alphabet(self) -> str:
-        """How the vocabulary writes text: its decoder's type, the first one in a sequence."""
+        """How the vocabulary writes text: the type of its (first) decoder."""
         decoder = json.loads(self.backend.to_str())["decoder"] or {"type": "none"}
         if decoder["type"] == "Sequence":
             decoder = next(iter(decoder["decoders"]), {"type": "none"})
@@ -175,22 +175,25 @@ class Tokenizer:
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
         named |= {f"{name}_token": self.find(f"[{name.upper()}]") for name in ("mask", "cls", "sep")}
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
-        if self.chat_template is not None:  # it reads these, and may ask whether there is one
+        if self.chat_template is not None:  # templates read these, and may ask whether there is one
             config = dict(self.names)
             for name, text in self.chat_template.texts.items():
                 other = f"additional_chat_templates/{name}.jinja"
                 place = folder / ("chat_template.jinja" if name == "default" else other)
                 place.parent.mkdir(exist_ok=True)
                 place.write_bytes(text.encode())
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")  # its own `save` says a full disk its own way
-        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n")
+        # Not by the backend's `save`, which reports a full disk by an error of its own.
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        (folder / "tokenizer_config.json").write_text(
+            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
+        )
 
 
 def _n_bytes(token: str, alphabet: str) -> int:
     if alphabet == "ByteLevel":
-        return len(token)  # one character stands for one byte
-    if alphabet == "WordPiece":
-        return len(token[2:].encode()) if token.startswith("##") else len(token.encode()) + 1  # and the space before a word
+        return len(token)  # one character per byte
+    if alphabet == "WordPiece":  # + 1: the space before a word
+        return len(token[2:].encode()) if token.startswith("##") else len(token.encode()) + 1
     if len(token) == 6 and token.startswith("<0x"):
         return 1
     return len(token.replace("▁", " ").encode())
@@ -209,29 +212,33 @@ def byte_tokenizer() -> Tokenizer:
 
 
 def byte_alphabet() -> list[str]:
-    """The printable character that byte-level vocabularies write for each byte (GPT-2): itself where it has a glyph, else from U+0100 on."""
+    """GPT-2's printable character for each byte: itself if it has a glyph, else one from U+0100 on."""
     printable = {*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     shifted = iter(range(0x100, 0x200))
     return [chr(byte if byte in printable else next(shifted)) for byte in range(N_BYTES)]
 
 
 def train_tokenizer(texts: Iterable[Text], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE (Sennrich et al. 2016, 1508.07909; over bytes: GPT-2) of at most `vocab_size` tokens; fewer if the text has no more
-    pairs to merge. Id 0 begins and ends a document. The same texts give the same tokenizer."""
+    """Byte-level BPE (Sennrich et al. 2016, 1508.07909; over bytes: GPT-2) of at most `vocab_size` tokens.
+
+    Fewer if the text has no more pairs to merge. Id 0 begins and ends a document. Deterministic.
+    """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
 
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_alphabet(), show_progress=False
+    )
     allow_threads(True)
     backend.train_from_iterator(_lines(texts), trainer)
     return Tokenizer(backend, eos_id=0, bos_id=0)
 
 
 def _lines(texts: Iterable[Text]) -> Iterator[list[str]]:
-    """Batches of lines: the trainer counts words on all cores, and a single long document would stay on one."""
+    """Batches of lines, so that the trainer counts the words of long documents on all cores."""
     for text in texts:
         for piece in cut(chunks_of(text), byte_level_places):
             yield piece.splitlines(keepends=True)

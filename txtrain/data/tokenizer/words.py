@@ -1,4 +1,4 @@
-"""Where words begin, as far as tokens tell: of a tokenizer's vocabulary, what each token begins and ends with."""
+"""Where words begin, by what each token of the vocabulary begins and ends with."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Words:
         return cls(begins, ends)
 
     def first(self, ids_BT: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[B, T]: the position of the first token of the word that each token belongs to.
+        """[B, T]: the position of the first token of each token's word.
 
-        A token goes on with a word if it begins within one and the token before it ends within one: letters after letters. So no
-        mark of the vocabulary's own kind (a space before, `##`) has to be known here, and white space and punctuation stand alone.
+        A token continues a word if it begins within a word and the token before it ends within one: letters after
+        letters. So vocabularies of all kinds (a leading space, `##`) work, and punctuation stands alone.
         """
         T = ids_BT.shape[1]
         goes_on = np.zeros(ids_BT.shape, dtype=np.bool_)
@@ -49,7 +49,7 @@ def _sides(token: str, alphabet: str) -> tuple[bool, bool]:
         return token.startswith("##"), token[-1:].isalnum()
     if alphabet == "ByteLevel":
         raw = [_BYTE_OF.get(char, ord(" ")) for char in (token[:1], token[-1:])]
-        first, last = (byte >= 0x80 or chr(byte).isalnum() for byte in raw)  # from 0x80 on: part of a letter beyond ASCII
+        first, last = (byte >= 0x80 or chr(byte).isalnum() for byte in raw)  # >= 0x80: part of a letter beyond ASCII
         return first, last
     if len(token) == 6 and token.startswith("<0x"):
         return True, True

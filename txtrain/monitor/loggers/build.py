@@ -1,4 +1,4 @@
-"""The loggers of a run, each behind a thread of its own; the recorder tells them of each event in one line."""
+"""The loggers of a run, each called in a thread of its own; one line of the callback reports an event to all."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from txtrain.objectives.base import Shown
 from txtrain.planning.figures import plan
 
 Say = Callable[[str], None]
-_MAKING, _UPLOAD = 120.0, 3600.0  # seconds that a logger may take to be made; for a checkpoint, which it may upload
+_MAKING, _UPLOAD = 120.0, 3600.0  # seconds allowed for making a logger; for a checkpoint, which it may upload
 _LIGHTNING_WANDB = "lightning.pytorch.loggers.WandbLogger"
 _CALLED = ("log_metrics", "log_hyperparams", "log_graph", "after_save_checkpoint")  # by Lightning and by callbacks
-_OURS = ("save", "finalize")  # Lightning's calls of them come to nothing: the run's end is the recorder's
+_OURS = ("save", "finalize")  # ignored when Lightning calls them: `Loggers.close` ends the run
 _CHANGING = ("status", "step", "ended", "data_order_hash")  # of run.json
 _PLAN = (
     *("n_params", "n_active_params", "n_trained_params", "tokens", "steps"),
@@ -32,22 +32,24 @@ _PLAN = (
 
 
 class Loggers:
-    """What a run's events are told to. Nothing here waits or raises.
+    """Passes a run's events to all loggers. Nothing here waits or raises.
 
     Args:
-        sinks: by the logger's name.
-        told: to each, before anything else.
-        say: of the screen: a logger that fails, is slow, or has an address.
+        sinks: by the loggers' names.
+        told: the configuration and facts of the run, passed to each first.
+        say: prints that a logger fails or is slow, or its address.
     """
 
-    def __init__(self, sinks: Mapping[str, Sink] | None = None, told: Mapping[str, Any] | None = None, say: Say = print) -> None:
+    def __init__(
+        self, sinks: Mapping[str, Sink] | None = None, told: Mapping[str, Any] | None = None, say: Say = print
+    ) -> None:
         self._lines = [(sink, Line(name, partial(sink.open, told or {}), say)) for name, sink in (sinks or {}).items()]
         for sink, line in self._lines:
             _behind(sink.logger, line)
 
     @property
     def lightning(self) -> list[Any]:
-        """The loggers themselves, for lightning.Trainer, which asks each for its `experiment`."""
+        """The Lightning loggers, for lightning.Trainer, which asks each for its `experiment`."""
         return [sink.logger for sink, _ in self._lines if sink.has_experiment]
 
     def row(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -60,7 +62,7 @@ class Loggers:
         self._tell(lambda sink: partial(sink.checkpoint, path, step, order_hash, best), patience=_UPLOAD)
 
     def close(self, status: str) -> None:
-        """Once. status: complete, preempted, failed."""
+        """Close all; a second call does nothing. status: complete, preempted or failed."""
         lines, self._lines = self._lines, []
         for sink, line in lines:
             line.close(partial(sink.close, status), sink.patience(status))
@@ -71,9 +73,7 @@ class Loggers:
 
 
 def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
-    """Raises:
-    ConfigError: a logger that its arguments do not fit.
-    """
+    """Make the loggers; ConfigError if the arguments of one do not fit it."""
     sinks: dict[str, Sink] = {}
     for name, node in config.logger.items():
         try:
@@ -88,7 +88,7 @@ def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
 
 
 def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, Any]) -> Sink:
-    """The logger keeps what it writes in the run's folder, and goes on with the same when the run is resumed."""
+    """A logger that writes into the run's folder, and appends there when the run is resumed."""
     if node["_target_"] in (WANDB, _LIGHTNING_WANDB):
         return _wandb(config, place, say, name, node)
     accepted = inspect.signature(class_of(f"logger.{name}", node["_target_"], config.imports)).parameters
@@ -96,7 +96,11 @@ def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, 
     if node["_target_"] == TENSORBOARD:
         x_axis = node.pop("x_axis", "step")
         done = place.first_step
-        later = {"purge_step": (done * config.data.global_batch_size * config.seq_len if x_axis == "tokens" else done) + 1} if done else {}
+        later = (
+            {"purge_step": (done * config.data.global_batch_size * config.seq_len if x_axis == "tokens" else done) + 1}
+            if done
+            else {}
+        )
         (logger,) = _made(config, name, {**fitting, **later, **_given(node)})
         return TensorBoard(logger, x_axis)
     (logger,) = _made(config, name, {**{k: v for k, v in fitting.items() if k in accepted}, **node})
@@ -106,7 +110,9 @@ def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, 
 def _wandb(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, Any]) -> Sink:
     from txtrain.monitor.loggers.wandb import WandB, kept_id
 
-    x_axis, log_model, artifact = node.pop("x_axis", "step"), node.get("log_model", False), node.pop("checkpoint_name", None)
+    x_axis, log_model, artifact = (
+        node.pop("x_axis", "step"), node.get("log_model", False), node.pop("checkpoint_name", None)
+    )
     run_id = kept_id(place, node.get("id"))
     fitting = {"save_dir": str(place.path), "name": f"{config.name}/{place.path.name}"}
     (logger,) = _made(config, name, {**fitting, **_given(node), "id": run_id, "_target_": WANDB})
@@ -114,7 +120,7 @@ def _wandb(config: Train, place: RunFolder, say: Say, name: str, node: dict[str,
 
 
 def _given(node: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what is left open."""
+    """Without the keys that are null."""
     return {key: value for key, value in node.items() if value is not None}
 
 
@@ -122,18 +128,18 @@ def _made(config: Train, name: str, node: Mapping[str, Any]) -> list[Any]:
     return instances({name: node}, "logger", config.imports)
 
 
-# ------------------------------------------------------------------------------------------------- in the logger's thread
+# ----------------------------------------------------------------------------------------------- in the logger's thread
 
 
 def _behind(logger: Any, line: Line) -> None:
-    """What others call of the logger goes to its thread as well. It stays an instance of its class, which callbacks look for."""
+    """Redirect the logger's methods to its thread. It stays an instance of its class, which callbacks look for."""
     for name in (*_CALLED, *_OURS):
         if hasattr(logger, name):
             setattr(logger, name, _Behind(line, getattr(logger, name), put=name in _CALLED))
 
 
 class _Behind:
-    """A method that is done in the logger's thread: at once there; from elsewhere put into its line, or not done at all."""
+    """A method that runs in the logger's thread. Called from another thread it is queued, or ignored if not `put`."""
 
     def __init__(self, line: Line, method: Callable[..., object], put: bool) -> None:
         self._line, self._method, self._put = line, method, put

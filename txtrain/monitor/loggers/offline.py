@@ -1,8 +1,8 @@
-"""The last step in the files that W&B keeps of a run.
+"""The last step in W&B's files of a run.
 
-The client writes a run's records to `run-ID.wandb`: seven bytes of header, then LevelDB's log format, blocks of 32 KiB in which a
-record may lie in several fragments (https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a `Record` of the
-package's wandb_internal.proto. Its blocks reach the disk when they are full: a process that is killed loses the last one.
+The client writes records to `run-ID.wandb`: a header of seven bytes, then LevelDB's log format, blocks of 32 KiB in
+which a record may have several fragments (https://github.com/google/leveldb/blob/main/doc/log_format.md), each record a
+`Record` of the package's wandb_internal.proto. Blocks are written when they are full: a killed process loses the last.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-_BLOCK, _HEADER, _FRAGMENT = 32768, 7, struct.Struct("<IHB")  # of a fragment: checksum, length, kind
+_BLOCK, _HEADER, _FRAGMENT = 32768, 7, struct.Struct("<IHB")  # a fragment's checksum, length, kind
 _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 def last_step(folder: Path, run_id: str) -> int | None:
-    """Of all processes that wrote for the run; None: no row of it is there. folder: W&B's, `wandb` by name."""
+    """The last step over all processes that wrote for the run; None: it has no row. folder: W&B's, named `wandb`."""
     steps = [step for file in folder.glob(f"*run-*/run-{run_id}.wandb") for step in _steps(file)]
     return max(steps, default=None)
 
 
 def is_written(file: Path, patience: float) -> bool:
-    """Whether a run that was finished is in its file to the end, after at most so many seconds: the service writes it after `finish` has returned."""
+    """Whether a finished run's file is complete within `patience` seconds: it is written after `finish` returns."""
     deadline = time.monotonic() + patience
     while not (file.exists() and any(record.WhichOneof("record_type") == "exit" for record in _last(file))):
         if time.monotonic() > deadline:
@@ -35,7 +35,7 @@ def is_written(file: Path, patience: float) -> bool:
 
 
 def _last(file: Path, blocks: int = 4) -> Iterator[Any]:
-    """The messages that begin in the last blocks."""
+    """The messages that begin in the last blocks of a file."""
     with file.open("rb") as stream:
         size = stream.seek(0, 2)
         at = stream.seek(max(0, size // _BLOCK - blocks + 1) * _BLOCK)
@@ -45,7 +45,7 @@ def _last(file: Path, blocks: int = 4) -> Iterator[Any]:
 def _parsed(found: Iterator[bytes]) -> Iterator[Any]:
     from wandb.proto import wandb_internal_pb2
 
-    messages: Any = wandb_internal_pb2  # made at run time
+    messages: Any = wandb_internal_pb2  # its classes are made at run time
     return (messages.Record.FromString(data) for data in found)
 
 
@@ -57,10 +57,10 @@ def _steps(file: Path) -> Iterator[int]:
 
 
 def records(data: bytes, at: int = _HEADER) -> Iterator[bytes]:
-    """The records of a log that begin in it, up to the first that is not whole. at: where its first fragment lies; data begins with a block."""
+    """The records that begin in `data` (whole blocks), up to the first incomplete one. at: of the first fragment."""
     parts: list[bytes] | None = None  # None: the record began before
     while at + _FRAGMENT.size <= len(data):
-        if _BLOCK - at % _BLOCK < _FRAGMENT.size:  # a block's end that no header fits into
+        if _BLOCK - at % _BLOCK < _FRAGMENT.size:  # the rest of the block is too short for a header
             at += _BLOCK - at % _BLOCK
             continue
         _, length, kind = _FRAGMENT.unpack_from(data, at)

@@ -1,7 +1,7 @@
-"""Log records of libraries that cannot be written, as W&B's debug.log on a full disk: said once, and at the end how many they were.
+"""Reports once if libraries cannot write log records (W&B's debug.log on a full disk), and at the end how many.
 
-Python's own answer is a traceback on stderr for each. W&B reads stderr along and logs what it meets there, which fails again: millions of
-lines, each traceback within another.
+Python itself prints a traceback to stderr for each. W&B captures stderr and logs it, which fails again: millions of
+lines of nested tracebacks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from txtrain.parallel.early_signals import say
 
 @contextlib.contextmanager
 def failures_said_once() -> Iterator[None]:
-    """Of every handler in the process. Where one has failed the silence stays: libraries log until Python ends."""
+    """For every handler in the process. After a failure this stays in force: libraries log until Python ends."""
     before, lost = logging.Handler.handleError, 0
 
     def count(self: logging.Handler, record: logging.LogRecord) -> None:
@@ -24,7 +24,10 @@ def failures_said_once() -> Iterator[None]:
         lost += 1
         if lost == 1:
             said = " ".join(str(sys.exc_info()[1]).split())
-            say(f"a log record of {record.name} could not be written ({said[:300]}). The training goes on; further ones are only counted.")
+            say(
+                f"a log record of {record.name} could not be written ({said[:300]}). "
+                "The training goes on; further ones are only counted."
+            )
 
     logging.Handler.handleError = count  # type: ignore[method-assign]
     try:

@@ -1,8 +1,8 @@
-"""Weights & Biases: one run for a run's folder, whatever happens to its processes.
+"""Weights & Biases: one W&B run for a run's folder, whatever happens to its processes.
 
-The history there is metrics.csv: the same names, `_step` is our step. What a killed process took with it (the client writes
-blocks of 32 KiB, and its service may be killed alone) is sent again from metrics.csv when the run is opened the next time, and what
-is there already is not sent twice.
+Its history equals metrics.csv: the same names, and `_step` is our step. What a killed process lost (the client writes
+blocks of 32 KiB, and its service may be killed alone) is sent again from metrics.csv when the run is next opened; what
+is already there is not sent twice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from txtrain.monitor.loggers.sinks import Sink
 from txtrain.objectives.base import Shown
 from txtrain.parallel.early_signals import PREEMPTED
 
-VARIABLES = {  # of each word of ours that wins over it
+VARIABLES = {  # by key: the variable that wins over it
     "project": "WANDB_PROJECT",
     "entity": "WANDB_ENTITY",
     "group": "WANDB_RUN_GROUP",
@@ -40,48 +40,53 @@ VARIABLES = {  # of each word of ours that wins over it
     "save_code": "WANDB_SAVE_CODE",
     "resume": "WANDB_RESUME",
 }
-_BY_SWEEP = ("project", "entity")  # the agent of a sweep names them
-_OPENING = 120.0  # seconds that the training waits for the run to be open; wandb.init has 90 of its own
+_BY_SWEEP = ("project", "entity")  # set by the agent of a sweep
+_OPENING = 120.0  # seconds that the training waits for the run to open; wandb.init itself waits 90
 _WRITING = 5.0  # seconds for the last block of an offline run's file
-_REOPENINGS = 3  # of one process: more than that is no accident
-FINISH, UPLOAD = 30.0, 3600.0  # seconds that a run's end waits for its last rows, for its last checkpoint; what remains is on the disk
+_REOPENINGS = 3  # of one process; more is no accident
+# Seconds that a run's end waits for its last rows, and for its last checkpoint; what remains is on the disk.
+FINISH, UPLOAD = 30.0, 3600.0
 EXIT_CODES = {"complete": 0, "preempted": PREEMPTED, "failed": 1}
 
 
 class WandbLogger(lightning.WandbLogger):
-    """Lightning's, with WANDB_* variables that win, and rows under their own step instead of the number of calls.
+    """Lightning's logger, but WANDB_* variables win, and a row's step is its own instead of the number of calls.
 
-    Lightning's own puts our step under trainer/global_step and lets W&B count the rows: a run that goes on from a checkpoint has the
-    rows after it twice.
+    Lightning's logs our step as trainer/global_step and lets W&B count rows: a run that continues from a checkpoint
+    then has the rows after it twice.
     """
 
-    def __init__(self, *, mode: str | None = None, save_dir: str = ".", settings: Mapping[str, Any] | None = None, **given: Any) -> None:
+    def __init__(
+        self, *, mode: str | None = None, save_dir: str = ".", settings: Mapping[str, Any] | None = None, **given: Any
+    ) -> None:
         words = {"save_dir": save_dir, "mode": mode, "resume": "allow", **given}
         words |= {word: None for word, variable in VARIABLES.items() if os.environ.get(variable)}
         if os.environ.get("WANDB_SWEEP_ID"):
             words |= dict.fromkeys(_BY_SWEEP)
         super().__init__(**words)
-        self._wandb_init["project"] = words.get("project")  # Lightning puts a name of its own where ours is null
-        del self._wandb_init["anonymous"]  # W&B warns of it even where it is null
+        self._wandb_init["project"] = words.get("project")  # null must stay null: Lightning puts a name there
+        del self._wandb_init["anonymous"]  # W&B warns even if it is null
         self._settings = dict(settings or {})
         self.opened = threading.Event()
         self.opened.set()
 
     @property
     def mode(self) -> str | None:
-        """online, offline, disabled; None: whatever W&B's own settings say."""
+        """online, offline, disabled; None: as in W&B's own settings."""
         return os.environ.get("WANDB_MODE") or ("offline" if self._offline else self._wandb_init.get("mode"))
 
     def quiet_settings(self) -> Any:
-        """W&B's settings, the user's among them. W&B's own lines are left to TXTRAIN_DEBUG=1: we say where the run is."""
+        """W&B's settings with the user's. Its messages are shown with TXTRAIN_DEBUG=1; we print where the run is."""
         import wandb
 
         variables = {name.removeprefix("WANDB_").lower() for name in os.environ if name.startswith("WANDB_")}
         ours = {"finish_timeout": FINISH, "silent": os.environ.get("TXTRAIN_DEBUG") != "1"}
-        return wandb.Settings(**{name: value for name, value in {**ours, **self._settings}.items() if name not in variables})
+        return wandb.Settings(
+            **{name: value for name, value in {**ours, **self._settings}.items() if name not in variables}
+        )
 
     def open(self, mode: str | None) -> Any:
-        """The W&B run, opened."""
+        """Open the W&B run."""
         import wandb
 
         self._experiment = wandb.init(**{**self._wandb_init, "mode": mode}, settings=self.quiet_settings())
@@ -89,7 +94,7 @@ class WandbLogger(lightning.WandbLogger):
 
     @property
     def experiment(self) -> Any:
-        """The W&B run, for callbacks; waits until it is open. What takes every call and does nothing, where it could not be opened in time."""
+        """The W&B run, for callbacks; waits until it is open. If that fails, an object that ignores every call."""
         self.opened.wait(_OPENING)
         return _DummyExperiment() if self._experiment is None else self._experiment
 
@@ -101,25 +106,26 @@ class WandB(Sink):
     """
     Args:
         folder: the run's, with its metrics.csv.
-        kept: the rows up to this step are of the run that goes on here.
-        say: told where the run is to be seen, once.
+        kept: the last step whose row the resumed run keeps.
+        say: prints once where the run can be seen.
     """
 
     def __init__(
-        self, logger: WandbLogger, folder: Path, kept: int, say: Callable[[str], None], x_axis: str, log_model: bool | str, artifact: str | None
+        self, logger: WandbLogger, folder: Path, kept: int, say: Callable[[str], None], x_axis: str,
+        log_model: bool | str, artifact: str | None,
     ) -> None:
         super().__init__(logger, x_axis)
         logger.opened.clear()
         self.folder, self.say, self.log_model, self.artifact = folder, say, log_model, artifact
-        self._last = kept  # the step of the newest row that should be there
+        self._last = kept  # step of the newest row that W&B should have
         self._told: dict[str, Any] = {}
         self._reopenings = 0
-        self._newest: tuple[Path, int, bool] | None = None  # checkpoint that is not uploaded
-        self._artifact: Any = None  # the one that was logged last
+        self._newest: tuple[Path, int, bool] | None = None  # the newest checkpoint, if not uploaded
+        self._artifact: Any = None  # the latest one logged
         self._run: Any = None
-        self._has = -1  # rows up to this step are there
+        self._has = -1  # W&B has the rows up to this step
 
-    # ------------------------------------------------------------------------------------------------------------- opening
+    # ---------------------------------------------------------------------------------------------------------- opening
 
     def open(self, told: Mapping[str, Any]) -> None:
         self._told = dict(told)
@@ -156,32 +162,35 @@ class WandB(Sink):
         self._has = self._last_there()
         for row in metrics_file.read(self.folder / "metrics.csv"):
             if self._has < int(row["step"]) <= self._last:
-                self._run.log({name: _number(text) for name, text in row.items() if text and name != "step"}, step=int(row["step"]))
+                self._run.log(
+                    {name: _number(text) for name, text in row.items() if text and name != "step"},
+                    step=int(row["step"]),
+                )
                 self._has = int(row["step"])
 
     def _last_there(self) -> int:
-        """The service knows of a run that it resumes; of one that waits for `wandb sync` its files do."""
+        """W&B's last step: from the service for a resumed run; from its files for one that waits for `wandb sync`."""
         if self._run.offline:
             found = last_step(Path(self._run.settings.wandb_dir), self._run.id)
             return -1 if found is None else found
         return int(self._run.starting_step) - 1
 
     def _do(self, what: Callable[[], Any]) -> Any:
-        """With the service started anew, where it is gone: SLURM's SIGTERM reaches it as well as the run, and it ends at once."""
+        """Call `what`; restart W&B's service if it is gone: SLURM's SIGTERM reaches it too, and it ends at once."""
         import wandb
 
         try:
             return what()
-        except Exception:  # the client's have no base of their own: MailboxClosedError, HandleAbandonedError, a broken pipe
+        except Exception:  # the client's have no common base: MailboxClosedError, HandleAbandonedError, a broken pipe
             if self._reopenings == _REOPENINGS:
                 raise
             self._reopenings += 1
-            with contextlib.suppress(Exception):  # it says once more that the service is gone
+            with contextlib.suppress(Exception):  # it raises again that the service is gone
                 wandb.teardown()
             self._open()
             return what()
 
-    # -------------------------------------------------------------------------------------------------------------- events
+    # ----------------------------------------------------------------------------------------------------------- events
 
     def row(self, step: int, metrics: Mapping[str, Any]) -> None:
         if step > self._has:
@@ -189,7 +198,7 @@ class WandB(Sink):
             self._has = self._last = step
 
     def samples(self, step: int, tokens: int, shown: Sequence[Shown]) -> None:
-        """Beside the row of their step. W&B lets no row be changed that another has followed."""
+        """Logged with their step's row: W&B does not change a row once another has followed."""
         import wandb
 
         if step < self._has:
@@ -197,7 +206,9 @@ class WandB(Sink):
         logged: dict[str, Any] = {}
         if images := [one for one in shown if one.image is not None]:
             logged["samples/images"] = [wandb.Image(_pixels(one.image), caption=one.caption) for one in images]
-        logged["samples"] = wandb.Table(columns=["step", "given", "answer"], data=[[step, one.given, one.answer or ""] for one in shown])
+        logged["samples"] = wandb.Table(
+            columns=["step", "given", "answer"], data=[[step, one.given, one.answer or ""] for one in shown]
+        )
         self._do(lambda: self._run.log(logged, step=step))
 
     def checkpoint(self, path: Path, step: int, order_hash: str, best: bool) -> None:
@@ -222,7 +233,7 @@ class WandB(Sink):
         return UPLOAD if status == "complete" and self.log_model else super().patience(status)
 
     def close(self, status: str) -> None:
-        """A preempted run ends with exit code 75 and is marked, so that its sweep does not take it for a failed one."""
+        """A preempted run ends with exit code 75 and is marked, so that its sweep does not count it as failed."""
         if self.log_model and status == "complete":
             self._upload()
             if self._artifact is not None and not (self._run.offline or self._run.disabled):
@@ -231,24 +242,25 @@ class WandB(Sink):
             self._do(lambda: self._run.mark_preempting())
         self._do(lambda: self._run.finish(exit_code=EXIT_CODES[status]))
         settings = self._run.settings
-        if settings._offline and not is_written(Path(settings.sync_file), _WRITING):  # who goes on with the run reads there what it has
+        # Whoever continues the run reads from this file what W&B has.
+        if settings._offline and not is_written(Path(settings.sync_file), _WRITING):
             raise TimeoutError(f"{settings.sync_file} has no end after {_WRITING:.0f} s")
 
 
 def kept_id(place: RunFolder, asked: str | None = None) -> str:
-    """The id of the folder's W&B run, kept in its run.json: it moves with the folder. WANDB_RUN_ID and `id` win."""
+    """The id of the folder's W&B run, stored in run.json: it moves with the folder. WANDB_RUN_ID and `id` win."""
     found = os.environ.get("WANDB_RUN_ID") or asked or place.facts.get("wandb_id") or secrets.token_hex(4)
     place.update(wandb_id=found)
     return str(found)
 
 
 def _reachable() -> tuple[str, str]:
-    """online or offline, and why offline. Asks W&B: without an answer wandb.init would wait for 90 seconds and then raise."""
+    """online or offline, and why. Asks W&B: without an answer wandb.init would wait for 90 seconds and then raise."""
     import wandb
 
     try:
         known = wandb.login(prompt=False, verify=True)
-    except Exception as e:  # no network, no such host, a key that is not valid
+    except Exception as e:  # no network, unknown host, invalid key
         return "offline", _short(e)
     return ("online", "") if known else ("offline", "no API key: WANDB_API_KEY, or `wandb login`")
 
