@@ -110,7 +110,7 @@ def _flops(f: Figures) -> list[tuple[str, str]]:
         rows.append(
             ("a token", f"{flops(f.forward_flops_per_token)} forward, {flops(f.flops_per_token)} forward and backward")
         )
-    return [*rows, *([("taken for granted", f.flops_missing)] if f.flops_missing else [])]
+    return [*rows, *([("not stated", f.flops_missing)] if f.flops_missing else [])]
 
 
 def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
@@ -122,7 +122,7 @@ def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
     rows = [
         ("a token", f"{size(f.cache_bytes_per_token)} in {f.cache_dtype}"),
         (f"{length} tokens", f"{size(f.cache_bytes)}{beside}"),
-        *([("taken for granted", f.cache_missing)] if f.cache_missing else []),
+        *([("not stated", f.cache_missing)] if f.cache_missing else []),
     ]
     if windows:
         rows.append(("windows", f"{len(windows)} of {model.n_layers} layers hold {max(windows) - 1:,} tokens at most"))

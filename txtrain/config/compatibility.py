@@ -60,7 +60,7 @@ DECLARED = {"topologies": "model.topology", "heads": "model/head", "reads": KIND
 
 WHY = {  # the last three: of a user's own objective
     ("causal_lm", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
-    ("masked_lm", "model.topology"): "a masked token is predicted from both sides, and a decoder sees one",
+    ("masked_lm", "model.topology"): "masked tokens are predicted from both sides, and a decoder sees one",
     ("span_corruption", "model.topology"): "the dropped spans are a sequence of their own, beside the text",
     ("prefix_lm", "model.topology"): "the rest is predicted token by token, and an encoder has read it all",
     ("seq2seq", "model.topology"): "a pair is read by one stack and written by another",

@@ -54,7 +54,7 @@ class Train(RunConfig):
             yield from self._check_processes(world)
         if data.streaming and self.trainer.max_epochs is not None:
             yield (
-                "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give "
+                "`trainer.max_epochs` must be null with data.streaming=true: the length of a stream is unknown. Give "
                 "trainer.max_steps or max_tokens."
             )
         yield from self._check_layer_stats()
@@ -91,7 +91,7 @@ class Train(RunConfig):
         if self.layer_stats.activations and self.strategy.cuts_activations:
             yield (
                 f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: "
-                "a block's output lies in parts, padded to equal lengths. Gradient and weight norms are told under it."
+                "a block's output is sharded and padded. Gradient and weight norms are given with it."
             )
 
     def _check_processes(self, world: int) -> Iterator[str]:
@@ -159,7 +159,7 @@ class Plan(Train):
 class PrepareConfig:
     """How `prepare` writes."""
 
-    shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that reaches so many tokens
+    shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that reaches this length
 
 
 @dc.dataclass(frozen=True, kw_only=True)

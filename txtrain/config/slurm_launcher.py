@@ -33,7 +33,7 @@ class SlurmConfig:
     cpus_per_task: int | None = knob(None, at_least=1)
     gpus_per_node: int | None = knob(None, at_least=0)
     mem_gb: float | None = knob(None, above=0)  # of each node
-    array_parallelism: int = knob(256, at_least=1)  # at most so many members run at once
+    array_parallelism: int = knob(256, at_least=1)  # maximum number of members that run at once
     partition: str | None = None
     account: str | None = None
     qos: str | None = None

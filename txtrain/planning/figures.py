@@ -33,7 +33,7 @@ class Figures:
         n_params, n_active_params: parameters, and those used for one token (fewer with experts).
         n_trained_params, trained_by_part: parameters with a gradient (fewer with `freeze`).
         params_by_part: embedding, position, attention, ffn, norms, head, mtp.
-        seq_len, target_len: positions of a sample; target_len is null without a decoder beside an encoder.
+        seq_len, target_len: positions of a sample; target_len is null unless encoder-decoder.
         forward_flops_per_token, flops_per_token: without and with the backward pass; per position of an image.
         flops_per_sample: forward and backward of one sequence, pair or image.
         flops_by_part: of one sample's forward pass in training.
@@ -157,21 +157,21 @@ def flops_missing(config: Train) -> Iterator[str]:
     for axis, forms in (("attention", ("projection_flops", "score_flops")), ("ffn", ("flops",))):
         option = getattr(model, axis)
         if missing := unstated(axis, option, *forms):
-            taken = "a multiply and an add for each parameter and token are taken"
+            taken = "assumed: a multiply and an add for each parameter and token"
             yield f"{chosen(axis, option)} does not say ({missing} of its Config): {taken}"
     for axis, option in model.components():
         if axis in ("position", "norm", "norm_position") and is_own(axis, option):
-            yield f"{chosen(axis, option)} is your own: matrix products in it, if there are any, are not counted"
+            yield f"{chosen(axis, option)} is your own: its matrix products, if any, are not counted"
     if config.transforms and (own := [*unknown(config), *untraced(config)]):
-        yield f"{'; '.join(own)}: the backward is taken as if nothing were frozen"
-    yield from (f"{what}: one pass over {config.seq_len} positions is taken" for what in unknown(config))
+        yield f"{'; '.join(own)}: the backward is counted as if nothing were frozen"
+    yield from (f"{what}: assumed: one pass over {config.seq_len} positions" for what in unknown(config))
 
 
 def cache_missing(model: ModelConfig) -> str | None:
     """What a user's own attention leaves unstated about its cache, and the assumption made."""
     if model.topology == "encoder" or not (missing := unstated("attention", model.attention, "cache_values")):
         return None
-    taken = "2 * model.dim values a layer and token are taken"
+    taken = "assumed: 2 * model.dim values per layer and token"
     return f"{chosen('attention', model.attention)} does not say ({missing} of its Config): {taken}"
 
 

@@ -15,10 +15,10 @@ def unknown(config: Train) -> list[str]:
     """Sentences on a user's own options that leave the contents of a batch unknown."""
     objective, data, found = config.objective, config.data, []
     if is_own("objective", objective):
-        found.append(f"{chosen('objective', objective)} is your own: of its batches and its loss nothing is known")
+        found.append(f"{chosen('objective', objective)} is your own: its batches and its loss are unknown")
     known = ("documents", "pairs", "images")  # methods of a source whose samples are known
     if is_own("data", data) and method_of(resolve("data", data.type)) not in known:
-        found.append(f"{chosen('data', data)} is your own: of what its samples hold nothing is known")
+        found.append(f"{chosen('data', data)} is your own: the contents of its samples are unknown")
     return found
 
 

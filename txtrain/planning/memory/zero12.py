@@ -18,7 +18,7 @@ from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Copies
 
-ALIGNED = 2  # groups are padded to a multiple of so many elements times the ranks
+ALIGNED = 2  # groups are padded to a multiple of this times the number of ranks
 SUMMED = 500_000_000  # groups are reduced together once they have more elements
 
 
