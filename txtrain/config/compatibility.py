@@ -50,9 +50,7 @@ OBJECTIVE_RULES = (
         {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)}, "data.packing", ("concat",),
         "the sequence is cut anywhere, padding would be on both sides"
     ),
-    RunRule(
-        {"objective": ("span_corruption",)}, "data.packing", ("concat",), "padding would be corrupted, and be a target"
-    ),
+    RunRule({"objective": ("span_corruption",)}, "data.packing", ("concat",), "padding would be corrupted too"),
 )
 
 # attribute of an objective's config -> the key that it restricts

@@ -22,17 +22,17 @@ class SlurmConfig:
     """`hydra/launcher=slurm`: a job array by submitit, one job per member. Keys as in hydra-submitit-launcher."""
 
     type: Literal["slurm"] = "slurm"
-    name: str = "txtrain"  # of the job
-    # for scripts, logs and the members' states; null: runs/sweeps/<digest of the members>
+    name: str = "txtrain"  # name of the job
+    # folder for scripts, logs and the members' states; null: runs/sweeps/<digest of the members>
     submitit_folder: str | None = None
     timeout_min: int = knob(60, at_least=1)  # time limit of a job; a run that needs longer is requeued and continues
     signal_delay_s: int = knob(120, above=0)  # seconds before the time limit at which the run saves
-    nodes: int | None = knob(None, at_least=1)  # of each member; null: trainer.num_nodes
-    # null: trainer.devices; if that is auto, gpus_per_node, or 1
+    nodes: int | None = knob(None, at_least=1)  # nodes of each member; null: trainer.num_nodes
+    # ranks on each node; null: trainer.devices; if that is auto, gpus_per_node, or 1
     tasks_per_node: int | None = knob(None, at_least=1)
     cpus_per_task: int | None = knob(None, at_least=1)
     gpus_per_node: int | None = knob(None, at_least=0)
-    mem_gb: float | None = knob(None, above=0)  # of each node
+    mem_gb: float | None = knob(None, above=0)  # memory of each node
     array_parallelism: int = knob(256, at_least=1)  # maximum number of members that run at once
     partition: str | None = None
     account: str | None = None
@@ -51,9 +51,9 @@ class SlurmConfig:
     # command for Python in the job, such as "apptainer exec --nv image.sif python"; null: the submitting one
     python: str | None = None
     stderr_to_stdout: bool = False  # one log for both
-    # of one device, such as 80GB: a member that does not fit, by `txtrain plan`, is refused
+    # memory of one device, such as 80GB; a member that does not fit, by `txtrain plan`, is refused
     gpu_memory: str | None = None
-    wait: bool = True  # until all members have ended; false: return after submitting
+    wait: bool = True  # wait until all members have ended; false: return after submitting
 
     def check(self) -> Iterator[str]:
         limit, delay = 60 * self.timeout_min, self.signal_delay_s

@@ -90,9 +90,9 @@ class MaskedLMConfig(ObjectiveConfig):
     heads: ClassVar = ("mlm", "lm")
     reads: ClassVar = ("text",)
 
-    probability: float = knob(0.15, above=0, below=1)  # that a token is chosen, and then predicted
-    mask_share: float = knob(0.8, at_least=0, at_most=1)
-    random_share: float = knob(0.1, at_least=0, at_most=1)
+    probability: float = knob(0.15, above=0, below=1)  # that a token is chosen to be predicted
+    mask_share: float = knob(0.8, at_least=0, at_most=1)  # fraction of chosen tokens that become [MASK]
+    random_share: float = knob(0.1, at_least=0, at_most=1)  # fraction that become a random token; the rest stay
     whole_word: bool = False  # choose all tokens of a word or none
     # samples are pairs of segments, with next-sentence prediction; null: if model/head has next_sentence
     next_sentence: bool | None = None
@@ -202,7 +202,7 @@ class PrefixLMConfig(ObjectiveConfig):
 class SmoothedConfig(ObjectiveConfig):
     """Objectives whose labels may be smoothed (1512.00567)."""
 
-    label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training only; 1706.03762: 0.1
+    label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training, not in validation; 1706.03762: 0.1
 
 
 @dc.dataclass(frozen=True, kw_only=True)
