@@ -1,3 +1,1 @@
-"""The verbs, from the words that were typed to an exit code, and sweeps over them.
-
-What a run or a configuration is stands in the packages of these names, a plan's figures in planning/."""
+"""The command line: verbs, help, sweeps and exit codes. Runs are in training/, configurations in config/."""

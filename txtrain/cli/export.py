@@ -1,4 +1,4 @@
-"""`txtrain export`: a checkpoint leaves as a folder that tools of Hugging Face load."""
+"""`txtrain export`: a checkpoint as a folder that Hugging Face tools load."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run_export(job: Composed) -> int:
     out = files.path_of(config.out, "out")
     files.check_writable(out, "out")
     there = out.exists()
-    if there and any(out.iterdir()) and not any(out.glob(".export.*.tmp")):  # of an export that was killed
+    if there and any(out.iterdir()) and not any(out.glob(".export.*.tmp")):  # left by an export that was killed
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
     loaded = load(config.checkpoint, weights=config.weights, finite=not config.allow_nonfinite)
     try:
@@ -44,7 +44,7 @@ def run_export(job: Composed) -> int:
 
 
 def _write(loaded: Loaded, out: Path) -> None:
-    """All of it beside what loaders look at, then into its place, config.json last: without it nothing is a model."""
+    """Write to a temporary folder, then move the files, config.json last: without it no tool sees a model."""
     with files.temporary(out, "export") as made:
         save_pretrained(loaded.model, made, loaded.tokenizer)
         for path in sorted(made.iterdir(), key=lambda path: path.name == CONFIG):

@@ -1,4 +1,4 @@
-"""`txtrain generate`: prompts in, continuations out; of an encoder and a decoder, answers."""
+"""`txtrain generate`: prompts in, continuations out; from an encoder-decoder, answers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ SEPARATOR = "|"  # between a prompt and its answer, as in samples.txt
 
 
 def run_generate(job: Composed) -> int:
-    """Print each prompt with its continuation. One prompt is printed as it grows.
+    """Print each prompt with its continuation. A single prompt is streamed.
 
     Raises:
-        ConfigError: no such checkpoint or file of prompts, nothing to continue, a model that writes no text, or more tokens than it has
-            positions.
+        ConfigError: no such checkpoint or file of prompts, no prompt, a model that cannot generate text, or more
+            tokens than the model has positions.
     """
     config: Generate = job.config
     prompts = read_prompts(config)
@@ -54,20 +54,20 @@ def _check_writes(loaded: Loaded) -> None:
     where = str(loaded.path)
     if loaded.model.config.topology == "encoder":
         raise ConfigError(
-            f"`checkpoint` must be of a model that writes, a decoder or an encoder with one, but {where!r} is an encoder ({loaded.model.config.family}), "
-            "which reads a whole text and continues none."
+            f"`checkpoint` must be of a model that writes, a decoder or an encoder with one, but {where!r} is an "
+            f"encoder ({loaded.model.config.family}), which reads a whole text and continues none."
         )
     if loaded.tokenizer is None:
-        raise ConfigError(f"`checkpoint` must have a tokenizer to continue text, but {where!r} has none: it was not trained on text.")
+        raise ConfigError(f"`checkpoint` must have a tokenizer, but {where!r} has none: it was not trained on text.")
 
 
 def _answers(model: Any) -> bool:
-    """Whether what is written answers the prompt and does not continue it: an encoder reads it."""
+    """Whether the output answers the prompt, which an encoder reads, instead of continuing it."""
     return model.encoder is not None
 
 
 def read_prompts(config: Generate) -> list[str]:
-    """`prompt` as it was typed; `-` is all of standard input; prompt_file has one a line.
+    """`prompt` as typed, or all of standard input for `-`; or the lines of prompt_file.
 
     Raises:
         ConfigError: the file cannot be read, or holds no prompt, or something is not UTF-8.
@@ -82,7 +82,10 @@ def read_prompts(config: Generate) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
-        raise ConfigError(f"`prompt_file` must be a text file with one prompt a line, but {config.prompt_file!r} cannot be read: {reason}.") from e
+        raise ConfigError(
+            f"`prompt_file` must be a text file with one prompt a line, but {config.prompt_file!r} cannot be read: "
+            f"{reason}."
+        ) from e
     prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise ConfigError(f"`prompt_file` must hold at least one prompt, but {config.prompt_file!r} holds none.")
@@ -92,7 +95,7 @@ def read_prompts(config: Generate) -> list[str]:
 def _standard_input() -> str:
     try:
         text = sys.stdin.read()
-        text.encode()  # in a locale of ASCII other bytes come as halves of characters
+        text.encode()  # in an ASCII locale other bytes are read as lone surrogates
     except UnicodeError as e:
         raise ConfigError(f"`prompt` must be text in UTF-8, but standard input is not: {e}.") from e
     return text
@@ -108,12 +111,18 @@ def _check_length(model: Any, rows: Sequence[Sequence[int]], max_new_tokens: int
     longest, limit = max(map(len, rows)), model.max_positions
     if _answers(model):
         if limit is not None and longest > limit:
-            raise ConfigError(f"`prompt` must have at most {limit} tokens, its end among them, but has {longest}: {limit} positions were learned.")
-        longest = 1  # the answer has its own positions, and a start token
+            raise ConfigError(
+                f"`prompt` must have at most {limit} tokens, its end among them, but has {longest}: {limit} positions "
+                "were learned."
+            )
+        longest = 1  # the decoder's own positions begin with its start token
     if limit is not None and longest + max_new_tokens > limit:
         room = limit - longest
         problem = f"must be at most {room}" if room > 0 else "has no room"
-        raise ConfigError(f"`max_new_tokens` {problem} after a prompt of {longest} tokens, but is {max_new_tokens} instead: {limit} positions were learned.")
+        raise ConfigError(
+            f"`max_new_tokens` {problem} after a prompt of {longest} tokens, but is {max_new_tokens} instead: {limit} "
+            "positions were learned."
+        )
 
 
 def _continuations(model: Any, tokenizer: Tokenizer, rows: Sequence[Sequence[int]], config: Generate) -> list[str]:
@@ -122,7 +131,7 @@ def _continuations(model: Any, tokenizer: Tokenizer, rows: Sequence[Sequence[int
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=_device(model))
     out = generate(model, ids, mask, **_how(config, tokenizer))
     answers = _answers(model)
-    new = out[:, 1 if answers else width :]  # an answer stands behind its start token
+    new = out[:, 1 if answers else width :]  # an answer follows the start token
     return [tokenizer.decode(_before_end(row, tokenizer.eos_id), special=answers) for row in new.tolist()]
 
 
@@ -136,8 +145,10 @@ def _stream(model: Any, tokenizer: Tokenizer, prompt: str, row: Sequence[int], c
 
 
 class _Printer:
-    """Prints what each token adds to the text, special ones by their names where they are asked for. A character of several tokens waits until it is
-    whole; what is not when all is said, is printed as it is."""
+    """Prints the text that each token adds; a character of several tokens once it is complete, or at the end.
+
+    special: print special tokens too, by name.
+    """
 
     def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
         self.tokenizer, self.special = tokenizer, special
@@ -161,13 +172,8 @@ class _Printer:
 
 def _how(config: Generate, tokenizer: Tokenizer) -> dict[str, Any]:
     return {
-        "max_new_tokens": config.max_new_tokens,
-        "temperature": config.temperature,
-        "top_k": config.top_k,
-        "top_p": config.top_p,
-        "min_p": config.min_p,
-        "eos_token_id": tokenizer.eos_id,
-        "seed": config.seed,
+        "max_new_tokens": config.max_new_tokens, "temperature": config.temperature, "top_k": config.top_k,
+        "top_p": config.top_p, "min_p": config.min_p, "eos_token_id": tokenizer.eos_id, "seed": config.seed
     }
 
 

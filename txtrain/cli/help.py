@@ -1,4 +1,4 @@
-"""What `txtrain VERB --help` prints: options with the comments of their files, keys with those of their fields."""
+"""`txtrain VERB --help`: options with the comments of their files, keys with those of their fields."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from txtrain.registry import TABLE, imported
 
 LAUNCHER = "hydra/launcher"  # the group whose keys are Hydra's, not the verb's
 _SLURM = "txtrain.config.slurm_launcher:SlurmConfig"  # its module needs Hydra
-_PLAIN = ("an integer", "a number", "a string", "Any")  # types that go without saying beside a comment
+_PLAIN = ("an integer", "a number", "a string", "Any")  # types not shown beside a comment
 
 
 def usage(verb: str, asked: Sequence[str] = ()) -> str:
-    """The help of a verb, or of the groups and keys that are asked about.
+    """The help of a verb, or of the groups and keys in `asked`.
 
     Raises:
         ConfigError: there is no such group or key.
@@ -49,7 +49,7 @@ def usage(verb: str, asked: Sequence[str] = ()) -> str:
 
 
 def _about(verb: str, word: str) -> str:
-    """The options of a group, each with what its file says of it, and its keys; or the keys below a dotted path."""
+    """The options of a group, with the comments of their files, and its keys; or the keys below a dotted path."""
     groups = {name: g for g in [*groups_of(root_of(verb)), LAUNCHER] for name in (g, g.replace("/", "."), _word(g))}
     group = groups.get(word)
     keys = _keys(imported(_SLURM), "hydra.launcher.") if group == LAUNCHER else _keys(root_of(verb))
@@ -67,7 +67,7 @@ def _word(group: str) -> str:
 
 
 def _options(group: str) -> dict[str, str]:
-    """Each packaged option with the comment at the head of its file; of a recipe its title."""
+    """Packaged option -> the comment at the head of its file; for a recipe its title."""
     found = {}
     for option in options(group):
         file = (DATA if group == "recipes" else CONF) / group / f"{option}.yaml"
@@ -82,9 +82,9 @@ def _options(group: str) -> dict[str, str]:
 
 
 def _keys(cls: type, prefix: str = "", defaults: bool = True) -> dict[str, tuple[str, str]]:
-    """Dotted key -> the key, perhaps with its default, and what is said of it.
+    """Dotted key -> the key, with its default where known, and its help text.
 
-    defaults: whether a field's own default is what a run has, and no option's file gives another.
+    defaults: whether the fields' defaults hold in a run, that is, no option's file overrides them.
     """
     found: dict[str, tuple[str, str]] = {}
     comments = _comments(cls)
@@ -111,7 +111,7 @@ def _keys(cls: type, prefix: str = "", defaults: bool = True) -> dict[str, tuple
 
 
 def _comments(cls: type) -> dict[str, str]:
-    """What stands behind each field of a dataclass, or in whole lines above it."""
+    """Field -> the comment behind it, and in whole lines above it."""
     found: dict[str, str] = {}
     for owner in reversed(cls.__mro__):
         fields, lines = _source(getattr(sys.modules[owner.__module__], "__file__", None))
@@ -125,7 +125,7 @@ def _comments(cls: type) -> dict[str, str]:
 
 @cache
 def _source(file: str | None) -> tuple[dict[str, list[Any]], list[str]]:
-    """Class -> its annotated names, and the lines without their indentation, of a module."""
+    """Of a module: class -> its annotated names; and its lines without indentation."""
     if file is None or not file.endswith(".py"):
         return {}, []
     source = Path(file).read_text(encoding="utf-8")

@@ -1,6 +1,6 @@
-"""The jobs of a command line: its overrides, and what comes along with init_from, as typed configurations.
+"""The jobs of a command line as typed configurations.
 
-Composing ends here, above checkpoint/ and hf/, because only they can tell what lies in the folder that init_from names.
+The last step of composing, since only checkpoint/ and hf/ can read the folder that init_from names.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def compose(
     """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
 
     Raises:
-        ConfigError: whatever the command line would refuse, in the same words.
+        ConfigError: as the command line would refuse it, with the same message.
     """
     listed = isinstance(overrides, Sequence) and not isinstance(overrides, str)
     if not listed or not all(isinstance(o, str) for o in overrides):
@@ -45,13 +45,13 @@ def compose(
 
 
 def compose_job(verb: str, overrides: list[Override], loader: Loader) -> tuple[Composed, list[Override]]:
-    """One job of `expand`, and its overrides as Hydra got them."""
+    """The configuration of one job of `expand`, and its overrides as passed to Hydra."""
     job, lines = composition.compose_job(verb, root_of(verb), overrides, loader, partial(newest_run, key="resume"))
     return with_init_from(_pinned(job)), lines
 
 
 def _pinned(composed: Composed) -> Composed:
-    """With the run that a folder of runs stands for: the same one for all ranks of a run and all members of a sweep.
+    """The job with each folder of runs replaced by its newest run: one for all ranks and all members of a sweep.
 
     A run that is continued keeps the one that it was begun with.
     """
@@ -64,10 +64,10 @@ def _pinned(composed: Composed) -> Composed:
 
 
 def with_init_from(job: Composed) -> Composed:
-    """The job with the model and the tokenizer that init_from brings. A resumed run has them in its config.yaml.
+    """The job with the model and the tokenizer of init_from. A resumed run has them in its config.yaml.
 
     Raises:
-        ConfigError: there is no model there, or the configuration says something else than it.
+        ConfigError: init_from holds no model, or one that contradicts the configuration.
     """
     config = job.config
     if not isinstance(config, RunConfig) or config.init_from is None or config.resume not in ("auto", "never"):

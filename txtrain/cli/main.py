@@ -1,4 +1,4 @@
-"""verb -> compose -> typed config -> run; nothing else."""
+"""The command line: verb -> compose -> typed config -> run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from txtrain.config.composed import Composed
     from txtrain.config.loader import Loader
 
-# Flags, and whether a value follows.
+# Flag -> whether a value follows.
 _FLAGS = {"--multirun": False, "--help": False, "--resolve": False, "--cfg": True, "--config-dir": True}
 _SHORT = {"-m": "--multirun", "-h": "--help", "-c": "--cfg", "-cd": "--config-dir"}
 _FILE_FLAGS = ("--config", "--config-name", "--config-path", "-cn", "-cp")
@@ -31,12 +31,12 @@ class CommandLine(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; its exit code (`verbs.exit_code`)."""
+    """Run a command line and return its exit code (`verbs.exit_code`)."""
     return exit_code(partial(_work, list(sys.argv[1:] if argv is None else argv)))
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
-    """Flags stand anywhere, the verb first among the rest. Not argparse: it knows nothing of KEY=VALUE and our words."""
+    """Flags may stand anywhere; the verb is the first other word. argparse has no KEY=VALUE, nor our messages."""
     flags: dict[str, str] = {}
     rest: list[str] = []
     words = iter(argv)
@@ -74,14 +74,14 @@ def _not_a_flag(word: str) -> str:
     name, equals, _ = word.partition("=")
     known = [*_FLAGS, *_SHORT]
     if name in _FILE_FLAGS:
-        return f"`{name}` is not a flag. A named run is recipe=NAME; a folder of your own options and recipes is --config-dir DIR."
+        return f"`{name}` is not a flag. A named run is recipe=NAME; a folder of your own options is --config-dir DIR."
     if equals and name not in known:
         return f"`{word}` is not a flag. Overrides have no dashes: write {word.lstrip('-')}."
     return f"`{word}` is not a flag. Flags: {', '.join(known)}.{hint(name, known)}"
 
 
 def _work(argv: list[str]) -> Work:
-    """What the command line asks for, composed and imported, but for what only prints: that is done."""
+    """The work of a command line, composed and imported. Help and --cfg are printed here: nothing is left to do."""
     line = parse(argv)
     if "--help" in line.flags:
         print(_help(line), end="")
@@ -129,7 +129,7 @@ def _help(line: CommandLine) -> str:
 
 
 def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[Override]]]) -> None:
-    """`--cfg job` prints the typed, resolved config, one document a job; the others are Hydra's view."""
+    """`--cfg job` prints the typed, resolved config, one YAML document per job; hydra and all are Hydra's view."""
     if line.flags["--cfg"] == "job":
         import yaml
 

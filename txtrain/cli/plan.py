@@ -1,4 +1,4 @@
-"""`txtrain plan`: the figures on the screen, and with plan.simulate=true those of the real model beside them."""
+"""`txtrain plan`: the figures on the screen; with plan.simulate=true also those measured on the real model."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from txtrain.planning.memory.batch_shapes import unknown
 def plan(config: Train) -> Figures:
     """Parameters, FLOPs, cache, steps, time and memory of what `train` would run, in closed form.
 
-    config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
+    config: with verb="plan" it names the hardware; for a `Train` the defaults of the group `plan` hold.
 
     Raises:
-        ConfigError: it does not fit into plan.memory; or plan.simulate is asked for, and `train` would refuse.
+        ConfigError: it does not fit into plan.memory; or plan.simulate=true, and `train` would refuse the run.
     """
     found = figures.plan(config)
     if not (isinstance(config, Plan) and config.plan.simulate):
@@ -52,10 +52,10 @@ def run_plan(job: Composed) -> int:
 
 
 def lines(config: Train, f: Figures) -> list[str]:
-    """One screen, in rich's markup."""
+    """The lines of the screen, in rich's markup."""
     model = config.model
     further = f.params_by_part.get("mtp", 0)
-    beside = f", {start_screen.count(f.n_params - further)} of them without the modules for further tokens" if further else ""
+    beside = f", {start_screen.count(f.n_params - further)} of them without the MTP modules" if further else ""
     active = f", {start_screen.count(f.n_active_params)} active a token" if f.n_active_params < f.n_params else ""
     trained = f"; {start_screen.trained(f.n_trained_params, f.n_params)}" if f.n_trained_params < f.n_params else ""
     head = f"[bold]{f.model}[/]: {start_screen.count(f.n_params)} parameters{beside}{active}{trained}"
@@ -79,7 +79,7 @@ def _escaped(text: str) -> str:
 
 
 def _parts(f: Figures) -> list[tuple[str, str]]:
-    """Parameters of each part, and its FLOPs in one sample's forward pass."""
+    """Parameters of each part, and its FLOPs in the forward pass of one sample."""
 
     def row(params: int, work: float, trained: int | None = None) -> str:
         shown = (f"{params:,}", f"{params / f.n_params:.1%}") if params else ("", "")
@@ -89,19 +89,28 @@ def _parts(f: Figures) -> list[tuple[str, str]]:
 
     whole, frozen = sum(f.flops_by_part.values()), f.n_trained_params < f.n_params
     names = dict.fromkeys((*f.params_by_part, *f.flops_by_part))
-    rows = [(name, row(n := f.params_by_part.get(name, 0), f.flops_by_part.get(name, 0.0), f.trained_by_part.get(name, 0) if n else None)) for name in names]
+    params, work, trained = f.params_by_part, f.flops_by_part, f.trained_by_part
+    rows = [
+        (name, row(n := params.get(name, 0), work.get(name, 0.0), trained.get(name, 0) if n else None))
+        for name in names
+    ]
     title = f"{'parameters':>18}{'':8}{'trained' if frozen else '':>{18 * frozen}}{'forward, ' + a(f.sample):>24}"
     rows = [("", title), *rows, ("in all", row(f.n_params, whole, f.n_trained_params))]
     return [*rows, ("active", row(f.n_active_params, 0.0))] if f.n_active_params < f.n_params else rows
 
 
 def _flops(f: Figures) -> list[tuple[str, str]]:
-    lengths = f"{f.seq_len} tokens" if f.target_len is None else f"{f.seq_len} tokens of the source and {f.target_len} of the target"
+    lengths = (
+        f"{f.seq_len} tokens"
+        if f.target_len is None else f"{f.seq_len} tokens of the source and {f.target_len} of the target"
+    )
     lengths = f"{f.seq_len} positions" if f.sample == "image" else lengths
     rows = [(a(f.sample), f"{flops(f.flops_per_sample)} forward and backward, of {lengths}")]
     if f.sample != "image":
-        rows.append(("a token", f"{flops(f.forward_flops_per_token)} forward, {flops(f.flops_per_token)} forward and backward"))
-    return [*rows, *([("taken for granted", f.flops_missing)] if f.flops_missing else [])]
+        rows.append(
+            ("a token", f"{flops(f.forward_flops_per_token)} forward, {flops(f.flops_per_token)} forward and backward")
+        )
+    return [*rows, *([("not stated", f.flops_missing)] if f.flops_missing else [])]
 
 
 def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
@@ -113,7 +122,7 @@ def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
     rows = [
         ("a token", f"{size(f.cache_bytes_per_token)} in {f.cache_dtype}"),
         (f"{length} tokens", f"{size(f.cache_bytes)}{beside}"),
-        *([("taken for granted", f.cache_missing)] if f.cache_missing else []),
+        *([("not stated", f.cache_missing)] if f.cache_missing else []),
     ]
     if windows:
         rows.append(("windows", f"{len(windows)} of {model.n_layers} layers hold {max(windows) - 1:,} tokens at most"))
@@ -122,18 +131,24 @@ def _cache(model: ModelConfig, f: Figures) -> list[tuple[str, str]]:
 
 def _run(config: Train, f: Figures) -> list[tuple[str, str]]:
     n, what = f.global_batch_size, {"image": "images", "pair": "pairs"}.get(f.sample, "sequences")
-    rows = [("step", f"{n:,} {what}" if f.sample == "image" else f"{n:,} {what} x {f.seq_len} = {n * f.seq_len:,} tokens")]
+    rows = [
+        ("step", f"{n:,} {what}" if f.sample == "image" else f"{n:,} {what} x {f.seq_len} = {n * f.seq_len:,} tokens")
+    ]
     if f.steps is None or f.tokens is None or f.flops is None or f.seconds is None:
-        return [*rows, ("steps", "only the data could tell: trainer.max_epochs counts its samples. Give trainer.max_steps or max_tokens.")]
-    left_out = "; trainer.max_epochs, which needs the data, is not counted" if config.trainer.max_epochs is not None else ""
-    seen = start_screen.count(f.steps * n) if f.sample == "image" else f"{start_screen.count(f.tokens)}, {f.tokens / f.n_params:.3g} a parameter"
+        return [*rows, ("steps", "unknown without the data (max_epochs). Give trainer.max_steps or max_tokens.")]
+    left_out = "; trainer.max_epochs needs the data: not counted" if config.trainer.max_epochs is not None else ""
+    seen = (
+        start_screen.count(f.steps * n)
+        if f.sample == "image" else f"{start_screen.count(f.tokens)}, {f.tokens / f.n_params:.3g} a parameter"
+    )
     devices = f.device if f.n_devices == 1 else f"{f.n_devices:,} x {f.device}"
     return [
         *rows,
         ("steps", f"{f.steps:,} ({f.limited_by}{left_out})"),
         ("images" if f.sample == "image" else "tokens", seen),
         ("compute", flops(f.flops)),
-        ("time", f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s ({config.trainer.precision}); training only"),
+        ("time", f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s "
+                 f"({config.trainer.precision}); training only"),
     ]
 
 
@@ -142,13 +157,18 @@ def _memory(f: Figures) -> list[tuple[str, str]]:
         rows = [("not counted", f.memory_missing or "")]
     else:
         rows = [("train refuses", f.refused)] if f.refused else []
-        rows += [(name, f"{size(n):>12}{n / f.memory:>8.1%}") for name, n in sorted(f.memory_by_part.items(), key=lambda row: -row[1])]
-        rows.append(("in all", f"{size(f.memory):>12}{'':8}  at the fullest moment of a step of micro-batches of {f.micro_batch_size}"))
+        rows += [
+            (name, f"{size(n):>12}{n / f.memory:>8.1%}")
+            for name, n in sorted(f.memory_by_part.items(), key=lambda row: -row[1])
+        ]
+        when = f"at the fullest moment of a step of micro-batches of {f.micro_batch_size}"
+        rows.append(("in all", f"{size(f.memory):>12}{'':8}  {when}"))
         if f.memory_of_host:
             parts = ", ".join(f"{name} {size(n)}" for name, n in f.memory_of_host_by_part.items())
             rows.append(("in host memory", f"{size(f.memory_of_host):>12}{'':8}  {parts}"))
     if f.memory_simulated is not None:
-        rows.append(("simulated", f"{size(f.memory_simulated):>12}{'':8}  the real model without storage, with the CPU's kernels"))
+        how = "the real model without storage, with the CPU's kernels"
+        rows.append(("simulated", f"{size(f.memory_simulated):>12}{'':8}  {how}"))
     if f.largest_micro_batch_size is not None:
         rows.append(("largest micro-batch", f"{f.largest_micro_batch_size:>12,}"))
     return [*rows, *((f"{name}, a step", f"{size(n):>12}") for name, n in f.communicated.items())]
@@ -159,13 +179,13 @@ def a(noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`61 d 16 h`; below two days as everywhere."""
+    """`61 d 16 h`; below two days as the start screen."""
     hours = round(seconds / 3600)
     return start_screen.duration(seconds) if hours < 48 else f"{hours // 24:,} d {hours % 24:02d} h"
 
 
 def flops(n: float) -> str:
-    """`5.3 GFLOP`, `1.2 EFLOP`; in powers of ten beyond."""
+    """`5.3 GFLOP`, `1.2 EFLOP`; beyond that in powers of ten."""
     if n >= 1e21:
         return f"{n:.3g} FLOP"
     for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):

@@ -1,4 +1,4 @@
-"""`txtrain prepare`: what a run would tokenise, written ahead of time, and again and again until it is done."""
+"""`txtrain prepare`: tokenise a run's data ahead of time; a second start continues an interrupted one."""
 
 from __future__ import annotations
 
@@ -11,15 +11,7 @@ from typing import Any
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
 from txtrain.data.prepare import make_tokenizer
-from txtrain.data.sources.source import (
-    as_named,
-    build_source,
-    describe,
-    method_of,
-    n_bytes,
-    settle,
-    validation_sets,
-)
+from txtrain.data.sources.source import as_named, build_source, describe, method_of, n_bytes, settle, validation_sets
 from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
@@ -32,17 +24,17 @@ from txtrain.objectives.base import build_objective
 
 
 def run_prepare(job: Composed) -> int:
-    """Write the folder, or what is missing of it.
+    """Write the folder, or the part of it that is missing.
 
     Raises:
-        ConfigError: the data cannot be had or are no text, or the folder holds something else.
+        ConfigError: the data are missing or not text, or the folder holds something else.
     """
     config: Prepare = job.config
     assert config.out is not None
     folder = files.path_of(config.out, "out")
     files.check_writable(folder, "out")
     corpus, tokenizer = _text(config)
-    with files.writing(folder, "out"):  # what is written by then is where a second try goes on
+    with files.writing(folder, "out"):
         return _fill(corpus, tokenizer, folder, config)
 
 
@@ -51,7 +43,7 @@ def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -
     folder.mkdir(parents=True, exist_ok=True)
     release = files.lock(folder)
     if release is None:
-        raise ConfigError(f"`out` must be a folder that no other process writes to, but another one is preparing {config.out!r}.")
+        raise ConfigError(f"`out` must be a folder that no process writes to, but one is preparing {config.out!r}.")
     try:
         if _is_done(folder, key, config):
             print(f"{folder} is complete: nothing left to do.")
@@ -67,7 +59,7 @@ def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -
 
 
 def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
-    """The documents and their tokenizer. Nothing stands in for data that cannot be had: what is prepared is named once and used for long."""
+    """The documents and their tokenizer. Without fallback data: a prepared folder is used for long."""
     data: Any = config.data
     source = build_source(settle(as_named(config))[0])
     if method_of(source) != "documents":
@@ -82,21 +74,22 @@ def _is_done(folder: Path, key: str, config: Prepare) -> bool:
     """Whether the folder is complete.
 
     Raises:
-        ConfigError: it was not made, or begun, by this command.
+        ConfigError: it was made, or begun, by another command.
     """
     if (folder / INDEX).is_file():
         if read_index(folder, "out")["key"] != key:
-            raise ConfigError(f"`out` must be a new folder, but {config.out!r} holds other text, or text by another tokenizer.")
-        forget(folder)  # a kill came between the last two steps
+            raise ConfigError(f"`out` must be a new folder, but {config.out!r} holds other text or other tokens.")
+        forget(folder)  # the state of an unfinished run, which a kill between the last two steps leaves
         return True
     begun = unfinished(folder)
     if begun is None and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
     if begun is not None and begun["key"] != key:
-        raise ConfigError(f"`out` must be a new folder, but {config.out!r} was begun for other text, or another tokenizer. Remove it, or give another.")
+        raise ConfigError(f"`out` must be a new folder, but {config.out!r} was begun for another text or tokenizer.")
     if begun is not None and begun["shard_tokens"] != config.prepare.shard_tokens:
         raise ConfigError(
-            f"`prepare.shard_tokens` must be {begun['shard_tokens']}, with which {config.out!r} was begun, but is {config.prepare.shard_tokens} instead."
+            f"`prepare.shard_tokens` must be {begun['shard_tokens']}, with which {config.out!r} was begun, "
+            f"but is {config.prepare.shard_tokens} instead."
         )
     return False
 
@@ -105,7 +98,7 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     writer = ShardWriter(folder, key, tokenizer.vocab_size, config.prepare.shard_tokens)
     if writer.n_documents:
         print(f"{folder}: goes on after {writer.n_documents:,} documents.", file=sys.stderr)
-    writer.save(now=True)  # before anything else: from here on the folder is known to be ours
+    writer.save(now=True)  # first of all: marks the folder as ours
     tokenizer.save(folder / "tokenizer")
     rest = itertools.islice(corpus.documents(), writer.n_documents, None)
     with Progress("tokenising", n_bytes(corpus.source)) as progress:
@@ -115,8 +108,11 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
     train, validation = writer.n_tokens("train"), writer.n_tokens("validation")
     if not train:
         writer.close()
-        raise ConfigError("`data` must have training text, but has none: white space aside, there is too little to divide. Give more text.")
+        raise ConfigError("`data` must have training text, but has none: too little to divide. Give more text.")
     write_skipped(folder, corpus.source)
     writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
     progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")
-    print(f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with model.vocab_size={tokenizer.vocab_size} or more")
+    print(
+        f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with "
+        f"model.vocab_size={tokenizer.vocab_size} or more"
+    )

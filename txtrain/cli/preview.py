@@ -1,4 +1,4 @@
-"""`txtrain preview`: the first samples of a run as its model will see them."""
+"""`txtrain preview`: the first samples of a run, as its model will see them."""
 
 from __future__ import annotations
 
@@ -34,8 +34,7 @@ def run_preview(job: Composed) -> int:
     """Print preview.n samples.
 
     Raises:
-        ConfigError: as `train`, for what is wrong with the data; samples that are
-            neither tokens nor images; images as JSON.
+        ConfigError: as `train`, if the data are wrong; samples are neither tokens nor images; or images as JSON.
     """
     config: Preview = job.config
     wanted = config.preview
@@ -44,7 +43,7 @@ def run_preview(job: Composed) -> int:
     batches = data.first(None if wanted.n == "all" else wanted.n, split)
     batch, sources = next(batches)
     if "input_ids" not in batch and "pixel_values" not in batch:
-        raise ConfigError(f"`data`: samples must have input_ids or pixel_values to be shown, but have {', '.join(batch)}.")
+        raise ConfigError(f"`data`: samples must have input_ids or pixel_values, but have {', '.join(batch)}.")
     if wanted.format == "json" and "input_ids" not in batch:
         raise ConfigError("`preview.format` must be text for images, but is json instead.")
     batches = itertools.chain([(batch, sources)], batches)
@@ -67,15 +66,15 @@ def run_preview(job: Composed) -> int:
 
 
 def targets(sample: Sample, topology: str) -> Tensor:
-    """The labels; -100 where nothing is predicted."""
+    """The labels [T]; -100 where nothing is predicted."""
     labels = sample["labels"].clone()
     if topology == "decoder":
-        labels[0] = IGNORED  # nothing stands before it that it could be told from
+        labels[0] = IGNORED  # no token precedes it
     return labels
 
 
 def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[str, Any]:
-    """A sample of tokens without its padding. numbers: in the source, of what its documents came from."""
+    """A sample of tokens without its padding. numbers: indices of its documents in the source."""
     ids = sample["input_ids"]
     real, labels = sample.get("attention_mask", torch.ones_like(ids)) != 0, targets(sample, model.topology)
     trained = labels != IGNORED if model.topology != "encoder_decoder" else torch.zeros_like(real)
@@ -89,7 +88,7 @@ def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[
 
 
 def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
-    """What is written for an id: the text that it stands for, where that is text; else its name, or the number where nobody knows it."""
+    """How to show a token id: its text; if that is not whole characters, its name; if unknown, its number."""
     if tokenizer is None:
         return str
     special = tokenizer.special_ids()
@@ -105,7 +104,7 @@ def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
 
 
 class Writer:
-    """Samples as lines. Without colours what is trained stands between marks."""
+    """Samples as lines. Without colours, trained tokens stand between « and »."""
 
     def __init__(self, piece: Pieces, topology: str, coloured: bool) -> None:
         self.piece, self.topology, self.coloured = piece, topology, coloured
@@ -123,15 +122,24 @@ class Writer:
             return
         labels = targets(sample, self.topology)
         n, n_trained = self._n_tokens(sample), int((labels != IGNORED).sum())
-        yield Text(f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}", style="bold")
+        yield Text(
+            f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}",
+            style="bold"
+        )
         if self.topology == "encoder_decoder":
             ids = sample["input_ids"]
-            yield Text("  input   ").append(self._written(ids, torch.full_like(ids, IGNORED), sample.get("document_ids"), sample.get("attention_mask")))
+            yield Text("  input   ").append(self._written(
+                ids, torch.full_like(ids, IGNORED), sample.get("document_ids"), sample.get("attention_mask")
+            ))
             kept = labels != IGNORED
             documents = sample.get("decoder_document_ids")
-            yield Text("  target  ").append(self._written(labels[kept], labels[kept], None if documents is None else documents[kept], None))
+            yield Text("  target  ").append(
+                self._written(labels[kept], labels[kept], None if documents is None else documents[kept], None)
+            )
         else:
-            yield Text("  ").append(self._written(sample["input_ids"], labels, sample.get("document_ids"), sample.get("attention_mask")))
+            yield Text("  ").append(
+                self._written(sample["input_ids"], labels, sample.get("document_ids"), sample.get("attention_mask"))
+            )
 
     @staticmethod
     def _n_tokens(sample: Sample) -> int:
@@ -140,14 +148,16 @@ class Writer:
 
     @staticmethod
     def _beside(sample: Sample) -> str:
-        """What the sample says beside its tokens."""
+        """Further facts of the sample: documents, prefix, next sentence."""
         told = ""
         if "document_ids" in sample:
             told += f", {len(set(sample['document_ids'].tolist()))} documents"
         if "prefix_mask" in sample:
             told += f", the first {int(sample['prefix_mask'].sum())} seen from both sides"
         if "next_sentence_label" in sample:
-            told += ", the second segment " + ("is from elsewhere" if int(sample["next_sentence_label"]) else "follows the first")
+            told += ", the second segment " + (
+                "is from elsewhere" if int(sample["next_sentence_label"]) else "follows the first"
+            )
         return told
 
     def _written(self, ids_T: Tensor, labels_T: Tensor, documents_T: Tensor | None, mask_T: Tensor | None) -> Text:
@@ -166,7 +176,7 @@ class Writer:
             if label != i:
                 out.append(self.piece(i), style=_STYLES["hidden"])
             elif self.topology == "encoder":
-                out.append("=", style=_STYLES["hidden"])  # chosen, and left as it is
+                out.append("=", style=_STYLES["hidden"])  # chosen for prediction, but left unmasked
             out.append(self.piece(label) if self.coloured else f"«{self.piece(label)}»", style=_STYLES["trained"])
         return out.append(f" ({n_padding} padding)", style=_STYLES["read"]) if n_padding else out
 
@@ -174,11 +184,16 @@ class Writer:
         pixels_CHW = sample["pixel_values"]
         C, H, W = pixels_CHW.shape
         spread = f"mean {float(pixels_CHW.mean()):.2f}, deviation {float(pixels_CHW.std()):.2f}"
-        yield Text(f"sample {int(sample['sample_index'])}: class {int(sample['labels'])}, {C} channels of {H} x {W}, {spread}", style="bold")
+        yield Text(
+            f"sample {int(sample['sample_index'])}: class {int(sample['labels'])}, {C} channels of {H} x {W}, {spread}",
+            style="bold"
+        )
         gray_HW = pixels_CHW.mean(0)
         columns = min(2 * W, _COLUMNS)  # a character is twice as high as wide
         rows = max(1, round(columns * H / W / 2))
-        small = torch.nn.functional.interpolate(gray_HW[None, None], (rows, columns), mode="bilinear", antialias=True)[0, 0]
+        small = torch.nn.functional.interpolate(
+            gray_HW[None, None], (rows, columns), mode="bilinear", antialias=True
+        )[0, 0]
         low, high = small.min(), small.max()
         shades = ((small - low) / (high - low).clamp(min=1e-6) * (len(_SHADES) - 1)).round().long()
         for row in shades.tolist():

@@ -1,4 +1,4 @@
-"""What runs in the job of a sweep's member, inside submitit's process."""
+"""Runs one member of a sweep in its SLURM job, inside submitit's process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from txtrain.ground import files
 
 
 def run(verb: str, file: str, record: str, digest: str) -> int:
-    """Run the member that `file` describes, and leave in `record` how it ended. What is not exit code 0 ends the process with it."""
+    """Run the member that `file` describes and write its exit code to `record`; exit with it unless it is 0."""
     own_signals()
     code = 1
     try:
@@ -25,14 +25,14 @@ def run(verb: str, file: str, record: str, digest: str) -> int:
             ended = time.strftime("%Y-%m-%d %H:%M:%S")
             files.write(Path(record), json.dumps({"digest": digest, "code": code, "ended": ended}) + "\n")
     if code:
-        sys.exit(code)  # past submitit: its script is told, and requeues where that is left to it
+        sys.exit(code)  # not through submitit: the job's script gets the exit code and may requeue
     return code
 
 
 def own_signals() -> None:
-    """Take from submitit what it would answer by requeueing the job itself: one preemption is one requeue, txtrain's, after its save.
+    """Remove submitit's signal handlers, which requeue the job themselves: txtrain requeues once, after its checkpoint.
 
-    SIGUSR2, by which submitit is told of the end of time, is heard as SIGUSR1.
+    SIGUSR2, submitit's signal for the time limit, is treated as SIGUSR1.
     """
     from submitit.core.job_environment import JobEnvironment
 

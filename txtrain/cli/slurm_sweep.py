@@ -1,7 +1,7 @@
-"""A sweep as an array of SLURM jobs: what is left to do is submitted once, and waited for. No torch.
+"""A sweep as an array of SLURM jobs: members that are not complete are submitted once, and waited for. No torch.
 
-What is known of the members lies in one folder, which the same command finds again: `<number>.yaml` is a member's configuration, `<number>.json` how
-its last job ended, `jobs.json` which job is whose. SLURM is asked by squeue alone: a cluster without accounting has no sacct.
+The folder of a sweep, which the same command finds again, holds `<number>.yaml` (a configuration), `<number>.json`
+(how its last job ended) and `jobs.json` (member -> job). Only squeue is asked: without accounting there is no sacct.
 """
 
 from __future__ import annotations
@@ -31,23 +31,29 @@ from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.start_screen import count
 from txtrain.parallel.early_signals import PREEMPTED
 
-ENDED = {"complete", "failed", "lost", "preempted"}  # states that a member does not leave by itself
-GRACE = 20.0  # seconds in which a shared file system may still show what a job that has left the queue wrote last
-# As the scripts of slurm/: 75 is a run that has stopped after a checkpoint, above 128 one that was killed. Where neither txtrain nor SLURM has requeued
-# the job, its script does.
+ENDED = {"complete", "failed", "lost", "preempted"}  # final states
+GRACE = 20.0  # seconds; a shared file system may show the last files of a job late
+# As the scripts of slurm/: exit code 75 is a run preempted after a checkpoint, above 128 one that was killed. The job's
+# script requeues where neither txtrain nor SLURM has.
 TEARDOWN = """\
 code=$? job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-if (( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) && [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
+if (( code == 75 || (code > 128 && ${SLURM_RESTART_COUNT:-0} < 50) )) &&
+  [[ $(squeue -h -j "$job" -o %T) == RUNNING ]]; then
   scontrol requeue "$job"
 fi
 exit "$code\""""
-SETUP = ("export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",)
+SETUP = (
+    "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}",
+)
 
 
 @dc.dataclass(frozen=True)
 class Member:
-    """label: of its overrides those that not all members have. digest: of its configuration, so that a changed one runs again."""
+    """One job of the sweep.
+
+    label: its overrides that not all members share. digest: of its configuration; if that has changed, it runs again.
+    """
 
     number: int
     job: Composed
@@ -71,7 +77,7 @@ class Member:
 
     @property
     def run_dir(self) -> Path | None:
-        """None for a verb without run folders. A run that falls back to other data says so in its name."""
+        """None for a verb without run folders. A run on fallback data has a name of its own."""
         config = self.job.config
         if not isinstance(config, Train):
             return None
@@ -81,26 +87,27 @@ class Member:
         return next((path for path in paths if path.exists()), paths[0])
 
     def ended(self) -> tuple[str, str]:
-        """State and time of its last job's end; empty where there was none, or of another configuration."""
+        """State and end time of its last job; empty if it had none, or one with another configuration."""
         if not self.record.exists():
             return "", ""
         known = read_json(self.record)
         check_keys(known, str(self.record), {"digest": str, "code": int, "ended": str})
-        if known["digest"] != self.digest or (known["code"] == 0 and self.run_dir is not None and not self.run_dir.exists()):
+        removed = known["code"] == 0 and self.run_dir is not None and not self.run_dir.exists()
+        if known["digest"] != self.digest or removed:
             return "", ""
         return {0: "complete", PREEMPTED: "preempted"}.get(known["code"], "failed"), known["ended"]
 
 
 def identity(verb: str, jobs: Sequence[Sequence[str]]) -> str:
-    """The part of a folder's name by which the same sweep is found again: a function of its members' overrides."""
+    """Name of a sweep, by which it is found again: a digest of its members' overrides."""
     return f"sweep-{_digest([verb, [list(lines) for lines in jobs]])}"
 
 
 def submit(verb: str, jobs: Sequence[Composed], labels: Sequence[str], how: SlurmConfig, name: str) -> int:
-    """Run the members that are not complete. Exit code: 1 if one failed, else 75 if one is not at its end, else 0.
+    """Run the members that are not complete. Exit code: 1 if one failed, else 75 if one is unfinished, else 0.
 
     Raises:
-        ConfigError: what SLURM would refuse or find only in the job; nothing is submitted then.
+        ConfigError: SLURM, or a job, would refuse it; then nothing is submitted.
     """
     _check_commands()
     folder = Path(how.submitit_folder or f"runs/sweeps/{name.removeprefix('sweep-')}").expanduser()
@@ -122,12 +129,12 @@ def submit(verb: str, jobs: Sequence[Composed], labels: Sequence[str], how: Slur
     return _wait(members, queue)
 
 
-# ------------------------------------------------------------------------------------------------------------- before it is submitted
+# ---------------------------------------------------------------------------------------------------- before submission
 
 
 def _check_commands() -> None:
     if missing := [command for command in ("sbatch", "squeue", "srun") if shutil.which(command) is None]:
-        raise ConfigError(f"`hydra/launcher=slurm` must be used where SLURM's commands are, but there is no {', '.join(missing)} here.")
+        raise ConfigError(f"`hydra/launcher=slurm` needs SLURM's commands, but there is no {', '.join(missing)} here.")
     try:
         import submitit  # noqa: F401
     except ImportError as e:
@@ -135,18 +142,19 @@ def _check_commands() -> None:
 
 
 def layout(config: Any, how: SlurmConfig) -> tuple[int, int]:
-    """Nodes of a member's job and tasks on each, which are its run's processes."""
+    """Nodes of a member's job, and tasks per node, which are the ranks of its run."""
     if not isinstance(config, Train):
         return how.nodes or 1, how.tasks_per_node or 1
     devices = config.trainer.devices
-    return how.nodes or config.trainer.num_nodes, how.tasks_per_node or (devices if devices != "auto" else how.gpus_per_node or 1)
+    tasks = how.tasks_per_node or (devices if devices != "auto" else how.gpus_per_node or 1)
+    return how.nodes or config.trainer.num_nodes, tasks
 
 
 def _laid_out(job: Composed, how: SlurmConfig) -> Composed:
-    """The job with the processes that it will have: the launcher's where the configuration leaves them open.
+    """The job with the number of ranks that it will have: the launcher's where the configuration leaves it open.
 
     Raises:
-        ConfigError: both say, and differ; or the configuration is not legal on so many processes.
+        ConfigError: launcher and configuration differ; or the configuration is not legal on so many ranks.
     """
     if not isinstance(job.config, Train):
         return job
@@ -155,21 +163,24 @@ def _laid_out(job: Composed, how: SlurmConfig) -> Composed:
     for key, ours, word in (("num_nodes", nodes, "nodes"), ("devices", tasks, "tasks_per_node")):
         given = raw["trainer"][key]
         if f"trainer.{key}" in job.given and given not in ("auto", ours):
-            raise ConfigError(f"`hydra.launcher.{word}` must be trainer.{key} ({given}), or null, but is {ours} instead.")
+            raise ConfigError(
+                f"`hydra.launcher.{word}` must be trainer.{key} ({given}), or null, but is {ours} instead."
+            )
         raw["trainer"][key] = ours
     return dc.replace(job, config=build(type(job.config), raw))
 
 
 def _check(members: Sequence[Member], how: SlurmConfig) -> None:
-    """What would fail in the job.
+    """Check the members before they are submitted.
 
     Raises:
-        ConfigError: members differ in nodes or tasks, one does not fit, or its folder holds a run that it cannot continue.
+        ConfigError: members differ in nodes or tasks, one does not fit, or its folder holds a run that it cannot
+            continue.
     """
     layouts = {layout(m.job.config, how) for m in members}
     if len(layouts) > 1:
         shown = ", ".join(f"{nodes} x {tasks}" for nodes, tasks in sorted(layouts))
-        raise ConfigError(f"`hydra/launcher=slurm` must get members of one layout, since they are one array, but they want {shown} (nodes x tasks).")
+        raise ConfigError(f"`hydra/launcher=slurm` needs members of one layout, but they want {shown} (nodes x tasks).")
     problems = []
     for m in members:
         try:
@@ -186,7 +197,8 @@ def _check_one(m: Member, how: SlurmConfig) -> None:
         return
     from txtrain.cli.plan import plan, size
 
-    figures = plan(build(Plan, {key: value for key, value in plain(config).items() if key in _PLANNED} | {"plan": {"memory": how.gpu_memory}}))
+    given = {key: value for key, value in plain(config).items() if key in _PLANNED}
+    figures = plan(build(Plan, given | {"plan": {"memory": how.gpu_memory}}))
     memory = "" if figures.memory is None else f", {size(figures.memory)} a process"
     _say(f"{m}: {count(figures.n_params)} parameters{memory}")
     if m.run_dir is not None and (m.run_dir / "checkpoints").exists():
@@ -198,7 +210,7 @@ def _check_one(m: Member, how: SlurmConfig) -> None:
 _PLANNED = {f.name.removesuffix("_") for f in dc.fields(Train)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------- submitting
+# ----------------------------------------------------------------------------------------------------------- submitting
 
 
 def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue) -> None:
@@ -211,13 +223,16 @@ def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue
     release = files.lock(folder)
     try:
         if release is None or queue.read() != queue.jobs:
-            raise ConfigError(f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). Start again to wait for it.")
+            raise ConfigError(
+                f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). "
+                "Start again to wait for it."
+            )
         queue.add(_array(verb, members, how), members)
     except ConfigError:
         if folder in made:
             shutil.rmtree(folder)
         for path in made:
-            with contextlib.suppress(OSError):  # something else has come into it
+            with contextlib.suppress(OSError):  # not empty any more
                 path.rmdir()
         raise
     finally:
@@ -226,7 +241,10 @@ def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue
 
 
 def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
-    """Submit the members as one array; the job of each.
+    """Submit the members as one array.
+
+    Returns:
+        The job id of each member.
 
     Raises:
         ConfigError: SLURM refuses it.
@@ -239,37 +257,47 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
         to_file(m.job, m.file)
     executor = submitit.AutoExecutor(folder=str(members[0].folder / "logs"), cluster="slurm", slurm_python=how.python)
     config = members[0].job.config
-    executor.update_parameters(**_parameters(how, *layout(config, how), requeue=not isinstance(config, Train) or config.trainer.auto_requeue))
+    requeue = not isinstance(config, Train) or config.trainer.auto_requeue
+    executor.update_parameters(**_parameters(how, *layout(config, how), requeue=requeue))
     arguments = [(verb, str(m.file.resolve()), str(m.record.resolve()), m.digest) for m in members]
     try:
         submitted = executor.map_array(slurm_member.run, *zip(*arguments, strict=True))
     except FailedJobError as e:
         said = " ".join(str(e).split())
-        raise ConfigError(f"`hydra/launcher=slurm`: sbatch refuses the sweep: {said[said.rfind('sbatch: error') :][:300]}") from e
+        said = said[said.rfind("sbatch: error") :][:300]
+        raise ConfigError(f"`hydra/launcher=slurm`: sbatch refuses the sweep: {said}") from e
     return [job.job_id for job in submitted]
 
 
 def _parameters(how: SlurmConfig, nodes: int, tasks: int, requeue: bool) -> dict[str, Any]:
-    """In submitit's words. Its own signal would have it requeue the job: txtrain's is sent instead."""
-    everywhere = {key: getattr(how, key) for key in ("name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "stderr_to_stdout")}
-    of_slurm = ("partition", "account", "qos", "constraint", "exclude", "gres", "comment", "cpus_per_gpu", "gpus_per_task", "mem_per_gpu", "mem_per_cpu")
+    """The keys as submitit's parameters. txtrain's signal replaces submitit's, on which submitit would requeue."""
+    everywhere = {
+        key: getattr(how, key)
+        for key in ("name", "timeout_min", "cpus_per_task", "gpus_per_node", "mem_gb", "stderr_to_stdout")
+    }
+    of_slurm = (
+        "partition", "account", "qos", "constraint", "exclude", "gres", "comment", "cpus_per_gpu", "gpus_per_task",
+        "mem_per_gpu", "mem_per_cpu"
+    )
     further = {"requeue": True, "signal": f"USR1@{how.signal_delay_s}"} | how.additional_parameters
-    values = everywhere | {"nodes": nodes, "tasks_per_node": tasks} | {f"slurm_{key}": getattr(how, key) for key in (*of_slurm, "array_parallelism")}
+    values = everywhere | {"nodes": nodes, "tasks_per_node": tasks} | {
+        f"slurm_{key}": getattr(how, key) for key in (*of_slurm, "array_parallelism")
+    }
     values |= {"slurm_additional_parameters": further, "slurm_srun_args": ["--wait=900"]}
     values |= {"slurm_setup": [*SETUP, *how.setup], "slurm_teardown": TEARDOWN.splitlines() if requeue else []}
     return {key: value for key, value in values.items() if value is not None}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- waiting
+# -------------------------------------------------------------------------------------------------------------- waiting
 
 
 class Queue:
-    """Which member has which job, and what squeue says of it."""
+    """The members' jobs, and their states in squeue."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / "jobs.json"
         self.jobs = self.read()
-        self._gone: dict[int, float] = {}  # since when a member without a result is not in the queue
+        self._gone: dict[int, float] = {}  # member without a result -> since when it is not in the queue
         self._known: Mapping[str, str] = {}
         if said := self.look():
             raise ConfigError(f"`hydra/launcher=slurm`: squeue does not say which members are in the queue: {said}.")
@@ -287,7 +315,7 @@ class Queue:
         self._known = dict.fromkeys(jobs, "PENDING")
 
     def look(self) -> str:
-        """Ask squeue; why it does not answer, if so. The last answer stands then: a controller that restarts has lost nobody's jobs."""
+        """Ask squeue; return why it fails, else "". On failure the last answer holds: a controller may restart."""
         command = ["squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i|%T"]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -299,7 +327,7 @@ class Queue:
         return ""
 
     def state(self, m: Member) -> str:
-        """complete, failed, preempted, lost (its job has left the queue without a word), else SLURM's word; empty: it has had no job."""
+        """complete, failed, preempted, lost (its job left the queue without a result), or SLURM's state; "": no job."""
         if (job := self.jobs.get(m.number)) and (there := self._known.get(job)):
             return there.lower()
         if state := m.ended()[0]:
@@ -307,7 +335,7 @@ class Queue:
         return "lost" if job else ""
 
     def patient(self, m: Member) -> str:
-        """As `state`, for one that waits: a job is lost once a while has passed."""
+        """As `state`, but a job counts as lost only after GRACE seconds."""
         state = self.state(m)
         if state != "lost":
             self._gone.pop(m.number, None)
@@ -317,14 +345,15 @@ class Queue:
 
 
 def _wait(members: Sequence[Member], queue: Queue) -> int:
-    """Tell each change until all members have ended, then the table."""
+    """Print each change of state until all members have ended, then the table. Returns the exit code."""
     told: dict[int, str] = {}
     pause = 1.0
     try:
         while True:
             states = {m.number: queue.patient(m) for m in members}
             for m in members:
-                if told.get(m.number) != states[m.number] and not (m.number not in told and states[m.number] in ENDED | {"pending"}):
+                expected = m.number not in told and states[m.number] in ENDED | {"pending"}
+                if told.get(m.number) != states[m.number] and not expected:
                     _say(f"{m}: {states[m.number]}, job {queue.jobs.get(m.number, '-')}")
             told = states
             if set(states.values()) <= ENDED:
@@ -334,8 +363,11 @@ def _wait(members: Sequence[Member], queue: Queue) -> int:
             queue.look()
     except KeyboardInterrupt:
         running = " ".join(sorted({queue.jobs[n].partition("_")[0] for n, state in told.items() if state not in ENDED}))
-        print(file=sys.stderr)  # behind the ^C
-        _say(f"no longer waiting; the jobs go on. The same command waits again, squeue --me shows them, scancel {running} ends them.")
+        print(file=sys.stderr)  # ends the line of ^C
+        _say(
+            "no longer waiting; the jobs go on. The same command waits again, squeue --me shows them, scancel "
+            f"{running} ends them."
+        )
         return PREEMPTED
     print("\n".join(table(members, queue, states)))
     found = set(states.values())
@@ -343,12 +375,18 @@ def _wait(members: Sequence[Member], queue: Queue) -> int:
 
 
 def table(members: Sequence[Member], queue: Queue, states: Mapping[int, str]) -> list[str]:
-    """A line for each member: state, job, where its run stands, what makes it differ, its folder."""
+    """A line for each member: state, job, step and losses of its run, its own overrides, its folder."""
     rows = [["", "state", "ended", "job", "step", "loss", "val_loss", "overrides", "folder"]]
     for m in members:
         seen = latest(m.run_dir / "metrics.csv") if m.run_dir is not None else {}
-        figures = [f"{seen['step']:.0f}" if "step" in seen else "", *(f"{seen[name]:.4f}" if name in seen else "" for name in ("loss", "val_loss"))]
-        rows.append([str(m.number), states[m.number], m.ended()[1], queue.jobs.get(m.number, ""), *figures, m.label, str(m.run_dir or "")])
+        figures = [
+            f"{seen['step']:.0f}" if "step" in seen else "",
+            *(f"{seen[name]:.4f}" if name in seen else "" for name in ("loss", "val_loss"))
+        ]
+        rows.append([
+            str(m.number), states[m.number], m.ended()[1], queue.jobs.get(m.number, ""), *figures, m.label,
+            str(m.run_dir or "")
+        ])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 

@@ -1,8 +1,7 @@
-"""-m: every job is validated before the first starts, every job runs.
+"""-m: every job is validated before the first starts, and one that fails does not stop the others.
 
-One process a job: seeds, process groups and device memory of one job must not reach the next, as they do with Hydra's basic
-launcher. `hydra/launcher=slurm` makes them jobs of a cluster (slurm_sweep.py); another launcher that the command line names gets them through
-Hydra's plugin interface.
+Each job has its own process: with Hydra's basic launcher seeds, process groups and device memory reach the next job.
+`hydra/launcher=slurm` submits SLURM jobs (slurm_sweep.py); other launchers are called by Hydra's plugin interface.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ from txtrain.run_config import RunConfig
 
 def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Override]]]) -> int:
     """Run all jobs. Exit code: 1 if one failed, else 75 if one was preempted, else 0."""
-    stamp = f"slurm-{job.number}" if (job := Job.here()) else time.strftime("%Y-%m-%d_%H-%M-%S")  # a job that is requeued finds its members
+    # named by the SLURM job, so that a requeued one finds its members
+    stamp = f"slurm-{job.number}" if (job := Job.here()) else time.strftime("%Y-%m-%d_%H-%M-%S")
     chosen, hydra = slurm_launcher.named(jobs[0][1]), [o for o in jobs[0][1] if o.is_hydra_override()]
     lines = [[str(o.input_line) for o in overrides if not o.is_hydra_override()] for _, overrides in jobs]
     if chosen == "slurm":
@@ -48,7 +48,10 @@ def sweep(verb: str, loader: Loader, jobs: Sequence[tuple[Composed, list[Overrid
         codes = _in_subprocesses(verb, [in_folder(job, stamp, n) for n, (job, _) in enumerate(jobs)], varied(lines))
     for number, code in enumerate(codes):
         if code:
-            print(f"txtrain: job {number} {'was preempted' if code == PREEMPTED else f'failed (exit code {code})'}", file=sys.stderr)
+            print(
+                f"txtrain: job {number} {'was preempted' if code == PREEMPTED else f'failed (exit code {code})'}",
+                file=sys.stderr
+            )
     if len(codes) < len(jobs):
         print(f"txtrain: interrupted; {len(jobs) - len(codes)} of {len(jobs)} jobs were not started", file=sys.stderr)
     return 1 if set(codes) - {0, PREEMPTED} else PREEMPTED if PREEMPTED in codes or len(codes) < len(jobs) else 0
@@ -65,15 +68,15 @@ def in_folder(job: Composed, stamp: str, number: int) -> Composed:
 
 
 def varied(jobs: Sequence[Sequence[str]]) -> list[str]:
-    """Of each job's overrides those that not all jobs have: `model.norm_position=post`."""
+    """Each job's overrides that not all jobs share: `model.norm_position=post`."""
     return [" ".join(line.lstrip("+") for line in lines if not all(line in other for other in jobs)) for lines in jobs]
 
 
-# ------------------------------------------------------------------------------------------------------------- one by one
+# ----------------------------------------------------------------------------------------------------------- one by one
 
 
 def _in_subprocesses(verb: str, jobs: Sequence[Composed], labels: Sequence[str]) -> list[int]:
-    """Exit codes of the jobs that were started. A signal goes to the running job, and no other is started."""
+    """Exit codes of the jobs that were started. A signal goes to the running job; no further one is started."""
     codes: list[int] = []
     with files.scratch() as folder, Group() as group:
         for number, job in enumerate(jobs):
@@ -88,25 +91,27 @@ def _in_subprocesses(verb: str, jobs: Sequence[Composed], labels: Sequence[str])
 
 
 def _start(group: Group, verb: str, file: Path) -> None:
-    """Where the sweep itself is killed, the job saves and ends: nobody would know of it."""
-    group.start([sys.executable, "-m", "txtrain", verb], [os.environ | {"TXTRAIN_CONFIG": str(file)}], orphaned=signal.SIGTERM)
+    """If the sweep itself is killed, the job saves and ends: it would go on unseen."""
+    group.start(
+        [sys.executable, "-m", "txtrain", verb], [os.environ | {"TXTRAIN_CONFIG": str(file)}], orphaned=signal.SIGTERM
+    )
 
 
-# ----------------------------------------------------------------------------------------------------- Hydra's launchers
+# ---------------------------------------------------------------------------------------------------- Hydra's launchers
 
 
 def task(cfg: DictConfig) -> int:
-    """One job, perhaps in another process on another machine. Never raises: launchers would go on, but the sweep's end would raise."""
+    """One job, perhaps in a process on another machine. Returns its exit code, never raises: Hydra would at the end."""
     from hydra.core.hydra_config import HydraConfig
 
     hydra = HydraConfig.get()
     verb, stamp, number = str(hydra.job.config_name), str(hydra.job.name), int(hydra.job.num)
     holder = HydraConfig.instance()
-    saved, holder.cfg = holder.cfg, None  # Lightning would start its ranks by Hydra's command line, the whole sweep again
+    saved, holder.cfg = holder.cfg, None  # else Lightning starts ranks by Hydra's command line: the whole sweep
     try:
         job = with_init_from(typed(cfg, root_of(verb)))
         return work_of(verb, in_folder(job, stamp, number), time.time())()
-    except Exception:  # the border of a job: anything that leaves it would end the other jobs of Hydra's launcher
+    except Exception:  # an exception would end the other jobs of Hydra's launcher
         traceback.print_exc()
         return 1
     finally:
@@ -119,7 +124,9 @@ def _through_launcher(verb: str, loader: Loader, hydra: list[str], jobs: list[li
     from hydra.core.plugins import Plugins
     from hydra.types import HydraContext, RunMode
 
-    master = Hydra("txtrain", loader).compose_config(verb, [*hydra, f"hydra.job.name={stamp}"], run_mode=RunMode.MULTIRUN)
+    master = Hydra("txtrain", loader).compose_config(
+        verb, [*hydra, f"hydra.job.name={stamp}"], run_mode=RunMode.MULTIRUN
+    )
     context = HydraContext(config_loader=loader, callbacks=Callbacks(master))
     plugin = Plugins.instance().instantiate_launcher(hydra_context=context, task_function=task, config=master)
     results = plugin.launch(jobs, initial_job_idx=0)

@@ -1,4 +1,4 @@
-"""`txtrain train`: the run in this process, or in several that are started here."""
+"""`txtrain train`: the run in this process, or in several that it starts."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def run_train(job: Composed) -> int:
     """Train.
 
     Raises:
-        ConfigError: what the configuration, the data or the checkpoint to continue from do not allow.
+        ConfigError: the configuration, the data or the checkpoint to continue from do not allow it.
     """
-    with EndsAtOnce():  # torch is imported here, and only where this process trains
+    with EndsAtOnce():  # torch is imported only if this process trains
         if (n := n_processes(job.config)) == 1:
             from txtrain.training.run import Origin, run_train
     if n > 1:

@@ -1,4 +1,4 @@
-"""The verbs, one row each. A new one is a row, and a module with its configuration and what runs it."""
+"""The verbs, one row each. A new one is a row, and a module with its configuration and its function."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from txtrain.registry import imported
 if TYPE_CHECKING:
     from txtrain.config.composed import Composed
 
-START = time.time()  # before the modules are imported that take long
+START = time.time()  # before the slow imports
 Work = Callable[[], int]  # returns the exit code
 
 
@@ -38,8 +38,8 @@ TXTRAIN_DEBUG=1 shows tracebacks.
 
 
 class Verb(NamedTuple):
-    """config: the frozen dataclass of its keys, `imports` among them, without torch. run: takes the composed job, gives
-    the exit code. Both are "module:name", imported when they are needed. examples: command lines below its help."""
+    """A row. config: the frozen dataclass of its keys, `imports` among them; needs no torch. run: a function from
+    the composed job to the exit code. Both are "module:name", imported when needed. examples: shown below its help."""
 
     help: str
     config: str
@@ -94,7 +94,7 @@ VERBS = {
 
 
 def overview() -> str:
-    """What `txtrain --help` prints. Nothing is imported for it."""
+    """What `txtrain --help` prints; imports nothing."""
     verbs = "".join(f"  {name:<10} {row.help}\n" for name, row in VERBS.items())
     return HEAD + verbs + "\nExamples\n" + "".join(row.examples for row in VERBS.values()) + "\n" + FLAGS + ENDS
 
@@ -106,7 +106,7 @@ def root_of(verb: str) -> type:
 
 
 def work_of(verb: str, job: Composed, start: float = START) -> Work:
-    """What runs the job, with its module imported. start: when it was asked for, by the system's clock."""
+    """The function that runs the job, imported. start: of the process, in seconds of the system's clock."""
     if said := files.check_temporary():
         print(f"txtrain: {said}", file=sys.stderr)
     return partial(imported(VERBS[verb].run), dc.replace(job, start=start))
@@ -127,12 +127,12 @@ def exit_code(prepare: Callable[[], Work]) -> int:
             import traceback
 
             traceback.print_exc()
-        for problem in e.problems:  # none where another process of the run tells them
+        for problem in e.problems:  # none if another rank reports them
             print(f"txtrain: {problem}", file=sys.stderr)
         return 1 if isinstance(e, RunError) else 2
-    except KeyboardInterrupt:  # a run that has begun answers it with a checkpoint
+    except KeyboardInterrupt:  # a run that has begun handles it itself, with a checkpoint
         print("\ntxtrain: interrupted.", file=sys.stderr)
         return 1
-    except BrokenPipeError:  # `| head` has seen enough; what Python would still flush at its end goes nowhere
+    except BrokenPipeError:  # `| head`: nothing may be flushed at exit either
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1

@@ -1,3 +1,3 @@
-"""From overrides to one checked, typed configuration: Hydra, grafts, what goes together, units and hardware. No torch.
+"""From overrides to one checked, typed configuration: Hydra, grafts, compatibility, units, hardware. No torch.
 
-The configs of parts (model, data, objectives, optim, parallel) stand beside the parts."""
+The configs of model, data, objectives, optim and parallel are in those folders."""

@@ -1,4 +1,4 @@
-"""Overrides -> Hydra -> plain dict -> typed config, in which nothing of Hydra is left."""
+"""Overrides -> Hydra -> plain dict -> typed config without Hydra's types."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from txtrain.ground.convert import build
 def compose_job(
     verb: str, root: type, overrides: list[Override], loader: Loader, run_of: Callable[[str], str] = str
 ) -> tuple[Composed, list[Override]]:
-    """One job of `expand`, from its overrides or from the run that it resumes, and its overrides as Hydra got them.
+    """One job of `expand`, from its overrides or the run that it resumes; and its overrides as passed to Hydra.
 
-    run_of: the run that `resume=` means.
+    run_of: from the value of `resume=` to the run's folder.
 
     Raises:
-        ConfigError: whatever is wrong with it.
+        ConfigError: the overrides or the configuration are wrong.
     """
     with hydra_errors():
-        loader.imports(overrides)  # the user's options must exist before they are looked up
-        if not loader.repository.config_exists(verb):  # a verb needs a file only to say more
+        loader.imports(overrides)  # registers the user's options before they are looked up
+        if not loader.repository.config_exists(verb):  # a verb needs a YAML file only for defaults of its own
             ConfigStore.instance().store(verb, {"defaults": ["train" if issubclass(root, Train) else "base", "_self_"]})
         run = next(
             (str(o.value()) for o in reversed(overrides) if o.key_or_group == "resume" and not o.is_delete()), "auto"
@@ -45,7 +45,7 @@ def compose_job(
 
 
 def typed(cfg: DictConfig, root: type) -> Composed:
-    """The door: a DictConfig comes in, a dataclass goes out. Nothing below knows OmegaConf."""
+    """From a DictConfig to the dataclass; nothing below uses OmegaConf."""
     cfg = copy.copy(cfg)
     with open_dict(cfg):
         cfg.pop("hydra", None)  # holds ??? and resolvers of its own
@@ -57,9 +57,7 @@ def typed(cfg: DictConfig, root: type) -> Composed:
     raw: Any = OmegaConf.to_container(cfg, resolve=True)
     raw["imports"] = notes["imports"]
     if "recipes" in raw:
-        raise ConfigError(
-            "`recipe`: its file must have the line `# @package _global_` at its top, so that its keys are those of the command line."
-        )
+        raise ConfigError("`recipe`: its file must have the line `# @package _global_` at its top.")
     problems = [*_types_elsewhere(raw, notes["types"]), *targets.problems(raw, raw["imports"])]
     if problems:
         raise ConfigError(*problems)
@@ -71,13 +69,16 @@ def typed(cfg: DictConfig, root: type) -> Composed:
 
 
 def _types_elsewhere(raw: Any, types: dict[str, str]) -> Iterator[str]:
-    """`type` written anywhere but in an option's own file would dodge the graft rule."""
+    """A `type` set outside an option's own file would bypass the graft rule."""
     for group, kind in types.items():
         node = raw
         for part in group.split("/"):
             node = node.get(part) if isinstance(node, dict) else None
         if isinstance(node, dict) and node.get("type", kind) != kind:
-            yield f"`{group.replace('/', '.')}.type` must be chosen by its group, but is {node['type']!r} over {kind!r}: write {group}={node['type']}."
+            yield (
+                f"`{group.replace('/', '.')}.type` must be chosen by its group, but is {node['type']!r} over {kind!r}: "
+                f"write {group}={node['type']}."
+            )
 
 
 def _moved_norm(config: Any, own: str) -> dict[str, dict[str, Any]]:

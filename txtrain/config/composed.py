@@ -1,4 +1,4 @@
-"""A composed job: the typed configuration and how it came about, and its file for a process of our own."""
+"""A composed job: the typed configuration with its origin, and its file for a process that txtrain starts."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ import yaml
 from txtrain.config.user_code import import_user
 from txtrain.ground.convert import build, plain
 
-NOTES = "_txtrain"  # the node in which the loader hands over what is not configuration
+NOTES = "_txtrain"  # the node with the loader's notes, which are not configuration
 
 
 @dc.dataclass(frozen=True)
 class Composed:
-    """A validated configuration and how it came about.
+    """A validated configuration and its origin.
 
     Attributes:
-        grafts: axis -> {from, to, kept, dropped} for each axis that is not the family's own.
+        grafts: axis -> {from, to, kept, dropped}, for each axis whose option is not the family's own.
         given: keys that the user set.
-        folder: under runs/<name>/, where config.run_dir is null; None: the time or the SLURM job. Of `-m` numbered.
+        folder: in runs/<name>/ if config.run_dir is null; numbered with `-m`. None: named by time or SLURM job.
         notes: sentences for the start screen.
-        start: when the process was started that runs it, by the system's clock.
+        start: of the process that runs it, in seconds of the system's clock.
     """
 
     config: Any
@@ -36,14 +36,14 @@ class Composed:
 
 
 def to_file(job: Composed, file: Path) -> None:
-    """What `from_file` reads in a process that we start."""
+    """Write a job for `from_file`, in a process that txtrain starts."""
     notes = {"grafts": job.grafts, "given": job.given, "folder": job.folder, "notes": list(job.notes)}
     raw = plain(job.config) | {NOTES: notes}
     file.write_text(yaml.safe_dump(raw, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
 def from_file(root: type, file: str | Path) -> Composed:
-    """A job that another process has composed: of a sweep, or of a run's first rank, whose file is config.yaml."""
+    """A job composed by another process: a sweep, or the first rank of a run."""
     raw = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     notes = raw.pop(NOTES, {})
     for what in raw["imports"]:

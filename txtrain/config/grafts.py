@@ -1,12 +1,13 @@
-"""The graft rule: whose values survive when another option is chosen on an axis.
+"""The graft rule: which values survive when another option is chosen on an axis.
 
-A file's values for an axis hold for the option that this file selects. Families, sizes and recipes are layers of that one rule:
-Mistral is Llama 2 with a graft. When Hydra loads such a file, the values that do not survive the way from the file's own option to
-the chosen one are taken out before the merge, so that the order leaf < family < size < recipe < command line stays Hydra's own.
+A file's values for an axis belong to the option that this file selects. Families, sizes and recipes are layers of the
+same rule: Mistral is Llama 2 with a graft. When Hydra loads such a file, the values that do not carry over from the
+file's own option to the chosen one are removed before the merge, which keeps Hydra's order: option < family < size
+< recipe < command line.
 
     llama2.yaml        mistral.yaml       model/attention=mqa
     mha ------------>  gqa ------------>  mqa
-    bias: false kept   window: 64 kept    (same class: only what the leaf files set is the mechanism)
+    bias: false kept   window: 64 kept    (same class: only what the options' files set is dropped)
                        n_kv_heads dropped
 """
 
@@ -34,17 +35,17 @@ def is_recipe(path: str | None) -> bool:
 
 
 class GraftedRepository:
-    """A Hydra config repository in which each file's values for an axis are those that survive the chosen options.
+    """A Hydra config repository that drops the values of each file that do not hold for the chosen options.
 
     Attributes:
-        report: axis -> {from, to, kept, dropped}, of the axes where the chosen option is not the family's (or recipe's) own;
-            complete once every file has been loaded.
-        types: typed group -> the `type` that its chosen file sets.
+        report: axis -> {from, to, kept, dropped}, for axes whose chosen option is not the family's or recipe's own;
+            complete once every file is loaded.
+        types: group -> the `type` that its chosen file sets.
     """
 
     def __init__(self, repository: Any, defaults: list[ResultDefault], named: frozenset[str]) -> None:
         self.repository = repository
-        self.named = named  # paths of the options that the command line names: these may bring imports
+        self.named = named  # options that the command line names: only these may have imports
         paths = [d.config_path for d in defaults if d.config_path is not None]
         self.families = [p for p in paths if is_family(p)]  # ancestors first
         self.recipes = [p for p in paths if is_recipe(p)]
@@ -63,23 +64,23 @@ class GraftedRepository:
 
     @property
     def norm_position(self) -> str:
-        """The family's own. It is a plain value, so that nothing needs filtering."""
+        """The family's own: a plain value, not filtered."""
         own = [str(p) for f in self.families if (p := self._leaf(f).get("norm_position"))]
         return own[-1] if own else "pre"
 
-    # ------------------------------------------------------------------------------------------------------- Hydra's hook
+    # ----------------------------------------------------------------------------------------------------- Hydra's hook
 
     def load_config(self, config_path: str) -> Any:
         result = self.repository.load_config(config_path)
         if result is None:
             return None
-        result = copy.deepcopy(result)  # the repository caches
+        result = copy.deepcopy(result)  # the repository caches it
         if result.provider == "command-line" and result.config.get("imports"):
             if config_path not in self.named:
                 group, _, option = config_path.rpartition("/")
                 name = f"{group}={option}"
-                raise ConfigError(f"`imports` in {config_path}.yaml must be asked for: name {name} on the command line, or the files as imports=[...].")
-            del result.config["imports"]  # done already, before composing
+                raise ConfigError(f"`imports` in {config_path}.yaml must be asked for: give {name}, or imports=[...].")
+            del result.config["imports"]  # imported before composing
         if is_family(config_path):
             self._filter(result.config, self.families[self.families.index(config_path) :])
             self._keep_labels_apart(result.config, config_path)
@@ -88,7 +89,7 @@ class GraftedRepository:
         return result
 
     def _filter(self, node: Any, layers: list[str]) -> None:
-        """Take out of `node`, the model values of layers[0], what does not survive."""
+        """Remove from `node`, the model values of the file layers[0], what does not survive."""
         for axis in MODEL_AXES:
             values = _plain(node[axis]) if axis in node and axis in self.chosen else None
             if not isinstance(values, dict):
@@ -96,7 +97,7 @@ class GraftedRepository:
             own = [option for layer in layers if (option := self.selected(layer, axis)) is not None]
             for name, value in values.items():
                 if not all(self.survives(axis, name, a, b) for a, b in pairwise(own)):
-                    del node[axis][name]  # lost within the family: no news
+                    del node[axis][name]  # dropped within the family: not reported
                 elif own and own[-1] != self.chosen[axis]:
                     kept = self.survives(axis, name, own[-1], self.chosen[axis])
                     self.report[axis]["kept" if kept else "dropped"][name] = value
@@ -104,15 +105,15 @@ class GraftedRepository:
                         del node[axis][name]
 
     def _keep_labels_apart(self, node: Any, path: str) -> None:
-        """`published` belongs to the family that says it: mappings merge, so that an ancestor's would stay in."""
+        """Drop an ancestor's `published`: mappings merge, so that it would stay in its heirs."""
         heirs = self.families[self.families.index(path) + 1 :]
         if "published" in node and any("family" in self._leaf(h) for h in heirs):
             del node["published"]
 
-    # ----------------------------------------------------------------------------------------------------------- the rule
+    # --------------------------------------------------------------------------------------------------------- the rule
 
     def survives(self, axis: str, name: str, mine: str, want: str) -> bool:
-        """Whether a value for the knob `name`, given for option `mine`, holds for option `want` too."""
+        """Whether a value of the key `name`, given for option `mine`, holds for option `want` too."""
         if mine == want:
             return True
         a, b = self._config_class(axis, mine), self._config_class(axis, want)
@@ -123,7 +124,7 @@ class GraftedRepository:
         return all(name in {f.name for f in dc.fields(cls) if f.metadata.get("carry")} for cls in (a, b))
 
     def selected(self, path: str, axis: str) -> str | None:
-        """The option of `axis` that the file at `path` selects if nothing overrides it."""
+        """The option of `axis` that the file at `path` selects by default."""
         result = self.repository.load_config(path)
         defaults = (result.defaults_list or []) if result else []
         for d in defaults:

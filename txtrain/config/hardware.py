@@ -1,7 +1,7 @@
-"""What the makers publish of their accelerators. No torch.
+"""Published peak FLOP/s of accelerators. No torch.
 
-Figures are of the makers' data sheets and architecture papers, of one device as torch counts them, dense (half of what is published
-"with sparsity"), and with float32 accumulation. A device that is not here, or a slice of one (MIG), is measured.
+From the makers' data sheets and architecture papers: one device as torch counts it, dense (half of the figure "with
+sparsity"), with float32 accumulation. A device not listed here, or a slice of one (MIG), is measured.
 """
 
 from __future__ import annotations
@@ -12,10 +12,9 @@ import re
 
 @dc.dataclass(frozen=True)
 class Accelerator:
-    """Dense matrix products in FLOP/s; None: not published, or not possible there.
+    """Dense matrix products in FLOP/s; None: not published, or not supported.
 
-    called: a part of the name that torch gives it.
-    float32: without TF32; of AMD's on matrix cores.
+    called: part of its name in torch. float32: without TF32; AMD: on matrix cores.
     """
 
     called: str
@@ -26,12 +25,16 @@ class Accelerator:
     float32: float
 
     def flops(self, dtype: str) -> float | None:
-        """dtype: as torch calls it, or tf32."""
-        return {"bfloat16": self.bfloat16, "float16": self.float16, "tf32": self.tf32, "float32": self.float32}.get(dtype)
+        """dtype: torch's name, or tf32."""
+        return {
+            "bfloat16": self.bfloat16, "float16": self.float16, "tf32": self.tf32, "float32": self.float32
+        }.get(dtype)
 
 
-def _device(called: str, source: str, bfloat16: float | None, tf32: float | None, float32: float, float16: float | None = None) -> Accelerator:
-    """In TFLOP/s. float16: None: as bfloat16."""
+def _device(
+    called: str, source: str, bfloat16: float | None, tf32: float | None, float32: float, float16: float | None = None
+) -> Accelerator:
+    """Figures in TFLOP/s. float16=None: as bfloat16."""
     half = bfloat16 if float16 is None else float16
     assert half is not None
     return Accelerator(called, source, bfloat16 and bfloat16 * 1e12, half * 1e12, tf32 and tf32 * 1e12, float32 * 1e12)
@@ -69,18 +72,18 @@ PUBLISHED = {
     "MI300A": _device("MI300A", "AMD MI300A data sheet", 980.6, 490.3, 122.6),
     "MI325X": _device("MI325X", "AMD MI325X data sheet", 1307.4, 653.7, 163.4),
 }
-_BESIDE = re.compile(r"nvidia|geforce|tesla|amd|instinct|\d+gb|sxm\d?|hbm\d?e?")  # words that tell no device apart
-_ANOTHER = re.compile(r"\b(Laptop|Max-Q|Ti|SUPER|D|MIG)\b")  # behind a name it means a smaller or larger device
+_BESIDE = re.compile(r"nvidia|geforce|tesla|amd|instinct|\d+gb|sxm\d?|hbm\d?e?")  # words that do not identify a device
+_ANOTHER = re.compile(r"\b(Laptop|Max-Q|Ti|SUPER|D|MIG)\b")  # marks another device of similar name
 
 
 def key_of(spelling: str) -> str | None:
-    """The key of PUBLISHED that is meant. Case, separators, maker and memory size do not matter: a100-80gb is A100."""
+    """The key of PUBLISHED for any spelling: case, separators, maker and memory size are ignored (a100-80gb: A100)."""
     words = [word for word in re.split(r"[\s_-]+", spelling.lower()) if not _BESIDE.fullmatch(word)]
     keys = {key.replace("_", "").lower(): key for key in PUBLISHED}
     return keys.get("".join(words)) or keys.get("".join(word for word in words if word != "pcie"))
 
 
 def named(device: str) -> Accelerator | None:
-    """The one that torch calls so; of several whose words are in the name the longest (an H200 NVL is no H200)."""
+    """The accelerator of torch's device name; the longest match counts (an H200 NVL is no H200). None: unknown."""
     found = [a for a in PUBLISHED.values() if re.search(rf"(?<!\w){re.escape(a.called)}(?!\w)", device)]
     return None if _ANOTHER.search(device) else max(found, key=lambda a: len(a.called), default=None)

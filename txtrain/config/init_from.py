@@ -1,4 +1,4 @@
-"""Where a run starts from: which run is meant; with `init_from` its model's architecture and tokenizer. No torch."""
+"""`init_from`: architecture and tokenizer of the model that a run starts from. No torch."""
 
 from __future__ import annotations
 
@@ -13,18 +13,16 @@ from txtrain.model.config import ModelConfig
 
 
 def applied(composed: Composed, model: ModelConfig, tokenizer: Path | None) -> Composed:
-    """The configuration with what comes along with its init_from: a model, and the folder of its tokenizer.
+    """The configuration with the model of its init_from, and the folder of its tokenizer.
 
     Raises:
-        ConfigError: `model=` beside it says something else, or it brings no tokenizer and none is given.
+        ConfigError: `model=` contradicts it, or it has no tokenizer and none is given.
     """
     config = composed.config
     changes: dict[str, Any] = {"model": _model(composed, model)}
     if "data.tokenizer" not in composed.given and config.data.tokenizer == "train":
         if tokenizer is None:
-            raise ConfigError(
-                f"`data.tokenizer` must be given with init_from={config.init_from}: no tokenizer came along with it."
-            )
+            raise ConfigError(f"`data.tokenizer` must be given with init_from={config.init_from}: it has no tokenizer.")
         changes["data"] = dc.replace(config.data, tokenizer=str(tokenizer))
     config = dc.replace(config, **changes)
     if problems := list(config.check()):
@@ -37,7 +35,7 @@ def _model(composed: Composed, found: ModelConfig) -> ModelConfig:
     given = [key for key in composed.given if key.partition(".")[0] == "model" or key.startswith("model/")]
     named = [key for key in given if key == "model" or "/" in key]
     affects = marked(ModelConfig, "affects")
-    if named:  # it may have other labels, token ids and dropout than its weights were trained with, or another start
+    if named:  # labels, token ids, dropout and initial values may differ from those of the weights
         free = [key for key, what in affects.items() if what != "training"]
         where, leave = f"init_from={composed.config.init_from}", f"Leave out {', '.join(named)}."
         problems = [
@@ -48,7 +46,9 @@ def _model(composed: Composed, found: ModelConfig) -> ModelConfig:
             raise ConfigError(*problems)
         return model
     if other := [key for key in given if affects.get(key.removeprefix("model.")) != "dropout"]:
-        raise ConfigError(*(f"`{key}` must not be given with init_from: the architecture comes with the weights." for key in other))
+        raise ConfigError(
+            *(f"`{key}` must not be given with init_from: the architecture comes with the weights." for key in other)
+        )
     for key in given:
         found = _with(found, key.split(".")[1:], _value(model, key))
     return found

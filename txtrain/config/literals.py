@@ -1,4 +1,4 @@
-"""Values that are taken as typed. Everything else on the command line is Hydra's override grammar."""
+"""Keys whose values are taken as typed (prompts, paths). All others follow Hydra's override grammar."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from txtrain.ground.plain_files import is_whole
 
 LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
 
-_PATHS = "data.val_path"  # in Hydra's grammar, for null and for named sets; but commas separate paths, as in data.path
+_PATHS = "data.val_path"  # Hydra's grammar, for null and named sets; but commas separate paths, as in data.path
 _GRAMMAR = re.compile(r"""["'{[]|\w+\(""")
 
 
 def escape(value: str) -> str:
-    """What OmegaConf's interpolation turns back into `value`: it halves the backslashes before `${`, and only those."""
+    """`value` escaped for OmegaConf's interpolation, which halves the backslashes before `${`, and only those."""
     return re.sub(r"(\\*)\$\{", lambda m: m[1] * 2 + r"\${", value)
 
 
 def quote(value: str) -> str:
-    """The one spelling that Hydra's parser and then OmegaConf's interpolation turn back into `value`."""
+    """`value` quoted for Hydra's parser and OmegaConf's interpolation."""
     from hydra.core.override_parser.types import Quote, QuotedString
 
     return QuotedString(escape(value), Quote.single).with_quotes()
 
 
 def protect(override: str, sweep: bool) -> str:
-    """The override with a literal key's value quoted; in a sweep every comma separates values.
+    """The override, with the value quoted if the key is literal; in a sweep commas separate values.
 
     Raises:
-        ConfigError: it is not UTF-8: nothing that is written down could hold it.
+        ConfigError: it is not UTF-8, so that no file could hold it.
     """
     key, equals, value = override.partition("=")
     if not is_whole(override):

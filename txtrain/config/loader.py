@@ -1,7 +1,7 @@
 """Hydra's loader over conf/, recipes/ and the user's own folder.
 
-`@hydra.main` and `hydra.compose` are both by-passed for the loader below them: they exit with 1 and a page of text where
-a user's mistake wants 2 and a line, write folders before anything is checked, and keep process-wide state.
+It is used without `@hydra.main` and `hydra.compose`, which exit with 1 and a page of text on a user's mistake, write
+folders before anything is checked, and keep process-wide state.
 """
 
 from __future__ import annotations
@@ -32,16 +32,12 @@ from txtrain.errors import ConfigError
 
 
 class Loader(ConfigLoaderImpl):
-    """Hydra's loader, with the user's imports before and the graft rule within. Overrides come as strings from launchers,
-    which pickle it and call it on other machines; from us they come parsed."""
+    """Hydra's loader with the user's imports and the graft rule. Overrides are parsed, or strings from launchers,
+    which pickle the loader and call it on other machines."""
 
     def load_configuration(
-        self,
-        config_name: str | None,
-        overrides: Sequence[str | Override],
-        run_mode: RunMode,
-        from_shell: bool = True,
-        validate_sweep_overrides: bool = True,
+        self, config_name: str | None, overrides: Sequence[str | Override], run_mode: RunMode, from_shell: bool = True,
+        validate_sweep_overrides: bool = True
     ) -> DictConfig:
         parsed: list[Any] = parse(overrides)
         imports = self.imports(parsed)
@@ -66,7 +62,7 @@ class Loader(ConfigLoaderImpl):
         return cfg
 
     def imports(self, overrides: Sequence[Override]) -> list[str]:
-        """Import what the command line names, and what options of the user's own folder bring that it names."""
+        """Import the files and modules of `imports=`, and those of the options in the user's folder that are chosen."""
         self.named: list[str] = []
         found: dict[str, None] = {}
         groups = groups_of(Train) if any(source.provider == "command-line" for source in self.get_sources()) else ()
@@ -95,11 +91,11 @@ class Loader(ConfigLoaderImpl):
 
 
 def make_loader(config_dir: str | None = None) -> Loader:
-    """A loader over conf/, recipes/, and the user's own folder of options and recipes, which adds and cannot shadow."""
-    # a user's YAML and component of one name are no accident: the YAML sets other defaults
+    """A loader over conf/, recipes/ and the user's own folder, which adds options and recipes but overrides none."""
+    # a user's YAML file may have a component's name: it sets other defaults
     warnings.filterwarnings("ignore", message="(?s).*validated against ConfigStore schema")
-    version.setbase("1.3")  # unset means 1.1, where jobs change directory
-    Plugins.instance()  # registers the sources file:, pkg: and structured:
+    version.setbase("1.3")  # unset it is 1.1, with which jobs change directory
+    Plugins.instance()  # registers file:, pkg: and structured:
     path = ConfigSearchPathImpl()
     path.append("hydra", "pkg://hydra.conf")
     path.append("main", f"file://{CONF}")
@@ -113,6 +109,6 @@ def make_loader(config_dir: str | None = None) -> Loader:
 
 
 def load(verb: str, overrides: Sequence[Override], loader: Loader) -> DictConfig:
-    """What Hydra composes for a verb from overrides as `check` leaves them."""
-    lines: Any = list(overrides)  # its own parsing is ours: `Loader._parse_overrides_and_create_caching_repo`
+    """Hydra's configuration of a verb, from overrides as `check` returns them."""
+    lines: Any = list(overrides)  # parsed already: `Loader._parse_overrides_and_create_caching_repo`
     return Hydra("txtrain", loader).compose_config(verb, lines, run_mode=RunMode.RUN)

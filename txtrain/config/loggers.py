@@ -1,7 +1,7 @@
-"""The words of the loggers that come along, and `logger.KEY=` for whichever of them has the key. No torch.
+"""The keys of the packaged loggers, and `logger.KEY=` for whichever logger has the key. No torch.
 
-The configuration holds loggers by name (`logger.wandb.project`), so that there may be several. Almost always there is one, and
-people write WandbLogger's own words: `logger.project=mine`.
+The configuration holds loggers by name (`logger.wandb.project`), since there may be several. Usually there is one, and
+`logger.project=mine` is enough.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PLAIN_NAME = re.compile(r"\w[\w.-]*")
 
 
 def _named_again(default: Any) -> Any:
-    """A word that says where data or code is sent or written: never taken from the file of an earlier run."""
+    """A key that says where data or code is sent or written: never taken from an earlier run's file."""
     return knob(default, from_run=lambda value: False)
 
 
 def _folder_name(default: Any) -> Any:
-    """Part of a path below the run's folder: taken from an earlier run's file where it cannot leave that folder."""
+    """Part of a path in the run's folder: taken from an earlier run's file if it cannot leave that folder."""
     return knob(default, from_run=lambda value: _PLAIN_NAME.fullmatch(str(value)))
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Wandb:
-    """WandbLogger's words and wandb.init's. A WANDB_* variable of the same meaning wins."""
+    """Keys of WandbLogger and wandb.init. A WANDB_* environment variable of the same meaning wins."""
 
     project: str | None = None
     entity: str | None = None
@@ -57,7 +57,7 @@ class Wandb:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class TensorBoard:
-    """TensorBoardLogger's words and SummaryWriter's."""
+    """Keys of TensorBoardLogger and SummaryWriter."""
 
     name: str | None = _folder_name(None)
     version: str | int | None = _folder_name(None)
@@ -75,10 +75,10 @@ _WORDS: dict[str, type] = {WANDB: Wandb, TENSORBOARD: TensorBoard, "lightning.py
 
 
 def settled(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The loggers by name, each with those of the common words that it has.
+    """The loggers by name; each `logger.KEY=` is moved into those that have the key.
 
     Raises:
-        ConfigError: a word that none of them has, a value of the wrong type, or words for a logger that is not there.
+        ConfigError: a key that no logger has, a value of the wrong type, or keys of a logger that the run has not.
     """
     loggers = {name: dict(node) for name, node in raw.items() if _is_logger(node)}
     problems: list[str] = []
@@ -95,16 +95,16 @@ def settled(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def resumed(saved: Any, given: Collection[str]) -> tuple[dict[str, Any], list[str]]:
-    """What a resumed run takes over of its saved loggers: the packaged option of the same name with the saved plain values.
+    """The loggers of a resumed run: the packaged options of the saved names, with the saved plain values.
 
-    A run's folder may be a stranger's, and a logger holds the user's keys: no class, host or path is taken from it.
+    The run's folder may be a stranger's and loggers use the user's API keys: no class, host or path is taken from it.
 
     Args:
         saved: `logger` of the run's config.yaml.
-        given: the keys of the command line, such as logger.wandb.project; what they name is not taken over.
+        given: keys of the command line, such as logger.wandb.project, which win.
 
     Returns:
-        The loggers, and what must be named again, as problems.
+        The loggers, and problems: what must be given again.
     """
     made: dict[str, Any] = {}
     problems: list[str] = []
@@ -129,14 +129,14 @@ def resumed(saved: Any, given: Collection[str]) -> tuple[dict[str, Any], list[st
                 made[name][key] = value
             else:
                 problems.append(
-                    f"`logger.{name}.{key}` must be named again, since a run's file may not say where data are sent or written. "
-                    f"It was {value!r}: give logger.{name}.{key}=... or logger.{name}.{key}=null."
+                    f"`logger.{name}.{key}` must be named again, since a run's file may not say where data are sent or "
+                    f"written. It was {value!r}: give logger.{name}.{key}=... or logger.{name}.{key}=null."
                 )
     return made, problems
 
 
 def _packaged(name: str) -> dict[str, Any]:
-    """The node of that name in conf/logger/; empty where there is none."""
+    """The node of that name in conf/logger/; empty if there is none."""
     if name not in options("logger"):
         return {}
     node: dict[str, Any] = yaml.safe_load((CONF / "logger" / f"{name}.yaml").read_text(encoding="utf-8")).get(name, {})
@@ -148,7 +148,7 @@ def _is_logger(node: Any) -> bool:
 
 
 def _given(loggers: dict[str, dict[str, Any]], key: str, value: Any) -> Iterator[str]:
-    """Hand the word to the loggers that have it; what is wrong with it."""
+    """Set the key in the loggers that have it; yields problems."""
     if isinstance(value, Mapping) and key in options("logger"):
         inner = next(iter(value), "KEY")
         have = f"logger=[{','.join([*loggers, key])}]" if loggers else f"logger={key}"
@@ -165,11 +165,14 @@ def _given(loggers: dict[str, dict[str, Any]], key: str, value: Any) -> Iterator
     if not takers:
         known = list(dict.fromkeys(word for each in words.values() for word in each))
         near = nearest(key, known)
-        guess = f" Did you mean logger.{near}?" if near else f" {'It has' if len(loggers) == 1 else 'They have'}: {', '.join(known)}." if known else ""
+        guess = (
+            f" Did you mean logger.{near}?" if near
+            else f" {'It has' if len(loggers) == 1 else 'They have'}: {', '.join(known)}." if known else ""
+        )
         yield f"{shown}: {' and '.join(loggers)} {'has' if len(loggers) == 1 else 'have'} no key {key}.{guess}"
 
 
 def _words(node: Mapping[str, Any]) -> list[str]:
-    """Of a logger of the user's own only those that its file gives."""
+    """The keys of a logger; for a user's own, those in its file."""
     known = _WORDS.get(node["_target_"])
     return [key_of(f) for f in dc.fields(known)] if known else [key for key in node if key != "_target_"]

@@ -1,5 +1,4 @@
-"""The overrides of a command line, parsed once: literals protected, sweeps split into jobs, groups and spellings checked,
-each before Hydra sees it."""
+"""The overrides of a command line, parsed once: literals quoted, sweeps split into jobs, groups and options checked."""
 
 from __future__ import annotations
 
@@ -23,21 +22,23 @@ from txtrain.errors import ConfigError, hint, nearest
 from txtrain.ground.convert import key_paths
 from txtrain.ground.unknown_keys import unknown_key
 
-LAUNCHER = "hydra/launcher"  # the group that says who runs the members of a sweep
+LAUNCHER = "hydra/launcher"  # the group of what runs the members of a sweep
 _ALIASES = {"recipe": "recipes", "experiment": "recipes"}
 _SEVERAL = {"logger", "callbacks"}  # groups that take a list of options
 
 
 @contextmanager
 def hydra_errors() -> Iterator[None]:
-    """Mistakes that only Hydra, OmegaConf or YAML see, as ours. Hydra says a few of them by ValueError."""
+    """Turn errors of Hydra, OmegaConf and YAML into ConfigError. Hydra raises ValueError for a few."""
     try:
         yield
     except ConfigError:
         raise
     except OverrideParseException as e:
         key, _, value = str(e.override).partition("=")
-        raise ConfigError(f"`{key}` must be a value of Hydra's grammar, but is {value!r} instead. Quote it: '{key}=\"{value}\"'.") from e
+        raise ConfigError(
+            f"`{key}` must be a value of Hydra's grammar, but is {value!r} instead. Quote it: '{key}=\"{value}\"'."
+        ) from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as e:
         raise ConfigError(_said(e)) from e
 
@@ -54,7 +55,7 @@ def _said(e: BaseException) -> str:
 
 
 def parse(overrides: Iterable[str | Override], loader: ConfigLoaderImpl | None = None) -> list[Override]:
-    """By Hydra's grammar; what is parsed already stays as it is. loader: knows the options that `glob(*)` stands for."""
+    """Parse by Hydra's grammar; what is parsed already stays. loader: has the options that `glob(*)` stands for."""
     parser = OverridesParser.create(config_loader=loader)
     return [o if isinstance(o, Override) else parser.parse_overrides([o])[0] for o in overrides]
 
@@ -106,13 +107,13 @@ def _needs_sweep(o: Override) -> str:
 
 
 def check(overrides: Sequence[Override], loader: ConfigLoaderImpl, root: type) -> list[Override]:
-    """The overrides as Hydra is to get them.
+    """The overrides to pass to Hydra.
 
-    Values are passed as `++key=value`, so that Hydra accepts them all: a key that does not exist reaches `convert.build`, which
-    knows the near ones.
+    Values are passed as `++key=value`, which Hydra accepts for any key; `convert.build` refuses unknown ones, and
+    suggests the nearest.
 
     Raises:
-        ConfigError: an option or a group that does not exist, a value given like a group, a group given like a value.
+        ConfigError: no such option or group, a value given as a group, a group given as a value.
     """
     checker = _Checker(loader, root)
     checked = [checker.checked(o) for o in overrides]
@@ -135,7 +136,7 @@ class _Checker:
     def checked(self, o: Override) -> Override:
         key = o.key_or_group
         if key.startswith("hydra.launcher.") and not o.is_delete():
-            return _with_prefix(o, "++")  # its keys are checked where they are read, by who knows the near ones
+            return _with_prefix(o, "++")  # its keys are checked where they are read
         value: Any = o.value()
         if key == LAUNCHER and not o.is_delete() and value not in (options := self.loader.get_group_options(LAUNCHER)):
             meant = hint(value, options, f"{LAUNCHER}={{}}")
@@ -156,23 +157,31 @@ class _Checker:
         elif "/" in key:
             close = nearest(key, [*self.groups, *self.known])
             guess = f" Did you mean {close}={shown}?" if close else ""
-            self.problems.append(f"`{key}={shown}`: there is no group {key}. Groups: {', '.join(self.groups) or 'none'}.{guess}")
-        elif not isinstance(value, dict) and self.loader.repository.group_exists(key):  # of another verb, or a folder beside recipes/
+            self.problems.append(
+                f"`{key}={shown}`: there is no group {key}. Groups: {', '.join(self.groups) or 'none'}.{guess}"
+            )
+        # of another verb, or a folder beside recipes/
+        elif not isinstance(value, dict) and self.loader.repository.group_exists(key):
             self.problems.append(unknown_key(key, shown, [f.name for f in dc.fields(self.root)], self.known, None))
         return _with_prefix(o, "++")
 
     def group(self, group: str, value: Any, shown: str, complaint: str = "") -> None:
-        """`complaint`: what is wrong already, before the option is looked at."""
+        """Check the options chosen of a group. complaint: a problem that is known already."""
         options, name = self.loader.get_group_options(group), "recipe" if group == "recipes" else group
         listed = ", ".join(options) or "(there is none)"
         if isinstance(value, list) and group not in _SEVERAL:
             each = ",".join(map(str, value))
-            self.problems.append(f"`{name}` must be one of {listed}, but is the list {shown} instead. To run each: -m {name}={each}.")
+            self.problems.append(
+                f"`{name}` must be one of {listed}, but is the list {shown} instead. To run each: -m {name}={each}."
+            )
             return
         for v in value if isinstance(value, list) else [value]:
-            exists = isinstance(v, str) and self.loader.repository.config_exists(f"{group}/{v}")  # recipes/bert/finetune too
+            exists = isinstance(v, str) and self.loader.repository.config_exists(f"{group}/{v}")
             if complaint:
                 write = f"Write {name}={v}." if exists else f"Write {name}=NAME, one of {listed}.{hint(v, options)}"
                 self.problems.append(f"{complaint} {write}")
             elif not exists:
-                self.problems.append(f"`{name}={shown if not isinstance(value, list) else v}` must be one of {listed}.{hint(v, options, name + '={}')}")
+                self.problems.append(
+                    f"`{name}={shown if not isinstance(value, list) else v}` must be one of "
+                    f"{listed}.{hint(v, options, name + '={}')}"
+                )

@@ -1,4 +1,4 @@
-"""Where the configuration files lie, in a checkout or an installed wheel; names of groups and options, without Hydra."""
+"""Paths of the configuration files, in a checkout or an installed wheel; names of groups and options. No Hydra."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def families() -> list[str]:
 
 
 def unwritten() -> list[tuple[str, str]]:
-    """Group and name of options that need no file: their `type` is all that one would say."""
+    """Group and name of the options without a YAML file, which would hold their `type` alone."""
     rows = [(group_of(axis), name) for axis in TABLE if axis not in _NO_GROUPS for name in TABLE[axis]]
     return [(group, name) for group, name in rows if not (CONF / group / f"{name}.yaml").is_file()]
 

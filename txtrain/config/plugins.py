@@ -1,4 +1,4 @@
-"""`@txtrain.component(axis, name)`: options of the user's own, which Hydra and the registry then know."""
+"""`@txtrain.component(axis, name)`: a user's own options, registered for Hydra and the registry."""
 
 from __future__ import annotations
 
@@ -17,15 +17,19 @@ T = TypeVar("T", bound=type)
 def component(axis: str, name: str) -> Callable[[T], T]:
     """Register your own option on an axis: `@txtrain.component("ffn", "mine")`, then `model/ffn=mine`.
 
-    The knobs are the class's nested frozen dataclass `Config` if it has one; otherwise they are read off the constructor: every
-    parameter with a default and a type becomes a key, and parameters without a default (`dim`, `n_heads`, ...) are given by the
-    model's own values. No YAML file is needed; one in your `--config-dir` under the same name may set other defaults.
+    Its keys are the fields of the class's nested frozen dataclass `Config` if it has one. Else they are read from the
+    constructor: every parameter with a default and a type becomes a key, and parameters without a default (`dim`,
+    `n_heads`, ...) get the model's values. No YAML file is needed; one of that name in your `--config-dir` may set
+    other defaults.
 
     Raises:
-        ConfigError: the axis does not exist.
+        ConfigError: the axis does not exist, or a key is not allowed.
     """
     if axis not in USER_AXES:
-        raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: the axis must be one of {', '.join(USER_AXES)}.{hint(axis, USER_AXES)}")
+        raise ConfigError(
+            f"`txtrain.component({axis!r}, {name!r})`: the axis must be one of "
+            f"{', '.join(USER_AXES)}.{hint(axis, USER_AXES)}"
+        )
 
     def wrap(cls: T) -> T:
         own = vars(cls).get("Config")
@@ -49,21 +53,20 @@ def _knob_problem(axis: str, config: type) -> str | None:
 
 
 def _is_free(base: type, name: str) -> bool:
-    """Whether it is unknown, or stands for a knob that some options lack: a plain value, which no annotation makes a
-    constant."""
+    """Whether a field may have this name: `base` has none, or a plain default of it without an annotation."""
     owner = next((cls for cls in base.__mro__ if name in vars(cls)), None)
     plain = owner is None or isinstance(vars(owner)[name], int | float | str | None)
     return plain and (owner is None or name not in inspect.get_annotations(owner))
 
 
-# Parameters are always known: a user's own option is built and counted, unless its Config states them.
+# Numbers of parameters: a user's own option is built and counted unless its Config has these methods.
 COUNTED = ("n_params", "n_params_of", "n_active_params")
 
 
 def _config_with_base(axis: str, own: type) -> type:
-    """A nested Config need not derive from the axis' base: its fields are joined to it.
+    """The nested Config joined with the axis' base, if it does not derive from it.
 
-    One that derives from an option of the package does not inherit that option's number of parameters.
+    One that derives from a packaged option does not inherit the methods that count that option's parameters.
     """
     base = BASES[axis]
     forms = [form for form in COUNTED if not _is_free(base, form) and inherits_from_package(own, form)]
@@ -75,7 +78,9 @@ def _config_with_base(axis: str, own: type) -> type:
     try:
         return dc.make_dataclass(own.__qualname__, [], bases=bases, frozen=True, kw_only=True, namespace=namespace)
     except TypeError as e:
-        raise ConfigError(f"`{own.__qualname__}` must be @dataclass(frozen=True, kw_only=True) to describe an option of {axis}: {e}.") from e
+        raise ConfigError(
+            f"`{own.__qualname__}` must be @dataclass(frozen=True, kw_only=True) to describe an option of {axis}: {e}."
+        ) from e
 
 
 def _config_from_constructor(axis: str, cls: type) -> type:
@@ -83,7 +88,7 @@ def _config_from_constructor(axis: str, cls: type) -> type:
     inherited = {f.name for f in dc.fields(base)}
     try:
         hints = get_type_hints(cls.__init__)  # type: ignore[misc]
-    except Exception:  # a hint that cannot be evaluated here leaves its knob untyped
+    except Exception:  # a hint that cannot be evaluated here: the keys stay untyped
         hints = {}
     fields: list[Any] = []
     for p in list(inspect.signature(cls).parameters.values()):
@@ -92,4 +97,7 @@ def _config_from_constructor(axis: str, cls: type) -> type:
         default = tuple(p.default) if isinstance(p.default, list) else p.default
         made = dropout_knob(default) if p.name == "dropout" else knob(default, carry=p.name == "bias")
         fields.append((p.name, hints.get(p.name, Any), made))
-    return dc.make_dataclass(f"{cls.__name__}Config", fields, bases=(base,), frozen=True, kw_only=True, namespace={"__module__": cls.__module__})
+    return dc.make_dataclass(
+        f"{cls.__name__}Config", fields, bases=(base,), frozen=True, kw_only=True,
+        namespace={"__module__": cls.__module__}
+    )

@@ -1,7 +1,7 @@
 """`resume=RUN`: the configuration of an earlier run, with `key=value` on top.
 
-Its config.yaml is data, perhaps a stranger's: nothing in it is imported, interpolated or built. Loggers and callbacks come from
-the command line, the user's --config-dir or the packaged options; what the file has of them is compared and said.
+Its config.yaml may be a stranger's: nothing in it is imported, interpolated or built. Loggers and callbacks come from
+the command line, the user's --config-dir or the packaged options; differences from the file are reported.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from txtrain.ground.plain_files import read_yaml
 
 
 def run_folder(run_or_checkpoint: str) -> Path:
-    """The run's folder: it has config.yaml, and its checkpoints lie in its folder `checkpoints`.
+    """The folder of a run, given it or one of its checkpoints: it holds config.yaml and `checkpoints/`.
 
     Raises:
         ConfigError: there is none.
@@ -45,16 +45,21 @@ def run_folder(run_or_checkpoint: str) -> Path:
 
 
 def _copy_of(folder: Path) -> list[str]:
-    """Where the run's config.yaml is whole once more, if it is, and how to take it."""
-    saved = [path / "config.yaml" for path in reversed(checkpoint.complete(folder)) if (path / "config.yaml").is_file()][:1]
-    return [f"A checkpoint has it as it was then: {shlex.join(('cp', str(path), str(folder / 'config.yaml')))}" for path in saved]
+    """The remedy for a damaged config.yaml: a checkpoint's copy, if there is one."""
+    saved = [
+        path / "config.yaml" for path in reversed(checkpoint.complete(folder)) if (path / "config.yaml").is_file()
+    ][:1]
+    return [
+        f"A checkpoint has it as it was then: {shlex.join(('cp', str(path), str(folder / 'config.yaml')))}"
+        for path in saved
+    ]
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The run's config.yaml; and how it differs from that of its newest checkpoint, which has a checksum, in sentences.
+    """The run's config.yaml, and sentences on how it differs from its newest checkpoint's, which has a checksum.
 
     Raises:
-        ConfigError: it is damaged; says which checkpoint has it whole. Or the run is of a newer format.
+        ConfigError: it is damaged (names a checkpoint with a copy), or the run is of a newer format.
     """
     _ = RunFolder(folder).facts
     try:
@@ -63,17 +68,20 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
         raise ConfigError(*e.problems, *_copy_of(folder)) from e
     told: list[str] = []
     for newest in checkpoint.complete(folder)[-1:]:
-        with contextlib.suppress(ConfigError):  # a damaged checkpoint is refused where it is read
+        with contextlib.suppress(ConfigError):  # a damaged checkpoint is refused when it is read
             saved = read_yaml(newest / "config.yaml")
-            told += [f"{key}: {old!r} in {newest.name}, {new!r} in the run's config.yaml" for key, old, new in differing(saved, raw, free=())]
+            told += [
+                f"{key}: {old!r} in {newest.name}, {new!r} in the run's config.yaml"
+                for key, old, new in differing(saved, raw, free=())
+            ]
     return raw, told
 
 
 def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], loader: Loader) -> Composed:
-    """The configuration in the run's folder, changed as the overrides say. root: its type.
+    """The configuration in the run's folder with the overrides applied. root: its type.
 
     Raises:
-        ConfigError: no such run, a group that may not change, a key or value that does not exist.
+        ConfigError: no such run, a group that may not change, no such key or value.
     """
     folder = run_folder(run)
     raw, edited = _read(folder)
@@ -88,7 +96,8 @@ def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], load
     raw |= _composed_anew(verb, groups, raw, loader, root)
     for o in parsed:
         if o not in groups and o.key_or_group not in ("imports", "resume"):
-            _set(raw, o.key_or_group, OmegaConf.to_container(OmegaConf.create({"value": o.value()}), resolve=True)["value"])  # type: ignore[call-overload, index]
+            value: Any = OmegaConf.to_container(OmegaConf.create({"value": o.value()}), resolve=True)
+            _set(raw, o.key_or_group, value["value"])
     try:
         if problems := foreign + list(targets.problems(raw, raw["imports"])):
             raise ConfigError(*problems)
@@ -98,15 +107,18 @@ def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], load
         if not saved_imports or raw["imports"]:
             raise
         again = f"imports=[{','.join(saved_imports)}]"
-        raise ConfigError(*e.problems, f"`resume`: the run used {again}. Code is never imported by a checkpoint's word: name it again.") from e
+        raise ConfigError(
+            *e.problems,
+            f"`resume`: the run used {again}. Code is never imported by a checkpoint's word: name it again."
+        ) from e
     return Composed(config, {}, given, notes=(*edited, *notes, *_changes(saved, raw)))
 
 
 def _without_foreign(raw: dict[str, Any], given: list[str], root: type) -> tuple[list[str], list[str]]:
-    """Take out of a saved configuration, in place, what only the user may say: classes, hosts, and paths outside the run's folder.
+    """Remove from a saved configuration, in place, what only the user may give: classes, hosts, paths outside the run.
 
     Returns:
-        Loggers and callbacks that must be named again, as problems; what else was taken out, in sentences.
+        Problems: loggers and callbacks that must be named again; and sentences on what else was removed.
     """
     problems: list[str] = []
     raw["logger"], found = loggers.resumed(raw.get("logger"), given)
@@ -116,8 +128,8 @@ def _without_foreign(raw: dict[str, Any], given: list[str], root: type) -> tuple
         if f"callbacks.{name}._target_" not in given:
             target = node.get("_target_") if isinstance(node, dict) else node
             problems.append(
-                f"`callbacks.{name}` is {target!r} in the run's config.yaml, and a class that a file names is never built. "
-                f"Name it again with its values: callbacks.{name}._target_=..., or leave it out: callbacks=none."
+                f"`callbacks.{name}` is {target!r} in the run's config.yaml, and a class that a file names is never "
+                f"built. Name it again with its values: callbacks.{name}._target_=..., or leave it out: callbacks=none."
             )
     raw["callbacks"] = {}
     notes: list[str] = []
@@ -131,7 +143,7 @@ def _without_foreign(raw: dict[str, Any], given: list[str], root: type) -> tuple
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """How loggers and callbacks differ from those in the run's file."""
+    """Differences of loggers and callbacks from those in the run's file, as sentences."""
     old, new = (flat({part: tree.get(part) or {} for part in saved}) for tree in (saved, now))
     for key in {**old, **new}:
         if old.get(key) != new.get(key):
@@ -140,7 +152,7 @@ def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _free_groups(root: type) -> list[str]:
-    """The groups that a resumed run may choose anew."""
+    """The groups of which a resumed run may choose another option."""
     groups = groups_of(root)
     return [key for key in marked(root, "free") if key in groups]
 
@@ -157,8 +169,10 @@ def _refuse_others(parsed: list[Override], root: type) -> None:
         raise ConfigError(*problems)
 
 
-def _composed_anew(verb: str, groups: list[Override], raw: dict[str, Any], loader: Loader, root: type) -> dict[str, Any]:
-    """The named groups from their option's file, with the run's own name and folder where they refer to them."""
+def _composed_anew(
+    verb: str, groups: list[Override], raw: dict[str, Any], loader: Loader, root: type
+) -> dict[str, Any]:
+    """The named groups from their options' files; these may refer to the run's name and folder."""
     if not groups:
         return {}
     cfg = load(verb, check(groups, loader, root), loader)

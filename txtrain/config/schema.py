@@ -1,4 +1,4 @@
-"""The typed configuration of each verb, and the checks that need more than one group. No torch."""
+"""The typed configuration of each verb, and the checks across groups. No torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,14 @@ from txtrain.parallel import config as parallel  # (registers the strategies)
 from txtrain.registry import knob, out_of_range
 from txtrain.run_config import RunConfig
 
-# --------------------------------------------------------------------------------------------------------------------- verbs
-
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Train(RunConfig):
-    """A run that is sound: each group by itself, and what is between them."""
+    """The configuration of a run, with the checks across its groups."""
 
     def check(self) -> Iterator[str]:
-        """Numbers out of bounds, or else problems within each group; what model, objective and data are wrong for; and
-        where the groups are sound what compares their values."""
+        """Problems: numbers out of bounds, or else those within each group; conflicts of model, objective and data;
+        and, if the groups are sound, those between their values."""
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
         problems += pattern_problems("freeze", self.freeze)
@@ -55,13 +53,19 @@ class Train(RunConfig):
         elif (world := parallel.processes(self)) is not None:
             yield from self._check_processes(world)
         if data.streaming and self.trainer.max_epochs is not None:
-            yield "`trainer.max_epochs` must be null with data.streaming=true: nobody knows how long a stream is. Give trainer.max_steps or max_tokens."
+            yield (
+                "`trainer.max_epochs` must be null with data.streaming=true: the length of a stream is unknown. Give "
+                "trainer.max_steps or max_tokens."
+            )
         yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
         if (steps := self.profile_steps) is not None:
             if not self.profile:
-                yield f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add profile=true."
+                yield (
+                    f"`profile_steps` must be null without profile=true, but is [{steps[0]},{steps[1]}] instead. Add "
+                    "profile=true."
+                )
             if steps[0] > steps[1]:
                 yield f"`profile_steps` must be the first and the last step to trace, but is {list(steps)} instead."
         yield from self._check_name()
@@ -73,7 +77,7 @@ class Train(RunConfig):
     def _check_name(self) -> Iterator[str]:
         parts = self.name.split("/")
         if not self.name.isprintable() or any(part in ("", ".", "..") or len(part.encode()) > 200 for part in parts):
-            yield f"`name` must be the name of a folder in runs/, but is {self.name!r} instead. A run anywhere else: run_dir=..."
+            yield f"`name` must be the name of a folder in runs/, but is {self.name!r} instead. Elsewhere: run_dir=..."
 
     def _check_layer_stats(self) -> Iterator[str]:
         every, rows = self.layer_stats.every_n_steps, self.trainer.log_every_n_steps
@@ -81,13 +85,13 @@ class Train(RunConfig):
             return
         if every % rows:
             yield (
-                f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, but is {every} instead. "
-                f"Nearest: {max(1, round(every / rows)) * rows}."
+                f"`layer_stats.every_n_steps` must be a multiple of trainer.log_every_n_steps ({rows}) or null, "
+                f"but is {every} instead. Nearest: {max(1, round(every / rows)) * rows}."
             )
         if self.layer_stats.activations and self.strategy.cuts_activations:
             yield (
-                f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: a block's output lies in parts, "
-                "padded to equal lengths. Gradient and weight norms are told under it."
+                f"`layer_stats.activations` must be false with strategy={self.strategy.type}, but is true instead: "
+                "a block's output is sharded and padded. Gradient and weight norms are given with it."
             )
 
     def _check_processes(self, world: int) -> Iterator[str]:
@@ -96,18 +100,18 @@ class Train(RunConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
-    """Of which devices `plan` tells time and memory, and how."""
+    """Hardware that `plan` estimates for, and how."""
 
-    # its published peak at trainer.precision, in any spelling (h100, a100-80gb): docs/plan.md
-    device: str = "H100"
-    # null: trainer.devices * trainer.num_nodes, and 1 where that is open
+    device: str = "H100"  # accelerator, in any spelling (h100, a100-80gb); its published peak: docs/plan.md
+    # number of devices; null: trainer.devices * trainer.num_nodes, or 1 if that is auto
     n_devices: int | None = knob(None, at_least=1)
-    memory: str | None = None  # of one device, such as 80GB or 79.6GiB: a run that does not fit is refused
-    simulate: bool = False  # also watch the real, wrapped model take a step without storage, with the CPU's kernels; needs torch, and seconds
-    # FLOP/s of one device; null: the published figure of plan.device at trainer.precision.
+    memory: str | None = None  # memory of one device, such as 80GB or 79.6GiB; a run that does not fit is refused
+    # also run a step of the real, wrapped model without storage, with the CPU's kernels; takes torch and seconds
+    simulate: bool = False
+    # FLOP/s of one device; null: the published peak of plan.device at trainer.precision
     peak_flops: float | None = knob(None, above=0)
-    mfu: float = knob(0.4, above=0, at_most=1)  # share of the peak that the run reaches
-    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    mfu: float = knob(0.4, above=0, at_most=1)  # fraction of the peak that the run reaches
+    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the key-value cache
     format: Literal["text", "json"] = "text"
 
     def __post_init__(self) -> None:
@@ -125,7 +129,7 @@ class PlanConfig:
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Plan(Train):
-    """What `train` would run, and how to count it."""
+    """The run of `train`, and what to estimate it for."""
 
     plan: PlanConfig = dc.field(default_factory=PlanConfig)
 
@@ -136,15 +140,18 @@ class Plan(Train):
         started, asked = parallel.processes(self), self.plan.n_devices
         if started is not None and asked not in (None, started):
             yield (
-                f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on trainer.num_nodes={self.trainer.num_nodes} says, "
-                f"but is {asked} instead. Nearest: null."
+                f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on "
+                f"trainer.num_nodes={self.trainer.num_nodes} says, but is {asked} instead. Nearest: null."
             )
         accelerator, precision = hardware.PUBLISHED[self.plan.device], self.trainer.precision
         if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
-            yield f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but is {precision} instead."
+            yield (
+                f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but "
+                f"is {precision} instead."
+            )
 
     def _check_processes(self, world: int) -> Iterator[str]:
-        """How the processes lie must be sound; that the batch has as many shares is told beside the figures."""
+        """Only the layout of the ranks; whether they divide the batch is reported beside the figures."""
         yield from self.strategy.problems(world, self.model)
 
 
@@ -152,14 +159,14 @@ class Plan(Train):
 class PrepareConfig:
     """How `prepare` writes."""
 
-    shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that fills it so far
+    shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that reaches this length
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Prepare(Train):
-    """What `train` would tokenise, and where to."""
+    """The data of `train` to tokenise, and where to write them."""
 
-    # A folder that does not exist, or one that an earlier `prepare` of the same could not finish.
+    # the folder to write: a new one, or one that an interrupted `prepare` of the same data left
     out: str | None = knob(None, literal=True)
     prepare: PrepareConfig = dc.field(default_factory=PrepareConfig)
 
@@ -173,14 +180,14 @@ class Prepare(Train):
 class PreviewConfig:
     """What `preview` shows."""
 
-    n: int | Literal["all"] = knob(3, at_least=1)  # samples, from the first step on; all: of one epoch
+    n: int | Literal["all"] = knob(3, at_least=1)  # number of samples, from the first step on; all: one epoch
     split: Literal["train", "validation", "val"] = "train"
-    format: Literal["text", "json"] = "text"  # json: an object a line, `input_ids`, `trained`, `documents`, `source`
+    format: Literal["text", "json"] = "text"  # json: a line per sample: `input_ids`, `trained`, `documents`, `source`
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Preview(Train):
-    """What `train` would read, shown."""
+    """The samples of `train` to show."""
 
     preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
 
@@ -189,27 +196,27 @@ class Preview(Train):
 class Generate(Sampling):
     # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
     checkpoint: str | None = knob(None, literal=True, run=True)
-    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
+    weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
-    prompt_file: str | None = None  # one prompt a line
-    stream: bool = True  # print tokens as they come, where one prompt is given
+    prompt_file: str | None = None  # text file with one prompt per line
+    stream: bool = True  # print tokens as they are generated, if there is one prompt
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
+    imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if (self.prompt is None) == (self.prompt_file is None):
-            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=- to read standard input).'
+            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=-: standard input).'
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
-    out: str | None = knob(None, literal=True)  # a new folder
-    weights: Literal["model", "ema"] = "model"  # ema: the averaged ones, of a run with ema.decay
-    allow_nonfinite: bool = False  # write weights that hold NaN or infinity, too
-    imports: tuple[str, ...] = ()  # the user's own parts that the run was made with
+    out: str | None = knob(None, literal=True)  # the folder to write: new or empty
+    weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
+    allow_nonfinite: bool = False  # export even if weights are NaN or infinite
+    imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:

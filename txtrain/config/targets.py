@@ -1,7 +1,7 @@
-"""The Lightning objects of a configuration: which classes `_target_` may name, and how they are made. No torch.
+"""Lightning objects of a configuration: which classes `_target_` may name, and how they are built. No torch.
 
-Configurations also come from files of strangers, so this is the only place where a class is looked up by a name that a
-configuration holds. Nothing here interpolates: a value is what it says.
+Configurations may be strangers' files: only here is a class looked up by a name in a configuration. Values are not
+interpolated.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from txtrain.errors import ConfigError, nearest
 
 WANDB = "txtrain.loggers.wandb.WandbLogger"
 _LOGGERS = "CometLogger CSVLogger MLFlowLogger TensorBoardLogger WandbLogger"
-_CALLBACKS = (  # those that neither need a function nor interfere with the training step, which is ours
-    "DeviceStatsMonitor EarlyStopping LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint RichModelSummary Timer"
+_CALLBACKS = (  # those that neither take a function nor change the training step
+    "DeviceStatsMonitor EarlyStopping LearningRateMonitor ModelCheckpoint ModelSummary OnExceptionCheckpoint "
+    "RichModelSummary Timer"
 )
 ALLOWED: dict[str, tuple[str, ...]] = {
     "logger": (WANDB, *(f"lightning.pytorch.loggers.{name}" for name in _LOGGERS.split())),
@@ -25,26 +26,31 @@ ALLOWED: dict[str, tuple[str, ...]] = {
 }
 _EVERY = {target for targets in ALLOWED.values() for target in targets}
 
-# Secrets have places of their own, which are never saved: the environment, ~/.netrc.
-_SECRET_KEY = re.compile(r"(?i)(^|_)(api_?key|apikey|token|access_?key|secret|password|passwd|credentials?|private_?key)(_|$)")
+# Secrets belong in the environment or ~/.netrc, which are never saved.
+_SECRET_KEY = re.compile(
+    r"(?i)(^|_)(api_?key|apikey|token|access_?key|secret|password|passwd|credentials?|private_?key)(_|$)"
+)
 _SECRET_VALUE = re.compile(
-    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|wandb_v\d+_\w{20,})\b"
+    r"\b(hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{30,}"
+    r"|github_pat_\w{30,}|AKIA[0-9A-Z]{16}|wandb_v\d+_\w{20,})\b"
     r"|-----BEGIN [A-Z ]*PRIVATE KEY-----|://[^/\s:@]*:[^/\s@]+@"
 )
-_WANDB_KEY = re.compile(r"(local-)?[0-9a-f]{40}")  # also a git commit's form, so only below logger and callbacks
+_WANDB_KEY = re.compile(r"(local-)?[0-9a-f]{40}")  # looks like a git commit: only below logger and callbacks
 
 
 def problems(raw: Mapping[str, Any], imports: Collection[str] = ()) -> Iterator[str]:
-    """What is wrong with the `_target_`s of an interpolated configuration, and which of its values are secrets.
+    """Problems of the `_target_`s of an interpolated configuration, and values that look like secrets.
 
-    Args:
-        imports: the user's files and modules; a class that one of them defines may be named.
+    imports: the user's files and modules, whose classes `_target_` may name.
     """
     modules = {module_name(what) for what in imports}
     for path, key, value in _walk(raw, ""):
         part = path.partition(".")[0]
         if key == "_target_" and part not in ALLOWED:
-            yield f"`{path}={value}`: _target_ may stand only under logger and callbacks. Own components are registered: @txtrain.component."
+            yield (
+                f"`{path}={value}`: _target_ may stand only under logger and callbacks. Own components are registered: "
+                "@txtrain.component."
+            )
         elif key == "_target_":
             yield from _target_problems(path, value, modules)
         elif part in ALLOWED and re.fullmatch(r"_\w+_", key):
@@ -69,14 +75,15 @@ def _target_problems(path: str, target: Any, modules: Collection[str]) -> Iterat
     short = {name.rpartition(".")[2]: name for name in listed}
     near = short.get(str(target)) or short.get(nearest(str(target).rpartition(".")[2], short) or "")
     yield (
-        f"`{path}` must be a class in a module given by imports=[...], or one of {', '.join(listed)}, but is {target!r} instead."
+        f"`{path}` must be a class in a module given by imports=[...], or one of {', '.join(listed)}, "
+        f"but is {target!r} instead."
         + (f" Did you mean {near}?" if near else "")
     )
 
 
 def is_allowed(target: Any, modules: Collection[str]) -> bool:
-    """Whether the target is in the list, or has the form of a class in a module of the user's. A longer path would reach through
-    what a module imports (`mine.os.system`)."""
+    """Whether the target is listed, or has the form of a class of a user's module. A longer path could reach what that
+    module imports (`mine.os.system`)."""
     module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
     return target in _EVERY if module not in modules else re.fullmatch(r"[A-Z]\w*", name) is not None
 
@@ -93,14 +100,14 @@ def _secret(key: str, value: Any, is_logger: bool) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------------------------------------------------------- making
+# ------------------------------------------------------------------------------------------------------------ building
 
 
 def instances(nodes: Mapping[str, Any], group: str, imports: Collection[str] = ()) -> list[Any]:
-    """The Lightning loggers or callbacks that a group describes, by name.
+    """The Lightning loggers or callbacks of a group.
 
     Raises:
-        ConfigError: a class that may not be named or does not exist, or that its arguments do not fit.
+        ConfigError: a class is not allowed or does not exist, or its arguments are wrong.
     """
     if found := list(problems({group: nodes}, imports)):
         raise ConfigError(*found)
@@ -115,10 +122,10 @@ def _base(group: str) -> type:
 
 
 def class_of(path: str, target: str, imports: Collection[str] = ()) -> type:
-    """The class behind an allowed target.
+    """The class of an allowed target.
 
     Raises:
-        ConfigError: the module has no class of that name of its own.
+        ConfigError: the module defines no class of that name.
     """
     module, _, name = target.rpartition(".")
     found = getattr(importlib.import_module(module), name, None)
@@ -137,8 +144,10 @@ def _made(path: str, node: Any, base: type, imports: Collection[str]) -> Any:
     given = {key: _argument(f"{path}.{key}", value, imports) for key, value in node.items() if key != "_target_"}
     try:
         return cls(**given)
-    except Exception as e:  # whatever a constructor says to the user's arguments
-        raise ConfigError(f"`{path}` ({node['_target_']}) cannot be made: {type(e).__name__}: {e}".splitlines()[0]) from e
+    except Exception as e:  # a constructor may raise anything
+        raise ConfigError(
+            f"`{path}` ({node['_target_']}) cannot be made: {type(e).__name__}: {e}".splitlines()[0]
+        ) from e
 
 
 def _argument(path: str, value: Any, imports: Collection[str]) -> Any:
@@ -146,4 +155,7 @@ def _argument(path: str, value: Any, imports: Collection[str]) -> Any:
         return _made(path, value, object, imports)
     if isinstance(value, Mapping):
         return {key: _argument(f"{path}.{key}", inner, imports) for key, inner in value.items()}
-    return [_argument(f"{path}.{i}", inner, imports) for i, inner in enumerate(value)] if isinstance(value, (list, tuple)) else value
+    return (
+        [_argument(f"{path}.{i}", inner, imports) for i, inner in enumerate(value)]
+        if isinstance(value, (list, tuple)) else value
+    )

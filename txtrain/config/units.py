@@ -1,4 +1,4 @@
-"""Sizes and times as people write them."""
+"""Sizes and durations in text form."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "Ti
 
 
 def bytes_of(text: str) -> int | None:
-    """`80GB`, `79.6 GiB`; None: it is no size."""
+    """`80GB`, `79.6 GiB` in bytes; None: not a size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*", text)
     return None if found is None or found[2] not in UNITS else int(float(found[1]) * UNITS[found[2]])
 

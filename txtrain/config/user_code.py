@@ -16,15 +16,15 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 def import_user(what: str, root: Path) -> str:
-    """Import a file (looked for in the working directory, then in `root`) or a module; its components register themselves.
+    """Import a file (from the working directory, else from `root`) or a module; its components register themselves.
 
     Returns:
-        What names it from any folder: the file's absolute path, or the module's name.
+        The file's absolute path, or the module's name.
 
     Raises:
-        ConfigError: it does not exist, its name is taken, or it raises; with file and line.
+        ConfigError: it does not exist, its name is taken, or it raises (with file and line).
     """
-    for folder in (Path.cwd(), root):  # at the end, so that nothing there hides an installed module
+    for folder in (Path.cwd(), root):  # appended: nothing there may shadow an installed module
         if str(folder) not in sys.path:
             sys.path.append(str(folder))
     if not what.endswith(".py"):
@@ -33,13 +33,15 @@ def import_user(what: str, root: Path) -> str:
     file = next((f.resolve() for f in (Path(what), root / what) if f.is_file()), None)
     if file is None:
         looked = " and ".join(dict.fromkeys(map(str, (Path.cwd(), root))))
-        raise ConfigError(f"`imports` must be files or modules that exist, but {what!r} is not one (looked in {looked}).")
+        raise ConfigError(
+            f"`imports` must be files or modules that exist, but {what!r} is not one (looked in {looked})."
+        )
     _import_file(file)
     return str(file)
 
 
 def module_name(what: str) -> str:
-    """The module behind an entry of imports: `_target_: mine.MyLogger` for imports=[path/mine.py]."""
+    """The module's name for an entry of imports: `mine` for path/mine.py, as in `_target_: mine.MyLogger`."""
     return Path(what).stem if what.endswith(".py") else what
 
 
@@ -53,9 +55,12 @@ def _import_file(file: Path) -> None:
     found = importlib.util.find_spec(name) if present is None else present.__spec__
     if present is not None or (found is not None and found.origin != str(file)):
         other = getattr(found, "origin", None) or "built in"
-        raise ConfigError(f"`imports`: {file} must have a name of its own, but a module {name} exists already ({other}). Rename the file.")
+        raise ConfigError(
+            f"`imports`: {file} must have a name of its own, but a module {name} exists already ({other}). Rename the "
+            "file."
+        )
     if str(file.parent) not in sys.path:
-        sys.path.append(str(file.parent))  # for what lies beside it, as if it were run
+        sys.path.append(str(file.parent))  # for modules beside it, as if it were run
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None
     assert spec.loader is not None
@@ -74,13 +79,15 @@ def _import_file(file: Path) -> None:
 
 
 def _guarded(what: str, load: Any) -> None:
-    """The user's mistake, in one line with the place in the user's file."""
+    """Turn an exception into a ConfigError of one line, with file and line of the user's code."""
     try:
         load()
     except ModuleNotFoundError as e:
         if e.name is None or not (what == e.name or what.startswith(f"{e.name}.")):
             raise ConfigError(_where(what, e)) from e
-        raise ConfigError(f"`imports` must be files or modules that exist, but {what!r} is not one: there is no module {e.name}.") from e
+        raise ConfigError(
+            f"`imports` must be files or modules that exist, but {what!r} is not one: there is no module {e.name}."
+        ) from e
     except Exception as e:
         raise ConfigError(_where(what, e)) from e
 

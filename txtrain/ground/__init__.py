@@ -1,1 +1,1 @@
-"""What every room stands on: typed conversion, strict reading of foreign files, whole writes, SLURM's environment; nothing of models or runs."""
+"""Used by all rooms: typed conversion, strict reading of foreign files, atomic writes, SLURM. No models or runs."""

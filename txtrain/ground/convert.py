@@ -1,4 +1,4 @@
-"""Plain dict -> frozen dataclass, strict, every problem collected; and back. The only place where types are checked."""
+"""Plain dict <-> frozen dataclass: strict, with all problems collected. The only place where types are checked."""
 
 from __future__ import annotations
 
@@ -19,15 +19,17 @@ from txtrain.registry import key_of as key_of
 
 T = TypeVar("T")
 
-_KINDS: dict[Any, str] = {int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"}
-_MISSING = "???"  # OmegaConf's marker of a value that must be given
-_MOST_PROBLEMS, _LONGEST = 50, 2000  # that are told at once, and characters of one
-_BAD = object()  # what stands in for a value that has a problem
+_KINDS: dict[Any, str] = {
+    int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "a mapping"
+}
+_MISSING = "???"  # OmegaConf's marker of a mandatory value
+_MOST_PROBLEMS, _LONGEST = 50, 2000  # problems reported at once, and characters of each
+_BAD = object()  # marks a value that has a problem
 
 
 @runtime_checkable
 class Checked(Protocol):
-    """A config that finds its own problems, but for numbers out of their bounds."""
+    """A config that checks itself, apart from the bounds of its numbers."""
 
     def check(self) -> Iterable[str]: ...
 
@@ -36,8 +38,8 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
     """The typed, checked object that `raw` describes.
 
     Raises:
-        ConfigError: all that is wrong with it: unknown or missing keys, wrong types, unknown options; if nothing of
-            that kind, numbers out of their bounds; if none, what the object's own `check` finds.
+        ConfigError: all unknown or missing keys, wrong types and unknown options; if there are none, all numbers out
+            of bounds; if none, the problems of the object's own `check`.
     """
     made, problems = part(cls, raw, "")
     if problems or (isinstance(made, Checked) and (problems := list(made.check()))):
@@ -46,12 +48,12 @@ def build(cls: type[T], raw: Mapping[str, Any]) -> T:
 
 
 def checked(value: Any, cls: type[T], name: str, path: str = "") -> T:
-    """The value of that argument, if it is a sound `cls`: in Python it may have been made or changed by hand.
+    """The argument `name` of a public function, checked: it may have been built or changed by hand.
 
-    path: at which it lies in a run's configuration.
+    path: its place in a run's configuration.
 
     Raises:
-        ConfigError: it is something else, or what `build` would not make.
+        ConfigError: it is no `cls`, or `build` would refuse it.
     """
     if not isinstance(value, cls):
         kind = type(value).__name__
@@ -64,7 +66,7 @@ def checked(value: Any, cls: type[T], name: str, path: str = "") -> T:
 
 
 def _differences(made: Any, value: Any, path: str) -> Iterator[str]:
-    """Where a value is not of the type that `build` would give it, though it says the same, as a dict does."""
+    """Values of another type than `build` makes, such as a dict in place of a dataclass."""
     if type(made) is not type(value) and not (type(value) is int and type(made) is float):
         yield f"`{path}` must be {type(made).__name__}, but is {type(value).__name__} instead."
     elif dc.is_dataclass(made):
@@ -79,7 +81,7 @@ def _differences(made: Any, value: Any, path: str) -> Iterator[str]:
 
 
 def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, list[str]]:
-    """As `build`, of what lies at `path` of a configuration: the object, or what is wrong, its own `check` left out."""
+    """As `build`, for the part of a configuration at `path`, without its `check`: the object, or None and problems."""
     reader = _Reader(cls)
     made = reader.dataclass(cls, raw, path, None)
     problems = reader.problems or list(out_of_range(made, path))
@@ -87,7 +89,7 @@ def part(cls: type[T], raw: Mapping[str, Any], path: str) -> tuple[T | None, lis
 
 
 def plain(obj: Any) -> Any:
-    """Dicts, lists and values only; `build` reads them back, also after YAML or JSON."""
+    """As dicts, lists and values, from which `build` makes the same object, also after YAML or JSON."""
     if dc.is_dataclass(obj) and not isinstance(obj, type):
         return {key_of(f): plain(getattr(obj, f.name)) for f in dc.fields(obj)}
     if isinstance(obj, (list, tuple)):
@@ -98,7 +100,7 @@ def plain(obj: Any) -> Any:
 
 
 def key_paths(cls: type) -> dict[str, dict[str, Any]]:
-    """Every dotted key that any combination of options accepts, in order, with the metadata of its fields."""
+    """Every dotted key that some combination of options has, in order, with the metadata of its fields."""
     return _key_paths(cls, "", sum(map(len, TABLE.values())))
 
 
@@ -115,7 +117,7 @@ def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, dict[str, An
 
 
 def marked(cls: type, mark: str) -> dict[str, Any]:
-    """The dotted keys whose field has that mark (`registry.knob`), and its value."""
+    """Dotted key -> value of the mark (`registry.knob`), for the fields that have it."""
     return {key: marks[mark] for key, marks in key_paths(cls).items() if marks.get(mark)}
 
 
@@ -128,15 +130,15 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any], free: Iterable[str]) -> list[tuple[str, Any, Any]]:
-    """Dotted key, old and new value of what differs between two plain configs; not of `free` keys and those below. A key that
-    one of them does not have, as it is of another version, is null or an empty list there."""
+    """Dotted key, old and new value of each difference of two plain configs, except for `free` keys and those below.
+    A key that one of them lacks, as another version wrote it, counts as null or an empty list."""
     a, b = flat(old), flat(new)
     pairs = [(key, a.get(key), b.get(key)) for key in {**a, **b} if not among(key, free)]
     return [(key, x, y) for key, x, y in pairs if x != y and [x, y] not in ([None, []], [[], None])]
 
 
 def among(key: str, keys: Iterable[str]) -> bool:
-    """Whether a dotted key is one of these, or lies below one."""
+    """Whether a dotted key is one of `keys`, or below one."""
     return any(f"{key}.".startswith(f"{k}.") for k in keys)
 
 
@@ -154,24 +156,26 @@ def hints(cls: type) -> dict[str, Any]:
     try:
         return typing.get_type_hints(cls)
     except NameError as e:  # a user's own Config that imports a type only for type checkers
-        raise ConfigError(f"`{cls.__module__}.{cls.__qualname__}`: the types of its fields cannot be resolved: {e}.") from e
+        raise ConfigError(
+            f"`{cls.__module__}.{cls.__qualname__}`: the types of its fields cannot be resolved: {e}."
+        ) from e
 
 
 class _Reader:
-    """One pass over a raw config; problems are collected, not raised, so that a user sees all of them at once."""
+    """One pass over a raw config that collects all problems."""
 
     def __init__(self, root: type) -> None:
         self.root = root
         self.problems: list[str] = []
 
     def dataclass(self, cls: type, raw: Any, path: str, axis: str | None, absent: Mapping[str, str] = NONE) -> Any:
-        """`axis`: the axis that `cls` is an option of, if it is one; absent: as of a registered option."""
+        """axis: of which `cls` is an option, or None. absent: as of a registered option."""
         if not isinstance(raw, Mapping):
             return self.problem(f"`{path}` must be a mapping, but is {raw!r} instead.")
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         known = key_paths(self.root)
         for key in raw:
-            if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # each is compared with all keys there are
+            if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # a limit, since finding near names is slow
                 said = unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis)
                 self.problem(said + absent.get(key, ""))
         values = {}
@@ -189,18 +193,26 @@ class _Reader:
             each = dc.field(metadata={"axis": f.metadata["axes"]})
             return {str(name): self.option(each, one, f"{path}.{name}") for name, one in value.items()}
         if "choice" in f.metadata and isinstance(value, str) and value != _MISSING:
-            return value if value in (options := TABLE[f.metadata["choice"]]) else self.not_an_option(path, value, options)
+            return (
+                value if value in (options := TABLE[f.metadata["choice"]]) else self.not_an_option(path, value, options)
+            )
         return self.value(hints(cls)[f.name], value, path)
 
     def option(self, f: dc.Field[Any], raw: Any, path: str) -> Any:
-        """A mapping whose tag (`type`, unless the field says otherwise) tells which option's config it is."""
+        """The config of an option, from a mapping whose tag (`type`, or the field's own) names the option."""
         axis, tag = f.metadata["axis"], f.metadata.get("tag", "type")
         options = TABLE.get(axis, {})
         if raw is None and f.metadata.get("optional"):
             return None
         if not isinstance(raw, Mapping):
-            how = f"write {group_of(axis)}={raw}" if tag == "type" and path == axis else f"write {path}={{{tag}: {next(iter(options))}, ...}}"
-            return self.problem(f"`{path}` must be a mapping{' or null' if f.metadata.get('optional') else ''}, but is {raw!r} instead: {how}.")
+            how = (
+                f"write {group_of(axis)}={raw}"
+                if tag == "type" and path == axis else f"write {path}={{{tag}: {next(iter(options))}, ...}}"
+            )
+            return self.problem(
+                f"`{path}` must be a mapping{' or null' if f.metadata.get('optional') else ''}, but is {raw!r} "
+                f"instead: {how}."
+            )
         kind = raw.get(tag)
         if not isinstance(kind, str) or kind not in options:
             return self.not_an_option(f"{path}.{tag}", kind, options)
@@ -244,11 +256,13 @@ class _Reader:
 
 
 def _scalar(tp: Any, v: Any) -> Any:
-    """`v` as `tp`, or _BAD. No conversions, but an integer is a number, and so is the 3e-4 that YAML 1.1 takes for a string."""
+    """`v` as `tp`, or _BAD. Nothing is converted, but an integer, and 3e-4 (a string in YAML 1.1), pass as numbers."""
     if typing.get_origin(tp) is typing.Literal:
         return v if any(v == a and type(v) is type(a) for a in typing.get_args(tp)) else _BAD
     if tp is float:
-        number = type(v) in (int, float) or (isinstance(v, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)e[+-]?\d+", v, re.IGNORECASE))
+        number = type(v) in (int, float) or (
+            isinstance(v, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)e[+-]?\d+", v, re.IGNORECASE)
+        )
         return float(v) if number and math.isfinite(float(v)) else _BAD
     if tp in (dict, list, tuple):
         return v if isinstance(v, tp) else _BAD
@@ -256,7 +270,7 @@ def _scalar(tp: Any, v: Any) -> Any:
 
 
 def _endless(tp: Any) -> bool:
-    """A list of any length, all of one type."""
+    """Whether a list or tuple type is of any length."""
     return typing.get_origin(tp) is list or ... in typing.get_args(tp)
 
 
@@ -275,7 +289,7 @@ def describe(tp: Any) -> str:
 
 
 def _words(tp: Any) -> list[Any]:
-    """What a mistyped word may have been meant to be."""
+    """The words that a value of this type may be, for hints."""
     if typing.get_origin(tp) is typing.Literal:
         return list(typing.get_args(tp))
     return [word for a in typing.get_args(tp) for word in _words(a)]

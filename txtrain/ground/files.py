@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whenever the process dies; a folder that one process at a time writes to."""
+"""Atomic writes (a file is complete or absent, whenever the process dies), locked folders, errors of the disk."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from pathlib import Path
 
 from txtrain.errors import ConfigError
 
-LOCK = "lock"  # of a temporary folder, in it
-PATIENCE = 6.0  # seconds: the data loader's workers of a process that was killed hold its lock until they notice (5 s)
+LOCK = "lock"  # file in a temporary folder
+PATIENCE = 6.0  # seconds; data loader workers of a killed process hold its lock until they notice (5 s)
 
 
 def path_of(where: object, name: str) -> Path:
-    """The path that an argument of that name is, with the home folder in place of `~`.
+    """The argument `name` as a path, with `~` expanded.
 
     Raises:
-        ConfigError: it is no path.
+        ConfigError: it is not a path.
     """
     text = os.fspath(where) if isinstance(where, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError(f"`{name}` must be a path, but is {where!r} instead.")
     try:
         return Path(text).expanduser()
-    except RuntimeError as e:  # ~name of nobody
+    except RuntimeError as e:  # ~NAME of no user
         raise ConfigError(f"`{name}` must be a path, but is {text!r} instead: {e}") from e
 
 
@@ -44,7 +44,7 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    """Write a whole file at once: a reader sees the old one or the new one, also after a power cut."""
+    """Write a file atomically: a reader sees the old or the new text, also after a power failure."""
     part = path.with_name(path.name + ".tmp")
     try:
         with open(part, "w", encoding="utf-8", newline="") as f:
@@ -59,7 +59,7 @@ def write(path: Path, text: str) -> None:
 
 
 def overwrite(path: Path, text: str) -> None:
-    """Write where the file lies: on a disk that is full a text that is not longer still fits."""
+    """Write in place: on a full disk a text that is no longer than the old one still fits."""
     with open(path, "r+b") as f:
         f.write(text.encode())
         f.truncate()
@@ -68,12 +68,12 @@ def overwrite(path: Path, text: str) -> None:
 
 
 def lock(folder: Path) -> Callable[[], object] | None:
-    """Lock a folder; None if another process holds it.
+    """Lock a folder.
 
-    The lock is on the folder itself and leaves no file. The system gives it back when the process ends, be it by kill -9.
+    The lock is on the folder itself and leaves no file. The system releases it when the process ends, even by kill -9.
 
     Returns:
-        A function that gives it back; so does the garbage collector where that is forgotten.
+        A function that releases it, as does garbage collection; None if another process holds the lock.
     """
     handle = os.open(folder, os.O_RDONLY)
     deadline = time.monotonic() + PATIENCE
@@ -88,7 +88,7 @@ def lock(folder: Path) -> Callable[[], object] | None:
 
 
 def _flock(handle: int) -> bool | None:
-    """Whether the lock of an open folder is this process' now; None on a file system, or a system, without locks."""
+    """Try to lock an open folder: whether this process has the lock; None if the system or file system has no locks."""
     try:
         import fcntl
 
@@ -102,17 +102,15 @@ def _flock(handle: int) -> bool | None:
 
 @contextlib.contextmanager
 def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
-    """A temporary folder, locked as long as it is used; those that a process left which was killed (kill -9) are removed.
-
-    Without locks nothing is known of the others, and they stay.
-    """
+    """A temporary folder, locked while it is used. Removes those of killed processes, if the file system has locks."""
     for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
         with contextlib.suppress(OSError), _opened(left) as handle:  # another user's, or a plain file
             if _flock(handle):
                 shutil.rmtree(left, ignore_errors=True)
     while True:
-        with tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name, _opened(Path(name)) as handle:
-            if _flock(handle) is not False and os.path.exists(name):  # else another start took it for one that was left
+        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
+        with made as name, _opened(Path(name)) as handle:
+            if _flock(handle) is not False and os.path.exists(name):  # else another process took it for abandoned
                 yield Path(name)
                 return
 
@@ -134,15 +132,15 @@ class _Release:
         self._close()
 
 
-# ---------------------------------------------------------------------------------------------------------- temporary folders
+# --------------------------------------------------------------------------------------------------- temporary folders
 
 
 @contextlib.contextmanager
 def temporary(parent: Path, name: str) -> Iterator[Path]:
-    """A new folder in `parent`, `.NAME.xxxxxxxx.tmp`, that is removed in the end, unless it was renamed.
+    """A new folder in `parent`, `.NAME.xxxxxxxx.tmp`, removed at the end unless it was renamed.
 
-    What processes that are no more have left of such folders goes first. One is taken to be left if its lock can be had: the system,
-    that of another host too, gives it back when the process ends. A process's number would say nothing beyond its own container.
+    Removes abandoned ones first: those whose lock is free, since the system, on any host, releases it when the process
+    ends. Process ids would not do, which other containers and hosts do not share.
     """
     remove_abandoned(parent)
     made, handle = _locked_folder(parent, name)
@@ -156,20 +154,20 @@ def temporary(parent: Path, name: str) -> Iterator[Path]:
 def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
     while True:
         made = parent / f".{name}.{secrets.token_hex(4)}.tmp"
-        made.mkdir()  # not tempfile's, whose folders nobody else may read
+        made.mkdir()  # not by tempfile, whose folders only the owner may read
         with contextlib.suppress(FileNotFoundError):  # another process may take it for abandoned before it is locked
-            handle = os.open(made / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only what may be written to
+            handle = os.open(made / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only writable files
             if _flock(handle) is not False and os.path.samestat(os.fstat(handle), os.stat(made / LOCK)):
                 return made, handle
             os.close(handle)
 
 
 def remove_abandoned(parent: Path) -> None:
-    """Temporary folders in `parent` whose processes have ended. Those of other users, and of file systems without locks, stay."""
+    """Remove temporary folders in `parent` of ended processes: this user's, and if the file system has locks."""
     for path in parent.glob(".*.tmp"):
         with contextlib.suppress(OSError):
             if not (path / LOCK).exists():
-                path.rmdir()  # unless there is something in it: not one of these
+                path.rmdir()  # fails unless it is empty
                 continue
             handle = os.open(path / LOCK, os.O_RDWR)
             try:
@@ -179,17 +177,16 @@ def remove_abandoned(parent: Path) -> None:
                 os.close(handle)
 
 
-# ------------------------------------------------------------------------------------------------------------------- writing
+# ------------------------------------------------------------------------------------------------------------- writing
 
 
 def check_writable(folder: Path, key: str) -> None:
-    """Refuse a folder, or a new one, that could not be written to, before work is done that it should keep. Nothing is left there.
+    """Refuse a folder, existing or new, that cannot be written to, before any work is done. Leaves nothing there.
 
-    Args:
-        key: or variable, that names it.
+    key: the key or variable that names the folder.
 
     Raises:
-        ConfigError: the folder, and why: its name, a link to nothing, rights, a disk that is full.
+        ConfigError: names the folder and the cause: its name, a dangling link, permissions, a full disk.
     """
     try:
         there = _nearest(folder.absolute())
@@ -208,7 +205,7 @@ def check_writable(folder: Path, key: str) -> None:
 
 
 def _nearest(path: Path) -> Path:
-    """It or the folder above it that is there, be it a link to nothing."""
+    """The path, or its nearest parent, that exists, even as a dangling link."""
     while True:
         try:
             os.lstat(path)
@@ -218,25 +215,25 @@ def _nearest(path: Path) -> Path:
 
 
 def check_temporary() -> str | None:
-    """What there is to say of $TMPDIR, which all that asks for a temporary folder would leave without a word.
+    """A warning if $TMPDIR is not writable, which tempfile ignores silently.
 
     Raises:
-        ConfigError: there is no folder for temporary files at all.
+        ConfigError: there is no folder for temporary files.
     """
     given = os.environ.get("TMPDIR")
     try:
         used = tempfile.gettempdir()
     except FileNotFoundError as e:
-        raise ConfigError(f"`TMPDIR` must be a folder that can be written to, but is {given!r} instead: {e.strerror}.") from e
+        raise ConfigError(f"`TMPDIR` must be a folder to write to, but is {given!r} instead: {e.strerror}.") from e
     if not given or os.path.abspath(given) == used:
         return None
-    os.environ["TMPDIR"] = used  # of child processes too, which need not say it again
+    os.environ["TMPDIR"] = used  # for child processes, which then do not warn again
     return f"TMPDIR={given} is no folder that can be written to: {used} is used instead."
 
 
 @contextlib.contextmanager
 def writing(folder: Path, key: str) -> Iterator[None]:
-    """What the system says of what is written below a folder's parent, as ours: the disk is full, a quota reached, a right missing.
+    """Turn errors of writing to a folder, or beside it, into ConfigError: a full disk, a quota, missing permissions.
 
     Raises:
         ConfigError: names the key, the folder and the cause.
@@ -245,7 +242,7 @@ def writing(folder: Path, key: str) -> Iterator[None]:
         yield
     except OSError as e:
         ours = isinstance(e.filename, (str, os.PathLike)) and Path(e.filename).is_relative_to(folder.parent)
-        of_numpy = type(e) is OSError and e.errno is None  # of a file that was not taken whole
+        of_numpy = type(e) is OSError and e.errno is None  # an incomplete write
         if not (ours or of_numpy or e.errno in _FULL):
             raise
         raise _unwritable(folder, key, e) from e

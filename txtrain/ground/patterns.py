@@ -1,4 +1,4 @@
-"""Regular expressions that a user gives for names of parameters; found anywhere in a name (re.search)."""
+"""Regular expressions for names of parameters; they match anywhere in a name (re.search)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from txtrain.errors import hint
 
 
 def pattern_problems(path: str, patterns: Sequence[str]) -> Iterator[str]:
-    """Those that are no regular expressions, as sentences."""
+    """Problems: patterns that are no regular expressions."""
     for pattern in patterns:
         try:
             re.compile(pattern)
@@ -18,9 +18,12 @@ def pattern_problems(path: str, patterns: Sequence[str]) -> Iterator[str]:
 
 
 def unfound(names: Collection[str], patterns: Mapping[str, str]) -> Iterator[str]:
-    """Patterns, by their keys, that are found in none of the names: a mistyped one would do nothing, unseen."""
+    """Problems: patterns (by key) that match no name, and so would silently do nothing."""
     parts = [part for name in names for part in (name, *name.split("."))]
     for path, pattern in patterns.items():
         if not any(re.search(pattern, name) for name in names):
             nearest = hint(pattern, parts) or f" The first is {next(iter(names), 'missing')}."
-            yield f"`{path}` must be found in the name of a parameter, but {pattern!r} is in none of {len(names)}.{nearest}"
+            yield (
+                f"`{path}` must be found in the name of a parameter, but {pattern!r} is in none of "
+                f"{len(names)}.{nearest}"
+            )

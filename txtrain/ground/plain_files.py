@@ -1,8 +1,8 @@
-"""Files that a stranger may have written, read as data: JSON, YAML and arrays, with a limit on everything.
+"""Reading files that a stranger may have written, as plain data: JSON, YAML and arrays, with limits.
 
-A file must be regular, a link must stay in its folder, and what is read has a bounded size, depth and number of digits.
-Names are unique, text is whole UTF-8, and nothing in a file is ever run: no tags, no anchors, no pickles.
-Whatever is wrong is a ConfigError that names the file.
+A file must be regular, a link must stay in its folder, and size, depth and number of digits are bounded. Names are
+unique, text is valid UTF-8, and nothing is executed: no tags, no anchors, no pickles. Every problem is a ConfigError
+that names the file.
 """
 
 from __future__ import annotations
@@ -25,28 +25,22 @@ from txtrain.errors import ConfigError
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-LIMIT = 10_000_000  # bytes of a file; as objects of Python they take about twenty times as much
-TENSORS_LIMIT = 50_000_000  # bytes of a safetensors header or index; that of a model of 1e12 parameters has 15 million
+LIMIT = 10_000_000  # bytes of a file; Python objects take about twenty times as many
+TENSORS_LIMIT = 50_000_000  # bytes of a safetensors header or index; a model of 1e12 parameters has 15 million
 TOKENIZER_LIMIT = 200_000_000  # bytes; Gemma's tokenizer.json has 34 million
 YAML_LIMIT = 1_000_000  # bytes; the configuration of a run has a few thousand
 _DEPTH = 64
 _DIGITS = 40  # of an integer; 2**128 has 39
 _EVENTS = 200_000  # of a YAML file
-EXPANSION_FLOOR = 64_000_000  # bytes that any packed file may have inside
+EXPANSION_FLOOR = 64_000_000  # bytes to which any compressed file may expand
 _SHOWN = 80  # characters of a value or a name in a message
 _WORDS: dict[Any, str] = {
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    bool: "true or false",
-    dict: "a mapping",
-    list: "a list",
-    types.NoneType: "null",
-    Any: "a value",
+    int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list",
+    types.NoneType: "null", Any: "a value"
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------- files
+# --------------------------------------------------------------------------------------------------------------- files
 
 
 def check_links(paths: Iterable[Path]) -> None:
@@ -81,14 +75,14 @@ def check_file(path: Path, limit: int | None = LIMIT) -> int:
     """The size of a regular file in bytes.
 
     Raises:
-        ConfigError: there is none, it has more than `limit`, or is a pipe, a device, a folder or a link out of its folder.
+        ConfigError: it is missing, larger than `limit`, a pipe, a device, a folder, or a link out of its folder.
     """
     check_links([path])
     try:
         said = path.stat()
     except OSError as e:
         raise ConfigError(f"{path} cannot be read: {e.strerror}.") from e
-    if not stat.S_ISREG(said.st_mode):  # a pipe would be waited for
+    if not stat.S_ISREG(said.st_mode):  # reading a pipe would block
         raise ConfigError(f"{path} must be a regular file, but is {'a folder' if path.is_dir() else 'none'}.")
     if limit is not None and said.st_size > limit:
         raise ConfigError(f"{path} must have at most {limit:,} bytes, but has {said.st_size:,}.")
@@ -101,14 +95,14 @@ def read_text(path: Path, limit: int = LIMIT) -> str:
 
 
 def decode(raw: bytes, where: str) -> str:
-    """UTF-8 as text; a byte order mark is left out."""
+    """UTF-8 as text, without a byte order mark."""
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         raise ConfigError(f"{where} must be text in UTF-8, but is not: byte 0x{raw[e.start]:02x} at {e.start}.") from e
 
 
-# ---------------------------------------------------------------------------------------------------------------------- JSON
+# ---------------------------------------------------------------------------------------------------------------- JSON
 
 
 def read_json(path: Path, limit: int = LIMIT, *, finite: bool = True) -> dict[str, Any]:
@@ -120,12 +114,12 @@ def parse_json(text: str | bytes, where: str, *, finite: bool = True, whole: boo
     """A JSON object.
 
     Args:
-        where: what an error calls it.
-        finite: refuse NaN and infinities, which JSON does not have, but Python writes.
-        whole: refuse halves of characters.
+        where: its name in errors.
+        finite: refuse NaN and infinities, which are not JSON but which Python writes.
+        whole: refuse lone surrogates.
 
     Raises:
-        ConfigError: it is cut off, no object, nested beyond reason, or says a name twice or a number that is none.
+        ConfigError: it is truncated, no object, nested too deep, has a name twice or an invalid number.
     """
     try:
         made = _DECODER.decode(text if isinstance(text, str) else decode(text, where))
@@ -152,36 +146,36 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(text: str) -> int | float:
-    """Longer ones take time that grows with the square of their length."""
+    """Long ones as float: parsing takes quadratic time."""
     return int(text) if len(text) <= _DIGITS else float(text)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique, parse_int=_integer)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- YAML
+# ---------------------------------------------------------------------------------------------------------------- YAML
 
 
 def read_yaml(path: Path) -> dict[Any, Any]:
     """The mapping in a YAML file of plain values: no tags, anchors, dates or further documents. Keys may be numbers.
 
     Raises:
-        ConfigError: see `check_file`; or it is damaged, no mapping, nested too deep, or not plain.
+        ConfigError: as `check_file`; or it is damaged, no mapping, nested too deep, or not plain.
     """
     text = read_text(path, YAML_LIMIT)
     try:
-        _check_events(text)  # without recursion, before anything is built
+        _check_events(text)  # iteratively, before any object is made
         made = yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as e:
         place = "" if e.problem_mark is None else f", line {e.problem_mark.line + 1}"
         raise ConfigError(f"{path}{place}: this is not plain YAML: {shorten(e.problem)}.") from e
-    except (yaml.YAMLError, ValueError, ArithmeticError) as e:  # ValueError: a date or number that is none
+    except (yaml.YAMLError, ValueError, ArithmeticError) as e:  # ValueError: an invalid date or number
         raise ConfigError(f"{path} must be plain YAML, but is not: {shorten(e)}.") from e
     return _object(made, str(path), "mapping", finite=False)
 
 
 class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Each key once, and no integers of a million digits."""
+    """Refuses repeated keys; long integers become floats."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[Any] = set()
@@ -218,11 +212,11 @@ def _check_events(text: str) -> None:
             raise yaml.MarkedYAMLError(problem=found[0], problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 
-# --------------------------------------------------------------------------------------------------------------------- values
+# -------------------------------------------------------------------------------------------------------------- values
 
 
 def _object(made: Any, where: str, what: str, finite: bool, whole: bool = True) -> dict[Any, Any]:
-    """What was read, if it is a mapping of plain values."""
+    """`made`, checked to be a mapping of plain values."""
     if not isinstance(made, dict):
         raise ConfigError(f"{where} must be a {what}, but is {_kind(made)} instead.")
     problem = next(_problems(made, finite, whole), None)
@@ -232,7 +226,7 @@ def _object(made: Any, where: str, what: str, finite: bool, whole: bool = True) 
 
 
 def _problems(made: Any, finite: bool, whole: bool) -> Iterator[str]:
-    """Of all values, without recursion."""
+    """Problems of all nested values, without recursion."""
     waiting: list[tuple[Any, str, int]] = [(made, "", 1)]
     while waiting:
         node, path, depth = waiting.pop()
@@ -255,7 +249,7 @@ def _problems(made: Any, finite: bool, whole: bool) -> Iterator[str]:
 
 
 def is_whole(text: str) -> bool:
-    """JSON can spell one of the two surrogates that UTF-16 writes a character with."""
+    """Whether text has no lone surrogates, which JSON can escape."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -268,20 +262,19 @@ def _kind(value: Any) -> str:
 
 
 def shorten(what: object) -> str:
-    """A stranger's value or sentence as a message can hold it."""
+    """A foreign text in one line of limited length, for a message."""
     text = " ".join(str(what).split())
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def check_keys(found: Mapping[str, Any], where: str, keys: Mapping[str, Any]) -> None:
-    """Refuse what lacks one of the keys, or has a value of another kind there.
+    """Check the types of values.
 
-    Args:
-        keys: the kind of each, such as `int`, `list[float]` or `dict[str, float] | None`. A float may be an integer.
-            Without the key a value is null.
+    keys: the type of each, such as `int`, `list[float]` or `dict[str, float] | None`. A float may be an integer; a
+    missing key counts as null.
 
     Raises:
-        ConfigError: all that is wrong.
+        ConfigError: names every key with a value of another type.
     """
     if problems := [
         f"{where}: `{key}` must be {_words(kind)}, but is {shorten(repr(found.get(key)))} instead."
@@ -308,7 +301,7 @@ def _words(kind: Any) -> str:
     return _WORDS[kind]
 
 
-# --------------------------------------------------------------------------------------------------------------------- arrays
+# -------------------------------------------------------------------------------------------------------------- arrays
 
 
 @contextmanager
@@ -317,17 +310,18 @@ def _arrays(where: str) -> Iterator[None]:
         yield
     except ConfigError:
         raise
-    except Exception as e:  # numpy and zipfile say what is damaged in a dozen ways
+    except Exception as e:  # numpy and zipfile raise many types for damaged files
         raise ConfigError(
-            f"{where} must be a whole file of numbers without Python objects, but is not: {shorten(e) or type(e).__name__}."
+            f"{where} must be a whole file of numbers without Python objects, but is not: "
+            f"{shorten(e) or type(e).__name__}."
         ) from e
 
 
 def map_npy(path: Path, where: str | None = None) -> NDArray[Any]:
-    """The numbers in a .npy file, through a memory map: nothing is allocated on the word of its header.
+    """The numbers in a .npy file as a memory map: nothing is allocated because of its header.
 
     Raises:
-        ConfigError: it holds anything else, objects of Python above all, or less than it says.
+        ConfigError: it holds anything else, such as Python objects, or is shorter than its header says.
     """
     import numpy as np
 
@@ -345,10 +339,11 @@ def npz_names(path: Path, where: str) -> list[str]:
 
 
 def read_npz(path: Path, name: str, where: str, max_expansion: float) -> NDArray[Any]:
-    """One array of numbers of an .npz file, whose size is checked before it is unpacked.
+    """One array of numbers of an .npz file; the size is checked before it is unpacked.
 
     Raises:
-        ConfigError: it holds anything else, is not as large as it says, or unpacks to more than `max_expansion` times its file.
+        ConfigError: it holds anything else, has another size than it says, or unpacks to more than `max_expansion`
+            times its file.
     """
     import numpy as np
 
@@ -364,11 +359,11 @@ def read_npz(path: Path, name: str, where: str, max_expansion: float) -> NDArray
             return found
 
 
-_NPY_HEADER = 10_016  # bytes: of the header numpy reads 10,000
+_NPY_HEADER = 10_016  # bytes; numpy reads at most 10,000 of a header
 
 
 def _check_npy(head: bytes, size: int) -> None:
-    """The header of an array, of which there are `size` bytes in all. Raises what numpy does, or ValueError."""
+    """Check the header of an array file of `size` bytes. Raises ValueError, or what numpy raises."""
     import numpy as np
 
     stream = io.BytesIO(head)
@@ -383,10 +378,10 @@ def _check_npy(head: bytes, size: int) -> None:
 
 
 def check_expansion(unpacked: int, packed: int, max_expansion: float, where: str) -> None:
-    """Refuse a file that unpacks to far more than itself.
+    """Refuse a file that unpacks to far more bytes than its own.
 
     Raises:
-        ConfigError: names the key that allows more.
+        ConfigError: names the key of the limit.
     """
     if unpacked > max(EXPANSION_FLOOR, packed * max_expansion):
         raise ConfigError(

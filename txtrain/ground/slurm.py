@@ -1,4 +1,4 @@
-"""The SLURM job that this process is part of, as SLURM's variables and commands tell it. No torch."""
+"""The SLURM job of this process, from SLURM's environment variables and commands. No torch."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from txtrain.errors import ConfigError
 
-PORTS = range(12_000, 32_000)  # above those of services, below those that Linux gives to connections (32768 to 60999)
-_SPECIAL = 0xFFFFFFF0  # steps from here on are SLURM's own: of the batch script, of salloc's shell
-_QUESTION, _REQUEST = 10.0, 60.0  # seconds for an answer of SLURM's commands
+PORTS = range(12_000, 32_000)  # above those of services, below Linux's ephemeral ports (32768 to 60999)
+_SPECIAL = 0xFFFFFFF0  # step ids from here on are SLURM's own: the batch script, salloc's shell
+_QUESTION, _REQUEST = 10.0, 60.0  # timeouts of SLURM's commands, in seconds
 MAX_REQUEUES = 3  # default of trainer.max_requeues
-_requeued: set[str] = set()  # jobs for which this process has asked
+_requeued: set[str] = set()  # jobs that this process has requeued
 
 
 @dc.dataclass(frozen=True)
 class Job:
-    """number: as squeue and scontrol take it, of a member of an array ARRAY_TASK. restarts: how often SLURM has started it again."""
+    """number: for squeue and scontrol; ARRAY_TASK in a job array. restarts: how often SLURM has restarted it."""
 
     number: str
     restarts: int = 0
@@ -37,10 +37,11 @@ class Job:
         given = os.environ if environment is None else environment
         array, task, job = (given.get(name) for name in ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID"))
         number = f"{array}_{task}" if array and task else array or job
-        return cls(number, int(given.get("SLURM_RESTART_COUNT") or 0)) if number else None  # SLURM sets it from the first restart on
+        # SLURM_RESTART_COUNT is unset before the first restart
+        return cls(number, int(given.get("SLURM_RESTART_COUNT") or 0)) if number else None
 
     def end(self) -> float | None:
-        """When SLURM will end the job, in seconds since 1970; None where it does not say."""
+        """When the time limit ends the job, in seconds since 1970; None if SLURM does not say."""
         if text := os.environ.get("SLURM_JOB_END_TIME"):
             return float(text)
         with contextlib.suppress(ValueError):  # N/A, NONE
@@ -49,28 +50,30 @@ class Job:
 
     @property
     def record(self) -> dict[str, Any]:
-        """As run.json has it: under `slurm` of the latest start, under `progress` of the latest whose steps were kept."""
+        """As in run.json: under `slurm` for the latest start, under `progress` for the latest that saved a step."""
         return {"job": self.number, "restarts": self.restarts}
 
     def gives_up(self, most: int, *folders: str | None) -> bool:
-        """Whether more than `most` starts of the job in a row, this one the last, have kept no step.
+        """Whether more than `most` starts of the job in a row, this one included, have saved no step.
 
-        folders: of the job's runs, where they may lie elsewhere than under runs/.
+        folders: of the job's runs, if they may lie outside runs/.
         """
         if self.restarts < most:
             return False
         last = -1
         for file in (*(Path(f).expanduser() / "run.json" for f in folders if f), *Path("runs").glob("*/*/run.json")):
-            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # not there, or no run's of this version
+            with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or of another version
                 kept = json.loads(file.read_text(encoding="utf-8"))["progress"]
                 last = max(last, kept["restarts"] if kept["job"] == self.number else -1)
         return self.restarts - last > most
 
     def requeue(self, gives_up: bool = False) -> str:
-        """Have SLURM run the job again; called when all is on the disk, for SLURM ends the job's processes at once. What came of it, in words.
+        """Requeue the job; call it when all is on the disk, since SLURM then ends the job's processes at once.
 
-        A job that SLURM runs again by itself needs no word of ours, and one that a person has cancelled must not come back: SLURM would
-        requeue it if it were asked.
+        Not if SLURM requeues the job itself, nor if someone has cancelled it: scontrol would requeue it all the same.
+
+        Returns:
+            A sentence on the outcome.
         """
         if "WANDB_SWEEP_ID" in os.environ:
             return f"Job {self.number} is not requeued: it is that of a W&B agent, which may have other trials."
@@ -82,7 +85,9 @@ class Job:
         if state == "CANCELLED" or (state == "COMPLETING" and reason != "TimeLimit"):
             return f"Job {self.number} was cancelled: it is not requeued."
         if gives_up:
-            return f"Job {self.number} is not requeued: more starts in a row than trainer.max_requeues have kept no step."
+            return (
+                f"Job {self.number} is not requeued: more starts in a row than trainer.max_requeues have kept no step."
+            )
         by_script = "exit code 75 tells the script to do it"
         try:
             done = _run(["scontrol", "requeue", self.number], _REQUEST)
@@ -90,17 +95,21 @@ class Job:
             return f"Job {self.number} is not requeued, scontrol is not there: {by_script}."
         except subprocess.TimeoutExpired:
             return f"Job {self.number} is not requeued, scontrol does not answer: {by_script}."
-        if done.returncode > 0:  # below 0: scontrol is one of the job's processes, which SLURM has begun to end
-            return f"Job {self.number} is not requeued, SLURM refuses ({(done.stderr or done.stdout).strip()}): {by_script}."
+        if done.returncode > 0:  # below 0: SLURM is ending the job's processes, scontrol among them
+            return (
+                f"Job {self.number} is not requeued, SLURM refuses ({(done.stderr or done.stdout).strip()}): "
+                f"{by_script}."
+            )
         _requeued.add(self.number)
         return f"SLURM runs job {self.number} again: scontrol requeue {self.number}."
 
     def _asked(self, *fields: str) -> list[str]:
-        """Of `squeue -O`; each empty without an answer."""
+        """Fields of the job by `squeue -O`; empty without an answer."""
         width = 60
         said = ""
         with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-            said = _run(["squeue", "--noheader", "--jobs", self.number, "-O", ",".join(f"{name}:{width}" for name in fields)], _QUESTION).stdout
+            asked = ",".join(f"{name}:{width}" for name in fields)
+            said = _run(["squeue", "--noheader", "--jobs", self.number, "-O", asked], _QUESTION).stdout
         return [said[i * width : (i + 1) * width].strip() for i in range(len(fields))]
 
 
@@ -109,15 +118,16 @@ def has_requeued() -> bool:
 
 
 def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")} | {"SLURM_TIME_FORMAT": "standard"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=environment, stdin=subprocess.DEVNULL)
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SQUEUE_")}
+    env["SLURM_TIME_FORMAT"] = "standard"
+    return subprocess.run(command, capture_output=True, text=True, timeout=seconds, env=env, stdin=subprocess.DEVNULL)
 
 
-# ------------------------------------------------------------------------------------------------------------------ srun's tasks
+# -------------------------------------------------------------------------------------------------------- srun's tasks
 
 
 class Processes(Protocol):
-    """The ranks that a configuration names: `txtrain.run_config.TrainerConfig`."""
+    """The keys that say how many ranks a run has: `txtrain.run_config.TrainerConfig`."""
 
     @property
     def accelerator(self) -> str: ...
@@ -128,7 +138,7 @@ class Processes(Protocol):
 
 
 class Task(NamedTuple):
-    """This process' place among the tasks that srun started. tasks: on each node. hosts: the nodes' names, in order."""
+    """This process among the tasks that srun started. tasks: number on each node. hosts: the nodes' names, in order."""
 
     node: int
     local_rank: int
@@ -137,14 +147,16 @@ class Task(NamedTuple):
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> Task | None:
-        """None where srun has not started this process, or has started a single shell: there it is as on any machine."""
+        """None if srun did not start this process, or started a single interactive shell."""
         given = os.environ if environment is None else environment
         if "SLURM_PROCID" not in given or int(given.get("SLURM_STEP_ID") or _SPECIAL) >= _SPECIAL:
             return None
         tasks = per_node(given["SLURM_STEP_TASKS_PER_NODE"])
         if sum(tasks) == 1 and "SLURM_PTY_PORT" in given:  # srun --pty bash
             return None
-        return cls(int(given["SLURM_NODEID"]), int(given["SLURM_LOCALID"]), tasks, tuple(hosts(given["SLURM_STEP_NODELIST"])))
+        return cls(
+            int(given["SLURM_NODEID"]), int(given["SLURM_LOCALID"]), tasks, tuple(hosts(given["SLURM_STEP_NODELIST"]))
+        )
 
     @property
     def size(self) -> int:
@@ -152,7 +164,7 @@ class Task(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """By nodes, however srun has dealt the tasks out: what is exchanged most lies on one node."""
+        """Global rank, numbered by nodes whatever srun's distribution: neighbours communicate most, within a node."""
         return sum(self.tasks[: self.node]) + self.local_rank
 
     def check(self, trainer: Processes) -> None:
@@ -161,7 +173,7 @@ class Task(NamedTuple):
         """
         problem = self._problem(trainer)
         if problem is not None:
-            raise ConfigError(*([problem] if self.rank == 0 else []))  # every task finds it, one tells it
+            raise ConfigError(*([problem] if self.rank == 0 else []))  # all tasks fail, one reports
 
     def _problem(self, trainer: Processes) -> str | None:
         nodes, here = len(self.tasks), self.tasks[0]
@@ -169,7 +181,10 @@ class Task(NamedTuple):
         if set(self.tasks) == {here} and (devices, trainer.num_nodes) == (here, nodes):
             return None
         even = set(self.tasks) == {here}
-        started = f"{_n(nodes, 'node')} x {_n(here, 'task')}" if even else f"{nodes} nodes with {', '.join(map(str, self.tasks))} tasks"
+        started = (
+            f"{_n(nodes, 'node')} x {_n(here, 'task')}"
+            if even else f"{nodes} nodes with {', '.join(map(str, self.tasks))} tasks"
+        )
         ways = [f"srun --nodes={trainer.num_nodes} --ntasks-per-node={devices} txtrain ..."]
         if "SUBMITIT_EXECUTOR" in os.environ:
             ways = [f"hydra.launcher.nodes={trainer.num_nodes} hydra.launcher.tasks_per_node={devices}"]
@@ -179,7 +194,8 @@ class Task(NamedTuple):
             ways.append("no srun, and txtrain starts the processes of one node by itself")
         return (
             f"`trainer.devices` on `trainer.num_nodes` must be the tasks that srun has started ({started}), but are "
-            f"{_n(trainer.num_nodes, 'node')} x {_n(devices, 'process', 'es')} (trainer.devices={trainer.devices}) instead. Either {', or '.join(ways)}."
+            f"{_n(trainer.num_nodes, 'node')} x {_n(devices, 'process', 'es')} (trainer.devices={trainer.devices}) "
+            f"instead. Either {', or '.join(ways)}."
         )
 
 
@@ -188,7 +204,7 @@ def _n(number: int, one: str, plural: str = "s") -> str:
 
 
 def _gpus(accelerator: str) -> int:
-    """Of this node that are the job's; 0 where there are none or they are not used. With trainer.devices=auto each is a process."""
+    """GPUs of the job on this node; 0 if there are none or they are not used. trainer.devices=auto: a rank for each."""
     there = Path("/dev/nvidiactl").exists() or Path("/dev/kfd").exists()
     given = os.environ.get("SLURM_GPUS_ON_NODE", "")
     return int(given) if accelerator != "cpu" and there and given.isdigit() else 0
@@ -219,21 +235,23 @@ def _numbers(text: str) -> list[str]:
 
 
 def meeting_point(environment: Mapping[str, str] | None = None) -> tuple[str, int]:
-    """Address and port at which the tasks of the step meet: MASTER_ADDR and MASTER_PORT, where the script has set them.
+    """Address and port for the process group of the step's tasks: MASTER_ADDR and MASTER_PORT, if set.
 
-    Else the first node, and a port that two jobs on one node, two steps of a job and two starts of one do not share.
+    Else the first node, and a port that differs between jobs on one node, steps of a job, and restarts.
     """
     given = os.environ if environment is None else environment
     task = Task.here(given)
     assert task is not None
     address = given.get("MASTER_ADDR") or ("127.0.0.1" if len(task.hosts) == 1 else _address(task.hosts[0]))
-    job, step, restarts = (int(given.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"))
+    job, step, restarts = (
+        int(given.get(name) or 0) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT")
+    )
     port = PORTS.start + (job + 7919 * step + 613 * restarts) % len(PORTS)
     return address, int(given.get("MASTER_PORT") or port)
 
 
 def _address(host: str) -> str:
-    """The name of a node, or where only SLURM knows that name (several nodes on one machine), the address that SLURM has for it."""
+    """The name of a node, or its address by SLURM if only SLURM knows the name (several nodes on one machine)."""
     try:
         socket.getaddrinfo(host, None)
     except OSError:

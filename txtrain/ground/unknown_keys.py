@@ -1,4 +1,4 @@
-"""What a key that does not exist was most likely meant to be: near names, and the words of the tools that people come from."""
+"""What an unknown key was most likely meant to be: near names, and the names of other tools."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from txtrain.errors import nearest
 from txtrain.registry import TABLE, group_of
 
-# Ours: theirs (Hugging Face, Lightning, nanoGPT, litgpt, Megatron). A word may stand in several rows: the first key that the verb has is told.
+# Our key: names in Hugging Face, Lightning, nanoGPT, litgpt, Megatron. A name may be in several rows: the first key
+# that the verb has is suggested.
 _THEIRS = {
     "model.dim": "hidden_size d_model n_embd embed_dim embedding_dim",
     "model.n_layers": "num_hidden_layers num_layers n_layer depth",
@@ -83,7 +84,7 @@ _THEIRS = {
     "prompt": "start input text prompts",
 }
 _DERIVED = {"accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps"}
-_CHOICES = ("data", "optimizer", "scheduler", "logger")  # keys of these names are groups: a choice, not a value
+_CHOICES = ("data", "optimizer", "scheduler", "logger")  # groups: an option is chosen, no value given
 
 
 @cache
@@ -96,18 +97,20 @@ def _ours() -> dict[str, list[str]]:
 
 
 def unknown_key(path: str, value: Any, siblings: Collection[str], known: Collection[str], axis: str | None) -> str:
-    """The sentence about a key that does not exist, with the best guess.
+    """The sentence about an unknown key, with the best guess.
 
-    siblings: keys that exist beside it. known: every key that some combination of options has. axis: the axis whose option it was
-    given to, if it was.
+    siblings: keys that exist beside it. known: keys of any combination of options. axis: of the option it was given to.
     """
     parent, _, name = path.rpartition(".")
     rest = ""
-    while isinstance(value, Mapping) and len(value) == 1:  # `model.atention.window=4` arrives as {window: 4} at model.atention
+    # `model.atention.window=4` arrives as {window: 4} at model.atention
+    while isinstance(value, Mapping) and len(value) == 1:
         key, value = next(iter(value.items()))
         rest += f".{key}"
-    beside = [s for s in siblings if s != "type"]  # `type` is chosen by the group
-    elsewhere = (_of_another_option(name, axis) if path in known else "") or _elsewhere(parent, name, rest, beside, known)
+    beside = [s for s in siblings if s != "type"]  # the group chooses `type`
+    elsewhere = (
+        (_of_another_option(name, axis) if path in known else "") or _elsewhere(parent, name, rest, beside, known)
+    )
     near = nearest(name, beside)
     if elsewhere:
         guess = elsewhere
@@ -119,19 +122,22 @@ def unknown_key(path: str, value: Any, siblings: Collection[str], known: Collect
 
 def _of_another_option(key: str, axis: str | None) -> str:
     options = TABLE.get(axis or "", {})
-    owners = [f"{group_of(axis or '')}={name}" for name, option in options.items() if key in {f.name for f in dc.fields(option.config)}]
+    owners = [
+        f"{group_of(axis or '')}={name}" for name, option in options.items()
+        if key in {f.name for f in dc.fields(option.config)}
+    ]
     return f" Only {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it." if owners else ""
 
 
 def _elsewhere(parent: str, name: str, rest: str, siblings: Collection[str], known: Collection[str]) -> str:
-    """The key that another tool's word stands for, or the key of that name at another place."""
+    """The key for another tool's name, or the key of that name elsewhere."""
     last = f"{name}{rest}".rpartition(".")[2]
     if last in _ours():
         return _translated(last, known)
     if nearest(name, siblings):
         return ""
     same = [path for path in known if path.rpartition(".")[2] == last]
-    same.sort(key=lambda path: not (parent and path.startswith(f"{parent}.")))  # a relative first
+    same.sort(key=lambda path: not (parent and path.startswith(f"{parent}.")))  # keys below `parent` first
     return f" Did you mean {same[0]}?" if same else ""
 
 
@@ -145,5 +151,5 @@ def _translated(word: str, known: Collection[str]) -> str:
 
 
 def written(value: object) -> str:
-    """As on the command line."""
+    """A value as written on the command line."""
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)

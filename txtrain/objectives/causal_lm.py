@@ -14,11 +14,11 @@ from txtrain.run_config import RunConfig
 
 
 class CausalLM(Objective):
-    """Cross-entropy of token t + 1 given tokens 0..t, in nats a token, over all targets of the global batch.
+    """Cross-entropy of token t + 1 given tokens 0..t, in nats per token, over all targets of the global batch.
 
-    With mtp_depth also of token t + 2, t + 3, ... as terms of their own, `mtp_loss`, `mtp_loss_2`, ..., of weight mtp_weight together.
-    counts_tokens: the model counts who visits its experts, and is told which tokens are padding. Others need not know, since nothing
-    that is trained reads a token behind it; without a mask there are kernels for documents alone.
+    mtp_depth: also predict tokens t + 2, t + 3, ..., as terms `mtp_loss`, `mtp_loss_2`, ... of total weight mtp_weight.
+    counts_tokens: pass the padding mask, for a model that counts the tokens of its experts. Others need none, since no
+    trained token attends to later ones, and without a mask faster kernels apply.
     """
 
     perplexity = True
@@ -43,12 +43,12 @@ class CausalLM(Objective):
             num_items_in_batch=denominators["loss"],
             **({"attention_mask": batch.get("attention_mask")} if self.counts_tokens else {}),
             **self._of_further(denominators),
-            return_logits=False,  # [B, T, V] at once would be the largest tensor of the step
+            return_logits=False,  # [B, T, V] would be the largest tensor of the step
         )
         return {"loss": output.loss, **dict(zip(self.beside, output.mtp_losses or (), strict=True))}
 
     def _of_further(self, denominators: Terms) -> dict[str, Any]:
-        """Not named to a model that predicts none: it may be the user's own."""
+        """Only for a model with MTP: others, such as a user's own, need not have the argument."""
         return {"mtp_items_in_batch": [denominators[name] for name in self.beside]} if self.beside else {}
 
     def target_ids(self, batch: Batch) -> Tensor:

@@ -1,4 +1,4 @@
-"""The objective group: knobs of each option, and what it goes with. No torch."""
+"""The objective group: keys of each option, and what it is compatible with. No torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dc.dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """What the option goes with stands beside its knobs; `txtrain.config.compatibility` refuses the rest. None: anything."""
+    """Keys of an objective, and what it is compatible with (None: anything), as `config.compatibility` checks."""
 
     type: str
 
@@ -26,32 +26,32 @@ class ObjectiveConfig:
 
     @property
     def target_share(self) -> float:
-        """Of the positions that have a target, about: a head may skip the others."""
+        """Fraction of positions with a target, approximately; a head may skip the others."""
         return 1.0
 
     @property
     def models(self) -> Mapping[str, str]:
-        """Models that the objective reads beside the one that is trained: the knob that names each, and where it lies."""
+        """Further models that the objective reads: key that names each -> its path."""
         return {}
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
-        """What the objective is given beside the knobs, or in place of one that was left open (null)."""
+        """Further arguments of the objective, and values for keys that are null."""
         return {}
 
     def check(self) -> Iterator[str]:
-        """Problems of the knobs themselves, but for those out of their bounds."""
+        """Problems of the keys by themselves, apart from bounds."""
         yield from ()
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
-        """Problems of the knobs beside the model and the data."""
+        """Problems of the keys with this model and data."""
         yield from ()
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
-        """Tokens of a source and of its target, at most, where there are two stacks."""
+        """Maximum tokens of a source and of its target, for an encoder-decoder."""
         return seq_len, seq_len
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
-        """Tensors of n samples at their longest, by the names that the objective reads: integers, or floats if pixels."""
+        """Name -> shape of the tensors of n samples of maximum length; integers, but pixels are floats."""
         return self._text_shapes(config, n, *config.lengths)
 
     @staticmethod
@@ -68,7 +68,7 @@ class CausalLMConfig(ObjectiveConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar[tuple[str, ...]] = ("text", "chat")
 
-    # Of the mean loss of the further tokens that a model with mtp_depth predicts (2412.19437, section 4.2).
+    # weight of the mean loss of multi-token prediction, with model.mtp_depth (2412.19437, section 4.2)
     mtp_weight: float = knob(0.3, at_least=0)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
@@ -77,24 +77,25 @@ class CausalLMConfig(ObjectiveConfig):
 
 @dc.dataclass(frozen=True, kw_only=True)
 class SFTConfig(CausalLMConfig):
-    """The answers of conversations, token by token."""
+    """Next-token prediction of the assistant's turns."""
 
     reads: ClassVar = ("chat",)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class MaskedLMConfig(ObjectiveConfig):
-    """BERT's (1810.04805): of the tokens chosen, mask_share become the mask, random_share a random token, the rest stay as they are."""
+    """BERT's (1810.04805): of the chosen tokens mask_share become [MASK], random_share random tokens, others stay."""
 
     topologies: ClassVar = ("encoder",)
     heads: ClassVar = ("mlm", "lm")
     reads: ClassVar = ("text",)
 
-    probability: float = knob(0.15, above=0, below=1)  # of a token to be chosen, and then predicted
-    mask_share: float = knob(0.8, at_least=0, at_most=1)
-    random_share: float = knob(0.1, at_least=0, at_most=1)
-    whole_word: bool = False  # all tokens of a word or none
-    next_sentence: bool | None = None  # pairs of segments, and whether they follow each other; null: where the model's head can tell
+    probability: float = knob(0.15, above=0, below=1)  # that a token is chosen to be predicted
+    mask_share: float = knob(0.8, at_least=0, at_most=1)  # fraction of chosen tokens that become [MASK]
+    random_share: float = knob(0.1, at_least=0, at_most=1)  # fraction that become a random token; the rest stay
+    whole_word: bool = False  # choose all tokens of a word or none
+    # samples are pairs of segments, with next-sentence prediction; null: if model/head has next_sentence
+    next_sentence: bool | None = None
 
     @property
     def target_share(self) -> float:
@@ -104,7 +105,7 @@ class MaskedLMConfig(ObjectiveConfig):
         return {"next_sentence": self.pairs(config.model.head), "segments": config.model.embedding.n_types > 0}
 
     def pairs(self, head: Any) -> bool:
-        """Whether samples are pairs of segments, with a model that ends in `head`."""
+        """Whether samples are pairs of segments, for a model with this head."""
         return bool(head.next_sentence) if self.next_sentence is None else self.next_sentence
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
@@ -125,28 +126,33 @@ class MaskedLMConfig(ObjectiveConfig):
             return
         if not head.next_sentence:
             yield (
-                f"`objective.next_sentence` must be false or null with model/head={head.type}, which cannot tell whether sentences follow each other, "
-                "but is true instead. Nearest: null."
+                f"`objective.next_sentence` must be false or null with model/head={head.type}, which cannot tell "
+                "whether sentences follow each other, but is true instead. Nearest: null."
             )
         if config.data.packing != "concat":
-            yield f"`data.packing` must be concat for pairs of segments, which are cut from documents, but is {config.data.packing} instead."
+            yield f"`data.packing` must be concat for pairs of segments, but is {config.data.packing} instead."
         if config.seq_len < 8:
-            yield f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."
+            yield (
+                f"`data.seq_len` must be at least 8 for pairs of segments, but is {config.seq_len} instead. Nearest: 8."
+            )
         if embedding.n_types not in (0, 2):
-            yield f"`model.embedding.n_types` must be 0 or 2 for pairs of segments, but is {embedding.n_types} instead. Nearest: 2."
+            yield (
+                f"`model.embedding.n_types` must be 0 or 2 for pairs of segments, but is {embedding.n_types} instead. "
+                "Nearest: 2."
+            )
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class SpanCorruptionConfig(ObjectiveConfig):
-    """T5's (1910.10683): spans of the input make way for sentinels, and the target tells what was there."""
+    """T5's (1910.10683): sentinels replace spans of the input, and the target holds the spans."""
 
     topologies: ClassVar = ("encoder_decoder",)
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
 
-    density: float = knob(0.15, above=0, below=1)  # share of the tokens that is dropped
-    mean_length: float = knob(3.0, at_least=1)  # tokens a span
-    n_sentinels: int = knob(100, at_least=1)  # <extra_id_0>, <extra_id_1>, ...: added to a tokenizer that lacks them
+    density: float = knob(0.15, above=0, below=1)  # fraction of tokens that is dropped
+    mean_length: float = knob(3.0, at_least=1)  # mean tokens per span
+    n_sentinels: int = knob(100, at_least=1)  # <extra_id_0>, <extra_id_1>, ...; added to the tokenizer if missing
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
         from txtrain.objectives.spans import Lengths
@@ -162,14 +168,14 @@ class SpanCorruptionConfig(ObjectiveConfig):
             yield f"`data.seq_len` must be at least 4 for corrupted spans, but is {config.seq_len} instead. Nearest: 4."
         elif lengths.n_spans > self.n_sentinels:
             yield (
-                f"`objective.n_sentinels` must be at least {lengths.n_spans}, the spans of a sequence of {config.seq_len} tokens, "
-                f"but is {self.n_sentinels} instead. Nearest: {lengths.n_spans}."
+                f"`objective.n_sentinels` must be at least {lengths.n_spans}, the spans of a sequence of "
+                f"{config.seq_len} tokens, but is {self.n_sentinels} instead. Nearest: {lengths.n_spans}."
             )
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class PrefixLMConfig(ObjectiveConfig):
-    """The rest of a sequence after a prefix of random length, which is seen from both sides (1801.10198; 1910.10683, section 3.2)."""
+    """The rest of a sequence after a prefix of random length with bidirectional attention (1801.10198; 1910.10683)."""
 
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
@@ -186,14 +192,17 @@ class PrefixLMConfig(ObjectiveConfig):
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
         if config.seq_len < 3:
-            yield f"`data.seq_len` must be at least 3 for a prefix and its rest, but is {config.seq_len} instead. Nearest: 3."
+            yield (
+                f"`data.seq_len` must be at least 3 for a prefix and its rest, but is {config.seq_len} instead. "
+                "Nearest: 3."
+            )
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class SmoothedConfig(ObjectiveConfig):
     """Objectives whose labels may be smoothed (1512.00567)."""
 
-    label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training only; 1706.03762: 0.1
+    label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training, not in validation; 1706.03762: 0.1
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -204,13 +213,15 @@ class Seq2SeqConfig(SmoothedConfig):
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("pairs",)
 
-    scores: tuple[Score, ...] | None = None  # of decoded validation pairs; null: the data's own
-    n_decoded: int = knob(256, at_least=0)  # pairs decoded at each validation; 0: none
-    num_beams: int = knob(1, at_least=1)  # of decoding; 1: greedy; 1706.03762: 4
-    length_penalty: float = knob(0.6, at_least=0)  # with beams (1609.08144): above 0, longer answers are preferred
+    scores: tuple[Score, ...] | None = None  # metrics of decoded validation pairs; null: the data's default
+    n_decoded: int = knob(256, at_least=0)  # pairs decoded at each validation
+    num_beams: int = knob(1, at_least=1)  # beams of decoding; 1: greedy; 1706.03762: 4
+    length_penalty: float = knob(0.6, at_least=0)  # with beams (1609.08144): higher values prefer longer answers
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
+        return (
+            {"scores": config.data.scores if self.scores is None else self.scores} if self.n_decoded else {"scores": ()}
+        )
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         return dict.fromkeys(("input_ids", "attention_mask", "labels"), (n, config.seq_len))

@@ -1,4 +1,4 @@
-"""What a model says to a few prompts, so that one sees what it has learnt."""
+"""A model's continuations of a few prompts, which show what it has learnt."""
 
 from __future__ import annotations
 
@@ -14,16 +14,21 @@ from txtrain.run_config import RunConfig
 
 
 def encode(tokenizer: Tokenizer, prompt: str, answers: bool = False) -> list[int]:
-    """As a document begins in training: an empty prompt is the beginning of any. answers: as a source ends, its sentinels being tokens."""
+    """Token ids of a prompt, as a document begins in training; answers: as an encoder's source, sentinels included."""
     if answers:
-        pieces = [(piece, tokenizer.find(piece) if SENTINEL.fullmatch(piece) else None) for piece in SENTINEL.split(prompt)]
-        return [*(i for text, known in pieces for i in (tokenizer.encode(text) if known is None else [known])), tokenizer.eos_id]
+        pieces = [
+            (piece, tokenizer.find(piece) if SENTINEL.fullmatch(piece) else None) for piece in SENTINEL.split(prompt)
+        ]
+        return [
+            *(i for text, known in pieces for i in (tokenizer.encode(text) if known is None else [known])),
+            tokenizer.eos_id
+        ]
     begin = tokenizer.bos_id if tokenizer.bos_id is not None else tokenizer.eos_id
     return [begin, *tokenizer.encode(prompt)]
 
 
 def continuations(module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
-    """Prompt and continuation, for config.sample's prompts or the first words of the first validation documents."""
+    """Continuations of config.sample's prompts, or of the first words of the first validation documents."""
     tokenizer, wanted = data.tokenizer, config.sample
     if tokenizer is None or wanted.max_new_tokens == 0:
         return []
@@ -34,24 +39,22 @@ def continuations(module: Any, data: Any, config: RunConfig, check: Callable[[],
     return made
 
 
-def said(module: Any, tokenizer: Tokenizer, ids: Sequence[int], config: RunConfig, check: Callable[[], None]) -> list[int]:
-    """The tokens with which the model continues `ids`, or answers them, up to its end token.
+def said(
+    module: Any, tokenizer: Tokenizer, ids: Sequence[int], config: RunConfig, check: Callable[[], None]
+) -> list[int]:
+    """The tokens with which the model continues `ids`, or answers them, up to the end token.
 
-    The same seed each time, so that what changes is the model. `check` is called after each token and may raise to stop.
+    The seed is always the same, so that only the model changes. check: called after each token; may raise to stop.
     """
     from txtrain.model.generation import generate
 
     wanted, limit = config.sample, config.model.max_seq_len
     answers = config.model.topology == "encoder_decoder"
     ids = list(ids)[-limit:] if answers else list(ids)[-(limit - 1) :]
-    begin = 1 if answers else len(ids)  # an answer stands behind a start token
+    begin = 1 if answers else len(ids)  # an answer follows a start token
     out = generate(
-        module.model,
-        torch.tensor([ids], device=module.device),
-        max_new_tokens=min(wanted.max_new_tokens, limit - begin),
-        temperature=wanted.temperature,
-        eos_token_id=tokenizer.eos_id,
-        seed=config.seed,
-        on_token=lambda *_: check(),
+        module.model, torch.tensor([ids], device=module.device),
+        max_new_tokens=min(wanted.max_new_tokens, limit - begin), temperature=wanted.temperature,
+        eos_token_id=tokenizer.eos_id, seed=config.seed, on_token=lambda *_: check()
     )
     return [token for token in out[0, begin:].tolist() if token != tokenizer.eos_id]

@@ -1,4 +1,4 @@
-"""One class an image (ViT: Dosovitskiy et al. 2020, 2010.11929)."""
+"""Image classification (ViT: Dosovitskiy et al. 2020, 2010.11929)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from txtrain.run_config import RunConfig
 
 
 class ImageClassification(Objective):
-    """Cross-entropy of the class, in nats an image. Validation: without smoothing; the share of right classes, and of those among the best 5."""
+    """Cross-entropy of the class, in nats per image. Validation: without smoothing, and top-1 and top-5 accuracy."""
 
     metrics = ("top1", "top5")
 
@@ -26,14 +26,19 @@ class ImageClassification(Objective):
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         logits_BC = model(pixel_values=batch["pixel_values"]).logits
-        total = F.cross_entropy(logits_BC.float(), batch["labels"], reduction="sum", label_smoothing=self.label_smoothing)
+        total = F.cross_entropy(
+            logits_BC.float(), batch["labels"], reduction="sum", label_smoothing=self.label_smoothing
+        )
         return {"loss": total / denominators["loss"]}
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
         logits_BC, labels_B = model(pixel_values=batch["pixel_values"]).logits, batch["labels"]
         count = self.denominators(batch)["loss"]
         loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
-        return {"loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count), "top5": (n_among(logits_BC, labels_B, 5), count)}
+        return {
+            "loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count),
+            "top5": (n_among(logits_BC, labels_B, 5), count)
+        }
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return [self._shown(module, batch, check) for batch in data.examples(config.sample.n, 1)]
@@ -46,11 +51,12 @@ class ImageClassification(Objective):
         logits_C = module.model(pixel_values=image_CHW[None].to(weight.device, weight.dtype)).logits[0]
         share, predicted = logits_C.float().softmax(-1).max(-1)
         darkest, brightest = image_CHW.aminmax()
-        stretched = (image_CHW - darkest) / (brightest - darkest).clamp(min=1e-6)  # the data's mean and deviation are taken out of it
+        # to 0..1: pixels are normalised by the data's mean and deviation
+        stretched = (image_CHW - darkest) / (brightest - darkest).clamp(min=1e-6)
         return Shown(f"label {int(batch['labels'][0])}", f"predicted {int(predicted)} ({float(share):.2f})", stretched)
 
 
 def n_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:
-    """How many labels are among the k most likely classes (of fewer than k classes, all are)."""
+    """Number of labels among the k most likely classes (all, if there are fewer than k classes)."""
     best_BK = logits_BC.topk(min(k, logits_BC.shape[-1])).indices
     return (best_BK == labels_B[:, None]).any(-1).sum()

@@ -1,4 +1,4 @@
-"""Predict hidden tokens from both sides (BERT: Devlin et al. 2018, 1810.04805), and whether the second segment follows the first."""
+"""Masked language modelling, and next-sentence prediction (BERT: Devlin et al. 2018, 1810.04805)."""
 
 from __future__ import annotations
 
@@ -18,21 +18,18 @@ from txtrain.objectives.sentence_pairs import SentencePairs
 
 
 class MaskedLM(Objective):
-    """Cross-entropy of the chosen tokens, in nats a token; with next_sentence that of the two classes, in nats a pair, beside it.
+    """Cross-entropy of the chosen tokens, in nats per token; with next_sentence also of the two classes, per pair.
 
-    segments: the model has vectors for them.
+    segments: the model has segment embeddings.
     """
 
     def __init__(
-        self,
-        probability: float = 0.15,
-        mask_share: float = 0.8,
-        random_share: float = 0.1,
-        whole_word: bool = False,
-        next_sentence: bool = False,
-        segments: bool = True,
+        self, probability: float = 0.15, mask_share: float = 0.8, random_share: float = 0.1, whole_word: bool = False,
+        next_sentence: bool = False, segments: bool = True
     ) -> None:
-        self.masking = partial(Masking, probability=probability, mask_share=mask_share, random_share=random_share, whole_word=whole_word)
+        self.masking = partial(
+            Masking, probability=probability, mask_share=mask_share, random_share=random_share, whole_word=whole_word
+        )
         self.next_sentence, self.segments = next_sentence, segments
         self.special_tokens = ("[CLS]", "[SEP]", "[MASK]") if next_sentence else ("[MASK]",)
         self.weights = {"mlm_loss": 1.0, "nsp_loss": 1.0} if next_sentence else {"loss": 1.0}
@@ -40,7 +37,7 @@ class MaskedLM(Objective):
 
     @property
     def term(self) -> str:
-        """The name of the masked tokens' term."""
+        """The name of the term of masked tokens."""
         return next(iter(self.weights))
 
     def samples(self, text: TokenisedText) -> Rows:
@@ -64,18 +61,25 @@ class MaskedLM(Objective):
         counts = self.denominators(batch)
         ones = {name: torch.ones_like(n) for name, n in counts.items()}
         is_target_BT = batch["labels"] != IGNORED
-        output = self._output(model, batch, ones, logits_to_keep=is_target_BT)  # [B, T, V] at once would be the largest tensor of the run
+        output = self._output(model, batch, ones, logits_to_keep=is_target_BT)  # [B, T, V] would be too large
         found = {name: (value, counts[name]) for name, value in self._terms(output, batch, ones).items()}
         found["masked_accuracy"] = n_right(output.logits, batch["labels"][is_target_BT]), counts[self.term]
         if self.next_sentence:
             found["nsp_accuracy"] = n_right(output.nsp_logits, batch["next_sentence_label"]), counts["nsp_loss"]
         return found
 
-    def _output(self, model: Callable[..., Any], batch: Batch, denominators: Terms, logits_to_keep: Tensor | None = None) -> Any:
+    def _output(
+        self, model: Callable[..., Any], batch: Batch, denominators: Terms, logits_to_keep: Tensor | None = None
+    ) -> Any:
         names = ("attention_mask", "document_ids", *(["token_type_ids"] if self.segments else []))
         given: dict[str, Any] = {name: batch[name] for name in names if name in batch}
-        wanted: dict[str, Any] = {"return_logits": False} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
-        return model(input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators[self.term], **wanted, **given)
+        wanted: dict[str, Any] = (
+            {"return_logits": False} if logits_to_keep is None else {"logits_to_keep": logits_to_keep}
+        )
+        return model(
+            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators[self.term], **wanted,
+            **given
+        )
 
     def _terms(self, output: Any, batch: Batch, denominators: Terms) -> Terms:
         terms = {self.term: output.loss}

@@ -1,4 +1,4 @@
-"""Which tokens are hidden, and behind what."""
+"""Which tokens are masked, and what replaces them."""
 
 # B batch, T positions, V vocabulary
 
@@ -15,13 +15,15 @@ from txtrain.objectives.base import IGNORED
 
 
 class Masking:
-    """Of input_ids [B, T]: each token that is not special is chosen with `probability`; `labels` are the chosen ones as they were.
+    """Masks input_ids [B, T]: each token that is not special is chosen with `probability`, and becomes a label.
 
-    A chosen token becomes the mask (mask_share), a random ordinary token (random_share), or stays: a model that never saw the latter
-    two would learn nothing of the tokens that are not masked. whole_word: one draw a word for being chosen, one a token for what it becomes.
+    A chosen token becomes [MASK] (mask_share), a random ordinary token (random_share), or stays, so that the model also
+    learns from unmasked tokens. whole_word: words are chosen; replacements are still drawn per token.
     """
 
-    def __init__(self, tokenizer: Tokenizer, probability: float, mask_share: float, random_share: float, whole_word: bool) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, probability: float, mask_share: float, random_share: float, whole_word: bool
+    ) -> None:
         self.probability, self.mask_share, self.random_share = probability, mask_share, random_share
         self.mask_id = tokenizer.id_of("[MASK]")
         self.ordinary_V = np.ones(tokenizer.vocab_size, dtype=np.bool_)
@@ -40,7 +42,10 @@ class Masking:
             chosen_BT &= batch["attention_mask"].numpy() != 0
         becomes_BT = draws.uniform("becomes", T)
         random_BT = self.ordinary_ids[(draws.uniform("random token", T) * len(self.ordinary_ids)).astype(np.int64)]
-        hidden_BT = np.where(becomes_BT < self.mask_share, self.mask_id, np.where(becomes_BT < self.mask_share + self.random_share, random_BT, ids_BT))
+        hidden_BT = np.where(
+            becomes_BT < self.mask_share, self.mask_id,
+            np.where(becomes_BT < self.mask_share + self.random_share, random_BT, ids_BT)
+        )
         return {
             **batch,
             "input_ids": torch.from_numpy(np.where(chosen_BT, hidden_BT, ids_BT)),

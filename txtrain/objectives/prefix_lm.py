@@ -1,4 +1,4 @@
-"""A prefix of random length is read from both sides, and the rest is predicted (Liu et al. 2018, 1801.10198; T5, section 3.2)."""
+"""Prediction of what follows a bidirectional prefix of random length (Liu et al. 2018, 1801.10198; T5, section 3.2)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _FOR_MODEL = ("attention_mask", "document_ids", "prefix_mask", "decoder_document
 
 
 class PrefixLM(Objective):
-    """Cross-entropy of the rest, in nats a token. two_stacks: the encoder reads the prefix, the decoder writes the rest."""
+    """Cross-entropy of the rest, in nats per token. two_stacks: the prefix is an encoder's, the rest a decoder's."""
 
     perplexity = True
 
@@ -35,7 +35,8 @@ class PrefixLM(Objective):
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         given = {name: batch[name] for name in _FOR_MODEL if name in batch}
         output = model(
-            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators["loss"], return_logits=False, **given
+            input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=denominators["loss"],
+            return_logits=False, **given
         )
         return {"loss": output.loss}
 
@@ -50,19 +51,19 @@ class PrefixLM(Objective):
 
 
 def _prefix_lengths(n_tokens: int, draws: Draws) -> Tensor:
-    """[B, 1]: from 1 to n_tokens - 1, all equally likely."""
+    """[B, 1]: uniform from 1 to n_tokens - 1."""
     return torch.from_numpy(1 + draws.integer("prefix", n_tokens - 1))[:, None]
 
 
 def within_one(batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-    """For one causal stack: the prefix is marked, and is no target."""
+    """For a decoder: prefix_mask marks the prefix, which has no labels."""
     T = batch["input_ids"].shape[1]
     prefix_mask = torch.arange(T) < _prefix_lengths(T, draws)
     return {**batch, "labels": batch["labels"].masked_fill(prefix_mask, IGNORED), "prefix_mask": prefix_mask}
 
 
 def between_stacks(batch: dict[str, Tensor], draws: Draws) -> dict[str, Tensor]:
-    """For two stacks: the prefix, padded on the right to T - 1; the rest as labels, padded likewise."""
+    """For an encoder-decoder: the prefix as input, the rest as labels, both padded on the right to T - 1."""
     ids = batch["input_ids"]
     T = ids.shape[1]
     n_prefix = _prefix_lengths(T, draws)

@@ -1,4 +1,4 @@
-"""How good answers are, against references: token ids of a whole set, one answer and one reference each."""
+"""Scores of answers against references: token ids of a whole set, one reference for each answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Ids = Sequence[Sequence[int]]
 
 
 def exact_match(answers: Ids, references: Ids, tokenizer: Tokenizer) -> float:
-    """The share of answers that are their reference, token by token."""
+    """Fraction of answers that equal their reference, token by token."""
     return sum(list(a) == list(r) for a, r in zip(answers, references, strict=True)) / max(len(references), 1)
 
 

@@ -1,4 +1,4 @@
-"""Two segments a sample: one document cut in two, or a segment of one document and one of another.
+"""Samples of two segments: of one document cut in two, or of two documents.
 
     [CLS] first segment [SEP] second segment [SEP] padding
       0     0       0     0      1      1      1      0        token_type_ids
@@ -21,13 +21,13 @@ FOLLOWS, ELSEWHERE = 0, 1  # BERT's labels
 
 
 class SentencePairs(Rows):
-    """Row i is a chunk of seq_len - 3 tokens of one document, or what is left at its end if that is at least two tokens.
+    """Row i is a chunk of seq_len - 3 tokens of one document, or the rest at its end if that has at least two tokens.
 
-    In every reading of a row, which comes from its `draws`, the chunk is cut at a random place. In half of all readings what follows
-    the cut stays; in the other half as many tokens of another document, from a random place, come instead (length tells nothing).
+    Whenever a row is read, its `draws` cut the chunk at a random place. In half of the cases the part behind the cut
+    stays; else as many tokens from a random place of another document replace it, so that length gives no hint.
 
     Raises:
-        ConfigError: there are not two documents with two tokens.
+        ConfigError: there are no two documents with at least two tokens.
     """
 
     def __init__(self, tokens: Tokens, tokenizer: Tokenizer, seq_len: int) -> None:
@@ -41,7 +41,8 @@ class SentencePairs(Rows):
             n, part = len(self.begins), "training" if tokens.split == "train" else "validation"
             raise ConfigError(
                 f"`objective.next_sentence` must be false with a {part} text of {n} document{'s' * (n != 1)}: "
-                "a segment that does not follow is of another document. Give more files, or data whose files hold several documents."
+                "a segment that does not follow is of another document. Give more files, or data whose files hold "
+                "several documents."
             )
         lengths = self.ends - self.begins
         n_chunks = lengths // self.room + (lengths % self.room >= 2)
@@ -55,7 +56,7 @@ class SentencePairs(Rows):
         return [self.tokens.numbers(begin, begin + 1) for begin in begins.tolist()]
 
     def batch(self, rows: Indices, draws: Draws) -> dict[str, Tensor]:
-        """input_ids, token_type_ids, attention_mask, labels (the input_ids), int64 [B, T]; next_sentence_label, int64 [B]."""
+        """int64: input_ids, token_type_ids, attention_mask, labels (the input_ids) [B, T]; next_sentence_label [B]."""
         document = np.searchsorted(self.first_row, rows, side="right") - 1
         begin = self.begins[document] + (rows - self.first_row[document]) * self.room
         length = np.minimum(self.ends[document] - begin, self.room)
@@ -72,7 +73,8 @@ class SentencePairs(Rows):
 
     def _written(self, begin: Indices, length: Indices, second: Indices, second_length: Indices) -> dict[str, Tensor]:
         shape = len(begin), self.seq_len
-        ids, types, mask = np.full(shape, self.sep, dtype=np.int64), np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        ids = np.full(shape, self.sep, dtype=np.int64)
+        types, mask = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         for i in range(shape[0]):
             middle, end = length[i] + 2, length[i] + second_length[i] + 3
             ids[i, 0] = self.cls
@@ -80,4 +82,7 @@ class SentencePairs(Rows):
             ids[i, middle : end - 1] = self.tokens.read(second[i], second[i] + second_length[i])
             types[i, middle:end] = 1
             mask[i, :end] = 1
-        return {name: torch.from_numpy(array) for name, array in (("input_ids", ids), ("token_type_ids", types), ("attention_mask", mask))}
+        return {
+            name: torch.from_numpy(array)
+            for name, array in (("input_ids", ids), ("token_type_ids", types), ("attention_mask", mask))
+        }

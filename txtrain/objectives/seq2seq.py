@@ -1,4 +1,4 @@
-"""The target of a pair given its source: an encoder reads, a decoder writes (Vaswani et al. 2017, 1706.03762)."""
+"""Prediction of a pair's target given its source, by an encoder-decoder (Vaswani et al. 2017, 1706.03762)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from txtrain.objectives.config import Score
 from txtrain.objectives.scores import SCORES
 from txtrain.run_config import RunConfig
 
-_LONGER = 50  # tokens that an answer may have more than its source (1706.03762, section 6.1)
+_LONGER = 50  # tokens by which an answer may exceed its source (1706.03762, section 6.1)
 
 
 class Seq2Seq(Objective):
-    """Cross-entropy of the target with teacher forcing, in nats a token, its end included.
+    """Cross-entropy of the target with teacher forcing, in nats per token, the end token included.
 
-    label_smoothing: in training, that share of the weight lies on all tokens alike (Szegedy et al. 2015, 1512.00567). Validation tells
-    the plain cross-entropy, and `scores` of what decoding (greedy, or by num_beams) makes of n_decoded validation pairs.
+    label_smoothing: fraction of the target distribution spread over all tokens, in training (Szegedy et al. 2015,
+    1512.00567). Validation has the plain cross-entropy, and `scores` of n_decoded answers (greedy, or by num_beams).
     """
 
     perplexity = True
 
     def __init__(
-        self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 256, num_beams: int = 1, length_penalty: float = 0.6
+        self, label_smoothing: float = 0.0, scores: tuple[Score, ...] = (), n_decoded: int = 256, num_beams: int = 1,
+        length_penalty: float = 0.6
     ) -> None:
         self.label_smoothing, self.metrics, self.n_decoded = label_smoothing, tuple(scores), n_decoded
         self.num_beams, self.length_penalty = num_beams, length_penalty
@@ -42,7 +43,8 @@ class Seq2Seq(Objective):
             return self._plain(model, batch, denominators)
         logits = model(**_given(batch)).logits
         total = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum", label_smoothing=self.label_smoothing
+            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum",
+            label_smoothing=self.label_smoothing
         )
         return {"loss": total / denominators["loss"]}
 
@@ -50,7 +52,7 @@ class Seq2Seq(Objective):
     def _plain(model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         return {"loss": model(**_given(batch), num_items_in_batch=denominators["loss"], return_logits=False).loss}
 
-    # --------------------------------------------------------------------------------------------------------- validation
+    # ------------------------------------------------------------------------------------------------------- validation
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
         count = n_targets(batch["labels"])
@@ -66,11 +68,14 @@ class Seq2Seq(Objective):
         references: list[list[int]] = []
         for batch in data.examples(self.n_decoded, micro_batch_size):
             answers += self.answered(model, batch, data.tokenizer.eos_id)
-            references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end
+            references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end token
         return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
-        return list(self._shown(module.model, data, config, check)) if config.sample.n and config.sample.max_new_tokens else []
+        return (
+            list(self._shown(module.model, data, config, check))
+            if config.sample.n and config.sample.max_new_tokens else []
+        )
 
     def _shown(self, model: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> Iterator[Shown]:
         for batch in data.examples(config.sample.n, 1):
@@ -78,8 +83,10 @@ class Seq2Seq(Objective):
             source = batch["input_ids"][batch["attention_mask"] != 0].tolist()
             yield Shown(data.tokenizer.decode(source), data.tokenizer.decode(answer))
 
-    def answered(self, model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None) -> list[list[int]]:
-        """The answer to each source, up to the end token. check: called after each token; by default the objective's."""
+    def answered(
+        self, model: Any, batch: Batch, eos_id: int, check: Callable[[], None] | None = None
+    ) -> list[list[int]]:
+        """The answer to each source, up to the end token. check: called after each token; default: self.check."""
         check = check or self.check
         device = next(model.parameters()).device
         source, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
@@ -89,7 +96,10 @@ class Seq2Seq(Objective):
         if self.num_beams == 1:
             ids = generate(model, source, mask, max_new_tokens=limit, eos_token_id=eos_id, on_token=lambda _: check())
         else:
-            ids = beam_search(model, source, mask, self.num_beams, self.length_penalty, max_new_tokens=limit, eos_token_id=eos_id, on_step=check)
+            ids = beam_search(
+                model, source, mask, self.num_beams, self.length_penalty, max_new_tokens=limit, eos_token_id=eos_id,
+                on_step=check
+            )
         rows = (row[1:] for row in ids.tolist())  # without the start token
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 

@@ -1,4 +1,4 @@
-"""Predict the assistant's turns of conversations."""
+"""Supervised fine-tuning: prediction of the assistant's turns of conversations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from txtrain.run_config import RunConfig
 
 
 class SFT(CausalLM):
-    """Cross-entropy of the trained tokens, in nats a token, over all of a global batch: long answers count for more."""
+    """Cross-entropy of the trained tokens of a global batch, in nats per token: longer answers weigh more."""
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
-        """What the model answers to config.sample's prompts, or where the first validation answers begin."""
+        """Answers to config.sample's prompts, or to the beginnings of the first validation conversations."""
         tokenizer, wanted = data.tokenizer, config.sample
         if tokenizer is None or wanted.max_new_tokens == 0:
             return []

@@ -1,1 +1,1 @@
-"""`txtrain plan`: parameters, FLOPs, time and memory of a run, before it runs and without torch; bytes in memory/."""
+"""`txtrain plan`: parameters, FLOPs, time and memory (in memory/) of a run before it runs. No torch."""

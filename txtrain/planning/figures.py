@@ -1,4 +1,4 @@
-"""`txtrain plan`: what a run would cost, in closed form. Nothing is built, and torch is not imported."""
+"""`txtrain plan`: the cost of a run, in closed form. Nothing is built; no torch."""
 
 from __future__ import annotations
 
@@ -30,26 +30,24 @@ class Figures:
     """What `txtrain.plan` returns. FLOPs count a window as its width; see `txtrain.model.flops`.
 
     Attributes:
-        n_params, n_active_params: parameters, and those that make one token's logits (fewer with experts).
-        n_trained_params, trained_by_part: of these, what takes a gradient (fewer with `freeze`).
+        n_params, n_active_params: parameters, and those used for one token (fewer with experts).
+        n_trained_params, trained_by_part: parameters with a gradient (fewer with `freeze`).
         params_by_part: embedding, position, attention, ffn, norms, head, mtp.
-        seq_len, target_len: positions of a sample; target_len is null with one stack.
-        forward_flops_per_token, flops_per_token: without and with the backward pass; of an image a token is a position.
+        seq_len, target_len: positions of a sample; target_len is null unless encoder-decoder.
+        forward_flops_per_token, flops_per_token: without and with the backward pass; per position of an image.
         flops_per_sample: forward and backward of one sequence, pair or image.
         flops_by_part: of one sample's forward pass in training.
-        flops_missing: what options of the user's own do not say of theirs, and what is taken instead; null: nothing.
-            cache_missing: the same of the cache.
-        cache_bytes_per_token: what one more token adds while no window is full; cache_bytes: after seq_len tokens.
-        steps, tokens, flops, seconds: of the whole run; null where nothing but the data or a clock could tell.
+        flops_missing, cache_missing: what a user's own options leave unstated, and the assumption made; null: nothing.
+        cache_bytes_per_token: added by a token while no window is full; cache_bytes: after seq_len tokens.
+        steps, tokens, flops, seconds: of the whole run; null if only the data or a clock could tell.
         limited_by: the key of the limit that ends the run.
-        memory: bytes of one process at the fullest moment of a step, memory_by_part: what they are (`txtrain.planning.memory.count`); null where it
-            is not counted, memory_missing: why. memory_of_host, memory_of_host_by_part: what lies in the processor's memory instead
-            (strategy.cpu_offload). refused: what `train` would say to such a batch; a process is then counted with one
-            sample at least.
-        memory_simulated: as the real model showed it, with plan.simulate=true (`txtrain.cli.plan`).
-        micro_batch_size: of that step; largest_micro_batch_size: that fits into plan.memory.
-        communicated: bytes of the whole buffers a process exchanges in a step, by collective.
-        device, n_devices, peak_flops, mfu: what the time stands on; peak_flops of one device.
+        memory, memory_by_part: peak bytes of one rank in a step (`txtrain.planning.memory.count`); null if not counted,
+            for the reason memory_missing. memory_of_host, memory_of_host_by_part: what strategy.cpu_offload moves.
+        refused: why `train` would refuse the batch; a rank is then counted with at least one sample.
+        memory_simulated: measured on the real model, with plan.simulate=true (`txtrain.cli.plan`).
+        micro_batch_size: of that step; largest_micro_batch_size: the largest that fits into plan.memory.
+        communicated: bytes of the whole buffers that a rank exchanges in a step, by collective.
+        device, n_devices, peak_flops, mfu: on which `seconds` is based; peak_flops of one device.
     """
 
     model: str
@@ -97,9 +95,9 @@ class Figures:
 
 
 def plan(config: Train) -> Figures:
-    """Parameters, FLOPs, cache, steps and time of what `train` would run, in closed form: nothing is built, torch stays out.
+    """Parameters, FLOPs, cache, steps and time of the run of `train`, in closed form: nothing is built, without torch.
 
-    config: composed with verb="plan" it also says of which devices the time is; a `Train` has the defaults of the group `plan`.
+    config: with verb="plan" it names the hardware; for a `Train` the defaults of the group `plan` hold.
 
     Raises:
         ConfigError: it is no legal configuration, or does not fit into plan.memory.
@@ -108,7 +106,9 @@ def plan(config: Train) -> Figures:
     how = config.plan if isinstance(config, Plan) else PlanConfig()
     model, (source, target) = config.model, config.lengths
     inference = costs.forward_by_part(model, source, target, dense=False)
-    training = costs.forward_by_part(model, source, target, dense=False, training=True, target_share=config.objective.target_share)
+    training = costs.forward_by_part(
+        model, source, target, dense=False, training=True, target_share=config.objective.target_share
+    )
     trained = n_trained_by_part(config)
     per_sample = work(config, (source, target), config.trains if config.transforms else None).once
     peak = peak_of(config, how)
@@ -152,31 +152,31 @@ def plan(config: Train) -> Figures:
 
 
 def flops_missing(config: Train) -> Iterator[str]:
-    """What options of the user's own do not say of their FLOPs, and what is taken instead."""
+    """What a user's own options leave unstated about their FLOPs, and the assumption made."""
     model = config.model
     for axis, forms in (("attention", ("projection_flops", "score_flops")), ("ffn", ("flops",))):
         option = getattr(model, axis)
         if missing := unstated(axis, option, *forms):
-            taken = "a multiply and an add for each parameter and token are taken"
+            taken = "assumed: a multiply and an add for each parameter and token"
             yield f"{chosen(axis, option)} does not say ({missing} of its Config): {taken}"
     for axis, option in model.components():
         if axis in ("position", "norm", "norm_position") and is_own(axis, option):
-            yield f"{chosen(axis, option)} is your own: matrix products in it, if there are any, are not counted"
+            yield f"{chosen(axis, option)} is your own: its matrix products, if any, are not counted"
     if config.transforms and (own := [*unknown(config), *untraced(config)]):
-        yield f"{'; '.join(own)}: the backward is taken as if nothing were frozen"
-    yield from (f"{what}: one pass over {config.seq_len} positions is taken" for what in unknown(config))
+        yield f"{'; '.join(own)}: the backward is counted as if nothing were frozen"
+    yield from (f"{what}: assumed: one pass over {config.seq_len} positions" for what in unknown(config))
 
 
 def cache_missing(model: ModelConfig) -> str | None:
-    """Why what an attention of the user's own keeps of a token is not known, and what is taken instead."""
+    """What a user's own attention leaves unstated about its cache, and the assumption made."""
     if model.topology == "encoder" or not (missing := unstated("attention", model.attention, "cache_values")):
         return None
-    taken = "2 * model.dim values a layer and token are taken"
+    taken = "assumed: 2 * model.dim values per layer and token"
     return f"{chosen('attention', model.attention)} does not say ({missing} of its Config): {taken}"
 
 
 def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
-    """The figures of memory and of what is sent.
+    """The figures of memory and communication.
 
     Raises:
         ConfigError: it does not fit into plan.memory.
@@ -192,8 +192,8 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
         raise ConfigError(f"`plan.memory` must be null here (in the scripts of slurm/: MEMORY=): {missing}.")
     if found is not None and room is not None and found.peak > room:
         raise ConfigError(
-            f"`plan.memory` must be at least {found.peak / 1e9:.1f}GB for micro-batches of {found.micro_batch_size}, but is {how.memory} instead. "
-            f"{remedy(config, n_devices, room)}"
+            f"`plan.memory` must be at least {found.peak / 1e9:.1f}GB for micro-batches of {found.micro_batch_size}, "
+            f"but is {how.memory} instead. {remedy(config, n_devices, room)}"
         )
     return {
         "memory": None if found is None else found.peak,
@@ -204,13 +204,15 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
         "refused": next(problems(config, n_devices), None),
         "memory_simulated": None,
         "micro_batch_size": None if found is None else found.micro_batch_size,
-        "largest_micro_batch_size": None if found is None or room is None else largest_micro_batch(config, n_devices, room),
+        "largest_micro_batch_size": (
+            None if found is None or room is None else largest_micro_batch(config, n_devices, room)
+        ),
         "communicated": communicated,
     }
 
 
 def sample_of(model: ModelConfig) -> str:
-    """What one sample is called."""
+    """The noun for one sample."""
     if model.embedding.grid() is not None:
         return "image"
     return "pair" if model.topology == "encoder_decoder" else "sequence"
@@ -227,7 +229,7 @@ def peak_of(config: Train, how: PlanConfig) -> float:
 
 
 def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | None]:
-    """Steps of the run, and the key of the limit that ends it. max_epochs needs the data, and is left out beside another limit."""
+    """Steps of the run, and the key of the limit that ends it. max_epochs, which needs the data, is ignored."""
     trainer, tokens = config.trainer, config.data.global_batch_size * config.seq_len
     steps: dict[str, int] = {}
     if trainer.max_steps is not None:

@@ -1,4 +1,4 @@
-"""What of a model a run trains, and what its steps cost for it: nothing is computed for the gradients of what is frozen."""
+"""Which parameters a run trains, and the FLOPs of its steps: frozen parameters cost no gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from txtrain.planning.memory.batch_shapes import batch_of, unknown
 from txtrain.planning.memory.forward import Traced
 from txtrain.registry import chosen, unstated
 
-STATES = {  # what a component's Config must define for what it computes to be counted
+STATES = {  # methods that a component's Config needs for its work to be counted
     "attention": ("trace",),
     "ffn": ("trace",),
     "norm": ("trace_of",),
@@ -25,14 +25,14 @@ STATES = {  # what a component's Config must define for what it computes to be c
 
 @dc.dataclass(frozen=True)
 class Work:
-    """FLOPs of a sample in training. once: forward and backward; again: what activation checkpointing computes a second time."""
+    """FLOPs of a sample in training. once: forward and backward; again: recomputed by activation checkpointing."""
 
     once: float
     again: float
 
 
 def untraced(config: Train) -> Iterator[str]:
-    """What is not known of the model's forward: sentences about options of the user's own."""
+    """Sentences on a user's own options that do not state their forward."""
     for axis, component in config.model.components():
         if forms := unstated(axis, component, *STATES.get(axis, ())):
             where = f"{forms} of its Config; plan.simulate=true looks at the module"
@@ -40,15 +40,18 @@ def untraced(config: Train) -> Iterator[str]:
 
 
 def n_trained_by_part(config: Train) -> dict[str, int]:
-    """Trained parameters by part, as `ModelConfig.n_params_by_part` names them. An option of the user's own is built to be counted.
+    """Trained parameters by part, named as in `ModelConfig.n_params_by_part`. A user's own options are built to count.
 
     Raises:
-        ConfigError: a transform does not go with the model's parameters.
+        ConfigError: a transform does not fit the model's parameters.
     """
     found = config.model.n_params_by_part()
     if not config.transforms:
         return found
-    sizes = _built(config) if [*unknown(config), *untraced(config)] else {p.name: p.n for p in _traced(config, config.lengths).parameters}
+    sizes = (
+        _built(config)
+        if [*unknown(config), *untraced(config)] else {p.name: p.n for p in _traced(config, config.lengths).parameters}
+    )
     if problems := [p for transform in config.transforms for p in transform.problems(sizes)]:
         raise ConfigError(*problems)
     for name, n in sizes.items():
@@ -57,7 +60,7 @@ def n_trained_by_part(config: Train) -> dict[str, int]:
 
 
 def part_of(name: str) -> str:
-    """The part of the model that a parameter is counted with."""
+    """The part of the model to which a parameter belongs."""
     first, *rest = name.split(".")
     if first in ("mtp", "head", "position"):
         return first
@@ -66,11 +69,10 @@ def part_of(name: str) -> str:
 
 
 def work(config: Train, lengths: tuple[int, int | None], trains: Callable[[str], bool] | None = None) -> Work:
-    """Of a sample of so many positions (of its source, and of its target where there are two stacks).
+    """FLOPs of a sample. With a user's own options that do not state their work, all parameters count as trained.
 
-    Options of the user's own that do not say what they compute are taken as if all were trained.
-
-    trains: whether the parameter of that name is; None: all are.
+    lengths: positions of the source, and of the target for an encoder-decoder.
+    trains: whether the parameter of that name is trained; None: all are.
     """
     share, again = config.objective.target_share, config.trainer.activation_checkpointing
     if trains is None or [*unknown(config), *untraced(config)]:
@@ -87,7 +89,7 @@ class _Counted(Tape):
 
 
 def _traced(config: Train, lengths: tuple[int, int | None], trains: Callable[[str], bool] | None = None) -> _Counted:
-    """The forward of a global batch, by one process that holds nothing."""
+    """The forward of a global batch on a tape."""
     n, (source, target), blocks = config.data.global_batch_size, lengths, iter(range(1 << 62))
     batch = batch_of(config, n)
     batch = dc.replace(batch, source=source, target=target if batch.target else None)

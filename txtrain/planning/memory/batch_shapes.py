@@ -1,4 +1,4 @@
-"""What one process' micro-batch holds, as its objective says: for the tape, as tensors, in bytes."""
+"""Contents of a micro-batch, from the objective: for the tape, as tensors, in bytes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from txtrain.registry import chosen, is_own, resolve
 
 
 def unknown(config: Train) -> list[str]:
-    """What is not known of a batch, and so of the work on it: sentences about options of the user's own."""
+    """Sentences on a user's own options that leave the contents of a batch unknown."""
     objective, data, found = config.objective, config.data, []
     if is_own("objective", objective):
-        found.append(f"{chosen('objective', objective)} is your own: of its batches and its loss nothing is known")
-    known = ("documents", "pairs", "images")  # methods of a source that say what its samples are
+        found.append(f"{chosen('objective', objective)} is your own: its batches and its loss are unknown")
+    known = ("documents", "pairs", "images")  # methods of a source whose samples are known
     if is_own("data", data) and method_of(resolve("data", data.type)) not in known:
-        found.append(f"{chosen('data', data)} is your own: of what its samples hold nothing is known")
+        found.append(f"{chosen('data', data)} is your own: the contents of its samples are unknown")
     return found
 
 
 def batch_of(config: Train, n: int) -> Batch:
-    """n samples, as the model's trace reads them."""
+    """n samples, for the model's trace."""
     shapes = config.objective.batch_shapes(config, n)
     source = shapes["input_ids"][1] if "input_ids" in shapes else config.lengths[0]
     names = {"documents_BS": "document_ids", "valid_BS": "attention_mask", "prefix_BS": "prefix_mask"}
@@ -41,7 +41,7 @@ def batch_of(config: Train, n: int) -> Batch:
 
 
 def tensors_of(config: Train, n: int) -> dict[str, Any]:
-    """The same as tensors, of zeros; of labels only as many are targets as an objective chooses."""
+    """The same as tensors of zeros; as many labels are targets as the objective chooses."""
     import torch
 
     kinds = {"pixel_values": torch.float32}
@@ -54,12 +54,12 @@ def tensors_of(config: Train, n: int) -> dict[str, Any]:
 
 
 def nbytes_of(config: Train, n: int) -> int:
-    """Bytes of the whole batch."""
+    """Bytes of n samples."""
     shapes = config.objective.batch_shapes(config, n)
     return sum((4 if name == "pixel_values" else 8) * math.prod(shape) for name, shape in shapes.items())
 
 
 def n_chosen(config: Train, n: int) -> int | None:
-    """Positions of n samples that an objective chooses as targets, as is to be expected; None: it chooses none."""
+    """Expected number of positions of n samples that the objective chooses as targets; None: all are."""
     share = config.objective.target_share
     return None if share == 1.0 else round(share * n * config.lengths[0])

@@ -1,4 +1,4 @@
-"""What one process holds and sends in a step, counted: the model's tape, and what the strategy does around each block."""
+"""What one rank holds and sends in a step: the model's tape, and what the strategy adds around each block."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ from txtrain.registry import chosen, unstated
 
 @dc.dataclass(frozen=True)
 class Memory:
-    """Of one process, at the fullest moment of a step after the first.
+    """Memory of one rank at the peak of a step after the first.
 
     Attributes:
-        peak: bytes; parts: what they are: parameters, optimizer, averaged (weights), read
-            (weights of models that the objective reads), batch, gradients, activations (kept for the backward),
-            recomputed, temporaries, gathered (parameters of others), reduced (gradients on their way).
+        peak: bytes; parts: its parts: parameters, optimizer, averaged (weights of the EMA), read (weights of further
+            models of the objective), batch, gradients, activations (kept for the backward), recomputed, temporaries,
+            gathered (parameters of other ranks), reduced (gradients being reduced).
         held: bytes between steps.
-        host, host_parts: the same of the processor's memory, where a strategy keeps something there and computes elsewhere.
-        communicated: bytes of each collective's whole buffer in a step; a ring sends (n - 1) / n of it, an all_reduce twice that.
+        host, host_parts: bytes in host memory that a strategy offloads.
+        communicated: bytes of each collective's whole buffer in a step; a ring sends (n - 1) / n of it, an all_reduce
+            twice that.
     """
 
     micro_batch_size: int
@@ -42,10 +43,10 @@ class Memory:
 
 
 def memory(config: Train, world: int, micro: int | None = None) -> Memory:
-    """Counted for micro-batches of `micro` samples (None: as configured) on each of `world` processes.
+    """Memory for micro-batches of `micro` samples (None: as configured) on each of `world` ranks.
 
     Raises:
-        NotCounted: a strategy has no closed form here, or an option of the user's own does not state it.
+        NotCounted: the strategy has no closed form here, or a user's own option does not state its work.
     """
     if missing := [*unknown(config), *_unstated(config, world)]:
         raise NotCounted("; ".join(missing))
@@ -67,7 +68,7 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
     between = sum(static.values())
     parts = {name: static.get(name, 0) + in_step.get(name, 0) for name in static | in_step}
     sent = strategy.exchanged()
-    if isinstance(strategy.t, DividedTape):  # exact for the mean over the processes, of which one may have more rows than another
+    if isinstance(strategy.t, DividedTape):  # exact for the mean over ranks, which may have different numbers of rows
         sent["all_to_all"] = round(strategy.t.travelled / micro * config.data.global_batch_size / layout.data)
     return Memory(micro, between + sum(in_step.values()), parts, between, sent, sum(host.values()), host)
 
@@ -75,12 +76,15 @@ def memory(config: Train, world: int, micro: int | None = None) -> Memory:
 def _strategy(config: Train, layout: Layout) -> Copies:
     stage, half = config.strategy.stage, config.trainer.precision == "bf16-mixed"
     if stage and layout.shard > 1:
-        return Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half else Partitions(config, layout)
+        return (
+            Gathered(config, layout) if stage == 3 else Accumulated(config, layout) if stage == 1 and half
+            else Partitions(config, layout)
+        )
     return Shards(config, layout) if layout.shard > 1 else Copies(config, layout)
 
 
 def _read(config: Train, layout: Layout) -> int:
-    """Bytes of the weights of the models that the objective reads, laid as the first; their forward is not counted."""
+    """Bytes of the weights of the objective's further models, laid over the ranks; their forward is not counted."""
     found = [describe(where, f"objective.{key}").model for key, where in config.objective.models.items()]
     return sum(_strategy(dc.replace(config, model=model), layout).states()["parameters"] for model in found)
 
@@ -90,7 +94,7 @@ def _parts(*parts: dict[str, int]) -> dict[str, int]:
 
 
 def _unstated(config: Train, world: int) -> Iterator[str]:
-    """What options of the user's own do not say."""
+    """Sentences on a user's own options that do not state their work."""
     yield from untraced(config)
     optimizer = config.optimizer
     asked = ("state_values", "counts_steps", "update_bytes", *(["update_sent"] if world > 1 else []))
@@ -104,6 +108,6 @@ def _refuse_uncounted(config: Train, world: int) -> None:
     if strategy.stage:
         if strategy.cpu_offload or world == 1:
             what = "strategy.cpu_offload=true" if strategy.cpu_offload else "one process"
-            raise NotCounted(f"strategy={strategy.type} with {what}: the copies that DeepSpeed makes there are not counted")
+            raise NotCounted(f"strategy={strategy.type} with {what}: DeepSpeed's copies there are not counted")
     elif strategy.cpu_offload and strategy.layout(world).shard == 1:
-        raise NotCounted("strategy.cpu_offload=true with one shard: what torch copies to the device and back is not counted")
+        raise NotCounted("strategy.cpu_offload=true with one shard: torch's copies to the device are not counted")

@@ -1,5 +1,5 @@
-"""Expert parallelism in bytes, applied from outside as `txtrain.parallel.expert_parallel` divides a mixture: a process has whole experts, and rows travel
-to them and back. All experts are taken to be visited alike, so that as many rows come as go."""
+"""Memory of expert parallelism, as in `txtrain.parallel.expert_parallel`: a rank has whole experts, and rows are sent
+to them and back. Experts are assumed to get equally many rows."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 
 class DividedTape(Tape):
-    """A tape of one of `parts` processes that divide each mixture's experts. around: is called to compute them, and may gather them first."""
+    """The tape of one of `parts` ranks that divide the experts. around: computes them, and may gather them before."""
 
     def __init__(self, size: int, parts: int, trains: Callable[[str], bool]) -> None:
         super().__init__(size, trains)
         self.parts = parts
-        self.travelled = 0  # bytes of rows to experts and back, those of this process' own among them
+        self.travelled = 0  # bytes of rows sent to experts and back, this rank's own included
         self.around: Callable[[Value, Callable[[Value], Value]], Value] | None = None
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
         return super().grouped(x, inputs, outputs, experts // self.parts, name)
 
     def experts(self, x: Value, dim: int, compute: Callable[[Value], Value]) -> Value:
-        """Rows come by process, and within it by expert; computed by expert, they go back in the order in which they came."""
+        """Rows arrive by rank and expert, are computed by expert, and return in the order of arrival."""
         assert self.around is not None
         order = 8 * (x.n // dim)
         came = self._exchanged(x)

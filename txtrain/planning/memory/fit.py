@@ -1,4 +1,4 @@
-"""Whether a step fits, which micro-batch is the largest that does, and what would make it fit."""
+"""The largest micro-batch that fits, and what would make a run fit."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from txtrain.registry import TABLE
 
 
 def share_of(config: Train, world: int) -> int:
-    """Samples of a step that one process sees; one at least."""
+    """Samples of a step per rank; at least one."""
     data: int = config.strategy.layout(world).data
     return max(1, int(config.data.global_batch_size) // data)
 
 
 def largest_micro_batch(config: Train, world: int, room: int) -> int | None:
-    """The largest divisor of a process' share whose step fits into `room` bytes; None: not one sample does."""
+    """The largest divisor of a rank's share whose step fits into `room` bytes; None: not even one sample fits."""
     share = share_of(config, world)
-    if memory(config, world, share).peak <= room:  # no accumulation: gradients of earlier micro-batches take no room
+    if memory(config, world, share).peak <= room:  # without accumulation there are no earlier gradients
         return share
     divisors = [n for n in range(1, share) if share % n == 0]
     low, high = 0, len(divisors)  # divisors[:low] fit, divisors[high:] do not
@@ -31,14 +31,17 @@ def largest_micro_batch(config: Train, world: int, room: int) -> int | None:
 
 
 def remedy(config: Train, world: int, room: int) -> str:
-    """The first change that makes it fit, of micro-batch, activation checkpointing, strategy and more processes."""
+    """The first change that makes it fit: micro-batch, activation checkpointing, strategy, more ranks."""
     for words, changed, processes in _changes(config, world):
         micro = largest_micro_batch(changed, processes, room)
         if micro is not None:
             given = changed.data.micro_batch_size or share_of(changed, processes)
             asked = [*words, *([f"data.micro_batch_size={micro}"] if micro != given else [])]
             return f"It fits with {' '.join(asked)}."
-    return "It fits on no number of processes up to 4,096 with strategy=fsdp: one block alone is too large. A model like this needs tensor parallelism."
+    return (
+        "It fits on no number of processes up to 4,096 with strategy=fsdp: one block alone is too large. A model like "
+        "this needs tensor parallelism."
+    )
 
 
 def _changes(config: Train, world: int) -> Iterator[tuple[list[str], Train, int]]:

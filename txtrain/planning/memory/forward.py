@@ -1,4 +1,4 @@
-"""The whole model's forward on a tape: embedding, stacks, head, loss. What `txtrain.model.transformer` does, in bytes."""
+"""The whole model's forward on a tape: embedding, stacks, head, loss; as `txtrain.model.transformer`, in bytes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from txtrain.model.trace.tape import Parameter, Tape, Value, dotted
 
 @dc.dataclass
 class Traced:
-    """One forward: `around` is called for each block, and may gather its parameters or compute it again in the backward."""
+    """One forward. around: is called for each block, and may gather its parameters or recompute it in the backward."""
 
     model: ModelConfig
     batch: Batch
@@ -52,10 +52,16 @@ class Traced:
         return total
 
     def _table(self, module: str = "embedding") -> Parameter | None:
-        return self.t.parameter(self.model.vocab_size, self.model.dim, name=f"{module}.token.weight") if self.model.vocab_size else None
+        return (
+            self.t.parameter(self.model.vocab_size, self.model.dim, name=f"{module}.token.weight")
+            if self.model.vocab_size else None
+        )
 
-    def _read(self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool, memory: Value | None) -> tuple[Value, Value]:
-        """What leaves a stack, and the vectors that entered it. The order is that of `Transformer._read`."""
+    def _read(
+        self, n_layers: int, table: Parameter | None, length: int, masked: dict[str, bool], causal: bool,
+        memory: Value | None
+    ) -> tuple[Value, Value]:
+        """Output of a stack, and the embedded input. In the order of `Transformer._read`."""
         model, t = self.model, self.t
         place = Place(model, 0, self.batch.n, length, length, device=self.device)
         with t.at("embedding" if model.share_embeddings or not t.path else "encoder_embedding"):
@@ -70,8 +76,11 @@ class Traced:
         left: Value = t.dropout(x, model.output_dropout)
         return left, vectors
 
-    def _through(self, layers: dict[str, int], x: Value, place: Place, masked: dict[str, bool], causal: bool, memory: Value | None) -> Value:
-        """layers: by the names of their blocks."""
+    def _through(
+        self, layers: dict[str, int], x: Value, place: Place, masked: dict[str, bool], causal: bool,
+        memory: Value | None
+    ) -> Value:
+        """layers: name of a block -> its layer."""
         model, t = self.model, self.t
         rotation = model.position.trace_rotation(t, place, bool(masked.get("documents_BS")))
         declared = Declared(place.queries, place.keys, causal, None, **masked)
@@ -98,34 +107,45 @@ class Traced:
             bias = self._bias(place)
         bias = None if bias is None else t.low(bias)
         softcap = model.attention.softcap is not None
-        kernel = choose(declared, self.device, bias, softcap, model.attention.dropped(model), 2 if t.autocast else t.size)
+        kernel = choose(
+            declared, self.device, bias, softcap, model.attention.dropped(model), 2 if t.autocast else t.size
+        )
         return draw(t, declared, kernel, bias, place.batch)
 
     def _bias(self, place: Place) -> Value | None:
-        """What the position adds to the scores."""
+        """The bias that the position adds to the scores."""
         made: Value | None = place.model.position.trace_bias(self.t, place)
         return made
 
     def _across(self, place: Place, memory: Value) -> Place:
-        """Where a decoder's blocks look at what the encoder read."""
+        """The place of cross-attention to the encoder's output."""
         model, batch = self.model, self.batch
-        declared = Declared(place.queries, batch.source, False, None, **batch.source_masked, query_documents_BT=batch.target_masked.get("documents_BS"))
+        declared = Declared(
+            place.queries, batch.source, False, None, **batch.source_masked,
+            query_documents_BT=batch.target_masked.get("documents_BS")
+        )
         softcap = model.attention.softcap is not None
-        kernel = choose(declared, self.device, None, softcap, model.attention.dropped(model), 2 if self.t.autocast else self.t.size)
-        return dc.replace(place, keys=batch.source, mask=draw(self.t, declared, kernel, None, place.batch), memory=memory)
+        kernel = choose(
+            declared, self.device, None, softcap, model.attention.dropped(model), 2 if self.t.autocast else self.t.size
+        )
+        return dc.replace(
+            place, keys=batch.source, mask=draw(self.t, declared, kernel, None, place.batch), memory=memory
+        )
 
     def _block(self, here: Place, across: Place | None, learned: bool, t: Tape, x: Value, *others: Value) -> Value:
-        """`Block.forward`, or `CrossBlock.forward`. others: what blocks share and give gradients to."""
+        """`Block.forward` or `CrossBlock.forward`. others: values that blocks share and that take gradients."""
         if learned:
             assert here.mask is not None
             here = dc.replace(here, mask=dc.replace(here.mask, bias=others[0]))
         x = self._joined(t, x, "attention", "attention", here, here)
         if across is not None:
-            x = self._joined(t, x, "cross_attention", "attention", dc.replace(across, layer=here.layer, memory=others[-1]), here)
+            x = self._joined(
+                t, x, "cross_attention", "attention", dc.replace(across, layer=here.layer, memory=others[-1]), here
+            )
         return self._joined(t, x, "ffn", "ffn", here, here)
 
     def _joined(self, t: Tape, x: Value, name: str, axis: str, at: Place, here: Place) -> Value:
-        """A sublayer and its residual connection. axis: of the component that it is."""
+        """A sublayer and its residual connection. axis: of the sublayer's component."""
         block, component = t.path, getattr(here.model, axis)
 
         def sublayer(y: Value) -> Value:
@@ -140,7 +160,9 @@ class Traced:
         made: Value = component.trace(t, x, at)
         return made
 
-    def _further(self, x: Value, vectors: Value, depth: int, length: int, masked: dict[str, bool], place: Place) -> tuple[Value, Value]:
+    def _further(
+        self, x: Value, vectors: Value, depth: int, length: int, masked: dict[str, bool], place: Place
+    ) -> tuple[Value, Value]:
         """`mtp.MTPModule`, and its loss."""
         model, t, n = self.model, self.t, length - depth
         here = dc.replace(place, queries=n, keys=n)

@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and makes while it steps, of the parameters that a process holds. No torch."""
+"""An optimizer's states and temporaries for the parameters that a rank holds. No torch."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 from txtrain.optim.config import EMAConfig, Held, OptimizerConfig
 
-# How modules of a model are registered, in which order their parameters enter the optimizer; a stable sort of the forward's own order.
+# The order of modules, and so of parameters in the optimizer: a stable sort of the forward's order.
 MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
 SUBLAYERS = ("attention", "attention_residual", "ffn", "ffn_residual", "cross_attention", "cross_attention_residual")
 
 
 def states(config: OptimizerConfig, held: Sequence[Held], size: int) -> int | None:
-    """Bytes kept between steps; None: an optimizer of the user's own does not say. size: bytes of a parameter's element."""
+    """Bytes kept between steps; None: a user's own optimizer does not state them. size: bytes per parameter element."""
     return config.state_bytes({h.name: h.own for h in held}, size)
 
 
 def made(config: OptimizerConfig, held: Sequence[Held], size: int) -> int:
-    """Bytes made at the fullest moment of an update, beside states and gradients: of one group of parameters after the other."""
+    """Peak bytes of temporaries in an update, beside states and gradients: groups are updated one after the other."""
     return max((config.update_bytes(group, size) for group in grouped(config, held)), default=0)
 
 
 def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
-    """The optimizer's groups, as `txtrain.optim.groups` makes them."""
+    """The optimizer's groups, as in `txtrain.optim.groups`."""
     groups: dict[tuple[tuple[str, Any], ...], list[Held]] = {}
     for h in sorted(held, key=lambda h: registered(h.name)):
         groups.setdefault(tuple(sorted(config.settings(h.name, h.shape).items())), []).append(h)
@@ -31,12 +31,12 @@ def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
 
 
 def averaged(config: EMAConfig, held: Sequence[Held]) -> int:
-    """Bytes of the averaged weights, in float32."""
+    """Bytes of the averaged weights (float32)."""
     return 0 if config.decay is None else 4 * sum(h.n for h in held)
 
 
 def registered(name: str) -> tuple[int, ...]:
-    """A parameter's place in the model, by its name."""
+    """Sort key of a parameter by its module's place in the model."""
     first, *rest = name.split(".")
     within = rest if first == "encoder" else [first, *rest]
     number = int(within[1]) if within[0] in ("blocks", "mtp") else 0

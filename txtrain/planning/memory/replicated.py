@@ -1,5 +1,4 @@
-"""Every process holds all parameters, or its piece of each matrix; with several that see different samples, gradients are copied end to
-end and summed after the backward."""
+"""Every rank holds all parameters, or its part of each matrix; data-parallel ranks sum gradients after the backward."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ FLOAT32 = 4
 
 
 class NotCounted(Exception):
-    """A choice whose memory has no closed form here; the text says which and why. communicated: what is counted nevertheless, as in Memory."""
+    """A choice whose memory has no closed form here, with the reason. communicated: as in Memory, if counted."""
 
     def __init__(self, why: str, communicated: dict[str, int] | None = None) -> None:
         super().__init__(why)
@@ -28,7 +27,7 @@ class NotCounted(Exception):
 
 
 class Copies:
-    """One process of `layout`. `t` counts what is beside `states()`."""
+    """One rank of `layout`. `t` counts memory other than `states()`."""
 
     def __init__(self, config: Train, layout: Layout) -> None:
         self.config, self.layout = config, layout
@@ -42,15 +41,15 @@ class Copies:
 
     @property
     def device(self) -> str:
-        """The kind of it."""
+        """Its type: cpu or cuda."""
         return "cpu" if self.config.trainer.accelerator == "cpu" else "cuda"
 
     @property
     def offloads(self) -> bool:
-        """Whether states and gradients lie in the processor's memory, and that is another than the device's."""
+        """Whether states and gradients are in host memory, while the device has its own."""
         return bool(self.config.strategy.cpu_offload) and self.device != "cpu"
 
-    # ------------------------------------------------------------------------------------------------------------ the model
+    # -------------------------------------------------------------------------------------------------------- the model
 
     def _tape(self, size: int = FLOAT32) -> Tape:
         if self.layout.tensor > 1:
@@ -63,7 +62,7 @@ class Copies:
         return traced(self.config.model, batch_of(self.config, n), t, around, self.device).loss()
 
     def _survey(self) -> None:
-        """Parameters by block, and of experts that are gathered by themselves; the shapes of the whole ones; which blocks have a backward."""
+        """Parameters by block, and of experts gathered separately; unsharded shapes; blocks with a backward."""
         self.groups: list[Group] = []
         self.goes_back: list[bool] = []
         self.experts: dict[int, Group] = {}  # by the number of their block
@@ -92,47 +91,54 @@ class Copies:
         self.shapes = {p.name: p.shape for p in self.pieces}
         if self.layout.tensor > 1 or self.ep_size > 1:
             whole = Tape()
-            Traced(self.config.model, batch_of(self.config, 1), whole, lambda block, inputs: block(whole, *inputs)).loss()
+            Traced(
+                self.config.model, batch_of(self.config, 1), whole, lambda block, inputs: block(whole, *inputs)
+            ).loss()
             self.shapes = {p.name: p.shape for p in whole.parameters}
 
-    # -------------------------------------------------------------------------------------------------------------- states
+    # ----------------------------------------------------------------------------------------------------------- states
 
     def own(self, p: Parameter) -> tuple[int, ...]:
-        """The shape of what the first process keeps of a piece."""
+        """The shape of the first rank's shard of a parameter."""
         return p.shape
 
     @property
     def held(self) -> list[Held]:
-        """What this process keeps of each parameter."""
+        """This rank's shard of each parameter."""
         return [self._held(p) for p in self.pieces]
 
     @property
     def trained(self) -> list[Held]:
-        """The same of those that take a gradient."""
+        """The same for parameters with gradients."""
         return [self._held(p) for p in self.pieces if p.edge]
 
     @property
     def n_frozen(self) -> int:
-        """Elements that this process keeps of those that take none."""
+        """Elements of frozen parameters on this rank."""
         return sum(self._held(p).n for p in self.pieces if not p.edge)
 
     def _held(self, p: Parameter) -> Held:
         return Held(p.name, self.shapes[p.name], self.own(p), p.shape)
 
     def states(self) -> dict[str, int]:
-        """Bytes between steps, beside the batch."""
+        """Bytes between steps, without the batch."""
         optimizer = updates.states(self.config.optimizer, self.trained, self.stored)
         assert optimizer is not None, "count.py asks for what an optimizer states"
         parameters = self.stored * sum(h.n for h in self.held)
-        return {"parameters": parameters, "optimizer": optimizer, "averaged": updates.averaged(self.config.ema, self.trained)}
+        return {
+            "parameters": parameters, "optimizer": optimizer,
+            "averaged": updates.averaged(self.config.ema, self.trained)
+        }
 
     def update(self) -> dict[str, int]:
-        """Bytes beside these while the optimizer steps."""
-        return {"gradients": self.gradients, "temporaries": updates.made(self.config.optimizer, self.trained, self.stored)}
+        """Further bytes during the optimizer's step."""
+        return {
+            "gradients": self.gradients, "temporaries": updates.made(self.config.optimizer, self.trained, self.stored)
+        }
 
     @property
     def gradients(self) -> int:
-        """Bytes, when the optimizer steps."""
+        """Bytes of the gradients in the optimizer's step."""
         return sum(h.n for h in self.trained) * self.stored
 
     def communicated(self) -> dict[str, int]:
@@ -144,7 +150,7 @@ class Copies:
         return found
 
     def exchanged(self) -> dict[str, int]:
-        """Bytes of whole buffers in a step, those of the update among them."""
+        """Bytes of whole buffers in a step, the update included, by collective."""
         sent = self.communicated()
         for name, n in self.config.optimizer.update_sent(self.trained, self.stored).items():
             sent[name] = sent.get(name, 0) + n
@@ -152,13 +158,13 @@ class Copies:
 
     @property
     def in_common(self) -> int:
-        """Bytes of gradients of what every process has whole beside its pieces."""
+        """Bytes of gradients of parameters that every rank holds whole."""
         return sum(self._held(p).n for p in self.pieces if p.edge and p.shape == self.shapes[p.name]) * self.stored
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def step(self, micro: int, several: bool) -> None:
-        """Forward and backward of a micro-batch; several: gradients of those before it are there."""
+        """Forward and backward of a micro-batch. several: earlier micro-batches have left gradients."""
         if several:
             self.before()
         loss = self._loss(micro, self.t, self.around)

@@ -1,6 +1,5 @@
-"""Tensor parallelism in bytes, as `txtrain.parallel.tensor_parallel` cuts modules and by the same declarations: a
-component computes what it always computes, with fewer heads or a narrower hidden layer;
-`txtrain.parallel.tensor_collectives` is what passes between the ranks."""
+"""Memory of tensor parallelism, by the declarations that `txtrain.parallel.tensor_parallel` uses: a component computes
+the same with fewer heads or a narrower hidden layer; `txtrain.parallel.tensor_collectives` connects the ranks."""
 
 from __future__ import annotations
 
@@ -19,19 +18,19 @@ from txtrain.registry import WHOLE, cut_of
 
 
 class Extent(NamedTuple):
-    """Sequences, their positions, and how many of these one process has; the last ones may be padding."""
+    """Sequences, positions of each, and positions on one rank, of which the last may be padding."""
 
     sequences: int
     length: int
     of_one: int
 
     def part(self, n: int) -> int:
-        """Of n elements of all positions."""
+        """This rank's number of n elements over all positions."""
         return n // self.length * self.of_one
 
 
 class CutTape(Tape):
-    """A tape of one of `parts` processes that share each layer's matrices."""
+    """The tape of one of `parts` ranks that share each layer's matrices."""
 
     def __init__(self, model: ModelConfig, parts: int, size: int, device: str, trains: Callable[[str], bool]) -> None:
         super().__init__(size, trains)
@@ -39,19 +38,21 @@ class CutTape(Tape):
         tables, parameters = cut_of("embedding", model.embedding), cut_of("head", model.head)
         self.by_vocabulary = {f"{stack}embedding.{table}.weight" for stack in ("", "encoder_") for table in tables}
         self.by_vocabulary |= {f"head.{name}" for name in parameters}
-        # Of the sublayer that computes: its declaration, its path, and whether the parts of its sum have been added.
+        # the current sublayer: its declaration, its path, and whether its partial sums have been reduced
         self.how, self.sublayer, self.summed = WHOLE, "", False
-        self.taken = 0  # key-value heads that lie whole in every rank, which reads one of them
+        self.taken = 0  # key-value heads that every rank holds whole, and of which it reads one
         self.extent = Extent(1, 1, 1)  # of that sublayer
 
-    # --------------------------------------------------------------------------------------------------------------- matrices
+    # --------------------------------------------------------------------------------------------------------- matrices
 
     def parameter(self, *shape: int, name: str = "weight") -> Parameter:
         if dotted(self.path, name) in self.by_vocabulary:
             shape = (math.ceil(shape[0] / self.parts), *shape[1:])
         return super().parameter(*shape, name=name)
 
-    def linear(self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = "") -> Value:
+    def linear(
+        self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = ""
+    ) -> Value:
         how = self.how.get(name)
         if how == "shared_rows" and self.taken:
             return self._taken(x, inputs, outputs, bias, name, self.taken)
@@ -62,12 +63,17 @@ class CutTape(Tape):
         return self.add(y, self.low(self.parameter(outputs, name=dotted(name, "bias")))) if bias else y
 
     def _taken(self, x: Value, inputs: int, outputs: int, bias: bool, name: str, heads: int) -> Value:
-        weight = self.sliced(self.low(self.parameter(heads * outputs, inputs, name=dotted(name, "weight"))), outputs * inputs)
+        weight = self.sliced(
+            self.low(self.parameter(heads * outputs, inputs, name=dotted(name, "weight"))), outputs * inputs
+        )
         y = super().linear(x, inputs, outputs, False, weight, name)
-        return self.add(y, self.sliced(self.low(self.parameter(heads * outputs, name=dotted(name, "bias"))), outputs)) if bias else y
+        return (
+            self.add(y, self.sliced(self.low(self.parameter(heads * outputs, name=dotted(name, "bias"))), outputs))
+            if bias else y
+        )
 
     def lookup(self, table: Parameter, n: int, columns: int, index: int = 0) -> Value:
-        """Of a vocabulary each process looks up the tokens that it has; the others' vectors are 0, and all are summed."""
+        """Each rank looks up the tokens of its part of the vocabulary, others give 0; the vectors are summed."""
         if table.name not in self.by_vocabulary:
             return super().lookup(table, n, columns, index)
         x = super().lookup(table, n, columns, index + 8 * n)
@@ -76,8 +82,10 @@ class CutTape(Tape):
         self._send("all_reduce", masked.nbytes)
         return self.made([masked], masked.n, masked.size, None, lambda g: (g,))
 
-    def chunked_loss(self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool) -> Value:
-        self._send("all_gather", 2 * 4 * self.parts * (x.n // dim))  # what each finds of a token: log z, and its target's logit
+    def chunked_loss(
+        self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool
+    ) -> Value:
+        self._send("all_gather", 2 * 4 * self.parts * (x.n // dim))  # per token and rank: log z, the target's logit
         return super().chunked_loss(self.spread(x), weight, shift, dim, math.ceil(vocabulary / self.parts), capped)
 
     def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
@@ -90,13 +98,13 @@ class CutTape(Tape):
         return self.made([mine], n, mine.size, None, lambda g: (g,), whole)
 
     def low(self, x: Value) -> Value:
-        """A process' part of a parameter is a view of it, of which autocast keeps no copy for the next use."""
+        """A rank's part of a parameter is a view, of which autocast caches no copy."""
         return self.to(x, 2) if self.autocast else x
 
-    # ------------------------------------------------------------------------------------------------------------------ lanes
+    # ------------------------------------------------------------------------------------------------------------ lanes
 
     def mine(self, x: Value) -> Value:
-        """Positions of this process, copied; their gradients are gathered."""
+        """A copy of this rank's positions; backward: all_gather."""
         extent, size = self.extent, x.size
         n = extent.part(x.n)
         padded = self._padded(x.n, size, extent)
@@ -105,7 +113,7 @@ class CutTape(Tape):
         return self.made([x], n, size, None, lambda g: (self._gathered(n, size, extent),), made)
 
     def join(self, x: Value, n: int) -> Value:
-        """All positions of everyone; of their gradient each process has its own."""
+        """All positions, by all_gather; backward: this rank's positions."""
         extent, mine, size = self.extent, x.n, x.size
 
         def backward(g: Bytes) -> Gradients:
@@ -115,24 +123,28 @@ class CutTape(Tape):
         return self.made([x], n, size, None, backward, None if self.stopped else self._gathered(mine, size, extent))
 
     def enter(self, x: Value, n: int) -> Value:
-        """The same; but gradients are parts of a sum."""
+        """All positions, by all_gather; backward: reduce_scatter of partial gradients."""
         extent, size = self.extent, x.size
-        return self.made([x], n, size, None, lambda g: (self._reduced(n, size, extent),), self._gathered(x.n, size, extent))
+        return self.made(
+            [x], n, size, None, lambda g: (self._reduced(n, size, extent),), self._gathered(x.n, size, extent)
+        )
 
     def leave(self, x: Value) -> Value:
-        """Parts are summed, and each process keeps its positions."""
+        """This rank's positions of the sum, by reduce_scatter; backward: all_gather."""
         extent, size = self.extent, x.size
         mine = extent.part(x.n)
         storage = None if self.stopped else self._reduced(x.n, size, extent)
         return self.made([x], mine, size, None, lambda g: (self._gathered(mine, size, extent),), storage)
 
     def kept_of(self, x: Value) -> Value:
-        """Positions of this process of what all have computed alike; a view."""
+        """This rank's positions of a value that all ranks have; a view."""
         nbytes = x.nbytes
-        return self.made([x], self.extent.part(x.n), x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),), x.storage)
+        return self.made(
+            [x], self.extent.part(x.n), x.size, None, lambda g: (Bytes(self.meter, nbytes, self.kind),), x.storage
+        )
 
     def spread(self, x: Value) -> Value:
-        """The same value, whose gradients are summed."""
+        """The same value; backward: all_reduce."""
         if x.edge is None:
             return x
         n, size = x.n, x.size
@@ -143,22 +155,27 @@ class CutTape(Tape):
 
         return self.made([x], n, size, None, backward, x.storage)
 
-    def saves_of(self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter], products: list[Bytes] | None) -> int | None:
-        """Tried with a meter of its own: torch stops once all that was kept is there again, and sends nothing after that."""
+    def saves_of(
+        self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter],
+        products: list[Bytes] | None
+    ) -> int | None:
+        """Counts saved tensors on a meter of its own: torch stops recomputing, and sending, once it has them all."""
         meter, sent, first = self.meter, dict(self.sent), self.n_saved
-        self.meter, self.replayed, self.products = Meter(), iter(own), None if products is None else [Bytes(Meter(), 0, "") for _ in products]
+        self.meter, self.replayed, self.products = (
+            Meter(), iter(own), None if products is None else [Bytes(Meter(), 0, "") for _ in products]
+        )
         block(self, *values)
         n = self.n_saved
         self.meter, self.sent, self.n_saved, self.replayed, self.products = meter, sent, first, None, None
         return n
 
     def _padded(self, n: int, size: int, extent: Extent) -> Bytes | None:
-        """A copy with zeros behind, where the processes do not divide the positions."""
+        """A copy padded with zeros, if the ranks do not divide the positions."""
         whole = extent.part(n) * self.parts
         return self.bytes(whole, size) if whole != n else None
 
     def _gathered(self, n: int, size: int, extent: Extent) -> Bytes:
-        """Of parts of n elements; side by side, then position by position."""
+        """All ranks' parts of n elements: stacked, then in the order of positions."""
         stacked = self.bytes(n * self.parts, size)
         self._send("all_gather", stacked.n)
         if extent.sequences == 1:
@@ -182,7 +199,7 @@ class CutTape(Tape):
 
 
 class CutTraced(Traced):
-    """The model's forward as one of these processes computes it: the stream by positions within the blocks, whole outside."""
+    """The forward on one of these ranks: the residual stream is split by positions within blocks, whole outside."""
 
     t: CutTape
 
@@ -209,7 +226,7 @@ class CutTraced(Traced):
         return made if t.summed else t.leave(made)
 
     def _bias(self, place: Place) -> Value | None:
-        """T5's table lies by heads where attention is cut by heads."""
+        """T5's table is split by heads if attention is."""
         model = place.model
         if cut_of("position", model.position) and cut_of("attention", model.attention):
             place = dc.replace(place, model=dc.replace(model, n_heads=model.n_heads // self.t.parts))
@@ -217,7 +234,7 @@ class CutTraced(Traced):
 
 
 def narrowed(model: ModelConfig, component: Any, parts: int) -> tuple[ModelConfig, Any]:
-    """A model and its component as one rank computes it."""
+    """A model and its component as one rank computes them."""
     component = component.settled(model)
     for size in component.divided(model):
         owner, name = size.key.split(".")[-2:]
@@ -230,7 +247,7 @@ def narrowed(model: ModelConfig, component: Any, parts: int) -> tuple[ModelConfi
 
 
 def _of_heads(mask: Drawn, at: Place, parts: int) -> Drawn:
-    """What is added to the scores, of this process' heads; a view."""
+    """The bias on the scores for this rank's heads; a view."""
     bias = mask.bias
     if bias is None or bias.n % (at.model.n_heads * at.queries * at.keys):
         return mask

@@ -1,6 +1,9 @@
-"""DeepSpeed's ZeRO, stages 1 and 2, as of 0.19.8: a group's parameters lie end to end in one buffer, of which each process updates a piece
-in float32; gradients are copied into a bucket, and what of them it updates into a buffer of its own. With bfloat16 stage 1 is another
-optimizer: it adds gradients up in float32, all of them in every process, and sums them once the backward has ended."""
+"""DeepSpeed's ZeRO, stages 1 and 2, as of 0.19.8.
+
+A group's parameters are one flat buffer, of which each rank updates its partition in float32. Gradients are copied into
+a bucket, and those of the rank's partition into a buffer of its own. With bfloat16 stage 1 is another optimizer: every
+rank accumulates all gradients in float32, and reduces them after the backward.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,8 @@ from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Copies
 
-ALIGNED = 2  # elements, times the processes, up to which a group is filled
-SUMMED = 500_000_000  # elements of whole groups, once there are more than which they are summed
+ALIGNED = 2  # groups are padded to a multiple of this times the number of ranks
+SUMMED = 500_000_000  # groups are reduced together once they have more elements
 
 
 class Partitions(Copies):
@@ -29,11 +32,16 @@ class Partitions(Copies):
         self.flat = [math.ceil(sum(sizes) / filled) * filled for sizes in groups]
         self.mine = [n // layout.shard for n in self.flat]
         ends = [accumulate(sizes) for sizes in groups]
-        # Of each parameter: its group, and where in that it ends.
-        self.place = {h.name: (g, end) for g, (group, own) in enumerate(zip(laid, ends, strict=True)) for h, end in zip(group, own, strict=True)}
+        # parameter -> its group, and its end in that
+        self.place = {
+            h.name: (g, end) for g, (group, own) in enumerate(zip(laid, ends, strict=True))
+            for h, end in zip(group, own, strict=True)
+        }
         self.half = self.t.size == 2
-        # In float32 the first process copies the gradient of a parameter whole where it updates a part of it.
-        self.copied = sum(self.mine) if self.half else sum(_touched(sizes, n) for sizes, n in zip(groups, self.mine, strict=True))
+        # In float32 the first rank copies the whole gradient of a parameter of which it updates a part.
+        self.copied = (
+            sum(self.mine) if self.half else sum(_touched(sizes, n) for sizes, n in zip(groups, self.mine, strict=True))
+        )
         self.bucket: Bytes | None = None
         self.filled = 0
         self.inside: list[Parameter] = []
@@ -43,25 +51,31 @@ class Partitions(Copies):
         self.earlier: Bytes | None = None
         self.t.arrived = self._arrived
 
-    # -------------------------------------------------------------------------------------------------------------- states
+    # ----------------------------------------------------------------------------------------------------------- states
 
     def states(self) -> dict[str, int]:
         values = self.config.optimizer.state_values("", (1,))
         assert values is not None, "what ZeRO takes is elementwise"
-        shares = sum(math.ceil(p.n / self.layout.shard) for p in self.pieces if not p.edge) if self.half and self.device == "cpu" else 0
+        shares = (
+            sum(math.ceil(p.n / self.layout.shard) for p in self.pieces if not p.edge)
+            if self.half and self.device == "cpu" else 0
+        )
         parameters = self.t.size * (sum(self.flat) + self.n_frozen) + FLOAT32 * shares
         return {"parameters": parameters, "optimizer": FLOAT32 * (1 + values) * sum(self.mine)}
 
     def update(self) -> dict[str, int]:
         made = max(self.config.optimizer.update_bytes([Held("", (n,), (n,))], FLOAT32) for n in self.mine)
-        side_by_side = 0 if self.half else FLOAT32 * max(self.mine)  # bfloat16's lie so already
+        side_by_side = 0 if self.half else FLOAT32 * max(self.mine)  # bfloat16's are flat already
         return {"gradients": FLOAT32 * self.copied, "temporaries": side_by_side + made}
 
     def communicated(self) -> dict[str, int]:
         reductions = self.n_micro_batches if self.stage == 2 else 1
-        return {"all_reduce": FLOAT32 * reductions * sum(h.n for h in self.trained), "all_gather": self.t.size * sum(self.flat)}
+        return {
+            "all_reduce": FLOAT32 * reductions * sum(h.n for h in self.trained),
+            "all_gather": self.t.size * sum(self.flat)
+        }
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def before(self) -> None:
         if self.stage == 1:
@@ -76,7 +90,7 @@ class Partitions(Copies):
             self._copy(p)
 
     def _copy(self, p: Parameter) -> None:
-        """A gradient enters the bucket; one that is larger than it stays where it is until it is reduced."""
+        """Copy a gradient into the bucket; one larger than the bucket stays where it is until it is reduced."""
         if self.filled + p.n > BUCKET:
             self._reduce()
         self.filled += p.n
@@ -92,7 +106,7 @@ class Partitions(Copies):
         if self.filled:
             for n, several in [(self.filled, True)] if self.large is None else self._slices(self.large):
                 together = self.t.bytes(n if several else 0, kind="reduced")
-                self.t.bytes(n if self.half else 0, FLOAT32, "reduced")  # bfloat16 is sent in float32
+                self.t.bytes(n if self.half else 0, FLOAT32, "reduced")  # bfloat16 is reduced in float32
                 del together
             if not self.half and self.kept is None:
                 self.kept = self.t.bytes(self.copied, FLOAT32, "gradients")
@@ -103,15 +117,15 @@ class Partitions(Copies):
         self.inside.clear()
 
     def _keep(self) -> None:
-        """A place for the gradients of this process' piece of a group, once one of them comes; of several micro-batches it is there."""
+        """Allocate this rank's gradients of a group with the first of them, unless earlier micro-batches have."""
         for p in self.inside if self.earlier is None else ():
             g, end = self.place[p.name]
             if g not in self.kept_of and end - p.n < self.mine[g]:
                 self.kept_of[g] = self.t.bytes(self.mine[g], FLOAT32, "gradients")
 
     def _slices(self, p: Parameter) -> Iterator[tuple[int, bool]]:
-        """Elements of a large gradient that are sent at a time: slices of one process each, until they are more than a bucket. Whether
-        there are several, which are copied end to end."""
+        """Elements of a large gradient that are sent at a time: slices of one partition each, until they fill a bucket;
+        and whether there are several slices, which are copied into one buffer."""
         g, end = self.place[p.name]
         at, n, several = end - p.n, 0, 0
         while at < end:
@@ -149,7 +163,7 @@ class Accumulated(Partitions):
         self.t.accumulates = True
 
     def after_backward(self) -> None:
-        self.t.bytes(max(h.n for h in self.trained), FLOAT32)  # one gradient after the other is added
+        self.t.bytes(max(h.n for h in self.trained), FLOAT32)  # gradients are added one after the other
         together = 0
         for n in self.flat:
             together += n
@@ -159,7 +173,7 @@ class Accumulated(Partitions):
 
 
 def _touched(sizes: list[int], first: int) -> int:
-    """Elements of the parameters that begin within the first so many."""
+    """Elements of the parameters that begin within the first `first` elements."""
     total = 0
     for n in sizes:
         if total >= first:

@@ -1,5 +1,8 @@
-"""DeepSpeed's ZeRO, stage 3, as of 0.19.8: each parameter in equal pieces over the processes; a block's are gathered when it is called, and
-more ahead of that, in the order that the step before had. They are given back once they are not read again within a distance."""
+"""DeepSpeed's ZeRO, stage 3, as of 0.19.8.
+
+Each parameter is sharded evenly over the ranks. A block's parameters are gathered when it is called, and further ones
+prefetched in the order of the previous step; they are released unless they are read again within a distance.
+"""
 
 from __future__ import annotations
 
@@ -15,20 +18,20 @@ from txtrain.parallel.config import BUCKET, Layout
 from txtrain.planning.memory.optimizer import grouped
 from txtrain.planning.memory.replicated import FLOAT32, Block, Copies
 
-# Elements, DeepSpeed's defaults.
-AHEAD = 50_000_000  # gathered ahead at each call of a module, at least
-LIVE = 1_000_000_000  # more than which are not gathered ahead
-DISTANCE = 1_000_000_000  # to the next use of a parameter, from which on it is given back in between
-UPDATED = 1_000_000_000  # that are updated at a time
+# DeepSpeed's defaults, in elements
+AHEAD = 50_000_000  # prefetched at each call of a module, at least
+LIVE = 1_000_000_000  # gathered at most, with those prefetched
+DISTANCE = 1_000_000_000  # to a parameter's next use, from which on it is released in between
+UPDATED = 1_000_000_000  # updated at a time
 
-OPENING, CLOSING = 3, 2  # modules outside the blocks that are called before them, and after, the outermost two apart
+OPENING, CLOSING = 3, 2  # modules called before and after the blocks, without the outermost two
 
-Place = tuple[int, int]  # of a parameter: its block, or ROOT, and its number there
+Place = tuple[int, int]  # of a parameter: its block, or ROOT, and its index there
 ROOT = -1
 
 
 class Gathering:
-    """Parameters on their way in one buffer, until the last of them has been asked for."""
+    """Parameters being gathered in one buffer, until they are read."""
 
     def __init__(self, places: Sequence[Place], buffer: Bytes) -> None:
         self.places, self.buffer = places, buffer
@@ -39,29 +42,37 @@ class Gathered(Copies):
         super().__init__(config, layout)
         self.names = dict(chain(((ROOT, self.root),), enumerate(self.groups)))
         self.steps = self._called()
-        self.queue: deque[tuple[Place, int]] = deque((place, at) for at, places in enumerate(self.steps) for place in places)
+        self.queue: deque[tuple[Place, int]] = deque(
+            (place, at) for at, places in enumerate(self.steps) for place in places
+        )
         self.there: dict[Place, Bytes] = {}
         self.coming: dict[Place, Gathering] = {}
-        self.next_use: dict[Place, int] = {}  # as far as it has been looked ahead
-        self.at = 0  # the number of the call
+        self.next_use: dict[Place, int] = {}  # as far as prefetching has looked ahead
+        self.at = 0  # index of the call
         self.n_there = 0
         self.bucket: list[Parameter] = []
         self.t.arrived = self._arrived
 
     def _called(self) -> list[list[Place]]:
-        """What the modules read, in the order of their calls, forward and backward. The outermost reads all that is in no block."""
-        back = [[(number, i) for i in range(len(group.parameters))] for number, group in enumerate(self.groups) if self.goes_back[number]]
+        """Parameters that modules read, by call, forward and backward. The outermost reads all outside the blocks."""
+        back = [
+            [(number, i) for i in range(len(group.parameters))] for number, group in enumerate(self.groups)
+            if self.goes_back[number]
+        ]
         root = [(ROOT, i) for i in range(len(self.root.parameters))]
         blocks = [[(number, i) for i in range(len(group.parameters))] for number, group in enumerate(self.groups)]
         nothing: list[list[Place]] = [[]]
-        return [root, root, *nothing * OPENING, *blocks, *nothing * CLOSING, root, *nothing * CLOSING, *reversed(back), *nothing * OPENING]
+        return [
+            root, root, *nothing * OPENING, *blocks, *nothing * CLOSING, root, *nothing * CLOSING, *reversed(back),
+            *nothing * OPENING
+        ]
 
     @property
     def _turn(self) -> int:
-        """The number of the first call of the backward."""
+        """The index of the backward's first call."""
         return 2 + OPENING + len(self.groups) + CLOSING
 
-    # -------------------------------------------------------------------------------------------------------------- states
+    # ----------------------------------------------------------------------------------------------------------- states
 
     def own(self, p: Parameter) -> tuple[int, ...]:
         return (math.ceil(p.n / self.layout.shard),)
@@ -72,12 +83,18 @@ class Gathered(Copies):
         n = sum(h.n for h in self.trained)
         shares = FLOAT32 * self.n_frozen if self.t.size != FLOAT32 and self.device == "cpu" else 0
         parameters = self.t.size * (n + self.n_frozen) + shares
-        return {"parameters": parameters, "optimizer": FLOAT32 * (1 + values) * n, "gradients": FLOAT32 * n, "reduced": FLOAT32 * BUCKET}
+        return {
+            "parameters": parameters, "optimizer": FLOAT32 * (1 + values) * n, "gradients": FLOAT32 * n,
+            "reduced": FLOAT32 * BUCKET
+        }
 
     def update(self) -> dict[str, int]:
-        """Absolute values, to see whether all are finite; then the gradients of a group end to end."""
+        """The larger of: absolute values, for the check for overflow; the gradients of a group in one buffer."""
         held = self.trained
-        largest = max(min(sum(h.n for h in group), UPDATED + max(h.n for h in group)) for group in grouped(self.config.optimizer, held))
+        largest = max(
+            min(sum(h.n for h in group), UPDATED + max(h.n for h in group))
+            for group in grouped(self.config.optimizer, held)
+        )
         made = FLOAT32 * largest + self.config.optimizer.update_bytes([Held("", (largest,), (largest,))], FLOAT32)
         return {"temporaries": max((FLOAT32 + 1) * sum(h.n for h in held), made)}
 
@@ -87,7 +104,7 @@ class Gathered(Copies):
     def _send(self, name: str, nbytes: int) -> None:
         self.t.sent[name] = self.t.sent.get(name, 0) + nbytes
 
-    # ------------------------------------------------------------------------------------------------------------ gathering
+    # -------------------------------------------------------------------------------------------------------- gathering
 
     def _parameter(self, place: Place) -> Parameter:
         return self.names[place[0]].parameters[place[1]]
@@ -105,7 +122,7 @@ class Gathered(Copies):
         self.coming |= dict.fromkeys(places, made)
 
     def _take(self, place: Place) -> None:
-        """What came together is copied out together; the buffer of one alone is the parameter."""
+        """Parameters gathered together are copied out together; a single one stays in its buffer."""
         made = self.coming.get(place)
         if made is None:
             return
@@ -115,7 +132,7 @@ class Gathered(Copies):
         del self.coming[place]
 
     def _call(self) -> None:
-        """Of the next module."""
+        """The call of the next module."""
         places = self.steps[self.at]
         self._gather([place for place in places if place not in self.there and place not in self.coming])
         for place in places:
@@ -140,7 +157,7 @@ class Gathered(Copies):
         return list(chosen)
 
     def _give_back(self, number: int) -> None:
-        """Of a block that was called last. The backward's first call counts for all parameters."""
+        """Release the parameters of the block called last. The first call of the backward counts as reading all."""
         again, passed = set(), 0
         for at in range(self.at, len(self.steps)):
             if passed >= DISTANCE:
@@ -151,10 +168,11 @@ class Gathered(Copies):
             passed += sum(self._parameter(place).n for place in self.steps[at])
         for i, p in enumerate(self.groups[number].parameters):
             place = (number, i)
-            if place not in again and self.next_use.get(place, -1) <= self.at and self.there.pop(place, None) is not None:
+            unused = place not in again and self.next_use.get(place, -1) <= self.at
+            if unused and self.there.pop(place, None) is not None:
                 self.n_there -= p.n
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # --------------------------------------------------------------------------------------------------------- the step
 
     def step(self, micro: int, several: bool) -> None:
         for _ in range(2 + OPENING):
@@ -162,7 +180,7 @@ class Gathered(Copies):
         super().step(micro, several)
 
     def before(self) -> None:
-        """Gradients of the micro-batches before lie in pieces, where they always have their place."""
+        """Gradients of earlier micro-batches are sharded, and counted in `states`."""
 
     def around(self, block: Block, inputs: Sequence[Value]) -> Value:
         t, number = self.t, self.seen
@@ -174,7 +192,7 @@ class Gathered(Copies):
             x = t.detached(x)
         x = t.hook(x, lambda: self._done(number))
         live = t.group = self.groups[number].live = Group()
-        # A product keeps its matrix transposed, a view that lives on when the parameter is given back: not where the block is computed again.
+        # A product saves a transposed view of its matrix, which outlives the parameter's release; not if recomputed.
         t.lies = lambda p: self.there[number, live.parameters.index(p)] if len(p.shape) > 1 else None
         x = self.computed(number, block, [x, *others])
         t.group, t.lies = t.root, None
@@ -192,13 +210,13 @@ class Gathered(Copies):
             self._add(p)
 
     def _done(self, number: int) -> None:
-        """After a block's backward."""
+        """Called after a block's backward."""
         for p in self.groups[number].live.parameters:
             self._add(p)
         self._give_back(number)
 
     def _add(self, p: Parameter) -> None:
-        """A gradient enters the bucket; one that is larger than it stays where it is until it is reduced."""
+        """Copy a gradient into the bucket; one larger than the bucket stays where it is until it is reduced."""
         if p.gradient is None:
             return
         n = sum(other.n for other in self.bucket)
@@ -211,7 +229,10 @@ class Gathered(Copies):
 
     def _reduce(self) -> None:
         n = sum(map(self._padded, self.bucket))
-        large = [self.t.bytes(p.n, FLOAT32, "reduced") for p in self.bucket if p.gradient is not None and self.t.size != FLOAT32]
+        large = [
+            self.t.bytes(p.n, FLOAT32, "reduced") for p in self.bucket if p.gradient is not None
+            and self.t.size != FLOAT32
+        ]
         divides = len(self.bucket) == 1 and n == self.bucket[0].n
         together = None if divides else self.t.bytes(n, FLOAT32, "reduced")
         self._send("reduce_scatter", n * FLOAT32)
