@@ -35,7 +35,7 @@ MISTAKES = [
     ("data=text data.path=good.txt data.tokenizer=bytes run_dir=good.txt", "`run_dir` must"),
     ("data=text data.path=good.txt data.tokenizer=bytes run_dir=good.txt/a", "`run_dir` must"),
     ("data=text data.path=good.txt data.tokenizer=bytes logger.csv={_target_:lightning.pytorch.loggers.CSVLogger,nope:1}", "cannot be made"),
-    ("data=text data.path=good.txt data.tokenizer=bytes logger.csv={_target_:lightning.pytorch.loggers.CSVLogger,flush_logs_every_n_steps:1,x:1} run_dir=a/b", "cannot be made"),  # noqa: E501
+    ("data=text data.path=good.txt data.tokenizer=bytes logger.csv={_target_:lightning.pytorch.loggers.CSVLogger,flush_logs_every_n_steps:1,x:1} run_dir=a/b", "cannot be made"),
     ("data=hf data.path=folder", "`data"),
     ("data=hf data.path=no/such-set", "`data"),
     ("data=wikitext data.offline_fallback=never", "`data.offline_fallback` is never."),

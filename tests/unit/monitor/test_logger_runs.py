@@ -97,11 +97,13 @@ def test_a_resumed_run_hides_what_tensorboard_had_of_the_steps_that_it_repeats(f
     given = (f"run_dir={place}", "logger=tensorboard", "logger.x_axis=tokens", "save.every_n_steps=4", "save.keep_best=0")
     train(tiny(folder, *given, "trainer.max_steps=4"))
     (place / "checkpoints").rename(folder / "checkpoints of 4")
+    rows = (place / "metrics.csv").read_text()
     train(tiny(folder, *given, "trainer.max_steps=7", "resume=never"))  # stands for a run that was killed after step 7
     import shutil
 
     shutil.rmtree(place / "checkpoints")
     (folder / "checkpoints of 4").rename(place / "checkpoints")
+    (place / "metrics.csv").write_text(rows)
     train(tiny(folder, *given, "trainer.max_steps=8"))
     read_back = EventAccumulator(str(place / "tensorboard")).Reload()
     assert [event.step for event in read_back.Scalars("loss")][-4:] == [256 * step for step in range(5, 9)]

@@ -52,7 +52,7 @@ def test_without_a_terminal_rows_are_time_stamped_lines():
     out = io.StringIO()
     display = Display(Console(file=out, highlight=False, soft_wrap=True))
     display.start(0, total=600)
-    row = {"step": 10, "tokens": 20480, "loss": 5.25, "lr": 1e-3, "tokens_per_second": 2048.0, "mfu": 0.41, "seconds": 10.0, "val_loss": 5.0, "perplexity": 148.41}  # noqa: E501
+    row = {"step": 10, "tokens": 20480, "loss": 5.25, "lr": 1e-3, "tokens_per_second": 2048.0, "mfu": 0.41, "seconds": 10.0, "val_loss": 5.0, "perplexity": 148.41}
     display.row(row)
     first, second = out.getvalue().splitlines()
     datetime.datetime.strptime(first[:19], "%Y-%m-%d %H:%M:%S")  # the date too: a job runs over midnight

@@ -191,17 +191,23 @@ def test_prompts_of_spans_have_their_gaps_where_they_are_written(config, tmp_pat
     assert re.match(r"--- step 2\nThe («.*»|<extra_id_0>)", text, re.DOTALL)
 
 
-def test_the_objective_of_the_documentation_trains(config, tmp_path):
+def test_the_objectives_of_the_documentation_train(config, tmp_path):
     page = (Path(__file__).parents[3] / "docs" / "objectives.md").read_text()
-    log_probs, code = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    log_probs, taught, focal = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     exec(log_probs, said := {})
     assert said["answers"].shape == (2,)
-    (tmp_path / "focal.py").write_text(code)
+    (tmp_path / "taught.py").write_text(taught)
+    (tmp_path / "focal.py").write_text(focal)
     before = {axis: dict(options) for axis, options in TABLE.items()}
+    given = ("trainer.max_steps=3", "data.cross_document_attention=true")
     try:
-        made = txtrain.train(config("prefix_lm", f"imports=[{tmp_path / 'focal.py'}]", "objective=focal", "objective.gamma=1.0", "trainer.max_steps=3"))
+        made = config("prefix_lm", f"imports=[{tmp_path / 'focal.py'}]", "objective=focal", "objective.gamma=1.0", *given)
+        one = txtrain.train(made)
+        own = (f"run_dir={tmp_path / 'taught'}", f"objective.teacher={tmp_path / 'run'}")
+        two = txtrain.train(config("prefix_lm", f"imports=[{tmp_path / 'taught.py'}]", "objective=taught", *own, *given))
     finally:
         for axis, options in before.items():
             TABLE[axis].clear()
             TABLE[axis].update(options)
-    assert 0 < made.metrics["loss"] < 7
+    assert 0 < one.metrics["loss"] < 7
+    assert 0 < two.metrics["loss"] < 7
