@@ -76,6 +76,7 @@ def test_a_mistake_in_the_data_is_told_in_one_message_and_leaves_nothing(line, s
     assert [p for p in sorted(places.rglob("[!.]*")) if ".cache" not in p.parts] == before
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_jobs_have_no_data_leaves_nothing(places, capfd):
     assert main(["-m", "seed=1,2", "data=text", "data.path=empty.txt"]) == 1
     assert capfd.readouterr().err.count("the file is empty") == 2

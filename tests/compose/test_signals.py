@@ -109,7 +109,7 @@ LONG_START = """
 """
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGUSR1, 75), (signal.SIGINT, 1)], ids=["USR1", "INT"])
+@pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGUSR1, 75, id="USR1"), pytest.param(signal.SIGINT, 1, id="INT", marks=pytest.mark.slow)])
 def test_a_start_that_takes_long_is_left_though_python_answers_no_signal(number, code, run, clean_room):
     (clean_room / "long.py").write_text(textwrap.dedent(LONG_START))
     command = run(*TINY, "data.path=text.txt", "run_dir=run", program=("long.py",))
@@ -204,6 +204,7 @@ def ended(tasks):
     return [task.returncode for task in tasks], said
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_sruns_tasks_stops_both_and_requeues_once_and_the_next_start_goes_on(run, clean_room):
     arguments = (*TINY, "data.path=text.txt", "strategy=ddp", "trainer.devices=2", "trainer.limit_val_batches=0", "run_dir=run")
     tasks = srun_tasks(run, *arguments, "trainer.max_steps=1000000")

@@ -150,7 +150,7 @@ def test_every_family_trains(family, unchanged):
 
 
 @pytest.mark.parametrize("key", OF_THE_BLOCK)
-@pytest.mark.parametrize("family", some(LAPTOP, ("gpt2", "t5", "deepseek_r1")))
+@pytest.mark.parametrize("family", some(LAPTOP, ("gpt2", "t5")))
 def test_every_swap_within_the_block_trains_on_every_family(family, key, unchanged, swapped):
     for option in others(unchanged(family), KEYS[key]):
         trains(dry(swapped(family, f"{key}={option}")), f"{family} {key}={option}")

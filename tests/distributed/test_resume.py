@@ -64,7 +64,8 @@ def test_a_run_goes_on_with_another_number_of_processes_and_another_strategy(tmp
     assert len(hashes) == 1
 
 
-@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_command_line_starts_the_processes_and_the_folder_is_whole(tmp_path, strategy):
     run = overrides(tmp_path, "decoder", "run", "trainer.max_steps=4", "trainer.devices=2", f"strategy={strategy}")
     done = command_line(run, tmp_path)

@@ -45,6 +45,7 @@ def test_two_processes_equal_one(reference):
     compare(reference, ["decoder"], HOW, 2)
 
 
+@pytest.mark.slow
 def test_every_kind_of_model_in_two_processes_equals_one(reference):
     compare(reference, [m for m in MODELS if m != "decoder"], {way: HOW[way] for way in ("ddp, accumulation", "fsdp")}, 2)
 
