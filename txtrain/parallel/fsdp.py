@@ -87,7 +87,7 @@ def sharded(model: nn.Module) -> Iterator[FSDPModule]:
 
 @torch.no_grad()
 def init_sharded(model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
-    """The values of `init_weights`; each rank keeps its shards. One module, or expert matrix, at a time exists whole."""
+    """The values of `init_weights`; each rank keeps its shards. One module or expert matrix exists whole at a time."""
     unset = to_initialise(model, loaded)
     if not unset:
         return
