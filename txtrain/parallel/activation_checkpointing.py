@@ -1,4 +1,4 @@
-"""What is done to each block's forward: activation checkpointing, and compilation. Names of parameters stay as they are."""
+"""Activation checkpointing and compilation of each block's forward. Names of parameters do not change."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from txtrain.model.block import Block
 
-# Outputs that are kept under `selective`: what takes longest to compute again (2205.05198 keeps by cost for size alike).
+# Operations whose outputs `selective` keeps: the most expensive to recompute (2205.05198 also weighs their size).
 KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
@@ -26,22 +26,25 @@ KEPT = {
 
 
 def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> None:
-    """Change the forward of every block: compile it (all blocks have the same shapes, so that one compilation serves every layer),
-    and compute it again in the backward instead of keeping what it computed (1604.06174).
+    """Compile the forward of every block (all have the same shapes, so one compilation serves every layer), and
+    recompute its activations in the backward instead of keeping them (1604.06174).
 
     checkpointing: none, full, selective, or n for every n-th block.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
     if compiled and checkpointing != "none":
-        # Of several compiled graphs that fit a call Dynamo takes the one that was used last; what is computed again would then save other tensors than the
-        # first time, where lengths differ (https://github.com/pytorch/pytorch/issues/166926). In the order in which they were made it takes the same one.
+        # Of several compiled graphs that fit a call, Dynamo takes the most recently used. Where lengths differ, the
+        # recomputation could then save other tensors (https://github.com/pytorch/pytorch/issues/166926).
+        # In order of compilation it takes the same graph both times.
         torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
     for i, block in enumerate(blocks):
         if compiled:
             block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
         if checkpointing == "none" or (isinstance(checkpointing, int) and i % checkpointing):
             continue
-        block.forward = functools.partial(_again, block.forward, checkpointing == "selective")  # type: ignore[method-assign]
+        block.forward = functools.partial(  # type: ignore[method-assign]
+            _again, block.forward, checkpointing == "selective"
+        )
 
 
 def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
@@ -57,8 +60,8 @@ def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Shows torch's mode those operations alone whose results are kept. It numbers all that it sees, and wants the same numbers again; but
-    FSDP's gathering of experts within a block is other operations when they are there already."""
+    """Passes only the operations of `KEPT` on to torch's mode, which numbers all operations that it sees and expects
+    the same sequence in the recomputation: FSDP skips gathering a block's experts where they are gathered already."""
 
     def __init__(self, mode: Any) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -69,7 +72,9 @@ class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True  # as torch's own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.mode.__torch_dispatch__(func, types, args, kwargs) if func in KEPT else func(*args, **(kwargs or {}))
+        return (
+            self.mode.__torch_dispatch__(func, types, args, kwargs) if func in KEPT else func(*args, **(kwargs or {}))
+        )
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

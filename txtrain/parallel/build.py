@@ -1,4 +1,4 @@
-"""The strategy of a run, for the processes that there are."""
+"""Choose the strategy of a run."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from txtrain.run_config import RunConfig
 
 
 def make_parallel(config: RunConfig) -> OneProcess:
-    """One process needs no strategy, whichever was named, unless it is one that changes what one process does.
+    """The configured strategy; `OneProcess` for one process, unless the strategy offloads or is DeepSpeed's.
 
     Raises:
-        ConfigError: the processes that were started are not those that the configuration names, or cannot be laid out.
+        ConfigError: the number of processes is not the configured one, or the strategy cannot lay them out.
     """
     if task := by_srun():
         task.check(config.trainer)
@@ -21,9 +21,10 @@ def make_parallel(config: RunConfig) -> OneProcess:
     named, nodes = config.trainer.devices, config.trainer.num_nodes
     if named != "auto" and (named, nodes) != (world.local_size, world.n_nodes):
         raise ConfigError(
-            f"`trainer.devices` must be the number of processes that were started on a node ({world.local_size}; trainer.num_nodes: {world.n_nodes}), "
-            f"but is {named} (trainer.num_nodes: {nodes}) instead. The command line starts the processes of one node by itself; "
-            "a script of your own and several nodes are started with torchrun or srun."
+            f"`trainer.devices` must be the number of processes that were started on a node ({world.local_size}; "
+            f"trainer.num_nodes: {world.n_nodes}), but is {named} (trainer.num_nodes: {nodes}) instead. "
+            "The command line starts the processes of one node by itself; "
+            "start several nodes, or a script of your own, with torchrun or srun."
         )
     strategy = config.strategy
     if world.size == 1 and strategy.ep_size > 1:

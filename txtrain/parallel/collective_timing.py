@@ -1,4 +1,4 @@
-"""How long processes wait for each other, whoever asks: our steps, FSDP2 or DeepSpeed."""
+"""Time of collectives on CPU, whoever calls them: the training step, FSDP2 or DeepSpeed."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ _COLLECTIVES = (
 
 @contextlib.contextmanager
 def timed(phases: Phases) -> Iterator[None]:
-    """Between processors a collective takes as long as its call does: within this, torch.distributed's functions count as communication.
+    """Within this context torch.distributed's collectives count as the phase `communication`.
 
-    Not for GPUs, where a call only begins it, in a stream of its own.
+    For CPU processes alone: on GPUs a call only enqueues the collective on a stream of its own.
     """
     before = {name: getattr(dist, name) for name in _COLLECTIVES if hasattr(dist, name)}
     for name, function in before.items():

@@ -1,4 +1,4 @@
-"""deepspeed_stage_1, _2, _3: ZeRO (1910.02054) by DeepSpeed's engine. It is imported here alone, when such a run starts."""
+"""deepspeed_stage_1, _2, _3: ZeRO (1910.02054) by DeepSpeed's engine, imported here alone, when such a run starts."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ from txtrain.run_config import RunConfig
 
 
 class ZeRO(Mesh):
-    """Optimizer state (stage 1), gradients (2) and parameters (3) in parts over the processes.
+    """Optimizer state (stage 1), gradients (2) and parameters (3) sharded over the ranks.
 
-    Masters and optimizer state are float32, and gradients are summed in float32, whatever is multiplied. DeepSpeed's own accumulation,
-    averaging and schedules stay out of it, and its checkpoints are not used.
+    Master weights, optimizer state and sums of gradients are float32 in any precision. DeepSpeed's own gradient
+    accumulation, averaging, schedules and checkpoints are not used.
     """
 
     saves_in_place = False
@@ -42,13 +42,17 @@ class ZeRO(Mesh):
     def __init__(self, config: RunConfig, world: World | None = None) -> None:
         super().__init__(config, world)
         if importlib.util.find_spec("deepspeed") is None:
-            raise ConfigError(f"`strategy={config.strategy.type}` needs the package deepspeed, which is not installed here. Nearest: strategy=fsdp.")
+            raise ConfigError(
+                f"`strategy={config.strategy.type}` needs the package deepspeed, which is not installed here. "
+                "Nearest: strategy=fsdp."
+            )
         self.stage: int = config.strategy.stage
-        # A sum for stages 1 and 2; stage 3 can only average.
+        # Stages 1 and 2 sum gradients; stage 3 can only average them.
         self.gradient_factor = float(self.size) if self.stage == 3 else 1.0
         self.engine: Any = None
-        self._reading: list[Any] = []  # engines of models that are only read
-        self._kept: dict[str, tuple[int, Tensor]] = {}  # by parameter: the number of the first element, and float32 values from there on
+        self._reading: list[Any] = []  # engines of read-only models
+        # By parameter: the index of the first element, and float32 values from there on.
+        self._kept: dict[str, tuple[int, Tensor]] = {}
         self._parts: list[Part] = []
 
     @property
@@ -70,7 +74,7 @@ class ZeRO(Mesh):
         on_cpu = self.device().type == "cpu"
         added = {"DS_ACCELERATOR": "cpu" if on_cpu else "cuda", "LOCAL_RANK": str(self.world.local_rank)}
         added = {name: value for name, value in added.items() if name not in os.environ}
-        os.environ.update(added)  # it knows its device by these alone
+        os.environ.update(added)  # DeepSpeed learns its device from these alone
         mine = not torch.distributed.is_initialized()
         try:
             with super().started():
@@ -79,7 +83,7 @@ class ZeRO(Mesh):
                 if os.environ.get("TXTRAIN_DEBUG") != "1":
                     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
                     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
-                if on_cpu:  # a collective in shared memory, for which a compiler would be run for half a minute
+                if on_cpu:  # else DeepSpeed compiles its shared-memory collective for half a minute
                     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
                 deepspeed.init_distributed("gloo" if on_cpu else "nccl", auto_mpi_discovery=False, verbose=False)
                 self._rows = init_device_mesh("cpu", (self.world.size,))
@@ -89,20 +93,20 @@ class ZeRO(Mesh):
                     for engine in (self.engine, *self._reading):
                         if engine is not None:
                             engine.destroy()
-                    if mine:  # it holds on to groups that end here
+                    if mine:  # DeepSpeed keeps references to process groups that end here
                         deepspeed.utils.groups._release_process_group_references()
                         deepspeed.comm.comm.cdb = None
         finally:
             for name in added:
                 del os.environ[name]
 
-    # ----------------------------------------------------------------------------------------------------------- the model
+    # ------------------------------------------------------------------------------------------ the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
-        """The engine lays the model over the processes when it gets the optimizer."""
+        """Nothing: the engine shards the model when it gets the optimizer."""
 
     def materialise(self, model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
-        """Stage 3: one module at a time exists whole. Stages 1 and 2 hold all parameters in every process anyway."""
+        """Stage 3: one module at a time exists whole. In stages 1 and 2 every rank holds all parameters."""
         if self.stage < 3:
             OneProcess.materialise(self, model, device, loaded)
             return
@@ -111,7 +115,7 @@ class ZeRO(Mesh):
         unset = to_initialise(model, loaded)
         initialiser = Initialiser(model) if unset else None
         sizes = [p.numel() for name, p in model.named_parameters() if name in loaded]
-        # One place for all of them: of memory that comes and goes, much would not be given back.
+        # One buffer for all of them: memory of many allocations would not all return to the system.
         scratch = torch.empty(max(sizes, default=0), device=device)
         with torch.no_grad():
             for name, module in model.named_modules():
@@ -129,7 +133,7 @@ class ZeRO(Mesh):
                         self._scatter(name, module, key)
 
     def _scatter(self, name: str, module: nn.Module, only: str | None = None) -> None:
-        """Of the parameters that a module itself owns, or of one, each rank keeps its part."""
+        """Shard the parameters that the module itself owns, or the one named `only`."""
         import deepspeed
 
         own = {key: p for key, p in module._parameters.items() if p is not None and only in (None, key)}
@@ -140,7 +144,7 @@ class ZeRO(Mesh):
             deepspeed.zero.Init(module=listed, config_dict_or_path=self._engine_config(), dtype=listed[0].dtype)
 
     def fill(self, model: nn.Module, source: Source) -> None:
-        """Stage 3: float32 values that are kept beside rounded ones are read, and rounded."""
+        """Stage 3: read into the float32 shares kept beside the bfloat16 ones, then round."""
         if self.stage < 3:
             super().fill(model, source)
             return
@@ -158,7 +162,7 @@ class ZeRO(Mesh):
                     share.ds_tensor[: len(flat)].copy_(flat)
 
     def _keep_share(self, name: str, parameter: nn.Parameter) -> None:
-        """Before a parameter is rounded and cut: the float32 values that this process will update."""
+        """Keep the float32 values of this rank's share of a parameter, then round the parameter to bfloat16."""
         if not self._half:
             return
         first, size = self._share(parameter.numel())
@@ -185,7 +189,7 @@ class ZeRO(Mesh):
         return EngineOptimizer(self.engine, self._core)
 
     def _by_blocks(self, model: nn.Module, is_trained: bool) -> Whole:
-        """What the engine gets; a block is gathered as one, as FSDP2 does."""
+        """The module that the engine gets; each block is gathered as a unit, as by FSDP2."""
         import deepspeed
 
         from txtrain.model.block import Block
@@ -198,10 +202,10 @@ class ZeRO(Mesh):
         return Whole(model)
 
     def set_up_read(self, model: nn.Module) -> None:
-        """Stage 3: an engine without an optimizer gathers it (`readable`). Stages 1 and 2 hold it in every rank."""
+        """Nothing: in stage 3 an engine without optimizer gathers it (`readable`), in 1 and 2 every rank holds it."""
 
     def lay_read_only(self, source: Source, device: torch.device) -> Callable[..., Any]:
-        kept, self._kept = self._kept, {}  # float32 values of the model that is trained
+        kept, self._kept = self._kept, {}  # those of the trained model
         read = super().lay_read_only(source, device)
         self._kept = kept
         return read
@@ -219,7 +223,7 @@ class ZeRO(Mesh):
         return Read(engine, model)
 
     def _frozen(self, name: str, parameter: Any) -> Part:
-        """The share of a parameter that the engine only computes with: of rounded ones in float32, or a checkpoint would hold other weights."""
+        """This rank's share of a frozen parameter: float32 even if computed in bfloat16, so checkpoints are exact."""
         shape = parameter.ds_shape if self.stage == 3 else parameter.shape
         n = shape.numel()
         offset, length = self._share(n)
@@ -230,13 +234,13 @@ class ZeRO(Mesh):
         return Part(name, parameter, shape, parameter.detach().view(-1), offset, length, offset)
 
     def _share(self, n: int) -> tuple[int, int]:
-        """Of n elements that are cut evenly: the first that is this process', and how many are."""
+        """Offset and length of this rank's share of n elements, cut evenly."""
         size = -(-n // self.size)
         first = min(self.rank * size, n)
         return first, min(size, n - first)
 
     def _gather_around(self, whole: Whole) -> None:
-        """What is outside the blocks is read by the model's forward itself (a tied head, the chunked loss): there from its start to its end."""
+        """Keep parameters outside the blocks gathered throughout the forward, which reads some directly (tied head)."""
         import deepspeed
 
         from txtrain.model.block import Block
@@ -250,13 +254,13 @@ class ZeRO(Mesh):
     def _engine_config(self) -> dict[str, Any]:
         zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": BUCKET}
         if self.stage == 3:
-            # Nothing small stays gathered, and torch.nn.functional.linear stays torch's.
+            # Small parameters are sharded, too, and torch.nn.functional.linear is not replaced.
             zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
         if self.config.strategy.cpu_offload:
             place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
             zero |= {"offload_optimizer": place} | ({"offload_param": place} if self.stage == 3 else {})
         made: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # never used: batches are not its own
+            "train_micro_batch_size_per_gpu": 1,  # required but unused: DeepSpeed loads no data here
             "steps_per_print": 1 << 60,
             "zero_optimization": zero,
             "zero_allow_untested_optimizer": True,
@@ -264,9 +268,13 @@ class ZeRO(Mesh):
             "communication_data_type": "fp32",
             "data_types": {"grad_accum_dtype": "fp32"},
         }
-        return made | ({"bf16": {"enabled": True}} if self._half else {}) | ({"gradient_allreduce_op": "sum"} if self.stage < 3 else {})
+        return (
+            made
+            | ({"bf16": {"enabled": True}} if self._half else {})
+            | ({"gradient_allreduce_op": "sum"} if self.stage < 3 else {})
+        )
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # ------------------------------------------------------------------------------------------ the step
 
     def forward(self, model: nn.Module) -> Callable[..., Any]:
         return Called(self.engine, model)
@@ -280,18 +288,20 @@ class ZeRO(Mesh):
         self.engine.backward(loss * self.gradient_factor)
 
     def clip(self, parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
-        """The engine clips, when it steps."""
-        self.engine.optimizer.clip_grad = 0.0 if max_norm is None else max(max_norm, torch.finfo(torch.float32).tiny)  # 0: never
+        """The norm; the engine clips when it steps (never with clip_grad 0)."""
+        self.engine.optimizer.clip_grad = (
+            0.0 if max_norm is None else max(max_norm, torch.finfo(torch.float32).tiny)
+        )
         return global_norm(self.engine.optimizer)
 
     def discard(self, optimizer: Any) -> None:
-        """The engine leaves out a step whose norm is not finite, and forgets what it has gathered of it."""
+        """The engine skips a step whose norm is not finite and drops its gradients."""
         optimizer.step()
 
-    # ----------------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------ checkpoints
 
     def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
-        """Copies, by rows over the processes, in the processor's memory. Collective; one tensor at a time exists whole."""
+        """Copies in CPU memory, sharded by rows over the ranks. Collective; one tensor at a time exists whole."""
         found = {f"model.{name}": buffer for name, buffer in _buffers(model).items()}
         for part in self._parts:
             found[f"model.{part.name}"] = self._by_rows(part.whole(part.master, self._data_group))
@@ -303,10 +313,12 @@ class ZeRO(Mesh):
     def _by_rows(self, whole: Tensor) -> Tensor:
         size = -(-len(whole) // self.size)
         mine = whole[self.rank * size : (self.rank + 1) * size].to("cpu", copy=True)
-        return DTensor.from_local(mine, self._rows, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride())
+        return DTensor.from_local(
+            mine, self._rows, [Shard(0)], run_check=False, shape=whole.shape, stride=whole.stride()
+        )
 
     def training_numbers(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-        """None: what updates elements one by one keeps tensors."""
+        """None: elementwise optimizers, the only ones here, keep tensors."""
         return {}
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
@@ -315,9 +327,15 @@ class ZeRO(Mesh):
         self._allocate()
         tensors = self.training_tensors(model, optimizer, average)
         saved = optimizer_names(path)
-        # A parameter without a gradient so far has no state elsewhere; here it has zeros.
-        new = {part.name for part in self._parts if saved and not any(f"{part.name}.{key}" in saved for key in self._state(part))}
-        tensors = {name: tensor for name, tensor in tensors.items() if name.removeprefix("optimizer.").rpartition(".")[0] not in new}
+        # Under other strategies a parameter that had no gradient yet has no state; here its state is zeros.
+        new = {
+            part.name for part in self._parts
+            if saved and not any(f"{part.name}.{key}" in saved for key in self._state(part))
+        }
+        tensors = {
+            name: tensor for name, tensor in tensors.items()
+            if name.removeprefix("optimizer.").rpartition(".")[0] not in new
+        }
         load_tensors(path, tensors, group=self.checkpoint_group, how=how, without=of_frozen(path, model))
         for part in self._parts:
             whole: Any = tensors[f"model.{part.name}"]
@@ -332,7 +350,7 @@ class ZeRO(Mesh):
                     state.copy_(value)
 
     def _set_computed(self, part: Part, values: Tensor) -> None:
-        """What is multiplied, beside the masters."""
+        """Set the values that the forward uses, beside the master weights."""
         if self.stage < 3:
             part.parameter.data.copy_(values)
         else:
@@ -340,12 +358,15 @@ class ZeRO(Mesh):
             share.ds_tensor.data[: part.length].copy_(values.flatten()[part.offset : part.offset + part.length])
 
     def _state(self, part: Part) -> dict[str, Any]:
-        """What the core keeps of it; nothing of what is frozen."""
+        """The core optimizer's state of a part; empty for a frozen parameter."""
         return self._core.state[part.master] if part.parameter.requires_grad else {}
 
     def _allocate(self) -> None:
-        """Make the core's state, as `optim.state.allocate` does: of all parts at once, which it is not given between steps."""
-        groups, masters = self._core.param_groups, list(dict.fromkeys(part.master for part in self._parts if part.parameter.requires_grad))
+        """`optim.state.allocate` for the core optimizer, whose groups are given all masters meanwhile."""
+        groups, masters = (
+            self._core.param_groups,
+            list(dict.fromkeys(part.master for part in self._parts if part.parameter.requires_grad)),
+        )
         before, gradients = [group["params"] for group in groups], [master.grad for master in masters]
         for group in groups:
             group["params"] = []
@@ -354,13 +375,15 @@ class ZeRO(Mesh):
         for group, params in zip(groups, before, strict=True):
             group["params"] = params
         for master, gradient in zip(masters, gradients, strict=True):
-            master.grad = gradient  # with offload the place that gradients are copied to
+            master.grad = gradient  # with offload, the buffer that gradients are copied into
         if self.stage < 3:
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """DeepSpeed reduces a block's gradients when its input's is there: below what is trained it is asked for, though nobody reads it."""
+    """Have a trained block's input require a gradient, even above frozen layers: when it is computed, DeepSpeed reduces
+    the gradients of the block's parameters.
+    """
     x, *others = given
     if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in block.parameters()):
         x = x.detach().requires_grad_()
@@ -373,7 +396,7 @@ def _buffers(model: nn.Module) -> dict[str, Tensor]:
 
 
 class Whole(nn.Module):
-    """The model as DeepSpeed sees it: what it returns is a dict, in which tensors are found for the hooks of the backward."""
+    """The model as DeepSpeed sees it: returns a dict, in which DeepSpeed finds the tensors for its backward hooks."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -399,7 +422,7 @@ class Called:
 
 
 class Read(Called):
-    """The same of a model that is only read."""
+    """A read-only model, called through its engine."""
 
     @torch.no_grad()
     def __call__(self, *given: Any, **named: Any) -> Any:
@@ -407,7 +430,7 @@ class Read(Called):
 
 
 class EngineOptimizer:
-    """The engine's step where Lightning expects an optimizer."""
+    """The engine as the optimizer that Lightning steps."""
 
     def __init__(self, engine: Any, core: Optimizer) -> None:
         self._engine, self.defaults, self.state = engine, core.defaults, core.state

@@ -1,7 +1,7 @@
-"""Where ZeRO keeps each parameter: which of its elements this process updates, and how parts of all processes become whole again.
+"""ZeRO's layout of parameters: which elements of each this rank updates, and how the ranks' parts are put together.
 
-ZeRO lays the parameters of a group end to end, flattened, and cuts this at any element. A checkpoint holds tensors of the parameters' own
-shapes; so one parameter at a time is put together and cut anew by rows, as FSDP2 holds them.
+ZeRO flattens and concatenates the parameters of a group and cuts at any element. Checkpoints hold tensors of the
+parameters' shapes: one parameter at a time is put together and sharded again by rows, as FSDP2 does.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _AT_ONCE = 1 << 21  # elements that are read at a time
 
 @dc.dataclass(frozen=True)
 class Part:
-    """Elements offset .. offset + length of a flattened parameter are start .. start + length of this process' flat float32 tensor `master`.
+    """Elements offset .. offset + length of a flattened parameter are start .. start + length of `master`.
 
-    length is 0 where the process has none of the parameter's; master is then any of the group's, to tell which state there is.
+    master: this rank's flat float32 tensor. Where length is 0, the rank holds no element of the parameter, and master
+    is any of its group, for the names of its state.
     """
 
     name: str
@@ -35,45 +36,48 @@ class Part:
     start: int
 
     def of(self, flat: Tensor) -> Tensor:
-        """This process' elements of the parameter in a tensor laid out as `master`."""
+        """This rank's elements of the parameter, in a tensor laid out as `master`."""
         return flat.detach().narrow(0, self.start, self.length)
 
     def whole(self, flat: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """The parameter, or a state of its shape, in every process of the group; collective."""
+        """The whole parameter (or a state of its shape) on every rank of the group; collective."""
         found = torch.zeros(self.shape.numel(), dtype=flat.dtype, device=flat.device)
         found.narrow(0, self.offset, self.length).copy_(self.of(flat))
-        bits = found.view(torch.int32) if found.element_size() == 4 else found  # one process has bits, the others 0: exact, -0.0 included
+        # Summed as integers: one rank has the bits, the others 0, so the result is exact, -0.0 included.
+        bits = found.view(torch.int32) if found.element_size() == 4 else found
         dist.all_reduce(bits, group=group)
         return found.view(self.shape)
 
     def fill(self, flat: Tensor, values: Tensor, offset: int = 0) -> None:
-        """Set this process' elements from the flattened parameter's values, of which the first given is number `offset`."""
-        self.of(flat).copy_(values.flatten().narrow(0, self.offset - offset, self.length) if self.length else values.flatten()[:0])
+        """Set this rank's elements from values of the flattened parameter that begin at its element `offset`."""
+        self.of(flat).copy_(
+            values.flatten().narrow(0, self.offset - offset, self.length) if self.length else values.flatten()[:0]
+        )
 
 
 def take_flat(piece: Piece, flat: Tensor, first: int, shape: torch.Size) -> None:
-    """Read, of a piece, what lies in a part of its flattened tensor of this shape.
+    """Read the elements of a piece that lie in `flat`: the part, from element `first` on, of a flattened tensor.
 
-    flat: the part, whose first element is number `first` of the tensor.
+    shape: of the whole tensor.
     """
-    width, end = shape[1:].numel(), min(first + len(flat), shape.numel())  # the last parts are filled up
+    width, end = shape[1:].numel(), min(first + len(flat), shape.numel())  # the last parts are padded
     step = max(1, _AT_ONCE // width)
     for row in range(first // width, -(-end // width), step):
         rows = torch.empty(min(step, shape[0] - row), *shape[1:], dtype=flat.dtype, device=flat.device)
         begin, stop = max(first, row * width), min(end, row * width + rows.numel())
         mine, here = flat[begin - first : stop - first], rows.flatten()[begin - row * width : stop - row * width]
-        here.copy_(mine)  # what other pieces have given
+        here.copy_(mine)  # keep what other pieces have set
         indices = torch.arange(row, row + len(rows), device="cpu"), *(torch.arange(n, device="cpu") for n in shape[1:])
         Held(rows, indices).take(piece)
         mine.copy_(here)
 
 
-# DeepSpeed has three optimizers: for stages 1 and 2, for stage 3, and for stage 1 where gradients are added up in float32 beside bfloat16
-# parameters. What follows are the places where each keeps its tensors, as of 0.19.8.
+# DeepSpeed has three optimizers: for stages 1 and 2, for stage 3, and for stage 1 with bfloat16 parameters and float32
+# gradient accumulation. Below, the attributes where each keeps its tensors, as of 0.19.8.
 
 
 def parts(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
-    """Of every parameter of one of these optimizers, in the order of its groups."""
+    """The part of every parameter of one of these optimizers, in the order of its groups."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         yield from _scattered(names, optimizer)
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -83,7 +87,7 @@ def parts(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
 
 
 def global_norm(optimizer: Any) -> Tensor:
-    """Of the gradients that the next step will use; infinite if one is not finite. Collective."""
+    """Global norm of the gradients of the next step; infinite if one is not finite. Collective."""
     if hasattr(optimizer, "fp32_partitioned_groups_flat"):
         norms = optimizer._get_norm_groups()
     elif hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -93,11 +97,12 @@ def global_norm(optimizer: Any) -> Tensor:
 
         norms = [get_global_norm_of_tensors(optimizer.get_grads_for_norm()[0])]
     norms = torch.stack([torch.as_tensor(norm, dtype=torch.float32) for norm in norms])
-    return torch.where((norms < 0).any(), torch.inf, norms.square().sum().sqrt())  # -1 stands for what is not finite
+    # -1 is DeepSpeed's norm of gradients that are not finite.
+    return torch.where((norms < 0).any(), torch.inf, norms.square().sum().sqrt())
 
 
 def _flattened(names: dict[nn.Parameter, str], groups: list[Any], masters: list[Tensor]) -> Iterator[Part]:
-    """Stages 1 and 2: each process updates one piece of a group's parameters laid end to end."""
+    """Stages 1 and 2: each rank updates one slice of a group's flattened and concatenated parameters."""
     for group, master in zip(groups, masters, strict=True):
         for parameter in group:
             place = parameter._hp_mapping
@@ -109,11 +114,13 @@ def _flattened(names: dict[nn.Parameter, str], groups: list[Any], masters: list[
 
 
 def _scattered(names: dict[nn.Parameter, str], optimizer: Any) -> Iterator[Part]:
-    """Stage 3: each process has an equal piece of every parameter, filled up at the end where its size does not divide."""
+    """Stage 3: each rank holds an equal slice of every parameter; the last ones are padded."""
     for group in optimizer.fp16_groups:
         for parameter in group:
             number, start, size = optimizer.grad_position[optimizer.get_param_id(parameter)]
             total = parameter.ds_numel
             offset = min(parameter.ds_zero_partition_rank * size, total)
             master = optimizer.fp32_partitioned_groups_flat[number]
-            yield Part(names[parameter], parameter, parameter.ds_shape, master, offset, min(size, total - offset), start)
+            yield Part(
+                names[parameter], parameter, parameter.ds_shape, master, offset, min(size, total - offset), start
+            )

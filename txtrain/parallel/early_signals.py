@@ -1,23 +1,23 @@
-"""Signals before there is anything to save. It stands in front of every other import, and so imports next to nothing itself."""
+"""Signal handling before training starts. Imported before everything else, so it imports next to nothing itself."""
 
 import os
 import signal
 import stat
 import sys
 
-# Preemption; the job's end is near; the same by submitit; the terminal is gone.
+# Preemption; the job's time limit is near; the same from submitit; the terminal is closed.
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SIGNALS = (signal.SIGINT, *PREEMPTING)
-PREEMPTED = 75  # exit code EX_TEMPFAIL: try again, for schedulers, for the scripts of slurm/ and for `-m`
-NOT_AGAIN = "trainer.auto_requeue=false"  # on the command line: all that is known of the configuration so early
+PREEMPTED = 75  # exit code EX_TEMPFAIL: schedulers, the scripts of slurm/ and `-m` try again
+NOT_AGAIN = "trainer.auto_requeue=false"  # looked for on the command line: the configuration is not read yet
 
 
 class EndsAtOnce:
-    """`with EndsAtOnce():` Ctrl-C ends the process with one line and exit code 1, while modules are imported and the command line is read.
+    """Context manager for imports and the reading of the command line: Ctrl-C prints one line and exits with code 1.
 
-    Python's own answer is an exception, and one that is raised within an import comes out as a traceback, as another exception, or
-    not at all. Whoever has an answer of their own, or was told to ignore the signal, keeps it. A training that is preempted so early
-    ends with exit code 75, and a SLURM job is requeued.
+    KeyboardInterrupt raised within an import surfaces as a traceback, as another exception, or not at all. Handlers
+    already installed, and ignored signals, stay. A training preempted this early exits with code 75, and its SLURM job
+    is requeued.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class EndsAtOnce:
                 except ValueError:  # not the main thread, to which Python delivers signals
                     return
                 self.held.append((number, default))
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, answers)  # txtrain's own launcher holds them back until here
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, answers)  # txtrain's launcher blocks them until here
 
     def __exit__(self, *exception: object) -> None:
         for number, default in self.held:
@@ -42,9 +42,9 @@ class EndsAtOnce:
 
 
 def nothing_is_left() -> None:
-    """The command has its exit code: from here on signals are ignored, and what cannot be written any more is let go.
+    """Ignore signals and failing output once the exit code is decided.
 
-    Python's own end takes a while, and who is killed in it, or cannot write a last line, seems to have failed.
+    Shutting the interpreter down takes a while; a signal or a failed write in it would turn success into failure.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -56,12 +56,12 @@ def nothing_is_left() -> None:
 
 
 def heard(numbers: tuple[signal.Signals, ...] = SIGNALS) -> list[signal.Signals]:
-    """Without SIGHUP where this process was told to ignore it: nohup."""
+    """The signals to handle: without SIGHUP where this process ignores it (nohup)."""
     return [n for n in numbers if n != signal.SIGHUP or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 def say(text: str) -> None:
-    """A line past the console, which may be in the middle of one and hold its lock; lost where nobody can read it."""
+    """Write a line to stderr's file descriptor: the console may hold its lock. A failing write is ignored."""
     try:  # noqa: SIM105  (contextlib would be imported)
         os.write(2, f"\ntxtrain: {text}\n".encode())
     except OSError:
@@ -69,7 +69,7 @@ def say(text: str) -> None:
 
 
 def hung_up(number: int) -> None:
-    """After SIGHUP: where the terminal is gone, what is still printed is lost instead of an error."""
+    """After SIGHUP: discard output to a closed terminal, which would raise."""
     for fd in (1, 2) if number == signal.SIGHUP else ():
         try:
             if stat.S_ISCHR(os.fstat(fd).st_mode) and not os.isatty(fd):
@@ -85,7 +85,7 @@ def _to_nowhere(fd: int) -> None:
 
 
 def is_training(words: list[str]) -> bool:
-    """Whether the command line is of `txtrain train`, before it is read: its first word that is neither a flag nor KEY=VALUE is a verb."""
+    """Whether the unparsed command line is of `train`: the command is the first word that is no flag or KEY=VALUE."""
     verbs = [word for word in words if "=" not in word and not word.startswith("-")]
     return not verbs or verbs[0] == "train"
 
@@ -103,7 +103,7 @@ def _stop(number: int, frame: object) -> None:
         from txtrain.ground.slurm import MAX_REQUEUES, Job
 
         job, words = Job.here(), dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
-        if job is not None:  # a member of a sweep has no words: where its run is nobody can tell yet
+        if job is not None:  # a member of a sweep has no overrides here: its run folder is not known yet
             most = int(words.get("trainer.max_requeues", MAX_REQUEUES))
             gives_up = bool(words) and job.gives_up(most, words.get("run_dir"), words.get("resume"))
             code = 1 if gives_up else PREEMPTED

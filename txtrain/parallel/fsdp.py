@@ -1,4 +1,4 @@
-"""FSDP2 by block, applied from outside; and initial values that do not depend on who holds which part."""
+"""FSDP2 by block, applied from outside, and initialisation whose values do not depend on the sharding."""
 
 from __future__ import annotations
 
@@ -26,45 +26,59 @@ def shard(
     mesh_of_experts: DeviceMesh | None = None,
     keep_root: bool = True,
 ) -> None:
-    """Each block is gathered while it computes; what is outside the blocks (embedding, last norm, head) belongs to the root.
+    """Gather each block while it computes; parameters outside blocks (embedding, last norm, head) belong to the root.
 
-    mesh: of one dimension (shards), or of two (copies, shards).
-    mesh_of_experts: where those of this process alone lie over fewer processes (expert_parallel.py), they are gathered by themselves.
-    keep_root: the root's parameters stay after a forward; those of a model that is trained are needed again at once.
-    compute: what parameters are gathered and multiplied in, beside float32 shards; None: as they are. Gradients are summed in float32.
+    Args:
+        mesh: one dimension (shards), or two (replicas, shards).
+        compute: dtype in which parameters are gathered and multiplied, beside float32 shards; gradients are then summed
+            in float32. None: the parameters' own.
+        mesh_of_experts: with expert parallelism, the smaller mesh over which this rank's experts are sharded; they are
+            gathered apart from their block.
+        keep_root: keep the root's parameters gathered after a forward: in training the backward needs them at once.
     """
-    policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute, reduce_dtype=torch.float32 if compute else None, cast_forward_inputs=False
+    )
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cpu_offload else OffloadPolicy()
-    how: dict[str, Any] = {"mp_policy": policy, "offload_policy": offload, "shard_placement_fn": Along(model, mesh_of_experts or mesh)}
-    parts: tuple[tuple[type, DeviceMesh | None], ...] = ((Experts, mesh_of_experts), (Block, mesh))  # what lies within another comes before it
+    how: dict[str, Any] = {
+        "mp_policy": policy, "offload_policy": offload, "shard_placement_fn": Along(model, mesh_of_experts or mesh)
+    }
+    # Inner modules come first.
+    parts: tuple[tuple[type, DeviceMesh | None], ...] = ((Experts, mesh_of_experts), (Block, mesh))
     for kind, its_mesh in parts:
         for module in model.modules():
             if isinstance(module, kind) and its_mesh is not None:
                 fully_shard(module, mesh=its_mesh, reshard_after_forward=reshard_after_forward, **how)
     fully_shard(model, mesh=mesh, reshard_after_forward=not keep_root, **how)
     for part in sharded(model):
-        part.set_gradient_divide_factor(1.0)  # sums, not means: the loss is divided by the targets of the whole global batch
+        # Sums, not means: the loss is already divided by the number of targets of the global batch.
+        part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)
 
 
 class Along:
-    """Along which dimension a parameter is cut: by rows, of which the last shards have fewer, filled up in each buffer.
+    """The dimension along which a parameter is sharded: rows, padded on the last ranks.
 
-    Stacked experts are few, and over more shards than experts most of a buffer would be filling: they are cut along their first dimension
-    that the shards divide, if there is one.
+    Stacked experts are sharded along the first dimension that the number of shards divides, if any: with more shards
+    than experts, rows would be mostly padding.
     """
 
     def __init__(self, model: nn.Module, mesh: DeviceMesh) -> None:
-        """mesh: of the experts' shards, the last dimension."""
+        """mesh: of the experts; its last dimension is the shards."""
         self._n = mesh.size(mesh.ndim - 1)
-        self._stacked = {id(m._parameters[name]) for m in model.modules() if isinstance(m, Experts) for name in m.stacked_projections}
+        self._stacked = {
+            id(m._parameters[name]) for m in model.modules() if isinstance(m, Experts) for name in m.stacked_projections
+        }
 
     def __call__(self, parameter: nn.Parameter) -> Shard | None:
         if id(parameter) not in self._stacked:
             return None
         held = getattr(parameter, "_local_tensor", parameter)
-        taken = {getattr(placement, "dim", None) for placement in getattr(parameter, "placements", ())} - {0}  # by tensor parallelism
-        return next((Shard(dim) for dim, size in enumerate(held.shape) if size % self._n == 0 and dim not in taken), None)
+        # Dimensions that tensor parallelism has cut.
+        taken = {getattr(placement, "dim", None) for placement in getattr(parameter, "placements", ())} - {0}
+        return next(
+            (Shard(dim) for dim, size in enumerate(held.shape) if size % self._n == 0 and dim not in taken), None
+        )
 
 
 def sharded(model: nn.Module) -> Iterator[FSDPModule]:
@@ -73,7 +87,7 @@ def sharded(model: nn.Module) -> Iterator[FSDPModule]:
 
 @torch.no_grad()
 def init_sharded(model: nn.Module, device: torch.device, loaded: Container[str] = ()) -> None:
-    """The values of `init_weights`, each process keeping its parts; of one module at a time there is a whole copy, of experts one matrix."""
+    """The values of `init_weights`; each rank keeps its shards. One module or expert matrix exists whole at a time."""
     unset = to_initialise(model, loaded)
     if not unset:
         return
@@ -85,17 +99,21 @@ def init_sharded(model: nn.Module, device: torch.device, loaded: Container[str] 
                 initialiser.fill_stacked(name, module, key, _one_by_one(parts[key], device))
             continue
         for key, part in parts.items():
-            module._parameters[key] = nn.Parameter(torch.empty(part.shape, dtype=part.dtype, device=device), requires_grad=part.requires_grad)
+            module._parameters[key] = nn.Parameter(
+                torch.empty(part.shape, dtype=part.dtype, device=device), requires_grad=part.requires_grad
+            )
         initialiser.fill(name, module)
         for key, part in parts.items():
             made: Any = module._parameters[key]
             module._parameters[key] = part
-            local = distribute_tensor(made.to(part.device_mesh.device_type), part.device_mesh, part.placements, src_data_rank=None).to_local()
+            local = distribute_tensor(
+                made.to(part.device_mesh.device_type), part.device_mesh, part.placements, src_data_rank=None
+            ).to_local()
             part.to_local().copy_(local)
 
 
 def _one_by_one(stack: DTensor, device: torch.device) -> Iterator[Tensor]:
-    """Each matrix of a stack, to be filled by who iterates; this process keeps its part of it."""
+    """Yield each matrix of a stack for the caller to fill, then copy this rank's part of it into the stack."""
     rows, *within = (indices(stack, dim) for dim in range(stack.ndim))
     places = {row: i for i, row in enumerate(rows.tolist())}
     matrix = torch.empty(stack.shape[1:], dtype=stack.dtype, device=device)

@@ -1,4 +1,4 @@
-"""The global norm of gradients that lie in parts, over whichever meshes."""
+"""The global norm of gradients that are sharded, over any meshes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def clip(parts: Sequence[tuple[Tensor, float]], max_norm: float | None, *groups:
     """Clip to a global norm of at most `max_norm`; the norm before that, 0-dimensional.
 
     Args:
-        parts: this process' part of each gradient, and as how much of it it counts: what several processes of the groups hold alike counts once.
-        groups: over which the parts are added up, one after the other.
+        parts: this rank's part of each gradient, and the weight of its square: 1/n where n ranks hold the same part.
+        groups: process groups over which the squared norms are summed, one after the other.
     """
     grads = [grad for grad, _ in parts]
     norms = torch.stack(torch._foreach_norm(grads)).double()

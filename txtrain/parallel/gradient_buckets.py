@@ -1,7 +1,8 @@
-"""Copies of a model in every process, their gradients summed while the backward goes on.
+"""Data parallelism with replicas: gradients are summed bucket by bucket during the backward.
 
-torch's DistributedDataParallel rebuilds its buckets after the first backward of a process. On three or more processes that changes the
-order of summation, so that a resumed run is no longer bit for bit the uninterrupted one. Here the buckets are a function of the model alone.
+torch's DistributedDataParallel rebuilds its buckets after a process' first backward. On three or more ranks that
+changes the order of summation, and a resumed run is no longer bitwise equal to the uninterrupted one. Here the buckets
+depend on the model alone.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ from txtrain.model.embedding.embeddings import PatchEmbedding, TokenEmbedding
 from txtrain.model.position.encodings import Position
 from txtrain.model.stack import Stack
 
-BUCKET_BYTES = 25 << 20  # as DistributedDataParallel's
+BUCKET_BYTES = 25 << 20  # DistributedDataParallel's default
 
 
 class GradientBuckets:
-    """Sums the gradients of the parameters over a process group, bucket by bucket, the last parameters first: let them be in the order in
-    which a forward reads them (`as_read`), so that their gradients come in the opposite one.
+    """Sums the gradients of parameters over a process group, in buckets from the last parameter to the first.
 
-    Set `active` for a backward with which gradients are to be exchanged; `finish()` after it. A bucket is sent as soon as its gradients
-    are there and all buckets before it are sent: every process sends them in the same order. A parameter that got no gradient in any
-    process keeps None.
+    Pass the parameters in the order in which the forward reads them (`as_read`): gradients then arrive in bucket order.
+    Set `active` before a backward whose gradients are to be summed, and call `finish()` after it. A bucket is reduced
+    as soon as its gradients are computed and all buckets before it are sent, so the order is the same on every rank.
+    A parameter without a gradient on any rank keeps None.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], group: dist.ProcessGroup, bucket_bytes: int = BUCKET_BYTES
+    ) -> None:
         self.active = False
         self._group = group
         self._buckets = _in_buckets([p for p in parameters if p.requires_grad], bucket_bytes)
@@ -50,7 +53,7 @@ class GradientBuckets:
             self._send()
 
     def _send(self) -> None:
-        """The next bucket: gradients end to end, and behind them which of them there are."""
+        """Reduce the next bucket: its flattened gradients, followed by one flag each for whether it exists."""
         bucket = self._buckets[len(self._sent)]
         parts = [local(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket]
         there = parts[0].new_tensor([p.grad is not None for p in bucket])
@@ -58,7 +61,7 @@ class GradientBuckets:
         self._sent.append((dist.all_reduce(flat, group=self._group, async_op=True), flat))
 
     def finish(self) -> None:
-        """All gradients are sums over the group after this."""
+        """Wait until all gradients are sums over the group."""
         while len(self._sent) < len(self._buckets):
             self._send()
         for bucket, (work, flat) in zip(self._buckets, self._sent, strict=True):
@@ -68,17 +71,17 @@ class GradientBuckets:
             for i, (parameter, part) in enumerate(zip(bucket, parts, strict=True)):
                 if parameter.grad is not None:
                     local(parameter.grad).copy_(part.view_as(local(parameter)))
-                elif there[i]:  # another process had one
+                elif there[i]:  # another rank has a gradient
                     parameter.grad = torch.zeros_like(parameter)
                     local(parameter.grad).copy_(part.view_as(local(parameter)))
         self._waiting, self._sent, self.active = [], [], False
 
 
 def as_read(model: nn.Module) -> list[nn.Parameter]:
-    """The parameters about as a forward reads them: what embeds tokens and positions, a stack within the model, the rest.
+    """The parameters roughly in the order in which a forward reads them: embeddings, stacks within the model, the rest.
 
-    An embedding's gradient is the last to be whole. Where the model names it behind its blocks, a bucket that it is in would keep all
-    the others waiting until the backward has ended.
+    An embedding's gradient is complete last. Where the model registers it after its blocks, its bucket would hold back
+    all others until the end of the backward.
     """
     embedded = _below(model, (TokenEmbedding, PatchEmbedding, Position))
     within = _below(model, (Stack,))
@@ -86,17 +89,20 @@ def as_read(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _below(model: nn.Module, kinds: tuple[type, ...]) -> set[int]:
-    return {id(p) for module in model.modules() if module is not model and isinstance(module, kinds) for p in module.parameters()}
+    return {
+        id(p) for module in model.modules() if module is not model and isinstance(module, kinds)
+        for p in module.parameters()
+    }
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' part of a tensor that lies over several."""
+    """This rank's part of a tensor that may be sharded."""
     part = getattr(tensor, "_local_tensor", None)
     return tensor.detach() if part is None else part
 
 
 def _in_buckets(parameters: list[nn.Parameter], bucket_bytes: int) -> list[list[nn.Parameter]]:
-    """Parameters of one dtype and device, from the last to the first, cut where a bucket is full."""
+    """Buckets from the last parameter to the first, of one dtype and device each, closed at `bucket_bytes` or more."""
     buckets: list[list[nn.Parameter]] = []
     size, kind = 0, None
     for parameter in reversed(parameters):

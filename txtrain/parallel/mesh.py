@@ -1,4 +1,4 @@
-"""ddp, fsdp, hsdp, tp and fsdp_tp: one mesh of processes, replicate x shard x tensor, and what is done along each of its dimensions."""
+"""ddp, fsdp, hsdp, tp and fsdp_tp: one device mesh, replicate x shard x tensor, and the work along each dimension."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ T = TypeVar("T")
 
 
 class Elsewhere(ConfigError):
-    """Another process has the user's mistake, and tells it: there is nothing to print here."""
+    """Another rank has found and reports the error: nothing to print here."""
 
     def __init__(self) -> None:
         super().__init__()
 
 
 class Mesh(OneProcess):
-    """Several processes with torch.distributed: gloo between processors, NCCL between GPUs."""
+    """Several processes with torch.distributed: gloo on CPU, NCCL on GPUs."""
 
     def __init__(self, config: RunConfig, world: World | None = None) -> None:
         super().__init__(config, world)
@@ -60,11 +60,16 @@ class Mesh(OneProcess):
 
     @property
     def title(self) -> str:
-        parts = {"copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor}
+        parts = {
+            "copies": self.layout.replicate, "shards": self.layout.shard, "pieces of each matrix": self.layout.tensor
+        }
         laid = " x ".join(f"{n} {what}" for what, n in parts.items() if n > 1)
         laid += f", experts divided over {self._ep_size}" if self._ep_size > 1 else ""
         whole = divisibility.whole(self.config.model) if self.layout.tensor > 1 else []
-        return f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "") + "".join(f"; {w} is whole in each" for w in whole)
+        return (
+            f"{self.config.strategy.type}, {self.world.size} processes" + (f": {laid}" if laid else "")
+            + "".join(f"; {w} is whole in each" for w in whole)
+        )
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
@@ -74,10 +79,14 @@ class Mesh(OneProcess):
         mine = not dist.is_initialized()
         if mine:
             backend = "gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, **self._meeting_point(), rank=self.world.rank, world_size=self.world.size, timeout=timedelta(minutes=30))
+            dist.init_process_group(
+                backend, **self._meeting_point(), rank=self.world.rank, world_size=self.world.size,
+                timeout=timedelta(minutes=30),
+            )
         try:
-            self._control = dist.new_group(backend="gloo")  # what is agreed on between steps never waits for a GPU
-            self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})  # or they would wait for each other below
+            self._control = dist.new_group(backend="gloo")  # agreements between steps must not wait for a GPU
+            # Ranks of different strategies would wait for each other forever below.
+            self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})
             self.meet(device.type)
             with timed(self.phases) if device.type == "cpu" else contextlib.nullcontext():
                 yield
@@ -86,14 +95,14 @@ class Mesh(OneProcess):
                 dist.destroy_process_group()
 
     def meet(self, kind: str = "cpu") -> None:
-        """Lay the processes out, once they know of each other. kind: of device."""
+        """Build the device meshes, once the process group exists. kind: device type."""
         self.mesh = init_device_mesh(kind, tuple(self.layout), mesh_dim_names=("replicate", "shard", "tensor"))
         if self._ep_size > 1:
             shape = self.layout.replicate, self.layout.shard // self._ep_size, self._ep_size
             self.expert_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "expert"))
 
     def _meeting_point(self) -> dict[str, Any]:
-        """A file where the processes are all on this machine: no port that could be taken. Else what the launcher's variables name."""
+        """For init_process_group: a file store on one machine (no port to be taken), else the launcher's address."""
         if STORE in os.environ or self.world.size == 1:
             alone = {"store": dist.HashStore()}  # type: ignore[attr-defined]
             return {"init_method": f"file://{os.environ[STORE]}"} if STORE in os.environ else alone
@@ -104,13 +113,13 @@ class Mesh(OneProcess):
 
     @property
     def _data_mesh(self) -> DeviceMesh:
-        """The dimensions along which samples differ, without those of size 1."""
+        """The mesh's data dimensions (replicate, shard), without those of size 1."""
         names = tuple(n for n, size in zip(("replicate", "shard"), self.layout[:2], strict=True) if size > 1)
         return self.mesh[names or ("shard",)]
 
     @property
     def _mesh_of_experts(self) -> DeviceMesh | None:
-        """Over which a process' experts lie in shards, and copies; None: as everything else."""
+        """The mesh over which this rank's experts are sharded and replicated; None: that of all other parameters."""
         if self._ep_size == 1:
             return None
         return self.expert_mesh["replicate", "shard"] if self.layout.replicate > 1 else self.expert_mesh["shard"]
@@ -132,14 +141,14 @@ class Mesh(OneProcess):
         }
 
     def _policy(self) -> torch.dtype | None:
-        """With shards the parameters are gathered in what they are multiplied in; autocast would gather float32."""
+        """The dtype in which shards are gathered; None: their own. Autocast would gather float32."""
         return torch.bfloat16 if self._shards and self.config.trainer.precision == "bf16-mixed" else None
 
     @property
     def _shards(self) -> bool:
         return self.layout.shard > 1 or bool(self.config.strategy.cpu_offload)
 
-    # ---------------------------------------------------------------------------------------------------------- agreements
+    # ------------------------------------------------------------------------------------------ agreements
 
     def together(self, do: Callable[[], T]) -> T:
         result, error = _tried(do)
@@ -165,7 +174,7 @@ class Mesh(OneProcess):
         return self.together(do)
 
     def _answer(self, result: T | None, error: ConfigError | None, errors: list[ConfigError | None]) -> T:
-        """The mistake is told by the lowest of the processes that have it."""
+        """Of the ranks with an error the lowest raises it."""
         wrong = [rank for rank, found in enumerate(errors) if found is not None]
         if not wrong:
             return result  # type: ignore[return-value]
@@ -174,7 +183,8 @@ class Mesh(OneProcess):
     def agree(self, facts: Mapping[str, str]) -> None:
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, dict(facts), group=self._control)
-        names = dict.fromkeys(name for theirs in gathered for name in theirs)  # one of another kind has other names
+        # All names: a rank with another strategy has others.
+        names = dict.fromkeys(name for theirs in gathered for name in theirs)
         different = [
             f"`{name}` must be the same in all processes, but is {theirs.get(name, 'not there')} in process {rank} "
             f"and {gathered[0].get(name, 'not there')} in process 0."
@@ -199,7 +209,7 @@ class Mesh(OneProcess):
     def is_new(self, key: str) -> bool:
         return bool(_get_default_store().add(key, 1) == 1)
 
-    # ----------------------------------------------------------------------------------------------------------- the model
+    # ------------------------------------------------------------------------------------------ the model
 
     def set_up(self, model: nn.Module, device: torch.device) -> None:
         self._cut = self._lay(model, self.config.strategy.reshard_after_forward)
@@ -207,7 +217,7 @@ class Mesh(OneProcess):
 
     def check_read(self, model: ModelConfig, key: str) -> None:
         if self._ep_size > 1 and divisibility.experts(model) is None:
-            return  # it lies in shards as a model of the same size does
+            return  # without experts it is sharded by FSDP alone
         if found := list(of_model(self.config.strategy, model, self.world.size)):
             raise ConfigError(*(f"`{key}` cannot be laid over the processes as the model is: {why}" for why in found))
 
@@ -242,17 +252,20 @@ class Mesh(OneProcess):
 
         fill(model.state_dict(), source.pieces, held)
 
-    # ------------------------------------------------------------------------------------------------------------ the step
+    # ------------------------------------------------------------------------------------------ the step
 
     def reduce(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """One exchange for all values; sums of whole numbers stay exact."""
+        """One all-reduce for all values, in float64: sums of integers stay exact."""
         if self.size == 1 or not sums:
             return dict(sums)
         flat = torch.cat([value.detach().double().flatten() for value in sums.values()])
         with self.phases.within("communication"):
             dist.all_reduce(flat, group=self._data_group)
         parts = torch.split(flat, [value.numel() for value in sums.values()])
-        return {name: part.view(value.shape).to(value.dtype) for (name, value), part in zip(sums.items(), parts, strict=True)}
+        return {
+            name: part.view(value.shape).to(value.dtype)
+            for (name, value), part in zip(sums.items(), parts, strict=True)
+        }
 
     @contextlib.contextmanager
     def micro_batch(self, module: nn.Module, last: bool) -> Iterator[None]:
@@ -279,11 +292,11 @@ class Mesh(OneProcess):
         shards = self.mesh["shard"].get_group() if self.layout.shard > 1 else None
         if self._cut is not None:
             return self._cut.clip(max_norm, shards)
-        if self._ep_size > 1:  # parameters lie over two meshes, but each of their elements once among the shards
+        if self._ep_size > 1:  # two meshes of shards, but each element is on one rank of the shard dimension
             return clip([(local(p.grad), 1.0) for p in parameters if p.grad is not None], max_norm, shards)
         return super().clip(parameters, max_norm)
 
-    # ----------------------------------------------------------------------------------------------------------- checkpoints
+    # ------------------------------------------------------------------------------------------ checkpoints
 
     @property
     def checkpoint_group(self) -> Any:
@@ -298,7 +311,7 @@ class Mesh(OneProcess):
         return super().training_numbers(model, optimizer)
 
     def _shard_again(self, model: nn.Module) -> None:
-        """FSDP2 leaves the root's parameters gathered after a forward without a backward: they are others than the optimizer's."""
+        """A forward without backward leaves the root gathered by FSDP2: its parameters are not the optimizer's then."""
         if self._fsdp:
             from txtrain.parallel.fsdp import sharded
 
@@ -307,7 +320,7 @@ class Mesh(OneProcess):
 
 
 class WorldEnvironment(ClusterEnvironment):
-    """Lightning's view of processes that were started and have met before it came."""
+    """Lightning's view of processes that were started, and initialised torch.distributed, without it."""
 
     def __init__(self, world: World) -> None:
         self.world = world

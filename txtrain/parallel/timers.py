@@ -1,4 +1,4 @@
-"""Where the time of a run goes: of each phase the seconds in it, without those of a phase within it. Torch comes with first use."""
+"""Seconds that a run spends in each phase, without those of phases nested in it. Imports torch only in use."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     import torch
 
-PHASES = ("data", "forward_backward", "optimizer", "communication", "validation", "saving", "other")  # into which the time is split
-_UNDIVIDED = ("validation", "saving")  # what they compute and exchange is theirs
-_KEPT = 1024  # borders, before they are added up
+PHASES = ("data", "forward_backward", "optimizer", "communication", "validation", "saving", "other")
+_UNDIVIDED = ("validation", "saving")  # phases that include what is nested in them
+_KEPT = 1024  # borders held before they are summed
 
 
 class Clock(Protocol):
-    """mark(): now. seconds(a, b): from one mark to a later one; what they stand for is over when it is called."""
+    """mark(): now. seconds(a, b): from one mark to a later one, which may be waited for."""
 
     def mark(self) -> Any: ...
 
@@ -25,7 +25,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """On a processor what a call takes is what it costs."""
+    """Wall-clock time of the host, for CPU runs."""
 
     def mark(self) -> float:
         return time.perf_counter()
@@ -35,9 +35,9 @@ class HostClock:
 
 
 class DeviceClock:
-    """Events in the stream that computes: a phase lasts from when the device reaches its begin to when it reaches its end, idle or not.
+    """CUDA events in the compute stream: a phase lasts until the device reaches its end, idle time included.
 
-    The device is waited for when marks are added up, which happens where a row is written, after its loss has been waited for anyway.
+    Synchronises only when marks are summed: where a row is logged, whose loss has been waited for already.
     """
 
     def mark(self) -> Any:
@@ -53,15 +53,15 @@ class DeviceClock:
 
 
 class Phases:
-    """One phase at a time, in the thread that trains. Without `start` it notes nothing.
+    """Times one phase at a time, in the thread that called `start`; without `start`, nothing.
 
-    labelled: while a profiler runs, phases stand in its trace.
+    labelled: set while a profiler runs, so that phases appear in its trace.
     """
 
     def __init__(self) -> None:
         self.labelled = False
         self._clock: Clock | None = None
-        self._borders: list[tuple[str, Any]] = []  # a phase, and where it begins
+        self._borders: list[tuple[str, Any]] = []  # a phase and the mark of its start
         self._sums = dict.fromkeys(PHASES, 0.0)
         self._thread = 0
 
@@ -74,7 +74,7 @@ class Phases:
         self._clock, self._borders = None, []
 
     def enter(self, name: str) -> None:
-        """From here on it is this phase, until another is entered."""
+        """Start a phase, which lasts until another is entered."""
         if self._clock is None or threading.get_ident() != self._thread:
             return
         if len(self._borders) >= _KEPT:
@@ -83,8 +83,11 @@ class Phases:
 
     @contextlib.contextmanager
     def within(self, name: str) -> Iterator[None]:
-        """This phase, and then again what it was before."""
-        if self._clock is None or threading.get_ident() != self._thread or (before := self._borders[-1][0]) in _UNDIVIDED:
+        """Time a phase, then return to the one before."""
+        if (
+            self._clock is None or threading.get_ident() != self._thread
+            or (before := self._borders[-1][0]) in _UNDIVIDED
+        ):
             yield
             return
         self.enter(name)
@@ -102,7 +105,7 @@ class Phases:
         return record_function(name)
 
     def take(self) -> dict[str, float]:
-        """Seconds of each phase since the last call; they add up to the time that has passed."""
+        """Seconds of each phase since the last call; their sum is the time elapsed."""
         if self._clock is not None:
             self.enter(self._borders[-1][0])
             self._add_up()

@@ -1,4 +1,4 @@
-"""Python's warnings where a run has several processes: each text once in all of them, and whose it is."""
+"""Python's warnings in a run of several processes: each text once, with the rank that raised it first."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def marked(rank: int, is_new: Callable[[str], bool]) -> Iterator[None]:
-    """Within this a warning of this process is one line `[rank N] file:line: Category: text`, unless another process has said it.
+    """Print this rank's warnings as one line `[rank N] file:line: Category: text`, unless another rank has printed it.
 
-    is_new: whether no process has asked for this key before; of several at once one is told so.
+    is_new: whether no process has asked for this key before; true for one of several that ask at once.
     """
 
-    def show(message: Warning | str, category: type[Warning], filename: str, lineno: int, file: TextIO | None = None, line: str | None = None) -> None:
+    def show(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int,
+        file: TextIO | None = None, line: str | None = None,
+    ) -> None:
         text = f"{category.__name__}: {message}"
         if is_new("warning/" + hashlib.sha256(text.encode()).hexdigest()):
             print(f"[rank {rank}] {filename}:{lineno}: {text}", file=file or sys.stderr, flush=True)

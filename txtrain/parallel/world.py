@@ -1,4 +1,4 @@
-"""This process' place among those of a run, as its launcher's environment tells it. No torch."""
+"""Rank and world size of this process, from the launcher's environment variables. No torch."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import NamedTuple
 from txtrain.errors import ConfigError
 from txtrain.ground.slurm import Task
 
-STORE = "TXTRAIN_STORE"  # a file through which the processes of one machine find each other, in place of MASTER_ADDR and MASTER_PORT
+# Path of the file store where the processes of one machine meet, in place of MASTER_ADDR and MASTER_PORT.
+STORE = "TXTRAIN_STORE"
 
 
 class World(NamedTuple):
-    """rank: of 0..size - 1 over all nodes. local_rank: of 0..local_size - 1 on this node."""
+    """rank: 0..size - 1 over all nodes. local_rank: 0..local_size - 1 on this node."""
 
     rank: int = 0
     size: int = 1
@@ -30,10 +31,10 @@ class World(NamedTuple):
 
     @classmethod
     def here(cls, environment: Mapping[str, str] | None = None) -> World:
-        """From the variables that torchrun sets (and txtrain's own launcher), else from srun's; without them one process.
+        """From the variables of torchrun (txtrain's launcher sets the same), else of srun, else one process.
 
         Raises:
-            ConfigError: some of the variables are missing or are no numbers.
+            ConfigError: some of the variables are missing or not integers.
         """
         given = os.environ if environment is None else environment
         if "RANK" not in given or "WORLD_SIZE" not in given:
@@ -44,15 +45,18 @@ class World(NamedTuple):
             rank, size, local_rank, local_size = (int(given[name]) for name in names)
         except (KeyError, ValueError) as e:
             shown = ", ".join(f"{name}={given.get(name)}" for name in names)
-            raise ConfigError(f"The environment must tell this process' place as torchrun does, but has {shown}. Unset RANK to run alone.") from e
+            raise ConfigError(
+                f"The environment must tell this process' place as torchrun does, but has {shown}. "
+                "Unset RANK to run alone."
+            ) from e
         return cls(rank, size, local_rank, local_size)
 
 
 def started() -> bool:
-    """Whether a launcher has started this process as one of a run's."""
+    """Whether a launcher (torchrun, srun, txtrain's own) has started this process."""
     return ("RANK" in os.environ and "WORLD_SIZE" in os.environ) or Task.here() is not None
 
 
 def by_srun() -> Task | None:
-    """This process' place, where nothing but srun has started it."""
+    """This process' SLURM task, if srun alone has started it."""
     return None if "RANK" in os.environ and "WORLD_SIZE" in os.environ else Task.here()
