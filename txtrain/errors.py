@@ -54,3 +54,12 @@ def divisors_near(value: int, total: int, n: int = 2) -> list[int]:
     """The divisors of `total` closest to `value`, ascending."""
     divisors = [d for d in range(1, abs(total) + 1) if total % d == 0] if abs(total) <= 1_000_000 else []
     return sorted(sorted(divisors, key=lambda d: (abs(d - value), d))[:n])
+
+
+_SHOWN = 80  # characters of a value or a name in a message
+
+
+def shorten(what: object) -> str:
+    """A foreign text in one line of limited length, for a message."""
+    text = " ".join(str(what).split())
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."

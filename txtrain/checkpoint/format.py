@@ -31,7 +31,7 @@ import xxhash
 
 from txtrain.checkpoint import state as state_file
 from txtrain.checkpoint.state import NewerFormat, RunState, ShardState, check_format
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.ground.plain_files import check_keys, check_links, read_json
 from txtrain.hf.tensor_names import read_header
@@ -287,7 +287,7 @@ def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -
         if type(size) is not int or (type(checksum) is not str if with_checksums else checksum is not None):
             raise ConfigError(
                 f"{path / MARKER}: `{name}` must be the size and the checksum of a file, "
-                f"but is {plain_files.shorten(said)}"
+                f"but is {shorten(said)}"
             )
         if (found := (path / name).stat().st_size) != size:
             raise ConfigError(f"{name} has another size than when it was written: {found:,} bytes, not {size:,}")

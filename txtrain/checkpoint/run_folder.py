@@ -18,7 +18,7 @@ import yaml
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.state import FORMAT, NewerFormat, RunState, check_format
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.ground.convert import among, build, differing, marked, plain
 from txtrain.ground.slurm import Job
@@ -319,7 +319,7 @@ def _completed(path: Path, config: RunConfig) -> dict[str, Any]:
 def _refuse(different: Sequence[tuple[str, Any, Any]], allowed: Sequence[str], why: str, remedy: str) -> None:
     """Raise for keys whose values differ, except those of `allowed` and keys below them."""
     listed = [
-        f"`{key}` must be {plain_files.shorten(repr(old))} {why}, but is {plain_files.shorten(repr(new))} instead."
+        f"`{key}` must be {shorten(repr(old))} {why}, but is {shorten(repr(new))} instead."
         for key, old, new in different
         if not among(key, allowed)
     ]

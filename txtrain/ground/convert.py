@@ -11,8 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import shorten
+from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.unknown_keys import unknown_key
 from txtrain.registry import NONE, TABLE, group_of, out_of_range
 from txtrain.registry import key_of as key_of

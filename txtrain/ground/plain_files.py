@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -33,7 +33,6 @@ _DEPTH = 64
 _DIGITS = 40  # of an integer; 2**128 has 39
 _EVENTS = 200_000  # of a YAML file
 EXPANSION_FLOOR = 64_000_000  # bytes to which any compressed file may expand
-_SHOWN = 80  # characters of a value or a name in a message
 _WORDS: dict[Any, str] = {
     int: "an integer", float: "a number", str: "text", bool: "true or false", dict: "a mapping", list: "a list",
     types.NoneType: "null", Any: "a value"
@@ -259,12 +258,6 @@ def is_whole(text: str) -> bool:
 
 def _kind(value: Any) -> str:
     return _WORDS.get(type(value), f"a {type(value).__name__}")
-
-
-def shorten(what: object) -> str:
-    """A foreign text in one line of limited length, for a message."""
-    text = " ".join(str(what).split())
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def check_keys(found: Mapping[str, Any], where: str, keys: Mapping[str, Any]) -> None:

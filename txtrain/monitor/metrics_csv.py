@@ -12,9 +12,9 @@ from typing import Any, TextIO
 import xxhash
 
 from txtrain.checkpoint.run_folder import RunFolder, aside
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files
-from txtrain.ground.plain_files import read_bytes, shorten
+from txtrain.ground.plain_files import read_bytes
 from txtrain.parallel.timers import PHASES
 
 # Equal in every run of the same configuration, interrupted or not.

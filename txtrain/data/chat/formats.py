@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
 from txtrain.data.chat.turns import Conversation
-from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import parse_json, shorten
+from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.plain_files import parse_json
 
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "oasst", "self_instruct"]
 Row = Mapping[str, Any]

@@ -14,8 +14,7 @@ from typing import Any, NamedTuple
 
 from txtrain.data.chat import renderer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
-from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import shorten
+from txtrain.errors import ConfigError, shorten
 
 Message = Mapping[str, Any]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")

@@ -21,8 +21,7 @@ from typing import Any, Literal, NamedTuple
 from txtrain.data.chat.template import Message, Rendered, Template
 from txtrain.data.sources.source import Marked
 from txtrain.data.tokenizer.tokenizer import Tokenizer
-from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import shorten
+from txtrain.errors import ConfigError, shorten
 
 TrainOn = Literal["assistant", "last_assistant", "all"]
 

@@ -17,8 +17,8 @@ from txtrain.data.sources.files import (
     undecoded,
     unpacked_name,
 )
-from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import check_expansion, parse_json, shorten
+from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.plain_files import check_expansion, parse_json
 
 Row = TypeVar("Row")
 

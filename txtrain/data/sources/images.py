@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from txtrain.data.sources.files import Limits, files_identity, missing, open_unpacked
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
-from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import map_npy, npz_names, read_npz, shorten
+from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.plain_files import map_npy, npz_names, read_npz
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 _DAMAGED = (OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, IndexError, MemoryError)

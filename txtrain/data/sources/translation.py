@@ -11,8 +11,7 @@ from txtrain.data.sources.documents import rows_of
 from txtrain.data.sources.files import Limits, files_identity, find_files, text_chunks
 from txtrain.data.sources.hub import HubUnreachable, load_dataset
 from txtrain.data.sources.source import Split
-from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import shorten
+from txtrain.errors import ConfigError, hint, shorten
 
 Pairs = Callable[[], Iterator[tuple[str, str]]]
 

@@ -19,8 +19,8 @@ import numpy as np
 from txtrain.data.samples.order import Indices
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Shard
-from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import check_keys, map_npy, read_json, shorten
+from txtrain.errors import ConfigError, shorten
+from txtrain.ground.plain_files import check_keys, map_npy, read_json
 
 INDEX = "index.json"  # of our own format; written last
 FORMAT = "txtrain tokens 1"

@@ -11,8 +11,8 @@ from typing import Any
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
-from txtrain.errors import ConfigError, hint
-from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_json, read_text, shorten
+from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_json, read_text
 
 # Usual names of the special tokens, if no file names them.
 _USUAL = {

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from txtrain.data.sources.files import Text, chunks_of
 from txtrain.data.tokenizer.cuts import byte_level_places, cut
-from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import shorten
+from txtrain.errors import ConfigError, shorten
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
