@@ -62,7 +62,7 @@ def test_an_option_brings_code_only_if_the_command_line_names_it(user, job):
     (user / "data/corpus.yaml").write_text("type: text\npath: x\nimports: [own_ffn.py]\n")
     (user / "recipes/indirect.yaml").write_text("# @package _global_\ndefaults: [override /data: corpus]\n")
     assert job("data=corpus", "model/ffn=mine", config_dir=user).config.model.ffn.type == "mine"
-    with pytest.raises(ConfigError, match="name data=corpus on the command line"):
+    with pytest.raises(ConfigError, match="give data=corpus, or imports="):
         job("recipe=indirect", config_dir=user)
     assert job("recipe=indirect", "data=corpus", config_dir=user).config.data.path == "x"
 

@@ -19,6 +19,7 @@ from txtrain.hf.save import save_pretrained
 from txtrain.monitor.metrics_csv import read
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.world import World
+from txtrain.registry import TABLE
 
 pytestmark = pytest.mark.skipif("sys.platform != 'linux'", reason="/proc, deepspeed")
 
@@ -74,6 +75,16 @@ def reading(tmp_path: Path, teacher: Path, name: str, *how: str) -> list[str]:
     of_teacher = ["imports=[tests.distributed.reading]", "objective=toward", f"objective.teacher={teacher}"]
     short = ("trainer.max_steps=4", "trainer.val_check_interval=2")
     return overrides(tmp_path, "decoder", name, *of_teacher, *short, *how)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten():
+    """What `imports=[tests.distributed.reading]` registers is registered for this module's tests alone."""
+    before = dict(TABLE["objective"])
+    sys.modules.pop("tests.distributed.reading", None)
+    yield
+    TABLE["objective"].clear()
+    TABLE["objective"].update(before)
 
 
 @pytest.fixture(scope="module")

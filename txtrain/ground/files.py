@@ -16,6 +16,7 @@ from pathlib import Path
 from txtrain.errors import ConfigError
 
 LOCK = "lock"  # file in a temporary folder
+_MARK = ".txtrain-scratch"
 PATIENCE = 6.0  # seconds; data loader workers of a killed process hold its lock until they notice (5 s)
 
 
@@ -102,17 +103,21 @@ def _flock(handle: int) -> bool | None:
 
 @contextlib.contextmanager
 def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
-    """A temporary folder, locked while it is used. Removes those of killed processes, if the file system has locks."""
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        with contextlib.suppress(OSError), _opened(left) as handle:  # another user's, or a plain file
+    """A temporary folder, locked while it is used. Removes those of killed processes, if the file system has locks.
+
+    A file marks the folders that were made here: others with such a name are left alone.
+    """
+    for mark in Path(tempfile.gettempdir()).glob(f"{prefix}*/{_MARK}"):
+        with contextlib.suppress(OSError), _opened(mark.parent) as handle:  # another user's, or a link
             if _flock(handle):
-                shutil.rmtree(left, ignore_errors=True)
-    while True:
-        made = tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True)
-        with made as name, _opened(Path(name)) as handle:
-            if _flock(handle) is not False and os.path.exists(name):  # else another process took it for abandoned
-                yield Path(name)
-                return
+                shutil.rmtree(mark.parent, ignore_errors=True)
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name,
+        _opened(Path(name)) as handle,
+    ):
+        _flock(handle)  # before the mark, without which nobody else takes the folder for abandoned
+        Path(name, _MARK).touch()
+        yield Path(name)
 
 
 @contextlib.contextmanager

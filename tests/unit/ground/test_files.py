@@ -141,6 +141,7 @@ def test_a_temporary_folder_is_removed_also_after_kill_9_but_not_while_it_is_use
     theirs = Path(child.stdout.readline().strip())
     (tmp_path / "txtrain-file").touch()  # none of ours
     (tmp_path / "txtrain-link").symlink_to("/")
+    (tmp_path / "txtrain-notes").mkdir()
     with files.scratch() as ours:
         assert {theirs, ours} < set(tmp_path.iterdir())
     assert theirs.exists()
@@ -149,4 +150,4 @@ def test_a_temporary_folder_is_removed_also_after_kill_9_but_not_while_it_is_use
     child.wait()
     with files.scratch():
         assert not theirs.exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["txtrain-file", "txtrain-link"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["txtrain-file", "txtrain-link", "txtrain-notes"]
