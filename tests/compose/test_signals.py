@@ -110,6 +110,7 @@ LONG_START = """
 
 
 @pytest.mark.parametrize(("number", "code"), [pytest.param(signal.SIGUSR1, 75, id="USR1"), pytest.param(signal.SIGINT, 1, id="INT", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_start_that_takes_long_is_left_though_python_answers_no_signal(number, code, run, clean_room):
     (clean_room / "long.py").write_text(textwrap.dedent(LONG_START))
     command = run(*TINY, "data.path=text.txt", "run_dir=run", program=("long.py",))
@@ -134,6 +135,7 @@ ENDS_SLOWLY = """
 
 
 @pytest.mark.parametrize("n", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_signal_after_the_run_is_complete_changes_nothing(n, run, clean_room):
     (clean_room / "late.py").write_text(textwrap.dedent(ENDS_SLOWLY))
     command = run(*TINY, "data.path=text.txt", "imports=[late.py]", "run_dir=run", "trainer.max_steps=2", f"trainer.devices={n}")

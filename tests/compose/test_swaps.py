@@ -150,14 +150,14 @@ def test_every_family_trains(family, unchanged):
 
 
 @pytest.mark.parametrize("key", OF_THE_BLOCK)
-@pytest.mark.parametrize("family", some(LAPTOP, ("gpt2", "t5")))
+@pytest.mark.parametrize("family", some(LAPTOP, ("gpt2",)))
 def test_every_swap_within_the_block_trains_on_every_family(family, key, unchanged, swapped):
     for option in others(unchanged(family), KEYS[key]):
         trains(dry(swapped(family, f"{key}={option}")), f"{family} {key}={option}")
 
 
 @pytest.mark.parametrize("axis", ["embedding", "head"])
-@pytest.mark.parametrize("family", LAPTOP)
+@pytest.mark.parametrize("family", some(LAPTOP, ("gpt2", "bert", "t5", "vit")))
 def test_a_swap_of_what_is_read_or_told_trains_or_is_refused_with_the_tables_reason(family, axis, unchanged, swapped):
     """By itself: most need another objective or other data too."""
     run = unchanged(family)
@@ -180,7 +180,7 @@ def broken_by(run: Train) -> list[rules.Rule]:
     return objective[:1] or [rule for rule in compatibility.RUN_RULES if rule.broken_by(choices)]
 
 
-@pytest.mark.parametrize("family", LAPTOP)
+@pytest.mark.parametrize("family", some(LAPTOP, ("llama2", "t5", "vit")))
 def test_every_family_classifies_images_once_all_that_goes_with_it_is_changed(family, unchanged):
     """An encoder of patches, with the family's own attention, feed-forward, norms and positions."""
     run = txtrain.compose([f"model={family}", *SHAPE, *CLASSIFIER, *RUN, "optimizer.lr=1e-5"])  # pixels are not scaled as words are

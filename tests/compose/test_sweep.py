@@ -165,6 +165,7 @@ def test_a_sweep_trains_in_three_numbered_folders_and_says_which_is_which(cli, c
         assert [row["step"] for row in read(run / "metrics.csv")] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_a_job_that_falls_back_says_so_in_the_name_of_its_folder(monkeypatch, clean_room):
     """As the processes of a sweep do: the name changes once the data is looked for, after the job was handed over."""
     config = compose(["data=wikitext", "trainer.accelerator=cpu", "trainer.max_steps=1", "trainer.limit_val_batches=0", "sample.n=0", *SMALL])

@@ -66,6 +66,7 @@ class Stop(pl.Callback):
 """
 
 
+@pytest.mark.slow
 def test_an_ffn_of_ones_own_trains_resumes_and_generates(clean_room, cli, capsys):
     (clean_room / "mine.py").write_text(FFN)
     write_text(clean_room / "text.txt")

@@ -30,6 +30,7 @@ def compare(folder, model, how, n):
             assert difference < 1e-5, f"{name}: {column} {difference:.1e}, allowed 1e-05"
 
 
+@pytest.mark.slow
 def test_layers_in_two_processes_are_those_of_one_and_one_wandb_run(tmp_path, monkeypatch):
     for name in [name for name in os.environ if name.startswith("WANDB_")]:
         monkeypatch.delenv(name)

@@ -4,6 +4,8 @@ import json
 import re
 import sys
 
+import pytest
+
 from tests.distributed import group
 from tests.distributed.runs import overrides
 from txtrain.monitor.metrics_csv import read
@@ -16,6 +18,7 @@ def trained(cases, folder):
     return group.run([sys.executable, "-m", "tests.distributed.worker", str(listed)], 2, folder)
 
 
+@pytest.mark.slow
 def test_communication_is_counted_and_warnings_are_told_once(tmp_path):
     """Under each way to exchange: our buckets, FSDP2's hooks, DeepSpeed's engine, sums within layers."""
     ways = {"ddp": (), "fsdp": (), "deepspeed_stage_2": (), "tp": ()}

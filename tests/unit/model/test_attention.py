@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from tests.cases import some
 from txtrain.model.attention import kernels
 from txtrain.model.attention.kernel_choice import choose_kernel
 from txtrain.model.attention.mask import Mask, prepare
@@ -93,7 +94,7 @@ def test_sdpa_equals_plain_with_gradients(name, with_bias, n_queries):
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("name", MASKS)
+@pytest.mark.parametrize("name", some(MASKS, [*MASKS][1::3]))
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_flex_equals_plain(name, softcap, with_bias):

@@ -87,10 +87,12 @@ def test_a_resumed_run_has_the_bias_of_one_that_was_not_interrupted(tmp_path, mo
 @pytest.mark.parametrize(
     ("with_rule", "without"),
     [
-        (("model.ffn.bias_update_rate=0.02",), ("model.ffn.bias_update_rate=0",)),
-        (("model/ffn=moe_softmax", "model.ffn.aux_weight=0.05"), ("model/ffn=moe_softmax", "model.ffn.aux_weight=0")),
+        pytest.param(("model.ffn.bias_update_rate=0.02",), ("model.ffn.bias_update_rate=0",), id="bias"),
+        pytest.param(
+            ("model/ffn=moe_softmax", "model.ffn.aux_weight=0.05"), ("model/ffn=moe_softmax", "model.ffn.aux_weight=0"),
+            id="auxiliary loss", marks=pytest.mark.slow,
+        ),
     ],
-    ids=["bias", "auxiliary loss"],
 )
 def test_load_stays_even_with_the_rule_and_does_not_without(tmp_path, monkeypatch, with_rule, without):
     monkeypatch.chdir(tmp_path)

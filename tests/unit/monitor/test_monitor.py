@@ -98,6 +98,7 @@ train(tiny(Path(sys.argv[1]), f"run_dir={sys.argv[2]}", *sys.argv[3:]), callback
 """
 
 
+@pytest.mark.slow
 def test_goodput_counts_lost_steps_and_the_time_between_death_and_restart(runs):
     """kill -9 after a checkpoint: what came after it is lost, and the clock has gone on meanwhile."""
     run = runs / "killed"
@@ -299,6 +300,7 @@ def test_what_is_asked_for_wrongly_is_refused(runs, keys, says):
 # ---------------------------------------------------------------------------------------------------------------- a process
 
 
+@pytest.mark.slow
 def test_a_quiet_run_says_its_end_alone(runs):
     config = runs / "quiet.yaml"
     config.write_text(yaml.safe_dump(plain(tiny(runs, f"run_dir={runs / 'quiet'}", "verbosity=quiet", "sample.n=1"))))
