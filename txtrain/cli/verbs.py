@@ -11,7 +11,6 @@ from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from txtrain.errors import ConfigError, RunError
-from txtrain.ground import files
 from txtrain.parallel.early_signals import EndsAtOnce
 from txtrain.registry import imported
 
@@ -107,6 +106,8 @@ def root_of(verb: str) -> type:
 
 def work_of(verb: str, job: Composed, start: float = START) -> Work:
     """The function that runs the job, imported. start: of the process, in seconds of the system's clock."""
+    from txtrain.ground import files  # help needs none of what it imports
+
     if said := files.check_temporary():
         print(f"txtrain: {said}", file=sys.stderr)
     return partial(imported(VERBS[verb].run), dc.replace(job, start=start))
