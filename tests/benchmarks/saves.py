@@ -23,6 +23,7 @@ import torch
 
 import txtrain
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import restore
 from txtrain.checkpoint.saver import Saver
 from txtrain.ground import files
 from txtrain.registry import make
@@ -56,7 +57,7 @@ class Training:
         self.optimizer.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        return checkpoint.training_tensors(self.model, self.optimizer)
+        return restore.training_tensors(self.model, self.optimizer)
 
 
 def timed(work: Callable[[], object]) -> float:

@@ -254,14 +254,14 @@ DRIVER = """
         (folder / "phase.tmp").write_text(what)
         (folder / "phase.tmp").rename(folder / "phase")
 
-    real = checkpoint.save
+    real = saving.save
     def save(*args, **kwargs):
         note("saving")
         time.sleep(0.02)
         real(*args, **kwargs)
         time.sleep(0.02)
         note("training")
-    checkpoint.save = save
+    saving.save = save
     txtrain.training.run.instances = lambda *named: [Phases()]
 
     ANSWERED = {signal.SIGUSR1, signal.SIGTERM}

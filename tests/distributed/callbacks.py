@@ -11,7 +11,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 
 from tests.distributed.variations import VARIATIONS
-from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import RunState
 
 
@@ -75,7 +75,7 @@ class Copy(pl.Callback):
     def on_train_start(self, trainer, module):
         tensors = module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
         state = RunState(step=module.step)
-        checkpoint.save(self.path, tensors, state, lambda folder: None, module.parallel.checkpoint_group)
+        saving.save(self.path, tensors, state, lambda folder: None, module.parallel.checkpoint_group)
 
 
 class Samples(pl.Callback):

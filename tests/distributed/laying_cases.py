@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tests.distributed.group import as_worker
 from txtrain import compose
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.load import load, open_weights
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.state import RunState
@@ -79,7 +80,7 @@ def is_saved(overrides: list[str], run: str) -> None:
         def beside(folder: Path) -> None:
             RunFolder(folder).write_config(config, folder)
 
-        checkpoint.save(checkpoint.path_of(Path(run), 1), tensors, RunState(step=1), beside, parallel.checkpoint_group)
+        saving.save(checkpoint.path_of(Path(run), 1), tensors, RunState(step=1), beside, parallel.checkpoint_group)
 
 
 def reads_a_second_model(overrides: list[str]) -> None:

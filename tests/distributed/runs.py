@@ -7,7 +7,8 @@ from typing import Any
 
 from tests.device import accelerator
 from tests.training import write_text
-from txtrain.checkpoint.format import load_tensors, locate, shapes
+from txtrain.checkpoint.format import locate, shapes
+from txtrain.checkpoint.restore import load_tensors
 from txtrain.monitor.metrics_csv import read
 
 COMMON = (

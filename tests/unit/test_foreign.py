@@ -25,8 +25,7 @@ FOREIGN = {
     "data.sources.hub": "reason",
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
-    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable",
-    "data.prepare": "chat_template",
+    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template",
     "data.samples.images": "files",
     "model.generation": "item config",
     "training.module": "config datamodule",

@@ -12,66 +12,37 @@ safetensors storage is used, which keeps the index in the headers.
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses as dc
-import json
 import math
 import os
 import re
 import shlex
-import shutil
 import sys
-import warnings
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import xxhash
 
 from txtrain.checkpoint import state as state_file
 from txtrain.checkpoint.state import NewerFormat, RunState, ShardState, check_format
 from txtrain.errors import ConfigError, shorten
-from txtrain.ground import files, plain_files
+from txtrain.ground import plain_files
 from txtrain.ground.plain_files import check_keys, check_links, read_json
 from txtrain.hf.tensor_names import read_header
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-    from torch.optim import Optimizer
 
-    from txtrain.hf.pieces import Piece
     from txtrain.model.config import ModelConfig
-    from txtrain.optim.average import Average
-    from txtrain.run_config import SaveConfig
 
 MARKER, STATE, FOLDER = "complete", "state.json", "checkpoints"
 _NAME = re.compile(r"step_([0-9]{8,15})")
-_SHOWN = 3  # names in a message
-_ALLOWED = "To go on all the same, with train and export: allow_nonfinite=true."
 T = TypeVar("T")
 
 
 class LoadError(ConfigError):
     """A checkpoint that a run or a command starts from cannot be used as it is."""
 
-
-@dc.dataclass(frozen=True)
-class Reading:
-    """How tensors are read.
-
-    Attributes:
-        key: what an error calls the checkpoint.
-        verify: compare each tensor with its checksum.
-        finite: refuse weights that hold NaN or infinity.
-    """
-
-    key: str = "checkpoint"
-    verify: bool = True
-    finite: bool = False
-
-
-READING = Reading()
 
 # -------------------------------------------------------------------------------------------------------------- finding
 
@@ -193,7 +164,7 @@ def on_newest(where: str | Path, key: str, do: Callable[[Path], T]) -> T:
         path = locate(where, key)
         try:
             return do(path)
-        except Exception:
+        except Exception:  # whatever a reader meets where files vanish under it; all else is raised
             if path.exists():
                 raise
 
@@ -222,7 +193,7 @@ def verify(path: Path, key: str = "checkpoint", tensors: bool = True) -> None:
         NewerFormat: a newer version wrote it.
     """
     if (problem := _problem(path, tensors)) is not None:
-        raise _damaged(path, problem, key)
+        raise damaged(path, problem, key)
 
 
 def _problem(path: Path, tensors: bool) -> str | None:
@@ -244,7 +215,7 @@ def _problem(path: Path, tensors: bool) -> str | None:
     return None
 
 
-def _damaged(path: Path, problem: str, key: str) -> LoadError:
+def damaged(path: Path, problem: str, key: str) -> LoadError:
     """The error, with the newest intact checkpoint of the run and how to use it."""
     others = complete(path.parent.parent) if _NAME.fullmatch(path.name) else []
     whole = next((other for other in reversed(others) if other != path and _is_whole(other)), None)
@@ -318,15 +289,6 @@ def _check_shards(path: Path, state: RunState) -> None:
 # -------------------------------------------------------------------------------------------------------------- tensors
 
 
-def training_tensors(model: nn.Module, optimizer: Optimizer, average: Average | None = None) -> dict[str, Tensor]:
-    """All tensors to save, by canonical name; not copies, so that reading into them in place restores them."""
-    from txtrain.optim import state as optimizer_state
-
-    tensors = _weights_of(model)
-    tensors |= {f"optimizer.{name}": tensor for name, tensor in optimizer_state.tensors(model, optimizer).items()}
-    return tensors if average is None else tensors | average.tensors()
-
-
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
@@ -372,303 +334,3 @@ def check_model(path: Path, model: ModelConfig) -> None:
             f"The checkpoint {path} is of another model: config.yaml describes {model.n_params:,} parameters, "
             f"but the files hold {sum(held.values()):,}."
         )
-
-
-def optimizer_names(path: Path) -> set[str]:
-    """`<parameter>.<key>` of each tensor of the optimizer's state; a parameter without a gradient so far has none."""
-    return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
-
-
-def load_tensors(
-    path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...] = "", group: Any = None,
-    how: Reading = READING, without: Container[str] = (),
-) -> None:
-    """Read every tensor of `into`, in place; of a sharded tensor each rank reads its shard.
-
-    Args:
-        prefix: of the checkpoint's tensors, one or several: those with it must be the names in `into`.
-        group: the ranks that read together; None: this one alone.
-        without: names with the prefix that are not read.
-
-    Raises:
-        ConfigError: the names or shapes differ.
-        LoadError: a tensor has changed since it was written, or weights are not finite.
-    """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
-    from txtrain.checkpoint.reader import NotFiniteError, Reader
-
-    _compare(path, into, prefix, without)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(
-                dict(into), storage_reader=Reader(path, how.verify, how.finite), process_group=group,
-                no_dist=group is None,
-            )
-    except CheckpointException as e:  # holds the exceptions of all ranks
-        met = [exception for exception, _ in e.failures.values()]
-        if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
-            raise (
-                _damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]
-            ) from e
-        _refuse_not_finite(
-            path, {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems},
-            how.key,
-        )
-
-
-def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
-    """Check weights that another reader has read.
-
-    Raises:
-        LoadError: they hold NaN or infinity.
-    """
-    from txtrain.hf.pieces import is_finite
-
-    if how.finite and (strange := [name for name, tensor in model.state_dict().items() if not is_finite(tensor)]):
-        _refuse_not_finite(path, strange, how.key)
-
-
-def check_values(path: Path, pieces: Iterable[Piece], how: Reading) -> None:
-    """Check weights that are read piece by piece later.
-
-    Raises:
-        LoadError: one of them has changed since it was written, or is not finite.
-    """
-    try:
-        strange = [piece.name for piece in pieces if not piece.is_fine(how.finite)]
-    except ConfigError as e:
-        raise _damaged(path, e.problems[0], how.key) from e
-    if strange:
-        _refuse_not_finite(path, strange, how.key)
-
-
-def _refuse_not_finite(path: Path, names: Iterable[str], key: str) -> NoReturn:
-    held = sorted(names)
-    more = f" and {len(held) - _SHOWN:,} more" if len(held) > _SHOWN else ""
-    listed = ", ".join(held[:_SHOWN]) + more
-    raise LoadError(
-        f"`{key}`: the weights in {path} must be finite numbers, but {listed} hold NaN or infinity. {_ALLOWED}"
-    )
-
-
-def _compare(
-    path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...], without: Container[str] = ()
-) -> None:
-    from txtrain.hf.pieces import compare
-
-    saved = {name: shape for name, shape in shapes(path).items() if name.startswith(prefix) and name not in without}
-    compare(saved, {name: tuple(tensor.shape) for name, tensor in into.items()}, f"The checkpoint {path}")
-
-
-def check_weights(path: Path, model: nn.Module) -> None:
-    """Check by names and shapes that the checkpoint's weights are this model's; reads no weights.
-
-    Raises:
-        ConfigError: they are not.
-    """
-    _compare(path, _weights_of(model), prefix="model.")
-
-
-def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-
-
-def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Reading = READING) -> None:
-    """Read the model's weights in place. weights: `ema` for the averaged ones; what is not averaged is the model's.
-
-    Raises:
-        ConfigError: the checkpoint is of another model, or has no averaged weights.
-        LoadError: as `load_tensors`.
-    """
-    state = model.state_dict()
-    load_tensors(path, _weights_of(model), "model.", how=how)
-    if weights == "ema":
-        averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
-        if not averaged:
-            raise ConfigError(
-                f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
-                "A run with ema.decay=0.999 keeps them."
-            )
-        load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, "ema.", how=how)
-
-
-def load_training(
-    path: Path, model: nn.Module, optimizer: Optimizer, average: Average | None = None, group: Any = None,
-    how: Reading = READING,
-) -> None:
-    """Read the model's weights, the optimizer's state and the averaged weights from a checkpoint, in place.
-
-    An average that the checkpoint lacks starts from its weights. Not read: an average that the run does not keep, and
-    what belongs to parameters that are frozen now. The configuration decides whether that is allowed.
-    """
-    from txtrain.optim import state as optimizer_state
-
-    without = of_frozen(path, model)
-    numbers = {name: n for name, n in read_state(path).optimizer.items() if f"optimizer.{name}" not in without}
-    optimizer_state.allocate(optimizer)
-    saved = {name for name in optimizer_names(path) if f"optimizer.{name}" not in without} | numbers.keys()
-    if without and not saved:
-        optimizer.state.clear()  # no parameter is trained both there and here
-    optimizer_state.forget(saved, model, optimizer)
-    load_tensors(path, training_tensors(model, optimizer), ("model.", "optimizer."), group, how, without)
-    optimizer_state.restore_numbers(numbers, model, optimizer)
-    if average is not None and average.values:
-        average.restart()
-        names = shapes(path)
-        if averaged := {name: value for name, value in average.tensors().items() if name in names}:
-            load_tensors(path, averaged, "ema.", group, how, without)
-
-
-def of_frozen(path: Path, model: nn.Module) -> set[str]:
-    """Names of averaged weights and optimizer state that belong to parameters which the model does not train."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    names = [*shapes(path), *(f"optimizer.{name}" for name in read_state(path).optimizer)]
-    parts = [(name, *name.split(".", 1)) for name in names]
-    return {
-        name for name, kind, own in parts
-        if (kind == "ema" and own in frozen) or (kind == "optimizer" and own.rpartition(".")[0] in frozen)
-    }
-
-
-# -------------------------------------------------------------------------------------------------------------- writing
-
-
-class SaveError(OSError):
-    """A checkpoint could not be written; earlier ones are untouched."""
-
-
-def save(
-    path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], group: Any = None
-) -> None:
-    """Write a checkpoint under another name, then rename it: a kill at any moment leaves a complete one or none.
-
-    Args:
-        beside: writes the other files into the folder that it is given.
-        group: the ranks that write together, each its shards; all of them call this. None: this one alone.
-
-    Raises:
-        SaveError: a disk is full or gone; raised on all ranks if it is so on one.
-    """
-    import torch.distributed as dist
-
-    first = group is None or dist.get_rank() == 0
-    part = path.with_name(path.name + ".tmp")
-
-    def begin() -> None:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-
-    def write() -> None:
-        nonlocal state
-        state = dc.replace(state, id=write_tensors(part, tensors, group, state.step))
-
-    def finish() -> None:
-        files.write(part / STATE, state.to_json())
-        beside(part)
-        _seal(part, path)
-
-    try:
-        for do in (begin if first else None, write, finish if first else None):
-            _alike(do, group)
-    except SaveError:
-        if first:
-            shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
-def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None, step: int = 0) -> str:
-    """Each rank writes its shards of the tensors, as safetensors.
-
-    Returns:
-        On the first rank the id that all of the files have.
-    """
-    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
-
-    from txtrain.checkpoint.writer import Writer
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save_tensors(
-            dict(tensors), storage_writer=(writer := Writer(folder, step)), process_group=group, no_dist=group is None
-        )
-    return writer.id
-
-
-def _alike(do: Callable[[], None] | None, group: Any) -> None:
-    """Do one part of a save; a system error on one rank fails it on all."""
-    import torch.distributed as dist
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    error = None
-    try:
-        if do is not None:
-            do()
-    except OSError as e:
-        error = str(e)
-    except CheckpointException as e:  # holds the exceptions of all ranks
-        met = [exception for exception, _ in e.failures.values()]
-        if not all(isinstance(exception, OSError) for exception in met):
-            raise
-        error = str(met[0])
-    errors: list[Any] = [error]
-    if group is not None:
-        errors = [None] * dist.get_world_size(group)
-        dist.all_gather_object(errors, error, group=group)
-    if found := [text for text in errors if text is not None]:
-        raise SaveError(found[0])
-
-
-def _seal(part: Path, path: Path) -> None:
-    """Sync all files, write the marker last, then rename the folder."""
-    old = path.with_name(path.name + ".old")
-    marker = marker_of(part)
-    for name in marker:
-        files.sync(part / name)
-    files.write(part / MARKER, json.dumps(marker))
-    if path.exists():  # the step is saved again, after a validation that an interrupt had cut short
-        path.rename(old)
-    part.rename(path)
-    files.sync(path.parent)
-    if old.exists():
-        shutil.rmtree(old)
-
-
-def clean(run_dir: Path) -> None:
-    """Remove what a killed run left behind."""
-    for old in (run_dir / FOLDER).glob("step_*.old"):
-        if not old.with_suffix("").exists():
-            old.rename(old.with_suffix(""))
-    for rest in [*(run_dir / FOLDER).glob("step_*.tmp"), *(run_dir / FOLDER).glob("step_*.old")]:
-        shutil.rmtree(rest)
-
-
-def val_losses(run_dir: Path) -> dict[Path, float | None]:
-    """Of the complete checkpoints whose state is readable, oldest first; None where a step was not validated."""
-    found: dict[Path, float | None] = {}
-    for path in complete(run_dir):
-        with contextlib.suppress(ConfigError):
-            found[path] = read_state(path).val_loss
-    return found
-
-
-def rotate(run_dir: Path, keep: SaveConfig) -> None:
-    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, those of every
-    keep_every_n_steps, and damaged ones."""
-    losses = val_losses(run_dir)
-    found = list(losses)
-    validated = sorted(
-        (path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path))
-    )
-    every = keep.keep_every_n_steps
-    kept = {
-        *found[-keep.keep_last :], *validated[: keep.keep_best],
-        *(path for path in found if every and step_of(path) % every == 0),
-    }
-    for path in found:
-        if path not in kept:
-            gone = path.with_name(path.name + ".tmp")  # invisible at once, even if deleting takes long
-            path.rename(gone)
-            shutil.rmtree(gone)

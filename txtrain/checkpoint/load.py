@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import restore
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
@@ -99,8 +100,8 @@ def open_weights(
             source = open_folder(found.path)
         else:
             source = Source(found.path, _empty(found, None, key), Reader(found.path).pieces("model."))
-            checkpoint.check_weights(found.path, source.model)
-        checkpoint.check_values(found.path, source.pieces[turn::of], checkpoint.Reading(key, finite=finite))
+            restore.check_weights(found.path, source.model)
+        restore.check_values(found.path, source.pieces[turn::of], restore.Reading(key, finite=finite))
         return source
 
     return _on(where, key, opened)
@@ -131,7 +132,7 @@ def load(
     def loaded(found: Described) -> Loaded:
         tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
         return Loaded(
-            found.path, _model(found, device, tokenizer, weights, checkpoint.Reading(key, finite=finite)), tokenizer
+            found.path, _model(found, device, tokenizer, weights, restore.Reading(key, finite=finite)), tokenizer
         )
 
     return _on(where, key, loaded)
@@ -174,7 +175,7 @@ def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
 
 
 def _model(
-    found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: checkpoint.Reading
+    found: Described, device: torch.device | str, tokenizer: Tokenizer | None, weights: str, how: restore.Reading
 ) -> Transformer:
     import torch
 
@@ -184,10 +185,10 @@ def _model(
         _refuse_average(found.path, weights)
         with torch.device(device):
             model = from_hf(found.path)
-        checkpoint.check_finite(found.path, model, how)
+        restore.check_finite(found.path, model, how)
         return model
     model = _empty(found, tokenizer, how.key).to_empty(device=device)
-    checkpoint.load_weights(found.path, model, weights, how)
+    restore.load_weights(found.path, model, weights, how)
     return model.eval()
 
 

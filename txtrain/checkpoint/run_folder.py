@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import FORMAT, NewerFormat, RunState, check_format
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
@@ -90,7 +91,7 @@ class RunFolder:
             self._claim()
         self.path.mkdir(parents=True, exist_ok=True)
         self._own()
-        checkpoint.clean(self.path)
+        saving.clean(self.path)
         before = self._read() if self.checkpoint is not None or self._started_before(config) else {}
         self.write_config(config, self.path)
         life = _life(before, time.time() if start is None else start)

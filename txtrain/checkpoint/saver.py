@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import RunState
 
 
@@ -84,10 +84,10 @@ class Saver:
     ) -> None:
         try:
             begun = time.monotonic()
-            checkpoint.save(path, tensors, state, beside, self.group)
+            saving.save(path, tensors, state, beside, self.group)
             seconds = time.monotonic() - begun
             self.longest, self._measured = max(self.longest, seconds) if self._measured else seconds, True
-        except checkpoint.SaveError as e:
+        except saving.SaveError as e:
             if must:
                 raise
             self.warn(f"{path.name} could not be saved ({e}): the run goes on, and older checkpoints are intact.")

@@ -30,6 +30,7 @@ from txtrain.data.sources.source import (
     TextSource,
     as_named,
     build_source,
+    chat_template,
     describe,
     has_validation,
     identity,
@@ -132,7 +133,7 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
     """Texts with a mask of the tokens to be trained."""
     data = config.data
     tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
-    if (template := getattr(source, "chat_template", None)) is not None:
+    if (template := chat_template(source)) is not None:
         tokenizer = tokenizer.with_template(template)
     corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)

@@ -68,9 +68,10 @@ class Display:
 
     # ------------------------------------------------------------------------------------------------------------ lines
 
-    def tell(self, text: str, style: str | None = None) -> None:
-        """Print a line even if verbosity is quiet. It is not wrapped: a path in it can be copied."""
-        self.console.print(self._stamp() + text, style=style, markup=False)
+    def tell(self, *lines: str, style: str | None = None) -> None:
+        """Print lines even if verbosity is quiet. They are not wrapped: a path in one can be copied."""
+        for text in lines:
+            self.console.print(self._stamp() + text, style=style, markup=False)
 
     def line(self, text: str, style: str | None = None) -> None:
         """Print a line, wrapped between words on a terminal."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from txtrain.checkpoint.format import Reading
+from txtrain.checkpoint.restore import Reading
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Source, fill
 from txtrain.model.config import ModelConfig
@@ -206,7 +206,7 @@ class OneProcess:
 
     def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
         """All tensors of a checkpoint by canonical name; loading into them in place restores the run."""
-        from txtrain.checkpoint.format import training_tensors
+        from txtrain.checkpoint.restore import training_tensors
 
         return training_tensors(model, optimizer, average)
 
@@ -218,7 +218,7 @@ class OneProcess:
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         """Read a checkpoint's weights, optimizer state and averaged weights, in place."""
-        from txtrain.checkpoint.format import load_training
+        from txtrain.checkpoint.restore import load_training
 
         load_training(path, model, optimizer, average, self.checkpoint_group, how)
 

@@ -13,7 +13,8 @@ import lightning.pytorch as pl
 import torch
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.format import Reading
+from txtrain.checkpoint import save as saving
+from txtrain.checkpoint.restore import Reading
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.saver import Saver
 from txtrain.checkpoint.state import RunState
@@ -108,7 +109,7 @@ class RunCallback(pl.Callback):
             _continue_counting(trainer, module.step)
         self._first_step = module.step
         self.watch.start(module)
-        losses = checkpoint.val_losses(self.folder.path)
+        losses = saving.val_losses(self.folder.path)
         self.best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
         for path in checkpoint.complete(self.folder.path):
             if path not in losses:
@@ -360,7 +361,7 @@ class RunCallback(pl.Callback):
         """A checkpoint is complete."""
         assert self.folder is not None
         if self._file is not None:  # this rank writes
-            checkpoint.rotate(self.folder.path, self.config.save)
+            saving.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
             best = state.val_loss is not None and state.val_loss <= self.best
             job = Job.here()

@@ -66,6 +66,7 @@ class LitModule(pl.LightningModule):
         objective: by default config.objective's.
         weights: initial weights, read once the model is wrapped; by default it is initialised.
         read: the models that the objective reads; by default those that config.objective names.
+        restored: all weights come from a checkpoint, so none is initialised.
 
     Raises:
         ConfigError: config is not a valid configuration, or its objective cannot train the model.
@@ -79,6 +80,7 @@ class LitModule(pl.LightningModule):
         objective: Objective | None = None,
         weights: Source | None = None,
         read: Mapping[str, Source] | None = None,
+        restored: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -104,7 +106,7 @@ class LitModule(pl.LightningModule):
         self._token_bytes: Tensor | None = None
         self._val_names: tuple[str, ...] = ()  # of validation sets that have names
         self._sums: dict[str, float] = {}
-        self.is_read = False  # all weights come from a checkpoint
+        self._restored = restored
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
 
@@ -164,7 +166,7 @@ class LitModule(pl.LightningModule):
 
     def _loaded(self) -> Collection[str]:
         """Names of the weights that are read and not initialised."""
-        if self.is_read:
+        if self._restored:
             return self.model.state_dict().keys()
         return () if self.weights is None else self.weights.names
 

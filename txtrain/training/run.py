@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint import run_folder
+from txtrain.checkpoint import restore, run_folder
 from txtrain.checkpoint.load import open_weights
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
@@ -114,21 +114,19 @@ def train(
             else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
         )
         last_words.know(place)
-        for text in (*start_screen.restarted(place), *parallel.first(lambda: _gone(place))):
-            display.tell(text)
         first, *loud = start_screen.opening(cfg, fallback)
+        display.tell(*start_screen.restarted(place), *parallel.first(lambda: _gone(place)))
         display.line(first)
-        for text in (*loud, *origin.notes):
-            display.tell(text)
+        display.tell(*loud, *origin.notes)
         device = parallel.device()
         objective = build_objective(cfg)
         weights = parallel.together(lambda: initial_weights(cfg, place, parallel)) if model is None else None
         read = parallel.together(lambda: models_read(cfg, parallel))
-        module = LitModule(cfg, model, parallel, objective, weights, read)
+        source = None if place is None else place.source
+        module = LitModule(cfg, model, parallel, objective, weights, read, restored=source is not None)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
-        if place is not None and (source := place.source) is not None:
-            module.is_read = True
-            parallel.first(lambda: checkpoint.check_weights(source, module.model))
+        if source is not None:
+            parallel.first(lambda: restore.check_weights(source, module.model))
         data = data or DataModule(cfg, fallback or "", objective)
         parallel.in_turn(data.prepare)
         parallel.agree({"the fingerprint of the data": data.fingerprint})

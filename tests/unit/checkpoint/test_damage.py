@@ -16,7 +16,8 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint import run_folder
+from txtrain.checkpoint import restore, run_folder
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.load import load
 from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
@@ -149,7 +150,7 @@ def test_weights_that_are_not_finite_are_named_and_used_only_where_that_is_said(
     source = step(run, 4)
     state = checkpoint.read_state(source)
     tensors = {name: torch.zeros(shape) for name, shape in checkpoint.shapes(source).items()}
-    checkpoint.load_tensors(source, tensors)
+    restore.load_tensors(source, tensors)
     tensors["model.blocks.0.ffn.up_proj.weight"][0, 3] = float("nan")
     tensors["model.head.weight"][0, 0] = -float("inf")
 
@@ -157,7 +158,7 @@ def test_weights_that_are_not_finite_are_named_and_used_only_where_that_is_said(
         shutil.copy(source / "config.yaml", folder)
         shutil.copytree(source / "tokenizer", folder / "tokenizer")
 
-    checkpoint.save(source, tensors, state, beside)
+    saving.save(source, tensors, state, beside)
     says = r"must be finite numbers, but .*model\.blocks\.0\.ffn\.up_proj\.weight.* hold NaN or infinity.*allow_nonfinite=true"
     with pytest.raises(ConfigError, match=f"`resume`: .*{says}"):
         continued(made, run)
@@ -332,15 +333,15 @@ def test_generate_beside_a_run_that_rotates_opens_one_that_stays(made, run, monk
             shutil.copytree(found, newer)
             state = json.loads((newer / "state.json").read_text())
             tensors = {name: torch.zeros(shape) for name, shape in checkpoint.shapes(source if source.exists() else newer).items()}
-            checkpoint.load_tensors(newer, tensors)
+            restore.load_tensors(newer, tensors)
             shutil.rmtree(newer)
 
             def beside(folder):
                 shutil.copy(found / "config.yaml", folder)
                 shutil.copytree(found / "tokenizer", folder / "tokenizer")
 
-            checkpoint.save(newer, tensors, RunState(step=state["step"] + 1, data_order_hash="a"), beside)
-            checkpoint.rotate(run, SaveConfig(keep_last=1, keep_best=0))
+            saving.save(newer, tensors, RunState(step=state["step"] + 1, data_order_hash="a"), beside)
+            saving.rotate(run, SaveConfig(keep_last=1, keep_best=0))
         return found
 
     monkeypatch.setattr(checkpoint, "locate", racing)
@@ -353,7 +354,7 @@ def test_generate_beside_a_run_that_rotates_opens_one_that_stays(made, run, monk
 def test_generate_beside_a_thread_that_rotates(run):
     source = step(run, 4)
     tensors = {name: torch.zeros(shape) for name, shape in checkpoint.shapes(source).items()}
-    checkpoint.load_tensors(source, tensors)
+    restore.load_tensors(source, tensors)
     config, tokenizer, ended = (source / "config.yaml").read_text(), shutil.copytree(source / "tokenizer", run / "kept"), threading.Event()
 
     def beside(folder):
@@ -365,8 +366,8 @@ def test_generate_beside_a_thread_that_rotates(run):
             for n in range(5, 500):
                 if ended.is_set():
                     return
-                checkpoint.save(step(run, n), tensors, RunState(step=n), beside)
-                checkpoint.rotate(run, SaveConfig(keep_last=1, keep_best=0))
+                saving.save(step(run, n), tensors, RunState(step=n), beside)
+                saving.rotate(run, SaveConfig(keep_last=1, keep_best=0))
 
     thread = threading.Thread(target=rotating)
     thread.start()
@@ -388,7 +389,7 @@ def test_weights_are_what_they_were(run, made):
 def test_a_tensor_of_which_each_process_reads_a_part_is_compared_too(tmp_path, damaged):
     """On another number of processes nobody reads it whole: one of them looks at all of it."""
     path, w = step(tmp_path, 1), torch.arange(12.0).reshape(4, 3)
-    checkpoint.save(path, {"model.w": w}, RunState(step=1), lambda folder: None)
+    saving.save(path, {"model.w": w}, RunState(step=1), lambda folder: None)
     if damaged:
         flip(shard(path), -1)
     reader = Reader(path)

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import restore
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
 from txtrain.optim import state as optimizer_state
@@ -38,9 +40,9 @@ def model_and_optimizer(seed, cls=torch.optim.AdamW):
 
 
 def save(run, step, seed, val_loss=None):
-    tensors = checkpoint.training_tensors(*model_and_optimizer(seed))
+    tensors = restore.training_tensors(*model_and_optimizer(seed))
     path = checkpoint.path_of(run, step)
-    checkpoint.save(path, tensors, RunState(step=step, metrics={"val_loss": val_loss} if val_loss else {}), beside=lambda _: None)
+    saving.save(path, tensors, RunState(step=step, metrics={"val_loss": val_loss} if val_loss else {}), beside=lambda _: None)
     return path
 
 
@@ -59,13 +61,13 @@ class Counting(torch.optim.SGD):
 @pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, Counting])
 def test_model_and_optimizer_come_back_bit_for_bit(tmp_path, cls):
     before = model_and_optimizer(0, cls)
-    saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
+    saved, numbers = restore.training_tensors(*before), optimizer_state.numbers(*before)
     path = checkpoint.path_of(tmp_path, 3)
-    checkpoint.save(path, saved, RunState(step=3, optimizer=numbers), beside=lambda _: None)
+    saving.save(path, saved, RunState(step=3, optimizer=numbers), beside=lambda _: None)
     model, _ = model_and_optimizer(1, cls)
     optimizer = cls(model.parameters(), lr=0.1)
-    checkpoint.load_training(path, model, optimizer)
-    loaded = checkpoint.training_tensors(model, optimizer)
+    restore.load_training(path, model, optimizer)
+    loaded = restore.training_tensors(model, optimizer)
     assert loaded.keys() == saved.keys()
     assert [name for name in saved if not torch.equal(loaded[name], saved[name])] == []
     assert optimizer.param_groups[0]["lr"] == 0.1
@@ -98,18 +100,18 @@ def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_
         return model, optimizer
 
     before, path = made(0, 3), checkpoint.path_of(tmp_path, 3)
-    saved, numbers = checkpoint.training_tensors(*before), optimizer_state.numbers(*before)
-    checkpoint.save(path, saved, RunState(step=3, optimizer=numbers), beside=lambda _: None)
+    saved, numbers = restore.training_tensors(*before), optimizer_state.numbers(*before)
+    saving.save(path, saved, RunState(step=3, optimizer=numbers), beside=lambda _: None)
     after = made(1, 0)
-    checkpoint.load_training(path, *after)
-    loaded = checkpoint.training_tensors(*after)
+    restore.load_training(path, *after)
+    loaded = restore.training_tensors(*after)
     assert loaded.keys() == saved.keys()
     assert not [name for name in loaded if name.startswith("optimizer.1.")]
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
     assert optimizer_state.numbers(*after) == numbers
     other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     with pytest.raises(ConfigError, match="of another model: optimizer"):
-        checkpoint.load_training(path, other, torch.optim.RMSprop(other.parameters(), momentum=0.9))
+        restore.load_training(path, other, torch.optim.RMSprop(other.parameters(), momentum=0.9))
 
 
 def test_numbers_of_another_optimizer_are_refused(tmp_path):
@@ -117,9 +119,9 @@ def test_numbers_of_another_optimizer_are_refused(tmp_path):
     path = checkpoint.path_of(tmp_path, 3)
     numbers = optimizer_state.numbers(*before)
     del numbers["0.bias.sum"]
-    checkpoint.save(path, checkpoint.training_tensors(*before), RunState(step=3, optimizer=numbers), beside=lambda _: None)
+    saving.save(path, restore.training_tensors(*before), RunState(step=3, optimizer=numbers), beside=lambda _: None)
     with pytest.raises(ConfigError, match=r"another optimizer: 0\.bias\.sum is no number there"):
-        checkpoint.load_training(path, *model_and_optimizer(1, Counting))
+        restore.load_training(path, *model_and_optimizer(1, Counting))
 
 
 def test_names_are_canonical(tmp_path):
@@ -131,7 +133,7 @@ def test_names_are_canonical(tmp_path):
 def test_weights_alone_need_no_optimizer(tmp_path):
     path = save(tmp_path, 1, seed=0)
     want, got = model_and_optimizer(0)[0].state_dict(), model_and_optimizer(1)[0]
-    checkpoint.load_weights(path, got)
+    restore.load_weights(path, got)
     assert all(torch.equal(got.state_dict()[name], want[name]) for name in want)
 
 
@@ -140,7 +142,7 @@ def test_another_model_is_refused_by_name_and_shape(tmp_path):
     other = nn.Sequential(nn.Linear(3, 5), nn.LayerNorm(5))
     other.register_buffer("counts", torch.zeros(5, dtype=torch.int64))
     with pytest.raises(ConfigError, match=r"model\.0\.bias is \(4,\) there, \(5,\) here"):
-        checkpoint.load_weights(path, other)
+        restore.load_weights(path, other)
 
 
 def test_nothing_in_a_checkpoint_is_a_pickle(tmp_path):
@@ -179,7 +181,7 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_pat
         save(run, 1, seed=0)
         killer.calls, killer.at = 0, at
         save(run, 1 if same_step else 2, seed=1)
-        checkpoint.rotate(run, SaveConfig(keep_last=1, keep_best=0))
+        saving.rotate(run, SaveConfig(keep_last=1, keep_best=0))
         killer.at = None
 
     attempt(tmp_path / "counted", None)
@@ -191,12 +193,12 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_pat
         with pytest.raises((Kill, CheckpointException)):  # torch wraps whatever is raised within it
             attempt(run, at)
         killer.at = None
-        checkpoint.clean(run)
+        saving.clean(run)
         newest = checkpoint.locate(run)
         for each in checkpoint.complete(run):
             checkpoint.verify(each)
         model, optimizer = model_and_optimizer(2)
-        checkpoint.load_training(newest, model, optimizer)
+        restore.load_training(newest, model, optimizer)
         found = {seed for seed in (0, 1) if torch.equal(model[0].weight, model_and_optimizer(seed)[0][0].weight)}
         assert len(found) == 1, f"killed at call {at}: neither the old nor the new"
         assert {p.name for p in (run / "checkpoints").iterdir()} <= {"step_00000001", "step_00000002"}, f"killed at call {at}: leftovers"
@@ -207,9 +209,9 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_pat
 def test_rotation_keeps_the_newest_and_the_best(tmp_path):
     for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
         save(tmp_path, step, seed=0, val_loss=loss)
-    checkpoint.rotate(tmp_path, SaveConfig(keep_last=2, keep_best=1))
+    saving.rotate(tmp_path, SaveConfig(keep_last=2, keep_best=1))
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [2, 4, 5]
-    checkpoint.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))
+    saving.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [5]
 
 
@@ -239,7 +241,7 @@ def test_the_file_is_the_one_that_dcp_and_safetensors_write(tmp_path):
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     for folder in (ours, theirs):
         folder.mkdir()
-    checkpoint.write_tensors(ours, tensors | {"transposed": torch.arange(6.0).reshape(2, 3).T})
+    saving.write_tensors(ours, tensors | {"transposed": torch.arange(6.0).reshape(2, 3).T})
     dcp.save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(theirs), save_distributed=True), no_dist=True)
     names = [path.name for folder in (ours, theirs) for path in folder.iterdir()]
     assert names == [names[0]] * 2
@@ -253,7 +255,7 @@ def test_the_file_is_the_one_that_dcp_and_safetensors_write(tmp_path):
         assert found[name].equal(tensor), name
         assert found[name].data_ptr() % tensor.element_size() == 0
     into = {name: torch.full_like(tensor, 9) for name, tensor in tensors.items()}
-    checkpoint.load_tensors(theirs, into)
+    restore.load_tensors(theirs, into)
     assert all(into[name].equal(tensor) for name, tensor in tensors.items())
     dcp.load(into := {name: torch.full_like(tensor, 9) for name, tensor in tensors.items()}, storage_reader=HuggingFaceStorageReader(str(ours)), no_dist=True)
     assert all(into[name].equal(tensor) for name, tensor in tensors.items())

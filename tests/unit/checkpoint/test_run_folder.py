@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from tests.training import tiny
-from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import run_folder
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import RunState
 from txtrain.errors import ConfigError
 
@@ -96,7 +96,7 @@ def test_a_newest_checkpoint_that_has_lost_its_marker_is_not_passed_over(config,
     newest.mkdir(parents=True)
     with pytest.raises(ConfigError, match=r"step_00000200 cannot be read: .*complete.* There is no other intact one\."):
         run_folder.choose(config)
-    checkpoint.save(path / "checkpoints/step_00000100", {"model.w": torch.ones(2)}, RunState(step=100), beside=lambda _: None)
+    saving.save(path / "checkpoints/step_00000100", {"model.w": torch.ones(2)}, RunState(step=100), beside=lambda _: None)
     for resume in ("auto", str(path)):
         with pytest.raises(ConfigError, match=rf"step_00000200 cannot be read: .* The newest intact one is step_00000100\. .*: mv {newest} {newest}\.damaged"):
             run_folder.choose(dc.replace(config, run_dir=None if resume != "auto" else str(path), resume=resume))

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from tests.training import tiny
 from tests.unit.hf.folders import llama
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint import load, run_folder
+from txtrain.checkpoint import load, restore, run_folder
 from txtrain.cli.jobs import compose_job
 from txtrain.config.loader import make_loader
 from txtrain.config.overrides import expand
@@ -627,7 +627,7 @@ class Uses:
         gone = metrics_csv.check_rows(place)
         rows = metrics_csv.read(run / "metrics.csv", place.state.rows)
         tensors = {name: torch.zeros(shape) for name, shape in checkpoint.shapes(place.checkpoint).items()}
-        checkpoint.load_tensors(place.checkpoint, tensors)
+        restore.load_tensors(place.checkpoint, tensors)
         numbers = {name: t.numpy().tobytes() for name, t in tensors.items()}
         return place.state, numbers, gone or [{n: v for n, v in row.items() if v} for row in rows]
 

@@ -8,6 +8,7 @@ import torch
 from tests.models import seeded, shake, tiny
 from txtrain import compose
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.load import open_weights
 from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
@@ -56,7 +57,7 @@ def test_of_a_checkpoint(tmp_path):
     model.register_buffer("counts", torch.arange(3))
     path = checkpoint.path_of(tmp_path, 1)
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    checkpoint.save(path, tensors, RunState(step=1), lambda _: None)
+    saving.save(path, tensors, RunState(step=1), lambda _: None)
     assert_any_part_is_read(model.state_dict(), Reader(path).pieces("model."))
 
 

@@ -12,6 +12,7 @@ import txtrain
 from tests.cases import some
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import restore
 from txtrain.checkpoint.load import load
 from txtrain.cli.main import main
 from txtrain.errors import ConfigError
@@ -132,7 +133,7 @@ def test_the_averaged_weights_are_found_by_their_canonical_names(run, capsys):
     averaged, trained = load(run, weights="ema").model, load(run).model
     path = checkpoint.locate(run)
     saved = {f"ema.{name}": torch.empty_like(p) for name, p in trained.named_parameters()}
-    checkpoint.load_tensors(path, saved, prefix="ema.")
+    restore.load_tensors(path, saved, prefix="ema.")
     for name, p in averaged.named_parameters():
         assert torch.equal(p, saved[f"ema.{name}"])
         assert not torch.equal(p, trained.get_parameter(name)), name
@@ -172,5 +173,5 @@ def test_an_average_that_the_checkpoint_lacks_starts_from_its_weights(run):
     module.configure_model()
     optimizer = module.configure_optimizers()
     path = checkpoint.locate(run.parent / "without")
-    checkpoint.load_training(path, module.model, optimizer, module.average)
+    restore.load_training(path, module.model, optimizer, module.average)
     assert all(torch.equal(value, module.model.get_parameter(name)) for name, value in module.average.values.items())

@@ -17,6 +17,7 @@ import yaml
 from tests.cases import some
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files
 from txtrain.ground.convert import build
@@ -101,14 +102,14 @@ class Fail(pl.Callback):
 def test_the_second_ctrl_c_does_not_break_the_save_and_the_old_handlers_return(folder, monkeypatch):
     run, before = folder / "ctrl-c", {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     config = tiny(folder, f"run_dir={run}", "save.every_n_steps=100", "trainer.val_check_interval=100")
-    real = checkpoint.save
+    real = saving.save
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGINT)
         real(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(checkpoint, "save", interrupted)
+    monkeypatch.setattr(saving, "save", interrupted)
     result = train(config, callbacks=[Interrupt("on_train_batch_start", step=2, times=2)])
     assert result.status == "preempted"
     checkpoint.verify(checkpoint.locate(run))
@@ -470,7 +471,7 @@ def test_a_checkpoint_written_behind_the_training_is_the_one_that_waiting_would_
 
 @pytest.mark.parametrize("how", ["true", "false"])
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, capsys, how):
-    real = checkpoint.write_tensors
+    real = saving.write_tensors
 
     def full(path, tensors, group=None, step=0):
         if path.name == "step_00000008.tmp":
@@ -478,7 +479,7 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, cap
             raise OSError(28, "No space left on device")
         return real(path, tensors, group, step)
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
+    monkeypatch.setattr(saving, "write_tensors", full)
     run_dir = folder / f"full-{how}"
     result = train(tiny(folder, f"run_dir={run_dir}", f"save.async={how}", "save.keep_best=0", "save.keep_last=9"))
     assert result.status == "complete"
@@ -490,8 +491,8 @@ def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(folder, monkeypa
     def full(path, tensors, group=None, step=0):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_tensors", full)
-    with pytest.raises(checkpoint.SaveError, match="No space left"):
+    monkeypatch.setattr(saving, "write_tensors", full)
+    with pytest.raises(saving.SaveError, match="No space left"):
         train(tiny(folder, f"run_dir={folder / 'full-last'}"))
     assert json.loads((folder / "full-last/run.json").read_text())["status"] == "failed"
 

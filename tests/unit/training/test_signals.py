@@ -13,6 +13,7 @@ from tests.training import rows, tiny, weights
 from tests.unit.ground.test_slurm import commands  # noqa: F401  (a fixture)
 from tests.unit.training.test_run import Interrupt
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint import save as saving
 from txtrain.errors import ConfigError
 from txtrain.objectives.causal_lm import CausalLM
 from txtrain.training.run import LastWords, run_train, train
@@ -129,7 +130,7 @@ def test_a_run_that_is_told_to_stop_in_its_last_step_is_done(folder, job):
 
 
 def test_more_signals_while_saving_do_not_break_the_save(folder, job, monkeypatch):
-    asked, real = job(), checkpoint.save
+    asked, real = job(), saving.save
 
     def interrupted(*args, **kwargs):
         for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -137,7 +138,7 @@ def test_more_signals_while_saving_do_not_break_the_save(folder, job, monkeypatc
         real(*args, **kwargs)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(checkpoint, "save", interrupted)
+    monkeypatch.setattr(saving, "save", interrupted)
     config = config_of(folder, "while saving", "save.every_n_steps=100", "trainer.val_check_interval=100")
     assert train(config, callbacks=[Interrupt("on_train_batch_start", step=2, number=signal.SIGUSR1)]).status == "preempted"
     checkpoint.verify(checkpoint.locate(folder / "while saving"))
@@ -145,13 +146,13 @@ def test_more_signals_while_saving_do_not_break_the_save(folder, job, monkeypatc
 
 
 def test_a_checkpoint_that_is_being_written_behind_the_training_is_complete_before_the_requeue(folder, job, monkeypatch):
-    run, real = folder / "behind", checkpoint.save
+    run, real = folder / "behind", saving.save
 
     def slow(path, *args, **kwargs):
         time.sleep(0.5)
         real(path, *args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(saving, "save", slow)
     asked = job(run)
     config = config_of(folder, "behind", "save.async=true", "save.every_n_steps=4", "trainer.limit_val_batches=0")
     assert train(config, callbacks=[Interrupt("on_train_batch_start", step=4, number=signal.SIGUSR1)]).status == "preempted"
@@ -309,13 +310,13 @@ def test_a_run_saves_and_stops_before_the_known_end_of_its_job(folder, job, monk
 
 def test_the_time_that_a_save_takes_is_measured_and_known_after_a_restart(folder, job, monkeypatch):
     job()
-    real, needed = checkpoint.save, []
+    real, needed = saving.save, []
 
     def slow(*args, **kwargs):
         time.sleep(0.3)
         real(*args, **kwargs)
 
-    monkeypatch.setattr(checkpoint, "save", slow)
+    monkeypatch.setattr(saving, "save", slow)
     monkeypatch.setattr("txtrain.training.deadline.Deadline.near", lambda self, save: needed.append(save))
     config = config_of(folder, "measured", "save.every_n_steps=2", "trainer.limit_val_batches=0")
     train(config, callbacks=[Interrupt("on_train_batch_start", step=2, number=signal.SIGUSR1)])

@@ -137,6 +137,11 @@ def describe(source: Source, name: str) -> str:
     return str(source.describe()) if hasattr(source, "describe") else name
 
 
+def chat_template(source: MarkedSource) -> Any:
+    """The template that replaces the tokenizer's; None: it is kept."""
+    return getattr(source, "chat_template", None)
+
+
 def identity(source: Source, otherwise: Callable[[], str]) -> str:
     """A str that identifies the source's contents: its own, else `otherwise()`."""
     return str(source.identity()) if hasattr(source, "identity") else otherwise()

@@ -1,0 +1,160 @@
+"""Writes a checkpoint, complete or not at all, and removes old ones."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses as dc
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from txtrain.checkpoint.format import FOLDER, MARKER, STATE, complete, marker_of, read_state, step_of
+from txtrain.checkpoint.state import RunState
+from txtrain.errors import ConfigError
+from txtrain.ground import files
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from txtrain.run_config import SaveConfig
+
+
+class SaveError(OSError):
+    """A checkpoint could not be written; earlier ones are untouched."""
+
+
+def save(
+    path: Path, tensors: Mapping[str, Tensor], state: RunState, beside: Callable[[Path], None], group: Any = None
+) -> None:
+    """Write a checkpoint under another name, then rename it: a kill at any moment leaves a complete one or none.
+
+    Args:
+        beside: writes the other files into the folder that it is given.
+        group: the ranks that write together, each its shards; all of them call this. None: this one alone.
+
+    Raises:
+        SaveError: a disk is full or gone; raised on all ranks if it is so on one.
+    """
+    import torch.distributed as dist
+
+    first = group is None or dist.get_rank() == 0
+    part = path.with_name(path.name + ".tmp")
+
+    def begin() -> None:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+
+    def write() -> None:
+        nonlocal state
+        state = dc.replace(state, id=write_tensors(part, tensors, group, state.step))
+
+    def finish() -> None:
+        files.write(part / STATE, state.to_json())
+        beside(part)
+        _seal(part, path)
+
+    try:
+        for do in (begin if first else None, write, finish if first else None):
+            _alike(do, group)
+    except SaveError:
+        if first:
+            shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None, step: int = 0) -> str:
+    """Each rank writes its shards of the tensors, as safetensors.
+
+    Returns:
+        On the first rank the id that all of the files have.
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+
+    from txtrain.checkpoint.writer import Writer
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        save_tensors(
+            dict(tensors), storage_writer=(writer := Writer(folder, step)), process_group=group, no_dist=group is None
+        )
+    return writer.id
+
+
+def _alike(do: Callable[[], None] | None, group: Any) -> None:
+    """Do one part of a save; a system error on one rank fails it on all."""
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    error = None
+    try:
+        if do is not None:
+            do()
+    except OSError as e:
+        error = str(e)
+    except CheckpointException as e:  # holds the exceptions of all ranks
+        met = [exception for exception, _ in e.failures.values()]
+        if not all(isinstance(exception, OSError) for exception in met):
+            raise
+        error = str(met[0])
+    errors: list[Any] = [error]
+    if group is not None:
+        errors = [None] * dist.get_world_size(group)
+        dist.all_gather_object(errors, error, group=group)
+    if found := [text for text in errors if text is not None]:
+        raise SaveError(found[0])
+
+
+def _seal(part: Path, path: Path) -> None:
+    """Sync all files, write the marker last, then rename the folder."""
+    old = path.with_name(path.name + ".old")
+    marker = marker_of(part)
+    for name in marker:
+        files.sync(part / name)
+    files.write(part / MARKER, json.dumps(marker))
+    if path.exists():  # the step is saved again, after a validation that an interrupt had cut short
+        path.rename(old)
+    part.rename(path)
+    files.sync(path.parent)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+def clean(run_dir: Path) -> None:
+    """Remove what a killed run left behind."""
+    for old in (run_dir / FOLDER).glob("step_*.old"):
+        if not old.with_suffix("").exists():
+            old.rename(old.with_suffix(""))
+    for rest in [*(run_dir / FOLDER).glob("step_*.tmp"), *(run_dir / FOLDER).glob("step_*.old")]:
+        shutil.rmtree(rest)
+
+
+def val_losses(run_dir: Path) -> dict[Path, float | None]:
+    """Of the complete checkpoints whose state is readable, oldest first; None where a step was not validated."""
+    found: dict[Path, float | None] = {}
+    for path in complete(run_dir):
+        with contextlib.suppress(ConfigError):
+            found[path] = read_state(path).val_loss
+    return found
+
+
+def rotate(run_dir: Path, keep: SaveConfig) -> None:
+    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, those of every
+    keep_every_n_steps, and damaged ones."""
+    losses = val_losses(run_dir)
+    found = list(losses)
+    validated = sorted(
+        (path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path))
+    )
+    every = keep.keep_every_n_steps
+    kept = {
+        *found[-keep.keep_last :], *validated[: keep.keep_best],
+        *(path for path in found if every and step_of(path) % every == 0),
+    }
+    for path in found:
+        if path not in kept:
+            gone = path.with_name(path.name + ".tmp")  # invisible at once, even if deleting takes long
+            path.rename(gone)
+            shutil.rmtree(gone)
