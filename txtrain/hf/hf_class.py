@@ -10,7 +10,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.ground.convert import build
 from txtrain.hf.describe import describe, differences
 from txtrain.hf.fields import Part, short
-from txtrain.hf.name_map import Row
+from txtrain.hf.name_map import Row, Shape, Stored, stored_tensors
 from txtrain.model.config import ModelConfig
 from txtrain.registry import MODEL_AXES, TABLE
 
@@ -137,6 +137,14 @@ class HFClass:
         reasons = [f"{axis} is {kind}" for axis, kind in chosen.items() if TABLE[axis][kind].target != kinds[axis]]
         same_topology = model.topology == self.fixed.get("topology", "decoder")
         return reasons if same_topology else [f"topology is {model.topology}", *reasons]
+
+    def stored(self, model: ModelConfig, parameters: Mapping[str, Shape]) -> list[Stored]:
+        """The tensors of a folder for a model with these parameters."""
+        return stored_tensors(self.rows, model, parameters)
+
+    def code(self) -> dict[str, str]:
+        """Name -> content of the files with the class's own code; none, as transformers has it."""
+        return {}
 
     def lost_dropouts(self, model: ModelConfig) -> list[str]:
         """Dropouts that the class has no field for: logits are equal, further training is not."""

@@ -13,7 +13,7 @@ import torch
 from txtrain.errors import ConfigError, hint
 from txtrain.hf.folder import checked, tokenizer_files
 from txtrain.hf.hf_class import HFClass
-from txtrain.hf.name_map import Stored, n_elements, stored_tensors
+from txtrain.hf.name_map import Stored, n_elements
 from txtrain.hf.pieces import Source
 from txtrain.hf.registry import CONFIG, label_names, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
@@ -52,7 +52,8 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     folder = checked(folder)
     hf, _ = read_config(folder)
     weights = Weights(folder)
-    weights.add_prefix(hf.base, but=hf.rows[-1].theirs)
+    if hf.base:
+        weights.add_prefix(hf.base, but=hf.rows[-1].theirs)
     weights.rename(hf.renamed)
     hf, config = read_config(folder, weights)
     entries = weights.entries()
@@ -64,7 +65,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     with torch.device("meta"):
         model = build_model(config)
     ours = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
-    every = stored_tensors(hf.rows, config, ours)
+    every = hf.stored(config, ours)
     stored = _without_spares(every, entries)
     copies = _copies(hf, config, stored, entries)
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
@@ -85,7 +86,7 @@ def _without_spares(stored: list[Stored], entries: Mapping[str, Entry]) -> list[
 def _copies(hf: HFClass, config: ModelConfig, stored: list[Stored], entries: Mapping[str, Entry]) -> dict[str, str]:
     """Second names in the folder -> first names: the tied head's, and the class's."""
     copies = dict(hf.copies)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and hf.rows:
         copies[_weight(hf, HEAD, dc.replace(config, tie_word_embeddings=False))] = _weight(hf, EMBEDDING, config)
     wanted = {s.name for s in stored}
     return {name: of for name, of in copies.items() if name in entries and name not in wanted and of in wanted}

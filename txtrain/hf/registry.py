@@ -11,6 +11,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import read_json
 from txtrain.hf import families
 from txtrain.hf.folder import member
+from txtrain.hf.graft import KIND, Graft
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import respelt
 from txtrain.hf.tensor_names import tensor_names
@@ -38,13 +39,16 @@ def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, 
     if path is None:
         raise ConfigError(f"{folder} must hold a {CONFIG}, but does not.")
     given = read_json(path)
-    known = dict.fromkeys(c.model_type for c in CLASSES)
+    known = dict.fromkeys((*(c.model_type for c in CLASSES), KIND))
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in known:
         given_kind = f"{', '.join(known)}, but is {kind!r} instead"
         raise ConfigError(f"{path}: `model_type` must be one of {given_kind}.{hint(kind, known)}")
     candidates = [c for c in CLASSES if c.model_type == kind and c.is_of(given)]
     try:
+        if kind == KIND:
+            graft = Graft.in_config(given)
+            return graft, graft.model
         candidates[0].read(given)  # its errors come before any tensor is read
         return _by_tensors(candidates, given, folder, weights)
     except ConfigError as e:
@@ -87,6 +91,18 @@ def class_of(model: ModelConfig) -> HFClass:
     nearest, reasons = min(against, key=lambda pair: _distance(model, *pair))
     near = f"Nearest: {nearest.architecture}, but {'; '.join(reasons)}."
     raise ConfigError(f"`model` must equal a class of transformers to be saved as one, but equals none. {near}")
+
+
+def class_or_graft(model: ModelConfig) -> tuple[HFClass, str | None]:
+    """The class whose logits equal this model's, or if there is none the model's own, and how the nearest differs.
+
+    Raises:
+        ConfigError: a part of the model is the user's own.
+    """
+    try:
+        return class_of(model), None
+    except ConfigError as e:
+        return Graft.of(model), e.problems[0].partition("Nearest: ")[2].rstrip(".")
 
 
 def _distance(model: ModelConfig, hf: HFClass, reasons: list[str]) -> tuple[bool, int, bool, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import json
 import os
 import re
@@ -16,8 +17,9 @@ from torch import Tensor
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
-from txtrain.hf.name_map import Shape, stored_tensors
-from txtrain.hf.registry import CONFIG, class_of
+from txtrain.hf.hf_class import HFClass
+from txtrain.hf.name_map import Shape
+from txtrain.hf.registry import CONFIG, class_or_graft
 from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors
 from txtrain.hf.tensor_layout import tensors_of, to_theirs
 from txtrain.model.transformer import Transformer
@@ -32,56 +34,101 @@ def save_pretrained(
 ) -> None:
     """Write config.json, generation_config.json, model.safetensors (in shards of max_shard_bytes) and the tokenizer.
 
-    The class of transformers is the one whose logits equal the model's. Weights keep their dtype.
+    The class of transformers is the one whose logits equal the model's. If there is none, the folder has a modeling
+    file of its own, which transformers loads with trust_remote_code=True. Weights keep their dtype.
 
     Args:
         tokenizer: None: the files that load_pretrained found with the model.
 
     Raises:
-        ConfigError: no class of transformers equals the model; it says what differs from the nearest. Nothing is
-            written.
+        ConfigError: no class of transformers equals the model, and a part of it is your own. Nothing is written.
     """
     _check(model, tokenizer, max_shard_bytes)
     folder = files.path_of(folder, "folder")
-    hf = class_of(model.config)
-    dtype = _dtype_of(dict(model.named_parameters()))
-    tensors = tensors_of(model)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as e:
-        where = f"{str(folder)!r} is or lies below a file"
-        raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
-    if lost := hf.lost_dropouts(model.config):
-        what = f"{', '.join(lost)}: its logits are equal, but training it further has no such dropout"
-        warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=2)
-    if model.config.mtp_depth:
-        what = "the modules that predict further tokens (model.mtp_depth): its logits are equal without them"
-        warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=2)
-    config, names = hf.write(model.config), model.label_names
-    if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
-        config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
-    every = stored_tensors(hf.rows, model.config, {name: tuple(t.shape) for name, t in tensors.items()})
-    stored = {s.name: s for s in every}
-    dtypes = {name: tensors[s.parts[0]].dtype for name, s in stored.items()}
-    shards = _shards({name: s.shape for name, s in stored.items()}, dtypes, max_shard_bytes)
-    for name, shapes in shards.items():
-        part = folder / f"{name}.tmp"
-        write_safetensors(part, shapes, dtypes, lambda name: to_theirs(stored[name], tensors))
-        os.replace(part, folder / name)
-    written = {*shards, *_write_index(folder, shards, dtypes)}
-    for old in folder.iterdir():  # a loader would take the weights of an earlier save
-        if _OURS.fullmatch(old.name) and old.name not in written:
-            old.unlink()
-    if model.config.topology != "encoder":
-        tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        ids = {name: config[name] for name in tokens if name in config}
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-    if tokenizer is not None:
-        tokenizer.save(folder)
-    for name, content in model.tokenizer_files.items() if tokenizer is None else ():
-        (folder / name).write_bytes(content)
-    _write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
+    _dtype_of(dict(model.named_parameters()))
+    Saved.of(model, tensors_of(model), max_shard_bytes=max_shard_bytes).write(folder, tokenizer)
+
+
+@dc.dataclass(frozen=True)
+class Saved:
+    """What is to be saved. tensors: ours, by name, each read when its turn comes. missing: how the nearest class of
+    transformers differs from the model, where none equals it.
+    """
+
+    hf: HFClass
+    missing: str | None
+    model: Transformer
+    tensors: Mapping[str, Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    max_shard_bytes: int = SHARD_BYTES
+
+    @classmethod
+    def of(
+        cls, model: Transformer, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None,
+        max_shard_bytes: int = SHARD_BYTES,
+    ) -> Saved:
+        """model: perhaps without memory. dtype: of the parameters in the files; None: the model's."""
+        hf, missing = class_or_graft(model.config)
+        names = {name for name, _ in model.named_parameters()}
+        ours = {n: t.dtype for n, t in tensors_of(model).items()}
+        dtypes = {n: dtype if dtype is not None and n in names else own for n, own in ours.items()}
+        return cls(hf, missing, model, tensors, dtypes, max_shard_bytes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """config.json."""
+        config, names = self.hf.write(self.model.config), self.model.label_names
+        if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
+            config["id2label"] = {str(i): name for i, name in enumerate(names)}
+            config["label2id"] = {name: i for i, name in enumerate(names)}
+        return {**config, "dtype": str(self.dtype).removeprefix("torch.")}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the parameters."""
+        name, _ = next(self.model.named_parameters())
+        return self.dtypes[name]
+
+    def write(self, folder: Path, tokenizer: Tokenizer | None = None) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as e:
+            where = f"{str(folder)!r} is or lies below a file"
+            raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
+        self._warn()
+        shapes = {name: tuple(t.shape) for name, t in tensors_of(self.model).items()}
+        stored = {s.name: s for s in self.hf.stored(self.model.config, shapes)}
+        dtypes = {name: self.dtypes[s.parts[0]] for name, s in stored.items()}
+        shards = _shards({name: s.shape for name, s in stored.items()}, dtypes, self.max_shard_bytes)
+        for name, held in shards.items():
+            part = folder / f"{name}.tmp"
+            write_safetensors(part, held, dtypes, lambda name: to_theirs(stored[name], self.tensors).to(dtypes[name]))
+            os.replace(part, folder / name)
+        written = {*shards, *_write_index(folder, shards, dtypes)}
+        for old in folder.iterdir():  # a loader would take the weights of an earlier save
+            if _OURS.fullmatch(old.name) and old.name not in written:
+                old.unlink()
+        config = self.config
+        if self.model.config.topology != "encoder":
+            tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+            ids = {name: config[name] for name in tokens if name in config}
+            _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        if tokenizer is not None:
+            tokenizer.save(folder)
+        for name, content in self.model.tokenizer_files.items() if tokenizer is None else ():
+            (folder / name).write_bytes(content)
+        for name, text in self.hf.code().items():
+            files.write(folder / name, text)
+        _write_json(folder / CONFIG, config)
+
+    def _warn(self) -> None:
+        hf, config = self.hf, self.model.config
+        if lost := hf.lost_dropouts(config):
+            what = f"{', '.join(lost)}: its logits are equal, but training it further has no such dropout"
+            warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=4)
+        if config.mtp_depth:
+            what = "the modules that predict further tokens (model.mtp_depth): its logits are equal without them"
+            warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=4)
 
 
 def _check(model: object, tokenizer: object, max_shard_bytes: object) -> None:

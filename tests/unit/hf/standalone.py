@@ -1,0 +1,115 @@
+"""Loads exported folders where txtrain cannot be imported, and compares them with what was recorded there.
+
+python -I standalone.py CASES: a folder of cases, each an export with inputs and results in `case.pt`; prints a JSON line for each.
+TXTRAIN_TRANSFORMERS: a folder with another version of transformers, which goes first.
+"""
+
+import json
+import os
+import sys
+import warnings
+from pathlib import Path
+
+
+class Blocked:
+    """No txtrain here."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "txtrain":
+            raise ImportError("txtrain is not installed here")
+        return None
+
+
+sys.meta_path.insert(0, Blocked())
+if other := os.environ.get("TXTRAIN_TRANSFORMERS"):
+    sys.path.insert(0, other)
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+import transformers
+
+transformers.logging.set_verbosity_error()
+warnings.simplefilter("ignore")
+
+
+def gap(a, b):
+    """The largest difference, as a share of the largest value."""
+    a, b = a.double(), b.double()
+    return float("inf") if a.shape != b.shape or not a.isfinite().all() else ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def gradients(model, inputs, recorded):
+    out = model(**inputs)
+    (out.loss if out.loss is not None else out.logits.square().mean()).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    names = {name for name, g in recorded.items() if g.abs().max() > 0}
+    if missing := names - found.keys():
+        return {"missing": sorted(missing)}
+    scale = max(g.abs().max().item() for g in recorded.values())
+    return max(((found[n].double() - recorded[n].double()).abs().max() / scale).item() for n in names)
+
+
+def check(folder):
+    case = torch.load(folder / "case.pt", weights_only=True)
+    auto = getattr(transformers, case["auto"])
+    made = {}
+    for dtype in (torch.float32, torch.float64):
+        want = case[str(dtype).removeprefix("torch.")]
+        model = auto.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
+        inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case["inputs"].items()}
+        with torch.no_grad():
+            short = {n: x for n, x in inputs.items() if n not in ("labels", "next_sentence_label")}
+            made[f"logits {dtype}"] = gap(model(**short, **case["decoder"]).logits, want["logits"])
+            if "padded" in want:
+                padded = {n: x.to(dtype) if x.is_floating_point() else x for n, x in case["padded"].items()}
+                made[f"padded {dtype}"] = gap(model(**padded, **case["decoder"]).logits[case["real"]], want["padded"])
+        made[f"loss {dtype}"] = gap(model(**inputs).loss, want["loss"])
+        made[f"gradients {dtype}"] = gradients(model, inputs, want["gradients"])
+        model.zero_grad()
+        model.gradient_checkpointing_enable()
+        model.train()
+        made[f"checkpointed {dtype}"] = gradients(model, inputs, want["trained"])
+        model.eval()
+    if "text" in case:
+        made |= generated(model, case)
+    bare = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
+    with torch.no_grad():
+        short = {n: x.to(dtype) if x.is_floating_point() else x for n, x in case["inputs"].items() if "label" not in n}
+        made["bare"] = gap(bare(**short, **case["decoder"]).last_hidden_state, want["hidden"])
+    model.save_pretrained(folder / "again")
+    again = auto.from_pretrained(folder / "again", trust_remote_code=True, dtype=dtype).eval()
+    with torch.no_grad():
+        made["saved again"] = gap(again(**short, **case["decoder"]).logits, want["logits"])
+    return made
+
+
+def generated(model, case):
+    """Text of every way to decode, float64."""
+    n, made = case["new"], {}
+    given = {"input_ids": case["prompt"], "attention_mask": case["prompt_mask"]}
+    model.generation_config.eos_token_id = None
+    model.generation_config.pad_token_id = 0
+    ways = {
+        "default": {}, "no cache": {"use_cache": False}, "static": {"cache_implementation": "static"},
+    }
+    for name, how in ways.items():
+        text = model.generate(**given, max_new_tokens=n, do_sample=False, **how)
+        made[f"generate {name}"] = bool(torch.equal(text, case["text"])) or [text.tolist(), case["text"].tolist()]
+    beams = [model.generate(**given, max_new_tokens=n, do_sample=False, num_beams=3, use_cache=c) for c in (True, False)]
+    made["generate beams"] = bool(torch.equal(*beams))
+    if not model.config.is_encoder_decoder:
+        rows = [model.generate(row[m.bool()][None], max_new_tokens=n, do_sample=False)[0, -n:] for row, m in zip(*given.values())]
+        made["generate alone"] = bool(torch.equal(torch.stack(rows), case["text"][:, -n:]))
+    return made
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for folder in sorted(Path(sys.argv[1]).iterdir()):
+        try:
+            print(json.dumps({"case": folder.name, **check(folder)}), flush=True)
+        except Exception as e:
+            import traceback
+
+            print(json.dumps({"case": folder.name, "error": "".join(traceback.format_exception(e))[-3000:]}), flush=True)

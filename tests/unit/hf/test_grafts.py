@@ -1,0 +1,164 @@
+"""Exports of models that no class of transformers equals: loaded where txtrain cannot be imported, they equal ours."""
+
+import dataclasses as dc
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor
+
+from tests.draws import legal_models
+from tests.models import ids, seeded, shake
+from txtrain.hf.graft import Graft, role_of
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.save import save_pretrained
+from txtrain.model.config import ModelConfig
+from txtrain.model.generation import generate
+from txtrain.model.transformer import Transformer
+
+HERE = Path(__file__).parent
+N_DEFAULT, N_SLOW = 8, int(os.environ.get("TXTRAIN_GRAFTS", "200"))
+OTHER = os.environ.get("TXTRAIN_TRANSFORMERS")  # a folder with another version of transformers
+NEW = 6  # tokens of a text
+
+
+def drawn(n: int) -> list[ModelConfig]:
+    """The first n of a fixed sequence of legal models."""
+    found: list[ModelConfig] = []
+
+    @settings(max_examples=4 * n, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(legal_models)
+    def collect(config: ModelConfig) -> None:
+        if config not in found:
+            found.append(config)
+
+    collect()
+    step = max(1, len(found) // n)
+    return found[::step][:n]
+
+
+def write_case(config: ModelConfig, folder: Path, seed: int) -> None:
+    """An export, and what our model says for some inputs."""
+    model = shake(seeded(config, seed)).eval()
+    folder.mkdir(parents=True)
+    hf = Graft.of(config)
+    from txtrain.hf import save
+
+    saved = save.Saved.of(model, save.tensors_of(model))
+    dc.replace(saved, hf=hf).write(folder)
+    inputs, decoder, case = _inputs(config), {}, {"auto": f"AutoModelFor{role_of(config).autos[0]}"}
+    if config.topology == "encoder_decoder":
+        decoder = {"decoder_input_ids": ids(2, 7, seed=3)}
+    case |= {"inputs": inputs, "decoder": decoder}
+    if "input_ids" in inputs:
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[1, 8:] = 0
+        left = config.topology == "decoder"
+        case["padded"] = {"input_ids": inputs["input_ids"], "attention_mask": mask.flip(1) if left else mask}
+        whole = role_of(config).name in ("Seq2SeqLM", "SequenceClassification")
+        case["real"] = torch.ones(2, dtype=torch.bool) if whole else case["padded"]["attention_mask"].bool()
+    for dtype in (torch.float32, torch.float64):
+        case[str(dtype).removeprefix("torch.")] = _record(model.to(dtype), case)
+    if case["auto"] in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+        prompt, mask = ids(2, 9, seed=5), torch.ones(2, 9, dtype=torch.long)
+        mask[1, :4] = 0
+        case |= {"prompt": prompt, "prompt_mask": mask, "new": NEW}
+        text = generate(model, prompt, mask, NEW, eos_token_id=None)
+        if config.topology == "encoder_decoder":
+            case["text"] = text
+        else:
+            case["text"] = torch.cat((prompt, text[:, 9:]), dim=1)
+    torch.save(case, folder / "case.pt")
+
+
+def _inputs(config: ModelConfig) -> dict[str, Tensor]:
+    if config.embedding.type == "patch":
+        pixels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
+        return {"pixel_values": pixels, "labels": torch.tensor([1, 7])}
+    made = {"input_ids": ids(2, 12)}
+    if config.head.type == "class":
+        return made | {"labels": torch.tensor([1, 7])}
+    labels = ids(2, 12 if config.topology != "encoder_decoder" else 7, seed=2)
+    labels[0, :3] = -100
+    made["labels"] = labels
+    if config.embedding.n_types:
+        made["token_type_ids"] = (torch.arange(12) > 5).long().expand(2, -1)
+    if config.head.next_sentence:
+        made["next_sentence_label"] = torch.tensor([0, 1])
+    return made
+
+
+def _record(model: Transformer, case: dict[str, Any]) -> dict[str, Any]:
+    dtype = next(model.parameters()).dtype
+    model.eval()
+    inputs = {n: x.to(dtype) if x.is_floating_point() else x for n, x in case["inputs"].items()}
+    short = {n: x for n, x in inputs.items() if "label" not in n}
+    made: dict[str, Any] = {}
+    with torch.no_grad():
+        out = model(**short, **case["decoder"])
+        made |= {"logits": out.logits, "hidden": out.last_hidden_state}
+        if "padded" in case:
+            made["padded"] = model(**case["padded"], **case["decoder"]).logits[case["real"]]
+    for name, training in (("gradients", False), ("trained", True)):
+        model.train(training).zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        made["loss"] = made.get("loss", loss.detach())
+        made[name] = {n: p.grad for n, p in model.named_parameters() if p.grad is not None and not n.startswith("mtp.")}
+    return made
+
+
+def loaded_elsewhere(cases: Path, home: Path, transformers: str | None = None) -> Iterator[dict[str, Any]]:
+    environment = {"PATH": os.environ["PATH"], "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    if transformers is not None:
+        environment["TXTRAIN_TRANSFORMERS"] = transformers
+    command = [sys.executable, "-I", str(HERE / "standalone.py"), str(cases)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=home, timeout=3000)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    for line in ran.stdout.splitlines():
+        if line.startswith('{"case"'):
+            yield json.loads(line)
+
+
+def wrong(result: dict[str, Any]) -> dict[str, Any]:
+    """What does not equal ours."""
+    if "error" in result:
+        return result
+    found = {}
+    for name, value in result.items():
+        if name == "case" or value is True:
+            continue
+        # The loss is summed in float32 in both, and its gradient with it.
+        allowed = 1e-10 if name in ("bare", "saved again") or (name.endswith("float64") and name.split()[0] in ("logits", "padded")) else 1e-5
+        if not isinstance(value, float) or not value <= allowed:
+            found[name] = value
+    return found
+
+
+def check_drawn(n: int, folder: Path, first: int = 0) -> None:
+    configs = drawn(n)
+    for i, config in enumerate(configs):
+        write_case(config, folder / "cases" / f"case_{i:04d}", seed=i)
+    (folder / "home").mkdir()
+    results = list(loaded_elsewhere(folder / "cases", folder / "home", OTHER))
+    assert len(results) == len(configs)
+    bad = {r["case"]: found for r in results if (found := wrong(r))}
+    assert not bad, json.dumps(bad, indent=1)[:6000]
+
+
+def test_grafts_leave_as_folders_that_load_without_txtrain(tmp_path: Path) -> None:
+    check_drawn(N_DEFAULT, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(6000)
+def test_many_grafts_leave_as_folders_that_load_without_txtrain(tmp_path: Path) -> None:
+    """TXTRAIN_GRAFTS: how many; TXTRAIN_TRANSFORMERS: a folder with another version of transformers."""
+    check_drawn(N_SLOW, tmp_path)

@@ -1,0 +1,230 @@
+"""Any model as a folder with a modeling file of its own: its config.json, and what that file is to hold. No torch.
+
+A part of HFClass's interface: the tensors have our names, and config.json has the model's configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from txtrain.errors import ConfigError
+from txtrain.ground.convert import build
+from txtrain.hf.fields import short
+from txtrain.hf.hf_class import HFClass
+from txtrain.hf.modeling.source import modeling_file
+from txtrain.hf.name_map import Shape, Stored
+from txtrain.model.config import ModelConfig
+from txtrain.registry import MODEL_AXES, TABLE, is_own
+
+KIND = "txtrain"  # model_type, and the key of config.json that holds our configuration
+FILE = f"modeling_{KIND}"
+_FREE = ("architectures", "auto_map", "model_type", "id2label", "label2id", "vocab_size", "use_cache")
+_IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
+
+
+@dc.dataclass(frozen=True)
+class Role:
+    """What a model is to transformers: a class of its modeling file, and the Auto classes that load it."""
+
+    name: str
+    autos: tuple[str, ...]
+    says: str
+
+
+_CAUSAL = Role("CausalLM", ("CausalLM",), "Logits of the next token, [B, T, V].")
+_SEQ2SEQ = Role("Seq2SeqLM", ("Seq2SeqLM",), "Logits of the answer's next token, [B, T, V].")
+_MASKED = Role("MaskedLM", ("MaskedLM",), "Logits of the token at each position, [B, T, V].")
+_PAIRS = Role("PreTraining", ("MaskedLM", "PreTraining"), f"{_MASKED.says[:-1]}; whether sentences follow, [B, 2].")
+_TEXT = Role("SequenceClassification", ("SequenceClassification",), "A score for each class, [B, classes].")
+_IMAGE = Role("ImageClassification", ("ImageClassification",), _TEXT.says)
+
+
+def role_of(model: ModelConfig) -> Role:
+    if model.head.type == "class":
+        return _IMAGE if model.embedding.grid() else _TEXT
+    if model.topology == "encoder":
+        return _PAIRS if model.head.next_sentence else _MASKED
+    return _CAUSAL if model.topology == "decoder" else _SEQ2SEQ
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Graft(HFClass):
+    """One model's own class."""
+
+    role: Role
+    model: ModelConfig
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Graft:
+        """Raises:
+        ConfigError: a part of the model is the user's own, of which the package knows no source.
+        """
+        for axis, component in model.components():
+            if is_own(axis, component):
+                what = "an option of txtrain, to be written into a modeling file"
+                raise ConfigError(f"`model.{axis}` must be {what}, but {component.type} is your own.")
+        role = role_of(model)
+        return cls(
+            architecture=f"TxtrainFor{role.name}", model_type=KIND, family=model.family, parts=(), defaults={},
+            fixed={}, rows=(), base="", role=role, model=dc.replace(model, mtp_depth=0),
+        )
+
+    @classmethod
+    def in_config(cls, given: Mapping[str, Any]) -> Graft:
+        """The class of a config.json that was written here; its modeling file is not read.
+
+        Raises:
+            ConfigError: the configuration is missing or wrong, or a field that the modeling file reads differs from it.
+        """
+        ours = given.get(KIND)
+        if not isinstance(ours, dict) or not isinstance(ours.get("model"), dict):
+            raise ConfigError(f"`{KIND}.model` must be given: the configuration of the model, as txtrain writes it.")
+        model = build(ModelConfig, ours["model"])
+        theirs = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name in _IDS}
+        if type(n := given.get("vocab_size")) is int and model.vocab_size:
+            theirs["vocab_size"] = n
+        model = build(ModelConfig, {**model.to_dict(), **theirs})
+        made = cls.of(model)
+        for name, value in made.write(model).items():
+            if name in given and name not in (*_FREE, *_IDS, KIND) and given[name] != value:
+                wanted = f"{short(value)}, as {KIND}.model says, but is {short(given[name])} instead"
+                raise ConfigError(f"`{name}` must be {wanted}.")
+        return made
+
+    def read(self, given: Mapping[str, Any]) -> ModelConfig:
+        return self.model
+
+    def stored(self, model: ModelConfig, parameters: Mapping[str, Shape]) -> list[Stored]:
+        return [Stored(name, (name,), shape, transposed=False) for name, shape in parameters.items()]
+
+    def lost_dropouts(self, model: ModelConfig) -> list[str]:
+        return []
+
+    def write(self, model: ModelConfig) -> dict[str, Any]:
+        model = dc.replace(model, mtp_depth=0)
+        has, two_stacks = features(model), model.topology == "encoder_decoder"
+        autos = {"AutoConfig": "Config", "AutoModel": "Model"}
+        autos |= {f"AutoModelFor{auto}": f"For{self.role.name}" for auto in self.role.autos}
+        made: dict[str, Any] = {
+            "architectures": [self.architecture],
+            "auto_map": {auto: f"{FILE}.Txtrain{name}" for auto, name in autos.items()},
+            "model_type": KIND,
+            "vocab_size": model.vocab_size, "hidden_size": model.dim, "num_hidden_layers": model.n_layers,
+            **({"num_encoder_layers": model.encoder_layers} if two_stacks else {}),
+            "num_attention_heads": model.n_heads, "max_position_embeddings": model.max_seq_len,
+            "dropout": model.dropout, "output_dropout": model.output_dropout, "initializer_range": model.init.std,
+            **components(model, has),
+            "tie_word_embeddings": model.tie_word_embeddings, "is_encoder_decoder": two_stacks,
+        }
+        for name in _IDS[:3]:
+            value = getattr(model, name)
+            made[name] = list(value) if isinstance(value, tuple) else value
+        if two_stacks:
+            start = model.decoder_start_token_id
+            made["decoder_start_token_id"] = (model.pad_token_id or 0) if start is None else start
+        if model.head.type == "class":
+            made["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.head.n_classes)}
+            made["label2id"] = {name: int(i) for i, name in made["id2label"].items()}
+        made[KIND] = {"model": model.to_dict()}
+        plain: dict[str, Any] = json.loads(json.dumps(made))
+        return plain
+
+    def code(self) -> dict[str, str]:
+        """Name -> content of the modeling file."""
+        model, has = self.model, features(self.model)
+        head = "ClassHead" if "classifier" in has else "MLMHead" if "masked_lm" in has else "LMHead"
+        drawn = ["nn.Linear", "nn.Conv2d"] if "patch" in has else ["nn.Linear"]
+        drawn += [] if "patch" in has and model.position.type != "learned" else ["nn.Embedding"]
+        drawn += ["LMHead"] if head == "LMHead" else ["LMHead"] if head == "MLMHead" else []
+        drawn += ["Experts"] if "mixture" in has else []
+        bases = "TxtrainPreTrainedModel, GenerationMixin" if "generates" in has else "TxtrainPreTrainedModel"
+        legend = (", C latent size, P and R parts of a head without and with rotation" if "latent" in has else "") + (
+            ", E experts" if "mixture" in has else ""
+        )
+        words = {
+            "summary": f"{described(model)}.", "auto": f"AutoModelFor{self.role.autos[0]}",
+            "Class": self.architecture, "bases": bases, "class_doc": self.role.says, "legend": legend,
+            "Norm": _target("norm", model.norm), "Attention": _target("attention", model.attention),
+            "Position": _target("position", model.position), "FFN": _target("ffn", model.ffn),
+            "Residual": _target("norm_position", model.residual), "Embedding": _target("embedding", model.embedding),
+            "drawn": ", ".join(drawn), "causal": str(model.topology != "encoder"),
+            "vocab": "" if "patch" in has else "config.vocab_size, ",
+            "rope_scaling": "" if model.position.scaling is None else model.position.scaling.rope_type,
+        }
+        functions = {model.ffn.activation, *([model.head.activation] if "masked_lm" in has else [])}
+        return {f"{FILE}.py": modeling_file(has, words, " ".join(sorted(functions)))}
+
+
+def described(model: ModelConfig) -> str:
+    """The model in a few words."""
+    kinds = {"decoder": "A decoder", "encoder": "An encoder", "encoder_decoder": "An encoder and a decoder"}
+    axes = ", ".join(f"{axis} {getattr(model, axis).type}" for axis in ("attention", "ffn", "position", "norm"))
+    return f"{kinds[model.topology]}: {axes}, norm position {model.norm_position}, head {model.head.type}"
+
+
+def _target(axis: str, component: Any) -> str:
+    return str(TABLE[axis][component.type].target).partition(":")[2]
+
+
+def features(model: ModelConfig) -> frozenset[str]:
+    """The names of the template that apply."""
+    attention, ffn, position, head = model.attention, model.ffn, model.position.type, model.head.type
+    two_stacks, layers = model.topology == "encoder_decoder", range(max(model.n_layers, model.encoder_layers))
+    mixture, patch = bool(ffn.n_experts), model.embedding.grid() is not None
+    latent = attention.type == "mla"
+    generates = head == "lm" and model.topology != "encoder"
+    found = {
+        "two_stacks": two_stacks, "patch": patch, "token": not patch, "types": bool(model.embedding.n_types),
+        "embedding_norm": model.embedding.norm, "final_norm": model.has_final_norm,
+        "own_encoder_embedding": two_stacks and not model.share_embeddings,
+        "rope": position == "rope", "rope_scaling": model.position.scaling is not None,
+        "bias": position in ("relative", "alibi"), "relative": position == "relative",
+        "grid": patch and position == "learned",
+        "windows": any(attention.window_at(i) is not None for i in layers), "softcap": attention.softcap is not None,
+        "latent": latent, "generates": generates, "latent_cache": latent and generates,
+        "mixture": mixture, "dense_layers": mixture and bool(ffn.dense_layers),
+        "aux": mixture and bool(ffn.aux_weight), "balance_bias": mixture and bool(ffn.bias_update_rate),
+        "classifier": head == "class", "masked_lm": head == "mlm", "next_sentence": model.head.next_sentence,
+        "fixed_vocabulary": not patch and head != "class" and not (model.tie_word_embeddings and _unbiased(model)),
+    }
+    return frozenset(name for name, applies in found.items() if applies)
+
+
+def _unbiased(model: ModelConfig) -> bool:
+    return model.head.type == "lm" and not model.head.bias
+
+
+def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
+    """The arguments of each component's class; those that its caller gives, or that differ by layer, stand apart."""
+    layers = range(max(model.n_layers, model.encoder_layers))
+    apart = {
+        "attention": ("window",), "ffn": ("dense_hidden_dim",), "embedding": ("vocab_size",),
+        "head": ("vocab_size", "n_classes"), "position": ("causal",), "norm": (),
+    }
+    made: dict[str, Any] = {}
+    for axis in MODEL_AXES:
+        component = getattr(model, axis)
+        arguments = component.arguments(model, model.n_layers - 1)  # of a mixture's layers the last is one
+        if axis == "position":
+            arguments |= {n: getattr(model, m) for n, m in _FROM_MODEL.get(component.type, {}).items()}
+        if axis == "position" and not ("grid" in has and component.type == "learned"):
+            arguments.pop("grid", None)
+        made[axis] = {n: _value(v) for n, v in arguments.items() if n not in apart[axis]}
+    if "windows" in has:
+        made["windows"] = [model.attention.window_at(i) for i in layers]
+    if "dense_layers" in has:
+        made |= {"dense_layers": model.ffn.dense_layers, "dense_hidden_dim": model.ffn.dense_width(model)}
+    return made
+
+
+_FROM_MODEL = {  # what a position's class asks of the model
+    "sinusoidal": {"dim": "dim"}, "learned": {"dim": "dim", "max_seq_len": "max_seq_len"},
+    "relative": {"n_heads": "n_heads"}, "alibi": {"n_heads": "n_heads"},
+}
+
+
+def _value(value: Any) -> Any:
+    return {f.name: getattr(value, f.name) for f in dc.fields(value)} if dc.is_dataclass(value) else value

@@ -1,0 +1,1 @@
+"""A modeling file for a model that no class of transformers equals."""
