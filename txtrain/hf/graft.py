@@ -190,6 +190,7 @@ def features(model: ModelConfig) -> frozenset[str]:
         "classifier": head == "class", "masked_lm": head == "mlm", "next_sentence": model.head.next_sentence,
         "fixed_vocabulary": not patch and head != "class" and not (model.tie_word_embeddings and _unbiased(model)),
     }
+    found["plainly"] = not found["bias"] and not found["softcap"]
     return frozenset(name for name, applies in found.items() if applies)
 
 

@@ -49,7 +49,7 @@ _IMPORTS = {
     "SimpleNamespace": "from types import SimpleNamespace",
     **{name: f"from typing import {name}" for name in ("Any", "NamedTuple", "NoReturn")},
     "Tensor": "from torch import Tensor", "nn": "from torch import nn",
-    **{name: f"from transformers import {name}" for name in ("GenerationMixin", "PretrainedConfig", "PreTrainedModel")},
+    **{name: f"from transformers import {name}" for name in ("GenerationMixin", "PretrainedConfig", "PreTrainedModel", "__version__")},
     **{f"{name}Cache": f"from transformers.cache_utils import {name}Cache" for name in ("", "Dynamic", "EncoderDecoder")},
     "GradientCheckpointingLayer": "from transformers.modeling_layers import GradientCheckpointingLayer",
     "BaseModelOutput": "from transformers.modeling_outputs import BaseModelOutput",
@@ -272,7 +272,7 @@ def _imports(names: set[str]) -> str:
             group.append(line)
     for module, found in members.items():
         groups["torch" in module or "transformers" in module].append(
-            f"from {module} import {', '.join(sorted(found))}"
+            f"from {module} import {', '.join(sorted(found, key=lambda name: (name.islower(), name.lower())))}"
         )
     for group in groups:
         group.sort(key=lambda line: (not line.startswith("import"), line))
@@ -291,12 +291,18 @@ def _tidy(text: str) -> str:
         above = above[titles[-1] :] if titles else above
         large = isinstance(node, _LARGE) or isinstance(before, _LARGE) or bool(titles)
         joined = isinstance(before, _IMPORT) and isinstance(node, _IMPORT) and not lines[_first(node) - 2] == ""
+        large = large and not _is_future(node)
         gap = "\n\n\n" if large else "\n" if joined else "\n\n"
+        above += [""] if above and _is_future(node) else []
         comments = "".join(f"{line}\n" + ("\n" * (1 + large) if line.startswith("# ----") else "") for line in above)
         last = node.end_lineno or 0
         made.append((gap if made else "") + comments + "\n".join(lines[_first(node) - 1 : last]))
         end, before = last, node
     return "".join(made) + "\n"
+
+
+def _is_future(node: ast.stmt) -> bool:
+    return isinstance(node, ast.ImportFrom) and node.module == "__future__"
 
 
 _LARGE = (ast.ClassDef, ast.FunctionDef)
