@@ -91,20 +91,8 @@ def open_weights(
         ConfigError: as `load`.
     """
 
-    def opened(found: Described) -> Source:
-        from txtrain.checkpoint.reader import Reader
-        from txtrain.hf.load import open_folder
-        from txtrain.hf.pieces import Source
-
-        if found.is_hf:
-            source = open_folder(found.path)
-        else:
-            source = Source(found.path, _empty(found, None, key), Reader(found.path).pieces("model."))
-            restore.check_weights(found.path, source.model)
-        restore.check_values(found.path, source.pieces[turn::of], restore.Reading(key, finite=finite))
-        return source
-
-    return _on(where, key, opened)
+    how = restore.Reading(key, finite=finite)
+    return _on(where, key, lambda found: _opened(found, how, turn=turn, of=of))
 
 
 def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
@@ -112,6 +100,51 @@ def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -
     if (folder / "config.json").is_file():
         return do(describe(folder, key))
     return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))
+
+
+@dc.dataclass(frozen=True)
+class Opened:
+    """As `Loaded`, with the weights still in their files."""
+
+    path: Path
+    source: Source
+    tokenizer: Tokenizer | None
+
+
+def open_model(
+    where: str | os.PathLike[str], key: str = "checkpoint", weights: str = "model", finite: bool = False
+) -> Opened:
+    """The model at `where`, to be read tensor by tensor, and its tokenizer; arguments and errors as `load`."""
+    from txtrain.data.tokenizer.load import load_tokenizer
+
+    def opened(found: Described) -> Opened:
+        tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+        return Opened(found.path, _opened(found, restore.Reading(key, finite=finite), weights, tokenizer), tokenizer)
+
+    return _on(where, key, opened)
+
+
+def _opened(
+    found: Described, how: restore.Reading, weights: str = "model", tokenizer: Tokenizer | None = None,
+    turn: int = 0, of: int = 1,
+) -> Source:
+    from txtrain.checkpoint.reader import Reader
+    from txtrain.hf.load import open_folder
+    from txtrain.hf.pieces import Source
+
+    if found.is_hf:
+        _refuse_average(found.path, weights)
+        source = open_folder(found.path)
+    else:
+        reader = Reader(found.path)
+        averaged = reader.pieces("ema.") if weights == "ema" else []
+        restore.check_averaged(found.path, weights)
+        names = {piece.name for piece in averaged}
+        others = [piece for piece in reader.pieces("model.") if piece.name not in names]
+        source = Source(found.path, _empty(found, tokenizer, how.key), [*others, *averaged])
+        restore.check_weights(found.path, source.model)
+    restore.check_values(found.path, source.pieces[turn::of], how)
+    return source
 
 
 def load(

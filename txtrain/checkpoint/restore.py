@@ -158,16 +158,25 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Read
         ConfigError: the checkpoint is of another model, or has no averaged weights.
         LoadError: as `load_tensors`.
     """
-    state = model.state_dict()
+    averaged, state = check_averaged(path, weights), model.state_dict()
     load_tensors(path, _weights_of(model), "model.", how=how)
-    if weights == "ema":
-        averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
-        if not averaged:
-            raise ConfigError(
-                f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
-                "A run with ema.decay=0.999 keeps them."
-            )
+    if averaged:
         load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, "ema.", how=how)
+
+
+def check_averaged(path: Path, weights: str) -> list[str]:
+    """Names of the averaged weights that are wanted.
+
+    Raises:
+        ConfigError: the checkpoint has none.
+    """
+    averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
+    if weights == "ema" and not averaged:
+        raise ConfigError(
+            f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
+            "A run with ema.decay=0.999 keeps them."
+        )
+    return averaged if weights == "ema" else []
 
 
 def load_training(

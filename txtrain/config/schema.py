@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -215,6 +216,11 @@ class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # the folder to write: new or empty
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the files
+    max_shard_size: str = "5GB"  # of one file of weights, such as 5GB or 500MiB; larger models get several
+    # hf: a folder for transformers and what reads its layout. gguf: one file for llama.cpp (txtrain[gguf]).
+    format: Literal["hf", "gguf"] = "hf"
+    push_to: str | None = knob(None, literal=True)  # a hub name, NAME/MODEL, to which the folder is uploaded too
     allow_nonfinite: bool = False  # export even if weights are NaN or infinite
     imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 
@@ -223,3 +229,7 @@ class Export:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
         if self.out is None:
             yield "`out` must be given: the folder to write."
+        if not bytes_of(self.max_shard_size):
+            yield f"`max_shard_size` must be a size such as 5GB or 500MiB, but is {self.max_shard_size!r} instead."
+        if self.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to):
+            yield f"`push_to` must be a name on the hub such as me/my-model, but is {self.push_to!r} instead."

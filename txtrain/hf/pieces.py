@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -91,6 +91,34 @@ class Source:
         self.model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
         fill(self.model.state_dict(), self.pieces)
         return self.model.eval()
+
+
+class Whole(Mapping[str, Tensor]):
+    """Tensors of a source by name, each read whole when it is asked for, in the dtype of the source's model.
+
+    The last one is kept: stacked experts are asked for one after the other.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._like = source.model.state_dict()
+        self._pieces: dict[str, list[Piece]] = {}
+        for piece in source.pieces:
+            self._pieces.setdefault(piece.name, []).append(piece)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __getitem__(self, name: str) -> Tensor:
+        if self._last is None or self._last[0] != name:
+            self._last = None
+            made = torch.empty(self._like[name].shape, dtype=self._like[name].dtype, device="cpu")
+            fill({name: made}, self._pieces[name])
+            self._last = name, made
+        return self._last[1]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._pieces)
+
+    def __len__(self) -> int:
+        return len(self._pieces)
 
 
 @torch.no_grad()

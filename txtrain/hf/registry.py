@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import pkgutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import read_json
-from txtrain.hf import families
+from txtrain.hf import families, renumbering
 from txtrain.hf.folder import member
 from txtrain.hf.graft import KIND, Graft
 from txtrain.hf.hf_class import HFClass
@@ -93,16 +94,32 @@ def class_of(model: ModelConfig) -> HFClass:
     raise ConfigError(f"`model` must equal a class of transformers to be saved as one, but equals none. {near}")
 
 
-def class_or_graft(model: ModelConfig) -> tuple[HFClass, str | None]:
-    """The class whose logits equal this model's, or if there is none the model's own, and how the nearest differs.
+class Leaving(NamedTuple):
+    """As what a model leaves.
 
-    Raises:
-        ConfigError: a part of the model is the user's own.
+    Attributes:
+        hf: the class whose logits equal the model's, or if there is none the model's own.
+        model: the model's configuration in that class: with sinusoids by halves, its dimensions are renumbered.
+        missing: how the nearest class of transformers differs, where none equals it.
+    """
+
+    hf: HFClass
+    model: ModelConfig
+    missing: str | None = None
+
+
+def leaving(model: ModelConfig) -> Leaving:
+    """Raises:
+    ConfigError: no class of transformers equals the model, and a part of it is the user's own.
     """
     try:
-        return class_of(model), None
+        return Leaving(class_of(model), model)
     except ConfigError as e:
-        return Graft.of(model), e.problems[0].partition("Nearest: ")[2].rstrip(".")
+        halves = renumbering.by_halves(model)
+        if halves is not None:
+            with contextlib.suppress(ConfigError):
+                return Leaving(class_of(halves), halves)
+        return Leaving(Graft.of(model), model, e.problems[0].partition("Nearest: ")[2].rstrip("."))
 
 
 def _distance(model: ModelConfig, hf: HFClass, reasons: list[str]) -> tuple[bool, int, bool, int]:

@@ -19,9 +19,9 @@ from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Shape
-from txtrain.hf.registry import CONFIG, class_or_graft
+from txtrain.hf.registry import CONFIG, Leaving, leaving
 from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors
-from txtrain.hf.tensor_layout import tensors_of, to_theirs
+from txtrain.hf.tensor_layout import Renumbered, tensors_of, to_theirs
 from txtrain.model.transformer import Transformer
 
 SHARD_BYTES = 5_000_000_000
@@ -51,12 +51,9 @@ def save_pretrained(
 
 @dc.dataclass(frozen=True)
 class Saved:
-    """What is to be saved. tensors: ours, by name, each read when its turn comes. missing: how the nearest class of
-    transformers differs from the model, where none equals it.
-    """
+    """What is to be saved. tensors: ours, by name, each read when its turn comes."""
 
-    hf: HFClass
-    missing: str | None
+    leaving: Leaving
     model: Transformer
     tensors: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype]
@@ -68,16 +65,22 @@ class Saved:
         max_shard_bytes: int = SHARD_BYTES,
     ) -> Saved:
         """model: perhaps without memory. dtype: of the parameters in the files; None: the model's."""
-        hf, missing = class_or_graft(model.config)
+        leaves = leaving(model.config)
+        if leaves.model != model.config:
+            tensors = Renumbered(tensors, model.config.dim)
         names = {name for name, _ in model.named_parameters()}
         ours = {n: t.dtype for n, t in tensors_of(model).items()}
         dtypes = {n: dtype if dtype is not None and n in names else own for n, own in ours.items()}
-        return cls(hf, missing, model, tensors, dtypes, max_shard_bytes)
+        return cls(leaves, model, tensors, dtypes, max_shard_bytes)
+
+    @property
+    def hf(self) -> HFClass:
+        return self.leaving.hf
 
     @property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        config, names = self.hf.write(self.model.config), self.model.label_names
+        config, names = self.hf.write(self.leaving.model), self.model.label_names
         if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
             config["id2label"] = {str(i): name for i, name in enumerate(names)}
             config["label2id"] = {name: i for i, name in enumerate(names)}
@@ -97,7 +100,7 @@ class Saved:
             raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
         self._warn()
         shapes = {name: tuple(t.shape) for name, t in tensors_of(self.model).items()}
-        stored = {s.name: s for s in self.hf.stored(self.model.config, shapes)}
+        stored = {s.name: s for s in self.hf.stored(self.leaving.model, shapes)}
         dtypes = {name: self.dtypes[s.parts[0]] for name, s in stored.items()}
         shards = _shards({name: s.shape for name, s in stored.items()}, dtypes, self.max_shard_bytes)
         for name, held in shards.items():
@@ -122,7 +125,7 @@ class Saved:
         _write_json(folder / CONFIG, config)
 
     def _warn(self) -> None:
-        hf, config = self.hf, self.model.config
+        hf, config = self.hf, self.leaving.model
         if lost := hf.lost_dropouts(config):
             what = f"{', '.join(lost)}: its logits are equal, but training it further has no such dropout"
             warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=4)

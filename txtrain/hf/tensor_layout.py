@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from txtrain.hf import renumbering
 from txtrain.hf.name_map import Shape, Stored
 from txtrain.hf.pieces import Box, Piece
 from txtrain.hf.weights import Weights
@@ -17,6 +18,23 @@ from txtrain.model.transformer import Transformer
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
     """Parameters and persistent buffers that a class of transformers has: all but multi-token prediction's."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
+
+
+class Renumbered(Mapping[str, Tensor]):
+    """Tensors of ours with the dimensions of the residual stream in the order of `renumbering`, one at a time."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], dim: int) -> None:
+        self._tensors, self._order = tensors, torch.tensor(renumbering.order(dim), device="cpu")
+
+    def __getitem__(self, name: str) -> Tensor:
+        at, tensor = renumbering.along(name), self._tensors[name]
+        return tensor if at is None else tensor.index_select(at, self._order.to(tensor.device))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:

@@ -26,8 +26,8 @@ if other := os.environ.get("TXTRAIN_TRANSFORMERS"):
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import torch
-import transformers
+import torch  # noqa: E402  (after the block)
+import transformers  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 warnings.simplefilter("ignore")
@@ -99,7 +99,7 @@ def generated(model, case):
     beams = [model.generate(**given, max_new_tokens=n, do_sample=False, num_beams=3, use_cache=c) for c in (True, False)]
     made["generate beams"] = bool(torch.equal(*beams))
     if not model.config.is_encoder_decoder:
-        rows = [model.generate(row[m.bool()][None], max_new_tokens=n, do_sample=False)[0, -n:] for row, m in zip(*given.values())]
+        rows = [model.generate(row[m.bool()][None], max_new_tokens=n, do_sample=False)[0, -n:] for row, m in zip(*given.values(), strict=True)]
         made["generate alone"] = bool(torch.equal(torch.stack(rows), case["text"][:, -n:]))
     return made
 

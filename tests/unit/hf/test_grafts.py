@@ -16,9 +16,9 @@ from torch import Tensor
 
 from tests.draws import legal_models
 from tests.models import ids, seeded, shake
+from txtrain.hf import save
 from txtrain.hf.graft import Graft, role_of
-from txtrain.hf.load import load_pretrained
-from txtrain.hf.save import save_pretrained
+from txtrain.hf.registry import Leaving
 from txtrain.model.config import ModelConfig
 from txtrain.model.generation import generate
 from txtrain.model.transformer import Transformer
@@ -49,10 +49,8 @@ def write_case(config: ModelConfig, folder: Path, seed: int) -> None:
     model = shake(seeded(config, seed)).eval()
     folder.mkdir(parents=True)
     hf = Graft.of(config)
-    from txtrain.hf import save
-
     saved = save.Saved.of(model, save.tensors_of(model))
-    dc.replace(saved, hf=hf).write(folder)
+    dc.replace(saved, leaving=Leaving(hf, config), tensors=save.tensors_of(model)).write(folder)
     inputs, decoder, case = _inputs(config), {}, {"auto": f"AutoModelFor{role_of(config).autos[0]}"}
     if config.topology == "encoder_decoder":
         decoder = {"decoder_input_ids": ids(2, 7, seed=3)}

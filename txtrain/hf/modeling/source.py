@@ -1,4 +1,4 @@
-"""The modeling file of a model that no class of transformers equals: one Python file, for torch and transformers. No torch.
+"""The modeling file of a model that no class of transformers equals, as text. No torch.
 
 The components (norms, attention, FFNs, positions, embeddings, heads) are those of txtrain/model, copied as text: what
 computes here and there is one source. `modeling.template` is what surrounds them in transformers: the configuration,
@@ -39,7 +39,8 @@ _LEFT_OUT_EVERYWHERE = ("residual_projections", "stacked_projections")
 _SAID_THERE = {
     "ConfigError": "ValueError", "RoPEScalingConfig": "dict[str, Any]", "LinearScaling": "SimpleNamespace",
     "NTKScaling": "SimpleNamespace", "YaRNScaling": "SimpleNamespace", "Llama3Scaling": "SimpleNamespace",
-    "see mask.py": "see `Mask`", "see balancing.py": "in txtrain", "the scalings of `config.dict[str, Any]`": "its scalings",
+    "see mask.py": "see `Mask`", "see balancing.py": "in txtrain",
+    "the scalings of `config.dict[str, Any]`": "its scalings",
     "(model.embedding.n_types is 0)": "(n_types is 0)",
 }
 _IMPORTS = {
@@ -49,8 +50,11 @@ _IMPORTS = {
     "SimpleNamespace": "from types import SimpleNamespace",
     **{name: f"from typing import {name}" for name in ("Any", "NamedTuple", "NoReturn")},
     "Tensor": "from torch import Tensor", "nn": "from torch import nn",
-    **{name: f"from transformers import {name}" for name in ("GenerationMixin", "PretrainedConfig", "PreTrainedModel", "__version__")},
-    **{f"{name}Cache": f"from transformers.cache_utils import {name}Cache" for name in ("", "Dynamic", "EncoderDecoder")},
+    **{name: f"from transformers import {name}" for name in ("GenerationMixin", "PretrainedConfig", "PreTrainedModel")},
+    "__version__": "from transformers import __version__",
+    **{
+        name: f"from transformers.cache_utils import {name}" for name in ("Cache", "DynamicCache", "EncoderDecoderCache")
+    },
     "GradientCheckpointingLayer": "from transformers.modeling_layers import GradientCheckpointingLayer",
     "BaseModelOutput": "from transformers.modeling_outputs import BaseModelOutput",
     "ModelOutput": "from transformers.utils import ModelOutput",
@@ -290,7 +294,7 @@ def _tidy(text: str) -> str:
         titles = [i for i, line in enumerate(above) if line.startswith("# ----")]
         above = above[titles[-1] :] if titles else above
         large = isinstance(node, _LARGE) or isinstance(before, _LARGE) or bool(titles)
-        joined = isinstance(before, _IMPORT) and isinstance(node, _IMPORT) and not lines[_first(node) - 2] == ""
+        joined = isinstance(before, _IMPORT) and isinstance(node, _IMPORT) and lines[_first(node) - 2] != ""
         large = large and not _is_future(node)
         gap = "\n\n\n" if large else "\n" if joined else "\n\n"
         above += [""] if above and _is_future(node) else []

@@ -1,0 +1,153 @@
+"""`txtrain export` at the command line."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import txtrain
+from tests.models import ids, seeded, shake, tiny
+from txtrain.cli.main import main
+from txtrain.errors import ConfigError
+from txtrain.hf.load import load_pretrained
+from txtrain.hf.registry import class_of, leaving
+from txtrain.model import options
+
+GRAFT = tiny(norm_position="sandwich", position=options.AlibiConfig(type="alibi"), ffn=options.MoEConfig(type="moe"))
+
+
+@pytest.fixture
+def graft(tmp_path: Path) -> Path:
+    """A folder of a model that no class of transformers equals."""
+    txtrain.save_pretrained(shake(seeded(GRAFT)).eval(), tmp_path / "graft")
+    return tmp_path / "graft"
+
+
+@torch.no_grad()
+def test_a_graft_comes_back_without_its_modeling_file_being_run(graft: Path) -> None:
+    (graft / "modeling_txtrain.py").write_text("raise SystemExit('it was run')")
+    model = shake(seeded(GRAFT)).eval()
+    assert torch.equal(load_pretrained(graft)(ids()).logits, model(ids()).logits)
+
+
+def test_a_config_that_contradicts_itself_is_refused(graft: Path) -> None:
+    config = json.loads((graft / "config.json").read_text())
+    for change, match in (
+        ({"hidden_size": 64}, "`hidden_size` must be 32, as txtrain.model says, but is 64"),
+        ({"txtrain": {}}, "`txtrain.model` must be given"),
+        ({"txtrain": {"model": {**config["txtrain"]["model"], "norm_position": "os.system"}}}, "norm_position"),
+    ):
+        (graft / "config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(ConfigError, match=match):
+            load_pretrained(graft)
+
+
+@torch.no_grad()
+def test_dtype_and_shards(graft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = graft.parent / "out"
+    assert main(["export", f"checkpoint={graft}", f"out={out}", "dtype=bfloat16", "max_shard_size=0.05MB"]) == 0
+    said = capsys.readouterr().out
+    assert "TxtrainForCausalLM, in modeling_txtrain.py: load it with trust_remote_code=True" in said
+    assert "no class of transformers equals the model; nearest: " in said
+    shards = sorted(out.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    assert max(s.stat().st_size for s in shards) < 60_000
+    rounded = shake(seeded(GRAFT)).eval().to(torch.bfloat16).float()
+    assert torch.equal(load_pretrained(out)(ids()).logits, rounded(ids()).logits)
+    card = (out / "README.md").read_text()
+    assert "trust_remote_code=True" in card
+    assert "FILL IN: the licence" in card
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ("max_shard_size=lots", "`max_shard_size` must be a size such as 5GB"),
+        ("push_to=me", "`push_to` must be a name on the hub such as me/my-model"),
+        ("dtype=int8", "`dtype` must be one of float32, bfloat16, float16"),
+        ("format=gguf", "`format` must be hf for TxtrainForCausalLM"),
+        ("weights=ema", "`weights` must be model for a Hugging Face folder"),
+    ],
+)
+def test_mistakes_leave_nothing(given: str, says: str, graft: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = graft.parent / "out"
+    assert main(["export", f"checkpoint={graft}", f"out={out}", given]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists()
+
+
+@torch.no_grad()
+def test_the_default_transformer_leaves_as_marian_with_its_dimensions_renumbered(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = txtrain.compose(["model=transformer", "model.dim=32", "model.vocab_size=61"]).model
+    with pytest.raises(ConfigError, match=r"position.layout is interleaved, not halves"):
+        class_of(config)
+    model = shake(seeded(config)).eval()
+    assert leaving(config).missing is None
+    txtrain.save_pretrained(model, tmp_path)
+    theirs = transformers.MarianMTModel.from_pretrained(tmp_path).eval()
+    given = {"input_ids": ids(), "decoder_input_ids": ids(seed=1)}
+    want = model(**given).logits
+    for found in (theirs(**given).logits, load_pretrained(tmp_path)(**given).logits):
+        assert ((found - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_gguf_is_read_back_by_transformers(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gguf")
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    config = tiny(tie_word_embeddings=False, attention=options.AttentionConfig(type="gqa", n_kv_heads=2))
+    txtrain.save_pretrained(shake(seeded(config)).eval(), tmp_path / "llama")
+    assert main(["export", f"checkpoint={tmp_path / 'llama'}", f"out={tmp_path / 'out'}", "format=gguf", f"dtype={dtype}"]) == 0
+    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "llama2.gguf"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="llama2.gguf", dtype=torch.float32).eval()
+    ours = shake(seeded(config)).eval()
+    for p in ours.parameters():
+        p.copy_(p.to(getattr(torch, dtype)) if p.dim() > 1 else p)
+    want = ours(ids()).logits
+    assert ((theirs(ids()).logits - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+def test_a_push_goes_to_the_hub(graft: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Against a stand-in of the client's methods."""
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    calls: list[object] = []
+
+    class Stand:
+        def whoami(self) -> dict[str, str]:
+            return {"name": "me"}
+
+        def create_repo(self, name: str, private: bool, exist_ok: bool) -> str:
+            calls.append((name, private, exist_ok))
+            return f"https://hub/{name}"
+
+        def upload_folder(self, repo_id: str, folder_path: Path, commit_message: str) -> None:
+            calls.append((repo_id, sorted(p.name for p in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Stand)
+    out = graft.parent / "out"
+    assert main(["export", f"checkpoint={graft}", f"out={out}", "push_to=me/graft"]) == 0
+    names = ["README.md", "config.json", "generation_config.json", "model.safetensors", "modeling_txtrain.py"]
+    assert calls == [("me/graft", True, True), ("me/graft", names)]
+    assert "https://hub/me/graft" in capsys.readouterr().out
+
+
+def test_a_push_without_a_token_is_refused_before_anything_is_written(
+    graft: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    huggingface_hub = pytest.importorskip("huggingface_hub")
+    from huggingface_hub.errors import LocalTokenNotFoundError
+
+    class Nobody:
+        def whoami(self) -> None:
+            raise LocalTokenNotFoundError("no token")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Nobody)
+    out = graft.parent / "out"
+    assert main(["export", f"checkpoint={graft}", f"out={out}", "push_to=me/graft"]) == 2
+    assert "`push_to=me/graft` needs a token" in capsys.readouterr().err
+    assert not out.exists()
