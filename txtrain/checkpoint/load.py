@@ -119,14 +119,16 @@ def open_model(
 
     def opened(found: Described) -> Opened:
         tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
-        return Opened(found.path, _opened(found, restore.Reading(key, finite=finite), weights, tokenizer), tokenizer)
+        how = restore.Reading(key, finite=finite)
+        source = _opened(found, how, weights, tokenizer, prefix="" if found.is_hf else "model.")
+        return Opened(found.path, source, tokenizer)
 
     return _on(where, key, opened)
 
 
 def _opened(
     found: Described, how: restore.Reading, weights: str = "model", tokenizer: Tokenizer | None = None,
-    turn: int = 0, of: int = 1,
+    turn: int = 0, of: int = 1, prefix: str = "",
 ) -> Source:
     from txtrain.checkpoint.reader import Reader
     from txtrain.hf.load import open_folder
@@ -143,7 +145,7 @@ def _opened(
         others = [piece for piece in reader.pieces("model.") if piece.name not in names]
         source = Source(found.path, _empty(found, tokenizer, how.key), [*others, *averaged])
         restore.check_weights(found.path, source.model)
-    restore.check_values(found.path, source.pieces[turn::of], how)
+    restore.check_values(found.path, source.pieces[turn::of], how, prefix)
     return source
 
 

@@ -104,14 +104,14 @@ def check_finite(path: Path, model: nn.Module, how: Reading) -> None:
         _refuse_not_finite(path, strange, how.key)
 
 
-def check_values(path: Path, pieces: Iterable[Piece], how: Reading) -> None:
-    """Check weights that are read piece by piece later.
+def check_values(path: Path, pieces: Iterable[Piece], how: Reading, prefix: str = "") -> None:
+    """Check weights that are read piece by piece later. prefix: of their names in a message.
 
     Raises:
         LoadError: one of them has changed since it was written, or is not finite.
     """
     try:
-        strange = [piece.name for piece in pieces if not piece.is_fine(how.finite)]
+        strange = {f"{prefix}{piece.name}" for piece in pieces if not piece.is_fine(how.finite)}
     except ConfigError as e:
         raise damaged(path, e.problems[0], how.key) from e
     if strange:

@@ -13,6 +13,7 @@ from txtrain.config.schema import Export
 from txtrain.ground import plain_files
 
 _FIGURES = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "accuracy")  # of metrics.csv
+_PLACES = ("run_dir", "resume", "imports", "name", "fork", "hydra")
 _AUTO = {  # the end of a class's name -> the class that loads it
     "ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM", "Seq2SeqLM": "AutoModelForSeq2SeqLM",
     "ForConditionalGeneration": "AutoModelForSeq2SeqLM", "MTModel": "AutoModelForSeq2SeqLM",
@@ -46,10 +47,8 @@ def card(checkpoint: Path, architecture: str, config: Mapping[str, Any], export:
     if figures := {} if run is None else _figures(run / "metrics.csv"):
         lines += ["## Figures", "", *_table(figures), ""]
     if run is not None:
-        command = facts.get("given")
-        given = shlex.join(str(key) for key in command) if isinstance(command, list) else ""
-        lines += ["## How", "", *_table(_how(facts, checkpoint, export)), ""]
-        lines += [f"Keys given on the command line: `{given}`.", ""] if given else []
+        lines += ["## How", "", "```bash", _command(facts.get("given"), checkpoint / "config.yaml"), "```", ""]
+        lines += [*_table(_how(facts, checkpoint, export)), ""]
     lines += ["## Licence", "", "FILL IN: the licence of this model, and that of its data.", ""]
     return "\n".join(lines)
 
@@ -78,6 +77,22 @@ def _how(facts: Mapping[str, Any], checkpoint: Path, export: Export) -> dict[str
 
 def _plain(value: object) -> dict[str, Any]:
     return {str(k): v for k, v in value.items() if not isinstance(v, (dict, list))} if isinstance(value, dict) else {}
+
+
+def _command(given: object, path: Path) -> str:
+    """The run's command: the keys that were given, with their values; where it was written is nobody's business."""
+    config: Any = plain_files.read_yaml(path) if path.is_file() else {}
+    words = ["txtrain"]
+    for key in given if isinstance(given, list) else ():
+        if str(key).partition(".")[0] not in _PLACES:
+            value: Any = config
+            for part in str(key).replace("/", ".").split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if isinstance(value, dict):
+                value = value.get("family" if key == "model" else "type")
+            if value is not None:
+                words.append(_word(f"{key}={json.dumps(value) if not isinstance(value, str) else value}"))
+    return shlex.join(words)
 
 
 def _figures(path: Path) -> dict[str, str]:

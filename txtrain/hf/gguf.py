@@ -72,9 +72,9 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
         dtype = _dtype(s, saved)
         raw = torch.empty(s.shape, dtype=dtype, device="meta")
         as_numpy = torch.empty(0, dtype=torch.int16 if dtype is torch.bfloat16 else dtype).numpy().dtype
-        writer.add_tensor_info(
-            names.get_name(s.name, try_suffixes=(".weight",)), s.shape, as_numpy, raw.nbytes, raw_dtype=kinds[dtype]
-        )
+        name = names.get_name(s.name, try_suffixes=(".weight",))
+        assert name is not None, s.name
+        writer.add_tensor_info(name, s.shape, as_numpy, raw.nbytes, raw_dtype=kinds[dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -94,7 +94,8 @@ def _dtype(stored: Stored, saved: Saved) -> torch.dtype:
 
 def _interleaved(weight: Tensor, n_heads: int) -> Tensor:
     """Rows of q or k in the order of llama.cpp, which rotates pairs of neighbours instead of halves."""
-    return weight.unflatten(0, (n_heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    halves = weight.reshape(n_heads, 2, -1, *weight.shape[1:])
+    return halves.transpose(1, 2).reshape(weight.shape)
 
 
 def _add_tokenizer(writer: Any, saved: Saved, tokenizer: Tokenizer | None) -> None:

@@ -151,3 +151,22 @@ def test_a_push_without_a_token_is_refused_before_anything_is_written(
     assert main(["export", f"checkpoint={graft}", f"out={out}", "push_to=me/graft"]) == 2
     assert "`push_to=me/graft` needs a token" in capsys.readouterr().err
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_every_command_of_the_docs(tmp_path: Path) -> None:
+    """On a run with averaged weights; its model card says what is known of it."""
+    from tests import training
+    from txtrain.training.run import train
+
+    run = tmp_path / "run"
+    train(training.tiny(tmp_path, "ema.decay=0.9", f"run_dir={run}"))
+    docs = (Path(__file__).parents[3] / "docs" / "export.md").read_text(encoding="utf-8")
+    commands = [line.split() for line in docs.splitlines() if line.startswith("txtrain export ")]
+    assert len(commands) == 3
+    for i, (_, *command) in enumerate(commands):
+        out = tmp_path / f"out{i}"
+        assert main([word.replace("=RUN", f"={run}").replace("=DIR", f"={out}") for word in command]) == 0
+        card = (out / "README.md").read_text(encoding="utf-8")
+        for said in ("## Data", "fingerprint", "## Figures", "val_loss", "## How", "step_00000012", "version: torch", "FILL IN"):
+            assert said in card, said

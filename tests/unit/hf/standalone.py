@@ -73,6 +73,8 @@ def check(folder):
         model.eval()
     if "text" in case:
         made |= generated(model, case)
+    if case["trainer"]:
+        made["trainer"] = trained(folder, auto, case["inputs"])
     bare = transformers.AutoModel.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64).eval()
     with torch.no_grad():
         short = {n: x.to(dtype) if x.is_floating_point() else x for n, x in case["inputs"].items() if "label" not in n}
@@ -82,6 +84,23 @@ def check(folder):
     with torch.no_grad():
         made["saved again"] = gap(again(**short, **case["decoder"]).logits, want["logits"])
     return made
+
+
+def trained(folder, auto, inputs):
+    """Two steps of transformers.Trainer: whole batches, and parts of them with gradient checkpointing, end in the same weights."""
+    rows = [{name: x[i % len(x)] for name, x in inputs.items()} for i in range(8)]
+    ends = []
+    for checkpointing, parts in ((False, 1), (True, 4)):
+        model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        args = transformers.TrainingArguments(
+            output_dir=str(folder / "trainer"), max_steps=2, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts,
+            gradient_checkpointing=checkpointing, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+            report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
+        )
+        before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])
+        transformers.Trainer(model, args, train_dataset=rows).train()
+        ends.append(torch.cat([p.detach().flatten() for p in model.parameters()]) - before)
+    return gap(*ends)
 
 
 def generated(model, case):

@@ -44,7 +44,7 @@ def drawn(n: int) -> list[ModelConfig]:
     return found[::step][:n]
 
 
-def write_case(config: ModelConfig, folder: Path, seed: int) -> None:
+def write_case(config: ModelConfig, folder: Path, seed: int, trainer: bool = False) -> None:
     """An export, and what our model says for some inputs."""
     model = shake(seeded(config, seed)).eval()
     folder.mkdir(parents=True)
@@ -54,7 +54,7 @@ def write_case(config: ModelConfig, folder: Path, seed: int) -> None:
     inputs, decoder, case = _inputs(config), {}, {"auto": f"AutoModelFor{role_of(config).autos[0]}"}
     if config.topology == "encoder_decoder":
         decoder = {"decoder_input_ids": ids(2, 7, seed=3)}
-    case |= {"inputs": inputs, "decoder": decoder}
+    case |= {"inputs": inputs, "decoder": decoder, "trainer": trainer}
     if "input_ids" in inputs:
         mask = torch.ones(2, 12, dtype=torch.long)
         mask[1, 8:] = 0
@@ -140,13 +140,18 @@ def wrong(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_drawn(n: int, folder: Path, first: int = 0) -> None:
+def check_drawn(n: int, folder: Path) -> None:
     configs = drawn(n)
+    plain = [role_of(c).name for c in configs if not c.ffn.n_experts]  # a mixture balances each part of a batch by itself
     for i, config in enumerate(configs):
-        write_case(config, folder / "cases" / f"case_{i:04d}", seed=i)
+        first = not config.ffn.n_experts and role_of(config).name in plain
+        if first:
+            plain = [name for name in plain if name != role_of(config).name]
+        write_case(config, folder / "cases" / f"case_{i:04d}", seed=i, trainer=first)
     (folder / "home").mkdir()
     results = list(loaded_elsewhere(folder / "cases", folder / "home", OTHER))
     assert len(results) == len(configs)
+    assert any("trainer" in r for r in results)
     bad = {r["case"]: found for r in results if (found := wrong(r))}
     assert not bad, json.dumps(bad, indent=1)[:6000]
 

@@ -52,9 +52,7 @@ _IMPORTS = {
     "Tensor": "from torch import Tensor", "nn": "from torch import nn",
     **{name: f"from transformers import {name}" for name in ("GenerationMixin", "PretrainedConfig", "PreTrainedModel")},
     "__version__": "from transformers import __version__",
-    **{
-        name: f"from transformers.cache_utils import {name}" for name in ("Cache", "DynamicCache", "EncoderDecoderCache")
-    },
+    **{n: f"from transformers.cache_utils import {n}" for n in ("Cache", "DynamicCache", "EncoderDecoderCache")},
     "GradientCheckpointingLayer": "from transformers.modeling_layers import GradientCheckpointingLayer",
     "BaseModelOutput": "from transformers.modeling_outputs import BaseModelOutput",
     "ModelOutput": "from transformers.utils import ModelOutput",
@@ -135,7 +133,7 @@ def _left_out(node: ast.ClassDef | ast.FunctionDef) -> set[int]:
 
 
 def _first(node: ast.stmt) -> int:
-    decorators = getattr(node, "decorator_list", [])
+    decorators = node.decorator_list if isinstance(node, (ast.ClassDef, ast.FunctionDef)) else []
     return min([node.lineno, *(d.lineno for d in decorators)])
 
 
@@ -245,7 +243,7 @@ def _with_forwards(text: str, features: Collection[str]) -> str:
                 "\n        if decoder_input_ids is None and labels is not None:"
                 "\n            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)"
             )
-        text = re.sub(rf"^{mark}$", lambda _, made=made: made, text, flags=re.M)
+        text = "\n".join(made if line == mark else line for line in text.split("\n"))
     return text
 
 
@@ -288,7 +286,7 @@ def _tidy(text: str) -> str:
     text = re.sub(r"[ \t]+$", "", text, flags=re.M)
     text = re.sub(r"(?<=\n)\n+(?=    def |    @)", "\n", text)  # members
     lines, nodes = text.splitlines(), ast.parse(text).body
-    made, end, before = [], 0, nodes[0]
+    made, end, before = list[str](), 0, nodes[0]
     for node in nodes:
         above = [line for line in lines[end : _first(node) - 1] if line]  # comments
         titles = [i for i, line in enumerate(above) if line.startswith("# ----")]
