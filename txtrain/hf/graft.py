@@ -14,7 +14,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.hf.fields import short
 from txtrain.hf.hf_class import HFClass
-from txtrain.hf.modeling.source import modeling_file
+from txtrain.hf.modeling.source import modeling_file, parameters
 from txtrain.hf.name_map import Shape, Stored
 from txtrain.model.config import ModelConfig
 from txtrain.registry import MODEL_AXES, TABLE, is_own
@@ -152,7 +152,7 @@ class Graft(HFClass):
             "Residual": _target("norm_position", model.residual), "Embedding": _target("embedding", model.embedding),
             "drawn": ", ".join(drawn), "causal": str(model.topology != "encoder"),
             "vocab": "" if "patch" in has else "config.vocab_size, ",
-            "rope_scaling": "" if model.position.scaling is None else model.position.scaling.rope_type,
+            "rope_scaling": "" if model.position.scaling is None else _scaling(model.position.scaling),
         }
         functions = {model.ffn.activation, *([model.head.activation] if "masked_lm" in has else [])}
         return {f"{FILE}.py": modeling_file(has, words, " ".join(sorted(functions)))}
@@ -210,7 +210,8 @@ def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
         component = getattr(model, axis)
         arguments = component.arguments(model, model.n_layers - 1)  # of a mixture's layers the last is one
         if axis == "position":
-            arguments |= {n: getattr(model, m) for n, m in _FROM_MODEL.get(component.type, {}).items()}
+            asked = parameters(_target(axis, component))
+            arguments |= {n: getattr(model, n) for n in ("dim", "n_heads", "max_seq_len") if n in asked}
         if axis == "position" and not ("grid" in has and component.type == "learned"):
             arguments.pop("grid", None)
         made[axis] = {n: _value(v) for n, v in arguments.items() if n not in apart[axis]}
@@ -221,11 +222,13 @@ def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
     return made
 
 
-_FROM_MODEL = {  # what a position's class asks of the model
-    "sinusoidal": {"dim": "dim"}, "learned": {"dim": "dim", "max_seq_len": "max_seq_len"},
-    "relative": {"n_heads": "n_heads"}, "alibi": {"n_heads": "n_heads"},
-}
+def _scaling(scaling: Any) -> str:
+    return str(TABLE["rope_scaling"][scaling.rope_type].target).partition(":")[2]
 
 
 def _value(value: Any) -> Any:
-    return {f.name: getattr(value, f.name) for f in dc.fields(value)} if dc.is_dataclass(value) else value
+    """A scaling of rotations with what its class says of it, as a dictionary."""
+    if not dc.is_dataclass(value):
+        return value
+    said = {name: getattr(value, name) for name in dir(value) if not name.startswith("_")}
+    return {name: v for name, v in said.items() if not callable(v)}

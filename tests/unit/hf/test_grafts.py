@@ -148,6 +148,10 @@ def check_drawn(n: int, folder: Path) -> None:
         if first:
             plain = [name for name in plain if name != role_of(config).name]
         write_case(config, folder / "cases" / f"case_{i:04d}", seed=i, trainer=first)
+    files = [str(path) for path in folder.glob("cases/*/modeling_txtrain.py")]
+    ruff = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F,E501,I", "--line-length", "120", *files]
+    checked = subprocess.run(ruff, capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout[-3000:]
     (folder / "home").mkdir()
     results = list(loaded_elsewhere(folder / "cases", folder / "home", OTHER))
     assert len(results) == len(configs)

@@ -37,11 +37,10 @@ _LEFT_OUT_EVERYWHERE = ("residual_projections", "stacked_projections")
 
 # Words that mean something in txtrain alone.
 _SAID_THERE = {
-    "ConfigError": "ValueError", "RoPEScalingConfig": "dict[str, Any]", "LinearScaling": "SimpleNamespace",
-    "NTKScaling": "SimpleNamespace", "YaRNScaling": "SimpleNamespace", "Llama3Scaling": "SimpleNamespace",
-    "see mask.py": "see `Mask`", "see balancing.py": "in txtrain",
-    "the scalings of `config.dict[str, Any]`": "its scalings",
-    "(model.embedding.n_types is 0)": "(n_types is 0)",
+    r"\bConfigError\b": "ValueError", r"the scalings of `config\.RoPEScalingConfig`": "its scalings",
+    r"\b[A-Z]\w*Scaling(Config)?\b": "SimpleNamespace", r"see mask\.py": "see `Mask`",
+    r"see balancing\.py": "in txtrain", r"model\.embedding\.n_types": "n_types",
+    r"\bmatrix\((self\.\w+)\)": r"\1.weight",  # there with an adapter's product
 }
 _IMPORTS = {
     "math": "import math", "torch": "import torch", "F": "import torch.nn.functional as F",
@@ -144,8 +143,17 @@ def _text(lines: list[str], node: ast.stmt, without: Collection[int] = ()) -> st
 
 def _said_here(text: str) -> str:
     for there, here in _SAID_THERE.items():
-        text = text.replace(there, here)
+        text = re.sub(there, here, text)
     return text
+
+
+def parameters(name: str) -> list[str]:
+    """The names of the parameters of one of our classes."""
+    text = next(found[name] for found in map(definitions, MODULES) if name in found)
+    (cls,) = ast.parse(text).body
+    assert isinstance(cls, ast.ClassDef)
+    init = [node for node in cls.body if isinstance(node, ast.FunctionDef) and node.name == "__init__"]
+    return [arg.arg for node in init for arg in node.args.args]
 
 
 def _closure(names: set[str], own: Collection[str]) -> set[str]:
