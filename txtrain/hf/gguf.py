@@ -72,9 +72,9 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
         dtype = _dtype(s, saved)
         raw = torch.empty(s.shape, dtype=dtype, device="meta")
         as_numpy = torch.empty(0, dtype=torch.int16 if dtype is torch.bfloat16 else dtype).numpy().dtype
-        name = names.get_name(s.name, try_suffixes=(".weight",))
-        assert name is not None, s.name
-        writer.add_tensor_info(name, s.shape, as_numpy, raw.nbytes, raw_dtype=kinds[dtype])
+        theirs = names.get_name(s.name, try_suffixes=(".weight",))
+        assert theirs is not None, s.name
+        writer.add_tensor_info(theirs, s.shape, as_numpy, raw.nbytes, raw_dtype=kinds[dtype])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

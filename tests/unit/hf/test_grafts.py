@@ -165,7 +165,6 @@ def test_grafts_leave_as_folders_that_load_without_txtrain(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(6000)
 def test_many_grafts_leave_as_folders_that_load_without_txtrain(tmp_path: Path) -> None:
     """TXTRAIN_GRAFTS: how many; TXTRAIN_TRANSFORMERS: a folder with another version of transformers."""
     check_drawn(N_SLOW, tmp_path)
