@@ -90,7 +90,7 @@ def _answered(chat: Chat, messages: list[Message]) -> list[Message]:
     except ConfigError as e:  # a template may refuse a turn; the conversation may be too long
         print(f"txtrain: {e.problems[0] if e.problems else e} {RESET} begins anew.", file=sys.stderr)
         return messages[:-1]
-    said = writer.stream(ids, lambda text: print(text, end="", flush=True), interruptible=True)
+    said = writer.stream(ids, lambda text: print(text, end="", flush=True), len(messages), interruptible=True)
     print(flush=True)
     return [*messages, {"role": "assistant", "content": said}]
 

@@ -83,8 +83,13 @@ class Writer:
         merged = {i: texts for _, some in by_rank.values() for i, texts in some.items()}
         return [merged[i] for i in range(len(prompts))]
 
-    def stream(self, prompt: Sequence[int], show: Callable[[str], None], interruptible: bool = False) -> str:
-        """One text, whose pieces are shown as they come. interruptible: Ctrl-C ends the text, not the program."""
+    def stream(
+        self, prompt: Sequence[int], show: Callable[[str], None], number: int = 0, interruptible: bool = False
+    ) -> str:
+        """One text, that of row `number`, whose pieces are shown as they come.
+
+        interruptible: Ctrl-C ends the text, not the program.
+        """
         said: list[int] = []
         printer = Printer(self._said, show, self.how.stop)
 
@@ -93,7 +98,7 @@ class Writer:
             printer(said)
 
         with contextlib.suppress(*([KeyboardInterrupt] if interruptible else [])):
-            self._written([prompt], [0], step)
+            self._written([prompt], [number], step)
         self.n_tokens += len(said)
         return printer.finish(said)
 

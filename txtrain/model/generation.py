@@ -84,7 +84,8 @@ def generate(
         eos_token_id: a row stops after it (or any of several); by default `model.config.eos_token_id`; None: never.
         pad_token_id: fills a row that has stopped; by default the configured one, else the end token.
         seed: of the sampling; None: drawn from torch's generator.
-        on_token: called after each step with the new tokens, [R]; with batch_size, those of the rows of a batch.
+        on_token: called after each step with the new tokens, [R]; with batch_size, those of the rows of a batch; of
+            beams, which still change, with none.
         repetition_penalty: divides positive logits of tokens that the row has, and multiplies negative ones
             (1909.05858); padding does not count.
         num_beams: above 1: beam search, see `beam_search`.
@@ -144,8 +145,8 @@ def continue_rows(
     seed = int(torch.randint(2**63 - 1, ()) if how.seed is None else how.seed)
     device = job.device or next(model.parameters()).device
     together = len(prompts) * n if job.batch_size is None else job.batch_size
-    if how.num_beams > 1:  # a prompt's beams stay together
-        together = max(1, together // how.num_beams) * n
+    if how.num_beams > 1 and job.batch_size is not None:  # a prompt's beams stay together
+        together = max(1, job.batch_size // how.num_beams) * n
     order = list(range(len(prompts) * n))
     if together < len(order):
         order.sort(key=lambda row: (-len(prompts[row // n]), row))

@@ -193,6 +193,15 @@ def test_beams_are_those_of_transformers(pair, num_beams, n, penalty):
         assert torch.equal(generate(ours, row, mask, n=n, batch_size=num_beams * 3, **how), generate(ours, row, mask, n=n, **how))
 
 
+def test_log_probabilities_of_beams_are_the_models_own(pair):
+    _, ours = pair
+    for i, row in enumerate(written(ours, n=2, num_beams=3, ends=(EOS,))):
+        prompt = PROMPTS[i // 2]
+        log_p = ours(torch.tensor([prompt + row.ids.tolist()])).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        torch.testing.assert_close(row.log_probs, log_p.gather(1, row.ids[:, None])[:, 0].detach(), rtol=1e-4, atol=1e-4)
+        assert row.ended == (int(row.ids[-1]) == EOS)
+
+
 def test_dtype_is_that_of_one_call(pair):
     _, ours = pair
     before = {name: p.detach().clone() for name, p in ours.named_parameters()}
