@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +99,23 @@ class Reader(HuggingFaceStorageReader):
                 shape, read = file.entries[name].shape, partial(_box, file, name)
                 found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))
         return found
+
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Read tensors in place without a plan, for a rank that reads alone.
+
+        Raises:
+            ConfigError, NotFiniteError: as `read_data`.
+        """
+        strange = set()
+        for index, path in (self._headers.metadata.storage_data or {}).items():
+            if (target := into.get(index.fqn)) is not None:
+                part, shape = target.detach(), self._headers.files[path].entries[index.fqn].shape
+                for dim, (begin, n) in enumerate(zip(index.offset or (), shape, strict=True)):
+                    part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
+                if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
+                    strange.add(index.fqn)
+        if strange:
+            raise NotFiniteError(*strange)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Shards that no rank reads whole (their number has changed) are divided over the ranks to be verified."""
