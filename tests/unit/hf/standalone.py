@@ -94,7 +94,7 @@ def trained(folder, auto, inputs):
         model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
         args = transformers.TrainingArguments(
             output_dir=str(folder / "trainer"), max_steps=2, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts,
-            gradient_checkpointing=checkpointing, optim="sgd", learning_rate=0.1, lr_scheduler_type="constant", max_grad_norm=0.0,
+            gradient_checkpointing=checkpointing, optim="sgd", learning_rate=0.01, lr_scheduler_type="constant", max_grad_norm=0.0,
             report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True,
         )
         before = torch.cat([p.detach().flatten().clone() for p in model.parameters()])

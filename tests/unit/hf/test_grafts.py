@@ -142,9 +142,10 @@ def wrong(result: dict[str, Any]) -> dict[str, Any]:
 
 def check_drawn(n: int, folder: Path) -> None:
     configs = drawn(n)
-    plain = [role_of(c).name for c in configs if not c.ffn.n_experts]  # a mixture balances each part of a batch by itself
+    # A mixture balances each part of a batch by itself, and the loss of sentence pairs is each part's mean.
+    plain = [role_of(c).name for c in configs if not c.ffn.n_experts and not c.head.next_sentence]
     for i, config in enumerate(configs):
-        first = not config.ffn.n_experts and role_of(config).name in plain
+        first = not config.ffn.n_experts and not config.head.next_sentence and role_of(config).name in plain
         if first:
             plain = [name for name in plain if name != role_of(config).name]
         write_case(config, folder / "cases" / f"case_{i:04d}", seed=i, trainer=first)
