@@ -51,6 +51,7 @@ def write_case(config: ModelConfig, folder: Path, seed: int, trainer: bool = Fal
     hf = Graft.of(config)
     saved = save.Saved.of(model, save.tensors_of(model))
     dc.replace(saved, leaving=Leaving(hf, config), tensors=save.tensors_of(model)).write(folder)
+    model.mtp = torch.nn.ModuleList()  # stays behind; the balance of its experts would send a gradient into the trunk here
     inputs, decoder, case = _inputs(config), {}, {"auto": f"AutoModelFor{role_of(config).autos[0]}"}
     if config.topology == "encoder_decoder":
         decoder = {"decoder_input_ids": ids(2, 7, seed=3)}
