@@ -91,7 +91,7 @@ def trained(folder, auto, inputs):
     rows = [{name: x[i % len(x)] for name, x in inputs.items()} for i in range(8)]
     ends = []
     for checkpointing, parts in ((False, 1), (True, 4)):
-        model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+        model = auto.from_pretrained(folder, trust_remote_code=True, dtype=torch.float64)  # steps are small beside weights
         args = transformers.TrainingArguments(
             output_dir=str(folder / "trainer"), max_steps=2, per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts,
             gradient_checkpointing=checkpointing, optim="sgd", learning_rate=0.01, lr_scheduler_type="constant", max_grad_norm=0.0,
