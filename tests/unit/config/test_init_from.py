@@ -1,5 +1,6 @@
 """init_from=, export, load_pretrained: weights, architecture and tokenizer come in and go out."""
 
+import hashlib
 import io
 import json
 import os
@@ -58,6 +59,14 @@ def test_a_run_starts_from_the_weights_with_their_architecture_and_tokenizer(fol
     assert (config.model.dim, config.model.attention.n_kv_heads, config.model.vocab_size) == (32, 1, 257)
     assert train(config).run_dir is not None
     assert of_model(folder / f"from_{source}") == of_model(run), "a step at rate 0 changes nothing"
+    said = json.loads((folder / f"from_{source}" / "run.json").read_text())["init_from"]
+    is_run, file = source == "run", "checkpoints/step_00000002/complete" if source == "run" else "model.safetensors"
+    assert said["given"] == str(where)
+    assert said["path"] == str(where / "checkpoints/step_00000002" if is_run else where)
+    assert (said["checkpoint"], said["step"]) == (("step_00000002", 2) if is_run else (None, None))
+    assert said["sha256"] == hashlib.sha256((where / file).read_bytes()).hexdigest()
+    assert {f"model.{name}" for name in said["loaded"]} == of_model(run).keys()
+    assert not (said["skipped"] or said["initialised"] or said["resized"])
 
 
 def test_a_run_that_started_from_weights_continues_from_its_own(folder, run):
@@ -81,8 +90,9 @@ def test_a_model_named_beside_it_must_agree(folder, run):
         starting(folder, run, "x", "model=llama2")
     same = ("model=llama2", "model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=32")
     assert starting(folder, run, "x", *same, "model/attention=gqa", "model.attention.n_kv_heads=1").model.dim == 32
-    with pytest.raises(ConfigError, match=r"`model\.n_layers` must not be given with init_from"):
-        starting(folder, run, "x", "model.n_layers=3")
+    with pytest.raises(ConfigError, match=r"blocks\.2\.attention\.q_proj\.weight is absent there, \(32, 32\) here"):
+        train(starting(folder, run, "x", "model.n_layers=3", "trainer.max_steps=1"))
+    assert not (folder / "x").exists()
 
 
 def test_what_is_not_there_is_named(folder, run):
