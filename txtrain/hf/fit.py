@@ -76,7 +76,7 @@ def fitted(
     taken = {*same, *resized}
     if other := [name for name in every if name not in taken and name not in free]:
         more = [f"and {len(other) - _SHOWN:,} more"] if len(other) > _SHOWN else []
-        told = [other_tensor(name, saved, wanted, str(source.path)) for name in other[:_SHOWN]]
+        told = [other_tensor(name, saved, wanted, f"`init_from`: {source.path}") for name in other[:_SHOWN]]
         raise ConfigError(*told, *more, _remedy(other))
     fit = Fit(
         loaded=tuple(name for name in wanted if name in taken),

@@ -1,5 +1,6 @@
 """init_from=, export, load_pretrained: weights, architecture and tokenizer come in and go out."""
 
+import errno
 import hashlib
 import io
 import json
@@ -14,10 +15,16 @@ import torch
 import txtrain
 from tests.training import tiny, weights
 from txtrain import compose
+from txtrain.checkpoint.format import LoadError
+from txtrain.checkpoint.load import resolve
 from txtrain.cli import export
 from txtrain.cli.main import main
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.parallel.one_process import OneProcess
+from txtrain.training import run as running
+from txtrain.training.data_module import DataModule
 from txtrain.training.run import train
 
 ENDS_AFTER_A_STEP = ("trainer.max_steps=1", "optimizer.lr=0.0", "optimizer.weight_decay=0.0")
@@ -66,7 +73,8 @@ def test_a_run_starts_from_the_weights_with_their_architecture_and_tokenizer(fol
     assert (said["checkpoint"], said["step"]) == (("step_00000002", 2) if is_run else (None, None))
     assert said["sha256"] == hashlib.sha256((where / file).read_bytes()).hexdigest()
     assert {f"model.{name}" for name in said["loaded"]} == of_model(run).keys()
-    assert not (said["skipped"] or said["initialised"] or said["resized"])
+    assert said["skipped"] == said["initialised"] == []
+    assert said["resized"] == {}
 
 
 def test_a_run_that_started_from_weights_continues_from_its_own(folder, run):
@@ -76,6 +84,61 @@ def test_a_run_that_started_from_weights_continues_from_its_own(folder, run):
     train(starting(folder, run, "halves", "trainer.max_steps=6", "scheduler=constant"))
     train(starting(folder, run, "constant", "trainer.max_steps=6", "scheduler=constant"))
     assert weights(folder / "halves") == weights(folder / "constant")
+
+
+def test_a_source_may_remove_the_checkpoint_before_it_is_opened_and_before_it_is_read(folder, run, tmp_path, monkeypatch):
+    """Its files stay open from the check to the reading, which comes after the data; the tokenizer is its newest."""
+    source = shutil.copytree(run, tmp_path / "source")
+    begun, first, prepared = source / "checkpoints", [source / "checkpoints/step_00000001"], DataModule.prepare
+
+    def prepare(self):
+        if (begun / "step_00000002").exists():
+            (begun / "step_00000002").rename(begun / "step_00000009")
+        prepared(self)
+
+    monkeypatch.setattr(DataModule, "prepare", prepare)
+    monkeypatch.setattr(running, "resolve", lambda *where: first.pop() if first else resolve(*where))
+    train(starting(folder, source, "rotated", *ENDS_AFTER_A_STEP, f"run_dir={tmp_path / 'rotated'}"))
+    assert json.loads((tmp_path / "rotated/run.json").read_text())["init_from"]["checkpoint"] == "step_00000002"
+    assert of_model(tmp_path / "rotated") == of_model(run)
+
+
+def test_files_that_cannot_be_read_any_more_end_the_start_with_nothing_written(folder, run, tmp_path, monkeypatch):
+    """As on a network file system, whose files another machine has removed."""
+
+    def gone(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(OneProcess, "fill", gone)
+    with pytest.raises(LoadError, match=r"`init_from`: .*step_00000002 cannot be read any more: .*Stale.* start again"):
+        train(starting(folder, run, "x", *ENDS_AFTER_A_STEP, f"run_dir={tmp_path / 'stale'}"))
+    assert not (tmp_path / "stale").exists()
+
+
+def test_a_larger_tokenizer_brings_new_tokens(folder, run, tmp_path):
+    """New ones behind the old, whose vectors stay; one that has moved is refused."""
+    tokenizer = load_tokenizer(run)
+    larger = tokenizer.with_specials(["<tool>", "<think>"])
+    larger.save(tmp_path / "larger")
+    config = starting(folder, run, "tools", f"data.tokenizer={tmp_path / 'larger'}", *ENDS_AFTER_A_STEP)
+    assert config.model.vocab_size == 259
+    train(config)
+    said = json.loads((folder / "tools/run.json").read_text())["init_from"]
+    assert said["resized"] == {name: [[257, 32], [259, 32]] for name in ("embedding.token.weight", "head.weight")}
+    old, new = (txtrain.load_pretrained(where).state_dict()["head.weight"] for where in (run, folder / "tools"))
+    assert torch.equal(new[:257], old)
+    assert torch.equal(new[258], old.double().mean(0).float())
+    other = json.loads((tmp_path / "larger/tokenizer.json").read_text())
+    ids = other["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (tmp_path / "moved").mkdir()
+    for file in (tmp_path / "larger").iterdir():
+        shutil.copy(file, tmp_path / "moved")
+    (tmp_path / "moved/tokenizer.json").write_text(json.dumps(other))
+    moved = f"data.tokenizer={tmp_path / 'moved'}"
+    with pytest.raises(ConfigError, match=r"`data.tokenizer` must keep the tokens of init_from=.*, whose 'a' is \d+, but is .*/moved instead"):
+        starting(folder, run, "x", moved)
+    assert starting(folder, run, "x", moved, "init_allow_missing=[embedding.token]").model.vocab_size == 259
 
 
 def test_dropout_may_be_another(folder, run):
