@@ -1,6 +1,7 @@
 """Every family starts from its weights with no more keys than its data, and nothing but training changes a tensor."""
 
 import json
+from functools import partial
 
 import pytest
 from safetensors import safe_open
@@ -56,6 +57,10 @@ def tensors(folder, prefix=""):
     return found
 
 
+def write_config(config, into):
+    RunFolder(into).write_config(config, into)
+
+
 def assert_equal(found, wanted):
     assert found.keys() == wanted.keys()
     assert wanted
@@ -83,7 +88,7 @@ def test_saved_before_the_first_step_every_tensor_is_that_of_the_folder_and_of_t
         again = tmp_path / f"again-{number}"
         saved = {f"model.{name}": tensor for name, tensor in module.model.state_dict().items()}
         path = checkpoint.path_of(again, 1)
-        saving.save(path, saved, RunState(step=1), lambda to: RunFolder(to).write_config(config, to), None)
+        saving.save(path, saved, RunState(step=1), partial(write_config, config), None)
         if where == run:
             assert_equal(tensors(path), tensors(checkpoint.locate(run), "model."))
         assert main(["export", f"checkpoint={path}", f"out={again / 'exported'}"]) == 0
