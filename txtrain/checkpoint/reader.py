@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import _hf_utils as words
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -31,6 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from txtrain.checkpoint.checksum import Checksum
 from txtrain.checkpoint.state import ShardState
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import parse_json
@@ -164,10 +164,10 @@ class Reader(HuggingFaceStorageReader):
         dtype = words.DTYPE_MAP[entry.dtype]
         direct = target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
         held = target if target is not None and direct else torch.empty(entry.shape, dtype=dtype, device="cpu")
-        digest = xxhash.xxh3_64()
+        digest = Checksum()
         for piece in file.fill(name, held):
             if checksum is not None:
-                digest.update(piece.view(torch.uint8).numpy().data)
+                digest.update(piece)
             fine = fine and (not finite or is_finite(piece))
         if checksum is not None and digest.hexdigest() != checksum:
             raise ConfigError(f"{file.path.name}: {name} is not what was written: its checksum is another")
