@@ -17,6 +17,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import check_keys, read_yaml
+from txtrain.hf.hub import folder_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.config import ModelConfig
 
@@ -57,7 +58,7 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     Raises:
         ConfigError: there is no model, or its config is damaged, hostile or unsupported, or needs other `imports`.
     """
-    folder = path_of(where, key)
+    folder = folder_of(where, key)
     if (folder / "config.json").is_file():
         from txtrain.hf.registry import read_config
 
@@ -119,7 +120,7 @@ def resolve(where: str | os.PathLike[str], key: str) -> Path:
     Raises:
         ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
     """
-    folder = path_of(where, key)
+    folder = folder_of(where, key)
     return folder if (folder / "config.json").is_file() else checkpoint.locate(folder, key)
 
 
@@ -154,7 +155,7 @@ def _sha256(file: Path) -> str:
 
 
 def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
-    folder = path_of(where, key)
+    folder = folder_of(where, key)
     if (folder / "config.json").is_file():
         return do(describe(folder, key))
     return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))

@@ -29,7 +29,7 @@ OWN = {  # of the run that the weights come from
     "vit": SMALL,
 }
 FAMILIES = ("gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1", "bert", "t5", "t5_v1_1", "transformer", "vit")
-BY_DEFAULT = ("llama2", "t5", "vit")
+BY_DEFAULT = ("t5", "vit")
 SHORT = ("trainer.accelerator=cpu", "trainer.max_steps=1", "sample.n=0", "trainer.limit_val_batches=1")
 
 
@@ -104,7 +104,7 @@ DATA = ("data=text", "data.path=x", "data.tokenizer=bytes")
 
 def published():
     sizes = [name for name in families() if name not in FAMILIES]
-    return [name if name in ("bert_base", "gemma2_2b", "t5_3b") else pytest.param(name, marks=pytest.mark.slow) for name in sizes]
+    return [name if name in ("bert_base", "t5_3b") else pytest.param(name, marks=pytest.mark.slow) for name in sizes]
 
 
 @pytest.mark.parametrize("name", published())
@@ -114,8 +114,8 @@ def test_a_published_size_agrees_with_what_its_family_exports(name, tmp_path):
     own = compose([f"model={name}", *beside]).model
     hf = class_of(own)
     (tmp_path / "config.json").write_text(json.dumps(hf.write(own)))
-    # The names of its tensors, by which classes are told from each other. The Transformer has no bias on its logits.
-    names = {f"{hf.base}layer.{i}": "x" for i in range(200)} | ({hf.marker: "x"} if hf.marker else {})
-    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    # Names of tensors by which classes are told from each other: the Transformer has no bias on its logits.
+    names = [*(f"{hf.base}layer.{i}" for i in range(200)), *filter(None, [hf.marker]), *([] if own.tie_word_embeddings else ["lm_head.weight"])]
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": dict.fromkeys(names, "x")}))
     config = compose([f"model={name}", f"init_from={tmp_path}", *beside])
     assert (config.model.size, config.model.preset) == (own.size, name)

@@ -5,6 +5,8 @@ import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -16,12 +18,14 @@ import txtrain
 from tests.training import tiny, weights
 from txtrain import compose
 from txtrain.checkpoint.format import LoadError
-from txtrain.checkpoint.load import resolve
+from txtrain.checkpoint.load import open_weights, resolve
 from txtrain.cli import export
 from txtrain.cli.main import main
+from txtrain.data.sources.hub import why_unreachable
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.hf.registry import class_of
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training import run as running
 from txtrain.training.data_module import DataModule
@@ -166,6 +170,65 @@ def test_what_is_not_there_is_named(folder, run):
     with pytest.raises(ConfigError, match=r"`data\.tokenizer` must be given"):
         starting(folder, empty, "x")
     assert starting(folder, empty, "x", "data.tokenizer=bytes").data.tokenizer == "bytes"
+
+
+def test_a_name_on_the_hub_is_a_folder_in_its_cache(folder, exported, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--someone--small/snapshots/0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(exported, snapshot)
+    (tmp_path / "models--someone--small/refs").mkdir()
+    (tmp_path / "models--someone--small/refs/main").write_text(snapshot.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    why_unreachable.cache_clear()
+    config = starting(folder, "someone/small", "x")
+    assert (config.init_from, config.model.dim, config.data.tokenizer) == ("someone/small", 32, str(snapshot))
+    assert open_weights("someone/small").path == snapshot
+    with pytest.raises(ConfigError, match=r"`init_from` must be .*'someone/large' does not exist, is not in the hub's cache, and HF_HUB_OFFLINE"):
+        starting(folder, "someone/large", "x")
+    why_unreachable.cache_clear()
+
+
+def section_of(page, title):
+    """The commands in one section of a page of docs/."""
+    text = (Path(__file__).parents[3] / "docs" / page).read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("txtrain ")]
+
+
+def folder_from_config(family, where, tokenizer, *given):
+    """A folder with a config.json and a tokenizer, which is all that a composition reads."""
+    shutil.copytree(tokenizer, where, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model = compose([f"model={family}", "data.path=x", *given]).model
+    (where / "config.json").write_text(json.dumps(class_of(model).write(model)))
+    return where
+
+
+def test_the_commands_of_the_page_compose(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, "FOLDER")
+    folder_from_config("bert", tmp_path / "BERT", exported, "data=text")
+    folder_from_config("transformer", tmp_path / "MARIAN", exported, "data=translation", "model.position.layout=halves")
+    folder_from_config("vit", tmp_path / "VIT", exported, "data=images")
+    objectives = []
+    for command in section_of("fine-tuning.md", "From a folder to a tuned model"):
+        verb, *given = command if "=" not in command[0] else ["train", *command]
+        made = compose(given, verb=verb)
+        objectives += [made.objective.type] if verb == "train" else []
+    assert objectives == ["causal_lm", "masked_lm", "seq2seq", "image_classification", "causal_lm"]
+
+
+@pytest.mark.slow
+def test_the_first_commands_of_the_page_run(exported, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, "FOLDER")
+    shutil.copy(folder / "text.txt", "notes.txt")
+    for command in section_of("fine-tuning.md", "From a folder to a tuned model")[:5]:
+        trains = command[0].startswith("init_from")
+        assert main([*command, *(["trainer.max_steps=2", "trainer.accelerator=cpu", "data.cache_dir=cache"] if trains else [])]) == 0
+    assert "weights       FOLDER, sha256 " in capsys.readouterr().out
+    assert txtrain.load_pretrained("tuned_hf").config.dim == 32
 
 
 @pytest.fixture
