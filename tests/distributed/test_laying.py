@@ -182,7 +182,7 @@ def test_every_strategy_starts_a_larger_model_with_the_values_of_one_process(sou
                 ("has_the_values_of_one_process", [starts(source, HOW[how], (*KINDS[kind], *LARGER))])
                 for how in ways if "experts" not in how
             ]
-    launch(cases, n, tmp_path, timeout=60 + 10 * len(cases))
+    launch(cases, n, tmp_path, timeout=300 + 10 * len(cases))
 
 
 LARGE = ("model.n_layers=12", "model.dim=512", "model.n_heads=8", "model.vocab_size=24000", "model.max_seq_len=64")
