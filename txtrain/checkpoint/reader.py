@@ -10,7 +10,7 @@ import contextlib
 import copy
 import dataclasses as dc
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,23 @@ class Reader(HuggingFaceStorageReader):
                 file.hold()
                 opened.callback(file.release)
             return opened.pop_all().close
+
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Read tensors in place without a plan, for a rank that reads alone.
+
+        Raises:
+            ConfigError, NotFiniteError: as `read_data`.
+        """
+        strange = set()
+        for index, path in (self._headers.metadata.storage_data or {}).items():
+            if (target := into.get(index.fqn)) is not None:
+                part, shape = target.detach(), self._headers.files[path].entries[index.fqn].shape
+                for dim, (begin, n) in enumerate(zip(index.offset or (), shape, strict=True)):
+                    part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
+                if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
+                    strange.add(index.fqn)
+        if strange:
+            raise NotFiniteError(*strange)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Shards that no rank reads whole (their number has changed) are divided over the ranks to be verified."""
