@@ -27,10 +27,12 @@ from txtrain.config.schema import Train
 from txtrain.hf.fit import fitted
 from txtrain.hf.pieces import fill
 from txtrain.model.init import init_weights
+from txtrain.monitor import start_screen
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
 from txtrain.training.module import LitModule, described, seed_everything
+from txtrain.training.run import initial_weights
 
 
 def composed(overrides: list[str]) -> Train:
@@ -82,6 +84,20 @@ def has_the_values_of_one_process(overrides: list[str]) -> None:
         assert found.keys() == wanted.keys()
         for name, tensor in found.items():
             assert whole(tensor).equal(wanted[name]), name
+
+
+def tells_where_they_come_from(overrides: list[str]) -> None:
+    """The same on every rank: each makes the start screen."""
+    config = composed(overrides)
+    parallel = make_parallel(config)
+    with parallel.started():
+        weights = initial_weights(config, None, parallel)
+        assert weights is not None
+        _, fit = fitted(weights.source, described(config), config.model, config.init_allow_missing)
+        parallel.agree({"the weights": json.dumps(weights.record(fit))})
+        (first, *_) = start_screen.weights(weights.record(fit))
+        assert first.startswith(f"{config.init_from}, "), first
+        weights.source.close()
 
 
 def is_saved(overrides: list[str], run: str) -> None:

@@ -69,6 +69,7 @@ def test_two_ranks_read_their_shards(tmp_path):
     cases = [("is_saved", [starts(gpt, HOW[how], GPT2), str(tmp_path / how)]) for how in ("tp", "fsdp")]
     for source, how in ((gpt, "fsdp"), (tmp_path / "fsdp", "tp")):
         cases.append(("has_the_values_of_one_process", [starts(source, HOW[how], GPT2)]))
+    cases += [("tells_where_they_come_from", [starts(source, HOW["fsdp"], GPT2)]) for source in (gpt, tmp_path / "tp")]
     for how in ("fsdp", "tp"):
         cases.append(("has_the_values_of_one_process", [starts(gpt, HOW[how], (*GPT2, *LARGER))]))
     cases += [("reads_a_second_model", [starts(tmp_path / "tp", HOW["fsdp"], GPT2)])]

@@ -256,7 +256,8 @@ def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -
         where = parallel.first(lambda: resolve(given, "init_from"))
         found = parallel.together(partial(opened, where))
         if not parallel.any(found is None) and found is not None:
-            return InitialWeights(found[0], given, found[1])
+            source, origin = found
+            return InitialWeights(source, given, parallel.first(partial(dict, origin)))
         if found is not None:
             found[0].close()
 
