@@ -124,6 +124,8 @@ class RunConfig:
     imports: tuple[str, ...] = knob((), free=True)
     # start from the weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
     init_from: str | None = knob(None, literal=True, run=True)
+    # tensors that init_from may lack, or have in another shape, are initialised; what only it has is skipped: patterns
+    init_allow_missing: tuple[str, ...] = knob((), free=True)
     # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, which further keys override
     resume: str = knob("auto", free=True, literal=True)
     resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from the resumed or forked run

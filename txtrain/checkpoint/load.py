@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,6 +17,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import check_keys, read_yaml
+from txtrain.hf.hub import folder_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.config import ModelConfig
 
@@ -55,7 +58,7 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     Raises:
         ConfigError: there is no model, or its config is damaged, hostile or unsupported, or needs other `imports`.
     """
-    folder = path_of(where, key)
+    folder = folder_of(where, key)
     if (folder / "config.json").is_file():
         from txtrain.hf.registry import read_config
 
@@ -84,6 +87,8 @@ def open_weights(
 ) -> Source:
     """The model at `where`, to be read tensor by tensor. Each of `of` ranks checks a part of the values.
 
+    A checkpoint's files stay open until `Source.close`: its run may remove it before they are read.
+
     Args:
         finite: refuse weights that hold NaN or infinity.
 
@@ -99,7 +104,9 @@ def open_weights(
         if found.is_hf:
             source = open_folder(found.path)
         else:
-            source = Source(found.path, _empty(found, None, key), Reader(found.path).pieces("model."))
+            reader = Reader(found.path)
+            close = reader.hold()
+            source = Source(found.path, _empty(found, None, key), reader.pieces("model."), close)
             restore.check_weights(found.path, source.model)
         restore.check_values(found.path, source.pieces[turn::of], restore.Reading(key, finite=finite))
         return source
@@ -107,8 +114,48 @@ def open_weights(
     return _on(where, key, opened)
 
 
+def resolve(where: str | os.PathLike[str], key: str) -> Path:
+    """The folder or checkpoint that `where` means now.
+
+    Raises:
+        ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
+    """
+    folder = folder_of(where, key)
+    return folder if (folder / "config.json").is_file() else checkpoint.locate(folder, key)
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """What `run.json` says of weights at a `resolve`d path: path, checkpoint and its step, sha256.
+
+    sha256: of a checkpoint its file `complete`, which holds the checksums of all others; of a folder its file of
+    weights, of several the lines that `sha256sum` prints of them.
+    """
+    is_hf = (path / "config.json").is_file()
+    files = _weight_files(path) if is_hf else [path / checkpoint.MARKER]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = list(pool.map(_sha256, files))
+    lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(sums, files, strict=True))
+    return {
+        "path": str(path.resolve()),
+        "checkpoint": None if is_hf else path.name,
+        "step": None if is_hf else checkpoint.read_state(path).step,
+        "sha256": sums[0] if len(sums) == 1 else hashlib.sha256(lines.encode()).hexdigest(),
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    from txtrain.hf.weights import Weights
+
+    return sorted(Weights(folder).files)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
-    folder = path_of(where, key)
+    folder = folder_of(where, key)
     if (folder / "config.json").is_file():
         return do(describe(folder, key))
     return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from txtrain.config import targets
-from txtrain.config.composed import NOTES, Composed
+from txtrain.config.composed import NOTES, Composed, default_name
 from txtrain.config.loader import Loader, load
 from txtrain.config.loggers import settled
 from txtrain.config.overrides import check, hydra_errors
@@ -51,9 +51,7 @@ def typed(cfg: DictConfig, root: type) -> Composed:
         cfg.pop("hydra", None)  # holds ??? and resolvers of its own
         notes: Any = OmegaConf.to_container(cfg.pop(NOTES), resolve=False)
         if issubclass(root, Train) and cfg.get("name") is None:
-            cfg.name = "-".join(
-                str(notes["choices"][g]).replace("/", "-") for g in ("model", "data") if notes["choices"].get(g)
-            )
+            cfg.name = default_name(*(str(notes["choices"].get(group) or "") for group in ("model", "data")))
     raw: Any = OmegaConf.to_container(cfg, resolve=True)
     raw["imports"] = notes["imports"]
     if "recipes" in raw:

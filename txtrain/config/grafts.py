@@ -68,6 +68,12 @@ class GraftedRepository:
         own = [str(p) for f in self.families if (p := self._leaf(f).get("norm_position"))]
         return own[-1] if own else "pre"
 
+    @property
+    def recipe_names_model(self) -> bool:
+        """Whether a recipe chooses the model."""
+        chosen = [d for r in self.recipes for d in self.repository.load_config(r).defaults_list or []]
+        return any(isinstance(d, GroupDefault) and d.group == "/model" for d in chosen)
+
     # ----------------------------------------------------------------------------------------------------- Hydra's hook
 
     def load_config(self, config_path: str) -> Any:

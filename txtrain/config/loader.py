@@ -7,7 +7,7 @@ folders before anything is checked, and keep process-wide state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from txtrain.config.composed import NOTES
 from txtrain.config.grafts import GraftedRepository
+from txtrain.config.literals import escape
 from txtrain.config.overrides import parse
 from txtrain.config.paths import CONF, DATA, groups_of, unwritten
 from txtrain.config.schema import Train
@@ -41,12 +42,47 @@ class Loader(ConfigLoaderImpl):
     ) -> DictConfig:
         parsed: list[Any] = parse(overrides)
         imports = self.imports(parsed)
-        cfg = super().load_configuration(config_name, parsed, run_mode, from_shell, validate_sweep_overrides)
-        with open_dict(cfg):
-            cfg[NOTES].imports = imports
-            cfg[NOTES].given = [o.key_or_group for o in parsed if not o.is_hydra_override()]
-            cfg[NOTES].choices = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in ("model", "data")}
-        return cfg
+        given = [str(o.key_or_group) for o in parsed if not o.is_hydra_override()]
+
+        def composed(lines: list[Any]) -> DictConfig:
+            cfg = super(Loader, self).load_configuration(
+                config_name, lines, run_mode, from_shell, validate_sweep_overrides
+            )
+            choices = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in ("model", "data")}
+            with open_dict(cfg):
+                cfg[NOTES].update(imports=imports, given=given, choices=choices)
+            return cfg
+
+        cfg = composed(parsed)
+        # a run that is resumed has the model in its config.yaml
+        starts = isinstance(cfg.get("init_from"), str) and "model" in cfg
+        return self._over_weights(cfg, parsed, composed) if starts and cfg.resume in ("auto", "never") else cfg
+
+    def _over_weights(
+        self, cfg: DictConfig, parsed: list[Override], composed: Callable[[list[Any]], DictConfig]
+    ) -> DictConfig:
+        """The configuration over the model of `init_from`. cfg: that over the model which the command line names.
+
+        Raises:
+            ConfigError: `init_from` holds no model, or another one than is named.
+        """
+        from txtrain.config import init_from
+
+        notes = cfg[NOTES]
+        chosen = [o for o in parsed if o.key_or_group == "model" and not isinstance(o.value(), dict)]
+        named = str(notes.choices["model"]) if chosen or notes.recipe_names_model else None
+        found = init_from.find(cfg, named, str(notes.choices.get("data") or ""))
+        family = found.model.family
+        parent = named or (family if self.repository.config_exists(f"model/{family}") else None)
+        init_from.store(found.model, parent, named is not None)
+        again = composed([*(o for o in parsed if o not in chosen), *parse([f"model={init_from.OPTION}"])])
+        with open_dict(again):
+            again[init_from.KEY] = escape(cfg[init_from.KEY])
+            again[NOTES].choices.model = parent or family
+        if named is not None:
+            init_from.check_named(cfg, again, named)
+        init_from.settle_tokenizer(again, found, notes.given)
+        return again
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: Sequence[str | Override]
@@ -58,7 +94,10 @@ class Loader(ConfigLoaderImpl):
     def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> DictConfig:
         grafted: Any = GraftedRepository(repo, defaults, frozenset(self.named))
         cfg = super()._compose_config_from_defaults_list(defaults, grafted)
-        cfg[NOTES] = {"grafts": grafted.report, "types": grafted.types, "norm_position": grafted.norm_position}
+        cfg[NOTES] = {
+            "grafts": grafted.report, "types": grafted.types, "norm_position": grafted.norm_position,
+            "recipe_names_model": grafted.recipe_names_model,
+        }
         return cfg
 
     def imports(self, overrides: Sequence[Override]) -> list[str]:

@@ -30,6 +30,7 @@ class Train(RunConfig):
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
         problems += pattern_problems("freeze", self.freeze)
+        problems += pattern_problems("init_allow_missing", self.init_allow_missing)
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -71,6 +72,8 @@ class Train(RunConfig):
         yield from self._check_name()
         if self.fork is not None and self.init_from is not None:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
+        if self.init_allow_missing and self.init_from is None:
+            yield "`init_allow_missing` must be [] without init_from: no weights are read."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
 

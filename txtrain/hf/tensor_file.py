@@ -9,7 +9,9 @@ twice the model. Here it grows by one tensor.
 from __future__ import annotations
 
 import json
+import os
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -45,6 +47,7 @@ class SafetensorsFile:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self._begin: dict[str, int] = {}
+        self._held: int | None = None  # a descriptor
         header, data = read_header(path)
         self.metadata: Any = header.get("__metadata__")
         end = 0
@@ -69,6 +72,16 @@ class SafetensorsFile:
             raise self._broken(f"it describes {name} as {str(said)[:100]}")
         return Entry(tuple(shape), dtype), begin, end - begin
 
+    def hold(self) -> None:
+        """Keep the file open until `release` (or the object's end): it can then be read even once its name is gone."""
+        self._held = os.open(self.path, os.O_RDONLY)
+        self._closes = weakref.finalize(self, os.close, self._held)
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._closes()
+            self._held = None
+
     def _broken(self, why: str) -> ConfigError:
         return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
 
@@ -84,7 +97,8 @@ class SafetensorsFile:
 
     def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
         """Read one tensor, from element `first`, into contiguous memory of its dtype; yields pieces as they come."""
-        with self.path.open("rb", buffering=0) as f:
+        held = self._held
+        with open(self.path if held is None else held, "rb", buffering=0, closefd=held is None) as f:
             f.seek(self._begin[name] + first * tensor.element_size())
             for piece in pieces(tensor):
                 view, done = piece.view(torch.uint8).numpy().data, 0

@@ -6,17 +6,20 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from txtrain.checkpoint.format import LoadError
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
+from txtrain.hf.fit import Fit, fitted
 from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
@@ -31,6 +34,8 @@ from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
 from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
+
+T = TypeVar("T")
 
 
 def check_model(model: nn.Module | None, config: Train) -> None:
@@ -89,8 +94,9 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        self.fit: Fit | None = None  # what became of the initial weights
         if weights is not None:
-            weights.check(self.model)
+            weights, self.fit = fitted(weights, self.model, config.model, config.init_allow_missing)
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
@@ -157,12 +163,31 @@ class LitModule(pl.LightningModule):
             seed_everything(self.config.seed)
             self.parallel.materialise(self.model, self.device, self._loaded())
         if self.weights is not None:
-            self.parallel.fill(self.model, self.weights)
+            self._reading("init_from", self.weights, lambda source: self.parallel.fill(self.model, source))
+            self.weights = None
         if self._read:  # no submodules: neither trained nor saved
-            lay = self.parallel.lay_read_only
-            self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
+            self.objective.models = {
+                key: self._reading(f"objective.{key}", source, self._laid) for key, source in self._read.items()
+            }
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def _laid(self, source: Source) -> Callable[..., Any]:
+        return self.parallel.lay_read_only(source, self.device)
+
+    def _reading(self, key: str, source: Source, do: Callable[[Source], T]) -> T:
+        """Read it and close its files.
+
+        Raises:
+            LoadError: they are gone: on network file systems a file that another machine removes cannot be held open.
+        """
+        try:
+            return do(source)
+        except OSError as e:
+            again = "If its run has removed it, start again; or name one that stays, as an export does."
+            raise LoadError(f"`{key}`: {source.path} cannot be read any more: {e}. {again}") from e
+        finally:
+            source.close()
 
     def _loaded(self) -> Collection[str]:
         """Names of the weights that are read and not initialised."""

@@ -7,6 +7,7 @@ import dataclasses as dc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore, run_folder
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.load import open_weights, provenance, resolve
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
@@ -24,6 +25,7 @@ from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
+from txtrain.hf.fit import Fit
 from txtrain.hf.pieces import Source
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
@@ -120,10 +122,11 @@ def train(
         display.tell(*loud, *origin.notes)
         device = parallel.device()
         objective = build_objective(cfg)
-        weights = parallel.together(lambda: initial_weights(cfg, place, parallel)) if model is None else None
+        weights = initial_weights(cfg, place, parallel) if model is None else None
         read = parallel.together(lambda: models_read(cfg, parallel))
         source = None if place is None else place.source
-        module = LitModule(cfg, model, parallel, objective, weights, read, restored=source is not None)
+        start = None if weights is None else weights.source
+        module = LitModule(cfg, model, parallel, objective, start, read, restored=source is not None)
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if source is not None:
             parallel.first(lambda: restore.check_weights(source, module.model))
@@ -141,11 +144,14 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
         if place is not None:
-            _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
+            facts = _facts(cfg, module, data, machine, origin, fallback)
+            facts |= {"init_from": None if weights is None or module.fit is None else weights.record(module.fit)}
+            _create(place, parallel, cfg, data, facts, origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
         display.table(start_screen.table(
             cfg, data, limits.steps, machine, place, origin.grafts, parallel.title,
             (module.n_trained, module.n_params),
+            () if weights is None or module.fit is None else start_screen.weights(weights.record(module.fit)),
         ))
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
@@ -208,12 +214,52 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
     return PREEMPTED if result.status == "preempted" else 0
 
 
-def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> Source | None:
-    """The weights of init_from; None for a run that continues: they are in its own checkpoint."""
-    if cfg.init_from is None or (place is not None and place.source is not None):
+@dc.dataclass(frozen=True)
+class InitialWeights:
+    """given: the value of init_from. origin: `provenance`."""
+
+    source: Source
+    given: str
+    origin: Mapping[str, Any]
+
+    def record(self, fit: Fit) -> dict[str, Any]:
+        """What run.json says of them."""
+        resized = {name: [list(shape) for shape in shapes] for name, shapes in fit.resized.items()}
+        parts = {"loaded": list(fit.loaded), "skipped": list(fit.skipped), "initialised": list(fit.initialised)}
+        return {"given": self.given, **self.origin, **parts, "resized": resized}
+
+
+def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> InitialWeights | None:
+    """The weights of init_from; None for a run that continues: they are in its own checkpoint.
+
+    All ranks open the same checkpoint; where a running training removes it meanwhile, the one that is the newest then.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    given = cfg.init_from
+    if given is None or (place is not None and place.source is not None):
         return None
     rank, size = parallel.world[:2]
-    return open_weights(cfg.init_from, "init_from", not cfg.allow_nonfinite, rank, size)
+
+    def opened(where: Path) -> tuple[Source, Mapping[str, Any]] | None:
+        """None if it has been removed."""
+        try:
+            source = open_weights(where, "init_from", not cfg.allow_nonfinite, rank, size)
+            return source, provenance(where) if parallel.is_first else {}
+        except Exception:  # whatever a reader meets where files vanish under it; all else is raised
+            if where.exists():
+                raise
+            return None
+
+    while True:
+        where = parallel.first(lambda: resolve(given, "init_from"))
+        found = parallel.together(partial(opened, where))
+        if not parallel.any(found is None) and found is not None:
+            source, origin = found
+            return InitialWeights(source, given, parallel.first(partial(dict, origin)))
+        if found is not None:
+            found[0].close()
 
 
 def short(cfg: Train) -> Train:

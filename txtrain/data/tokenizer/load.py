@@ -29,7 +29,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer `bytes`, of a folder or file, or of a name on the hub.
+    """The tokenizer `bytes`, of a folder, file or run, or of a name on the hub.
 
     Raises:
         ConfigError: it is none of these, or has no end-of-text token.
@@ -40,11 +40,15 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
     path = Path(name).expanduser()
     if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
         raise ConfigError(missing(name, "data.tokenizer", "a folder or a file"))
-    if not path.exists():
-        path = _from_hub(name)
+    path = _of_run(path) if path.exists() else _from_hub(name)
     folder = path if path.is_dir() else path.parent
     with told(f"be read from {path}"):
         return _loaded(path, folder, name)
+
+
+def _of_run(path: Path) -> Path:
+    """Of a run's folder the tokenizer in its newest checkpoint: older ones are removed. Any other path is returned."""
+    return max(path.glob("checkpoints/step_*/tokenizer"), default=path, key=lambda p: int(p.parent.name[5:]))
 
 
 def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:

@@ -87,11 +87,35 @@ class Learned(Position):
     def interpolated(self, grid: tuple[int, int]) -> Tensor:
         """The table for other rows and columns, [1, T, D]: bicubic over the patches; the class token's vector stays."""
         assert self.grid is not None
-        n_patches = math.prod(self.grid)
-        class_token, patches = self.embedding.weight[:-n_patches], self.embedding.weight[-n_patches:]
-        image = patches.T.reshape(1, -1, *self.grid)
-        resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((class_token, resized.flatten(2)[0].T))[None]
+        return over_patches(self.embedding.weight, self.grid, grid)[None]
+
+    def takes(self, other: Learned) -> bool:
+        """Whether `from_table` can be given the other's table: of text, or of images with as many class tokens."""
+        if self.grid is None or other.grid is None:
+            return self.grid is other.grid
+        n, theirs = self.embedding.num_embeddings, other.embedding.num_embeddings
+        return n - math.prod(self.grid) == theirs - math.prod(other.grid)
+
+    def from_table(self, table_TD: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """A table for these positions from one that was learned for others, of images with that grid.
+
+        A longer table of text is interpolated between its first and last row; a shorter one is the first rows.
+        """
+        if self.grid is not None and grid is not None:
+            return over_patches(table_TD, grid, self.grid)
+        n = self.embedding.num_embeddings
+        if len(table_TD) >= n:
+            return table_TD[:n]
+        return F.interpolate(table_TD.T[None], size=n, mode="linear", align_corners=True)[0].T
+
+
+def over_patches(table_TD: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """A table of images for other rows and columns: bicubic over the patches; the class token's vector stays."""
+    n_patches = math.prod(grid)
+    class_token, patches = table_TD[:-n_patches], table_TD[-n_patches:]
+    image = patches.T.reshape(1, -1, *grid)
+    resized = F.interpolate(image, size=wanted, mode="bicubic", align_corners=False)
+    return torch.cat((class_token, resized.flatten(2)[0].T))
 
 
 class RelativeBias(Position):
