@@ -24,7 +24,9 @@ from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
+from txtrain.hf import generation_config
 from txtrain.hf.pieces import Source
+from txtrain.model.transformer import Transformer
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -148,7 +150,10 @@ def train(
             (module.n_trained, module.n_params),
         ))
         deadline = Deadline(parallel.first(_end_of_job))
-        ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
+        ours = RunCallback(
+            cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
+            _generation_file(model, weights, source),
+        )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
         )
@@ -214,6 +219,14 @@ def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -
         return None
     rank, size = parallel.world[:2]
     return open_weights(cfg.init_from, "init_from", not cfg.allow_nonfinite, rank, size)
+
+
+def _generation_file(model: nn.Module | None, weights: Source | None, source: Path | None) -> bytes:
+    """The generation_config.json of the model that the run starts or goes on from."""
+    if source is not None:
+        return generation_config.read(source)
+    start = model if weights is None else weights.model
+    return start.generation_file if isinstance(start, Transformer) else b""
 
 
 def short(cfg: Train) -> Train:
