@@ -63,7 +63,7 @@ class GraftedRepository:
         groups = [(p, p.rpartition("/")[0]) for p in paths]
         typed = set(map(group_of, TABLE))  # groups whose options carry `type`
         self.types = {g: kind for p, g in groups if g in typed and (kind := self._leaf(p).get("type"))}
-        self.training: dict[str, dict[str, Any]] = {}
+        self.training: dict[str, Any] = {}
         of_recipes = [d for r in self.recipes for d in self._defaults(r) if isinstance(d, GroupDefault)]
         # groups that the command line (`chosen`) or a recipe chooses
         self.explicit = chosen | {str(d.group).strip("/") for d in of_recipes} - {"data"}
