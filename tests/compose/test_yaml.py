@@ -58,6 +58,8 @@ def line_of(file: str) -> list[str]:
     folder, _, option = file.rpartition("/")
     if folder == "conf":
         return ROOTS[option].split()
+    if folder == "conf/training":
+        return ["train", next(f"model={m}" for m in MODELS if f"/training@_global_: {option}," in (CONF / "model" / f"{m}.yaml").read_text())]
     chosen = f"recipe={file.removeprefix('recipes/')}" if file.startswith("recipes/") else f"{folder.removeprefix('conf/')}={option}"
     group = chosen.partition("=")[0]
     beside = NEEDED.get(file) or (FAMILIES.get(option.partition("_")[0], "") if folder == "conf/model" else "")

@@ -268,7 +268,8 @@ def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -
         STATE,
         *(
             str(p.relative_to(path))
-            for p in (*path.glob("*.safetensors"), *path.glob("config.yaml"), *path.glob("tokenizer/*"))
+            for pattern in ("*.safetensors", "config.yaml", "generation_config.json", "tokenizer/*")
+            for p in path.glob(pattern)
         ),
     ]
     if added := [name for name in read if with_checksums and name not in marker]:

@@ -243,12 +243,15 @@ def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transform
     """A checkpoint's model without storage, after a check that its files hold a model of this size."""
     import torch
 
+    from txtrain.hf import generation_config
     from txtrain.hf.trainer import build_model
 
     checkpoint.verify(found.path, key)
     checkpoint.check_model(found.path, found.model)
     with torch.device("meta"):
-        return build_model(_with_ids(found.model, tokenizer))
+        model = build_model(_with_ids(found.model, tokenizer))
+    model.generation_file = generation_config.read(found.path)
+    return model
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

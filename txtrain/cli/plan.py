@@ -46,7 +46,8 @@ def run_plan(job: Composed) -> int:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    for line in lines(config, found):
+    head, *rest = lines(config, found)
+    for line in (head, *map(_escaped, job.notes), *rest):
         console.print(line)
     return 0
 

@@ -15,6 +15,7 @@ from txtrain.config.composed import NOTES, Composed, default_name
 from txtrain.config.loader import Loader, load
 from txtrain.config.loggers import settled
 from txtrain.config.overrides import check, hydra_errors
+from txtrain.config.published import sentence
 from txtrain.config.resume_from import resumed
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
@@ -63,7 +64,8 @@ def typed(cfg: DictConfig, root: type) -> Composed:
         raw["logger"] = settled(raw["logger"])
     config: Any = build(root, raw)
     grafts = notes["grafts"] | _moved_norm(config, notes["norm_position"])
-    return Composed(config, grafts, notes["given"])
+    told = (sentence(config, notes["training"]),) if notes["training"] and isinstance(config, Train) else ()
+    return Composed(config, grafts, notes["given"], notes=told)
 
 
 def _types_elsewhere(raw: Any, types: dict[str, str]) -> Iterator[str]:

@@ -27,9 +27,13 @@ from txtrain.config.grafts import GraftedRepository
 from txtrain.config.literals import escape
 from txtrain.config.overrides import parse
 from txtrain.config.paths import CONF, DATA, groups_of, unwritten
+from txtrain.config.published import sequences
 from txtrain.config.schema import Train
 from txtrain.config.user_code import import_user
 from txtrain.errors import ConfigError
+
+# Here, not in make_loader: launchers unpickle a loader on other machines.
+OmegaConf.register_new_resolver("sequences", sequences, replace=True)
 
 
 class Loader(ConfigLoaderImpl):
@@ -42,6 +46,9 @@ class Loader(ConfigLoaderImpl):
     ) -> DictConfig:
         parsed: list[Any] = parse(overrides)
         imports = self.imports(parsed)
+        # `data=` names a source, to which the published batch applies
+        groups = {"objective", "optimizer", "scheduler", "trainer"}
+        self.chosen = frozenset(o.key_or_group for o in parsed if isinstance(o.value(), str)) & groups
         given = [str(o.key_or_group) for o in parsed if not o.is_hydra_override()]
 
         def composed(lines: list[Any]) -> DictConfig:
@@ -92,11 +99,12 @@ class Loader(ConfigLoaderImpl):
         return parsed, repository
 
     def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> DictConfig:
-        grafted: Any = GraftedRepository(repo, defaults, frozenset(self.named))
+        grafted: Any = GraftedRepository(repo, defaults, frozenset(self.named), self.chosen)
         cfg = super()._compose_config_from_defaults_list(defaults, grafted)
         cfg[NOTES] = {
             "grafts": grafted.report, "types": grafted.types, "norm_position": grafted.norm_position,
             "recipe_names_model": grafted.recipe_names_model,
+            "training": grafted.training,
         }
         return cfg
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from txtrain.errors import ConfigError, hint
+from txtrain.hf import generation_config
 from txtrain.hf.folder import checked, tokenizer_files
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Stored, n_elements, stored_tensors
@@ -70,6 +71,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
     _check_values(hf, model, copies, weights, folder)
     model.tokenizer_files = tokenizer_files(folder)
+    model.generation_file = generation_config.read(folder)
     model.label_names = label_names(folder)
     model.loss_type = hf.loss_type
     return Source(folder, model, [piece for s in stored for piece in from_theirs(s, weights, ours)])

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, write_files
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.hf import generation_config
 from txtrain.hf.name_map import Shape, stored_tensors
 from txtrain.hf.registry import CONFIG, class_of
 from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors
@@ -76,11 +77,12 @@ def save_pretrained(
     if model.config.topology != "encoder":
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         ids = {name: config[name] for name in tokens if name in config}
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        content = generation_config.written(model.generation_file, ids)
+        (folder / generation_config.FILE).write_bytes(content)
     if tokenizer is not None:
         tokenizer.save(folder)
-    for name, content in model.tokenizer_files.items() if tokenizer is None else ():
-        (folder / name).write_bytes(content)
+    else:
+        write_files(folder, model.tokenizer_files)
     _write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 

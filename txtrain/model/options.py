@@ -26,6 +26,7 @@ from txtrain.model.norm.config import NormPositionConfig as NormPositionConfig
 from txtrain.model.norm.config import RMSNormConfig as RMSNormConfig
 from txtrain.model.norm.config import SandwichConfig as SandwichConfig
 from txtrain.model.position.config import AlibiConfig as AlibiConfig
+from txtrain.model.position.config import DynamicScaling as DynamicScaling
 from txtrain.model.position.config import LearnedConfig as LearnedConfig
 from txtrain.model.position.config import LinearScaling as LinearScaling
 from txtrain.model.position.config import Llama3Scaling as Llama3Scaling

@@ -49,6 +49,7 @@ class Transformer(Stack):
     accepts_loss_kwargs = True  # transformers.Trainer may pass num_items_in_batch
     loss_type: str | None  # ForCausalLM tells transformers.Trainer that labels are shifted here
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from, for saving
+    generation_file: bytes = b""  # the folder's generation_config.json, for saving
     label_names: tuple[str, ...] = ()  # of the classes, from that folder, for saving
 
     def __init__(

@@ -24,6 +24,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.ground.slurm import Job
+from txtrain.hf import generation_config
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
@@ -66,7 +67,9 @@ class RunCallback(pl.Callback):
         stop: Stop,
         deadline: Deadline,
         columns: Sequence[str],
+        generation_file: bytes,
     ) -> None:
+        self._generation_file = generation_file
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
         self.display, self.loggers, self.stop, self.deadline = display, loggers, stop, deadline
         self.state = folder.state if folder else RunState()
@@ -376,6 +379,8 @@ class RunCallback(pl.Callback):
         self.folder.write_config(self.config, path)
         if self.data.tokenizer is not None:
             self.data.tokenizer.save(path / "tokenizer")
+        if self._generation_file:
+            (path / generation_config.FILE).write_bytes(self._generation_file)
 
     def _warn(self, text: str) -> None:
         self.display.tell(text, style="bold")

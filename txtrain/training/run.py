@@ -25,8 +25,10 @@ from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
+from txtrain.hf import generation_config
 from txtrain.hf.fit import Fit
 from txtrain.hf.pieces import Source
+from txtrain.model.transformer import Transformer
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -154,7 +156,10 @@ def train(
             () if weights is None or module.fit is None else start_screen.weights(weights.record(module.fit)),
         ))
         deadline = Deadline(parallel.first(_end_of_job))
-        ours = RunCallback(cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns)
+        ours = RunCallback(
+            cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
+            _generation_file(model, weights, source),
+        )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
         )
@@ -260,6 +265,14 @@ def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -
             return InitialWeights(source, given, parallel.first(partial(dict, origin)))
         if found is not None:
             found[0].close()
+
+
+def _generation_file(model: nn.Module | None, weights: Source | None, source: Path | None) -> bytes:
+    """The generation_config.json of the model that the run starts or goes on from."""
+    if source is not None:
+        return generation_config.read(source)
+    start = model if weights is None else weights.model
+    return start.generation_file if isinstance(start, Transformer) else b""
 
 
 def short(cfg: Train) -> Train:

@@ -338,3 +338,36 @@ def test_a_prompt_that_is_not_utf_8_is_refused(exported, monkeypatch, tmp_path, 
 def test_generate_speaks_from_an_exported_folder(exported, capsys):
     assert main(["generate", f"checkpoint={exported}", "prompt=The 3", "max_new_tokens=4", "temperature=0"]) == 0
     assert capsys.readouterr().out.startswith("The 3")
+
+
+def test_tokenizer_and_generation_config_travel_byte_for_byte_and_every_end_token_ends(exported, folder, tmp_path, monkeypatch):
+    """From a folder through a run, a resume and a checkpoint to an export."""
+    start = tmp_path / "start"
+    shutil.copytree(exported, start)
+    given = {
+        "generation_config.json": b'{"eos_token_id":[256,65],  "top_p":0.9}',
+        "chat_template.jinja": b"{{ messages }}",
+        "tokenizer_config.json": b'{"padding_side":"left","eos_token":"<|endoftext|>"}',
+        "special_tokens_map.json": b"{ }",
+        "tokenizer.json": (start / "tokenizer.json").read_bytes() + b" ",
+    }
+    for name, content in given.items():
+        (start / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    config = starting(folder, start, "travel", *ENDS_AFTER_A_STEP, "sample.prompts=[The]", "sample.max_new_tokens=3")
+    ends = []
+    generate = txtrain.generate
+    monkeypatch.setattr("txtrain.model.generation.generate", lambda *a, **k: ends.append(k["eos_token_id"]) or generate(*a, **k))
+    first = train(config).run_dir
+    assert ends[0] == (256, 65)
+    again = train(compose([f"resume={first}", "trainer.max_steps=2"])).run_dir
+    newest = max((again / "checkpoints").glob("step_*"))
+    assert newest.name == "step_00000002"
+    assert main(["export", f"checkpoint={newest}", f"out={tmp_path / 'out'}"]) == 0
+    for name, content in given.items():
+        beside = newest / name if name == "generation_config.json" else newest / "tokenizer" / name
+        assert (beside.read_bytes(), (tmp_path / "out" / name).read_bytes()) == (content, content), name
+    assert txtrain.load_pretrained(newest).config.eos_token_id == (256, 65)
+    (newest / "generation_config.json").write_bytes(b'{"eos_token_id":[256,66],  "top_p":0.9}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json has changed since it was written"):
+        txtrain.load_pretrained(newest)

@@ -115,7 +115,10 @@ def test_blocks_equal_plain_with_gradients(name, softcap, varying, value_size, m
 
 def test_a_block_reads_only_what_its_queries_may_see(monkeypatch):
     monkeypatch.setattr("txtrain.model.attention.mask.BLOCK", 4)
-    read = lambda varying, **mask: [tuple(block) for block in prepare(Mask(T, T, **mask), "blocks", None, torch.device("cpu"), torch.float32, varying).blocks]
+
+    def read(varying, **mask):
+        return [tuple(block) for block in prepare(Mask(T, T, **mask), "blocks", None, torch.device("cpu"), torch.float32, varying).blocks]
+
     assert read(True) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)]
     assert read(True, window=3) == [(0, 4, 0), (4, 8, 2), (8, 12, 6)]
     assert read(True, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0), (4, 8, 0), (8, 12, 5)], "the second begins at 5"

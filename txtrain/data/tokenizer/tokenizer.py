@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,19 @@ from numpy.typing import NDArray
 from txtrain.data.sources.files import Text, chunks_of
 from txtrain.data.tokenizer.cuts import byte_level_places, cut
 from txtrain.errors import ConfigError, shorten
+from txtrain.ground.plain_files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 _ROLES = ("bos_token", "eos_token", "pad_token")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # of `Tokenizer.save`
+CHAT_TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+# Of any tokenizer in the layout of `transformers`; and additional_chat_templates/*.jinja.
+SOURCE_FILES = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATES[0], "tokenizer.model",
+    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "source.spm", "target.spm",
+)
+_SETTINGS = ("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces")
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
 
@@ -63,6 +72,7 @@ class Tokenizer:
     Args:
         chat_template: of the tokenizer's files.
         names: special tokens by role (`eos_token`, ...) for the chat template; None: those of the ids.
+        files: name -> content of the files that it was read from, which `save` writes again.
     """
 
     def __init__(
@@ -73,6 +83,7 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: ChatTemplate | None = None,
         names: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -83,6 +94,7 @@ class Tokenizer:
         self.chat_template = chat_template
         of_ids = {role: backend.id_to_token(i) for role, i in roles.items() if i is not None}
         self.names = of_ids if names is None else names
+        self.files, self.settings = files, _settings(files)
 
     def encode(self, text: str) -> list[int]:
         with told("encode this text"):
@@ -132,10 +144,14 @@ class Tokenizer:
             return self
         backend = type(self.backend).from_str(self.backend.to_str())
         backend.add_special_tokens(missing)
-        return Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id, self.chat_template, self.names)
+        made = Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id, self.chat_template, self.names)
+        made.settings = self.settings  # of the files, which describe another vocabulary
+        return made
 
     def with_template(self, template: ChatTemplate) -> Tokenizer:
-        return Tokenizer(self.backend, self.eos_id, self.bos_id, self.pad_id, template, self.names)
+        files = {name: content for name, content in self.files.items() if not name.startswith(CHAT_TEMPLATES)}
+        files |= _template_files(template) if files else {}
+        return Tokenizer(self.backend, self.eos_id, self.bos_id, self.pad_id, template, self.names, files)
 
     def special_ids(self) -> set[int]:
         added = self.backend.get_added_tokens_decoder()
@@ -168,7 +184,8 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode() + named.encode()).hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """tokenizer.json, tokenizer_config.json and the chat template, as `transformers` reads them."""
+        """The files that it was read from, byte for byte; and where they were not among them tokenizer.json and
+        tokenizer_config.json, as `transformers` reads them, and the chat template."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
@@ -176,16 +193,35 @@ class Tokenizer:
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
         if self.chat_template is not None:  # templates read these, and may ask whether there is one
             config = dict(self.names)
-            for name, text in self.chat_template.texts.items():
-                other = f"additional_chat_templates/{name}.jinja"
-                place = folder / ("chat_template.jinja" if name == "default" else other)
-                place.parent.mkdir(exist_ok=True)
-                place.write_bytes(text.encode())
+            if not self.files:
+                write_files(folder, _template_files(self.chat_template))
+        config |= self.settings
         # Not by the backend's `save`, which reports a full disk by an error of its own.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
         )
+        write_files(folder, self.files)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by name, which may lie one folder deeper."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _template_files(template: ChatTemplate) -> dict[str, bytes]:
+    default, other = CHAT_TEMPLATES
+    names = {name: default if name == "default" else f"{other}/{name}.jinja" for name in template.texts}
+    return {names[name]: text.encode() for name, text in template.texts.items()}
+
+
+def _settings(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a tokenizer_config.json says that does not depend on the vocabulary."""
+    raw = contents.get("tokenizer_config.json")
+    said = {} if raw is None else parse_json(raw, "tokenizer_config.json")
+    return {name: said[name] for name in _SETTINGS if name in said}
 
 
 def _n_bytes(token: str, alphabet: str) -> int:

@@ -137,7 +137,9 @@ def _empty_like(q: Tensor, size: int) -> Tensor:
     return q.new_empty(B, T, N, size).transpose(1, 2)
 
 
-def _parts(blocks: tuple[Block, ...], q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
+def _parts(
+    blocks: tuple[Block, ...], q: Tensor, k: Tensor, v: Tensor
+) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
     for block in blocks:
         yield block, q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
 
