@@ -17,7 +17,7 @@ MODELS = {
     "gpt1": (
         ("model=gpt1", "model.head.lm=true", "data.kind=regression"), ("loss", "val_loss", "grad_norm", "lm_loss", "val_lm_loss", "pearson", "spearman"),
     ),
-    "t5": (("model=t5", "model.output_dropout=0", "model.ffn.dropout=0", "model.head.dropout=0"), ("loss", "val_loss", "grad_norm", "accuracy")),
+    "t5": (("model=t5", "optimizer=adamw", "model.output_dropout=0", "model.ffn.dropout=0", "model.head.dropout=0"), ("loss", "val_loss", "grad_norm", "accuracy")),
 }
 WAYS = {
     "ddp": ("strategy=ddp", "data.micro_batch_size=2"),
