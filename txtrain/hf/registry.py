@@ -61,18 +61,12 @@ def _by_tensors(
         hf = next((c for c in candidates if isinstance(said, list) and c.architecture in said), candidates[0])
         return hf, hf.read(given)
     spelt = {respelt(name, candidates[0].renamed) for name in names}
-    hf = next((c for c in candidates if c.marker in spelt), candidates[-1])
+    hf = next((c for c in candidates if c.marker in spelt), _unmarked(candidates))
     return hf, hf.read(hf.settled(given, spelt, (lambda a, b: False) if weights is None else weights.same))
 
 
-def label_names(folder: Path) -> tuple[str, ...]:
-    """The names of all classes in config.json, in order; none if one is missing."""
-    path = member(folder, CONFIG)
-    names = None if path is None else read_json(path).get("id2label")
-    if not isinstance(names, dict):
-        return ()
-    found: list[Any] = [names.get(str(i)) for i in range(len(names))]
-    return tuple(found) if all(isinstance(name, str) for name in found) else ()
+def _unmarked(candidates: list[HFClass]) -> HFClass:
+    return next((c for c in candidates if c.marker is None), candidates[-1])
 
 
 def class_of(model: ModelConfig) -> HFClass:

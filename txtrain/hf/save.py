@@ -58,10 +58,7 @@ def save_pretrained(
     if model.config.mtp_depth:
         what = "the modules that predict further tokens (model.mtp_depth): its logits are equal without them"
         warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=2)
-    config, names = hf.write(model.config), model.label_names
-    if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
-        config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
+    config = hf.write(model.config)
     every = stored_tensors(hf.rows, model.config, {name: tuple(t.shape) for name, t in tensors.items()})
     stored = {s.name: s for s in every}
     dtypes = {name: tensors[s.parts[0]].dtype for name, s in stored.items()}

@@ -62,7 +62,8 @@ class Initialiser:
         init = self.init
         if module is self._classifier:
             _output(module.weight, init, self._generator(module.weight, name))
-            module.bias.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             factor = (self._residual_factor if module in self._residual else 1.0) * self._gains.get(module, 1.0)
             _matrix(module.weight, init, factor, self._generator(module.weight, name))

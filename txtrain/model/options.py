@@ -19,6 +19,7 @@ from txtrain.model.ffn.moe_config import MoEConfig as MoEConfig
 from txtrain.model.head.config import ClassHeadConfig as ClassHeadConfig
 from txtrain.model.head.config import LMHeadConfig as LMHeadConfig
 from txtrain.model.head.config import MLMHeadConfig as MLMHeadConfig
+from txtrain.model.head.config import NoHeadConfig as NoHeadConfig
 from txtrain.model.norm.config import LayerNormConfig as LayerNormConfig
 from txtrain.model.norm.config import NoNormConfig as NoNormConfig
 from txtrain.model.norm.config import NormBase as NormBase

@@ -122,9 +122,10 @@ def samples(config: Train) -> str:
     """`sequences of 256 tokens`, or the like for other kinds of data."""
     kinds = {
         "pairs": f"pairs of at most {config.seq_len} tokens a side",
+        "labels": f"texts of at most {config.seq_len} tokens",
         "images": f"images in {config.seq_len} positions",
     }
-    return kinds.get(config.data.kind, f"sequences of {config.seq_len} tokens")
+    return kinds.get(config.data.sample_kind, f"sequences of {config.seq_len} tokens")
 
 
 def batch(config: Train) -> str:

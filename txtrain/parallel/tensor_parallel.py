@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from txtrain.model.block import Block
 from txtrain.model.context import AnyContext, CrossContext
+from txtrain.model.head.heads import LMHead
 from txtrain.model.position.encodings import Position
 from txtrain.parallel.divisibility import shared_heads
 from txtrain.parallel.dtensor_parts import ROWS, VocabularyPart, own_parameters, place, rows_here, wrap
@@ -68,12 +69,13 @@ class Cut:
                 for table in map(module.get_submodule, tables):
                     self._place(table, weight=Shard(0))
                     wrap(table, "forward", self._looked_up, table)
-            elif name == "head" and parameters:
-                n = self.config.vocab_size
-                self._place(module, **dict.fromkeys(parameters, Shard(0)))
-                module.vocabulary = VocabularyPart(self.lanes, n)
-                wrap(module, "entering", lambda entering, x: self.lanes.spread(entering(x)))
-                wrap(module, "forward", lambda forward, *args, n=n: self.lanes.classes(forward(*args), n))
+            elif name == "head":
+                for over_words in (part for part in module.modules() if isinstance(part, LMHead)):
+                    n = self.config.vocab_size
+                    self._place(over_words, **dict.fromkeys(parameters, Shard(0)))
+                    over_words.vocabulary = VocabularyPart(self.lanes, n)
+                    wrap(over_words, "entering", lambda entering, x: self.lanes.spread(entering(x)))
+                    wrap(over_words, "forward", lambda forward, *args, n=n: self.lanes.classes(forward(*args), n))
 
     def _looked_up(self, token: nn.Embedding, forward: Forward, ids_BT: Tensor) -> Tensor:
         """Each rank looks up the tokens that it has; other vectors are 0, and the ranks' are summed."""

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from txtrain.checkpoint.format import LoadError
@@ -25,7 +26,7 @@ from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
 from txtrain.monitor.layer_stats import LayerStats
-from txtrain.objectives.base import Batch, Objective, build_objective
+from txtrain.objectives.base import ROWS, Batch, Objective, build_objective
 from txtrain.optim.average import Average
 from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
 from txtrain.parallel.activation_checkpointing import wrap_blocks
@@ -115,6 +116,7 @@ class LitModule(pl.LightningModule):
         self._restored = restored
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
+        self._rows: list[Tensor] = []  # of the validation so far: sample index, and the objective's ROWS
 
     @property
     def tokens(self) -> int:
@@ -266,7 +268,7 @@ class LitModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums_of_sets = {}
+        self._sums_of_sets, self._rows = {}, []
         if self.config.ema.validate:
             self.average.swap_in()
 
@@ -277,7 +279,11 @@ class LitModule(pl.LightningModule):
         for i in range(self.parallel.most(len(parts))):
             counts = i < len(parts)
             micro_batch = parts[i] if counts else {name: value[:1] for name, value in batch.items()}
-            for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
+            found = dict(self.objective.validate(self.model, micro_batch))
+            if (rows := found.pop(ROWS, None)) is not None and counts:
+                index = micro_batch.get("sample_index", torch.zeros(len(rows[0])))
+                self._rows.append(torch.cat((index[:, None].double().cpu(), rows[0].double().cpu()), 1))
+            for name, (value, n) in found.items():
                 _add(sums, name, value, counts)
                 _add(sums, f"{name}/n", n, counts)
             ids = self.objective.target_ids(micro_batch)
@@ -308,7 +314,9 @@ class LitModule(pl.LightningModule):
             self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
         self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
         self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
-        if any(name not in means for name in self.objective.metrics):
+        if (rows := self._gathered_rows()) is not None:
+            self.val_metrics |= self.objective.score(rows)
+        if any(name not in self.val_metrics for name in self.objective.metrics):
             self.val_metrics |= self.objective.examine(self.model, self._data, self.config.micro_batch_size)
         if self.objective.perplexity:
             self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
@@ -316,6 +324,21 @@ class LitModule(pl.LightningModule):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # decisions based on them must agree
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def _gathered_rows(self) -> NDArray[np.float64] | None:
+        """The objective's ROWS of all ranks, in the order of the set; None if it gives none."""
+        width = self.parallel.most(self._rows[0].shape[1] if self._rows else 0)
+        if not width:
+            return None
+        here, ranks = torch.cat([torch.zeros(0, width, dtype=torch.float64), *self._rows]), self.parallel.size
+        sizes = torch.zeros(ranks, dtype=torch.float64, device=self.device)
+        sizes[self.parallel.rank] = len(here)
+        ends = self.parallel.reduce({"sizes": sizes})["sizes"].long().cumsum(0).tolist()
+        every = torch.zeros(ends[-1], width, dtype=torch.float64, device=self.device)
+        end = ends[self.parallel.rank]
+        every[end - len(here) : end] = here.to(self.device)
+        every = self.parallel.reduce({"rows": every})["rows"].cpu()
+        return every[every[:, 0].argsort(stable=True), 1:].numpy()
 
     def on_validation_end(self) -> None:
         self.average.swap_out()

@@ -199,7 +199,7 @@ def _shape_of_batches(cfg: Train) -> dict[str, Any]:
     return {
         "model.topology": cfg.model.topology,
         "objective": cfg.objective,
-        "data.kind": cfg.data.kind,
+        "data.kind": cfg.data.sample_kind,
         "data.global_batch_size": cfg.data.global_batch_size,
         "data.seq_len": cfg.seq_len,
     }

@@ -64,6 +64,29 @@ class ChatTemplate(NamedTuple):
     where: str
 
 
+class Frame(NamedTuple):
+    """The special tokens around one text or two. specials, types: before each text, and after the last; their segments.
+
+    of_texts: the segment of each text.
+    """
+
+    specials: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...]
+    of_texts: tuple[int, ...]
+
+    @property
+    def n_specials(self) -> int:
+        return sum(map(len, self.specials))
+
+    def around(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+        """Ids and segments of the whole."""
+        ids, types = list(self.specials[0]), list(self.types[0])
+        for k, text in enumerate(texts):
+            ids += [*text, *self.specials[k + 1]]
+            types += [*[self.of_texts[k]] * len(text), *self.types[k + 1]]
+        return ids, types
+
+
 class Tokenizer:
     """Encodes text without special tokens: none is added, and the name of one in the text is encoded as text.
 
@@ -152,6 +175,49 @@ class Tokenizer:
         files = {name: content for name, content in self.files.items() if not name.startswith(CHAT_TEMPLATES)}
         files |= _template_files(template) if files else {}
         return Tokenizer(self.backend, self.eos_id, self.bos_id, self.pad_id, template, self.names, files)
+
+    def framed(self, topology: str) -> Tokenizer:
+        """This tokenizer, with special tokens around texts that are read as a whole, and with a padding token.
+
+        Special tokens are those of its own files, if they say which; else an encoder reads [CLS] a [SEP] b [SEP], a
+        decoder beside an encoder a </s> b </s>, a decoder alone <s> a </s> b: its last token, which is classified, is
+        of the text.
+        """
+        backend = type(self.backend).from_str(self.backend.to_str())
+        if not backend.num_special_tokens_to_add(True):
+            from tokenizers import processors
+
+            written = {i: str(backend.id_to_token(i)) for i in (self.eos_id, self.bos_id) if i is not None}
+            end, begin = written[self.eos_id], "" if self.bos_id is None else written[self.bos_id]
+            single, pair = {
+                "encoder": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+                "encoder_decoder": (f"$A {end}", f"$A {end} $B {end}"),
+                "decoder": (f"{begin} $A".strip(), f"{begin} $A {end} $B".strip()),
+            }[topology]
+            names = [name for name in single.split() + pair.split() if "$" not in name]
+            known = {name.partition(":")[0] for name in names}
+            ids = [(name, self.id_of(name)) for name in sorted(known)]
+            added = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+            own = backend.post_processor
+            backend.post_processor = added if own is None else processors.Sequence([own, added])
+        # not beside an encoder: there the padding token also begins the decoder's input
+        pad_id = self.eos_id if self.pad_id is None and topology != "encoder_decoder" else self.pad_id
+        return Tokenizer(backend, self.eos_id, self.bos_id, pad_id, self.chat_template, self.names)
+
+    def frame(self, n_texts: int) -> Frame:
+        """The special tokens that its files put around one text or two."""
+        found = self.backend.encode(*["a"] * n_texts, add_special_tokens=True)
+        specials: list[list[int]] = [[] for _ in range(n_texts + 1)]
+        types: list[list[int]] = [[] for _ in range(n_texts + 1)]
+        of_texts = [0] * n_texts
+        text = -1
+        for i, kind, number in zip(found.ids, found.type_ids, found.sequence_ids, strict=True):
+            if number is None:
+                specials[text + 1].append(i)
+                types[text + 1].append(kind)
+            else:
+                text, of_texts[number] = number, kind
+        return Frame(tuple(map(tuple, specials)), tuple(map(tuple, types)), tuple(of_texts))
 
     def special_ids(self) -> set[int]:
         added = self.backend.get_added_tokens_decoder()

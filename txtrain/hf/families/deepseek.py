@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from txtrain.errors import ConfigError
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.families.llama2 import ACTIVATIONS, EMBEDDING, ENDS, NORMS
 from txtrain.hf.fields import Choice, Field, Fields, Same, TokenIds, Values, boolean, integer, number, optional, rate
 from txtrain.hf.hf_class import HFClass
@@ -139,3 +140,5 @@ DEEPSEEK_R1 = HFClass(
     buffers=r"model\.layers\.({n_layers}\..*|\d+\.self_attn\.rotary_emb\.inv_freq)",
     demands=_needs_balance_bias,
 )
+
+DEEPSEEK_R1_CLASSES = of_last_token(DEEPSEEK_R1, "DeepseekV3ForSequenceClassification")
