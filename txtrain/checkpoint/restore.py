@@ -148,7 +148,11 @@ def check_weights(path: Path, model: nn.Module) -> None:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Those that a checkpoint holds."""
+    from txtrain.model.lora import kept
+
+    tensors = model.state_dict()
+    return {f"model.{name}": tensors[name] for name in kept(tensors)}
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Reading = READING) -> None:

@@ -1,0 +1,149 @@
+"""adapter=lora: PEFT's knobs, and which matrices they mean, by our names or by those of transformers' class. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+import re
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from typing import Any, ClassVar
+
+from txtrain.errors import ConfigError, hint
+from txtrain.hf.name_map import EXPERT, Row, by_layer
+from txtrain.hf.registry import class_of
+from txtrain.model.adapter import AdapterConfig, factor_of
+from txtrain.model.config import ModelConfig
+from txtrain.model.transform import Transform
+from txtrain.registry import knob, register
+
+ALL = "all-linear"
+_DEFAULT = ("q_proj", "v_proj")  # the paper's choice (2106.09685, section 7.1), and PEFT's for most models
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """LoRA (2106.09685): W x + scaling * B (A x), with W frozen. Names and defaults are PEFT's."""
+
+    r: int = knob(8, at_least=1)  # rank of the added matrices
+    lora_alpha: float = knob(8.0, above=0)  # what is added is scaled by lora_alpha / r
+    lora_dropout: float = knob(0.0, at_least=0, below=1)  # of the adapter's input
+    # ends of modules' names, ours or Hugging Face's; a string: a regular expression for whole names, or all-linear:
+    # all matrices but the head's. null: queries and values
+    target_modules: tuple[str, ...] | str | None = None
+    rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (2312.03732); PEFT's use_rslora
+
+    alone: ClassVar[bool] = True
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def targets(self) -> dict[str, str | None]:
+        """Each one's key, and the end of a name; or the key of a regular expression, and None."""
+        key, targets = "adapter.target_modules", self.target_modules
+        if isinstance(targets, str):
+            return {key: None}
+        return {f"{key}[{i}]": t for i, t in enumerate(targets)} if targets is not None else dict(
+            zip((key, f"{key} "), _DEFAULT, strict=True)
+        )
+
+    def check(self) -> Iterator[str]:
+        targets = self.target_modules
+        if targets == ():
+            yield "`adapter.target_modules` must name at least one module, but is [] instead. Nearest: null."
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as e:
+                yield f"`adapter.target_modules` must be a list or a regular expression, but is {targets!r}: {e}."
+
+    def transforms(self, model: ModelConfig) -> tuple[Transform, ...]:
+        return (Lora(self, model),)
+
+
+register("adapter", "lora", "txtrain.hf.lora_config:Lora", LoraConfig)
+
+
+@dc.dataclass(frozen=True)
+class Lora(Transform):
+    """Freezes the model and gives the matrices that are meant their factors."""
+
+    config: LoraConfig
+    model: ModelConfig
+
+    @cached_property
+    def _theirs(self) -> dict[str, list[str]]:
+        """transformers' names of the modules, by our matrix."""
+        found: dict[str, list[str]] = {}
+        for row in adaptable(self.model):
+            for ours in row.ours:
+                found.setdefault(ours, []).append(row.theirs)
+        return found
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {}  # of the matrices asked for so far
+
+    def _means(self, key: str, matrix: str) -> bool:
+        end, pattern = self.config.targets[key], self.config.target_modules
+        if pattern == ALL:
+            return matrix.partition(".")[0] != "head"
+        names = [matrix, *self._theirs.get(matrix, ())]
+        if end is None:
+            return any(re.fullmatch(str(pattern), name) for name in names)
+        return any(f".{name}".endswith(f".{end}") for name in names)
+
+    def rank(self, matrix: str) -> int:
+        if matrix not in self._ranks:
+            self._ranks[matrix] = self.config.r if any(self._means(key, matrix) for key in self.config.targets) else 0
+        return self._ranks[matrix]
+
+    def trains(self, name: str) -> bool:
+        return factor_of(name) is not None
+
+    def problems(self, names: Collection[str]) -> Iterator[str]:
+        ours = [name.removesuffix(".weight") for name in names if factor_of(name) is None]
+        yield from self._without(ours, ours, "is in none of their names")
+
+    def shortcomings(self, names: Collection[str]) -> Iterator[str]:
+        factors = [factor for name in names if (factor := factor_of(name))]
+        ours = [name.removesuffix(".weight") for name in names if factor_of(name) is None]
+        yield from self._without({f.matrix for f in factors}, ours, "is none of them")
+        if self.config.lora_dropout and (stacked := next((f.matrix for f in factors if f.stacked), None)):
+            yield (
+                f"`adapter.lora_dropout` must be 0 with an adapter of experts ({stacked}), but is "
+                f"{self.config.lora_dropout} instead: PEFT has none there either."
+            )
+
+    def _without(self, matrices: Collection[str], ours: Collection[str], why: str) -> Iterator[str]:
+        """Sentences on the targets that mean none of these matrices. ours: all names, for the nearest."""
+        for key, end in self.config.targets.items():
+            if not any(self._means(key, matrix) for matrix in matrices):
+                said = str(end or self.config.target_modules)
+                parts = [part for name in ours for known in (name, *self._theirs.get(name, ())) for part in known.split(".")]
+                near = hint(said, dict.fromkeys(part for part in parts if part != said))
+                yield (
+                    f"`{key.strip()}` must name linear layers or experts of the model, but {said!r} {why}.{near} "
+                    "`adapter.target_modules=all-linear` means all of them."
+                )
+
+    def apply(self, model: Any) -> None:
+        from txtrain.model.lora import attach, matrices
+
+        model.requires_grad_(False)
+        scaling = self.config.scaling
+        ranks = {name: (r, scaling) for name in matrices(model) if (r := self.rank(name))}
+        attach(model, ranks, self.config.lora_dropout)
+
+
+def adaptable(model: ModelConfig) -> list[Row]:
+    """The modules of transformers' class that hold matrices of ours, and its stacks of experts; none if no class equals
+    the model."""
+    try:
+        hf = class_of(model)
+    except ConfigError:
+        return []
+    named = [row for row in hf.rows if EXPERT not in row.theirs and not row.spare]
+    return [row for row in by_layer([*named, *hf.stacks], model)]
