@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
@@ -100,6 +101,7 @@ class LitModule(pl.LightningModule):
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
         self.n_params = sum(p.numel() for _, p in named)
         self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
+        self.base: Base | None = None  # what an adapter is added to
         self.step = 0  # completed updates; except for tensors, a run's state is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation

@@ -15,7 +15,8 @@ from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore, run_folder
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.base import Base, identify, read_base
+from txtrain.checkpoint.load import open_base, open_weights
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
@@ -103,6 +104,9 @@ def train(
     checked(cfg, Train, "cfg")
     check_model(model, cfg)
     _check_given(cfg, data, callbacks)
+    if model is not None and cfg.adapter.alone:
+        why = "its checkpoints hold the adapter alone, and name the base by its place on the disk"
+        raise ConfigError(f"`model` must be None with adapter={cfg.adapter.type}: {why}, init_from.")
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
@@ -120,10 +124,12 @@ def train(
         display.tell(*loud, *origin.notes)
         device = parallel.device()
         objective = build_objective(cfg)
-        weights = parallel.together(lambda: initial_weights(cfg, place, parallel)) if model is None else None
+        base = parallel.first(lambda: base_of(cfg, place))
+        weights = parallel.together(lambda: initial_weights(cfg, place, parallel, base)) if model is None else None
         read = parallel.together(lambda: models_read(cfg, parallel))
         source = None if place is None else place.source
         module = LitModule(cfg, model, parallel, objective, weights, read, restored=source is not None)
+        module.base = base
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if source is not None:
             parallel.first(lambda: restore.check_weights(source, module.model))
@@ -208,11 +214,36 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
     return PREEMPTED if result.status == "preempted" else 0
 
 
-def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> Source | None:
-    """The weights of init_from; None for a run that continues: they are in its own checkpoint."""
-    if cfg.init_from is None or (place is not None and place.source is not None):
+def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
+    """What the run's adapter is added to; None if the run trains the model itself. A checkpoint's base may have moved:
+    init_from says where it is now.
+
+    Raises:
+        ConfigError: a checkpoint was trained on another base, or holds no adapter.
+    """
+    if not cfg.adapter.alone:
+        return None
+    assert cfg.init_from is not None
+    if place is None or (source := place.source) is None:
+        return identify(cfg.init_from, "init_from")
+    before = read_base(source)
+    if before is None:
+        raise ConfigError(f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}.")
+    if Path(before.path).exists():
+        return before
+    return dc.replace(before, path=identify(cfg.init_from, "init_from").path)
+
+
+def initial_weights(
+    cfg: Train, place: RunFolder | None, parallel: OneProcess, base: Base | None = None
+) -> Source | None:
+    """The weights of init_from; None for a run that continues: they are in its own checkpoint, unless that holds an
+    adapter alone. base: the adapter's."""
+    if cfg.init_from is None or (base is None and place is not None and place.source is not None):
         return None
     rank, size = parallel.world[:2]
+    if base is not None:
+        return open_base(base, "init_from", not cfg.allow_nonfinite, rank, size)
     return open_weights(cfg.init_from, "init_from", not cfg.allow_nonfinite, rank, size)
 
 

@@ -1,0 +1,99 @@
+"""The base of an adapter: where its weights are, and the hash by which they are known. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import hashlib
+import json
+from pathlib import Path
+
+from txtrain.checkpoint.format import LoadError, locate
+from txtrain.errors import ConfigError
+from txtrain.ground import files, plain_files
+from txtrain.hf.tensor_names import read_header
+
+BASE = "base.json"  # beside a checkpoint that holds an adapter alone
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dc.dataclass(frozen=True)
+class Base:
+    """path: of a checkpoint or a Hugging Face folder. sha256: of its weights; empty: unknown."""
+
+    path: str
+    sha256: str = ""
+
+    def write(self, folder: Path) -> None:
+        files.write(folder / BASE, json.dumps(dc.asdict(self), indent=1))
+
+
+def identify(where: str | Path, key: str) -> Base:
+    """What holds the weights now, a checkpoint of a run for example, and their hash. Reads a folder's files whole; of a
+    checkpoint the headers, which hold the checksums of the tensors.
+
+    Raises:
+        ConfigError: as `locate`.
+    """
+    path = Path(where).expanduser()
+    if not is_folder(path):
+        path = locate(path, key)
+    return Base(str(path.resolve()), sha256_of(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder of Hugging Face's kind: a model, or PEFT's adapter."""
+    return (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
+
+
+def sha256_of(path: Path) -> str:
+    """Of the weights in a checkpoint or a Hugging Face folder."""
+    found = hashlib.sha256()
+    by_headers = not is_folder(path)
+    for file in sorted(file for pattern in _WEIGHTS for file in path.glob(pattern)):
+        with file.open("rb") as f:
+            if by_headers and "txtrain" in (read_header(file)[0].get("__metadata__") or {}):
+                f.seek(0)
+                found.update(hashlib.sha256(f.read(read_header(file)[1])).digest())
+            else:
+                found.update(hashlib.file_digest(f, "sha256").digest())
+    if (path / BASE).is_file():
+        found.update(plain_files.read_bytes(path / BASE, plain_files.TOKENIZER_LIMIT))
+    return found.hexdigest()
+
+
+def read_base(path: Path) -> Base | None:
+    """Of a checkpoint; None if it holds a whole model.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    if not (path / BASE).is_file():
+        return None
+    raw = plain_files.read_json(path / BASE)
+    plain_files.check_keys(raw, str(path / BASE), {"path": str, "sha256": str})
+    return Base(raw["path"], raw["sha256"])
+
+
+def check_base(base: Base, path: Path, key: str) -> None:
+    """Refuse other weights than those that an adapter was trained on.
+
+    Args:
+        base: what the adapter names. path: what is there. key: the setting that names the adapter.
+
+    Raises:
+        LoadError: they are others.
+    """
+    if base.sha256 and (found := sha256_of(path)) != base.sha256:
+        raise LoadError(
+            f"`{key}`: the adapter was trained on the weights with the hash {base.sha256[:16]}, "
+            f"but those in {path} have {found[:16]}. Give it the weights that it was trained on."
+        )
+
+
+def missing(base: Base, key: str) -> ConfigError:
+    """The error where a base is not there."""
+    return ConfigError(
+        f"`{key}` holds an adapter alone, and its base {base.path!r} is not there. Put it back, or in Python: "
+        "txtrain.load_pretrained(BASE, adapter=DIR)."
+    )
