@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses as dc
 import hashlib
 import json
+from functools import lru_cache
 from pathlib import Path
 
 from txtrain.checkpoint.format import LoadError, locate
+from txtrain.checkpoint.state import HEADER
 from txtrain.errors import ConfigError
 from txtrain.ground import files, plain_files
 from txtrain.hf.tensor_names import read_header
 
 BASE = "base.json"  # beside a checkpoint that holds an adapter alone
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # PEFT's
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT's folder
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
@@ -48,17 +50,21 @@ def is_folder(path: Path) -> bool:
 
 def sha256_of(path: Path) -> str:
     """Of the weights in a checkpoint or a Hugging Face folder."""
+    found = sorted(file for pattern in (*_WEIGHTS, BASE) for file in path.glob(pattern))
+    return _hashed(tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found))
+
+
+@lru_cache(maxsize=8)
+def _hashed(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """files: path, size and time of change of each; a start asks for the same ones several times."""
     found = hashlib.sha256()
-    by_headers = not is_folder(path)
-    for file in sorted(file for pattern in _WEIGHTS for file in path.glob(pattern)):
+    for file, *_ in files:
+        header, end = read_header(file) if file.suffix == ".safetensors" else ({}, 0)
         with file.open("rb") as f:
-            if by_headers and "txtrain" in (read_header(file)[0].get("__metadata__") or {}):
-                f.seek(0)
-                found.update(hashlib.sha256(f.read(read_header(file)[1])).digest())
+            if HEADER in (header.get("__metadata__") or {}):  # it holds the checksums of the tensors
+                found.update(hashlib.sha256(f.read(end)).digest())
             else:
                 found.update(hashlib.file_digest(f, "sha256").digest())
-    if (path / BASE).is_file():
-        found.update(plain_files.read_bytes(path / BASE, plain_files.TOKENIZER_LIMIT))
     return found.hexdigest()
 
 

@@ -19,6 +19,7 @@ from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import check_keys, read_json, read_yaml
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
+from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import transform
 
@@ -197,6 +198,42 @@ def _read_adapter(
     tensors = {name: torch.empty(adapted.state_dict()[name].shape) for name in {piece.name for piece in pieces}}
     fill(tensors, pieces)
     return lora.pairs(tensors, config.scaling), found.base
+
+
+@dc.dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter without its base's weights. model: of the base, on the meta device. base: as the adapter names it."""
+
+    path: Path
+    adapter: dict[str, Pair]
+    model: Transformer
+    base: Base
+    config: Any  # LoraConfig; of PEFT's folder the defaults
+    tokenizer: Tokenizer | None
+
+
+def open_adapter(where: str, key: str = "checkpoint", weights: str = "model", finite: bool = True) -> OpenAdapter:
+    """The adapter at `where`: a run with adapter=lora, a checkpoint of it, or PEFT's folder. Reads no base.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def opened(found: Described) -> OpenAdapter:
+        from txtrain.data.tokenizer.load import load_tokenizer
+
+        if found.base is None:
+            raise ConfigError(
+                f"`{key}` must be a run with adapter=lora, one of its checkpoints, or PEFT's folder, but {where!r} has "
+                "no adapter."
+            )
+        model = _build(found.model, None)
+        adapter, base = _read_adapter(found, model, restore.Reading(key, finite=finite), weights)
+        tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+        config = AdapterConfig(type="none") if found.is_hf else _saved_adapter(found.path)
+        return OpenAdapter(found.path, adapter, model, base or found.base, config, tokenizer)
+
+    return _on(where, key, opened)
 
 
 def _saved_adapter(path: Path) -> Any:

@@ -228,6 +228,7 @@ class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # the folder to write: new or empty
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
+    merge_adapter: bool = True  # of a run with adapter=lora: false writes the adapter alone, in PEFT's layout
     allow_nonfinite: bool = False  # export even if weights are NaN or infinite
     imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 

@@ -116,7 +116,7 @@ def save_adapter(
     if lost := sorted(adapter.keys() - written):
         warnings.warn(f"{hf.architecture} has no place for {lost[0]}: its adapter is left out.", stacklevel=2)
     (r, alpha), _ = Counter(settings.values()).most_common(1)[0]
-    known = [*kinds, *settings]
+    known = [name if kind.stacked else f"{name}.weight" for name, kind in kinds.items()]
     others = {key: both for key, both in settings.items() if both != (r, alpha)}
     by_value: dict[tuple[int, float], list[str]] = {}
     for key, both in others.items():
@@ -125,7 +125,7 @@ def save_adapter(
     config = {
         "peft_type": "LORA", "task_type": _task(model), "base_model_name_or_path": base, "inference_mode": True,
         "r": r, "lora_alpha": alpha, "lora_dropout": 0.0 if parameters else dropout, "use_rslora": rslora,
-        "target_modules": _ends(modules, known), "target_parameters": _ends(parameters, known) or None,
+        "target_modules": _ends(modules, kinds), "target_parameters": _ends(parameters, known) or None,
         "rank_pattern": {end: n for end, (n, _) in patterns.items() if n != r},
         "alpha_pattern": {end: a for end, (_, a) in patterns.items() if a != alpha},
         "fan_in_fan_out": any(kinds[name].row.transposed for name in modules), "bias": "none",

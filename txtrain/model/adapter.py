@@ -41,7 +41,7 @@ class AdapterConfig:
     type: str
 
     alone: ClassVar[bool] = False  # whether checkpoints hold the adapter without its base
-    lora_dropout = cast("float", 0.0)  # a field of some options only
+    lora_dropout, rslora = cast("float", 0.0), cast("bool", False)  # fields of some options only
 
     def check(self) -> Iterator[str]:
         yield from ()

@@ -434,6 +434,7 @@ def _facts(
         "slurm": None if (job := Job.here()) is None else job.record,
         "parameters": module.n_params,
         "trained_parameters": module.n_trained,
+        "base": None if module.base is None else dc.asdict(module.base),
         "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,
