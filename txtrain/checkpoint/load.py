@@ -337,7 +337,8 @@ def _with_adapter(base: Path, where: Path, weights: str) -> Transformer:
 def _described_base(path: Path, where: Path) -> Described:
     found = _described("adapter", path)
     if found.base is None:
-        raise ConfigError(f"`adapter` must be a run with adapter=lora or PEFT's folder, but {str(where)!r} has no adapter.")
+        what = "a run with adapter=lora or PEFT's folder"
+        raise ConfigError(f"`adapter` must be {what}, but {str(where)!r} has no adapter.")
     return found
 
 

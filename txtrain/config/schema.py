@@ -79,8 +79,8 @@ class Train(RunConfig):
     def _check_base(self) -> Iterator[str]:
         if self.adapter.alone and self.init_from is None:
             yield (
-                f"`init_from` must be given with adapter={self.adapter.type}: the folder, run or checkpoint whose weights "
-                "are adapted. A checkpoint holds the adapter alone and names them."
+                f"`init_from` must be given with adapter={self.adapter.type}: the folder, run or checkpoint whose "
+                "weights are adapted. A checkpoint holds the adapter alone and names them."
             )
 
     def _check_name(self) -> Iterator[str]:

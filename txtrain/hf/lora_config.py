@@ -1,4 +1,4 @@
-"""adapter=lora: PEFT's knobs, and which matrices they mean, by our names or by those of transformers' class. No torch."""
+"""adapter=lora: PEFT's knobs, and which matrices they mean, by our names or those of transformers. No torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any, ClassVar
 
 from txtrain.errors import ConfigError, hint
-from txtrain.hf.name_map import EXPERT, Row, by_layer
+from txtrain.hf.name_map import EXPERT, Row, by_layer, respelt
 from txtrain.hf.registry import class_of
 from txtrain.model.adapter import AdapterConfig, factor_of
 from txtrain.model.config import ModelConfig
@@ -77,9 +77,9 @@ class Lora(Transform):
     def _theirs(self) -> dict[str, list[str]]:
         """transformers' names of the modules, by our matrix."""
         found: dict[str, list[str]] = {}
-        for row in adaptable(self.model):
+        for module, row in adaptable(self.model).items():
             for ours in row.ours:
-                found.setdefault(ours, []).append(row.theirs)
+                found.setdefault(ours, []).extend({module, row.theirs})
         return found
 
     @cached_property
@@ -122,8 +122,8 @@ class Lora(Transform):
         for key, end in self.config.targets.items():
             if not any(self._means(key, matrix) for matrix in matrices):
                 said = str(end or self.config.target_modules)
-                parts = [part for name in ours for known in (name, *self._theirs.get(name, ())) for part in known.split(".")]
-                near = hint(said, dict.fromkeys(part for part in parts if part != said))
+                known = (known for name in ours for known in (name, *self._theirs.get(name, ())))
+                near = hint(said, dict.fromkeys(part for name in known for part in name.split(".") if part != said))
                 yield (
                     f"`{key.strip()}` must name linear layers or experts of the model, but {said!r} {why}.{near} "
                     "`adapter.target_modules=all-linear` means all of them."
@@ -138,12 +138,12 @@ class Lora(Transform):
         attach(model, ranks, self.config.lora_dropout)
 
 
-def adaptable(model: ModelConfig) -> list[Row]:
-    """The modules of transformers' class that hold matrices of ours, and its stacks of experts; none if no class equals
-    the model."""
+def adaptable(model: ModelConfig) -> dict[str, Row]:
+    """The modules of transformers' class that hold matrices of ours, and its stacks of experts, by their name there;
+    none if no class equals the model."""
     try:
         hf = class_of(model)
     except ConfigError:
-        return []
+        return {}
     named = [row for row in hf.rows if EXPERT not in row.theirs and not row.spare]
-    return [row for row in by_layer([*named, *hf.stacks], model)]
+    return {respelt(row.theirs, hf.modules): row for row in by_layer([*named, *hf.stacks], model)}

@@ -14,7 +14,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +26,7 @@ from txtrain.ground import files, plain_files
 from txtrain.hf.folder import member
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.lora_config import adaptable
-from txtrain.hf.name_map import EXPERT, Row, Shape
+from txtrain.hf.name_map import EXPERT, Row, Shape, respelt
 from txtrain.hf.registry import class_of
 from txtrain.hf.tensor_file import SafetensorsFile, write_safetensors
 from txtrain.model.config import ModelConfig
@@ -59,13 +59,13 @@ class Kind(NamedTuple):
         return len(self.shapes[0]) == 3
 
 
-def _kinds(hf: HFClass, model: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Kind]:
+def _kinds(model: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Kind]:
     """What can be adapted, by their name. shapes: of our parameters, by name."""
     found = {}
-    for row in adaptable(model):
+    for module, row in adaptable(model).items():
         held = [shapes.get(ours, shapes.get(f"{ours}.weight", ())) for ours in row.ours]
         if all(len(shape) in (2, 3) for shape in held):
-            found[row.theirs] = Kind(row, tuple(held))
+            found[module] = Kind(row, tuple(held))
     return found
 
 
@@ -89,7 +89,7 @@ def save_adapter(
     hf = class_of(model)
     tensors: dict[str, Tensor] = {}
     settings: dict[str, tuple[int, float]] = {}  # rank and lora_alpha, by the name that PEFT compares with its patterns
-    modules, parameters, kinds = list[str](), list[str](), _kinds(hf, model, shapes)
+    modules, parameters, kinds = list[str](), list[str](), _kinds(model, shapes)
     own = _own_names(hf)
     written = set[str]()
     for theirs, kind in kinds.items():
@@ -102,7 +102,7 @@ def save_adapter(
         r = A.shape[-2]
         key, place = (theirs, theirs) if not kind.stacked else (theirs, theirs.rpartition(".")[0])
         if kind.stacked:
-            later = kinds.keys() & {s.theirs for s in _after(theirs, kinds) if any(o in adapter for o in s.ours)}
+            later = [name for name in _after(theirs, kinds) if any(ours in adapter for ours in kinds[name].row.ours)]
             place += _NESTED * len(later)
             A, B = A.flatten(0, 1), B.permute(1, 2, 0).flatten(1)
             parameters.append(theirs)
@@ -112,7 +112,8 @@ def save_adapter(
         else:
             modules.append(theirs)
         settings[key] = r, _whole(scaling * (math.sqrt(r) if rslora else r))
-        tensors |= {f"{_PREFIX}{place}.lora_A.weight": A.contiguous(), f"{_PREFIX}{place}.lora_B.weight": B.contiguous()}
+        for kind_of, factor in (("A", A), ("B", B)):
+            tensors[f"{_PREFIX}{place}.lora_{kind_of}.weight"] = factor.contiguous()
     if lost := sorted(adapter.keys() - written):
         warnings.warn(f"{hf.architecture} has no place for {lost[0]}: its adapter is left out.", stacklevel=2)
     (r, alpha), _ = Counter(settings.values()).most_common(1)[0]
@@ -155,10 +156,10 @@ def _joined(kind: Kind, parts: list[Pair | None], model: ModelConfig) -> tuple[T
     return A, B if kind.row.order is None else B[kind.row.order(model)], there[0].scaling
 
 
-def _after(theirs: str, kinds: Mapping[str, Kind]) -> Iterator[Row]:
+def _after(theirs: str, kinds: Mapping[str, Kind]) -> list[str]:
     """Stacks of the same module that PEFT wraps later, in the order of its parameters."""
     stacks = [name for name, kind in kinds.items() if kind.stacked and _parent(name) == _parent(theirs)]
-    yield from (kinds[name].row for name in stacks[stacks.index(theirs) + 1 :])
+    return stacks[stacks.index(theirs) + 1 :]
 
 
 def _parent(name: str) -> str:
@@ -240,7 +241,7 @@ class AdapterFolder:
             ConfigError: it is of another model.
         """
         hf = class_of(model)
-        kinds, found = _kinds(hf, model, shapes), dict[str, dict[str, Tensor]]()
+        kinds, found = _kinds(model, shapes), dict[str, dict[str, Tensor]]()
         for name in self._file.entries:
             key = _KEY.fullmatch(name.removeprefix(_PREFIX))
             if key is None:
@@ -259,7 +260,8 @@ class AdapterFolder:
     def _named(self, place: str, kinds: Mapping[str, Kind], hf: HFClass) -> str:
         """Their name of what is adapted at that place in PEFT's model."""
         depth, plain = place.count(_NESTED), place.replace(_NESTED, "")
-        for module in (plain, hf.base + plain):
+        spelt = [respelt(f"{name}.", hf.renamed).removesuffix(".") for name in (plain, hf.base + plain)]
+        for module in (respelt(name, hf.modules) for name in spelt):
             if module in kinds and not kinds[module].stacked and not depth:
                 return module
             ends = self.given.get("target_parameters") or []

@@ -150,7 +150,10 @@ def write_safetensors(
     path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor],
     metadata: Mapping[str, str] = NOTHING,
 ) -> None:
-    """Write tensors one by one; each is made when its turn comes, so that memory holds one. metadata: for the header."""
+    """Write tensors one by one; each is made when its turn comes, so that memory holds one.
+
+    metadata: further text in the header.
+    """
     words = {dtype: word for word, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0

@@ -196,7 +196,7 @@ class Cut:
         return how == "columns" and is_last
 
     def _cut_factors(self, linear: AdaptedLinear, how: How) -> None:
-        """B is cut as a matrix's outputs are, A as its inputs. Each rank's dropout of the adapter's input is its own."""
+        """B is cut as a matrix's outputs are, A as its inputs. Each rank drops other values of the adapter's input."""
         if how == "columns":
             self._place(linear.lora_A, weight=Shard(1))
         elif (rows := linear.__dict__.get(ROWS)) is not None:

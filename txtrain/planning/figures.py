@@ -34,8 +34,8 @@ class Figures:
         n_trained_params, trained_by_part: parameters with a gradient (fewer with `freeze` or an adapter).
         params_by_part: embedding, position, attention, ffn, norms, head, mtp, adapter.
         seq_len, target_len: positions of a sample; target_len is null unless encoder-decoder.
-        forward_flops_per_token, flops_per_token: without and with the backward pass; per position of an image. The first
-            is of the model alone, into which an adapter is merged.
+        forward_flops_per_token, flops_per_token: without and with the backward pass; per position of an image. An
+            adapter counts in the second; the first is of the model into which it is merged.
         flops_per_sample: forward and backward of one sequence, pair or image.
         flops_by_part: of one sample's forward pass in training.
         flops_missing, cache_missing: what a user's own options leave unstated, and the assumption made; null: nothing.

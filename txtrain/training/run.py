@@ -228,7 +228,9 @@ def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
         return identify(cfg.init_from, "init_from")
     before = read_base(source)
     if before is None:
-        raise ConfigError(f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}.")
+        raise ConfigError(
+            f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}."
+        )
     if Path(before.path).exists():
         return before
     return dc.replace(before, path=identify(cfg.init_from, "init_from").path)

@@ -19,7 +19,7 @@ class Tape(Recorder):
     def linear(
         self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = ""
     ) -> Value:
-        """x times a matrix [outputs, inputs], with what its adapter adds. name: of its module within the current one."""
+        """x times a matrix [outputs, inputs], with what its adapter adds. name: of its module in the current one."""
         y = self._linear(x, inputs, outputs, bias, weight, name)
         if not (r := self.rank(dotted(self.path, name)) if weight is None else 0):
             return y
