@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import hashlib
 import json
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -78,6 +79,8 @@ def read_base(path: Path) -> Base | None:
         return None
     raw = plain_files.read_json(path / BASE)
     plain_files.check_keys(raw, str(path / BASE), {"path": str, "sha256": str})
+    if not re.fullmatch("[0-9a-f]{64}", raw["sha256"]):
+        raise ConfigError(f"{path / BASE}: `sha256` must be a hash, but is {raw['sha256'][:80]!r} instead.")
     return Base(raw["path"], raw["sha256"])
 
 

@@ -82,8 +82,8 @@ def _described_adapter(folder: Path, key: str) -> Described:
     path = next((p for p in (Path(said).expanduser(), folder / said) if said and p.is_dir()), None)
     if path is None:
         raise base_missing(Base(said), key)
-    if path.resolve() == folder.resolve():
-        raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be another folder.")
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be a model, not an adapter.")
     found = describe(path, key)
     return dc.replace(
         found, path=folder, tokenizer=_tokenizer_in(folder) or found.tokenizer, is_hf=True, base=Base(str(path))
@@ -157,10 +157,9 @@ def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int
     """
     if not Path(base.path).exists():
         raise base_missing(base, key)
-    source = open_weights(base.path, key, finite, turn, of)
     if turn == 0:  # reads all of them: one rank does
-        check_base(base, source.path, key)
-    return source
+        check_base(base, Path(base.path), key)
+    return open_weights(base.path, key, finite, turn, of)
 
 
 def _read_adapter(
@@ -191,11 +190,13 @@ def _read_adapter(
     adapted = _build(model.config, None)
     transform(adapted, config.transforms(model.config))
     restore.check_weights(found.path, adapted)
-    pieces = Reader(found.path).pieces(f"{weights}.")
-    if not pieces:
+    reader, wanted = Reader(found.path), adapted.state_dict()
+    averaged = reader.pieces("ema.") if weights == "ema" else []
+    if weights == "ema" and not averaged:
         raise restore.no_average(found.path)
+    pieces = [*reader.pieces("model."), *(piece for piece in averaged if piece.name in wanted)]
     restore.check_values(found.path, pieces, how)
-    tensors = {name: torch.empty(adapted.state_dict()[name].shape) for name in {piece.name for piece in pieces}}
+    tensors = {name: torch.empty(wanted[name].shape, dtype=torch.float32, device="cpu") for name in lora.kept(wanted)}
     fill(tensors, pieces)
     return lora.pairs(tensors, config.scaling), found.base
 

@@ -40,14 +40,22 @@ class LoraConfig(AdapterConfig):
         return self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     @property
-    def targets(self) -> dict[str, str | None]:
-        """Each one's key, and the end of a name; or the key of a regular expression, and None."""
+    def targets(self) -> list[tuple[str, str]]:
+        """Each one's key, and what it says."""
         key, targets = "adapter.target_modules", self.target_modules
         if isinstance(targets, str):
-            return {key: None}
-        return {f"{key}[{i}]": t for i, t in enumerate(targets)} if targets is not None else dict(
-            zip((key, f"{key} "), _DEFAULT, strict=True)
-        )
+            return [(key, targets)]
+        return [(key, end) for end in _DEFAULT] if targets is None else [
+            (f"{key}[{i}]", end) for i, end in enumerate(targets)
+        ]
+
+    def means(self, target: str, names: Collection[str]) -> bool:
+        """Whether a target means the matrix of these names, ours first."""
+        if not isinstance(self.target_modules, str):
+            return any(f".{name}".endswith(f".{target}") for name in names)
+        if target == ALL:
+            return not next(iter(names)).startswith("head.")
+        return any(re.fullmatch(target, name) for name in names)
 
     def check(self) -> Iterator[str]:
         targets = self.target_modules
@@ -86,18 +94,13 @@ class Lora(Transform):
     def _ranks(self) -> dict[str, int]:
         return {}  # of the matrices asked for so far
 
-    def _means(self, key: str, matrix: str) -> bool:
-        end, pattern = self.config.targets[key], self.config.target_modules
-        if pattern == ALL:
-            return matrix.partition(".")[0] != "head"
-        names = [matrix, *self._theirs.get(matrix, ())]
-        if end is None:
-            return any(re.fullmatch(str(pattern), name) for name in names)
-        return any(f".{name}".endswith(f".{end}") for name in names)
+    def _names(self, matrix: str) -> list[str]:
+        return [matrix, *self._theirs.get(matrix, ())]
 
     def rank(self, matrix: str) -> int:
         if matrix not in self._ranks:
-            self._ranks[matrix] = self.config.r if any(self._means(key, matrix) for key in self.config.targets) else 0
+            names, config = self._names(matrix), self.config
+            self._ranks[matrix] = config.r if any(config.means(said, names) for _, said in config.targets) else 0
         return self._ranks[matrix]
 
     def trains(self, name: str) -> bool:
@@ -119,13 +122,12 @@ class Lora(Transform):
 
     def _without(self, matrices: Collection[str], ours: Collection[str], why: str) -> Iterator[str]:
         """Sentences on the targets that mean none of these matrices. ours: all names, for the nearest."""
-        for key, end in self.config.targets.items():
-            if not any(self._means(key, matrix) for matrix in matrices):
-                said = str(end or self.config.target_modules)
-                known = (known for name in ours for known in (name, *self._theirs.get(name, ())))
-                near = hint(said, dict.fromkeys(part for name in known for part in name.split(".") if part != said))
+        for key, said in self.config.targets:
+            if not any(self.config.means(said, self._names(matrix)) for matrix in matrices):
+                parts = (part for matrix in ours for name in self._names(matrix) for part in name.split("."))
+                near = hint(said, dict.fromkeys(part for part in parts if part != said))
                 yield (
-                    f"`{key.strip()}` must name linear layers or experts of the model, but {said!r} {why}.{near} "
+                    f"`{key}` must name linear layers or experts of the model, but {said!r} {why}.{near} "
                     "`adapter.target_modules=all-linear` means all of them."
                 )
 

@@ -214,9 +214,9 @@ def test_only_the_adapter_learns_and_experts_have_no_dropout():
 
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(st.sets(st.sampled_from(["k_proj", "o_proj", "up_proj", "blocks.1.ffn.down_proj"]), max_size=3))
-def test_a_factor_starts_from_the_seed_and_its_name_whatever_else_is_adapted(folder, others):
+def test_a_factor_starts_from_the_seed_and_its_name_whatever_else_is_adapted(folder, base, others):
     def started(*targets):
-        config = tiny(folder, "adapter=lora", f"adapter.target_modules=[{','.join(targets)}]", "init_from=anywhere")
+        config = tiny(folder, "adapter=lora", f"adapter.target_modules=[{','.join(targets)}]", f"init_from={base}")
         module = LitModule(config, parallel=None, read={})
         module.configure_model()
         return dict(module.model.named_parameters())
