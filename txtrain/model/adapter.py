@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Transform
@@ -41,7 +41,7 @@ class AdapterConfig:
     type: str
 
     alone: ClassVar[bool] = False  # whether checkpoints hold the adapter without its base
-    lora_dropout, rslora = cast("float", 0.0), cast("bool", False)  # fields of some options only
+    lora_dropout, rslora = 0.0, False  # fields of some options only
 
     def check(self) -> Iterator[str]:
         yield from ()

@@ -113,14 +113,15 @@ def attach(model: nn.Module, ranks: Mapping[str, tuple[int, float]], dropout: fl
     known = matrices(model)
     for name, (r, scaling) in ranks.items():
         module: Any = known[name]
-        if isinstance(module, nn.Linear):
+        is_linear: bool = isinstance(module, nn.Linear)
+        if is_linear:
             module.__class__ = AdaptedLinear
             module.scaling, module.lora_dropout = scaling, nn.Dropout(dropout)
             module.lora_A = Factor(r, module.in_features, module.weight)
             module.lora_B = Factor(module.out_features, r, module.weight)
             continue
         child = name.rpartition(".")[2]
-        if type(module) is Experts:
+        if not isinstance(module, AdaptedExperts):
             module.__class__, module.scalings = AdaptedExperts, {}
         module.scalings[child] = scaling
         weight = module._parameters[child]
