@@ -290,7 +290,7 @@ class AdapterFolder:
             A, B = A.view(n, r, columns), B.view(rows, r, n).permute(2, 0, 1)
         if kind.row.order is not None:
             B = B[torch.tensor(kind.row.order(model)).argsort()]
-        parts = B.split([shape[-2] for shape in kind.shapes], dim=-2)
+        parts = torch.split(B, [shape[-2] for shape in kind.shapes], dim=-2)
         return {
             ours: Pair(A, part.contiguous(), scaling) for ours, part in zip(kind.row.ours, parts, strict=True)
         }
