@@ -187,9 +187,9 @@ def dropout_knob(default: Any = 0.0) -> Any:
     return knob(default, at_least=0, below=1, carry=True, affects="dropout")
 
 
-def axis(name: str, *, free: bool = False) -> Any:
+def axis(name: str, default: Any = dc.MISSING, *, free: bool = False) -> Any:
     """A field that holds the config of one option of an axis, distinguished by its `type`. free: as in `knob`."""
-    return dc.field(metadata={"axis": name, "free": free})
+    return dc.field(default=default, metadata={"axis": name, "free": free})
 
 
 def axes(name: str) -> Any:

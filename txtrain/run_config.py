@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 from txtrain.ground.slurm import MAX_REQUEUES
+from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
@@ -112,6 +114,7 @@ class RunConfig:
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
     # parameters that are not trained: those whose dotted name has one of these patterns (re.search)
     freeze: tuple[str, ...] = ()
+    adapter: Any = axis("adapter", AdapterConfig(type="none"))
     sample: SampleConfig = knob(free=True)
     layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
     # Lightning loggers by _target_; the keys of wandb are in docs/logging.md
@@ -151,14 +154,18 @@ class RunConfig:
         source, target = self.objective.lengths(self.seq_len)
         return source, target
 
-    @property
+    @cached_property
     def transforms(self) -> tuple[Transform, ...]:
         """Changes to the model before it is sharded."""
-        return (Freeze(self.freeze),) if self.freeze else ()
+        return (*self.adapter.transforms(self.model), *([Freeze(self.freeze)] if self.freeze else []))
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of that name is trained."""
         return all(t.trains(name) for t in self.transforms)
+
+    def rank(self, matrix: str) -> int:
+        """The rank of the adapter of a matrix, by its name without `.weight`; 0: it has none."""
+        return sum(t.rank(matrix) for t in self.transforms)
 
     @property
     def micro_batch_size(self) -> int:

@@ -65,7 +65,8 @@ def line_of(file: str) -> list[str]:
     chosen = f"recipe={file.removeprefix('recipes/')}" if file.startswith("recipes/") else f"{folder.removeprefix('conf/')}={option}"
     group = chosen.partition("=")[0]
     beside = NEEDED.get(file) or (FAMILIES.get(option.partition("_")[0], "") if folder == "conf/model" else "")
-    return ["train", *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
+    verb = "plan" if file == "conf/adapter/lora" else "train"  # a run needs weights to adapt
+    return [verb, *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
 
 
 @pytest.mark.parametrize("file", FILES)

@@ -93,8 +93,8 @@ def as_json(
     source = numbers[0] if len(numbers) == 1 else list(numbers)
     if label is not None:
         n = int(real.sum())
-        made = {"input_ids": ids[real].tolist(), "trained": [False] * n, "documents": [0] * n, "label": label(sample["labels"])}
-        return {**made, "source": source}
+        made = {"input_ids": ids[real].tolist(), "trained": [False] * n, "documents": [0] * n}
+        return {**made, "label": label(sample["labels"]), "source": source}
     labels = targets(sample, model.topology)
     trained = labels != IGNORED if model.topology != "encoder_decoder" else torch.zeros_like(real)
     documents = sample.get("document_ids", torch.zeros_like(ids))

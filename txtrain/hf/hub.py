@@ -7,12 +7,14 @@ import re
 from pathlib import Path
 
 from txtrain.data.sources.hub import why_unreachable
+from txtrain.data.tokenizer.tokenizer import SOURCE_FILES
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
-from txtrain.hf.folder import TOKENIZER_FILES
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_CONFIGS = ("config.json", "generation_config.json", *TOKENIZER_FILES)
+_CONFIGS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "additional_chat_templates/*.jinja", *SOURCE_FILES
+)
 # In order of preference; a repository may have both.
 _WEIGHTS = (
     ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),

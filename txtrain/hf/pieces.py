@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
 from txtrain.hf.name_map import Shape
+from txtrain.model.lora import Pair
 from txtrain.model.transformer import Transformer
 
 Range = tuple[int, int]  # from the first index to before the second
@@ -103,6 +105,22 @@ def fill(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], held: Callable[
     """Read pieces into tensors of these names, in place; of a sharded one each rank reads its part."""
     for piece in pieces:
         held(tensors[piece.name]).take(piece)
+
+
+def merged(pieces: Sequence[Piece], adapter: Mapping[str, Pair]) -> list[Piece]:
+    """Pieces of a base with an adapter merged into what is read of them, in float32. adapter: by matrix."""
+
+    def read(piece: Piece, pair: Pair, box: Box) -> Tensor:
+        place = tuple(slice(b + first, b + last) for b, (first, last) in zip(piece.begin, box, strict=True))
+        return pair.added_to(piece.read(box).float(), place)
+
+    found = []
+    for piece in pieces:
+        pair = adapter.get(piece.name, adapter.get(piece.name.removesuffix(".weight")))
+        found.append(piece if pair is None else dc.replace(
+            piece, read=partial(read, piece, pair), look=piece.is_fine
+        ))
+    return found
 
 
 def is_finite(tensor: Tensor) -> bool:

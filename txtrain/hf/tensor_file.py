@@ -15,6 +15,7 @@ import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -32,6 +33,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} |
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "U16": 2, "U32": 4, **dict.fromkeys(("U64", "C64"), 8),
 }
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 _PIECE = 1 << 20  # bytes, which are still in the CPU cache when they are used
 
 
@@ -161,11 +163,15 @@ class PickleFile:
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]
+    path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str] = NOTHING,
 ) -> None:
-    """Write tensors one by one; each is made when its turn comes, so that memory holds one."""
+    """Write tensors one by one; each is made when its turn comes, so that memory holds one.
+
+    metadata: further text in the header.
+    """
     words = {dtype: word for word, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + n_elements(shape) * dtypes[name].itemsize

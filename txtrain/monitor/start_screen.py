@@ -81,6 +81,7 @@ def table(
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
         *(("weights", text) for text in weights),
+        *([("adapter", f"{_option(config.adapter)}; of {config.init_from}")] if config.adapter.alone else []),
         *([("trained", trained(*parameters))] if parameters[0] < parameters[1] else []),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", tokenizer),
@@ -151,12 +152,17 @@ def axes(model: ModelConfig) -> dict[str, str]:
         "shape": f"{model.n_layers} layers, dim {model.dim}, {model.n_heads} heads, vocabulary {model.vocab_size:,}"
     }
     for name, component in model.components():
-        knobs = [
-            f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component)
-            if f.name != "type" and getattr(component, f.name) != f.default
-        ]
-        shown[name.replace("_", " ")] = ", ".join([component.type, *knobs])
+        shown[name.replace("_", " ")] = _option(component)
     return shown
+
+
+def _option(component: Any) -> str:
+    """Its name, and its knobs that are not at their defaults."""
+    knobs = [
+        f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component)
+        if f.name != "type" and getattr(component, f.name) != f.default
+    ]
+    return ", ".join([component.type, *knobs])
 
 
 def graft_lines(model: ModelConfig, grafts: Grafts) -> list[str]:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.format import LoadError
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
@@ -98,6 +99,11 @@ class LitModule(pl.LightningModule):
         self.fit: Fit | None = None  # what became of the initial weights
         if weights is not None:
             weights, self.fit = fitted(weights, self.model, config.model, config.init_allow_missing)
+            if config.adapter.alone and (new := [*self.fit.resized, *self.fit.initialised]):
+                raise ConfigError(
+                    f"`adapter` must be none where weights of init_from are resized or initialised, as {new[0]} is here: a "
+                    "checkpoint would hold the adapter without them. Export the changed model first, and start from it."
+                )
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
@@ -107,6 +113,7 @@ class LitModule(pl.LightningModule):
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
         self.n_params = sum(p.numel() for _, p in named)
         self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
+        self.base: Base | None = None  # what an adapter is added to
         self.step = 0  # completed updates; except for tensors, a run's state is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation

@@ -16,7 +16,8 @@ from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore, run_folder
-from txtrain.checkpoint.load import open_weights, provenance, resolve
+from txtrain.checkpoint.base import Base, identify, read_base
+from txtrain.checkpoint.load import open_base, open_weights, provenance, resolve
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
@@ -107,6 +108,9 @@ def train(
     checked(cfg, Train, "cfg")
     check_model(model, cfg)
     _check_given(cfg, data, callbacks)
+    if model is not None and cfg.adapter.alone:
+        why = "its checkpoints hold the adapter alone, and name the base by its place on the disk"
+        raise ConfigError(f"`model` must be None with adapter={cfg.adapter.type}: {why}, init_from.")
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
@@ -124,11 +128,13 @@ def train(
         display.tell(*loud, *origin.notes)
         device = parallel.device()
         objective = build_objective(cfg)
-        weights = initial_weights(cfg, place, parallel) if model is None else None
+        base = parallel.first(lambda: base_of(cfg, place))
+        weights = initial_weights(cfg, place, parallel, base) if model is None else None
         read = parallel.together(lambda: models_read(cfg, parallel))
         source = None if place is None else place.source
         start = None if weights is None else weights.source
         module = LitModule(cfg, model, parallel, objective, start, read, restored=source is not None)
+        module.base = base
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if source is not None:
             parallel.first(lambda: restore.check_weights(source, module.model))
@@ -158,7 +164,7 @@ def train(
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(
             cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
-            _generation_file(model, weights, source),
+            _generation_file(model, None if weights is None else weights.source, source),
         )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
@@ -219,6 +225,28 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
     return PREEMPTED if result.status == "preempted" else 0
 
 
+def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
+    """What the run's adapter is added to; None if the run trains the model itself. A checkpoint's base may have moved:
+    init_from says where it is now.
+
+    Raises:
+        ConfigError: a checkpoint was trained on another base, or holds no adapter.
+    """
+    if not cfg.adapter.alone:
+        return None
+    assert cfg.init_from is not None
+    if place is None or (source := place.source) is None:
+        return identify(cfg.init_from, "init_from")
+    before = read_base(source)
+    if before is None:
+        raise ConfigError(
+            f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}."
+        )
+    if Path(before.path).exists():
+        return before
+    return dc.replace(before, path=identify(cfg.init_from, "init_from").path)
+
+
 @dc.dataclass(frozen=True)
 class InitialWeights:
     """given: the value of init_from. origin: `provenance`."""
@@ -234,8 +262,11 @@ class InitialWeights:
         return {"given": self.given, **self.origin, **parts, "resized": resized}
 
 
-def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> InitialWeights | None:
-    """The weights of init_from; None for a run that continues: they are in its own checkpoint.
+def initial_weights(
+    cfg: Train, place: RunFolder | None, parallel: OneProcess, base: Base | None = None
+) -> InitialWeights | None:
+    """The weights of init_from; None for a run that continues: they are in its own checkpoint, unless that holds an
+    adapter alone. base: the adapter's.
 
     All ranks open the same checkpoint; where a running training removes it meanwhile, the one that is the newest then.
 
@@ -243,14 +274,18 @@ def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -
         ConfigError: there are none, or they cannot be read.
     """
     given = cfg.init_from
-    if given is None or (place is not None and place.source is not None):
+    if given is None or (base is None and place is not None and place.source is not None):
         return None
     rank, size = parallel.world[:2]
 
     def opened(where: Path) -> tuple[Source, Mapping[str, Any]] | None:
         """None if it has been removed."""
         try:
-            source = open_weights(where, "init_from", not cfg.allow_nonfinite, rank, size)
+            finite = not cfg.allow_nonfinite
+            if base is None:
+                source = open_weights(where, "init_from", finite, rank, size)
+            else:
+                source = open_base(base, "init_from", finite, rank, size)
             return source, provenance(where) if parallel.is_first else {}
         except Exception:  # whatever a reader meets where files vanish under it; all else is raised
             if where.exists():
@@ -258,7 +293,7 @@ def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -
             return None
 
     while True:
-        where = parallel.first(lambda: resolve(given, "init_from"))
+        where = Path(base.path) if base is not None else parallel.first(lambda: resolve(given, "init_from"))
         found = parallel.together(partial(opened, where))
         if not parallel.any(found is None) and found is not None:
             source, origin = found
@@ -462,6 +497,7 @@ def _facts(
         "slurm": None if (job := Job.here()) is None else job.record,
         "parameters": module.n_params,
         "trained_parameters": module.n_trained,
+        "base": None if module.base is None else dc.asdict(module.base),
         "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,

@@ -137,6 +137,10 @@ DEEPSEEK_R1 = HFClass(
     },
     # The first two follow from other fields; the weights of MTP are not read; the others are of training.
     harmless="head_dim qk_head_dim num_nextn_predict_layers aux_loss_alpha seq_aux ep_size output_router_logits",
+    stacks=(
+        Row(f"{_FFN}experts.gate_up_proj", ("blocks.{}.ffn.experts.gate_proj", "blocks.{}.ffn.experts.up_proj")),
+        linear(f"{_FFN}experts.down_proj", "blocks.{}.ffn.experts.down_proj"),
+    ),
     buffers=r"model\.layers\.({n_layers}\..*|\d+\.self_attn\.rotary_emb\.inv_freq)",
     demands=_needs_balance_bias,
 )

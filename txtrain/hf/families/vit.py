@@ -40,6 +40,12 @@ def _side(name: str, value: object) -> int:
     return side
 
 
+_MODULES = {  # names in transformers 5, and in files
+    "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}
+
 VIT = HFClass(
     architecture="ViTForImageClassification", model_type="vit", family="vit",
     parts=(
@@ -77,14 +83,10 @@ VIT = HFClass(
     buffers=r"vit\.pooler\..*",
     # Names of the modules of transformers 5, and of their pickled state_dict; its files have the names above.
     renamed=(
-        (r"^vit\.layers\.(\d+)\.attention\.q_proj\.", r"vit.encoder.layer.\1.attention.attention.query."),
-        (r"^vit\.layers\.(\d+)\.attention\.k_proj\.", r"vit.encoder.layer.\1.attention.attention.key."),
-        (r"^vit\.layers\.(\d+)\.attention\.v_proj\.", r"vit.encoder.layer.\1.attention.attention.value."),
-        (r"^vit\.layers\.(\d+)\.attention\.o_proj\.", r"vit.encoder.layer.\1.attention.output.dense."),
-        (r"^vit\.layers\.(\d+)\.mlp\.fc1\.", r"vit.encoder.layer.\1.intermediate.dense."),
-        (r"^vit\.layers\.(\d+)\.mlp\.fc2\.", r"vit.encoder.layer.\1.output.dense."),
+        *((rf"^vit\.layers\.(\d+)\.{new}\.", rf"vit.encoder.layer.\1.{old}.") for new, old in _MODULES.items()),
         (r"^vit\.layers\.(\d+)\.layernorm_(before|after)\.", r"vit.encoder.layer.\1.layernorm_\2."),
     ),
+    modules=tuple((rf"^vit\.encoder\.layer\.(\d+)\.{old}$", rf"vit.layers.\1.{new}") for new, old in _MODULES.items()),
 )
 
 _BODY = VIT.without("id2label")
