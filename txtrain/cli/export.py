@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
-from txtrain.checkpoint.load import Opened, open_model
+from txtrain.checkpoint.base import ADAPTER_CONFIG
+from txtrain.checkpoint.load import OpenAdapter, Opened, open_adapter, open_model
 from txtrain.cli import model_card
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Export
 from txtrain.config.units import bytes_of
 from txtrain.errors import ConfigError
 from txtrain.ground import files
-from txtrain.hf import hub
+from txtrain.hf import push
+from txtrain.hf.peft import save_adapter
 from txtrain.hf.registry import CONFIG
 
 
@@ -33,31 +38,50 @@ def run_export(job: Composed) -> int:
     if there and any(out.iterdir()) and not any(out.glob(".export.*.tmp")):  # left by an export that was killed
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
     if config.push_to is not None:
-        hub.check(config.push_to)
-    opened = open_model(config.checkpoint, weights=config.weights, finite=not config.allow_nonfinite)
+        push.check(config.push_to)
+    how: dict[str, Any] = {"weights": config.weights, "finite": not config.allow_nonfinite}
+    opened: Opened | OpenAdapter
+    write: Callable[[Path], list[str]]
+    if config.merge_adapter:
+        opened = open_model(config.checkpoint, **how)
+        write = partial(_write_model, opened, config)
+        n, what = sum(p.numel() for p in opened.source.model.parameters()), "parameters"
+    else:
+        opened = open_adapter(config.checkpoint, **how)
+        write = partial(_write_adapter, opened)
+        n, what = sum(pair.A.numel() + pair.B.numel() for pair in opened.adapter.values()), "parameters of an adapter"
     try:
         with files.writing(out, "out"):
             out.mkdir(parents=True, exist_ok=True)
-            said = _write(opened, out, config)
+            said = _write(write, out)
     except BaseException:
         if not there:
             with contextlib.suppress(OSError):
                 out.rmdir()
         raise
-    n = sum(p.numel() for p in opened.source.model.parameters())
-    print(f"{opened.path} -> {out}: {n:,} parameters, {'with its tokenizer' if opened.tokenizer else 'no tokenizer'}")
+    print(f"{opened.path} -> {out}: {n:,} {what}, {'with its tokenizer' if opened.tokenizer else 'no tokenizer'}")
     for line in said:
         print(line)
     if config.push_to is not None:
-        print(f"{out} -> {hub.push(out, config.push_to)}")
+        print(f"{out} -> {push.push(out, config.push_to)}")
     return 0
 
 
-def _write(opened: Opened, out: Path, config: Export) -> list[str]:
+def _write(write: Callable[[Path], list[str]], out: Path) -> list[str]:
     """Write to a temporary folder, then move the files, config.json last: without it no tool sees a model.
 
     Returns what to tell the user.
     """
+    with files.temporary(out, "export") as made, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        told = write(made)
+        for path in sorted(made.iterdir(), key=lambda path: path.name in (CONFIG, ADAPTER_CONFIG)):
+            if path.name != files.LOCK:
+                path.replace(out / path.name)
+    return [*told, *(str(w.message) for w in caught if issubclass(w.category, UserWarning))]
+
+
+def _write_model(opened: Opened, config: Export, out: Path) -> list[str]:
     import torch
 
     from txtrain.hf.pieces import Whole
@@ -66,25 +90,32 @@ def _write(opened: Opened, out: Path, config: Export) -> list[str]:
     dtype, limit = getattr(torch, config.dtype), bytes_of(config.max_shard_size)
     assert limit is not None
     model = opened.source.model
-    saved = Saved.of(model, Whole(opened.source), dtype, limit)
-    with files.temporary(out, "export") as made, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with contextlib.closing(opened.source):
+        saved = Saved.of(model, Whole(opened.source), dtype, limit)
         if config.format == "gguf":
             from txtrain.hf.gguf import write_gguf
 
-            write_gguf(saved, made / f"{model.config.family}.gguf", opened.tokenizer)
+            write_gguf(saved, out / f"{model.config.family}.gguf", opened.tokenizer)
         else:
-            saved.write(made, opened.tokenizer)
-        card = model_card.card(opened.path, saved.hf.architecture, saved.config, config)
-        files.write(made / "README.md", card)
-        for path in sorted(made.iterdir(), key=lambda path: path.name == CONFIG):
-            if path.name != files.LOCK:
-                path.replace(out / path.name)
-    told = [f"{saved.hf.architecture} of transformers"]
-    if saved.leaving.missing is not None:
-        (file,) = saved.hf.code()
-        told = [
-            f"{saved.hf.architecture}, in {file}: load it with trust_remote_code=True",
-            f"no class of transformers equals the model; nearest: {saved.leaving.missing}",
-        ]
-    return [*told, *(str(w.message) for w in caught if issubclass(w.category, UserWarning))]
+            saved.write(out, opened.tokenizer)
+    files.write(out / "README.md", model_card.card(opened.path, saved.hf.architecture, saved.config, config))
+    if saved.leaving.missing is None:
+        return [f"{saved.hf.architecture} of transformers"]
+    (file,) = saved.hf.code()
+    return [
+        f"{saved.hf.architecture}, in {file}: load it with trust_remote_code=True",
+        f"no class of transformers equals the model; nearest: {saved.leaving.missing}",
+    ]
+
+
+def _write_adapter(opened: OpenAdapter, out: Path) -> list[str]:
+    shapes = {name: tuple(tensor.shape) for name, tensor in opened.model.state_dict().items()}
+    base, config = opened.base, opened.config
+    save_adapter(
+        opened.adapter, opened.model.config, shapes, out, base.path, base.sha256, config.rslora, config.lora_dropout
+    )
+    if opened.tokenizer is not None:
+        opened.tokenizer.save(out)
+    if (Path(base.path) / CONFIG).is_file():
+        return []
+    return [f"peft needs its base as a folder of Hugging Face: txtrain export checkpoint={base.path} out=DIR"]

@@ -7,7 +7,8 @@
     hf_class.py fields.py rope_fields.py name_map.py        the parts of those tables
     graft.py modeling/      a model that equals none: its config.json, and a modeling file made from our sources
     renumbering.py          sinusoids by halves, for Marian
-    gguf.py hub.py          a file for llama.cpp; a folder to the hub
+    gguf.py push.py         a file for llama.cpp; a folder to the hub
+    hub.py                  a model by its name on the hub
     pieces.py               weights in files, of which a rank reads only what it holds
     folder.py tensor_names.py weights.py tensor_file.py     reading files that a stranger wrote
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from txtrain.errors import ConfigError
 from txtrain.hf.name_map import Stored
-from txtrain.hf.tensor_layout import tensors_of, to_theirs
+from txtrain.hf.tensor_layout import to_theirs
 
 if TYPE_CHECKING:
     from txtrain.data.tokenizer.tokenizer import Tokenizer
@@ -61,9 +61,8 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
     writer.add_layer_norm_rms_eps(model.norm.eps)
     writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[saved.dtype])
     _add_tokenizer(writer, saved, tokenizer)
-    shapes = {name: tuple(t.shape) for name, t in tensors_of(saved.model).items()}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.n_layers)
-    stored = hf.stored(model, shapes)
+    stored = hf.stored(model, saved.shapes)
     kinds = {
         torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16,
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,

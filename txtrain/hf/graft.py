@@ -12,6 +12,7 @@ from typing import Any
 
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
+from txtrain.hf.class_fields import Classes
 from txtrain.hf.fields import short
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.modeling.source import modeling_file, parameters
@@ -22,12 +23,16 @@ from txtrain.registry import MODEL_AXES, TABLE, is_own
 KIND = "txtrain"  # model_type, and the key of config.json that holds our configuration
 FILE = f"modeling_{KIND}"
 _FREE = ("architectures", "auto_map", "model_type", "id2label", "label2id", "vocab_size", "use_cache")
+_CLASSES = ("head.n_classes", "head.label_names", "head.kind")
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 
 
 @dc.dataclass(frozen=True)
 class Role:
-    """What a model is to transformers: a class of its modeling file, and the Auto classes that load it."""
+    """What a model is to transformers: a class of its modeling file, and the Auto classes that load it.
+
+    name: without what all have; empty: the model has no head.
+    """
 
     name: str
     autos: tuple[str, ...]
@@ -40,9 +45,12 @@ _MASKED = Role("MaskedLM", ("MaskedLM",), "Logits of the token at each position,
 _PAIRS = Role("PreTraining", ("MaskedLM", "PreTraining"), f"{_MASKED.says[:-1]}; whether sentences follow, [B, 2].")
 _TEXT = Role("SequenceClassification", ("SequenceClassification",), "A score for each class, [B, classes].")
 _IMAGE = Role("ImageClassification", ("ImageClassification",), _TEXT.says)
+_BODY = Role("", (), "")
 
 
 def role_of(model: ModelConfig) -> Role:
+    if model.head.type == "none":
+        return _BODY
     if model.head.type == "class":
         return _IMAGE if model.embedding.grid() else _TEXT
     if model.topology == "encoder":
@@ -67,9 +75,10 @@ class Graft(HFClass):
                 what = "an option of txtrain, to be written into a modeling file"
                 raise ConfigError(f"`model.{axis}` must be {what}, but {component.type} is your own.")
         role = role_of(model)
+        name = f"For{role.name}" if role.name else "Model"
         return cls(
-            architecture=f"TxtrainFor{role.name}", model_type=KIND, family=model.family, parts=(), defaults={},
-            fixed={}, rows=(), base="", role=role, model=dc.replace(model, mtp_depth=0),
+            architecture=f"Txtrain{name}", model_type=KIND, family=model.family, parts=(), defaults={}, fixed={},
+            rows=(), base="", role=role, model=dc.replace(model, mtp_depth=0),
         )
 
     @classmethod
@@ -87,6 +96,11 @@ class Graft(HFClass):
         if type(n := given.get("vocab_size")) is int and model.vocab_size:
             theirs["vocab_size"] = n
         model = build(ModelConfig, {**model.to_dict(), **theirs})
+        if model.head.type == "class" and "id2label" in given:
+            named = Classes().read({
+                "id2label": given["id2label"], "num_labels": model.head.n_classes, "problem_type": None,
+            })
+            model = dc.replace(model, head=dc.replace(model.head, label_names=named["head.label_names"]))
         made = cls.of(model)
         for name, value in made.write(model).items():
             if name in given and name not in (*_FREE, *_IDS, KIND) and given[name] != value:
@@ -126,8 +140,7 @@ class Graft(HFClass):
             start = model.decoder_start_token_id
             made["decoder_start_token_id"] = (model.pad_token_id or 0) if start is None else start
         if model.head.type == "class":
-            made["id2label"] = {str(i): f"LABEL_{i}" for i in range(model.head.n_classes)}
-            made["label2id"] = {name: int(i) for i, name in made["id2label"].items()}
+            made |= Classes().write({name: getattr(model.head, name.removeprefix("head.")) for name in _CLASSES})
         made[KIND] = {"model": model.to_dict()}
         plain: dict[str, Any] = json.loads(json.dumps(made))
         return plain
@@ -135,24 +148,24 @@ class Graft(HFClass):
     def code(self) -> dict[str, str]:
         """Name -> content of the modeling file."""
         model, has = self.model, features(self.model)
-        head = "ClassHead" if "classifier" in has else "MLMHead" if "masked_lm" in has else "LMHead"
         drawn = ["nn.Linear", "nn.Conv2d"] if "patch" in has else ["nn.Linear"]
         drawn += [] if "patch" in has and model.position.type != "learned" else ["nn.Embedding"]
-        drawn += ["LMHead"] if head == "LMHead" else ["LMHead"] if head == "MLMHead" else []
+        drawn += ["LMHead"] if "vocabulary" in has else []
         drawn += ["Experts"] if "mixture" in has else []
         bases = "TxtrainPreTrainedModel, GenerationMixin" if "generates" in has else "TxtrainPreTrainedModel"
         legend = (", C latent size, P and R parts of a head without and with rotation" if "latent" in has else "") + (
             ", E experts" if "mixture" in has else ""
         )
         words = {
-            "summary": f"{described(model)}.", "auto": f"AutoModelFor{self.role.autos[0]}",
+            "summary": f"{described(model)}.",
+            "auto": f"AutoModelFor{self.role.autos[0]}" if self.role.autos else "AutoModel",
             "Class": self.architecture, "bases": bases, "class_doc": self.role.says, "legend": legend,
             "Norm": _target("norm", model.norm), "Attention": _target("attention", model.attention),
             "Position": _target("position", model.position), "FFN": _target("ffn", model.ffn),
             "Residual": _target("norm_position", model.residual), "Embedding": _target("embedding", model.embedding),
             "drawn": ", ".join(drawn), "causal": str(model.topology != "encoder"),
             "vocab": "" if "patch" in has else "config.vocab_size, ",
-            "rope_scaling": "" if model.position.scaling is None else _scaling(model.position.scaling),
+            "rope_scaling": _scaling(model),
         }
         functions = {model.ffn.activation, *([model.head.activation] if "masked_lm" in has else [])}
         return {f"{FILE}.py": modeling_file(has, words, " ".join(sorted(functions)))}
@@ -180,15 +193,18 @@ def features(model: ModelConfig) -> frozenset[str]:
         "two_stacks": two_stacks, "patch": patch, "token": not patch, "types": bool(model.embedding.n_types),
         "embedding_norm": model.embedding.norm, "final_norm": model.has_final_norm,
         "own_encoder_embedding": two_stacks and not model.share_embeddings,
-        "rope": position == "rope", "rope_scaling": model.position.scaling is not None,
+        "rope": position == "rope", "rope_scaling": bool(_scaling(model)),
         "bias": position in ("relative", "alibi"), "relative": position == "relative",
         "grid": patch and position == "learned",
         "windows": any(attention.window_at(i) is not None for i in layers), "softcap": attention.softcap is not None,
         "latent": latent, "generates": generates, "latent_cache": latent and generates,
         "mixture": mixture, "dense_layers": mixture and bool(ffn.dense_layers),
         "aux": mixture and bool(ffn.aux_weight), "balance_bias": mixture and bool(ffn.bias_update_rate),
-        "classifier": head == "class", "masked_lm": head == "mlm", "next_sentence": model.head.next_sentence,
-        "fixed_vocabulary": not patch and head != "class" and not (model.tie_word_embeddings and _unbiased(model)),
+        "headed": head != "none", "kept_pooler": head == "none" and model.head.pooler,
+        "vocabulary": head in ("lm", "mlm"), "classifier": head == "class",
+        "text_classifier": head == "class" and not patch, "masked_lm": head == "mlm",
+        "next_sentence": model.head.next_sentence,
+        "fixed_vocabulary": head in ("lm", "mlm") and not (model.tie_word_embeddings and _unbiased(model)),
     }
     found["plainly"] = not found["bias"] and not found["softcap"]
     return frozenset(name for name, applies in found.items() if applies)
@@ -203,7 +219,7 @@ def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
     layers = range(max(model.n_layers, model.encoder_layers))
     apart = {
         "attention": ("window",), "ffn": ("dense_hidden_dim",), "embedding": ("vocab_size",),
-        "head": ("vocab_size", "n_classes"), "position": ("causal",), "norm": (),
+        "head": ("vocab_size", "n_classes", "lm"), "position": ("causal",), "norm": (),
     }
     made: dict[str, Any] = {}
     for axis in MODEL_AXES:
@@ -222,8 +238,10 @@ def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
     return made
 
 
-def _scaling(scaling: Any) -> str:
-    return str(TABLE["rope_scaling"][scaling.rope_type].target).partition(":")[2]
+def _scaling(model: ModelConfig) -> str:
+    """The name of the function of frequencies; empty where they are not scaled, or by another base alone."""
+    scaling = model.position.arguments(model).get("scaling")
+    return "" if scaling is None else str(TABLE["rope_scaling"][scaling.rope_type].target).partition(":")[2]
 
 
 def _value(value: Any) -> Any:

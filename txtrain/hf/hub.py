@@ -1,48 +1,54 @@
-"""A folder to a repository of the Hugging Face hub, through its own client. Imported where it is used."""
+"""A model by its name on the Hugging Face hub: from the cache, else downloaded."""
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 
+from txtrain.data.sources.hub import why_unreachable
+from txtrain.data.tokenizer.tokenizer import SOURCE_FILES
 from txtrain.errors import ConfigError
+from txtrain.ground.files import path_of
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIGS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "additional_chat_templates/*.jinja",
+    *SOURCE_FILES,
+)
+# In order of preference; a repository may have both.
+_WEIGHTS = (
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+)
 
 
-def check(name: str) -> None:
-    """Ask, before any work is done, whether the hub knows who we are.
-
-    Raises:
-        ConfigError: the client is not installed, nobody is logged in, or the hub cannot be reached.
-    """
-    try:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
-    except ImportError as e:
-        raise ConfigError("`push_to` needs huggingface_hub: pip install huggingface_hub.") from e
-    try:
-        HfApi().whoami()
-    except LocalTokenNotFoundError as e:
-        raise ConfigError(f"`push_to={name}` needs a token: `hf auth login`, or HF_TOKEN.") from e
-    except (HfHubHTTPError, OSError, RuntimeError) as e:
-        problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ConfigError(f"`push_to={name}`: the hub does not answer for this token: {problem}") from e
-
-
-def push(folder: Path, name: str) -> str:
-    """Upload all files of the folder to the model repository, which is made, privately, if it is not there.
-
-    Returns the address.
+def folder_of(where: str | os.PathLike[str], key: str) -> Path:
+    """The folder of a name on the hub; any other path as it is. key: what an error calls it.
 
     Raises:
-        ConfigError: the hub refuses.
+        ConfigError: there is no such path, and the hub has no such model, or cannot be asked.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
+    path, name = path_of(where, key), os.fspath(where)
+    if os.path.lexists(path) or not _NAME.fullmatch(name) or name.startswith("."):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    api = HfApi()
+    allowed = f"`{key}` must be a run's folder, one of its checkpoints, a folder of runs, or a model of Hugging Face"
     try:
-        url = api.create_repo(name, private=True, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by txtrain")
-    except HfHubHTTPError as e:
-        problem = str(e).strip().splitlines()[0]
-        raise ConfigError(f"`push_to={name}`: the hub refuses: {problem} The export itself is in {folder}.") from e
-    return str(url)
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if (cached / "config.json").is_file() and any((cached / file).is_file() for w in _WEIGHTS for file in w):
+            return cached
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    if reason := why_unreachable():
+        raise ConfigError(f"{allowed}, but {name!r} does not exist, is not in the hub's cache, and {reason}.")
+    try:
+        for weights in _WEIGHTS:
+            found = Path(snapshot_download(name, allow_patterns=[*_CONFIGS, *weights]))
+            if any((found / file).is_file() for file in weights):
+                break
+    except (HfHubHTTPError, HFValidationError, ConnectionError) as e:
+        raise ConfigError(f"{allowed}, but {name!r} does not exist, and the hub says: {str(e).splitlines()[0]}") from e
+    return found

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, write_files
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.hf import generation_config
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Shape
 from txtrain.hf.registry import CONFIG, Leaving, leaving
@@ -46,32 +47,34 @@ def save_pretrained(
     _check(model, tokenizer, max_shard_bytes)
     folder = files.path_of(folder, "folder")
     _dtype_of(dict(model.named_parameters()))
-    Saved.of(model, tensors_of(model), max_shard_bytes=max_shard_bytes).write(folder, tokenizer)
+    Saved.of(model, max_shard_bytes=max_shard_bytes).write(folder, tokenizer)
 
 
 @dc.dataclass(frozen=True)
 class Saved:
-    """What is to be saved. tensors: ours, by name, each read when its turn comes."""
+    """What is to be saved. tensors: ours, by name, each read when its turn comes. shapes, dtypes: of all of them."""
 
     leaving: Leaving
     model: Transformer
     tensors: Mapping[str, Tensor]
+    shapes: Mapping[str, Shape]
     dtypes: Mapping[str, torch.dtype]
     max_shard_bytes: int = SHARD_BYTES
 
     @classmethod
     def of(
-        cls, model: Transformer, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None,
+        cls, model: Transformer, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
         max_shard_bytes: int = SHARD_BYTES,
     ) -> Saved:
-        """model: perhaps without memory. dtype: of the parameters in the files; None: the model's."""
-        leaves = leaving(model.config)
+        """tensors: None: the model's, which otherwise may be without memory. dtype: of the parameters in the files;
+        None: the model's."""
+        leaves, own = leaving(model.config), tensors_of(model)
+        tensors = own if tensors is None else tensors
         if leaves.model != model.config:
             tensors = Renumbered(tensors, model.config.dim)
         names = {name for name, _ in model.named_parameters()}
-        ours = {n: t.dtype for n, t in tensors_of(model).items()}
-        dtypes = {n: dtype if dtype is not None and n in names else own for n, own in ours.items()}
-        return cls(leaves, model, tensors, dtypes, max_shard_bytes)
+        dtypes = {n: dtype if dtype is not None and n in names else t.dtype for n, t in own.items()}
+        return cls(leaves, model, tensors, {n: tuple(t.shape) for n, t in own.items()}, dtypes, max_shard_bytes)
 
     @property
     def hf(self) -> HFClass:
@@ -80,11 +83,7 @@ class Saved:
     @property
     def config(self) -> dict[str, Any]:
         """config.json."""
-        config, names = self.hf.write(self.leaving.model), self.model.label_names
-        if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
-            config["id2label"] = {str(i): name for i, name in enumerate(names)}
-            config["label2id"] = {name: i for i, name in enumerate(names)}
-        return {**config, "dtype": str(self.dtype).removeprefix("torch.")}
+        return {**self.hf.write(self.leaving.model), "dtype": str(self.dtype).removeprefix("torch.")}
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,8 +98,7 @@ class Saved:
             where = f"{str(folder)!r} is or lies below a file"
             raise ConfigError(f"`save_pretrained` must be given a folder, but {where}.") from e
         self._warn()
-        shapes = {name: tuple(t.shape) for name, t in tensors_of(self.model).items()}
-        stored = {s.name: s for s in self.hf.stored(self.leaving.model, shapes)}
+        stored = {s.name: s for s in self.hf.stored(self.leaving.model, self.shapes)}
         dtypes = {name: self.dtypes[s.parts[0]] for name, s in stored.items()}
         shards = _shards({name: s.shape for name, s in stored.items()}, dtypes, self.max_shard_bytes)
         for name, held in shards.items():
@@ -115,11 +113,12 @@ class Saved:
         if self.model.config.topology != "encoder":
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
             ids = {name: config[name] for name in tokens if name in config}
-            _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+            content = generation_config.written(self.model.generation_file, ids)
+            (folder / generation_config.FILE).write_bytes(content)
         if tokenizer is not None:
             tokenizer.save(folder)
-        for name, content in self.model.tokenizer_files.items() if tokenizer is None else ():
-            (folder / name).write_bytes(content)
+        else:
+            write_files(folder, self.model.tokenizer_files)
         for name, text in self.hf.code().items():
             files.write(folder / name, text)
         _write_json(folder / CONFIG, config)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from txtrain.data.samples.rows import Rows
@@ -13,6 +15,7 @@ from txtrain.data.samples.text import TokenisedText
 from txtrain.registry import make
 from txtrain.run_config import RunConfig
 
+ROWS = "rows"  # in `Objective.validate`: numbers of each sample, [B, k], of which `Objective.score` is made
 IGNORED = -100  # label of positions without a target, as in Hugging Face
 
 Batch = Mapping[str, Tensor]
@@ -88,10 +91,17 @@ class Objective:
     # ------------------------------------------------------------------------------------------------------- validation
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        """Sum and count in this batch, of each term and of the `metrics` that are means over samples or targets."""
+        """Sum and count in this batch, of each term and of the `metrics` that are means over samples or targets.
+
+        Beside them perhaps ROWS: numbers of each sample, [B, k], for metrics of the whole set.
+        """
         counts = self.denominators(batch)
         sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
         return {name: (value, counts[name]) for name, value in sums.items()}
+
+    def score(self, rows: NDArray[np.float64]) -> dict[str, float]:
+        """The `metrics` that are made of ROWS of all samples, [N, k], in the order of the set; equal on all ranks."""
+        return {}
 
     def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
         """The `metrics` of a whole set, once per validation, on all ranks. data: None if a trainer was given loaders.

@@ -42,7 +42,20 @@ def drawn(n: int) -> list[ModelConfig]:
 
     collect()
     step = max(1, len(found) // n)
-    return found[::step][:n]
+    return [of_every_kind(config, i) for i, config in enumerate(found[::step][:n])]
+
+
+def of_every_kind(config: ModelConfig, i: int) -> ModelConfig:
+    """With a head of classes: one class, several and numbers in turn, with and without its parts."""
+    if config.head.type != "class":
+        return config
+    kind = ("single", "multi", "regression")[i % 3]
+    lm = config.topology == "decoder" and config.tie_word_embeddings
+    head = dc.replace(
+        config.head, kind=kind, n_classes=1 if kind == "regression" and i % 2 else 10, pooler=(None, True, False)[i // 3 % 3],
+        bias=(None, True, False)[i // 2 % 3], lm=lm,
+    )
+    return dc.replace(config, head=head, pad_token_id=int(ids(2, 12)[1, -1]) if config.vocab_size else None)
 
 
 def write_case(config: ModelConfig, folder: Path, seed: int, trainer: bool = False) -> None:
@@ -55,7 +68,8 @@ def write_case(config: ModelConfig, folder: Path, seed: int, trainer: bool = Fal
     model.mtp = torch.nn.ModuleList()  # stays behind; the balance of its experts would send a gradient into the trunk here
     inputs, decoder, case = _inputs(config), {}, {"auto": f"AutoModelFor{role_of(config).autos[0]}"}
     if config.topology == "encoder_decoder":
-        decoder = {"decoder_input_ids": ids(2, 7, seed=3)}
+        again = config.head.type == "class"  # its decoder reads the source
+        decoder = {"decoder_input_ids": model.shifted_right(inputs["input_ids"]) if again else ids(2, 7, seed=3)}
     case |= {"inputs": inputs, "decoder": decoder, "trainer": trainer}
     if "input_ids" in inputs:
         mask = torch.ones(2, 12, dtype=torch.long)
@@ -81,10 +95,10 @@ def write_case(config: ModelConfig, folder: Path, seed: int, trainer: bool = Fal
 def _inputs(config: ModelConfig) -> dict[str, Tensor]:
     if config.embedding.type == "patch":
         pixels = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
-        return {"pixel_values": pixels, "labels": torch.tensor([1, 7])}
+        return {"pixel_values": pixels, "labels": _classes(config)}
     made = {"input_ids": ids(2, 12)}
     if config.head.type == "class":
-        return made | {"labels": torch.tensor([1, 7])}
+        return made | {"labels": _classes(config)}
     labels = ids(2, 12 if config.topology != "encoder_decoder" else 7, seed=2)
     labels[0, :3] = -100
     made["labels"] = labels
@@ -93,6 +107,15 @@ def _inputs(config: ModelConfig) -> dict[str, Tensor]:
     if config.head.next_sentence:
         made["next_sentence_label"] = torch.tensor([0, 1])
     return made
+
+
+def _classes(config: ModelConfig) -> Tensor:
+    """Labels of two rows."""
+    kind, n = config.head.kind, config.head.n_classes
+    if kind == "single":
+        return torch.tensor([1, 7])
+    drawn = torch.randn((2, n) if n > 1 else 2, generator=torch.Generator().manual_seed(6))
+    return (drawn > 0).float() if kind == "multi" else drawn
 
 
 def _record(model: Transformer, case: dict[str, Any]) -> dict[str, Any]:
@@ -144,10 +167,9 @@ def wrong(result: dict[str, Any]) -> dict[str, Any]:
 
 def check_drawn(n: int, folder: Path) -> None:
     configs = drawn(n)
-    # A mixture balances each part of a batch by itself, and the loss of sentence pairs is each part's mean.
-    plain = [role_of(c).name for c in configs if not c.ffn.n_experts and not c.head.next_sentence]
+    plain = [role_of(c).name for c in configs if not c.ffn.n_experts]  # a mixture balances each part of a batch by itself
     for i, config in enumerate(configs):
-        first = not config.ffn.n_experts and not config.head.next_sentence and role_of(config).name in plain
+        first = not config.ffn.n_experts and role_of(config).name in plain
         if first:
             plain = [name for name in plain if name != role_of(config).name]
         write_case(config, folder / "cases" / f"case_{i:04d}", seed=i, trainer=first)

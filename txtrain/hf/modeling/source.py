@@ -30,8 +30,9 @@ WIDTH = 120
 
 # Members of classes that only txtrain uses: initialisation by family, the loss by chunks, ranks.
 _LEFT_OUT = {
-    "Head": ("loss", "log_probs"), "LMHead": ("vocabulary", "loss", "log_probs", "chunked"), "MLMHead": ("loss",),
-    "TokenEmbedding": ("n_channels",),
+    "Head": ("loss", "log_probs", "check_labels"), "LMHead": ("vocabulary", "loss", "log_probs", "chunked"),
+    "MLMHead": ("loss",), "ClassHead": ("check_labels", "token_loss"), "NoHead": ("forward", "check_labels"),
+    "TokenEmbedding": ("n_channels",), "Learned": ("takes", "from_table"),
 }
 _LEFT_OUT_EVERYWHERE = ("residual_projections", "stacked_projections")
 
@@ -41,6 +42,10 @@ _SAID_THERE = {
     r"\b[A-Z]\w*Scaling(Config)?\b": "SimpleNamespace", r"see mask\.py": "see `Mask`",
     r"see balancing\.py": "in txtrain", r"model\.embedding\.n_types": "n_types",
     r"\bmatrix\((self\.\w+)\)": r"\1.weight",  # there with an adapter's product
+    r"\bkind: Kind\b": "kind: str",
+    # The auxiliary loss of GPT-1 (model.head.lm) stays behind.
+    r"(?<=dim: int, )vocab_size: int, (?=n_classes)": "", r"(?<=kind: str), lm: bool,": ",",
+    r"(?<=regression), as `class_loss`\. lm: .*": ", as `class_loss`.", r"\n.*self\.next_token = .*": "",
 }
 _IMPORTS = {
     "math": "import math", "torch": "import torch", "F": "import torch.nn.functional as F",
@@ -247,9 +252,10 @@ def _with_forwards(text: str, features: Collection[str]) -> str:
         signature = textwrap.indent(_filled(["self", *_arguments(features, head)]), " " * 8)
         made = f"    def forward(\n{signature},\n    ) -> Output:"
         if head and "two_stacks" in features:
+            answer = "input_ids" if "classifier" in features else "labels"  # for a class the decoder reads the source
             made += (
-                "\n        if decoder_input_ids is None and labels is not None:"
-                "\n            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)"
+                f"\n        if decoder_input_ids is None and {answer} is not None:"
+                f"\n            decoder_input_ids = self.prepare_decoder_input_ids_from_labels({answer})"
             )
         text = "\n".join(made if line == mark else line for line in text.split("\n"))
     return text

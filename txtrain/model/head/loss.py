@@ -40,6 +40,33 @@ def cross_entropy(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tenso
     return total / denominator
 
 
+def class_loss(
+    kind: str, logits_BC: Tensor, labels: Tensor, denominator: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """A sum over the rows, in float32, divided by the denominator (`n_class_targets` of the global batch).
+
+    kind: single: cross-entropy, labels [B], -100: none; multi: binary cross-entropy of each class, labels [B, C] of 0
+    and 1; regression: squared error, labels [B, C], or [B] of one number. As ...ForSequenceClassification.
+    """
+    logits_BC = logits_BC.float()
+    if kind == "single":
+        total = F.cross_entropy(
+            logits_BC, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+        )
+    elif kind == "multi":
+        total = F.binary_cross_entropy_with_logits(logits_BC, labels.float(), reduction="sum")
+    else:
+        total = F.mse_loss(logits_BC, labels.float().view_as(logits_BC), reduction="sum")
+    return total / denominator
+
+
+def n_class_targets(kind: str, labels: Tensor) -> Tensor:
+    """Rows with a class; or the number of all labels, of every class."""
+    if kind == "single":
+        return (labels != IGNORED).sum()
+    return torch.tensor(labels.numel(), device=labels.device)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(cap(x W^T + b))[target] / denominator, by chunks of tokens.
 
