@@ -46,6 +46,7 @@ def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, 
         given_kind = f"{', '.join(known)}, but is {kind!r} instead"
         raise ConfigError(f"{path}: `model_type` must be one of {given_kind}.{hint(kind, known)}")
     candidates = [c for c in CLASSES if c.model_type == kind and c.is_of(given)]
+    hf: HFClass
     try:
         if kind == KIND:
             graft = Graft.in_config(given)
