@@ -27,6 +27,8 @@ NEEDED = {  # what the other files go with
     "conf/objective/image_classification": IMAGES,
     "conf/objective/masked_lm": "model=bert",
     "conf/objective/seq2seq": PAIRS,
+    "conf/data/preferences": "objective=dpo data.path=x",
+    "conf/objective/dpo": "data=preferences data.path=x",
     "conf/objective/sft": "data=chat data.path=x",
     "conf/objective/span_corruption": "model=t5",
     "conf/model/embedding/patch": IMAGES,

@@ -22,7 +22,7 @@ class ObjectiveConfig:
     topologies: ClassVar[tuple[str, ...] | None] = None
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
-    label_smoothing = 0.0  # not a field: some objectives have one
+    whole_logits = False  # the loss is of all logits at once, not by chunks of tokens
 
     @property
     def target_share(self) -> float:
@@ -33,6 +33,13 @@ class ObjectiveConfig:
     def models(self) -> Mapping[str, str]:
         """Further models that the objective reads: key that names each -> its path."""
         return {}
+
+    @property
+    def start(self) -> str | None:
+        """The key of one more, which has the weights with which the run begins; None: there is none."""
+        return None
+
+    reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective, and values for keys that are null."""
@@ -204,6 +211,46 @@ class SmoothedConfig(ObjectiveConfig):
 
     label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training, not in validation; 1706.03762: 0.1
 
+    @property
+    def whole_logits(self) -> bool:  # type: ignore[override]
+        return self.label_smoothing > 0
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class DPOConfig(ObjectiveConfig):
+    """Direct preference optimisation (2305.18290), and IPO (2310.12036)."""
+
+    topologies: ClassVar = ("decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("preferences",)
+
+    beta: float = knob(0.1, above=0)  # how much a divergence from the reference costs; 2310.12036 calls it tau
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # sigmoid: DPO; ipo: a squared distance, which does not saturate
+    # probability that a preference is the wrong way round (sigmoid alone), in training, not in validation
+    label_smoothing: float = knob(0.0, at_least=0, below=0.5)
+    # weight of the cross-entropy of the preferred answers, in nats per token (2404.19733, 2404.18922)
+    sft_weight: float = knob(0.0, at_least=0)
+    # of the weights with which the run begins: read at each step, or their log-probabilities, computed before the first
+    reference: Literal["initial", "cached"] = "initial"
+
+    reads_start: ClassVar = True
+
+    @property
+    def start(self) -> str | None:
+        return "reference" if self.reference == "initial" else None
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        return {"counts_tokens": config.model.ffn.n_experts > 0}
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        cached = {"reference_log_probs": (n, max(1, config.seq_len // 4), 2)} if self.reference == "cached" else {}
+        return super().batch_shapes(config, n) | cached
+
+    def check(self) -> Iterator[str]:
+        if self.label_smoothing and self.loss == "ipo":
+            given = self.label_smoothing
+            yield f"`objective.label_smoothing` must be 0 with objective.loss=ipo, but is {given} instead. Nearest: 0."
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig(SmoothedConfig):
@@ -243,6 +290,7 @@ class ImageClassificationConfig(SmoothedConfig):
 for name, target, config in (
     ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
     ("sft", "sft:SFT", SFTConfig),
+    ("dpo", "dpo:DPO", DPOConfig),
     ("masked_lm", "masked_lm:MaskedLM", MaskedLMConfig),
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),

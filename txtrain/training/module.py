@@ -6,7 +6,9 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,10 +19,11 @@ from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
-from txtrain.hf.pieces import Source
+from txtrain.hf.pieces import Source, piece_of
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
+from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import Batch, Objective, build_objective
 from txtrain.optim.average import Average
@@ -94,6 +97,9 @@ class LitModule(pl.LightningModule):
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
+        self.start = start_of(config, self.model, self.parallel) if config.objective.reads_start else None
+        if (key := config.objective.start) is not None and self.start is not None:
+            self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
         named = list(self.model.named_parameters())
         check_patterns([name for name, _ in named], config.optimizer)
@@ -159,10 +165,14 @@ class LitModule(pl.LightningModule):
         if self.weights is not None:
             self.parallel.fill(self.model, self.weights)
         if self._read:  # no submodules: neither trained nor saved
-            lay = self.parallel.lay_read_only
-            self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
+            self.objective.models = {key: self.lay(source) for key, source in self._read.items()}
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def lay(self, source: Source) -> Callable[..., Any]:
+        """A further model, which is only read, over the ranks."""
+        seed_everything(self.config.seed)  # for what the source lacks: the values that the trained model began with
+        return self.parallel.lay_read_only(source, self.device)
 
     def _loaded(self) -> Collection[str]:
         """Names of the weights that are read and not initialised."""
@@ -185,6 +195,7 @@ class LitModule(pl.LightningModule):
             self._val_names = data.val_names
             if data.token_bytes is not None:
                 self._token_bytes = torch.as_tensor(data.token_bytes).to(self.device)
+        self.objective.begin(self, self._data)
 
     # --------------------------------------------------------------------------------------------------------- training
 
@@ -281,7 +292,7 @@ class LitModule(pl.LightningModule):
         self.val_metrics = {"val_loss": self.objective.reported(means)}
         for number, name in enumerate(self._val_names):
             self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
-        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
+        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.terms}
         self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
         if any(name not in means for name in self.objective.metrics):
             self.val_metrics |= self.objective.examine(self.model, self._data, self.config.micro_batch_size)
@@ -312,6 +323,25 @@ def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
     """
     models, (rank, size) = config.objective.models, parallel.world[:2]
     return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
+
+
+def start_of(config: Train, model: nn.Module, parallel: OneProcess) -> Source:
+    """The weights with which the run begins, or began. model: the trained one, before it is laid over the ranks.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    tensors = model.state_dict()
+    copy = described(config)
+    assert isinstance(copy, Transformer)
+    if not any(t.is_meta for t in tensors.values()):  # given in Python
+        return Source(Path(), copy, [piece_of(name, t.detach().cpu().clone()) for name, t in tensors.items()])
+    key, where = next(((k, w) for k in ("init_from", "fork") if (w := getattr(config, k)) is not None), ("", None))
+    if where is None:
+        return Source(Path(), copy, ())
+    found = open_weights(where, key, not config.allow_nonfinite, *parallel.world[:2])
+    found.check(copy)
+    return dc.replace(found, model=copy)
 
 
 def described(config: Train) -> nn.Module:

@@ -73,6 +73,12 @@ def cached(cache_dir: str | None, name: str, fill: Callable[[Path], None], needs
     return build_folder(cache_root(cache_dir) / name, fill, needs, _chosen(cache_dir)[0])
 
 
+def find(cache_dir: str | None, name: str, needs: Sequence[str]) -> Path | None:
+    """The folder of that name in the cache, if it is there and whole."""
+    folder = cache_root(cache_dir) / name
+    return folder if folder.is_dir() and not _damage(folder, needs) else None
+
+
 def build_folder(
     folder: Path, fill: Callable[[Path], None], needs: Sequence[str] = (), key: str = "data.cache_dir"
 ) -> Path:
@@ -230,7 +236,8 @@ class TokenFile(Tokens):
         marks, numbers = folder / f"{split}.trained", partial(_mapped, folder / f"{split}.numbers.npy")
         masked: dict[str, Any] = {"trained": marks, "numbers": numbers} if marks.is_file() else {}
         borders = partial(_mapped, folder / f"{split}.offsets.npy")
-        super().__init__([Shard(path, dtype, n_tokens, borders=borders, **masked)], split)
+        pairs = said.get("pairs") is True
+        super().__init__([Shard(path, dtype, n_tokens, borders=borders, **masked)], split, pairs=pairs)
 
     @property
     def ids(self) -> NDArray[np.unsignedinteger[Any]]:

@@ -86,6 +86,7 @@ def _strategy(config: Train, layout: Layout) -> Copies:
 def _read(config: Train, layout: Layout) -> int:
     """Bytes of the weights of the objective's further models, laid over the ranks; their forward is not counted."""
     found = [describe(where, f"objective.{key}").model for key, where in config.objective.models.items()]
+    found += [config.model] if config.objective.start is not None else []
     return sum(_strategy(dc.replace(config, model=model), layout).states()["parameters"] for model in found)
 
 
