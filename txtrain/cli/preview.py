@@ -50,13 +50,15 @@ def run_preview(job: Composed) -> int:
     if wanted.format == "json":
         for batch, sources in batches:
             for i, numbers in enumerate(sources):
-                print(json.dumps(as_json({name: value[i] for name, value in batch.items()}, numbers, config.model)))
+                sample = {name: value[i] for name, value in batch.items()}
+                for made in pairs_as_json(sample, numbers) if data.pairs else [as_json(sample, numbers, config.model)]:
+                    print(json.dumps(made))
         return 0
     console = Console(highlight=False)
     coloured = console.color_system is not None and not console.no_color
     if data.fallback:
         console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
-    writer = Writer(pieces_of(data.tokenizer), config.model.topology, coloured)
+    writer = Writer(pieces_of(data.tokenizer), config.model.topology, coloured, data.pairs)
     console.print(f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}")
     for batch, _ in batches:
         for i in range(len(batch["sample_index"])):
@@ -87,6 +89,28 @@ def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[
     return {**made, "source": numbers[0] if len(numbers) == 1 else list(numbers)}
 
 
+def answers_of(sample: Sample) -> Iterator[Sample]:
+    """Of each pair the preferred answer, then the other one, both without padding."""
+    documents, real = sample["document_ids"], sample["attention_mask"] != 0
+    for number in documents[real].unique().tolist():
+        here = documents == number
+        part = {name: value[here] for name, value in sample.items() if value.shape == here.shape}
+        yield {**part, "document_ids": torch.zeros_like(part["document_ids"])}
+
+
+def pairs_as_json(sample: Sample, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """An object for each pair of a row. numbers: of the pairs' rows in the source."""
+    made = [
+        {
+            "input_ids": side["input_ids"].tolist(), "trained": (side["labels"] != IGNORED).tolist(),
+            "documents": side["document_ids"].tolist(),
+        }
+        for side in answers_of(sample)
+    ]
+    for chosen, rejected, number in zip(made[::2], made[1::2], numbers, strict=True):
+        yield {"chosen": {**chosen, "source": number}, "rejected": {**rejected, "source": number}}
+
+
 def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
     """How to show a token id: its text; if that is not whole characters, its name; if unknown, its number."""
     if tokenizer is None:
@@ -106,15 +130,16 @@ def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
 class Writer:
     """Samples as lines. Without colours, trained tokens stand between « and »."""
 
-    def __init__(self, piece: Pieces, topology: str, coloured: bool) -> None:
-        self.piece, self.topology, self.coloured = piece, topology, coloured
+    def __init__(self, piece: Pieces, topology: str, coloured: bool, pairs: bool = False) -> None:
+        self.piece, self.topology, self.coloured, self.pairs = piece, topology, coloured, pairs
 
     def legend(self, batch: Sample) -> str:
         if "pixel_values" in batch:
             return ""
         trained = "green" if self.coloured else "between « and »"
         hidden = ", behind what is read in their place" if self.topology == "encoder" else ""
-        return f"Pieces end at ·, documents at ‖; trained: {trained}{hidden}."
+        documents = "" if self.pairs else ", documents at ‖"
+        return f"Pieces end at ·{documents}; trained: {trained}{hidden}."
 
     def lines(self, sample: Sample) -> Iterator[Text]:
         if "pixel_values" in sample:
@@ -126,7 +151,11 @@ class Writer:
             f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}",
             style="bold"
         )
-        if self.topology == "encoder_decoder":
+        if self.pairs:
+            for k, side in enumerate(answers_of(sample)):
+                name = "  rejected  " if k % 2 else "  chosen    "
+                yield Text(name).append(self._written(side["input_ids"], side["labels"], None, None))
+        elif self.topology == "encoder_decoder":
             ids = sample["input_ids"]
             yield Text("  input   ").append(self._written(
                 ids, torch.full_like(ids, IGNORED), sample.get("document_ids"), sample.get("attention_mask")
@@ -146,11 +175,12 @@ class Writer:
         mask = sample.get("attention_mask")
         return int((sample["input_ids"] if mask is None else mask[mask != 0]).numel())
 
-    @staticmethod
-    def _beside(sample: Sample) -> str:
-        """Further facts of the sample: documents, prefix, next sentence."""
+    def _beside(self, sample: Sample) -> str:
+        """Further facts of the sample: documents or pairs, prefix, next sentence."""
         told = ""
-        if "document_ids" in sample:
+        if self.pairs:
+            told += f", {sum(1 for _ in answers_of(sample)) // 2} pairs"
+        elif "document_ids" in sample:
             told += f", {len(set(sample['document_ids'].tolist()))} documents"
         if "prefix_mask" in sample:
             told += f", the first {int(sample['prefix_mask'].sum())} seen from both sides"

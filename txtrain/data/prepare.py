@@ -270,7 +270,7 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     if tokenizer is not None:
         tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
         below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
-    train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
+    train, validation = (Tokens(source.tokens(split), split, eos_id, below, pairs(source)) for split in SPLITS)
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"

@@ -104,6 +104,12 @@ class DataModule(L.LightningDataModule):
         self._train, self._val, self._named = made.train, made.validation, made.named
 
     @property
+    def pairs(self) -> bool:
+        """Whether the samples are pairs of answers, of which one is preferred."""
+        self.prepare()
+        return self._val_text is not None and self._val_text.pairs
+
+    @property
     def rows(self) -> Mapping[Split, Rows]:
         """The samples of each split, by row."""
         self.prepare()

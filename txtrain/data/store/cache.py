@@ -192,15 +192,7 @@ class TokenWriter:
 
     def append_marked(self, split: Split, text: Marked) -> None:
         """A whole document."""
-        trained = np.array(text.trained, dtype=np.uint8)
-        if len(trained) != len(text.ids):
-            each = f"a mark for each of its {len(text.ids)} tokens"
-            raise ConfigError(f"`data`: text {text.number} must have {each}, but has {len(trained)}.")
-        if text.ids and not 0 <= min(text.ids) <= max(text.ids) < self.vocab_size:
-            known = f"tokens from 0 to {self.vocab_size - 1}"
-            raise ConfigError(f"`data`: text {text.number} must be of {known}, but has others.")
-        trained[:1] = 0
-        self._masks[split].write(trained.tobytes())
+        self._masks[split].write(marks_of(text, self.vocab_size).tobytes())
         self.numbers[split].append(text.number)
         self.append(split, text.ids, ends=True)
 
@@ -216,6 +208,23 @@ class TokenWriter:
     @property
     def n_tokens(self) -> int:
         return sum(self._n.values())
+
+
+def marks_of(text: Marked, vocab_size: int) -> NDArray[np.uint8]:
+    """A byte per token, 1 if it is trained: the first one never is.
+
+    Raises:
+        ConfigError: there is not one mark per token, or a token is outside of the vocabulary.
+    """
+    trained = np.array(text.trained, dtype=np.uint8)
+    if len(trained) != len(text.ids):
+        each = f"a mark for each of its {len(text.ids)} tokens"
+        raise ConfigError(f"`data`: text {text.number} must have {each}, but has {len(trained)}.")
+    if text.ids and not 0 <= min(text.ids) <= max(text.ids) < vocab_size:
+        known = f"tokens from 0 to {vocab_size - 1}"
+        raise ConfigError(f"`data`: text {text.number} must be of {known}, but has others.")
+    trained[:1] = 0
+    return trained
 
 
 class TokenFile(Tokens):
