@@ -203,6 +203,11 @@ class Mesh(OneProcess):
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
         return int(found)
 
+    def of_all(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.world.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
+
     def barrier(self) -> None:
         dist.barrier(group=self._control)
 
