@@ -28,6 +28,7 @@ NEEDED = {  # what the other files go with
     "conf/objective/masked_lm": "model=bert",
     "conf/objective/seq2seq": PAIRS,
     "conf/data/preferences": "objective=dpo data.path=x",
+    "conf/objective/distill": "objective.teacher=x",
     "conf/objective/dpo": "data=preferences data.path=x",
     "conf/objective/sft": "data=chat data.path=x",
     "conf/objective/span_corruption": "model=t5",

@@ -33,6 +33,7 @@ from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.objectives.base import build_objective
+from txtrain.training.teach import teach, teacher_of
 
 
 def run_prepare(job: Composed) -> int:
@@ -45,6 +46,8 @@ def run_prepare(job: Composed) -> int:
     assert config.out is not None
     folder = files.path_of(config.out, "out")
     files.check_writable(folder, "out")
+    if config.objective.prepares:
+        teacher_of(config)
     corpus, tokenizer = _text(config)
     with files.writing(folder, "out"):
         return _fill(corpus, tokenizer, folder, config)
@@ -61,6 +64,15 @@ def _fill(corpus: Corpus | MarkedCorpus, tokenizer: Tokenizer, folder: Path, con
             print(f"{folder} is complete: nothing left to do.")
         else:
             _write(corpus, tokenizer, key, folder, config)
+        if config.objective.prepares:
+            there = True  # the tokens stay, whatever becomes of this
+            teach(config, folder)
+            objective, data = config.objective, config.data
+            print(
+                f"{folder} has the teacher's distributions. To learn from them, beside those: objective=distill "
+                f"objective.top_k={objective.top_k} objective.temperature={objective.temperature} "
+                f"data.packing={data.packing} data.seq_len={config.seq_len}"
+            )
     except ConfigError:
         if not there:
             shutil.rmtree(folder)
@@ -116,7 +128,8 @@ def _write(corpus: Corpus | MarkedCorpus, tokenizer: Tokenizer, key: str, folder
         print(f"{folder}: goes on after {writer.n_documents:,} documents.", file=sys.stderr)
     writer.save(now=True)  # first of all: marks the folder as ours
     tokenizer.save(folder / "tokenizer")
-    rest = itertools.islice(corpus.documents(), writer.n_documents, None)
+    documents: Iterator[Any] = corpus.documents()
+    rest = itertools.islice(documents, writer.n_documents, None)
     with Progress("tokenising", n_bytes(corpus.source)) as progress:
         for size in _marked(rest, writer) if marked else write_tokens(rest, tokenizer, writer):
             progress.advance(size)

@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.load import describe, open_weights
 from txtrain.config.schema import Train
+from txtrain.data.tokenizer.load import load_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.hf.pieces import Source, piece_of
@@ -70,6 +72,7 @@ class LitModule(pl.LightningModule):
         weights: initial weights, read once the model is wrapped; by default it is initialised.
         read: the models that the objective reads; by default those that config.objective names.
         restored: all weights come from a checkpoint, so none is initialised.
+        began: of a run that continues, what `starting_weights` recorded of it.
 
     Raises:
         ConfigError: config is not a valid configuration, or its objective cannot train the model.
@@ -84,6 +87,7 @@ class LitModule(pl.LightningModule):
         weights: Source | None = None,
         read: Mapping[str, Source] | None = None,
         restored: bool = False,
+        began: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -97,7 +101,8 @@ class LitModule(pl.LightningModule):
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
-        self.start = start_of(config, self.model, self.parallel) if config.objective.reads_start else None
+        check_vocabularies(config, self._read)
+        self.start = start_of(config, self.model, self.parallel, began) if config.objective.reads_start else None
         if (key := config.objective.start) is not None and self.start is not None:
             self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
@@ -325,11 +330,17 @@ def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
     return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
 
 
-def start_of(config: Train, model: nn.Module, parallel: OneProcess) -> Source:
-    """The weights with which the run begins, or began. model: the trained one, before it is laid over the ranks.
+def start_of(
+    config: Train, model: nn.Module, parallel: OneProcess, began: Mapping[str, Any] | None = None
+) -> Source:
+    """The weights with which the run begins, or began.
+
+    Args:
+        model: the trained one, before it is laid over the ranks.
+        began: of a run that continues, the record of those weights: `init_from=RUN` may have newer ones by now.
 
     Raises:
-        ConfigError: they cannot be read.
+        ConfigError: they cannot be read, or are others than those recorded.
     """
     tensors = model.state_dict()
     copy = described(config)
@@ -339,9 +350,50 @@ def start_of(config: Train, model: nn.Module, parallel: OneProcess) -> Source:
     key, where = next(((k, w) for k in ("init_from", "fork") if (w := getattr(config, k)) is not None), ("", None))
     if where is None:
         return Source(Path(), copy, ())
-    found = open_weights(where, key, not config.allow_nonfinite, *parallel.world[:2])
+    path = parallel.first(lambda: began["path"] if began else str(describe(where, key).path))
+    found = open_weights(path, key, not config.allow_nonfinite, *parallel.world[:2])
     found.check(copy)
+    if began and parallel.first(found.identity) != began["identity"]:
+        raise ConfigError(
+            f"`{key}` must be what the run began with, since its objective reads those weights, but {path} has "
+            "changed since then."
+        )
     return dc.replace(found, model=copy)
+
+
+def starting_weights(module: LitModule) -> dict[str, str] | None:
+    """What run.json says of the weights with which the run began, for an objective that reads them."""
+    start = module.start
+    return None if start is None or start.path == Path() else {"path": str(start.path), "identity": start.identity()}
+
+
+def check_vocabularies(config: Train, read: Mapping[str, Source]) -> None:
+    """Raise a ConfigError if a model that the objective reads has another vocabulary, where it needs the same."""
+    for key, source in read.items() if config.objective.same_tokenizer else ():
+        if source.model.config.vocab_size != config.model.vocab_size:
+            wanted = f"a model of {config.model.vocab_size} tokens, model.vocab_size"
+            has = f"{config.objective.models[key]} has {source.model.config.vocab_size}"
+            raise ConfigError(f"`objective.{key}` must be {wanted}, but {has}.")
+
+
+def check_tokenizers(config: Train, tokenizer: Tokenizer | None) -> None:
+    """Check the tokenizers of the models that the objective reads, where they have one. tokenizer: of the data.
+
+    Raises:
+        ConfigError: one has another vocabulary.
+    """
+    for key, where in config.objective.models.items() if config.objective.same_tokenizer else ():
+        folder = describe(where, f"objective.{key}").tokenizer
+        if tokenizer is None or folder is None:
+            continue
+        theirs, ours = (one.backend.get_vocab() for one in (load_tokenizer(folder), tokenizer))
+        if theirs != ours:
+            other = next((token for token in ours if theirs.get(token) != ours[token]), None)
+            why = f"{len(theirs)} tokens, not {len(ours)}" if other is None else f"{other!r} is {theirs.get(other)}"
+            raise ConfigError(
+                f"`objective.{key}` must have the tokenizer of the data, but {where} has another: {why}. "
+                f"Give data.tokenizer={folder}, if the student is to read as it does."
+            )
 
 
 def described(config: Train) -> nn.Module:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import txtrain
 from tests.cases import some
 from tests.draws import legal_models, nearly_legal_models
-from tests.models import tiny
+from tests.models import seeded, tiny
 from tests.training import write_chats, write_preferences, write_text
 from txtrain.config import compatibility
 from txtrain.config.compatibility import DECLARED, KIND, OBJECTIVE_RULES, RUN_RULES, sources_of
@@ -161,9 +161,17 @@ def _raw(folder: Path, kind: str) -> dict[str, Any]:
     return plain(txtrain.compose([*of_kind[kind], *run, f"data.cache_dir={folder / 'cache'}"]))
 
 
+@cache
+def _teacher(folder: Path) -> Path:
+    """A folder with a model of the vocabulary that `with_room` gives."""
+    txtrain.save_pretrained(seeded(txtrain.compose(["model=gpt2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=400"]).model), folder / "teacher")
+    return folder / "teacher"
+
+
 def composed(folder: Path, model: ModelConfig, objective: str, kind: str) -> Train:
     raw = _raw(folder, kind)
-    knobs = {"n_sentinels": 8} if objective == "span_corruption" else {}
+    knobs: dict[str, Any] = {"n_sentinels": 8} if objective == "span_corruption" else {}
+    knobs |= {"teacher": str(_teacher(folder))} if objective == "distill" else {}
     data = raw["data"] | ({"seq_len": None} if model.embedding.type == "patch" else {})
     return build(Train, raw | {"model": plain(model), "data": data, "objective": {"type": objective, **knobs}})
 

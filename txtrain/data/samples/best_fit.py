@@ -142,6 +142,16 @@ class BestFitSamples(Rows):
         made = {"input_ids": ids, "labels": ids.masked_fill(unread, -100), "attention_mask": torch.from_numpy(mask_BT)}
         return made if self.cross_document_attention else {**made, "document_ids": torch.from_numpy(documents_BT)}
 
+    def places(self, rows: Indices) -> Indices:
+        """The place of each token in the stream of tokens, int64 [B, T]; -1: padding."""
+        found_BT = np.full((len(rows), self.seq_len), -1, dtype=np.int64)
+        for b, row in enumerate(rows.tolist()):
+            here = slice(*self.rows[row : row + 2])
+            pieces = zip(self.begins[here].tolist(), self.lengths[here].tolist(), strict=True)
+            ids = np.concatenate([np.arange(begin, begin + n) for begin, n in pieces])
+            found_BT[b, : len(ids)] = ids
+        return found_BT
+
     def _within(self, begin: int, length: int) -> Indices | int:
         """The number of each token's document among those of its piece, [length]."""
         return 0
@@ -154,14 +164,15 @@ class PreferenceSamples(BestFitSamples):
     reference: Path | None = None  # a file of float32 [pairs, 2]: log-probabilities of both answers of each pair
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """As BestFitSamples; with `reference` also reference_log_probs, float32 [B, pairs_of(T), 2]."""
+        """As BestFitSamples; with `reference` also reference_log_probs, [B, pairs_of(T), 2]: the bits of float32 as
+        int32, since the trainer rounds what floats in a batch where it computes in bfloat16."""
         made = super().batch(rows, draws)
         if self.reference is None:
             return made
         known, found = map_npy(self.reference), np.zeros((len(rows), pairs_of(self.seq_len), 2), np.float32)
         for b, pairs in enumerate(self.pairs(rows)):
             found[b, : len(pairs)] = known[pairs]
-        return {**made, "reference_log_probs": torch.from_numpy(found)}
+        return {**made, "reference_log_probs": torch.from_numpy(found.view(np.int32))}
 
     def pairs(self, rows: Indices) -> list[Indices]:
         """The numbers of the pairs in each row."""

@@ -174,9 +174,11 @@ def check_shards(shards: dict[str, Any], where: str) -> None:
 
 
 def own_shards(folder: Path, index: dict[str, Any], split: Split) -> list[Shard]:
-    dtype, made = np.dtype(index["dtype"]).newbyteorder("<").str, []
+    dtype = np.dtype(index["dtype"]).newbyteorder("<").str
+    made: list[Shard] = []
     for name, shard in _files(index, split):
-        n, marks = shard["n_tokens"], {}
+        n = shard["n_tokens"]
+        marks: dict[str, Any] = {}
         if index["format"] == MARKED:
             marks = {"trained": folder / f"{name}.trained", "numbers": partial(_numbers, folder / f"{name}.numbers")}
         borders = partial(_own_borders, folder / f"{name}.ends", n)
