@@ -36,13 +36,14 @@ from txtrain.data.sources.source import (
     has_validation,
     identity,
     method_of,
+    pairs,
     settle,
     validation_sets,
 )
 from txtrain.data.store.cache import MARK_FILES, TOKEN_FILES, TokenFile, TokenWriter, cached
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
-from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise
+from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise, write_skipped
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
@@ -134,11 +135,7 @@ def _text(
 
 def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
     """Texts with a mask of the tokens to be trained."""
-    data = config.data
-    tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
-    if (template := chat_template(source)) is not None:
-        tokenizer = tokenizer.with_template(template)
-    corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
+    data, (corpus, tokenizer) = config.data, marked_corpus(source, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
 
     def fill(empty: Path) -> None:
@@ -146,11 +143,24 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
         with writer.open():
             for split, text in corpus.documents():
                 writer.append_marked(split, text)
-        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
+        write_skipped(empty, source)
+        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint, pairs=pairs(source))
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
     splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
-    return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+    made = _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+    return dc.replace(made, skipped=_lists(folder))
+
+
+def marked_corpus(
+    source: MarkedSource, config: RunConfig, special_tokens: Sequence[str]
+) -> tuple[MarkedCorpus, Tokenizer]:
+    """The texts of such a source, and the tokenizer with its chat template."""
+    fraction = config.data.val_fraction
+    tokenizer = make_tokenizer(Corpus(source, fraction), config, special_tokens)
+    if (template := chat_template(source)) is not None:
+        tokenizer = tokenizer.with_template(template)
+    return MarkedCorpus(source, fraction, tokenizer), tokenizer
 
 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
@@ -224,7 +234,14 @@ def _packed(
     remedy: str,
 ) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer. remedy: for too little validation text."""
-    across, packing = config.data.cross_document_attention, config.data.packing
+    across, packing, kind = config.data.cross_document_attention, config.data.packing, splits[1].kind
+    reads = config.objective.reads
+    if kind != config.data.kind and reads is not None and kind not in reads:
+        wanted = f"one that reads {kind}, which data.path holds"
+        raise ConfigError(f"`objective` must be {wanted}, but is {config.objective.type} instead.")
+    if splits[1].pairs and packing == "concat":
+        why = "best_fit or none for preferences, since both answers of a prompt are in one sequence"
+        raise ConfigError(f"`data.packing` must be {why}, but is {packing} instead. Nearest: best_fit.")
     if any(tokens.mask is not None for tokens in splits) and not objective.masks:
         fitting = "causal_lm or sft with data of which only some tokens are trained"
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
@@ -243,7 +260,7 @@ def _packed(
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     packing = config.data.packing
     name = f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
-    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit")
+    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit", each=1 + tokens.pairs)
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
@@ -256,7 +273,7 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     if tokenizer is not None:
         tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
         below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
-    train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
+    train, validation = (Tokens(source.tokens(split), split, eos_id, below, pairs(source)) for split in SPLITS)
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"

@@ -18,6 +18,7 @@ from txtrain.hf.hf_class import HFClass
 from txtrain.hf.modeling.source import modeling_file, parameters
 from txtrain.hf.name_map import Shape, Stored
 from txtrain.model.config import ModelConfig
+from txtrain.model.head.config import ClassHeadConfig, NoHeadConfig
 from txtrain.registry import MODEL_AXES, TABLE, is_own
 
 KIND = "txtrain"  # model_type, and the key of config.json that holds our configuration
@@ -49,9 +50,9 @@ _BODY = Role("", (), "")
 
 
 def role_of(model: ModelConfig) -> Role:
-    if model.head.type == "none":
+    if isinstance(model.head, NoHeadConfig):
         return _BODY
-    if model.head.type == "class":
+    if isinstance(model.head, ClassHeadConfig):
         return _IMAGE if model.embedding.grid() else _TEXT
     if model.topology == "encoder":
         return _PAIRS if model.head.next_sentence else _MASKED
@@ -96,7 +97,7 @@ class Graft(HFClass):
         if type(n := given.get("vocab_size")) is int and model.vocab_size:
             theirs["vocab_size"] = n
         model = build(ModelConfig, {**model.to_dict(), **theirs})
-        if model.head.type == "class" and "id2label" in given:
+        if isinstance(model.head, ClassHeadConfig) and "id2label" in given:
             named = Classes().read({
                 "id2label": given["id2label"], "num_labels": model.head.n_classes, "problem_type": None,
             })
@@ -139,7 +140,7 @@ class Graft(HFClass):
         if two_stacks:
             start = model.decoder_start_token_id
             made["decoder_start_token_id"] = (model.pad_token_id or 0) if start is None else start
-        if model.head.type == "class":
+        if isinstance(model.head, ClassHeadConfig):
             made |= Classes().write({name: getattr(model.head, name.removeprefix("head.")) for name in _CLASSES})
         made[KIND] = {"model": model.to_dict()}
         plain: dict[str, Any] = json.loads(json.dumps(made))
@@ -149,7 +150,7 @@ class Graft(HFClass):
         """Name -> content of the modeling file."""
         model, has = self.model, features(self.model)
         drawn = ["nn.Linear", "nn.Conv2d"] if "patch" in has else ["nn.Linear"]
-        drawn += [] if "patch" in has and model.position.type != "learned" else ["nn.Embedding"]
+        drawn += [] if "patch" in has and "grid" not in has else ["nn.Embedding"]
         drawn += ["LMHead"] if "vocabulary" in has else []
         drawn += ["Experts"] if "mixture" in has else []
         bases = "TxtrainPreTrainedModel, GenerationMixin" if "generates" in has else "TxtrainPreTrainedModel"
@@ -184,34 +185,32 @@ def _target(axis: str, component: Any) -> str:
 
 def features(model: ModelConfig) -> frozenset[str]:
     """The names of the template that apply."""
-    attention, ffn, position, head = model.attention, model.ffn, model.position.type, model.head.type
+    attention, ffn = model.attention, model.ffn
+    position, head = _target("position", model.position), _target("head", model.head)
     two_stacks, layers = model.topology == "encoder_decoder", range(max(model.n_layers, model.encoder_layers))
     mixture, patch = bool(ffn.n_experts), model.embedding.grid() is not None
-    latent = attention.type == "mla"
-    generates = head == "lm" and model.topology != "encoder"
+    latent = _target("attention", attention) == "LatentAttention"
+    own_matrix = not model.tie_word_embeddings
+    generates = head == "LMHead" and model.topology != "encoder"
     found = {
         "two_stacks": two_stacks, "patch": patch, "token": not patch, "types": bool(model.embedding.n_types),
         "embedding_norm": model.embedding.norm, "final_norm": model.has_final_norm,
         "own_encoder_embedding": two_stacks and not model.share_embeddings,
-        "rope": position == "rope", "rope_scaling": bool(_scaling(model)),
-        "bias": position in ("relative", "alibi"), "relative": position == "relative",
-        "grid": patch and position == "learned",
+        "rope": position == "RoPE", "rope_scaling": bool(_scaling(model)),
+        "bias": position in ("RelativeBias", "ALiBi"), "relative": position == "RelativeBias",
+        "grid": patch and position == "Learned",
         "windows": any(attention.window_at(i) is not None for i in layers), "softcap": attention.softcap is not None,
         "latent": latent, "generates": generates, "latent_cache": latent and generates,
         "mixture": mixture, "dense_layers": mixture and bool(ffn.dense_layers),
         "aux": mixture and bool(ffn.aux_weight), "balance_bias": mixture and bool(ffn.bias_update_rate),
-        "headed": head != "none", "kept_pooler": head == "none" and model.head.pooler,
-        "vocabulary": head in ("lm", "mlm"), "classifier": head == "class",
-        "text_classifier": head == "class" and not patch, "masked_lm": head == "mlm",
+        "headed": head != "NoHead", "kept_pooler": head == "NoHead" and model.head.pooler,
+        "vocabulary": head in ("LMHead", "MLMHead"), "classifier": head == "ClassHead",
+        "text_classifier": head == "ClassHead" and not patch, "masked_lm": head == "MLMHead",
         "next_sentence": model.head.next_sentence,
-        "fixed_vocabulary": head in ("lm", "mlm") and not (model.tie_word_embeddings and _unbiased(model)),
+        "fixed_vocabulary": head == "MLMHead" or (head == "LMHead" and (own_matrix or model.head.bias)),
     }
     found["plainly"] = not found["bias"] and not found["softcap"]
     return frozenset(name for name, applies in found.items() if applies)
-
-
-def _unbiased(model: ModelConfig) -> bool:
-    return model.head.type == "lm" and not model.head.bias
 
 
 def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
@@ -228,7 +227,7 @@ def components(model: ModelConfig, has: Collection[str]) -> dict[str, Any]:
         if axis == "position":
             asked = parameters(_target(axis, component))
             arguments |= {n: getattr(model, n) for n in ("dim", "n_heads", "max_seq_len") if n in asked}
-        if axis == "position" and not ("grid" in has and component.type == "learned"):
+        if axis == "position" and "grid" not in has:
             arguments.pop("grid", None)
         made[axis] = {n: _value(v) for n, v in arguments.items() if n not in apart[axis]}
     if "windows" in has:

@@ -10,6 +10,7 @@ import dataclasses as dc
 import re
 
 from txtrain.model.config import ModelConfig
+from txtrain.model.position.config import SinusoidalConfig
 
 # The dimension of a tensor that runs along the stream; vectors that are not named here do not.
 _ALONG = (
@@ -21,7 +22,7 @@ _ALONG = (
 def by_halves(model: ModelConfig) -> ModelConfig | None:
     """The configuration with its dimensions renumbered, or None if that is not this case."""
     plain = (model.attention.type, model.ffn.type, model.norm.type, model.embedding.type, model.head.type)
-    if model.position.type != "sinusoidal" or model.position.layout == "halves":
+    if not isinstance(model.position, SinusoidalConfig) or model.position.layout == "halves":
         return None
     if plain != ("mha", "mlp", "layer", "token", "lm") or model.embedding.n_types or model.attention.qk_norm:
         return None

@@ -30,7 +30,8 @@ WIDTH = 120
 
 # Members of classes that only txtrain uses: initialisation by family, the loss by chunks, ranks.
 _LEFT_OUT = {
-    "Head": ("loss", "log_probs", "check_labels"), "LMHead": ("vocabulary", "loss", "log_probs", "chunked"),
+    "Head": ("loss", "log_probs", "check_labels"),
+    "LMHead": ("vocabulary", "loss", "log_probs", "multiplied", "distilled", "chunked"),
     "MLMHead": ("loss",), "ClassHead": ("check_labels", "token_loss"), "NoHead": ("forward", "check_labels"),
     "TokenEmbedding": ("n_channels",), "Learned": ("takes", "from_table"),
 }
@@ -128,12 +129,19 @@ def _left_out(node: ast.ClassDef | ast.FunctionDef) -> set[int]:
     lines: set[int] = set()
     members = node.body if isinstance(node, ast.ClassDef) else []
     for i, member in enumerate(members):
-        target = member.targets[0] if isinstance(member, ast.Assign) else member
-        if getattr(target, "name", getattr(target, "id", None)) in names:
+        if not _named(member).isdisjoint(names):
             following = members[i + 1] if i + 1 < len(members) else None
             last = node.end_lineno or 0 if following is None else _first(following) - 1
             lines |= set(range(_first(member), last + 1))
     return lines
+
+
+def _named(node: ast.stmt) -> set[str]:
+    """What a statement of a class or a module defines."""
+    if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else ()
+    return {target.id for target in targets if isinstance(target, ast.Name)}
 
 
 def _first(node: ast.stmt) -> int:
@@ -178,8 +186,7 @@ def _names(tree: ast.AST) -> set[str]:
 
 
 def _defined(tree: ast.Module) -> set[str]:
-    made = {node.name for node in tree.body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-    return made | {t.id for n in tree.body if isinstance(n, ast.Assign) for t in n.targets if isinstance(t, ast.Name)}
+    return {name for node in tree.body for name in _named(node)}
 
 
 def _activations(names: list[str]) -> str:
