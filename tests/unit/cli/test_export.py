@@ -1,5 +1,6 @@
 """`txtrain export` at the command line."""
 
+import dataclasses as dc
 import json
 import os
 from pathlib import Path
@@ -30,6 +31,60 @@ def test_a_graft_comes_back_without_its_modeling_file_being_run(graft: Path) -> 
     (graft / "modeling_txtrain.py").write_text("raise SystemExit('it was run')")
     model = shake(seeded(GRAFT)).eval()
     assert torch.equal(load_pretrained(graft)(ids()).logits, model(ids()).logits)
+
+
+def test_files_of_the_tokenizer_and_of_generation_travel_byte_for_byte(graft: Path) -> None:
+    given = {
+        "tokenizer_config.json": b'{"chat_template": "{{ messages }}" }', "chat_template.jinja": b"{{ messages }}\r\n",
+        "generation_config.json": b'{"temperature": 0.6,\n\n "eos_token_id": null}',
+    }
+    for name, content in given.items():
+        (graft / name).write_bytes(content)
+    assert main(["export", f"checkpoint={graft}", f"out={graft.parent / 'out'}"]) == 0
+    txtrain.save_pretrained(load_pretrained(graft), graft.parent / "again")
+    for folder in ("out", "again"):
+        assert {name: (graft.parent / folder / name).read_bytes() for name in given} == given
+
+
+def test_all_end_tokens_of_generation_config_are_the_models(graft: Path) -> None:
+    (graft / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
+    assert load_pretrained(graft).config.eos_token_id == (3, 5)
+
+
+def test_names_of_classes_and_their_kind_travel(tmp_path: Path) -> None:
+    head = options.ClassHeadConfig(type="class", n_classes=3, kind="multi", label_names=("a", "b", "c"))
+    txtrain.save_pretrained(seeded(dc.replace(GRAFT, head=head)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["id2label"] == {"0": "a", "1": "b", "2": "c"}
+    assert config["problem_type"] == "multi_label_classification"
+    config["id2label"] = {"0": "x", "1": "y", "2": "z"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_pretrained(tmp_path).config.head == dc.replace(head, label_names=("x", "y", "z"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "id2label": {"0": "x"}}))
+    with pytest.raises(ConfigError, match="id2label"):
+        load_pretrained(tmp_path)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pooler", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_model_without_a_head_leaves_as_auto_model(
+    pooler: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    config = dc.replace(
+        GRAFT, topology="encoder", head=options.NoHeadConfig(type="none", pooler=pooler),
+        position=options.RoPEConfig(type="rope", scaling=options.DynamicScaling(rope_type="dynamic", factor=2.0)), max_seq_len=8,
+    )
+    model = shake(seeded(config)).eval()
+    txtrain.save_pretrained(model, tmp_path / "out")
+    theirs = transformers.AutoModel.from_pretrained(tmp_path / "out", trust_remote_code=True).eval()
+    want = model(ids()).last_hidden_state
+    for found in (theirs(ids()), load_pretrained(tmp_path / "out")(ids())):
+        assert ((found.last_hidden_state - want).abs().max() / want.abs().max()).item() < 1e-5
+    theirs.save_pretrained(tmp_path / "again")
+    assert load_pretrained(tmp_path / "again").config == config
 
 
 def test_a_config_that_contradicts_itself_is_refused(graft: Path) -> None:
@@ -69,11 +124,14 @@ def test_dtype_and_shards(graft: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("dtype=int8", "`dtype` must be one of float32, bfloat16, float16"),
         ("format=gguf", "`format` must be hf for TxtrainForCausalLM"),
         ("weights=ema", "`weights` must be model for a Hugging Face folder"),
+        ("merge_adapter=false dtype=bfloat16", "`dtype` must be float32 with merge_adapter=false, but is bfloat16"),
+        ("merge_adapter=false format=gguf", "`format` must be hf with merge_adapter=false, but is gguf"),
+        ("merge_adapter=false", "has no adapter"),
     ],
 )
 def test_mistakes_leave_nothing(given: str, says: str, graft: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = graft.parent / "out"
-    assert main(["export", f"checkpoint={graft}", f"out={out}", given]) == 2
+    assert main(["export", f"checkpoint={graft}", f"out={out}", *given.split()]) == 2
     assert says in capsys.readouterr().err
     assert not out.exists()
 
@@ -95,7 +153,9 @@ def test_the_default_transformer_leaves_as_marian_with_its_dimensions_renumbered
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype", ["float16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "bfloat16"))]
+)
 def test_gguf_is_read_back_by_transformers(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf")
     transformers = pytest.importorskip("transformers")

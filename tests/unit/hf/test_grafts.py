@@ -24,7 +24,7 @@ from txtrain.model.generation import generate
 from txtrain.model.transformer import Transformer
 
 HERE = Path(__file__).parent
-N_DEFAULT, N_SLOW = 8, int(os.environ.get("TXTRAIN_GRAFTS", "200"))
+N_DEFAULT, N_SLOW = 3, int(os.environ.get("TXTRAIN_GRAFTS", "200"))
 OTHER = os.environ.get("TXTRAIN_TRANSFORMERS")  # a folder with another version of transformers
 NEW = 6  # tokens of a text
 
@@ -165,9 +165,9 @@ def wrong(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def check_drawn(n: int, folder: Path) -> None:
+def check_drawn(n: int, folder: Path, trainer: bool) -> None:
     configs = drawn(n)
-    plain = [role_of(c).name for c in configs if not c.ffn.n_experts]  # a mixture balances each part of a batch by itself
+    plain = [] if not trainer else [role_of(c).name for c in configs if not c.ffn.n_experts]  # a mixture balances each part of a batch by itself
     for i, config in enumerate(configs):
         first = not config.ffn.n_experts and role_of(config).name in plain
         if first:
@@ -180,16 +180,16 @@ def check_drawn(n: int, folder: Path) -> None:
     (folder / "home").mkdir()
     results = list(loaded_elsewhere(folder / "cases", folder / "home", OTHER))
     assert len(results) == len(configs)
-    assert any("trainer" in r for r in results)
+    assert any("trainer" in r for r in results) == trainer
     bad = {r["case"]: found for r in results if (found := wrong(r))}
     assert not bad, json.dumps(bad, indent=1)[:6000]
 
 
 def test_grafts_leave_as_folders_that_load_without_txtrain(tmp_path: Path) -> None:
-    check_drawn(N_DEFAULT, tmp_path)
+    check_drawn(N_DEFAULT, tmp_path, trainer=False)
 
 
 @pytest.mark.slow
 def test_many_grafts_leave_as_folders_that_load_without_txtrain(tmp_path: Path) -> None:
     """TXTRAIN_GRAFTS: how many; TXTRAIN_TRANSFORMERS: a folder with another version of transformers."""
-    check_drawn(N_SLOW, tmp_path)
+    check_drawn(N_SLOW, tmp_path, trainer=True)
