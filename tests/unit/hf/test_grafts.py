@@ -82,7 +82,10 @@ def write_case(config: ModelConfig, folder: Path, seed: int, trainer: bool = Fal
         case[str(dtype).removeprefix("torch.")] = _record(model.to(dtype), case)
     if case["auto"] in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
         prompt, mask = ids(2, 9, seed=5), torch.ones(2, 9, dtype=torch.long)
-        mask[1, :4] = 0
+        if config.topology == "encoder_decoder":
+            mask[1, 5:] = 0  # transformers counts an encoder's positions from the first column, padding or not
+        else:
+            mask[1, :4] = 0
         case |= {"prompt": prompt, "prompt_mask": mask, "new": NEW}
         text = generate(model, prompt, mask, NEW, eos_token_id=None)
         if config.topology == "encoder_decoder":
@@ -105,6 +108,7 @@ def _inputs(config: ModelConfig) -> dict[str, Tensor]:
     if config.embedding.n_types:
         made["token_type_ids"] = (torch.arange(12) > 5).long().expand(2, -1)
     if config.head.next_sentence:
+        labels[1, 5:8] = -100  # as many words in each row: a part of a batch weighs its sentences by its words
         made["next_sentence_label"] = torch.tensor([0, 1])
     return made
 
