@@ -48,6 +48,7 @@ from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
@@ -237,7 +238,8 @@ def _packed(
     across, packing, kind = config.data.cross_document_attention, config.data.packing, splits[1].kind
     reads = config.objective.reads
     if kind != config.data.kind and reads is not None and kind not in reads:
-        wanted = f"one that reads {kind}, which data.path holds"
+        able = [name for name, option in TABLE["objective"].items() if kind in (option.config.reads or (kind,))]
+        wanted = f"{' or '.join(able)} for {kind}, which data.path holds"
         raise ConfigError(f"`objective` must be {wanted}, but is {config.objective.type} instead.")
     if splits[1].pairs and packing == "concat":
         why = "best_fit or none for preferences, since both answers of a prompt are in one sequence"
