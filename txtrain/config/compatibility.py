@@ -14,7 +14,7 @@ from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 KIND = "data.kind"
-ALL_KINDS = ("text", "chat", "pairs", "images")
+ALL_KINDS = ("text", "chat", "pairs", "problems", "images")
 
 
 class RunRule(Rule):
@@ -41,7 +41,7 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule({KIND: ("text", "chat", "pairs")}, "model/embedding", ("token",), "text enters as tokens"),
+    RunRule({KIND: ("text", "chat", "pairs", "problems")}, "model/embedding", ("token",), "text enters as tokens"),
 )
 
 OBJECTIVE_RULES = (
@@ -65,6 +65,8 @@ WHY = {  # the last three: of a user's own objective
     ("seq2seq", KIND): "there must be a source and a target",
     ("sft", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
     ("sft", KIND): "there must be turns that are trained, and turns that are not",
+    ("grpo", "model.topology"): "an answer is written token by token after its prompt",
+    ("grpo", KIND): "there must be questions, and answers that can be checked",
     ("image_classification", KIND): "there must be images and their classes",
     ("image_classification", "model/head"): "an image has one class",
     ("", "model.topology"): "the objective is for another topology",

@@ -11,7 +11,7 @@ import txtrain.config.schema  # noqa: F401  (fills BASES)
 from txtrain.errors import ConfigError, hint
 from txtrain.registry import BASES, USER_AXES, VALUE_AXES, dropout_knob, inherits_from_package, knob, register
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T", bound=Callable[..., Any])  # a class; of a reward also a function
 
 
 def component(axis: str, name: str) -> Callable[[T], T]:
@@ -32,6 +32,9 @@ def component(axis: str, name: str) -> Callable[[T], T]:
         )
 
     def wrap(cls: T) -> T:
+        if inspect.isfunction(cls):  # a reward, which has no keys
+            register(axis, name, cls, BASES[axis])
+            return cls
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
         if problem := _knob_problem(axis, config):

@@ -19,6 +19,7 @@ from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
+from txtrain.data.samples.prompts import ProblemCorpus, PromptSamples
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
@@ -291,7 +292,7 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 
 def make_tokenizer(
-    corpus: Corpus | Corpora | PairCorpus, config: RunConfig, special_tokens: Sequence[str]
+    corpus: Corpus | Corpora | PairCorpus | ProblemCorpus, config: RunConfig, special_tokens: Sequence[str]
 ) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
@@ -319,7 +320,7 @@ def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: 
 
 
 def _trained(
-    corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
+    corpus: Corpus | Corpora | PairCorpus | ProblemCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
 ) -> Tokenizer:
     key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
 
@@ -375,6 +376,27 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
 
 
+# ------------------------------------------------------------------------------------------------------------- problems
+
+
+def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    data, corpus = config.data, ProblemCorpus(source)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
+    longest, _ = config.objective.lengths(config.seq_len)
+    train, validation = (PromptSamples([*source.problems(split)], tokenizer, longest) for split in SPLITS)
+    for rows, part in ((train, "training"), (validation, "validation")):
+        if not len(rows):
+            raise ConfigError(
+                f"`data={data.type}` must have at least one {part} problem with a prompt of at most {longest} tokens "
+                f"(data.seq_len={config.seq_len} less what is written), but has none: {rows.n_all} in all."
+            )
+        if left_out := rows.n_all - len(rows):
+            longer = "%d of %d %s problems have prompts of more than %d tokens and are left out"
+            log.warning(longer, left_out, rows.n_all, part, longest)
+    known = digest(corpus.fingerprint, tokenizer.fingerprint, longest)
+    return Prepared(train, validation, known, tokenizer)
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 
 
@@ -410,6 +432,7 @@ _WAYS: dict[str, Way] = {
     "marked": _marked,
     "documents": _text,
     "pairs": _pairs,
+    "problems": _problems,
     "images": _images,
     "samples": _samples,
     "tokens": _tokens,

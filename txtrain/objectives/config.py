@@ -252,3 +252,16 @@ for name, target, config in (
     register("objective", name, f"txtrain.objectives.{target}", config)
 
 BASES["objective"] = ObjectiveConfig
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class RewardOption:
+    """A row of the registry; the keys of our own rewards are those of `run_config.RewardConfig`."""
+
+    type: str
+
+
+for name in ("Answer", "Format", "Length", "Regex"):
+    register("reward", name.lower(), f"txtrain.objectives.rewards:{name}", RewardOption)
+
+BASES["reward"] = RewardOption

@@ -17,8 +17,10 @@ Other methods instead of `documents`:
 - `tokens(split)`: text that is tokenised already (`memmap.py`).
 - `marked(split, tokenizer)`: texts of which only some tokens are trained, as `Marked`, the same ones at every call;
   `documents` beside it then only trains the tokenizer. `chat_template` replaces the tokenizer's.
+- `problems(split)`: dicts of JSON values with `question` and `answer`, both str, for objective=grpo; it has both
+  splits (has_validation = True). Rewards get the whole dict.
 
-What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images").
+What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images", "problems").
 
 Optional: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents;
 by default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of text, for the progress bar).
@@ -61,6 +63,13 @@ class MarkedSource(TextSource, Protocol):
     def marked(self, split: Split, tokenizer: Any) -> Iterator[Marked]: ...
 
 
+Problem = Mapping[str, Any]  # question, answer, and what else a reward reads; JSON values
+
+
+class ProblemSource(Protocol):
+    def problems(self, split: Split) -> Iterator[Problem]: ...
+
+
 class Samples(Protocol):
     def __len__(self) -> int: ...
 
@@ -76,6 +85,7 @@ METHODS = (  # in order of precedence; the last three are for our own sources
     "marked",  # and `documents` beside it
     "documents",
     "pairs",
+    "problems",
     "images",
     "samples",
     "tokens",
@@ -95,7 +105,7 @@ def build_source(config: RunConfig) -> Source:
     given["seq_len"] = config.seq_len
     source = call("data", config.data, given)
     if method_of(source) is None:
-        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:5]), resolve("data", config.data.type)
+        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:6]), resolve("data", config.data.type)
         raise ConfigError(
             f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none."
         )
