@@ -45,7 +45,9 @@ GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 # norm_position is a plain value (model.norm_position=post): its options have no knobs.
 VALUE_AXES = {"norm_position": "model.norm_position"}
 
-USER_AXES = ("attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler", "reward")
+USER_AXES = (
+    "attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler", "reward",
+)
 
 
 def group_of(axis: str) -> str:

@@ -168,9 +168,9 @@ class RewardConfig:
                 f"`reward.timeout` must be null with reward.workers=0, but is {self.timeout} instead: only a process "
                 "of its own can be stopped. Nearest: reward.workers=1."
             )
-        for key, name, value in (("length.free", "length", self.length.free), ("regex.pattern", "regex", self.regex.pattern)):
+        for name, key, value in (("length", "free", self.length.free), ("regex", "pattern", self.regex.pattern)):
             if name in self.use and value is None:
-                yield f"`reward.{key}` must be given with reward=[{name}]."
+                yield f"`reward.{name}.{key}` must be given with reward=[{name}]."
         for key, pattern in (
             ("answer.pattern", self.answer.pattern), ("answer.reference_pattern", self.answer.reference_pattern),
             ("regex.pattern", self.regex.pattern),

@@ -45,7 +45,10 @@ RUN_RULES = (
 )
 
 OBJECTIVE_RULES = (
-    RunRule({"objective": ("prefix_lm",)}, "model.mtp_depth", (0,), "causal_lm alone trains the MTP modules"),
+    *(
+        RunRule({"objective": (name,)}, "model.mtp_depth", (0,), "causal_lm alone trains the MTP modules")
+        for name in ("prefix_lm", "grpo")
+    ),
     RunRule(
         {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)}, "data.packing", ("concat",),
         "the sequence is cut anywhere, padding would be on both sides"

@@ -262,6 +262,8 @@ class ArithmeticConfig(DataConfig):
     difficulty: int = knob(5, at_least=1, at_most=64)  # operations in a chain
     n_train: int = knob(20_000, at_least=1)  # distinct problems
     n_val: int = knob(500, at_least=1)  # held out by a hash of the problem
+    # share of the demonstrations (objective=sft) that write the running values; the others write the answer alone
+    worked: float = knob(1.0, at_least=0, at_most=1)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

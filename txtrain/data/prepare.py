@@ -52,6 +52,7 @@ from txtrain.run_config import RunConfig
 log = logging.getLogger(__name__)
 
 _PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
+TrainingTexts = Corpus | Corpora | PairCorpus | ProblemCorpus  # that a tokenizer can be trained on
 _LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
 
 
@@ -292,7 +293,7 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 
 def make_tokenizer(
-    corpus: Corpus | Corpora | PairCorpus | ProblemCorpus, config: RunConfig, special_tokens: Sequence[str]
+    corpus: TrainingTexts, config: RunConfig, special_tokens: Sequence[str]
 ) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
@@ -320,7 +321,7 @@ def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: 
 
 
 def _trained(
-    corpus: Corpus | Corpora | PairCorpus | ProblemCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
+    corpus: TrainingTexts, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
 ) -> Tokenizer:
     key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
 
@@ -383,17 +384,19 @@ def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepare
     data, corpus = config.data, ProblemCorpus(source)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     longest, _ = config.objective.lengths(config.seq_len)
-    train, validation = (PromptSamples([*source.problems(split)], tokenizer, longest) for split in SPLITS)
+    train, validation = (
+        PromptSamples([*source.problems(split)], tokenizer, longest, answered=objective.masks) for split in SPLITS
+    )
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
             raise ConfigError(
-                f"`data={data.type}` must have at least one {part} problem with a prompt of at most {longest} tokens "
-                f"(data.seq_len={config.seq_len} less what is written), but has none: {rows.n_all} in all."
+                f"`data={data.type}` must have at least one {part} problem of at most {longest} tokens (of "
+                f"data.seq_len={config.seq_len}, less what is to be written), but has none: {rows.n_all} in all."
             )
         if left_out := rows.n_all - len(rows):
-            longer = "%d of %d %s problems have prompts of more than %d tokens and are left out"
+            longer = "%d of %d %s problems have more than %d tokens and are left out"
             log.warning(longer, left_out, rows.n_all, part, longest)
-    known = digest(corpus.fingerprint, tokenizer.fingerprint, longest)
+    known = digest(corpus.fingerprint, tokenizer.fingerprint, longest, objective.masks)
     return Prepared(train, validation, known, tokenizer)
 
 

@@ -216,7 +216,7 @@ class Rewards:
 
     def _here(self, reward: Reward, jobs: Sequence[Job]) -> list[float | str]:
         try:
-            return _numbers(reward, jobs)
+            return [*_numbers(reward, jobs)]
         except Exception:  # a user's function: which sample was it?
             return [_one(reward, job) for job in jobs]
 
@@ -311,7 +311,7 @@ def _one(reward: Reward, job: Job) -> float | str:
     return value
 
 
-def _numbers(reward: Reward, jobs: Sequence[Job]) -> list[Any]:
+def _numbers(reward: Reward, jobs: Sequence[Job]) -> list[float]:
     prompts, completions, samples = zip(*jobs, strict=True) if jobs else ((), (), ())
     found = [float(value) for value in reward(prompts, completions, samples)]
     if len(found) != len(jobs):
@@ -337,7 +337,7 @@ def made(config: RewardConfig, name: str) -> Reward:
     """The reward of that name: a user's function as it is, a class with its keys, or a user's with its defaults."""
     target = resolve("reward", name)
     if inspect.isfunction(target):
-        return target  # type: ignore[return-value]
+        return target
     option = TABLE["reward"][name].config(type=name)
     keys = vars(OWN_KEYS[name](config)) if name in OWN_KEYS else {}
     reward: Reward = call("reward", option, {**vars(option), **keys})

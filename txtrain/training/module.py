@@ -185,6 +185,7 @@ class LitModule(pl.LightningModule):
             self._val_names = data.val_names
             if data.token_bytes is not None:
                 self._token_bytes = torch.as_tensor(data.token_bytes).to(self.device)
+        self.objective.begin(self, self._data)
 
     # --------------------------------------------------------------------------------------------------------- training
 
@@ -196,6 +197,7 @@ class LitModule(pl.LightningModule):
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         phases = self.parallel.phases
+        batch = self.objective.step_batch(self, batch)
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
         model = balancing.Observed(self.parallel.forward(self.model))

@@ -30,7 +30,7 @@ class ProblemCorpus:
     def documents(self) -> Iterator[tuple[Split, str]]:
         for split in SPLITS:
             for problem in self.source.problems(split):
-                yield split, f"{problem['question']} {problem['answer']}"
+                yield split, f"{problem['question']} {problem.get('demonstration', problem['answer'])}"
 
     def training_texts(self) -> Iterator[str]:
         return (text for split, text in self.documents() if split == "train")
@@ -41,18 +41,25 @@ class ProblemCorpus:
 
 
 class PromptSamples(Rows):
-    """Row i is the i-th problem whose prompt has at most `longest` tokens.
+    """Row i is the i-th problem of at most `longest` tokens.
 
     The prompt is the question after a tokenizer's beginning token, or what the tokenizer's chat template makes of it
     as a user's turn, up to where the assistant answers.
+
+    answered: the problem's `demonstration` (else its answer) and the end token follow the prompt, to be trained.
     """
 
-    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, longest: int) -> None:
+    def __init__(self, problems: Sequence[Problem], tokenizer: Tokenizer, longest: int, answered: bool = False) -> None:
         texts, ids = _prompts([problem["question"] for problem in problems], tokenizer)
+        shown = [str(problem.get("demonstration", problem["answer"])) for problem in problems] if answered else []
+        answers = [[*answer, tokenizer.eos_id] for answer in tokenizer.encode_batch(shown)]
+        trained = [[*[-100] * len(row), *answer] for row, answer in zip(ids, answers, strict=False)]
+        ids = [[*row, *answer] for row, answer in zip(ids, answers, strict=True)] if answered else ids
         self.pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
         self.n_all = len(problems)
         self.kept = np.array([i for i, row in enumerate(ids) if len(row) <= longest], dtype=np.int64)
         self.ids = [ids[i] for i in self.kept]
+        self.labels = [trained[i] for i in self.kept] if answered else [[-100] * len(row) for row in self.ids]
         self.texts = [
             np.frombuffer(json.dumps({**problems[i], "prompt": texts[i]}).encode(), np.uint8) for i in self.kept
         ]
@@ -64,14 +71,14 @@ class PromptSamples(Rows):
         return [[number] for number in self.kept[rows].tolist()]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels (all -100), int64 [B, P], right-padded; and `problem`, see `problem_of`."""
+        """input_ids, attention_mask, labels (-100 in prompts), int64 [B, T], right-padded; and `problem`, uint8 [B, L]."""
         ids = [self.ids[row] for row in rows]
         input_ids = _padded(ids, self.pad_id, np.int64)
         mask = _padded([np.ones(len(row)) for row in ids], 0, np.int64)
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "labels": torch.full_like(input_ids, -100),
+            "labels": _padded([self.labels[row] for row in rows], -100, np.int64),
             "problem": _padded([self.texts[row] for row in rows], 0, np.uint8),
         }
 

@@ -62,20 +62,33 @@ class MadeProblems:
 
 
 class Arithmetic(MadeProblems):
-    """Chains such as 7+3*4-2=, worked from left to right, modulo 10; difficulty: the number of operations."""
+    """Chains such as 7+3*4-2=, worked from left to right, modulo 10; difficulty: the number of operations.
+
+    worked: the share of demonstrations that write the running values, 0,0,8; the others write the answer alone, 8.
+    """
 
     name = "arithmetic"
+
+    def __init__(self, difficulty: int, n_train: int, n_val: int, worked: float) -> None:
+        super().__init__(difficulty, n_train, n_val)
+        self.worked = worked
+
+    def identity(self) -> str:
+        return f"{super().identity()} {self.worked}"
 
     def made(self, draws: Draws) -> Iterator[Problem]:
         n = self.difficulty
         digits = (draws.uniform("digits", n + 1) * 10).astype(int).tolist()
         signs = (draws.uniform("signs", n) * 3).astype(int).tolist()
-        for values, chosen in zip(digits, signs, strict=True):
-            text, value = str(values[0]), values[0]
+        works = (draws.uniform("worked", 1)[:, 0] < self.worked).tolist()
+        for values, chosen, writes in zip(digits, signs, works, strict=True):
+            text, value, running = str(values[0]), values[0], []
             for sign, operand in zip(chosen, values[1:], strict=True):
                 value = (value + operand, value - operand, value * operand)[sign] % 10
                 text += "+-*"[sign] + str(operand)
-            yield {"question": f"{text}=", "answer": str(value)}
+                running.append(str(value))
+            shown = ",".join(running) if writes else str(value)
+            yield {"question": f"{text}=", "answer": str(value), "demonstration": shown}
 
 
 class Countdown(MadeProblems):

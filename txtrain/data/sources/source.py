@@ -18,7 +18,7 @@ Other methods instead of `documents`:
 - `marked(split, tokenizer)`: texts of which only some tokens are trained, as `Marked`, the same ones at every call;
   `documents` beside it then only trains the tokenizer. `chat_template` replaces the tokenizer's.
 - `problems(split)`: dicts of JSON values with `question` and `answer`, both str, for objective=grpo; it has both
-  splits (has_validation = True). Rewards get the whole dict.
+  splits (has_validation = True). Rewards get the whole dict; objective=sft trains `demonstration`, else the answer.
 
 What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images", "problems").
 
