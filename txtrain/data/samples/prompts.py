@@ -71,7 +71,7 @@ class PromptSamples(Rows):
         return [[number] for number in self.kept[rows].tolist()]
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """input_ids, attention_mask, labels (-100 in prompts), int64 [B, T], right-padded; and `problem`, uint8 [B, L]."""
+        """input_ids, attention_mask, labels (-100 in prompts), [B, T], right-padded; `problem`, see `problem_of`."""
         ids = [self.ids[row] for row in rows]
         input_ids = _padded(ids, self.pad_id, np.int64)
         mask = _padded([np.ones(len(row)) for row in ids], 0, np.int64)
