@@ -18,6 +18,7 @@ NEEDED = {  # what the other files go with
     "conf/data/text": "data.path=x",
     "conf/data/chat": "data.path=x",
     "conf/data/hf": "data.path=x",
+    "conf/data/labels": "model=bert data.path=x",
     "conf/data/mixture": "data.sources.a={type:text,path:x}",
     "conf/data/memmap": "data.path=x",
     "conf/data/digits": IMAGES,
@@ -28,9 +29,13 @@ NEEDED = {  # what the other files go with
     "conf/data/problems": "objective=grpo data.path=x",
     "conf/objective/grpo": "data=arithmetic",
     "conf/data/translation": f"{PAIRS} data.path=x",
+    "conf/objective/classification": "data=labels data.path=x",
     "conf/objective/image_classification": IMAGES,
     "conf/objective/masked_lm": "model=bert",
     "conf/objective/seq2seq": PAIRS,
+    "conf/data/preferences": "objective=dpo data.path=x",
+    "conf/objective/distill": "objective.teacher=x",
+    "conf/objective/dpo": "data=preferences data.path=x",
     "conf/objective/sft": "data=chat data.path=x",
     "conf/objective/span_corruption": "model=t5",
     "conf/model/embedding/patch": IMAGES,
@@ -62,10 +67,13 @@ def line_of(file: str) -> list[str]:
     folder, _, option = file.rpartition("/")
     if folder == "conf":
         return ROOTS[option].split()
+    if folder == "conf/training":
+        return ["train", next(f"model={m}" for m in MODELS if f"/training@_global_: {option}," in (CONF / "model" / f"{m}.yaml").read_text())]
     chosen = f"recipe={file.removeprefix('recipes/')}" if file.startswith("recipes/") else f"{folder.removeprefix('conf/')}={option}"
     group = chosen.partition("=")[0]
     beside = NEEDED.get(file) or (FAMILIES.get(option.partition("_")[0], "") if folder == "conf/model" else "")
-    return ["train", *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
+    verb = "plan" if file == "conf/adapter/lora" else "train"  # a run needs weights to adapt
+    return [verb, *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
 
 
 @pytest.mark.parametrize("file", FILES)

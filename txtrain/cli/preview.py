@@ -13,13 +13,14 @@ from rich.text import Text
 from torch import Tensor
 
 from txtrain.config.composed import Composed
-from txtrain.config.schema import Preview
+from txtrain.config.schema import Preview, Train
 from txtrain.data.sources.source import Split
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.base import IGNORED
+from txtrain.objectives.classification import said
 from txtrain.training.data_module import DataModule
 
 Sample = Mapping[str, Tensor]
@@ -42,6 +43,7 @@ def run_preview(job: Composed) -> int:
     data = DataModule(config)
     batches = data.first(None if wanted.n == "all" else wanted.n, split)
     batch, sources = next(batches)
+    model = data.config.model  # with the classes of the data
     if "input_ids" not in batch and "pixel_values" not in batch:
         raise ConfigError(f"`data`: samples must have input_ids or pixel_values, but have {', '.join(batch)}.")
     if wanted.format == "json" and "input_ids" not in batch:
@@ -50,19 +52,30 @@ def run_preview(job: Composed) -> int:
     if wanted.format == "json":
         for batch, sources in batches:
             for i, numbers in enumerate(sources):
-                print(json.dumps(as_json({name: value[i] for name, value in batch.items()}, numbers, config.model)))
+                sample = {name: value[i] for name, value in batch.items()}
+                whole = [] if data.pairs else [as_json(sample, numbers, model, of_labels(data.config))]
+                for made in pairs_as_json(sample, numbers) if data.pairs else whole:
+                    print(json.dumps(made))
         return 0
     console = Console(highlight=False)
     coloured = console.color_system is not None and not console.no_color
     if data.fallback:
         console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
-    writer = Writer(pieces_of(data.tokenizer), config.model.topology, coloured)
+    writer = Writer(pieces_of(data.tokenizer), model.topology, coloured, of_labels(data.config), data.pairs)
     console.print(f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}")
     for batch, _ in batches:
         for i in range(len(batch["sample_index"])):
             for line in writer.lines({name: value[i] for name, value in batch.items()}):
                 console.print(line, soft_wrap=not console.is_terminal)
     return 0
+
+
+def of_labels(config: Train) -> Callable[[Tensor], str] | None:
+    """A sample's label in words, where it has one for all of its tokens."""
+    if not config.objective.one_result:
+        return None
+    head = config.model.head
+    return lambda label: said(head.kind, label, head.label_names)
 
 
 def targets(sample: Sample, topology: str) -> Tensor:
@@ -73,10 +86,18 @@ def targets(sample: Sample, topology: str) -> Tensor:
     return labels
 
 
-def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[str, Any]:
-    """A sample of tokens without its padding. numbers: indices of its documents in the source."""
+def as_json(
+    sample: Sample, numbers: Sequence[int], model: ModelConfig, label: Callable[[Tensor], str] | None = None
+) -> dict[str, Any]:
+    """A sample of tokens without its padding. numbers: indices of its documents in the source. label: `of_labels`."""
     ids = sample["input_ids"]
-    real, labels = sample.get("attention_mask", torch.ones_like(ids)) != 0, targets(sample, model.topology)
+    real = sample.get("attention_mask", torch.ones_like(ids)) != 0
+    source = numbers[0] if len(numbers) == 1 else list(numbers)
+    if label is not None:
+        n = int(real.sum())
+        made = {"input_ids": ids[real].tolist(), "trained": [False] * n, "documents": [0] * n}
+        return {**made, "label": label(sample["labels"]), "source": source}
+    labels = targets(sample, model.topology)
     trained = labels != IGNORED if model.topology != "encoder_decoder" else torch.zeros_like(real)
     documents = sample.get("document_ids", torch.zeros_like(ids))
     made = {"input_ids": ids[real].tolist(), "trained": trained[real].tolist(), "documents": documents[real].tolist()}
@@ -84,7 +105,29 @@ def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[
         written = sample.get("decoder_document_ids")
         read = shifted_right(model, labels[None], None if written is None else written[None])
         made |= {"decoder_input_ids": read[0].tolist(), "labels": labels.tolist()}
-    return {**made, "source": numbers[0] if len(numbers) == 1 else list(numbers)}
+    return {**made, "source": source}
+
+
+def answers_of(sample: Sample) -> Iterator[Sample]:
+    """Of each pair the preferred answer, then the other one, both without padding."""
+    documents, real = sample["document_ids"], sample["attention_mask"] != 0
+    for number in sorted(set(documents[real].tolist())):
+        here = documents == number
+        part = {name: value[here] for name, value in sample.items() if value.shape == here.shape}
+        yield {**part, "document_ids": torch.zeros_like(part["document_ids"])}
+
+
+def pairs_as_json(sample: Sample, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """An object for each pair of a row. numbers: of the pairs' rows in the source."""
+    made = [
+        {
+            "input_ids": side["input_ids"].tolist(), "trained": (side["labels"] != IGNORED).tolist(),
+            "documents": side["document_ids"].tolist(),
+        }
+        for side in answers_of(sample)
+    ]
+    for chosen, rejected, number in zip(made[::2], made[1::2], numbers, strict=True):
+        yield {"chosen": {**chosen, "source": number}, "rejected": {**rejected, "source": number}}
 
 
 def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
@@ -106,19 +149,32 @@ def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
 class Writer:
     """Samples as lines. Without colours, trained tokens stand between « and »."""
 
-    def __init__(self, piece: Pieces, topology: str, coloured: bool) -> None:
-        self.piece, self.topology, self.coloured = piece, topology, coloured
+    def __init__(
+        self, piece: Pieces, topology: str, coloured: bool, label: Callable[[Tensor], str] | None = None,
+        pairs: bool = False,
+    ) -> None:
+        self.piece, self.topology, self.coloured, self.label, self.pairs = piece, topology, coloured, label, pairs
 
     def legend(self, batch: Sample) -> str:
         if "pixel_values" in batch:
             return ""
+        if self.label is not None:
+            return "Pieces end at ·."
         trained = "green" if self.coloured else "between « and »"
         hidden = ", behind what is read in their place" if self.topology == "encoder" else ""
-        return f"Pieces end at ·, documents at ‖; trained: {trained}{hidden}."
+        documents = "" if self.pairs else ", documents at ‖"
+        return f"Pieces end at ·{documents}; trained: {trained}{hidden}."
 
     def lines(self, sample: Sample) -> Iterator[Text]:
         if "pixel_values" in sample:
             yield from self._image(sample)
+            return
+        if self.label is not None:
+            head = f"sample {int(sample['sample_index'])}: {self._n_tokens(sample)} tokens read, label "
+            yield Text(head, style="bold").append(self.label(sample["labels"]), style=_STYLES["trained"])
+            ids = sample["input_ids"]
+            none = torch.full_like(ids, IGNORED)
+            yield Text("  ").append(self._written(ids, none, None, sample.get("attention_mask")))
             return
         labels = targets(sample, self.topology)
         n, n_trained = self._n_tokens(sample), int((labels != IGNORED).sum())
@@ -126,7 +182,11 @@ class Writer:
             f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}",
             style="bold"
         )
-        if self.topology == "encoder_decoder":
+        if self.pairs:
+            for k, side in enumerate(answers_of(sample)):
+                name = "  rejected  " if k % 2 else "  chosen    "
+                yield Text(name).append(self._written(side["input_ids"], side["labels"], None, None))
+        elif self.topology == "encoder_decoder":
             ids = sample["input_ids"]
             yield Text("  input   ").append(self._written(
                 ids, torch.full_like(ids, IGNORED), sample.get("document_ids"), sample.get("attention_mask")
@@ -146,11 +206,12 @@ class Writer:
         mask = sample.get("attention_mask")
         return int((sample["input_ids"] if mask is None else mask[mask != 0]).numel())
 
-    @staticmethod
-    def _beside(sample: Sample) -> str:
-        """Further facts of the sample: documents, prefix, next sentence."""
+    def _beside(self, sample: Sample) -> str:
+        """Further facts of the sample: documents or pairs, prefix, next sentence."""
         told = ""
-        if "document_ids" in sample:
+        if self.pairs:
+            told += f", {sum(1 for _ in answers_of(sample)) // 2} pairs"
+        elif "document_ids" in sample:
             told += f", {len(set(sample['document_ids'].tolist()))} documents"
         if "prefix_mask" in sample:
             told += f", the first {int(sample['prefix_mask'].sum())} seen from both sides"

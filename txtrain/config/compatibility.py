@@ -13,12 +13,17 @@ from txtrain.model.rules import Choices, Rule
 from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
-KIND = "data.kind"
-ALL_KINDS = ("text", "chat", "pairs", "problems", "images")
+KIND = "data.sample_kind"
+_OF_TEXT = ("text", "chat", "preferences", "pairs", "problems", "labels")
+ALL_KINDS = (*_OF_TEXT, "images")
 
 
 class RunRule(Rule):
-    """A rule of a run, over the keys of the command line and `data.kind`: the kind of a source's samples."""
+    """A rule of a run, over the keys of the command line and KIND: the kind of a source's samples."""
+
+    def broken_by(self, choices: Choices) -> bool:
+        """What token files hold is known when they are opened: `txtrain.data.prepare` checks it then."""
+        return super().broken_by(choices) and not (self.key == KIND and {*choices["data"].also} & {*self.allowed})
 
     def told(self, choices: Choices) -> tuple[str, str, str]:
         key, allowed, value = super().told(choices)
@@ -41,13 +46,13 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule({KIND: ("text", "chat", "pairs", "problems")}, "model/embedding", ("token",), "text enters as tokens"),
+    RunRule({KIND: _OF_TEXT}, "model/embedding", ("token",), "text enters as tokens"),
 )
 
 OBJECTIVE_RULES = (
     *(
         RunRule({"objective": (name,)}, "model.mtp_depth", (0,), "causal_lm alone trains the MTP modules")
-        for name in ("prefix_lm", "grpo")
+        for name in ("prefix_lm", "dpo", "distill", "grpo")
     ),
     RunRule(
         {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)}, "data.packing", ("concat",),
@@ -70,8 +75,13 @@ WHY = {  # the last three: of a user's own objective
     ("sft", KIND): "there must be turns that are trained, and turns that are not",
     ("grpo", "model.topology"): "an answer is written token by token after its prompt",
     ("grpo", KIND): "there must be questions, and answers that can be checked",
+    ("dpo", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
+    ("dpo", KIND): "there must be two answers to each prompt, one of which is preferred",
+    ("distill", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
     ("image_classification", KIND): "there must be images and their classes",
     ("image_classification", "model/head"): "an image has one class",
+    ("classification", KIND): "there must be texts and their labels",
+    ("classification", "model/head"): "a text has one result",
     ("", "model.topology"): "the objective is for another topology",
     ("", "model/head"): "the objective reads the output of another head",
     ("", KIND): "the objective needs other samples",
@@ -123,12 +133,13 @@ class _Option:
     """The fields of an objective or a source that the rules read."""
 
     type: str
-    kind: str | None = None
+    sample_kind: str | None = None
+    also: tuple[str, ...] = ()
     packing: str = "concat"
     seq_len: int | None = None
 
 
 def sources_of(kind: str) -> list[str]:
     """The options of `data` with samples of that kind; those that need no path come first."""
-    configs = {name: option.config for name, option in TABLE["data"].items() if option.config.kind == kind}
+    configs = {name: option.config for name, option in TABLE["data"].items() if option.config.sample_kind == kind}
     return sorted(configs, key=lambda name: any(f.name == "path" for f in dc.fields(configs[name])))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import txtrain.data.config
-import txtrain.objectives.config  # noqa: F401  (these two register the sources and the objectives)
+import txtrain.hf.lora_config
+import txtrain.objectives.config  # noqa: F401  (these register the sources, the adapters and the objectives)
 from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
@@ -30,6 +31,7 @@ class Train(RunConfig):
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
         problems += pattern_problems("freeze", self.freeze)
+        problems += pattern_problems("init_allow_missing", self.init_allow_missing)
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -69,10 +71,20 @@ class Train(RunConfig):
             if steps[0] > steps[1]:
                 yield f"`profile_steps` must be the first and the last step to trace, but is {list(steps)} instead."
         yield from self._check_name()
-        if self.fork is not None and self.init_from is not None:
+        yield from self._check_base()
+        if self.fork is not None and self.init_from is not None and not self.adapter.alone:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
+        if self.init_allow_missing and self.init_from is None:
+            yield "`init_allow_missing` must be [] without init_from: no weights are read."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_base(self) -> Iterator[str]:
+        if self.adapter.alone and self.init_from is None:
+            yield (
+                f"`init_from` must be given with adapter={self.adapter.type}: the folder, run or checkpoint whose "
+                "weights are adapted. A checkpoint holds the adapter alone and names them."
+            )
 
     def _check_name(self) -> Iterator[str]:
         parts = self.name.split("/")
@@ -146,12 +158,21 @@ class Plan(Train):
                 f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on "
                 f"trainer.num_nodes={self.trainer.num_nodes} says, but is {asked} instead. Nearest: null."
             )
+        if self.plan.simulate and (self.objective.same_tokenizer or self.objective.reads_start):
+            yield (
+                f"`plan.simulate` must be false with objective={self.objective.type}, which reads a second model, but "
+                "is true instead. The plan without it counts that model's weights."
+            )
         accelerator, precision = hardware.PUBLISHED[self.plan.device], self.trainer.precision
         if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
             yield (
                 f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but "
                 f"is {precision} instead."
             )
+
+    def _check_base(self) -> Iterator[str]:
+        """An adapter's cost does not depend on the weights."""
+        yield from ()
 
     def _check_processes(self, world: int) -> Iterator[str]:
         """Only the layout of the ranks; whether they divide the batch is reported beside the figures."""
@@ -241,6 +262,7 @@ class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # the folder to write: new or empty
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
+    merge_adapter: bool = True  # of a run with adapter=lora: false writes the adapter alone, in PEFT's layout
     allow_nonfinite: bool = False  # export even if weights are NaN or infinite
     imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 

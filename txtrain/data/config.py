@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from txtrain.registry import BASES, axes, knob, register
@@ -31,14 +31,24 @@ class DataConfig:
     # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
     cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
-    kind: ClassVar[str] = "text"  # of samples: text, chat, pairs, problems, images (`txtrain.config.compatibility`)
+    # Of samples: text, chat, preferences, pairs, problems, images, labels (`txtrain.config.compatibility`).
+    kind: ClassVar[str] = "text"
+    sample_kind: ClassVar[str] = "text"  # the same; data=labels has a key of the other name
+    also: ClassVar[tuple[str, ...]] = ()  # further kinds that its files may turn out to hold
+    # What the source asks for where the command line does not choose: key or group -> its value there.
+    implies: ClassVar[Mapping[str, str]] = {}
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # metrics for generated answers to its pairs
     mixes: ClassVar[bool] = False  # consists of other sources
     streaming = False  # these two are fields of some sources only
     offline_fallback = "never"
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        owner = next(c for c in cls.__mro__ if {"kind", "sample_kind"} & vars(c).keys())
+        cls.sample_kind = vars(owner).get("sample_kind", vars(owner).get("kind"))
+
     def check(self) -> Iterator[str]:
-        if self.packing != "concat" and self.kind not in ("text", "chat"):
+        if self.packing != "concat" and self.sample_kind not in ("text", "chat", "preferences"):
             where = f"data={self.type}, which is no text"
             yield f"`data.packing` must be concat with {where}, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
@@ -119,10 +129,8 @@ class PythonDocsConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ChatConfig(UnpackedConfig, TextsConfig):
-    """`data=chat`: conversations, of which the assistant's turns are trained."""
-
-    kind: ClassVar = "chat"
+class ConversationsConfig(UnpackedConfig, TextsConfig):
+    """Keys of sources of conversations in rows."""
 
     # Files (.json, .jsonl, .parquet), globs, folders, or a list of them; or a set for load_dataset.
     path: str | tuple[str, ...] | None = knob(None, literal=True)
@@ -130,16 +138,46 @@ class ChatConfig(UnpackedConfig, TextsConfig):
     name: str | None = None
     split: str = "train"
     val_split: str | None = None
+    chat_template: str | None = knob(None, literal=True)  # a file with a Jinja template; null: the tokenizer's
+    packing: Literal["best_fit", "none"] = "best_fit"  # several samples per sequence, and padding; or one
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ChatConfig(ConversationsConfig):
+    """`data=chat`: conversations, of which the assistant's turns are trained."""
+
+    kind: ClassVar = "chat"
+
     # Format of the rows; auto: recognised by the keys of each row.
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "oasst", "self_instruct"] = "auto"
-    chat_template: str | None = knob(None, literal=True)  # a file with a Jinja template; null: the tokenizer's
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # the turns whose tokens are trained
-    packing: Literal["best_fit", "none"] = "best_fit"  # several samples per sequence, and padding; or one
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PreferencesConfig(ConversationsConfig):
+    """`data=preferences`: to each prompt an answer that is preferred, and one that is not. A sequence holds both."""
+
+    kind: ClassVar = "preferences"
+
+    # auto: by the keys of each row, and texts with a prompt as turns if there is a chat template; text: as written.
+    format: Literal["auto", "text", "oasst"] = "auto"
+    # A text or a list of messages; null, or in no row: what both answers begin with.
+    prompt_column: str | None = "prompt"
+    chosen_column: str = "chosen"  # a text or a list of messages, with or without the prompt
+    rejected_column: str = "rejected"
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.cross_document_attention:
+            apart = "false with data=preferences, whose answers must not see each other"
+            yield f"`data.cross_document_attention` must be {apart}, but is true instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class MemmapConfig(DataConfig):
     """`data=memmap`: token files, ours or those of other tools."""
+
+    also: ClassVar = ("chat", "preferences")
 
     # null: the tokenizer in the folder of `txtrain prepare`; none for files of other tools.
     tokenizer: Tokenizer | None = knob(None, literal=True)
@@ -175,7 +213,7 @@ class MixtureConfig(DataConfig):
             key = f"data.sources.{name}"
             if not re.fullmatch(r"\w[\w-]*", name):
                 yield f"`{key}`: a name must be of letters, digits, _ and -, but is {name!r} instead."
-            if source.mixes or source.kind != "text":
+            if source.mixes or source.sample_kind != "text":
                 yield f"`{key}.type` must be a source of text, but is {source.type} instead."
                 continue
             if source.streaming:
@@ -218,6 +256,42 @@ class TranslationConfig(UnpackedConfig, TextsConfig):
     # Source and target; null: the last two of a .tsv with 2 or 3 columns, or the only two of a set.
     columns: tuple[int, int] | tuple[str, str] | None = None
     swap: bool = False  # exchange source and target
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LabelsConfig(UnpackedConfig, TextsConfig):
+    """`data=labels`: texts, or pairs of them, with a class, several classes or numbers for each."""
+
+    sample_kind: ClassVar = "labels"
+    implies: ClassVar = {
+        "objective": "classification", "model/head": "class", "model.logit_softcap": "null", "model.mtp_depth": "0",
+    }
+
+    # Files (.csv, .tsv, .jsonl, .json, .parquet), globs, folders, or a list of them; or a set for load_dataset.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    val_path: str | tuple[str, ...] | None = None
+    name: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None  # of the second text of a pair
+    # The class or number; multi: columns of 0 and 1 named as the classes, or a column of lists of names.
+    label_column: str | tuple[str, ...] = "label"
+    # single: one class for each text; multi: any number of classes; regression: numbers
+    kind: Literal["single", "multi", "regression"] = "single"  # type: ignore[misc]
+    # The classes in order; empty: the model's own, else those of the training rows, sorted.
+    label_names: tuple[str, ...] = ()
+    delimiter: str | None = knob(None, literal=True)  # between cells; null: a comma in .csv, a tab in .tsv
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            yield f"`data.delimiter` must be null or one character, but is {self.delimiter!r} instead."
+        if self.kind == "single" and not isinstance(self.label_column, str):
+            given = f"is {list(self.label_column)} instead. Several columns: data.kind=multi"
+            yield f"`data.label_column` must be one column with data.kind=single, but {given}."
+        if not self.label_column:
+            yield "`data.label_column` must name a column, but is empty instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -325,9 +399,11 @@ for name, target, config in (
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
     ("chat", "chat:Chats", ChatConfig),
+    ("preferences", "preferences:Preferences", PreferencesConfig),
     ("memmap", "memmap:TokenFiles", MemmapConfig),
     ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),
+    ("labels", "labels:LabelledTexts", LabelsConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
     ("arithmetic", "made_problems:Arithmetic", ArithmeticConfig),
     ("countdown", "made_problems:Countdown", CountdownConfig),

@@ -17,6 +17,7 @@ from txtrain.data.config import MixtureConfig
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
 from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
+from txtrain.data.samples.labels import LABEL_FILES, LabelledCorpus, LabelledSamples
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
 from txtrain.data.samples.prompts import ProblemCorpus, PromptSamples
@@ -36,13 +37,14 @@ from txtrain.data.sources.source import (
     has_validation,
     identity,
     method_of,
+    pairs,
     settle,
     validation_sets,
 )
 from txtrain.data.store.cache import MARK_FILES, TOKEN_FILES, TokenFile, TokenWriter, cached
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
-from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise
+from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise, write_skipped
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
@@ -51,8 +53,9 @@ from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
+AnyCorpus = Corpus | Corpora | PairCorpus | ProblemCorpus | LabelledCorpus
+
 _PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
-TrainingTexts = Corpus | Corpora | PairCorpus | ProblemCorpus  # that a tokenizer can be trained on
 _LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
 
 
@@ -133,11 +136,7 @@ def _text(
 
 def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
     """Texts with a mask of the tokens to be trained."""
-    data = config.data
-    tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
-    if (template := chat_template(source)) is not None:
-        tokenizer = tokenizer.with_template(template)
-    corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
+    data, (corpus, tokenizer) = config.data, marked_corpus(source, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
 
     def fill(empty: Path) -> None:
@@ -145,11 +144,24 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
         with writer.open():
             for split, text in corpus.documents():
                 writer.append_marked(split, text)
-        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
+        write_skipped(empty, source)
+        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint, pairs=pairs(source))
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
     splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
-    return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+    made = _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+    return dc.replace(made, skipped=_lists(folder))
+
+
+def marked_corpus(
+    source: MarkedSource, config: RunConfig, special_tokens: Sequence[str]
+) -> tuple[MarkedCorpus, Tokenizer]:
+    """The texts of such a source, and the tokenizer with its chat template."""
+    fraction = config.data.val_fraction
+    tokenizer = make_tokenizer(Corpus(source, fraction), config, special_tokens)
+    if (template := chat_template(source)) is not None:
+        tokenizer = tokenizer.with_template(template)
+    return MarkedCorpus(source, fraction, tokenizer), tokenizer
 
 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
@@ -223,7 +235,14 @@ def _packed(
     remedy: str,
 ) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer. remedy: for too little validation text."""
-    across, packing = config.data.cross_document_attention, config.data.packing
+    across, packing, kind = config.data.cross_document_attention, config.data.packing, splits[1].kind
+    reads = config.objective.reads
+    if kind != config.data.kind and reads is not None and kind not in reads:
+        wanted = f"one that reads {kind}, which data.path holds"
+        raise ConfigError(f"`objective` must be {wanted}, but is {config.objective.type} instead.")
+    if splits[1].pairs and packing == "concat":
+        why = "best_fit or none for preferences, since both answers of a prompt are in one sequence"
+        raise ConfigError(f"`data.packing` must be {why}, but is {packing} instead. Nearest: best_fit.")
     if any(tokens.mask is not None for tokens in splits) and not objective.masks:
         fitting = "causal_lm or sft with data of which only some tokens are trained"
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
@@ -242,7 +261,7 @@ def _packed(
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     packing = config.data.packing
     name = f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
-    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit")
+    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit", each=1 + tokens.pairs)
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
@@ -255,7 +274,7 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     if tokenizer is not None:
         tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
         below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
-    train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
+    train, validation = (Tokens(source.tokens(split), split, eos_id, below, pairs(source)) for split in SPLITS)
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"
@@ -293,7 +312,7 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 
 def make_tokenizer(
-    corpus: TrainingTexts, config: RunConfig, special_tokens: Sequence[str]
+    corpus: AnyCorpus, config: RunConfig, special_tokens: Sequence[str]
 ) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
@@ -321,7 +340,7 @@ def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: 
 
 
 def _trained(
-    corpus: TrainingTexts, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
+    corpus: AnyCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
 ) -> Tokenizer:
     key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
 
@@ -400,6 +419,44 @@ def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepare
     return Prepared(train, validation, known, tokenizer)
 
 
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def _labelled(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    data, model = config.data, config.model
+    corpus = LabelledCorpus(source, data.val_fraction)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens).framed(model.topology)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+
+    def fill(empty: Path) -> None:
+        tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config))
+        corpus.write_labels(empty)
+
+    folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *LABEL_FILES.values()))
+    frame = tokenizer.frame(len(source.texts))
+    if frame.n_specials >= config.seq_len:
+        least = frame.n_specials + 1
+        told = f"{least}, a token beside {frame.n_specials} special ones, but is {config.seq_len} instead"
+        raise ConfigError(f"`data.seq_len` must be at least {told}. Nearest: {least}.")
+    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    train, validation = (
+        LabelledSamples(
+            TokenFile(folder, split), np.load(folder / LABEL_FILES[split], allow_pickle=False), frame, config.seq_len,
+            pad_id, model.embedding.n_types
+        )
+        for split in SPLITS
+    )
+    for rows, part in ((train, "training"), (validation, "validation")):
+        if not len(rows):
+            remedy = "" if part == "training" else " Give data.val_path, or a larger data.val_fraction."
+            raise ConfigError(f"`data={data.type}` must have at least one {part} row, but has none.{remedy}")
+        if rows.n_cut:
+            longer = "%d of %d %s texts are longer than data.seq_len=%d and cut"
+            log.warning(longer, rows.n_cut, len(rows), part, config.seq_len)
+    known = digest(key, config.seq_len)
+    return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
+
+
 # --------------------------------------------------------------------------------------------------------------- images
 
 
@@ -436,6 +493,7 @@ _WAYS: dict[str, Way] = {
     "documents": _text,
     "pairs": _pairs,
     "problems": _problems,
+    "labelled": _labelled,
     "images": _images,
     "samples": _samples,
     "tokens": _tokens,

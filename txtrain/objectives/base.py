@@ -6,7 +6,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from txtrain.data.samples.order import GlobalOrder
@@ -15,6 +17,7 @@ from txtrain.data.samples.text import TokenisedText
 from txtrain.registry import make
 from txtrain.run_config import RunConfig
 
+ROWS = "rows"  # in `Objective.validate`: numbers of each sample, [B, k], of which `Objective.score` is made
 IGNORED = -100  # label of positions without a target, as in Hugging Face
 
 Batch = Mapping[str, Tensor]
@@ -52,9 +55,9 @@ class Objective:
     """
 
     weights: Mapping[str, float] = {"loss": 1.0}  # of the terms, whose weighted sum is minimised
-    reports: tuple[str, ...] = ()  # terms that are not minimised, only reported
     measured: Mapping[str, float] = {}  # further values of the latest step, the same on all ranks; in `columns`
     beside: tuple[str, ...] = ()  # terms not in the reported loss, which stays comparable with models without them
+    reports: tuple[str, ...] = ()  # terms that are not minimised, only reported
     perplexity: bool = False  # whether exp(`loss`) is a perplexity: `loss` is in nats per token
     metrics: tuple[str, ...] = ()  # further metrics of validation, from `validate` or `examine`
     check: Callable[[], None] = staticmethod(lambda: None)  # set by the run; may raise, to stop what takes long
@@ -75,7 +78,8 @@ class Objective:
     # --------------------------------------------------------------------------------------------------------- training
 
     def begin(self, module: Any, data: Any) -> None:
-        """Called on all ranks before the first step, when the model has its weights. data: None: as `examine`."""
+        """Called on all ranks before the first batch is read, when the model has its weights. data: None: as `examine`.
+        """
 
     def step_batch(self, module: Any, batch: Batch) -> Batch:
         """What this rank trains on in a step, from what it has read; on all ranks. Some objectives make samples."""
@@ -110,10 +114,17 @@ class Objective:
     # ------------------------------------------------------------------------------------------------------- validation
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        """Sum and count in this batch, of each term and of the `metrics` that are means over samples or targets."""
+        """Sum and count in this batch, of each term and of the `metrics` that are means over samples or targets.
+
+        Beside them perhaps ROWS: numbers of each sample, [B, k], for metrics of the whole set.
+        """
         counts = self.denominators(batch)
         sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
         return {name: (value, counts[name]) for name, value in sums.items()}
+
+    def score(self, rows: NDArray[np.float64]) -> dict[str, float]:
+        """The `metrics` that are made of ROWS of all samples, [N, k], in the order of the set; equal on all ranks."""
+        return {}
 
     def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
         """The `metrics` of a whole set, once per validation, on all ranks. data: None if a trainer was given loaders.
@@ -146,8 +157,12 @@ class Objective:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv besides those of every run, known before the first step."""
-        terms = [name for name in self.weights if name != "loss"]
-        return (*terms, *self.reports, *(f"val_{name}" for name in terms), *self.metrics)
+        return (*self.terms, *(f"val_{name}" for name in self.terms), *self.metrics)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """All terms but `loss`."""
+        return (*(name for name in self.weights if name != "loss"), *self.reports)
 
 
 def build_objective(config: RunConfig) -> Objective:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.errors import divisors_near
 from txtrain.registry import BASES, knob, register
 from txtrain.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from txtrain.data.samples.taught import Taught
 
 Score = Literal["exact_match", "bleu", "chrf"]
 Shapes = dict[str, tuple[int, ...]]
@@ -23,7 +26,8 @@ class ObjectiveConfig:
     topologies: ClassVar[tuple[str, ...] | None] = None
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
-    label_smoothing = 0.0  # not a field: some objectives have one
+    whole_logits = False  # the loss is of all logits at once, not by chunks of tokens
+    one_result: ClassVar[bool] = False  # for each sample, not for each token
 
     @property
     def target_share(self) -> float:
@@ -34,6 +38,15 @@ class ObjectiveConfig:
     def models(self) -> Mapping[str, str]:
         """Further models that the objective reads: key that names each -> its path."""
         return {}
+
+    @property
+    def start(self) -> str | None:
+        """The key of one more, which has the weights with which the run begins; None: there is none."""
+        return None
+
+    prepares = False  # `txtrain prepare` also writes what its models find (`txtrain.training.teach`)
+    same_tokenizer: ClassVar[bool] = False  # `models` must have the vocabulary of the trained one
+    reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective, and values for keys that are null."""
@@ -209,6 +222,107 @@ class SmoothedConfig(ObjectiveConfig):
 
     label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training, not in validation; 1706.03762: 0.1
 
+    @property
+    def whole_logits(self) -> bool:  # type: ignore[override]
+        return self.label_smoothing > 0
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class DPOConfig(ObjectiveConfig):
+    """Direct preference optimisation (2305.18290), and IPO (2310.12036)."""
+
+    topologies: ClassVar = ("decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("preferences",)
+
+    beta: float = knob(0.1, above=0)  # how much a divergence from the reference costs; 2310.12036 calls it tau
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # sigmoid: DPO; ipo: a squared distance, which does not saturate
+    # probability that a preference is the wrong way round (sigmoid alone), in training, not in validation
+    label_smoothing: float = knob(0.0, at_least=0, below=0.5)
+    # weight of the cross-entropy of the preferred answers, in nats per token (2404.19733, 2404.18922)
+    sft_weight: float = knob(0.0, at_least=0)
+    # of the weights with which the run begins: read at each step, or their log-probabilities, computed before the first
+    reference: Literal["initial", "cached"] = "initial"
+
+    reads_start: ClassVar = True
+
+    @property
+    def start(self) -> str | None:
+        return "reference" if self.reference == "initial" else None
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        return {"counts_tokens": config.model.ffn.n_experts > 0}
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        cached = {"reference_log_probs": (n, max(1, config.seq_len // 4), 2)} if self.reference == "cached" else {}
+        return super().batch_shapes(config, n) | cached
+
+    def check(self) -> Iterator[str]:
+        if self.label_smoothing and self.loss == "ipo":
+            given = self.label_smoothing
+            yield f"`objective.label_smoothing` must be 0 with objective.loss=ipo, but is {given} instead. Nearest: 0."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class DistillConfig(ObjectiveConfig):
+    """Next-token prediction from a teacher's distribution (1503.02531), and from the tokens themselves."""
+
+    topologies: ClassVar = ("decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("text", "chat")
+
+    # as init_from, with the same tokenizer; null: its distributions are in the folder of `txtrain prepare` (top_k)
+    teacher: str | None = knob(None, literal=True)
+    # forward: KL(teacher || student), which covers all that the teacher may say; reverse: KL(student || teacher)
+    kl: Literal["forward", "reverse"] = "forward"
+    temperature: float = knob(1.0, above=0)  # of both models; the divergence is multiplied by its square
+    hard_weight: float = knob(0.5, at_least=0, at_most=1)  # of the tokens' cross-entropy; the divergence has the rest
+    # the teacher's so many likeliest tokens, and all others as one; null: each token of the vocabulary
+    top_k: int | None = knob(None, at_least=1)
+
+    same_tokenizer: ClassVar = True
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        offline = self.taught(config, "") if self.teacher is None else None
+        counts = config.model.ffn.n_experts > 0
+        return {"counts_tokens": counts, "offline": offline, "vocab_size": config.model.vocab_size}
+
+    def taught(self, config: RunConfig, teacher: str) -> Taught:
+        """What decides the distributions that `txtrain prepare` writes."""
+        from txtrain.data.samples.taught import Taught
+
+        assert self.top_k is not None
+        data = config.data
+        how = config.seq_len, data.packing, data.cross_document_attention
+        return Taught(teacher, self.top_k, self.temperature, *how)
+
+    @property
+    def prepares(self) -> bool:  # type: ignore[override]
+        return self.teacher is not None and self.top_k is not None
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        shapes = super().batch_shapes(config, n)
+        if self.teacher is not None or self.top_k is None:
+            return shapes
+        shape = shapes["input_ids"]
+        return shapes | {"teacher_ids": (*shape, self.top_k), "teacher_log_probs": (*shape, self.top_k + 1)}
+
+    def check_with(self, config: RunConfig) -> Iterator[str]:
+        if self.teacher is None and not config.data.also:
+            yield "`objective.teacher` must be given: a Hugging Face folder, an export, a run or a checkpoint."
+        elif self.teacher is None and self.top_k is None:
+            yield "`objective.top_k` must be given without objective.teacher: the one of `txtrain prepare`."
+        if self.top_k is not None and self.top_k > config.model.vocab_size:
+            most = f"at most model.vocab_size ({config.model.vocab_size})"
+            yield f"`objective.top_k` must be {most}, but is {self.top_k} instead. Nearest: {config.model.vocab_size}."
+        if self.top_k is not None and config.strategy.cuts_activations:
+            cut = f"null with strategy={config.strategy.type}, which cuts the vocabulary"
+            yield f"`objective.top_k` must be {cut}, but is {self.top_k} instead."
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig(SmoothedConfig):
@@ -233,8 +347,37 @@ class Seq2SeqConfig(SmoothedConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(SmoothedConfig):
+    """A class, several classes or numbers for each text (model.head.kind, which data.kind sets)."""
+
+    heads: ClassVar = ("class",)
+    reads: ClassVar = ("labels",)
+    one_result: ClassVar = True
+
+    # weight of the next tokens' mean loss, with model.head.lm=true (GPT-1: Radford et al. 2018, section 3.2)
+    lm_weight: float = knob(0.5, at_least=0)
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        head = config.model.head
+        return {"kind": head.kind, "lm": head.lm, "marks": config.model.topology == "encoder"}
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if config.model.embedding.n_types else [])]
+        head = config.model.head
+        one = head.kind == "single" or (head.kind == "regression" and head.n_outputs == 1)
+        return dict.fromkeys(names, (n, config.seq_len)) | {"labels": (n,) if one else (n, head.n_outputs)}
+
+    def check_with(self, config: RunConfig) -> Iterator[str]:
+        if self.label_smoothing and config.data.kind != "single":
+            told = f"0 with data.kind={config.data.kind}, but is {self.label_smoothing} instead"
+            yield f"`objective.label_smoothing` must be {told}. Nearest: 0."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class ImageClassificationConfig(SmoothedConfig):
     """The class of an image."""
+
+    one_result: ClassVar = True
 
     topologies: ClassVar = ("encoder",)
     heads: ClassVar = ("class",)
@@ -265,9 +408,10 @@ class GRPOConfig(ObjectiveConfig):
     max_new_tokens: int = knob(16, at_least=1)  # of a completion; prompts have the rest of data.seq_len
     temperature: float = knob(1.0, above=0)
     top_p: float = knob(1.0, above=0, at_most=1)
-    # weight of the KL divergence from the reference (k3, 2402.03300, equation 4; there 0.04); 0: no reference is read
-    beta: float = knob(0.0, at_least=0)
-    reference: str | None = knob(None, literal=True)  # as init_from; must be given where beta is not 0
+    # weight of the KL divergence from the reference (k3, 2402.03300, equation 4); 0: no reference is read
+    beta: float = knob(0.04, at_least=0)
+    # as init_from; null: the weights with which the run begins
+    reference: str | None = knob(None, literal=True)
     # loss: of each token; reward: the sum over a completion's tokens is taken off its reward (2203.02155)
     kl_in: Literal["loss", "reward"] = "loss"
     clip_low: float = knob(0.2, at_least=0, at_most=1)  # the ratio is clipped at 1 - clip_low and 1 + clip_high
@@ -286,6 +430,14 @@ class GRPOConfig(ObjectiveConfig):
     @property
     def models(self) -> Mapping[str, str]:
         return {} if self.reference is None else {"reference": self.reference}
+
+    @property
+    def start(self) -> str | None:
+        return "reference" if self.beta and self.reference is None else None
+
+    @property
+    def reads_start(self) -> bool:  # type: ignore[override]
+        return self.start is not None
 
     def prompts(self, config: RunConfig) -> int:
         return self.prompts_per_rollout or max(1, config.data.global_batch_size // self.group_size)
@@ -307,11 +459,6 @@ class GRPOConfig(ObjectiveConfig):
         return dict.fromkeys(of_tokens, (n, config.seq_len)) | mask | {"advantages": (n,)}
 
     def check(self) -> Iterator[str]:
-        if self.beta and self.reference is None:
-            yield (
-                f"`objective.reference` must be given with objective.beta={self.beta}: the weights from which the "
-                "policy is not to go far, such as those of init_from. Without a reference: objective.beta=0."
-            )
         if not self.beta and self.reference is not None:
             yield f"`objective.reference` must be null with objective.beta=0, but is {self.reference} instead."
         if self.loss in ("reinforce", "rloo"):
@@ -370,10 +517,13 @@ for name, target, config in (
     ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
     ("sft", "sft:SFT", SFTConfig),
     ("grpo", "grpo:GRPO", GRPOConfig),
+    ("dpo", "dpo:DPO", DPOConfig),
+    ("distill", "distill:Distill", DistillConfig),
     ("masked_lm", "masked_lm:MaskedLM", MaskedLMConfig),
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),
     ("seq2seq", "seq2seq:Seq2Seq", Seq2SeqConfig),
+    ("classification", "classification:Classification", ClassificationConfig),
     ("image_classification", "image_classification:ImageClassification", ImageClassificationConfig),
 ):
     register("objective", name, f"txtrain.objectives.{target}", config)

@@ -5,40 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.objectives.base import Batch, Counted, Objective, Shown, Terms, n_right
+from txtrain.objectives.base import Batch, Counted, Shown, n_right
+from txtrain.objectives.classification import Classes
 from txtrain.run_config import RunConfig
 
 
-class ImageClassification(Objective):
+class ImageClassification(Classes):
     """Cross-entropy of the class, in nats per image. Validation: without smoothing, and top-1 and top-5 accuracy."""
 
+    inputs = ("pixel_values",)
     metrics = ("top1", "top5")
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
-
-    def denominators(self, batch: Batch) -> Terms:
-        return {"loss": torch.tensor(len(batch["labels"]), device=batch["labels"].device)}
-
-    def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
-        logits_BC = model(pixel_values=batch["pixel_values"]).logits
-        total = F.cross_entropy(
-            logits_BC.float(), batch["labels"], reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return {"loss": total / denominators["loss"]}
-
-    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        logits_BC, labels_B = model(pixel_values=batch["pixel_values"]).logits, batch["labels"]
-        count = self.denominators(batch)["loss"]
-        loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
-        return {
-            "loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count),
-            "top5": (n_among(logits_BC, labels_B, 5), count)
-        }
+    def measured(self, logits_BC: Tensor, labels: Tensor, count: Tensor) -> Counted:
+        return {"top1": (n_right(logits_BC, labels), count), "top5": (n_among(logits_BC, labels, 5), count)}
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return [self._shown(module, batch, check) for batch in data.examples(config.sample.n, 1)]

@@ -6,23 +6,32 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.base import Base
+from txtrain.checkpoint.format import LoadError
+from txtrain.checkpoint.load import describe, open_weights
 from txtrain.config.schema import Train
+from txtrain.data.tokenizer.load import load_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
-from txtrain.hf.pieces import Source
+from txtrain.hf.fit import Fit, fitted
+from txtrain.hf.pieces import Source, piece_of
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
+from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
-from txtrain.objectives.base import Batch, Objective, build_objective
+from txtrain.objectives.base import ROWS, Batch, Objective, build_objective
 from txtrain.optim.average import Average
 from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
 from txtrain.parallel.activation_checkpointing import wrap_blocks
@@ -31,6 +40,8 @@ from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
 from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
+
+T = TypeVar("T")
 
 
 def check_model(model: nn.Module | None, config: Train) -> None:
@@ -67,6 +78,7 @@ class LitModule(pl.LightningModule):
         weights: initial weights, read once the model is wrapped; by default it is initialised.
         read: the models that the objective reads; by default those that config.objective names.
         restored: all weights come from a checkpoint, so none is initialised.
+        began: of a run that continues, what `starting_weights` recorded of it.
 
     Raises:
         ConfigError: config is not a valid configuration, or its objective cannot train the model.
@@ -81,6 +93,7 @@ class LitModule(pl.LightningModule):
         weights: Source | None = None,
         read: Mapping[str, Source] | None = None,
         restored: bool = False,
+        began: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -89,17 +102,28 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        self.fit: Fit | None = None  # what became of the initial weights
         if weights is not None:
-            weights.check(self.model)
+            weights, self.fit = fitted(weights, self.model, config.model, config.init_allow_missing)
+            if config.adapter.alone and (new := [*self.fit.resized, *self.fit.initialised]):
+                raise ConfigError(
+                    f"`adapter` must be none where weights of init_from are resized or initialised, as {new[0]} is "
+                    "here: a checkpoint would hold the adapter alone. Export the changed model and start from that."
+                )
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
+        check_vocabularies(config, self._read)
+        self.start = start_of(config, self.model, self.parallel, began) if config.objective.reads_start else None
+        if (key := config.objective.start) is not None and self.start is not None:
+            self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
         named = list(self.model.named_parameters())
         check_patterns([name for name, _ in named], config.optimizer)
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
         self.n_params = sum(p.numel() for _, p in named)
         self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
+        self.base: Base | None = None  # what an adapter is added to
         self.step = 0  # completed updates; except for tensors, a run's state is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
@@ -109,6 +133,7 @@ class LitModule(pl.LightningModule):
         self._restored = restored
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
+        self._rows: list[Tensor] = []  # of the validation so far: sample index, and the objective's ROWS
 
     @property
     def tokens(self) -> int:
@@ -157,12 +182,33 @@ class LitModule(pl.LightningModule):
             seed_everything(self.config.seed)
             self.parallel.materialise(self.model, self.device, self._loaded())
         if self.weights is not None:
-            self.parallel.fill(self.model, self.weights)
+            self._reading("init_from", self.weights, lambda source: self.parallel.fill(self.model, source))
+            self.weights = None
         if self._read:  # no submodules: neither trained nor saved
-            lay = self.parallel.lay_read_only
-            self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
+            self.objective.models = {
+                key: self._reading(f"objective.{key}", source, self.lay) for key, source in self._read.items()
+            }
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def lay(self, source: Source) -> Callable[..., Any]:
+        """A further model, which is only read, over the ranks."""
+        seed_everything(self.config.seed)  # for what the source lacks: the values that the trained model began with
+        return self.parallel.lay_read_only(source, self.device)
+
+    def _reading(self, key: str, source: Source, do: Callable[[Source], T]) -> T:
+        """Read it and close its files.
+
+        Raises:
+            LoadError: they are gone: on network file systems a file that another machine removes cannot be held open.
+        """
+        try:
+            return do(source)
+        except OSError as e:
+            again = "If its run has removed it, start again; or name one that stays, as an export does."
+            raise LoadError(f"`{key}`: {source.path} cannot be read any more: {e}. {again}") from e
+        finally:
+            source.close()
 
     def _loaded(self) -> Collection[str]:
         """Names of the weights that are read and not initialised."""
@@ -243,7 +289,7 @@ class LitModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums_of_sets = {}
+        self._sums_of_sets, self._rows = {}, []
         if self.config.ema.validate:
             self.average.swap_in()
 
@@ -254,7 +300,11 @@ class LitModule(pl.LightningModule):
         for i in range(self.parallel.most(len(parts))):
             counts = i < len(parts)
             micro_batch = parts[i] if counts else {name: value[:1] for name, value in batch.items()}
-            for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
+            found = dict(self.objective.validate(self.model, micro_batch))
+            if (rows := found.pop(ROWS, None)) is not None and counts:
+                index = micro_batch.get("sample_index", torch.zeros(len(rows[0])))
+                self._rows.append(torch.cat((index[:, None].double().cpu(), rows[0].double().cpu()), 1))
+            for name, (value, n) in found.items():
                 _add(sums, name, value, counts)
                 _add(sums, f"{name}/n", n, counts)
             ids = self.objective.target_ids(micro_batch)
@@ -283,9 +333,11 @@ class LitModule(pl.LightningModule):
         self.val_metrics = {"val_loss": self.objective.reported(means)}
         for number, name in enumerate(self._val_names):
             self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
-        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
+        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.terms if name in means}
         self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
-        if any(name not in means for name in self.objective.metrics):
+        if (rows := self._gathered_rows()) is not None:
+            self.val_metrics |= self.objective.score(rows)
+        if any(name not in self.val_metrics for name in self.objective.metrics):
             self.val_metrics |= self.objective.examine(self.model, self._data, self.config.micro_batch_size)
         if self.objective.perplexity:
             self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
@@ -293,6 +345,21 @@ class LitModule(pl.LightningModule):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # decisions based on them must agree
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def _gathered_rows(self) -> NDArray[np.float64] | None:
+        """The objective's ROWS of all ranks, in the order of the set; None if it gives none."""
+        width = self.parallel.most(self._rows[0].shape[1] if self._rows else 0)
+        if not width:
+            return None
+        here, ranks = torch.cat([torch.zeros(0, width, dtype=torch.float64), *self._rows]), self.parallel.size
+        sizes = torch.zeros(ranks, dtype=torch.float64, device=self.device)
+        sizes[self.parallel.rank] = len(here)
+        ends = self.parallel.reduce({"sizes": sizes})["sizes"].long().cumsum(0).tolist()
+        every = torch.zeros(ends[-1], width, dtype=torch.float64, device=self.device)
+        end = ends[self.parallel.rank]
+        every[end - len(here) : end] = here.to(self.device)
+        every = self.parallel.reduce({"rows": every})["rows"].cpu()
+        return every[every[:, 0].argsort(stable=True), 1:].numpy()
 
     def on_validation_end(self) -> None:
         self.average.swap_out()
@@ -314,6 +381,72 @@ def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
     """
     models, (rank, size) = config.objective.models, parallel.world[:2]
     return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
+
+
+def start_of(
+    config: Train, model: nn.Module, parallel: OneProcess, began: Mapping[str, Any] | None = None
+) -> Source:
+    """The weights with which the run begins, or began.
+
+    Args:
+        model: the trained one, before it is laid over the ranks.
+        began: of a run that continues, the record of those weights: `init_from=RUN` may have newer ones by now.
+
+    Raises:
+        ConfigError: they cannot be read, or are others than those recorded.
+    """
+    tensors = model.state_dict()
+    copy = described(config)
+    assert isinstance(copy, Transformer)
+    if not any(t.is_meta for t in tensors.values()):  # given in Python
+        return Source(Path(), copy, [piece_of(name, t.detach().cpu().clone()) for name, t in tensors.items()])
+    key, where = next(((k, w) for k in ("init_from", "fork") if (w := getattr(config, k)) is not None), ("", None))
+    if where is None:
+        return Source(Path(), copy, ())
+    path = parallel.first(lambda: began["path"] if began else str(describe(where, key).path))
+    found = open_weights(path, key, not config.allow_nonfinite, *parallel.world[:2])
+    found, _ = fitted(found, copy, config.model, config.init_allow_missing)
+    if began and parallel.first(found.identity) != began["identity"]:
+        raise ConfigError(
+            f"`{key}` must be what the run began with, since its objective reads those weights, but {path} has "
+            "changed since then."
+        )
+    return dc.replace(found, model=copy)
+
+
+def starting_weights(module: LitModule) -> dict[str, str] | None:
+    """What run.json says of the weights with which the run began, for an objective that reads them."""
+    start = module.start
+    return None if start is None or start.path == Path() else {"path": str(start.path), "identity": start.identity()}
+
+
+def check_vocabularies(config: Train, read: Mapping[str, Source]) -> None:
+    """Raise a ConfigError if a model that the objective reads has another vocabulary, where it needs the same."""
+    for key, source in read.items() if config.objective.same_tokenizer else ():
+        if source.model.config.vocab_size != config.model.vocab_size:
+            wanted = f"a model of {config.model.vocab_size} tokens, model.vocab_size"
+            has = f"{config.objective.models[key]} has {source.model.config.vocab_size}"
+            raise ConfigError(f"`objective.{key}` must be {wanted}, but {has}.")
+
+
+def check_tokenizers(config: Train, tokenizer: Tokenizer | None) -> None:
+    """Check the tokenizers of the models that the objective reads, where they have one. tokenizer: of the data.
+
+    Raises:
+        ConfigError: one has another vocabulary.
+    """
+    for key, where in config.objective.models.items() if config.objective.same_tokenizer else ():
+        folder = describe(where, f"objective.{key}").tokenizer
+        if tokenizer is None or folder is None:
+            continue
+        theirs, ours = (one.backend.get_vocab() for one in (load_tokenizer(folder), tokenizer))
+        if theirs != ours:
+            other = next((token for token in ours if theirs.get(token) != ours[token]), None)
+            why = f"{len(theirs)} tokens, not {len(ours)}" if other is None else f"{other!r} is {theirs.get(other)}"
+            raise ConfigError(
+                f"`objective.{key}` must have the tokenizer of the data, but {where} has another: {why}. "
+                f"Give data.tokenizer={folder}, if the student is to read as it does."
+            )
 
 
 def described(config: Train) -> nn.Module:

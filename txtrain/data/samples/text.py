@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from txtrain.data.samples.best_fit import BestFitSamples
+from txtrain.data.samples.best_fit import BestFitSamples, PreferenceSamples
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import Rows
 from txtrain.data.store.tokens import Tokens
@@ -29,9 +29,17 @@ class TokenisedText:
         """Packed by data.packing. overlap: of neighbours with concat; 1 if the first token is never a target."""
         if self.plan is None:
             return PackedSamples(self.tokens, self.seq_len, self.cross_document_attention, overlap)
+        return BestFitSamples(self.tokens, self.seq_len, self.plan, self._pad_id, self.cross_document_attention)
+
+    def preferences(self) -> Rows:
+        """Pairs of answers, packed by data.packing."""
+        assert self.plan is not None, "checked by txtrain.data.prepare"
+        return PreferenceSamples(self.tokens, self.seq_len, self.plan, self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
         tokenizer = self.tokenizer
-        pad_id = 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, self.cross_document_attention)
+        return 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
     @property
     def words(self) -> Tokenizer:
