@@ -48,6 +48,7 @@ VALUE_AXES = {"norm_position": "model.norm_position"}
 USER_AXES = (
     "attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler", "reward",
 )
+FUNCTION_AXES = ("reward",)  # where a user's option may also be a function, called as it is
 
 
 def group_of(axis: str) -> str:

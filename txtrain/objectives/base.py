@@ -55,7 +55,7 @@ class Objective:
     """
 
     weights: Mapping[str, float] = {"loss": 1.0}  # of the terms, whose weighted sum is minimised
-    measured: Mapping[str, float] = {}  # further values of the latest step, the same on all ranks; in `columns`
+    of_step: Mapping[str, float] = {}  # further values of the latest step, the same on all ranks; in `columns`
     beside: tuple[str, ...] = ()  # terms not in the reported loss, which stays comparable with models without them
     reports: tuple[str, ...] = ()  # terms that are not minimised, only reported
     perplexity: bool = False  # whether exp(`loss`) is a perplexity: `loss` is in nats per token

@@ -67,7 +67,7 @@ class GRPO(Objective):
         self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
         self.metrics = ("val_reward", *(f"val_{name}" for name in each), "val_truncated_share", "val_length")
         self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
-        self.measured: dict[str, float] = {}
+        self.of_step: dict[str, float] = {}
         self._texts: list[tuple[str, str, Mapping[str, float]]] = []
         self._warned = False
 
@@ -151,7 +151,8 @@ class GRPO(Objective):
         left_out_MV = processed(logits_MV.detach(), how).isneginf().scatter(1, labels_M1, False)
         log_p_M = hot_MV.masked_fill(left_out_MV, -torch.inf).log_softmax(-1).gather(1, labels_M1)[:, 0]
         found_BT = log_p_M.new_zeros(labels_BT.shape)
-        return found_BT.masked_scatter(torch.nn.functional.pad(chosen_BT, (1, 0)), log_p_M)
+        found_BT = found_BT.masked_scatter(torch.nn.functional.pad(chosen_BT, (1, 0)), log_p_M)
+        return found_BT
 
     # ---------------------------------------------------------------------------------------------------------- rollout
 
@@ -176,7 +177,7 @@ class GRPO(Objective):
         self._measure()
         seconds = {"rollout_seconds": rewarding - began, "reward_seconds": rewarded - rewarding}
         speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)
-        self.measured |= seconds | {"rollout_tokens_per_second": speed}
+        self.of_step |= seconds | {"rollout_tokens_per_second": speed}
         self._texts = [(job.prompt, job.completion, value) for job, value in zip(jobs, values, strict=True)]
 
     def _written(
@@ -212,7 +213,7 @@ class GRPO(Objective):
         whole = {"input_ids": input_ids, "attention_mask": torch.ones_like(labels) if mask is None else mask}
         batch = {**whole, "labels": labels}
         old = self._computed(module.model, batch, module)
-        reference = self._computed(self.models["reference"], batch, module) if self.beta else [None] * len(ids)
+        reference = self._computed(self.models["reference"], batch, module) if self.beta else old
         made = {}
         for i, (row, value) in enumerate(zip(written, values, strict=True)):
             begin, end = len(asked[i]), len(ids[i])
@@ -265,7 +266,7 @@ class GRPO(Objective):
         n = float(r["n_new"].sum())
         apart = (r["old_log_probs"] - r["sampler_log_probs"]).abs()
         each = dict(zip(self.rewards.names, r["rewards"].mean(0).tolist(), strict=True))
-        self.measured = {
+        self.of_step = {
             "reward": float(r["total"].mean()), **{f"reward/{name}": value for name, value in each.items()},
             "reward_std": float(groups.std(1).mean()),
             "silent_groups": float((groups == groups[:, :1]).all(1).double().mean()),
@@ -274,12 +275,12 @@ class GRPO(Objective):
             "entropy": -float(r["sampler_log_probs"].double().sum()) / n,
             "sampler_difference": float(apart.double().sum()) / n, "sampler_difference_max": float(apart.max()),
         }
-        if self.measured["sampler_difference"] > _BOUND and not self._warned:
+        if self.of_step["sampler_difference"] > _BOUND and not self._warned:
             self._warned = True
             log.warning(
                 "sampler and trainer differ by %.3g nats a token (more than %s): the ratio of old and new weights is "
                 "that wrong; trainer.precision=32-true brings them together",
-                self.measured["sampler_difference"], _BOUND,
+                self.of_step["sampler_difference"], _BOUND,
             )
 
     # ------------------------------------------------------------------------------------------------------- checkpoint

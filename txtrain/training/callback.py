@@ -249,7 +249,7 @@ class RunCallback(pl.Callback):
                 name: float(outputs[name])
                 for name in (*module.objective.terms, *balancing.columns(self.config.model))
             },
-            **module.objective.measured,
+            **module.objective.of_step,
             **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
             **self.watch.measures(module),

@@ -60,7 +60,7 @@ def metrics(run_dir: Path | None) -> list[dict[str, str]]:
 
 
 def test_training_earns_more_and_says_what_goes_wrong(tmp_path: Path) -> None:
-    result = txtrain.train(config(tmp_path, "trainer.max_steps=30", "trainer.val_check_interval=15"))
+    result = txtrain.train(config(tmp_path, "trainer.max_steps=24", "trainer.val_check_interval=12", "save.every_n_steps=24"))
     rows = metrics(result.run_dir)
     rewards = [float(row["reward"]) for row in rows]
     assert sum(rewards[-5:]) > sum(rewards[:5]) + 1, rewards
@@ -76,6 +76,7 @@ def test_training_earns_more_and_says_what_goes_wrong(tmp_path: Path) -> None:
     assert "[low 0." in (result.run_dir / "samples.txt").read_text()
 
 
+@pytest.mark.slow
 def test_updates_of_a_rollout_divide_it_and_move_away(tmp_path: Path) -> None:
     several = "objective.prompts_per_rollout=8", "objective.updates_per_rollout=4", "trainer.max_steps=5"
     rows = metrics(txtrain.train(config(tmp_path, *several)).run_dir)
@@ -99,6 +100,7 @@ def test_a_run_resumed_within_a_rollout_equals_one_that_was_not_stopped(tmp_path
     assert weights(part.run_dir) == weights(whole.run_dir)
 
 
+@pytest.mark.slow
 def test_micro_batches_and_padding_change_neither_rollouts_nor_gradients(tmp_path: Path) -> None:
     whole = txtrain.train(config(tmp_path / "a", "trainer.max_steps=4", "objective.mask_truncated=true"))
     parts = txtrain.train(
@@ -207,6 +209,7 @@ def test_problems_and_grpo_go_together(wrong: list[str], said: str) -> None:
     assert said in str(e.value)
 
 
+@pytest.mark.slow
 def test_the_reference_is_read_and_its_divergence_counts(tmp_path: Path) -> None:
     start = txtrain.train(config(tmp_path / "start", "trainer.max_steps=2"))
     for kl_in in ("loss", "reward"):

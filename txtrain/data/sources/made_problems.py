@@ -35,7 +35,7 @@ class MadeProblems:
 
     def problems(self, split: Split) -> Iterator[Problem]:
         wanted, seen = self.wanted[split], set[str]()
-        for start in range(0, _TRIES * max(wanted, _CHUNK), _CHUNK):
+        for start in range(0, max(_TRIES * wanted, _CHUNK), _CHUNK):
             for problem in self.made(Draws(0, "train", np.arange(start, start + _CHUNK))):  # for every seed of the run
                 question = problem["question"]
                 if question in seen or side(question) != split:
