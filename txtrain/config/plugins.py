@@ -10,7 +10,14 @@ from typing import Any, TypeVar, cast, get_type_hints
 import txtrain.config.schema  # noqa: F401  (fills BASES)
 from txtrain.errors import ConfigError, hint
 from txtrain.registry import (
-    BASES, FUNCTION_AXES, USER_AXES, VALUE_AXES, dropout_knob, inherits_from_package, knob, register,
+    BASES,
+    FUNCTION_AXES,
+    USER_AXES,
+    VALUE_AXES,
+    dropout_knob,
+    inherits_from_package,
+    knob,
+    register,
 )
 
 T = TypeVar("T", bound=Callable[..., Any])  # a class; of a reward also a function
