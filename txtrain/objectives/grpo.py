@@ -150,9 +150,8 @@ class GRPO(Objective):
         hot_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)) / how.heat
         left_out_MV = processed(logits_MV.detach(), how).isneginf().scatter(1, labels_M1, False)
         log_p_M = hot_MV.masked_fill(left_out_MV, -torch.inf).log_softmax(-1).gather(1, labels_M1)[:, 0]
-        found_BT = log_p_M.new_zeros(labels_BT.shape)
-        found_BT = found_BT.masked_scatter(torch.nn.functional.pad(chosen_BT, (1, 0)), log_p_M)
-        return found_BT
+        blank_BT = torch.zeros_like(labels_BT, dtype=log_p_M.dtype)
+        return blank_BT.masked_scatter(torch.nn.functional.pad(chosen_BT, (1, 0)), log_p_M)
 
     # ---------------------------------------------------------------------------------------------------------- rollout
 
