@@ -45,7 +45,10 @@ GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 # norm_position is a plain value (model.norm_position=post): its options have no knobs.
 VALUE_AXES = {"norm_position": "model.norm_position"}
 
-USER_AXES = ("attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler")
+USER_AXES = (
+    "attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler", "reward",
+)
+FUNCTION_AXES = ("reward",)  # where a user's option may also be a function, called as it is
 
 
 def group_of(axis: str) -> str:

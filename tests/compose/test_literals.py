@@ -40,7 +40,8 @@ def test_keys_of_train_arrive_unchanged(key, job):
 def test_every_literal_key_is_one_of_the_contract():
     contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
     beside = ["data.cache_dir", "data.chat_template", "data.delimiter", "messages", "system"]  # paths and texts, as the others are
-    assert sorted(LITERALS) == sorted([*contract, *beside])
+    of_objectives = ["objective.teacher", "objective.reference"]
+    assert sorted(LITERALS) == sorted([*contract, *beside, *of_objectives])
 
 
 @pytest.mark.parametrize("value", ["a.txt,c.txt", "[a.txt,c.txt]", "a b,c=d.txt"])

@@ -108,7 +108,10 @@ class Train(RunConfig):
             )
 
     def _check_processes(self, world: int) -> Iterator[str]:
-        yield from parallel.problems(self, world)
+        problems = list(parallel.problems(self, world))
+        yield from problems
+        if not problems:
+            yield from self.objective.check_ranks(self, self.strategy.layout(world).data)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
