@@ -25,9 +25,11 @@ FOREIGN = {
     "data.sources.hub": "reason",
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
-    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template",
+    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template in_pairs",
+    "data.sources.labels": "feature names",
     "data.samples.images": "files",
-    "model.generation": "item config",
+    "model.generation": "decode",
+    "model.decoding": "item config",
     "training.module": "config datamodule",
     "model.stack": "window softcap dropout",
     "model.init": "reset_parameters residual_projections name",

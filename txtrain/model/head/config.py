@@ -19,6 +19,7 @@ class HeadConfig(Component):
     """What every head has. skips: its loss skips positions without a target."""
 
     skips: ClassVar[bool] = False
+    pools: ClassVar[bool] = False  # it has one result for a sample
     next_sentence = False  # a field of BERT's head only
     label_names = tuple[str, ...]()  # this and lm: of the class head only
     lm = False
@@ -104,6 +105,8 @@ Kind = Literal["single", "multi", "regression"]
 class ClassHeadConfig(HeadConfig):
     """One score per class, from one vector per row: of the first position (ViT's class token, BERT's [CLS]), of the
     last real one, or the mean of the real ones. null: as the papers and transformers have it for this kind of model."""
+
+    pools: ClassVar = True
 
     n_classes: int | None = knob(None, at_least=1)  # null: as many as the labels of the data; numbers of a regression
     pooling: Literal["first", "last", "mean"] | None = None  # null: first in an encoder, else last
