@@ -81,7 +81,7 @@ def test_a_run_on_prepared_conversations_is_the_run_on_their_files(write, object
     assert "`data.seq_len` must be at least 32" in capsys.readouterr().err
     other = {"sft": "dpo", "dpo": "sft"}[objective]
     assert main([*MODEL, *ready, f"objective={other}", "data.packing=best_fit", "run_dir=a"]) == 2
-    assert "`objective` must be one that reads" in capsys.readouterr().err
+    assert "which data.path holds, but is" in capsys.readouterr().err
     assert not Path("a").exists()
 
 
