@@ -99,6 +99,22 @@ class LayerStatsConfig:
             yield "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."
 
 
+@dc.dataclass(frozen=True)
+class Extent:
+    """How much of the data is the validation set.
+
+    Attributes:
+        whole: all of it, nothing is held out for training.
+        rest: no token is left out: the last sequence may be shorter.
+        stride: tokens between the begins of sequences, each of which predicts what the one before has not; None: those
+            of training.
+    """
+
+    whole: bool = False
+    rest: bool = False
+    stride: int | None = None
+
+
 @dc.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     model: ModelConfig
@@ -136,6 +152,11 @@ class RunConfig:
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
     # the first and the last step to trace; null: the fourth to the sixth of this start
     profile_steps: tuple[int, int] | None = knob(None, at_least=1, free=True)
+
+    @property
+    def extent(self) -> Extent:
+        """How much of the data is validated."""
+        return Extent()
 
     @property
     def seq_len(self) -> int:

@@ -13,14 +13,16 @@ from functools import partial
 from hydra.core.override_parser.types import Override
 
 from txtrain.checkpoint.format import newest_run
+from txtrain.checkpoint.load import describe
 from txtrain.checkpoint.run_folder import begun_with
 from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config import compose as composition
 from txtrain.config.composed import Composed
 from txtrain.config.init_from import applied
 from txtrain.config.loader import Loader, make_loader
+from txtrain.config.of_checkpoint import of_checkpoint
 from txtrain.config.overrides import expand
-from txtrain.config.schema import Export, Generate, Train
+from txtrain.config.schema import Evaluate, Export, Generate, OnTrained, Train
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
 from txtrain.run_config import RunConfig
@@ -28,7 +30,7 @@ from txtrain.run_config import RunConfig
 
 def compose(
     overrides: Sequence[str] = (), verb: str = "train", config_dir: str | os.PathLike[str] | None = None
-) -> Train | Generate | Export:
+) -> Train | Evaluate | Generate | Export:
     """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
 
     Raises:
@@ -40,7 +42,8 @@ def compose(
     if not isinstance(verb, str) or verb not in VERBS:
         raise ConfigError(f"`verb` must be one of {', '.join(VERBS)}, but is {verb!r} instead.")
     loader = make_loader(None if config_dir is None else str(path_of(config_dir, "config_dir")))
-    config: Train | Generate | Export = compose_job(verb, expand(overrides, False, loader)[0], loader)[0].config
+    job, _ = compose_job(verb, expand(overrides, False, loader)[0], loader)
+    config: Train | Evaluate | Generate | Export = job.config
     return config
 
 
@@ -70,9 +73,9 @@ def with_init_from(job: Composed) -> Composed:
         ConfigError: init_from holds no model, or one that contradicts the configuration.
     """
     config = job.config
+    if isinstance(config, OnTrained):
+        return job if config.checkpoint is None else of_checkpoint(job, describe(config.checkpoint))
     if not isinstance(config, RunConfig) or config.init_from is None or config.resume not in ("auto", "never"):
         return job
-    from txtrain.checkpoint.load import describe
-
     found = describe(config.init_from, key="init_from")
     return applied(job, found.model, found.tokenizer)

@@ -14,7 +14,8 @@ from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 KIND = "data.kind"
-ALL_KINDS = ("text", "chat", "pairs", "images")
+QUESTIONS = ("choices", "cloze", "problems")
+ALL_KINDS = ("text", "chat", "pairs", "images", *QUESTIONS)
 
 
 class RunRule(Rule):
@@ -41,7 +42,7 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule({KIND: ("text", "chat", "pairs")}, "model/embedding", ("token",), "text enters as tokens"),
+    RunRule({KIND: ("text", "chat", "pairs", *QUESTIONS)}, "model/embedding", ("token",), "text enters as tokens"),
 )
 
 OBJECTIVE_RULES = (
@@ -87,10 +88,11 @@ def objective_rules(name: str) -> list[Rule]:
 def objectives_for(model: ModelConfig) -> list[str]:
     """The objectives that fit a model, on data of a kind that they read."""
     kinds = {name: option.config.reads or ALL_KINDS for name, option in TABLE["objective"].items()}
-    return [name for name, reads in kinds.items() if any(_fits(model, name, kind) for kind in reads)]
+    return [name for name, reads in kinds.items() if any(fits(model, name, kind) for kind in reads)]
 
 
-def _fits(model: ModelConfig, objective: str, kind: str) -> bool:
+def fits(model: ModelConfig, objective: str, kind: str) -> bool:
+    """Whether an objective can be that of a model, on data of that kind."""
     choices = {"model": model, "objective": _Option(objective), "data": _Option("any", kind)}
     return not any(rule.broken_by(choices) for rule in (*objective_rules(objective), *RUN_RULES))
 

@@ -17,12 +17,14 @@ from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
 from txtrain.registry import knob, out_of_range
-from txtrain.run_config import RunConfig
+from txtrain.run_config import Extent, RunConfig
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Train(RunConfig):
     """The configuration of a run, with the checks across its groups."""
+
+    _trains = True  # not a field: what else reads these groups may name what is for evaluation alone
 
     def check(self) -> Iterator[str]:
         """Problems: numbers out of bounds, or else those within each group; conflicts of model, objective and data;
@@ -44,19 +46,14 @@ class Train(RunConfig):
                 f"`data.seq_len` must be at most model.max_seq_len ({limit}) with model/position={position.type}, "
                 f"but is {self.seq_len} instead. Nearest: {limit}."
             )
-        if data.global_batch_size % self.micro_batch_size:
-            near = ", ".join(map(str, divisors_near(self.micro_batch_size, data.global_batch_size)))
-            yield (
-                f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
-                f"but is {self.micro_batch_size} instead. Nearest: {near}."
-            )
-        elif (world := parallel.processes(self)) is not None:
-            yield from self._check_processes(world)
+        yield from self._check_batch()
         if data.streaming and self.trainer.max_epochs is not None:
             yield (
                 "`trainer.max_epochs` must be null with data.streaming=true: the length of a stream is unknown. Give "
                 "trainer.max_steps or max_tokens."
             )
+        if not self.objective.trains and self._trains:
+            yield f"`objective` must be one that trains, but is {self.objective.type} instead, which is for evaluate."
         yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
@@ -73,6 +70,16 @@ class Train(RunConfig):
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_batch(self) -> Iterator[str]:
+        if self.data.global_batch_size % self.micro_batch_size:
+            near = ", ".join(map(str, divisors_near(self.micro_batch_size, self.data.global_batch_size)))
+            yield (
+                f"`data.micro_batch_size` must divide data.global_batch_size ({self.data.global_batch_size}), "
+                f"but is {self.micro_batch_size} instead. Nearest: {near}."
+            )
+        elif (world := parallel.processes(self)) is not None:
+            yield from self._check_processes(world)
 
     def _check_name(self) -> Iterator[str]:
         parts = self.name.split("/")
@@ -190,6 +197,67 @@ class Preview(Train):
     """The samples of `train` to show."""
 
     preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class OnTrained(Train):
+    """A trained model, and the data that it reads. What training alone needs is not read."""
+
+    # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
+    checkpoint: str | None = knob(None, literal=True, run=True)
+    out: str | None = knob(None, literal=True)  # the file to write
+    # all of the data, or what a run holds out or names for validation; null: all of data.path, where it is given
+    # without data.val_path; else validation
+    split: Literal["all", "validation"] | None = None
+    # tokens from one sequence of data.seq_len to the next, each predicted once; null: sequences side by side
+    stride: int | None = knob(None, at_least=1)
+
+    _trains = False
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(whole=self.split == "all", rest=True, stride=self.stride)
+
+    def check(self) -> Iterator[str]:
+        """Problems within each group; those between them (`problems`) are asked for once the model is known."""
+        groups = [getattr(self, f.name) for f in dc.fields(self)]
+        yield from [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
+
+    def problems(self) -> Iterator[str]:
+        """All problems, of the checkpoint's model."""
+        yield from Train.check(self)
+
+    def _check_between(self) -> Iterator[str]:
+        yield from Train._check_between(self)
+        if self.data.streaming:
+            yield "`data.streaming` must be false here, where all rows are read, but is true instead."
+        if self.stride is None:
+            return
+        limit = self.seq_len - 1
+        if self.stride > limit:
+            yield (
+                f"`stride` must be at most {limit}, one less than the sequences (data.seq_len), but is {self.stride} "
+                f"instead. Nearest: {limit}."
+            )
+        if self.data.packing != "concat" or self.data.kind != "text" or not self.objective.slides:
+            yield (
+                f"`stride` must be null with objective={self.objective.type} on data={self.data.type} and "
+                f"data.packing={self.data.packing}, but is {self.stride} instead: a window slides over a text for "
+                "next-token prediction."
+            )
+
+    def _check_batch(self) -> Iterator[str]:
+        """Ranks need no equal shares."""
+        if (world := parallel.processes(self)) is not None:
+            yield from self.strategy.problems(world, self.model)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Evaluate(OnTrained):
+    """A trained model, and what to measure it on."""
+
+    # resampled sets of documents (or rows) for the 95 % interval of each figure; 0: no intervals
+    n_bootstrap: int = knob(1000, at_least=0)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
+from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
@@ -112,6 +113,10 @@ def _text(
     data = config.data
     corpus = Corpus(source, data.val_fraction)
     tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
+    if config.extent.whole:
+        key, folder = _tokenised(ValidationSet(source), tokenizer, config)
+        every = TokenFile(folder, "validation")
+        return dc.replace(_packed((every, every), tokenizer, key, config, objective, "more"), skipped=_lists(folder))
     key, folder = _tokenised(corpus, tokenizer, config)
     sets = validation_sets(source)
     if not sets:
@@ -135,7 +140,7 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
     tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
     if (template := chat_template(source)) is not None:
         tokenizer = tokenizer.with_template(template)
-    corpus = MarkedCorpus(source, data.val_fraction, tokenizer)
+    corpus = MarkedCorpus(source, data.val_fraction, tokenizer, config.extent.whole)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
 
     def fill(empty: Path) -> None:
@@ -146,7 +151,8 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
         writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
-    splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
+    train, validation = TokenFile(folder, "train"), TokenFile(folder, "validation")
+    splits = (validation if config.extent.whole else train), validation
     return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
 
 
@@ -227,7 +233,7 @@ def _packed(
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
     plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
     texts = [
-        TokenisedText(tokens, tokenizer, config.seq_len, across, plan)
+        TokenisedText(tokens, tokenizer, config.seq_len, across, plan, config.extent)
         for tokens, plan in zip(splits, plans, strict=True)
     ]
     train, validation = (objective.samples(text) for text in texts)
@@ -253,7 +259,8 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     if tokenizer is not None:
         tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
         below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
-    train, validation = (Tokens(source.tokens(split), split, eos_id, below) for split in SPLITS)
+    parts = [source.every] * 2 if config.extent.whole else [source.tokens(split) for split in SPLITS]
+    train, validation = (Tokens(part, split, eos_id, below) for part, split in zip(parts, SPLITS, strict=True))
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"
@@ -354,13 +361,14 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
 
 def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     data = config.data
-    corpus = PairCorpus(source, data.val_fraction)
+    corpus = PairCorpus(source, data.val_fraction, config.extent.whole)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
     fill = partial(tokenise, corpus, tokenizer, with_bos=False, limit=_limit(config))
     folder = cached(data.cache_dir, key, fill, TOKEN_FILES)
     train, validation = (
-        PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation")
+        PairSamples(TokenFile(folder, split), tokenizer, config.seq_len)
+        for split in (("validation", "validation") if config.extent.whole else SPLITS)
     )
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
@@ -388,7 +396,9 @@ def _images(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) -> Prepared:
     data, samples = config.data, source.samples("train")
-    if has_validation(source):
+    if config.extent.whole:
+        parts = [("train", samples, np.arange(len(samples)))] * 2
+    elif has_validation(source):
         others = source.samples("validation")
         parts = [("train", samples, np.arange(len(samples))), ("validation", others, np.arange(len(others)))]
     else:
@@ -405,6 +415,26 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
+# ------------------------------------------------------------------------------------------------------------ questions
+
+
+def _questions(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    data, two_stacks = config.data, config.model.topology == "encoder_decoder"
+    if data.tokenizer == "train":
+        raise ConfigError("`data.tokenizer` must be given with questions, on which none is trained: the model's.")
+    tokenizer = _fitted(load_tokenizer(data.tokenizer), data.tokenizer, config, objective.special_tokens)
+    items = [encode(one, tokenizer, config.seq_len, two_stacks) for one in source.questions("train")]
+    held = np.ones(len(items), np.bool_) if config.extent.whole else held_out(len(items), data.val_fraction)
+    train, validation = (
+        QuestionRows(items, np.flatnonzero(which), tokenizer, two_stacks)
+        for which in (held if config.extent.whole else ~held, held)
+    )
+    if not len(validation):
+        raise ConfigError(f"`data={data.type}` must have at least one question, but has none for validation.")
+    known = digest(source.identity(), tokenizer.fingerprint, config.seq_len, None if held.all() else data.val_fraction)
+    return Prepared(train, validation, known, tokenizer)
+
+
 Way = Callable[[Any, RunConfig, SampleMaker], Prepared]
 _WAYS: dict[str, Way] = {
     "marked": _marked,
@@ -412,6 +442,7 @@ _WAYS: dict[str, Way] = {
     "pairs": _pairs,
     "images": _images,
     "samples": _samples,
+    "questions": _questions,
     "tokens": _tokens,
     "parts": _mixture,
     "stream": _stream,

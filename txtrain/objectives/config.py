@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
@@ -22,6 +23,8 @@ class ObjectiveConfig:
     topologies: ClassVar[tuple[str, ...] | None] = None
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
+    trains: ClassVar[bool] = True  # else it is for evaluation alone
+    slides: ClassVar[bool] = False  # a window may slide over the text: each token is predicted from those before it
     label_smoothing = 0.0  # not a field: some objectives have one
 
     @property
@@ -65,6 +68,7 @@ class ObjectiveConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class CausalLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
+    slides: ClassVar = True
     heads: ClassVar = ("lm",)
     reads: ClassVar[tuple[str, ...]] = ("text", "chat")
 
@@ -228,6 +232,49 @@ class Seq2SeqConfig(SmoothedConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class QuestionsConfig(ObjectiveConfig):
+    topologies: ClassVar = ("decoder", "encoder_decoder")
+    heads: ClassVar = ("lm",)
+    trains: ClassVar = False
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        return {"two_stacks": config.model.topology == "encoder_decoder"}
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MultipleChoiceConfig(QuestionsConfig):
+    """The likeliest of several choices; for evaluate."""
+
+    reads: ClassVar = ("choices",)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ClozeConfig(QuestionsConfig):
+    """The end of a text; for evaluate."""
+
+    reads: ClassVar[tuple[str, ...]] = ("cloze",)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AnswersConfig(QuestionsConfig):
+    """Answers to questions, generated greedily; for evaluate."""
+
+    reads: ClassVar = ("problems",)
+
+    max_new_tokens: int = knob(64, at_least=1)
+    stop: tuple[str, ...] = ("\n",)  # texts that end an answer
+    # regular expression: of both texts its last match, or the match of its first group, is compared; null: all
+    pattern: str | None = None
+    ignore_case: bool = False
+
+    def check(self) -> Iterator[str]:
+        try:
+            re.compile(self.pattern or "")
+        except re.error as e:
+            yield f"`objective.pattern` must be a regular expression, but is {self.pattern!r} instead: {e}."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class ImageClassificationConfig(SmoothedConfig):
     """The class of an image."""
 
@@ -247,6 +294,9 @@ for name, target, config in (
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),
     ("seq2seq", "seq2seq:Seq2Seq", Seq2SeqConfig),
+    ("multiple_choice", "questions:MultipleChoice", MultipleChoiceConfig),
+    ("cloze", "questions:Cloze", ClozeConfig),
+    ("answers", "questions:Answers", AnswersConfig),
     ("image_classification", "image_classification:ImageClassification", ImageClassificationConfig),
 ):
     register("objective", name, f"txtrain.objectives.{target}", config)

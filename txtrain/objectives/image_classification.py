@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.objectives.base import Batch, Counted, Objective, Shown, Terms, n_right
+from txtrain.objectives.base import Batch, Counted, Objective, Shown, Statistics, Terms, n_right, stacked
 from txtrain.run_config import RunConfig
 
 
@@ -40,6 +40,15 @@ class ImageClassification(Objective):
             "top5": (n_among(logits_BC, labels_B, 5), count)
         }
 
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        logits_BC, labels_B = model(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"]
+        ones = torch.ones_like(labels_B)
+        return {
+            "loss": stacked(F.cross_entropy(logits_BC, labels_B, reduction="none"), ones),
+            "top1": stacked(logits_BC.argmax(-1) == labels_B, ones),
+            "top5": stacked(is_among(logits_BC, labels_B, 5), ones),
+        }
+
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return [self._shown(module, batch, check) for batch in data.examples(config.sample.n, 1)]
 
@@ -58,5 +67,10 @@ class ImageClassification(Objective):
 
 def n_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:
     """Number of labels among the k most likely classes (all, if there are fewer than k classes)."""
+    return is_among(logits_BC, labels_B, k).sum()
+
+
+def is_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:
+    """[B]: whether the label is among them."""
     best_BK = logits_BC.topk(min(k, logits_BC.shape[-1])).indices
-    return (best_BK == labels_B[:, None]).any(-1).sum()
+    return (best_BK == labels_B[:, None]).any(-1)

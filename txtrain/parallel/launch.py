@@ -57,8 +57,8 @@ def _n_gpus(accelerator: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
-def launch(config: RunConfig, write: Callable[[Path], None], n: int) -> int:
-    """Run `train` in n processes; return the exit code of the process that failed first, 0 if none did.
+def launch(config: RunConfig, write: Callable[[Path], None], n: int, verb: str = "train") -> int:
+    """Run a verb in n processes; return the exit code of the process that failed first, 0 if none did.
 
     write: writes the whole configuration to a file, which each process reads.
     """
@@ -81,7 +81,10 @@ def launch(config: RunConfig, write: Callable[[Path], None], n: int) -> int:
             f"run_dir={config.run_dir or ''}",
         ]
         said += [] if config.trainer.auto_requeue else [NOT_AGAIN]
-        group.start([sys.executable, "-m", "txtrain", "train", *said], environments, held=True)
+        trains = verb == "train"
+        group.start(
+            [sys.executable, "-m", "txtrain", verb, *(said if trains else ())], environments, held=trains
+        )
         return group.wait()
 
 

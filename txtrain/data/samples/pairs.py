@@ -37,16 +37,19 @@ class PairCorpus:
 
     source: PairSource
     val_fraction: float
+    whole: bool = False  # all training pairs are for validation
 
     def pairs(self) -> Iterator[tuple[Split, Pair]]:
         """The pairs without a blank side."""
-        own = splits(self.source)
+        own = splits(self.source)[: 1 if self.whole else 2]
         for split in own:
             for pair in self.source.pairs(split):
                 if pair[0].strip() and pair[1].strip():
                     yield (split if len(own) == 2 else self._side(pair[0])), pair
 
     def _side(self, text: str) -> Split:
+        if self.whole:
+            return "validation"
         draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
         return "validation" if draw < self.val_fraction * 2**64 else "train"
 
@@ -62,7 +65,8 @@ class PairCorpus:
     @cached_property
     def fingerprint(self) -> str:
         known = identity(self.source, lambda: hashed(self.documents()))
-        return digest(FORMAT, "pairs", known, None if has_validation(self.source) else self.val_fraction)
+        held = None if has_validation(self.source) else self.val_fraction
+        return digest(FORMAT, "pairs", known, "whole" if self.whole else held)
 
 
 class PairSamples(Rows):

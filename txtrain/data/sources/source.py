@@ -72,12 +72,13 @@ class SampleSource(Protocol):
 
 
 Source = Any  # of text, pairs, images or samples: recognised by its method
-METHODS = (  # in order of precedence; the last three are for our own sources
+METHODS = (  # in order of precedence; the last four are for our own sources
     "marked",  # and `documents` beside it
     "documents",
     "pairs",
     "images",
     "samples",
+    "questions",
     "tokens",
     "stream",
     "parts",

@@ -1,0 +1,117 @@
+"""`checkpoint=` of evaluate and predict: model, tokenizer, objective and the way of reading come with it. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+from collections.abc import Mapping
+from typing import Any
+
+from txtrain.checkpoint.load import Described
+from txtrain.config.compatibility import fits, objectives_for
+from txtrain.config.composed import Composed
+from txtrain.config.schema import OnTrained
+from txtrain.errors import ConfigError
+from txtrain.ground.convert import build
+from txtrain.ground.plain_files import read_yaml
+from txtrain.model.config import ModelConfig
+from txtrain.registry import TABLE
+
+
+def of_checkpoint(job: Composed, found: Described) -> Composed:
+    """The job with what `found` holds.
+
+    The data are those that the command line names, else those of the run. A run also says how long sequences are and
+    whether they cross documents. The objective is the one that is named, else the run's, else the first that fits.
+
+    Raises:
+        ConfigError: values of the command line contradict the checkpoint, or no objective fits model and data.
+    """
+    config: OnTrained = job.config
+    if other := [key for key in job.given if key.partition(".")[0].partition("/")[0] == "model"]:
+        raise ConfigError(
+            *(f"`{key}` must not be given with checkpoint: the architecture comes with the weights." for key in other)
+        )
+    saved = {} if found.is_hf else read_yaml(found.path / "config.yaml")
+    own = "data" not in job.given
+    if own and found.is_hf:
+        raise ConfigError(f"`data` must be given: {str(found.path)!r} is no run, which would name its own.")
+    data = _own_data(job, saved) if own else _read_alike(job, saved)
+    if data.tokenizer == "train" and data.kind != "images":
+        if found.tokenizer is None:
+            raise ConfigError(f"`data.tokenizer` must be given: {str(found.path)!r} has no tokenizer.")
+        data = dc.replace(data, tokenizer=str(found.tokenizer))
+    named = any(key.partition(".")[0] == "objective" for key in job.given)
+    trained = None if named else _saved("objective", saved, job)
+    split = config.split or ("validation" if own and "data.path" not in job.given else None)
+    config = dc.replace(config, data=data, objective=trained or config.objective, split=split)
+    return dc.replace(job, config=fitted(config, found.model, named), grafts={})
+
+
+def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
+    """The configuration for a model: with an objective that fits, and the split settled.
+
+    named: the objective is the one to use, or an error.
+
+    Raises:
+        ConfigError: the configuration does not fit the model.
+    """
+    kind, objective = config.data.kind, config.objective
+    if not named and not fits(model, objective.type, kind):
+        others = [name for name in TABLE["objective"] if fits(model, name, kind)]
+        if not others:
+            able = ", ".join(objectives_for(model)) or "none"
+            raise ConfigError(
+                f"`data={config.data.type}` must be data for this model, a {model.topology} with "
+                f"model/head={model.head.type}, but is {kind} instead. Its objectives: {able}."
+            )
+        objective = TABLE["objective"][others[0]].config(type=others[0])
+    where = vars(config.data)
+    whole = where.get("path") is not None and not where.get("val_path") and not where.get("val_split")
+    split = config.split or ("all" if whole else "validation")
+    config = dc.replace(config, model=model, objective=objective, split=split)
+    if problems := list(config.problems()):
+        raise ConfigError(*problems)
+    return config
+
+
+def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:
+    """The run's data, with the values of the command line."""
+    data = _saved("data", saved, job)
+    names = {f.name for f in dc.fields(data)}
+    given = [key.removeprefix("data.") for key in job.given if key.startswith("data.")]
+    if other := [key for key in given if key.partition(".")[0] not in names]:
+        whose = f"is no key of data={data.type}, the run's. Name the data too"
+        raise ConfigError(*(f"`data.{key}` {whose}." for key in other))
+    tops = {key.partition(".")[0] for key in given}
+    return dc.replace(data, **{name: getattr(job.config.data, name) for name in tops})
+
+
+def _read_alike(job: Composed, saved: Mapping[str, Any]) -> Any:
+    """The data of the command line, read as the run read its own: so long, and within documents or across them."""
+    data, before = job.config.data, saved.get("data") or {}
+    if data.kind == "images" or not saved or TABLE["data"].get(before.get("type")) is None:
+        return data
+    if TABLE["data"][before["type"]].config.kind == "images":
+        return data
+    alike = {
+        key: before[key] for key in ("seq_len", "cross_document_attention")
+        if f"data.{key}" not in job.given and before.get(key) is not None
+    }
+    return dc.replace(data, **alike)
+
+
+def _saved(axis: str, saved: Mapping[str, Any], job: Composed) -> Any:
+    """The option in a run's config.yaml, which is only data; None if there is no run.
+
+    Raises:
+        ConfigError: it is not known here, or damaged.
+    """
+    raw = saved.get(axis)
+    if raw is None:
+        return None
+    kind = raw.get("type") if isinstance(raw, dict) else raw
+    if kind not in TABLE[axis]:
+        imports = ",".join(map(str, saved.get("imports") or ()))
+        again = f" Its run used imports=[{imports}]: name it again." if imports else ""
+        raise ConfigError(f"`checkpoint`: its run's {axis} is {kind!r}, which is not known here.{again}")
+    return build(TABLE[axis][kind].config, raw)
