@@ -44,6 +44,7 @@ GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 # norm_position is a plain value (model.norm_position=post): its options have no knobs.
 VALUE_AXES = {"norm_position": "model.norm_position"}
 
+METRIC = "metric"  # the axis of users' metrics, which are functions
 USER_AXES = ("attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler")
 
 
@@ -183,9 +184,9 @@ def axis(name: str, *, free: bool = False) -> Any:
     return dc.field(metadata={"axis": name, "free": free})
 
 
-def axes(name: str) -> Any:
-    """A field that maps the user's names to configs of options of an axis."""
-    return dc.field(metadata={"axes": name})
+def axes(name: str, *, free: bool = False) -> Any:
+    """A field that maps the user's names to configs of options of an axis; empty if not given. free: as in `knob`."""
+    return dc.field(default_factory=dict, metadata={"axes": name, "free": free})
 
 
 def choice(name: str, default: Any = dc.MISSING) -> Any:

@@ -31,8 +31,11 @@ def run_evaluate(job: Composed) -> int:
         return launch(config, partial(to_file, job), n, "evaluate")
     from txtrain.training.evaluation import run
 
-    with counting("evaluated") as tick:
-        made = run(config, tick)
+    if config.tasks:
+        made = run(config)
+    else:
+        with counting("evaluated") as tick:
+            made = run(config, tick)
     if World.here().rank == 0:
         print("\n".join(lines(made)))
         if config.out is not None:
@@ -50,7 +53,10 @@ def lines(made: Evaluation) -> Iterator[str]:
     """What was evaluated, and a row for each metric."""
     facts = made.facts
     step = f", step {facts['step']}" if "step" in facts else ""
-    read = f"{facts['data']}: {facts['n_samples']:,} samples; objective={facts['objective']}"
+    read = (
+        f"{facts['data']}: {facts['n_samples']:,} samples; objective={facts['objective']}" if "data" in facts
+        else f"lm_eval: {', '.join(facts['tasks'])}"
+    )
     yield f"{facts['checkpoint']}{step}; {read}"
     width = max(map(len, made.metrics), default=0)
     for name, one in made.metrics.items():

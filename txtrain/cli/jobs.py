@@ -22,7 +22,7 @@ from txtrain.config.init_from import applied
 from txtrain.config.loader import Loader, make_loader
 from txtrain.config.of_checkpoint import of_checkpoint
 from txtrain.config.overrides import expand
-from txtrain.config.schema import Evaluate, Export, Generate, OnTrained, Train
+from txtrain.config.schema import Evaluate, Export, Generate, OnTrained, Predict, Train
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
 from txtrain.run_config import RunConfig
@@ -30,7 +30,7 @@ from txtrain.run_config import RunConfig
 
 def compose(
     overrides: Sequence[str] = (), verb: str = "train", config_dir: str | os.PathLike[str] | None = None
-) -> Train | Evaluate | Generate | Export:
+) -> Train | Evaluate | Predict | Generate | Export:
     """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
 
     Raises:
@@ -43,7 +43,7 @@ def compose(
         raise ConfigError(f"`verb` must be one of {', '.join(VERBS)}, but is {verb!r} instead.")
     loader = make_loader(None if config_dir is None else str(path_of(config_dir, "config_dir")))
     job, _ = compose_job(verb, expand(overrides, False, loader)[0], loader)
-    config: Train | Evaluate | Generate | Export = job.config
+    config: Train | Evaluate | Predict | Generate | Export = job.config
     return config
 
 
@@ -74,7 +74,11 @@ def with_init_from(job: Composed) -> Composed:
     """
     config = job.config
     if isinstance(config, OnTrained):
-        return job if config.checkpoint is None else of_checkpoint(job, describe(config.checkpoint))
+        where = config.checkpoint or config.init_from
+        if where is None:
+            return job
+        job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))
+        return of_checkpoint(job, describe(where))
     if not isinstance(config, RunConfig) or config.init_from is None or config.resume not in ("auto", "never"):
         return job
     found = describe(config.init_from, key="init_from")

@@ -71,6 +71,12 @@ VERBS = {
         "txtrain.cli.evaluate:run_evaluate",
         "  txtrain evaluate checkpoint=RUN data=text data.path=FILES stride=128 out=evaluation.json\n",
     ),
+    "predict": Verb(
+        "labels, texts, log-probabilities or embeddings of each row of a file, into out=FILE.jsonl",
+        _SCHEMA + "Predict",
+        "txtrain.cli.predict:run_predict",
+        "  txtrain predict checkpoint=RUN data=text data.path=ROWS.jsonl out=predictions.jsonl\n",
+    ),
     "export": Verb(
         "write a checkpoint as a folder of Hugging Face: config.json, model.safetensors, tokenizer",
         _SCHEMA + "Export",

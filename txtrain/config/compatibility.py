@@ -86,8 +86,9 @@ def objective_rules(name: str) -> list[Rule]:
 
 
 def objectives_for(model: ModelConfig) -> list[str]:
-    """The objectives that fit a model, on data of a kind that they read."""
-    kinds = {name: option.config.reads or ALL_KINDS for name, option in TABLE["objective"].items()}
+    """The objectives that fit a model, on data of a kind that they read; not those for evaluation alone."""
+    training = {name: option.config for name, option in TABLE["objective"].items() if option.config.trains}
+    kinds = {name: config.reads or ALL_KINDS for name, config in training.items()}
     return [name for name, reads in kinds.items() if any(fits(model, name, kind) for kind in reads)]
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from txtrain.checkpoint.load import Described
 from txtrain.config.compatibility import fits, objectives_for
 from txtrain.config.composed import Composed
-from txtrain.config.schema import OnTrained
+from txtrain.config.schema import Evaluate, OnTrained
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.plain_files import read_yaml
@@ -31,10 +31,20 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
         raise ConfigError(
             *(f"`{key}` must not be given with checkpoint: the architecture comes with the weights." for key in other)
         )
+    if isinstance(config, Evaluate) and config.tasks:
+        if clash := [key for key in job.given if key.partition(".")[0] in ("data", "objective")]:
+            why = "must not be given with tasks, which have data of their own"
+            raise ConfigError(*(f"`{key}` {why}." for key in clash))
+        config = dc.replace(config, model=found.model)
+        if problems := list(config.problems()):
+            raise ConfigError(*problems)
+        return dc.replace(job, config=config, grafts={})
     saved = {} if found.is_hf else read_yaml(found.path / "config.yaml")
     own = "data" not in job.given
     if own and found.is_hf:
         raise ConfigError(f"`data` must be given: {str(found.path)!r} is no run, which would name its own.")
+    if own and "data.path" not in job.given and not isinstance(config, Evaluate):
+        raise ConfigError("`data` must be given, or data.path: the rows to read.")
     data = _own_data(job, saved) if own else _read_alike(job, saved)
     if data.tokenizer == "train" and data.kind != "images":
         if found.tokenizer is None:
@@ -42,8 +52,9 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
         data = dc.replace(data, tokenizer=str(found.tokenizer))
     named = any(key.partition(".")[0] == "objective" for key in job.given)
     trained = None if named else _saved("objective", saved, job)
-    split = config.split or ("validation" if own and "data.path" not in job.given else None)
-    config = dc.replace(config, data=data, objective=trained or config.objective, split=split)
+    config = dc.replace(config, data=data, objective=trained or config.objective)
+    if isinstance(config, Evaluate) and own and "data.path" not in job.given:
+        config = dc.replace(config, split=config.split or "validation")
     return dc.replace(job, config=fitted(config, found.model, named), grafts={})
 
 
@@ -55,7 +66,16 @@ def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
     Raises:
         ConfigError: the configuration does not fit the model.
     """
-    kind, objective = config.data.kind, config.objective
+    config = dc.replace(config, model=model)
+    if isinstance(config, Evaluate):
+        config = _measured(config, named)
+    if problems := list(config.problems()):
+        raise ConfigError(*problems)
+    return config
+
+
+def _measured(config: Evaluate, named: bool) -> Evaluate:
+    model, kind, objective = config.model, config.data.kind, config.objective
     if not named and not fits(model, objective.type, kind):
         others = [name for name in TABLE["objective"] if fits(model, name, kind)]
         if not others:
@@ -68,10 +88,7 @@ def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
     where = vars(config.data)
     whole = where.get("path") is not None and not where.get("val_path") and not where.get("val_split")
     split = config.split or ("all" if whole else "validation")
-    config = dc.replace(config, model=model, objective=objective, split=split)
-    if problems := list(config.problems()):
-        raise ConfigError(*problems)
-    return config
+    return dc.replace(config, objective=objective, split=split)
 
 
 def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:

@@ -9,9 +9,16 @@ from typing import Any, TypeVar, get_type_hints
 
 import txtrain.config.schema  # noqa: F401  (fills BASES)
 from txtrain.errors import ConfigError, hint
-from txtrain.registry import BASES, USER_AXES, VALUE_AXES, dropout_knob, inherits_from_package, knob, register
+from txtrain.registry import BASES, METRIC, USER_AXES, VALUE_AXES, dropout_knob, inherits_from_package, knob, register
 
-T = TypeVar("T", bound=type)
+T = TypeVar("T", bound=Callable[..., Any])
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """A metric of the user's own."""
+
+    type: str
 
 
 def component(axis: str, name: str) -> Callable[[T], T]:
@@ -22,16 +29,22 @@ def component(axis: str, name: str) -> Callable[[T], T]:
     `n_heads`, ...) get the model's values. No YAML file is needed; one of that name in your `--config-dir` may set
     other defaults.
 
+    On the axis "metric" it is a function: `f(model, batch)` returns a number for each sample of the batch, [B], or two:
+    their sum and count, [B] each. `metrics=[NAME]` adds its mean to validation and to `evaluate`.
+
     Raises:
         ConfigError: the axis does not exist, or a key is not allowed.
     """
-    if axis not in USER_AXES:
+    if axis not in (*USER_AXES, METRIC):
         raise ConfigError(
             f"`txtrain.component({axis!r}, {name!r})`: the axis must be one of "
-            f"{', '.join(USER_AXES)}.{hint(axis, USER_AXES)}"
+            f"{', '.join((*USER_AXES, METRIC))}.{hint(axis, USER_AXES)}"
         )
 
     def wrap(cls: T) -> T:
+        if axis == METRIC:
+            register(axis, name, cls, MetricConfig)
+            return cls
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
         if problem := _knob_problem(axis, config):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Iterator
 from typing import Literal
 
@@ -16,7 +17,7 @@ from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import knob, out_of_range
+from txtrain.registry import METRIC, TABLE, knob, out_of_range
 from txtrain.run_config import Extent, RunConfig
 
 
@@ -32,6 +33,7 @@ class Train(RunConfig):
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
         problems += pattern_problems("freeze", self.freeze)
+        problems += self._check_evaluated()
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -80,6 +82,20 @@ class Train(RunConfig):
             )
         elif (world := parallel.processes(self)) is not None:
             yield from self._check_processes(world)
+
+    def _check_evaluated(self) -> Iterator[str]:
+        for name, data in self.eval_tasks.items():
+            key = f"eval_tasks.{name}"
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                yield f"`{key}`: a name must be of letters, digits, _, . and -, but is {name!r} instead."
+            if data.mixes or data.streaming:
+                yield f"`{key}.type` must be a single source that is read whole, but is {data.type} instead."
+            yield from (problem.replace("`data.", f"`{key}.", 1) for problem in data.check())
+        known = TABLE.get(METRIC, {})
+        for name in self.metrics:
+            if name not in known:
+                listed = ", ".join(known) or "(none is registered: imports=[FILE.py])"
+                yield f"`metrics` must be of {listed}, but has {name} instead.{hint(name, known)}"
 
     def _check_name(self) -> Iterator[str]:
         parts = self.name.split("/")
@@ -206,17 +222,12 @@ class OnTrained(Train):
     # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
     checkpoint: str | None = knob(None, literal=True, run=True)
     out: str | None = knob(None, literal=True)  # the file to write
-    # all of the data, or what a run holds out or names for validation; null: all of data.path, where it is given
-    # without data.val_path; else validation
-    split: Literal["all", "validation"] | None = None
-    # tokens from one sequence of data.seq_len to the next, each predicted once; null: sequences side by side
-    stride: int | None = knob(None, at_least=1)
 
     _trains = False
 
     @property
     def extent(self) -> Extent:
-        return Extent(whole=self.split == "all", rest=True, stride=self.stride)
+        return Extent(whole=True, rest=True)
 
     def check(self) -> Iterator[str]:
         """Problems within each group; those between them (`problems`) are asked for once the model is known."""
@@ -231,6 +242,55 @@ class OnTrained(Train):
         yield from Train._check_between(self)
         if self.data.streaming:
             yield "`data.streaming` must be false here, where all rows are read, but is true instead."
+
+    def _check_batch(self) -> Iterator[str]:
+        """Ranks need no equal shares."""
+        if (world := parallel.processes(self)) is not None:
+            yield from self.strategy.problems(world, self.model)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LMEvalConfig:
+    """How lm_eval evaluates `tasks`; its words."""
+
+    include_path: str | None = knob(None, literal=True)  # a folder with further tasks, as .yaml
+    num_fewshot: int | None = knob(None, at_least=0)  # examples before each question; null: the task's own number
+    limit: int | None = knob(None, at_least=1)  # questions of each task; null: all
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Evaluate(OnTrained):
+    """A trained model, and what to measure it on."""
+
+    tasks: tuple[str, ...] = ()  # instead of data: tasks of lm_eval (pip install "txtrain[eval]")
+    lm_eval: LMEvalConfig = dc.field(default_factory=LMEvalConfig)
+
+    # all of the data, or what a run holds out or names for validation; null: all of data.path, where it is given
+    # without data.val_path; else validation
+    split: Literal["all", "validation"] | None = None
+    # tokens from one sequence of data.seq_len to the next, each predicted once; null: sequences side by side
+    stride: int | None = knob(None, at_least=1)
+    # resampled sets of documents (or rows) for the 95 % interval of each figure; 0: no intervals
+    n_bootstrap: int = knob(1000, at_least=0)
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(whole=self.split == "all", rest=True, stride=self.stride)
+
+    def problems(self) -> Iterator[str]:
+        yield from self._of_tasks() if self.tasks else OnTrained.problems(self)
+
+    def _of_tasks(self) -> Iterator[str]:
+        """Those of `tasks`, which read no data of ours."""
+        yield from self.check()
+        if self.model.topology == "encoder" or self.model.head.pools:
+            what = f"{self.model.topology} with model/head={self.model.head.type}"
+            yield f"`tasks` must be empty for a model that writes no text, a {what}."
+        if (parallel.processes(self) or 1) > 1:
+            yield "`tasks` must be evaluated by one process: trainer.devices=1."
+
+    def _check_between(self) -> Iterator[str]:
+        yield from OnTrained._check_between(self)
         if self.stride is None:
             return
         limit = self.seq_len - 1
@@ -246,18 +306,35 @@ class OnTrained(Train):
                 "next-token prediction."
             )
 
-    def _check_batch(self) -> Iterator[str]:
-        """Ranks need no equal shares."""
-        if (world := parallel.processes(self)) is not None:
-            yield from self.strategy.problems(world, self.model)
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """What `predict` writes of each row."""
+
+    # label: classes with probabilities; text: a continuation or an answer; log_probability: of the row's text, or of
+    # its answer; auto: label of a classifier, embedding of an encoder, text of what generates
+    what: Literal["auto", "label", "text", "log_probability", "embedding"] = "auto"
+    pooling: Literal["mean", "first", "last"] = "mean"  # an embedding's positions of the last layer
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class Evaluate(OnTrained):
-    """A trained model, and what to measure it on."""
+class Predict(OnTrained):
+    """A trained model, and the rows that it reads."""
 
-    # resampled sets of documents (or rows) for the 95 % interval of each figure; 0: no intervals
-    n_bootstrap: int = knob(1000, at_least=0)
+    predict: PredictConfig = dc.field(default_factory=PredictConfig)
+    max_new_tokens: int = knob(64, at_least=1)
+    temperature: float = knob(0.0, at_least=0)  # 0: the most likely token
+    top_k: int | None = knob(None, at_least=1)
+    top_p: float | None = knob(None, above=0, at_most=1)
+    min_p: float | None = knob(None, at_least=0, at_most=1)
+    stop: tuple[str, ...] = ()  # texts that end a generated text
+
+    def problems(self) -> Iterator[str]:
+        """Those of the data and of the ranks: no objective is needed."""
+        yield from self.check()
+        if self.data.streaming:
+            yield "`data.streaming` must be false here, where all rows are read, but is true instead."
+        yield from self._check_batch()
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -233,7 +233,7 @@ def _packed(
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
     plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
     texts = [
-        TokenisedText(tokens, tokenizer, config.seq_len, across, plan, config.extent)
+        TokenisedText(tokens, tokenizer, config.seq_len, across, plan, config.extent, _overlaps(config))
         for tokens, plan in zip(splits, plans, strict=True)
     ]
     train, validation = (objective.samples(text) for text in texts)
@@ -243,10 +243,16 @@ def _packed(
     return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
 
 
+def _overlaps(config: RunConfig) -> bool:
+    """Whether pieces of a document share a token, so that every one but the first is predicted."""
+    return config.extent.rest and bool(config.objective.slides)
+
+
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
-    packing = config.data.packing
-    name = f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
-    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit")
+    packing, overlap = config.data.packing, _overlaps(config)
+    told = (*_PLANNED[packing], *(["overlap"] if overlap else []), config.seq_len, tokens.split)
+    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit", overlap=overlap)
+    name = f"plan-{digest(key, *told)}"
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from txtrain.data.samples.rows import Rows
 from txtrain.data.samples.text import TokenisedText
-from txtrain.registry import make
+from txtrain.errors import ConfigError
+from txtrain.registry import make, resolve
 from txtrain.run_config import RunConfig
 
+ROWS = "rows"  # in `Objective.validate`: numbers of each sample, [B, k], of which `Objective.score` is made
 IGNORED = -100  # label of positions without a target, as in Hugging Face
 
 Batch = Mapping[str, Tensor]
@@ -102,6 +104,10 @@ class Objective:
         sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
         return {name: (value, counts[name]) for name, value in sums.items()}
 
+    def score(self, rows: NDArray[np.float64]) -> dict[str, float]:
+        """The `metrics` that are made of ROWS of all samples, [N, k], in the order of the set; equal on all ranks."""
+        return {}
+
     def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
         """The `metrics` of a whole set, once per validation, on all ranks. data: None if a trainer was given loaders.
 
@@ -120,12 +126,14 @@ class Objective:
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
     def _of_one(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
-        """[k] each."""
+        """[k] each; of ROWS the numbers themselves."""
         counted = dict(self.validate(model, batch))
+        rows = {name: value[0].double() for name, (value, _) in counted.items() if name == ROWS}
+        counted.pop(ROWS, None)
         ids = self.target_ids(batch)
         if ids is not None and token_bytes is not None and "loss" in counted:
             counted["bits_per_byte"] = counted["loss"][0] / math.log(2), token_bytes[ids].sum()
-        return {name: torch.stack([value.double(), n.double()]) for name, (value, n) in counted.items()}
+        return rows | {name: torch.stack([value.double(), n.double()]) for name, (value, n) in counted.items()}
 
     def decode(self, model: Any, batch: Batch, tokenizer: Any) -> Statistics:
         """The same of answers that are generated for each sample, where it `decodes`."""
@@ -159,6 +167,13 @@ class Objective:
         check: called after each token; it may raise to stop.
         """
         return []
+
+    def figure_names(self, text: bool) -> tuple[str, ...]:
+        """The names of `figures`. text: the data have bytes."""
+        terms = [name for name in self.weights if name not in ("loss", *self.beside)]
+        perplexity = ["perplexity"] if self.perplexity else []
+        bits = ["bits_per_byte"] if text and perplexity else []
+        return tuple(dict.fromkeys(("loss", *terms, *self.metrics, *perplexity, *bits)))
 
     # ---------------------------------------------------------------------------------------------------------- columns
 
@@ -211,3 +226,18 @@ def of_targets(
         n_bytes = token_bytes[labels_BT.masked_fill(~chosen, 0)] * chosen
         found["bits_per_byte"] = stacked(losses / math.log(2), n_bytes, document_ids_BT)
     return found
+
+
+def by_metric(name: str, model: Callable[..., Any], batch: Batch) -> Tensor:
+    """Statistics [B, 2] of a user's metric.
+
+    Raises:
+        ConfigError: its function returns something else than one or two numbers for each sample.
+    """
+    made = resolve("metric", name)(model, batch)
+    n = len(next(iter(batch.values())))
+    value, count = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(value, Tensor) or value.shape != (n,) or (count is not None and count.shape != (n,)):
+        said = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"`metrics`: {name} must return a number for each of {n} samples, but returned {said}.")
+    return stacked(value, torch.ones_like(value) if count is None else count)

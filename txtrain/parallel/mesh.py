@@ -188,6 +188,11 @@ class Mesh(OneProcess):
             return result  # type: ignore[return-value]
         raise error if error is not None and wrong[0] == self.world.rank else Elsewhere()
 
+    def gathered(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.world.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found[:: self.layout.tensor]
+
     def agree(self, facts: Mapping[str, str]) -> None:
         gathered: list[Any] = [None] * self.world.size
         dist.all_gather_object(gathered, dict(facts), group=self._control)

@@ -115,6 +115,10 @@ class OneProcess:
         """Run on the first rank of each node, then on all ranks, which find its results in the cache."""
         return do()
 
+    def gathered(self, value: T) -> list[T]:
+        """Its value on each of the ranks that see different samples."""
+        return [value]
+
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raises:
         ConfigError: a fact (configuration, code, data) is not the same on all ranks.

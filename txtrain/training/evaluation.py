@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.load import describe, open_weights
+from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.of_checkpoint import fitted, of_checkpoint
 from txtrain.config.schema import Evaluate, OnTrained
@@ -27,12 +28,14 @@ from txtrain.ground import files
 from txtrain.ground.convert import checked
 from txtrain.hf.pieces import Source
 from txtrain.model.transformer import Transformer
-from txtrain.objectives.base import Numbers, Objective, Statistics, build_objective
+from txtrain.objectives.base import ROWS, Numbers, Objective, Statistics, build_objective, by_metric
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
+from txtrain.registry import TABLE
 from txtrain.training.data_module import DataModule
 
 HISTORY = "evaluations.jsonl"  # in a run's folder, a line for each evaluation
+_DEFAULT = TABLE["objective"]["causal_lm"].config(type="causal_lm")  # of a configuration that names none
 _CONFIDENCE = 0.95
 _FEW = 20  # documents; below, their sequences are resampled
 _MOST = 4096  # groups that are resampled; more documents than that are resampled by groups of neighbours
@@ -82,6 +85,7 @@ class Reader:
     token_bytes: Tensor | None
     tokenizer: Any
     size: int  # rows of a rank in a forward
+    metrics: tuple[str, ...] = ()  # the user's own
 
     def statistics(self, rows: Rows, tick: Tick = lambda done, n: None) -> dict[str, Numbers]:
         """The statistics of each document, or of each row, if the objective tells no documents or they are few:
@@ -89,7 +93,7 @@ class Reader:
         """
         documents: Parts = {}
         of_rows: Parts = {}
-        for shares in self.shares(len(rows)):
+        for shares in shares_of(len(rows), self.size, self.parallel.size):
             index = shares[self.parallel.rank]
             with torch.no_grad(), self.parallel.autocast(self.device):
                 made = self._of_shares(rows, shares)
@@ -106,14 +110,6 @@ class Reader:
                 return found
         return self._gathered(of_rows)
 
-    def shares(self, n: int) -> Iterator[list[Indices]]:
-        """n rows in order, by forwards: of each the rows of every rank; of the last ranks fewer, or none."""
-        together = self.size * self.parallel.size
-        for at in range(0, n, together):
-            rows = np.arange(at, min(at + together, n))
-            width = -(-len(rows) // self.parallel.size)
-            yield [rows[rank * width : (rank + 1) * width] for rank in range(self.parallel.size)]
-
     def batch(self, rows: Rows, shares: Sequence[Indices], rank: int) -> dict[str, Tensor]:
         """That rank's batch: as many rows as of any, the first of all repeated behind its own."""
         mine, width = shares[rank], len(shares[0])
@@ -128,6 +124,9 @@ class Reader:
     def _of_shares(self, rows: Rows, shares: Sequence[Indices]) -> Statistics:
         mine, objective = self.parallel.rank, self.objective
         found = objective.measure(self.model, self.batch(rows, shares, mine), self.token_bytes)
+        if self.metrics:
+            batch = self.batch(rows, shares, mine)
+            found |= {name: by_metric(name, self.model, batch) for name in self.metrics}
         if not objective.decodes:
             return found
         # Where a forward is of all ranks together, all generate the same answers at the same time.
@@ -152,6 +151,15 @@ class Reader:
         return {name: table[used].numpy() for name, table in tables.items()}
 
 
+def shares_of(n: int, size: int, n_ranks: int, begin: int = 0) -> Iterator[list[Indices]]:
+    """Rows begin..n - 1 in order, by forwards of at most `size` rows a rank: of each the rows of every rank; of the
+    last ranks fewer, or none."""
+    for at in range(begin, n, size * n_ranks):
+        rows = np.arange(at, min(at + size * n_ranks, n))
+        width = -(-len(rows) // n_ranks)
+        yield [rows[rank * width : (rank + 1) * width] for rank in range(n_ranks)]
+
+
 def _by_document(values: Numbers, index: Indices, rows: Rows) -> tuple[Indices, Numbers]:
     """Numbers of the documents in rows and their statistics, from [n, D, k]."""
     pairs = [
@@ -168,20 +176,26 @@ def _by_document(values: Numbers, index: Indices, rows: Rows) -> tuple[Indices, 
 def figures(objective: Objective, statistics: Mapping[str, Numbers], n_bootstrap: int, seed: int) -> dict[str, Figure]:
     """The objective's metrics, and for each the 95 % interval of n_bootstrap sets of as many units, drawn with
     replacement (percentile bootstrap: Efron 1979; of ratios of sums, so each set is weighted as the whole is)."""
-    values = objective.figures({name: table.sum(0) for name, table in statistics.items()})
-    n_of = {name: int((table[:, -1] > 0).sum()) for name, table in statistics.items()}
+    tables = {name: table for name, table in statistics.items() if name != ROWS}
+    values = objective.figures({name: table.sum(0) for name, table in tables.items()})
+    n_of = {name: int((table[:, -1] > 0).sum()) for name, table in tables.items()}
     most = max(n_of.values(), default=0)
     drawn: dict[str, Numbers] = {}
+    rng = np.random.default_rng(seed % 2**64)
     if n_bootstrap and most > 1:
-        grouped = {name: _grouped(table) for name, table in statistics.items()}
+        grouped = {name: _grouped(table) for name, table in tables.items()}
         n = len(next(iter(grouped.values())))
-        rng = np.random.default_rng(seed % 2**64)
         weights = rng.multinomial(n, np.full(n, 1 / n), size=n_bootstrap).astype(np.float64)
         drawn = objective.figures({name: weights @ table for name, table in grouped.items()})
+    if (rows := statistics.get(ROWS)) is not None:
+        values |= {name: np.asarray(value) for name, value in objective.score(rows).items()}
+        if n_bootstrap and len(rows) > 1:
+            made = [objective.score(rows[rng.integers(0, len(rows), len(rows))]) for _ in range(n_bootstrap)]
+            drawn |= {name: np.array([one[name] for one in made]) for name in made[0]}
     tail = (1 - _CONFIDENCE) / 2
     found = {}
     for name, value in values.items():
-        ends = np.quantile(drawn[name], [tail, 1 - tail]).tolist() if name in drawn else [None, None]
+        ends = np.nanquantile(drawn[name], [tail, 1 - tail]).tolist() if name in drawn else [None, None]
         found[name] = Figure(float(value), *ends, n_of.get(name, most))
     return found
 
@@ -230,8 +244,10 @@ def evaluate(model_or_dir: Transformer | str | os.PathLike[str], cfg: Evaluate) 
         cfg = fitted(cfg, model_or_dir.config)
         with reading(cfg, model_or_dir) as (reader, data):
             return measured(cfg, reader, data, {})
-    where = files.path_of(model_or_dir, "model_or_dir")
-    job = of_checkpoint(Composed(cfg, {}, ["data"]), found := describe(where))
+    found = describe(files.path_of(model_or_dir, "model_or_dir"))
+    chosen = cfg.objective != _DEFAULT and fits(found.model, cfg.objective.type, cfg.data.kind)
+    given = [] if cfg.tasks else ["data", *(["objective"] if chosen else [])]
+    job = of_checkpoint(Composed(cfg, {}, given), found)
     return run(dc.replace(job.config, checkpoint=str(found.path)))
 
 
@@ -243,9 +259,17 @@ def run(cfg: Evaluate, tick: Tick = lambda done, n: None) -> Evaluation:
     found = describe(cfg.checkpoint)
     facts: dict[str, Any] = {"checkpoint": str(found.path)}
     facts |= {} if found.is_hf else {"step": checkpoint.read_state(found.path).step}
+    run_of = None if found.is_hf else found.path
+    if cfg.tasks:
+        from txtrain.training.harness import of_tasks  # needs the extra `eval`
+
+        by_name = {name: Figure(*values) for name, values in of_tasks(cfg, found.tokenizer).items()}
+        made = Evaluation(by_name, {**facts, "tasks": list(cfg.tasks), "seed": cfg.seed})
+        _write(made, cfg, run_of)
+        return made
     with reading(cfg) as (reader, data):
         made = measured(cfg, reader, data, facts, tick)
-        reader.parallel.first(lambda: _write(made, cfg, None if found.is_hf else found.path))
+        reader.parallel.first(lambda: _write(made, cfg, run_of))
     return made
 
 
@@ -280,7 +304,7 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
             if model is not None:
                 model.eval()
             size = cfg.micro_batch_size
-            yield Reader(callable_, objective, parallel, device, sizes, data.tokenizer, size), data
+            yield Reader(callable_, objective, parallel, device, sizes, data.tokenizer, size, cfg.metrics), data
         finally:
             if model is not None:
                 model.train(was_training)

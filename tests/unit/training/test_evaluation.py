@@ -14,7 +14,7 @@ from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.config.schema import Evaluate
 from txtrain.errors import ConfigError
-from txtrain.objectives.base import Objective, build_objective
+from txtrain.objectives.base import ROWS, Objective, build_objective
 from txtrain.training.evaluation import HISTORY, figures
 from txtrain.training.run import train
 
@@ -95,18 +95,24 @@ def test_figures_are_those_of_validation_and_of_any_batch_size(folder, run, docu
     assert not loaded.training
     packed = [evaluate(folder, run, documents, f"data.packing={packing}", "data.seq_len=128") for packing in ("best_fit", "none")]
     assert values(packed[0]) == pytest.approx(values(packed[1]), abs=1e-6), "padding changes nothing"
+    cut = [evaluate(folder, run, documents, f"data.packing={packing}", "data.seq_len=24") for packing in ("best_fit", "none")]
+    assert values(cut[0]) == pytest.approx(values(cut[1]), abs=1e-6), "each token but a document's first is predicted once"
 
 
 def test_a_run_alone_is_evaluated_on_what_it_held_out(folder, run, capsys):
     assert main(["evaluate", f"checkpoint={run}", *lines(folder, f"out={folder / 'evaluation.json'}")]) == 0
     said = capsys.readouterr().out
-    assert "loss" in said and "perplexity" in said and "95 %" in said
+    assert "loss" in said
+    assert "perplexity" in said
+    assert "95 %" in said
     written = json.loads((folder / "evaluation.json").read_text())
     assert set(written["metrics"]["loss"]) == {"value", "low", "high", "n"}
     assert (written["split"], written["step"]) == ("validation", 3)
     assert json.loads((run / HISTORY).read_text().splitlines()[-1])["metrics"] == written["metrics"]
     cfg = compose(lines(folder, f"checkpoint={run}", "data.global_batch_size=5"), verb="evaluate")
-    assert cfg.data.seq_len is None and cfg.data.type == "text" and cfg.model.dim == 32
+    assert cfg.data.seq_len is None
+    assert cfg.data.type == "text"
+    assert cfg.model.dim == 32
     full = train(tiny(folder, f"run_dir={folder / 'again'}", "trainer.max_steps=3", "trainer.limit_val_batches=1000"))
     rest = written["metrics"]["loss"]["value"] - full.metrics["val_loss"]
     assert abs(rest) < 0.01, f"validation leaves out the last, shorter sequence alone: {rest}"
@@ -189,7 +195,8 @@ def test_scores_of_texts_are_sacrebleus(folder):
     for name in ("bleu", "chrf"):
         assert float(found[name]) == pytest.approx(SCORES[name](answers, references, tokenizer)), name
     several = with_scores({}, {name: np.stack([table.sum(0), table[0]]) for name, table in tables.items()})
-    assert several["bleu"].shape == (2,) and several["bleu"][1] != several["bleu"][0]
+    assert several["bleu"].shape == (2,)
+    assert several["bleu"][1] != several["bleu"][0]
     assert tables["exact_match"].sum(0).tolist() == [1.0, 3.0]
 
 
@@ -210,8 +217,28 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
     assert (many.value, many.low, many.high, many.n) == (1.0, 1.0, 1.0, 20_000)
 
 
+def test_metrics_of_whole_sets_are_scored_of_rows_and_resampled(folder):
+    """An objective that gives ROWS: its `score` of all rows, and of resampled ones."""
+
+    class Rows(Objective):
+        def validate(self, model, batch):
+            return {"loss": (batch["x"].sum(), torch.tensor(len(batch["x"]))), ROWS: (torch.stack([batch["x"], 2 * batch["x"]], 1), torch.tensor(1))}
+
+        def score(self, rows):
+            return {"median": float(np.median(rows[:, 1]))}
+
+    objective = Rows()
+    x = torch.arange(1.0, 42.0)
+    made = objective.measure(None, {"x": x}, None)
+    assert made[ROWS].tolist() == torch.stack([x, 2 * x], 1).tolist()
+    found = figures(objective, {name: table.numpy() for name, table in made.items()}, 300, 0)
+    assert (found["median"].value, found["median"].n, found["loss"].value) == (42.0, 41, 21.0)
+    assert found["median"].low < 42 < found["median"].high
+
+
 def test_evaluate_is_composed_as_a_train(folder, documents):
     cfg = compose(lines(folder, "data=text", f"data.path={documents}"), verb="evaluate")
-    assert isinstance(cfg, Evaluate) and cfg.split is None
+    assert isinstance(cfg, Evaluate)
+    assert cfg.split is None
     with pytest.raises(ConfigError, match="model"):
         txtrain.evaluate(torch.nn.Linear(1, 1), dc.replace(cfg))  # type: ignore[arg-type]

@@ -34,16 +34,17 @@ PLAN_FILES = ("begins.npy", "lengths.npy", "rows.npy")
 _WINDOW = 1 << 16  # documents packed together
 
 
-def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True) -> None:
+def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True, overlap: bool = False) -> None:
     """Write the begins and lengths of the pieces, row by row, and the number of the first piece of each row.
 
-    together: several pieces per row; else each piece has its own row.
+    together: several pieces per row; else each piece has its own row. overlap: pieces of a document share a token, as
+    they do where only some are trained.
     """
     begins, lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     offsets = tokens.offsets
     for first in range(0, len(offsets) - 1, _WINDOW):
         mask, within = tokens.mask, np.asarray(offsets[first : first + _WINDOW + 1])
-        begin, length = pieces(within, seq_len, overlap=int(mask is not None))
+        begin, length = pieces(within, seq_len, overlap=int(overlap or mask is not None))
         if mask is not None:
             some = [bool(mask.read(b + 1, b + n).any()) for b, n in zip(begin.tolist(), length.tolist(), strict=True)]
             begin, length = begin[some], length[some]
@@ -98,9 +99,12 @@ class BestFitSamples(Rows):
     """Rows of a plan that `write_plan` left in `folder`."""
 
     def __init__(
-        self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False
+        self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False,
+        overlap: bool = False,
     ) -> None:
+        """overlap: as of `write_plan`."""
         self.tokens, self.seq_len, self.pad_id = tokens, seq_len, pad_id
+        self.overlap = overlap or tokens.mask is not None
         self.cross_document_attention = cross_document_attention
         self.begins, self.lengths, self.rows = (
             map_npy(folder / f"{name}.npy") for name in ("begins", "lengths", "rows")
@@ -129,7 +133,7 @@ class BestFitSamples(Rows):
                 documents_BT[b, at : at + length] = number
                 unread_BT[b, at : at + length] = mask is not None and mask.read(begin, begin + length) == 0
                 # The first token of a later piece is trained in the piece before it.
-                unread_BT[b, at] |= mask is not None or not self.cross_document_attention
+                unread_BT[b, at] |= self.overlap or not self.cross_document_attention
                 at += length
             mask_BT[b, :at] = 1
             documents_BT[b, at:] = number + 1

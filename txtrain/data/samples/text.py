@@ -27,6 +27,7 @@ class TokenisedText:
     cross_document_attention: bool = False
     plan: Path | None = None  # the folder of `write_plan` (data.packing=best_fit, none)
     extent: Extent = Extent()
+    overlap: bool = False  # of the plan's pieces
 
     def sequences(self, overlap: int = 1) -> Rows:
         """Packed by data.packing. overlap: of neighbours with concat; 1 if the first token is never a target."""
@@ -37,7 +38,7 @@ class TokenisedText:
             return WindowSamples(self.tokens, self.seq_len, across, stride, pad_id)
         if self.plan is None:
             return PackedSamples(self.tokens, self.seq_len, across, overlap)
-        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, self.cross_document_attention)
+        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, across, self.overlap)
 
     @property
     def words(self) -> Tokenizer:

@@ -17,6 +17,7 @@ class HeadConfig(Component):
     """What every head has. skips: its loss skips positions without a target."""
 
     skips: ClassVar[bool] = False
+    pools: ClassVar[bool] = False  # one result for each row
     next_sentence = False  # a field of BERT's head only
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
@@ -96,6 +97,8 @@ class MLMHeadConfig(HeadConfig):
 @config
 class ClassHeadConfig(HeadConfig):
     """One score per class. pooling: the first (ViT's class token) or last real position, or their mean."""
+
+    pools: ClassVar = True
 
     n_classes: int = knob(1000, at_least=2)
     pooling: Literal["first", "last", "mean"] = "first"
