@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from txtrain.ground import torchmetrics_on_demand
+
 TYPE_CHECKING = False  # as typing's, without importing it
 if TYPE_CHECKING:
     from typing import Any
@@ -41,6 +43,8 @@ _LAZY = {  # where each name stands; imported when it is first asked for
 }
 
 __all__ = [*_LAZY]
+
+torchmetrics_on_demand.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ import importlib
 import inspect
 import operator
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import lru_cache
 from types import MappingProxyType, NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
@@ -110,6 +111,11 @@ def make(axis: str, config: Any, **given: Any) -> Any:
     return call(axis, config, {f.name: getattr(config, f.name) for f in dc.fields(config)} | given)
 
 
+@lru_cache  # asked for once a block
+def _parameters(target: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(target).parameters
+
+
 def call(axis: str, config: Any, values: Mapping[str, Any], knobs: Collection[str] = ()) -> Any:
     """Call an option's target with those of the values that its parameters name.
 
@@ -122,7 +128,7 @@ def call(axis: str, config: Any, values: Mapping[str, Any], knobs: Collection[st
     from txtrain.errors import ConfigError
 
     target = resolve(axis, config.type)
-    parameters = inspect.signature(target).parameters
+    parameters = _parameters(target)
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     given = {name: value for name, value in values.items() if name in parameters or (takes_any and name in knobs)}
     where = f"`{chosen(axis, config)}`: {target.__qualname__}.__init__"

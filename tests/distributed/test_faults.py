@@ -94,6 +94,7 @@ def differently(folder, before, *more):
     return told
 
 
+@pytest.mark.slow
 def test_processes_that_were_started_differently_are_told_so(tmp_path):
     said = differently(tmp_path, ":", "optimizer.lr=0.00$((RANK + 1))")
     assert said.count("txtrain: ") == 1
@@ -154,7 +155,8 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path
 SIZES = {"hsdp": 4, "fsdp_tp": 4}  # processes, where two would not show what the strategy is
 
 
-@pytest.mark.parametrize("strategy", ["fsdp", *(pytest.param(s, marks=pytest.mark.slow) for s in options("strategy") if s not in ("auto", "fsdp"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", [s for s in options("strategy") if s != "auto"])
 def test_torchrun_starts_the_same_run(tmp_path, strategy):
     n = SIZES.get(strategy, 2)
     run = overrides(tmp_path, "decoder", "run", "trainer.max_steps=2", f"strategy={strategy}")

@@ -39,6 +39,7 @@ def compare(folder, model, freeze, ways, n=2):
         assert all(here[name].equal(whole[name]) for name in kept), way
 
 
+@pytest.mark.slow
 def test_two_ranks_that_freeze_equal_one(tmp_path):
     compare(tmp_path, "decoder", "[embedding,blocks.0]", CHEAP)
 

@@ -90,6 +90,7 @@ PRIVATE = {
     "torch.utils._python_dispatch": "TorchDispatchMode",
     "torch.utils._python_dispatch.TorchDispatchMode": "ignore_compile_internals",
     "torch.utils._pytree": "register_dataclass",
+    "torchmetrics": "_logger",
     "wandb.sdk.wandb_settings.Settings": "_offline",
     "wandb.proto": "wandb_internal_pb2",
 }

@@ -29,7 +29,7 @@ from txtrain.checkpoint.state import NewerFormat, RunState, ShardState, check_fo
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground import plain_files
 from txtrain.ground.plain_files import check_keys, check_links, read_json
-from txtrain.hf.tensor_names import read_header
+from txtrain.hf.tensor_names import parse_header, read_header
 
 if TYPE_CHECKING:
 
@@ -304,6 +304,7 @@ def forget_headers() -> None:
     from txtrain.checkpoint.reader import parse_headers
 
     parse_headers.cache_clear()
+    parse_header.cache_clear()
 
 
 def _check_tensors(path: Path) -> None:

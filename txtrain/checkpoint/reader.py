@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import _hf_utils as words
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
@@ -29,6 +28,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
+from txtrain.checkpoint.checksum import Checksum
 from txtrain.checkpoint.state import ShardState
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import parse_json
@@ -100,6 +100,23 @@ class Reader(HuggingFaceStorageReader):
                 found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))
         return found
 
+    def read(self, into: Mapping[str, Tensor]) -> None:
+        """Read tensors in place without a plan, for a rank that reads alone.
+
+        Raises:
+            ConfigError, NotFiniteError: as `read_data`.
+        """
+        strange = set()
+        for index, path in (self._headers.metadata.storage_data or {}).items():
+            if (target := into.get(index.fqn)) is not None:
+                part, shape = target.detach(), self._headers.files[path].entries[index.fqn].shape
+                for dim, (begin, n) in enumerate(zip(index.offset or (), shape, strict=True)):
+                    part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
+                if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
+                    strange.add(index.fqn)
+        if strange:
+            raise NotFiniteError(*strange)
+
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Shards that no rank reads whole (their number has changed) are divided over the ranks to be verified."""
         if not self.verify:
@@ -148,10 +165,10 @@ class Reader(HuggingFaceStorageReader):
         dtype = words.DTYPE_MAP[entry.dtype]
         direct = target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
         held = target if target is not None and direct else torch.empty(entry.shape, dtype=dtype, device="cpu")
-        digest = xxhash.xxh3_64()
+        digest = Checksum()
         for piece in file.fill(name, held):
             if checksum is not None:
-                digest.update(piece.view(torch.uint8).numpy().data)
+                digest.update(piece)
             fine = fine and (not finite or is_finite(piece))
         if checksum is not None and digest.hexdigest() != checksum:
             raise ConfigError(f"{file.path.name}: {name} is not what was written: its checksum is another")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import warnings
 from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -75,23 +74,22 @@ def load_tensors(
     from txtrain.checkpoint.reader import NotFiniteError, Reader
 
     _compare(path, into, prefix, without)
+    reader = Reader(path, how.verify, how.finite)
+    met: list[BaseException] = []
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-            load(
-                dict(into), storage_reader=Reader(path, how.verify, how.finite), process_group=group,
-                no_dist=group is None,
-            )
+        if group is None:  # DCP plans for each tensor apart, which takes as long as reading a small one
+            reader.read(into)
+        else:
+            load(dict(into), storage_reader=reader, process_group=group)
+    except ConfigError as e:
+        met = [e]
     except CheckpointException as e:  # holds the exceptions of all ranks
         met = [exception for exception, _ in e.failures.values()]
-        if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
-            raise (
-                damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]
-            ) from e
-        _refuse_not_finite(
-            path, {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems},
-            how.key,
-        )
+    if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
+        raise damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]
+    if met:
+        strange = {name for exception in met if isinstance(exception, NotFiniteError) for name in exception.problems}
+        _refuse_not_finite(path, strange, how.key)
 
 
 def check_finite(path: Path, model: nn.Module, how: Reading) -> None:

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-import xxhash
 from torch import Tensor
 from torch.distributed.checkpoint import _hf_utils as words
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -27,10 +26,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from txtrain.checkpoint.checksum import NONE_YET, Checksum
 from txtrain.checkpoint.state import HEADER, ShardState
 from txtrain.hf.tensor_file import pieces
 
-_NONE_YET = xxhash.xxh3_64_hexdigest(b"")
 _TYPES = {dtype: name for name, dtype in words.DTYPE_MAP.items()}
 
 
@@ -51,7 +50,7 @@ class Writer(HuggingFaceStorageWriter):
             name = words._gen_file_name(1, 1, plan.storage_data["shard_index"])
             # Largest elements first: each tensor begins at a multiple of its element's size, as memory mapping needs.
             items = sorted(plan.items, key=lambda item: (-_dtype(item).itemsize, item.index.fqn))
-            checksums = {item.index.fqn: _NONE_YET for item in items}
+            checksums = {item.index.fqn: NONE_YET for item in items}
             ours = ShardState(id=plan.storage_data["id"], step=self.step, checksums=checksums)
             with open(Path(self.path) / name, "wb") as stream:
                 stream.write(_header(items, ours))
@@ -93,11 +92,10 @@ def _write(stream: BinaryIO, item: WriteItem, found: Any, name: str) -> tuple[Wr
     """Returns where it was written, and its checksum."""
     tensor: Tensor = found.detach().cpu().contiguous()
     assert (tensor.dtype, tensor.shape) == (_dtype(item), _shape(item)), item.index
-    begin, digest = stream.tell(), xxhash.xxh3_64()
+    begin, digest = stream.tell(), Checksum()
     for piece in pieces(tensor):
-        data = piece.view(torch.uint8).numpy().data
-        stream.write(data)
-        digest.update(data)
+        digest.update(piece)
+        stream.write(piece.view(torch.uint8).numpy().data)
     lies = _StorageInfo(name, begin, stream.tell() - begin)
     return WriteResult(index=item.index, size_in_bytes=_size(item), storage_data=lies), digest.hexdigest()
 

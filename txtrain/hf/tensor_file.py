@@ -46,9 +46,11 @@ class SafetensorsFile:
         self.entries: dict[str, Entry] = {}
         self._begin: dict[str, int] = {}
         header, data = read_header(path)
-        self.metadata: Any = header.pop("__metadata__", None)
+        self.metadata: Any = header.get("__metadata__")
         end = 0
         for name, said in sorted(header.items(), key=_begin_of):
+            if name == "__metadata__":
+                continue
             entry, begin, length = self._entry(name, said)
             if begin != end:
                 raise self._broken(f"{name} begins at byte {begin}, where {end} is expected")

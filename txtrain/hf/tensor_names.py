@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ from txtrain.hf.folder import member
 from txtrain.model.config import ModelConfig
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int]:
+def read_header(path: Path) -> tuple[Mapping[str, Any], int]:
     """A safetensors file's header (tensors and `__metadata__`), and the byte at which the tensors begin.
 
     Raises:
         ConfigError: the header is damaged.
     """
-    size = plain_files.check_file(path, limit=None)
+    plain_files.check_file(path, limit=None)
+    stat = path.stat()
+    return parse_header(path, stat.st_size, stat.st_mtime_ns, stat.st_ino)
+
+
+@lru_cache(maxsize=8)
+def parse_header(path: Path, size: int, changed: int, inode: int) -> tuple[Mapping[str, Any], int]:
+    """changed, inode: of the file, so that a header is parsed once while it is unchanged."""
     with path.open("rb") as f:
         n = int.from_bytes(f.read(8), "little")
         if size < 8 or n > min(plain_files.TENSORS_LIMIT, size - 8):
