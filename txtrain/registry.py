@@ -190,9 +190,9 @@ def axis(name: str, *, free: bool = False) -> Any:
     return dc.field(metadata={"axis": name, "free": free})
 
 
-def axes(name: str, *, free: bool = False) -> Any:
-    """A field that maps the user's names to configs of options of an axis; empty if not given. free: as in `knob`."""
-    return dc.field(default_factory=dict, metadata={"axes": name, "free": free})
+def axes(name: str) -> Any:
+    """A field that maps the user's names to configs of options of an axis; empty if not given."""
+    return dc.field(default_factory=dict, metadata={"axes": name})
 
 
 def choice(name: str, default: Any = dc.MISSING) -> Any:

@@ -183,9 +183,9 @@ class RunConfig:
     data: Any = axis("data")
     objective: Any = axis("objective")
     # further data that validation evaluates, by name: the `type` of the source, and its keys
-    eval_tasks: dict[str, Any] = axes("data", free=True)
+    eval_tasks: dict[str, Any] = axes("data")
     # your own metrics of validation, functions registered by @txtrain.component("metric", NAME)
-    metrics: tuple[str, ...] = knob((), free=True)
+    metrics: tuple[str, ...] = ()
     optimizer: Any = axis("optimizer")
     scheduler: Any = axis("scheduler")
     strategy: Any = axis("strategy", free=True)

@@ -100,7 +100,10 @@ def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:
         whose = f"is no key of data={data.type}, the run's. Name the data too"
         raise ConfigError(*(f"`data.{key}` {whose}." for key in other))
     tops = {key.partition(".")[0] for key in given}
-    return dc.replace(data, **{name: getattr(job.config.data, name) for name in tops})
+    changes = {name: getattr(job.config.data, name) for name in tops}
+    if "path" in tops:  # the run's own validation set goes with its own path
+        changes |= {name: None for name in ("val_path", "val_split") if name in names - tops}
+    return dc.replace(data, **changes)
 
 
 def _read_alike(job: Composed, saved: Mapping[str, Any]) -> Any:
@@ -126,7 +129,7 @@ def _saved(axis: str, saved: Mapping[str, Any], job: Composed) -> Any:
     raw = saved.get(axis)
     if raw is None:
         return None
-    kind = raw.get("type") if isinstance(raw, dict) else raw
+    kind = str(raw.get("type") if isinstance(raw, dict) else raw)
     if kind not in TABLE[axis]:
         imports = ",".join(map(str, saved.get("imports") or ()))
         again = f" Its run used imports=[{imports}]: name it again." if imports else ""

@@ -41,16 +41,17 @@ def component(axis: str, name: str) -> Callable[[T], T]:
             f"{', '.join((*USER_AXES, METRIC))}.{hint(axis, USER_AXES)}"
         )
 
-    def wrap(cls: T) -> T:
+    def wrap(given: T) -> T:
+        cls: Any = given
         if axis == METRIC:
             register(axis, name, cls, MetricConfig)
-            return cls
+            return given
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)
         if problem := _knob_problem(axis, config):
             raise ConfigError(f"`txtrain.component({axis!r}, {name!r})`: {problem}")
         register(axis, name, cls, config)
-        return cls
+        return given
 
     return wrap
 

@@ -461,7 +461,7 @@ class RunCallback(pl.Callback):
 def columns_of(config: Train, columns: Sequence[str], data: Any, tasks: Sequence[Task]) -> tuple[str, ...]:
     """Those of metrics.csv, apart from layers'."""
     measured = (*config.metrics, *(name for task in tasks for name in task.columns))
-    return (*COLUMNS, *columns) + balancing.columns(config.model) + data.columns + measured
+    return (*COLUMNS, *columns, *balancing.columns(config.model), *data.columns, *measured)
 
 
 def check_metrics(config: Train, columns: Sequence[str]) -> None:

@@ -144,11 +144,11 @@ class Reader:
             for units, values in parts:
                 np.add.at(table, units, values)
             tables[name] = torch.from_numpy(table).to(self.device)
-        tables = {name: table.cpu() for name, table in self.parallel.reduce(tables).items()}
+        everywhere = {name: table.cpu() for name, table in self.parallel.reduce(tables).items()}
         used = torch.zeros(n_units, dtype=torch.bool)
-        for table in tables.values():
-            used |= (table != 0).any(1)
-        return {name: table[used].numpy() for name, table in tables.items()}
+        for reduced in everywhere.values():
+            used |= (reduced != 0).any(1)
+        return {name: reduced[used].numpy() for name, reduced in everywhere.items()}
 
 
 def shares_of(n: int, size: int, n_ranks: int, begin: int = 0) -> Iterator[list[Indices]]:
@@ -195,8 +195,8 @@ def figures(objective: Objective, statistics: Mapping[str, Numbers], n_bootstrap
     tail = (1 - _CONFIDENCE) / 2
     found = {}
     for name, value in values.items():
-        ends = np.nanquantile(drawn[name], [tail, 1 - tail]).tolist() if name in drawn else [None, None]
-        found[name] = Figure(float(value), *ends, n_of.get(name, most))
+        low, high = np.nanquantile(drawn[name], [tail, 1 - tail]).tolist() if name in drawn else (None, None)
+        found[name] = Figure(float(value), low, high, n_of.get(name, most))
     return found
 
 
@@ -223,7 +223,7 @@ def of_sets(reader: Reader, sets: Mapping[str, Rows], n_bootstrap: int, seed: in
 # ---------------------------------------------------------------------------------------------------------------- model
 
 
-def evaluate(model_or_dir: Transformer | str | os.PathLike[str], cfg: Evaluate) -> Evaluation:
+def evaluate(model_or_dir: nn.Module | str | os.PathLike[str], cfg: Evaluate) -> Evaluation:
     """A model's metrics on data, as `txtrain evaluate` gives them.
 
     Args:

@@ -74,7 +74,7 @@ def _model(model: Any, tokenizer: str, device: torch.device, cfg: Evaluate) -> A
     """lm_eval's model."""
     from lm_eval.models.huggingface import HFLM
 
-    class Ours(HFLM):  # type: ignore[misc, no-any-unimported]
+    class Ours(HFLM):  # type: ignore[misc]
         def _model_call(
             self, inps: Tensor, attn_mask: Tensor | None = None, labels: Tensor | None = None
         ) -> Tensor:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import math
@@ -314,7 +313,7 @@ class OfTexts(Maker):
         first = tokenizer.encode(before) if scored else []
         ids = [*begin, *tokenizer.encode(before + scored)]
         n_read = 1 + len(first)
-        windows = []
+        windows: list[tuple[Ids, Ids]] = []
         at = n_read  # the next token to predict
         while at < len(ids) or not windows:
             start = max(0, min(at - 1, len(ids) - limit) if at > limit - 1 else 0)
@@ -336,17 +335,19 @@ class OfTexts(Maker):
 
     def texts(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         config = self.config
-        how = {"top_k": config.top_k, "top_p": config.top_p, "min_p": config.min_p}
-        make = functools.partial(
-            answered, self.model, tokenizer=self.tokenizer, two_stacks=self.two_stacks,
-            max_new_tokens=config.max_new_tokens, stop=config.stop, temperature=config.temperature, **how
-        )
+
+        def make(rows: dict[str, Tensor], seed: int | None = None) -> list[str]:
+            return answered(
+                self.model, rows, self.tokenizer, self.two_stacks, config.max_new_tokens, config.stop, seed=seed,
+                temperature=config.temperature, top_k=config.top_k, top_p=config.top_p, min_p=config.min_p,
+            )
+
         if not config.temperature:
             return [{"text": text} for text in make(batch)]
-        made = []
+        made: list[str] = []
         for i, row in enumerate(index):  # alone: its random numbers are a function of the seed and its number
             seed = int.from_bytes(hashlib.blake2b(f"{config.seed}/{row}".encode(), digest_size=7).digest(), "little")
-            made += make({name: value[i : i + 1] for name, value in batch.items()}, seed=seed)
+            made += make({name: value[i : i + 1] for name, value in batch.items()}, seed)
         return [{"text": text} for text in made]
 
 

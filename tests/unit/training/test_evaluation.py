@@ -118,6 +118,13 @@ def test_a_run_alone_is_evaluated_on_what_it_held_out(folder, run, capsys):
     assert abs(rest) < 0.01, f"validation leaves out the last, shorter sequence alone: {rest}"
 
 
+def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
+    cfg = compose(lines(folder, f"checkpoint={run}", f"data.path={documents}"), verb="evaluate")
+    assert (cfg.data.type, cfg.data.path, cfg.split) == ("text", str(documents), "all")
+    named = compose(lines(folder, f"init_from={run}", "data=text", f"data.path={documents}", f"data.val_path={documents}"), verb="evaluate")
+    assert (named.checkpoint, named.split) == (str(run), "validation")
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
