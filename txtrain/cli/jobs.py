@@ -13,7 +13,6 @@ from functools import partial
 from hydra.core.override_parser.types import Override
 
 from txtrain.checkpoint.format import newest_run
-from txtrain.checkpoint.load import describe
 from txtrain.checkpoint.run_folder import begun_with
 from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config import compose as composition
@@ -77,9 +76,13 @@ def with_init_from(job: Composed) -> Composed:
         where = config.checkpoint or config.init_from
         if where is None:
             return job
+        from txtrain.checkpoint.load import describe
+
         job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))
         return of_checkpoint(job, describe(where))
     if not isinstance(config, RunConfig) or config.init_from is None or config.resume not in ("auto", "never"):
         return job
+    from txtrain.checkpoint.load import describe
+
     found = describe(config.init_from, key="init_from")
     return applied(job, found.model, found.tokenizer)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from txtrain.checkpoint.load import Described
 from txtrain.config.compatibility import fits, objectives_for
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Evaluate, OnTrained
@@ -15,6 +14,9 @@ from txtrain.ground.convert import build
 from txtrain.ground.plain_files import read_yaml
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
+
+if TYPE_CHECKING:
+    from txtrain.checkpoint.load import Described
 
 
 def of_checkpoint(job: Composed, found: Described) -> Composed:
