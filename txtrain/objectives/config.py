@@ -264,7 +264,7 @@ class AnswersConfig(QuestionsConfig):
     max_new_tokens: int = knob(64, at_least=1)
     stop: tuple[str, ...] = ("\n",)  # texts that end an answer
     # regular expression: of both texts its last match, or the match of its first group, is compared; null: all
-    pattern: str | None = None
+    pattern: str | None = knob(None, literal=True)
     ignore_case: bool = False
 
     def check(self) -> Iterator[str]:
