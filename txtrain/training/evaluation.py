@@ -31,6 +31,7 @@ from txtrain.model.transformer import Transformer
 from txtrain.objectives.base import ROWS, Numbers, Objective, Statistics, build_objective, by_metric
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
+from txtrain.parallel.world import World
 from txtrain.registry import TABLE
 from txtrain.training.data_module import DataModule
 
@@ -288,7 +289,7 @@ def measured(
 @contextlib.contextmanager
 def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[Reader, DataModule]]:
     """The model over the ranks, and the prepared data. model: read as it is; None: cfg.checkpoint's."""
-    parallel = make_parallel(cfg)
+    parallel = ranks_of(cfg)
     with parallel.started():
         device = parallel.device() if model is None else next(model.parameters()).device
         objective, source = build_objective(cfg), None
@@ -308,6 +309,13 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
         finally:
             if model is not None:
                 model.train(was_training)
+
+
+def ranks_of(cfg: OnTrained) -> OneProcess:
+    """The strategy's ranks, each of which reads as many rows at a time as one process: there is no batch to divide."""
+    size = cfg.micro_batch_size
+    data = dc.replace(cfg.data, micro_batch_size=size, global_batch_size=size * World.here().size)
+    return make_parallel(dc.replace(cfg, data=data))
 
 
 def _weights(cfg: OnTrained, parallel: OneProcess) -> Source:

@@ -31,9 +31,8 @@ from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.questions import answered
-from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training.evaluation import Tick, check_out, shares_of
+from txtrain.training.evaluation import Tick, check_out, ranks_of, shares_of
 
 Row = tuple[str, str]  # what is read, and what follows it, if that is known
 _DIGITS = 7  # of a float32
@@ -75,7 +74,7 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
     out, what = check_out(config.out, ".jsonl"), what_of(config)
     if out.exists():
         raise ConfigError(f"`out` must be a new file, but {config.out!r} exists: remove it, or name another.")
-    parallel = make_parallel(config)
+    parallel = ranks_of(config)
     with parallel.started():
         device = parallel.device()
         source = parallel.together(lambda: _opened(config, parallel))
