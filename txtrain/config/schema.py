@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import txtrain.data.config
 import txtrain.objectives.config  # noqa: F401  (these two register the sources and the objectives)
@@ -17,7 +17,7 @@ from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import METRIC, TABLE, knob, out_of_range
+from txtrain.registry import METRIC, TABLE, axis, knob, out_of_range
 from txtrain.run_config import Extent, RunConfig
 
 
@@ -344,15 +344,38 @@ class Generate(Sampling):
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
     prompt_file: str | None = None  # text file with one prompt per line
+    chat: bool = False  # talk in the terminal, by the tokenizer's chat template
+    # conversations to answer, a JSON object a line (messages, or another format of data=chat)
+    messages: str | None = knob(None, literal=True)
+    out: str | None = knob(None, literal=True)  # with messages: the .jsonl file to write; null: standard output
+    system: str | None = knob(None, literal=True)  # with chat or messages: a system turn where there is none
     stream: bool = True  # print tokens as they are generated, if there is one prompt
+    batch_size: int = knob(16, at_least=1)  # rows that are generated together; those that end leave
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # of weights and computation
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
+    strategy: Any = axis("strategy", free=True)  # how the weights lie over the processes
+    devices: int = knob(1, at_least=1)  # processes, which txtrain starts; rows are divided among them
     imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
-        if (self.prompt is None) == (self.prompt_file is None):
+        asked = [self.prompt is not None, self.prompt_file is not None, self.chat, self.messages is not None]
+        if sum(asked[:2]) == 2:
             yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=-: standard input).'
+        elif not any(asked):
+            others = "or prompt_file, messages or chat=true"
+            yield f'`prompt` must be given, {others}: prompt="The " (or prompt=-: standard input).'
+        elif sum(asked) > 1:
+            yield "`chat` and `messages` must be given alone, without prompt, prompt_file or each other."
+        chats = self.chat or self.messages is not None
+        if self.out is not None and self.messages is None:
+            yield f"`out` must be null without messages, but is {self.out!r} instead."
+        if self.system is not None and not chats:
+            yield f"`system` must be null without chat=true or messages, but is {self.system!r} instead."
+        if self.chat and (self.n > 1 or self.devices > 1):
+            yield "`chat` must be false with n or devices above 1: one answer is written, by one process."
+        yield from Sampling.check(self)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

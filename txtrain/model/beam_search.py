@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,49 @@ import torch
 from torch import Tensor
 
 from txtrain.errors import ConfigError
-from txtrain.model.generation import Text, check, end_tokens, evaluating
+from txtrain.model.config import Sampling
+from txtrain.model.decoding import (
+    Columns,
+    StopStrings,
+    Text,
+    Written,
+    check,
+    end_tokens,
+    evaluating,
+    first_columns,
+    padded,
+    rows_of,
+)
+from txtrain.model.sampling import penalised, seen_in
+
+
+@dc.dataclass(frozen=True)
+class MeanScore:
+    """log-probability / length, as `transformers` ranks beams by default: a row is decided where its best live beam is
+    worse at its present length than the K-th that has ended; beams that are truncated compete too."""
+
+    truncated_compete = True
+
+    def score(self, log_p: float, length: int) -> float:
+        return log_p / length
+
+    def bound(self, log_p: float, length: int, longest: int) -> float:
+        return self.score(log_p, length)
+
+
+@dc.dataclass(frozen=True)
+class LengthPenalty:
+    """log-probability / ((5 + length) / 6) ** alpha (Wu et al. 2016, 1609.08144). At best a live beam keeps its
+    probability up to the longest length. Truncated beams count where none has ended."""
+
+    alpha: float
+    truncated_compete = False
+
+    def score(self, log_p: float, length: int) -> float:
+        return float(log_p / ((5 + length) / 6) ** self.alpha)
+
+    def bound(self, log_p: float, length: int, longest: int) -> float:
+        return self.score(log_p, longest)
 
 
 @torch.no_grad()
@@ -35,64 +78,104 @@ def beam_search(
     Raises:
         ConfigError: as `generate`; num_beams is below 1; no end token is known.
     """
-    if num_beams < 1:
-        raise ConfigError(f"`num_beams` must be at least 1, but is {num_beams} instead.")
-    check(model, input_ids, attention_mask, max_new_tokens=max_new_tokens)
+    how = check(model, input_ids, attention_mask, max_new_tokens=max_new_tokens, num_beams=num_beams, temperature=0)
     ends, pad = end_tokens(model, "config" if eos_token_id is None else eos_token_id, pad_token_id, input_ids.device)
     if not len(ends):
         raise ConfigError("`eos_token_id` must be given: the model's config has none, and beams have to end.")
     with evaluating(model):
-        text = Text(model, input_ids, attention_mask, max_new_tokens)
-        search = _Search(text, num_beams, length_penalty, ends, max_new_tokens)
+        text = Text(model, rows_of(input_ids, attention_mask), max_new_tokens, input_ids.device)
+        search = BeamSearch(text, how, ends, StopStrings((), str), LengthPenalty(length_penalty))
         for _ in range(max_new_tokens):
             decided = search.step()
             if on_step is not None:
                 on_step()
             if decided:
                 break
-        return search.best(pad)
+        new_BT, _ = padded([row[0].ids.tolist() for row in search.best()], input_ids.device, left=False, value=pad)
+    return torch.cat((first_columns(model, input_ids), new_BT), dim=1)
 
 
-class _Search:
+class BeamSearch:
     """K live beams per row, which the cache holds, and the best K that have ended."""
 
-    def __init__(self, text: Text, num_beams: int, length_penalty: float, ends: Tensor, max_new_tokens: int) -> None:
-        self.text, self.K, self.alpha, self.ends, self.longest = text, num_beams, length_penalty, ends, max_new_tokens
-        self.B, self.prompt = text.ids.shape
-        self.alive_BK = torch.full((self.B, num_beams), -torch.inf, device=text.ids.device)
+    def __init__(
+        self, text: Text, how: Sampling, ends: Tensor, stops: StopStrings,
+        ranking: MeanScore | LengthPenalty = MeanScore(),
+    ) -> None:
+        self.text, self.how, self.ends, self.stops, self.ranking = text, how, ends, stops, ranking
+        self.B, self.K = len(text.begun), how.num_beams
+        self.alive_BK = torch.full((self.B, self.K), -torch.inf, device=ends.device)
         self.alive_BK[:, 0] = 0.0  # all beams are equal at first: only one is continued
-        self.ended: list[list[tuple[float, Tensor]]] = [[] for _ in range(self.B)]
-
-    def penalised(self, log_p: float, length: int) -> float:
-        return float(log_p / ((5 + length) / 6) ** self.alpha)
+        self.log_p: Columns | None = None  # of the tokens of the live beams, [B * K, T]
+        self.seen: Tensor | None = None
+        self.ended: list[list[tuple[float, Written]]] = [[] for _ in range(self.B)]
+        self.decided = [False] * self.B  # no live beam can still win
 
     def step(self) -> bool:
-        """Add one token. Returns whether no live beam can still win."""
-        logits = self.text.next_logits()
-        if len(logits) == self.B and self.K > 1:  # after the prompt, which is read once per row
-            rows = torch.arange(self.B, device=logits.device).repeat_interleave(self.K)
-            logits = logits[rows]
-            self.text.select(rows)
-        log_p = logits.float().log_softmax(-1).view(self.B, self.K, -1) + self.alive_BK[..., None]
-        V = log_p.shape[-1]
+        """Add one token. Returns whether all rows are decided."""
+        log_p_RV = self._log_probs()
+        log_p = log_p_RV.view(self.B, self.K, -1) + self.alive_BK[..., None]
+        V, length = log_p.shape[-1], self.text.new.shape[1] + 1
         best, index = log_p.flatten(1).topk(min(2 * self.K, self.K * V))  # with one end token, K of 2 K do not end
         beams, tokens = index // V, index % V
-        ending = torch.isin(tokens, self.ends)
-        for row, i in ending.nonzero().tolist():
-            if i < self.K and best[row, i] > -torch.inf:
-                ids = torch.cat((self.text.ids[row * self.K + int(beams[row, i])], tokens[row, i : i + 1]))
-                length = len(ids) - self.prompt
-                self.ended[row].append((self.penalised(float(best[row, i]), length), ids))
-                self.ended[row] = sorted(self.ended[row], key=lambda e: -e[0])[: self.K]
+        rows = beams + torch.arange(self.B, device=beams.device)[:, None] * self.K  # of the text
+        own = best - self.alive_BK.gather(1, beams)
+        ending = torch.isin(tokens, self.ends) | self._stopped(rows, tokens)
+        truncated = self.ranking.truncated_compete and length == self.how.max_new_tokens
+        for row, i in (ending | truncated).nonzero().tolist():
+            if i < self.K and best[row, i] > -torch.inf and not self.decided[row]:
+                last = tokens[row, i : i + 1], own[row, i : i + 1]
+                said = self._written(int(rows[row, i]), *last, bool(ending[row, i]))
+                found = [*self.ended[row], (self.ranking.score(float(best[row, i]), length), said)]
+                self.ended[row] = sorted(found, key=lambda one: -one[0])[: self.K]
         self.alive_BK, kept = best.masked_fill(ending, -torch.inf).topk(self.K)
-        rows = beams.gather(1, kept) + torch.arange(self.B, device=beams.device)[:, None] * self.K
-        self.text.select(rows.flatten())
-        self.text.append(tokens.gather(1, kept).flatten())
-        # At best a live beam keeps its probability up to the longest length.
-        limits = [self.penalised(log_p, self.longest) for log_p in self.alive_BK[:, 0].tolist()]
-        return all(len(e) == self.K and limit <= e[-1][0] for e, limit in zip(self.ended, limits, strict=True))
+        chosen, new = rows.gather(1, kept).flatten(), tokens.gather(1, kept).flatten()
+        self.text.select(chosen)
+        self.text.append(new)
+        assert self.log_p is not None
+        self.log_p.select(chosen)
+        self.log_p.append(own.gather(1, kept).flatten())
+        if self.seen is not None:
+            self.seen = self.seen[chosen].scatter_(1, new[:, None], True)
+        for row, log_p_best in enumerate(self.alive_BK[:, 0].tolist()):
+            limit = self.ranking.bound(log_p_best, length, self.how.max_new_tokens)
+            ended = self.ended[row]
+            self.decided[row] |= len(ended) == self.K and limit <= ended[-1][0]
+        return all(self.decided)
 
-    def best(self, pad: int) -> Tensor:
-        """For each row the best ended beam, else the best live one."""
-        chosen = [ended[0][1] if ended else self.text.ids[row * self.K] for row, ended in enumerate(self.ended)]
-        return torch.nn.utils.rnn.pad_sequence(chosen, batch_first=True, padding_value=pad)
+    def best(self) -> list[list[Written]]:
+        """For each row the best `how.n`: beams that have ended, then live ones."""
+        nothing = self.text.new.new_empty(0), self.alive_BK.new_empty(0)
+        found = []
+        for row, ended in enumerate(self.ended):
+            live = [self._written(row * self.K + i, *nothing, False) for i in range(self.K)]
+            found.append([*(said for _, said in ended), *live][: self.how.n])
+        return found
+
+    # -------------------------------------------------------------------------------------------------------- pieces
+
+    def _log_probs(self) -> Tensor:
+        """[B * K, V], after the penalty."""
+        logits = self.text.next_logits()
+        if self.log_p is None:  # after the prompt, which is read once per row
+            of = torch.arange(self.B, device=logits.device).repeat_interleave(self.K)
+            self.log_p = Columns(len(of), self.alive_BK.dtype, logits.device)
+            if self.how.repetition_penalty != 1:
+                self.seen = seen_in([self.text.begun[row] for row in of.tolist()], logits.shape[-1], logits.device)
+            if self.K > 1:
+                logits = logits[of]
+                self.text.select(of)
+        return penalised(logits.float().log_softmax(-1), self.how.repetition_penalty, self.seen)
+
+    def _stopped(self, rows: Tensor, tokens: Tensor) -> Tensor:
+        """Whether a text of the candidates holds a stop string, [B, 2 K]."""
+        if not self.stops.strings:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        texts = torch.cat((self.text.new[rows.flatten()], tokens.flatten()[:, None]), dim=1)
+        return self.stops.ended(texts).view_as(tokens)
+
+    def _written(self, row: int, new_1: Tensor, log_p_1: Tensor, ended: bool) -> Written:
+        """The text of a live beam, and what follows it."""
+        assert self.log_p is not None
+        ids, log_p = torch.cat((self.text.new[row], new_1)), torch.cat((self.log_p.values[row], log_p_1))
+        return Written(ids, log_p, ended)

@@ -121,8 +121,34 @@ class Sampling:
     """How tokens are chosen, by the verb `generate` and by `txtrain.generate`."""
 
     max_new_tokens: int = knob(64, at_least=1)
-    temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
+    # 0: the most likely token; null: 0.8, or 0 with num_beams
+    temperature: float | None = knob(None, at_least=0)
     top_k: int | None = knob(None, at_least=1)  # tokens to draw from; null: all
     top_p: float | None = knob(None, above=0, at_most=1)
     min_p: float | None = knob(None, above=0, at_most=1)
-    seed: int | None = knob(0, at_least=-(2**63), below=2**64)  # null: torch's own generator
+    # above 1: tokens that stand in the prompt or were generated become less likely
+    repetition_penalty: float = knob(1.0, above=0)
+    num_beams: int = knob(1, at_least=1)  # beam search; 1: none
+    n: int = knob(1, at_least=1)  # samples of each prompt; with num_beams the best so many
+    stop: tuple[str, ...] = ()  # a text ends before any of these strings
+    # of the draws, with a row's own number, whatever the batch and the processes; null: a new one each time
+    seed: int | None = knob(0, at_least=-(2**63), below=2**64)
+
+    @property
+    def heat(self) -> float:
+        """The temperature that is used."""
+        return self.temperature if self.temperature is not None else 0.8 if self.num_beams == 1 else 0.0
+
+    def check(self) -> Iterator[str]:
+        if any(not text for text in self.stop):
+            yield "`stop` must be a list of strings that are not empty, but holds '' instead."
+        if self.num_beams == 1:
+            return
+        unread = {"temperature": 0, "top_k": None, "top_p": None, "min_p": None}
+        for name, allowed in unread.items():
+            if (value := getattr(self, name)) not in (allowed, None):
+                nearest = "null" if allowed is None else allowed
+                given = f"{nearest} with num_beams={self.num_beams}, but is {value} instead"
+                yield f"`{name}` must be {given}: beams are not sampled. Nearest: {nearest}."
+        if self.n > self.num_beams:
+            yield f"`n` must be at most num_beams ({self.num_beams}), but is {self.n} instead."

@@ -1,20 +1,65 @@
-"""Generation with a key-value cache: greedy or sampled; one prompt or a batch."""
+"""Generation with a key-value cache: greedy, sampled or by beams; prompts of unlike lengths together."""
 
-# B rows, P prompt tokens, T tokens so far, V vocabulary
+# B prompts, P tokens of the longest, R rows (n of each prompt), T new tokens, V vocabulary
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, Literal
+import dataclasses as dc
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from txtrain.errors import ConfigError
-from txtrain.ground.convert import build
-from txtrain.model.config import ModelConfig, Sampling
-from txtrain.model.inputs import INTEGERS, outside, require
+from txtrain.errors import ConfigError, hint
+from txtrain.model.beam_search import BeamSearch
+from txtrain.model.config import Sampling
+from txtrain.model.decoding import (
+    Columns,
+    OneRank,
+    Ranks,
+    Rows,
+    StopStrings,
+    Text,
+    Written,
+    check,
+    computing_in,
+    end_tokens,
+    evaluating,
+    first_columns,
+    padded,
+    rows_of,
+)
+from txtrain.model.sampling import Chooser
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+@dc.dataclass(frozen=True)
+class Decoding:
+    """How `continue_rows` decodes.
+
+    Attributes:
+        ends: tokens that end a row.
+        batch_size: rows at a time; None: all. The longest prompts come first.
+        decode: from token ids to text, for `how.stop`.
+        ranks: that hold the model together. They may have other rows, and other numbers of them, even none.
+        on_step: called after each token with the new tokens of a batch of rows, -1 where a row has ended before;
+            equally often on all ranks. It may raise to stop.
+        device: of the inputs; None: that of the first parameter.
+    """
+
+    how: Sampling
+    ends: tuple[int, ...] = ()
+    batch_size: int | None = None
+    decode: Callable[[list[int]], str] | None = None
+    ranks: Ranks = dc.field(default_factory=OneRank)
+    on_step: Callable[[Tensor], None] | None = None
+    device: torch.device | None = None
+
+    def stops(self) -> StopStrings:
+        assert self.decode is not None or not self.how.stop
+        return StopStrings(self.how.stop, self.decode or str)
 
 
 @torch.no_grad()
@@ -22,157 +67,186 @@ def generate(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, max_new_tokens: int = 32,
     temperature: float = 0.0, top_k: int | None = None, top_p: float | None = None, min_p: float | None = None,
     eos_token_id: int | tuple[int, ...] | Literal["config"] | None = "config", pad_token_id: int | None = None,
-    seed: int | None = None, on_token: Callable[[Tensor], None] | None = None,
+    seed: int | None = None, on_token: Callable[[Tensor], None] | None = None, *, repetition_penalty: float = 1.0,
+    num_beams: int = 1, n: int = 1, stop: Sequence[str] = (), tokenizer: Any = None, batch_size: int | None = None,
+    dtype: torch.dtype | str | None = None, row_index: Sequence[int] | None = None, strategy: Ranks | None = None,
 ) -> Tensor:
     """Continue each row of `input_ids`; with an encoder and a decoder, answer it.
 
+    What a row becomes depends on the row, the seed and its number alone, up to rounding of the logits: not on its
+    neighbours, its padding, the batches or the processes.
+
     Args:
-        input_ids: [B, P]; prompts are padded on the left, an encoder's source on either side.
+        input_ids: [B, P]; padded on either side.
         attention_mask: [B, P], 0 for padding; None: no padding.
         temperature: 0: the most likely token. Otherwise logits are divided by it, filtered by top_k, top_p (1904.09751)
             and min_p (2407.01082), in that order, and sampled.
         eos_token_id: a row stops after it (or any of several); by default `model.config.eos_token_id`; None: never.
         pad_token_id: fills a row that has stopped; by default the configured one, else the end token.
-        seed: of the sampling; None: torch's generator.
-        on_token: called with each step's new tokens, [B].
+        seed: of the sampling; None: drawn from torch's generator.
+        on_token: called after each step with the new tokens, [R]; with batch_size, those of the rows of a batch; of
+            beams, which still change, with none.
+        repetition_penalty: divides positive logits of tokens that the row has, and multiplies negative ones
+            (1909.05858); padding does not count.
+        num_beams: above 1: beam search, see `beam_search`.
+        n: samples of each prompt, or its n best beams. They follow each other: R = B * n.
+        stop: a row stops with the token that completes one of these strings; needs `tokenizer`.
+        tokenizer: has `decode(ids)`.
+        batch_size: rows at a time; None: all.
+        dtype: in which the model computes, for this call; None: that of its parameters.
+        row_index: number of each row of `input_ids`, [B], by default 0, 1, ...; the j-th sample of row number i draws
+            as row i * n + j.
+        strategy: of the processes over which the model is laid, such as `LitModule.parallel`; all of them call this.
 
     Returns:
-        Prompt and new tokens, [B, P + at most max_new_tokens]; with an encoder the start token and the new tokens.
+        Prompt and new tokens, [R, P + at most max_new_tokens]; with an encoder the start token and the new tokens.
 
     Raises:
-        ConfigError: an argument is out of range, the model generates no text, a prompt is empty, padded on the right or
-            outside the vocabulary, or prompt and new tokens exceed the model's learned positions.
+        ConfigError: an argument is out of range, the model generates no text, a prompt is empty or outside the
+            vocabulary, or prompt and new tokens exceed the model's learned positions.
     """
-    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed}
-    check(model, input_ids, attention_mask, max_new_tokens=max_new_tokens, **how)
+    how = check(
+        model, input_ids, attention_mask, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k,
+        top_p=top_p, min_p=min_p, seed=seed, repetition_penalty=repetition_penalty, num_beams=num_beams, n=n, stop=stop,
+    )
+    if temperature is None:
+        raise ConfigError("`temperature` must be at least 0, but is None instead.")
+    _check_others(len(input_ids), on_token, stop, tokenizer, batch_size, row_index, strategy)
+    ends_E, pad = end_tokens(model, eos_token_id, pad_token_id, input_ids.device)
+
+    def step(new_B: Tensor) -> None:
+        if on_token is not None:
+            on_token(new_B.masked_fill(new_B < 0, pad))
+
+    decode = None if tokenizer is None else tokenizer.decode
+    ranks = OneRank() if strategy is None else strategy
+    job = Decoding(how, tuple(ends_E.tolist()), batch_size, decode, ranks, step, input_ids.device)
+    with computing_in(model, _dtype(dtype)):
+        written = continue_rows(model, rows_of(input_ids, attention_mask), job, row_index)
+    new_RT, _ = padded([row.ids.tolist() for row in written], input_ids.device, left=False, value=pad)
+    return torch.cat((first_columns(model, input_ids).repeat_interleave(n, 0), new_RT), dim=1)
+
+
+@torch.no_grad()
+def continue_rows(
+    model: Any, prompts: Rows, job: Decoding, row_index: Sequence[int] | None = None
+) -> list[Written]:
+    """Continue or answer each prompt, `job.how.n` times; the samples of a prompt follow each other.
+
+    Args:
+        prompts: token ids, at least one each.
+        row_index: number of each prompt; by default 0, 1, ...
+
+    Raises:
+        ConfigError: prompt and new tokens exceed the model's learned positions.
+    """
+    how, n = job.how, job.how.n
+    numbers = list(range(len(prompts)) if row_index is None else row_index)
+    seed = int(torch.randint(2**63 - 1, ()) if how.seed is None else how.seed)
+    device = job.device or next(model.parameters()).device
+    together = len(prompts) * n if job.batch_size is None else job.batch_size
+    if how.num_beams > 1 and job.batch_size is not None:  # a prompt's beams stay together
+        together = max(1, job.batch_size // how.num_beams) * n
+    order = list(range(len(prompts) * n))
+    if together < len(order):
+        order.sort(key=lambda row: (-len(prompts[row // n]), row))
+    batches = [order[i : i + together] for i in range(0, len(order), together)] if order else []
+    found: dict[int, Written] = {}
+    with evaluating(model):
+        for i in range(job.ranks.most(len(batches))):
+            rows = batches[i] if i < len(batches) else []
+            # Without rows of its own a rank takes part in the forwards of the others.
+            asked = list(dict.fromkeys(row // n for row in rows))
+            batch = _Batch(
+                [prompts[k] for k in asked] or [[0]], [asked.index(row // n) for row in rows] or [0],
+                rows, [numbers[row // n] * n + row % n for row in rows] or [0],
+            )
+            decode = _by_beams if how.num_beams > 1 else _by_choice
+            found.update(zip(rows, decode(model, batch, job, seed, device), strict=False))
+    return [found[row] for row in range(len(order))]
+
+
+class _Batch(NamedTuple):
+    """prompts: read once each. of: index of each row's prompt. rows, numbers: of each row, among all."""
+
+    prompts: Rows
+    of: list[int]
+    rows: list[int]
+    numbers: list[int]
+
+
+def _by_choice(model: Any, batch: _Batch, job: Decoding, seed: int, device: torch.device) -> list[Written]:
+    """Greedy or sampled. Rows that have ended leave once they are an eighth of the batch: so the cache is copied a few
+    times, not for every token."""
+    text = Text(model, batch.prompts, job.how.max_new_tokens, device)
+    logits, of_B = text.next_logits(), torch.tensor(batch.of, device=device)
+    if len(of_B) > len(batch.prompts):
+        logits = logits[of_B]
+        text.select(of_B)
+    begun, stops, n_rows = [text.begun[k] for k in batch.of], job.stops(), len(of_B)
+    chooser = Chooser(job.how, seed, batch.numbers, begun, logits.shape[-1], device)
+    ends_E = torch.tensor(job.ends, dtype=torch.long, device=device)
+    ids = Columns(n_rows, torch.int64, device, fill=-1)
+    log_probs = Columns(n_rows, torch.promote_types(logits.dtype, torch.float32), device)
+    ended_B = torch.zeros(n_rows, dtype=torch.bool, device=device)
+    held_H = torch.arange(n_rows, device=device)  # the rows in the cache
+    is_open_H = torch.ones_like(ended_B)  # those of them that have not ended
+    for position in range(job.how.max_new_tokens):
+        new_H, log_p_H = chooser(logits)
+        text.append(new_H)
+        ids.append(new_H.masked_fill(~is_open_H, -1), held_H)
+        log_probs.append(log_p_H.masked_fill(~is_open_H, 0.0), held_H)
+        if job.on_step is not None:
+            job.on_step(ids.values[: len(batch.rows), -1])
+        is_open_H &= ~(torch.isin(new_H, ends_E) | stops.ended(text.new))
+        ended_B[held_H] = ~is_open_H
+        n_open = int(is_open_H.sum())
+        if not job.ranks.any(n_open > 0) or position + 1 == job.how.max_new_tokens:
+            break
+        if len(held_H) > 1 and n_open <= len(held_H) * 7 // 8:
+            kept = is_open_H.nonzero()[:, 0] if n_open else held_H.new_zeros(1)  # the others' forwards go on
+            held_H, is_open_H = held_H[kept], is_open_H[kept]
+            text.select(kept)
+            chooser.select(kept)
+        logits = text.next_logits()
+    lengths = (ids.values >= 0).sum(1).tolist()
+    rows = zip(ids.values, log_probs.values, lengths, ended_B.tolist(), strict=True)
+    return [Written(row[:length], log_p[:length], ended) for row, log_p, length, ended in rows]
+
+
+def _by_beams(model: Any, batch: _Batch, job: Decoding, seed: int, device: torch.device) -> list[Written]:
+    text = Text(model, batch.prompts, job.how.max_new_tokens, device)
+    search = BeamSearch(text, job.how, torch.tensor(job.ends, dtype=torch.long, device=device), job.stops())
+    for _ in range(job.how.max_new_tokens):
+        is_open = not search.step()
+        if job.on_step is not None:
+            job.on_step(text.new.new_empty(0))
+        if not job.ranks.any(is_open):
+            break
+    return [written for row in search.best() for written in row]
+
+
+def _check_others(
+    n_prompts: int, on_token: Any, stop: Any, tokenizer: Any, batch_size: Any, row_index: Any, strategy: Any
+) -> None:
+    """Those arguments of `generate` that are no fields of `Sampling`."""
     if on_token is not None and not callable(on_token):
         raise ConfigError(f"`on_token` must be a function of the new tokens or None, but is {on_token!r} instead.")
-    text = Text(model, input_ids, attention_mask, max_new_tokens)
-    ends_E, pad = end_tokens(model, eos_token_id, pad_token_id, input_ids.device)
-    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
-    with evaluating(model):
-        done = torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
-        for _ in range(max_new_tokens):
-            new_B = choose(text.next_logits(), temperature, top_k, top_p, min_p, generator).masked_fill(done, pad)
-            text.append(new_B)
-            done = done | torch.isin(new_B, ends_E)
-            if on_token is not None:
-                on_token(new_B)
-            if len(ends_E) and bool(done.all()):
-                break
-    return text.ids
+    if stop and not callable(getattr(tokenizer, "decode", None)):
+        raise ConfigError("`tokenizer` must be given with stop, an object with `decode(ids)`: strings end texts.")
+    if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+        raise ConfigError(f"`batch_size` must be at least 1 or None, but is {batch_size!r} instead.")
+    numbers = [] if row_index is None else list(row_index)
+    if row_index is not None and (len(numbers) != n_prompts or any(type(i) is not int or i < 0 for i in numbers)):
+        raise ConfigError(f"`row_index` must be {n_prompts} integers from 0, one for each row, but is {row_index!r}.")
+    if strategy is not None and not isinstance(strategy, Ranks):
+        what = "the strategy over whose processes the model is laid, such as LitModule.parallel, or None"
+        raise ConfigError(f"`strategy` must be {what}, but is {strategy!r} instead.")
 
 
-class Text:
-    """Rows that grow by one token at a time, and their cache."""
-
-    def __init__(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, max_new_tokens: int) -> None:
-        self.model, self.ids = model, input_ids
-        self.past: Any = None
-        padded = attention_mask is not None and not bool(attention_mask.all())
-        self.mask = attention_mask if padded else None
-        self.source: dict[str, Any] = {}
-        if model.encoder is not None:
-            self.source, self.mask = {"input_ids": input_ids, "attention_mask": self.mask}, None
-            self.ids = model.shifted_right(input_ids[:, :1])
-        limit, length = model.max_positions, self.ids.shape[1]
-        if limit is not None and length + max_new_tokens > limit:
-            most = f"{max(limit - length, 0)} after a prompt of {length} tokens"
-            why = f"the model has {limit} learned positions"
-            raise ConfigError(f"`max_new_tokens` must be at most {most}, but is {max_new_tokens} instead: {why}.")
-
-    def next_logits(self) -> Tensor:
-        """Logits of the next token, [B, V]."""
-        new = self.ids if self.past is None else self.ids[:, -1:]
-        if self.model.encoder is not None:
-            given = {**(self.source if self.past is None else {}), "decoder_input_ids": new}
-        else:
-            positions = None if self.mask is None else (self.mask.cumsum(1) - 1).clamp(min=0)[:, -new.shape[1] :]
-            given = {"input_ids": new, "attention_mask": self.mask, "position_ids": positions}
-        out = self.model(**given, past_key_values=self.past, use_cache=True, logits_to_keep=1)
-        self.past = out.past_key_values
-        return out.logits[:, -1]
-
-    def append(self, new_B: Tensor) -> None:
-        self.ids = torch.cat((self.ids, new_B[:, None]), dim=1)
-        if self.mask is not None:
-            self.mask = torch.cat((self.mask, self.mask.new_ones(len(new_B), 1)), dim=1)
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these rows, in this order; beam search repeats rows."""
-        self.ids = self.ids[rows]
-        self.mask = None if self.mask is None else self.mask[rows]
-        if self.past is not None:
-            self.past.select(rows)
-
-
-def end_tokens(
-    model: Any, eos_token_id: int | tuple[int, ...] | str | None, pad_token_id: int | None, device: torch.device
-) -> tuple[Tensor, int]:
-    """The tokens that end a row, and the one that fills it afterwards.
-
-    Raises:
-        ConfigError: they are not tokens, or the padding is outside the vocabulary.
-    """
-    n, given = model.config.vocab_size, model.config.eos_token_id if eos_token_id == "config" else eos_token_id
-    ends = given if isinstance(given, (tuple, list)) else () if given is None else (given,)
-    if not all(type(end) is int and end >= 0 for end in ends):
-        raise ConfigError(f"`eos_token_id` must be a token, some tokens, 'config' or None, but is {given!r} instead.")
-    pad = next((v for v in (pad_token_id, model.config.pad_token_id, *ends) if v is not None), 0)
-    if type(pad) is not int or pad < 0 or (pad >= n and any(end < n for end in ends)):  # the model reads it
-        raise ConfigError(f"`pad_token_id` must be from 0 to {n - 1}, but is {pad!r} instead.")
-    return torch.tensor(ends, dtype=torch.long, device=device), pad
-
-
-def check(model: Any, input_ids: Any, attention_mask: Any, **how: Any) -> None:
-    """Raise `generate`'s ConfigErrors. how: fields of `Sampling`."""
-    build(Sampling, {name: value.item() if hasattr(value, "item") else value for name, value in how.items()})
-    if not isinstance(getattr(model, "config", None), ModelConfig):
-        what = "a model of txtrain.build_model or txtrain.load_pretrained"
-        raise ConfigError(f"`model` must be {what}, but is {type(model).__name__} instead.")
-    if model.config.topology == "encoder":
-        raise ConfigError("`model` must be a decoder, or have one beside its encoder, but is an encoder alone.")
-    if model.head.pools:
-        raise ConfigError("`model` must have a head over the vocabulary, but has one result per row instead.")
-    require("input_ids", input_ids, {"B": None, "P": None}, INTEGERS, ", with at least one token per row")
-    if error := outside("input_ids", input_ids, model.config.vocab_size):
-        raise error
-    if attention_mask is None:
-        return
-    B, P = input_ids.shape
-    require("attention_mask", attention_mask, {"B": B, "P": P})
-    if model.encoder is None and not bool(attention_mask[:, -1].all()):
-        raise ConfigError("`attention_mask` must end in 1 in every row: prompts are padded on the left.")
-
-
-def choose(
-    logits_BV: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None,
-    min_p: float | None = None, generator: torch.Generator | None = None,
-) -> Tensor:
-    """One token per row, [B], from logits [B, V]; see `generate`."""
-    if temperature == 0:
-        return logits_BV.argmax(-1)
-    logits_BV = logits_BV.float() / max(temperature, 1e-30)  # below it float32 would divide 0 by 0
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        least = logits_BV.topk(top_k).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < least, -torch.inf)
-    if top_p is not None and top_p < 1:  # the smallest set of most likely tokens that together reach top_p
-        ordered, index = logits_BV.sort(descending=True)
-        p = ordered.softmax(-1)
-        cut = p.cumsum(-1) - p >= top_p
-        logits_BV = logits_BV.masked_fill(cut.scatter(1, index, cut), -torch.inf)
-    if min_p is not None:
-        p_BV = logits_BV.softmax(-1)
-        logits_BV = logits_BV.masked_fill(p_BV < min_p * p_BV.amax(-1, keepdim=True), -torch.inf)
-    return torch.multinomial(logits_BV.softmax(-1), 1, generator=generator).squeeze(1)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; afterwards as before."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
+def _dtype(given: torch.dtype | str | None) -> torch.dtype | None:
+    found = getattr(torch, given) if isinstance(given, str) and given in DTYPES else given
+    if found is None or (isinstance(found, torch.dtype) and found.is_floating_point):
+        return found
+    near = hint(str(given), DTYPES)
+    raise ConfigError(f"`dtype` must be one of {', '.join(DTYPES)} or None, but is {given!r} instead.{near}")

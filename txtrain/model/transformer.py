@@ -283,6 +283,8 @@ def _valid(attention_mask: Tensor | None, cache: Cache | None, B: int, T: int) -
     if valid.shape[1] != past + T:
         valid = append(valid.new_ones(1, past) if known is None else known, valid)
     if valid.device.type == "cpu" and not torch.compiler.is_compiling() and bool(valid.all()):
+        if cache is not None:
+            cache.valid_BS = None  # the padded rows have left
         return None  # collators often send a mask of ones; on a GPU the test would wait for the device
     if cache is not None:
         cache.valid_BS = valid

@@ -189,9 +189,7 @@ class Mesh(OneProcess):
         raise error if error is not None and wrong[0] == self.world.rank else Elsewhere()
 
     def gathered(self, value: T) -> list[T]:
-        found: list[Any] = [None] * self.world.size
-        dist.all_gather_object(found, value, group=self._control)
-        return found[:: self.layout.tensor]
+        return self.of_all(value)[:: self.layout.tensor]
 
     def agree(self, facts: Mapping[str, str]) -> None:
         gathered: list[Any] = [None] * self.world.size
@@ -215,6 +213,11 @@ class Mesh(OneProcess):
         found = torch.tensor(n)
         dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self._control)
         return int(found)
+
+    def of_all(self, value: T) -> list[T]:
+        found: list[Any] = [None] * self.world.size
+        dist.all_gather_object(found, value, group=self._control)
+        return found
 
     def barrier(self) -> None:
         dist.barrier(group=self._control)

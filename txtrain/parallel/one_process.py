@@ -132,6 +132,10 @@ class OneProcess:
         """The maximum of n over all ranks."""
         return n
 
+    def of_all(self, value: T) -> list[T]:
+        """The value of each rank."""
+        return [value]
+
     def barrier(self) -> None:
         """Wait for all ranks."""
 

@@ -10,10 +10,12 @@ import torch
 import txtrain
 from tests.training import tiny
 from txtrain.checkpoint.load import load
-from txtrain.cli import generate
+from txtrain.cli import writer
 from txtrain.cli.main import main
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.model.config import Sampling
+from txtrain.model.decoding import Written
 
 PROMPTS = [
     "a, b,c",
@@ -55,12 +57,26 @@ def said(capsys, *args: object) -> str:
     return capsys.readouterr().out
 
 
+def saying(monkeypatch, *said):
+    """The prompts and jobs that reach the generator, which says this."""
+    seen, row = [], Written(torch.tensor(said, dtype=torch.long), torch.zeros(len(said)), False)
+
+    def answered(model, prompts, job, numbers):
+        seen.append((prompts, job))
+        for token in said if job.on_step else ():
+            job.on_step(torch.tensor([token]))
+        return [row] * (len(prompts) * job.how.n)
+
+    monkeypatch.setattr(writer, "continue_rows", answered)
+    return seen
+
+
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_a_prompt_arrives_as_it_was_typed(prompt, run, capsys, monkeypatch):
-    seen = []
-    monkeypatch.setattr(generate, "generate", lambda model, ids, **how: seen.extend(ids[0].tolist()))
+    seen = saying(monkeypatch)
     assert said(capsys, f"checkpoint={run}", f"prompt={prompt}") == prompt + "\n"
-    assert load_tokenizer("bytes").decode(seen[1:]) == prompt
+    (((ids,), _),) = seen
+    assert load_tokenizer("bytes").decode(ids[1:]) == prompt
 
 
 def test_standard_input_is_one_prompt_with_its_line_ends(run, capsys, monkeypatch):
@@ -88,20 +104,52 @@ def test_the_seed_decides(run, capsys):
 
 
 def test_every_key_reaches_the_generation(run, capsys, monkeypatch):
-    calls = []
-    monkeypatch.setattr(generate, "generate", lambda model, ids, **how: calls.append(how))
-    wanted = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.125, "seed": 9}
-    said(capsys, f"checkpoint={run}", "prompt=x", *(f"{k}={v}" for k, v in wanted.items()))
-    del calls[0]["on_token"]
-    assert calls == [{**wanted, "eos_token_id": load_tokenizer("bytes").eos_id}]
+    seen = saying(monkeypatch)
+    wanted = {"max_new_tokens": 7, "temperature": 0.5, "top_k": 3, "top_p": 0.25, "min_p": 0.125, "seed": 9, "repetition_penalty": 1.5}
+    said(capsys, f"checkpoint={run}", "prompt=x", "batch_size=5", "stop=[a,' b']", *(f"{k}={v}" for k, v in wanted.items()))
+    ((_, job),) = seen
+    assert job.how == Sampling(**wanted, stop=("a", " b"))
+    assert (job.ends, job.batch_size) == ((load_tokenizer("bytes").eos_id,), 5)
+    assert said(capsys, f"checkpoint={run}", "prompt=x", "num_beams=3", "n=2") == "x\nx\n"
+    assert seen[1][1].how == Sampling(num_beams=3, n=2)
+
+
+def test_samples_are_rows_of_their_own_however_they_are_divided(run, capsys, folder):
+    (folder / "prompts.txt").write_text("\n".join(["1", "a longer one", "The 2th", "x"] * 3))
+    line = [f"checkpoint={run}", "prompt_file=prompts.txt", "max_new_tokens=8", "temperature=1.5", "n=2"]
+    together = said(capsys, *line)
+    assert together == said(capsys, *line, "batch_size=3")
+    lines = [f"{len(text)}" for text in together.splitlines()]
+    assert len(lines) >= 24
+    assert main(["generate", *line]) == 0
+    assert re.search(r"txtrain: [\d,]+ tokens in [\d.]+ s: [\d,]+ tokens/s\n$", capsys.readouterr().err)
+
+
+def test_a_stop_string_is_not_printed_streamed_or_not(run, capsys, monkeypatch):
+    tokenizer = load_tokenizer("bytes")
+    saying(monkeypatch, *tokenizer.encode("one, two\nQ: three"))
+    for stream in ("stream=true", "stream=false"):
+        assert said(capsys, f"checkpoint={run}", "prompt=x", stream, "stop=['Q:',never]") == "xone, two\n\n"
+
+
+def test_the_beginning_of_a_stop_string_waits(capsys):
+    shown = []
+    printer = writer.Printer("".join, shown.append, ("END", "stop"))
+    text = ""
+    for char in "an EN, a st, the EN":
+        text += char
+        printer([*text])
+    assert "".join(shown) == "an EN, a st, the "
+    assert printer.finish([*text]) == "".join(shown) == text
+    assert shown[3:6] == ["EN,", " ", "a"]
 
 
 def test_a_character_of_several_tokens_waits_until_it_is_whole(capsys):
     tokenizer = load_tokenizer("bytes")
-    show = generate._Printer(tokenizer)
-    shown = []
+    show = writer.Printer(tokenizer.decode, lambda text: print(text, end=""))
+    shown, ids = [], []
     for token in [*tokenizer.encode("a½世"), tokenizer.eos_id]:
-        show(torch.tensor([token]))
+        show(ids := [*ids, token])
         shown.append(capsys.readouterr().out)
     assert shown == ["a", "", "½", "", "", "世", ""]
 
@@ -126,6 +174,12 @@ def test_a_run_one_of_its_checkpoints_and_python_give_one_model(run):
         (["checkpoint={run}", "prompt=x", "accelerator=gpu"], "torch sees no CUDA device"),
         (["checkpoint={run}", "prompt=x", "top_p=2"], "`top_p` must be above 0 and at most 1"),
         (["checkpoint={run}", "prompt=x", "temperature=-1"], "`temperature` must be at least 0"),
+        (["checkpoint={run}"], "`prompt` must be given, or prompt_file, messages or chat=true"),
+        (["checkpoint={run}", "prompt=x", "chat=true"], "must be given alone"),
+        (["checkpoint={run}", "prompt=x", "out=a"], "`out` must be null without messages"),
+        (["checkpoint={run}", "chat=true"], "its tokenizer has no chat template"),
+        (["checkpoint={run}", "prompt=x", "num_beams=2", "temperature=1"], "`temperature` must be 0 with num_beams=2"),
+        (["checkpoint={run}", "prompt=x", "stop=['']"], "`stop` must be a list of strings"),
         (["checkpoint={run}", "prompt=x", "max_new_tokens=0"], "`max_new_tokens` must be at least 1"),
     ],
 )
@@ -161,26 +215,20 @@ def two_stacks(tmp_path_factory):
 
 
 def test_an_encoder_reads_a_prompt_as_a_source_of_training_ends_with_its_sentinels(two_stacks, capsys, monkeypatch):
-    seen = []
-    monkeypatch.setattr(generate, "generate", lambda model, ids, **how: seen.extend(ids[0].tolist()))
+    seen = saying(monkeypatch)
     prompt = "a <extra_id_0> b<extra_id_1><extra_id_999>"
     assert said(capsys, f"checkpoint={two_stacks}", f"prompt={prompt}") == f"{prompt}|\n"
     tokenizer = load(two_stacks).tokenizer
     first, second = (tokenizer.id_of(f"<extra_id_{k}>") for k in (0, 1))
     text = [*tokenizer.encode("a "), first, *tokenizer.encode(" b"), second, *tokenizer.encode("<extra_id_999>")]  # the last is no token of it
-    assert seen == [*text, tokenizer.eos_id]
+    assert seen[0][0] == [[*text, tokenizer.eos_id]]
 
 
 def test_an_answer_is_printed_behind_its_prompt_whole_with_its_sentinels(two_stacks, capsys, monkeypatch, folder):
     tokenizer = load(two_stacks).tokenizer
     answer = [tokenizer.id_of("<extra_id_0>"), *tokenizer.encode(" gap"), tokenizer.id_of("<extra_id_1>"), tokenizer.eos_id]
 
-    def answering(model, ids, mask=None, on_token=None, **how):
-        for token in answer if on_token else ():
-            on_token(torch.tensor([token]))
-        return torch.tensor([[tokenizer.eos_id, *answer]] * len(ids))
-
-    monkeypatch.setattr(generate, "generate", answering)
+    saying(monkeypatch, *answer)
     prompts = ["short", "a prompt that is longer than its answer"]
     (folder / "prompts.txt").write_text("\n".join(prompts))
     assert said(capsys, f"checkpoint={two_stacks}", "prompt_file=prompts.txt") == "".join(f"{p}|<extra_id_0> gap<extra_id_1>\n" for p in prompts)

@@ -3,7 +3,9 @@ import torch
 
 from tests.models import ids, replace, seeded, shake, tiny
 from txtrain.model import options
-from txtrain.model.generation import choose, generate
+from txtrain.model.config import Sampling
+from txtrain.model.generation import generate
+from txtrain.model.sampling import Chooser
 
 MIXED = options.AttentionConfig(type="gqa", n_kv_heads=2, window=(4, None))
 
@@ -80,9 +82,14 @@ def test_the_same_seed_gives_the_same_text_and_training_mode_is_kept():
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
 
+def chosen(n, **how):
+    """n rows' draws from LOGITS, each with a number of its own."""
+    chooser = Chooser(Sampling(**how), 0, range(n), [[]] * n, 4, torch.device("cpu"))
+    return chooser(LOGITS.expand(n, -1))
+
+
 def drawn(**how):
-    g = torch.Generator().manual_seed(0)
-    return {int(choose(LOGITS, generator=g, **how)) for _ in range(400)}
+    return set(chosen(400, temperature=how.pop("temperature", 1.0), **how)[0].tolist())
 
 
 def test_top_k_top_p_and_min_p_keep_what_they_say():
@@ -97,19 +104,38 @@ def test_top_k_top_p_and_min_p_keep_what_they_say():
     assert drawn(temperature=0.05) == {0}
 
 
-def test_sampling_frequencies_follow_the_temperature():
-    g = torch.Generator().manual_seed(0)
-    got = choose(LOGITS.expand(20000, -1), temperature=2.0, generator=g).bincount(minlength=4) / 20000
-    expected = (LOGITS[0] / 2).softmax(-1)
-    assert (got - expected).abs().max() < 0.015
+def test_sampling_frequencies_follow_the_temperature_and_log_probabilities_are_of_what_was_drawn_from():
+    tokens, log_p = chosen(20000, temperature=2.0)
+    expected = (LOGITS[0] / 2).log_softmax(-1)
+    assert (tokens.bincount(minlength=4) / 20000 - expected.exp()).abs().max() < 0.015
+    assert torch.allclose(log_p, expected[tokens])
+    tokens, log_p = chosen(2000, temperature=1.0, top_k=2)
+    assert torch.allclose(log_p, torch.tensor([5 / 8, 3 / 8]).log()[tokens])
+    assert torch.allclose(chosen(1, temperature=0)[1], LOGITS[0, :1])
+
+
+def test_draws_of_rows_and_positions_are_independent():
+    """Correlation of the noise with that of the next row, the next position, the next seed and the next token."""
+    def noise(seed, numbers, position):
+        chooser = Chooser(Sampling(temperature=1.0), seed, numbers, [[]] * 64, 4096, torch.device("cpu"))
+        chooser.position = position
+        return chooser._gumbel_BV()
+
+    own = noise(7, range(64), 3)
+    assert abs(own.mean().item() - 0.5772) < 0.01
+    assert abs(own.std().item() - 1.2825) < 0.01
+    others = noise(7, range(1, 65), 3), noise(7, range(64), 4), noise(8, range(64), 3), own.roll(1, 1)
+    for other in others:
+        assert abs(torch.corrcoef(torch.stack((own.flatten(), other.flatten())))[0, 1].item()) < 0.01
+    assert torch.equal(noise(7, range(8, 72), 3)[:8], own[8:16])
 
 
 def test_mistakes_are_named():
     model, tokens = seeded(tiny(position=options.LearnedConfig(type="learned"))), ids(length=9)
     with pytest.raises(ValueError, match="at most 39 after a prompt of 9 tokens"):
         generate(model, tokens, max_new_tokens=40)
-    with pytest.raises(ValueError, match="padded on the left"):
-        generate(model, tokens, torch.cat((torch.ones(2, 8), torch.zeros(2, 1)), 1))
+    with pytest.raises(ValueError, match="a 1 in every row"):
+        generate(model, tokens, torch.cat((torch.ones(1, 9), torch.zeros(1, 9))))
     with pytest.raises(ValueError, match="at least one token"):
         generate(model, tokens[:, :0])
 
