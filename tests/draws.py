@@ -11,7 +11,7 @@ from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
 
 TOPOLOGIES = ("decoder", "encoder", "encoder_decoder")
-LEGAL_HEADS = {"decoder": ("lm", "class"), "encoder": ("lm", "mlm", "class"), "encoder_decoder": ("lm",)}
+LEGAL_HEADS = {"decoder": ("lm", "class"), "encoder": ("lm", "mlm", "class"), "encoder_decoder": ("lm", "class")}
 
 
 def heads(names: tuple[str, ...] = ("lm", "mlm", "class"), poolings: tuple[str, ...] = ("first", "last", "mean")) -> st.SearchStrategy[Any]:
@@ -40,8 +40,8 @@ def models(draw: st.DrawFn) -> ModelConfig:
     """A tiny model of a combination that `txtrain.config.compatibility` allows; single knobs may still be out of their range."""
     topology = draw(st.sampled_from(TOPOLOGIES))
     two_stacks = topology == "encoder_decoder"
-    head = draw(heads(LEGAL_HEADS[topology], ("last", "mean") if topology == "decoder" else ("first", "last", "mean")))
-    embedding = draw(patches if head.type == "class" and draw(st.booleans()) else tokens)
+    head = draw(heads(LEGAL_HEADS[topology], ("first", "last", "mean") if topology == "encoder" else ("last", "mean")))
+    embedding = draw(patches if head.type == "class" and not two_stacks and draw(st.booleans()) else tokens)
     changes = {
         "topology": topology,
         "head": head,

@@ -119,8 +119,8 @@ scalings = st.sampled_from(
         None,
         options.LinearScaling(rope_type="linear", factor=2.0),
         options.NTKScaling(rope_type="ntk", factor=2.0),
-        options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16),
-        options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=16),
+        options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=16),
+        options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=16),
     ]
 )
 positions = st.one_of(

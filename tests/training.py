@@ -44,6 +44,13 @@ def write_chats(folder: Path, n: int = 120) -> tuple[str, ...]:
     return "data=chat", f"data.path={folder / 'chats.jsonl'}", f"data.chat_template={folder / 'short.jinja'}", "data.tokenizer=bytes"
 
 
+def write_labels(path: Path, n: int = 120, n_classes: int = 2) -> Path:
+    """Short texts of 21 to 24 characters with classes from 0 on."""
+    rows = [f"number {k} is an {'odd' if k % 2 else 'even'}{' one' * (k % 2)},{k % n_classes}" for k in range(100, 100 + n)]
+    path.write_text("text,label\n" + "\n".join(rows) + "\n")
+    return path
+
+
 def write_text(path: Path) -> Path:
     """A few hundred short documents."""
     path.write_text("\n".join(f"The {i}th line says that {i} times {i % 7} is {i * (i % 7)}, which is what it is." for i in range(400)) + "\n")

@@ -154,6 +154,7 @@ def knob(
     literal: bool = False,
     run: bool = False,
     from_run: Callable[[Any], object] | None = None,
+    was: str | None = None,
 ) -> Any:
     """A field of a config, with its properties.
 
@@ -166,6 +167,7 @@ def knob(
         literal: its value on the command line is taken as typed.
         run: names a run or something in one; a folder of runs means the newest.
         from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.
+        was: its name in configurations of earlier versions, which is read too.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     marks = {
@@ -176,6 +178,7 @@ def knob(
         "literal": literal,
         "run": run,
         "from_run": from_run,
+        "was": was,
     }
     return dc.field(default=default, metadata={name: mark for name, mark in marks.items() if mark})
 
@@ -185,9 +188,9 @@ def dropout_knob(default: Any = 0.0) -> Any:
     return knob(default, at_least=0, below=1, carry=True, affects="dropout")
 
 
-def axis(name: str, *, free: bool = False) -> Any:
+def axis(name: str, default: Any = dc.MISSING, *, free: bool = False) -> Any:
     """A field that holds the config of one option of an axis, distinguished by its `type`. free: as in `knob`."""
-    return dc.field(metadata={"axis": name, "free": free})
+    return dc.field(default=default, metadata={"axis": name, "free": free})
 
 
 def axes(name: str) -> Any:

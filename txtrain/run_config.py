@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal
 
 from txtrain.ground.slurm import MAX_REQUEUES
+from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
@@ -194,6 +196,7 @@ class RunConfig:
     ema: EMAConfig = dc.field(default_factory=EMAConfig)
     # parameters that are not trained: those whose dotted name has one of these patterns (re.search)
     freeze: tuple[str, ...] = ()
+    adapter: Any = axis("adapter", AdapterConfig(type="none"))
     sample: SampleConfig = knob(free=True)
     layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
     # Lightning loggers by _target_; the keys of wandb are in docs/logging.md
@@ -206,6 +209,8 @@ class RunConfig:
     imports: tuple[str, ...] = knob((), free=True)
     # start from the weights, architecture and tokenizer of a Hugging Face folder, an export, a run or a checkpoint
     init_from: str | None = knob(None, literal=True, run=True)
+    # tensors that init_from may lack, or have in another shape, are initialised; what only it has is skipped: patterns
+    init_allow_missing: tuple[str, ...] = knob((), free=True)
     # auto: from run_dir's newest checkpoint; never; or a run, checkpoint or folder of runs, which further keys override
     resume: str = knob("auto", free=True, literal=True)
     resume_allow: tuple[str, ...] = knob((), free=True)  # keys that may differ from the resumed or forked run
@@ -236,14 +241,18 @@ class RunConfig:
         source, target = self.objective.lengths(self.seq_len)
         return source, target
 
-    @property
+    @cached_property
     def transforms(self) -> tuple[Transform, ...]:
         """Changes to the model before it is sharded."""
-        return (Freeze(self.freeze),) if self.freeze else ()
+        return (*self.adapter.transforms(self.model), *([Freeze(self.freeze)] if self.freeze else []))
 
     def trains(self, name: str) -> bool:
         """Whether the parameter of that name is trained."""
         return all(t.trains(name) for t in self.transforms)
+
+    def rank(self, matrix: str) -> int:
+        """The rank of the adapter of a matrix, by its name without `.weight`; 0: it has none."""
+        return sum(t.rank(matrix) for t in self.transforms)
 
     @property
     def micro_batch_size(self) -> int:

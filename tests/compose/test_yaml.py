@@ -18,12 +18,14 @@ NEEDED = {  # what the other files go with
     "conf/data/text": "data.path=x",
     "conf/data/chat": "data.path=x",
     "conf/data/hf": "data.path=x",
+    "conf/data/labels": "model=bert data.path=x",
     "conf/data/mixture": "data.sources.a={type:text,path:x}",
     "conf/data/memmap": "data.path=x",
     "conf/data/digits": IMAGES,
     "conf/data/images": f"{IMAGES} data.path=x",
     "conf/data/reverse": PAIRS,
     "conf/data/translation": f"{PAIRS} data.path=x",
+    "conf/objective/classification": "data=labels data.path=x",
     "conf/objective/image_classification": IMAGES,
     "conf/objective/masked_lm": "model=bert",
     "conf/objective/seq2seq": PAIRS,
@@ -59,12 +61,15 @@ def line_of(file: str) -> list[str]:
     folder, _, option = file.rpartition("/")
     if folder == "conf":
         return ROOTS[option].split()
+    if folder == "conf/training":
+        return ["train", next(f"model={m}" for m in MODELS if f"/training@_global_: {option}," in (CONF / "model" / f"{m}.yaml").read_text())]
     chosen = f"recipe={file.removeprefix('recipes/')}" if file.startswith("recipes/") else f"{folder.removeprefix('conf/')}={option}"
     group = chosen.partition("=")[0]
     if file in EVALUATED:
         return ["evaluate", "data.path=x", chosen]
     beside = NEEDED.get(file) or (FAMILIES.get(option.partition("_")[0], "") if folder == "conf/model" else "")
-    return ["train", *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
+    verb = "plan" if file == "conf/adapter/lora" else "train"  # a run needs weights to adapt
+    return [verb, *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
 
 
 @pytest.mark.parametrize("file", FILES)

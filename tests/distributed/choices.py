@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.distributed.covering import Case
 from tests.distributed.runs import documents
-from tests.training import write_chats
+from tests.training import write_chats, write_labels
 
 STEPS = 8
 RUN = (
@@ -36,6 +36,11 @@ OBJECTIVES = {
     "sft": ("model=gpt2", "objective=sft", "model.vocab_size=360", "model.max_seq_len=32"),
     "seq2seq": ("model=transformer", "data=reverse", "data.n_pairs=400", "model.vocab_size=257", "model.max_seq_len=32"),
     "image_classification": ("model=vit", "data.crop_padding=1"),
+    "classification": ("model=bert", "data=labels", "data.seq_len=32", "data.tokenizer=bytes", "model.vocab_size=360", "model.max_seq_len=32"),
+    "classification + lm": (
+        "model=gpt1", "data=labels", "data.seq_len=32", "data.tokenizer=bytes", "model.vocab_size=360", "model.max_seq_len=32", "model.head.lm=true",
+        "optimizer.layer_decay=0.7",
+    ),
 }
 CHOICES = {
     "objective": OBJECTIVES,
@@ -74,6 +79,8 @@ def overrides(case: Case, folder: Path, run: str, n: int = 1) -> list[str]:
     path = [f"data.path={text}"] if "data=text" in chosen else []
     if case["objective"] == "sft":
         chosen += write_chats(folder / "chats")
+    if "data=labels" in chosen:
+        path = [f"data.path={write_labels(folder / 'labels.csv')}"]
     groups = [o for o in (*chosen, *RUN) if "." not in o.split("=")[0]]
     values = {o.split("=")[0]: o for o in (*RUN, *chosen) if "." in o.split("=")[0]}
     return [*groups, *values.values(), *path, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / run}", f"trainer.devices={n}"]

@@ -24,32 +24,49 @@ from txtrain.checkpoint.load import load, open_weights
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
+from txtrain.hf.fit import fitted
+from txtrain.hf.pieces import fill
+from txtrain.model.init import init_weights
+from txtrain.monitor import start_screen
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
-from txtrain.training.module import LitModule, described
+from txtrain.training.module import LitModule, described, seed_everything
+from txtrain.training.run import initial_weights
 
 
 def composed(overrides: list[str]) -> Train:
-    """Once for all: it takes as long as what is tested. The model is named beside its weights."""
+    """Once for all: it takes as long as what is tested. The model is named beside its weights, and may be larger."""
     where, *given = overrides
+    patterns = tuple(o.partition("=")[2] for o in given if o.startswith("init_allow_missing="))
+    given = [o for o in given if not o.startswith("init_allow_missing=")]
     made: list[Any] = [compose([*given, f"trainer.devices={dist.get_world_size()}"]) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(made)
-    return dc.replace(made[0], init_from=where)
+    return dc.replace(made[0], init_from=where, init_allow_missing=patterns)
 
 
 def laid(config: Train, parallel: OneProcess) -> LitModule:
     assert config.init_from is not None
-    weights = open_weights(config.init_from, "init_from")
-    module = LitModule(config, None, parallel, None, weights)
-    weights.check(module.model)
+    module = LitModule(config, None, parallel, None, open_weights(config.init_from, "init_from"))
     module.configure_model()
     return module
 
 
+def alone(config: Train) -> dict[str, Tensor]:
+    """What the weights are in one process."""
+    model = described(config)
+    source, fit = fitted(open_weights(config.init_from or ""), model, config.model, config.init_allow_missing)
+    model.to_empty(device="cpu")
+    seed_everything(config.seed)
+    init_weights(model, fit.loaded)
+    fill(model.state_dict(), source.pieces)
+    source.close()
+    return model.state_dict()
+
+
 def has_the_values_of_one_process(overrides: list[str]) -> None:
     config = composed(overrides)
-    wanted = load(config.init_from or "").model.state_dict()
+    wanted = alone(config)
     parallel = make_parallel(config)
     with parallel.started():
         module = laid(config, parallel)
@@ -67,6 +84,20 @@ def has_the_values_of_one_process(overrides: list[str]) -> None:
         assert found.keys() == wanted.keys()
         for name, tensor in found.items():
             assert whole(tensor).equal(wanted[name]), name
+
+
+def tells_where_they_come_from(overrides: list[str]) -> None:
+    """The same on every rank: each makes the start screen."""
+    config = composed(overrides)
+    parallel = make_parallel(config)
+    with parallel.started():
+        weights = initial_weights(config, None, parallel)
+        assert weights is not None
+        _, fit = fitted(weights.source, described(config), config.model, config.init_allow_missing)
+        parallel.agree({"the weights": json.dumps(weights.record(fit))})
+        (first, *_) = start_screen.weights(weights.record(fit))
+        assert first.startswith(f"{config.init_from}, "), first
+        weights.source.close()
 
 
 def is_saved(overrides: list[str], run: str) -> None:

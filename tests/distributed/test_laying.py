@@ -36,6 +36,8 @@ HOW = {
     **{f"zero {stage}": (f"strategy=deepspeed_stage_{stage}",) for stage in (1, 2, 3)},
     "zero 3, bf16": ("strategy=deepspeed_stage_3", "trainer.precision=bf16-mixed"),
 }
+# New tokens at the mean of the old ones, interpolated positions, and a layer more that is initialised.
+LARGER = ("model.vocab_size=301", "model.max_seq_len=47", "model.n_layers=3", "init_allow_missing=^blocks.2.")
 OF_FOUR = {
     "hsdp": ("strategy=hsdp",),
     "fsdp_tp": ("strategy=fsdp_tp",),
@@ -67,6 +69,9 @@ def test_two_ranks_read_their_shards(tmp_path):
     cases = [("is_saved", [starts(gpt, HOW[how], GPT2), str(tmp_path / how)]) for how in ("tp", "fsdp")]
     for source, how in ((gpt, "fsdp"), (tmp_path / "fsdp", "tp")):
         cases.append(("has_the_values_of_one_process", [starts(source, HOW[how], GPT2)]))
+    cases += [("tells_where_they_come_from", [starts(source, HOW["fsdp"], GPT2)]) for source in (gpt, tmp_path / "tp")]
+    for how in ("fsdp", "tp"):
+        cases.append(("has_the_values_of_one_process", [starts(gpt, HOW[how], (*GPT2, *LARGER))]))
     cases += [("reads_a_second_model", [starts(tmp_path / "tp", HOW["fsdp"], GPT2)])]
     launch(cases, 2, tmp_path)
 
@@ -164,6 +169,21 @@ def test_every_strategy_reads_the_values_of_one_process(sources, n, tmp_path):
             cases += [("has_the_values_of_one_process", one) for one in given]
             cases += [("reads_a_second_model", given[0])] if n == 2 else []
     launch(cases, n, tmp_path, timeout=60 + 10 * len(cases))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_every_strategy_starts_a_larger_model_with_the_values_of_one_process(sources, n, tmp_path):
+    """An encoder's head too, whose bias has a row for each token."""
+    ways = {1: ("ddp", "zero 3"), 2: HOW, 3: ("fsdp", "zero 3")}[n]
+    cases = []
+    for kind in ("decoder, transposed and joined", "encoder"):
+        for source in sources[kind][:2]:
+            cases += [
+                ("has_the_values_of_one_process", [starts(source, HOW[how], (*KINDS[kind], *LARGER))])
+                for how in ways if "experts" not in how
+            ]
+    launch(cases, n, tmp_path, timeout=300 + 10 * len(cases))
 
 
 LARGE = ("model.n_layers=12", "model.dim=512", "model.n_heads=8", "model.vocab_size=24000", "model.max_seq_len=64")

@@ -24,6 +24,7 @@ classes. bert is `BertForPreTraining`, bert_mlm `BertForMaskedLM`, transformer `
 | loss | with `labels`, some of them -100; bert: of masked words and of sentences; vit: of classes; two stacks read the labels shifted |
 | gradients | of that loss, for every parameter, each by its own largest value |
 | cached decoding | a prompt at once, then token by token, a source once (GPT-1 has no cache in `transformers`: against its full pass) |
+| rotary scaling | logits, gradients, cached decoding and the export of every `rope_type` in both spellings, in float64; 1e-6 is allowed |
 | left, right padding | logits of the real tokens, positions counted over the padding as `transformers` does, and from the mask |
 | another resolution | images with more patches than the table of positions has, and not square |
 | inputs_embeds | vectors in place of tokens; before version 5, Gemma's classes scaled them too, here they enter as they are |
@@ -40,7 +41,7 @@ on the logits is a buffer there and never trained; here it is a parameter, froze
 
 A key's bias in attention without rotary positions has a gradient of nothing but rounding: it is compared with the largest gradient.
 
-What is refused, by the name of the field in config.json: rotary types other than default, linear, yarn and llama3; partial rotary factors;
+What is refused, by the name of the field in config.json: rotary types other than default, linear, dynamic, yarn and llama3; partial rotary factors;
 bidirectional attention of a decoder, a decoder of BERT's; cross-attention in one stack; relative positions in BERT
 (`position_embedding_type`); `qkv_bias: false`; stacks that differ in heads, width or vocabulary; an unknown `feed_forward_proj`;
 `scale_attn_by_inverse_layer_idx`, `reorder_and_upcast_attn`; quantisation; code of the model's own (`auto_map`); and any field that is
@@ -51,6 +52,10 @@ modules of version 5; BERT's gamma and beta. What the tensors say counts: a fold
 whatever it calls itself, and T5's head is tied unless the folder holds another. A tensor that is there twice (a tied head, an embedding
 of each stack) must be the same twice, and Marian's tables the sines and cosines of their positions. Version 4 of `transformers` has one
 field for T5's tying and its output scale: a T5 that is tied and not scaled, or scaled and not tied, is for version 5.
+
+Dynamic NTK takes the length of each forward; a class of `transformers` keeps the frequencies of the longest one until it reads one shorter than
+`max_position_embeddings`. YaRN's attention factor follows `factor`, as in version 5; 4.57 takes `max_position_embeddings /
+original_max_position_embeddings` in its place, which is the same wherever the two agree.
 
 The Transformer of 2017 has its sines in the even dimensions, Marian in the first half: `model.position.layout=halves` before training
 makes one that is saved as `MarianMTModel`, with `model.head.bias` or without. The other is compared with `torch.nn.Transformer`.

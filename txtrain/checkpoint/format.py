@@ -4,6 +4,7 @@
                           number of ranks under any strategy reads them: torch.distributed.checkpoint (DCP) writes them
     state.json            integers of the run, what belongs to this step, and the optimizer's state that is no tensor
     config.yaml tokenizer/
+    base.json             of an adapter alone: where its base is, and the hash of the base's weights
     complete              JSON, name -> size and checksum of every file (of a shard that of its header); written last
 
 DCP's own storage keeps its index in a pickle (`.metadata`), and nothing in a checkpoint may be unpickled. So DCP's
@@ -268,7 +269,8 @@ def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -
         STATE,
         *(
             str(p.relative_to(path))
-            for p in (*path.glob("*.safetensors"), *path.glob("config.yaml"), *path.glob("tokenizer/*"))
+            for pattern in ("*.safetensors", "config.yaml", "base.json", "generation_config.json", "tokenizer/*")
+            for p in path.glob(pattern)
         ),
     ]
     if added := [name for name in read if with_checksums and name not in marker]:
@@ -328,6 +330,8 @@ def check_model(path: Path, model: ModelConfig) -> None:
     """
     from txtrain.hf.tensor_names import check_layers
 
+    if (path / "base.json").is_file():  # an adapter alone: its base is checked when it is opened
+        return
     held = {name: math.prod(shape) for name, shape in shapes(path).items() if name.startswith("model.")}
     check_layers(model, frozenset(held), str(path / "config.yaml"))
     if model.n_params > sum(held.values()):

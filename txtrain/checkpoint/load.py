@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 import os
+import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
+from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, check_base, is_folder, read_base, sha256_of
+from txtrain.checkpoint.base import missing as base_missing
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
-from txtrain.ground.plain_files import check_keys, read_yaml
+from txtrain.ground.plain_files import check_keys, read_json, read_yaml
+from txtrain.hf.hub import folder_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
+from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
+from txtrain.model.transform import transform
 
 if TYPE_CHECKING:
     import torch
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
     from txtrain.hf.pieces import Source
+    from txtrain.model.lora import Pair
     from txtrain.model.transformer import Transformer
 
 
@@ -32,12 +41,13 @@ WEIGHTS = ("model", "ema")
 
 @dc.dataclass(frozen=True)
 class Described:
-    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None."""
+    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None. base: of an adapter."""
 
     path: Path
     model: ModelConfig
     tokenizer: Path | None
     is_hf: bool
+    base: Base | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -55,7 +65,9 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     Raises:
         ConfigError: there is no model, or its config is damaged, hostile or unsupported, or needs other `imports`.
     """
-    folder = path_of(where, key)
+    folder = folder_of(where, key)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _described_adapter(folder, key)
     if (folder / "config.json").is_file():
         from txtrain.hf.registry import read_config
 
@@ -65,12 +77,29 @@ def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Describe
     return checkpoint.on_newest(folder, key, partial(_described, key))
 
 
+def _described_adapter(folder: Path, key: str) -> Described:
+    """Of PEFT's folder, whose base must be on disk; a relative path is meant from here or from the folder."""
+    raw = read_json(folder / ADAPTER_CONFIG)
+    check_keys(raw, str(folder / ADAPTER_CONFIG), {"base_model_name_or_path": str | None})
+    said = raw.get("base_model_name_or_path") or ""
+    path = next((p for p in (Path(said).expanduser(), folder / said) if said and p.is_dir()), None)
+    if path is None:
+        raise base_missing(Base(said), key)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be a model, not an adapter.")
+    found = describe(path, key)
+    return dc.replace(
+        found, path=folder, tokenizer=_tokenizer_in(folder) or found.tokenizer, is_hf=True, base=Base(str(path))
+    )
+
+
 def _described(key: str, path: Path) -> Described:
     """Of a checkpoint."""
     checkpoint.verify(path, key, tensors=False)
-    model = _saved_config(path, key)
-    check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
-    return Described(path, model, _tokenizer_in(path / "tokenizer"), False)
+    model, base = _saved_config(path, key), read_base(path)
+    if base is None:
+        check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
+    return Described(path, model, _tokenizer_in(path / "tokenizer"), False, base)
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -84,6 +113,8 @@ def open_weights(
 ) -> Source:
     """The model at `where`, to be read tensor by tensor. Each of `of` ranks checks a part of the values.
 
+    A checkpoint's files stay open until `Source.close`: its run may remove it before they are read.
+
     Args:
         finite: refuse weights that hold NaN or infinity.
 
@@ -96,10 +127,14 @@ def open_weights(
         from txtrain.hf.load import open_folder
         from txtrain.hf.pieces import Source
 
+        if found.base is not None:
+            return _merged(found, restore.Reading(key, finite=finite), turn, of)
         if found.is_hf:
             source = open_folder(found.path)
         else:
-            source = Source(found.path, _empty(found, None, key), Reader(found.path).pieces("model."))
+            reader = Reader(found.path)
+            close = reader.hold()
+            source = Source(found.path, _empty(found, None, key), reader.pieces("model."), close)
             restore.check_weights(found.path, source.model)
         restore.check_values(found.path, source.pieces[turn::of], restore.Reading(key, finite=finite))
         return source
@@ -107,9 +142,159 @@ def open_weights(
     return _on(where, key, opened)
 
 
+def resolve(where: str | os.PathLike[str], key: str) -> Path:
+    """The folder or checkpoint that `where` means now.
+
+    Raises:
+        ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
+    """
+    folder = folder_of(where, key)
+    return folder if (folder / "config.json").is_file() else checkpoint.locate(folder, key)
+
+
+def provenance(path: Path) -> dict[str, Any]:
+    """What `run.json` says of weights at a `resolve`d path: path, checkpoint and its step, sha256.
+
+    sha256: of a checkpoint its file `complete`, which holds the checksums of all others; of a folder its file of
+    weights, of several the lines that `sha256sum` prints of them.
+    """
+    is_hf = (path / "config.json").is_file()
+    files = _weight_files(path) if is_hf else [path / checkpoint.MARKER]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = list(pool.map(_sha256, files))
+    lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(sums, files, strict=True))
+    return {
+        "path": str(path.resolve()),
+        "checkpoint": None if is_hf else path.name,
+        "step": None if is_hf else checkpoint.read_state(path).step,
+        "sha256": sums[0] if len(sums) == 1 else hashlib.sha256(lines.encode()).hexdigest(),
+    }
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    from txtrain.hf.weights import Weights
+
+    return sorted(Weights(folder).files)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _merged(found: Described, how: restore.Reading, turn: int = 0, of: int = 1, weights: str = "model") -> Source:
+    """An adapter's base, read with the adapter merged into it."""
+    from txtrain.hf.pieces import Source, merged
+
+    assert found.base is not None
+    base = open_base(found.base, how.key, how.finite, turn, of)
+    model = base.model if found.is_hf else _build(found.model, None, found.path)
+    base.check(model)
+    adapter, named = _read_adapter(found, model, how, weights)
+    if named is not None:
+        check_base(named, base.path, how.key)
+    return Source(found.path, model, merged(base.pieces, adapter))
+
+
+def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int = 1) -> Source:
+    """The weights that an adapter names, as `open_weights`.
+
+    Raises:
+        ConfigError: they are not there. LoadError: they are others.
+    """
+    if not Path(base.path).exists():
+        raise base_missing(base, key)
+    if turn == 0:  # reads all of them: one rank does
+        check_base(base, Path(base.path), key)
+    return open_weights(base.path, key, finite, turn, of)
+
+
+def _read_adapter(
+    found: Described, model: Transformer, how: restore.Reading, weights: str = "model"
+) -> tuple[dict[str, Pair], Base | None]:
+    """An adapter by matrix, in float32, and its base as its own files name it. model: of the base, on the meta device.
+
+    Raises:
+        ConfigError: it is of another model, or holds no averaged weights. LoadError: it is damaged, or not finite.
+    """
+    from txtrain.hf.pieces import fill, is_finite
+    from txtrain.model import lora
+
+    if found.is_hf:
+        from txtrain.hf.peft import AdapterFolder
+
+        folder = AdapterFolder(found.path)
+        _refuse_average(found.path, weights)
+        adapter = folder.read(model.config, {name: tuple(t.shape) for name, t in model.state_dict().items()})
+        if how.finite and not all(is_finite(t) for pair in adapter.values() for t in (pair.A, pair.B)):
+            raise checkpoint.LoadError(f"`{how.key}`: {found.path} must hold finite numbers, but does not.")
+        return adapter, Base(folder.base or "", folder.sha256)
+    import torch
+
+    from txtrain.checkpoint.reader import Reader
+
+    config = _saved_adapter(found.path)
+    adapted = _build(model.config, None)
+    transform(adapted, config.transforms(model.config))
+    restore.check_weights(found.path, adapted)
+    reader, wanted = Reader(found.path), adapted.state_dict()
+    averaged = reader.pieces("ema.") if weights == "ema" else []
+    if weights == "ema" and not averaged:
+        raise restore.no_average(found.path)
+    pieces = [*reader.pieces("model."), *(piece for piece in averaged if piece.name in wanted)]
+    restore.check_values(found.path, pieces, how)
+    tensors = {name: torch.empty(wanted[name].shape, dtype=torch.float32, device="cpu") for name in lora.kept(wanted)}
+    fill(tensors, pieces)
+    return lora.pairs(tensors, config.scaling), found.base
+
+
+@dc.dataclass(frozen=True)
+class OpenAdapter:
+    """An adapter without its base's weights. model: of the base, on the meta device. base: as the adapter names it."""
+
+    path: Path
+    adapter: dict[str, Pair]
+    model: Transformer
+    base: Base
+    config: Any  # LoraConfig; of PEFT's folder the defaults
+    tokenizer: Tokenizer | None
+
+
+def open_adapter(where: str, key: str = "checkpoint", weights: str = "model", finite: bool = True) -> OpenAdapter:
+    """The adapter at `where`: a run with adapter=lora, a checkpoint of it, or PEFT's folder. Reads no base.
+
+    Raises:
+        ConfigError: there is none.
+    """
+
+    def opened(found: Described) -> OpenAdapter:
+        from txtrain.data.tokenizer.load import load_tokenizer
+
+        if found.base is None:
+            raise ConfigError(
+                f"`{key}` must be a run with adapter=lora, one of its checkpoints, or PEFT's folder, but {where!r} has "
+                "no adapter."
+            )
+        model = _build(found.model, None)
+        adapter, base = _read_adapter(found, model, restore.Reading(key, finite=finite), weights)
+        tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
+        config = AdapterConfig(type="none") if found.is_hf else _saved_adapter(found.path)
+        return OpenAdapter(found.path, adapter, model, base or found.base, config, tokenizer)
+
+    return _on(where, key, opened)
+
+
+def _saved_adapter(path: Path) -> Any:
+    """The adapter's config in a checkpoint's config.yaml."""
+    from txtrain.hf.lora_config import LoraConfig
+
+    raw = read_yaml(path / "config.yaml").get("adapter")
+    return build(LoraConfig, raw if isinstance(raw, dict) else {})
+
+
 def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
-    folder = path_of(where, key)
-    if (folder / "config.json").is_file():
+    folder = folder_of(where, key)
+    if is_folder(folder):
         return do(describe(folder, key))
     return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))
 
@@ -139,14 +324,18 @@ def load(
 
 
 def load_pretrained(
-    where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model"
+    where: str | os.PathLike[str], dtype: torch.dtype | None = None, weights: str = "model",
+    adapter: str | os.PathLike[str] | None = None,
 ) -> Transformer:
     """The model of a Hugging Face folder, an export, a run (its newest checkpoint), a checkpoint or a folder of runs
     (the newest), on the default device, in eval mode.
 
     Args:
         dtype: of the parameters; None: torch's default.
-        weights: model, or ema for the averaged ones of a run with ema.decay.
+        weights: model, or ema for the averaged ones of a run with ema.decay; with an adapter, the adapter's.
+        adapter: PEFT's folder, or a run with adapter=lora or one of its checkpoints, to be added to the model of
+            `where`. It is not merged: `txtrain.save_pretrained` does that. Without this argument the model of such a
+            run or folder is its base with the adapter merged.
 
     Raises:
         ConfigError: as `load`.
@@ -158,12 +347,47 @@ def load_pretrained(
         raise ConfigError(f"`dtype` must be a floating dtype of torch or None, but is {dtype!r} instead.")
     if weights not in WEIGHTS:
         raise ConfigError(f"`weights` must be one of {', '.join(WEIGHTS)}, but is {weights!r} instead.")
-    if (folder / "config.json").is_file() or not checkpoint.exists(folder):
+    if adapter is not None:
+        return _with_adapter(folder, path_of(adapter, "adapter"), weights).to(dtype or torch.get_default_dtype())
+    if (folder / "config.json").is_file() or not (is_folder(folder) or checkpoint.exists(folder)):
         from txtrain.hf.load import load_pretrained as from_hf
 
         _refuse_average(where, weights)
         return from_hf(folder, dtype)
     return load(where, torch.get_default_device(), weights=weights).model.to(dtype or torch.get_default_dtype())
+
+
+def _with_adapter(base: Path, where: Path, weights: str) -> Transformer:
+    from txtrain.model import lora
+
+    model = load_pretrained(base)
+
+    def read(found: Described) -> tuple[dict[str, Pair], Base | None]:
+        return _read_adapter(found, _build(model.config, None), restore.Reading("adapter"), weights)
+
+    if (where / ADAPTER_CONFIG).is_file():
+        adapter, named = read(Described(where, model.config, None, True))
+    else:
+        adapter, named = checkpoint.on_newest(where, "adapter", lambda path: read(_described_base(path, where)))
+    if named is not None and named.sha256:
+        here = base if is_folder(base) else checkpoint.locate(base, "where")
+        if sha256_of(here) != named.sha256:
+            warnings.warn(f"{where} was trained on other weights than those in {here}: {named.path}.", stacklevel=3)
+    lora.attach(model, {name: (pair.A.shape[-2], pair.scaling) for name, pair in adapter.items()})
+    tensors = model.state_dict()
+    for name, pair in adapter.items():
+        for kind, values in (("A", pair.A), ("B", pair.B)):
+            own = f"{name}.lora_{kind}.weight"
+            tensors[own if own in tensors else f"{name}_lora_{kind}"].copy_(values)
+    return model.eval()
+
+
+def _described_base(path: Path, where: Path) -> Described:
+    found = _described("adapter", path)
+    if found.base is None:
+        what = "a run with adapter=lora or PEFT's folder"
+        raise ConfigError(f"`adapter` must be {what}, but {str(where)!r} has no adapter.")
+    return found
 
 
 def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
@@ -179,6 +403,8 @@ def _model(
 ) -> Transformer:
     import torch
 
+    if found.base is not None:
+        return _merged(found, how, weights=weights).load(device)
     if found.is_hf:
         from txtrain.hf.load import load_pretrained as from_hf
 
@@ -194,14 +420,23 @@ def _model(
 
 def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transformer:
     """A checkpoint's model without storage, after a check that its files hold a model of this size."""
-    import torch
-
-    from txtrain.hf.trainer import build_model
-
     checkpoint.verify(found.path, key)
     checkpoint.check_model(found.path, found.model)
+    return _build(found.model, tokenizer, found.path)
+
+
+def _build(config: ModelConfig, tokenizer: Tokenizer | None, path: Path | None = None) -> Transformer:
+    """path: of the checkpoint whose generation_config.json the model keeps."""
+    import torch
+
+    from txtrain.hf import generation_config
+    from txtrain.hf.trainer import build_model
+
     with torch.device("meta"):
-        return build_model(_with_ids(found.model, tokenizer))
+        model = build_model(_with_ids(config, tokenizer))
+    if path is not None:
+        model.generation_file = generation_config.read(path)
+    return model
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:

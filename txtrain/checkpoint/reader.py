@@ -6,9 +6,11 @@ from the file to its place a megabyte at a time, and is compared with its checks
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses as dc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,20 @@ class Reader(HuggingFaceStorageReader):
                 shape, read = file.entries[name].shape, partial(_box, file, name)
                 found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))
         return found
+
+    def hold(self) -> Callable[[], None]:
+        """Keep the shards open, so that `pieces` can be read even if the run removes the checkpoint meanwhile.
+
+        Returns:
+            What closes them.
+        """
+        files = {path: copy.copy(file) for path, file in self._headers.files.items()}  # the headers are cached
+        self._headers = dc.replace(self._headers, files=files)
+        with contextlib.ExitStack() as opened:
+            for file in files.values():
+                file.hold()
+                opened.callback(file.release)
+            return opened.pop_all().close
 
     def read(self, into: Mapping[str, Tensor]) -> None:
         """Read tensors in place without a plan, for a rank that reads alone.

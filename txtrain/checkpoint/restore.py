@@ -146,7 +146,11 @@ def check_weights(path: Path, model: nn.Module) -> None:
 
 
 def _weights_of(model: nn.Module) -> dict[str, Tensor]:
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    """Those that a checkpoint holds."""
+    from txtrain.model.lora import kept
+
+    tensors = model.state_dict()
+    return {f"model.{name}": tensors[name] for name in kept(tensors)}
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Reading = READING) -> None:
@@ -161,11 +165,15 @@ def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Read
     if weights == "ema":
         averaged = [name.removeprefix("ema.") for name in shapes(path) if name.startswith("ema.")]
         if not averaged:
-            raise ConfigError(
-                f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
-                "A run with ema.decay=0.999 keeps them."
-            )
+            raise no_average(path)
         load_tensors(path, {f"ema.{name}": state[name] for name in averaged}, "ema.", how=how)
+
+
+def no_average(path: Path) -> ConfigError:
+    return ConfigError(
+        f"`weights` must be model, but is ema instead: {path} has no averaged weights. "
+        "A run with ema.decay=0.999 keeps them."
+    )
 
 
 def load_training(

@@ -29,7 +29,7 @@ from txtrain.run_config import RunConfig
 _FACTS: dict[str, Any] = {
     "first_start": float | None, "complete_for": float | None, "starts": int | None, "slurm": dict | None,
     **dict.fromkeys(("status", "started", "ended", "fallback", "wandb_id"), str | None),
-    "grafts": dict | None, "parent": dict | None, "progress": dict | None,
+    "grafts": dict | None, "init_from": dict | None, "parent": dict | None, "progress": dict | None,
 }
 _LISTED = 20  # differences in a message
 
@@ -101,7 +101,7 @@ class RunFolder:
             "ended": None,
         }
         now |= {"parent": None if self.parent is None else self._of_parent(self.parent)}
-        kept = ("fallback", "grafts", "parent", "wandb_id", "progress")  # not in config.yaml
+        kept = ("fallback", "grafts", "init_from", "parent", "wandb_id", "progress")  # not in config.yaml
         now |= {key: before[key] for key in kept if before.get(key) and not now.get(key)}
         files.write(self.path / "run.json", json.dumps(now, indent=2) + "\n")
         self._owned = True
@@ -228,7 +228,7 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
         named = _named(config, given)
         files.check_writable(named.path, "resume")
         return named
-    path, exclusive = _path(config, name)
+    path, exclusive = _path(config.run_dir, config.name, name)
     files.check_writable(path, "run_dir")
     checkpoint.check_folder(path)
     newest = None if exclusive else checkpoint.newest_of(path, "resume")
@@ -243,11 +243,14 @@ def choose(config: RunConfig, given: Sequence[str] = (), name: str | None = None
     return _continue(config, path, newest)
 
 
-def begun_with(config: RunConfig, key: str) -> str | None:
-    """Which run of the folder of runs `config.<key>` this run was begun with; None if it was not begun so."""
-    path, _ = _path(config, None)
+def begun_with(run_dir: str | None, name: str, key: str, where: str) -> str | None:
+    """Which run of the folder of runs `where` this run was begun with, by that key; None if it was not begun so.
+
+    run_dir, name: of its configuration.
+    """
+    path, _ = _path(run_dir, name, None)
     before = _saved(path).get(key) if (path / "config.yaml").exists() else None
-    return before if isinstance(before, str) and Path(before).parent == Path(getattr(config, key)) else None
+    return before if isinstance(before, str) and Path(before).parent == Path(where) else None
 
 
 def _again(path: Path) -> bool:
@@ -334,18 +337,18 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tup
     return differing(saved, wanted, free=marked(RunConfig, "free"))
 
 
-def _path(config: RunConfig, name: str | None) -> tuple[Path, bool]:
-    """The folder, and whether it must be a new one."""
-    if config.run_dir is not None:
-        return Path(config.run_dir).expanduser(), False
-    if name is not None:  # new by the clock; in a SLURM job a member finds its folder again
-        return Path("runs") / config.name / name, Job.here() is None
+def _path(run_dir: str | None, name: str, folder: str | None) -> tuple[Path, bool]:
+    """The folder, and whether it must be a new one. folder: its name under runs/<name>/, if it has one already."""
+    if run_dir is not None:
+        return Path(run_dir).expanduser(), False
+    if folder is not None:  # new by the clock; in a SLURM job a member finds its folder again
+        return Path("runs") / name / folder, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")
     if trial:  # a W&B agent may run several in one job; a preempted one returns under its id
-        return Path("runs") / config.name / f"sweep-{trial}", False
+        return Path("runs") / name / f"sweep-{trial}", False
     if job := Job.here():  # a requeued job keeps its number: it finds its own checkpoints
-        return Path("runs") / config.name / f"slurm-{job.number}", False
-    return Path("runs") / config.name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
+        return Path("runs") / name / f"slurm-{job.number}", False
+    return Path("runs") / name / datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"), True
 
 
 # ---------------------------------------------------------------------------------------------------------------- facts

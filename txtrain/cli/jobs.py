@@ -1,7 +1,4 @@
-"""The jobs of a command line as typed configurations.
-
-The last step of composing, since only checkpoint/ and hf/ can read the folder that init_from names.
-"""
+"""The jobs of a command line as typed configurations."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ from txtrain.checkpoint.run_folder import begun_with
 from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config import compose as composition
 from txtrain.config.composed import Composed
-from txtrain.config.init_from import applied
 from txtrain.config.loader import Loader, make_loader
 from txtrain.config.of_checkpoint import of_checkpoint
 from txtrain.config.overrides import expand
@@ -49,7 +45,7 @@ def compose(
 def compose_job(verb: str, overrides: list[Override], loader: Loader) -> tuple[Composed, list[Override]]:
     """The configuration of one job of `expand`, and its overrides as passed to Hydra."""
     job, lines = composition.compose_job(verb, root_of(verb), overrides, loader, partial(newest_run, key="resume"))
-    return with_init_from(_pinned(job)), lines
+    return _on_trained(_pinned(job)), lines
 
 
 def _pinned(composed: Composed) -> Composed:
@@ -60,29 +56,22 @@ def _pinned(composed: Composed) -> Composed:
     config, found = composed.config, {}
     for key in (f.name for f in dc.fields(config) if f.metadata.get("run")):
         if (where := getattr(config, key)) is not None:
-            before = begun_with(config, key) if isinstance(config, RunConfig) else None
+            of_runs = isinstance(config, RunConfig)
+            before = begun_with(config.run_dir, config.name, key, where) if of_runs else None
             found[key] = before or newest_run(where, key)
     return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
 
 
-def with_init_from(job: Composed) -> Composed:
-    """The job with the model and the tokenizer of init_from. A resumed run has them in its config.yaml.
+def _on_trained(job: Composed) -> Composed:
+    """The job with the model, tokenizer and objective of its checkpoint, for verbs that read a trained model.
 
     Raises:
-        ConfigError: init_from holds no model, or one that contradicts the configuration.
+        ConfigError: the checkpoint holds no model, or one that contradicts the configuration.
     """
     config = job.config
-    if isinstance(config, OnTrained):
-        where = config.checkpoint or config.init_from
-        if where is None:
-            return job
-        from txtrain.checkpoint.load import describe
-
-        job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))
-        return of_checkpoint(job, describe(where))
-    if not isinstance(config, RunConfig) or config.init_from is None or config.resume not in ("auto", "never"):
+    if not isinstance(config, OnTrained) or (where := config.checkpoint or config.init_from) is None:
         return job
     from txtrain.checkpoint.load import describe
 
-    found = describe(config.init_from, key="init_from")
-    return applied(job, found.model, found.tokenizer)
+    job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))
+    return of_checkpoint(job, describe(where))

@@ -8,6 +8,7 @@ from typing import Any
 
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Plan, Train
+from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 from txtrain.monitor import start_screen
@@ -24,6 +25,7 @@ def plan(config: Train) -> Figures:
     Raises:
         ConfigError: it does not fit into plan.memory; or plan.simulate=true, and `train` would refuse the run.
     """
+    config = classified(config)
     found = figures.plan(config)
     if not (isinstance(config, Plan) and config.plan.simulate):
         return found
@@ -38,7 +40,7 @@ def plan(config: Train) -> Figures:
 
 def run_plan(job: Composed) -> int:
     """Print the figures. Exit code 0."""
-    config: Plan = job.config
+    config: Plan = classified(job.config)
     found = plan(config)
     if config.plan.format == "json":
         print(json.dumps(found.to_dict(), indent=2))
@@ -46,7 +48,8 @@ def run_plan(job: Composed) -> int:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    for line in lines(config, found):
+    head, *rest = lines(config, found)
+    for line in (head, *map(_escaped, job.notes), *rest):
         console.print(line)
     return 0
 

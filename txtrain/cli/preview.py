@@ -13,13 +13,14 @@ from rich.text import Text
 from torch import Tensor
 
 from txtrain.config.composed import Composed
-from txtrain.config.schema import Preview
+from txtrain.config.schema import Preview, Train
 from txtrain.data.sources.source import Split
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.base import IGNORED
+from txtrain.objectives.classification import said
 from txtrain.training.data_module import DataModule
 
 Sample = Mapping[str, Tensor]
@@ -42,6 +43,7 @@ def run_preview(job: Composed) -> int:
     data = DataModule(config)
     batches = data.first(None if wanted.n == "all" else wanted.n, split)
     batch, sources = next(batches)
+    model = data.config.model  # with the classes of the data
     if "input_ids" not in batch and "pixel_values" not in batch:
         raise ConfigError(f"`data`: samples must have input_ids or pixel_values, but have {', '.join(batch)}.")
     if wanted.format == "json" and "input_ids" not in batch:
@@ -50,19 +52,28 @@ def run_preview(job: Composed) -> int:
     if wanted.format == "json":
         for batch, sources in batches:
             for i, numbers in enumerate(sources):
-                print(json.dumps(as_json({name: value[i] for name, value in batch.items()}, numbers, config.model)))
+                sample = {name: value[i] for name, value in batch.items()}
+                print(json.dumps(as_json(sample, numbers, model, of_labels(data.config))))
         return 0
     console = Console(highlight=False)
     coloured = console.color_system is not None and not console.no_color
     if data.fallback:
         console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
-    writer = Writer(pieces_of(data.tokenizer), config.model.topology, coloured)
+    writer = Writer(pieces_of(data.tokenizer), model.topology, coloured, of_labels(data.config))
     console.print(f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}")
     for batch, _ in batches:
         for i in range(len(batch["sample_index"])):
             for line in writer.lines({name: value[i] for name, value in batch.items()}):
                 console.print(line, soft_wrap=not console.is_terminal)
     return 0
+
+
+def of_labels(config: Train) -> Callable[[Tensor], str] | None:
+    """A sample's label in words, where it has one for all of its tokens."""
+    if not config.objective.one_result:
+        return None
+    head = config.model.head
+    return lambda label: said(head.kind, label, head.label_names)
 
 
 def targets(sample: Sample, topology: str) -> Tensor:
@@ -73,10 +84,18 @@ def targets(sample: Sample, topology: str) -> Tensor:
     return labels
 
 
-def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[str, Any]:
-    """A sample of tokens without its padding. numbers: indices of its documents in the source."""
+def as_json(
+    sample: Sample, numbers: Sequence[int], model: ModelConfig, label: Callable[[Tensor], str] | None = None
+) -> dict[str, Any]:
+    """A sample of tokens without its padding. numbers: indices of its documents in the source. label: `of_labels`."""
     ids = sample["input_ids"]
-    real, labels = sample.get("attention_mask", torch.ones_like(ids)) != 0, targets(sample, model.topology)
+    real = sample.get("attention_mask", torch.ones_like(ids)) != 0
+    source = numbers[0] if len(numbers) == 1 else list(numbers)
+    if label is not None:
+        n = int(real.sum())
+        made = {"input_ids": ids[real].tolist(), "trained": [False] * n, "documents": [0] * n}
+        return {**made, "label": label(sample["labels"]), "source": source}
+    labels = targets(sample, model.topology)
     trained = labels != IGNORED if model.topology != "encoder_decoder" else torch.zeros_like(real)
     documents = sample.get("document_ids", torch.zeros_like(ids))
     made = {"input_ids": ids[real].tolist(), "trained": trained[real].tolist(), "documents": documents[real].tolist()}
@@ -84,7 +103,7 @@ def as_json(sample: Sample, numbers: Sequence[int], model: ModelConfig) -> dict[
         written = sample.get("decoder_document_ids")
         read = shifted_right(model, labels[None], None if written is None else written[None])
         made |= {"decoder_input_ids": read[0].tolist(), "labels": labels.tolist()}
-    return {**made, "source": numbers[0] if len(numbers) == 1 else list(numbers)}
+    return {**made, "source": source}
 
 
 def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
@@ -106,12 +125,16 @@ def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
 class Writer:
     """Samples as lines. Without colours, trained tokens stand between « and »."""
 
-    def __init__(self, piece: Pieces, topology: str, coloured: bool) -> None:
-        self.piece, self.topology, self.coloured = piece, topology, coloured
+    def __init__(
+        self, piece: Pieces, topology: str, coloured: bool, label: Callable[[Tensor], str] | None = None
+    ) -> None:
+        self.piece, self.topology, self.coloured, self.label = piece, topology, coloured, label
 
     def legend(self, batch: Sample) -> str:
         if "pixel_values" in batch:
             return ""
+        if self.label is not None:
+            return "Pieces end at ·."
         trained = "green" if self.coloured else "between « and »"
         hidden = ", behind what is read in their place" if self.topology == "encoder" else ""
         return f"Pieces end at ·, documents at ‖; trained: {trained}{hidden}."
@@ -119,6 +142,13 @@ class Writer:
     def lines(self, sample: Sample) -> Iterator[Text]:
         if "pixel_values" in sample:
             yield from self._image(sample)
+            return
+        if self.label is not None:
+            head = f"sample {int(sample['sample_index'])}: {self._n_tokens(sample)} tokens read, label "
+            yield Text(head, style="bold").append(self.label(sample["labels"]), style=_STYLES["trained"])
+            ids = sample["input_ids"]
+            none = torch.full_like(ids, IGNORED)
+            yield Text("  ").append(self._written(ids, none, None, sample.get("attention_mask")))
             return
         labels = targets(sample, self.topology)
         n, n_trained = self._n_tokens(sample), int((labels != IGNORED).sum())

@@ -18,7 +18,6 @@ from pathlib import Path
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig
 
-from txtrain.cli.jobs import with_init_from
 from txtrain.cli.verbs import root_of, work_of
 from txtrain.config import slurm_launcher
 from txtrain.config.compose import typed
@@ -109,7 +108,7 @@ def task(cfg: DictConfig) -> int:
     holder = HydraConfig.instance()
     saved, holder.cfg = holder.cfg, None  # else Lightning starts ranks by Hydra's command line: the whole sweep
     try:
-        job = with_init_from(typed(cfg, root_of(verb)))
+        job = typed(cfg, root_of(verb))
         return work_of(verb, in_folder(job, stamp, number), time.time())()
     except Exception:  # an exception would end the other jobs of Hydra's launcher
         traceback.print_exc()

@@ -81,7 +81,7 @@ VERBS = {
         "write a checkpoint as a folder of Hugging Face: config.json, model.safetensors, tokenizer",
         _SCHEMA + "Export",
         "txtrain.cli.export:run_export",
-        "  txtrain export checkpoint=RUN out=DIR\n",
+        "  txtrain export checkpoint=RUN out=DIR\n  txtrain export checkpoint=RUN out=DIR merge_adapter=false\n",
     ),
     "plan": Verb(
         "parameters, FLOPs, cache, steps, time and memory of what train would run, without building it",

@@ -20,6 +20,7 @@ from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.decoding import Written
 from txtrain.model.generation import Decoding, continue_rows
+from txtrain.objectives.continuations import end_tokens
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 
@@ -40,9 +41,7 @@ class Writer:
         self.how = Sampling(**{f.name: getattr(config, f.name) for f in dc.fields(Sampling)})
         if self.how.seed is None:
             self.how = dc.replace(self.how, seed=self._first(lambda: int(torch.randint(2**63 - 1, ()))))
-        own = model.config.eos_token_id
-        of_model = own if isinstance(own, (tuple, list)) else () if own is None else (own,)
-        self.ends = tuple(dict.fromkeys((tokenizer.eos_id, *of_model)))
+        self.ends = end_tokens(model.config, tokenizer)
         self.n_tokens, self.seconds = 0, 0.0
 
     @property

@@ -13,13 +13,13 @@ from txtrain.model.rules import Choices, Rule
 from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
-KIND = "data.kind"
+KIND = "data.sample_kind"
 QUESTIONS = ("choices", "cloze", "problems")
-ALL_KINDS = ("text", "chat", "pairs", "images", *QUESTIONS)
+ALL_KINDS = ("text", "chat", "pairs", "labels", "images", *QUESTIONS)
 
 
 class RunRule(Rule):
-    """A rule of a run, over the keys of the command line and `data.kind`: the kind of a source's samples."""
+    """A rule of a run, over the keys of the command line and KIND: the kind of a source's samples."""
 
     def told(self, choices: Choices) -> tuple[str, str, str]:
         key, allowed, value = super().told(choices)
@@ -42,7 +42,9 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule({KIND: ("text", "chat", "pairs", *QUESTIONS)}, "model/embedding", ("token",), "text enters as tokens"),
+    RunRule(
+        {KIND: ("text", "chat", "pairs", "labels", *QUESTIONS)}, "model/embedding", ("token",), "text enters as tokens"
+    ),
 )
 
 OBJECTIVE_RULES = (
@@ -68,6 +70,8 @@ WHY = {  # the last three: of a user's own objective
     ("sft", KIND): "there must be turns that are trained, and turns that are not",
     ("image_classification", KIND): "there must be images and their classes",
     ("image_classification", "model/head"): "an image has one class",
+    ("classification", KIND): "there must be texts and their labels",
+    ("classification", "model/head"): "a text has one result",
     ("", "model.topology"): "the objective is for another topology",
     ("", "model/head"): "the objective reads the output of another head",
     ("", KIND): "the objective needs other samples",
@@ -121,12 +125,12 @@ class _Option:
     """The fields of an objective or a source that the rules read."""
 
     type: str
-    kind: str | None = None
+    sample_kind: str | None = None
     packing: str = "concat"
     seq_len: int | None = None
 
 
 def sources_of(kind: str) -> list[str]:
     """The options of `data` with samples of that kind; those that need no path come first."""
-    configs = {name: option.config for name, option in TABLE["data"].items() if option.config.kind == kind}
+    configs = {name: option.config for name, option in TABLE["data"].items() if option.config.sample_kind == kind}
     return sorted(configs, key=lambda name: any(f.name == "path" for f in dc.fields(configs[name])))

@@ -11,10 +11,11 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from txtrain.config import targets
-from txtrain.config.composed import NOTES, Composed
+from txtrain.config.composed import NOTES, Composed, default_name
 from txtrain.config.loader import Loader, load
 from txtrain.config.loggers import settled
 from txtrain.config.overrides import check, hydra_errors
+from txtrain.config.published import sentence
 from txtrain.config.resume_from import resumed
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
@@ -51,9 +52,7 @@ def typed(cfg: DictConfig, root: type) -> Composed:
         cfg.pop("hydra", None)  # holds ??? and resolvers of its own
         notes: Any = OmegaConf.to_container(cfg.pop(NOTES), resolve=False)
         if issubclass(root, Train) and cfg.get("name") is None:
-            cfg.name = "-".join(
-                str(notes["choices"][g]).replace("/", "-") for g in ("model", "data") if notes["choices"].get(g)
-            )
+            cfg.name = default_name(*(str(notes["choices"].get(group) or "") for group in ("model", "data")))
     raw: Any = OmegaConf.to_container(cfg, resolve=True)
     raw["imports"] = notes["imports"]
     if "recipes" in raw:
@@ -65,7 +64,8 @@ def typed(cfg: DictConfig, root: type) -> Composed:
         raw["logger"] = settled(raw["logger"])
     config: Any = build(root, raw)
     grafts = notes["grafts"] | _moved_norm(config, notes["norm_position"])
-    return Composed(config, grafts, notes["given"])
+    told = (sentence(config, notes["training"]),) if notes["training"] and isinstance(config, Train) else ()
+    return Composed(config, grafts, notes["given"], notes=told)
 
 
 def _types_elsewhere(raw: Any, types: dict[str, str]) -> Iterator[str]:

@@ -35,6 +35,11 @@ class Composed:
     start: float = dc.field(default_factory=time.time, compare=False)
 
 
+def default_name(model: str, data: str) -> str:
+    """The name of a run that is given none, from the options of these groups."""
+    return "-".join(option.replace("/", "-") for option in (model, data) if option)
+
+
 def to_file(job: Composed, file: Path) -> None:
     """Write a job for `from_file`, in a process that txtrain starts."""
     notes = {"grafts": job.grafts, "given": job.given, "folder": job.folder, "notes": list(job.notes)}

@@ -9,6 +9,9 @@ file's own option to the chosen one are removed before the merge, which keeps Hy
     mha ------------>  gqa ------------>  mqa
     bias: false kept   window: 64 kept    (same class: only what the options' files set is dropped)
                        n_kv_heads dropped
+
+A published size also has a file of conf/training: its paper's values for other groups than the model. Those of a group
+that the command line or a recipe chooses are removed, so that the group's own option holds.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ def is_recipe(path: str | None) -> bool:
     return path is not None and path.startswith("recipes/")
 
 
+def is_training(path: str | None) -> bool:
+    return path is not None and path.startswith("training/")
+
+
 class GraftedRepository:
     """A Hydra config repository that drops the values of each file that do not hold for the chosen options.
 
@@ -41,9 +48,12 @@ class GraftedRepository:
         report: axis -> {from, to, kept, dropped}, for axes whose chosen option is not the family's or recipe's own;
             complete once every file is loaded.
         types: group -> the `type` that its chosen file sets.
+        training: of a published size, `file` and the `values` by group that its paper has; complete as `report`.
     """
 
-    def __init__(self, repository: Any, defaults: list[ResultDefault], named: frozenset[str]) -> None:
+    def __init__(
+        self, repository: Any, defaults: list[ResultDefault], named: frozenset[str], chosen: frozenset[str]
+    ) -> None:
         self.repository = repository
         self.named = named  # options that the command line names: only these may have imports
         paths = [d.config_path for d in defaults if d.config_path is not None]
@@ -53,6 +63,10 @@ class GraftedRepository:
         groups = [(p, p.rpartition("/")[0]) for p in paths]
         typed = set(map(group_of, TABLE))  # groups whose options carry `type`
         self.types = {g: kind for p, g in groups if g in typed and (kind := self._leaf(p).get("type"))}
+        self.training: dict[str, Any] = {}
+        of_recipes = [d for r in self.recipes for d in self._defaults(r) if isinstance(d, GroupDefault)]
+        # groups that the command line (`chosen`) or a recipe chooses
+        self.explicit = chosen | {str(d.group).strip("/") for d in of_recipes} - {"data"}
         self.report: dict[str, dict[str, Any]] = {}
         for axis, to in self.chosen.items() if self.families else ():
             own = [self.selected(self.families[-1], axis), *(self.selected(r, axis) for r in self.recipes)]
@@ -67,6 +81,12 @@ class GraftedRepository:
         """The family's own: a plain value, not filtered."""
         own = [str(p) for f in self.families if (p := self._leaf(f).get("norm_position"))]
         return own[-1] if own else "pre"
+
+    @property
+    def recipe_names_model(self) -> bool:
+        """Whether a recipe chooses the model."""
+        chosen = [d for r in self.recipes for d in self.repository.load_config(r).defaults_list or []]
+        return any(isinstance(d, GroupDefault) and d.group == "/model" for d in chosen)
 
     # ----------------------------------------------------------------------------------------------------- Hydra's hook
 
@@ -86,6 +106,12 @@ class GraftedRepository:
             self._keep_labels_apart(result.config, config_path)
         elif is_recipe(config_path):
             self._filter(result.config.get("model") or {}, [config_path])
+        elif is_training(config_path):
+            for group, values in _plain(result.config).items():
+                values = self.training.get("values", {}).get(group, {}) | values
+                self.training = {"file": config_path, "values": self.training.get("values", {}) | {group: values}}
+            for group in self.explicit:
+                result.config.pop(group, None)
         return result
 
     def _filter(self, node: Any, layers: list[str]) -> None:
@@ -125,8 +151,7 @@ class GraftedRepository:
 
     def selected(self, path: str, axis: str) -> str | None:
         """The option of `axis` that the file at `path` selects by default."""
-        result = self.repository.load_config(path)
-        defaults = (result.defaults_list or []) if result else []
+        defaults = self._defaults(path)
         for d in defaults:
             if isinstance(d, GroupDefault) and d.group in (axis, f"/model/{axis}"):
                 return str(d.value)
@@ -142,6 +167,10 @@ class GraftedRepository:
                 yield d.path[1:] if d.path.startswith("/") else f"{path.rpartition('/')[0]}/{d.path}"
             elif isinstance(d, GroupDefault) and d.group == "/model":
                 yield f"model/{d.value}"
+
+    def _defaults(self, path: str) -> list[Any]:
+        result = self.repository.load_config(path)
+        return (result.defaults_list or []) if result else []
 
     def _leaf(self, path: str) -> dict[str, Any]:
         result = self.repository.load_config(path)

@@ -1,66 +1,171 @@
-"""`init_from`: architecture and tokenizer of the model that a run starts from. No torch."""
+"""`init_from`: the model that a run starts from, as a family of its own; the command line comes on top.
+
+    conf/model/bert.yaml     objective, optimizer, trainer and data of its family
+    model/init_from          the folder's values, over it
+    command line             the user's, by the graft rule
+
+A size that is named beside it (`model=bert_base`) must have the folder's values. No torch.
+"""
 
 from __future__ import annotations
 
-import dataclasses as dc
-from pathlib import Path
+import re
+from collections.abc import Iterator
 from typing import Any
 
-from txtrain.config.composed import Composed
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from txtrain.checkpoint.format import newest_run
+from txtrain.checkpoint.load import Described, describe
+from txtrain.checkpoint.run_folder import begun_with
+from txtrain.config.composed import default_name
+from txtrain.config.literals import escape
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import differing, marked, plain
+from txtrain.ground.convert import key_paths, part, plain
+from txtrain.ground.patterns import pattern_problems
+from txtrain.hf import describe as resolved
 from txtrain.model.config import ModelConfig
+from txtrain.registry import MODEL_AXES, TABLE, group_of
+from txtrain.run_config import RunConfig
+
+KEY = "init_from"
+OPTION = "init_from"  # its name in the group `model`
+_SHOWN = 5  # differences in a message
+_TABLE = "embedding.token.weight"  # has a row for each token
 
 
-def applied(composed: Composed, model: ModelConfig, tokenizer: Path | None) -> Composed:
-    """The configuration with the model of its init_from, and the folder of its tokenizer.
+def find(cfg: DictConfig, named: str | None, data: str) -> Described:
+    """What `init_from` holds; of a folder of runs the newest, or the one that this run was begun with, which is written
+    into `cfg`. named, data: options of their groups; named None: no model is named beside it.
 
     Raises:
-        ConfigError: `model=` contradicts it, or it has no tokenizer and none is given.
+        ConfigError: there is no model, or it cannot be read.
     """
-    config = composed.config
-    changes: dict[str, Any] = {"model": _model(composed, model)}
-    if "data.tokenizer" not in composed.given and config.data.tokenizer == "train":
-        if tokenizer is None:
-            raise ConfigError(f"`data.tokenizer` must be given with init_from={config.init_from}: it has no tokenizer.")
-        changes["data"] = dc.replace(config.data, tokenizer=str(tokenizer))
-    config = dc.replace(config, **changes)
-    if problems := list(config.check()):
-        raise ConfigError(*problems)
-    return dc.replace(composed, config=config, grafts={})
+    where, run_dir, name = str(cfg[KEY]), cfg.get("run_dir"), cfg.get("name")
 
+    def begun(model: str) -> str | None:
+        return begun_with(run_dir, name or default_name(model, data), KEY, where)
 
-def _model(composed: Composed, found: ModelConfig) -> ModelConfig:
-    model: ModelConfig = composed.config.model
-    given = [key for key in composed.given if key.partition(".")[0] == "model" or key.startswith("model/")]
-    named = [key for key in given if key == "model" or "/" in key]
-    affects = marked(ModelConfig, "affects")
-    if named:  # labels, token ids, dropout and initial values may differ from those of the weights
-        free = [key for key, what in affects.items() if what != "training"]
-        where, leave = f"init_from={composed.config.init_from}", f"Leave out {', '.join(named)}."
-        problems = [
-            f"`model.{key}` must be {theirs!r}, as in {where}, but is {ours!r} instead. {leave}"
-            for key, theirs, ours in differing(plain(found), plain(model), free)
-        ]
-        if problems:
-            raise ConfigError(*problems)
-        return model
-    if other := [key for key in given if affects.get(key.removeprefix("model.")) != "dropout"]:
-        raise ConfigError(
-            *(f"`{key}` must not be given with init_from: the architecture comes with the weights." for key in other)
-        )
-    for key in given:
-        found = _with(found, key.split(".")[1:], _value(model, key))
+    known = run_dir is not None or name is not None or named is not None
+    start = (begun(named or "") if known else None) or newest_run(where, KEY)
+    found = describe(start, key=KEY)
+    if not known and (before := begun(found.model.family)) is not None:
+        start, found = before, describe(before, key=KEY)
+    with open_dict(cfg):
+        cfg[KEY] = escape(start)
     return found
 
 
-def _value(model: ModelConfig, key: str) -> Any:
-    value: Any = model
-    for name in key.split(".")[1:]:
-        value = getattr(value, name)
-    return value
+def store(model: ModelConfig, parent: str | None, named: bool) -> None:
+    """Make the model an option of the group `model`.
+
+    parent: the option whose objective, optimizer, trainer and data it has; None: none is known. named: by the user, so
+    that its labels hold.
+    """
+    values = plain(model)
+    kinds = {axis: values[axis].pop("type") for axis in MODEL_AXES}
+    for label in (["family", "published", *(["size"] if named else [])] if parent else []):
+        del values[label]
+    below = [parent, "_self_", *({f"override {axis}": kind} for axis, kind in kinds.items())]
+    alone = [*({axis: kind} for axis, kind in kinds.items()), "_self_"]
+    node = {"defaults": below if parent else alone, **_escaped(values)}
+    ConfigStore.instance().store(OPTION, node, "model")
 
 
-def _with(config: Any, path: list[str], value: Any) -> Any:
-    name, *rest = path
-    return dc.replace(config, **{name: _with(getattr(config, name), rest, value) if rest else value})
+def _escaped(value: Any) -> Any:
+    """Without references: a stranger's text is no template."""
+    if isinstance(value, dict):
+        return {key: _escaped(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_escaped(v) for v in value]
+    return escape(value) if isinstance(value, str) else value
+
+
+def check_named(cfg: DictConfig, again: DictConfig, named: str) -> None:
+    """Compare the model that is named beside it (`cfg`) with the folder's (`again`), every null resolved.
+
+    Both have the command line's values. Labels, token ids, dropout and initial values may differ.
+
+    Raises:
+        ConfigError: another value does.
+    """
+    (ours, problems), (theirs, _) = (part(ModelConfig, _plain(c.model), "model") for c in (cfg, again))
+    if problems:
+        raise ConfigError(*problems)
+    if ours is None or theirs is None:
+        return  # the whole is refused later
+    here, there = resolved.describe(ours), resolved.describe(theirs)
+    different = resolved.differences(here, there)
+    # values that follow from others are told only where no other differs
+    names = [name for name in different if f"model.{name}" in key_paths(RunConfig)] or different
+    wrong = list(_told(here, there, names, ours, theirs, str(again[KEY])))
+    if wrong:
+        more = [f"and {len(wrong) - _SHOWN} more"] if len(wrong) > _SHOWN else []
+        raise ConfigError(
+            *wrong[:_SHOWN], *more, f"Leave out model={named}: the architecture comes with the weights."
+        )
+
+
+def _told(
+    here: dict[str, Any], there: dict[str, Any], names: list[str], ours: ModelConfig, theirs: ModelConfig, where: str
+) -> Iterator[str]:
+    other = [axis for axis in MODEL_AXES if axis in names]
+    for axis in other:
+        a, b = (getattr(model, axis).type for model in (theirs, ours))
+        yield f"`{group_of(axis)}` must be {a}, as in init_from={where}, but is {b} instead."
+    for name in names:
+        if name.partition(".")[0] not in other:
+            a, b = there.get(name), here.get(name)
+            yield f"`model.{name}` must be {a!r}, as in init_from={where}, but is {b!r} instead."
+
+
+def settle_tokenizer(cfg: DictConfig, found: Described, given: list[str]) -> None:
+    """Take the folder's tokenizer where none is given, in place; with a larger one the vocabulary grows.
+
+    Raises:
+        ConfigError: there is none and the data need one, or a larger one has moved the folder's tokens.
+    """
+    option = TABLE["data"].get(str(cfg.data.get("type")))
+    if option is None or option.config.kind == "images":
+        return
+    tokenizer = cfg.data.get("tokenizer", option.config.tokenizer)
+    if tokenizer == "train" and "data.tokenizer" not in given:
+        if found.tokenizer is None:
+            raise ConfigError(f"`data.tokenizer` must be given with init_from={cfg[KEY]}: it has no tokenizer.")
+        with open_dict(cfg):
+            # of a run the run itself: it removes older checkpoints
+            cfg.data.tokenizer = escape(str(found.tokenizer if found.is_hf else cfg[KEY]))
+    elif isinstance(tokenizer, str) and tokenizer != "train":
+        size = found.model.vocab_size
+        if cfg.model.vocab_size == size and (grown := _grown(cfg, tokenizer, found)) > size:
+            with open_dict(cfg):
+                cfg.model.vocab_size = grown
+
+
+def _grown(cfg: DictConfig, name: str, found: Described) -> int:
+    """The number of tokens of a tokenizer that is given instead of the folder's."""
+    from txtrain.data.tokenizer.load import load_tokenizer
+
+    tokenizer = load_tokenizer(name)
+    if tokenizer.vocab_size > found.model.vocab_size and found.tokenizer is not None and not _anew(cfg):
+        before, now = (t.backend.get_vocab() for t in (load_tokenizer(found.tokenizer), tokenizer))
+        if moved := sorted((i, token) for token, i in before.items() if now.get(token) != i):
+            i, token = moved[0]
+            there = now.get(token, "absent")
+            raise ConfigError(
+                f"`data.tokenizer` must keep the tokens of init_from={cfg[KEY]}, whose {token!r} is {i}, but is {name} "
+                f"instead, where it is {there}. Nearest: new tokens behind the old ones; or new vectors for all: "
+                f"init_allow_missing=[{_TABLE}]."
+            )
+    return tokenizer.vocab_size
+
+
+def _anew(cfg: DictConfig) -> bool:
+    """Whether the vectors of tokens may be initialised anew."""
+    patterns = [str(p) for p in cfg.get("init_allow_missing") or []]
+    return not list(pattern_problems("", patterns)) and any(re.search(p, _TABLE) for p in patterns)
+
+
+def _plain(node: Any) -> Any:
+    return OmegaConf.to_container(node, resolve=True)

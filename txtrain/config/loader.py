@@ -7,7 +7,7 @@ folders before anything is checked, and keep process-wide state.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,16 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from txtrain.config.composed import NOTES
 from txtrain.config.grafts import GraftedRepository
+from txtrain.config.literals import escape
 from txtrain.config.overrides import parse
 from txtrain.config.paths import CONF, DATA, groups_of, unwritten
+from txtrain.config.published import sequences
 from txtrain.config.schema import Train
 from txtrain.config.user_code import import_user
 from txtrain.errors import ConfigError
+
+# Here, not in make_loader: launchers unpickle a loader on other machines.
+OmegaConf.register_new_resolver("sequences", sequences, replace=True)
 
 
 class Loader(ConfigLoaderImpl):
@@ -41,12 +46,50 @@ class Loader(ConfigLoaderImpl):
     ) -> DictConfig:
         parsed: list[Any] = parse(overrides)
         imports = self.imports(parsed)
-        cfg = super().load_configuration(config_name, parsed, run_mode, from_shell, validate_sweep_overrides)
-        with open_dict(cfg):
-            cfg[NOTES].imports = imports
-            cfg[NOTES].given = [o.key_or_group for o in parsed if not o.is_hydra_override()]
-            cfg[NOTES].choices = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in ("model", "data")}
-        return cfg
+        # `data=` names a source, to which the published batch applies
+        groups = {"objective", "optimizer", "scheduler", "trainer"}
+        self.chosen = frozenset(o.key_or_group for o in parsed if isinstance(o.value(), str)) & groups
+        given = [str(o.key_or_group) for o in parsed if not o.is_hydra_override()]
+
+        def composed(lines: list[Any]) -> DictConfig:
+            cfg = super(Loader, self).load_configuration(
+                config_name, lines, run_mode, from_shell, validate_sweep_overrides
+            )
+            choices = {g: c for g, c in cfg.hydra.runtime.choices.items() if g in ("model", "data")}
+            with open_dict(cfg):
+                cfg[NOTES].update(imports=imports, given=given, choices=choices)
+            return cfg
+
+        cfg = composed(parsed)
+        # a run that is resumed has the model in its config.yaml
+        starts = isinstance(cfg.get("init_from"), str) and "model" in cfg
+        return self._over_weights(cfg, parsed, composed) if starts and cfg.resume in ("auto", "never") else cfg
+
+    def _over_weights(
+        self, cfg: DictConfig, parsed: list[Override], composed: Callable[[list[Any]], DictConfig]
+    ) -> DictConfig:
+        """The configuration over the model of `init_from`. cfg: that over the model which the command line names.
+
+        Raises:
+            ConfigError: `init_from` holds no model, or another one than is named.
+        """
+        from txtrain.config import init_from
+
+        notes = cfg[NOTES]
+        chosen = [o for o in parsed if o.key_or_group == "model" and not isinstance(o.value(), dict)]
+        named = str(notes.choices["model"]) if chosen or notes.recipe_names_model else None
+        found = init_from.find(cfg, named, str(notes.choices.get("data") or ""))
+        family = found.model.family
+        parent = named or (family if self.repository.config_exists(f"model/{family}") else None)
+        init_from.store(found.model, parent, named is not None)
+        again = composed([*(o for o in parsed if o not in chosen), *parse([f"model={init_from.OPTION}"])])
+        with open_dict(again):
+            again[init_from.KEY] = escape(cfg[init_from.KEY])
+            again[NOTES].choices.model = parent or family
+        if named is not None:
+            init_from.check_named(cfg, again, named)
+        init_from.settle_tokenizer(again, found, notes.given)
+        return again
 
     def _parse_overrides_and_create_caching_repo(
         self, config_name: str | None, overrides: Sequence[str | Override]
@@ -56,9 +99,13 @@ class Loader(ConfigLoaderImpl):
         return parsed, repository
 
     def _compose_config_from_defaults_list(self, defaults: list[Any], repo: Any) -> DictConfig:
-        grafted: Any = GraftedRepository(repo, defaults, frozenset(self.named))
+        grafted: Any = GraftedRepository(repo, defaults, frozenset(self.named), self.chosen)
         cfg = super()._compose_config_from_defaults_list(defaults, grafted)
-        cfg[NOTES] = {"grafts": grafted.report, "types": grafted.types, "norm_position": grafted.norm_position}
+        cfg[NOTES] = {
+            "grafts": grafted.report, "types": grafted.types, "norm_position": grafted.norm_position,
+            "recipe_names_model": grafted.recipe_names_model,
+            "training": grafted.training,
+        }
         return cfg
 
     def imports(self, overrides: Sequence[Override]) -> list[str]:

@@ -48,7 +48,9 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
     if own and "data.path" not in job.given and not isinstance(config, Evaluate):
         raise ConfigError("`data` must be given, or data.path: the rows to read.")
     data = _own_data(job, saved) if own else _read_alike(job, saved)
-    if data.tokenizer == "train" and data.kind != "images":
+    if data.sample_kind == "labels" and found.model.head.pools and "data.kind" not in job.given:
+        data = dc.replace(data, kind=found.model.head.kind)
+    if data.tokenizer == "train" and data.sample_kind != "images":
         if found.tokenizer is None:
             raise ConfigError(f"`data.tokenizer` must be given: {str(found.path)!r} has no tokenizer.")
         data = dc.replace(data, tokenizer=str(found.tokenizer))
@@ -77,7 +79,7 @@ def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
 
 
 def _measured(config: Evaluate, named: bool) -> Evaluate:
-    model, kind, objective = config.model, config.data.kind, config.objective
+    model, kind, objective = config.model, config.data.sample_kind, config.objective
     if not named and not fits(model, objective.type, kind):
         others = [name for name in TABLE["objective"] if fits(model, name, kind)]
         if not others:
@@ -111,9 +113,9 @@ def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:
 def _read_alike(job: Composed, saved: Mapping[str, Any]) -> Any:
     """The data of the command line, read as the run read its own: so long, and within documents or across them."""
     data, before = job.config.data, saved.get("data") or {}
-    if data.kind == "images" or not saved or TABLE["data"].get(before.get("type")) is None:
+    if data.sample_kind == "images" or not saved or TABLE["data"].get(before.get("type")) is None:
         return data
-    if TABLE["data"][before["type"]].config.kind == "images":
+    if TABLE["data"][before["type"]].config.sample_kind == "images":
         return data
     alike = {
         key: before[key] for key in ("seq_len", "cross_document_attention")

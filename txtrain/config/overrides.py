@@ -21,6 +21,7 @@ from txtrain.config.schema import Train
 from txtrain.errors import ConfigError, hint, nearest
 from txtrain.ground.convert import key_paths
 from txtrain.ground.unknown_keys import unknown_key
+from txtrain.registry import TABLE
 
 LAUNCHER = "hydra/launcher"  # the group of what runs the members of a sweep
 _ALIASES = {"recipe": "recipes", "experiment": "recipes"}
@@ -116,10 +117,21 @@ def check(overrides: Sequence[Override], loader: ConfigLoaderImpl, root: type) -
         ConfigError: no such option or group, a value given as a group, a group given as a value.
     """
     checker = _Checker(loader, root)
-    checked = [checker.checked(o) for o in overrides]
+    checked = [checker.checked(o) for o in (*overrides, *_implied(overrides, root))]
     if checker.problems:
         raise ConfigError(*checker.problems)
     return checked
+
+
+def _implied(overrides: Sequence[Override], root: type) -> list[Override]:
+    """What the chosen source of data asks for, as far as nothing else is chosen (data=labels: a class head)."""
+    if not issubclass(root, Train):
+        return []
+    given = {o.key_or_group: o for o in overrides}
+    chosen = given["data"].value() if "data" in given else None
+    option = TABLE["data"].get(chosen) if isinstance(chosen, str) else None
+    implied = {} if option is None else option.config.implies
+    return parse([f"{key}={value}" for key, value in implied.items() if key not in given])
 
 
 def _with_prefix(o: Override, prefix: str) -> Override:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any, Literal
 
 import txtrain.data.config
-import txtrain.objectives.config  # noqa: F401  (these two register the sources and the objectives)
+import txtrain.hf.lora_config
+import txtrain.objectives.config  # noqa: F401  (these register the sources, the adapters and the objectives)
 from txtrain.config import compatibility, hardware
 from txtrain.config.units import bytes_of
 from txtrain.errors import divisors_near, hint
@@ -33,6 +34,7 @@ class Train(RunConfig):
         groups = [getattr(self, f.name) for f in dc.fields(self)]
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
         problems += pattern_problems("freeze", self.freeze)
+        problems += pattern_problems("init_allow_missing", self.init_allow_missing)
         problems += self._check_evaluated()
         yield from problems
         if not any(rules.problems(self.model)):
@@ -68,8 +70,11 @@ class Train(RunConfig):
             if steps[0] > steps[1]:
                 yield f"`profile_steps` must be the first and the last step to trace, but is {list(steps)} instead."
         yield from self._check_name()
-        if self.fork is not None and self.init_from is not None:
+        yield from self._check_base()
+        if self.fork is not None and self.init_from is not None and not self.adapter.alone:
             yield "`fork` must be null with init_from, or the other way round: both say where the weights come from."
+        if self.init_allow_missing and self.init_from is None:
+            yield "`init_allow_missing` must be [] without init_from: no weights are read."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
 
@@ -96,6 +101,13 @@ class Train(RunConfig):
             if name not in known:
                 listed = ", ".join(known) or "(none is registered: imports=[FILE.py])"
                 yield f"`metrics` must be of {listed}, but has {name} instead.{hint(name, known)}"
+
+    def _check_base(self) -> Iterator[str]:
+        if self.adapter.alone and self.init_from is None:
+            yield (
+                f"`init_from` must be given with adapter={self.adapter.type}: the folder, run or checkpoint whose "
+                "weights are adapted. A checkpoint holds the adapter alone and names them."
+            )
 
     def _check_name(self) -> Iterator[str]:
         parts = self.name.split("/")
@@ -173,6 +185,10 @@ class Plan(Train):
                 f"is {precision} instead."
             )
 
+    def _check_base(self) -> Iterator[str]:
+        """An adapter's cost does not depend on the weights."""
+        yield from ()
+
     def _check_processes(self, world: int) -> Iterator[str]:
         """Only the layout of the ranks; whether they divide the batch is reported beside the figures."""
         yield from self.strategy.problems(world, self.model)
@@ -240,8 +256,18 @@ class OnTrained(Train):
 
     def _check_between(self) -> Iterator[str]:
         yield from Train._check_between(self)
-        if self.data.streaming:
+        yield from self._check_rows()
+
+    def _check_rows(self) -> Iterator[str]:
+        data, head = self.data, self.model.head
+        if data.streaming:
             yield "`data.streaming` must be false here, where all rows are read, but is true instead."
+        if data.sample_kind == "labels" and head.pools and data.kind != head.kind:
+            yield f"`data.kind` must be {head.kind}, as in the checkpoint, but is {data.kind} instead."
+
+    def _check_base(self) -> Iterator[str]:
+        if self.adapter.alone:
+            yield f"`adapter` must be none, but is {self.adapter.type} instead: that of the checkpoint comes with it."
 
     def _check_batch(self) -> Iterator[str]:
         """Ranks need no equal shares."""
@@ -283,7 +309,7 @@ class Evaluate(OnTrained):
     def _of_tasks(self) -> Iterator[str]:
         """Those of `tasks`, which read no data of ours."""
         yield from self.check()
-        if self.model.topology == "encoder" or self.model.head.pools:
+        if self.model.topology == "encoder" or not self.model.head.writes:
             what = f"{self.model.topology} with model/head={self.model.head.type}"
             yield f"`tasks` must be empty for a model that writes no text, a {what}."
         if (parallel.processes(self) or 1) > 1:
@@ -299,7 +325,7 @@ class Evaluate(OnTrained):
                 f"`stride` must be at most {limit}, one less than the sequences (data.seq_len), but is {self.stride} "
                 f"instead. Nearest: {limit}."
             )
-        if self.data.packing != "concat" or self.data.kind != "text" or not self.objective.slides:
+        if self.data.packing != "concat" or self.data.sample_kind != "text" or not self.objective.slides:
             yield (
                 f"`stride` must be null with objective={self.objective.type} on data={self.data.type} and "
                 f"data.packing={self.data.packing}, but is {self.stride} instead: a window slides over a text for "
@@ -332,8 +358,8 @@ class Predict(OnTrained):
     def problems(self) -> Iterator[str]:
         """Those of the data and of the ranks: no objective is needed."""
         yield from self.check()
-        if self.data.streaming:
-            yield "`data.streaming` must be false here, where all rows are read, but is true instead."
+        yield from self._check_rows()
+        yield from self._check_base()
         yield from self._check_batch()
 
 
@@ -383,6 +409,7 @@ class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # the folder to write: new or empty
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
+    merge_adapter: bool = True  # of a run with adapter=lora: false writes the adapter alone, in PEFT's layout
     allow_nonfinite: bool = False  # export even if weights are NaN or infinite
     imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
 

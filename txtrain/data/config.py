@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from txtrain.registry import BASES, axes, knob, register
@@ -31,14 +31,22 @@ class DataConfig:
     # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
     cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
-    kind: ClassVar[str] = "text"  # of samples: text, chat, pairs, images (`txtrain.config.compatibility`)
+    kind: ClassVar[str] = "text"  # of samples: text, chat, pairs, images, labels (`txtrain.config.compatibility`)
+    sample_kind: ClassVar[str] = "text"  # the same; data=labels has a key of the other name
+    # What the source asks for where the command line does not choose: key or group -> its value there.
+    implies: ClassVar[Mapping[str, str]] = {}
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # metrics for generated answers to its pairs
     mixes: ClassVar[bool] = False  # consists of other sources
     streaming = False  # these two are fields of some sources only
     offline_fallback = "never"
 
+    def __init_subclass__(cls, **given: Any) -> None:
+        super().__init_subclass__(**given)
+        owner = next(c for c in cls.__mro__ if {"kind", "sample_kind"} & vars(c).keys())
+        cls.sample_kind = vars(owner).get("sample_kind", vars(owner).get("kind"))
+
     def check(self) -> Iterator[str]:
-        if self.packing != "concat" and self.kind not in ("text", "chat"):
+        if self.packing != "concat" and self.sample_kind not in ("text", "chat"):
             where = f"data={self.type}, which is no text"
             yield f"`data.packing` must be concat with {where}, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
@@ -175,7 +183,7 @@ class MixtureConfig(DataConfig):
             key = f"data.sources.{name}"
             if not re.fullmatch(r"\w[\w-]*", name):
                 yield f"`{key}`: a name must be of letters, digits, _ and -, but is {name!r} instead."
-            if source.mixes or source.kind != "text":
+            if source.mixes or source.sample_kind != "text":
                 yield f"`{key}.type` must be a source of text, but is {source.type} instead."
                 continue
             if source.streaming:
@@ -218,6 +226,42 @@ class TranslationConfig(UnpackedConfig, TextsConfig):
     # Source and target; null: the last two of a .tsv with 2 or 3 columns, or the only two of a set.
     columns: tuple[int, int] | tuple[str, str] | None = None
     swap: bool = False  # exchange source and target
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LabelsConfig(UnpackedConfig, TextsConfig):
+    """`data=labels`: texts, or pairs of them, with a class, several classes or numbers for each."""
+
+    sample_kind: ClassVar = "labels"
+    implies: ClassVar = {
+        "objective": "classification", "model/head": "class", "model.logit_softcap": "null", "model.mtp_depth": "0",
+    }
+
+    # Files (.csv, .tsv, .jsonl, .json, .parquet), globs, folders, or a list of them; or a set for load_dataset.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    val_path: str | tuple[str, ...] | None = None
+    name: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    text_column: str = "text"
+    text_pair_column: str | None = None  # of the second text of a pair
+    # The class or number; multi: columns of 0 and 1 named as the classes, or a column of lists of names.
+    label_column: str | tuple[str, ...] = "label"
+    # single: one class for each text; multi: any number of classes; regression: numbers
+    kind: Literal["single", "multi", "regression"] = "single"  # type: ignore[misc]
+    # The classes in order; empty: the model's own, else those of the training rows, sorted.
+    label_names: tuple[str, ...] = ()
+    delimiter: str | None = knob(None, literal=True)  # between cells; null: a comma in .csv, a tab in .tsv
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.delimiter is not None and len(self.delimiter) != 1:
+            yield f"`data.delimiter` must be null or one character, but is {self.delimiter!r} instead."
+        if self.kind == "single" and not isinstance(self.label_column, str):
+            given = f"is {list(self.label_column)} instead. Several columns: data.kind=multi"
+            yield f"`data.label_column` must be one column with data.kind=single, but {given}."
+        if not self.label_column:
+            yield "`data.label_column` must name a column, but is empty instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -332,6 +376,7 @@ for name, target, config in (
     ("memmap", "memmap:TokenFiles", MemmapConfig),
     ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),
+    ("labels", "labels:LabelledTexts", LabelsConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
     ("multiple_choice", "questions:MultipleChoice", MultipleChoiceConfig),
     ("cloze", "questions:Cloze", ClozeConfig),

@@ -17,6 +17,7 @@ from txtrain.data.config import MixtureConfig
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
 from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
+from txtrain.data.samples.labels import LABEL_FILES, LabelledCorpus, LabelledSamples, frame_of
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
 from txtrain.data.samples.questions import QuestionRows, encode
@@ -50,6 +51,8 @@ from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
+
+AnyCorpus = Corpus | Corpora | PairCorpus | LabelledCorpus
 
 _PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
 _LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
@@ -304,7 +307,7 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 
 def make_tokenizer(
-    corpus: Corpus | Corpora | PairCorpus, config: RunConfig, special_tokens: Sequence[str]
+    corpus: AnyCorpus, config: RunConfig, special_tokens: Sequence[str]
 ) -> Tokenizer:
     """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
 
@@ -332,7 +335,7 @@ def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: 
 
 
 def _trained(
-    corpus: Corpus | Corpora | PairCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
+    corpus: AnyCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
 ) -> Tokenizer:
     key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
 
@@ -385,6 +388,40 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
         if left_out := rows.n_all - len(rows):
             longer = "%d of %d %s pairs are longer than data.seq_len=%d and left out"
             log.warning(longer, left_out, rows.n_all, part, config.seq_len)
+    known = digest(key, config.seq_len)
+    return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
+
+
+# --------------------------------------------------------------------------------------------------------------- labels
+
+
+def _labelled(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    data, model = config.data, config.model
+    corpus = LabelledCorpus(source, data.val_fraction, config.extent.whole)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens).framed(model.topology)
+    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+
+    def fill(empty: Path) -> None:
+        tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config))
+        corpus.write_labels(empty)
+
+    folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *LABEL_FILES.values()))
+    frame = frame_of(tokenizer, len(source.texts), config.seq_len)
+    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    train, validation = (
+        LabelledSamples(
+            TokenFile(folder, split), np.load(folder / LABEL_FILES[split], allow_pickle=False), frame, config.seq_len,
+            pad_id, model.embedding.n_types
+        )
+        for split in (("validation", "validation") if config.extent.whole else SPLITS)
+    )
+    for rows, part in ((train, "training"), (validation, "validation")):
+        if not len(rows):
+            remedy = "" if part == "training" else " Give data.val_path, or a larger data.val_fraction."
+            raise ConfigError(f"`data={data.type}` must have at least one {part} row, but has none.{remedy}")
+        if rows.n_cut:
+            longer = "%d of %d %s texts are longer than data.seq_len=%d and cut"
+            log.warning(longer, rows.n_cut, len(rows), part, config.seq_len)
     known = digest(key, config.seq_len)
     return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
 
@@ -446,6 +483,7 @@ _WAYS: dict[str, Way] = {
     "marked": _marked,
     "documents": _text,
     "pairs": _pairs,
+    "labelled": _labelled,
     "images": _images,
     "samples": _samples,
     "questions": _questions,

@@ -172,6 +172,8 @@ class _Reader:
         if not isinstance(raw, Mapping):
             return self.problem(f"`{path}` must be a mapping, but is {raw!r} instead.")
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
+        older = {f.metadata["was"]: name for name, f in fields.items() if "was" in f.metadata and name not in raw}
+        raw = {older.get(key, key): value for key, value in raw.items()} if older else raw
         known = key_paths(self.root)
         for key in raw:
             if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # a limit, since finding near names is slow

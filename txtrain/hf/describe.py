@@ -22,7 +22,7 @@ def describe(model: ModelConfig) -> dict[str, Any]:
     found |= {"n_encoder_layers": model.encoder_layers, "final_norm": model.has_final_norm, "init.std": model.init.std}
     start = model.decoder_start_token_id
     by_padding = start is None and model.topology == "encoder_decoder"
-    found["decoder_start_token_id"] = model.pad_token_id if by_padding else start
+    found["decoder_start_token_id"] = (model.pad_token_id or 0) if by_padding else start  # as `shifted_right`
     for axis in (f.name for f in dc.fields(model) if "axis" in f.metadata):
         component = getattr(model, axis)
         found[axis] = TABLE[axis][component.type].target

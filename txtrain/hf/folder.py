@@ -5,16 +5,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from txtrain.data.tokenizer.load import files_in
 from txtrain.errors import ConfigError
 from txtrain.ground import plain_files
 from txtrain.ground.files import path_of
-
-# Files of a tokenizer and of image preprocessing, copied byte for byte.
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja",
-    "tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "source.spm", "target.spm",
-    "preprocessor_config.json",
-)
 
 
 def checked(folder: str | os.PathLike[str]) -> Path:
@@ -43,7 +37,11 @@ def member(folder: Path, name: str) -> Path | None:
 
 
 def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the tokenizer's files."""
-    paths = {name: member(folder, name) for name in TOKENIZER_FILES}
-    limit = plain_files.TOKENIZER_LIMIT
-    return {name: plain_files.read_bytes(path, limit) for name, path in paths.items() if path is not None}
+    """Name -> content of the files of tokenizer and image preprocessing, for copies byte for byte."""
+    return files_in(folder) | contents(folder, "preprocessor_config.json")
+
+
+def contents(folder: Path, name: str) -> dict[str, bytes]:
+    """The file of that name and its content, if it is there."""
+    path = member(folder, name)
+    return {} if path is None else {name: plain_files.read_bytes(path)}

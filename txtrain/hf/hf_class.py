@@ -62,6 +62,8 @@ class HFClass:
     settled: Settle = lambda given, names, same: given  # corrects config.json by the tensors
     renamed: tuple[tuple[str, str], ...] = ()  # patterns of names in some folders, and the names in `rows`
     copies: Mapping[str, str] = dc.field(default_factory=dict)  # second names of tensors in some folders
+    modules: tuple[tuple[str, str], ...] = ()  # patterns of modules' names in files, and the names in transformers 5
+    stacks: tuple[Row, ...] = ()  # parameters of its modules that stack experts, which its files hold one by one
     sinusoids: str = r"(?!)"  # pattern of position tables in some folders, which are computed here
 
     def without(self, *names: str) -> HFClass:

@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 
 from txtrain.errors import ConfigError, hint
+from txtrain.hf import generation_config
 from txtrain.hf.folder import checked, tokenizer_files
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Stored, n_elements, stored_tensors
 from txtrain.hf.pieces import Source
-from txtrain.hf.registry import CONFIG, label_names, read_config
+from txtrain.hf.registry import CONFIG, read_config
 from txtrain.hf.tensor_file import DTYPES, Entry
 from txtrain.hf.tensor_layout import from_theirs, tensors_of
 from txtrain.hf.tensor_names import check_layers
@@ -70,7 +71,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
     _check_values(hf, model, copies, weights, folder)
     model.tokenizer_files = tokenizer_files(folder)
-    model.label_names = label_names(folder)
+    model.generation_file = generation_config.read(folder)
     model.loss_type = hf.loss_type
     return Source(folder, model, [piece for s in stored for piece in from_theirs(s, weights, ours)])
 
@@ -85,7 +86,7 @@ def _without_spares(stored: list[Stored], entries: Mapping[str, Entry]) -> list[
 def _copies(hf: HFClass, config: ModelConfig, stored: list[Stored], entries: Mapping[str, Entry]) -> dict[str, str]:
     """Second names in the folder -> first names: the tied head's, and the class's."""
     copies = dict(hf.copies)
-    if config.tie_word_embeddings:
+    if config.tie_word_embeddings and any(row.ours[0] in ("head", HEAD) for row in hf.rows):
         copies[_weight(hf, HEAD, dc.replace(config, tie_word_embeddings=False))] = _weight(hf, EMBEDDING, config)
     wanted = {s.name for s in stored}
     return {name: of for name, of in copies.items() if name in entries and name not in wanted and of in wanted}

@@ -53,6 +53,14 @@ class Stored(NamedTuple):
 
 def stored_tensors(rows: Iterable[Row], model: ModelConfig, parameters: Mapping[str, Shape]) -> list[Stored]:
     """The tensors of a folder for a model with these parameters, in the order of the layers."""
+    found = [s for row in by_layer(rows, model) for s in _of_row(row, model, parameters)]
+    covered = {part for stored in found for part in stored.parts}
+    assert covered == parameters.keys(), f"no name for {sorted(parameters.keys() ^ covered)}"
+    return found
+
+
+def by_layer(rows: Iterable[Row], model: ModelConfig) -> list[Row]:
+    """The rows that apply to the model, once for each layer, in the order of the layers."""
     chosen = [row for row in rows if row.when(model)]
     body = [row for row in chosen if "{}" in row.theirs]
     first = chosen.index(body[0])
@@ -61,11 +69,7 @@ def stored_tensors(rows: Iterable[Row], model: ModelConfig, parameters: Mapping[
         row._replace(theirs=row.theirs.replace("{}", str(i)), ours=tuple(o.replace("{}", str(i)) for o in row.ours))
         for stack, n in stacks.items() for i in range(n) for row in body if row.ours[0].startswith(stack)
     ]
-    ordered = [*chosen[:first], *layers, *(row for row in chosen[first:] if "{}" not in row.theirs)]
-    found = [s for row in ordered for s in _of_row(row, model, parameters)]
-    covered = {part for stored in found for part in stored.parts}
-    assert covered == parameters.keys(), f"no name for {sorted(parameters.keys() ^ covered)}"
-    return found
+    return [*chosen[:first], *layers, *(row for row in chosen[first:] if "{}" not in row.theirs)]
 
 
 def _of_row(row: Row, model: ModelConfig, parameters: Mapping[str, Shape]) -> Iterator[Stored]:

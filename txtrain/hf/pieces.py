@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
 from txtrain.hf.name_map import Shape
+from txtrain.model.lora import Pair
 from txtrain.model.transformer import Transformer
 
 Range = tuple[int, int]  # from the first index to before the second
@@ -70,6 +72,10 @@ class Held:
         self.tensor[tuple(places)].copy_(values)
 
 
+def _nothing() -> None:
+    """The files are not held open."""
+
+
 @dc.dataclass(frozen=True)
 class Source:
     """A model on the meta device, and the pieces in files that fill it; names and shapes are checked."""
@@ -77,6 +83,7 @@ class Source:
     path: Path
     model: Transformer
     pieces: Sequence[Piece]
+    close: Callable[[], None] = _nothing  # the files, which are open as long as they may be removed
 
     @property
     def names(self) -> frozenset[str]:
@@ -84,7 +91,7 @@ class Source:
 
     def check(self, model: nn.Module) -> None:
         """Raise a ConfigError if the model has other tensors, by name and shape."""
-        compare(_shapes(self.model), _shapes(model), str(self.path))
+        compare(shapes_of(self.model), shapes_of(model), str(self.path))
 
     def load(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transformer:
         """The whole model, in eval mode. Memory: it and its largest tensor. dtype: None: torch's default."""
@@ -100,6 +107,22 @@ def fill(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], held: Callable[
         held(tensors[piece.name]).take(piece)
 
 
+def merged(pieces: Sequence[Piece], adapter: Mapping[str, Pair]) -> list[Piece]:
+    """Pieces of a base with an adapter merged into what is read of them, in float32. adapter: by matrix."""
+
+    def read(piece: Piece, pair: Pair, box: Box) -> Tensor:
+        place = tuple(slice(b + first, b + last) for b, (first, last) in zip(piece.begin, box, strict=True))
+        return pair.added_to(piece.read(box).float(), place)
+
+    found = []
+    for piece in pieces:
+        pair = adapter.get(piece.name, adapter.get(piece.name.removesuffix(".weight")))
+        found.append(piece if pair is None else dc.replace(
+            piece, read=partial(read, piece, pair), look=piece.is_fine
+        ))
+    return found
+
+
 def is_finite(tensor: Tensor) -> bool:
     """Whether it holds neither NaN nor infinity. A finite sum proves it; an infinite one may be an overflow."""
     if not tensor.is_floating_point():
@@ -108,7 +131,17 @@ def is_finite(tensor: Tensor) -> bool:
     return math.isfinite(total.item()) or bool(tensor.isfinite().all())
 
 
-def _shapes(model: nn.Module) -> dict[str, Shape]:
+def part_of(pieces: Sequence[Piece], box: Box) -> Tensor:
+    """A box of one tensor, from the pieces in which it lies; float32, on the CPU."""
+    part = torch.empty([last - first for first, last in box], device="cpu")
+    held = Held(part, tuple(torch.arange(first, last, device="cpu") for first, last in box))
+    for piece in pieces:
+        held.take(piece)
+    return part
+
+
+def shapes_of(model: nn.Module) -> dict[str, Shape]:
+    """Name -> shape of each of its tensors."""
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
@@ -116,5 +149,10 @@ def compare(saved: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str)
     """Raise a ConfigError if names or shapes differ. where: the place of the saved ones."""
     if saved != wanted:
         name = min(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        there, here = saved.get(name, "absent"), wanted.get(name, "absent")
-        raise ConfigError(f"{where} is of another model: {name} is {there} there, {here} here.")
+        raise ConfigError(other_tensor(name, saved, wanted, where))
+
+
+def other_tensor(name: str, saved: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> str:
+    """The sentence for a tensor that differs."""
+    there, here = saved.get(name, "absent"), wanted.get(name, "absent")
+    return f"{where} is of another model: {name} is {there} there, {here} here."

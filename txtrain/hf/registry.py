@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import read_json
-from txtrain.hf import families
+from txtrain.hf import families, generation_config
 from txtrain.hf.folder import member
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import respelt
@@ -27,7 +27,7 @@ CONFIG = "config.json"
 
 
 def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, ModelConfig]:
-    """The class of a folder, and the model of its config.json.
+    """The class of a folder, and the model of its config.json, with the end tokens of its generation_config.json.
 
     weights: the folder's, opened. None: without torch; what only a pickle knows is then taken from config.json.
 
@@ -46,9 +46,10 @@ def read_config(folder: Path, weights: Weights | None = None) -> tuple[HFClass, 
     candidates = [c for c in CLASSES if c.model_type == kind and c.is_of(given)]
     try:
         candidates[0].read(given)  # its errors come before any tensor is read
-        return _by_tensors(candidates, given, folder, weights)
+        hf, model = _by_tensors(candidates, given, folder, weights)
     except ConfigError as e:
         raise ConfigError(*(f"{path}: {problem}" for problem in e.problems)) from e
+    return hf, generation_config.with_ends(model, generation_config.read(folder), str(folder / generation_config.FILE))
 
 
 def _by_tensors(
@@ -60,18 +61,12 @@ def _by_tensors(
         hf = next((c for c in candidates if isinstance(said, list) and c.architecture in said), candidates[0])
         return hf, hf.read(given)
     spelt = {respelt(name, candidates[0].renamed) for name in names}
-    hf = next((c for c in candidates if c.marker in spelt), candidates[-1])
+    hf = next((c for c in candidates if c.marker in spelt), _unmarked(candidates))
     return hf, hf.read(hf.settled(given, spelt, (lambda a, b: False) if weights is None else weights.same))
 
 
-def label_names(folder: Path) -> tuple[str, ...]:
-    """The names of all classes in config.json, in order; none if one is missing."""
-    path = member(folder, CONFIG)
-    names = None if path is None else read_json(path).get("id2label")
-    if not isinstance(names, dict):
-        return ()
-    found: list[Any] = [names.get(str(i)) for i in range(len(names))]
-    return tuple(found) if all(isinstance(name, str) for name in found) else ()
+def _unmarked(candidates: list[HFClass]) -> HFClass:
+    return next((c for c in candidates if c.marker is None), candidates[-1])
 
 
 def class_of(model: ModelConfig) -> HFClass:

@@ -10,9 +10,10 @@ from txtrain.errors import ConfigError, hint
 from txtrain.hf.fields import Fields, Values, number
 from txtrain.model import options
 
-_ORIGINAL, _OURS = "original_max_position_embeddings", "original_max_seq_len"  # the only names that differ
-_SCALINGS = {  # rope_type -> its fields
+_ORIGINAL = "original_max_position_embeddings"
+_SCALINGS = {  # rope_type -> its fields; model.position.scaling.rope_type=ntk is `default` with another rope_theta
     "linear": ("factor",),
+    "dynamic": ("factor",),
     "yarn": (
         "factor", _ORIGINAL, "beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate",
     ),
@@ -78,13 +79,10 @@ def _read_scaling(said: Mapping[str, Any], max_position_embeddings: int) -> dict
     required = [name for name in names if kind != "yarn" and name not in given]
     if required:
         raise ConfigError(f"`{required[0]}` must be given with rope_type {kind}.")
-    return {"rope_type": kind} | {_OURS if name == _ORIGINAL else name: value for name, value in given.items()}
+    return {"rope_type": kind} | given
 
 
 def _write_scaling(scaling: options.RoPEScalingConfig) -> dict[str, Any]:
-    if scaling.rope_type not in _SCALINGS:
-        allowed = f"one of {', '.join(_SCALINGS)}, but is {scaling.rope_type}"
-        raise ConfigError(f"`model.position.scaling.rope_type` must be {allowed}")
     usual = {f.name: f.default for f in dc.fields(scaling)} if scaling.rope_type == "yarn" else {}  # as in transformers
     values = {f.name: getattr(scaling, f.name) for f in dc.fields(scaling)}
-    return {_ORIGINAL if n == _OURS else n: v for n, v in values.items() if n not in usual or v != usual[n]}
+    return {n: v for n, v in values.items() if n not in usual or v != usual[n]}

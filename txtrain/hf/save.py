@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, write_files
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.hf import generation_config
 from txtrain.hf.name_map import Shape, stored_tensors
 from txtrain.hf.registry import CONFIG, class_of
 from txtrain.hf.tensor_file import DTYPES, bytes_of, write_safetensors
@@ -57,10 +58,7 @@ def save_pretrained(
     if model.config.mtp_depth:
         what = "the modules that predict further tokens (model.mtp_depth): its logits are equal without them"
         warnings.warn(f"{hf.architecture} has no place for {what}.", stacklevel=2)
-    config, names = hf.write(model.config), model.label_names
-    if names and len(config.get("id2label", ())) == len(names):  # as many classes as the folder named
-        config["id2label"] = {str(i): name for i, name in enumerate(names)}
-        config["label2id"] = {name: i for i, name in enumerate(names)}
+    config = hf.write(model.config)
     every = stored_tensors(hf.rows, model.config, {name: tuple(t.shape) for name, t in tensors.items()})
     stored = {s.name: s for s in every}
     dtypes = {name: tensors[s.parts[0]].dtype for name, s in stored.items()}
@@ -76,11 +74,12 @@ def save_pretrained(
     if model.config.topology != "encoder":
         tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
         ids = {name: config[name] for name in tokens if name in config}
-        _write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
+        content = generation_config.written(model.generation_file, ids)
+        (folder / generation_config.FILE).write_bytes(content)
     if tokenizer is not None:
         tokenizer.save(folder)
-    for name, content in model.tokenizer_files.items() if tokenizer is None else ():
-        (folder / name).write_bytes(content)
+    else:
+        write_files(folder, model.tokenizer_files)
     _write_json(folder / CONFIG, {**config, "dtype": str(dtype).removeprefix("torch.")})
 
 

@@ -9,10 +9,13 @@ twice the model. Here it grows by one tensor.
 from __future__ import annotations
 
 import json
+import os
 import warnings
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +33,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} |
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "U16": 2, "U32": 4, **dict.fromkeys(("U64", "C64"), 8),
 }
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
 _PIECE = 1 << 20  # bytes, which are still in the CPU cache when they are used
 
 
@@ -45,6 +49,7 @@ class SafetensorsFile:
         self.path = path
         self.entries: dict[str, Entry] = {}
         self._begin: dict[str, int] = {}
+        self._held: int | None = None  # a descriptor
         header, data = read_header(path)
         self.metadata: Any = header.get("__metadata__")
         end = 0
@@ -69,6 +74,16 @@ class SafetensorsFile:
             raise self._broken(f"it describes {name} as {str(said)[:100]}")
         return Entry(tuple(shape), dtype), begin, end - begin
 
+    def hold(self) -> None:
+        """Keep the file open until `release` (or the object's end): it can then be read even once its name is gone."""
+        self._held = os.open(self.path, os.O_RDONLY)
+        self._closes = weakref.finalize(self, os.close, self._held)
+
+    def release(self) -> None:
+        if self._held is not None:
+            self._closes()
+            self._held = None
+
     def _broken(self, why: str) -> ConfigError:
         return ConfigError(f"{self.path} must be a whole safetensors file, but {why}.")
 
@@ -84,7 +99,8 @@ class SafetensorsFile:
 
     def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
         """Read one tensor, from element `first`, into contiguous memory of its dtype; yields pieces as they come."""
-        with self.path.open("rb", buffering=0) as f:
+        held = self._held
+        with open(self.path if held is None else held, "rb", buffering=0, closefd=held is None) as f:
             f.seek(self._begin[name] + first * tensor.element_size())
             for piece in pieces(tensor):
                 view, done = piece.view(torch.uint8).numpy().data, 0
@@ -147,11 +163,15 @@ class PickleFile:
 
 
 def write_safetensors(
-    path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor]
+    path: Path, shapes: Mapping[str, Shape], dtypes: Mapping[str, torch.dtype], tensor: Callable[[str], Tensor],
+    metadata: Mapping[str, str] = NOTHING,
 ) -> None:
-    """Write tensors one by one; each is made when its turn comes, so that memory holds one."""
+    """Write tensors one by one; each is made when its turn comes, so that memory holds one.
+
+    metadata: further text in the header.
+    """
     words = {dtype: word for word, dtype in DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name, shape in shapes.items():
         begin, end = end, end + n_elements(shape) * dtypes[name].itemsize

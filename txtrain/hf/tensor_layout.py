@@ -11,12 +11,14 @@ from torch import Tensor
 from txtrain.hf.name_map import Shape, Stored
 from txtrain.hf.pieces import Box, Piece
 from txtrain.hf.weights import Weights
+from txtrain.model.lora import merged
 from txtrain.model.transformer import Transformer
 
 
 def tensors_of(model: Transformer) -> dict[str, Tensor]:
-    """Parameters and persistent buffers that a class of transformers has: all but multi-token prediction's."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("mtp.")}
+    """Parameters and persistent buffers that a class of transformers has: all but multi-token prediction's. An adapter
+    is merged."""
+    return {name: tensor for name, tensor in merged(model).items() if not name.startswith("mtp.")}
 
 
 def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:

@@ -55,6 +55,10 @@ class Weights:
             places[new] = place
         self._places = places
 
+    @property
+    def files(self) -> set[Path]:
+        return {file.path for file, _ in self._places.values()}
+
     def entries(self) -> dict[str, Entry]:
         return {name: file.entries[there] for name, (file, there) in self._places.items()}
 

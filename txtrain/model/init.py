@@ -13,8 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
+from txtrain.model.adapter import factor_of
 from txtrain.model.ffn.moe import Experts
 from txtrain.model.head.heads import ClassHead, LMHead
+from txtrain.model.lora import Factor, fill_factor
 from txtrain.model.shape import InitConfig
 
 
@@ -62,7 +64,8 @@ class Initialiser:
         init = self.init
         if module is self._classifier:
             _output(module.weight, init, self._generator(module.weight, name))
-            module.bias.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
         elif isinstance(module, (nn.Linear, nn.Conv2d)):
             factor = (self._residual_factor if module in self._residual else 1.0) * self._gains.get(module, 1.0)
             _matrix(module.weight, init, factor, self._generator(module.weight, name))
@@ -75,6 +78,8 @@ class Initialiser:
             module.reset_parameters()
             if module.weight is not None:
                 _output(module.weight, init, self._generator(module.weight, name))
+        elif isinstance(module, Factor):
+            fill_factor(module.weight, f"{name}.weight", self._generator(module.weight, name))
         elif isinstance(module, Experts):
             for child in module.stacked_projections:
                 self.fill_stacked(name, module, child, getattr(module, child))
@@ -92,7 +97,10 @@ class Initialiser:
         generator = None
         for matrix in matrices:
             generator = generator or self._generator(matrix, f"{name}.{child}")
-            _matrix(matrix, self.init, factor, generator)
+            if factor_of(child):
+                fill_factor(matrix, child, generator)
+            else:
+                _matrix(matrix, self.init, factor, generator)
 
     def _generator(self, like: Tensor, name: str) -> torch.Generator:
         return torch.Generator(like.device).manual_seed(self._seed_of(name))

@@ -8,7 +8,7 @@ Only `outside` reads values; all else reads shapes and dtypes: nothing waits for
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from txtrain.model.attention.cache import Cache
 
 INTEGERS = (torch.int64, torch.int32)
 LABELS = (torch.int64,)
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Sizes = Mapping[str, int | None]  # of a tensor's dimensions, by their letters; None: any, but not 0
 
 TARGET = {  # the arguments of a decoder beside an encoder
@@ -74,13 +75,17 @@ class Inputs:
 
 @dc.dataclass(frozen=True)
 class Reads:
-    """What a model reads. n_channels: of images; None: tokens. pools: its head has one result per row."""
+    """What a model reads. n_channels: of images; None: tokens. pools: its head has one result per row.
+
+    check_labels: `Head.check_labels`.
+    """
 
     dim: int
     n_channels: int | None
     n_blocks: int
     two_stacks: bool
     pools: bool
+    check_labels: Callable[[object, int, int], None]
 
     def check(self, main: Inputs, target: Inputs, labels: Any, cache: Any, logits_to_keep: Any) -> None:
         """Validate one forward's arguments.
@@ -99,7 +104,7 @@ class Reads:
         else:
             B, T = main.check(self, past)
         if labels is not None:
-            require("labels", labels, {"B": B} if self.pools else {"B": B, "T": T}, LABELS)
+            self.check_labels(labels, B, T)
         held = [len(buffer) for layer in (cache.layers if cache is not None else ()) for buffer in layer.buffers[:1]]
         if held and held[0] != B:
             needed = f"{B} rows, as many as the inputs"
@@ -107,8 +112,10 @@ class Reads:
         self._check_kept(logits_to_keep, B, T, labels)
 
     def _check_pair(self, main: Inputs, target: Inputs, labels: Any, cache: Any, past: int) -> tuple[int, int]:
-        if target.ids is None:
-            if labels is None:
+        if target.ids is None and self.pools and main.ids is not None:
+            target = dc.replace(target, ids=main.ids)  # the decoder reads the source again
+        elif target.ids is None:
+            if labels is None or self.pools:
                 raise ConfigError("`decoder_input_ids` or `labels` must be given: the model has a decoder too.")
             require("labels", labels, {"B": None, "T": None}, LABELS)
             target = dc.replace(target, ids=labels)

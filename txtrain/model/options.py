@@ -19,6 +19,7 @@ from txtrain.model.ffn.moe_config import MoEConfig as MoEConfig
 from txtrain.model.head.config import ClassHeadConfig as ClassHeadConfig
 from txtrain.model.head.config import LMHeadConfig as LMHeadConfig
 from txtrain.model.head.config import MLMHeadConfig as MLMHeadConfig
+from txtrain.model.head.config import NoHeadConfig as NoHeadConfig
 from txtrain.model.norm.config import LayerNormConfig as LayerNormConfig
 from txtrain.model.norm.config import NoNormConfig as NoNormConfig
 from txtrain.model.norm.config import NormBase as NormBase
@@ -26,6 +27,7 @@ from txtrain.model.norm.config import NormPositionConfig as NormPositionConfig
 from txtrain.model.norm.config import RMSNormConfig as RMSNormConfig
 from txtrain.model.norm.config import SandwichConfig as SandwichConfig
 from txtrain.model.position.config import AlibiConfig as AlibiConfig
+from txtrain.model.position.config import DynamicScaling as DynamicScaling
 from txtrain.model.position.config import LearnedConfig as LearnedConfig
 from txtrain.model.position.config import LinearScaling as LinearScaling
 from txtrain.model.position.config import Llama3Scaling as Llama3Scaling

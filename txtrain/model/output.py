@@ -10,7 +10,9 @@ from torch.utils import _pytree
 
 from txtrain.model.attention.cache import Cache
 
-_NOT_IN_TUPLE = ("mtp_logits", "mtp_losses", "log_probs", "last_hidden_state", "encoder_last_hidden_state", "aux")
+_NOT_IN_TUPLE = (
+    "mtp_logits", "mtp_losses", "lm_loss", "log_probs", "last_hidden_state", "encoder_last_hidden_state", "aux",
+)
 
 
 @dc.dataclass
@@ -22,6 +24,7 @@ class ModelOutput:
     nsp_logits: Tensor | None = None  # [B, 2]
     mtp_logits: tuple[Tensor, ...] | None = None  # [B, T - k, V] for each MTP depth k = 1, 2, ...
     mtp_losses: tuple[Tensor, ...] | None = None  # not part of `loss`
+    lm_loss: Tensor | None = None  # of the next tokens beside a class; not part of `loss`
     log_probs: Tensor | None = None  # [B, T], of the labels
     past_key_values: Cache | None = None
     last_hidden_state: Tensor | None = None  # [B, T, D]

@@ -51,14 +51,13 @@ _ONE_STACK = {"model.topology": ("decoder", "encoder")}
 
 MODEL_RULES = (
     Rule({"model/head": ("mlm",)}, "model.topology", ("encoder",), "a decoder has already read the token to predict"),
-    Rule(_CLASS, "model.topology", ("encoder", "decoder"), "one class answers one sequence, and two stacks read two"),
     Rule(
-        {**_CLASS, "model.topology": ("decoder",)}, "model.head.pooling", ("last", "mean"),
+        {**_CLASS, "model.topology": ("decoder", "encoder_decoder")}, "model.head.pooling", ("last", "mean", None),
         "the first position of a decoder sees nothing but itself",
     ),
     Rule(_CLASS, "model.logit_softcap", (None,), "only logits over a vocabulary are capped"),
     Rule(_PATCH, "model.topology", ("encoder", "decoder"), "a decoder beside the encoder reads tokens"),
-    Rule(_PATCH, "model/head", ("class",), "patches have no vocabulary that a head could predict"),
+    Rule(_PATCH, "model/head", ("class", "none"), "patches have no vocabulary that a head could predict"),
     Rule(_PATCH, "model.tie_word_embeddings", (False,), "there is no token embedding to tie the head to"),
     Rule(_PATCH, "model.vocab_size", (0,), "patches have no vocabulary"),
     Rule(

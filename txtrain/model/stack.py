@@ -76,6 +76,7 @@ class Stack(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         self.final_norm = final_norm
         self.causal = causal
+        self.compiled = False  # whether the blocks are
         self.output_dropout = nn.Dropout(output_dropout)
 
     def new_cache(self) -> Cache:
@@ -109,7 +110,8 @@ class Stack(nn.Module):
             if key not in masks:
                 distances_BS = given.distances_BS[:, -n_keys:]
                 bias = self.position.bias(distances_BS[:, -T:], distances_BS)
-                masks[key] = _with_kernel(declared.windowed(window, n_keys), bias, softcap, dropout, x_BTD)
+                mask = declared.windowed(window, n_keys)
+                masks[key] = _with_kernel(mask, bias, softcap, dropout, x_BTD, varying=not self.compiled)
             cross = None
             if encoded is not None:
                 cross = _cross(block, encoded, None if cache is None else cache.cross[i], x_BTD, given, masks)
@@ -133,13 +135,15 @@ def _cross(
     return CrossContext(masks[key], encoded.output_BSD, cache)
 
 
-def _with_kernel(mask: Mask, bias: Tensor | None, softcap: bool, dropout: bool, x_BTD: Tensor) -> PreparedMask:
+def _with_kernel(
+    mask: Mask, bias: Tensor | None, softcap: bool, dropout: bool, x_BTD: Tensor, varying: bool = True
+) -> PreparedMask:
     device, dtype = x_BTD.device, x_BTD.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     half, biased = dtype in (torch.bfloat16, torch.float16), bias is not None
     kernel = choose_kernel(mask, device_type=device.type, softcap=softcap, bias=biased, dropout=dropout, half=half)
-    return prepare(mask, kernel, bias, device, dtype)
+    return prepare(mask, kernel, bias, device, dtype, varying)
 
 
 def _needs(attention: Any) -> tuple[int | None, bool, bool]:

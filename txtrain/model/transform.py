@@ -25,6 +25,14 @@ class Transform:
     def apply(self, model: Any) -> None:
         """Change the torch.nn.Module in place."""
 
+    def shortcomings(self, names: Collection[str]) -> Iterator[str]:
+        """What was meant and not done, as sentences. names: the changed model's."""
+        yield from ()
+
+    def rank(self, matrix: str) -> int:
+        """The rank of what is added to the matrix of that name; 0: nothing is."""
+        return 0
+
     def trains(self, name: str) -> bool:
         """Whether the parameter is still trained."""
         return True
@@ -61,3 +69,5 @@ def transform(model: Any, transforms: Sequence[Transform]) -> None:
         if problems := list(one.problems([name for name, _ in model.named_parameters()])):
             raise ConfigError(*problems)
         one.apply(model)
+        if problems := list(one.shortcomings([name for name, _ in model.named_parameters()])):
+            raise ConfigError(*problems)

@@ -20,8 +20,8 @@ from txtrain.model.attention.mask import document_starts
 from txtrain.model.config import ModelConfig
 from txtrain.model.embedding.embeddings import PatchEmbedding, TokenEmbedding
 from txtrain.model.ffn.moe import AUX_LOSS, ScaleOf
-from txtrain.model.head.heads import Head, LMHead
-from txtrain.model.head.loss import IGNORED, cross_entropy
+from txtrain.model.head.heads import ClassHead, Head, LMHead
+from txtrain.model.head.loss import IGNORED
 from txtrain.model.inputs import LABELS, Inputs, Reads, explained, outside, require
 from txtrain.model.mtp import MTPModule, further_targets
 from txtrain.model.output import ModelOutput
@@ -49,7 +49,7 @@ class Transformer(Stack):
     accepts_loss_kwargs = True  # transformers.Trainer may pass num_items_in_batch
     loss_type: str | None  # ForCausalLM tells transformers.Trainer that labels are shifted here
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from, for saving
-    label_names: tuple[str, ...] = ()  # of the classes, from that folder, for saving
+    generation_file: bytes = b""  # the folder's generation_config.json, for saving
 
     def __init__(
         self, config: ModelConfig, embedding: Embedding, position: Position, blocks: Sequence[nn.Module],
@@ -65,7 +65,8 @@ class Transformer(Stack):
         self.encoder = encoder
         self.encoder_embedding = encoder_embedding  # None: the encoder reads `embedding`
         self.mtp = nn.ModuleList(mtp)
-        self.reads = Reads(config.dim, embedding.n_channels, len(blocks), encoder is not None, head.pools)
+        of_head = head.pools, head.check_labels
+        self.reads = Reads(config.dim, embedding.n_channels, len(blocks), encoder is not None, *of_head)
 
     def forward(
         self,
@@ -78,6 +79,7 @@ class Transformer(Stack):
         labels: Tensor | None = None, past_key_values: Cache | None = None, use_cache: bool = False,
         num_items_in_batch: Tensor | int | None = None, mtp_items_in_batch: Sequence[Tensor | int] | None = None,
         return_logits: bool = True, logits_to_keep: int | Tensor = 0, return_log_probs: bool = False,
+        lm_targets: Tensor | None = None, lm_items_in_batch: Tensor | int | None = None,
     ) -> ModelOutput:
         """One pass, with Hugging Face's arguments.
 
@@ -91,14 +93,16 @@ class Transformer(Stack):
             prefix_mask: [B, T]; true for tokens that every position of a causal model may see (prefix LM).
             decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids: the same for the
                 decoder beside an encoder; ids by default the labels shifted right, after the start token.
-            labels: [B, T]; -100: no target. A causal model shifts them: logits at t predict label t + 1. [B] for
-                classification.
+            labels: [B, T]; -100: no target. A causal model shifts them: logits at t predict label t + 1. With a class
+                head [B]: of one class; [B, classes], floats: of any number of them, or numbers (model.head.kind).
             past_key_values: what the last call returned; updated in place.
             num_items_in_batch: the loss is its sum divided by this; by default by the number of targets.
             mtp_items_in_batch: the same for each of `mtp_losses` (mtp.py). There is no MTP with a cache.
             return_logits: False computes the loss by chunks and never holds all logits.
             logits_to_keep: logits of the last so many positions; 0: of all. Not with labels. Or a mask [B, T]: logits
                 [n, V] where it is true; the loss is still of all targets. Not with a head that pools.
+            lm_targets: [B, T], the input_ids, -100: not a target; for `lm_loss`, that of the next tokens beside a class
+                (model.head.lm); lm_items_in_batch: as num_items_in_batch.
             return_log_probs: `log_probs` of the labels instead of a loss, see the function `log_probs`.
 
         Raises:
@@ -110,14 +114,16 @@ class Transformer(Stack):
         target = Inputs(decoder_input_ids, None, decoder_attention_mask, decoder_position_ids, decoder_document_ids)
         cache = self.new_cache() if past_key_values is None and use_cache else past_key_values
         self.reads.check(main, target, labels, cache, logits_to_keep)
-        record, encoded = Record(), None
+        record, encoded, source = Record(), None, main
         if self.encoder is not None:
-            if target.ids is None:  # teacher forcing
-                assert labels is not None, "Reads.check"
-                target = dc.replace(target, ids=self.shifted_right(labels, target.documents))
+            if target.ids is None:  # teacher forcing; for a class the decoder reads the source again
+                read_again = main.ids if self.head.pools else labels
+                assert read_again is not None, "Reads.check"
+                target = dc.replace(target, ids=self.shifted_right(read_again, target.documents))
             encoded, main = self._encoded(self.encoder, main, cache, record), target
         read = self._read(self, main, record, cache, encoded)
-        x_BTD, valid_BT = read.x_BTD, read.given.valid_BS
+        x_BTD = read.x_BTD
+        valid_BT = self._pooled_from(source, read.given.valid_BS) if self.head.pools else None
         out = ModelOutput(past_key_values=cache, last_hidden_state=x_BTD)
         out.encoder_last_hidden_state = None if encoded is None else encoded.output_BSD
         out.nsp_logits = self.head.sentence_logits(x_BTD)
@@ -131,6 +137,10 @@ class Transformer(Stack):
         elif labels is not None:
             targets = self.head.targets(labels)
             out.loss, share = self._loss(x_BTD, None if masked else logits, targets, num_items_in_batch)
+        if lm_targets is not None and isinstance(self.head, ClassHead):
+            n = (lm_targets[:, 1:] != IGNORED).sum() if lm_items_in_batch is None else lm_items_in_batch
+            n = torch.as_tensor(n, dtype=torch.float32, device=x_BTD.device)
+            out.lm_loss = self.head.token_loss(x_BTD, self.embedding.weight_VD, lm_targets, n)
         if self.mtp and cache is None and not masked and not logits_to_keep and not return_log_probs:
             self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
         recorded = any(name.endswith(f".{AUX_LOSS}") for name in record.statistics)
@@ -139,6 +149,14 @@ class Transformer(Stack):
             out.mtp_losses = tuple(further) or None
         out.aux = record.statistics or None
         return out
+
+    def _pooled_from(self, source: Inputs, valid_BS: Tensor | None) -> Tensor | None:
+        """The real tokens, of which a head pools. None: all. Without a mask those that are not the padding token, as in
+        transformers, whose classes know padding by that token alone."""
+        if source.mask is not None:
+            return source.mask.bool() if self.encoder is not None else valid_BS
+        pad = self.config.pad_token_id
+        return None if source.ids is None or pad is None else source.ids != pad
 
     @property
     def max_positions(self) -> int | None:
@@ -194,16 +212,16 @@ class Transformer(Stack):
         self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the share of the batch's targets that is here."""
-        here = (targets != IGNORED).sum()
+        here = self.head.n_targets(targets)
         denominator = torch.as_tensor(here if n_items is None else n_items, dtype=torch.float32, device=x_BTD.device)
         try:
             if logits is not None:
-                return cross_entropy(logits, targets, denominator), here / denominator
+                return self.head.loss_of(logits, targets, denominator), here / denominator
             return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator), here / denominator
         except (IndexError, RuntimeError) as e:
             if targets.device.type != "cpu" or "out of bounds" not in str(e):
                 raise
-            n = self.config.head.n_classes if self.head.pools else self.config.vocab_size
+            n = self.config.head.n_outputs if self.head.pools else self.config.vocab_size
             raise explained(e, "labels", targets[targets != IGNORED], n) from e
 
     def _predict_further(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from txtrain.config.schema import Train
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from txtrain.checkpoint.run_folder import RunFolder
     from txtrain.data.tokenizer.tokenizer import Tokenizer
 
+_NAMED = 6  # tensors in a line
 _UNCOUNTED = 1 << 40  # more samples than this: a stream
 Grafts = Mapping[str, Mapping[str, Any]]
 
@@ -64,8 +65,12 @@ def table(
     grafts: Grafts,
     strategy: str,
     parameters: tuple[int, int],
+    weights: Sequence[str] = (),
 ) -> list[tuple[str, str]]:
-    """The rest of the start screen: names and values. data: prepared. parameters: numbers of trained and of all."""
+    """The rest of the start screen: names and values.
+
+    data: prepared. parameters: numbers of trained and of all. weights: where they come from, as `weights` tells it.
+    """
     trainer = config.trainer
     tokenizer = (
         "none" if data.tokenizer is None
@@ -75,6 +80,8 @@ def table(
     return [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
+        *(("weights", text) for text in weights),
+        *([("adapter", f"{_option(config.adapter)}; of {config.init_from}")] if config.adapter.alone else []),
         *([("trained", trained(*parameters))] if parameters[0] < parameters[1] else []),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", tokenizer),
@@ -85,6 +92,22 @@ def table(
         ("precision", trainer.precision + (", compiled" if trainer.compile else "")),
         ("folder", "none: trainer.fast_dev_run writes nothing" if place is None else str(place.path)),
     ]
+
+
+def weights(record: Mapping[str, Any]) -> list[str]:
+    """Of the entry `init_from` in run.json: `runs/a/b, step_00000100, sha256 1f3c...: 21 tensors`, and what differs."""
+    where = record["given"] if record["checkpoint"] is None else f"{record['given']}, {record['checkpoint']}"
+    names = {f"{key}: ": list(record[key]) for key in ("initialised", "skipped")}
+    names["resized: "] = [f"{name} {there} -> {here}" for name, (there, here) in record["resized"].items()]
+    return [
+        f"{where}, sha256 {record['sha256'][:12]}...: {len(record['loaded'])} tensors",
+        *(what + _listed(found) for what, found in names.items() if found),
+    ]
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMED:,} more, in run.json" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more
 
 
 def trained(n: int, of: int) -> str:
@@ -100,9 +123,10 @@ def samples(config: Train) -> str:
     """`sequences of 256 tokens`, or the like for other kinds of data."""
     kinds = {
         "pairs": f"pairs of at most {config.seq_len} tokens a side",
+        "labels": f"texts of at most {config.seq_len} tokens",
         "images": f"images in {config.seq_len} positions",
     }
-    return kinds.get(config.data.kind, f"sequences of {config.seq_len} tokens")
+    return kinds.get(config.data.sample_kind, f"sequences of {config.seq_len} tokens")
 
 
 def batch(config: Train) -> str:
@@ -128,12 +152,17 @@ def axes(model: ModelConfig) -> dict[str, str]:
         "shape": f"{model.n_layers} layers, dim {model.dim}, {model.n_heads} heads, vocabulary {model.vocab_size:,}"
     }
     for name, component in model.components():
-        knobs = [
-            f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component)
-            if f.name != "type" and getattr(component, f.name) != f.default
-        ]
-        shown[name.replace("_", " ")] = ", ".join([component.type, *knobs])
+        shown[name.replace("_", " ")] = _option(component)
     return shown
+
+
+def _option(component: Any) -> str:
+    """Its name, and its knobs that are not at their defaults."""
+    knobs = [
+        f"{f.name}={_value(getattr(component, f.name))}" for f in dc.fields(component)
+        if f.name != "type" and getattr(component, f.name) != f.default
+    ]
+    return ", ".join([component.type, *knobs])
 
 
 def graft_lines(model: ModelConfig, grafts: Grafts) -> list[str]:
@@ -164,8 +193,10 @@ def _unmodified(model: ModelConfig, grafts: Grafts) -> ModelConfig:
     from txtrain.config.compose import compose_job
     from txtrain.config.loader import make_loader
     from txtrain.config.overrides import parse
+    from txtrain.config.paths import families
 
-    own: ModelConfig = compose_job("train", Train, parse([f"model={model.preset}"]), make_loader())[0].config.model
+    known = model.preset if model.preset in families() else model.family  # weights of a folder have a size of their own
+    own: ModelConfig = compose_job("train", Train, parse([f"model={known}"]), make_loader())[0].config.model
     return dc.replace(model, **{axis: getattr(own, axis) for axis in grafts})
 
 

@@ -99,7 +99,10 @@ class Objective:
     # ------------------------------------------------------------------------------------------------------- validation
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        """Sum and count in this batch, of each term and of the `metrics` that are means over samples or targets."""
+        """Sum and count in this batch, of each term and of the `metrics` that are means over samples or targets.
+
+        Beside them perhaps ROWS: numbers of each sample, [B, k], for metrics of the whole set.
+        """
         counts = self.denominators(batch)
         sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
         return {name: (value, counts[name]) for name, value in sums.items()}

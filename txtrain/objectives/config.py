@@ -26,6 +26,7 @@ class ObjectiveConfig:
     trains: ClassVar[bool] = True  # else it is for evaluation alone
     slides: ClassVar[bool] = False  # a window may slide over the text: each token is predicted from those before it
     label_smoothing = 0.0  # not a field: some objectives have one
+    one_result: ClassVar[bool] = False  # for each sample, not for each token
 
     @property
     def target_share(self) -> float:
@@ -232,6 +233,33 @@ class Seq2SeqConfig(SmoothedConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class ClassificationConfig(SmoothedConfig):
+    """A class, several classes or numbers for each text (model.head.kind, which data.kind sets)."""
+
+    heads: ClassVar = ("class",)
+    reads: ClassVar = ("labels",)
+    one_result: ClassVar = True
+
+    # weight of the next tokens' mean loss, with model.head.lm=true (GPT-1: Radford et al. 2018, section 3.2)
+    lm_weight: float = knob(0.5, at_least=0)
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        head = config.model.head
+        return {"kind": head.kind, "lm": head.lm, "marks": config.model.topology == "encoder"}
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        names = ["input_ids", "attention_mask", *(["token_type_ids"] if config.model.embedding.n_types else [])]
+        head = config.model.head
+        one = head.kind == "single" or (head.kind == "regression" and head.n_outputs == 1)
+        return dict.fromkeys(names, (n, config.seq_len)) | {"labels": (n,) if one else (n, head.n_outputs)}
+
+    def check_with(self, config: RunConfig) -> Iterator[str]:
+        if self.label_smoothing and config.data.kind != "single":
+            told = f"0 with data.kind={config.data.kind}, but is {self.label_smoothing} instead"
+            yield f"`objective.label_smoothing` must be {told}. Nearest: 0."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class QuestionsConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
@@ -278,6 +306,8 @@ class AnswersConfig(QuestionsConfig):
 class ImageClassificationConfig(SmoothedConfig):
     """The class of an image."""
 
+    one_result: ClassVar = True
+
     topologies: ClassVar = ("encoder",)
     heads: ClassVar = ("class",)
     reads: ClassVar = ("images",)
@@ -294,6 +324,7 @@ for name, target, config in (
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),
     ("seq2seq", "seq2seq:Seq2Seq", Seq2SeqConfig),
+    ("classification", "classification:Classification", ClassificationConfig),
     ("multiple_choice", "questions:MultipleChoice", MultipleChoiceConfig),
     ("cloze", "questions:Cloze", ClozeConfig),
     ("answers", "questions:Answers", AnswersConfig),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from txtrain.data.tokenizer.tokenizer import Tokenizer
+from txtrain.model.config import ModelConfig
 from txtrain.objectives.base import Shown
 from txtrain.objectives.spans import SENTINEL
 from txtrain.run_config import RunConfig
@@ -55,6 +56,13 @@ def said(
     out = generate(
         module.model, torch.tensor([ids], device=module.device),
         max_new_tokens=min(wanted.max_new_tokens, limit - begin), temperature=wanted.temperature,
-        eos_token_id=tokenizer.eos_id, seed=config.seed, on_token=lambda *_: check()
+        eos_token_id=(ends := end_tokens(config.model, tokenizer)), seed=config.seed, on_token=lambda *_: check()
     )
-    return [token for token in out[0, begin:].tolist() if token != tokenizer.eos_id]
+    return [token for token in out[0, begin:].tolist() if token not in ends]
+
+
+def end_tokens(model: ModelConfig, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """What ends an answer: the tokenizer's token, then the model's others, such as the ends of turns."""
+    given = model.eos_token_id
+    others = given if isinstance(given, tuple) else () if given is None else (given,)
+    return tuple(dict.fromkeys((tokenizer.eos_id, *others)))

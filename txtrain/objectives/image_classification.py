@@ -6,47 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.objectives.base import Batch, Counted, Objective, Shown, Statistics, Terms, n_right, stacked
+from txtrain.objectives.base import Batch, Counted, Shown, Statistics, n_right, stacked
+from txtrain.objectives.classification import Classes
 from txtrain.run_config import RunConfig
 
 
-class ImageClassification(Objective):
+class ImageClassification(Classes):
     """Cross-entropy of the class, in nats per image. Validation: without smoothing, and top-1 and top-5 accuracy."""
 
+    inputs = ("pixel_values",)
     metrics = ("top1", "top5")
 
-    def __init__(self, label_smoothing: float = 0.0) -> None:
-        self.label_smoothing = label_smoothing
+    def measured(self, logits_BC: Tensor, labels: Tensor, count: Tensor) -> Counted:
+        return {"top1": (n_right(logits_BC, labels), count), "top5": (n_among(logits_BC, labels, 5), count)}
 
-    def denominators(self, batch: Batch) -> Terms:
-        return {"loss": torch.tensor(len(batch["labels"]), device=batch["labels"].device)}
-
-    def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
-        logits_BC = model(pixel_values=batch["pixel_values"]).logits
-        total = F.cross_entropy(
-            logits_BC.float(), batch["labels"], reduction="sum", label_smoothing=self.label_smoothing
-        )
-        return {"loss": total / denominators["loss"]}
-
-    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        logits_BC, labels_B = model(pixel_values=batch["pixel_values"]).logits, batch["labels"]
-        count = self.denominators(batch)["loss"]
-        loss = F.cross_entropy(logits_BC.float(), labels_B, reduction="sum")
+    def of_each(self, logits_BC: Tensor, labels: Tensor) -> Statistics:
+        ones = torch.ones_like(labels)
         return {
-            "loss": (loss, count), "top1": (n_right(logits_BC, labels_B), count),
-            "top5": (n_among(logits_BC, labels_B, 5), count)
-        }
-
-    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
-        logits_BC, labels_B = model(pixel_values=batch["pixel_values"]).logits.float(), batch["labels"]
-        ones = torch.ones_like(labels_B)
-        return {
-            "loss": stacked(F.cross_entropy(logits_BC, labels_B, reduction="none"), ones),
-            "top1": stacked(logits_BC.argmax(-1) == labels_B, ones),
-            "top5": stacked(is_among(logits_BC, labels_B, 5), ones),
+            "top1": stacked(logits_BC.argmax(-1) == labels, ones), "top5": stacked(is_among(logits_BC, labels, 5), ones)
         }
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:

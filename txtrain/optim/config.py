@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from txtrain.ground.patterns import pattern_problems
@@ -28,6 +28,39 @@ class Held(NamedTuple):
     @property
     def n(self) -> int:
         return math.prod(self.own)
+
+
+class Depths(NamedTuple):
+    """Numbers of blocks, of an encoder and of the stack that ends in the head, for `OptimizerConfig.layer_decay`.
+
+        embeddings, positions      0
+        block i                    i + 1; an encoder's blocks come before the decoder's
+        last norm, head, MTP       the number of blocks + 1
+    """
+
+    encoder: int
+    blocks: int
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Depths:
+        found = [_BLOCK.match(name) for name in names]
+        counts = dict.fromkeys(("encoder.", None), 0)
+        for match in filter(None, found):
+            counts[match[1]] = max(counts[match[1]], int(match[2]) + 1)
+        return cls(counts["encoder."], counts[None])
+
+    def below_head(self, name: str) -> int:
+        """How many layers a parameter is below the head."""
+        top = self.encoder + self.blocks + 1
+        if (match := _BLOCK.match(name)) is not None:
+            return top - (1 + int(match[2]) + (0 if match[1] else self.encoder))
+        if name.startswith("encoder.final_norm"):
+            return top - self.encoder
+        return top if name.startswith(_LOWEST) else 0
+
+
+_BLOCK = re.compile(r"(encoder\.)?blocks\.(\d+)\.")
+_LOWEST = ("embedding.", "encoder_embedding.", "position.", "encoder.position.")
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer
@@ -58,6 +91,8 @@ class OptimizerConfig:
     # parameters without weight decay: those whose dotted name has one of these patterns (re.search)
     no_decay: tuple[str, ...] = ("norm", "bias", "embedding")
     groups: tuple[GroupConfig, ...] = ()  # of several that match, the last that gives a value wins
+    # factor of the rate for each layer below the head (ELECTRA, 2003.10555; BEiT, 2106.08254); 1: the same for all
+    layer_decay: float = knob(1.0, above=0, at_most=1)
 
     # each value is updated by itself, so that parameters may be flattened and cut anywhere
     elementwise: ClassVar[bool] = False
@@ -67,7 +102,7 @@ class OptimizerConfig:
         for i, group in enumerate(self.groups):
             yield from group.check(f"optimizer.groups[{i}]")
 
-    def settings(self, name: str, shape: Shape) -> dict[str, Any]:
+    def settings(self, name: str, shape: Shape, depths: Depths) -> dict[str, Any]:
         """A parameter's values, as keys of its group in the optimizer. peak_lr: its rate where the schedule is 1."""
         found: dict[str, Any] = {
             "peak_lr": self.rate(name, shape),
@@ -78,6 +113,7 @@ class OptimizerConfig:
             if group.matches(name):
                 scale = scale if group.lr_scale is None else group.lr_scale
                 found["weight_decay"] = found["weight_decay"] if group.weight_decay is None else group.weight_decay
+        scale *= self.layer_decay ** depths.below_head(name)
         return found | {"peak_lr": scale * found["peak_lr"]}
 
     def rate(self, name: str, shape: Shape) -> float:
@@ -220,8 +256,8 @@ class MuonConfig(OptimizerConfig):
     def rate(self, name: str, shape: Shape) -> float:
         return self.lr if self.adamw_lr is None or self.is_matrix(name, shape) else self.adamw_lr
 
-    def settings(self, name: str, shape: Shape) -> dict[str, Any]:
-        return {**OptimizerConfig.settings(self, name, shape), "use_muon": self.is_matrix(name, shape)}
+    def settings(self, name: str, shape: Shape, depths: Depths) -> dict[str, Any]:
+        return {**OptimizerConfig.settings(self, name, shape, depths), "use_muon": self.is_matrix(name, shape)}
 
     def state_values(self, name: str, shape: Shape) -> int:
         return math.prod(shape) * (1 if self.is_matrix(name, shape) else 2)

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from txtrain.errors import ConfigError
 from txtrain.ground.patterns import unfound
-from txtrain.optim.config import OptimizerConfig
+from txtrain.optim.config import Depths, OptimizerConfig
 
 Groups = list[dict[str, Any]]
 
@@ -18,9 +18,11 @@ Groups = list[dict[str, Any]]
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig) -> Groups:
     """The trainable parameters, grouped by equal values."""
     groups: dict[tuple[tuple[str, Any], ...], dict[str, Any]] = {}
+    named = list(named)
+    depths = Depths.of(name for name, _ in named)
     for name, parameter in named:
         if parameter.requires_grad:
-            settings = config.settings(name, tuple(parameter.shape))
+            settings = config.settings(name, tuple(parameter.shape), depths)
             groups.setdefault(tuple(sorted(settings.items())), {"params": [], **settings})["params"].append(parameter)
     return list(groups.values())
 

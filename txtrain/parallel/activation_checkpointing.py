@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from txtrain.model.block import Block
+from txtrain.model.stack import Stack
 
 # Operations whose outputs `selective` keeps: the most expensive to recompute (2205.05198 also weighs their size).
 KEPT = {
@@ -32,6 +33,9 @@ def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> N
     checkpointing: none, full, selective, or n for every n-th block.
     """
     blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in model.modules():
+        if isinstance(module, Stack):
+            module.compiled = compiled
     if compiled and checkpointing != "none":
         # Of several compiled graphs that fit a call, Dynamo takes the most recently used. Where lengths differ, the
         # recomputation could then save other tensors (https://github.com/pytorch/pytorch/issues/166926).

@@ -20,6 +20,7 @@ from torch.optim import Optimizer
 from txtrain.checkpoint.restore import Reading
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Held, Source
+from txtrain.model.lora import kept
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
 from txtrain.parallel.config import BUCKET
@@ -184,7 +185,8 @@ class ZeRO(Mesh):
         self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
             self._gather_around(whole)
-        self._parts += [self._frozen(name, p) for p, name in names.items() if not p.requires_grad]
+        if not self.config.adapter.alone:
+            self._parts += [self._frozen(name, p) for p, name in names.items() if not p.requires_grad]
         for part in self._parts:
             if part.name in self._kept:
                 first, values = self._kept[part.name]
@@ -306,8 +308,12 @@ class ZeRO(Mesh):
 
     def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
         """Copies in CPU memory, sharded by rows over the ranks. Collective; one tensor at a time exists whole."""
-        found = {f"model.{name}": buffer for name, buffer in _buffers(model).items()}
+        buffers = _buffers(model)
+        held = {*kept(dict.fromkeys([*buffers, *(part.name for part in self._parts)]))}
+        found = {f"model.{name}": buffer for name, buffer in buffers.items() if name in held}
         for part in self._parts:
+            if part.name not in held:
+                continue
             found[f"model.{part.name}"] = self._by_rows(part.whole(part.master, self._data_group))
             for key, state in self._state(part).items():
                 value = self._by_rows(part.whole(state, self._data_group)) if state.ndim else state.clone()
@@ -342,6 +348,8 @@ class ZeRO(Mesh):
         }
         load_tensors(path, tensors, group=self.checkpoint_group, how=how, without=of_frozen(path, model))
         for part in self._parts:
+            if f"model.{part.name}" not in tensors:  # an adapter's base
+                continue
             whole: Any = tensors[f"model.{part.name}"]
             values = whole.full_tensor()
             part.fill(part.master, values.to(part.master.device))

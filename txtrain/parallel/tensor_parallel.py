@@ -26,14 +26,18 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from txtrain.model.adapter import factor_of
 from txtrain.model.block import Block
 from txtrain.model.context import AnyContext, CrossContext
+from txtrain.model.head.heads import LMHead
+from txtrain.model.lora import AdaptedLinear, product
 from txtrain.model.position.encodings import Position
 from txtrain.parallel.divisibility import shared_heads
 from txtrain.parallel.dtensor_parts import ROWS, VocabularyPart, own_parameters, place, rows_here, wrap
 from txtrain.parallel.grad_norm import clip
 from txtrain.parallel.gradient_buckets import GradientBuckets, local
 from txtrain.parallel.tensor_collectives import Lanes
+from txtrain.registry import Cut as CutRules
 from txtrain.registry import How, cut_of
 
 Forward = Callable[..., Any]
@@ -68,12 +72,13 @@ class Cut:
                 for table in map(module.get_submodule, tables):
                     self._place(table, weight=Shard(0))
                     wrap(table, "forward", self._looked_up, table)
-            elif name == "head" and parameters:
-                n = self.config.vocab_size
-                self._place(module, **dict.fromkeys(parameters, Shard(0)))
-                module.vocabulary = VocabularyPart(self.lanes, n)
-                wrap(module, "entering", lambda entering, x: self.lanes.spread(entering(x)))
-                wrap(module, "forward", lambda forward, *args, n=n: self.lanes.classes(forward(*args), n))
+            elif name == "head":
+                for over_words in (part for part in module.modules() if isinstance(part, LMHead)):
+                    n = self.config.vocab_size
+                    self._place(over_words, **dict.fromkeys(parameters, Shard(0)))
+                    over_words.vocabulary = VocabularyPart(self.lanes, n)
+                    wrap(over_words, "entering", lambda entering, x: self.lanes.spread(entering(x)))
+                    wrap(over_words, "forward", lambda forward, *args, n=n: self.lanes.classes(forward(*args), n))
 
     def _looked_up(self, token: nn.Embedding, forward: Forward, ids_BT: Tensor) -> Tensor:
         """Each rank looks up the tokens that it has; other vectors are 0, and the ranks' are summed."""
@@ -144,8 +149,8 @@ class Cut:
             return
         summed = False
         for owner in list(sublayer.modules()):
-            stacks = [(name, p) for name, p in own_parameters(owner) if name in how]
-            self._place(owner, **{name: Shard(p.ndim - (2 if how[name] == "rows" else 1)) for name, p in stacks})
+            stacks = [(name, p, cut) for name, p in own_parameters(owner) if (cut := _of_stack(name, how))]
+            self._place(owner, **{name: Shard(p.ndim - (2 if cut == "rows" else 1)) for name, p, cut in stacks})
             for name, linear in owner.named_children():
                 summed |= self._cut_matrix(linear, how.get(name), owner is sublayer)
             for name in how.keys() & vars(owner).keys():
@@ -188,10 +193,22 @@ class Cut:
             self._place(linear, weight=Shard(1), bias=Replicate())
             if is_last:
                 wrap(linear, "forward", self._reduced, linear)
+        if how is not None and isinstance(linear, AdaptedLinear):
+            self._cut_factors(linear, how)
         return how == "columns" and is_last
 
+    def _cut_factors(self, linear: AdaptedLinear, how: How) -> None:
+        """B is cut as a matrix's outputs are, A as its inputs. Each rank drops other values of the adapter's input."""
+        if how == "columns":
+            self._place(linear.lora_A, weight=Shard(1))
+        elif (rows := linear.__dict__.get(ROWS)) is not None:
+            self._place(linear.lora_B, weight=Replicate())
+            linear.lora_B.__dict__[ROWS] = rows
+        else:
+            self._place(linear.lora_B, weight=Shard(0))
+
     def _reduced(self, linear: nn.Linear, forward: Forward, x: Tensor) -> Tensor:
-        y = self.lanes.leave(F.linear(x, linear.weight))
+        y = self.lanes.leave(product(linear, x))
         return y if linear.bias is None else y + linear.bias.to(y.dtype)
 
     def _place(self, owner: nn.Module, **placements: Placement) -> None:
@@ -224,6 +241,15 @@ class Cut:
         own = self.model.parameters()
         held = [(local(p.grad), share if id(p) in whole else 1.0) for p in own if p.grad is not None]
         return clip(held, max_norm, self.lanes.group, shards)
+
+
+def _of_stack(name: str, how: CutRules) -> How | None:
+    """How a parameter of stacked experts is cut; of an adapter's factors one is cut as its matrix, the other whole."""
+    factor = factor_of(name)
+    if factor is None:
+        return how.get(name)
+    cut = how.get(factor.matrix)
+    return cut if (cut, factor.kind) in (("columns", "A"), ("rows", "B")) else None
 
 
 def _of_heads(context: AnyContext, n_heads: int, lanes: Lanes) -> AnyContext:

@@ -19,7 +19,7 @@ from txtrain.planning.memory.batch_shapes import unknown
 from txtrain.planning.memory.count import memory
 from txtrain.planning.memory.fit import largest_micro_batch, remedy
 from txtrain.planning.memory.replicated import NotCounted
-from txtrain.planning.trained import n_trained_by_part, untraced, work
+from txtrain.planning.trained import ADAPTER, n_trained_by_part, of_adapter, untraced, work
 from txtrain.registry import chosen, is_own, unstated
 
 BYTES = {"bfloat16": 2, "float32": 4}
@@ -31,10 +31,11 @@ class Figures:
 
     Attributes:
         n_params, n_active_params: parameters, and those used for one token (fewer with experts).
-        n_trained_params, trained_by_part: parameters with a gradient (fewer with `freeze`).
-        params_by_part: embedding, position, attention, ffn, norms, head, mtp.
+        n_trained_params, trained_by_part: parameters with a gradient (fewer with `freeze` or an adapter).
+        params_by_part: embedding, position, attention, ffn, norms, head, mtp, adapter.
         seq_len, target_len: positions of a sample; target_len is null unless encoder-decoder.
-        forward_flops_per_token, flops_per_token: without and with the backward pass; per position of an image.
+        forward_flops_per_token, flops_per_token: without and with the backward pass; per position of an image. An
+            adapter counts in the second; the first is of the model into which it is merged.
         flops_per_sample: forward and backward of one sequence, pair or image.
         flops_by_part: of one sample's forward pass in training.
         flops_missing, cache_missing: what a user's own options leave unstated, and the assumption made; null: nothing.
@@ -109,7 +110,9 @@ def plan(config: Train) -> Figures:
     training = costs.forward_by_part(
         model, source, target, dense=False, training=True, target_share=config.objective.target_share
     )
-    trained = n_trained_by_part(config)
+    trained, adapter = n_trained_by_part(config), of_adapter(config)
+    params = model.n_params_by_part() | {ADAPTER: adapter.n}
+    training |= {ADAPTER: adapter.flops} if adapter.flops else {}
     per_sample = work(config, (source, target), config.trains if config.transforms else None).once
     peak = peak_of(config, how)
     step_flops = per_sample * config.data.global_batch_size
@@ -120,10 +123,10 @@ def plan(config: Train) -> Figures:
     held = (target or source, source if target else 0)
     return Figures(
         model=model.preset,
-        n_params=model.n_params,
-        n_active_params=model.n_active_params,
+        n_params=sum(params.values()),
+        n_active_params=model.n_active_params + adapter.active,
         n_trained_params=sum(trained.values()),
-        params_by_part={name: n for name, n in model.n_params_by_part().items() if n},
+        params_by_part={name: n for name, n in params.items() if n},
         trained_by_part={name: n for name, n in trained.items() if n},
         sample=sample_of(model),
         seq_len=source,

@@ -5,14 +5,19 @@ from __future__ import annotations
 import dataclasses as dc
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.model import flops
+from txtrain.model.adapter import factor_of
 from txtrain.model.trace.tape import Tape, Value
+from txtrain.model.transform import transform
 from txtrain.planning.memory.batch_shapes import batch_of, unknown
 from txtrain.planning.memory.forward import Traced
 from txtrain.registry import chosen, unstated
+
+ADAPTER = "adapter"  # the part of what is added to a model
 
 STATES = {  # methods that a component's Config needs for its work to be counted
     "attention": ("trace",),
@@ -45,15 +50,13 @@ def n_trained_by_part(config: Train) -> dict[str, int]:
     Raises:
         ConfigError: a transform does not fit the model's parameters.
     """
-    found = config.model.n_params_by_part()
+    found = config.model.n_params_by_part() | {ADAPTER: 0}
     if not config.transforms:
         return found
-    sizes = (
-        _built(config)
-        if [*unknown(config), *untraced(config)] else {p.name: p.n for p in _traced(config, config.lengths).parameters}
-    )
-    if problems := [p for transform in config.transforms for p in transform.problems(sizes)]:
+    sizes = _sizes(config)
+    if problems := [p for t in config.transforms for p in (*t.problems(sizes), *t.shortcomings(sizes))]:
         raise ConfigError(*problems)
+    found[ADAPTER] = sum(n for name, n in sizes.items() if part_of(name) == ADAPTER)
     for name, n in sizes.items():
         found[part_of(name)] -= 0 if config.trains(name) else n
     return found
@@ -61,11 +64,40 @@ def n_trained_by_part(config: Train) -> dict[str, int]:
 
 def part_of(name: str) -> str:
     """The part of the model to which a parameter belongs."""
+    if factor_of(name) is not None:
+        return ADAPTER
     first, *rest = name.split(".")
     if first in ("mtp", "head", "position"):
         return first
     named = next((part for part in ("cross_attention", "attention", "ffn", "position") if part in rest), None)
     return named or ("embedding" if first.endswith("embedding") else "norms")
+
+
+def _sizes(config: Train) -> dict[str, int]:
+    """Elements of each parameter, those of the adapter included, by name."""
+    if [*unknown(config), *untraced(config)]:
+        return _built(config)
+    return {p.name: p.n for p in _traced(config, config.lengths).parameters}
+
+
+class Adapted(NamedTuple):
+    """The adapter's parameters, those of a token's experts alone, and the FLOPs of a sample's forward through it."""
+
+    n: int
+    active: int
+    flops: float
+
+
+def of_adapter(config: Train) -> Adapted:
+    if not config.adapter.alone:
+        return Adapted(0, 0, 0.0)
+    factors = [(factor, n) for name, n in _sizes(config).items() if (factor := factor_of(name)) is not None]
+    stacked = sum(n for factor, n in factors if factor.stacked)
+    left_out = stacked - stacked * config.model.ffn.top_k // config.model.ffn.n_experts if stacked else 0
+    total = sum(n for _, n in factors)
+    known = not [*unknown(config), *untraced(config)]
+    flops = _traced(config, config.lengths).adapter_flops / config.data.global_batch_size if known else 0.0
+    return Adapted(total, total - left_out, flops)
 
 
 def work(config: Train, lengths: tuple[int, int | None], trains: Callable[[str], bool] | None = None) -> Work:
@@ -81,7 +113,7 @@ def work(config: Train, lengths: tuple[int, int | None], trains: Callable[[str],
     forward = flops.forward_by_part(config.model, *lengths, dense=False, training=True, target_share=share)
     tape = _traced(config, lengths, trains)
     n = config.data.global_batch_size
-    return Work(sum(forward.values()) + tape.backward_flops / n, tape.recomputed / n)
+    return Work(sum(forward.values()) + (tape.adapter_flops + tape.backward_flops) / n, tape.recomputed / n)
 
 
 class _Counted(Tape):
@@ -96,6 +128,7 @@ def _traced(config: Train, lengths: tuple[int, int | None], trains: Callable[[st
     if batch.chosen is not None:
         batch = dc.replace(batch, chosen=round(config.objective.target_share * n * source))
     tape = _Counted(trains=trains or config.trains)
+    tape.rank, tape.adapter_dropout = config.rank, config.adapter.lora_dropout
 
     def around(block: Callable[..., Value], inputs: Sequence[Value]) -> Value:
         before, number, again = tape.forward_flops, next(blocks), config.trainer.activation_checkpointing
@@ -114,4 +147,6 @@ def _built(config: Train) -> dict[str, int]:
     from txtrain.model.build import build_model
 
     with torch.device("meta"):
-        return {name: math.prod(p.shape) for name, p in build_model(config.model).named_parameters()}
+        model = build_model(config.model)
+    transform(model, config.transforms)
+    return {name: math.prod(p.shape) for name, p in model.named_parameters()}

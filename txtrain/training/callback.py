@@ -14,6 +14,7 @@ import torch
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import save as saving
+from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.restore import Reading
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.saver import Saver
@@ -24,6 +25,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.ground.slurm import Job
+from txtrain.hf import generation_config
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
@@ -68,8 +70,10 @@ class RunCallback(pl.Callback):
         stop: Stop,
         deadline: Deadline,
         columns: Sequence[str],
+        generation_file: bytes,
         tasks: Sequence[Task] = (),
     ) -> None:
+        self._generation_file = generation_file
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
         self.display, self.loggers, self.stop, self.deadline = display, loggers, stop, deadline
         self.state = folder.state if folder else RunState()
@@ -86,6 +90,7 @@ class RunCallback(pl.Callback):
         self.columns = columns_of(config, columns, data, tasks)
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
+        self._base: Base | None = None
         self._works: dict[tuple[int, int], tuple[int, float, float]] = {}  # by the lengths of a batch, see `_work`
 
     # -------------------------------------------------------------------------------------------------------- the start
@@ -94,6 +99,7 @@ class RunCallback(pl.Callback):
         module = _lit(pl_module)
         self.columns += module.layers.columns
         module.objective.check = partial(self._check, module)
+        self._base = module.base
         if self.folder is None:
             self.watch.start(module)
             return
@@ -441,8 +447,12 @@ class RunCallback(pl.Callback):
     def _beside(self, path: Path) -> None:
         assert self.folder is not None
         self.folder.write_config(self.config, path)
+        if self._base is not None:
+            self._base.write(path)
         if self.data.tokenizer is not None:
             self.data.tokenizer.save(path / "tokenizer")
+        if self._generation_file:
+            (path / generation_config.FILE).write_bytes(self._generation_file)
 
     def _warn(self, text: str) -> None:
         self.display.tell(text, style="bold")

@@ -22,7 +22,7 @@ from txtrain.config.of_checkpoint import fitted, of_checkpoint
 from txtrain.config.schema import Evaluate, OnTrained
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import OrderedSamples, Rows
-from txtrain.data.sources.source import as_named
+from txtrain.data.sources.source import as_named, classified
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.convert import checked
@@ -240,13 +240,13 @@ def evaluate(model_or_dir: nn.Module | str | os.PathLike[str], cfg: Evaluate) ->
         if not isinstance(model_or_dir, Transformer):
             what = "a model of txtrain.build_model or txtrain.load_pretrained, or a folder"
             raise ConfigError(f"`model` must be {what}, but is {type(model_or_dir).__name__} instead.")
-        if cfg.data.tokenizer == "train" and cfg.data.kind != "images":
+        if cfg.data.tokenizer == "train" and cfg.data.sample_kind != "images":
             raise ConfigError("`data.tokenizer` must be given with a model, which does not know its own.")
         cfg = fitted(cfg, model_or_dir.config)
         with reading(cfg, model_or_dir) as (reader, data):
             return measured(cfg, reader, data, {})
     found = describe(files.path_of(model_or_dir, "model_or_dir"))
-    chosen = cfg.objective != _DEFAULT and fits(found.model, cfg.objective.type, cfg.data.kind)
+    chosen = cfg.objective != _DEFAULT and fits(found.model, cfg.objective.type, cfg.data.sample_kind)
     given = [] if cfg.tasks else ["data", *(["objective"] if chosen else [])]
     job = of_checkpoint(Composed(cfg, {}, given), found)
     return run(dc.replace(job.config, checkpoint=str(found.path)))
@@ -292,14 +292,17 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
     parallel = ranks_of(cfg)
     with parallel.started():
         device = parallel.device() if model is None else next(model.parameters()).device
-        objective, source = build_objective(cfg), None
-        if model is None:
-            source = parallel.together(lambda: _weights(cfg, parallel))
-        data = DataModule(as_named(cfg), "", objective)
+        source = parallel.together(lambda: _weights(cfg, parallel)) if model is None else None
+        settled = parallel.together(lambda: classified(as_named(cfg)))
+        objective = build_objective(settled)
+        data = DataModule(settled, "", objective)
         parallel.in_turn(data.prepare)
         parallel.agree({"the fingerprint of the data": data.fingerprint})
         was_training = model is not None and model.training
-        callable_ = parallel.lay_read_only(source, device) if source is not None else model
+        callable_: Any = model
+        if source is not None:
+            callable_ = parallel.lay_read_only(source, device)
+            source.close()
         sizes = None if data.token_bytes is None else torch.as_tensor(data.token_bytes).to(device)
         try:
             if model is not None:

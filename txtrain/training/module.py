@@ -6,23 +6,28 @@ import dataclasses as dc
 import hashlib
 import math
 import random
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from txtrain.checkpoint.base import Base
+from txtrain.checkpoint.format import LoadError
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
+from txtrain.hf.fit import Fit, fitted
 from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
 from txtrain.monitor.layer_stats import LayerStats
-from txtrain.objectives.base import Batch, Objective, build_objective, by_metric
+from txtrain.objectives.base import ROWS, Batch, Objective, build_objective, by_metric
 from txtrain.optim.average import Average
 from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
 from txtrain.parallel.activation_checkpointing import wrap_blocks
@@ -31,6 +36,8 @@ from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
 from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
+
+T = TypeVar("T")
 
 
 def check_model(model: nn.Module | None, config: Train) -> None:
@@ -89,8 +96,14 @@ class LitModule(pl.LightningModule):
         self.objective = objective or build_objective(config)
         self.parallel = parallel or make_parallel(config)
         self.model = model if model is not None else described(config)
+        self.fit: Fit | None = None  # what became of the initial weights
         if weights is not None:
-            weights.check(self.model)
+            weights, self.fit = fitted(weights, self.model, config.model, config.init_allow_missing)
+            if config.adapter.alone and (new := [*self.fit.resized, *self.fit.initialised]):
+                raise ConfigError(
+                    f"`adapter` must be none where weights of init_from are resized or initialised, as {new[0]} is here: a "
+                    "checkpoint would hold the adapter without them. Export the changed model first, and start from it."
+                )
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
@@ -100,6 +113,7 @@ class LitModule(pl.LightningModule):
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
         self.n_params = sum(p.numel() for _, p in named)
         self.n_trained = sum(p.numel() for name, p in named if name not in self.frozen)
+        self.base: Base | None = None  # what an adapter is added to
         self.step = 0  # completed updates; except for tensors, a run's state is a function of it
         self.skipped = self.skipped_in_a_row = 0  # steps whose loss or gradient was not finite
         self.val_metrics: dict[str, float] = {}  # of the latest validation
@@ -109,6 +123,7 @@ class LitModule(pl.LightningModule):
         self._restored = restored
         self._is_set_up = False
         self._sums_of_sets: dict[int, dict[str, float]] = {}  # of each validation set, by its number
+        self._rows: list[Tensor] = []  # of the validation so far: sample index, and the objective's ROWS
 
     @property
     def tokens(self) -> int:
@@ -157,12 +172,31 @@ class LitModule(pl.LightningModule):
             seed_everything(self.config.seed)
             self.parallel.materialise(self.model, self.device, self._loaded())
         if self.weights is not None:
-            self.parallel.fill(self.model, self.weights)
+            self._reading("init_from", self.weights, lambda source: self.parallel.fill(self.model, source))
+            self.weights = None
         if self._read:  # no submodules: neither trained nor saved
-            lay = self.parallel.lay_read_only
-            self.objective.models = {key: lay(source, self.device) for key, source in self._read.items()}
+            self.objective.models = {
+                key: self._reading(f"objective.{key}", source, self._laid) for key, source in self._read.items()
+            }
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
+
+    def _laid(self, source: Source) -> Callable[..., Any]:
+        return self.parallel.lay_read_only(source, self.device)
+
+    def _reading(self, key: str, source: Source, do: Callable[[Source], T]) -> T:
+        """Read it and close its files.
+
+        Raises:
+            LoadError: they are gone: on network file systems a file that another machine removes cannot be held open.
+        """
+        try:
+            return do(source)
+        except OSError as e:
+            again = "If its run has removed it, start again; or name one that stays, as an export does."
+            raise LoadError(f"`{key}`: {source.path} cannot be read any more: {e}. {again}") from e
+        finally:
+            source.close()
 
     def _loaded(self) -> Collection[str]:
         """Names of the weights that are read and not initialised."""
@@ -241,7 +275,7 @@ class LitModule(pl.LightningModule):
     # ------------------------------------------------------------------------------------------------------- validation
 
     def on_validation_epoch_start(self) -> None:
-        self._sums_of_sets = {}
+        self._sums_of_sets, self._rows = {}, []
         if self.config.ema.validate:
             self.average.swap_in()
 
@@ -252,7 +286,11 @@ class LitModule(pl.LightningModule):
         for i in range(self.parallel.most(len(parts))):
             counts = i < len(parts)
             micro_batch = parts[i] if counts else {name: value[:1] for name, value in batch.items()}
-            for name, (value, n) in self.objective.validate(self.model, micro_batch).items():
+            found = dict(self.objective.validate(self.model, micro_batch))
+            if (rows := found.pop(ROWS, None)) is not None and counts:
+                index = micro_batch.get("sample_index", torch.zeros(len(rows[0])))
+                self._rows.append(torch.cat((index[:, None].double().cpu(), rows[0].double().cpu()), 1))
+            for name, (value, n) in found.items():
                 _add(sums, name, value, counts)
                 _add(sums, f"{name}/n", n, counts)
             for name in self.config.metrics:
@@ -288,7 +326,9 @@ class LitModule(pl.LightningModule):
         self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
         measured = *self.objective.metrics, *self.config.metrics
         self.val_metrics |= {name: means[name] for name in measured if name in means}
-        if any(name not in means for name in self.objective.metrics):
+        if (rows := self._gathered_rows()) is not None:
+            self.val_metrics |= self.objective.score(rows)
+        if any(name not in self.val_metrics for name in self.objective.metrics):
             self.val_metrics |= self.objective.examine(self.model, self._data, self.config.micro_batch_size)
         if self.objective.perplexity:
             self.val_metrics["perplexity"] = math.exp(means["loss"]) if means["loss"] < 700 else math.inf
@@ -296,6 +336,21 @@ class LitModule(pl.LightningModule):
             self.val_metrics["bits_per_byte"] = self._sums["loss"] / math.log(2) / self._sums["bytes"]
         self.val_metrics = self.parallel.first(lambda: self.val_metrics)  # decisions based on them must agree
         self.log_dict(self.val_metrics, logger=False)  # for callbacks that monitor one of them
+
+    def _gathered_rows(self) -> NDArray[np.float64] | None:
+        """The objective's ROWS of all ranks, in the order of the set; None if it gives none."""
+        width = self.parallel.most(self._rows[0].shape[1] if self._rows else 0)
+        if not width:
+            return None
+        here, ranks = torch.cat([torch.zeros(0, width, dtype=torch.float64), *self._rows]), self.parallel.size
+        sizes = torch.zeros(ranks, dtype=torch.float64, device=self.device)
+        sizes[self.parallel.rank] = len(here)
+        ends = self.parallel.reduce({"sizes": sizes})["sizes"].long().cumsum(0).tolist()
+        every = torch.zeros(ends[-1], width, dtype=torch.float64, device=self.device)
+        end = ends[self.parallel.rank]
+        every[end - len(here) : end] = here.to(self.device)
+        every = self.parallel.reduce({"rows": every})["rows"].cpu()
+        return every[every[:, 0].argsort(stable=True), 1:].numpy()
 
     def on_validation_end(self) -> None:
         self.average.swap_out()

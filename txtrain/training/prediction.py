@@ -18,6 +18,7 @@ from torch import Tensor
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Predict
 from txtrain.data.samples.images import ImageSamples
+from txtrain.data.samples.labels import frame_of, framed
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.questions import Encoded, Ids, QuestionRows
 from txtrain.data.sources.files import chunks_of
@@ -44,12 +45,12 @@ def what_of(config: Predict) -> str:
     Raises:
         ConfigError: the model or the data have no such output.
     """
-    model, asked, kind = config.model, config.predict.what, config.data.kind
-    pools, encoder = model.head.pools, model.topology == "encoder"
-    if kind not in ("text", "pairs", "cloze", "problems", "images"):
+    model, asked, kind = config.model, config.predict.what, config.data.sample_kind
+    pools, writes = model.head.pools, model.head.writes and model.topology != "encoder"
+    if kind not in ("text", "pairs", "labels", "cloze", "problems", "images"):
         raise _no_rows(config)
-    what = asked if asked != "auto" else "label" if pools else "embedding" if encoder else "text"
-    allowed = ["embedding", *(["label"] if pools else []), *([] if pools or encoder else ["text", "log_probability"])]
+    what = asked if asked != "auto" else "label" if pools else "text" if writes else "embedding"
+    allowed = ["embedding", *(["label"] if pools else []), *(["text", "log_probability"] if writes else [])]
     if what not in allowed:
         raise ConfigError(
             f"`predict.what` must be auto or one of {', '.join(allowed)} for a model of topology {model.topology} with "
@@ -59,7 +60,7 @@ def what_of(config: Predict) -> str:
 
 
 def _no_rows(config: Predict) -> ConfigError:
-    rows = "rows of text, pairs, questions with one answer or images"
+    rows = "rows of text, pairs, labels, questions with one answer or images"
     return ConfigError(f"`data` must be {rows}, but is {config.data.type} instead.")
 
 
@@ -83,6 +84,7 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
         step = config.micro_batch_size * parallel.size
         begin = parallel.first(lambda: file.begin(step) if file else 0)
         maker.model = parallel.lay_read_only(source, device)
+        source.close()
         for shares in shares_of(len(maker), config.micro_batch_size, parallel.size, begin):
             with torch.no_grad(), parallel.autocast(device):
                 made = _of_shares(maker, parallel, shares)
@@ -181,11 +183,17 @@ def _maker(config: Predict, what: str, device: torch.device) -> Maker:
         texts = list(source.pairs("train"))
     elif method == "questions":
         texts = [question.options[0] for question in source.questions("train")]
+    elif method == "labelled":
+        texts = [(first, "".join(second)) for first, *second in (row.texts for row in source.labelled("train"))]
     else:
         raise _no_rows(config)
     if config.data.tokenizer in (None, "train"):
         raise ConfigError("`data.tokenizer` must be given: the model's.")
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if what == "label":
+        of_pairs = method == "pairs" or (method == "labelled" and len(source.texts) > 1)
+        parts = texts if of_pairs else [(before + scored,) for before, scored in texts]
+        return OfClasses(config, what, device, parts, tokenizer.framed(config.model.topology))
     return OfTexts(config, what, device, texts, tokenizer)
 
 
@@ -257,6 +265,28 @@ class OfImages(Maker):
         return {"pixel_values": self.rows.batch(np.asarray(index))["pixel_values"]}
 
 
+class OfClasses(Maker):
+    """Labels of texts, or of pairs of them, which are read as in training: within the tokenizer's special tokens."""
+
+    def __init__(
+        self, config: Predict, what: str, device: torch.device, rows: Sequence[tuple[str, ...]], tokenizer: Tokenizer
+    ) -> None:
+        super().__init__(config, what, device)
+        self.rows, self.tokenizer = rows, tokenizer
+        self.frame = frame_of(tokenizer, len(rows[0]) if rows else 1, config.seq_len)
+        self.known = hashlib.sha256(json.dumps([rows, tokenizer.fingerprint]).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def batch(self, index: list[int]) -> dict[str, Tensor]:
+        tokenizer = self.tokenizer
+        # a text without any token is read as its end
+        texts = [[tokenizer.encode(text) or [tokenizer.eos_id] for text in self.rows[i]] for i in index]
+        pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        return framed(texts, self.frame, self.config.seq_len, pad_id, self.config.model.embedding.n_types)
+
+
 class OfTexts(Maker):
     def __init__(
         self, config: Predict, what: str, device: torch.device, rows: Sequence[Row], tokenizer: Tokenizer
@@ -270,7 +300,7 @@ class OfTexts(Maker):
         return len(self.rows)
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
-        if self.what in ("label", "embedding"):
+        if self.what == "embedding":
             return self._whole([self._ids(*self.rows[i]) for i in index])
         encoded = [self._encoded(*self.rows[i]) for i in index]
         return QuestionRows(encoded, np.arange(len(encoded)), self.tokenizer, self.two_stacks).batch(
@@ -351,11 +381,19 @@ class OfTexts(Maker):
 
 
 def labelled(model: ModelConfig, logits_BC: Tensor) -> list[dict[str, Any]]:
-    """The likeliest class, and the probability of each."""
+    """The likeliest class, or all classes above one half, and the probability of each; or the numbers. A class is told
+    by its name, if it has one."""
+    head, logits_BC = model.head, logits_BC.double()
+    if head.kind == "regression":
+        numbers = [[_rounded(value) for value in row] for row in logits_BC.tolist()]
+        return [{"label": row if len(row) > 1 else row[0]} for row in numbers]
+    said: Sequence[Any] = head.label_names or range(logits_BC.shape[-1])
     found = []
-    for row in logits_BC.double().softmax(-1).tolist():
-        best = max(range(len(row)), key=row.__getitem__)
-        found.append({"label": best, "probabilities": {str(k): _rounded(p) for k, p in enumerate(row)}})
+    for row in (logits_BC.softmax(-1) if head.kind == "single" else logits_BC.sigmoid()).tolist():
+        best = said[max(range(len(row)), key=row.__getitem__)]
+        above = [name for name, p in zip(said, row, strict=True) if p > 0.5]
+        probabilities = {str(name): _rounded(p) for name, p in zip(said, row, strict=True)}
+        found.append({"label": best if head.kind == "single" else above, "probabilities": probabilities})
     return found
 
 

@@ -7,6 +7,7 @@ import dataclasses as dc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore, run_folder
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.base import Base, identify, read_base
+from txtrain.checkpoint.load import open_base, open_weights, provenance, resolve
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
@@ -24,7 +26,10 @@ from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
+from txtrain.hf import generation_config
+from txtrain.hf.fit import Fit
 from txtrain.hf.pieces import Source
+from txtrain.model.transformer import Transformer
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -104,6 +109,9 @@ def train(
     checked(cfg, Train, "cfg")
     check_model(model, cfg)
     _check_given(cfg, data, callbacks)
+    if model is not None and cfg.adapter.alone:
+        why = "its checkpoints hold the adapter alone, and name the base by its place on the disk"
+        raise ConfigError(f"`model` must be None with adapter={cfg.adapter.type}: {why}, init_from.")
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
@@ -121,10 +129,13 @@ def train(
         display.tell(*loud, *origin.notes)
         device = parallel.device()
         objective = build_objective(cfg)
-        weights = parallel.together(lambda: initial_weights(cfg, place, parallel)) if model is None else None
+        base = parallel.first(lambda: base_of(cfg, place))
+        weights = initial_weights(cfg, place, parallel, base) if model is None else None
         read = parallel.together(lambda: models_read(cfg, parallel))
         source = None if place is None else place.source
-        module = LitModule(cfg, model, parallel, objective, weights, read, restored=source is not None)
+        start = None if weights is None else weights.source
+        module = LitModule(cfg, model, parallel, objective, start, read, restored=source is not None)
+        module.base = base
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if source is not None:
             parallel.first(lambda: restore.check_weights(source, module.model))
@@ -150,15 +161,19 @@ def train(
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
         if place is not None:
-            _create(place, parallel, cfg, data, _facts(cfg, module, data, machine, origin, fallback), origin.start)
+            facts = _facts(cfg, module, data, machine, origin, fallback)
+            facts |= {"init_from": None if weights is None or module.fit is None else weights.record(module.fit)}
+            _create(place, parallel, cfg, data, facts, origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
         display.table(start_screen.table(
             cfg, data, limits.steps, machine, place, origin.grafts, parallel.title,
             (module.n_trained, module.n_params),
+            () if weights is None or module.fit is None else start_screen.weights(weights.record(module.fit)),
         ))
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(
-            cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns, tasks
+            cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
+            _generation_file(model, None if weights is None else weights.source, source), tasks,
         )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
@@ -199,7 +214,7 @@ def _shape_of_batches(cfg: Train) -> dict[str, Any]:
     return {
         "model.topology": cfg.model.topology,
         "objective": cfg.objective,
-        "data.kind": cfg.data.kind,
+        "data.kind": cfg.data.sample_kind,
         "data.global_batch_size": cfg.data.global_batch_size,
         "data.seq_len": cfg.seq_len,
     }
@@ -219,12 +234,89 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
     return PREEMPTED if result.status == "preempted" else 0
 
 
-def initial_weights(cfg: Train, place: RunFolder | None, parallel: OneProcess) -> Source | None:
-    """The weights of init_from; None for a run that continues: they are in its own checkpoint."""
-    if cfg.init_from is None or (place is not None and place.source is not None):
+def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
+    """What the run's adapter is added to; None if the run trains the model itself. A checkpoint's base may have moved:
+    init_from says where it is now.
+
+    Raises:
+        ConfigError: a checkpoint was trained on another base, or holds no adapter.
+    """
+    if not cfg.adapter.alone:
+        return None
+    assert cfg.init_from is not None
+    if place is None or (source := place.source) is None:
+        return identify(cfg.init_from, "init_from")
+    before = read_base(source)
+    if before is None:
+        raise ConfigError(
+            f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}."
+        )
+    if Path(before.path).exists():
+        return before
+    return dc.replace(before, path=identify(cfg.init_from, "init_from").path)
+
+
+@dc.dataclass(frozen=True)
+class InitialWeights:
+    """given: the value of init_from. origin: `provenance`."""
+
+    source: Source
+    given: str
+    origin: Mapping[str, Any]
+
+    def record(self, fit: Fit) -> dict[str, Any]:
+        """What run.json says of them."""
+        resized = {name: [list(shape) for shape in shapes] for name, shapes in fit.resized.items()}
+        parts = {"loaded": list(fit.loaded), "skipped": list(fit.skipped), "initialised": list(fit.initialised)}
+        return {"given": self.given, **self.origin, **parts, "resized": resized}
+
+
+def initial_weights(
+    cfg: Train, place: RunFolder | None, parallel: OneProcess, base: Base | None = None
+) -> InitialWeights | None:
+    """The weights of init_from; None for a run that continues: they are in its own checkpoint, unless that holds an
+    adapter alone. base: the adapter's.
+
+    All ranks open the same checkpoint; where a running training removes it meanwhile, the one that is the newest then.
+
+    Raises:
+        ConfigError: there are none, or they cannot be read.
+    """
+    given = cfg.init_from
+    if given is None or (base is None and place is not None and place.source is not None):
         return None
     rank, size = parallel.world[:2]
-    return open_weights(cfg.init_from, "init_from", not cfg.allow_nonfinite, rank, size)
+
+    def opened(where: Path) -> tuple[Source, Mapping[str, Any]] | None:
+        """None if it has been removed."""
+        try:
+            finite = not cfg.allow_nonfinite
+            if base is None:
+                source = open_weights(where, "init_from", finite, rank, size)
+            else:
+                source = open_base(base, "init_from", finite, rank, size)
+            return source, provenance(where) if parallel.is_first else {}
+        except Exception:  # whatever a reader meets where files vanish under it; all else is raised
+            if where.exists():
+                raise
+            return None
+
+    while True:
+        where = Path(base.path) if base is not None else parallel.first(lambda: resolve(given, "init_from"))
+        found = parallel.together(partial(opened, where))
+        if not parallel.any(found is None) and found is not None:
+            source, origin = found
+            return InitialWeights(source, given, parallel.first(partial(dict, origin)))
+        if found is not None:
+            found[0].close()
+
+
+def _generation_file(model: nn.Module | None, weights: Source | None, source: Path | None) -> bytes:
+    """The generation_config.json of the model that the run starts or goes on from."""
+    if source is not None:
+        return generation_config.read(source)
+    start = model if weights is None else weights.model
+    return start.generation_file if isinstance(start, Transformer) else b""
 
 
 def short(cfg: Train) -> Train:
@@ -415,6 +507,7 @@ def _facts(
         "slurm": None if (job := Job.here()) is None else job.record,
         "parameters": module.n_params,
         "trained_parameters": module.n_trained,
+        "base": None if module.base is None else dc.asdict(module.base),
         "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
         "fallback": fallback,

@@ -13,6 +13,7 @@ import torch
 from txtrain.config.of_checkpoint import fitted
 from txtrain.config.schema import Evaluate, Train
 from txtrain.data.samples.rows import Rows
+from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
 from txtrain.objectives.base import Objective, build_objective
 from txtrain.parallel.one_process import OneProcess
@@ -64,16 +65,16 @@ def prepare_tasks(config: Train, data: DataModule, parallel: OneProcess) -> list
 
 def _task(name: str, config: Train, data: DataModule, tokenizer: Path) -> Task:
     one = config.eval_tasks[name]
-    if one.kind != "images" and one.tokenizer == "train":
+    if one.sample_kind != "images" and one.tokenizer == "train":
         if data.tokenizer is None:
             raise ConfigError(f"`eval_tasks.{name}.tokenizer` must be given: data={config.data.type} has none.")
         one = dc.replace(one, tokenizer=str(tokenizer))
     one = dc.replace(one, cache_dir=one.cache_dir or config.data.cache_dir)
-    if one.kind != "images":
+    if one.sample_kind != "images":
         one = dc.replace(one, seq_len=one.seq_len or config.data.seq_len)
     values = {f.name: getattr(config, f.name) for f in dc.fields(Train)}
     asked = Evaluate(**values | {"data": one, "eval_tasks": {}})
-    settled = _told(name, lambda: fitted(asked, config.model))
+    settled = _told(name, lambda: classified(fitted(asked, config.model)))
     objective = build_objective(settled)
     return Task(name, objective, DataModule(settled, "", objective), {})
 

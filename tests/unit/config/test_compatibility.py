@@ -16,7 +16,7 @@ import txtrain
 from tests.cases import some
 from tests.draws import legal_models, nearly_legal_models
 from tests.models import tiny
-from tests.training import write_chats, write_text
+from tests.training import write_chats, write_labels, write_text
 from txtrain.config import compatibility
 from txtrain.config.compatibility import DECLARED, KIND, OBJECTIVE_RULES, RUN_RULES, sources_of
 from txtrain.config.schema import Train
@@ -38,7 +38,7 @@ class Named:
     """A stand-in for a config of which the table reads one name."""
 
     type: str = "any"
-    kind: str = "text"
+    sample_kind: str = "text"
     seq_len: int | None = None
     packing: str = "concat"
 
@@ -93,10 +93,10 @@ def test_a_broken_rule_says_what_is_allowed_and_the_nearest_choice_mends_it(rule
 
 
 def test_the_model_alone_is_checked_without_a_run():
-    problems = list(tiny(topology="encoder_decoder", head=TABLE["head"]["class"].config(type="class")).check())
+    problems = list(tiny(head=TABLE["head"]["class"].config(type="class", n_classes=3, pooling="first")).check())
     assert problems == [
-        "`model.topology` must be encoder or decoder with model/head=class, but is encoder_decoder instead: "
-        "one class answers one sequence, and two stacks read two. Nearest: model.topology=encoder."
+        "`model.head.pooling` must be last or mean or null with model/head=class and model.topology=decoder, but is first instead: "
+        "the first position of a decoder sees nothing but itself. Nearest: model.head.pooling=last."
     ]
 
 
@@ -153,6 +153,7 @@ def _raw(folder: Path, kind: str) -> dict[str, Any]:
         "text": ("model=gpt2", "objective=causal_lm", "data=text", f"data.path={text}", "data.tokenizer=bytes", "data.seq_len=24"),
         "pairs": ("model=t5", "objective=seq2seq", "data=reverse", "data.seq_len=24", "data.n_pairs=200"),
         "chat": ("model=gpt2", "objective=sft", *write_chats(folder / "chats"), "data.seq_len=24"),
+        "labels": ("model=bert", "data=labels", f"data.path={write_labels(folder / 'labels.csv', n_classes=10)}", "data.tokenizer=bytes", "data.seq_len=24"),
         "images": ("model=vit", "objective=image_classification", "data=digits"),
     }
     run = ("data.global_batch_size=2", "trainer.fast_dev_run=2", "trainer.accelerator=cpu", "trainer.limit_val_batches=1", "sample.n=0")
@@ -243,7 +244,7 @@ def markdown() -> str:
         (f"`{name}`", *(_listed(getattr(option.config, attribute)) for attribute in DECLARED))
         for name, option in TABLE["objective"].items()
     ]
-    kinds = dict.fromkeys(option.config.kind for option in TABLE["data"].values())
+    kinds = dict.fromkeys(option.config.sample_kind for option in TABLE["data"].values())
     sources = [(kind, _listed(sources_of(kind))) for kind in kinds]
     every = (*MODEL_RULES, *OBJECTIVE_RULES, *RUN_RULES)
     rules = [(_conditions(rule), f"`{rule.key}`", _listed(rule.allowed), rule.why) for rule in every]

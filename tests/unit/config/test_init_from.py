@@ -1,8 +1,12 @@
 """init_from=, export, load_pretrained: weights, architecture and tokenizer come in and go out."""
 
+import errno
+import hashlib
 import io
 import json
 import os
+import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -13,10 +17,18 @@ import torch
 import txtrain
 from tests.training import tiny, weights
 from txtrain import compose
+from txtrain.checkpoint.format import LoadError
+from txtrain.checkpoint.load import open_weights, resolve
 from txtrain.cli import export
 from txtrain.cli.main import main
+from txtrain.data.sources.hub import why_unreachable
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.hf.registry import class_of
+from txtrain.parallel.one_process import OneProcess
+from txtrain.training import run as running
+from txtrain.training.data_module import DataModule
 from txtrain.training.run import train
 
 ENDS_AFTER_A_STEP = ("trainer.max_steps=1", "optimizer.lr=0.0", "optimizer.weight_decay=0.0")
@@ -58,6 +70,15 @@ def test_a_run_starts_from_the_weights_with_their_architecture_and_tokenizer(fol
     assert (config.model.dim, config.model.attention.n_kv_heads, config.model.vocab_size) == (32, 1, 257)
     assert train(config).run_dir is not None
     assert of_model(folder / f"from_{source}") == of_model(run), "a step at rate 0 changes nothing"
+    said = json.loads((folder / f"from_{source}" / "run.json").read_text())["init_from"]
+    is_run, file = source == "run", "checkpoints/step_00000002/complete" if source == "run" else "model.safetensors"
+    assert said["given"] == str(where)
+    assert said["path"] == str(where / "checkpoints/step_00000002" if is_run else where)
+    assert (said["checkpoint"], said["step"]) == (("step_00000002", 2) if is_run else (None, None))
+    assert said["sha256"] == hashlib.sha256((where / file).read_bytes()).hexdigest()
+    assert {f"model.{name}" for name in said["loaded"]} == of_model(run).keys()
+    assert said["skipped"] == said["initialised"] == []
+    assert said["resized"] == {}
 
 
 def test_a_run_that_started_from_weights_continues_from_its_own(folder, run):
@@ -67,6 +88,61 @@ def test_a_run_that_started_from_weights_continues_from_its_own(folder, run):
     train(starting(folder, run, "halves", "trainer.max_steps=6", "scheduler=constant"))
     train(starting(folder, run, "constant", "trainer.max_steps=6", "scheduler=constant"))
     assert weights(folder / "halves") == weights(folder / "constant")
+
+
+def test_a_source_may_remove_the_checkpoint_before_it_is_opened_and_before_it_is_read(folder, run, tmp_path, monkeypatch):
+    """Its files stay open from the check to the reading, which comes after the data; the tokenizer is its newest."""
+    source = shutil.copytree(run, tmp_path / "source")
+    begun, first, prepared = source / "checkpoints", [source / "checkpoints/step_00000001"], DataModule.prepare
+
+    def prepare(self):
+        if (begun / "step_00000002").exists():
+            (begun / "step_00000002").rename(begun / "step_00000009")
+        prepared(self)
+
+    monkeypatch.setattr(DataModule, "prepare", prepare)
+    monkeypatch.setattr(running, "resolve", lambda *where: first.pop() if first else resolve(*where))
+    train(starting(folder, source, "rotated", *ENDS_AFTER_A_STEP, f"run_dir={tmp_path / 'rotated'}"))
+    assert json.loads((tmp_path / "rotated/run.json").read_text())["init_from"]["checkpoint"] == "step_00000002"
+    assert of_model(tmp_path / "rotated") == of_model(run)
+
+
+def test_files_that_cannot_be_read_any_more_end_the_start_with_nothing_written(folder, run, tmp_path, monkeypatch):
+    """As on a network file system, whose files another machine has removed."""
+
+    def gone(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(OneProcess, "fill", gone)
+    with pytest.raises(LoadError, match=r"`init_from`: .*step_00000002 cannot be read any more: .*Stale.* start again"):
+        train(starting(folder, run, "x", *ENDS_AFTER_A_STEP, f"run_dir={tmp_path / 'stale'}"))
+    assert not (tmp_path / "stale").exists()
+
+
+def test_a_larger_tokenizer_brings_new_tokens(folder, run, tmp_path):
+    """New ones behind the old, whose vectors stay; one that has moved is refused."""
+    tokenizer = load_tokenizer(run)
+    larger = tokenizer.with_specials(["<tool>", "<think>"])
+    larger.save(tmp_path / "larger")
+    config = starting(folder, run, "tools", f"data.tokenizer={tmp_path / 'larger'}", *ENDS_AFTER_A_STEP)
+    assert config.model.vocab_size == 259
+    train(config)
+    said = json.loads((folder / "tools/run.json").read_text())["init_from"]
+    assert said["resized"] == {name: [[257, 32], [259, 32]] for name in ("embedding.token.weight", "head.weight")}
+    old, new = (txtrain.load_pretrained(where).state_dict()["head.weight"] for where in (run, folder / "tools"))
+    assert torch.equal(new[:257], old)
+    assert torch.equal(new[258], old.double().mean(0).float())
+    other = json.loads((tmp_path / "larger/tokenizer.json").read_text())
+    ids = other["model"]["vocab"]
+    ids["a"], ids["b"] = ids["b"], ids["a"]
+    (tmp_path / "moved").mkdir()
+    for file in (tmp_path / "larger").iterdir():
+        shutil.copy(file, tmp_path / "moved")
+    (tmp_path / "moved/tokenizer.json").write_text(json.dumps(other))
+    moved = f"data.tokenizer={tmp_path / 'moved'}"
+    with pytest.raises(ConfigError, match=r"`data.tokenizer` must keep the tokens of init_from=.*, whose 'a' is \d+, but is .*/moved instead"):
+        starting(folder, run, "x", moved)
+    assert starting(folder, run, "x", moved, "init_allow_missing=[embedding.token]").model.vocab_size == 259
 
 
 def test_dropout_may_be_another(folder, run):
@@ -81,8 +157,9 @@ def test_a_model_named_beside_it_must_agree(folder, run):
         starting(folder, run, "x", "model=llama2")
     same = ("model=llama2", "model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=32")
     assert starting(folder, run, "x", *same, "model/attention=gqa", "model.attention.n_kv_heads=1").model.dim == 32
-    with pytest.raises(ConfigError, match=r"`model\.n_layers` must not be given with init_from"):
-        starting(folder, run, "x", "model.n_layers=3")
+    with pytest.raises(ConfigError, match=r"blocks\.2\.attention\.q_proj\.weight is absent there, \(32, 32\) here"):
+        train(starting(folder, run, "x", "model.n_layers=3", "trainer.max_steps=1"))
+    assert not (folder / "x").exists()
 
 
 def test_what_is_not_there_is_named(folder, run):
@@ -93,6 +170,65 @@ def test_what_is_not_there_is_named(folder, run):
     with pytest.raises(ConfigError, match=r"`data\.tokenizer` must be given"):
         starting(folder, empty, "x")
     assert starting(folder, empty, "x", "data.tokenizer=bytes").data.tokenizer == "bytes"
+
+
+def test_a_name_on_the_hub_is_a_folder_in_its_cache(folder, exported, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    snapshot = tmp_path / "models--someone--small/snapshots/0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(exported, snapshot)
+    (tmp_path / "models--someone--small/refs").mkdir()
+    (tmp_path / "models--someone--small/refs/main").write_text(snapshot.name)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    why_unreachable.cache_clear()
+    config = starting(folder, "someone/small", "x")
+    assert (config.init_from, config.model.dim, config.data.tokenizer) == ("someone/small", 32, str(snapshot))
+    assert open_weights("someone/small").path == snapshot
+    with pytest.raises(ConfigError, match=r"`init_from` must be .*'someone/large' does not exist, is not in the hub's cache, and HF_HUB_OFFLINE"):
+        starting(folder, "someone/large", "x")
+    why_unreachable.cache_clear()
+
+
+def section_of(page, title):
+    """The commands in one section of a page of docs/."""
+    text = (Path(__file__).parents[3] / "docs" / page).read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("txtrain ")]
+
+
+def folder_from_config(family, where, tokenizer, *given):
+    """A folder with a config.json and a tokenizer, which is all that a composition reads."""
+    shutil.copytree(tokenizer, where, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
+    model = compose([f"model={family}", "data.path=x", *given]).model
+    (where / "config.json").write_text(json.dumps(class_of(model).write(model)))
+    return where
+
+
+def test_the_commands_of_the_page_compose(exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, "FOLDER")
+    folder_from_config("bert", tmp_path / "BERT", exported, "data=text")
+    folder_from_config("transformer", tmp_path / "MARIAN", exported, "data=translation", "model.position.layout=halves")
+    folder_from_config("vit", tmp_path / "VIT", exported, "data=images")
+    objectives = []
+    for command in section_of("fine-tuning.md", "From a folder to a tuned model"):
+        verb, *given = command if "=" not in command[0] else ["train", *command]
+        made = compose(given, verb=verb)
+        objectives += [made.objective.type] if verb == "train" else []
+    assert objectives == ["causal_lm", "masked_lm", "seq2seq", "image_classification", "causal_lm"]
+
+
+@pytest.mark.slow
+def test_the_first_commands_of_the_page_run(exported, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, "FOLDER")
+    shutil.copy(folder / "text.txt", "notes.txt")
+    for command in section_of("fine-tuning.md", "From a folder to a tuned model")[:5]:
+        trains = command[0].startswith("init_from")
+        assert main([*command, *(["trainer.max_steps=2", "trainer.accelerator=cpu", "data.cache_dir=cache"] if trains else [])]) == 0
+    assert "weights       FOLDER, sha256 " in capsys.readouterr().out
+    assert txtrain.load_pretrained("tuned_hf").config.dim == 32
 
 
 @pytest.fixture
@@ -202,3 +338,36 @@ def test_a_prompt_that_is_not_utf_8_is_refused(exported, monkeypatch, tmp_path, 
 def test_generate_speaks_from_an_exported_folder(exported, capsys):
     assert main(["generate", f"checkpoint={exported}", "prompt=The 3", "max_new_tokens=4", "temperature=0"]) == 0
     assert capsys.readouterr().out.startswith("The 3")
+
+
+def test_tokenizer_and_generation_config_travel_byte_for_byte_and_every_end_token_ends(exported, folder, tmp_path, monkeypatch):
+    """From a folder through a run, a resume and a checkpoint to an export."""
+    start = tmp_path / "start"
+    shutil.copytree(exported, start)
+    given = {
+        "generation_config.json": b'{"eos_token_id":[256,65],  "top_p":0.9}',
+        "chat_template.jinja": b"{{ messages }}",
+        "tokenizer_config.json": b'{"padding_side":"left","eos_token":"<|endoftext|>"}',
+        "special_tokens_map.json": b"{ }",
+        "tokenizer.json": (start / "tokenizer.json").read_bytes() + b" ",
+    }
+    for name, content in given.items():
+        (start / name).write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    config = starting(folder, start, "travel", *ENDS_AFTER_A_STEP, "sample.prompts=[The]", "sample.max_new_tokens=3")
+    ends = []
+    generate = txtrain.generate
+    monkeypatch.setattr("txtrain.model.generation.generate", lambda *a, **k: ends.append(k["eos_token_id"]) or generate(*a, **k))
+    first = train(config).run_dir
+    assert ends[0] == (256, 65)
+    again = train(compose([f"resume={first}", "trainer.max_steps=2"])).run_dir
+    newest = max((again / "checkpoints").glob("step_*"))
+    assert newest.name == "step_00000002"
+    assert main(["export", f"checkpoint={newest}", f"out={tmp_path / 'out'}"]) == 0
+    for name, content in given.items():
+        beside = newest / name if name == "generation_config.json" else newest / "tokenizer" / name
+        assert (beside.read_bytes(), (tmp_path / "out" / name).read_bytes()) == (content, content), name
+    assert txtrain.load_pretrained(newest).config.eos_token_id == (256, 65)
+    (newest / "generation_config.json").write_bytes(b'{"eos_token_id":[256,66],  "top_p":0.9}')
+    with pytest.raises(ConfigError, match=r"generation_config\.json has changed since it was written"):
+        txtrain.load_pretrained(newest)

@@ -120,7 +120,7 @@ def test_a_config_made_by_hand_is_held_to_its_bounds():
 
 def test_what_a_continued_run_may_have_otherwise():
     groups = {"strategy", "trainer", "logger", "callbacks", "save", "sample", "layer_stats"}
-    keys = {"resume", "resume_allow", "run_dir", "verbosity", "profile", "profile_steps", "imports", "allow_nonfinite"}
+    keys = {"resume", "resume_allow", "run_dir", "verbosity", "profile", "profile_steps", "imports", "allow_nonfinite", "init_allow_missing"}
     data = {f"data.{k}" for k in ("micro_batch_size", "num_workers", "cache_dir", "max_expansion", "max_text_bytes")}
     assert set(marked(Train, "free")) == groups | keys | data
     assert set(marked(Train, "from_run")) == {"data.cache_dir"}

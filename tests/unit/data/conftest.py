@@ -47,7 +47,7 @@ def make_config() -> Callable[..., Train]:
 
     def make(kind: str, data: dict[str, Any] | None = None, *, vocab_size: int = 512, trainer: dict[str, Any] | None = None, **top: Any) -> Train:
         option = TABLE["data"][kind].config
-        pairs = option.kind == "pairs"
+        pairs = option.sample_kind == "pairs"
         topology = "encoder_decoder" if pairs else "decoder"
         model = tiny(vocab_size=vocab_size, size=top.pop("size", "laptop"), topology=topology)
         keys = {"type": kind, "seq_len": 16, "global_batch_size": 4, "tokenizer": "bytes", **(data or {})}

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.unit.data.conftest import SHARED
 from txtrain.data.tokenizer.load import load_tokenizer
-from txtrain.data.tokenizer.tokenizer import Tokenizer, byte_alphabet, byte_tokenizer, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_alphabet, byte_tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 
 TOKENIZERS = SHARED / "tokenizers"
@@ -157,3 +157,70 @@ def test_token_bytes_add_up_to_the_texts(name: str, slack: int) -> None:
     n_bytes = int(tokenizer.token_bytes()[np.array(tokenizer.encode(text))].sum())
     assert n_bytes == len(text.encode()) + slack  # SentencePiece puts a space before the text
     assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+FILED = {  # written unlike we would
+    "tokenizer_config.json": '{"padding_side":"left", "model_max_length": 64,\n "eos_token":"<|endoftext|>","tokenizer_class":"PreTrainedTokenizerFast"}',
+    "special_tokens_map.json": '{"eos_token": "<|endoftext|>"}',
+    "chat_template.jinja": "{{ messages }}\r\n",
+    "additional_chat_templates/tool_use.jinja": "{{ tools }}",
+}
+
+
+def filed(folder: Path) -> dict[str, bytes]:
+    """A folder as of another tool, with code in it; its tokenizer's files."""
+    train_tokenizer(TEXTS, 300).save(folder)
+    (folder / "additional_chat_templates").mkdir()
+    for name, text in FILED.items():
+        (folder / name).write_bytes(text.encode())
+    (folder / "tokenizer.json").write_text(json.dumps(json.loads((folder / "tokenizer.json").read_text())))
+    made = contents_of(folder)
+    (folder / "tokenization_own.py").write_text("raise SystemExit")
+    return made
+
+
+def contents_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_files_travel_byte_for_byte(tmp_path: Path) -> None:
+    given = filed(tmp_path / "a")
+    load_tokenizer(tmp_path / "a").save(tmp_path / "b")
+    assert contents_of(tmp_path / "b") == given
+    load_tokenizer(tmp_path / "b" / "tokenizer.json").save(tmp_path / "c")
+    assert contents_of(tmp_path / "c") == given
+
+
+def test_a_file_of_another_format_beside_the_given_one_stays_behind(tmp_path: Path) -> None:
+    given = filed(tmp_path / "a")
+    (tmp_path / "a" / "vocab.txt").write_text("[UNK]")
+    (tmp_path / "a" / "tokenizer.json").rename(tmp_path / "a" / "mine.json")
+    load_tokenizer(tmp_path / "a" / "mine.json").save(tmp_path / "b")
+    assert contents_of(tmp_path / "b") == given
+
+
+def test_another_chat_template_replaces_those_files_alone(tmp_path: Path) -> None:
+    given = filed(tmp_path / "a")
+    load_tokenizer(tmp_path / "a").with_template(ChatTemplate({"default": "new"}, "x")).save(tmp_path / "b")
+    kept = {name: content for name, content in given.items() if "chat_template" not in name}
+    assert contents_of(tmp_path / "b") == kept | {"chat_template.jinja": b"new"}
+
+
+def test_a_larger_tokenizer_is_written_anew_with_its_settings(tmp_path: Path) -> None:
+    filed(tmp_path / "a")
+    (tmp_path / "a" / "vocab.json").write_text("{}")
+    load_tokenizer(tmp_path / "a").with_specials(["[MASK]"]).save(tmp_path / "b")
+    config = json.loads((tmp_path / "b" / "tokenizer_config.json").read_text())
+    assert (config["padding_side"], config["model_max_length"]) == ("left", 64)
+    found = contents_of(tmp_path / "b")
+    assert found["chat_template.jinja"] == FILED["chat_template.jinja"].replace("\r", "").encode() or found["chat_template.jinja"] == FILED["chat_template.jinja"].encode()
+    assert "vocab.json" not in found
+    assert load_tokenizer(tmp_path / "b").find("[MASK]") == load_tokenizer(tmp_path / "a").vocab_size
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    filed(tmp_path / "a")
+    (tmp_path / "secret").write_text("x")
+    (tmp_path / "a" / "added_tokens.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(ConfigError, match="must stay in its folder"):
+        load_tokenizer(tmp_path / "a")

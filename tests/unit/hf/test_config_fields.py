@@ -55,7 +55,9 @@ GPT2 = {
         ({"model_type": ["llama"]}, "model_type"),
         ({"rope_theta": 5.0}, "rope_theta"),  # rope_parameters says 10000
         ({"rope_parameters": [1]}, "rope_parameters"),
-        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": ...}, "rope_type"),
+        ({"rope_scaling": {"rope_type": "proportional", "factor": 2.0}, "rope_parameters": ...}, "'proportional'"),
+        ({"rope_scaling": {"type": "mrope"}, "rope_parameters": ...}, "'mrope'"),
+        ({"rope_scaling": {"rope_type": "dynamic"}, "rope_parameters": ...}, "factor"),
         ({"rope_scaling": {"rope_type": "longrope", "long_factor": [1], "short_factor": [1]}, "rope_parameters": ...}, "rope_type"),
         ({"rope_scaling": {"rope_type": "linear"}, "rope_parameters": ...}, "factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": "2"}, "rope_parameters": ...}, "factor"),
@@ -137,7 +139,7 @@ def test_a_mapping_of_every_class_is_its_own_inverse():
         ({"norm_position": "sandwich"}, None),
         ({"attention": options.AttentionConfig(type="mha", qk_norm=True)}, None),
         ({"attention": options.AttentionConfig(type="mha", scale=0.1)}, None),
-        ({"position": options.RoPEConfig(type="rope", scaling=options.NTKScaling(rope_type="ntk", factor=2.0))}, None),
+        ({"position": options.RoPEConfig(type="rope", scaling=options.NTKScaling(rope_type="ntk", factor=2.0))}, "LlamaForCausalLM"),
         ({**GEMMA2, "attention": options.AttentionConfig(type="mha", window=(4, 8))}, None),
     ],
 )

@@ -185,7 +185,7 @@ def test_a_pickle_of_both_spellings_of_a_tensor_is_refused(folder):
         (BERT, {"embedding": options.TokenEmbeddingConfig(type="token", norm=True)}, "n_types is 0"),
         (BERT, {"head": options.MLMHeadConfig(type="mlm", activation="gelu")}, "head.activation"),
         (BERT, {"attention": options.AttentionConfig(type="mha", bias=True, window=4)}, "attention.window"),
-        (VIT, {"head": options.ClassHeadConfig(type="class", pooling="mean")}, "head.pooling"),
+        (VIT, {"head": options.ClassHeadConfig(type="class", n_classes=3, pooling="mean")}, "head.pooling"),
         (VIT, {"embedding": options.PatchEmbeddingConfig(type="patch", image_size=8, patch_size=2, class_token=False), "max_seq_len": 16}, "class_token"),
         (T5, {"attention": MHA}, "attention"),
         (T5, {"share_embeddings": False}, "share_embeddings"),

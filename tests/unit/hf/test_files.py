@@ -1,3 +1,5 @@
+import dataclasses as dc
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +61,28 @@ def test_tokenizer_files_come_along_and_go_along(tmp_path):
     save_pretrained(load_pretrained(tmp_path / "a"), tmp_path / "c", tokenizer=load_tokenizer("bytes"))
     assert (tmp_path / "c" / "tokenizer.json").exists()
     assert not (tmp_path / "c" / "tokenizer.model").exists()
+
+
+def test_all_end_tokens_of_generation_config_count_and_the_file_goes_along(tmp_path):
+    given = b'{"eos_token_id":[5, 7],"temperature": 0.6}'
+    llama(tmp_path / "a", eos_token_id=5)
+    (tmp_path / "a" / "generation_config.json").write_bytes(given)
+    model = load_pretrained(tmp_path / "a")
+    assert model.config.eos_token_id == (5, 7)
+    save_pretrained(model, tmp_path / "b")
+    assert (tmp_path / "b" / "generation_config.json").read_bytes() == given
+    model.config = dc.replace(model.config, eos_token_id=6)
+    save_pretrained(model, tmp_path / "c")
+    assert json.loads((tmp_path / "c" / "generation_config.json").read_text()) == {"eos_token_id": 6, "temperature": 0.6}
+    assert load_pretrained(tmp_path / "c").config.eos_token_id == 6
+
+
+@pytest.mark.parametrize(("given", "said"), [("[]", "JSON object"), ('{"eos_token_id": "</s>"}', "`eos_token_id` must be"), ('{"eos_token_id": [1, -1]}', "must be")])
+def test_a_generation_config_that_is_none_is_refused_by_its_name(given, said, tmp_path):
+    (llama(tmp_path) / "generation_config.json").write_text(given)
+    with pytest.raises(ConfigError, match=said) as e:
+        load_pretrained(tmp_path)
+    assert str(tmp_path / "generation_config.json") in str(e.value)
 
 
 def test_what_cannot_be_saved_leaves_nothing_behind(tmp_path):

@@ -93,6 +93,40 @@ def test_sdpa_equals_plain_with_gradients(name, with_bias, n_queries):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask.get("causal", True)])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("varying", [True, False])
+@pytest.mark.parametrize("value_size", [H, H - 2])
+def test_blocks_equal_plain_with_gradients(name, softcap, varying, value_size, monkeypatch):
+    monkeypatch.setattr("txtrain.model.attention.mask.BLOCK", 5)  # the last block is shorter
+    mask = Mask(T, T, **MASKS[name])
+    g = torch.Generator().manual_seed(5)
+    found = []
+    for kernel in ("plain", "blocks"):
+        q, k, v = (x.detach().double() for x in inputs())
+        leaves = [q.requires_grad_(), k.requires_grad_(), v[..., :value_size].clone().requires_grad_()]
+        prepared = prepare(mask, kernel, None, torch.device("cpu"), q.dtype, varying)
+        out = kernels.KERNELS[kernel](*leaves, prepared, 0.3, softcap, 0.0)
+        weights = torch.randn(out.shape, generator=g.manual_seed(5), dtype=out.dtype)
+        found.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
+    for got, expected in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_block_reads_only_what_its_queries_may_see(monkeypatch):
+    monkeypatch.setattr("txtrain.model.attention.mask.BLOCK", 4)
+
+    def read(varying, **mask):
+        return [tuple(block) for block in prepare(Mask(T, T, **mask), "blocks", None, torch.device("cpu"), torch.float32, varying).blocks]
+
+    assert read(True) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)]
+    assert read(True, window=3) == [(0, 4, 0), (4, 8, 2), (8, 12, 6)]
+    assert read(True, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0), (4, 8, 0), (8, 12, 5)], "the second begins at 5"
+    assert read(True, documents_BS=DOCUMENTS[:1], window=3) == [(0, 4, 0), (4, 8, 2), (8, 12, 6)]
+    assert read(True, documents_BS=DOCUMENTS) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)], "the other row is one document"
+    assert read(False, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)], "compiled: equal for all batches"
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("name", some(MASKS, [*MASKS][1::3]))
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -127,7 +161,7 @@ def test_cuda_kernels_equal_plain_in_bf16(name, softcap, with_bias):
         assert (got - expected).abs().max() <= 0.03 * expected.abs().max()
 
 
-@pytest.mark.parametrize("kernel", ["plain", "sdpa_masked"])
+@pytest.mark.parametrize("kernel", ["plain", "sdpa_masked", "blocks"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_that_sees_nothing_gives_zero_and_finite_gradients(kernel, dtype):
     mask = Mask(T, T, valid_BS=VALID)

@@ -14,7 +14,7 @@ from txtrain.model.build import build_model
 
 mla = partial(options.MLAConfig, type="mla")
 SIZES = [{}, {"q_rank": 6, "kv_rank": 10, "nope_dim": 5, "rope_dim": 4, "v_dim": 7, "bias": True}]
-YARN = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=16, mscale=1.0, mscale_all_dim=1.0)
+YARN = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=16, mscale=1.0, mscale_all_dim=1.0)
 POSITIONS = {
     "rope": options.RoPEConfig(type="rope"),
     "yarn": options.RoPEConfig(type="rope", scaling=YARN),

@@ -29,13 +29,27 @@ def test_linear_scaling_divides_positions():
 
 def test_ntk_scaling_keeps_the_highest_frequency_and_stretches_the_lowest():
     plain = encodings.frequencies(64, 1e4, None).inverse
-    ntk = encodings.frequencies(64, 1e4, options.NTKScaling(rope_type="ntk", factor=4.0)).inverse
+    theta, left = options.NTKScaling(rope_type="ntk", factor=4.0).resolved(1e4, 64)
+    assert left is None
+    ntk = encodings.frequencies(64, theta, None).inverse
     assert ntk[0] == plain[0]
     assert (plain[-1] / ntk[-1]).item() == pytest.approx(4.0, rel=1e-4)
 
 
+def test_dynamic_scaling_begins_beyond_max_seq_len_and_reaches_ntk_of_the_same_stretch():
+    scaling = options.DynamicScaling(rope_type="dynamic", factor=3.0)
+    plain, rope = encodings.RoPE(8, 1e4), encodings.RoPE(8, 1e4, scaling, max_seq_len=16)
+    short, long = torch.arange(16)[None], torch.arange(32)[None]
+    for was, is_ in zip(plain.rotation(short, torch.float64), rope.rotation(short, torch.float64), strict=True):
+        assert torch.equal(was, is_)
+    ntk = encodings.RoPE(8, *options.NTKScaling(rope_type="ntk", factor=3 * 32 / 16 - 2).resolved(1e4, 8))
+    for was, is_ in zip(ntk.rotation(long, torch.float64), rope.rotation(long, torch.float64), strict=True):
+        assert torch.allclose(was, is_, atol=1e-6)
+    assert not torch.allclose(plain.rotation(long, torch.float64).sin, rope.rotation(long, torch.float64).sin, atol=1e-3)
+
+
 def test_yarn_interpolates_long_wavelengths_and_keeps_short_ones():
-    scaling = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_seq_len=64)
+    scaling = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=64)
     plain, (yarn, factor) = encodings.frequencies(64, 1e4, None).inverse, encodings.frequencies(64, 1e4, scaling)
     assert yarn[0] == plain[0]
     assert (plain[-1] / yarn[-1]).item() == pytest.approx(4.0)
@@ -43,7 +57,7 @@ def test_yarn_interpolates_long_wavelengths_and_keeps_short_ones():
 
 
 def test_llama3_blends_between_its_two_wavelengths():
-    scaling = options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_seq_len=64, low_freq_factor=1.0, high_freq_factor=4.0)
+    scaling = options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
     plain, scaled = encodings.frequencies(64, 1e4, None).inverse, encodings.frequencies(64, 1e4, scaling).inverse
     wavelength, ratio = 2 * math.pi / plain, plain / scaled
     assert torch.allclose(ratio[wavelength < 16], torch.tensor(1.0))

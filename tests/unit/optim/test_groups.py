@@ -6,7 +6,7 @@ from torch import nn
 
 from tests.training import tiny
 from txtrain.errors import ConfigError
-from txtrain.optim.config import AdamConfig, GroupConfig, MuonConfig
+from txtrain.optim.config import AdamConfig, Depths, GroupConfig, MuonConfig
 from txtrain.optim.groups import check_patterns, parameter_groups, set_rates
 from txtrain.registry import TABLE, make
 from txtrain.training.module import LitModule
@@ -48,7 +48,7 @@ def test_of_several_patterns_the_last_that_gives_a_value_holds():
             GroupConfig(pattern="norm", weight_decay=0.2),
         ),
     )
-    rate = {name: config.settings(name, (2, 2)) for name in ("blocks.0.proj", "blocks.1.proj", "blocks.0.norm", "head", "final_norm")}
+    rate = {name: config.settings(name, (2, 2), Depths(0, 2)) for name in ("blocks.0.proj", "blocks.1.proj", "blocks.0.norm", "head", "final_norm")}
     assert {name: (s["peak_lr"], s["weight_decay"]) for name, s in rate.items()} == {
         "blocks.0.proj": (0.01, 0.3),
         "blocks.1.proj": (0.1, 0.3),
@@ -79,7 +79,7 @@ def test_muon_has_the_matrices_of_hidden_layers_and_adamw_the_rest_at_its_own_ra
         assert (found[name]["use_muon"], found[name]["peak_lr"]) == (hidden, 0.02 if hidden else 0.003), name
     assert any(p.ndim == 3 and found[name]["use_muon"] for name, p in module.model.named_parameters()), "experts are stacks of matrices"
     assert not found["embedding.token.weight"]["use_muon"]
-    assert MuonConfig(type="muon", lr=0.02).settings("final_norm.weight", (32,))["peak_lr"] == 0.02
+    assert MuonConfig(type="muon", lr=0.02).settings("final_norm.weight", (32,), Depths(0, 2))["peak_lr"] == 0.02
 
 
 def test_a_pattern_that_is_in_no_name_is_refused_before_anything_is_built(tmp_path):
@@ -143,3 +143,20 @@ def test_an_optimizer_of_ones_own_has_a_state_of_unknown_size():
     from txtrain.optim.config import OptimizerConfig
 
     assert OptimizerConfig(type="mine").state_bytes(SHAPES) is None
+
+
+def test_each_layer_below_the_head_has_a_smaller_rate(tmp_path):
+    """ELECTRA's and BEiT's rule: 0 for embeddings, i + 1 for block i, n + 1 above."""
+    module = LitModule(tiny(tmp_path, "model=gpt2", "model.n_layers=3", "optimizer.lr=1.0", "optimizer.layer_decay=0.5"))
+    found = named(parameter_groups(module.model.named_parameters(), module.config.optimizer), module.model)
+    rates = {name: values["peak_lr"] for name, values in found.items()}
+    assert rates["embedding.token.weight"] == rates["position.embedding.weight"] == 0.5**4
+    assert [rates[f"blocks.{i}.ffn.up_proj.weight"] for i in range(3)] == [0.5**3, 0.5**2, 0.5]
+    assert rates["final_norm.weight"] == 1.0
+
+
+def test_a_decoder_is_above_its_encoder():
+    names = ["embedding.token.weight", "encoder.blocks.0.x", "encoder.blocks.1.x", "encoder.final_norm.weight", "blocks.0.x", "head.weight"]
+    depths = Depths.of(names)
+    assert [depths.below_head(name) for name in names] == [4, 3, 2, 2, 1, 0]
+    assert depths.below_head("encoder.position.embedding.weight") == 4

@@ -84,6 +84,14 @@ def test_counted_equals_simulated_in_pieces_of_each_matrix(family, world, overri
     agree(composed(family, *overrides), world)
 
 
+@pytest.mark.parametrize("family", some(("mistral", "gemma2", "deepseek_r1"), ("gemma2",)))
+@pytest.mark.parametrize("world", some((1, 2), (1,)))
+def test_counted_equals_simulated_where_attention_goes_by_blocks(family, world):
+    windows = ["model.attention.window=[100,null]"] if family != "deepseek_r1" else []
+    length = ["data.seq_len=1024", "model.max_seq_len=1024", "data.micro_batch_size=1", "data.global_batch_size=2", "model.vocab_size=600"]
+    agree(composed(family, *length, *windows, *([] if world == 1 else ["strategy=tp"])), world)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("world", "overrides"), [*CUT, *AUTOCAST, (4, SHARDED), *MORE])
 @pytest.mark.parametrize("family", FAMILIES)

@@ -45,13 +45,8 @@ class PairCorpus:
         for split in own:
             for pair in self.source.pairs(split):
                 if pair[0].strip() and pair[1].strip():
-                    yield (split if len(own) == 2 else self._side(pair[0])), pair
-
-    def _side(self, text: str) -> Split:
-        if self.whole:
-            return "validation"
-        draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-        return "validation" if draw < self.val_fraction * 2**64 else "train"
+                    alone = "validation" if self.whole else side_of(pair[0], self.val_fraction)
+                    yield (split if len(own) == 2 else alone), pair
 
     def documents(self) -> Iterator[tuple[Split, str]]:
         for split, pair in self.pairs():
@@ -67,6 +62,12 @@ class PairCorpus:
         known = identity(self.source, lambda: hashed(self.documents()))
         held = None if has_validation(self.source) else self.val_fraction
         return digest(FORMAT, "pairs", known, "whole" if self.whole else held)
+
+
+def side_of(text: str, val_fraction: float) -> Split:
+    """The split of all rows with this text, where the source has no validation split."""
+    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return "validation" if draw < val_fraction * 2**64 else "train"
 
 
 class PairSamples(Rows):

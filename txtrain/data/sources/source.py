@@ -12,6 +12,7 @@ Other methods instead of `documents`:
 
 - `pairs(split)`: pairs of texts, (source, target), both str.
 - `images(split)`: an object with `labels`, int64 [N], and `read(i)`, an array [H, W] or [H, W, C].
+- `labelled(split)`: `Labelled` texts with their labels (`labels.py`); beside it `label_names` and `n_classes`.
 - `samples(split)`: a sequence (`len`, `[i]`) of dicts of equally long lists or tensors, with `input_ids` and, if they
   differ, `labels`; no tokenizer is used.
 - `tokens(split)`: text that is tokenised already (`memmap.py`).
@@ -33,7 +34,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 from txtrain.data.config import DataConfig, PythonDocsConfig
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 from txtrain.registry import call, resolve
 from txtrain.run_config import RunConfig
 
@@ -78,6 +79,7 @@ METHODS = (  # in order of precedence; the last four are for our own sources
     "pairs",
     "images",
     "samples",
+    "labelled",
     "questions",
     "tokens",
     "stream",
@@ -94,6 +96,7 @@ def build_source(config: RunConfig) -> Source:
     groups = (config.model, config, config.data)
     given = {f.name: getattr(group, f.name) for group in groups for f in dc.fields(group)}
     given["seq_len"] = config.seq_len
+    given["label_names"] = given.get("label_names") or config.model.head.label_names
     source = call("data", config.data, given)
     if method_of(source) is None:
         ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:5]), resolve("data", config.data.type)
@@ -170,7 +173,7 @@ def settle(config: Run) -> tuple[Run, str | None]:
     source = build_source(config)
     reason: str | None = source.unavailable() if hasattr(source, "unavailable") else None
     if reason is None:
-        return config, None
+        return classified(config, source), None
     obstacle = _no_fallback(config)
     if obstacle is not None:
         raise ConfigError(
@@ -181,6 +184,36 @@ def settle(config: Run) -> tuple[Run, str | None]:
     data = PythonDocsConfig(**{**shared, "type": "python_docs"})
     fallback = dc.replace(config, data=data, name=f"{config.name}-fallback")
     return fallback, f"data={config.data.type} is unavailable: {reason}"
+
+
+def classified(config: Run, source: Source | None = None) -> Run:
+    """The config with the classes of its data in its head, whose names leave with the model.
+
+    Raises:
+        ConfigError: model.head.n_classes is another number.
+    """
+    if config.data.sample_kind != "labels" or config.model.head.type != "class":
+        return config
+    head, kind = config.model.head, config.data.kind
+    if kind == head.kind == "single" and head.label_names and config.data.label_names in ((), head.label_names):
+        return config  # what the rows hold is compared with these when they are read
+    source = build_source(config) if source is None else source
+    n, names = source.n_classes, source.label_names
+    if head.n_classes not in (None, n):
+        what = "the numbers" if kind == "regression" else "the classes"
+        listed = f": {shorten(', '.join(names))}" if names else ""
+        raise ConfigError(
+            f"`model.head.n_classes` must be null or {n}, {what} of data={config.data.type}{listed}, "
+            f"but is {head.n_classes} instead. Nearest: {n}."
+        )
+    if head.label_names and head.label_names != names:
+        theirs, ours = shorten(", ".join(head.label_names)), shorten(", ".join(names))
+        remedy = f"For a head of its own: model.head.n_classes={n} 'model.head.label_names=[]'"
+        raise ConfigError(f"`data.label_column` must give the model's {theirs}, but gives {ours} instead. {remedy}.")
+    if n == 1 and kind == "single":
+        raise ConfigError(f"`data.label_column` must hold at least two classes, but all rows have {names[0]!r}.")
+    head = dc.replace(head, n_classes=n, label_names=names, kind=kind)
+    return dc.replace(config, model=dc.replace(config.model, head=head))
 
 
 def as_named(config: Run) -> Run:

@@ -10,9 +10,9 @@ from typing import Any
 
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
-from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
+from txtrain.data.tokenizer.tokenizer import SOURCE_FILES, ChatTemplate, Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint, shorten
-from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_json, read_text
+from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_bytes, read_json, read_text
 
 # Usual names of the special tokens, if no file names them.
 _USUAL = {
@@ -29,7 +29,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer `bytes`, of a folder or file, or of a name on the hub.
+    """The tokenizer `bytes`, of a folder, file or run, or of a name on the hub.
 
     Raises:
         ConfigError: it is none of these, or has no end-of-text token.
@@ -40,11 +40,15 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
     path = Path(name).expanduser()
     if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
         raise ConfigError(missing(name, "data.tokenizer", "a folder or a file"))
-    if not path.exists():
-        path = _from_hub(name)
+    path = _of_run(path) if path.exists() else _from_hub(name)
     folder = path if path.is_dir() else path.parent
     with told(f"be read from {path}"):
         return _loaded(path, folder, name)
+
+
+def _of_run(path: Path) -> Path:
+    """Of a run's folder the tokenizer in its newest checkpoint: older ones are removed. Any other path is returned."""
+    return max(path.glob("checkpoints/step_*/tokenizer"), default=path, key=lambda p: int(p.parent.name[5:]))
 
 
 def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
@@ -65,7 +69,23 @@ def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
         pad_id=ids["pad_token"],
         chat_template=_chat_template(folder),
         names=_names(backend, folder, ids),
+        files=_one_of(path, folder) if path.is_file() else files_in(folder),
     )
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Name -> content of the folder's tokenizer files."""
+    templates = (f"{path.parent.name}/{path.name}" for path in sorted(folder.glob("additional_chat_templates/*.jinja")))
+    there = [name for name in SOURCE_FILES if (folder / name).is_file()]
+    return {name: read_bytes(folder / name, TOKENIZER_LIMIT) for name in (*there, *templates)}
+
+
+def _one_of(path: Path, folder: Path) -> dict[str, bytes]:
+    """The same of a tokenizer given as a file: files of other formats beside it may be of another tokenizer."""
+    kind = path.name if path.name in _FORMATS else _BY_SUFFIX[path.suffix]
+    others = {*_FORMATS} - ({"vocab.json", "merges.txt"} if kind in ("vocab.json", "merges.txt") else set())
+    kept = {name: content for name, content in files_in(folder).items() if name not in others}
+    return kept | {kind: read_bytes(path, TOKENIZER_LIMIT)}
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
@@ -127,10 +147,12 @@ _FORMATS: dict[str, Callable[[Path, str], Any]] = {
 }
 
 
+_BY_SUFFIX = {".json": "tokenizer.json", ".model": "tokenizer.model"}  # of files of other names
+
+
 def _read(path: Path, folder: Path) -> Any:
     if path.is_file():
-        by_suffix = {".json": "tokenizer.json", ".model": "tokenizer.model"}
-        kind = path.name if path.name in _FORMATS else by_suffix.get(path.suffix, "")
+        kind = path.name if path.name in _FORMATS else _BY_SUFFIX.get(path.suffix, "")
         if not kind:
             raise ConfigError(f"`data.tokenizer` must be one of {', '.join(_FORMATS)}, but is the file {path} instead.")
         return _FORMATS[kind](folder, path.name)
@@ -227,7 +249,7 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     templates = _TEMPLATE, "additional_chat_templates/*.jinja"
-    wanted = [*_FORMATS, "tokenizer_config.json", "special_tokens_map.json", *templates]
+    wanted = [*SOURCE_FILES, *templates]
     try:
         cached = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=True))
         if any((cached / file).is_file() for file in _FORMATS):

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,11 +18,19 @@ from numpy.typing import NDArray
 from txtrain.data.sources.files import Text, chunks_of
 from txtrain.data.tokenizer.cuts import byte_level_places, cut
 from txtrain.errors import ConfigError, shorten
+from txtrain.ground.plain_files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 _ROLES = ("bos_token", "eos_token", "pad_token")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # of `Tokenizer.save`
+CHAT_TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
+# Of any tokenizer in the layout of `transformers`; and additional_chat_templates/*.jinja.
+SOURCE_FILES = (
+    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATES[0], "tokenizer.model",
+    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "source.spm", "target.spm",
+)
+_SETTINGS = ("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces")
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
 
@@ -55,6 +64,29 @@ class ChatTemplate(NamedTuple):
     where: str
 
 
+class Frame(NamedTuple):
+    """The special tokens around one text or two. specials, types: before each text, and after the last; their segments.
+
+    of_texts: the segment of each text.
+    """
+
+    specials: tuple[tuple[int, ...], ...]
+    types: tuple[tuple[int, ...], ...]
+    of_texts: tuple[int, ...]
+
+    @property
+    def n_specials(self) -> int:
+        return sum(map(len, self.specials))
+
+    def around(self, texts: Sequence[Sequence[int]]) -> tuple[list[int], list[int]]:
+        """Ids and segments of the whole."""
+        ids, types = list(self.specials[0]), list(self.types[0])
+        for k, text in enumerate(texts):
+            ids += [*text, *self.specials[k + 1]]
+            types += [*[self.of_texts[k]] * len(text), *self.types[k + 1]]
+        return ids, types
+
+
 class Tokenizer:
     """Encodes text without special tokens: none is added, and the name of one in the text is encoded as text.
 
@@ -63,6 +95,7 @@ class Tokenizer:
     Args:
         chat_template: of the tokenizer's files.
         names: special tokens by role (`eos_token`, ...) for the chat template; None: those of the ids.
+        files: name -> content of the files that it was read from, which `save` writes again.
     """
 
     def __init__(
@@ -73,6 +106,7 @@ class Tokenizer:
         pad_id: int | None = None,
         chat_template: ChatTemplate | None = None,
         names: Mapping[str, str] | None = None,
+        files: Mapping[str, bytes] = MappingProxyType({}),
     ) -> None:
         backend.no_truncation()
         backend.no_padding()
@@ -83,6 +117,7 @@ class Tokenizer:
         self.chat_template = chat_template
         of_ids = {role: backend.id_to_token(i) for role, i in roles.items() if i is not None}
         self.names = of_ids if names is None else names
+        self.files, self.settings = files, _settings(files)
 
     def encode(self, text: str) -> list[int]:
         with told("encode this text"):
@@ -132,10 +167,57 @@ class Tokenizer:
             return self
         backend = type(self.backend).from_str(self.backend.to_str())
         backend.add_special_tokens(missing)
-        return Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id, self.chat_template, self.names)
+        made = Tokenizer(backend, self.eos_id, self.bos_id, self.pad_id, self.chat_template, self.names)
+        made.settings = self.settings  # of the files, which describe another vocabulary
+        return made
 
     def with_template(self, template: ChatTemplate) -> Tokenizer:
-        return Tokenizer(self.backend, self.eos_id, self.bos_id, self.pad_id, template, self.names)
+        files = {name: content for name, content in self.files.items() if not name.startswith(CHAT_TEMPLATES)}
+        files |= _template_files(template) if files else {}
+        return Tokenizer(self.backend, self.eos_id, self.bos_id, self.pad_id, template, self.names, files)
+
+    def framed(self, topology: str) -> Tokenizer:
+        """This tokenizer, with special tokens around texts that are read as a whole, and with a padding token.
+
+        Special tokens are those of its own files, if they say which; else an encoder reads [CLS] a [SEP] b [SEP], a
+        decoder beside an encoder a </s> b </s>, a decoder alone <s> a </s> b: its last token, which is classified, is
+        of the text.
+        """
+        backend = type(self.backend).from_str(self.backend.to_str())
+        if not backend.num_special_tokens_to_add(True):
+            from tokenizers import processors
+
+            written = {i: str(backend.id_to_token(i)) for i in (self.eos_id, self.bos_id) if i is not None}
+            end, begin = written[self.eos_id], "" if self.bos_id is None else written[self.bos_id]
+            single, pair = {
+                "encoder": ("[CLS] $A [SEP]", "[CLS] $A [SEP] $B:1 [SEP]:1"),
+                "encoder_decoder": (f"$A {end}", f"$A {end} $B {end}"),
+                "decoder": (f"{begin} $A".strip(), f"{begin} $A {end} $B".strip()),
+            }[topology]
+            names = [name for name in single.split() + pair.split() if "$" not in name]
+            known = {name.partition(":")[0] for name in names}
+            ids = [(name, self.id_of(name)) for name in sorted(known)]
+            added = processors.TemplateProcessing(single=single, pair=pair, special_tokens=ids)
+            own = backend.post_processor
+            backend.post_processor = added if own is None else processors.Sequence([own, added])
+        # not beside an encoder: there the padding token also begins the decoder's input
+        pad_id = self.eos_id if self.pad_id is None and topology != "encoder_decoder" else self.pad_id
+        return Tokenizer(backend, self.eos_id, self.bos_id, pad_id, self.chat_template, self.names)
+
+    def frame(self, n_texts: int) -> Frame:
+        """The special tokens that its files put around one text or two."""
+        found = self.backend.encode(*["a"] * n_texts, add_special_tokens=True)
+        specials: list[list[int]] = [[] for _ in range(n_texts + 1)]
+        types: list[list[int]] = [[] for _ in range(n_texts + 1)]
+        of_texts = [0] * n_texts
+        text = -1
+        for i, kind, number in zip(found.ids, found.type_ids, found.sequence_ids, strict=True):
+            if number is None:
+                specials[text + 1].append(i)
+                types[text + 1].append(kind)
+            else:
+                text, of_texts[number] = number, kind
+        return Frame(tuple(map(tuple, specials)), tuple(map(tuple, types)), tuple(of_texts))
 
     def special_ids(self) -> set[int]:
         added = self.backend.get_added_tokens_decoder()
@@ -168,7 +250,8 @@ class Tokenizer:
         return hashlib.sha256(self.backend.to_str().encode() + named.encode()).hexdigest()[:16]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """tokenizer.json, tokenizer_config.json and the chat template, as `transformers` reads them."""
+        """The files that it was read from, byte for byte; and where they were not among them tokenizer.json and
+        tokenizer_config.json, as `transformers` reads them, and the chat template."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         named = {"bos_token": self.bos_id, "eos_token": self.eos_id, "pad_token": self.pad_id}
@@ -176,16 +259,35 @@ class Tokenizer:
         config = {name: self.backend.id_to_token(i) for name, i in named.items() if i is not None}
         if self.chat_template is not None:  # templates read these, and may ask whether there is one
             config = dict(self.names)
-            for name, text in self.chat_template.texts.items():
-                other = f"additional_chat_templates/{name}.jinja"
-                place = folder / ("chat_template.jinja" if name == "default" else other)
-                place.parent.mkdir(exist_ok=True)
-                place.write_bytes(text.encode())
+            if not self.files:
+                write_files(folder, _template_files(self.chat_template))
+        config |= self.settings
         # Not by the backend's `save`, which reports a full disk by an error of its own.
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         (folder / "tokenizer_config.json").write_text(
             json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
         )
+        write_files(folder, self.files)
+
+
+def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
+    """Write files by name, which may lie one folder deeper."""
+    for name, content in contents.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+
+def _template_files(template: ChatTemplate) -> dict[str, bytes]:
+    default, other = CHAT_TEMPLATES
+    names = {name: default if name == "default" else f"{other}/{name}.jinja" for name in template.texts}
+    return {names[name]: text.encode() for name, text in template.texts.items()}
+
+
+def _settings(contents: Mapping[str, bytes]) -> dict[str, Any]:
+    """What a tokenizer_config.json says that does not depend on the vocabulary."""
+    raw = contents.get("tokenizer_config.json")
+    said = {} if raw is None else parse_json(raw, "tokenizer_config.json")
+    return {name: said[name] for name in _SETTINGS if name in said}
 
 
 def _n_bytes(token: str, alphabet: str) -> int:

@@ -1,4 +1,7 @@
-"""BertForPreTraining and BertForMaskedLM (1810.04805): a post-norm encoder with masked-word and next-sentence heads."""
+"""BertForPreTraining, BertForMaskedLM (1810.04805): a post-norm encoder with masked-word and next-sentence heads.
+
+Also BertForSequenceClassification, whose head reads the pooler, and BertModel, which has none.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import Any
 
+from txtrain.hf.class_fields import CLASS_DEFAULTS, Classes
 from txtrain.hf.families.gpt1 import GPT1
 from txtrain.hf.families.llama2 import ACTIVATIONS
 from txtrain.hf.fields import Choice, Field, Fields, Heads, TokenIds, Values, boolean, number
@@ -49,7 +53,8 @@ MASKED_WORDS = (
     # Version 4 ties this bias to the decoder's and writes it alone; version 5 reads the decoder's.
     Row("cls.predictions.bias", ("head.bias",), when=_untied, spare=True),
 )
-SENTENCES = (linear("bert.pooler.dense", "head.pooler"), linear("cls.seq_relationship", "head.next_sentence"))
+POOLER = linear("bert.pooler.dense", "head.pooler")
+SENTENCES = (POOLER, linear("cls.seq_relationship", "head.next_sentence"))
 
 SIZES = (
     Field("hidden_size", "dim"), Field("num_hidden_layers", "n_layers"), Heads(n_kv_heads=None, head_dim=None),
@@ -95,4 +100,67 @@ BERT_MLM: HFClass = dc.replace(
     rows=(*BODY, *MASKED_WORDS),
     buffers=BERT.buffers + r"|bert\.pooler\..*",
     marker=None,
+)
+
+
+@dc.dataclass(frozen=True)
+class ClassifierDropout:
+    """null: that of hidden states."""
+
+    names: tuple[str, ...] = ("classifier_dropout",)
+
+    def read(self, fields: Fields) -> Values:
+        given = fields["classifier_dropout"]
+        name = "hidden_dropout_prob" if given is None else "classifier_dropout"
+        return {"head.dropout": number(name, fields[name])}
+
+    def write(self, model: Values) -> Fields:
+        rate = model["head.dropout"]
+        return {"classifier_dropout": None if rate == model["dropout"] else rate}
+
+
+_PARTS = tuple(
+    Choice("hidden_act", "ffn.activation", words=ACTIVATIONS) if isinstance(part, BodyAndHead) else part
+    for part in BERT.parts
+)
+_BODY = {name: value for name, value in BERT.fixed.items() if name != "head.next_sentence"}
+
+BERT_CLASSES: HFClass = dc.replace(
+    BERT,
+    architecture="BertForSequenceClassification",
+    parts=(*_PARTS, Classes(), ClassifierDropout()),
+    defaults={**BERT.defaults, **CLASS_DEFAULTS, "classifier_dropout": None},
+    fixed={**_BODY, "head.type": "class", "head.pooling": "first", "head.pooler": True, "head.bias": True},
+    rows=(*BODY, POOLER, linear("classifier", "head.classifier")),
+    copies={},
+    marker="classifier.weight",
+)
+
+
+def headless(hf: HFClass, prefix: str, architecture: str, marker: str | None, pooler: bool) -> HFClass:
+    """The class of the body alone, whose names have no prefix, with a pooler or without one."""
+    body = [row._replace(theirs=row.theirs.removeprefix(prefix)) for row in hf.rows if row.theirs.startswith(prefix)]
+    rows = [row for row in body if "head.pooler" not in row.ours]
+    return dc.replace(
+        hf,
+        architecture=architecture,
+        fixed={**_without_head(hf.fixed), "head.type": "none", "head.pooler": pooler},
+        rows=(*rows, linear("pooler.dense", "head.pooler")),
+        buffers=hf.buffers.replace(prefix.replace(".", r"\."), ""),
+        renamed=tuple((there.replace(f"^{prefix}".replace(".", r"\."), "^"), here.removeprefix(prefix))
+                      for there, here in hf.renamed),
+        marker=marker,
+        copies={},
+    )
+
+
+def _without_head(fixed: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fixed.items() if not name.startswith("head.")}
+
+
+BERT_BODY: HFClass = headless(
+    dc.replace(BERT, parts=_PARTS), "bert.", "BertModel", "pooler.dense.weight", pooler=True
+)
+BERT_BODY_UNPOOLED: HFClass = headless(
+    dc.replace(BERT, parts=_PARTS), "bert.", "BertModel", "embeddings.word_embeddings.weight", pooler=False
 )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from txtrain.errors import ConfigError
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.families.llama2 import ACTIVATIONS, EMBEDDING, ENDS, NORMS
 from txtrain.hf.fields import Choice, Field, Fields, Same, TokenIds, Values, boolean, integer, number, optional, rate
 from txtrain.hf.hf_class import HFClass
@@ -136,6 +137,12 @@ DEEPSEEK_R1 = HFClass(
     },
     # The first two follow from other fields; the weights of MTP are not read; the others are of training.
     harmless="head_dim qk_head_dim num_nextn_predict_layers aux_loss_alpha seq_aux ep_size output_router_logits",
+    stacks=(
+        Row(f"{_FFN}experts.gate_up_proj", ("blocks.{}.ffn.experts.gate_proj", "blocks.{}.ffn.experts.up_proj")),
+        linear(f"{_FFN}experts.down_proj", "blocks.{}.ffn.experts.down_proj"),
+    ),
     buffers=r"model\.layers\.({n_layers}\..*|\d+\.self_attn\.rotary_emb\.inv_freq)",
     demands=_needs_balance_bias,
 )
+
+DEEPSEEK_R1_CLASSES = of_last_token(DEEPSEEK_R1, "DeepseekV3ForSequenceClassification")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.families.llama2 import ACTIVATIONS, LLAMA2
 from txtrain.hf.fields import Choice
 from txtrain.hf.hf_class import HFClass
@@ -28,3 +29,5 @@ GEMMA: HFClass = dc.replace(
     },
     demands=lambda model: None,
 )
+
+GEMMA_CLASSES = of_last_token(GEMMA, "GemmaForSequenceClassification")

@@ -6,6 +6,7 @@ import dataclasses as dc
 from typing import Any
 
 from txtrain.errors import ConfigError
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.families.gemma import GEMMA
 from txtrain.hf.families.llama2 import ACTIVATIONS, EMBEDDING, ENDS, MATRICES, heads_must_divide_dim
 from txtrain.hf.fields import Choice, Field, LayerWindows, integer, number, optional
@@ -47,3 +48,5 @@ GEMMA2: HFClass = dc.replace(
     harmless="hidden_act sliding_window_size",  # in published folders, and never read
     demands=heads_must_divide_dim,
 )
+
+GEMMA2_CLASSES = of_last_token(GEMMA2, "Gemma2ForSequenceClassification", "final_logit_softcapping")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.fields import Choice, Dropouts, Field, Heads, TokenIds, boolean, number
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import conv1d, linear
@@ -42,3 +43,5 @@ GPT1 = HFClass(
     "summary_first_dropout",
     buffers=r"transformer\.(h\.\d+\.attn\.bias|position_ids)",
 )
+
+GPT1_CLASSES = of_last_token(GPT1, "OpenAIGPTForSequenceClassification")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.families.gpt1 import GPT1
 from txtrain.hf.fields import Choice, Field, Fields, Values, boolean, integer, optional
 from txtrain.hf.hf_class import HFClass
@@ -52,3 +53,5 @@ GPT2: HFClass = dc.replace(
     must_be={"scale_attn_by_inverse_layer_idx": (False, None), "reorder_and_upcast_attn": (False, None)},
     buffers=r"transformer\.h\.\d+\.attn\.(bias|masked_bias)",
 )
+
+GPT2_CLASSES = of_last_token(GPT2, "GPT2ForSequenceClassification")

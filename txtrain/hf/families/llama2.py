@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.fields import Choice, Field, Heads, TokenIds, boolean, number, rate
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import linear, linears
@@ -57,3 +58,5 @@ LLAMA2 = HFClass(
     buffers=r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
     demands=heads_must_divide_dim,
 )
+
+LLAMA2_CLASSES = of_last_token(LLAMA2, "LlamaForSequenceClassification")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 
+from txtrain.hf.class_fields import of_last_token
 from txtrain.hf.families.llama2 import LLAMA2
 from txtrain.hf.fields import Field, integer, optional
 from txtrain.hf.hf_class import HFClass
@@ -20,3 +21,5 @@ MISTRAL: HFClass = dc.replace(
     must_be={"rope_interleaved": (False, None), "attention_bias": (False,), "mlp_bias": (False,)},
     demands=lambda model: None,
 )
+
+MISTRAL_CLASSES = of_last_token(MISTRAL, "MistralForSequenceClassification")

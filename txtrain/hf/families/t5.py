@@ -1,6 +1,7 @@
 """T5ForConditionalGeneration (1910.10683): two stacks, RMS norms before the sublayers, a bias by distance only.
 
-Two tables for one class: the first release has a plain FFN, v1.1 and later ones a gated one.
+Two tables for one class: the first release has a plain FFN, v1.1 and later ones a gated one. And two for
+T5ForSequenceClassification: the decoder reads the source again, and its last token is classified.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import dataclasses as dc
 from collections.abc import Callable, Collection, Mapping
 
 from txtrain.errors import ConfigError
+from txtrain.hf.class_fields import CLASS_DEFAULTS, Classes
 from txtrain.hf.families.gpt2 import ACTIVATIONS
 from txtrain.hf.fields import Choice, Field, Fields, Heads, TokenIds, Values, boolean, number
 from txtrain.hf.hf_class import HFClass
@@ -160,3 +162,44 @@ T5_V1_1: HFClass = dc.replace(
     fixed={**T5.fixed, "ffn.type": "geglu"},
     rows=(*BODY, *_ffn({"wi_0": "gate_proj"}), *_ffn({"wi_1": "up_proj"}), OUTPUT),
 )
+
+
+@dc.dataclass(frozen=True)
+class HeadDropouts:
+    """Before each of the head's two layers."""
+
+    names: tuple[str, ...] = ("classifier_dropout",)
+
+    def read(self, fields: Fields) -> Values:
+        return dict.fromkeys(("head.dropout", "head.input_dropout"), number(self.names[0], fields[self.names[0]]))
+
+    def write(self, model: Values) -> Fields:
+        return {self.names[0]: model["head.dropout"]}
+
+
+def of_end_token(hf: HFClass) -> HFClass:
+    """T5ForSequenceClassification, whose embeddings are always one."""
+    parts = [Field("tie_word_embeddings", "tie_word_embeddings", boolean) if isinstance(part, OutputScale) else part
+             for part in hf.parts]
+    named = [row._replace(theirs=f"transformer.{row.theirs}") for row in hf.rows if row.ours != ("head",)]
+    head = linears("classification_head.", "head.", {"dense": "pooler", "out_proj": "classifier"})
+    prefixed = {f"transformer.{name}": f"transformer.{of}" for name, of in hf.copies.items()}
+    return dc.replace(
+        hf,
+        architecture="T5ForSequenceClassification",
+        parts=(*parts, Classes(), HeadDropouts()),
+        defaults={
+            **{name: value for name, value in hf.defaults.items() if name != "scale_decoder_outputs"},
+            **CLASS_DEFAULTS, "classifier_dropout": 0.0,
+        },
+        fixed={**hf.fixed, "head.type": "class", "head.pooling": "last", "head.pooler": True, "head.bias": True},
+        rows=(*named, *head),
+        harmless=f"{hf.harmless} scale_decoder_outputs",
+        buffers=rf"transformer\.{hf.buffers}",
+        copies=prefixed,
+        marker="classification_head.out_proj.weight",
+        settled=lambda given, names, same: given,
+    )
+
+
+T5_CLASSES, T5_V1_1_CLASSES = of_end_token(T5), of_end_token(T5_V1_1)

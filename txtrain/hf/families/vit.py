@@ -1,11 +1,12 @@
-"""ViTForImageClassification (2010.11929): patches of an image, a pre-norm encoder, a score per class."""
+"""ViTForImageClassification (2010.11929): patches of an image, a pre-norm encoder, a score per class; ViTModel."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 
 from txtrain.errors import ConfigError
-from txtrain.hf.families.bert import RATES, SIZES
+from txtrain.hf.class_fields import CLASS_DEFAULTS, Classes
+from txtrain.hf.families.bert import RATES, SIZES, headless
 from txtrain.hf.families.llama2 import ACTIVATIONS
 from txtrain.hf.fields import Choice, Fields, Values, integer
 from txtrain.hf.hf_class import HFClass
@@ -39,25 +40,11 @@ def _side(name: str, value: object) -> int:
     return side
 
 
-@dc.dataclass(frozen=True)
-class Classes:
-    """The number of classes, which is that of their names; by default 2."""
-
-    names: tuple[str, ...] = ("id2label", "num_labels")
-
-    def read(self, fields: Fields) -> Values:
-        labels, n = fields["id2label"], fields["num_labels"]
-        if labels is not None and not isinstance(labels, dict):
-            raise ConfigError(f"`id2label` must be a name for each class, but is {str(labels)[:40]} instead.")
-        named = 2 if labels is None else len(labels)
-        if None not in (labels, n) and n != named:
-            raise ConfigError(f"`num_labels` must be the number of names in id2label ({named}), but is {n} instead.")
-        return {"head.n_classes": named if n is None else integer("num_labels", n)}
-
-    def write(self, model: Values) -> Fields:
-        names = {str(i): f"LABEL_{i}" for i in range(model["head.n_classes"])}
-        return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
-
+_MODULES = {  # names in transformers 5, and in files
+    "attention.q_proj": "attention.attention.query", "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value", "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
+}
 
 VIT = HFClass(
     architecture="ViTForImageClassification", model_type="vit", family="vit",
@@ -68,13 +55,13 @@ VIT = HFClass(
         "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072,
         "hidden_act": "gelu", "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
         "initializer_range": 0.02, "layer_norm_eps": 1e-12, "image_size": 224, "patch_size": 16, "num_channels": 3,
-        "id2label": None, "num_labels": None,
+        **CLASS_DEFAULTS,
     },
     fixed={
         "topology": "encoder", "vocab_size": 0, "norm_position": "pre", "final_norm": True, "attention.bias": True,
         "ffn.type": "mlp", "ffn.bias": True, "position.type": "learned", "norm.type": "layer",
         "embedding.type": "patch", "embedding.class_token": True, "head.type": "class", "head.pooling": "first",
-        "tie_word_embeddings": False,
+        "head.pooler": False, "head.bias": True, "head.dropout": 0.0, "tie_word_embeddings": False,
     },
     rows=(
         linear("vit.embeddings.cls_token", "embedding.class_token"),
@@ -96,12 +83,14 @@ VIT = HFClass(
     buffers=r"vit\.pooler\..*",
     # Names of the modules of transformers 5, and of their pickled state_dict; its files have the names above.
     renamed=(
-        (r"^vit\.layers\.(\d+)\.attention\.q_proj\.", r"vit.encoder.layer.\1.attention.attention.query."),
-        (r"^vit\.layers\.(\d+)\.attention\.k_proj\.", r"vit.encoder.layer.\1.attention.attention.key."),
-        (r"^vit\.layers\.(\d+)\.attention\.v_proj\.", r"vit.encoder.layer.\1.attention.attention.value."),
-        (r"^vit\.layers\.(\d+)\.attention\.o_proj\.", r"vit.encoder.layer.\1.attention.output.dense."),
-        (r"^vit\.layers\.(\d+)\.mlp\.fc1\.", r"vit.encoder.layer.\1.intermediate.dense."),
-        (r"^vit\.layers\.(\d+)\.mlp\.fc2\.", r"vit.encoder.layer.\1.output.dense."),
+        *((rf"^vit\.layers\.(\d+)\.{new}\.", rf"vit.encoder.layer.\1.{old}.") for new, old in _MODULES.items()),
         (r"^vit\.layers\.(\d+)\.layernorm_(before|after)\.", r"vit.encoder.layer.\1.layernorm_\2."),
     ),
+    modules=tuple((rf"^vit\.encoder\.layer\.(\d+)\.{old}$", rf"vit.layers.\1.{new}") for new, old in _MODULES.items()),
 )
+
+_BODY = VIT.without("id2label")
+# Its pooler is no part of VIT, which ignores it.
+_POOLED = dc.replace(_BODY, must_be={**VIT.must_be, "pooler_act": ("tanh", None)})
+VIT_BODY: HFClass = headless(_POOLED, "vit.", "ViTModel", "pooler.dense.weight", pooler=True)
+VIT_BODY_UNPOOLED: HFClass = headless(_BODY, "vit.", "ViTModel", "embeddings.cls_token", pooler=False)

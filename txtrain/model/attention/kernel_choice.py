@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses as dc
 from typing import Any, Literal
 
-Kernel = Literal["plain", "sdpa", "sdpa_masked", "flex", "varlen"]
+Kernel = Literal["plain", "sdpa", "sdpa_masked", "blocks", "flex", "varlen"]
+
+BLOCK = 128  # queries of a block
+BLOCKS_FROM = 512  # positions: in fewer there is little to leave out
 
 
 @dc.dataclass(frozen=True)
@@ -35,6 +38,11 @@ class Declared:
         return not self.causal or self.n_queries in (1, self.n_keys)
 
     @property
+    def is_long(self) -> bool:
+        """Whether it is causal self-attention over so many positions that blocks of queries pay."""
+        return self.causal and self.prefix_BS is None and self.n_keys == self.n_queries >= BLOCKS_FROM
+
+    @property
     def sees_all(self) -> bool:
         return self.drawn_by_flag and (not self.causal or self.n_queries == 1)
 
@@ -47,8 +55,10 @@ def choose_kernel(
     On CUDA no mask is materialised: flex attention computes windows, documents, padding, softcaps and biases by blocks
     and skips those that are invisible; packed documents alone, in half precision, go to the variable-length flash
     kernel. Only SDPA has dropout. On the CPU flex and varlen have no backward: SDPA takes what it can express, with a
-    materialised mask if needed, and the plain formula takes softcaps.
+    materialised mask if needed, and the plain formula takes softcaps; long sequences go by blocks (blocks.py).
     """
+    if device_type == "cpu" and mask.is_long and not (bias or dropout) and (softcap or not mask.drawn_by_flag):
+        return "blocks"
     if softcap and (device_type != "cuda" or dropout):
         return "plain"
     if device_type == "cuda" and not dropout:

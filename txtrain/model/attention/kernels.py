@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from txtrain.model.attention.blocks import blocked
 from txtrain.model.attention.mask import PreparedMask
 
 
@@ -92,4 +93,10 @@ def varlen(
     return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)[..., : v.shape[-1]]
 
 
-KERNELS = {"plain": plain, "sdpa": sdpa, "sdpa_masked": sdpa, "flex": flex, "varlen": varlen}
+def blocks(
+    q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask, scale: float, softcap: float | None, dropout: float
+) -> Tensor:
+    return blocked(q, k, v, mask.declared, mask.blocks, scale, softcap)
+
+
+KERNELS = {"plain": plain, "sdpa": sdpa, "sdpa_masked": sdpa, "blocks": blocks, "flex": flex, "varlen": varlen}

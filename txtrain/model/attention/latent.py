@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from txtrain.model.attention.kernels import attend
 from txtrain.model.context import AnyContext
+from txtrain.model.lora import matrix
 from txtrain.model.position.encodings import Rotation
 
 
@@ -55,7 +56,7 @@ class LatentAttention(nn.Module):
         c_B1SC, k_B1SR = context.attended(x_BTD, partial(self._latents, rotation=context.rotation))
         absorbed = context.cache is not None and self._absorbed_is_cheaper(x_BTD.shape[1])
         if absorbed:  # K is 1: the size of q and k is C + R, that of v is C
-            q_BNTP = q_BNTP @ self.k_proj.weight.view(-1, self.nope_dim, self.kv_rank)
+            q_BNTP = q_BNTP @ matrix(self.k_proj).view(-1, self.nope_dim, self.kv_rank)
             k_BKSH, v_BKSV = torch.cat((c_B1SC, k_B1SR), dim=-1), c_B1SC
         else:
             k_BNSP = self.k_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.nope_dim)).transpose(1, 2)
@@ -64,7 +65,7 @@ class LatentAttention(nn.Module):
         q_BNTH, dropout = torch.cat((q_BNTP, q_BNTR), dim=-1), self.dropout if self.training else 0.0
         y_BNTV = attend(q_BNTH, k_BKSH, v_BKSV, context.mask, self.scale, None, dropout)
         if absorbed:
-            y_BNTV = y_BNTV @ self.v_proj.weight.view(-1, self.v_dim, self.kv_rank).transpose(1, 2)
+            y_BNTV = y_BNTV @ matrix(self.v_proj).view(-1, self.v_dim, self.kv_rank).transpose(1, 2)
         return self.o_proj(y_BNTV.transpose(1, 2).flatten(-2))
 
     def _queries(self, x_BTD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:

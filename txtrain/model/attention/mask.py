@@ -20,13 +20,13 @@ nothing is 0, never NaN.
 from __future__ import annotations
 
 import dataclasses as dc
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.model.attention.kernel_choice import Declared, Kernel
+from txtrain.model.attention.kernel_choice import BLOCK, Declared, Kernel
 
 
 @dc.dataclass(frozen=True)
@@ -78,14 +78,17 @@ class PreparedMask:
     bias: Tensor | None = None  # plain, flex: added to the scores, [B or 1, N, T, S]
     visible: Tensor | None = None  # plain: boolean, [B or 1, 1, T, S]
     additive: Tensor | None = None  # sdpa_masked: boolean, or in the scores' dtype where it carries the bias too
-    blocks: Any = None  # flex: a BlockMask
+    blocks: Any = None  # flex: a BlockMask; blocks: `blocks_of`
     offsets: Tensor | None = None  # varlen: `document_offsets`
 
 
 def prepare(
-    mask: Mask, kernel: Kernel, bias: Tensor | None, device: torch.device, dtype: torch.dtype
+    mask: Mask, kernel: Kernel, bias: Tensor | None, device: torch.device, dtype: torch.dtype, varying: bool = True
 ) -> PreparedMask:
+    """varying: what is no tensor may depend on the batch; not if the kernel is compiled, for which it is constant."""
     bias = None if bias is None else bias.to(dtype)
+    if kernel == "blocks":
+        return PreparedMask(mask, kernel, blocks=blocks_of(mask, varying))
     if kernel == "flex":
         return PreparedMask(mask, kernel, bias=bias, blocks=block_mask(mask, device))
     if kernel in ("sdpa", "varlen"):
@@ -95,6 +98,35 @@ def prepare(
         return PreparedMask(mask, kernel, bias=bias, visible=visible)
     additive = visible if bias is None else bias if visible is None else bias.masked_fill(~visible, -torch.inf)
     return PreparedMask(mask, kernel, additive=additive)
+
+
+class Block(NamedTuple):
+    """Queries `first` to before `last`, which see keys from `begin` to before `last`."""
+
+    first: int
+    last: int
+    begin: int
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.first, self.last)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.begin, self.last)
+
+
+def blocks_of(mask: Mask, by_documents: bool) -> tuple[Block, ...]:
+    """by_documents: leave out keys by documents too; then the blocks depend on the batch."""
+    firsts = range(0, mask.n_queries, BLOCK)
+    begins = [0 if mask.window is None else max(0, first - mask.window + 1) for first in firsts]
+    if by_documents and mask.documents_BS is not None:
+        starts = document_starts(mask.documents_BS) * torch.arange(mask.n_keys, device=mask.documents_BS.device)
+        of_blocks = starts.cummax(1).values[:, ::BLOCK].amin(0).tolist()
+        begins = [max(pair) for pair in zip(begins, of_blocks, strict=True)]
+    return tuple(
+        Block(first, min(first + BLOCK, mask.n_queries), begin) for first, begin in zip(firsts, begins, strict=True)
+    )
 
 
 def block_mask(mask: Mask, device: torch.device) -> Any:

@@ -50,8 +50,21 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """x: rows in the order of the experts; counts: rows of each expert."""
-        h_RF = self.act(grouped_linear(x_RD, self.gate_proj, counts_E)) * grouped_linear(x_RD, self.up_proj, counts_E)
-        return grouped_linear(self.dropout(h_RF), self.down_proj, counts_E)
+        h_RF = self.act(self.product(x_RD, "gate_proj", counts_E)) * self.product(x_RD, "up_proj", counts_E)
+        return self.product(self.dropout(h_RF), "down_proj", counts_E)
+
+    def product(self, x_RI: Tensor, name: str, counts_E: Tensor) -> Tensor:
+        """Rows times their expert's matrix of that name."""
+        return grouped_linear(x_RI, getattr(self, name), counts_E)
+
+
+class Router(nn.Linear):
+    """A token's logit for each expert, at least in float32: half precision would round close scores to equal ones."""
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        dtype = torch.promote_types(x_ND.dtype, torch.float32)
+        with torch.autocast(x_ND.device.type, enabled=False):
+            return F.linear(x_ND.to(dtype), self.weight.to(dtype))
 
 
 class MixtureOfExperts(nn.Module):
@@ -72,7 +85,7 @@ class MixtureOfExperts(nn.Module):
         self.n_experts, self.top_k, self.n_groups, self.top_k_groups = n_experts, top_k, n_groups, top_k_groups
         self.gate, self.normalise, self.routed_scale = gate, normalise, routed_scale
         self.bias_update_rate, self.aux_weight = bias_update_rate, aux_weight
-        self.router = nn.Linear(dim, n_experts, bias=False)
+        self.router = Router(dim, n_experts, bias=False)
         self.experts = experts
         self.shared = shared
         self.register_buffer(BALANCE_BIAS, torch.empty(n_experts, dtype=torch.float32) if bias_update_rate else None)
@@ -113,9 +126,7 @@ class MixtureOfExperts(nn.Module):
         return WithLoss.apply(y_BTD, aux * self.aux_weight, loss_scale)
 
     def _scores(self, x_ND: Tensor) -> Tensor:
-        dtype = torch.promote_types(x_ND.dtype, torch.float32)  # half precision would round close scores to equal ones
-        with torch.autocast(x_ND.device.type, enabled=False):
-            logits_NE = F.linear(x_ND.to(dtype), self.router.weight.to(dtype))
+        logits_NE = self.router(x_ND)
         return logits_NE.sigmoid() if self.gate == "sigmoid" else logits_NE.softmax(-1)
 
     def choose(self, scores_NE: Tensor) -> tuple[Tensor, Tensor]:

@@ -97,7 +97,8 @@ class MoEConfig(FFNBase):
             return gated(t, x, d, self.dense_width(model), self.activation, self.dropout)
         rows, experts = n * self.top_k, self.n_experts
         with t.exactly():
-            scores = t.pointwise(t.linear(t.to(x, 4), d, experts, name="router"), "result")
+            router = t.parameter(experts, d, name="router.weight")
+            scores = t.pointwise(t.linear(t.to(x, 4), d, experts, weight=router), "result")
         weights = t.picked(scores, rows, index=8 * rows)  # of the chosen experts
         if self.normalise:
             weights = t.mul(weights, t.mean(weights, n))

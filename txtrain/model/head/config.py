@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from txtrain.errors import ConfigError
 from txtrain.model.component import Component, config
 from txtrain.model.ffn.dense_config import Activation
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Batch, Place
 from txtrain.model.trace.tape import Parameter, Tape, Value
-from txtrain.registry import Cut, knob, register
+from txtrain.registry import Cut, dropout_knob, knob, register
 
 
 @config
@@ -18,7 +20,10 @@ class HeadConfig(Component):
 
     skips: ClassVar[bool] = False
     pools: ClassVar[bool] = False  # one result for each row
+    writes: ClassVar[bool] = True  # scores of the tokens at each position
     next_sentence = False  # a field of BERT's head only
+    label_names = tuple[str, ...]()  # this and lm: of the class head only
+    lm = False
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
         """Forward FLOPs per position."""
@@ -94,24 +99,99 @@ class MLMHeadConfig(HeadConfig):
         return loss if pooled is None else t.add(loss, t.softmax(pooled))
 
 
+Kind = Literal["single", "multi", "regression"]
+
+
 @config
 class ClassHeadConfig(HeadConfig):
-    """One score per class. pooling: the first (ViT's class token) or last real position, or their mean."""
+    """One score per class, from one vector per row: of the first position (ViT's class token, BERT's [CLS]), of the
+    last real one, or the mean of the real ones. null: as the papers and transformers have it for this kind of model."""
 
     pools: ClassVar = True
+    writes: ClassVar = False
 
-    n_classes: int = knob(1000, at_least=2)
-    pooling: Literal["first", "last", "mean"] = "first"
+    n_classes: int | None = knob(None, at_least=1)  # null: as many as the labels of the data; numbers of a regression
+    pooling: Literal["first", "last", "mean"] | None = None  # null: first in an encoder, else last
+    # a dense layer and tanh before the classifier (BERT's pooler, T5's head); null: not for decoders and images
+    pooler: bool | None = None
+    bias: bool | None = None  # of the classifier; null: not in a decoder
+    dropout: float | None = dropout_knob(None)  # of the classifier's input; null: model.dropout after a pooler, else 0
+    input_dropout: float = dropout_knob()  # of the pooler's input
+    # one class per row; any number (binary cross-entropy of each); or numbers (squared error); data=labels sets it
+    kind: Kind = knob("single", affects="training")
+    label_names: tuple[str, ...] = knob((), affects="label")  # of the classes, in order; data=labels sets them
+    # training also predicts the next token, by the embedding: GPT-1's auxiliary loss (objective.lm_weight)
+    lm: bool = knob(False, affects="training")
+
+    def check(self, model: ModelShape) -> Iterator[str]:
+        n, names = self.n_classes, self.label_names
+        if n == 1 and self.kind == "single":
+            yield "`model.head.n_classes` must be at least 2 with model.head.kind=single, but is 1 instead. Nearest: 2."
+        if names and n not in (None, len(names)):
+            yield f"`model.head.label_names` must be {n} names (model.head.n_classes), but is {len(names)} instead."
+        if self.lm and not (model.topology == "decoder" and model.tie_word_embeddings):
+            needed = "a decoder with tie_word_embeddings=true, whose embedding gives the logits of the next token"
+            yield f"`model.head.lm` must be false without {needed}, but is true instead."
+
+    @property
+    def n_outputs(self) -> int:
+        """Raises ConfigError if the number is still to be read from the data."""
+        if self.n_classes is None:
+            raise ConfigError(
+                "`model.head.n_classes` must be given: it is null, and only a run on data=labels reads it from data."
+            )
+        return self.n_classes
+
+    def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
+        decoder, pooler = model.topology == "decoder", self._pools(model)
+        dropout = (model.dropout if pooler else 0.0) if self.dropout is None else self.dropout
+        return {
+            "n_classes": self.n_outputs,
+            "pooling": self.pooling or ("first" if model.topology == "encoder" else "last"),
+            "pooler": pooler, "bias": not decoder if self.bias is None else self.bias, "dropout": dropout,
+            "input_dropout": self.input_dropout, "kind": self.kind, "lm": self.lm,
+        }
+
+    def _pools(self, model: ModelShape) -> bool:
+        return model.topology != "decoder" and model.vocab_size > 0 if self.pooler is None else self.pooler
 
     def n_params(self, model: ModelShape, layer: int = 0) -> int:
-        return (model.dim + 1) * self.n_classes
+        made = self.arguments(model)
+        return (model.dim + made["bias"]) * self.n_outputs + made["pooler"] * (model.dim + 1) * model.dim
 
     def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
-        return 2.0 * model.dim * self.n_classes / seq_len  # of one position
+        return 2.0 * model.dim * (self.n_outputs + self._pools(model) * model.dim) / seq_len  # of one position
+
+    def training_flops(self, model: ModelShape, seq_len: int, target_share: float) -> float:
+        return self.flops(model, seq_len) + self.lm * 2.0 * model.dim * model.vocab_size
 
     def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
-        d = place.model.dim
-        return t.softmax(t.to(t.linear(t.sliced(x, place.batch * d), d, self.n_classes, True, name="classifier"), 4))
+        made, d = self.arguments(place.model), place.model.dim
+        pooled = t.sliced(x, place.batch * d)
+        if made["pooler"]:
+            pooled = t.linear(t.dropout(pooled, made["input_dropout"]), d, d, bias=True, name="pooler")
+            pooled = t.activation(pooled, "tanh")
+        pooled = t.dropout(pooled, made["dropout"])
+        loss = t.softmax(t.to(t.linear(pooled, d, self.n_outputs, made["bias"], name="classifier"), 4))
+        return t.add(loss, vocabulary_loss(t, x, place.model, table, False, False)) if self.lm else loss
+
+
+@config
+class NoHeadConfig(HeadConfig):
+    """None: the last hidden states alone, of a folder without a head. It cannot be trained as it is."""
+
+    writes: ClassVar = False
+
+    pooler: bool = False  # the folder's pooler is kept, for a class head that is put in its place
+
+    def n_params(self, model: ModelShape, layer: int = 0) -> int:
+        return self.pooler * (model.dim + 1) * model.dim
+
+    def flops(self, model: ModelShape, seq_len: int, layer: int = 0) -> float:
+        return 0.0
+
+    def trace_loss(self, t: Tape, x: Value, place: Place, batch: Batch, table: Parameter | None) -> Value:
+        return x
 
 
 def vocabulary_loss(
@@ -133,3 +213,4 @@ CUT: Cut = {"weight": "vocabulary", "bias": "vocabulary"}
 register("head", "lm", "txtrain.model.head.heads:LMHead", LMHeadConfig, CUT)
 register("head", "mlm", "txtrain.model.head.heads:MLMHead", MLMHeadConfig, CUT)
 register("head", "class", "txtrain.model.head.heads:ClassHead", ClassHeadConfig)
+register("head", "none", "txtrain.model.head.heads:NoHead", NoHeadConfig)

@@ -1,6 +1,6 @@
 """Heads: logits over the vocabulary, or over classes."""
 
-# B batch, T positions, N tokens (batch and positions flattened), D model size, V vocabulary
+# B batch, T positions, N tokens (batch and positions flattened), D model size, V vocabulary, C classes
 
 from __future__ import annotations
 
@@ -10,8 +10,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from txtrain.errors import ConfigError
 from txtrain.model.ffn.dense import ACTIVATIONS
-from txtrain.model.head.loss import IGNORED, ChunkedCrossEntropy, ChunkedTokenLosses, Vocabulary, cross_entropy
+from txtrain.model.head.config import Kind
+from txtrain.model.head.loss import (
+    IGNORED,
+    ChunkedCrossEntropy,
+    ChunkedTokenLosses,
+    Vocabulary,
+    class_loss,
+    cross_entropy,
+    n_class_targets,
+)
+from txtrain.model.inputs import FLOATS, LABELS, require
 
 
 class Head(nn.Module):
@@ -24,6 +35,10 @@ class Head(nn.Module):
         """Logits: [B, T, V], or [B, classes]."""
         raise NotImplementedError
 
+    def check_labels(self, labels: object, B: int, T: int) -> None:
+        """Raise a ConfigError unless these are labels of B rows of T positions, by shape and dtype."""
+        require("labels", labels, {"B": B, "T": T}, LABELS)
+
     def targets(self, labels: Tensor) -> Tensor:
         """The label that each position's logits predict; -100: none."""
         return F.pad(labels[:, 1:], (0, 1), value=IGNORED) if self.shift else labels
@@ -31,6 +46,14 @@ class Head(nn.Module):
     def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor) -> Tensor:
         """`cross_entropy` of the logits. This and `log_probs`: only of a head over the vocabulary."""
         return cross_entropy(self(x_BTD, embedding_VD), targets, denominator)
+
+    def n_targets(self, targets: Tensor) -> Tensor:
+        """The number of targets, by which a sum of losses becomes their mean."""
+        return (targets != IGNORED).sum()
+
+    def loss_of(self, logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
+        """The loss of logits that are there already."""
+        return cross_entropy(logits, targets, denominator)
 
     def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
         """Log-probability of each label, [B, T], 0 where it is -100."""
@@ -130,27 +153,74 @@ class MLMHead(LMHead):
 
 
 class ClassHead(Head):
-    """One score per class, from the first or last real position, or the mean of the real ones."""
+    """One score per class, from the first or last real position, or the mean of the real ones, after a pooler if any.
+
+    kind: single, multi or regression, as `class_loss`. lm: training also predicts the next token, by the embedding.
+    """
 
     pools = True
 
-    def __init__(self, dim: int, n_classes: int, pooling: str) -> None:
+    def __init__(
+        self, dim: int, vocab_size: int, n_classes: int, pooling: str, pooler: bool, bias: bool, dropout: float,
+        input_dropout: float, kind: Kind, lm: bool,
+    ) -> None:
         super().__init__()
-        self.pooling = pooling
-        self.classifier = nn.Linear(dim, n_classes)
+        self.pooling, self.kind, self.n_classes = pooling, kind, n_classes
+        self.input_dropout, self.dropout = nn.Dropout(input_dropout), nn.Dropout(dropout)
+        self.pooler = nn.Linear(dim, dim) if pooler else None
+        self.classifier = nn.Linear(dim, n_classes, bias=bias)
+        self.next_token = LMHead(dim, vocab_size, tied=True) if lm else None
 
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
-        return self.classifier(self._pooled(x_BTD, valid_BT))
+        x_BD = self._pooled(x_BTD, valid_BT)
+        if self.pooler is not None:
+            x_BD = torch.tanh(self.pooler(self.input_dropout(x_BD)))
+        return self.classifier(self.dropout(x_BD))
 
     def _pooled(self, x_BTD: Tensor, valid_BT: Tensor | None) -> Tensor:
+        if self.pooling == "first":  # whatever the padding, as in transformers
+            return x_BTD[:, 0]
         if self.pooling == "mean":
             if valid_BT is None:
                 return x_BTD.mean(1)
             weights_BT1 = valid_BT.to(x_BTD.dtype)[..., None]
             return (x_BTD * weights_BT1).sum(1) / weights_BT1.sum(1)
         if valid_BT is None:
-            return x_BTD[:, 0 if self.pooling == "first" else -1]
-        index_B = valid_BT.int().argmax(1)
-        if self.pooling == "last":
-            index_B = valid_BT.shape[1] - 1 - valid_BT.flip(1).int().argmax(1)
-        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), index_B]
+            return x_BTD[:, -1]
+        last_B = (torch.arange(valid_BT.shape[1], device=valid_BT.device) * valid_BT).argmax(1)
+        return x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last_B]
+
+    def check_labels(self, labels: object, B: int, T: int) -> None:
+        if self.kind == "single":
+            require("labels", labels, {"B": B}, LABELS)
+        elif self.kind == "regression" and self.n_classes == 1:
+            require("labels", labels, {"B": B}, FLOATS)
+        else:
+            require("labels", labels, {"B": B, "C": self.n_classes}, FLOATS)
+
+    def n_targets(self, targets: Tensor) -> Tensor:
+        return n_class_targets(self.kind, targets)
+
+    def loss_of(self, logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
+        return class_loss(self.kind, logits, targets, denominator)
+
+    def token_loss(
+        self, x_BTD: Tensor, embedding_VD: Tensor | None, ids_BT: Tensor, denominator: Tensor
+    ) -> Tensor:
+        """The auxiliary loss: that of the next tokens. ids_BT: the input, -100: not a target."""
+        assert self.next_token is not None, "model.head.lm"
+        return self.next_token.loss(x_BTD, embedding_VD, self.next_token.targets(ids_BT), denominator)
+
+
+class NoHead(Head):
+    """The model of a folder without a head: it gives the last hidden states, and keeps the folder's pooler."""
+
+    def __init__(self, dim: int, pooler: bool) -> None:
+        super().__init__()
+        self.pooler = nn.Linear(dim, dim) if pooler else None
+
+    def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> None:  # type: ignore[override]
+        return None
+
+    def check_labels(self, labels: object, B: int, T: int) -> None:
+        raise ConfigError("`labels` must not be given: the model has no head (model/head=none).")

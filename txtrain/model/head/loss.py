@@ -40,6 +40,42 @@ def cross_entropy(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tenso
     return total / denominator
 
 
+def class_loss(
+    kind: str, logits_BC: Tensor, labels: Tensor, denominator: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """A sum over the rows, in float32, divided by the denominator (`n_class_targets` of the global batch).
+
+    kind: single: cross-entropy, labels [B], -100: none; multi: binary cross-entropy of each class, labels [B, C] of 0
+    and 1; regression: squared error, labels [B, C], or [B] of one number. As ...ForSequenceClassification.
+    """
+    return _class_losses(kind, logits_BC, labels, label_smoothing, "sum") / denominator
+
+
+def class_losses(kind: str, logits_BC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of each row, and its number of targets: [B] each."""
+    losses = _class_losses(kind, logits_BC, labels, 0.0, "none").view(len(labels), -1)
+    counted = (labels != IGNORED) if kind == "single" else torch.ones_like(losses)
+    return losses.sum(1), counted.view(len(labels), -1).sum(1)
+
+
+def _class_losses(kind: str, logits_BC: Tensor, labels: Tensor, label_smoothing: float, reduction: str) -> Tensor:
+    logits_BC = logits_BC.float()
+    if kind == "single":
+        return F.cross_entropy(
+            logits_BC, labels, ignore_index=IGNORED, reduction=reduction, label_smoothing=label_smoothing
+        )
+    if kind == "multi":
+        return F.binary_cross_entropy_with_logits(logits_BC, labels.float(), reduction=reduction)
+    return F.mse_loss(logits_BC, labels.float().view_as(logits_BC), reduction=reduction)
+
+
+def n_class_targets(kind: str, labels: Tensor) -> Tensor:
+    """Rows with a class; or the number of all labels, of every class."""
+    if kind == "single":
+        return (labels != IGNORED).sum()
+    return torch.tensor(labels.numel(), device=labels.device)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(cap(x W^T + b))[target] / denominator, by chunks of tokens.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from txtrain.model.component import Component, config
 from txtrain.model.shape import ModelShape
@@ -87,6 +87,11 @@ class RoPEScalingConfig:
     factor: float = knob(at_least=1)
 
     mscale_all_dim = cast("float | None", None)  # a field of YaRN only
+    by_length: ClassVar[bool] = False  # frequencies depend on the length that is read (`encodings.stretched`)
+
+    def resolved(self, theta: float, rotary_dim: int) -> tuple[float, RoPEScalingConfig | None]:
+        """The base and the scaling that give the same angles, where another base alone does."""
+        return theta, self
 
     def check(self, path: str) -> Iterator[str]:
         yield from ()
@@ -101,12 +106,25 @@ class LinearScaling(RoPEScalingConfig):
 class NTKScaling(RoPEScalingConfig):
     """A higher base: the lowest frequency is divided by the factor, the highest stays (NTK-aware)."""
 
+    def resolved(self, theta: float, rotary_dim: int) -> tuple[float, RoPEScalingConfig | None]:
+        return theta * self.factor ** (rotary_dim / max(rotary_dim - 2, 1)), None
+
+
+@config
+class DynamicScaling(RoPEScalingConfig):
+    """NTK-aware by length: unscaled up to model.max_seq_len, beyond it a base that grows with the longest position.
+
+    As in transformers, keys in a cache keep the rotation of the step that wrote them.
+    """
+
+    by_length: ClassVar[bool] = True
+
 
 @config
 class YaRNScaling(RoPEScalingConfig):
     """Long wavelengths interpolated, short ones kept, a ramp between; scores multiplied by mscale^2 (2309.00071)."""
 
-    original_max_seq_len: int = knob(at_least=1)
+    original_max_position_embeddings: int = knob(at_least=1, was="original_max_seq_len")
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     attention_factor: float | None = None  # null: 0.1 ln(factor) + 1, or from mscale and mscale_all_dim if given
@@ -119,7 +137,7 @@ class YaRNScaling(RoPEScalingConfig):
 class Llama3Scaling(RoPEScalingConfig):
     """Llama 3.1: wavelengths above original / low_freq_factor divided, below original / high_freq_factor kept."""
 
-    original_max_seq_len: int = knob(at_least=1)
+    original_max_position_embeddings: int = knob(at_least=1, was="original_max_seq_len")
     low_freq_factor: float = knob(1.0, above=0)
     high_freq_factor: float = 4.0
 
@@ -136,7 +154,9 @@ class RoPEConfig(PositionConfig):
     scaling: Any = dc.field(default=None, metadata={"axis": "rope_scaling", "tag": "rope_type", "optional": True})
 
     def arguments(self, model: ModelShape, layer: int = 0) -> dict[str, Any]:
-        return {"rotary_dim": model.attention.rotary_dim(model), "theta": self.theta, "scaling": self.scaling}
+        size = model.attention.rotary_dim(model)
+        theta, scaling = (self.theta, None) if self.scaling is None else self.scaling.resolved(self.theta, size)
+        return {"rotary_dim": size, "theta": theta, "scaling": scaling}
 
     def trace_rotation(self, t: Tape, place: Place, restarting: bool) -> tuple[Value, Value] | None:
         n = (place.tokens if restarting else place.queries) * place.model.attention.rotary_dim(place.model) // 2
@@ -188,6 +208,9 @@ register("position", "rope", "txtrain.model.position.encodings:RoPE", RoPEConfig
 CUT: Cut = {"embedding": "heads"}
 register("position", "relative", "txtrain.model.position.encodings:RelativeBias", RelativeConfig, CUT)
 register("position", "alibi", "txtrain.model.position.encodings:ALiBi", AlibiConfig)
-for _type, _cls in (("linear", LinearScaling), ("ntk", NTKScaling), ("yarn", YaRNScaling), ("llama3", Llama3Scaling)):
-    register("rope_scaling", _type, f"txtrain.model.position.encodings:{_type}_frequencies", _cls)
+for _type, _function, _cls in (
+    ("linear", "linear", LinearScaling), ("ntk", "unscaled", NTKScaling), ("dynamic", "unscaled", DynamicScaling),
+    ("yarn", "yarn", YaRNScaling), ("llama3", "llama3", Llama3Scaling),
+):
+    register("rope_scaling", _type, f"txtrain.model.position.encodings:{_function}_frequencies", _cls)
 BASES["position"] = PositionBase

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from txtrain.model.position.config import LinearScaling, Llama3Scaling, NTKScaling, RoPEScalingConfig, YaRNScaling
+from txtrain.model.position.config import LinearScaling, Llama3Scaling, RoPEScalingConfig, YaRNScaling
 from txtrain.registry import resolve
 
 
@@ -87,11 +87,35 @@ class Learned(Position):
     def interpolated(self, grid: tuple[int, int]) -> Tensor:
         """The table for other rows and columns, [1, T, D]: bicubic over the patches; the class token's vector stays."""
         assert self.grid is not None
-        n_patches = math.prod(self.grid)
-        class_token, patches = self.embedding.weight[:-n_patches], self.embedding.weight[-n_patches:]
-        image = patches.T.reshape(1, -1, *self.grid)
-        resized = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
-        return torch.cat((class_token, resized.flatten(2)[0].T))[None]
+        return over_patches(self.embedding.weight, self.grid, grid)[None]
+
+    def takes(self, other: Learned) -> bool:
+        """Whether `from_table` can be given the other's table: of text, or of images with as many class tokens."""
+        if self.grid is None or other.grid is None:
+            return self.grid is other.grid
+        n, theirs = self.embedding.num_embeddings, other.embedding.num_embeddings
+        return n - math.prod(self.grid) == theirs - math.prod(other.grid)
+
+    def from_table(self, table_TD: Tensor, grid: tuple[int, int] | None) -> Tensor:
+        """A table for these positions from one that was learned for others, of images with that grid.
+
+        A longer table of text is interpolated between its first and last row; a shorter one is the first rows.
+        """
+        if self.grid is not None and grid is not None:
+            return over_patches(table_TD, grid, self.grid)
+        n = self.embedding.num_embeddings
+        if len(table_TD) >= n:
+            return table_TD[:n]
+        return F.interpolate(table_TD.T[None], size=n, mode="linear", align_corners=True)[0].T
+
+
+def over_patches(table_TD: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """A table of images for other rows and columns: bicubic over the patches; the class token's vector stays."""
+    n_patches = math.prod(grid)
+    class_token, patches = table_TD[:-n_patches], table_TD[-n_patches:]
+    image = patches.T.reshape(1, -1, *grid)
+    resized = F.interpolate(image, size=wanted, mode="bicubic", align_corners=False)
+    return torch.cat((class_token, resized.flatten(2)[0].T))
 
 
 class RelativeBias(Position):
@@ -163,20 +187,22 @@ def linear_frequencies(c: LinearScaling, rotary_dim: int, theta: float) -> Frequ
     return Frequencies(base_frequencies(rotary_dim, theta) / c.factor, 1.0)
 
 
-def ntk_frequencies(c: NTKScaling, rotary_dim: int, theta: float) -> Frequencies:
-    return Frequencies(base_frequencies(rotary_dim, theta * c.factor ** (rotary_dim / max(rotary_dim - 2, 1))), 1.0)
+def unscaled_frequencies(c: RoPEScalingConfig, rotary_dim: int, theta: float) -> Frequencies:
+    """Of a scaling that is another base (`resolved`), or that begins beyond a length (`stretched`)."""
+    return Frequencies(base_frequencies(rotary_dim, theta), 1.0)
 
 
 def yarn_frequencies(c: YaRNScaling, rotary_dim: int, theta: float) -> Frequencies:
     def dimension(rotations: float) -> float:
         """The pair that makes so many rotations over the original length."""
-        return rotary_dim * math.log(c.original_max_seq_len / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        n = c.original_max_position_embeddings
+        return rotary_dim * math.log(n / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(c.beta_fast), dimension(c.beta_slow)
     if c.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, rotary_dim - 1)
-    ramp = ((torch.arange(rotary_dim // 2).float() - low) / (high - low if high > low else 0.001)).clamp(0, 1)
+    ramp = ((torch.arange(rotary_dim // 2).float() - low) / (high - low if high != low else 0.001)).clamp(0, 1)
     base = base_frequencies(rotary_dim, theta)
     return Frequencies(base / c.factor * ramp + base * (1 - ramp), yarn_attention_factor(c))
 
@@ -192,11 +218,11 @@ def yarn_attention_factor(c: YaRNScaling) -> float:
 
 
 def llama3_frequencies(c: Llama3Scaling, rotary_dim: int, theta: float) -> Frequencies:
-    base = base_frequencies(rotary_dim, theta)
+    base, n = base_frequencies(rotary_dim, theta), c.original_max_position_embeddings
     wavelength = 2 * math.pi / base
-    blend = (c.original_max_seq_len / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
+    blend = (n / wavelength - c.low_freq_factor) / (c.high_freq_factor - c.low_freq_factor)
     blended = (1 - blend) * base / c.factor + blend * base
-    long, short = c.original_max_seq_len / c.low_freq_factor, c.original_max_seq_len / c.high_freq_factor
+    long, short = n / c.low_freq_factor, n / c.high_freq_factor
     kept = torch.where(wavelength < short, base, blended)
     return Frequencies(torch.where(wavelength > long, base / c.factor, kept), 1.0)
 
@@ -210,6 +236,16 @@ def frequencies(rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None
         return scale(scaling, rotary_dim, theta)
 
 
+def stretched(position_ids_BT: Tensor, max_seq_len: int, theta: float, factor: float, inverse: Tensor) -> Tensor:
+    """Frequencies of dynamic NTK at the length of the longest position; `inverse` up to max_seq_len. No host sync."""
+    size = 2 * len(inverse)
+    length = position_ids_BT.max() + 1
+    grown = factor * length.clamp(min=max_seq_len) / max_seq_len - (factor - 1)
+    base = theta * grown ** (size / max(size - 2, 1))
+    shares = torch.arange(0, size, 2, dtype=torch.int64, device=base.device).float() / size
+    return torch.where(length > max_seq_len, 1.0 / base**shares, inverse)
+
+
 class RoPE(Position):
     """Rotary embedding (Su et al. 2021, 2104.09864) with the scalings of `config.RoPEScalingConfig`.
 
@@ -217,11 +253,16 @@ class RoPE(Position):
     device, and a table would limit the length.
     """
 
-    def __init__(self, rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None = None) -> None:
+    def __init__(
+        self, rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None = None, max_seq_len: int = 0
+    ) -> None:
         super().__init__()
-        self.rotary_dim, self.theta, self.scaling = rotary_dim, theta, scaling
+        self.rotary_dim, self.theta, self.scaling, self.max_seq_len = rotary_dim, theta, scaling, max_seq_len
 
     def rotation(self, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotation:
         inverse, factor = frequencies(self.rotary_dim, self.theta, self.scaling)
-        angles = position_ids_BT[:, None, :, None].float() * inverse.to(position_ids_BT.device)
+        inverse = inverse.to(position_ids_BT.device)
+        if self.scaling is not None and self.scaling.by_length:
+            inverse = stretched(position_ids_BT, self.max_seq_len, self.theta, self.scaling.factor, inverse)
+        angles = position_ids_BT[:, None, :, None].float() * inverse
         return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))

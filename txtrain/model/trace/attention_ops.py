@@ -6,7 +6,7 @@ import dataclasses as dc
 from functools import partial
 from typing import Any
 
-from txtrain.model.attention.kernel_choice import Declared, Kernel, choose_kernel
+from txtrain.model.attention.kernel_choice import BLOCK, Declared, Kernel, choose_kernel
 from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 
@@ -84,7 +84,7 @@ def choose(declared: Declared, device: str, bias: Value | None, softcap: bool, d
 
 def draw(t: Tape, declared: Declared, kernel: Kernel, bias: Value | None, batch: int) -> Drawn:
     """`mask.prepare`."""
-    if kernel in ("sdpa", "flex", "varlen"):
+    if kernel in ("sdpa", "blocks", "flex", "varlen"):
         return Drawn(declared, kernel, bias)
     of_rows = declared.documents_BS or declared.valid_BS or declared.prefix_BS
     n = declared.n_queries * declared.n_keys
@@ -107,6 +107,8 @@ def attend(
     t.multiplied(2.0 * q.n * reach * v.n / k.n, q if q.edge else k, v)
     if mask.kernel == "plain":
         return _plain(t, q, k, v, mask, scores, heads, softcap, dropout)
+    if mask.kernel == "blocks":
+        return _blocks(t, q, k, v, place, heads, softcap)
     if mask.kernel in ("flex", "varlen"):
         return _flash(t, q, k, v, None, scores // place.keys)
     learned = mask.bias is not None and mask.bias.edge is not None
@@ -129,6 +131,34 @@ def _flash(t: Tape, q: Value, k: Value, v: Value, mask: Value | None, rows: int)
 
     saved = (q.storage, k.storage, v.storage, out, log_sums, None if mask is None else mask.storage)
     return t.made([q, k, v], n, q.size, saved, backward, out)
+
+
+def _blocks(
+    t: Tape, q: Value, k: Value, v: Value, place: Place, heads: tuple[int, int], softcap: bool
+) -> Value:
+    """`blocks.blocked`. The last block is the largest; documents, which may make it smaller, are not counted."""
+    assert place.mask is not None
+    declared, n = place.mask.declared, q.n * v.n // k.n
+    keys = place.keys if declared.window is None else min(place.keys, BLOCK + declared.window - 1)
+    scores = place.batch * BLOCK * heads[0] * keys
+    if padded := not softcap and v.n != k.n:
+        v = t.unary(v, k.n)
+    sizes, size = [x.nbytes for x in (q, k, v)], q.size
+    out = t.product(q.n * v.n // k.n, size)
+    sums = None if softcap else t.product(place.tokens * heads[0], 4)
+    drawn = (place.batch if declared.documents_BS or declared.valid_BS else 1) * BLOCK * keys
+    held = [t.bytes(scores, 4) for _ in range(3)] if softcap else [t.bytes(drawn, size)]
+    del held
+
+    def backward(g: Bytes) -> Gradients:
+        made = tuple(t.bytes(nbytes, 1) for nbytes in sizes)
+        parts = [t.bytes(nbytes // place.keys * keys, 1) for nbytes in sizes[1:]]
+        held = [t.bytes(scores, 4) for _ in range(4)] if softcap else [t.bytes(drawn, size)]
+        del held, parts
+        return made
+
+    made = t.made([q, k, v], q.n * v.n // k.n, size, (q.storage, k.storage, v.storage, out, sums), backward, out)
+    return t.sliced(made, n) if padded else made
 
 
 def _plain(

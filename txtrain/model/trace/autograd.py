@@ -126,6 +126,8 @@ class Recorder:
 
     def __init__(self, size: int = 4, trains: Callable[[str], bool] = lambda name: True) -> None:
         self.size, self.meter, self.trains = size, Meter(), trains
+        self.rank: Callable[[str], int] = lambda matrix: 0  # of a matrix' adapter; 0: it has none
+        self.adapter_dropout = self.adapter_flops = 0.0
         self.forward_flops = self.backward_flops = 0.0  # of products; a window hides keys, no other mask does
         self.numbers = count()
         self.group = self.root = Group()

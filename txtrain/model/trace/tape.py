@@ -19,7 +19,29 @@ class Tape(Recorder):
     def linear(
         self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = ""
     ) -> Value:
-        """x times a matrix [outputs, inputs]. name: of its module within the current one."""
+        """x times a matrix [outputs, inputs], with what its adapter adds. name: of its module in the current one."""
+        y = self._linear(x, inputs, outputs, bias, weight, name)
+        if not (r := self.rank(dotted(self.path, name)) if weight is None else 0):
+            return y
+        return self._adapted(
+            y, self.dropout(x, self.adapter_dropout),
+            lambda x: self._linear(x, inputs, r, name=dotted(name, "lora_A")),
+            lambda x: self._linear(x, r, outputs, name=dotted(name, "lora_B")),
+        )
+
+    def _adapted(self, y: Value, x: Value, A: Callable[[Value], Value], B: Callable[[Value], Value]) -> Value:
+        """`model.lora`: y + B(A(x) * scaling)."""
+        before = self.forward_flops
+        h = [A(x)]
+        del x
+        h.append(self.scaled(h.pop()))
+        h.append(B(h.pop()))
+        self.adapter_flops += self.forward_flops - before
+        return self.add(y, h.pop())
+
+    def _linear(
+        self, x: Value, inputs: int, outputs: int, bias: bool = False, weight: Value | None = None, name: str = ""
+    ) -> Value:
         own = self.parameter(outputs, inputs, name=dotted(name, "weight")) if weight is None else weight
         shift = [self.low(self.parameter(outputs, name=dotted(name, "bias")))] if bias else []
         x, weight = self.low(x), self.low(own)
@@ -198,7 +220,17 @@ class Tape(Recorder):
         return self.made([x], n, size or x.size, saved, lambda g: (self.bytes(nbytes, 1),), storage)
 
     def grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str = "weight") -> Value:
-        """Rows of x, each times its expert's matrix."""
+        """Rows of x, each times its expert's matrix, with what its adapter adds."""
+        y = self._grouped(x, inputs, outputs, experts, name)
+        if not (r := self.rank(dotted(self.path, name))):
+            return y
+        return self._adapted(
+            y, x,
+            lambda x: self._grouped(x, inputs, r, experts, f"{name}_lora_A"),
+            lambda x: self._grouped(x, r, outputs, experts, f"{name}_lora_B"),
+        )
+
+    def _grouped(self, x: Value, inputs: int, outputs: int, experts: int, name: str) -> Value:
         both = x, self.parameter(experts, outputs, inputs, name=name)
         x, weight = (self.to(y, 2) for y in both) if self.autocast else both  # autocast does not cache these casts
         nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs

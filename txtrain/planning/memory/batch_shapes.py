@@ -8,6 +8,7 @@ from typing import Any
 from txtrain.config.schema import Train
 from txtrain.data.sources.source import method_of
 from txtrain.model.trace.attention_ops import Batch
+from txtrain.objectives.config import Shapes
 from txtrain.registry import chosen, is_own, resolve
 
 
@@ -16,7 +17,7 @@ def unknown(config: Train) -> list[str]:
     objective, data, found = config.objective, config.data, []
     if is_own("objective", objective):
         found.append(f"{chosen('objective', objective)} is your own: its batches and its loss are unknown")
-    known = ("documents", "pairs", "images")  # methods of a source whose samples are known
+    known = ("documents", "pairs", "labelled", "images")  # methods of a source whose samples are known
     if is_own("data", data) and method_of(resolve("data", data.type)) not in known:
         found.append(f"{chosen('data', data)} is your own: the contents of its samples are unknown")
     return found
@@ -31,7 +32,7 @@ def batch_of(config: Train, n: int) -> Batch:
     return Batch(
         n,
         source,
-        shapes["labels"][1] if config.model.topology == "encoder_decoder" else None,
+        _target(config, shapes, source),
         masked,
         {"documents_BS": True} if "decoder_document_ids" in shapes else {},
         n_chosen(config, n) if config.model.head.skips else None,
@@ -40,11 +41,20 @@ def batch_of(config: Train, n: int) -> Batch:
     )
 
 
+def _target(config: Train, shapes: Shapes, source: int) -> int | None:
+    """Positions of a decoder beside an encoder; for a class it reads the source again."""
+    if config.model.topology != "encoder_decoder":
+        return None
+    return source if config.objective.one_result else shapes["labels"][1]
+
+
 def tensors_of(config: Train, n: int) -> dict[str, Any]:
     """The same as tensors of zeros; as many labels are targets as the objective chooses."""
     import torch
 
     kinds = {"pixel_values": torch.float32}
+    if config.objective.one_result and config.model.head.kind != "single":
+        kinds["labels"] = torch.float32
     shapes = config.objective.batch_shapes(config, n)
     made = {name: torch.zeros(shape, dtype=kinds.get(name, torch.int64)) for name, shape in shapes.items()}
     chosen = n_chosen(config, 1)

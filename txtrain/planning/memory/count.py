@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 from txtrain.checkpoint.load import describe
 from txtrain.config.schema import Train
+from txtrain.model.adapter import AdapterConfig
 from txtrain.parallel.config import Layout
 from txtrain.planning.memory.batch_shapes import nbytes_of, unknown
 from txtrain.planning.memory.expert_parallel import DividedTape
@@ -86,7 +87,8 @@ def _strategy(config: Train, layout: Layout) -> Copies:
 def _read(config: Train, layout: Layout) -> int:
     """Bytes of the weights of the objective's further models, laid over the ranks; their forward is not counted."""
     found = [describe(where, f"objective.{key}").model for key, where in config.objective.models.items()]
-    return sum(_strategy(dc.replace(config, model=model), layout).states()["parameters"] for model in found)
+    plain = [dc.replace(config, model=model, adapter=AdapterConfig(type="none")) for model in found]
+    return sum(_strategy(one, layout).states()["parameters"] for one in plain)
 
 
 def _parts(*parts: dict[str, int]) -> dict[str, int]:

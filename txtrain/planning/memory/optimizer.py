@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from txtrain.optim.config import EMAConfig, Held, OptimizerConfig
+from txtrain.optim.config import Depths, EMAConfig, Held, OptimizerConfig
 
 # The order of modules, and so of parameters in the optimizer: a stable sort of the forward's order.
 MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
@@ -25,8 +25,9 @@ def made(config: OptimizerConfig, held: Sequence[Held], size: int) -> int:
 def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
     """The optimizer's groups, as in `txtrain.optim.groups`."""
     groups: dict[tuple[tuple[str, Any], ...], list[Held]] = {}
+    depths = Depths.of(h.name for h in held)
     for h in sorted(held, key=lambda h: registered(h.name)):
-        groups.setdefault(tuple(sorted(config.settings(h.name, h.shape).items())), []).append(h)
+        groups.setdefault(tuple(sorted(config.settings(h.name, h.shape, depths).items())), []).append(h)
     return list(groups.values())
 
 

@@ -52,10 +52,16 @@ class Copies:
     # -------------------------------------------------------------------------------------------------------- the model
 
     def _tape(self, size: int = FLOAT32) -> Tape:
-        if self.layout.tensor > 1:
-            return CutTape(self.config.model, self.layout.tensor, size, self.device, self.config.trains)
         trains = self.config.trains
-        return DividedTape(size, self.ep_size, trains) if self.ep_size > 1 else Tape(size, trains)
+        if self.layout.tensor > 1:
+            made: Tape = CutTape(self.config.model, self.layout.tensor, size, self.device, trains)
+        else:
+            made = DividedTape(size, self.ep_size, trains) if self.ep_size > 1 else Tape(size, trains)
+        return self._with_adapter(made)
+
+    def _with_adapter(self, t: Tape) -> Tape:
+        t.rank, t.adapter_dropout = self.config.rank, self.config.adapter.lora_dropout
+        return t
 
     def _loss(self, n: int, t: Tape, around: Callable[[Block, Sequence[Value]], Value]) -> Value:
         traced = CutTraced if isinstance(t, CutTape) else Traced
@@ -90,7 +96,7 @@ class Copies:
         self.root, self.pieces = t.root, t.parameters
         self.shapes = {p.name: p.shape for p in self.pieces}
         if self.layout.tensor > 1 or self.ep_size > 1:
-            whole = Tape()
+            whole = self._with_adapter(Tape())
             Traced(
                 self.config.model, batch_of(self.config, 1), whole, lambda block, inputs: block(whole, *inputs)
             ).loss()

@@ -63,10 +63,20 @@ class CutTape(Tape):
         return self.add(y, self.low(self.parameter(outputs, name=dotted(name, "bias")))) if bias else y
 
     def _taken(self, x: Value, inputs: int, outputs: int, bias: bool, name: str, heads: int) -> Value:
+        y = self._rows_taken(x, inputs, outputs, bias, name, heads)
+        if not (r := self.rank(dotted(self.path, name))):
+            return y
+        return self._adapted(
+            y, self.dropout(x, self.adapter_dropout),
+            lambda x: self._linear(x, inputs, r, name=dotted(name, "lora_A")),
+            lambda x: self._rows_taken(x, r, outputs, False, dotted(name, "lora_B"), heads),
+        )
+
+    def _rows_taken(self, x: Value, inputs: int, outputs: int, bias: bool, name: str, heads: int) -> Value:
         weight = self.sliced(
             self.low(self.parameter(heads * outputs, inputs, name=dotted(name, "weight"))), outputs * inputs
         )
-        y = super().linear(x, inputs, outputs, False, weight, name)
+        y = self._linear(x, inputs, outputs, False, weight, name)
         return (
             self.add(y, self.sliced(self.low(self.parameter(heads * outputs, name=dotted(name, "bias"))), outputs))
             if bias else y

@@ -58,7 +58,7 @@ class Partitions(Copies):
         assert values is not None, "what ZeRO takes is elementwise"
         shares = (
             sum(math.ceil(p.n / self.layout.shard) for p in self.pieces if not p.edge)
-            if self.half and self.device == "cpu" else 0
+            if self.half and self.device == "cpu" and not self.config.adapter.alone else 0
         )
         parameters = self.t.size * (sum(self.flat) + self.n_frozen) + FLOAT32 * shares
         return {"parameters": parameters, "optimizer": FLOAT32 * (1 + values) * sum(self.mine)}

@@ -1,0 +1,63 @@
+"""An adapter on several ranks: the losses, norms and weights of one process, under every strategy; and resumed under another."""
+
+import pytest
+
+import txtrain
+from tests.distributed.group import Case, train
+from tests.distributed.runs import largest_differences, overrides, tensors
+from txtrain.model.adapter import factor_of
+
+ALLOWED = 1e-5  # relative, float32: the order of summation
+BY_TWO = "data.micro_batch_size=2"
+CHEAP = {"fsdp": ("strategy=fsdp", BY_TWO), "tp": ("strategy=tp",), "stage 3": ("strategy=deepspeed_stage_3",)}
+ALL = {
+    "ddp": ("strategy=ddp",),
+    "fsdp, checkpointing": ("strategy=fsdp", "trainer.activation_checkpointing=full"),
+    "fsdp, offload": ("strategy=fsdp", "strategy.cpu_offload=true"),
+    "tp, checkpointing": ("strategy=tp", "trainer.activation_checkpointing=full"),
+    "stage 1": ("strategy=deepspeed_stage_1",),
+    "stage 2": ("strategy=deepspeed_stage_2", BY_TWO),
+    "stage 3": ("strategy=deepspeed_stage_3", BY_TWO),
+}
+EXPERTS = {"fsdp": ("strategy=fsdp",), "ep": ("strategy=fsdp", "strategy.ep_size=2"), "tp": ("strategy=tp",), "stage 3": ("strategy=deepspeed_stage_3",)}
+COMMON = ("optimizer=adamw", "optimizer.lr=0.01", "save.every_n_steps=10")
+
+
+def compare(folder, model, targets, ways, n=2, first=10):
+    """first: the steps that the ranks make; one process makes the rest."""
+    base = txtrain.train(txtrain.compose(overrides(folder, model, "base", *COMMON, "trainer.max_steps=2"))).run_dir
+    common = (*COMMON, "adapter=lora", "adapter.r=4", f"adapter.target_modules={targets}", f"init_from={base}")
+    alone = txtrain.train(txtrain.compose(overrides(folder, model, "reference", *common))).run_dir
+    more = (f"trainer.devices={n}", f"trainer.max_steps={first}")
+    train({way: Case(overrides(folder, model, way, *common, *more, *how)) for way, how in ways.items()}, n, folder / "group", 600)
+    whole = tensors(alone)
+    assert {name.partition(".")[0] for name in whole} == {"model", "optimizer"}
+    assert all(factor_of(name[6:]) for name in whole if name.startswith("model."))
+    for way in ways:
+        if first < 10:
+            txtrain.train(txtrain.compose(overrides(folder, model, way, *common)))
+        for column, difference in largest_differences(alone, folder / way).items():
+            assert difference < ALLOWED, f"{way}: {column} {difference:.1e}, allowed {ALLOWED:.0e}"
+        here = tensors(folder / way)
+        assert here.keys() == whole.keys(), way
+
+
+def test_two_ranks_with_an_adapter_equal_one(tmp_path):
+    compare(tmp_path, "decoder", "all-linear", CHEAP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["decoder", "tied decoder with softcaps and windows", "two stacks", "encoder"])
+def test_every_strategy_with_an_adapter_equals_one_process(tmp_path, model):
+    compare(tmp_path, model, "all-linear", ALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["all-linear", "[experts.gate_proj,experts.down_proj]"])
+def test_adapted_experts_equal_one_process(tmp_path, targets):
+    compare(tmp_path, "experts", targets, EXPERTS)
+
+
+@pytest.mark.slow
+def test_a_run_of_two_ranks_goes_on_alone_as_if_it_had_never_stopped(tmp_path):
+    compare(tmp_path, "decoder", "[q_proj,down_proj]", ALL, first=6)

@@ -1,0 +1,109 @@
+"""The base of an adapter: where its weights are, and the hash by which they are known. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import hashlib
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+
+from txtrain.checkpoint.format import LoadError, locate
+from txtrain.checkpoint.state import HEADER
+from txtrain.errors import ConfigError
+from txtrain.ground import files, plain_files
+from txtrain.hf.hub import folder_of
+from txtrain.hf.tensor_names import read_header
+
+BASE = "base.json"  # beside a checkpoint that holds an adapter alone
+ADAPTER_CONFIG = "adapter_config.json"  # of PEFT's folder
+_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+
+
+@dc.dataclass(frozen=True)
+class Base:
+    """path: of a checkpoint or a Hugging Face folder. sha256: of its weights; empty: unknown."""
+
+    path: str
+    sha256: str = ""
+
+    def write(self, folder: Path) -> None:
+        files.write(folder / BASE, json.dumps(dc.asdict(self), indent=1))
+
+
+def identify(where: str | Path, key: str) -> Base:
+    """What holds the weights now, a checkpoint of a run for example, and their hash. Reads a folder's files whole; of a
+    checkpoint the headers, which hold the checksums of the tensors.
+
+    Raises:
+        ConfigError: as `locate`.
+    """
+    path = folder_of(where, key)
+    if not is_folder(path):
+        path = locate(path, key)
+    return Base(str(path.resolve()), sha256_of(path))
+
+
+def is_folder(path: Path) -> bool:
+    """Whether it is a folder of Hugging Face's kind: a model, or PEFT's adapter."""
+    return (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
+
+
+def sha256_of(path: Path) -> str:
+    """Of the weights in a checkpoint or a Hugging Face folder."""
+    found = sorted(file for pattern in (*_WEIGHTS, BASE) for file in path.glob(pattern))
+    return _hashed(tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found))
+
+
+@lru_cache(maxsize=8)
+def _hashed(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """files: path, size and time of change of each; a start asks for the same ones several times."""
+    found = hashlib.sha256()
+    for file, *_ in files:
+        header, end = read_header(file) if file.suffix == ".safetensors" else ({}, 0)
+        with file.open("rb") as f:
+            if HEADER in (header.get("__metadata__") or {}):  # it holds the checksums of the tensors
+                found.update(hashlib.sha256(f.read(end)).digest())
+            else:
+                found.update(hashlib.file_digest(f, "sha256").digest())
+    return found.hexdigest()
+
+
+def read_base(path: Path) -> Base | None:
+    """Of a checkpoint; None if it holds a whole model.
+
+    Raises:
+        ConfigError: the file is damaged.
+    """
+    if not (path / BASE).is_file():
+        return None
+    raw = plain_files.read_json(path / BASE)
+    plain_files.check_keys(raw, str(path / BASE), {"path": str, "sha256": str})
+    if not re.fullmatch("[0-9a-f]{64}", raw["sha256"]):
+        raise ConfigError(f"{path / BASE}: `sha256` must be a hash, but is {raw['sha256'][:80]!r} instead.")
+    return Base(raw["path"], raw["sha256"])
+
+
+def check_base(base: Base, path: Path, key: str) -> None:
+    """Refuse other weights than those that an adapter was trained on.
+
+    Args:
+        base: what the adapter names. path: what is there. key: the setting that names the adapter.
+
+    Raises:
+        LoadError: they are others.
+    """
+    if base.sha256 and (found := sha256_of(path)) != base.sha256:
+        raise LoadError(
+            f"`{key}`: the adapter was trained on the weights with the hash {base.sha256[:16]}, "
+            f"but those in {path} have {found[:16]}. Give it the weights that it was trained on."
+        )
+
+
+def missing(base: Base, key: str) -> ConfigError:
+    """The error where a base is not there."""
+    return ConfigError(
+        f"`{key}` holds an adapter alone, and its base {base.path!r} is not there. Put it back, or in Python: "
+        "txtrain.load_pretrained(BASE, adapter=DIR)."
+    )

@@ -1,0 +1,53 @@
+"""A model by its name on the Hugging Face hub: from the cache, else downloaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from txtrain.data.sources.hub import why_unreachable
+from txtrain.data.tokenizer.tokenizer import SOURCE_FILES
+from txtrain.errors import ConfigError
+from txtrain.ground.files import path_of
+
+_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_CONFIGS = (
+    "config.json", "generation_config.json", "preprocessor_config.json", "additional_chat_templates/*.jinja", *SOURCE_FILES
+)
+# In order of preference; a repository may have both.
+_WEIGHTS = (
+    ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json"),
+    ("pytorch_model.bin", "pytorch_model-*.bin", "pytorch_model.bin.index.json"),
+)
+
+
+def folder_of(where: str | os.PathLike[str], key: str) -> Path:
+    """The folder of a name on the hub; any other path as it is. key: what an error calls it.
+
+    Raises:
+        ConfigError: there is no such path, and the hub has no such model, or cannot be asked.
+    """
+    path, name = path_of(where, key), os.fspath(where)
+    if os.path.lexists(path) or not _NAME.fullmatch(name) or name.startswith("."):
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    allowed = f"`{key}` must be a run's folder, one of its checkpoints, a folder of runs, or a model of Hugging Face"
+    try:
+        cached = Path(snapshot_download(name, local_files_only=True))
+        if (cached / "config.json").is_file() and any((cached / file).is_file() for w in _WEIGHTS for file in w):
+            return cached
+    except (LocalEntryNotFoundError, HFValidationError):
+        pass
+    if reason := why_unreachable():
+        raise ConfigError(f"{allowed}, but {name!r} does not exist, is not in the hub's cache, and {reason}.")
+    try:
+        for weights in _WEIGHTS:
+            found = Path(snapshot_download(name, allow_patterns=[*_CONFIGS, *weights]))
+            if any((found / file).is_file() for file in weights):
+                break
+    except (HfHubHTTPError, HFValidationError, ConnectionError) as e:
+        raise ConfigError(f"{allowed}, but {name!r} does not exist, and the hub says: {str(e).splitlines()[0]}") from e
+    return found

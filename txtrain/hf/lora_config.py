@@ -1,0 +1,151 @@
+"""adapter=lora: PEFT's knobs, and which matrices they mean, by our names or those of transformers. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import math
+import re
+from collections.abc import Collection, Iterator
+from functools import cached_property
+from typing import Any, ClassVar
+
+from txtrain.errors import ConfigError, hint
+from txtrain.hf.name_map import EXPERT, Row, by_layer, respelt
+from txtrain.hf.registry import class_of
+from txtrain.model.adapter import AdapterConfig, factor_of
+from txtrain.model.config import ModelConfig
+from txtrain.model.transform import Transform
+from txtrain.registry import knob, register
+
+ALL = "all-linear"
+_DEFAULT = ("q_proj", "v_proj")  # the paper's choice (2106.09685, section 7.1), and PEFT's for most models
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LoraConfig(AdapterConfig):
+    """LoRA (2106.09685): W x + scaling * B (A x), with W frozen. Names and defaults are PEFT's."""
+
+    r: int = knob(8, at_least=1)  # rank of the added matrices
+    lora_alpha: float = knob(8.0, above=0)  # what is added is scaled by lora_alpha / r
+    lora_dropout: float = knob(0.0, at_least=0, below=1)  # of the adapter's input
+    # ends of modules' names, ours or Hugging Face's; a string: a regular expression for whole names, or all-linear:
+    # all matrices but the head's. null: queries and values
+    target_modules: tuple[str, ...] | str | None = None
+    rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (2312.03732); PEFT's use_rslora
+
+    alone: ClassVar[bool] = True
+
+    @property
+    def scaling(self) -> float:
+        return self.lora_alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+    @property
+    def targets(self) -> list[tuple[str, str]]:
+        """Each one's key, and what it says."""
+        key, targets = "adapter.target_modules", self.target_modules
+        if isinstance(targets, str):
+            return [(key, targets)]
+        return [(key, end) for end in _DEFAULT] if targets is None else [
+            (f"{key}[{i}]", end) for i, end in enumerate(targets)
+        ]
+
+    def means(self, target: str, names: Collection[str]) -> bool:
+        """Whether a target means the matrix of these names, ours first."""
+        if not isinstance(self.target_modules, str):
+            return any(f".{name}".endswith(f".{target}") for name in names)
+        if target == ALL:
+            return not next(iter(names)).startswith("head.")
+        return any(re.fullmatch(target, name) for name in names)
+
+    def check(self) -> Iterator[str]:
+        targets = self.target_modules
+        if targets == ():
+            yield "`adapter.target_modules` must name at least one module, but is [] instead. Nearest: null."
+        if isinstance(targets, str):
+            try:
+                re.compile(targets)
+            except re.error as e:
+                yield f"`adapter.target_modules` must be a list or a regular expression, but is {targets!r}: {e}."
+
+    def transforms(self, model: ModelConfig) -> tuple[Transform, ...]:
+        return (Lora(self, model),)
+
+
+register("adapter", "lora", "txtrain.hf.lora_config:Lora", LoraConfig)
+
+
+@dc.dataclass(frozen=True)
+class Lora(Transform):
+    """Freezes the model and gives the matrices that are meant their factors."""
+
+    config: LoraConfig
+    model: ModelConfig
+
+    @cached_property
+    def _theirs(self) -> dict[str, list[str]]:
+        """transformers' names of the modules, by our matrix."""
+        found: dict[str, list[str]] = {}
+        for module, row in adaptable(self.model).items():
+            for ours in row.ours:
+                found.setdefault(ours, []).extend({module, row.theirs})
+        return found
+
+    @cached_property
+    def _ranks(self) -> dict[str, int]:
+        return {}  # of the matrices asked for so far
+
+    def _names(self, matrix: str) -> list[str]:
+        return [matrix, *self._theirs.get(matrix, ())]
+
+    def rank(self, matrix: str) -> int:
+        if matrix not in self._ranks:
+            names, config = self._names(matrix), self.config
+            self._ranks[matrix] = config.r if any(config.means(said, names) for _, said in config.targets) else 0
+        return self._ranks[matrix]
+
+    def trains(self, name: str) -> bool:
+        return factor_of(name) is not None
+
+    def problems(self, names: Collection[str]) -> Iterator[str]:
+        ours = [name.removesuffix(".weight") for name in names if factor_of(name) is None]
+        yield from self._without(ours, ours, "is in none of their names")
+
+    def shortcomings(self, names: Collection[str]) -> Iterator[str]:
+        factors = [factor for name in names if (factor := factor_of(name))]
+        ours = [name.removesuffix(".weight") for name in names if factor_of(name) is None]
+        yield from self._without({f.matrix for f in factors}, ours, "is none of them")
+        if self.config.lora_dropout and (stacked := next((f.matrix for f in factors if f.stacked), None)):
+            yield (
+                f"`adapter.lora_dropout` must be 0 with an adapter of experts ({stacked}), but is "
+                f"{self.config.lora_dropout} instead: PEFT has none there either."
+            )
+
+    def _without(self, matrices: Collection[str], ours: Collection[str], why: str) -> Iterator[str]:
+        """Sentences on the targets that mean none of these matrices. ours: all names, for the nearest."""
+        for key, said in self.config.targets:
+            if not any(self.config.means(said, self._names(matrix)) for matrix in matrices):
+                parts = (part for matrix in ours for name in self._names(matrix) for part in name.split("."))
+                near = hint(said, dict.fromkeys(part for part in parts if part != said))
+                yield (
+                    f"`{key}` must name linear layers or experts of the model, but {said!r} {why}.{near} "
+                    "`adapter.target_modules=all-linear` means all of them."
+                )
+
+    def apply(self, model: Any) -> None:
+        from txtrain.model.lora import attach, matrices
+
+        model.requires_grad_(False)
+        scaling = self.config.scaling
+        ranks = {name: (r, scaling) for name in matrices(model) if (r := self.rank(name))}
+        attach(model, ranks, self.config.lora_dropout)
+
+
+def adaptable(model: ModelConfig) -> dict[str, Row]:
+    """The modules of transformers' class that hold matrices of ours, and its stacks of experts, by their name there;
+    none if no class equals the model."""
+    try:
+        hf = class_of(model)
+    except ConfigError:
+        return {}
+    named = [row for row in hf.rows if EXPERT not in row.theirs and not row.spare]
+    return {respelt(row.theirs, hf.modules): row for row in by_layer([*named, *hf.stacks], model)}
