@@ -51,6 +51,14 @@ def write_labels(path: Path, n: int = 120, n_classes: int = 2) -> Path:
     return path
 
 
+def write_preferences(folder: Path, n: int = 120) -> tuple[str, ...]:
+    """Prompts with a good and a bad answer of several lengths, and the overrides that read them by bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"prompt": f"Q{k}", "chosen": "yes" + "!" * (k % 4), "rejected": "no" * (1 + k % 3)} for k in range(n)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "data=preferences", f"data.path={folder / 'pairs.jsonl'}", "data.tokenizer=bytes"
+
+
 def write_text(path: Path) -> Path:
     """A few hundred short documents."""
     path.write_text("\n".join(f"The {i}th line says that {i} times {i % 7} is {i * (i % 7)}, which is what it is." for i in range(400)) + "\n")

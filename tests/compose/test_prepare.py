@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training import RUN, rows, write_text
+from tests.training import RUN, rows, write_chats, write_preferences, write_text
 from txtrain.cli.main import main
 from txtrain.data.prepare import _LARGE
 from txtrain.data.store.shard_writer import ShardWriter
@@ -60,6 +60,29 @@ def test_a_run_on_the_prepared_folder_is_the_run_on_the_text(objective, tmp_path
     for run, told in (("direct", one), ("mapped", two)):
         assert told["data"]["skipped_rows"] == 1
         assert json.loads(Path(run, "skipped_rows.jsonl").read_text())["row"] == f"line 301 of {text}"
+
+
+@pytest.mark.parametrize(("write", "objective"), [(write_chats, "sft"), (write_preferences, "dpo")], ids=["chats", "preferences"])
+def test_a_run_on_prepared_conversations_is_the_run_on_their_files(write, objective, tmp_path, capsys):
+    given = [*write(tmp_path / "rows"), f"objective={objective}", "trainer.max_steps=5"]
+    assert main(["prepare", *MODEL, *given, "out=ready", "prepare.shard_tokens=700"]) == 0
+    said = capsys.readouterr().out
+    assert f"data=memmap data.path=ready data.packing=best_fit data.seq_len=32 objective={objective}" in said
+    assert len(list(Path("ready").glob("train-*.trained"))) > 2
+    ready = [f"objective={objective}", "trainer.max_steps=5", "data=memmap", "data.path=ready"]
+    assert main([*MODEL, *given, "run_dir=direct"]) == 0
+    assert main([*MODEL, *ready, "data.packing=best_fit", "run_dir=mapped"]) == 0
+    one, two = (json.loads(Path(run, "run.json").read_text()) for run in ("direct", "mapped"))
+    assert one["data_order_hash"] == two["data_order_hash"]
+    assert one["data"]["fingerprint"] == two["data"]["fingerprint"]
+    assert rows(Path("direct")) == rows(Path("mapped"))
+    capsys.readouterr()
+    assert main([*MODEL, *ready, "data.packing=best_fit", "data.seq_len=16", "run_dir=a"]) == 2
+    assert "`data.seq_len` must be at least 32" in capsys.readouterr().err
+    other = {"sft": "dpo", "dpo": "sft"}[objective]
+    assert main([*MODEL, *ready, f"objective={other}", "data.packing=best_fit", "run_dir=a"]) == 2
+    assert "`objective` must be one that reads" in capsys.readouterr().err
+    assert not Path("a").exists()
 
 
 def test_a_complete_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path, capsys):

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from tests.training import write_text
+from tests.training import write_preferences, write_text
 from txtrain.cli.main import main
 
 SMALL = ("model.n_layers=1", "model.dim=32", "model.vocab_size=400", "data.tokenizer=bytes", "data.seq_len=40", "data.global_batch_size=4")
@@ -42,6 +42,25 @@ def test_a_causal_model_is_trained_on_all_but_the_first_of_each_document(preview
     assert line.count("‖") + 1 == int(re.search(r"(\d+) documents", head)[1])
     assert "<|endoftext|>·«N»·«u»·«m»·«b»·«e»·«r»·« »" in line
     assert f"«.»·«<|endoftext|>» ‖ <|endoftext|>·«N»" in line  # noqa: F541
+
+
+def test_preferences_are_an_object_for_each_pair(preview, tmp_path):
+    """Answer by answer: prompt, answer, end; two pairs or more in a row."""
+    given = (*write_preferences(tmp_path), "model=llama2", "objective=dpo", *SMALL)
+    made = [json.loads(line) for line in preview(*given, "preview.format=json", "preview.n=all").splitlines()]
+    assert len({pair["chosen"]["source"] for pair in made}) == len(made) > 100
+    for pair in made:
+        for side, begins in ((pair["chosen"], "yes"), (pair["rejected"], "no")):
+            ids = side["input_ids"]
+            n = side["trained"].index(True)
+            assert bytes(ids[1:n]).decode() == f"Q{side['source']}"
+            assert bytes(ids[n:-1]).decode().startswith(begins)
+            assert all(side["trained"][n:])
+            assert side["documents"] == [0] * len(ids)
+    shown = preview(*given, "preview.n=1")
+    assert re.search(r"chosen .*«y»·«e»·«s»", shown)
+    assert re.search(r"rejected .*«n»·«o»", shown)
+    assert "pairs" in shown
 
 
 def test_masked_tokens_are_shown_with_what_they_hide(preview):

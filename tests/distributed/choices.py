@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.distributed.covering import Case
 from tests.distributed.runs import documents
-from tests.training import write_chats, write_labels
+from tests.training import write_chats, write_labels, write_preferences
 
 STEPS = 8
 RUN = (
@@ -34,6 +34,7 @@ OBJECTIVES = {
     "span_corruption": ("model=t5", *TEXT),
     "prefix_lm": ("model=llama2", "objective=prefix_lm", *TEXT),
     "sft": ("model=gpt2", "objective=sft", "model.vocab_size=360", "model.max_seq_len=32"),
+    "dpo": ("model=gpt2", "objective=dpo", "model.vocab_size=360", "model.max_seq_len=48"),
     "seq2seq": ("model=transformer", "data=reverse", "data.n_pairs=400", "model.vocab_size=257", "model.max_seq_len=32"),
     "image_classification": ("model=vit", "data.crop_padding=1"),
     "classification": ("model=bert", "data=labels", "data.seq_len=32", "data.tokenizer=bytes", "model.vocab_size=360", "model.max_seq_len=32"),
@@ -81,6 +82,8 @@ def overrides(case: Case, folder: Path, run: str, n: int = 1) -> list[str]:
         chosen += write_chats(folder / "chats")
     if "data=labels" in chosen:
         path = [f"data.path={write_labels(folder / 'labels.csv')}"]
+    if case["objective"] == "dpo":
+        chosen += write_preferences(folder / "preferences")
     groups = [o for o in (*chosen, *RUN) if "." not in o.split("=")[0]]
     values = {o.split("=")[0]: o for o in (*RUN, *chosen) if "." in o.split("=")[0]}
     return [*groups, *values.values(), *path, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / run}", f"trainer.devices={n}"]

@@ -5,22 +5,35 @@ from __future__ import annotations
 import itertools
 import shutil
 import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
-from txtrain.data.prepare import make_tokenizer
-from txtrain.data.sources.source import as_named, build_source, describe, method_of, n_bytes, settle, validation_sets
+from txtrain.data.prepare import make_tokenizer, marked_corpus
+from txtrain.data.sources.source import (
+    Marked,
+    Split,
+    as_named,
+    build_source,
+    describe,
+    method_of,
+    n_bytes,
+    pairs,
+    settle,
+    validation_sets,
+)
 from txtrain.data.store.formats import INDEX, read_index
 from txtrain.data.store.progress import Progress
 from txtrain.data.store.shard_writer import ShardWriter, forget, unfinished
-from txtrain.data.store.split import Corpus, digest
+from txtrain.data.store.split import Corpus, MarkedCorpus, digest
 from txtrain.data.store.tokenize import write_skipped, write_tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.objectives.base import build_objective
+from txtrain.training.teach import teach, teacher_of
 
 
 def run_prepare(job: Composed) -> int:
@@ -33,12 +46,14 @@ def run_prepare(job: Composed) -> int:
     assert config.out is not None
     folder = files.path_of(config.out, "out")
     files.check_writable(folder, "out")
+    if config.objective.prepares:
+        teacher_of(config)
     corpus, tokenizer = _text(config)
     with files.writing(folder, "out"):
         return _fill(corpus, tokenizer, folder, config)
 
 
-def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -> int:
+def _fill(corpus: Corpus | MarkedCorpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -> int:
     key, there = digest(corpus.fingerprint, tokenizer.fingerprint), folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     release = files.lock(folder)
@@ -49,6 +64,15 @@ def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -
             print(f"{folder} is complete: nothing left to do.")
         else:
             _write(corpus, tokenizer, key, folder, config)
+        if config.objective.prepares:
+            there = True  # the tokens stay, whatever becomes of this
+            teach(config, folder)
+            objective, data = config.objective, config.data
+            print(
+                f"{folder} has the teacher's distributions. To learn from them, beside those: objective=distill "
+                f"objective.top_k={objective.top_k} objective.temperature={objective.temperature} "
+                f"data.packing={data.packing} data.seq_len={config.seq_len}"
+            )
     except ConfigError:
         if not there:
             shutil.rmtree(folder)
@@ -58,16 +82,19 @@ def _fill(corpus: Corpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -
     return 0
 
 
-def _text(config: Prepare) -> tuple[Corpus, Tokenizer]:
+def _text(config: Prepare) -> tuple[Corpus | MarkedCorpus, Tokenizer]:
     """The documents and their tokenizer. Without fallback data: a prepared folder is used for long."""
     data: Any = config.data
     source = build_source(settle(as_named(config))[0])
+    special_tokens = build_objective(config).special_tokens
+    if method_of(source) == "marked":
+        return marked_corpus(source, config, special_tokens)
     if method_of(source) != "documents":
         raise ConfigError(f"`data` must be a source of text to be tokenised, but is {data.type} instead.")
     if validation_sets(source):
         raise ConfigError("`data.val_path` must be one path, or null, to be prepared: give the named ones to the run.")
     corpus = Corpus(source, data.val_fraction)
-    return corpus, make_tokenizer(corpus, config, build_objective(config).special_tokens)
+    return corpus, make_tokenizer(corpus, config, special_tokens)
 
 
 def _is_done(folder: Path, key: str, config: Prepare) -> bool:
@@ -94,15 +121,17 @@ def _is_done(folder: Path, key: str, config: Prepare) -> bool:
     return False
 
 
-def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config: Prepare) -> None:
-    writer = ShardWriter(folder, key, tokenizer.vocab_size, config.prepare.shard_tokens)
+def _write(corpus: Corpus | MarkedCorpus, tokenizer: Tokenizer, key: str, folder: Path, config: Prepare) -> None:
+    marked = isinstance(corpus, MarkedCorpus)
+    writer = ShardWriter(folder, key, tokenizer.vocab_size, config.prepare.shard_tokens, marked)
     if writer.n_documents:
         print(f"{folder}: goes on after {writer.n_documents:,} documents.", file=sys.stderr)
     writer.save(now=True)  # first of all: marks the folder as ours
     tokenizer.save(folder / "tokenizer")
-    rest = itertools.islice(corpus.documents(), writer.n_documents, None)
+    documents: Iterator[Any] = corpus.documents()
+    rest = itertools.islice(documents, writer.n_documents, None)
     with Progress("tokenising", n_bytes(corpus.source)) as progress:
-        for size in write_tokens(rest, tokenizer, writer):
+        for size in _marked(rest, writer) if marked else write_tokens(rest, tokenizer, writer):
             progress.advance(size)
             writer.save()
     train, validation = writer.n_tokens("train"), writer.n_tokens("validation")
@@ -110,9 +139,20 @@ def _write(corpus: Corpus, tokenizer: Tokenizer, key: str, folder: Path, config:
         writer.close()
         raise ConfigError("`data` must have training text, but has none: too little to divide. Give more text.")
     write_skipped(folder, corpus.source)
-    writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint)
+    source: Any = corpus.source
+    about = {"pairs": pairs(source), "seq_len": config.seq_len} if marked else {}
+    writer.finish(source=describe(corpus.source, config.data.type), tokenizer=tokenizer.fingerprint, **about)
     progress.done(f"tokenised {{size}} in {{seconds}}: {train:,} training and {validation:,} validation tokens")
+    chosen = f" data.packing={config.data.packing} data.seq_len={config.seq_len}" if marked else ""
+    chosen += f" objective={config.objective.type}" if marked else ""
     print(
-        f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}, with "
+        f"{folder} is complete. To train on it: txtrain data=memmap data.path={config.out}{chosen}, with "
         f"model.vocab_size={tokenizer.vocab_size} or more"
     )
+
+
+def _marked(documents: Iterable[tuple[Split, Marked]], writer: ShardWriter) -> Iterator[int]:
+    """Write conversations or preferences; yields the number of bytes of the tokens of each."""
+    for split, text in documents:
+        writer.append_marked(split, text)
+        yield len(text.ids) * writer.dtype.itemsize

@@ -53,13 +53,15 @@ def run_preview(job: Composed) -> int:
         for batch, sources in batches:
             for i, numbers in enumerate(sources):
                 sample = {name: value[i] for name, value in batch.items()}
-                print(json.dumps(as_json(sample, numbers, model, of_labels(data.config))))
+                whole = [] if data.pairs else [as_json(sample, numbers, model, of_labels(data.config))]
+                for made in pairs_as_json(sample, numbers) if data.pairs else whole:
+                    print(json.dumps(made))
         return 0
     console = Console(highlight=False)
     coloured = console.color_system is not None and not console.no_color
     if data.fallback:
         console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
-    writer = Writer(pieces_of(data.tokenizer), model.topology, coloured, of_labels(data.config))
+    writer = Writer(pieces_of(data.tokenizer), model.topology, coloured, of_labels(data.config), data.pairs)
     console.print(f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}")
     for batch, _ in batches:
         for i in range(len(batch["sample_index"])):
@@ -106,6 +108,28 @@ def as_json(
     return {**made, "source": source}
 
 
+def answers_of(sample: Sample) -> Iterator[Sample]:
+    """Of each pair the preferred answer, then the other one, both without padding."""
+    documents, real = sample["document_ids"], sample["attention_mask"] != 0
+    for number in sorted(set(documents[real].tolist())):
+        here = documents == number
+        part = {name: value[here] for name, value in sample.items() if value.shape == here.shape}
+        yield {**part, "document_ids": torch.zeros_like(part["document_ids"])}
+
+
+def pairs_as_json(sample: Sample, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """An object for each pair of a row. numbers: of the pairs' rows in the source."""
+    made = [
+        {
+            "input_ids": side["input_ids"].tolist(), "trained": (side["labels"] != IGNORED).tolist(),
+            "documents": side["document_ids"].tolist(),
+        }
+        for side in answers_of(sample)
+    ]
+    for chosen, rejected, number in zip(made[::2], made[1::2], numbers, strict=True):
+        yield {"chosen": {**chosen, "source": number}, "rejected": {**rejected, "source": number}}
+
+
 def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
     """How to show a token id: its text; if that is not whole characters, its name; if unknown, its number."""
     if tokenizer is None:
@@ -126,9 +150,10 @@ class Writer:
     """Samples as lines. Without colours, trained tokens stand between « and »."""
 
     def __init__(
-        self, piece: Pieces, topology: str, coloured: bool, label: Callable[[Tensor], str] | None = None
+        self, piece: Pieces, topology: str, coloured: bool, label: Callable[[Tensor], str] | None = None,
+        pairs: bool = False,
     ) -> None:
-        self.piece, self.topology, self.coloured, self.label = piece, topology, coloured, label
+        self.piece, self.topology, self.coloured, self.label, self.pairs = piece, topology, coloured, label, pairs
 
     def legend(self, batch: Sample) -> str:
         if "pixel_values" in batch:
@@ -137,7 +162,8 @@ class Writer:
             return "Pieces end at ·."
         trained = "green" if self.coloured else "between « and »"
         hidden = ", behind what is read in their place" if self.topology == "encoder" else ""
-        return f"Pieces end at ·, documents at ‖; trained: {trained}{hidden}."
+        documents = "" if self.pairs else ", documents at ‖"
+        return f"Pieces end at ·{documents}; trained: {trained}{hidden}."
 
     def lines(self, sample: Sample) -> Iterator[Text]:
         if "pixel_values" in sample:
@@ -156,7 +182,11 @@ class Writer:
             f"sample {int(sample['sample_index'])}: {n} tokens read, {n_trained} trained{self._beside(sample)}",
             style="bold"
         )
-        if self.topology == "encoder_decoder":
+        if self.pairs:
+            for k, side in enumerate(answers_of(sample)):
+                name = "  rejected  " if k % 2 else "  chosen    "
+                yield Text(name).append(self._written(side["input_ids"], side["labels"], None, None))
+        elif self.topology == "encoder_decoder":
             ids = sample["input_ids"]
             yield Text("  input   ").append(self._written(
                 ids, torch.full_like(ids, IGNORED), sample.get("document_ids"), sample.get("attention_mask")
@@ -176,11 +206,12 @@ class Writer:
         mask = sample.get("attention_mask")
         return int((sample["input_ids"] if mask is None else mask[mask != 0]).numel())
 
-    @staticmethod
-    def _beside(sample: Sample) -> str:
-        """Further facts of the sample: documents, prefix, next sentence."""
+    def _beside(self, sample: Sample) -> str:
+        """Further facts of the sample: documents or pairs, prefix, next sentence."""
         told = ""
-        if "document_ids" in sample:
+        if self.pairs:
+            told += f", {sum(1 for _ in answers_of(sample)) // 2} pairs"
+        elif "document_ids" in sample:
             told += f", {len(set(sample['document_ids'].tolist()))} documents"
         if "prefix_mask" in sample:
             told += f", the first {int(sample['prefix_mask'].sum())} seen from both sides"

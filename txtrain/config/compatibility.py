@@ -15,11 +15,16 @@ from txtrain.run_config import RunConfig
 
 KIND = "data.sample_kind"
 QUESTIONS = ("choices", "cloze", "problems")
-ALL_KINDS = ("text", "chat", "pairs", "labels", "images", *QUESTIONS)
+_OF_TEXT = ("text", "chat", "preferences", "pairs", "labels", *QUESTIONS)
+ALL_KINDS = (*_OF_TEXT, "images")
 
 
 class RunRule(Rule):
     """A rule of a run, over the keys of the command line and KIND: the kind of a source's samples."""
+
+    def broken_by(self, choices: Choices) -> bool:
+        """What token files hold is known when they are opened: `txtrain.data.prepare` checks it then."""
+        return super().broken_by(choices) and not (self.key == KIND and {*choices["data"].also} & {*self.allowed})
 
     def told(self, choices: Choices) -> tuple[str, str, str]:
         key, allowed, value = super().told(choices)
@@ -42,13 +47,14 @@ class RunRule(Rule):
 RUN_RULES = (
     RunRule({KIND: ("images",)}, "model/embedding", ("patch",), "an image enters as patches"),
     RunRule({KIND: ("images",)}, "data.seq_len", (None,), "an image has as many positions as the model has patches"),
-    RunRule(
-        {KIND: ("text", "chat", "pairs", "labels", *QUESTIONS)}, "model/embedding", ("token",), "text enters as tokens"
-    ),
+    RunRule({KIND: _OF_TEXT}, "model/embedding", ("token",), "text enters as tokens"),
 )
 
 OBJECTIVE_RULES = (
-    RunRule({"objective": ("prefix_lm",)}, "model.mtp_depth", (0,), "causal_lm alone trains the MTP modules"),
+    *(
+        RunRule({"objective": (name,)}, "model.mtp_depth", (0,), "causal_lm alone trains the MTP modules")
+        for name in ("prefix_lm", "dpo", "distill")
+    ),
     RunRule(
         {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)}, "data.packing", ("concat",),
         "the sequence is cut anywhere, padding would be on both sides"
@@ -68,6 +74,9 @@ WHY = {  # the last three: of a user's own objective
     ("seq2seq", KIND): "there must be a source and a target",
     ("sft", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
     ("sft", KIND): "there must be turns that are trained, and turns that are not",
+    ("dpo", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
+    ("dpo", KIND): "there must be two answers to each prompt, one of which is preferred",
+    ("distill", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
     ("image_classification", KIND): "there must be images and their classes",
     ("image_classification", "model/head"): "an image has one class",
     ("classification", KIND): "there must be texts and their labels",
@@ -126,6 +135,7 @@ class _Option:
 
     type: str
     sample_kind: str | None = None
+    also: tuple[str, ...] = ()
     packing: str = "concat"
     seq_len: int | None = None
 

@@ -80,8 +80,13 @@ def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
 
 def _measured(config: Evaluate, named: bool) -> Evaluate:
     model, kind, objective = config.model, config.data.sample_kind, config.objective
-    if not named and not fits(model, objective.type, kind):
-        others = [name for name in TABLE["objective"] if fits(model, name, kind)]
+    if named and not objective.alone:
+        raise ConfigError(
+            f"`objective` must be one that needs the trained model alone, but is {objective.type} instead, which reads "
+            "another model beside it."
+        )
+    if not named and not (objective.alone and fits(model, objective.type, kind)):
+        others = [name for name, o in TABLE["objective"].items() if o.config.alone and fits(model, name, kind)]
         if not others:
             able = ", ".join(objectives_for(model)) or "none"
             raise ConfigError(
@@ -113,9 +118,8 @@ def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:
 def _read_alike(job: Composed, saved: Mapping[str, Any]) -> Any:
     """The data of the command line, read as the run read its own: so long, and within documents or across them."""
     data, before = job.config.data, saved.get("data") or {}
-    if data.sample_kind == "images" or not saved or TABLE["data"].get(before.get("type")) is None:
-        return data
-    if TABLE["data"][before["type"]].config.sample_kind == "images":
+    known = TABLE["data"].get(str(before.get("type")))
+    if data.sample_kind == "images" or not saved or known is None or known.config.sample_kind == "images":
         return data
     alike = {
         key: before[key] for key in ("seq_len", "cross_document_attention")

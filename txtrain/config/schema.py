@@ -178,6 +178,11 @@ class Plan(Train):
                 f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on "
                 f"trainer.num_nodes={self.trainer.num_nodes} says, but is {asked} instead. Nearest: null."
             )
+        if self.plan.simulate and (self.objective.same_tokenizer or self.objective.reads_start):
+            yield (
+                f"`plan.simulate` must be false with objective={self.objective.type}, which reads a second model, but "
+                "is true instead. The plan without it counts that model's weights."
+            )
         accelerator, precision = hardware.PUBLISHED[self.plan.device], self.trainer.precision
         if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
             yield (

@@ -31,8 +31,10 @@ class DataConfig:
     # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
     cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
-    kind: ClassVar[str] = "text"  # of samples: text, chat, pairs, images, labels (`txtrain.config.compatibility`)
+    # Of samples: text, chat, preferences, pairs, images, labels (`txtrain.config.compatibility`).
+    kind: ClassVar[str] = "text"
     sample_kind: ClassVar[str] = "text"  # the same; data=labels has a key of the other name
+    also: ClassVar[tuple[str, ...]] = ()  # further kinds that its files may turn out to hold
     # What the source asks for where the command line does not choose: key or group -> its value there.
     implies: ClassVar[Mapping[str, str]] = {}
     scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # metrics for generated answers to its pairs
@@ -46,7 +48,7 @@ class DataConfig:
         cls.sample_kind = vars(owner).get("sample_kind", vars(owner).get("kind"))
 
     def check(self) -> Iterator[str]:
-        if self.packing != "concat" and self.sample_kind not in ("text", "chat"):
+        if self.packing != "concat" and self.sample_kind not in ("text", "chat", "preferences"):
             where = f"data={self.type}, which is no text"
             yield f"`data.packing` must be concat with {where}, but is {self.packing} instead."
         if self.tokenizer is None and type(self).tokenizer is not None:
@@ -127,10 +129,8 @@ class PythonDocsConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ChatConfig(UnpackedConfig, TextsConfig):
-    """`data=chat`: conversations, of which the assistant's turns are trained."""
-
-    kind: ClassVar = "chat"
+class ConversationsConfig(UnpackedConfig, TextsConfig):
+    """Keys of sources of conversations in rows."""
 
     # Files (.json, .jsonl, .parquet), globs, folders, or a list of them; or a set for load_dataset.
     path: str | tuple[str, ...] | None = knob(None, literal=True)
@@ -138,16 +138,46 @@ class ChatConfig(UnpackedConfig, TextsConfig):
     name: str | None = None
     split: str = "train"
     val_split: str | None = None
+    chat_template: str | None = knob(None, literal=True)  # a file with a Jinja template; null: the tokenizer's
+    packing: Literal["best_fit", "none"] = "best_fit"  # several samples per sequence, and padding; or one
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ChatConfig(ConversationsConfig):
+    """`data=chat`: conversations, of which the assistant's turns are trained."""
+
+    kind: ClassVar = "chat"
+
     # Format of the rows; auto: recognised by the keys of each row.
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "oasst", "self_instruct"] = "auto"
-    chat_template: str | None = knob(None, literal=True)  # a file with a Jinja template; null: the tokenizer's
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # the turns whose tokens are trained
-    packing: Literal["best_fit", "none"] = "best_fit"  # several samples per sequence, and padding; or one
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PreferencesConfig(ConversationsConfig):
+    """`data=preferences`: to each prompt an answer that is preferred, and one that is not. A sequence holds both."""
+
+    kind: ClassVar = "preferences"
+
+    # auto: by the keys of each row, and texts with a prompt as turns if there is a chat template; text: as written.
+    format: Literal["auto", "text", "oasst"] = "auto"
+    # A text or a list of messages; null, or in no row: what both answers begin with.
+    prompt_column: str | None = "prompt"
+    chosen_column: str = "chosen"  # a text or a list of messages, with or without the prompt
+    rejected_column: str = "rejected"
+
+    def check(self) -> Iterator[str]:
+        yield from super().check()
+        if self.cross_document_attention:
+            apart = "false with data=preferences, whose answers must not see each other"
+            yield f"`data.cross_document_attention` must be {apart}, but is true instead."
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class MemmapConfig(DataConfig):
     """`data=memmap`: token files, ours or those of other tools."""
+
+    also: ClassVar = ("chat", "preferences")
 
     # null: the tokenizer in the folder of `txtrain prepare`; none for files of other tools.
     tokenizer: Tokenizer | None = knob(None, literal=True)
@@ -373,6 +403,7 @@ for name, target, config in (
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
     ("python_docs", "python_docs:PythonDocs", PythonDocsConfig),
     ("chat", "chat:Chats", ChatConfig),
+    ("preferences", "preferences:Preferences", PreferencesConfig),
     ("memmap", "memmap:TokenFiles", MemmapConfig),
     ("mixture", "mixture:Mixture", MixtureConfig),
     ("translation", "translation:Translation", TranslationConfig),

@@ -37,13 +37,14 @@ from txtrain.data.sources.source import (
     has_validation,
     identity,
     method_of,
+    pairs,
     settle,
     validation_sets,
 )
 from txtrain.data.store.cache import MARK_FILES, TOKEN_FILES, TokenFile, TokenWriter, cached
 from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
 from txtrain.data.store.stream import StreamTokens
-from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise
+from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise, write_skipped
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
@@ -139,11 +140,7 @@ def _text(
 
 def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
     """Texts with a mask of the tokens to be trained."""
-    data = config.data
-    tokenizer = make_tokenizer(Corpus(source, data.val_fraction), config, objective.special_tokens)
-    if (template := chat_template(source)) is not None:
-        tokenizer = tokenizer.with_template(template)
-    corpus = MarkedCorpus(source, data.val_fraction, tokenizer, config.extent.whole)
+    data, (corpus, tokenizer) = config.data, marked_corpus(source, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
 
     def fill(empty: Path) -> None:
@@ -151,12 +148,25 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
         with writer.open():
             for split, text in corpus.documents():
                 writer.append_marked(split, text)
-        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint)
+        write_skipped(empty, source)
+        writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint, pairs=pairs(source))
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
     train, validation = TokenFile(folder, "train"), TokenFile(folder, "validation")
     splits = (validation if config.extent.whole else train), validation
-    return _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+    made = _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
+    return dc.replace(made, skipped=_lists(folder))
+
+
+def marked_corpus(
+    source: MarkedSource, config: RunConfig, special_tokens: Sequence[str]
+) -> tuple[MarkedCorpus, Tokenizer]:
+    """The texts of such a source, and the tokenizer with its chat template."""
+    fraction = config.data.val_fraction
+    tokenizer = make_tokenizer(Corpus(source, fraction), config, special_tokens)
+    if (template := chat_template(source)) is not None:
+        tokenizer = tokenizer.with_template(template)
+    return MarkedCorpus(source, fraction, tokenizer, config.extent.whole), tokenizer
 
 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
@@ -230,7 +240,14 @@ def _packed(
     remedy: str,
 ) -> Prepared:
     """The objective's samples of both splits. key: of text and tokenizer. remedy: for too little validation text."""
-    across, packing = config.data.cross_document_attention, config.data.packing
+    across, packing, kind = config.data.cross_document_attention, config.data.packing, splits[1].kind
+    reads = config.objective.reads
+    if kind != config.data.kind and reads is not None and kind not in reads:
+        wanted = f"one that reads {kind}, which data.path holds"
+        raise ConfigError(f"`objective` must be {wanted}, but is {config.objective.type} instead.")
+    if splits[1].pairs and packing == "concat":
+        why = "best_fit or none for preferences, since both answers of a prompt are in one sequence"
+        raise ConfigError(f"`data.packing` must be {why}, but is {packing} instead. Nearest: best_fit.")
     if any(tokens.mask is not None for tokens in splits) and not objective.masks:
         fitting = "causal_lm or sft with data of which only some tokens are trained"
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
@@ -254,7 +271,8 @@ def _overlaps(config: RunConfig) -> bool:
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     packing, overlap = config.data.packing, _overlaps(config)
     told = (*_PLANNED[packing], *(["overlap"] if overlap else []), config.seq_len, tokens.split)
-    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit", overlap=overlap)
+    together, each = packing == "best_fit", 1 + tokens.pairs
+    fill = partial(write_plan, tokens, config.seq_len, together=together, each=each, overlap=overlap)
     name = f"plan-{digest(key, *told)}"
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
@@ -269,7 +287,9 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
         tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
         below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
     parts = [source.every] * 2 if config.extent.whole else [source.tokens(split) for split in SPLITS]
-    train, validation = (Tokens(part, split, eos_id, below) for part, split in zip(parts, SPLITS, strict=True))
+    train, validation = (
+        Tokens(part, split, eos_id, below, pairs(source)) for part, split in zip(parts, SPLITS, strict=True)
+    )
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"

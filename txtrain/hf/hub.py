@@ -13,7 +13,8 @@ from txtrain.ground.files import path_of
 
 _NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 _CONFIGS = (
-    "config.json", "generation_config.json", "preprocessor_config.json", "additional_chat_templates/*.jinja", *SOURCE_FILES
+    "config.json", "generation_config.json", "preprocessor_config.json", "additional_chat_templates/*.jinja",
+    *SOURCE_FILES,
 )
 # In order of preference; a repository may have both.
 _WEIGHTS = (

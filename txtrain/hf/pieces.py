@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -11,11 +12,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from txtrain.data.sources.files import files_identity
 from txtrain.errors import ConfigError
 from txtrain.hf.name_map import Shape
 from txtrain.model.lora import Pair
 from txtrain.model.transformer import Transformer
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Range = tuple[int, int]  # from the first index to before the second
 Box = Sequence[Range]  # one for each dimension
 
@@ -43,6 +46,12 @@ class Piece:
         if self.look is not None:
             return self.look(finite)
         return not finite or is_finite(self.read([(0, n) for n in self.shape]))
+
+
+def piece_of(name: str, tensor: Tensor) -> Piece:
+    """A whole tensor on the CPU, as a piece."""
+    shape = tuple(tensor.shape)
+    return Piece(name, (0,) * len(shape), shape, lambda box: tensor[tuple(slice(*side) for side in box)])
 
 
 @dc.dataclass(frozen=True)
@@ -88,6 +97,17 @@ class Source:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(piece.name for piece in self.pieces)
+
+    def identity(self) -> str:
+        """A hash of the weights: of their files, or if there are none, of the values."""
+        files = () if self.path == Path() else sorted(p for p in self.path.iterdir() if p.suffix in _WEIGHTS)
+        if files:
+            return files_identity(files)
+        sha = hashlib.sha256()
+        for piece in sorted(self.pieces, key=lambda piece: piece.name):
+            values = piece.read([(0, n) for n in piece.shape]).contiguous().flatten()
+            sha.update(piece.name.encode() + values.view(torch.uint8).numpy().tobytes())
+        return sha.hexdigest()
 
     def check(self, model: nn.Module) -> None:
         """Raise a ConfigError if the model has other tensors, by name and shape."""

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -29,6 +29,7 @@ from txtrain.model.position.encodings import Position
 from txtrain.model.stack import EncoderOutput, Given, Record, Stack
 
 Embedding = TokenEmbedding | PatchEmbedding
+LossOf = Callable[[Any, Tensor, Tensor | None], Tensor]
 
 
 @dc.dataclass(frozen=True)
@@ -80,6 +81,7 @@ class Transformer(Stack):
         num_items_in_batch: Tensor | int | None = None, mtp_items_in_batch: Sequence[Tensor | int] | None = None,
         return_logits: bool = True, logits_to_keep: int | Tensor = 0, return_log_probs: bool = False,
         lm_targets: Tensor | None = None, lm_items_in_batch: Tensor | int | None = None,
+        loss_of: LossOf | None = None,
     ) -> ModelOutput:
         """One pass, with Hugging Face's arguments.
 
@@ -104,6 +106,8 @@ class Transformer(Stack):
             lm_targets: [B, T], the input_ids, -100: not a target; for `lm_loss`, that of the next tokens beside a class
                 (model.head.lm); lm_items_in_batch: as num_items_in_batch.
             return_log_probs: `log_probs` of the labels instead of a loss, see the function `log_probs`.
+            loss_of: computes `loss` instead of the head, within this forward, where all of the head's weights are here:
+                of the head, its input [B, T, D], and the weight of the embedding, for a tied head. With labels.
 
         Raises:
             ConfigError: inputs have a wrong shape or dtype, contradict each other, do not fit this topology, or exceed
@@ -136,12 +140,13 @@ class Transformer(Stack):
             out.log_probs = self.head.log_probs(x_BTD, self.embedding.weight_VD, labels)
         elif labels is not None:
             targets = self.head.targets(labels)
-            out.loss, share = self._loss(x_BTD, None if masked else logits, targets, num_items_in_batch)
+            out.loss, share = self._loss(x_BTD, None if masked else logits, targets, num_items_in_batch, loss_of)
         if lm_targets is not None and isinstance(self.head, ClassHead):
             n = (lm_targets[:, 1:] != IGNORED).sum() if lm_items_in_batch is None else lm_items_in_batch
             n = torch.as_tensor(n, dtype=torch.float32, device=x_BTD.device)
             out.lm_loss = self.head.token_loss(x_BTD, self.embedding.weight_VD, lm_targets, n)
-        if self.mtp and cache is None and not masked and not logits_to_keep and not return_log_probs:
+        own = loss_of is None and not return_log_probs
+        if self.mtp and cache is None and not masked and not logits_to_keep and own:
             self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
         recorded = any(name.endswith(f".{AUX_LOSS}") for name in record.statistics)
         if out.loss is not None and record.loss_scale is not None and recorded:
@@ -209,12 +214,15 @@ class Transformer(Stack):
         return shifted_right(self.config, labels_BT, document_ids_BT)
 
     def _loss(
-        self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None
+        self, x_BTD: Tensor, logits: Tensor | None, targets: Tensor, n_items: Tensor | int | None,
+        loss_of: LossOf | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The loss, and the share of the batch's targets that is here."""
         here = self.head.n_targets(targets)
         denominator = torch.as_tensor(here if n_items is None else n_items, dtype=torch.float32, device=x_BTD.device)
         try:
+            if loss_of is not None:
+                return loss_of(self.head, x_BTD, self.embedding.weight_VD), here / denominator
             if logits is not None:
                 return self.head.loss_of(logits, targets, denominator), here / denominator
             return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator), here / denominator

@@ -61,6 +61,7 @@ class Objective:
 
     weights: Mapping[str, float] = {"loss": 1.0}  # of the terms, whose weighted sum is minimised
     beside: tuple[str, ...] = ()  # terms not in the reported loss, which stays comparable with models without them
+    reports: tuple[str, ...] = ()  # terms that are not minimised, only reported
     perplexity: bool = False  # whether exp(`loss`) is a perplexity: `loss` is in nats per token
     metrics: tuple[str, ...] = ()  # further metrics of validation, from `validate` or `examine`
     check: Callable[[], None] = staticmethod(lambda: None)  # set by the run; may raise, to stop what takes long
@@ -76,6 +77,10 @@ class Objective:
         return text.sequences()
 
     # --------------------------------------------------------------------------------------------------------- training
+
+    def begin(self, module: Any, data: Any) -> None:
+        """Called on all ranks before the first batch is read, when the model has its weights. data: None: as `examine`.
+        """
 
     def denominators(self, batch: Batch) -> Terms:
         """Denominator of each term: its number of targets in `batch` ([B, ...], any part of a step)."""
@@ -173,7 +178,7 @@ class Objective:
 
     def figure_names(self, text: bool) -> tuple[str, ...]:
         """The names of `figures`. text: the data have bytes."""
-        terms = [name for name in self.weights if name not in ("loss", *self.beside)]
+        terms = [name for name in self.terms if name not in self.beside]
         perplexity = ["perplexity"] if self.perplexity else []
         bits = ["bits_per_byte"] if text and perplexity else []
         return tuple(dict.fromkeys(("loss", *terms, *self.metrics, *perplexity, *bits)))
@@ -183,8 +188,12 @@ class Objective:
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns of metrics.csv besides those of every run, known before the first step."""
-        terms = [name for name in self.weights if name != "loss"]
-        return (*terms, *(f"val_{name}" for name in terms), *self.metrics)
+        return (*self.terms, *(f"val_{name}" for name in self.terms), *self.metrics)
+
+    @property
+    def terms(self) -> tuple[str, ...]:
+        """All terms but `loss`."""
+        return (*(name for name in self.weights if name != "loss"), *self.reports)
 
 
 def build_objective(config: RunConfig) -> Objective:

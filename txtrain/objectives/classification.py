@@ -53,19 +53,19 @@ class Classes(Objective):
         return {"loss": n_class_targets(self.kind, batch["labels"])}
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
-        return self.terms(self.output(model, batch, denominators), batch, denominators, self.label_smoothing)
+        return self.losses(self.output(model, batch, denominators), batch, denominators, self.label_smoothing)
 
     def output(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Any:
         return model(**self.given(batch))
 
-    def terms(self, output: Any, batch: Batch, denominators: Terms, label_smoothing: float = 0.0) -> Terms:
+    def losses(self, output: Any, batch: Batch, denominators: Terms, label_smoothing: float = 0.0) -> Terms:
         return {"loss": class_loss(self.kind, output.logits, batch["labels"], denominators["loss"], label_smoothing)}
 
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
         counts = self.denominators(batch)
         ones = {name: torch.ones_like(n) for name, n in counts.items()}
         output = self.output(model, batch, ones)
-        found = {name: (value, counts[name]) for name, value in self.terms(output, batch, ones).items()}
+        found = {name: (value, counts[name]) for name, value in self.losses(output, batch, ones).items()}
         return {**found, **self.measured(output.logits, batch["labels"], counts["loss"])}
 
     def measured(self, logits_BC: Tensor, labels: Tensor, count: Tensor) -> Counted:
@@ -109,8 +109,8 @@ class Classification(Classes):
             return super().output(model, batch, denominators)
         return model(**self.given(batch), lm_targets=self._words(batch), lm_items_in_batch=denominators["lm_loss"])
 
-    def terms(self, output: Any, batch: Batch, denominators: Terms, label_smoothing: float = 0.0) -> Terms:
-        found = super().terms(output, batch, denominators, label_smoothing)
+    def losses(self, output: Any, batch: Batch, denominators: Terms, label_smoothing: float = 0.0) -> Terms:
+        found = super().losses(output, batch, denominators, label_smoothing)
         return {**found, "lm_loss": output.lm_loss} if self.lm else found
 
     @staticmethod

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.registry import BASES, knob, register
 from txtrain.run_config import RunConfig
+
+if TYPE_CHECKING:
+    from txtrain.data.samples.taught import Taught
 
 Score = Literal["exact_match", "bleu", "chrf"]
 Shapes = dict[str, tuple[int, ...]]
@@ -25,7 +28,8 @@ class ObjectiveConfig:
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
     trains: ClassVar[bool] = True  # else it is for evaluation alone
     slides: ClassVar[bool] = False  # a window may slide over the text: each token is predicted from those before it
-    label_smoothing = 0.0  # not a field: some objectives have one
+    alone: ClassVar[bool] = True  # `evaluate` measures it: it reads no further models
+    whole_logits = False  # the loss is of all logits at once, not by chunks of tokens
     one_result: ClassVar[bool] = False  # for each sample, not for each token
 
     @property
@@ -37,6 +41,15 @@ class ObjectiveConfig:
     def models(self) -> Mapping[str, str]:
         """Further models that the objective reads: key that names each -> its path."""
         return {}
+
+    @property
+    def start(self) -> str | None:
+        """The key of one more, which has the weights with which the run begins; None: there is none."""
+        return None
+
+    prepares = False  # `txtrain prepare` also writes what its models find (`txtrain.training.teach`)
+    same_tokenizer: ClassVar[bool] = False  # `models` must have the vocabulary of the trained one
+    reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective, and values for keys that are null."""
@@ -209,6 +222,109 @@ class SmoothedConfig(ObjectiveConfig):
 
     label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training, not in validation; 1706.03762: 0.1
 
+    @property
+    def whole_logits(self) -> bool:  # type: ignore[override]
+        return self.label_smoothing > 0
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class DPOConfig(ObjectiveConfig):
+    """Direct preference optimisation (2305.18290), and IPO (2310.12036)."""
+
+    topologies: ClassVar = ("decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("preferences",)
+    alone: ClassVar = False
+
+    beta: float = knob(0.1, above=0)  # how much a divergence from the reference costs; 2310.12036 calls it tau
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"  # sigmoid: DPO; ipo: a squared distance, which does not saturate
+    # probability that a preference is the wrong way round (sigmoid alone), in training, not in validation
+    label_smoothing: float = knob(0.0, at_least=0, below=0.5)
+    # weight of the cross-entropy of the preferred answers, in nats per token (2404.19733, 2404.18922)
+    sft_weight: float = knob(0.0, at_least=0)
+    # of the weights with which the run begins: read at each step, or their log-probabilities, computed before the first
+    reference: Literal["initial", "cached"] = "initial"
+
+    reads_start: ClassVar = True
+
+    @property
+    def start(self) -> str | None:
+        return "reference" if self.reference == "initial" else None
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        return {"counts_tokens": config.model.ffn.n_experts > 0}
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        cached = {"reference_log_probs": (n, max(1, config.seq_len // 4), 2)} if self.reference == "cached" else {}
+        return super().batch_shapes(config, n) | cached
+
+    def check(self) -> Iterator[str]:
+        if self.label_smoothing and self.loss == "ipo":
+            given = self.label_smoothing
+            yield f"`objective.label_smoothing` must be 0 with objective.loss=ipo, but is {given} instead. Nearest: 0."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class DistillConfig(ObjectiveConfig):
+    """Next-token prediction from a teacher's distribution (1503.02531), and from the tokens themselves."""
+
+    topologies: ClassVar = ("decoder",)
+    heads: ClassVar = ("lm",)
+    reads: ClassVar = ("text", "chat")
+    alone: ClassVar = False
+
+    # as init_from, with the same tokenizer; null: its distributions are in the folder of `txtrain prepare` (top_k)
+    teacher: str | None = knob(None, literal=True)
+    # forward: KL(teacher || student), which covers all that the teacher may say; reverse: KL(student || teacher)
+    kl: Literal["forward", "reverse"] = "forward"
+    temperature: float = knob(1.0, above=0)  # of both models; the divergence is multiplied by its square
+    hard_weight: float = knob(0.5, at_least=0, at_most=1)  # of the tokens' cross-entropy; the divergence has the rest
+    # the teacher's so many likeliest tokens, and all others as one; null: each token of the vocabulary
+    top_k: int | None = knob(None, at_least=1)
+
+    same_tokenizer: ClassVar = True
+
+    @property
+    def models(self) -> Mapping[str, str]:
+        return {} if self.teacher is None else {"teacher": self.teacher}
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        offline = self.taught(config, "") if self.teacher is None else None
+        counts = config.model.ffn.n_experts > 0
+        return {"counts_tokens": counts, "offline": offline, "vocab_size": config.model.vocab_size}
+
+    def taught(self, config: RunConfig, teacher: str) -> Taught:
+        """What decides the distributions that `txtrain prepare` writes."""
+        from txtrain.data.samples.taught import Taught
+
+        assert self.top_k is not None
+        data = config.data
+        how = config.seq_len, data.packing, data.cross_document_attention
+        return Taught(teacher, self.top_k, self.temperature, *how)
+
+    @property
+    def prepares(self) -> bool:  # type: ignore[override]
+        return self.teacher is not None and self.top_k is not None
+
+    def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
+        shapes = super().batch_shapes(config, n)
+        if self.teacher is not None or self.top_k is None:
+            return shapes
+        shape = shapes["input_ids"]
+        return shapes | {"teacher_ids": (*shape, self.top_k), "teacher_log_probs": (*shape, self.top_k + 1)}
+
+    def check_with(self, config: RunConfig) -> Iterator[str]:
+        if self.teacher is None and not config.data.also:
+            yield "`objective.teacher` must be given: a Hugging Face folder, an export, a run or a checkpoint."
+        elif self.teacher is None and self.top_k is None:
+            yield "`objective.top_k` must be given without objective.teacher: the one of `txtrain prepare`."
+        if self.top_k is not None and self.top_k > config.model.vocab_size:
+            most = f"at most model.vocab_size ({config.model.vocab_size})"
+            yield f"`objective.top_k` must be {most}, but is {self.top_k} instead. Nearest: {config.model.vocab_size}."
+        if self.top_k is not None and config.strategy.cuts_activations:
+            cut = f"null with strategy={config.strategy.type}, which cuts the vocabulary"
+            yield f"`objective.top_k` must be {cut}, but is {self.top_k} instead."
+
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Seq2SeqConfig(SmoothedConfig):
@@ -320,6 +436,8 @@ class ImageClassificationConfig(SmoothedConfig):
 for name, target, config in (
     ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
     ("sft", "sft:SFT", SFTConfig),
+    ("dpo", "dpo:DPO", DPOConfig),
+    ("distill", "distill:Distill", DistillConfig),
     ("masked_lm", "masked_lm:MaskedLM", MaskedLMConfig),
     ("span_corruption", "span_corruption:SpanCorruption", SpanCorruptionConfig),
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),

@@ -94,6 +94,12 @@ class VocabularyPart(Vocabulary):
         log_z_WC, target_WC = self.lanes.stacked(both_2C).unbind(1)
         return log_z_WC.logsumexp(0), target_WC.sum(0)
 
+    def log_z(self, logits_CV: Tensor) -> Tensor:
+        return self.lanes.stacked(super().log_z(logits_CV)).logsumexp(0)
+
+    def total(self, values_CV: Tensor) -> Tensor:
+        return self.lanes.stacked(super().total(values_CV)).sum(0)
+
 
 def rows_here(ids: Tensor, lanes: Lanes, n: int, n_here: int) -> tuple[Tensor, Tensor]:
     """The row of each id among this rank's rows of n (0 if it is not here), and whether it is here."""

@@ -250,7 +250,7 @@ class RunCallback(pl.Callback):
             "skipped_steps": module.skipped,
             **{
                 name: float(outputs[name])
-                for name in (*module.objective.weights, *balancing.columns(self.config.model)) if name != "loss"
+                for name in (*module.objective.terms, *balancing.columns(self.config.model))
             },
             **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,19 @@ class DataModule(L.LightningDataModule):
         self.order = self._order(made)
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
         self._train, self._val, self._named = made.train, made.validation, made.named
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the samples are pairs of answers, of which one is preferred."""
+        self.prepare()
+        return self._val_text is not None and self._val_text.pairs
+
+    @property
+    def rows(self) -> Mapping[Split, Rows]:
+        """The samples of each split, by row."""
+        self.prepare()
+        assert self._train is not None
+        return {"train": self._train, "validation": self._val}
 
     def _order(self, made: Prepared) -> GlobalOrder:
         config, size = self.config, self.config.data.global_batch_size
@@ -251,7 +264,8 @@ class DataModule(L.LightningDataModule):
         if self._val_text is None or self._val_text.mask is None:
             return []
         found = []
-        for i in range(min(n, self._val_text.n_documents)):
+        each = 1 + self._val_text.pairs  # both answers of a pair have one prompt
+        for i in range(0, min(n * each, self._val_text.n_documents), each):
             first = int(np.argmax(self._val_text.mask.read(*self._val_text.offsets[i : i + 2].tolist())))
             found.append(self._val_text.document(i)[:first].tolist())
         return found

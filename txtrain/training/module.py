@@ -7,6 +7,7 @@ import hashlib
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
@@ -17,15 +18,18 @@ from torch import Tensor, nn
 
 from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.format import LoadError
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.load import describe, open_weights
 from txtrain.config.schema import Train
+from txtrain.data.tokenizer.load import load_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.hf.fit import Fit, fitted
-from txtrain.hf.pieces import Source
+from txtrain.hf.pieces import Source, piece_of
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
+from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import ROWS, Batch, Objective, build_objective, by_metric
 from txtrain.optim.average import Average
@@ -74,6 +78,7 @@ class LitModule(pl.LightningModule):
         weights: initial weights, read once the model is wrapped; by default it is initialised.
         read: the models that the objective reads; by default those that config.objective names.
         restored: all weights come from a checkpoint, so none is initialised.
+        began: of a run that continues, what `starting_weights` recorded of it.
 
     Raises:
         ConfigError: config is not a valid configuration, or its objective cannot train the model.
@@ -88,6 +93,7 @@ class LitModule(pl.LightningModule):
         weights: Source | None = None,
         read: Mapping[str, Source] | None = None,
         restored: bool = False,
+        began: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -101,12 +107,16 @@ class LitModule(pl.LightningModule):
             weights, self.fit = fitted(weights, self.model, config.model, config.init_allow_missing)
             if config.adapter.alone and (new := [*self.fit.resized, *self.fit.initialised]):
                 raise ConfigError(
-                    f"`adapter` must be none where weights of init_from are resized or initialised, as {new[0]} is here: a "
-                    "checkpoint would hold the adapter without them. Export the changed model first, and start from it."
+                    f"`adapter` must be none where weights of init_from are resized or initialised, as {new[0]} is "
+                    "here: a checkpoint would hold the adapter alone. Export the changed model and start from that."
                 )
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
+        check_vocabularies(config, self._read)
+        self.start = start_of(config, self.model, self.parallel, began) if config.objective.reads_start else None
+        if (key := config.objective.start) is not None and self.start is not None:
+            self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
         named = list(self.model.named_parameters())
         check_patterns([name for name, _ in named], config.optimizer)
@@ -176,12 +186,14 @@ class LitModule(pl.LightningModule):
             self.weights = None
         if self._read:  # no submodules: neither trained nor saved
             self.objective.models = {
-                key: self._reading(f"objective.{key}", source, self._laid) for key, source in self._read.items()
+                key: self._reading(f"objective.{key}", source, self.lay) for key, source in self._read.items()
             }
         self.layers = LayerStats(self.config.layer_stats, self.model, self.parallel)
         self.model.train()  # Lightning leaves a module in the mode in which it finds it
 
-    def _laid(self, source: Source) -> Callable[..., Any]:
+    def lay(self, source: Source) -> Callable[..., Any]:
+        """A further model, which is only read, over the ranks."""
+        seed_everything(self.config.seed)  # for what the source lacks: the values that the trained model began with
         return self.parallel.lay_read_only(source, self.device)
 
     def _reading(self, key: str, source: Source, do: Callable[[Source], T]) -> T:
@@ -219,6 +231,7 @@ class LitModule(pl.LightningModule):
             self._val_names = data.val_names
             if data.token_bytes is not None:
                 self._token_bytes = torch.as_tensor(data.token_bytes).to(self.device)
+        self.objective.begin(self, self._data)
 
     # --------------------------------------------------------------------------------------------------------- training
 
@@ -323,7 +336,7 @@ class LitModule(pl.LightningModule):
         self.val_metrics = {"val_loss": self.objective.reported(means)}
         for number, name in enumerate(self._val_names):
             self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
-        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.weights if name != "loss"}
+        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.terms}
         measured = *self.objective.metrics, *self.config.metrics
         self.val_metrics |= {name: means[name] for name in measured if name in means}
         if (rows := self._gathered_rows()) is not None:
@@ -372,6 +385,72 @@ def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
     """
     models, (rank, size) = config.objective.models, parallel.world[:2]
     return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
+
+
+def start_of(
+    config: Train, model: nn.Module, parallel: OneProcess, began: Mapping[str, Any] | None = None
+) -> Source:
+    """The weights with which the run begins, or began.
+
+    Args:
+        model: the trained one, before it is laid over the ranks.
+        began: of a run that continues, the record of those weights: `init_from=RUN` may have newer ones by now.
+
+    Raises:
+        ConfigError: they cannot be read, or are others than those recorded.
+    """
+    tensors = model.state_dict()
+    copy = described(config)
+    assert isinstance(copy, Transformer)
+    if not any(t.is_meta for t in tensors.values()):  # given in Python
+        return Source(Path(), copy, [piece_of(name, t.detach().cpu().clone()) for name, t in tensors.items()])
+    key, where = next(((k, w) for k in ("init_from", "fork") if (w := getattr(config, k)) is not None), ("", None))
+    if where is None:
+        return Source(Path(), copy, ())
+    path = parallel.first(lambda: began["path"] if began else str(describe(where, key).path))
+    found = open_weights(path, key, not config.allow_nonfinite, *parallel.world[:2])
+    found, _ = fitted(found, copy, config.model, config.init_allow_missing)
+    if began and parallel.first(found.identity) != began["identity"]:
+        raise ConfigError(
+            f"`{key}` must be what the run began with, since its objective reads those weights, but {path} has "
+            "changed since then."
+        )
+    return dc.replace(found, model=copy)
+
+
+def starting_weights(module: LitModule) -> dict[str, str] | None:
+    """What run.json says of the weights with which the run began, for an objective that reads them."""
+    start = module.start
+    return None if start is None or start.path == Path() else {"path": str(start.path), "identity": start.identity()}
+
+
+def check_vocabularies(config: Train, read: Mapping[str, Source]) -> None:
+    """Raise a ConfigError if a model that the objective reads has another vocabulary, where it needs the same."""
+    for key, source in read.items() if config.objective.same_tokenizer else ():
+        if source.model.config.vocab_size != config.model.vocab_size:
+            wanted = f"a model of {config.model.vocab_size} tokens, model.vocab_size"
+            has = f"{config.objective.models[key]} has {source.model.config.vocab_size}"
+            raise ConfigError(f"`objective.{key}` must be {wanted}, but {has}.")
+
+
+def check_tokenizers(config: Train, tokenizer: Tokenizer | None) -> None:
+    """Check the tokenizers of the models that the objective reads, where they have one. tokenizer: of the data.
+
+    Raises:
+        ConfigError: one has another vocabulary.
+    """
+    for key, where in config.objective.models.items() if config.objective.same_tokenizer else ():
+        folder = describe(where, f"objective.{key}").tokenizer
+        if tokenizer is None or folder is None:
+            continue
+        theirs, ours = (one.backend.get_vocab() for one in (load_tokenizer(folder), tokenizer))
+        if theirs != ours:
+            other = next((token for token in ours if theirs.get(token) != ours[token]), None)
+            why = f"{len(theirs)} tokens, not {len(ours)}" if other is None else f"{other!r} is {theirs.get(other)}"
+            raise ConfigError(
+                f"`objective.{key}` must have the tokenizer of the data, but {where} has another: {why}. "
+                f"Give data.tokenizer={folder}, if the student is to read as it does."
+            )
 
 
 def described(config: Train) -> nn.Module:

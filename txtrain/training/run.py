@@ -25,6 +25,7 @@ from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
+from txtrain.ground.plain_files import check_keys
 from txtrain.ground.slurm import Job
 from txtrain.hf import generation_config
 from txtrain.hf.fit import Fit
@@ -50,7 +51,7 @@ from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
-from txtrain.training.module import LitModule, check_model, models_read
+from txtrain.training.module import LitModule, check_model, check_tokenizers, models_read, starting_weights
 from txtrain.training.signals import Cause, Preempted, Stop
 from txtrain.training.tasks import prepare_tasks
 
@@ -134,13 +135,18 @@ def train(
         read = parallel.together(lambda: models_read(cfg, parallel))
         source = None if place is None else place.source
         start = None if weights is None else weights.source
-        module = LitModule(cfg, model, parallel, objective, start, read, restored=source is not None)
+        began = None if place is None or place.checkpoint is None else place.facts.get("starting_weights")
+        check_keys({"starting_weights": began}, "run.json", {"starting_weights": dict[str, str] | None})
+        if began is not None:
+            check_keys(began, "run.json: starting_weights", {"path": str, "identity": str})
+        module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began)
         module.base = base
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if source is not None:
             parallel.first(lambda: restore.check_weights(source, module.model))
         data = data or DataModule(cfg, fallback or "", objective)
         parallel.in_turn(data.prepare)
+        parallel.together(lambda: check_tokenizers(cfg, data.tokenizer))
         parallel.agree({"the fingerprint of the data": data.fingerprint})
         limits = Limits.of(cfg, data.n_train)
         module.plan(limits.steps)
@@ -510,6 +516,7 @@ def _facts(
         "base": None if module.base is None else dc.asdict(module.base),
         "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
         "data_order_hash": None,
+        **({} if (start := starting_weights(module)) is None else {"starting_weights": start}),
         "fallback": fallback,
         "given": list(origin.given),
         "grafts": dict(origin.grafts),

@@ -170,5 +170,5 @@ def test_of_several_paths_the_one_that_does_not_exist_is_named(spec: str, says: 
 def test_several_files_of_tokens(here: Path) -> None:
     for name, n in (("t.bin", 3), ("u.bin", 5)):
         (here / name).write_bytes(bytes(2 * n))
-    shards = TokenFiles("u.bin,t.bin", None, None, "uint16", 0.2).shards["train"]
+    shards = TokenFiles("u.bin,t.bin", None, None, "uint16", 0.2, 32).shards["train"]
     assert [shard.path.name for shard in shards] == ["u.bin", "t.bin"]

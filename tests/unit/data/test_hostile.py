@@ -198,7 +198,7 @@ def tokens(tmp_path):
 
 
 def opened(folder):
-    return TokenFiles(str(folder), None, None, "uint16", 0.1)
+    return TokenFiles(str(folder), None, None, "uint16", 0.1, 32)
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def megatron(folder, sequences, documents):
     head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, sequences, len(documents))
     (folder / "a.idx").write_bytes(head + lengths.tobytes() + places.tobytes() + np.array(documents, "<i8").tobytes())
     np.arange(50 * sequences, dtype="<u2").tofile(folder / "a.bin")
-    return TokenFiles(str(folder / "a.bin"), None, None, "uint16", 0.1)
+    return TokenFiles(str(folder / "a.bin"), None, None, "uint16", 0.1, 32)
 
 
 @pytest.mark.parametrize("documents", [[0, 9**9, 2], [0, -5, 2], [-(2**60), 1, 2]])

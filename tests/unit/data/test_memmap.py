@@ -65,7 +65,7 @@ def write_own(folder: Path, shards: list[list[list[int]]], validation: list[list
 
 
 def opened(path, val_path=None, tokenizer=None, dtype="uint16", val_fraction=0.25) -> TokenFiles:
-    return TokenFiles(str(path), val_path, tokenizer, dtype, val_fraction)
+    return TokenFiles(str(path), val_path, tokenizer, dtype, val_fraction, 32)
 
 
 def whole(source: TokenFiles, eos_id=None) -> Tokens:
@@ -176,7 +176,7 @@ import resource, numpy as np
 resource.setrlimit(resource.RLIMIT_DATA, (3 << 30, 3 << 30))
 from txtrain.data.sources.memmap import TokenFiles
 from txtrain.data.store.tokens import Tokens
-tokens = Tokens(TokenFiles({str(path)!r}, None, None, "uint16", 0.1).tokens("train"), "train", eos_id=1)
+tokens = Tokens(TokenFiles({str(path)!r}, None, None, "uint16", 0.1, 32).tokens("train"), "train", eos_id=1)
 tokens.probe()
 assert tokens.windows(np.arange(0, len(tokens) - 2048, len(tokens) // 64), 2048).shape[1] == 2048
 assert tokens.starts(np.array([len(tokens) - 2048]), 2048).sum() == 0

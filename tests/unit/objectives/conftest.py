@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.training import RUN, write_chats, write_labels
+from tests.training import RUN, write_chats, write_labels, write_preferences
 from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.data.samples.draws import Draws
@@ -25,6 +25,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "seq2seq": ("model=transformer", "objective=seq2seq", "objective.label_smoothing=0.1", "objective.n_decoded=8", "data=reverse", "data.max_length=8"),
     "sft": ("model=gpt2", "objective=sft", "model.vocab_size=400", "model.max_seq_len=32"),
     "classification": ("model=bert", "data=labels", "model.vocab_size=400", "model.max_seq_len=32", "data.seq_len=32", "data.tokenizer=bytes", "model.head.n_classes=2"),
+    "dpo": ("model=gpt2", "objective=dpo", "model.vocab_size=400", "model.max_seq_len=48"),
     "image_classification": ("model=vit", "objective=image_classification", "data=digits", "data.flip=true"),
 }
 
@@ -42,6 +43,7 @@ def config(tmp_path: Path) -> Callable[..., Train]:
         of_kind = [f"data.path={folder}"] if "data=text" in given else []
         of_kind += write_chats(tmp_path / "chats") if kind == "sft" else []
         of_kind += [f"data.path={write_labels(tmp_path / 'labels.csv')}"] if kind == "classification" else []
+        of_kind += write_preferences(tmp_path / "preferences") if kind == "dpo" else []
         made = compose([*given, *of_kind, *overrides])
         assert isinstance(made, Train)
         return made

@@ -66,19 +66,19 @@ def _format_of(row: Row, where: str) -> str:
 
 
 def _messages(row: Row, number: int, where: str) -> Iterator[Conversation]:
-    yield Conversation(_checked(row[_list_of(row)], where), number, where, _tools(row, where))
+    yield Conversation(checked(row[_list_of(row)], where), number, where, _tools(row, where))
 
 
 def _sharegpt(row: Row, number: int, where: str) -> Iterator[Conversation]:
     begin = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    turns = [{"role": _role(turn["from"], where), "content": turn["value"]} for turn in row[_list_of(row)]]
-    yield Conversation(_checked([*begin, *turns], where), number, where, _tools(row, where))
+    turns = [{"role": role_of(turn["from"], where), "content": turn["value"]} for turn in row[_list_of(row)]]
+    yield Conversation(checked([*begin, *turns], where), number, where, _tools(row, where))
 
 
 def _alpaca(row: Row, number: int, where: str) -> Iterator[Conversation]:
     begin = [{"role": "system", "content": row["system"]}] if row.get("system") else []
     before = [turn for asked, said in row.get("history") or () for turn in _pair(asked, said)]
-    yield Conversation(_checked([*begin, *before, *_pair(_asked(row, row), row["output"])], where), number, where)
+    yield Conversation(checked([*begin, *before, *_pair(_asked(row, row), row["output"])], where), number, where)
 
 
 def _prompt_completion(row: Row, number: int, where: str) -> Iterator[Conversation]:
@@ -86,12 +86,12 @@ def _prompt_completion(row: Row, number: int, where: str) -> Iterator[Conversati
     before = asked if isinstance(asked, list) else [{"role": "user", "content": asked}]
     after = said if isinstance(said, list) else [{"role": "assistant", "content": said}]
     context = frozenset(k for k, turn in enumerate(before) if turn.get("role") == "assistant")
-    yield Conversation(_checked([*before, *after], where), number, where, _tools(row, where), context)
+    yield Conversation(checked([*before, *after], where), number, where, _tools(row, where), context)
 
 
 def _self_instruct(row: Row, number: int, where: str) -> Iterator[Conversation]:
     for instance in row["instances"]:
-        yield Conversation(_checked(_pair(_asked(row, instance), instance["output"]), where), number, where)
+        yield Conversation(checked(_pair(_asked(row, instance), instance["output"]), where), number, where)
 
 
 def _oasst(row: Row, number: int, where: str) -> Iterator[Conversation]:
@@ -99,10 +99,10 @@ def _oasst(row: Row, number: int, where: str) -> Iterator[Conversation]:
     waiting: list[tuple[list[dict[str, Any]], frozenset[int], Row]] = [([], frozenset(), row.get("prompt", row))]
     while waiting:
         before, context, node = waiting.pop()
-        path = [*before, {"role": _role(node["role"], where), "content": node["text"]}]
+        path = [*before, {"role": role_of(node["role"], where), "content": node["text"]}]
         replies = [reply for reply in node.get("replies") or () if not reply.get("deleted")]
         if not replies:
-            yield Conversation(_checked(path, where), number, where, context=context)
+            yield Conversation(checked(path, where), number, where, context=context)
         seen = frozenset(k for k, turn in enumerate(path) if turn["role"] == "assistant")
         waiting += [(path, seen if i else context, reply) for i, reply in reversed(list(enumerate(replies)))]
 
@@ -134,7 +134,7 @@ def _asked(row: Row, instance: Row) -> str:
     return f"{row['instruction']}\n\n{beside}" if beside else row["instruction"]
 
 
-def _role(speaker: Any, where: str) -> str:
+def role_of(speaker: Any, where: str) -> str:
     role = _SPEAKERS.get(speaker.lower() if isinstance(speaker, str) else "")
     if role is None:
         near = hint(str(speaker), list(_SPEAKERS))
@@ -155,7 +155,7 @@ def _tools(row: Row, where: str) -> Any:
     return found or None
 
 
-def _checked(turns: Any, where: str) -> list[dict[str, Any]]:
+def checked(turns: Any, where: str) -> list[dict[str, Any]]:
     if not isinstance(turns, list):
         raise TypeError(f"{type(turns).__name__} instead of a list of messages")
     for turn in turns:

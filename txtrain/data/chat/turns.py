@@ -162,13 +162,13 @@ class Speaker:
             messages = [*talk.messages[:k], {**talk.messages[k], "content": text}]
             others.append(self.template.render(messages, talk.tools, [(k + 1, False)])[0])
         a, b = (one.text for one in others)
-        header = _shared(a, b)
-        if any(one.error is not None for one in others) or _shared(whole, a) < header:
-            header = _shared(prompt, whole)
+        header = shared(a, b)
+        if any(one.error is not None for one in others) or shared(whole, a) < header:
+            header = shared(prompt, whole)
         opened, said = prompt[header:].strip(), talk.messages[k].get("content")
-        if opened and _shared(prompt, whole) >= header and isinstance(said, str) and said.lstrip().startswith(opened):
+        if opened and shared(prompt, whole) >= header and isinstance(said, str) and said.lstrip().startswith(opened):
             own = said.lstrip()[len(opened) :]
-            return (own.lstrip("\n") if prompt.endswith("\n") else own) + a[len(a) - _shared(a[::-1], b[::-1]) :], None
+            return (own.lstrip("\n") if prompt.endswith("\n") else own) + a[len(a) - shared(a[::-1], b[::-1]) :], None
         return whole[header:], header
 
     # ----------------------------------------------------------------------------------------------------------- pieces
@@ -189,6 +189,6 @@ class Speaker:
         return ConfigError(f"`data.chat_template`: {problem}")
 
 
-def _shared(a: str, b: str) -> int:
+def shared(a: str, b: str) -> int:
     """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -34,17 +34,22 @@ PLAN_FILES = ("begins.npy", "lengths.npy", "rows.npy")
 _WINDOW = 1 << 16  # documents packed together
 
 
-def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True, overlap: bool = False) -> None:
+def write_plan(
+    tokens: Tokens, seq_len: int, folder: Path, together: bool = True, each: int = 1, overlap: bool = False
+) -> None:
     """Write the begins and lengths of the pieces, row by row, and the number of the first piece of each row.
 
-    together: several pieces per row; else each piece has its own row. overlap: pieces of a document share a token, as
-    they do where only some are trained.
+    together: several pieces per row; else each piece has its own row.
+    each: so many neighbouring documents are one piece; if more than 1, it is never cut, but left out if too long.
+    overlap: pieces of a document share a token, as they do where only some are trained.
     """
     begins, lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
-    offsets = tokens.offsets
+    offsets = tokens.offsets[::each]
     for first in range(0, len(offsets) - 1, _WINDOW):
         mask, within = tokens.mask, np.asarray(offsets[first : first + _WINDOW + 1])
         begin, length = pieces(within, seq_len, overlap=int(overlap or mask is not None))
+        if each > 1:
+            begin, length = (values[np.diff(within) <= seq_len] for values in (within[:-1], np.diff(within)))
         if mask is not None:
             some = [bool(mask.read(b + 1, b + n).any()) for b, n in zip(begin.tolist(), length.tolist(), strict=True)]
             begin, length = begin[some], length[some]
@@ -98,6 +103,8 @@ def best_fit_decreasing(lengths: Indices, seq_len: int) -> Iterator[list[int]]:
 class BestFitSamples(Rows):
     """Rows of a plan that `write_plan` left in `folder`."""
 
+    each = 1  # documents of a piece
+
     def __init__(
         self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False,
         overlap: bool = False,
@@ -130,13 +137,59 @@ class BestFitSamples(Rows):
             for number, i in enumerate(range(int(self.rows[row]), int(self.rows[row + 1]))):
                 begin, length = int(self.begins[i]), int(self.lengths[i])
                 ids_BT[b, at : at + length] = self.tokens.read(begin, begin + length)
-                documents_BT[b, at : at + length] = number
+                documents_BT[b, at : at + length] = number * self.each + self._within(begin, length)
                 unread_BT[b, at : at + length] = mask is not None and mask.read(begin, begin + length) == 0
                 # The first token of a later piece is trained in the piece before it.
                 unread_BT[b, at] |= self.overlap or not self.cross_document_attention
                 at += length
             mask_BT[b, :at] = 1
-            documents_BT[b, at:] = number + 1
+            documents_BT[b, at:] = (number + 1) * self.each
         ids, unread = torch.from_numpy(ids_BT), torch.from_numpy(unread_BT)
         made = {"input_ids": ids, "labels": ids.masked_fill(unread, -100), "attention_mask": torch.from_numpy(mask_BT)}
         return made if self.cross_document_attention else {**made, "document_ids": torch.from_numpy(documents_BT)}
+
+    def places(self, rows: Indices) -> Indices:
+        """The place of each token in the stream of tokens, int64 [B, T]; -1: padding."""
+        found_BT = np.full((len(rows), self.seq_len), -1, dtype=np.int64)
+        for b, row in enumerate(rows.tolist()):
+            here = slice(*self.rows[row : row + 2])
+            pieces = zip(self.begins[here].tolist(), self.lengths[here].tolist(), strict=True)
+            ids = np.concatenate([np.arange(begin, begin + n) for begin, n in pieces])
+            found_BT[b, : len(ids)] = ids
+        return found_BT
+
+    def _within(self, begin: int, length: int) -> Indices | int:
+        """The number of each token's document among those of its piece, [length]."""
+        return 0
+
+
+class PreferenceSamples(BestFitSamples):
+    """Rows of pairs: documents 2 k and 2 k + 1 of a row are the preferred answer of its pair k and the other one."""
+
+    each = 2
+    reference: Path | None = None  # a file of float32 [pairs, 2]: log-probabilities of both answers of each pair
+
+    def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
+        """As BestFitSamples; with `reference` also reference_log_probs, [B, pairs_of(T), 2]: the bits of float32 as
+        int32, since the trainer rounds what floats in a batch where it computes in bfloat16."""
+        made = super().batch(rows, draws)
+        if self.reference is None:
+            return made
+        known, found = map_npy(self.reference), np.zeros((len(rows), pairs_of(self.seq_len), 2), np.float32)
+        for b, pairs in enumerate(self.pairs(rows)):
+            found[b, : len(pairs)] = known[pairs]
+        return {**made, "reference_log_probs": torch.from_numpy(found.view(np.int32))}
+
+    def pairs(self, rows: Indices) -> list[Indices]:
+        """The numbers of the pairs in each row."""
+        begins = [self.begins[slice(*self.rows[row : row + 2])] for row in rows.tolist()]
+        return [np.searchsorted(self.tokens.offsets[::2], some) for some in begins]
+
+    def _within(self, begin: int, length: int) -> Indices:
+        starts = self.tokens.starts(np.array([begin]), length)[0]
+        return np.cumsum(starts) - 1
+
+
+def pairs_of(seq_len: int) -> int:
+    """The most pairs of a row: an answer has a token that is trained, and one before it."""
+    return max(1, seq_len // 4)

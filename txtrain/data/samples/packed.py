@@ -48,6 +48,10 @@ class PackedSamples(Rows):
     def _begins(self, rows: Indices) -> Indices:
         return rows * self.stride if self.kept is None else self.kept[rows]
 
+    def places(self, rows: Indices) -> Indices:
+        """The place of each token in the stream of tokens, int64 [B, T]."""
+        return self._begins(rows)[:, None] + np.arange(self.seq_len)
+
     def sources(self, rows: Indices) -> list[list[int]]:
         return [self.tokens.numbers(begin, begin + self.seq_len) for begin in self._begins(rows).tolist()]
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from txtrain.data.samples.best_fit import BestFitSamples
+from txtrain.data.samples.best_fit import BestFitSamples, PreferenceSamples
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import Rows
 from txtrain.data.samples.windows import WindowSamples
@@ -31,14 +31,23 @@ class TokenisedText:
 
     def sequences(self, overlap: int = 1) -> Rows:
         """Packed by data.packing. overlap: of neighbours with concat; 1 if the first token is never a target."""
-        tokenizer, across = self.tokenizer, self.cross_document_attention
-        pad_id = 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        across = self.cross_document_attention
         if self.plan is None and self.extent.rest:
             stride = self.extent.stride or self.seq_len - overlap
-            return WindowSamples(self.tokens, self.seq_len, across, stride, pad_id)
+            return WindowSamples(self.tokens, self.seq_len, across, stride, self._pad_id)
         if self.plan is None:
             return PackedSamples(self.tokens, self.seq_len, across, overlap)
-        return BestFitSamples(self.tokens, self.seq_len, self.plan, pad_id, across, self.overlap)
+        return BestFitSamples(self.tokens, self.seq_len, self.plan, self._pad_id, across, self.overlap)
+
+    def preferences(self) -> Rows:
+        """Pairs of answers, packed by data.packing."""
+        assert self.plan is not None, "checked by txtrain.data.prepare"
+        return PreferenceSamples(self.tokens, self.seq_len, self.plan, self._pad_id)
+
+    @property
+    def _pad_id(self) -> int:
+        tokenizer = self.tokenizer
+        return 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
 
     @property
     def words(self) -> Tokenizer:

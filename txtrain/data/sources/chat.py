@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from txtrain.data.chat.formats import Format, conversations
 from txtrain.data.chat.template import Template
@@ -24,41 +24,29 @@ FORMAT = "chat 1"  # part of fingerprints: raise it when the tokens or masks of 
 KINDS = (".json", ".jsonl", ".parquet")
 _TEMPLATE_LIMIT = 1_000_000  # bytes
 Paths = str | tuple[str, ...]
+T = TypeVar("T")
 Rows = Callable[[], Iterable[tuple[str, Mapping[str, Any]]]]  # (place, row), a new iterable at each call
 
 
-class Chats:
-    """One conversation per row; several of self-instruct and of trees.
+class ConversationRows:
+    """Rows of files, or of a set for load_dataset, for sources of conversations.
 
     Args:
         path, val_path: files, globs, folders, or a list of them; or a name for load_dataset.
         chat_template: a file; None: the tokenizer's.
-        seq_len: tokens per sample, at most; further turns are left out.
+        what: the contents of the rows, for errors.
 
     Raises:
         ConfigError: a path does not exist, or a file is in both path and val_path.
     """
 
     def __init__(
-        self,
-        path: Paths | None,
-        val_path: Paths | None,
-        name: str | None,
-        split: str,
-        val_split: str | None,
-        format: Format,
-        chat_template: str | None,
-        train_on: TrainOn,
-        seq_len: int,
-        max_expansion: float,
-        max_text_bytes: int,
+        self, path: Paths | None, val_path: Paths | None, name: str | None, split: str, val_split: str | None,
+        chat_template: str | None, limits: Limits, what: str,
     ) -> None:
         if not path:
-            raise ConfigError(
-                "`data.path` must be given with data=chat: .json, .jsonl or .parquet files, or a hub set."
-            )
-        self.path, self.format, self.train_on, self.seq_len = path, format, train_on, seq_len
-        self.limits = Limits(max_expansion, max_text_bytes)
+            raise ConfigError(f"`data.path` must be given: .json, .jsonl or .parquet files of {what}, or a hub set.")
+        self.path, self.limits, self.what, self.skipped = path, limits, what, limits.skipped
         self.chat_template: ChatTemplate | None = None
         if chat_template is not None:
             file = Path(chat_template).expanduser()
@@ -68,14 +56,72 @@ class Chats:
         if val_path or val_split:
             self.rows["validation"] = self._open(val_path or path, "data.val_path", name, val_split or split)
             if len(set(self._known)) < len(self._known):
-                raise ConfigError(
-                    f"`data.val_path` must not be the training conversations, but {val_path or val_split} is."
-                )
+                raise ConfigError(f"`data.val_path` must not be the training {what}, but {val_path or val_split} is.")
         self.has_validation = "validation" in self.rows
 
-    def conversations(self, split: Split) -> Iterator[Conversation]:
+    def parsed(self, split: Split, parse: Callable[[Mapping[str, Any], int, str], Iterable[T]]) -> Iterator[T]:
+        """`parse(row, number, place)` of each row, one after the other."""
         for number, (where, row) in enumerate(self.rows[split]()):
-            yield from conversations(row, self.format, number, where)
+            found: list[T] = []
+            with self.limits.row(where):
+                found = list(parse(row, number, where))
+            yield from found
+
+    def identity(self) -> str:
+        return self.limits.identity + " ".join(self._known)
+
+    def describe(self) -> str:
+        return f"{self.what} of {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
+
+    # ------------------------------------------------------------------------------------------------------------- open
+
+    def _open(self, path: Paths, key: str, name: str | None, split: str) -> Rows:
+        names = listed(path)
+        if len(names) == 1 and _is_hub_name(names[0]):
+            return self._set(names[0], key, name, split)
+        files = find_files(path, key, KINDS, self.what)
+        for file in files:
+            if not file.name.removesuffix(".gz").removesuffix(".zst").endswith(KINDS):
+                raise ConfigError(f"`{key}` must be {', '.join(KINDS)} files of {self.what}, but {file} is another.")
+        self._known.append(files_identity(files))
+        return lambda: (row for file in files for row in objects_of(file, key, self.limits))
+
+    def _set(self, path: str, key: str, name: str | None, split: str) -> Rows:
+        from datasets.exceptions import DatasetsError
+
+        try:
+            rows = load_dataset(path, name, split)
+        except HubUnreachable as e:
+            raise ConfigError(f"`{key}`: {path} is no local file, and as a hub set it is unavailable: {e}.") from e
+        except (FileNotFoundError, ValueError, DatasetsError) as e:
+            said = str(e.__cause__ or e).splitlines()[0]
+            raise ConfigError(
+                f"`{key}` must be files of {self.what} or what load_dataset takes, "
+                f"but {path} ({split}) is not: {said}"
+            ) from e
+        self._known.append(rows._fingerprint)
+        return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
+
+
+class Chats(ConversationRows):
+    """One conversation per row; several of self-instruct and of trees.
+
+    Args:
+        path and so on: as ConversationRows.
+        seq_len: tokens per sample, at most; further turns are left out.
+    """
+
+    def __init__(
+        self, path: Paths | None, val_path: Paths | None, name: str | None, split: str, val_split: str | None,
+        format: Format, chat_template: str | None, train_on: TrainOn, seq_len: int, max_expansion: float,
+        max_text_bytes: int, encoding_errors: str = Limits().encoding_errors, bad_rows: str = "refuse",
+    ) -> None:
+        limits = Limits(max_expansion, max_text_bytes, encoding_errors, {} if bad_rows == "skip" else None)
+        super().__init__(path, val_path, name, split, val_split, chat_template, limits, "conversations")
+        self.format, self.train_on, self.seq_len = format, train_on, seq_len
+
+    def conversations(self, split: Split) -> Iterator[Conversation]:
+        return self.parsed(split, lambda row, number, where: conversations(row, self.format, number, where))
 
     def documents(self, split: Split) -> Iterator[str]:
         """The text of the conversations, to train a tokenizer on."""
@@ -101,39 +147,7 @@ class Chats:
             )
 
     def identity(self) -> str:
-        return f"{FORMAT} {self.format} {self.train_on} {self.seq_len} {' '.join(self._known)}"
-
-    def describe(self) -> str:
-        return f"conversations of {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
-
-    # ------------------------------------------------------------------------------------------------------------- open
-
-    def _open(self, path: Paths, key: str, name: str | None, split: str) -> Rows:
-        names = listed(path)
-        if len(names) == 1 and _is_hub_name(names[0]):
-            return self._set(names[0], key, name, split)
-        files = find_files(path, key, KINDS, "conversations")
-        for file in files:
-            if not file.name.removesuffix(".gz").removesuffix(".zst").endswith(KINDS):
-                raise ConfigError(f"`{key}` must be {', '.join(KINDS)} files of conversations, but {file} is another.")
-        self._known.append(files_identity(files))
-        return lambda: (row for file in files for row in objects_of(file, key, self.limits))
-
-    def _set(self, path: str, key: str, name: str | None, split: str) -> Rows:
-        from datasets.exceptions import DatasetsError
-
-        try:
-            rows = load_dataset(path, name, split)
-        except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {path} is no local file, and as a hub set it is unavailable: {e}.") from e
-        except (FileNotFoundError, ValueError, DatasetsError) as e:
-            said = str(e.__cause__ or e).splitlines()[0]
-            raise ConfigError(
-                f"`{key}` must be files of conversations or what load_dataset takes, "
-                f"but {path} ({split}) is not: {said}"
-            ) from e
-        self._known.append(rows._fingerprint)
-        return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
+        return f"{FORMAT} {self.format} {self.train_on} {self.seq_len} {super().identity()}"
 
 
 def _is_hub_name(name: str) -> bool:

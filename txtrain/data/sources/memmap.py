@@ -10,7 +10,7 @@ import numpy as np
 
 from txtrain.data.sources.files import files_identity, find_files, listed
 from txtrain.data.sources.source import Split
-from txtrain.data.store.formats import INDEX, KINDS, own_shards, read_index, shard_of
+from txtrain.data.store.formats import INDEX, KINDS, MARKED, own_shards, read_index, shard_of
 from txtrain.data.store.split import digest
 from txtrain.data.store.tokens import Shard
 from txtrain.data.tokenizer.load import load_tokenizer
@@ -38,7 +38,7 @@ class TokenFiles:
 
     def __init__(
         self, path: str | tuple[str, ...] | None, val_path: str | tuple[str, ...] | None, tokenizer: str | None,
-        dtype: str, val_fraction: float,
+        dtype: str, val_fraction: float, seq_len: int,
     ) -> None:
         if not path:
             raise ConfigError(
@@ -64,9 +64,15 @@ class TokenFiles:
                 "validation": [s.part(cut, s.n_tokens) for s, cut in cuts],
             }
         self.tokenizer = self._tokenizer(tokenizer)
+        self._check_marks(seq_len)
 
     def tokens(self, split: Split) -> Sequence[Shard]:
         return self.shards[split]
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether the texts are pairs of preferences."""
+        return any(index.get("pairs") for index in self._indexes.values())
 
     # ------------------------------------------------------------------------------------------------------------- open
 
@@ -85,6 +91,17 @@ class TokenFiles:
             else:
                 found["train"] += [shard_of(file, key, self.dtype) for file in _files(name, key)]
         return found
+
+    def _check_marks(self, seq_len: int) -> None:
+        """Conversations and preferences were cut to a length; they are not mixed with texts or with each other."""
+        forms = {(str(index["format"]), bool(index.get("pairs"))) for index in self._indexes.values()}
+        marked = [(folder, index) for folder, index in self._indexes.items() if index["format"] == MARKED]
+        if marked and (len(forms) > 1 or any(s.trained is None for shards in self.shards.values() for s in shards)):
+            raise ConfigError(f"`data.path` must be of one kind, but {marked[0][0]} holds marked texts and others not.")
+        for folder, index in marked:
+            if seq_len < index["seq_len"]:
+                prepared = f"{index['seq_len']}, for which {folder} was prepared"
+                raise ConfigError(f"`data.seq_len` must be at least {prepared}, but is {seq_len} instead.")
 
     def _tokenizer(self, given: str | None) -> Tokenizer | None:
         told = {str(index["tokenizer"]): folder for folder, index in self._indexes.items()}

@@ -17,7 +17,8 @@ Other methods instead of `documents`:
   differ, `labels`; no tokenizer is used.
 - `tokens(split)`: text that is tokenised already (`memmap.py`).
 - `marked(split, tokenizer)`: texts of which only some tokens are trained, as `Marked`, the same ones at every call;
-  `documents` beside it then only trains the tokenizer. `chat_template` replaces the tokenizer's.
+  `documents` beside it then only trains the tokenizer. `chat_template` replaces the tokenizer's. `in_pairs` (False):
+  they come in pairs, a preferred answer and then another one to the same prompt, for objective=dpo.
 
 What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images").
 
@@ -144,6 +145,11 @@ def describe(source: Source, name: str) -> str:
 def chat_template(source: MarkedSource) -> Any:
     """The template that replaces the tokenizer's; None: it is kept."""
     return getattr(source, "chat_template", None)
+
+
+def pairs(source: MarkedSource) -> bool:
+    """Whether its texts are pairs: an answer that is preferred, and one that is not."""
+    return bool(getattr(source, "in_pairs", False))
 
 
 def identity(source: Source, otherwise: Callable[[], str]) -> str:

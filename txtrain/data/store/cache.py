@@ -73,6 +73,12 @@ def cached(cache_dir: str | None, name: str, fill: Callable[[Path], None], needs
     return build_folder(cache_root(cache_dir) / name, fill, needs, _chosen(cache_dir)[0])
 
 
+def find(cache_dir: str | None, name: str, needs: Sequence[str]) -> Path | None:
+    """The folder of that name in the cache, if it is there and whole."""
+    folder = cache_root(cache_dir) / name
+    return folder if folder.is_dir() and not _damage(folder, needs) else None
+
+
 def build_folder(
     folder: Path, fill: Callable[[Path], None], needs: Sequence[str] = (), key: str = "data.cache_dir"
 ) -> Path:
@@ -186,15 +192,7 @@ class TokenWriter:
 
     def append_marked(self, split: Split, text: Marked) -> None:
         """A whole document."""
-        trained = np.array(text.trained, dtype=np.uint8)
-        if len(trained) != len(text.ids):
-            each = f"a mark for each of its {len(text.ids)} tokens"
-            raise ConfigError(f"`data`: text {text.number} must have {each}, but has {len(trained)}.")
-        if text.ids and not 0 <= min(text.ids) <= max(text.ids) < self.vocab_size:
-            known = f"tokens from 0 to {self.vocab_size - 1}"
-            raise ConfigError(f"`data`: text {text.number} must be of {known}, but has others.")
-        trained[:1] = 0
-        self._masks[split].write(trained.tobytes())
+        self._masks[split].write(marks_of(text, self.vocab_size).tobytes())
         self.numbers[split].append(text.number)
         self.append(split, text.ids, ends=True)
 
@@ -210,6 +208,23 @@ class TokenWriter:
     @property
     def n_tokens(self) -> int:
         return sum(self._n.values())
+
+
+def marks_of(text: Marked, vocab_size: int) -> NDArray[np.uint8]:
+    """A byte per token, 1 if it is trained: the first one never is.
+
+    Raises:
+        ConfigError: there is not one mark per token, or a token is outside of the vocabulary.
+    """
+    trained = np.array(text.trained, dtype=np.uint8)
+    if len(trained) != len(text.ids):
+        each = f"a mark for each of its {len(text.ids)} tokens"
+        raise ConfigError(f"`data`: text {text.number} must have {each}, but has {len(trained)}.")
+    if text.ids and not 0 <= min(text.ids) <= max(text.ids) < vocab_size:
+        known = f"tokens from 0 to {vocab_size - 1}"
+        raise ConfigError(f"`data`: text {text.number} must be of {known}, but has others.")
+    trained[:1] = 0
+    return trained
 
 
 class TokenFile(Tokens):
@@ -230,7 +245,8 @@ class TokenFile(Tokens):
         marks, numbers = folder / f"{split}.trained", partial(_mapped, folder / f"{split}.numbers.npy")
         masked: dict[str, Any] = {"trained": marks, "numbers": numbers} if marks.is_file() else {}
         borders = partial(_mapped, folder / f"{split}.offsets.npy")
-        super().__init__([Shard(path, dtype, n_tokens, borders=borders, **masked)], split)
+        pairs = said.get("pairs") is True
+        super().__init__([Shard(path, dtype, n_tokens, borders=borders, **masked)], split, pairs=pairs)
 
     @property
     def ids(self) -> NDArray[np.unsignedinteger[Any]]:

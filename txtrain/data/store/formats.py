@@ -24,6 +24,7 @@ from txtrain.ground.plain_files import check_keys, map_npy, read_json
 
 INDEX = "index.json"  # of our own format; written last
 FORMAT = "txtrain tokens 1"
+MARKED = "txtrain tokens 2"  # with a mask of trained tokens, which versions that know the first alone would not see
 KINDS = (".bin", ".npy")
 _MOST = 1 << 48  # tokens per file, at most
 
@@ -139,20 +140,20 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
     """
     path = folder / INDEX
     found = read_json(path)
-    if found.get("format") != FORMAT:
+    if found.get("format") not in (FORMAT, MARKED):
         raise ConfigError(
             f"`{key}`: {path} must be of format {FORMAT!r}, but is of {shorten(repr(found.get('format')))}."
         )
+    if found["format"] == MARKED:
+        check_keys(found, str(path), {"pairs": bool, "seq_len": int})
     check_keys(found, str(path), {"key": str, "dtype": str, "tokenizer": str, "shards": dict})
     check_shards(found["shards"], str(path))
     if found["dtype"] not in ("uint16", "uint32"):
         raise ConfigError(f"{path}: `dtype` must be uint16 or uint32, but is {shorten(found['dtype'])} instead.")
     for split in ("train", "validation"):
-        for name, n_tokens, n_documents in _files(found, split):
-            for file, size in (
-                (folder / f"{name}.bin", n_tokens * np.dtype(found["dtype"]).itemsize),
-                (folder / f"{name}.ends", n_documents * 8),
-            ):
+        for name, shard in _files(found, split):
+            for end, size in sizes_of(shard, np.dtype(found["dtype"]), found["format"] == MARKED).items():
+                file = folder / f"{name}{end}"
                 have = file.stat().st_size if file.is_file() else None
                 if have != size:
                     raise ConfigError(
@@ -174,15 +175,30 @@ def check_shards(shards: dict[str, Any], where: str) -> None:
 
 def own_shards(folder: Path, index: dict[str, Any], split: Split) -> list[Shard]:
     dtype = np.dtype(index["dtype"]).newbyteorder("<").str
-    return [
-        Shard(folder / f"{name}.bin", dtype, n, borders=partial(_own_borders, folder / f"{name}.ends", n))
-        for name, n, _ in _files(index, split)
-    ]
+    made: list[Shard] = []
+    for name, shard in _files(index, split):
+        n = shard["n_tokens"]
+        marks: dict[str, Any] = {}
+        if index["format"] == MARKED:
+            marks = {"trained": folder / f"{name}.trained", "numbers": partial(_numbers, folder / f"{name}.numbers")}
+        borders = partial(_own_borders, folder / f"{name}.ends", n)
+        made.append(Shard(folder / f"{name}.bin", dtype, n, borders=borders, **marks))
+    return made
 
 
-def _files(index: dict[str, Any], split: str) -> Iterator[tuple[str, int, int]]:
+def sizes_of(shard: dict[str, int], dtype: np.dtype[Any], marked: bool) -> dict[str, int]:
+    """The bytes of the files of a shard, by the end of their names."""
+    sizes = {".bin": shard["n_tokens"] * dtype.itemsize, ".ends": shard["n_documents"] * 8}
+    return sizes | ({".trained": shard["n_tokens"], ".numbers": shard["n_documents"] * 8} if marked else {})
+
+
+def _files(index: dict[str, Any], split: str) -> Iterator[tuple[str, dict[str, int]]]:
     for number, shard in enumerate(index["shards"][split]):
-        yield shard_name(split, number), shard["n_tokens"], shard["n_documents"]
+        yield shard_name(split, number), shard
+
+
+def _numbers(path: Path) -> Indices:
+    return np.fromfile(path, dtype="<i8")
 
 
 def shard_name(split: str, number: int) -> str:

@@ -3,6 +3,8 @@
 DIR/
     train-00000.bin, ...    token ids, uint16 (uint32 from a vocabulary of 65,536 on)
     train-00000.ends, ...   int64: the end of each document of that file
+    train-00000.trained     if only some tokens are trained: a byte per token, 1 for those
+    train-00000.numbers     and int64: the source item of each document
     validation-00000.bin, validation-00000.ends, ...
     tokenizer/              tokenizer.json, tokenizer_config.json
     state.json              while unfinished: how much of the files is safely written
@@ -20,8 +22,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from txtrain.data.sources.source import SPLITS, Split
-from txtrain.data.store.formats import FORMAT, INDEX, check_shards, shard_name
+from txtrain.data.sources.source import SPLITS, Marked, Split
+from txtrain.data.store.cache import marks_of
+from txtrain.data.store.formats import FORMAT, INDEX, MARKED, check_shards, shard_name, sizes_of
 from txtrain.ground import files
 from txtrain.ground.plain_files import check_keys, read_json
 
@@ -35,8 +38,8 @@ class ShardWriter:
     The first `n_documents` of the corpus are safely in the files: skip them on resume.
     """
 
-    def __init__(self, folder: Path, key: str, vocab_size: int, shard_tokens: int) -> None:
-        self.folder, self.shard_tokens = folder, shard_tokens
+    def __init__(self, folder: Path, key: str, vocab_size: int, shard_tokens: int, marked: bool = False) -> None:
+        self.folder, self.shard_tokens, self.vocab_size, self.marked = folder, shard_tokens, vocab_size, marked
         self.dtype = np.dtype("<u2" if vocab_size < 1 << 16 else "<u4")
         self._state = _read(folder / STATE) or _fresh(key, shard_tokens)
         self.n_documents: int = self._state["n_documents"]
@@ -45,22 +48,22 @@ class ShardWriter:
         self._tail = dict.fromkeys(SPLITS, 0)  # tokens of an unfinished document
         self._saved = time.monotonic()
 
-    def _opened(self, split: Split) -> tuple[BinaryIO, BinaryIO]:
-        """The last file of a split, truncated to what is safely written."""
+    def _opened(self, split: Split) -> tuple[BinaryIO, ...]:
+        """The last files of a split, truncated to what is safely written."""
         shard, name = self._shards[split][-1], shard_name(split, len(self._shards[split]) - 1)
-        pair = []
-        for end, size in ((".bin", shard["n_tokens"] * self.dtype.itemsize), (".ends", shard["n_documents"] * 8)):
+        opened = []
+        for end, size in sizes_of(shard, self.dtype, self.marked).items():
             f = open(self.folder / f"{name}{end}", "ab")  # noqa: SIM115  (closed by _close)
             f.truncate(size)
-            pair.append(f)
-        return pair[0], pair[1]
+            opened.append(f)
+        return tuple(opened)
 
     def append(self, split: Split, ids: list[int], ends: bool) -> None:
         shard = self._shards[split][-1]
         if shard["n_tokens"] >= self.shard_tokens:
             self._next(split)
             shard = self._shards[split][-1]
-        tokens, borders = self._open[split]
+        tokens, borders = self._open[split][:2]
         tokens.write(np.array(ids, dtype=self.dtype).tobytes())
         self._tail[split] += len(ids)
         if ends:
@@ -69,6 +72,14 @@ class ShardWriter:
             borders.write(np.array([shard["n_tokens"]], dtype="<i8").tobytes())
             self._tail[split] = 0
             self.n_documents += 1
+
+    def append_marked(self, split: Split, text: Marked) -> None:
+        """A whole document."""
+        trained = marks_of(text, self.vocab_size)
+        self.append(split, list(text.ids), ends=True)
+        *_, marks, numbers = self._open[split]
+        marks.write(trained.tobytes())
+        numbers.write(np.array([text.number], dtype="<i8").tobytes())
 
     def _next(self, split: Split) -> None:
         for f in self._open[split]:
@@ -94,7 +105,8 @@ class ShardWriter:
         self.save(now=True)
         self.close()
         shards = {split: self._shards[split] for split in SPLITS}
-        index = {"format": FORMAT, "key": self._state["key"], "dtype": self.dtype.name, **about, "shards": shards}
+        form = MARKED if self.marked else FORMAT
+        index = {"format": form, "key": self._state["key"], "dtype": self.dtype.name, **about, "shards": shards}
         files.write(self.folder / INDEX, json.dumps(index, indent=2) + "\n")
         forget(self.folder)
 

@@ -46,6 +46,7 @@ class StreamTokens:
 
     split = "train"
     mask = None
+    pairs = False
 
     def __init__(self, rows_from: RowsFrom, tokenizer: Tokenizer, start: Position = _BEGIN) -> None:
         self.rows_from, self.tokenizer, self.start = rows_from, tokenizer, start

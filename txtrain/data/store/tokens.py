@@ -95,11 +95,14 @@ class Tokens:
     Args:
         eos_id: ends each document in files whose format has no document offsets; None: they are unknown.
         below: bound of the ids, checked in each window, since files may be too large to scan; None: no check.
+        pairs: documents 2 k and 2 k + 1 are two answers to one prompt, the first of which is preferred.
     """
 
     def __init__(
-        self, shards: Sequence[Shard], split: Split, eos_id: int | None = None, below: int | None = None
+        self, shards: Sequence[Shard], split: Split, eos_id: int | None = None, below: int | None = None,
+        pairs: bool = False,
     ) -> None:
+        self.pairs = pairs
         filled = tuple(s for s in shards if s.n_tokens)
         self.shards, self.split, self.eos_id, self.below = filled or tuple(shards[:1]), split, eos_id, below
         self._first = np.concatenate(([0], np.cumsum([s.n_tokens for s in self.shards], dtype=np.int64)))
@@ -109,6 +112,11 @@ class Tokens:
 
     def __len__(self) -> int:
         return int(self._first[-1])
+
+    @property
+    def kind(self) -> str:
+        """As `DataConfig.kind`."""
+        return "preferences" if self.pairs else "text" if self.mask is None else "chat"
 
     # ---------------------------------------------------------------------------------------------------------- windows
 
@@ -234,8 +242,10 @@ class Tokens:
         """The source item of each document in tokens begin to end - 1; its number in the split, if that is unknown."""
         first = np.searchsorted(self.offsets, begin, side="right") - 1
         documents = np.arange(first, np.searchsorted(self.offsets, end, side="left"))
-        told = self.shards[0].numbers if len(self.shards) == 1 else None
-        found: list[int] = (documents if told is None else told()[documents]).tolist()
+        told = [shard.numbers for shard in self.shards if shard.numbers is not None]
+        if len(told) == len(self.shards):
+            documents = np.concatenate([numbers() for numbers in told])[documents]
+        found: list[int] = documents.tolist()
         return found
 
     def beginnings(self, n: int, length: int) -> Iterator[Indices]:

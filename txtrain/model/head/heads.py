@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from txtrain.errors import ConfigError
 from txtrain.model.ffn.dense import ACTIVATIONS
 from txtrain.model.head.config import Kind
+from txtrain.model.head.distillation import ChunkedDistillation, Distillation
 from txtrain.model.head.loss import (
     IGNORED,
     ChunkedCrossEntropy,
@@ -106,17 +107,27 @@ class LMHead(Head):
         found_BT = losses_N.new_zeros(targets_BT.shape).masked_scatter(chosen_BT, -losses_N)
         return F.pad(found_BT[:, :-1], (1, 0)) if self.shift else found_BT
 
+    def multiplied(self, x_ND: Tensor, embedding_VD: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Input, matrix and bias of the logits, in the dtype of matrix products."""
+        weight_VD, bias_V = self.output_weight(embedding_VD), self.bias
+        if not torch.is_autocast_enabled(x_ND.device.type):
+            return x_ND, weight_VD, bias_V
+        dtype = torch.get_autocast_dtype(x_ND.device.type)
+        return x_ND.to(dtype), weight_VD.to(dtype), bias_V if bias_V is None else bias_V.to(dtype)
+
+    def distilled(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor, how: Distillation) -> Tensor:
+        """The divergence from a teacher at the positions with a target, and their cross-entropy: summed, mixed."""
+        x_ND, targets_N = self.entering(x_BTD).flatten(0, 1), self.targets(labels_BT).flatten()
+        given = *self.multiplied(x_ND, embedding_VD), targets_N
+        with_grad = torch.is_grad_enabled()
+        # Not with autocast off: the teacher's forward lies within.
+        return ChunkedDistillation.apply(*given, self.softcap, self.vocabulary, how, with_grad)
+
     def chunked(
         self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor | None
     ) -> Tensor:
         """The summed loss divided by the denominator; without one each token's loss, [N]."""
-        weight_VD = self.output_weight(embedding_VD)
-        bias_V: Tensor | None = self.bias
-        if torch.is_autocast_enabled(x_ND.device.type):
-            dtype = torch.get_autocast_dtype(x_ND.device.type)
-            x_ND, weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
-            bias_V = bias_V if bias_V is None else bias_V.to(dtype)
-        given = x_ND, weight_VD, bias_V, targets_N
+        given = *self.multiplied(x_ND, embedding_VD), targets_N
         with torch.autocast(x_ND.device.type, enabled=False):
             if denominator is None:
                 return ChunkedTokenLosses.apply(*given, self.softcap, self.vocabulary)

@@ -33,6 +33,14 @@ class Vocabulary:
         """Log of the softmax's denominator, and the target's logit, over the whole vocabulary: [C] each."""
         return logits_CV.logsumexp(-1), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
 
+    def log_z(self, logits_CV: Tensor) -> Tensor:
+        """Log of the softmax's denominator, over the whole vocabulary: [C]."""
+        return logits_CV.logsumexp(-1)
+
+    def total(self, values_CV: Tensor) -> Tensor:
+        """The sum over the whole vocabulary: [C]."""
+        return values_CV.sum(-1)
+
 
 def cross_entropy(logits: Tensor, targets: Tensor, denominator: Tensor) -> Tensor:
     """Sum over the targets, in float32, divided by the denominator (targets of the global batch)."""
@@ -91,7 +99,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         wanted = [with_grad and need for need in ctx.needs_input_grad[:3]]
         inputs = x_ND, weight_VD, bias_V, targets_N
-        gradients = _Gradients(inputs, wanted)
+        gradients = Gradients(inputs, wanted)
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         for rows, loss_C, grad_CV in _chunks(inputs, softcap, vocabulary, any(wanted)):
             total += loss_C.sum()
@@ -127,7 +135,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
         inputs, (softcap, vocabulary) = ctx.saved_tensors, ctx.how
-        gradients = _Gradients(inputs, ctx.needs_input_grad)
+        gradients = Gradients(inputs, ctx.needs_input_grad)
         with torch.autocast(grad_N.device.type, enabled=False):  # dtypes are those of the forward
             for rows, _, grad_CV in _chunks(inputs, softcap, vocabulary, True):
                 assert grad_CV is not None
@@ -135,14 +143,14 @@ class ChunkedTokenLosses(torch.autograd.Function):
         return (*gradients.made(), None, None, None)
 
 
-class _Gradients:
+class Gradients:
     """Those of x, weight and bias that are wanted, summed over chunks of tokens."""
 
     def __init__(self, inputs: Sequence[Any], wanted: Sequence[bool]) -> None:
         self.inputs = x_ND, weight_VD, _ = inputs[:3]
         self.of_x = torch.empty_like(x_ND) if wanted[0] else None
         self.of_weight = torch.zeros_like(weight_VD) if wanted[1] else None
-        self.of_bias = torch.zeros_like(weight_VD[:, 0], dtype=_wide(weight_VD.dtype)) if wanted[2] else None
+        self.of_bias = torch.zeros_like(weight_VD[:, 0], dtype=wide(weight_VD.dtype)) if wanted[2] else None
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
         x_ND, weight_VD, _ = self.inputs
@@ -159,7 +167,7 @@ class _Gradients:
         return self.of_x, self.of_weight, of_bias
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of sums over logits: float32, or float64 if theirs is."""
     return torch.promote_types(dtype, torch.float32)
 
@@ -175,15 +183,19 @@ def _chunks(
         yield rows, *_chunk(x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, with_grad)
 
 
+def chunk_logits(x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
+    """The logits [C, V] after the cap, at least in float32."""
+    logits_CV = F.linear(x_CD, weight_VD, bias_V)
+    logits_CV = logits_CV.to(wide(logits_CV.dtype))
+    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
+
+
 def _chunk(
     x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None,
     vocabulary: Vocabulary, with_grad: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses of the tokens [C], and their gradients by the logits before the cap, at least in float32."""
-    logits_CV = F.linear(x_CD, weight_VD, bias_V)
-    logits_CV = logits_CV.to(_wide(logits_CV.dtype))
-    if softcap is not None:
-        logits_CV = logits_CV.div_(softcap).tanh_().mul_(softcap)
+    logits_CV = chunk_logits(x_CD, weight_VD, bias_V, softcap)
     is_target_C = targets_C != IGNORED
     rows_C, is_here_C = vocabulary.find(targets_C, weight_VD.shape[0])
     log_z_C, target_C = vocabulary.log_z_and_target(logits_CV, rows_C, is_here_C)
