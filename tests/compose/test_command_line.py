@@ -54,7 +54,7 @@ MISTAKES = [
     ("model/atention=mqa", "Did you mean model/attention=mqa?"),
     ("model.atention.window=4", "Did you mean model.attention.window?"),
     ("data/seq_len=4", "Write data.seq_len=4."),
-    ("data.text_column=x", "Only data=text, data=hf have it."),
+    ("data.text_column=x", "Only data=text, data=hf, data=labels have it."),
     ("data=text", "`data.path` must be given."),
     ("recipe=nope", "`recipe=nope` must be one of"),
     ("model=null", "must be one of"),
@@ -91,7 +91,7 @@ MISTAKES = [
     ("save=none", "`save` must be a mapping"),
     # verbs and flags
     ("trian", "Did you mean train?"),
-    ("serve", "must be a verb (train, generate, export, plan, prepare, preview)"),
+    ("serve", "must be a verb (train, generate, evaluate, predict, export, plan, prepare, preview)"),
     ("mistral", "Did you mean model=mistral?"),
     ("model=gpt2 train", "The verb comes first."),
     ("--confg", "Did you mean --cfg?"),

@@ -6,7 +6,9 @@ from pathlib import Path
 
 from tests.distributed.covering import Case
 from tests.distributed.runs import documents
+from tests.models import seeded, tiny
 from tests.training import write_chats, write_labels, write_preferences
+from txtrain import save_pretrained
 
 STEPS = 8
 RUN = (
@@ -34,6 +36,7 @@ OBJECTIVES = {
     "span_corruption": ("model=t5", *TEXT),
     "prefix_lm": ("model=llama2", "objective=prefix_lm", *TEXT),
     "sft": ("model=gpt2", "objective=sft", "model.vocab_size=360", "model.max_seq_len=32"),
+    "distill": ("model=gpt2", "objective=distill", *TEXT),
     "dpo": ("model=gpt2", "objective=dpo", "model.vocab_size=360", "model.max_seq_len=48"),
     "seq2seq": ("model=transformer", "data=reverse", "data.n_pairs=400", "model.vocab_size=257", "model.max_seq_len=32"),
     "image_classification": ("model=vit", "data.crop_padding=1"),
@@ -72,6 +75,12 @@ def allowed(case: Case) -> bool:
     return True
 
 
+def write_teacher(folder: Path) -> Path:
+    if not folder.exists():
+        save_pretrained(seeded(tiny(vocab_size=360)), folder)
+    return folder
+
+
 def overrides(case: Case, folder: Path, run: str, n: int = 1) -> list[str]:
     """Of the case's run in folder/run, which shares text and cache with the others."""
     text = documents(folder / "text")
@@ -82,6 +91,8 @@ def overrides(case: Case, folder: Path, run: str, n: int = 1) -> list[str]:
         chosen += write_chats(folder / "chats")
     if "data=labels" in chosen:
         path = [f"data.path={write_labels(folder / 'labels.csv')}"]
+    if case["objective"] == "distill":
+        chosen.append(f"objective.teacher={write_teacher(folder / 'teacher')}")
     if case["objective"] == "dpo":
         chosen += write_preferences(folder / "preferences")
     groups = [o for o in (*chosen, *RUN) if "." not in o.split("=")[0]]

@@ -23,11 +23,13 @@ FOREIGN = {
     # errors of Hydra and of the hub, pictures of Pillow
     "config.overrides": "full_key msg",
     "data.sources.hub": "reason",
+    "data.sources.labels": "feature names",
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
-    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template",
+    "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template in_pairs",
     "data.samples.images": "files",
-    "model.generation": "item config",
+    "model.generation": "decode",
+    "model.decoding": "item config",
     "training.module": "config datamodule",
     "model.stack": "window softcap dropout",
     "model.init": "reset_parameters residual_projections name",

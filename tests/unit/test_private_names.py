@@ -83,7 +83,8 @@ PRIVATE = {
     "torch.nn.Module": "_apply _buffers _parameters",
     "torch.ops.aten": (
         "_grouped_mm _local_scalar_dense _scaled_dot_product_cudnn_attention _scaled_dot_product_efficient_attention "
-        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu"
+        "_scaled_dot_product_flash_attention _scaled_dot_product_flash_attention_for_cpu "
+        "_scaled_dot_product_flash_attention_for_cpu_backward"
     ),
     "torch.ops.c10d": "_reduce_scatter_base_",
     "torch.testing._internal.distributed.fake_pg": "FakeStore",

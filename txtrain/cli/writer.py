@@ -192,7 +192,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def laid_out(config: Generate) -> Train | None:
     """A run's configuration with the checkpoint's model and this strategy, as strategies read it; None: one process
     holds the model."""
-    if config.devices == 1 and config.strategy.type == "auto":
+    if config.devices == 1 and not config.strategy.divides:
         return None
     from txtrain.cli.jobs import compose
 

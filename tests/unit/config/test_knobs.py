@@ -129,11 +129,11 @@ def test_what_a_continued_run_may_have_otherwise():
 def test_what_of_a_model_is_in_neither_weights_nor_logits():
     of = marked(ModelConfig, "affects")
     dropouts = {key for key, what in of.items() if what == "dropout"}
-    assert dropouts == {"dropout", "output_dropout", "attention.dropout", "ffn.dropout"}
+    assert dropouts == {"dropout", "output_dropout", "attention.dropout", "ffn.dropout", "head.dropout", "head.input_dropout"}
     assert {key: what for key, what in of.items() if what != "dropout"} == {
-        **dict.fromkeys(("family", "size", "published"), "label"),
+        **dict.fromkeys(("family", "size", "published", "head.label_names"), "label"),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "ids"),
         "init": "init",
-        **dict.fromkeys(("decoder_start_token_id", "embedding.padding_idx"), "training"),
+        **dict.fromkeys(("decoder_start_token_id", "embedding.padding_idx", "head.kind", "head.lm"), "training"),
         **dict.fromkeys(("ffn.bias_update_rate", "ffn.aux_weight"), "training"),
     }

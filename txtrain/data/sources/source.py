@@ -198,7 +198,7 @@ def classified(config: Run, source: Source | None = None) -> Run:
     Raises:
         ConfigError: model.head.n_classes is another number.
     """
-    if config.data.sample_kind != "labels" or config.model.head.type != "class":
+    if config.data.sample_kind != "labels" or not config.model.head.pools:
         return config
     head, kind = config.model.head, config.data.kind
     if kind == head.kind == "single" and head.label_names and config.data.label_names in ((), head.label_names):
