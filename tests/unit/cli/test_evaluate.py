@@ -51,7 +51,11 @@ def folder(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+# importing lm_eval alone takes longer than all other commands
+MARKED = [pytest.param(line, marks=pytest.mark.slow) if "tasks=[" in line else line for line in COMMANDS]
+
+
+@pytest.mark.parametrize("command", MARKED)
 def test_a_command_of_the_page_runs(folder, command, monkeypatch, capsys):
     if "tasks=[" in command:
         pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")

@@ -110,7 +110,7 @@ def test_what_is_cut_at_any_byte_goes_on_to_the_same_file(folder, run, monkeypat
     words = "predict.what=log_probability", "data.micro_batch_size=4"
     whole = predicted(folder, run, "whole", *words)
     wanted, real = (folder / "whole.jsonl").read_bytes(), prediction.PartFile.write
-    for n in range(1, 6):
+    for n in (1, 4):
         left = [n]
 
         def write(self, told, left=left):
