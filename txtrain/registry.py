@@ -46,7 +46,10 @@ GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 VALUE_AXES = {"norm_position": "model.norm_position"}
 
 METRIC = "metric"  # the axis of users' metrics, which are functions
-USER_AXES = ("attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler")
+USER_AXES = (
+    "attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler", "reward",
+)
+FUNCTION_AXES = ("reward",)  # where a user's option may also be a function, called as it is
 
 
 def group_of(axis: str) -> str:

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal
 
+from txtrain.errors import hint
+from txtrain.ground.patterns import pattern_problems
 from txtrain.ground.slurm import MAX_REQUEUES
 from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
-from txtrain.registry import axes, axis, knob
+from txtrain.registry import TABLE, axes, axis, knob
 
 _LOWER = ("loss", "perplexity", "bits_per_byte", "grad_norm")
 _HIGHER = (
@@ -180,6 +182,83 @@ class Extent:
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class Weighted:
+    weight: float = 1.0  # of this reward in the sum of all
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AnswerConfig(Weighted):
+    """1 for the right answer, else 0."""
+
+    # exact: the same text; numeric: the same number; equation: an expression of the problem's `numbers`, each of them
+    # once, that has the value; auto: equation for a problem with `numbers`, else exact
+    match: Literal["auto", "exact", "numeric", "equation"] = "auto"
+    # where the answer stands: the last place of this in the completion, its first group if it has one; null: all of it
+    pattern: str | None = None
+    reference_pattern: str | None = None  # the same for the problem's answer; GSM8K's: '#### (.*)'
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class FormatConfig(Weighted):
+    """1 for reasoning and an answer, each once in its tags and nothing beside them (2501.12948), else 0."""
+
+    tags: tuple[str, str] = ("think", "answer")
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LengthConfig(Weighted):
+    """0 up to `free` tokens, then falling to -1 at `free` + `over` (2503.14476, equation 13)."""
+
+    free: int | None = knob(None, at_least=0)  # must be given
+    over: int = knob(16, at_least=1)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class RegexConfig(Weighted):
+    """1 for a completion that has the pattern, else 0."""
+
+    pattern: str | None = None  # must be given
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class RewardConfig:
+    """What a completion is worth, for objective=grpo: the weighted sum of the chosen rewards."""
+
+    # reward=[NAME,...]: answer, format, length, regex, or your own of `imports`
+    use: tuple[str, ...] = ("answer",)
+    workers: int = knob(0, at_least=0, free=True)  # processes per rank that compute rewards; 0: the rank itself
+    timeout: float | None = knob(None, above=0, free=True)  # seconds for one completion, in a worker; null: no limit
+    # of a reward that raises, hangs or is not finite: stop the run, or count 0; either way it is named with its problem
+    on_error: Literal["stop", "zero"] = "stop"
+    answer: AnswerConfig = AnswerConfig()
+    format: FormatConfig = FormatConfig()
+    length: LengthConfig = LengthConfig()
+    regex: RegexConfig = RegexConfig()
+
+    def check(self) -> Iterator[str]:
+        known = ", ".join(TABLE.get("reward", {}))
+        for name in self.use:
+            if name not in TABLE.get("reward", {}):
+                meant = hint(name, TABLE["reward"])
+                yield f"`reward` must be a list of {known}, but has {name} instead.{meant}"
+        if not self.use or len(set(self.use)) < len(self.use):
+            yield f"`reward` must be a list of different rewards ({known}), but is {list(self.use)} instead."
+        if self.timeout is not None and not self.workers:
+            yield (
+                f"`reward.timeout` must be null with reward.workers=0, but is {self.timeout} instead: only a process "
+                "of its own can be stopped. Nearest: reward.workers=1."
+            )
+        for name, key, value in (("length", "free", self.length.free), ("regex", "pattern", self.regex.pattern)):
+            if name in self.use and value is None:
+                yield f"`reward.{name}.{key}` must be given with reward=[{name}]."
+        for key, pattern in (
+            ("answer.pattern", self.answer.pattern), ("answer.reference_pattern", self.answer.reference_pattern),
+            ("regex.pattern", self.regex.pattern),
+        ):
+            yield from pattern_problems(f"reward.{key}", () if pattern is None else (pattern,))
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class RunConfig:
     model: ModelConfig
     data: Any = axis("data")
@@ -199,6 +278,7 @@ class RunConfig:
     adapter: Any = axis("adapter", AdapterConfig(type="none"))
     sample: SampleConfig = knob(free=True)
     layer_stats: LayerStatsConfig = knob(LayerStatsConfig(), free=True)
+    reward: RewardConfig = RewardConfig()
     # Lightning loggers by _target_; the keys of wandb are in docs/logging.md
     logger: dict[str, Any] = knob(free=True)
     callbacks: dict[str, Any] = knob(free=True)  # Lightning callbacks by _target_

@@ -3,7 +3,6 @@
 import pytest
 import yaml
 
-import txtrain
 from txtrain.cli.main import main
 from txtrain.errors import ConfigError
 from txtrain.registry import resolve
@@ -194,7 +193,7 @@ def test_config_is_frozen_and_round_trips_through_yaml_and_json(job):
     from txtrain.config.schema import Train
     from txtrain.ground.convert import build, plain
 
-    for family in txtrain.families():
+    for family in ("transformer", "bert", "t5", "vit", "mistral_7b", "deepseek_r1_671b"):
         config = job(f"model={family}", "optimizer.lr=1e-5").config
         assert build(Train, yaml.safe_load(yaml.safe_dump(plain(config)))) == config == build(Train, json.loads(json.dumps(plain(config))))
     with pytest.raises(AttributeError):

@@ -24,6 +24,10 @@ NEEDED = {  # what the other files go with
     "conf/data/digits": IMAGES,
     "conf/data/images": f"{IMAGES} data.path=x",
     "conf/data/reverse": PAIRS,
+    "conf/data/arithmetic": "objective=sft",
+    "conf/data/countdown": "objective=grpo",
+    "conf/data/problems": "objective=grpo data.path=x",
+    "conf/objective/grpo": "data=arithmetic",
     "conf/data/translation": f"{PAIRS} data.path=x",
     "conf/objective/classification": "data=labels data.path=x",
     "conf/objective/image_classification": IMAGES,
@@ -40,7 +44,7 @@ NEEDED = {  # what the other files go with
     "recipes/transformer_translation": "data.path=x",
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
-EVALUATED = tuple(f"conf/data/{name}" for name in ("multiple_choice", "cloze", "problems"))  # no objective trains on them
+EVALUATED = tuple(f"conf/data/{name}" for name in ("multiple_choice", "cloze", "questions"))  # no objective trains on them
 SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte(, BLEU \d+\.\d, chrF \d+\.\d)?|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
 ROOTS = {
     "base": "train",

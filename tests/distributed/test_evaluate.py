@@ -35,7 +35,7 @@ def run(folder, *words):
 
 
 TEXT = ("data=text", "data.path={}/rows.jsonl", "stride=7", "data.seq_len=24")
-ANSWERS = ("data=problems", "data.path={}/problems.jsonl", "objective=answers", "objective.max_new_tokens=5", "objective.pattern=[a-z]")
+ANSWERS = ("data=questions", "data.path={}/problems.jsonl", "objective=answers", "objective.max_new_tokens=5", "objective.pattern=[a-z]")
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -60,6 +60,7 @@ def compare(reference, cases, n, allowed=ALLOWED, **given):
             assert difference < allowed, f"{name}, {n} processes: {column} {difference:.1e}, allowed {allowed:.0e}"
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(reference, tmp_path):
     """And the exchange of rows keeps its promises, and a model that is built in parts starts with the same values."""
     cases = {"deepseek": (DEEPSEEK, (), EP), "mixtral": (MIXTRAL, ("data.micro_batch_size=4",), EP)}  # its auxiliary loss is of micro-batches

@@ -10,8 +10,7 @@ from tests.training import tiny
 
 PROMPTS = ["The 1", "The 22th line says that 22 times", "x", "The 4th", "7 is"]
 STRATEGIES = [
-    "strategy=fsdp",
-    *(pytest.param(f"strategy={name}", marks=pytest.mark.slow) for name in ("ddp", "tp", "deepspeed_stage_3")),
+    pytest.param(f"strategy={name}", marks=pytest.mark.slow) for name in ("fsdp", "ddp", "tp", "deepspeed_stage_3")
 ]
 
 

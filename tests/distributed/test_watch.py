@@ -43,6 +43,7 @@ def test_communication_is_counted_and_warnings_are_told_once(tmp_path):
         assert re.search(rf"^\[rank {rank}\] .*callbacks\.py:\d+: UserWarning: what {rank} has$", said, re.MULTILINE)
 
 
+@pytest.mark.slow
 def test_all_processes_find_the_same_spike(tmp_path):
     run = overrides(tmp_path, "decoder", "run", "trainer.devices=2", "trainer.max_steps=46", "trainer.limit_val_batches=0", "strategy=ddp", "optimizer.lr=1e-5")
     said = trained({"run": group.Case([*run, "verbosity=quiet"], ["HIT 40 *"])}, tmp_path)

@@ -10,6 +10,7 @@ from txtrain.config.composed import Composed
 from txtrain.config.schema import Plan, Train
 from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import checked
 from txtrain.model.config import ModelConfig
 from txtrain.monitor import start_screen
 from txtrain.planning import figures
@@ -25,7 +26,7 @@ def plan(config: Train) -> Figures:
     Raises:
         ConfigError: it does not fit into plan.memory; or plan.simulate=true, and `train` would refuse the run.
     """
-    config = classified(config)
+    config = classified(checked(config, Train, "config"))
     found = figures.plan(config)
     if not (isinstance(config, Plan) and config.plan.simulate):
         return found

@@ -22,6 +22,7 @@ from txtrain.model.decoding import Written
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.objectives.continuations import end_tokens
 from txtrain.parallel.build import make_parallel
+from txtrain.parallel.config import StrategyConfig
 from txtrain.parallel.one_process import OneProcess
 
 T = TypeVar("T")
@@ -192,7 +193,7 @@ def cut(text: str, stop: Sequence[str]) -> str:
 def laid_out(config: Generate) -> Train | None:
     """A run's configuration with the checkpoint's model and this strategy, as strategies read it; None: one process
     holds the model."""
-    if config.devices == 1 and not config.strategy.divides:
+    if config.devices == 1 and type(config.strategy) is StrategyConfig:  # of copies of the model
         return None
     from txtrain.cli.jobs import compose
 

@@ -14,8 +14,8 @@ from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 KIND = "data.sample_kind"
-QUESTIONS = ("choices", "cloze", "problems")
-_OF_TEXT = ("text", "chat", "preferences", "pairs", "labels", *QUESTIONS)
+QUESTIONS = ("choices", "cloze", "questions")
+_OF_TEXT = ("text", "chat", "preferences", "pairs", "problems", "labels", *QUESTIONS)
 ALL_KINDS = (*_OF_TEXT, "images")
 
 
@@ -53,7 +53,7 @@ RUN_RULES = (
 OBJECTIVE_RULES = (
     *(
         RunRule({"objective": (name,)}, "model.mtp_depth", (0,), "causal_lm alone trains the MTP modules")
-        for name in ("prefix_lm", "dpo", "distill")
+        for name in ("prefix_lm", "dpo", "distill", "grpo")
     ),
     RunRule(
         {"objective": ("prefix_lm",), "model.topology": ("encoder_decoder",)}, "data.packing", ("concat",),
@@ -74,6 +74,8 @@ WHY = {  # the last three: of a user's own objective
     ("seq2seq", KIND): "there must be a source and a target",
     ("sft", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
     ("sft", KIND): "there must be turns that are trained, and turns that are not",
+    ("grpo", "model.topology"): "an answer is written token by token after its prompt",
+    ("grpo", KIND): "there must be questions, and answers that can be checked",
     ("dpo", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",
     ("dpo", KIND): "there must be two answers to each prompt, one of which is preferred",
     ("distill", "model.topology"): "each token is predicted from those before it, and an encoder has read them all",

@@ -25,6 +25,7 @@ from txtrain.registry import TABLE
 
 LAUNCHER = "hydra/launcher"  # the group of what runs the members of a sweep
 _ALIASES = {"recipe": "recipes", "experiment": "recipes"}
+_LISTS = {"reward": "reward.use"}  # keys of a list that are also the parent of further keys
 _SEVERAL = {"logger", "callbacks"}  # groups that take a list of options
 
 
@@ -97,6 +98,8 @@ def _normalised(override: str, sweep: bool) -> str:
     key, equals, value = override.partition("=")
     if not equals and not override.startswith("~"):
         raise ConfigError(f"`{override}` must be KEY=VALUE.")
+    if not value.startswith("{"):
+        key = _LISTS.get(key, key)
     return protect(_ALIASES.get(key, key) + equals + value, sweep)
 
 

@@ -5,13 +5,23 @@ from __future__ import annotations
 import dataclasses as dc
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 import txtrain.config.schema  # noqa: F401  (fills BASES)
 from txtrain.errors import ConfigError, hint
-from txtrain.registry import BASES, METRIC, USER_AXES, VALUE_AXES, dropout_knob, inherits_from_package, knob, register
+from txtrain.registry import (
+    BASES,
+    FUNCTION_AXES,
+    METRIC,
+    USER_AXES,
+    VALUE_AXES,
+    dropout_knob,
+    inherits_from_package,
+    knob,
+    register,
+)
 
-T = TypeVar("T", bound=Callable[..., Any])
+T = TypeVar("T", bound=Callable[..., Any])  # a class; of a reward also a function, of a metric always
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -42,9 +52,12 @@ def component(axis: str, name: str) -> Callable[[T], T]:
         )
 
     def wrap(given: T) -> T:
-        cls: Any = given
+        cls = cast(type, given)
         if axis == METRIC:
             register(axis, name, cls, MetricConfig)
+            return given
+        if axis in FUNCTION_AXES and inspect.isfunction(given):  # it has no keys
+            register(axis, name, cls, BASES[axis])
             return given
         own = vars(cls).get("Config")
         config = _config_from_constructor(axis, cls) if own is None else _config_with_base(axis, own)

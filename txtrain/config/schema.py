@@ -130,7 +130,10 @@ class Train(RunConfig):
             )
 
     def _check_processes(self, world: int) -> Iterator[str]:
-        yield from parallel.problems(self, world)
+        problems = list(parallel.problems(self, world))
+        yield from problems
+        if not problems:
+            yield from self.objective.check_ranks(self, self.strategy.layout(world).data)
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -322,6 +325,9 @@ class Evaluate(OnTrained):
 
     def _check_between(self) -> Iterator[str]:
         yield from OnTrained._check_between(self)
+        if self.data.sample_kind == "problems" and self.split == "all":
+            remedy = "Of the same files: data=questions objective=answers"
+            yield f"`split` must be validation with data={self.data.type}, which is divided as for training. {remedy}."
         if self.stride is None:
             return
         limit = self.seq_len - 1

@@ -31,7 +31,7 @@ class DataConfig:
     # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
     cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
 
-    # Of samples: text, chat, preferences, pairs, images, labels (`txtrain.config.compatibility`).
+    # Of samples: text, chat, preferences, pairs, problems, images, labels (`txtrain.config.compatibility`).
     kind: ClassVar[str] = "text"
     sample_kind: ClassVar[str] = "text"  # the same; data=labels has a key of the other name
     also: ClassVar[tuple[str, ...]] = ()  # further kinds that its files may turn out to hold
@@ -347,12 +347,50 @@ class ClozeConfig(QuestionsConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class ProblemsConfig(QuestionsConfig):
-    """`data=problems`: questions and answers."""
+class AnsweredConfig(QuestionsConfig):
+    """`data=questions`: questions and answers."""
+
+    kind: ClassVar = "questions"
+
+    answer_column: str = "answer"
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ProblemsConfig(UnpackedConfig):
+    """`data=problems`: questions and answers in files."""
 
     kind: ClassVar = "problems"
 
+    # Files (.json, .jsonl, .parquet), globs, folders, or a list of them.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    val_path: str | tuple[str, ...] | None = None
+    question_column: str | tuple[str, ...] = "question"  # several are joined by a space
     answer_column: str = "answer"
+    max_text_bytes: int = knob(1 << 31, at_least=1, free=True)  # largest size of a row
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ArithmeticConfig(DataConfig):
+    """`data=arithmetic`: chains such as 7+3*4-2=, from left to right, modulo 10. No files."""
+
+    kind: ClassVar = "problems"
+
+    difficulty: int = knob(5, at_least=1, at_most=64)  # operations in a chain
+    n_train: int = knob(20_000, at_least=1)  # distinct problems
+    n_val: int = knob(500, at_least=1)  # held out by a hash of the problem
+    # share of the demonstrations (objective=sft) that write the running values; the others write the answer alone
+    worked: float = knob(1.0, at_least=0, at_most=1)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class CountdownConfig(DataConfig):
+    """`data=countdown`: numbers, and a target to be made of them. No files."""
+
+    kind: ClassVar = "problems"
+
+    difficulty: int = knob(3, at_least=2, at_most=8)  # how many numbers
+    n_train: int = knob(20_000, at_least=1)  # distinct problems
+    n_val: int = knob(500, at_least=1)  # held out by a hash of the problem
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -411,7 +449,10 @@ for name, target, config in (
     ("reverse", "reverse:Reverse", ReverseConfig),
     ("multiple_choice", "questions:MultipleChoice", MultipleChoiceConfig),
     ("cloze", "questions:Cloze", ClozeConfig),
-    ("problems", "questions:QuestionFiles", ProblemsConfig),
+    ("questions", "questions:QuestionFiles", AnsweredConfig),
+    ("arithmetic", "made_problems:Arithmetic", ArithmeticConfig),
+    ("countdown", "made_problems:Countdown", CountdownConfig),
+    ("problems", "problems:Problems", ProblemsConfig),
     ("images", "images:ImageFiles", ImagesConfig),
     ("digits", "digits:Digits", DigitsConfig),
 ):

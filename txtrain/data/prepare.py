@@ -20,6 +20,7 @@ from txtrain.data.samples.images import prepare_images
 from txtrain.data.samples.labels import LABEL_FILES, LabelledCorpus, LabelledSamples, frame_of
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
+from txtrain.data.samples.prompts import ProblemCorpus, PromptSamples
 from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
@@ -49,11 +50,12 @@ from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
-AnyCorpus = Corpus | Corpora | PairCorpus | LabelledCorpus
+AnyCorpus = Corpus | Corpora | PairCorpus | ProblemCorpus | LabelledCorpus
 
 _PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
 _LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
@@ -243,7 +245,8 @@ def _packed(
     across, packing, kind = config.data.cross_document_attention, config.data.packing, splits[1].kind
     reads = config.objective.reads
     if kind != config.data.kind and reads is not None and kind not in reads:
-        wanted = f"one that reads {kind}, which data.path holds"
+        able = [name for name, option in TABLE["objective"].items() if kind in (option.config.reads or (kind,))]
+        wanted = f"{' or '.join(able)} for {kind}, which data.path holds"
         raise ConfigError(f"`objective` must be {wanted}, but is {config.objective.type} instead.")
     if splits[1].pairs and packing == "concat":
         why = "best_fit or none for preferences, since both answers of a prompt are in one sequence"
@@ -412,6 +415,29 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
 
 
+# ------------------------------------------------------------------------------------------------------------- problems
+
+
+def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    data, corpus = config.data, ProblemCorpus(source)
+    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
+    longest, _ = config.objective.lengths(config.seq_len)
+    train, validation = (
+        PromptSamples([*source.problems(split)], tokenizer, longest, answered=objective.masks) for split in SPLITS
+    )
+    for rows, part in ((train, "training"), (validation, "validation")):
+        if not len(rows):
+            raise ConfigError(
+                f"`data={data.type}` must have at least one {part} problem of at most {longest} tokens (of "
+                f"data.seq_len={config.seq_len}, less what is to be written), but has none: {rows.n_all} in all."
+            )
+        if left_out := rows.n_all - len(rows):
+            longer = "%d of %d %s problems have more than %d tokens and are left out"
+            log.warning(longer, left_out, rows.n_all, part, longest)
+    known = digest(corpus.fingerprint, tokenizer.fingerprint, longest, objective.masks)
+    return Prepared(train, validation, known, tokenizer)
+
+
 # --------------------------------------------------------------------------------------------------------------- labels
 
 
@@ -503,6 +529,7 @@ _WAYS: dict[str, Way] = {
     "marked": _marked,
     "documents": _text,
     "pairs": _pairs,
+    "problems": _problems,
     "labelled": _labelled,
     "images": _images,
     "samples": _samples,

@@ -69,7 +69,8 @@ class HFClass:
     def without(self, *names: str) -> HFClass:
         """The class without these fields of config.json."""
         parts = tuple(part for part in self.parts if part.names[0] not in names)
-        return dc.replace(self, parts=parts, defaults={n: v for n, v in self.defaults.items() if n not in names})
+        gone = {name for part in self.parts if part not in parts for name in part.names}
+        return dc.replace(self, parts=parts, defaults={n: v for n, v in self.defaults.items() if n not in gone})
 
     @property
     def loss_type(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from txtrain.data.samples.order import GlobalOrder
 from txtrain.data.samples.rows import Rows
 from txtrain.data.samples.text import TokenisedText
 from txtrain.errors import ConfigError
@@ -60,6 +62,7 @@ class Objective:
     """
 
     weights: Mapping[str, float] = {"loss": 1.0}  # of the terms, whose weighted sum is minimised
+    of_step: Mapping[str, float] = {}  # further values of the latest step, the same on all ranks; in `columns`
     beside: tuple[str, ...] = ()  # terms not in the reported loss, which stays comparable with models without them
     reports: tuple[str, ...] = ()  # terms that are not minimised, only reported
     perplexity: bool = False  # whether exp(`loss`) is a perplexity: `loss` is in nats per token
@@ -76,11 +79,26 @@ class Objective:
         """Samples of a text: by default sequences for a causal model."""
         return text.sequences()
 
+    def order(self, n: int, seed: int, overfit_batches: int) -> GlobalOrder | None:
+        """The samples that each step reads, of n; None: as many as it trains on, in the order of the data."""
+        return None
+
     # --------------------------------------------------------------------------------------------------------- training
 
     def begin(self, module: Any, data: Any) -> None:
         """Called on all ranks before the first batch is read, when the model has its weights. data: None: as `examine`.
         """
+
+    def step_batch(self, module: Any, batch: Batch) -> Batch:
+        """What this rank trains on in a step, from what it has read; on all ranks. Some objectives make samples."""
+        return batch
+
+    def state(self) -> Callable[[Path], None]:
+        """What a checkpoint needs besides weights and numbers, taken now: a function that writes it into a folder."""
+        return lambda folder: None
+
+    def load_state(self, folder: Path) -> None:
+        """Read what `state` has written."""
 
     def denominators(self, batch: Batch) -> Terms:
         """Denominator of each term: its number of targets in `batch` ([B, ...], any part of a step)."""

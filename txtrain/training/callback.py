@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -117,6 +117,8 @@ class RunCallback(pl.Callback):
             if self.state.stream_position is not None:
                 self.data.start_position = Position(*self.state.stream_position)
                 self.position = self.data.start_position
+            if self.folder.checkpoint is not None:
+                module.objective.load_state(self.folder.checkpoint)
             _continue_counting(trainer, module.step)
         self._first_step = module.step
         self.watch.start(module)
@@ -252,6 +254,7 @@ class RunCallback(pl.Callback):
                 name: float(outputs[name])
                 for name in (*module.objective.terms, *balancing.columns(self.config.model))
             },
+            **module.objective.of_step,
             **{name: float(outputs[name]) for name in module.layers.columns if name in outputs},
             **self.data.measures(module.step),
             **self.watch.measures(module),
@@ -427,7 +430,8 @@ class RunCallback(pl.Callback):
         tensors = module.parallel.training_tensors(module.model, optimizer, module.average)
         if weights_only:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-        self._saver.save(path, tensors, state, self._beside, must)
+        beside = partial(self._beside, module.objective.state())
+        self._saver.save(path, tensors, state, beside, must)
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is complete."""
@@ -444,8 +448,9 @@ class RunCallback(pl.Callback):
             )
             self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 
-    def _beside(self, path: Path) -> None:
+    def _beside(self, write_state: Callable[[Path], None], path: Path) -> None:
         assert self.folder is not None
+        write_state(path)
         self.folder.write_config(self.config, path)
         if self._base is not None:
             self._base.write(path)

@@ -92,14 +92,16 @@ class DataModule(L.LightningDataModule):
             self.config, self.fallback = settle(self.config)
         config = self.config
         source = build_source(config)
-        made = prepare(source, config, self._objective or build_objective(config))
+        objective = self._objective or build_objective(config)
+        made = prepare(source, config, objective)
         self.tokenizer, self.fingerprint, self._val_text = made.tokenizer, made.fingerprint, made.text
         self.token_bytes = None if made.tokenizer is None else made.tokenizer.token_bytes()
         self.n_train, self.n_val = len(made.train), len(made.validation)
         self.source = describe(source, config.data.type)
         self.val_names, self._stream = tuple(made.named), made.stream
         self.skipped, self.n_skipped = made.skipped, made.n_skipped
-        self.order = self._order(made)
+        own = objective.order(self.n_train, config.seed, config.trainer.overfit_batches)
+        self.order = self._order(made) if own is None else own
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
         self._train, self._val, self._named = made.train, made.validation, made.named
 
@@ -208,7 +210,7 @@ class DataModule(L.LightningDataModule):
         if n is None and split == "train" and self._stream is not None:
             why = "with data.streaming=true, whose end is not known"
             raise ConfigError(f"`preview.n` must be a number {why}, but is all instead.")
-        rows, size = (self._train if split == "train" else self._val), self.config.data.global_batch_size
+        rows, size = (self._train if split == "train" else self._val), self.order.global_batch_size
         n = len(rows) if n is None else n if split == "train" else min(n, len(rows))
         samples = OrderedSamples(rows, self.config.seed, self.order if split == "train" else None)
         for at in range(0, n, size):

@@ -243,6 +243,7 @@ class LitModule(pl.LightningModule):
         """
         seed_everything(self.config.seed, self.step, self.parallel.rank)
         phases = self.parallel.phases
+        batch = self.objective.step_batch(self, batch)
         counts = self.parallel.reduce(self.objective.denominators(batch))
         denominators = {name: n.clamp(min=1) for name, n in counts.items()}  # without a target a term is 0, not NaN
         model = balancing.Observed(self.parallel.forward(self.model))
@@ -336,7 +337,7 @@ class LitModule(pl.LightningModule):
         self.val_metrics = {"val_loss": self.objective.reported(means)}
         for number, name in enumerate(self._val_names):
             self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
-        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.terms}
+        self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.terms if name in means}
         measured = *self.objective.metrics, *self.config.metrics
         self.val_metrics |= {name: means[name] for name in measured if name in means}
         if (rows := self._gathered_rows()) is not None:

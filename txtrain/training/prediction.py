@@ -47,7 +47,7 @@ def what_of(config: Predict) -> str:
     """
     model, asked, kind = config.model, config.predict.what, config.data.sample_kind
     pools, writes = model.head.pools, model.head.writes and model.topology != "encoder"
-    if kind not in ("text", "pairs", "labels", "cloze", "problems", "images"):
+    if kind not in ("text", "pairs", "labels", "cloze", "questions", "images"):
         raise _no_rows(config)
     what = asked if asked != "auto" else "label" if pools else "text" if writes else "embedding"
     allowed = ["embedding", *(["label"] if pools else []), *(["text", "log_probability"] if writes else [])]

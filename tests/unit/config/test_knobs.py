@@ -120,7 +120,7 @@ def test_a_config_made_by_hand_is_held_to_its_bounds():
 
 def test_what_a_continued_run_may_have_otherwise():
     groups = {"strategy", "trainer", "logger", "callbacks", "save", "sample", "layer_stats"}
-    keys = {"resume", "resume_allow", "run_dir", "verbosity", "profile", "profile_steps", "imports", "allow_nonfinite", "init_allow_missing"}
+    keys = {"resume", "resume_allow", "run_dir", "verbosity", "profile", "profile_steps", "imports", "allow_nonfinite", "init_allow_missing", "reward.workers", "reward.timeout"}
     data = {f"data.{k}" for k in ("micro_batch_size", "num_workers", "cache_dir", "max_expansion", "max_text_bytes")}
     assert set(marked(Train, "free")) == groups | keys | data
     assert set(marked(Train, "from_run")) == {"data.cache_dir"}
@@ -134,6 +134,6 @@ def test_what_of_a_model_is_in_neither_weights_nor_logits():
         **dict.fromkeys(("family", "size", "published", "head.label_names"), "label"),
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "ids"),
         "init": "init",
-        **dict.fromkeys(("decoder_start_token_id", "embedding.padding_idx", "head.kind", "head.lm"), "training"),
-        **dict.fromkeys(("ffn.bias_update_rate", "ffn.aux_weight"), "training"),
+        **dict.fromkeys(("decoder_start_token_id", "embedding.padding_idx"), "training"),
+        **dict.fromkeys(("ffn.bias_update_rate", "ffn.aux_weight", "head.kind", "head.lm"), "training"),
     }

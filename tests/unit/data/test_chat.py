@@ -490,7 +490,7 @@ def test_a_template_from_a_file_goes_first_and_leaves_with_the_tokenizer(
     ("keys", "said"),
     [
         ({"tokenizer": "bytes"}, "`data.chat_template` must be a file, since data.tokenizer brings no chat template"),
-        ({"path": None}, "`data.path` must be given with data=chat"),
+        ({"path": None}, "`data.path` must be given: .json, .jsonl or .parquet files of conversations"),
         ({"seq_len": 20}, "`data` must have training texts with a token that is trained"),
         ({"path": "nothing/here"}, "nothing/here"),
     ],

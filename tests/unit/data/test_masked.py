@@ -186,7 +186,7 @@ def test_the_loss_counts_trained_tokens_alone(make_config: Callable[..., Train],
 @pytest.mark.usefixtures("own_axis")
 def test_an_objective_that_would_train_everything_is_refused(make_config: Callable[..., Train]) -> None:
     config = dc.replace(_config(make_config), objective=PrefixLMConfig(type="prefix_lm"))
-    with pytest.raises(ConfigError, match=r"`objective` must be causal_lm or sft .* but is prefix_lm"):
+    with pytest.raises(ConfigError, match=r"`objective` must be causal_lm or sft .*for chat, which data.path holds, but is prefix_lm"):
         DataModule(config).prepare()
 
 

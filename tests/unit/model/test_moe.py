@@ -259,7 +259,8 @@ def test_a_checkpointed_block_sends_the_same_gradients_and_counts_once():
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a `functools.lru_cache`")
-@pytest.mark.parametrize("kind", ["deepseek", pytest.param("mixtral", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["deepseek", "mixtral"])
 def test_a_compiled_block_sends_the_same_gradients(kind):
     """Without code generation: what is asked is whether the auxiliary loss finds its scale in a traced backward."""
     model = shake(seeded(tiny(ffn=replace(KINDS[kind], hidden_dim=16))))

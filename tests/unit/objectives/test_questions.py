@@ -28,7 +28,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("questions")
     (folder / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     problems = [{"question": row["question"], "answer": row["choices"][row["answer"]]} for row in ROWS]
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in problems))
     (folder / "cloze.jsonl").write_text("".join(json.dumps({"text": row["question"]}) + "\n" for row in ROWS))
     return folder
 
@@ -81,7 +81,7 @@ def test_the_end_of_a_text_is_predicted_token_by_token(folder, run):
 
 
 def test_answers_are_generated_and_compared(folder, run):
-    with reading(config(folder, run, "problems")) as (reader, data):
+    with reading(config(folder, run, "questions")) as (reader, data):
         batch = reader.batch(data.sets[""], [np.arange(3)], 0)
         from txtrain.objectives.questions import answered
 
@@ -94,10 +94,10 @@ def test_answers_are_generated_and_compared(folder, run):
         objective = reader.objective
         objective.pattern = __import__("re").compile(r"#### (\d+)")
         assert objective._compared("first #### 12, then #### 7 .") == objective._compared("#### 7") == "7"
-    made = txtrain.evaluate(run, config(folder, run, "problems", "objective=answers", "objective.max_new_tokens=4"))
+    made = txtrain.evaluate(run, config(folder, run, "questions", "objective=answers", "objective.max_new_tokens=4"))
     assert made.metrics["exact_match"].value == 0.0
     assert {"loss", "perplexity", "accuracy", "exact_match"} <= set(made.metrics)
-    anything = txtrain.evaluate(run, config(folder, run, "problems", "objective=answers", "objective.max_new_tokens=2", "objective.pattern=zzz"))
+    anything = txtrain.evaluate(run, config(folder, run, "questions", "objective=answers", "objective.max_new_tokens=2", "objective.pattern=zzz"))
     assert anything.metrics["exact_match"].value == 1.0, "nothing is found in either"
 
 

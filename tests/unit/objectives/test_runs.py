@@ -148,7 +148,7 @@ def test_the_loss_falls_and_the_columns_are_told(kind, config, tmp_path):
 def test_throughput_counts_the_positions_that_a_batch_has(kind, config):
     base = config(kind)
     (batch,) = batches(base, 1)
-    tokens, flops, again = RunCallback(base, SimpleNamespace(columns=()), *[None] * 7, ())._work(LitModule(base), batch)
+    tokens, flops, again = RunCallback(base, SimpleNamespace(columns=()), *[None] * 7, (), b"")._work(LitModule(base), batch)
     n, (source, target) = len(batch["sample_index"]), base.lengths
     if kind == "seq2seq":  # pairs of 9 tokens at most, in batches of their own length
         source, target = batch["input_ids"].shape[1], batch["labels"].shape[1]

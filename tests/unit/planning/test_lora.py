@@ -34,7 +34,7 @@ def composed(family, *overrides):
     return txtrain.compose([f"model={family}", *sizes, "adapter=lora", *overrides], verb="plan")
 
 
-@pytest.mark.parametrize("case", some(CASES, DEFAULT))
+@pytest.mark.parametrize("case", some(CASES, DEFAULT[:1]))
 def test_counted_equals_simulated(case):
     family, world, overrides = case
     without = ["adapter.lora_dropout=0"] if family == "deepseek_r1" else []

@@ -69,7 +69,7 @@ def agree(config: Train, world: int, allowed: float = 0.02) -> None:
         assert abs(a - b) <= (0.005 * b + 4096 if cut or name == "all_reduce" else 0), (name, a, b)
 
 
-@pytest.mark.parametrize("family", some(FAMILIES, ("t5", "gemma2", "deepseek_r1")))
+@pytest.mark.parametrize("family", some(FAMILIES, ("gemma2", "deepseek_r1")))
 def test_counted_equals_simulated_on_one_process(family):
     agree(composed(family), 1)
 
@@ -79,12 +79,12 @@ def test_counted_equals_simulated_in_shards(family):
     agree(composed(family, *SHARDED), 4)
 
 
-@pytest.mark.parametrize(("family", "world", "overrides"), [("t5", 2, CUT[0][1]), pytest.param("mistral", 4, CUT[2][1], marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("family", "world", "overrides"), [pytest.param("t5", 2, CUT[0][1], marks=pytest.mark.slow), pytest.param("mistral", 4, CUT[2][1], marks=pytest.mark.slow)])
 def test_counted_equals_simulated_in_pieces_of_each_matrix(family, world, overrides):
     agree(composed(family, *overrides), world)
 
 
-@pytest.mark.parametrize("family", some(("mistral", "gemma2", "deepseek_r1"), ("gemma2",)))
+@pytest.mark.parametrize("family", some(("mistral", "gemma2", "deepseek_r1"), ("mistral",)))
 @pytest.mark.parametrize("world", some((1, 2), (1,)))
 def test_counted_equals_simulated_where_attention_goes_by_blocks(family, world):
     windows = ["model.attention.window=[100,null]"] if family != "deepseek_r1" else []

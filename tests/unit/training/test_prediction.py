@@ -64,7 +64,7 @@ def test_log_probabilities_are_of_each_whole_text(folder, run, capsys):
     again = predicted(folder, run, "log_probs_1", "predict.what=log_probability", "data.micro_batch_size=1")
     for one, other in zip(found, again, strict=True):
         assert one["log_probability"] == pytest.approx(other["log_probability"], rel=1e-6), "neighbours change nothing"
-    answers = predicted(folder, run, "answers", "data=problems", f"data.path={folder / 'problems.jsonl'}", "predict.what=log_probability")
+    answers = predicted(folder, run, "answers", "data=questions", f"data.path={folder / 'problems.jsonl'}", "predict.what=log_probability")
     assert [row["n_tokens"] for row in answers] == [len(" an answer 0")] * 7, "of the answer alone"
 
 

@@ -80,6 +80,20 @@ class GlobalOrder:
         return permutation(indices % self.n, self.n, self.seed, indices // self.n)
 
 
+@dataclass(frozen=True)
+class RolloutOrder(GlobalOrder):
+    """The prompts of a rollout, global_batch_size of them, at each of the `updates` steps that it serves."""
+
+    updates: int = 1
+
+    def indices(self, step: int, n_steps: int = 1) -> Indices:
+        size = self.global_batch_size
+        rollouts = np.arange(step, step + n_steps, dtype=np.int64) // self.updates
+        if self.overfit_batches:
+            rollouts %= self.overfit_batches
+        return (rollouts[:, None] * size + np.arange(size)).ravel()
+
+
 class ShareSampler:
     """A list of global sample indices per step, without end: this rank's contiguous share, from `start_step` on."""
 

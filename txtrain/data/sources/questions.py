@@ -1,4 +1,4 @@
-"""data=multiple_choice, cloze, problems: a question in each row of a file, and its answer."""
+"""data=multiple_choice, cloze, questions: a question in each row of a file, and its answer."""
 
 from __future__ import annotations
 

@@ -19,8 +19,10 @@ Other methods instead of `documents`:
 - `marked(split, tokenizer)`: texts of which only some tokens are trained, as `Marked`, the same ones at every call;
   `documents` beside it then only trains the tokenizer. `chat_template` replaces the tokenizer's. `in_pairs` (False):
   they come in pairs, a preferred answer and then another one to the same prompt, for objective=dpo.
+- `problems(split)`: dicts of JSON values with `question` and `answer`, both str, for objective=grpo; it has both
+  splits (has_validation = True). Rewards get the whole dict; objective=sft trains `demonstration`, else the answer.
 
-What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images").
+What is not text says so in its nested Config: `kind: ClassVar = "pairs"` (or "images", "problems").
 
 Optional: `has_validation` (False: `data.val_fraction` is held out), `identity()` (a str that changes with the contents;
 by default all documents are hashed), `describe()` (a line for the screen), `n_bytes` (of text, for the progress bar).
@@ -63,6 +65,13 @@ class MarkedSource(TextSource, Protocol):
     def marked(self, split: Split, tokenizer: Any) -> Iterator[Marked]: ...
 
 
+Problem = Mapping[str, Any]  # question, answer, and what else a reward reads; JSON values
+
+
+class ProblemSource(Protocol):
+    def problems(self, split: Split) -> Iterator[Problem]: ...
+
+
 class Samples(Protocol):
     def __len__(self) -> int: ...
 
@@ -78,6 +87,7 @@ METHODS = (  # in order of precedence; the last four are for our own sources
     "marked",  # and `documents` beside it
     "documents",
     "pairs",
+    "problems",
     "images",
     "samples",
     "labelled",
@@ -100,7 +110,7 @@ def build_source(config: RunConfig) -> Source:
     given["label_names"] = given.get("label_names") or config.model.head.label_names
     source = call("data", config.data, given)
     if method_of(source) is None:
-        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:5]), resolve("data", config.data.type)
+        ways, cls = ", ".join(f"{method}(split)" for method in METHODS[1:6]), resolve("data", config.data.type)
         raise ConfigError(
             f"`data={config.data.type}`: {cls.__name__} must have one of the methods {ways}, but has none."
         )

@@ -1,0 +1,243 @@
+"""objective=grpo: rollouts and updates as a run makes them."""
+
+import dataclasses as dc
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import txtrain
+from tests.training import RUN, weights
+from txtrain import compose
+from txtrain.config.schema import Train
+from txtrain.errors import ConfigError
+from txtrain.model.build import build_model
+from txtrain.monitor.metrics_csv import read
+from txtrain.objectives.base import Batch, build_objective
+from txtrain.objectives.grpo import GRPO
+from txtrain.registry import TABLE
+from txtrain.training.module import cut, seed_everything
+
+SHAPE = (
+    "model=llama2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=24",
+    "data=arithmetic", "data.difficulty=2", "data.n_train=64", "data.n_val=8", "data.seq_len=16", *RUN[:6],
+    "sample.n=2", "data.global_batch_size=16", "scheduler=constant", "scheduler.warmup_steps=0", "optimizer.lr=0.01",
+    "objective=grpo", "objective.beta=0", "objective.group_size=4", "objective.max_new_tokens=6", "reward=[low]",
+)
+CLOCK = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
+
+
+@pytest.fixture(autouse=True)
+def low() -> Iterator[None]:
+    """A reward that a model without any training can earn: tokens below 64; a text ends by chance."""
+
+    @txtrain.component("reward", "low")
+    def low(prompts: Sequence[str], completions: Sequence[str], samples: Sequence[Any]) -> list[float]:
+        return [sum(ord(c) < 64 for c in text) / 6 for text in completions]
+
+    yield
+    del TABLE["reward"]["low"]
+
+
+def config(folder: Path, *overrides: str) -> Train:
+    made = compose([*SHAPE, f"data.cache_dir={folder / 'cache'}", f"run_dir={folder / 'run'}", *overrides])
+    assert isinstance(made, Train)
+    return made
+
+
+def metrics(run_dir: Path | None) -> list[dict[str, str]]:
+    """All columns but those of the clock."""
+    assert run_dir is not None
+    rows = read(run_dir / "metrics.csv")
+    names = [name for name in rows[0] if not name.startswith("time/") and name not in CLOCK]
+    clocks = ("tokens_per_second", "mfu", "hfu", "seconds", "goodput", "memory_gib")
+    return [{name: row[name] for name in names if name not in clocks} for row in rows]
+
+
+def test_training_earns_more_and_says_what_goes_wrong(tmp_path: Path) -> None:
+    result = txtrain.train(config(tmp_path, "trainer.max_steps=24", "trainer.val_check_interval=12", "save.every_n_steps=24"))
+    rows = metrics(result.run_dir)
+    rewards = [float(row["reward"]) for row in rows]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 1, rewards
+    for row in rows:  # one update a rollout: old and new weights are the same
+        assert float(row["ratio_deviation"]) == 0
+        assert abs(float(row["loss"])) < 1e-6  # advantages of a group sum to 0
+        assert float(row["sampler_difference_max"]) < 1e-5
+        assert float(row["reward"]) == pytest.approx(float(row["reward/low"]))
+        assert 0 < float(row["entropy"]) < 6
+        assert float(row["length"]) <= 6
+    assert float(rows[-1]["val_reward"]) == -float(rows[-1]["val_loss"])
+    assert result.run_dir is not None
+    assert "[low 0." in (result.run_dir / "samples.txt").read_text()
+
+
+@pytest.mark.slow
+def test_updates_of_a_rollout_divide_it_and_move_away(tmp_path: Path) -> None:
+    several = "objective.prompts_per_rollout=8", "objective.updates_per_rollout=4", "trainer.max_steps=5"
+    rows = metrics(txtrain.train(config(tmp_path, *several)).run_dir)
+    apart = [float(row["ratio_deviation"]) for row in rows]
+    assert apart[0] == apart[4] == 0
+    assert all(value > 0 for value in apart[1:4])
+    assert len({row["reward"] for row in rows[:4]}) == 1
+    assert rows[4]["reward"] != rows[0]["reward"]
+
+
+def test_a_run_resumed_within_a_rollout_equals_one_that_was_not_stopped(tmp_path: Path) -> None:
+    several = "objective.updates_per_rollout=4", "save.every_n_steps=2", "trainer.val_check_interval=2"
+    whole = txtrain.train(config(tmp_path / "a", *several, "trainer.max_steps=8"))
+    stopped = config(tmp_path / "b", *several, "trainer.max_steps=6")
+    part = txtrain.train(stopped)
+    assert part.run_dir is not None
+    assert (part.run_dir / "checkpoints" / "step_00000006" / "rollout.npz").exists()
+    rest = txtrain.train(dc.replace(stopped, trainer=dc.replace(stopped.trainer, max_steps=8)))
+    assert metrics(rest.run_dir) == metrics(whole.run_dir)
+    assert whole.run_dir is not None
+    assert weights(part.run_dir) == weights(whole.run_dir)
+
+
+@pytest.mark.slow
+def test_micro_batches_and_padding_change_neither_rollouts_nor_gradients(tmp_path: Path) -> None:
+    whole = txtrain.train(config(tmp_path / "a", "trainer.max_steps=4", "objective.mask_truncated=true"))
+    parts = txtrain.train(
+        config(tmp_path / "b", "trainer.max_steps=4", "objective.mask_truncated=true", "data.micro_batch_size=3", "data.global_batch_size=12",
+               "objective.prompts_per_rollout=3")
+    )
+    small = txtrain.train(
+        config(tmp_path / "c", "trainer.max_steps=4", "objective.mask_truncated=true", "data.global_batch_size=12", "objective.prompts_per_rollout=3")
+    )
+    assert metrics(whole.run_dir)[0]["reward"] != metrics(parts.run_dir)[0]["reward"]
+    for one, other in zip(metrics(parts.run_dir), metrics(small.run_dir), strict=True):
+        assert one["reward"] == other["reward"]
+        assert float(one["grad_norm"]) == pytest.approx(float(other["grad_norm"]), abs=1e-5)
+
+
+def batch_of(n: int = 6) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 257, (n, 12), generator=generator)
+    labels = ids.clone()
+    labels[:, :4] = -100
+    for i in range(n):
+        labels[i, 6 + i :] = -100
+    labels[2] = -100  # masked: truncated
+    old = torch.full((n, 12), -5.5) + torch.randn(n, 12, generator=generator) * 0.2
+    return {
+        "input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids), "old_log_probs": old,
+        "advantages": torch.randn(n, generator=generator, dtype=torch.float64), "reference_log_probs": old - 0.1,
+    }
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("how", [(), ("objective.temperature=0.7", "objective.top_p=0.9"), ("objective.ratio=sequence", "objective.loss=cispo")])
+def test_the_loss_of_micro_batches_is_that_of_rows_one_by_one(tmp_path: Path, normalise: str, how: tuple[str, ...]) -> None:
+    """With padding and a truncated row; its denominator is that of the whole batch."""
+    made = config(tmp_path, f"objective.normalise={normalise}", "objective.beta=0.1", "objective.reference=x", *how)
+    objective, batch = build_objective(made), batch_of()
+    seed_everything(0)
+    model = build_model(made.model).double()
+    counts = objective.denominators(batch)
+
+    def gradient(parts: Sequence[Batch]) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        value = sum((objective.total(objective(model, part, counts)) for part in parts), start=torch.zeros(()).double())
+        value.backward()
+        return float(value), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (whole, of_whole), (apart, of_parts) = gradient([batch]), gradient([*cut(batch, 4)])
+    rows = []
+    for i in (0, 1, 3, 4, 5):  # without padding, and without the masked row
+        rows.append({name: value[i : i + 1, : 6 + i] if value.ndim == 2 else value[i : i + 1] for name, value in batch.items()})
+    one_by_one, of_rows = gradient(rows)
+    assert whole == pytest.approx(apart, abs=1e-6)
+    assert whole == pytest.approx(one_by_one, abs=1e-6)
+    assert float((of_whole - of_parts).abs().max()) < 1e-6
+    assert float((of_whole - of_rows).abs().max()) < 1e-6
+
+
+def test_log_probs_are_those_of_the_sampler_at_its_temperature_and_nucleus(tmp_path: Path) -> None:
+    made = config(tmp_path, "objective.temperature=0.7", "objective.top_p=0.8", "trainer.max_steps=2")
+    rows = metrics(txtrain.train(made).run_dir)
+    assert all(float(row["sampler_difference_max"]) < 1e-5 for row in rows)
+
+
+def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_path: Path) -> None:
+    made = config(tmp_path)
+    objective, batch = build_objective(made), batch_of()
+    assert isinstance(objective, GRPO)
+    batch["labels"][:] = -100
+    model = build_model(made.model)
+    counts = {name: n.clamp(min=1) for name, n in objective.denominators(batch).items()}
+    loss = objective.total(objective(model, batch, counts))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert float(loss) == 0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["objective.reference=x"], "`objective.reference` must be null with objective.beta=0"),
+        (["objective.loss=rloo", "objective.updates_per_rollout=2"], "which has no ratio"),
+        (["objective.prompts_per_rollout=3"], "`data.global_batch_size` must divide the 12 completions"),
+        (["objective.prompts_per_rollout=8"], "`objective.updates_per_rollout` must be a multiple of 2"),
+        (["objective.max_new_tokens=16"], "must be below data.seq_len"),
+        (["model.dropout=0.1"], "`model.dropout` must be 0"),
+        (["trainer.devices=8"], "`objective.prompts_per_rollout` must be a multiple of the 8 ranks"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(tmp_path: Path, wrong: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        config(tmp_path, *wrong)
+    assert said in str(e.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (["objective=grpo", "objective.beta=0", "data=python_docs"], "there must be questions, and answers that can be"),
+        (["data=arithmetic"], "`data` must be a source of text or chat with objective=causal_lm"),
+    ],
+)
+def test_problems_and_grpo_go_together(wrong: list[str], said: str) -> None:
+    with pytest.raises(ConfigError) as e:
+        compose(["model=llama2", "trainer.max_epochs=null", *wrong])
+    assert said in str(e.value)
+
+
+@pytest.mark.slow
+def test_the_reference_is_read_and_its_divergence_counts(tmp_path: Path) -> None:
+    start = txtrain.train(config(tmp_path / "start", "trainer.max_steps=2"))
+    for kl_in in ("loss", "reward"):
+        given = [f"init_from={start.run_dir}", "objective.beta=0.1"]
+        given += [f"objective.reference={start.run_dir}"] if kl_in == "loss" else []  # else the weights of the start
+        rows = metrics(txtrain.train(config(tmp_path / kl_in, *given, f"objective.kl_in={kl_in}", "trainer.max_steps=4")).run_dir)
+        assert float(rows[0]["kl"]) == pytest.approx(0, abs=1e-9)
+        assert float(rows[3]["kl"]) > 1e-4
+        same = float(rows[3]["reward"]) == pytest.approx(float(rows[3]["reward/low"]))
+        assert same == (kl_in == "loss")
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_rollouts_and_updates_of_one(tmp_path: Path) -> None:
+    mine = tmp_path / "mine.py"
+    mine.write_text(
+        "import txtrain\n\n@txtrain.component('reward', 'low')\ndef low(prompts, completions, samples):\n"
+        "    return [sum(ord(c) < 64 for c in text) / 6 for text in completions]\n"
+    )
+    runs = []
+    for n in (1, 2):
+        folder = tmp_path / str(n)
+        overrides = [*SHAPE, f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={folder}", f"imports=[{mine}]"]
+        overrides += ["trainer.max_steps=10", "objective.updates_per_rollout=2", f"trainer.devices={n}"]
+        subprocess.run([sys.executable, "-m", "txtrain", *overrides], check=True, timeout=200)
+        runs.append((metrics(folder), np.load(folder / "checkpoints" / "step_00000010" / "rollout.npz")))
+    (one, of_one), (two, of_two) = runs
+    for name in of_one.files:
+        assert np.allclose(of_one[name], of_two[name], atol=1e-4), name
+    assert np.array_equal(of_one["input_ids"], of_two["input_ids"])
+    assert [float(row["grad_norm"]) for row in one] == pytest.approx([float(row["grad_norm"]) for row in two], abs=1e-4)

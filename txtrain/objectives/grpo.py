@@ -1,0 +1,332 @@
+"""Reinforcement learning on groups of sampled completions with rewards: GRPO and its relatives."""
+
+# N completions of a rollout, B rows of a batch, T positions
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from txtrain.data.samples.order import GlobalOrder, RolloutOrder
+from txtrain.data.samples.prompts import problem_of
+from txtrain.errors import ConfigError
+from txtrain.ground.plain_files import read_npz
+from txtrain.model.config import Sampling
+from txtrain.model.decoding import Rows, Written, evaluating, padded
+from txtrain.model.generation import Decoding, continue_rows
+from txtrain.model.sampling import processed
+from txtrain.objectives import policy_gradient
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms
+from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio
+from txtrain.objectives.rewards import Job, Rewards
+from txtrain.run_config import RewardConfig, RunConfig
+
+log = logging.getLogger(__name__)
+
+FILE = "rollout.npz"  # in a checkpoint
+_BOUND = 0.02  # nats: a larger mean difference of sampler and trainer is said on the screen
+_WHOLE = 1 << 40  # nothing of a checkpoint is compressed
+
+
+class GRPO(Objective):
+    """Completions of prompts are sampled from the weights that are trained, rewarded, and made more or less likely.
+
+    A rollout has group_size completions of each of prompts_per_rollout prompts; its updates train on
+    data.global_batch_size of them each, in turn. The old log-probabilities are the trainer's own, computed once when a
+    rollout is made: so the ratio of a rollout's first update is exactly 1. The sampler's are compared with them.
+    """
+
+    def __init__(
+        self, group_size: int, prompts_per_rollout: int, updates_per_rollout: int, max_new_tokens: int,
+        temperature: float, top_p: float, beta: float, clip_low: float, clip_high: float, normalise: Normalise,
+        divide_by_std: bool, ratio: Ratio, loss: Loss, mask_truncated: bool, kl_in: str, reward: RewardConfig,
+        seed: int, counts_tokens: bool,
+    ) -> None:
+        self.group_size, self.prompts, self.updates = group_size, prompts_per_rollout, updates_per_rollout
+        self.how = Sampling(
+            max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, n=group_size, seed=seed
+        )
+        self.best = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.beta, self.kl_in, self.clip = beta, kl_in, (clip_low, clip_high)
+        self.normalise, self.divide_by_std, self.ratio, self.loss = normalise, divide_by_std, ratio, loss
+        self.mask_truncated, self.counts_tokens = mask_truncated, counts_tokens
+        self.rewards = Rewards(reward)
+        each = tuple(f"reward/{name}" for name in reward.use)
+        self.reports = ("ratio_deviation", "clipped_share", *(("kl",) if beta else ()))
+        self.measures = (
+            "reward", *each, "reward_std", "silent_groups", "truncated_share", "length", "entropy",
+            "sampler_difference", "sampler_difference_max",
+        )
+        self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
+        self.metrics = ("val_reward", *(f"val_{name}" for name in each), "val_truncated_share", "val_length")
+        self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
+        self.of_step: dict[str, float] = {}
+        self._texts: list[tuple[str, str, Mapping[str, float]]] = []
+        self._warned = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*self.reports, *self.measures, *self.clocks, *self.metrics)
+
+    def order(self, n: int, seed: int, overfit_batches: int) -> GlobalOrder:
+        return RolloutOrder(n, self.prompts, seed, overfit_batches, updates=self.updates)
+
+    def begin(self, module: Any, data: Any) -> None:
+        if data is None or data.tokenizer is None:
+            raise ConfigError("`objective=grpo` must have the data of txtrain.DataModule, which rewards read.")
+        self.parallel, self.tokenizer = module.parallel, data.tokenizer
+        if self.prompts % self.parallel.size:
+            raise ConfigError(
+                f"`objective.prompts_per_rollout` must be a multiple of the {self.parallel.size} ranks that see "
+                f"different samples, but is {self.prompts} instead."
+            )
+
+    # --------------------------------------------------------------------------------------------------------- training
+
+    def step_batch(self, module: Any, batch: Batch) -> Batch:
+        number, update = divmod(module.step, self.updates)
+        if not self.rollout or int(self.rollout["number"]) != number:
+            self._roll_out(module, batch, number)
+        size = int(module.config.data.global_batch_size)
+        begin = update * size % len(self.rollout["input_ids"]) + self.parallel.rank * (size // self.parallel.size)
+        rows = slice(begin, begin + size // self.parallel.size)
+        made = {name: self.rollout[name][rows].to(module.device) for name in self._trained}
+        longest = int(made["attention_mask"].sum(1).max())
+        return {name: value[:, :longest] if value.ndim == 2 else value for name, value in made.items()}
+
+    @property
+    def _trained(self) -> tuple[str, ...]:
+        always = ("input_ids", "attention_mask", "labels", "old_log_probs", "advantages")
+        return (*always, "reference_log_probs") if self.beta else always
+
+    def denominators(self, batch: Batch) -> Terms:
+        mask_BT = batch["labels"] != IGNORED
+        tokens = mask_BT.sum()
+        return {"loss": policy_gradient.count(mask_BT, self.normalise), **dict.fromkeys(self.reports, tokens)}
+
+    def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        mask_BT = batch["labels"] != IGNORED
+        log_p_BT = self.log_probs(model, batch)
+        low, high = self.clip
+        found = policy_gradient.surrogate(
+            log_p_BT, batch["old_log_probs"].to(log_p_BT), batch["advantages"].to(log_p_BT), mask_BT,
+            loss=self.loss, ratio=self.ratio, clip_low=low, clip_high=high,
+        )
+        losses_BT = found.losses
+        sums = {"ratio_deviation": found.deviations, "clipped_share": found.clipped.to(log_p_BT)}
+        if self.beta:
+            kl_BT = policy_gradient.k3(log_p_BT, batch["reference_log_probs"].to(log_p_BT))
+            sums["kl"] = kl_BT.detach()
+            if self.kl_in == "loss":
+                losses_BT = losses_BT + self.beta * kl_BT
+        weights_BT = policy_gradient.token_weights(mask_BT, self.normalise, self.how.max_new_tokens).to(log_p_BT)
+        loss = (losses_BT.masked_fill(~mask_BT, 0.0) * weights_BT).sum() / denominators["loss"]
+        said = {name: value.masked_fill(~mask_BT, 0.0).sum() / denominators[name] for name, value in sums.items()}
+        return {"loss": loss, **said}
+
+    def log_probs(self, model: Callable[..., Any], batch: Batch) -> Tensor:
+        """[B, T]: of each label at the temperature and top_p of the sampler, 0 where there is none.
+
+        With top_p a label outside of today's nucleus is taken into it: its ratio stays finite.
+        """
+        given = {"input_ids": batch["input_ids"]}
+        if self.counts_tokens:
+            given["attention_mask"] = batch["attention_mask"]
+        labels_BT = batch["labels"]
+        how = self.how
+        if how.heat == 1 and how.top_p == 1:
+            found: Tensor = model(**given, labels=labels_BT, return_logits=False, return_log_probs=True).log_probs
+            return found
+        chosen_BT = labels_BT[:, 1:] != IGNORED
+        logits_MV = model(**given).logits[:, :-1][chosen_BT]
+        labels_M1 = labels_BT[:, 1:][chosen_BT][:, None]
+        hot_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)) / how.heat
+        left_out_MV = processed(logits_MV.detach(), how).isneginf().scatter(1, labels_M1, False)
+        log_p_M = hot_MV.masked_fill(left_out_MV, -torch.inf).log_softmax(-1).gather(1, labels_M1)[:, 0]
+        blank_BT = torch.zeros_like(labels_BT, dtype=log_p_M.dtype)
+        return blank_BT.masked_scatter(torch.nn.functional.pad(chosen_BT, (1, 0)), log_p_M)
+
+    # ---------------------------------------------------------------------------------------------------------- rollout
+
+    @torch.no_grad()
+    def _roll_out(self, module: Any, batch: Batch, number: int) -> None:
+        """Sample, reward and keep the completions of all ranks, in the order of prompts and samples.
+
+        batch: the prompts of this rank; `sample_index` numbers them over the whole run, and with it their draws.
+        """
+        began = time.perf_counter()
+        prompts = _rows(batch)
+        problems = [problem_of(text) for text in batch["problem"]]
+        index = batch["sample_index"].tolist()
+        written = self._written(module.model, prompts, self.how, module, index)
+        jobs = self._jobs(problems, written, self.group_size)
+        rewarding = time.perf_counter()
+        values = self.parallel.together(lambda: self.rewards(jobs))
+        rewarded = time.perf_counter()
+        mine = self._rows_of(module, prompts, written, values, index)
+        rows = dict(sorted((at, row) for part in self.parallel.of_all(mine) for at, row in part.items()))
+        self.rollout = {"number": torch.tensor(number), **self._together([*rows.values()])}
+        self._measure()
+        seconds = {"rollout_seconds": rewarding - began, "reward_seconds": rewarded - rewarding}
+        speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)
+        self.of_step |= seconds | {"rollout_tokens_per_second": speed}
+        self._texts = [(job.prompt, job.completion, value) for job, value in zip(jobs, values, strict=True)]
+
+    def _written(
+        self, model: Any, prompts: Rows, how: Sampling, module: Any = None, index: Sequence[int] | None = None
+    ) -> list[Written]:
+        ends = (self.tokenizer.eos_id,)
+        together = None if module is None else module.config.data.micro_batch_size
+        device = next(model.parameters()).device
+        job = Decoding(how, ends, together, ranks=self.parallel, on_step=lambda _: self.check(), device=device)
+        return continue_rows(model, prompts, job, index)
+
+    def _jobs(self, problems: Sequence[Mapping[str, Any]], written: Sequence[Written], n: int) -> list[Job]:
+        """Completions as text, for the rewards alone: training keeps the tokens."""
+        made = []
+        for i, row in enumerate(written):
+            problem = problems[i // n]
+            sample = {**problem, "n_tokens": len(row.ids), "ended": row.ended}
+            made.append(Job(problem["prompt"], self.tokenizer.decode(row.ids.tolist()), sample))
+        return made
+
+    def _rows_of(
+        self, module: Any, prompts: Rows, written: Sequence[Written], values: Sequence[Mapping[str, float]],
+        index: Sequence[int],
+    ) -> dict[int, dict[str, Any]]:
+        """This rank's completions, by their number over the whole run."""
+        n = self.group_size
+        asked = [prompts[i // n] for i in range(len(written))]
+        ids = [[*prompt, *row.ids.tolist()] for prompt, row in zip(asked, written, strict=True)]
+        input_ids, mask = padded(ids, module.device, left=False)
+        labels = input_ids.clone() if mask is None else input_ids.masked_fill(mask == 0, IGNORED)
+        for row, prompt in zip(labels, asked, strict=True):
+            row[: len(prompt)] = IGNORED
+        whole = {"input_ids": input_ids, "attention_mask": torch.ones_like(labels) if mask is None else mask}
+        batch = {**whole, "labels": labels}
+        old = self._computed(module.model, batch, module)
+        reference = self._computed(self.models["reference"], batch, module) if self.beta else old
+        made = {}
+        for i, (row, value) in enumerate(zip(written, values, strict=True)):
+            begin, end = len(asked[i]), len(ids[i])
+            made[index[i // n] * n + i % n] = {
+                "ids": ids[i], "n_prompt": begin, "ended": row.ended, "rewards": [*value.values()],
+                "total": self.rewards.total(value), "old": old[i][begin:end].cpu(), "sampler": row.log_probs.cpu(),
+                "reference": reference[i][begin:end].cpu() if self.beta else None,
+            }
+        return made
+
+    def _computed(self, model: Any, batch: Batch, module: Any) -> Tensor:
+        size = module.config.micro_batch_size
+        parts = [
+            {name: value[at : at + size] for name, value in batch.items()}
+            for at in range(0, len(batch["input_ids"]), size)
+        ]
+        with evaluating(module.model):
+            return torch.cat([self.log_probs(model, part) for part in parts])
+
+    def _together(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        cpu = torch.device("cpu")
+        ids, mask = padded([row["ids"] for row in rows], cpu, left=False)
+        labels = torch.full_like(ids, IGNORED)
+        blank = torch.zeros(ids.shape)
+        made = {"old_log_probs": blank, "sampler_log_probs": blank.clone()}
+        made |= {"reference_log_probs": blank.clone()} if self.beta else {}
+        for i, row in enumerate(rows):
+            new = slice(row["n_prompt"], len(row["ids"]))
+            if row["ended"] or not self.mask_truncated:
+                labels[i, new] = ids[i, new]
+            for name in made:
+                made[name][i, new] = row[name.removesuffix("_log_probs")].float()
+        total = torch.tensor([row["total"] for row in rows], dtype=torch.float64)
+        if self.beta and self.kl_in == "reward":
+            kl = [policy_gradient.k3(row["old"], row["reference"]).sum().double() for row in rows]
+            total = total - self.beta * torch.stack(kl).cpu()
+        advantages = policy_gradient.advantages(total.view(-1, self.group_size), self.loss, self.divide_by_std)
+        return {
+            **made, "input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask,
+            "labels": labels, "advantages": advantages.flatten(), "total": total,
+            "rewards": torch.tensor([row["rewards"] for row in rows], dtype=torch.float64),
+            "ended": torch.tensor([row["ended"] for row in rows]),
+            "n_new": torch.tensor([len(row["ids"]) - row["n_prompt"] for row in rows]),
+        }
+
+    def _measure(self) -> None:
+        """What is said of a rollout; a function of it, so that a resumed run says the same."""
+        r = self.rollout
+        groups = r["total"].view(-1, self.group_size)
+        n = float(r["n_new"].sum())
+        apart = (r["old_log_probs"] - r["sampler_log_probs"]).abs()
+        each = dict(zip(self.rewards.names, r["rewards"].mean(0).tolist(), strict=True))
+        self.of_step = {
+            "reward": float(r["total"].mean()), **{f"reward/{name}": value for name, value in each.items()},
+            "reward_std": float(groups.std(1).mean()),
+            "silent_groups": float((groups == groups[:, :1]).all(1).double().mean()),
+            "truncated_share": float((~r["ended"]).double().mean()),
+            "length": float(r["n_new"].double().mean()),
+            "entropy": -float(r["sampler_log_probs"].double().sum()) / n,
+            "sampler_difference": float(apart.double().sum()) / n, "sampler_difference_max": float(apart.max()),
+        }
+        if self.of_step["sampler_difference"] > _BOUND and not self._warned:
+            self._warned = True
+            log.warning(
+                "sampler and trainer differ by %.3g nats a token (more than %s): the ratio of old and new weights is "
+                "that wrong; trainer.precision=32-true brings them together",
+                self.of_step["sampler_difference"], _BOUND,
+            )
+
+    # ------------------------------------------------------------------------------------------------------- checkpoint
+
+    def state(self) -> Callable[[Path], None]:
+        kept = {name: value.numpy() for name, value in self.rollout.items()}  # never changed in place
+
+        def write(folder: Path) -> None:
+            if kept:
+                np.savez(folder / FILE, **kept)  # type: ignore[arg-type]
+
+        return write
+
+    def load_state(self, folder: Path) -> None:
+        file = folder / FILE
+        if not file.exists():  # saved before the first rollout was complete
+            return
+        names = ("number", "input_ids", "attention_mask", "labels", "old_log_probs", "sampler_log_probs", "advantages",
+                 "total", "rewards", "ended", "n_new", *(("reference_log_probs",) if self.beta else ()))
+        self.rollout = {name: torch.from_numpy(read_npz(file, name, str(file), _WHOLE)) for name in names}
+        self._measure()
+        self._texts = []
+
+    # ------------------------------------------------------------------------------------------------------- validation
+
+    def validate(self, model: Any, batch: Batch) -> Counted:
+        """The rewards of the most likely completions; `loss` is the negative of their sum."""
+        written = self._written(model, _rows(batch), self.best)
+        jobs = self._jobs([problem_of(text) for text in batch["problem"]], written, 1)
+        values = self.parallel.together(lambda: self.rewards(jobs))
+        total = sum(map(self.rewards.total, values))
+        sums = {
+            "loss": -total, "val_reward": total,
+            **{f"val_reward/{name}": sum(value[name] for value in values) for name in self.rewards.names},
+            "val_truncated_share": sum(not row.ended for row in written),
+            "val_length": sum(len(row.ids) for row in written),
+        }
+        n = torch.tensor(len(jobs))
+        return {name: (torch.tensor(float(value), dtype=torch.float64), n) for name, value in sums.items()}
+
+    def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
+        """The latest rollout's first completions and their rewards."""
+        return [
+            Shown(prompt, f"{completion}  [{', '.join(f'{name} {value:g}' for name, value in values.items())}]")
+            for prompt, completion, values in self._texts[: config.sample.n]
+        ]
+
+
+def _rows(batch: Batch) -> list[list[int]]:
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
