@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from txtrain.model.generation import generate as generate
     from txtrain.model.transformer import log_probs as log_probs
     from txtrain.training.data_module import DataModule as DataModule
+    from txtrain.training.evaluation import evaluate as evaluate
     from txtrain.training.module import LitModule as LitModule
     from txtrain.training.run import train as train
 
@@ -31,6 +32,7 @@ _LAZY = {  # where each name stands; imported when it is first asked for
     "build_model": "txtrain.hf.trainer",
     "component": "txtrain.config.plugins",
     "compose": "txtrain.cli.jobs",
+    "evaluate": "txtrain.training.evaluation",
     "families": "txtrain.config.paths",
     "generate": "txtrain.model.generation",
     "load_pretrained": "txtrain.checkpoint.load",

@@ -45,6 +45,7 @@ GROUP = {axis: f"model/{axis}" for axis in MODEL_AXES}
 # norm_position is a plain value (model.norm_position=post): its options have no knobs.
 VALUE_AXES = {"norm_position": "model.norm_position"}
 
+METRIC = "metric"  # the axis of users' metrics, which are functions
 USER_AXES = (
     "attention", "ffn", "position", "norm", "norm_position", "objective", "data", "optimizer", "scheduler", "reward",
 )
@@ -196,8 +197,8 @@ def axis(name: str, default: Any = dc.MISSING, *, free: bool = False) -> Any:
 
 
 def axes(name: str) -> Any:
-    """A field that maps the user's names to configs of options of an axis."""
-    return dc.field(metadata={"axes": name})
+    """A field that maps the user's names to configs of options of an axis; empty if not given."""
+    return dc.field(default_factory=dict, metadata={"axes": name})
 
 
 def choice(name: str, default: Any = dc.MISSING) -> Any:

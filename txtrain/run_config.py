@@ -18,7 +18,45 @@ from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
-from txtrain.registry import TABLE, axis, knob
+from txtrain.registry import TABLE, axes, axis, knob
+
+_LOWER = ("loss", "perplexity", "bits_per_byte", "grad_norm")
+_HIGHER = (
+    "accuracy", "accuracy_per_token", "accuracy_per_byte", "masked_accuracy", "nsp_accuracy", "top1", "top5",
+    "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "exact_match", "bleu", "chrf",
+)
+Direction = Literal["min", "max"]
+
+
+def direction_of(metric: str) -> Direction | None:
+    """Whether a metric is better when it is lower (min) or higher; None: it is not known."""
+    name = metric.partition("/")[0]
+    if name in _HIGHER:
+        return "max"
+    return "min" if name in _LOWER or name.endswith("_loss") else None
+
+
+def _no_direction(key: str, metric: str) -> str:
+    return f"`{key}` must be given for {metric}, min or max: whether a lower or a higher one is better is not known."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class StopConfig:
+    """When a run ends before its last step: once a metric no longer improves."""
+
+    patience: int | None = knob(None, at_least=1)  # values in a row without a gain that end the run; null: never
+    metric: str = "val_loss"  # any column of metrics.csv that validation fills
+    direction: Direction | None = None  # whether lower or higher is better; null: known by the metric's name
+    min_gain: float = knob(0.0, at_least=0)  # a smaller improvement is none
+
+    def check(self) -> Iterator[str]:
+        if self.direction is None and direction_of(self.metric) is None:
+            yield _no_direction("trainer.stop_after.direction", self.metric)
+
+    @property
+    def sign(self) -> int:
+        """1 if lower is better, -1 if higher is."""
+        return 1 if (self.direction or direction_of(self.metric)) == "min" else -1
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -51,8 +89,19 @@ class TrainerConfig:
     # stop after so many steps (true: 1) of training and validation; write nothing
     fast_dev_run: bool | int = knob(False, at_least=0)
     overfit_batches: int = knob(0, at_least=0)  # train only on the first so many global batches; 0: on all
+    stop_after: StopConfig = dc.field(default_factory=StopConfig)
+    # steps between evaluations of eval_tasks, a multiple of val_check_interval; null: at each validation
+    eval_tasks_interval: int | None = knob(None, at_least=1)
 
     def check(self) -> Iterator[str]:
+        yield from self.stop_after.check()
+        every, between = self.eval_tasks_interval, self.val_check_interval
+        if every is not None and every % between:
+            near = max(1, round(every / between)) * between
+            yield (
+                f"`trainer.eval_tasks_interval` must be a multiple of trainer.val_check_interval ({between}) or null, "
+                f"but is {every} instead. Nearest: {near}."
+            )
         limits = ("max_steps", "max_epochs", "max_tokens", "max_time")
         if all(getattr(self, name) is None for name in limits):
             yield (
@@ -69,12 +118,25 @@ class SaveConfig:
 
     every_n_steps: int = knob(200, at_least=1)  # steps between checkpoints
     keep_last: int = knob(2, at_least=1)  # how many of the newest to keep
-    keep_best: int = knob(1, at_least=0)  # how many with the lowest validation loss to keep
+    keep_best: int = knob(1, at_least=0)  # how many with the best metric to keep
+    metric: str = "val_loss"  # of keep_best: any column of metrics.csv that validation fills
+    direction: Direction | None = None  # whether a lower or higher one is better; null: known by the metric's name
+    load_best: bool = False  # at the end, load the weights with the best metric
+    weights_only_last: bool = False  # the checkpoint of the last step holds weights alone: no run continues from it
     keep_every_n_steps: int | None = knob(None, at_least=1)  # those of every so many steps are kept for good
     async_: bool = False  # write from a copy in CPU memory while the training goes on
     verify: bool = True  # compare each tensor with its checksum on resume and fork
 
+    @property
+    def sign(self) -> int:
+        """1 if a lower metric is better, -1 if a higher one is."""
+        return 1 if (self.direction or direction_of(self.metric)) == "min" else -1
+
     def check(self) -> Iterator[str]:
+        if self.direction is None and direction_of(self.metric) is None:
+            yield _no_direction("save.direction", self.metric)
+        if self.load_best and not self.keep_best:
+            yield "`save.keep_best` must be at least 1 with save.load_best=true, but is 0 instead. Nearest: 1."
         every, step = self.keep_every_n_steps, self.every_n_steps
         if every is not None and every % step:
             multiple = f"a multiple of save.every_n_steps ({step}) or null"
@@ -101,6 +163,22 @@ class LayerStatsConfig:
     def check(self) -> Iterator[str]:
         if self.every_n_steps is None and self.activations:
             yield "`layer_stats.every_n_steps` must be given with layer_stats.activations=true."
+
+
+@dc.dataclass(frozen=True)
+class Extent:
+    """How much of the data is the validation set.
+
+    Attributes:
+        whole: all of it, nothing is held out for training.
+        rest: no token is left out: the last sequence may be shorter.
+        stride: tokens between the begins of sequences, each of which predicts what the one before has not; None: those
+            of training.
+    """
+
+    whole: bool = False
+    rest: bool = False
+    stride: int | None = None
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -185,6 +263,10 @@ class RunConfig:
     model: ModelConfig
     data: Any = axis("data")
     objective: Any = axis("objective")
+    # further data that validation evaluates, by name: the `type` of the source, and its keys
+    eval_tasks: dict[str, Any] = axes("data")
+    # your own metrics of validation, functions registered by @txtrain.component("metric", NAME)
+    metrics: tuple[str, ...] = ()
     optimizer: Any = axis("optimizer")
     scheduler: Any = axis("scheduler")
     strategy: Any = axis("strategy", free=True)
@@ -221,6 +303,11 @@ class RunConfig:
     profile: bool = knob(False, free=True)  # write a trace of a few steps into the run's folder
     # the first and the last step to trace; null: the fourth to the sixth of this start
     profile_steps: tuple[int, int] | None = knob(None, at_least=1, free=True)
+
+    @property
+    def extent(self) -> Extent:
+        """How much of the data is validated."""
+        return Extent()
 
     @property
     def seq_len(self) -> int:

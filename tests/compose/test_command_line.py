@@ -91,7 +91,7 @@ MISTAKES = [
     ("save=none", "`save` must be a mapping"),
     # verbs and flags
     ("trian", "Did you mean train?"),
-    ("serve", "must be a verb (train, generate, export, plan, prepare, preview)"),
+    ("serve", "must be a verb (train, generate, evaluate, predict, export, plan, prepare, preview)"),
     ("mistral", "Did you mean model=mistral?"),
     ("model=gpt2 train", "The verb comes first."),
     ("--confg", "Did you mean --cfg?"),

@@ -39,9 +39,9 @@ def test_keys_of_train_arrive_unchanged(key, job):
 
 def test_every_literal_key_is_one_of_the_contract():
     contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
-    beside = ["data.cache_dir", "data.chat_template", "data.delimiter", "messages", "system"]  # paths and texts, as the others are
-    of_objectives = ["objective.teacher", "objective.reference"]
-    assert sorted(LITERALS) == sorted([*contract, *beside, *of_objectives])
+    beside = ["data.cache_dir", "data.chat_template", "lm_eval.include_path", "objective.teacher", "objective.reference"]  # paths, as the others are
+    texts = ["data.delimiter", "data.prompt", "messages", "objective.pattern", "system"]
+    assert sorted(LITERALS) == sorted([*contract, *beside, *texts])
 
 
 @pytest.mark.parametrize("value", ["a.txt,c.txt", "[a.txt,c.txt]", "a b,c=d.txt"])

@@ -44,6 +44,7 @@ NEEDED = {  # what the other files go with
     "recipes/transformer_translation": "data.path=x",
     "conf/model/head/mlm": "model=bert objective=masked_lm",
 }
+EVALUATED = tuple(f"conf/data/{name}" for name in ("multiple_choice", "cloze", "questions"))  # no objective trains on them
 SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte(, BLEU \d+\.\d, chrF \d+\.\d)?|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
 ROOTS = {
     "base": "train",
@@ -71,6 +72,8 @@ def line_of(file: str) -> list[str]:
         return ["train", next(f"model={m}" for m in MODELS if f"/training@_global_: {option}," in (CONF / "model" / f"{m}.yaml").read_text())]
     chosen = f"recipe={file.removeprefix('recipes/')}" if file.startswith("recipes/") else f"{folder.removeprefix('conf/')}={option}"
     group = chosen.partition("=")[0]
+    if file in EVALUATED:
+        return ["evaluate", "data.path=x", chosen]
     beside = NEEDED.get(file) or (FAMILIES.get(option.partition("_")[0], "") if folder == "conf/model" else "")
     verb = "plan" if file == "conf/adapter/lora" else "train"  # a run needs weights to adapt
     return [verb, *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]

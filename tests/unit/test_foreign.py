@@ -23,10 +23,10 @@ FOREIGN = {
     # errors of Hydra and of the hub, pictures of Pillow
     "config.overrides": "full_key msg",
     "data.sources.hub": "reason",
+    "data.sources.labels": "feature names",
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
     "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template in_pairs",
-    "data.sources.labels": "feature names",
     "data.samples.images": "files",
     "model.generation": "decode",
     "model.decoding": "item config",

@@ -61,6 +61,7 @@ PRIVATE = {
     "lightning.pytorch.loggers.WandbLogger": "_experiment _offline _wandb_init",
     "lightning.pytorch.loops.training_epoch_loop._TrainingEpochLoop": "_batches_that_stepped",
     "submitit.core.job_environment.JobEnvironment": "_usr_sig",
+    "sacrebleu.metrics.base.Metric": "_compute_score_from_stats _extract_corpus_statistics",
     "torch": "_foreach_mul_ _foreach_norm",
     "torch._C._dynamo.eval_frame": "_set_lru_cache",
     "torch._dynamo.utils": "counters",

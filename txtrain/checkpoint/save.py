@@ -131,26 +131,31 @@ def clean(run_dir: Path) -> None:
         shutil.rmtree(rest)
 
 
-def val_losses(run_dir: Path) -> dict[Path, float | None]:
-    """Of the complete checkpoints whose state is readable, oldest first; None where a step was not validated."""
+def scores(run_dir: Path, keep: SaveConfig) -> dict[Path, float | None]:
+    """keep.metric, lower for better, of the complete checkpoints whose state is readable, oldest first; None where a
+    step has none."""
     found: dict[Path, float | None] = {}
     for path in complete(run_dir):
         with contextlib.suppress(ConfigError):
-            found[path] = read_state(path).val_loss
+            value = read_state(path).metrics.get(keep.metric)
+            found[path] = None if value is None else keep.sign * value
     return found
 
 
+def best_of(run_dir: Path, keep: SaveConfig) -> list[Path]:
+    """The checkpoints with a metric, the best first; of equal ones the earlier."""
+    found = scores(run_dir, keep)
+    with_one = [path for path in found if found[path] is not None]
+    return sorted(with_one, key=lambda path: (found[path], step_of(path)))
+
+
 def rotate(run_dir: Path, keep: SaveConfig) -> None:
-    """Remove all but the newest keep_last, the keep_best with the lowest validation loss, those of every
-    keep_every_n_steps, and damaged ones."""
-    losses = val_losses(run_dir)
-    found = list(losses)
-    validated = sorted(
-        (path for path in found if losses[path] is not None), key=lambda path: (losses[path], step_of(path))
-    )
+    """Remove all but the newest keep_last, the keep_best with the best metric, those of every keep_every_n_steps, and
+    damaged ones."""
+    found = list(scores(run_dir, keep))
     every = keep.keep_every_n_steps
     kept = {
-        *found[-keep.keep_last :], *validated[: keep.keep_best],
+        *found[-keep.keep_last :], *best_of(run_dir, keep)[: keep.keep_best],
         *(path for path in found if every and step_of(path) % every == 0),
     }
     for path in found:

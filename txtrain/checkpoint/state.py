@@ -50,7 +50,9 @@ class RunState:
         data_order_hash: of the samples of steps 1..step. data_fingerprint: of contents, tokenizer and packing.
         stream_position: where the next step of a streamed set is read from: token, epoch, row.
         samples_size: bytes of samples.txt.
-        metrics: val_loss, if this step was validated.
+        metrics: val_loss and the metric of save.keep_best, if this step was validated.
+        stopping: of trainer.stop_after: the best value so far, and the number of values since then; None: none yet.
+        weights_only: the checkpoint has no state of the optimizer (save.weights_only_last).
         open_row: the row of a step whose validation was cut short by an interrupt.
         save_seconds: the longest save so far.
         skipped: steps that were not finite: in all, and the latest in a row.
@@ -78,6 +80,8 @@ class RunState:
     rows: int | None = None
     rows_hash: str = ""
     optimizer: dict[str, float | bool] = dc.field(default_factory=dict)
+    stopping: list[float] | None = None
+    weights_only: bool = False
 
     @property
     def val_loss(self) -> float | None:
@@ -96,7 +100,9 @@ def read_state(file: Path) -> RunState:
     raw = read_json(file, finite=False)
     check_format(raw, file)
     where = str(file)
-    defaults = ("format", "losses", "save_seconds", "skipped", "times", "optimizer", "id", "rows", "rows_hash")
+    defaults = (
+        "format", "losses", "save_seconds", "skipped", "times", "optimizer", "id", "rows", "rows_hash", "weights_only",
+    )
     kinds = _kinds(RunState) | {"losses": dict | None, "skipped": list[int] | None}
     check_keys(raw, where, {key: kind | None if key in defaults else kind for key, kind in kinds.items()})
     losses = raw.get("losses") or {}

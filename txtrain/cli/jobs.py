@@ -15,8 +15,9 @@ from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config import compose as composition
 from txtrain.config.composed import Composed
 from txtrain.config.loader import Loader, make_loader
+from txtrain.config.of_checkpoint import of_checkpoint
 from txtrain.config.overrides import expand
-from txtrain.config.schema import Export, Generate, Train
+from txtrain.config.schema import Evaluate, Export, Generate, OnTrained, Predict, Train
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
 from txtrain.run_config import RunConfig
@@ -24,7 +25,7 @@ from txtrain.run_config import RunConfig
 
 def compose(
     overrides: Sequence[str] = (), verb: str = "train", config_dir: str | os.PathLike[str] | None = None
-) -> Train | Generate | Export:
+) -> Train | Evaluate | Predict | Generate | Export:
     """The typed, validated configuration that `txtrain VERB OVERRIDES` would run.
 
     Raises:
@@ -36,14 +37,15 @@ def compose(
     if not isinstance(verb, str) or verb not in VERBS:
         raise ConfigError(f"`verb` must be one of {', '.join(VERBS)}, but is {verb!r} instead.")
     loader = make_loader(None if config_dir is None else str(path_of(config_dir, "config_dir")))
-    config: Train | Generate | Export = compose_job(verb, expand(overrides, False, loader)[0], loader)[0].config
+    job, _ = compose_job(verb, expand(overrides, False, loader)[0], loader)
+    config: Train | Evaluate | Predict | Generate | Export = job.config
     return config
 
 
 def compose_job(verb: str, overrides: list[Override], loader: Loader) -> tuple[Composed, list[Override]]:
     """The configuration of one job of `expand`, and its overrides as passed to Hydra."""
     job, lines = composition.compose_job(verb, root_of(verb), overrides, loader, partial(newest_run, key="resume"))
-    return _pinned(job), lines
+    return _on_trained(_pinned(job)), lines
 
 
 def _pinned(composed: Composed) -> Composed:
@@ -58,3 +60,18 @@ def _pinned(composed: Composed) -> Composed:
             before = begun_with(config.run_dir, config.name, key, where) if of_runs else None
             found[key] = before or newest_run(where, key)
     return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
+
+
+def _on_trained(job: Composed) -> Composed:
+    """The job with the model, tokenizer and objective of its checkpoint, for verbs that read a trained model.
+
+    Raises:
+        ConfigError: the checkpoint holds no model, or one that contradicts the configuration.
+    """
+    config = job.config
+    if not isinstance(config, OnTrained) or (where := config.checkpoint or config.init_from) is None:
+        return job
+    from txtrain.checkpoint.load import describe
+
+    job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))
+    return of_checkpoint(job, describe(where))

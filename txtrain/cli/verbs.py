@@ -65,6 +65,18 @@ VERBS = {
         "txtrain.cli.generate:run_generate",
         '  txtrain generate checkpoint=RUN prompt="Once upon a time, " temperature=0\n',
     ),
+    "evaluate": Verb(
+        "loss, perplexity, bits per byte, accuracy and the like of a trained model on data, with intervals",
+        _SCHEMA + "Evaluate",
+        "txtrain.cli.evaluate:run_evaluate",
+        "  txtrain evaluate checkpoint=RUN data=text data.path=FILES stride=128 out=evaluation.json\n",
+    ),
+    "predict": Verb(
+        "labels, texts, log-probabilities or embeddings of each row of a file, into out=FILE.jsonl",
+        _SCHEMA + "Predict",
+        "txtrain.cli.predict:run_predict",
+        "  txtrain predict checkpoint=RUN data=text data.path=ROWS.jsonl out=predictions.jsonl\n",
+    ),
     "export": Verb(
         "write a checkpoint as a folder of Hugging Face: config.json, model.safetensors, tokenizer",
         _SCHEMA + "Export",

@@ -14,7 +14,8 @@ from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 KIND = "data.sample_kind"
-_OF_TEXT = ("text", "chat", "preferences", "pairs", "problems", "labels")
+QUESTIONS = ("choices", "cloze", "questions")
+_OF_TEXT = ("text", "chat", "preferences", "pairs", "problems", "labels", *QUESTIONS)
 ALL_KINDS = (*_OF_TEXT, "images")
 
 
@@ -100,12 +101,14 @@ def objective_rules(name: str) -> list[Rule]:
 
 
 def objectives_for(model: ModelConfig) -> list[str]:
-    """The objectives that fit a model, on data of a kind that they read."""
-    kinds = {name: option.config.reads or ALL_KINDS for name, option in TABLE["objective"].items()}
-    return [name for name, reads in kinds.items() if any(_fits(model, name, kind) for kind in reads)]
+    """The objectives that fit a model, on data of a kind that they read; not those for evaluation alone."""
+    training = {name: option.config for name, option in TABLE["objective"].items() if option.config.trains}
+    kinds = {name: config.reads or ALL_KINDS for name, config in training.items()}
+    return [name for name, reads in kinds.items() if any(fits(model, name, kind) for kind in reads)]
 
 
-def _fits(model: ModelConfig, objective: str, kind: str) -> bool:
+def fits(model: ModelConfig, objective: str, kind: str) -> bool:
+    """Whether an objective can be that of a model, on data of that kind."""
     choices = {"model": model, "objective": _Option(objective), "data": _Option("any", kind)}
     return not any(rule.broken_by(choices) for rule in (*objective_rules(objective), *RUN_RULES))
 

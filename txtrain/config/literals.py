@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 
-from txtrain.config.schema import Export, Generate, Prepare
+from txtrain.config.schema import Evaluate, Export, Generate, Predict, Prepare
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import marked
 from txtrain.ground.plain_files import is_whole
 
-LITERALS = frozenset(key for root in (Prepare, Generate, Export) for key in marked(root, "literal"))
+LITERALS = frozenset(key for root in (Prepare, Evaluate, Predict, Generate, Export) for key in marked(root, "literal"))
 
 _PATHS = "data.val_path"  # Hydra's grammar, for null and named sets; but commas separate paths, as in data.path
 _GRAMMAR = re.compile(r"""["'{[]|\w+\(""")

@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from txtrain.config.literals import protect
 from txtrain.config.paths import groups_of
-from txtrain.config.schema import Train
+from txtrain.config.schema import OnTrained, Train
 from txtrain.errors import ConfigError, hint, nearest
 from txtrain.ground.convert import key_paths
 from txtrain.ground.unknown_keys import unknown_key
@@ -128,7 +128,7 @@ def check(overrides: Sequence[Override], loader: ConfigLoaderImpl, root: type) -
 
 def _implied(overrides: Sequence[Override], root: type) -> list[Override]:
     """What the chosen source of data asks for, as far as nothing else is chosen (data=labels: a class head)."""
-    if not issubclass(root, Train):
+    if not issubclass(root, Train) or issubclass(root, OnTrained):  # a trained model has what it needs
         return []
     given = {o.key_or_group: o for o in overrides}
     chosen = given["data"].value() if "data" in given else None

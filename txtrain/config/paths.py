@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses as dc
 from pathlib import Path
 
-from txtrain.registry import TABLE, VALUE_AXES, group_of
+from txtrain.registry import METRIC, TABLE, VALUE_AXES, group_of
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 DATA = _PACKAGE if (_PACKAGE / "conf").is_dir() else _PACKAGE.parent  # holds conf/ and recipes/
 CONF = DATA / "conf"
-_NO_GROUPS = {*VALUE_AXES, "rope_scaling"}
+_NO_GROUPS = {*VALUE_AXES, METRIC, "rope_scaling"}
 
 
 def families() -> list[str]:

@@ -12,6 +12,7 @@ from txtrain.errors import ConfigError, hint
 from txtrain.registry import (
     BASES,
     FUNCTION_AXES,
+    METRIC,
     USER_AXES,
     VALUE_AXES,
     dropout_knob,
@@ -20,7 +21,14 @@ from txtrain.registry import (
     register,
 )
 
-T = TypeVar("T", bound=Callable[..., Any])  # a class; of a reward also a function
+T = TypeVar("T", bound=Callable[..., Any])  # a class; of a reward also a function, of a metric always
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MetricConfig:
+    """A metric of the user's own."""
+
+    type: str
 
 
 def component(axis: str, name: str) -> Callable[[T], T]:
@@ -31,17 +39,23 @@ def component(axis: str, name: str) -> Callable[[T], T]:
     `n_heads`, ...) get the model's values. No YAML file is needed; one of that name in your `--config-dir` may set
     other defaults.
 
+    On the axis "metric" it is a function: `f(model, batch)` returns a number for each sample of the batch, [B], or two:
+    their sum and count, [B] each. `metrics=[NAME]` adds its mean to validation and to `evaluate`.
+
     Raises:
         ConfigError: the axis does not exist, or a key is not allowed.
     """
-    if axis not in USER_AXES:
+    if axis not in (*USER_AXES, METRIC):
         raise ConfigError(
             f"`txtrain.component({axis!r}, {name!r})`: the axis must be one of "
-            f"{', '.join(USER_AXES)}.{hint(axis, USER_AXES)}"
+            f"{', '.join((*USER_AXES, METRIC))}.{hint(axis, USER_AXES)}"
         )
 
     def wrap(given: T) -> T:
         cls = cast(type, given)
+        if axis == METRIC:
+            register(axis, name, cls, MetricConfig)
+            return given
         if axis in FUNCTION_AXES and inspect.isfunction(given):  # it has no keys
             register(axis, name, cls, BASES[axis])
             return given

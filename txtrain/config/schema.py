@@ -18,13 +18,15 @@ from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import axis, knob, out_of_range
-from txtrain.run_config import RunConfig
+from txtrain.registry import METRIC, TABLE, axis, knob, out_of_range
+from txtrain.run_config import Extent, RunConfig
 
 
 @dc.dataclass(frozen=True, kw_only=True)
 class Train(RunConfig):
     """The configuration of a run, with the checks across its groups."""
+
+    _trains = True  # not a field: what else reads these groups may name what is for evaluation alone
 
     def check(self) -> Iterator[str]:
         """Problems: numbers out of bounds, or else those within each group; conflicts of model, objective and data;
@@ -33,6 +35,7 @@ class Train(RunConfig):
         problems = [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
         problems += pattern_problems("freeze", self.freeze)
         problems += pattern_problems("init_allow_missing", self.init_allow_missing)
+        problems += self._check_evaluated()
         yield from problems
         if not any(rules.problems(self.model)):
             yield from compatibility.problems(self)
@@ -47,19 +50,14 @@ class Train(RunConfig):
                 f"`data.seq_len` must be at most model.max_seq_len ({limit}) with model/position={position.type}, "
                 f"but is {self.seq_len} instead. Nearest: {limit}."
             )
-        if data.global_batch_size % self.micro_batch_size:
-            near = ", ".join(map(str, divisors_near(self.micro_batch_size, data.global_batch_size)))
-            yield (
-                f"`data.micro_batch_size` must divide data.global_batch_size ({data.global_batch_size}), "
-                f"but is {self.micro_batch_size} instead. Nearest: {near}."
-            )
-        elif (world := parallel.processes(self)) is not None:
-            yield from self._check_processes(world)
+        yield from self._check_batch()
         if data.streaming and self.trainer.max_epochs is not None:
             yield (
                 "`trainer.max_epochs` must be null with data.streaming=true: the length of a stream is unknown. Give "
                 "trainer.max_steps or max_tokens."
             )
+        if not self.objective.trains and self._trains:
+            yield f"`objective` must be one that trains, but is {self.objective.type} instead, which is for evaluate."
         yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
@@ -79,6 +77,30 @@ class Train(RunConfig):
             yield "`init_allow_missing` must be [] without init_from: no weights are read."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _check_batch(self) -> Iterator[str]:
+        if self.data.global_batch_size % self.micro_batch_size:
+            near = ", ".join(map(str, divisors_near(self.micro_batch_size, self.data.global_batch_size)))
+            yield (
+                f"`data.micro_batch_size` must divide data.global_batch_size ({self.data.global_batch_size}), "
+                f"but is {self.micro_batch_size} instead. Nearest: {near}."
+            )
+        elif (world := parallel.processes(self)) is not None:
+            yield from self._check_processes(world)
+
+    def _check_evaluated(self) -> Iterator[str]:
+        for name, data in self.eval_tasks.items():
+            key = f"eval_tasks.{name}"
+            if not re.fullmatch(r"\w[\w.-]*", name):
+                yield f"`{key}`: a name must be of letters, digits, _, . and -, but is {name!r} instead."
+            if data.mixes or data.streaming:
+                yield f"`{key}.type` must be a single source that is read whole, but is {data.type} instead."
+            yield from (problem.replace("`data.", f"`{key}.", 1) for problem in data.check())
+        known = TABLE.get(METRIC, {})
+        for name in self.metrics:
+            if name not in known:
+                listed = ", ".join(known) or "(none is registered: imports=[FILE.py])"
+                yield f"`metrics` must be of {listed}, but has {name} instead.{hint(name, known)}"
 
     def _check_base(self) -> Iterator[str]:
         if self.adapter.alone and self.init_from is None:
@@ -215,6 +237,141 @@ class Preview(Train):
     """The samples of `train` to show."""
 
     preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class OnTrained(Train):
+    """A trained model, and the data that it reads. What training alone needs is not read."""
+
+    # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
+    checkpoint: str | None = knob(None, literal=True, run=True)
+    out: str | None = knob(None, literal=True)  # the file to write
+
+    _trains = False
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(whole=True, rest=True)
+
+    def check(self) -> Iterator[str]:
+        """Problems within each group; those between them (`problems`) are asked for once the model is known."""
+        groups = [getattr(self, f.name) for f in dc.fields(self)]
+        yield from [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
+
+    def problems(self) -> Iterator[str]:
+        """All problems, of the checkpoint's model."""
+        yield from Train.check(self)
+
+    def _check_between(self) -> Iterator[str]:
+        yield from Train._check_between(self)
+        yield from self._check_rows()
+
+    def _check_rows(self) -> Iterator[str]:
+        data, head = self.data, self.model.head
+        if data.streaming:
+            yield "`data.streaming` must be false here, where all rows are read, but is true instead."
+        if data.sample_kind == "labels" and head.pools and data.kind != head.kind:
+            yield f"`data.kind` must be {head.kind}, as in the checkpoint, but is {data.kind} instead."
+
+    def _check_base(self) -> Iterator[str]:
+        if self.adapter.alone:
+            yield f"`adapter` must be none, but is {self.adapter.type} instead: that of the checkpoint comes with it."
+
+    def _check_batch(self) -> Iterator[str]:
+        """Ranks need no equal shares."""
+        if (world := parallel.processes(self)) is not None:
+            yield from self.strategy.problems(world, self.model)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class LMEvalConfig:
+    """How lm_eval evaluates `tasks`; its words."""
+
+    include_path: str | None = knob(None, literal=True)  # a folder with further tasks, as .yaml
+    num_fewshot: int | None = knob(None, at_least=0)  # examples before each question; null: the task's own number
+    limit: int | None = knob(None, at_least=1)  # questions of each task; null: all
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Evaluate(OnTrained):
+    """A trained model, and what to measure it on."""
+
+    tasks: tuple[str, ...] = ()  # instead of data: tasks of lm_eval (pip install "txtrain[eval]")
+    lm_eval: LMEvalConfig = dc.field(default_factory=LMEvalConfig)
+
+    # all of the data, or what a run holds out or names for validation; null: all of data.path, where it is given
+    # without data.val_path; else validation
+    split: Literal["all", "validation"] | None = None
+    # tokens from one sequence of data.seq_len to the next, each predicted once; null: sequences side by side
+    stride: int | None = knob(None, at_least=1)
+    # resampled sets of documents (or rows) for the 95 % interval of each figure; 0: no intervals
+    n_bootstrap: int = knob(1000, at_least=0)
+
+    @property
+    def extent(self) -> Extent:
+        return Extent(whole=self.split == "all", rest=True, stride=self.stride)
+
+    def problems(self) -> Iterator[str]:
+        yield from self._of_tasks() if self.tasks else OnTrained.problems(self)
+
+    def _of_tasks(self) -> Iterator[str]:
+        """Those of `tasks`, which read no data of ours."""
+        yield from self.check()
+        if self.model.topology == "encoder" or not self.model.head.writes:
+            what = f"{self.model.topology} with model/head={self.model.head.type}"
+            yield f"`tasks` must be empty for a model that writes no text, a {what}."
+        if (parallel.processes(self) or 1) > 1:
+            yield "`tasks` must be evaluated by one process: trainer.devices=1."
+
+    def _check_between(self) -> Iterator[str]:
+        yield from OnTrained._check_between(self)
+        if self.data.sample_kind == "problems" and self.split == "all":
+            remedy = "Of the same files: data=questions objective=answers"
+            yield f"`split` must be validation with data={self.data.type}, which is divided as for training. {remedy}."
+        if self.stride is None:
+            return
+        limit = self.seq_len - 1
+        if self.stride > limit:
+            yield (
+                f"`stride` must be at most {limit}, one less than the sequences (data.seq_len), but is {self.stride} "
+                f"instead. Nearest: {limit}."
+            )
+        if self.data.packing != "concat" or self.data.sample_kind != "text" or not self.objective.slides:
+            yield (
+                f"`stride` must be null with objective={self.objective.type} on data={self.data.type} and "
+                f"data.packing={self.data.packing}, but is {self.stride} instead: a window slides over a text for "
+                "next-token prediction."
+            )
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class PredictConfig:
+    """What `predict` writes of each row."""
+
+    # label: classes with probabilities; text: a continuation or an answer; log_probability: of the row's text, or of
+    # its answer; auto: label of a classifier, embedding of an encoder, text of what generates
+    what: Literal["auto", "label", "text", "log_probability", "embedding"] = "auto"
+    pooling: Literal["mean", "first", "last"] = "mean"  # an embedding's positions of the last layer
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class Predict(OnTrained):
+    """A trained model, and the rows that it reads."""
+
+    predict: PredictConfig = dc.field(default_factory=PredictConfig)
+    max_new_tokens: int = knob(64, at_least=1)
+    temperature: float = knob(0.0, at_least=0)  # 0: the most likely token
+    top_k: int | None = knob(None, at_least=1)
+    top_p: float | None = knob(None, above=0, at_most=1)
+    min_p: float | None = knob(None, at_least=0, at_most=1)
+    stop: tuple[str, ...] = ()  # texts that end a generated text
+
+    def problems(self) -> Iterator[str]:
+        """Those of the data and of the ranks: no objective is needed."""
+        yield from self.check()
+        yield from self._check_rows()
+        yield from self._check_base()
+        yield from self._check_batch()
 
 
 @dc.dataclass(frozen=True, kw_only=True)

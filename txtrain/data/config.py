@@ -314,6 +314,48 @@ class ReverseConfig(DataConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class QuestionsConfig(UnpackedConfig, TextsConfig):
+    """Keys of every source of questions, for `evaluate`."""
+
+    # .jsonl, .json or .parquet files, globs, folders, or a list of them.
+    path: str | tuple[str, ...] | None = knob(None, literal=True)
+    question_column: str = "question"
+    prompt: str | None = knob(None, literal=True)  # what the model reads: text with {COLUMN}s; null: the question
+    separator: str = " "  # between the prompt and what follows it
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MultipleChoiceConfig(QuestionsConfig):
+    """`data=multiple_choice`: questions with several choices, of which one is right."""
+
+    kind: ClassVar = "choices"
+
+    choices_column: str = "choices"  # a list of texts, or {"text": [...], "label": [...]}
+    answer_column: str = "answer"  # the number of the right choice, from 0 on; the choice itself; or its label
+    # Text in the prompt that each choice replaces; what follows it is scored.
+    blank: str | None = None
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ClozeConfig(QuestionsConfig):
+    """`data=cloze`: texts whose end is asked for."""
+
+    kind: ClassVar = "cloze"
+
+    question_column: str = "text"
+    answer_column: str | None = None  # null: the last word of the text
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AnsweredConfig(QuestionsConfig):
+    """`data=questions`: questions and answers."""
+
+    kind: ClassVar = "questions"
+
+    answer_column: str = "answer"
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class ProblemsConfig(UnpackedConfig):
     """`data=problems`: questions and answers in files."""
 
@@ -405,6 +447,9 @@ for name, target, config in (
     ("translation", "translation:Translation", TranslationConfig),
     ("labels", "labels:LabelledTexts", LabelsConfig),
     ("reverse", "reverse:Reverse", ReverseConfig),
+    ("multiple_choice", "questions:MultipleChoice", MultipleChoiceConfig),
+    ("cloze", "questions:Cloze", ClozeConfig),
+    ("questions", "questions:QuestionFiles", AnsweredConfig),
     ("arithmetic", "made_problems:Arithmetic", ArithmeticConfig),
     ("countdown", "made_problems:Countdown", CountdownConfig),
     ("problems", "problems:Problems", ProblemsConfig),

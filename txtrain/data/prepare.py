@@ -17,10 +17,11 @@ from txtrain.data.config import MixtureConfig
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
 from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
 from txtrain.data.samples.images import prepare_images
-from txtrain.data.samples.labels import LABEL_FILES, LabelledCorpus, LabelledSamples
+from txtrain.data.samples.labels import LABEL_FILES, LabelledCorpus, LabelledSamples, frame_of
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.pairs import PairCorpus, PairSamples
 from txtrain.data.samples.prompts import ProblemCorpus, PromptSamples
+from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.samples.rows import ListedSamples, Rows, probe
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
@@ -118,6 +119,10 @@ def _text(
     data = config.data
     corpus = Corpus(source, data.val_fraction)
     tokenizer = tokenizer or make_tokenizer(corpus, config, objective.special_tokens)
+    if config.extent.whole:
+        key, folder = _tokenised(ValidationSet(source), tokenizer, config)
+        every = TokenFile(folder, "validation")
+        return dc.replace(_packed((every, every), tokenizer, key, config, objective, "more"), skipped=_lists(folder))
     key, folder = _tokenised(corpus, tokenizer, config)
     sets = validation_sets(source)
     if not sets:
@@ -149,7 +154,8 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
         writer.finish(source=describe(source, data.type), tokenizer=tokenizer.fingerprint, pairs=pairs(source))
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *MARK_FILES))
-    splits = TokenFile(folder, "train"), TokenFile(folder, "validation")
+    train, validation = TokenFile(folder, "train"), TokenFile(folder, "validation")
+    splits = (validation if config.extent.whole else train), validation
     made = _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
     return dc.replace(made, skipped=_lists(folder))
 
@@ -162,7 +168,7 @@ def marked_corpus(
     tokenizer = make_tokenizer(Corpus(source, fraction), config, special_tokens)
     if (template := chat_template(source)) is not None:
         tokenizer = tokenizer.with_template(template)
-    return MarkedCorpus(source, fraction, tokenizer), tokenizer
+    return MarkedCorpus(source, fraction, tokenizer, config.extent.whole), tokenizer
 
 
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
@@ -250,7 +256,7 @@ def _packed(
         raise ConfigError(f"`objective` must be {fitting}, but is {config.objective.type} instead.")
     plans = [_plan(tokens, key, config) if packing != "concat" else None for tokens in splits]
     texts = [
-        TokenisedText(tokens, tokenizer, config.seq_len, across, plan)
+        TokenisedText(tokens, tokenizer, config.seq_len, across, plan, config.extent, _overlaps(config))
         for tokens, plan in zip(splits, plans, strict=True)
     ]
     train, validation = (objective.samples(text) for text in texts)
@@ -260,10 +266,17 @@ def _packed(
     return Prepared(train, validation, fingerprint, tokenizer, text=splits[1])
 
 
+def _overlaps(config: RunConfig) -> bool:
+    """Whether pieces of a document share a token, so that every one but the first is predicted."""
+    return config.extent.rest and bool(config.objective.slides)
+
+
 def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
-    packing = config.data.packing
-    name = f"plan-{digest(key, *_PLANNED[packing], config.seq_len, tokens.split)}"
-    fill = partial(write_plan, tokens, config.seq_len, together=packing == "best_fit", each=1 + tokens.pairs)
+    packing, overlap = config.data.packing, _overlaps(config)
+    told = (*_PLANNED[packing], *(["overlap"] if overlap else []), config.seq_len, tokens.split)
+    together, each = packing == "best_fit", 1 + tokens.pairs
+    fill = partial(write_plan, tokens, config.seq_len, together=together, each=each, overlap=overlap)
+    name = f"plan-{digest(key, *told)}"
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
@@ -276,7 +289,10 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     if tokenizer is not None:
         tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
         below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
-    train, validation = (Tokens(source.tokens(split), split, eos_id, below, pairs(source)) for split in SPLITS)
+    parts = [source.every] * 2 if config.extent.whole else [source.tokens(split) for split in SPLITS]
+    train, validation = (
+        Tokens(part, split, eos_id, below, pairs(source)) for part, split in zip(parts, SPLITS, strict=True)
+    )
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"
@@ -377,13 +393,14 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
 
 def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     data = config.data
-    corpus = PairCorpus(source, data.val_fraction)
+    corpus = PairCorpus(source, data.val_fraction, config.extent.whole)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
     fill = partial(tokenise, corpus, tokenizer, with_bos=False, limit=_limit(config))
     folder = cached(data.cache_dir, key, fill, TOKEN_FILES)
     train, validation = (
-        PairSamples(TokenFile(folder, split), tokenizer, config.seq_len) for split in ("train", "validation")
+        PairSamples(TokenFile(folder, split), tokenizer, config.seq_len)
+        for split in (("validation", "validation") if config.extent.whole else SPLITS)
     )
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
@@ -426,7 +443,7 @@ def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepare
 
 def _labelled(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     data, model = config.data, config.model
-    corpus = LabelledCorpus(source, data.val_fraction)
+    corpus = LabelledCorpus(source, data.val_fraction, config.extent.whole)
     tokenizer = make_tokenizer(corpus, config, objective.special_tokens).framed(model.topology)
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
 
@@ -435,18 +452,14 @@ def _labelled(source: Any, config: RunConfig, objective: SampleMaker) -> Prepare
         corpus.write_labels(empty)
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *LABEL_FILES.values()))
-    frame = tokenizer.frame(len(source.texts))
-    if frame.n_specials >= config.seq_len:
-        least = frame.n_specials + 1
-        told = f"{least}, a token beside {frame.n_specials} special ones, but is {config.seq_len} instead"
-        raise ConfigError(f"`data.seq_len` must be at least {told}. Nearest: {least}.")
+    frame = frame_of(tokenizer, len(source.texts), config.seq_len)
     pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
     train, validation = (
         LabelledSamples(
             TokenFile(folder, split), np.load(folder / LABEL_FILES[split], allow_pickle=False), frame, config.seq_len,
             pad_id, model.embedding.n_types
         )
-        for split in SPLITS
+        for split in (("validation", "validation") if config.extent.whole else SPLITS)
     )
     for rows, part in ((train, "training"), (validation, "validation")):
         if not len(rows):
@@ -472,7 +485,9 @@ def _images(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) -> Prepared:
     data, samples = config.data, source.samples("train")
-    if has_validation(source):
+    if config.extent.whole:
+        parts = [("train", samples, np.arange(len(samples)))] * 2
+    elif has_validation(source):
         others = source.samples("validation")
         parts = [("train", samples, np.arange(len(samples))), ("validation", others, np.arange(len(others)))]
     else:
@@ -489,6 +504,26 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
     return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
 
 
+# ------------------------------------------------------------------------------------------------------------ questions
+
+
+def _questions(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    data, two_stacks = config.data, config.model.topology == "encoder_decoder"
+    if data.tokenizer == "train":
+        raise ConfigError("`data.tokenizer` must be given with questions, on which none is trained: the model's.")
+    tokenizer = _fitted(load_tokenizer(data.tokenizer), data.tokenizer, config, objective.special_tokens)
+    items = [encode(one, tokenizer, config.seq_len, two_stacks) for one in source.questions("train")]
+    held = np.ones(len(items), np.bool_) if config.extent.whole else held_out(len(items), data.val_fraction)
+    train, validation = (
+        QuestionRows(items, np.flatnonzero(which), tokenizer, two_stacks)
+        for which in (held if config.extent.whole else ~held, held)
+    )
+    if not len(validation):
+        raise ConfigError(f"`data={data.type}` must have at least one question, but has none for validation.")
+    known = digest(source.identity(), tokenizer.fingerprint, config.seq_len, None if held.all() else data.val_fraction)
+    return Prepared(train, validation, known, tokenizer)
+
+
 Way = Callable[[Any, RunConfig, SampleMaker], Prepared]
 _WAYS: dict[str, Way] = {
     "marked": _marked,
@@ -498,6 +533,7 @@ _WAYS: dict[str, Way] = {
     "labelled": _labelled,
     "images": _images,
     "samples": _samples,
+    "questions": _questions,
     "tokens": _tokens,
     "parts": _mixture,
     "stream": _stream,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,8 @@ from torch import Tensor
 from txtrain.data.samples.order import GlobalOrder
 from txtrain.data.samples.rows import Rows
 from txtrain.data.samples.text import TokenisedText
-from txtrain.registry import make
+from txtrain.errors import ConfigError
+from txtrain.registry import make, resolve
 from txtrain.run_config import RunConfig
 
 ROWS = "rows"  # in `Objective.validate`: numbers of each sample, [B, k], of which `Objective.score` is made
@@ -23,6 +25,11 @@ IGNORED = -100  # label of positions without a target, as in Hugging Face
 Batch = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 Counted = dict[str, tuple[Tensor, Tensor]]
+# Float64 [B, k], or [B, D, k] for the D documents in each sample: numbers whose sum over samples gives a metric; the
+# last is the count of what it is a mean of.
+Statistics = dict[str, Tensor]
+Numbers = NDArray[np.float64]
+Sums = Mapping[str, Numbers]
 
 
 class Shown(NamedTuple):
@@ -64,6 +71,7 @@ class Objective:
     models: Mapping[str, Callable[..., Any]] = {}  # named by its config, laid over the ranks, without gradients
     masks: bool = False  # labels of -100 in the data stay: only some tokens are trained
     special_tokens: tuple[str, ...] = ()  # that it needs; missing ones are added at the end of the vocabulary
+    decodes: bool = False  # whether some `metrics` need generated answers (`decode`)
 
     # ------------------------------------------------------------------------------------------------------------- data
 
@@ -133,6 +141,40 @@ class Objective:
         """
         return {}
 
+    # ------------------------------------------------------------------------------------------------------- evaluation
+
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        """What `figures` needs of each sample of the batch. By default of `validate`, by a forward for each sample.
+
+        token_bytes: of each token [V], for bits per byte; None: there is no text.
+        """
+        rows = [self._of_one(model, one, token_bytes) for one in singles(batch)]
+        return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _of_one(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        """[k] each; of ROWS the numbers themselves."""
+        counted = dict(self.validate(model, batch))
+        rows = {name: value[0].double() for name, (value, _) in counted.items() if name == ROWS}
+        counted.pop(ROWS, None)
+        ids = self.target_ids(batch)
+        if ids is not None and token_bytes is not None and "loss" in counted:
+            counted["bits_per_byte"] = counted["loss"][0] / math.log(2), token_bytes[ids].sum()
+        return rows | {name: torch.stack([value.double(), n.double()]) for name, (value, n) in counted.items()}
+
+    def decode(self, model: Any, batch: Batch, tokenizer: Any) -> Statistics:
+        """The same of answers that are generated for each sample, where it `decodes`."""
+        return {}
+
+    def figures(self, sums: Sums) -> dict[str, Numbers]:
+        """The metrics from sums of statistics over samples, [..., k] each: [...]. By default means."""
+        found = {name: s[..., 0] / np.maximum(s[..., -1], 1.0) for name, s in sums.items()}
+        shared = [name for name in self.weights if name not in self.beside]
+        if "loss" not in found and all(name in found for name in shared):
+            found = {"loss": self.reported(found), **found}
+        if self.perplexity and "loss" in found:
+            found["perplexity"] = np.exp(np.minimum(found["loss"], 700.0))
+        return found
+
     def lengths(self, batch: Batch, seq_len: int) -> tuple[int, int]:
         """Positions of a sample of the batch, padding included: of the input, and of a decoder's target."""
         read, written = (
@@ -151,6 +193,13 @@ class Objective:
         check: called after each token; it may raise to stop.
         """
         return []
+
+    def figure_names(self, text: bool) -> tuple[str, ...]:
+        """The names of `figures`. text: the data have bytes."""
+        terms = [name for name in self.terms if name not in self.beside]
+        perplexity = ["perplexity"] if self.perplexity else []
+        bits = ["bits_per_byte"] if text and perplexity else []
+        return tuple(dict.fromkeys(("loss", *terms, *self.metrics, *perplexity, *bits)))
 
     # ---------------------------------------------------------------------------------------------------------- columns
 
@@ -177,3 +226,48 @@ def n_targets(labels: Tensor) -> Tensor:
 def n_right(logits: Tensor, labels: Tensor) -> Tensor:
     """Number of targets that have the largest logit: logits [..., classes], labels [...]."""
     return ((logits.argmax(-1) == labels) & (labels != IGNORED)).sum()
+
+
+def singles(batch: Batch) -> Iterator[dict[str, Tensor]]:
+    """The samples of a batch, each as a batch of one."""
+    for i in range(len(next(iter(batch.values())))):
+        yield {name: value[i : i + 1] for name, value in batch.items()}
+
+
+def stacked(value: Tensor, count: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
+    """Statistics of a mean: value and count [B], as [B, 2]; or of each position [B, T], summed over a row, or, with
+    document_ids, over each document in it, as [B, D, 2]."""
+    both = torch.stack([value.double(), count.double()], -1)
+    if both.ndim == 2:
+        return both
+    if document_ids_BT is None:
+        return both.sum(1)
+    found = both.new_zeros(len(both), int(document_ids_BT.max()) + 1, 2)
+    return found.scatter_add_(1, document_ids_BT[..., None].expand(-1, -1, 2), both)
+
+
+def of_targets(
+    log_probs_BT: Tensor, labels_BT: Tensor, token_bytes: Tensor | None, document_ids_BT: Tensor | None = None
+) -> Statistics:
+    """`loss`, in nats per target, and `bits_per_byte`: labels are -100 where nothing is predicted."""
+    chosen, losses = labels_BT != IGNORED, -log_probs_BT
+    found = {"loss": stacked(losses, chosen, document_ids_BT)}
+    if token_bytes is not None:
+        n_bytes = token_bytes[labels_BT.masked_fill(~chosen, 0)] * chosen
+        found["bits_per_byte"] = stacked(losses / math.log(2), n_bytes, document_ids_BT)
+    return found
+
+
+def by_metric(name: str, model: Callable[..., Any], batch: Batch) -> Tensor:
+    """Statistics [B, 2] of a user's metric.
+
+    Raises:
+        ConfigError: its function returns something else than one or two numbers for each sample.
+    """
+    made = resolve("metric", name)(model, batch)
+    n = len(next(iter(batch.values())))
+    value, count = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(value, Tensor) or value.shape != (n,) or (count is not None and count.shape != (n,)):
+        said = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ConfigError(f"`metrics`: {name} must return a number for each of {n} samples, but returned {said}.")
+    return stacked(value, torch.ones_like(value) if count is None else count)

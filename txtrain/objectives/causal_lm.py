@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from txtrain.model.mtp import further_targets
-from txtrain.objectives.base import IGNORED, Batch, Objective, Shown, Terms, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Objective, Shown, Statistics, Terms, n_targets, of_targets
 from txtrain.objectives.continuations import continuations
 from txtrain.run_config import RunConfig
 
@@ -50,6 +50,16 @@ class CausalLM(Objective):
     def _of_further(self, denominators: Terms) -> dict[str, Any]:
         """Only for a model with MTP: others, such as a user's own, need not have the argument."""
         return {"mtp_items_in_batch": [denominators[name] for name in self.beside]} if self.beside else {}
+
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        labels, documents = batch["labels"].clone(), batch.get("document_ids")
+        labels[:, 0] = IGNORED  # no token precedes it
+        output = model(
+            input_ids=batch["input_ids"], document_ids=documents, labels=labels,
+            attention_mask=batch.get("attention_mask") if self.counts_tokens else None,
+            return_logits=False, return_log_probs=True,
+        )
+        return of_targets(output.log_probs, labels, token_bytes, documents)
 
     def target_ids(self, batch: Batch) -> Tensor:
         labels = batch["labels"][:, 1:]

@@ -16,8 +16,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from txtrain.model.head.loss import class_loss, n_class_targets
-from txtrain.objectives.base import IGNORED, ROWS, Batch, Counted, Objective, Shown, Terms, n_targets
+from txtrain.model.head.loss import class_loss, class_losses, n_class_targets
+from txtrain.objectives.base import (
+    IGNORED,
+    ROWS,
+    Batch,
+    Counted,
+    Objective,
+    Shown,
+    Statistics,
+    Terms,
+    n_targets,
+    stacked,
+)
 from txtrain.objectives.scores import class_scores, flag_scores, number_scores
 from txtrain.run_config import RunConfig
 
@@ -61,6 +72,15 @@ class Classes(Objective):
         """Sums and counts for the metrics."""
         raise NotImplementedError
 
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        logits_BC = model(**self.given(batch)).logits
+        loss = stacked(*class_losses(self.kind, logits_BC, batch["labels"]))
+        return {"loss": loss, **self.of_each(logits_BC, batch["labels"])}
+
+    def of_each(self, logits_BC: Tensor, labels: Tensor) -> Statistics:
+        """Statistics of each row for the metrics."""
+        raise NotImplementedError
+
 
 class Classification(Classes):
     """Of texts: cross-entropy of the class, binary cross-entropy of each class, or the squared error of numbers.
@@ -99,12 +119,21 @@ class Classification(Classes):
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, IGNORED)
 
     def measured(self, logits_BC: Tensor, labels: Tensor, count: Tensor) -> Counted:
+        return {ROWS: (self._rows(logits_BC, labels), count)}
+
+    def _rows(self, logits_BC: Tensor, labels: Tensor) -> Tensor:
         if self.kind == "single":
-            rows = torch.stack((logits_BC.argmax(-1), labels), 1)
-        else:
-            found = (logits_BC > 0) if self.kind == "multi" else logits_BC
-            rows = torch.cat((found.double(), labels.double().view(found.shape)), 1)
-        return {ROWS: (rows, count)}
+            return torch.stack((logits_BC.argmax(-1), labels), 1)
+        found = (logits_BC > 0) if self.kind == "multi" else logits_BC
+        return torch.cat((found.double(), labels.double().view(found.shape)), 1)
+
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        if self.lm:  # the model sums the auxiliary loss over all rows of a forward
+            return Objective.measure(self, model, batch, token_bytes)
+        return super().measure(model, batch, token_bytes)
+
+    def of_each(self, logits_BC: Tensor, labels: Tensor) -> Statistics:
+        return {ROWS: self._rows(logits_BC, labels).double()}
 
     def score(self, rows: NDArray[np.float64]) -> dict[str, float]:
         found, truth = np.split(rows, 2, axis=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import re
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -26,6 +27,9 @@ class ObjectiveConfig:
     topologies: ClassVar[tuple[str, ...] | None] = None
     heads: ClassVar[tuple[str, ...] | None] = None
     reads: ClassVar[tuple[str, ...] | None] = None  # kinds of data: text, pairs, images
+    trains: ClassVar[bool] = True  # else it is for evaluation alone
+    slides: ClassVar[bool] = False  # a window may slide over the text: each token is predicted from those before it
+    alone: ClassVar[bool] = True  # `evaluate` measures it: it reads no further models
     whole_logits = False  # the loss is of all logits at once, not by chunks of tokens
     one_result: ClassVar[bool] = False  # for each sample, not for each token
 
@@ -83,6 +87,7 @@ class ObjectiveConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class CausalLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
+    slides: ClassVar = True
     heads: ClassVar = ("lm",)
     reads: ClassVar[tuple[str, ...]] = ("text", "chat")
 
@@ -234,6 +239,7 @@ class DPOConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("preferences",)
+    alone: ClassVar = False
 
     beta: float = knob(0.1, above=0)  # how much a divergence from the reference costs; 2310.12036 calls it tau
     loss: Literal["sigmoid", "ipo"] = "sigmoid"  # sigmoid: DPO; ipo: a squared distance, which does not saturate
@@ -270,6 +276,7 @@ class DistillConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text", "chat")
+    alone: ClassVar = False
 
     # as init_from, with the same tokenizer; null: its distributions are in the folder of `txtrain prepare` (top_k)
     teacher: str | None = knob(None, literal=True)
@@ -374,6 +381,49 @@ class ClassificationConfig(SmoothedConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
+class QuestionsConfig(ObjectiveConfig):
+    topologies: ClassVar = ("decoder", "encoder_decoder")
+    heads: ClassVar = ("lm",)
+    trains: ClassVar = False
+
+    def arguments(self, config: RunConfig) -> dict[str, Any]:
+        return {"two_stacks": config.model.topology == "encoder_decoder"}
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class MultipleChoiceConfig(QuestionsConfig):
+    """The likeliest of several choices; for evaluate."""
+
+    reads: ClassVar = ("choices",)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class ClozeConfig(QuestionsConfig):
+    """The end of a text; for evaluate."""
+
+    reads: ClassVar[tuple[str, ...]] = ("cloze",)
+
+
+@dc.dataclass(frozen=True, kw_only=True)
+class AnswersConfig(QuestionsConfig):
+    """Answers to questions, generated greedily; for evaluate."""
+
+    reads: ClassVar = ("questions",)
+
+    max_new_tokens: int = knob(64, at_least=1)
+    stop: tuple[str, ...] = ("\n",)  # texts that end an answer
+    # regular expression: of both texts its last match, or the match of its first group, is compared; null: all
+    pattern: str | None = knob(None, literal=True)
+    ignore_case: bool = False
+
+    def check(self) -> Iterator[str]:
+        try:
+            re.compile(self.pattern or "")
+        except re.error as e:
+            yield f"`objective.pattern` must be a regular expression, but is {self.pattern!r} instead: {e}."
+
+
+@dc.dataclass(frozen=True, kw_only=True)
 class ImageClassificationConfig(SmoothedConfig):
     """The class of an image."""
 
@@ -400,6 +450,7 @@ class GRPOConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("problems",)
+    alone: ClassVar = False
 
     group_size: int = knob(8, at_least=2)  # completions of each prompt
     prompts_per_rollout: int | None = knob(None, at_least=1)  # null: data.global_batch_size / group_size
@@ -524,6 +575,9 @@ for name, target, config in (
     ("prefix_lm", "prefix_lm:PrefixLM", PrefixLMConfig),
     ("seq2seq", "seq2seq:Seq2Seq", Seq2SeqConfig),
     ("classification", "classification:Classification", ClassificationConfig),
+    ("multiple_choice", "questions:MultipleChoice", MultipleChoiceConfig),
+    ("cloze", "questions:Cloze", ClozeConfig),
+    ("answers", "questions:Answers", AnswersConfig),
     ("image_classification", "image_classification:ImageClassification", ImageClassificationConfig),
 ):
     register("objective", name, f"txtrain.objectives.{target}", config)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from txtrain.objectives.base import Batch, Counted, Shown, n_right
+from txtrain.objectives.base import Batch, Counted, Shown, Statistics, n_right, stacked
 from txtrain.objectives.classification import Classes
 from txtrain.run_config import RunConfig
 
@@ -20,6 +21,12 @@ class ImageClassification(Classes):
 
     def measured(self, logits_BC: Tensor, labels: Tensor, count: Tensor) -> Counted:
         return {"top1": (n_right(logits_BC, labels), count), "top5": (n_among(logits_BC, labels, 5), count)}
+
+    def of_each(self, logits_BC: Tensor, labels: Tensor) -> Statistics:
+        ones = torch.ones_like(labels)
+        return {
+            "top1": stacked(logits_BC.argmax(-1) == labels, ones), "top5": stacked(is_among(logits_BC, labels, 5), ones)
+        }
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return [self._shown(module, batch, check) for batch in data.examples(config.sample.n, 1)]
@@ -39,5 +46,10 @@ class ImageClassification(Classes):
 
 def n_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:
     """Number of labels among the k most likely classes (all, if there are fewer than k classes)."""
+    return is_among(logits_BC, labels_B, k).sum()
+
+
+def is_among(logits_BC: Tensor, labels_B: Tensor, k: int) -> Tensor:
+    """[B]: whether the label is among them."""
     best_BK = logits_BC.topk(min(k, logits_BC.shape[-1])).indices
-    return (best_BK == labels_B[:, None]).any(-1).sum()
+    return (best_BK == labels_B[:, None]).any(-1)

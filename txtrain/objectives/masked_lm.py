@@ -7,12 +7,13 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from txtrain.data.samples.rows import Mapped, Rows
 from txtrain.data.samples.text import TokenisedText
 from txtrain.model.head.loss import cross_entropy
-from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Terms, n_right, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Statistics, Terms, n_right, n_targets, stacked
 from txtrain.objectives.masking import Masking
 from txtrain.objectives.sentence_pairs import SentencePairs
 
@@ -66,6 +67,24 @@ class MaskedLM(Objective):
         found["masked_accuracy"] = n_right(output.logits, batch["labels"][is_target_BT]), counts[self.term]
         if self.next_sentence:
             found["nsp_accuracy"] = n_right(output.nsp_logits, batch["next_sentence_label"]), counts["nsp_loss"]
+        return found
+
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        labels, counts = batch["labels"], self.denominators(batch)
+        is_target_BT = labels != IGNORED
+        output = self._output(model, batch, counts, logits_to_keep=is_target_BT)
+        losses_N = F.cross_entropy(output.logits.float(), labels[is_target_BT], reduction="none")
+        right_N = output.logits.argmax(-1) == labels[is_target_BT]
+        spread = [torch.zeros_like(labels, dtype=torch.float64) for _ in range(2)]
+        loss_BT, right_BT = (
+            zeros.masked_scatter(is_target_BT, n.double()) for zeros, n in zip(spread, (losses_N, right_N), strict=True)
+        )
+        found = {self.term: stacked(loss_BT, is_target_BT), "masked_accuracy": stacked(right_BT, is_target_BT)}
+        if self.next_sentence:
+            pair_B, known_B = batch["next_sentence_label"], batch["next_sentence_label"] != IGNORED
+            losses_B = F.cross_entropy(output.nsp_logits.float(), pair_B, ignore_index=IGNORED, reduction="none")
+            found["nsp_loss"] = stacked(losses_B, known_B)
+            found["nsp_accuracy"] = stacked((output.nsp_logits.argmax(-1) == pair_B) & known_B, known_B)
         return found
 
     def _output(

@@ -45,17 +45,27 @@ SCORES: dict[str, Callable[[Ids, Ids, Tokenizer], float]] = {"exact_match": exac
 
 def class_scores(found: Labels, truth: Labels) -> dict[str, float]:
     """Of one class per row, [N] each. f1_macro is the mean over the classes that are found or true."""
-    from sklearn.metrics import matthews_corrcoef
-
+    classes, where = np.unique(np.concatenate((found, truth)), return_inverse=True)
+    f, t = where[: len(found)], where[len(found) :]
+    right, n_found, n_true = (np.bincount(rows, minlength=len(classes)) for rows in (t[f == t], f, t))
     return {
-        "accuracy": float((found == truth).mean()), **_f1(found, truth),
-        "mcc": float(matthews_corrcoef(truth, found)),
+        "accuracy": float((found == truth).mean()), **_f1(right, n_found, n_true),
+        "mcc": _matthews(right.sum(), n_found, n_true),
     }
+
+
+def _matthews(right: Any, n_found: Labels, n_true: Labels) -> float:
+    """The correlation of found and true classes (Gorodkin 2004); 0 where one is constant."""
+    n = float(n_found.sum())
+    by_chance, found, true = n_true @ n_found, n * n - float(n_found @ n_found), n * n - float(n_true @ n_true)
+    return float((right * n - by_chance) / np.sqrt(found * true)) if found * true else 0.0
 
 
 def flag_scores(found: Labels, truth: Labels) -> dict[str, float]:
     """Of any number of classes per row, [N, C] of 0 and 1. accuracy: of rows with all of their classes right."""
-    return {"accuracy": float((found == truth).all(axis=1).mean()), **_f1(found, truth)}
+    f, t = found.astype(bool), truth.astype(bool)
+    right, n_found, n_true = (flags.sum(axis=0) for flags in (f & t, f, t))
+    return {"accuracy": float((found == truth).all(axis=1).mean()), **_f1(right, n_found, n_true)}
 
 
 def number_scores(found: Labels, truth: Labels) -> dict[str, float]:
@@ -67,13 +77,12 @@ def number_scores(found: Labels, truth: Labels) -> dict[str, float]:
     }
 
 
-def _f1(found: Labels, truth: Labels) -> dict[str, float]:
-    from sklearn.metrics import f1_score
-
-    return {
-        f"f1_{average}": float(f1_score(truth, found, average=average, zero_division=0))
-        for average in ("macro", "micro")
-    }
+def _f1(right: Labels, n_found: Labels, n_true: Labels) -> dict[str, float]:
+    """Of counts by class; 0 for a class that is neither found nor true. (scikit-learn takes milliseconds for each of a
+    thousand resampled sets.)"""
+    both = n_found + n_true
+    each = np.where(both > 0, 2.0 * right / np.maximum(both, 1), 0.0)
+    return {"f1_macro": float(each.mean()), "f1_micro": float(2.0 * right.sum() / max(both.sum(), 1))}
 
 
 def _pearson(a: Labels, b: Labels) -> float:

@@ -11,8 +11,21 @@ from torch import Tensor
 
 from txtrain.model.beam_search import beam_search
 from txtrain.model.generation import generate
-from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms, n_targets
+from txtrain.objectives.base import (
+    IGNORED,
+    Batch,
+    Counted,
+    Numbers,
+    Objective,
+    Shown,
+    Statistics,
+    Sums,
+    Terms,
+    n_targets,
+    of_targets,
+)
 from txtrain.objectives.config import Score
+from txtrain.objectives.score_sums import STATISTICS, with_scores
 from txtrain.objectives.scores import SCORES
 from txtrain.run_config import RunConfig
 
@@ -57,6 +70,22 @@ class Seq2Seq(Objective):
     def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
         count = n_targets(batch["labels"])
         return {"loss": (self._plain(model, batch, {"loss": torch.ones_like(count)})["loss"], count)}
+
+    def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        output = model(**_given(batch), return_logits=False, return_log_probs=True)
+        return of_targets(output.log_probs, batch["labels"], token_bytes)
+
+    @property
+    def decodes(self) -> bool:  # type: ignore[override]
+        return bool(self.metrics)
+
+    def decode(self, model: Any, batch: Batch, tokenizer: Any) -> Statistics:
+        answers = self.answered(model, batch, tokenizer.eos_id)
+        references = [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end token
+        return {name: STATISTICS[name](answers, references, tokenizer) for name in self.metrics}
+
+    def figures(self, sums: Sums) -> dict[str, Numbers]:
+        return with_scores(super().figures(sums), sums)
 
     def target_ids(self, batch: Batch) -> Tensor:
         return batch["labels"][batch["labels"] != IGNORED]

@@ -61,6 +61,10 @@ class ZeRO(Mesh):
         return True
 
     @property
+    def forwards_alone(self) -> bool:
+        return self.stage < 3
+
+    @property
     def _half(self) -> bool:
         return self._policy() is not None
 

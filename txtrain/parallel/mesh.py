@@ -129,15 +129,23 @@ class Mesh(OneProcess):
         mesh = self._data_mesh
         return mesh.get_group() if mesh.ndim == 1 else mesh._flatten("data").get_group()
 
+    @property
+    def precision(self) -> str:
+        mixed = self.config.trainer.precision
+        return "32-true" if self._policy() and mixed == "bf16-mixed" else mixed
+
+    @property
+    def forwards_alone(self) -> bool:
+        return self.size == 1 or not (self._shards or self._ep_size > 1)
+
     def trainer_arguments(self) -> dict[str, Any]:
-        precision = self.config.trainer.precision
         return {
             "strategy": ModelParallelStrategy(data_parallel_size=self.size, tensor_parallel_size=self.layout.tensor),
             "accelerator": "cpu" if self.device().type == "cpu" else "gpu",
             "devices": self.world.local_size,
             "num_nodes": self.world.n_nodes,
             "plugins": [WorldEnvironment(self.world)],
-            "precision": "32-true" if self._policy() and precision == "bf16-mixed" else precision,
+            "precision": self.precision,
         }
 
     def _policy(self) -> torch.dtype | None:
@@ -179,6 +187,9 @@ class Mesh(OneProcess):
         if not wrong:
             return result  # type: ignore[return-value]
         raise error if error is not None and wrong[0] == self.world.rank else Elsewhere()
+
+    def gathered(self, value: T) -> list[T]:
+        return self.of_all(value)[:: self.layout.tensor]
 
     def agree(self, facts: Mapping[str, str]) -> None:
         gathered: list[Any] = [None] * self.world.size

@@ -71,6 +71,20 @@ class OneProcess:
         """Context in which the ranks can communicate."""
         yield
 
+    @property
+    def precision(self) -> str:
+        """That of Lightning's plugin."""
+        return self.config.trainer.precision
+
+    def autocast(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The context of a forward without the trainer."""
+        return torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+
+    @property
+    def forwards_alone(self) -> bool:
+        """Whether a rank may run a forward when others do not; else the data-parallel ranks must do so together."""
+        return True
+
     def trainer_arguments(self) -> dict[str, Any]:
         """Arguments of lightning.Trainer."""
         from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -80,7 +94,7 @@ class OneProcess:
         plugins = [LightningEnvironment()]
         return {
             "strategy": "auto", "accelerator": accelerator, "devices": 1, "plugins": plugins,
-            "precision": self.config.trainer.precision,
+            "precision": self.precision,
         }
 
     # ------------------------------------------------------------------------------------------ agreements
@@ -100,6 +114,10 @@ class OneProcess:
     def in_turn(self, do: Callable[[], T]) -> T:
         """Run on the first rank of each node, then on all ranks, which find its results in the cache."""
         return do()
+
+    def gathered(self, value: T) -> list[T]:
+        """Its value on each of the ranks that see different samples."""
+        return [value]
 
     def agree(self, facts: Mapping[str, str]) -> None:
         """Raises:

@@ -21,7 +21,7 @@ from txtrain.checkpoint.saver import Saver
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.data.store.stream import Position
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, hint
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.ground.slurm import Job
@@ -38,6 +38,7 @@ from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
 from txtrain.training.signals import Preempted, Stop
+from txtrain.training.tasks import Task
 
 SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 
@@ -52,6 +53,7 @@ class RunCallback(pl.Callback):
         folder: None: nothing is written.
         data: a DataModule that is prepared.
         columns: of metrics.csv, those of the objective.
+        tasks: evaluated with the validation.
         stop: owns the signals.
         deadline: of the job.
     """
@@ -69,6 +71,7 @@ class RunCallback(pl.Callback):
         deadline: Deadline,
         columns: Sequence[str],
         generation_file: bytes,
+        tasks: Sequence[Task] = (),
     ) -> None:
         self._generation_file = generation_file
         self.config, self.data, self.folder, self.limits = config, data, folder, limits
@@ -79,10 +82,12 @@ class RunCallback(pl.Callback):
         self.open: dict[str, Any] | None = self.state.open_row  # of a step that is not closed yet
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.position: Any = None  # where the next step is read from, in a stream
-        self.best = math.inf
+        self.tasks = tasks
+        self.best = math.inf  # of save.metric, lower for better
+        self.stopping = self.state.stopping
         self.ended = False
         self._first_step = 0  # updates before this start
-        self.columns = (*COLUMNS, *columns) + balancing.columns(config.model) + data.columns
+        self.columns = columns_of(config, columns, data, tasks)
         self._file: MetricsFile | None = None
         self._saver: Saver | None = None
         self._base: Base | None = None
@@ -117,10 +122,10 @@ class RunCallback(pl.Callback):
             _continue_counting(trainer, module.step)
         self._first_step = module.step
         self.watch.start(module)
-        losses = saving.val_losses(self.folder.path)
-        self.best = min((loss for loss in losses.values() if loss is not None), default=math.inf)
+        scores = saving.scores(self.folder.path, self.config.save)
+        self.best = min((score for score in scores.values() if score is not None), default=math.inf)
         for path in checkpoint.complete(self.folder.path):
-            if path not in losses:
+            if path not in scores:
                 self._warn(f"{path} is damaged. It is left in place; save.keep_last and keep_best do not count it.")
         if not module.parallel.is_first:
             return
@@ -269,13 +274,30 @@ class RunCallback(pl.Callback):
         module = _lit(pl_module)
         assert self.open is not None
         shown = module.objective.show(module, self.data, self.config, check=lambda: self._check(module))
+        measured = self._evaluate_tasks(module)
         module.average.swap_out()
         module.parallel.phases.enter("other")
-        self.open |= module.val_metrics
+        self.open |= module.val_metrics | measured
         self.watch.add_times(module, self.open)
         self._close(trainer, module, shown)
         self.meter.start()
         module.parallel.phases.enter("data")
+
+    def _evaluate_tasks(self, module: LitModule) -> dict[str, float]:
+        every = self.config.trainer.eval_tasks_interval
+        last = module.trainer.should_stop or self._reached(module)
+        if not self.tasks or (every is not None and module.step % every and not last):
+            return {}
+        check = partial(self._check, module)
+        found: dict[str, float] = {}
+        module.model.eval()
+        for task in self.tasks:
+            size = self.config.micro_batch_size
+            found |= task.figures(module.model, module.parallel, module.device, size, check)
+        module.model.train()
+        found = module.parallel.first(lambda: found)
+        self.display.tell("eval tasks: " + "  ".join(f"{name} {value:.4g}" for name, value in found.items()))
+        return found
 
     def _check(self, module: LitModule) -> None:
         if self._stopping(module):
@@ -286,19 +308,59 @@ class RunCallback(pl.Callback):
     def _close(self, trainer: pl.Trainer, module: LitModule, shown: Sequence[Shown] = ()) -> None:
         """The step is complete: write its row and samples, save if it is time, stop if it was asked for."""
         row, self.open = self.open, None
-        val_loss = row.get("val_loss") if row else None
+        scored = self._scored(row or {})
+        score = scored.get(self.config.save.metric)
         if row is not None:
             self._write_row(row)
         if shown:
             self._write_samples(module, shown)
-        self.ended = trainer.should_stop = trainer.should_stop or self._reached(module)
-        better = val_loss is not None and val_loss < self.best
-        self.best = min(self.best, math.inf if val_loss is None else val_loss)
+        exhausted = self._exhausted(row or {})
+        self.ended = trainer.should_stop = trainer.should_stop or self._reached(module) or exhausted
+        score = None if score is None else self.config.save.sign * score
+        better = score is not None and score < self.best
+        self.best = min(self.best, math.inf if score is None else score)
         if self.ended or (better and self.config.save.keep_best) or module.step % self.config.save.every_n_steps == 0:
-            self._save(module, val_loss, must=self.ended)
+            self._save(module, scored, must=self.ended)
             self.meter.start()
         if not self.ended and self._stopping(module):
             self._leave(module)
+
+    def _scored(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """What a checkpoint says of its step's validation."""
+        names = "val_loss", self.config.save.metric
+        return {name: row[name] for name in names if row.get(name) is not None}
+
+    def _exhausted(self, row: Mapping[str, Any]) -> bool:
+        """Whether trainer.stop_after ends the run here; counts the values without a gain."""
+        stop = self.config.trainer.stop_after
+        value = row.get(stop.metric)
+        if stop.patience is None or value is None:
+            return False
+        best, since = self.stopping or (math.inf, 0.0)
+        gained = stop.sign * value < best - stop.min_gain
+        self.stopping = [stop.sign * value, 0.0] if gained else [best, since + 1]
+        if self.stopping[1] < stop.patience:
+            return False
+        at_best = f"{stop.metric} {stop.sign * best:.6g}"
+        self.display.tell(f"no gain over {at_best} in {stop.patience} values: the run ends (trainer.stop_after)")
+        return True
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Load the best weights, if that is asked for."""
+        module, keep = _lit(pl_module), self.config.save
+        if not keep.load_best or self.folder is None or not self.ended:
+            return
+        assert self._saver is not None
+        self._saver.wait()
+        path = self.folder.path
+        found = module.parallel.first(lambda: saving.best_of(path, keep)[:1])
+        for best in found:
+            step = checkpoint.step_of(best)
+            if step != module.step:
+                how = Reading("run_dir", keep.verify)
+                module.parallel.load(best, module.model, trainer.optimizers[0], module.average, how)
+            value = checkpoint.read_state(best).metrics[keep.metric]
+            self.display.tell(f"weights of step {step}, the best: {keep.metric} {value:.6g}")
 
     def _leave(self, module: LitModule) -> None:
         """Save and end the run here, whether this step's row is open or closed."""
@@ -307,7 +369,7 @@ class RunCallback(pl.Callback):
             self._saver.wait()
         saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
         if not module.parallel.first(lambda: self.open is None and saved):
-            self._save(module, None, must=True)
+            self._save(module, {}, must=True)
         raise Preempted
 
     def _write_row(self, row: dict[str, Any]) -> None:
@@ -328,12 +390,12 @@ class RunCallback(pl.Callback):
             with open(self.folder.path / "samples.txt", "a", encoding="utf-8") as f:
                 f.write("".join(f"--- step {module.step}\n{one.text}\n\n" for one in shown))
 
-    def _save(self, module: LitModule, val_loss: float | None, must: bool) -> None:
+    def _save(self, module: LitModule, scored: dict[str, float], must: bool) -> None:
         """must: the run ends with it, so a failure is raised."""
         with module.parallel.phases.within("saving"):
-            self._save_now(module, val_loss, must)
+            self._save_now(module, scored, must)
 
-    def _save_now(self, module: LitModule, val_loss: float | None, must: bool) -> None:
+    def _save_now(self, module: LitModule, scored: dict[str, float], must: bool) -> None:
         if self.folder is None:
             return
         assert self._saver is not None
@@ -345,6 +407,7 @@ class RunCallback(pl.Callback):
             files.sync(samples)
         order = self.data.order_hash(module.step)
         optimizer = module.trainer.optimizers[0]
+        weights_only = self.config.save.weights_only_last and self.ended
         state = RunState(
             step=module.step,
             tokens=module.tokens,
@@ -354,18 +417,21 @@ class RunCallback(pl.Callback):
             data_fingerprint=self.data.fingerprint,
             stream_position=None if self.position is None else [int(n) for n in self.position],
             samples_size=samples.stat().st_size if samples.exists() else 0,
-            metrics={} if val_loss is None else {"val_loss": val_loss},
+            metrics=scored,
+            stopping=self.stopping,
+            weights_only=weights_only,
             open_row=self.open,
             save_seconds=self._saver.longest,
             skipped=(module.skipped, module.skipped_in_a_row),
             rows=self._file.n_rows if self._file is not None else None,
             rows_hash=self._file.hash if self._file is not None else "",
-            optimizer=module.parallel.training_numbers(module.model, optimizer),
+            optimizer={} if weights_only else module.parallel.training_numbers(module.model, optimizer),
         )
-        self._saver.save(
-            path, module.parallel.training_tensors(module.model, optimizer, module.average), state,
-            partial(self._beside, module.objective.state()), must,
-        )
+        tensors = module.parallel.training_tensors(module.model, optimizer, module.average)
+        if weights_only:
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+        beside = partial(self._beside, module.objective.state())
+        self._saver.save(path, tensors, state, beside, must)
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is complete."""
@@ -373,7 +439,8 @@ class RunCallback(pl.Callback):
         if self._file is not None:  # this rank writes
             saving.rotate(self.folder.path, self.config.save)
             state = checkpoint.read_state(path)
-            best = state.val_loss is not None and state.val_loss <= self.best
+            score = state.metrics.get(self.config.save.metric)
+            best = score is not None and self.config.save.sign * score <= self.best
             job = Job.here()
             progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
             self.folder.update(
@@ -404,6 +471,28 @@ class RunCallback(pl.Callback):
             self._saver.wait()
         if self._file is not None:
             self._file.close()
+
+
+def columns_of(config: Train, columns: Sequence[str], data: Any, tasks: Sequence[Task]) -> tuple[str, ...]:
+    """Those of metrics.csv, apart from layers'."""
+    measured = (*config.metrics, *(name for task in tasks for name in task.columns))
+    return (*COLUMNS, *columns, *balancing.columns(config.model), *data.columns, *measured)
+
+
+def check_metrics(config: Train, columns: Sequence[str]) -> None:
+    """Refuse a metric of save or trainer.stop_after that the run does not measure.
+
+    Raises:
+        ConfigError: names the nearest.
+    """
+    asked = {"save.metric": config.save.metric}
+    if config.trainer.stop_after.patience is not None:
+        asked["trainer.stop_after.metric"] = config.trainer.stop_after.metric
+    if wrong := [
+        f"`{key}` must be a column of metrics.csv in this run, but is {name} instead.{hint(name, columns)}"
+        for key, name in asked.items() if name not in columns
+    ]:
+        raise ConfigError(*wrong)
 
 
 def _floats(outputs: Mapping[str, torch.Tensor]) -> dict[str, str]:

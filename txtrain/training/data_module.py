@@ -131,6 +131,12 @@ class DataModule(L.LightningDataModule):
             return GlobalOrder(*given)
         return LengthOrder(*given, lengths=made.lengths)
 
+    @property
+    def sets(self) -> dict[str, Rows]:
+        """The validation sets by name; one without a name."""
+        self.prepare()
+        return dict(self._named) or {"": self._val}
+
     def write_skipped(self, folder: Path) -> None:
         """Write a line for each skipped row of the data, if there are any."""
         if self.skipped:

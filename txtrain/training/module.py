@@ -31,7 +31,7 @@ from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
 from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
-from txtrain.objectives.base import ROWS, Batch, Objective, build_objective
+from txtrain.objectives.base import ROWS, Batch, Objective, build_objective, by_metric
 from txtrain.optim.average import Average
 from txtrain.optim.groups import Groups, check_patterns, parameter_groups, set_rates
 from txtrain.parallel.activation_checkpointing import wrap_blocks
@@ -307,6 +307,10 @@ class LitModule(pl.LightningModule):
             for name, (value, n) in found.items():
                 _add(sums, name, value, counts)
                 _add(sums, f"{name}/n", n, counts)
+            for name in self.config.metrics:
+                value, n = by_metric(name, self.model, micro_batch).sum(0)
+                _add(sums, name, value, counts)
+                _add(sums, f"{name}/n", n, counts)
             ids = self.objective.target_ids(micro_batch)
             if ids is not None and self._token_bytes is not None:
                 _add(sums, "bytes", self._token_bytes[ids].sum(), counts)
@@ -334,7 +338,8 @@ class LitModule(pl.LightningModule):
         for number, name in enumerate(self._val_names):
             self.val_metrics[f"val_loss/{name}"] = self.objective.reported(_means(self._sums_of_sets[number]))
         self.val_metrics |= {f"val_{name}": means[name] for name in self.objective.terms if name in means}
-        self.val_metrics |= {name: means[name] for name in self.objective.metrics if name in means}
+        measured = *self.objective.metrics, *self.config.metrics
+        self.val_metrics |= {name: means[name] for name in measured if name in means}
         if (rows := self._gathered_rows()) is not None:
             self.val_metrics |= self.objective.score(rows)
         if any(name not in self.val_metrics for name in self.objective.metrics):

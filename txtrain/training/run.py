@@ -46,13 +46,14 @@ from txtrain.parallel.one_process import OneProcess, precision_dtype
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
 from txtrain.training import code_versions
-from txtrain.training.callback import RunCallback, check_data
+from txtrain.training.callback import RunCallback, check_data, check_metrics, columns_of
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule, check_model, check_tokenizers, models_read, starting_weights
 from txtrain.training.signals import Cause, Preempted, Stop
+from txtrain.training.tasks import prepare_tasks
 
 
 @dc.dataclass(frozen=True)
@@ -152,8 +153,16 @@ def train(
         if place is not None and place.checkpoint is not None:
             if "data" not in cfg.resume_allow:
                 check_data(place, data)
-            if _nothing_left(place, limits):
+            if _nothing_left(place, limits, cfg):
                 return _finished(place, display, parallel)
+        if source is not None and checkpoint.read_state(source).weights_only:
+            raise ConfigError(
+                f"`{'resume' if cfg.fork is None else 'fork'}`: {source} holds weights alone "
+                "(save.weights_only_last=true), from which no run continues. "
+                f"A new run from its weights: init_from={source}."
+            )
+        tasks = prepare_tasks(cfg, data, parallel)
+        check_metrics(cfg, columns_of(cfg, objective.columns, data, tasks))
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
@@ -170,7 +179,7 @@ def train(
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(
             cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
-            _generation_file(model, None if weights is None else weights.source, source),
+            _generation_file(model, None if weights is None else weights.source, source), tasks,
         )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
@@ -472,9 +481,10 @@ def _common(cfg: Train) -> dict[str, str]:
     return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
 
 
-def _nothing_left(place: RunFolder, limits: Limits) -> bool:
-    state = place.state
-    return state.open_row is None and limits.reached(state.step, state.seconds)
+def _nothing_left(place: RunFolder, limits: Limits, cfg: Train) -> bool:
+    state, patience = place.state, cfg.trainer.stop_after.patience
+    stopped = patience is not None and state.stopping is not None and state.stopping[1] >= patience
+    return state.open_row is None and (stopped or limits.reached(state.step, state.seconds))
 
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:

@@ -34,17 +34,20 @@ PLAN_FILES = ("begins.npy", "lengths.npy", "rows.npy")
 _WINDOW = 1 << 16  # documents packed together
 
 
-def write_plan(tokens: Tokens, seq_len: int, folder: Path, together: bool = True, each: int = 1) -> None:
+def write_plan(
+    tokens: Tokens, seq_len: int, folder: Path, together: bool = True, each: int = 1, overlap: bool = False
+) -> None:
     """Write the begins and lengths of the pieces, row by row, and the number of the first piece of each row.
 
     together: several pieces per row; else each piece has its own row.
     each: so many neighbouring documents are one piece; if more than 1, it is never cut, but left out if too long.
+    overlap: pieces of a document share a token, as they do where only some are trained.
     """
     begins, lengths, sizes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     offsets = tokens.offsets[::each]
     for first in range(0, len(offsets) - 1, _WINDOW):
         mask, within = tokens.mask, np.asarray(offsets[first : first + _WINDOW + 1])
-        begin, length = pieces(within, seq_len, overlap=int(mask is not None))
+        begin, length = pieces(within, seq_len, overlap=int(overlap or mask is not None))
         if each > 1:
             begin, length = (values[np.diff(within) <= seq_len] for values in (within[:-1], np.diff(within)))
         if mask is not None:
@@ -103,9 +106,12 @@ class BestFitSamples(Rows):
     each = 1  # documents of a piece
 
     def __init__(
-        self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False
+        self, tokens: Tokens, seq_len: int, folder: Path, pad_id: int, cross_document_attention: bool = False,
+        overlap: bool = False,
     ) -> None:
+        """overlap: as of `write_plan`."""
         self.tokens, self.seq_len, self.pad_id = tokens, seq_len, pad_id
+        self.overlap = overlap or tokens.mask is not None
         self.cross_document_attention = cross_document_attention
         self.begins, self.lengths, self.rows = (
             map_npy(folder / f"{name}.npy") for name in ("begins", "lengths", "rows")
@@ -134,7 +140,7 @@ class BestFitSamples(Rows):
                 documents_BT[b, at : at + length] = number * self.each + self._within(begin, length)
                 unread_BT[b, at : at + length] = mask is not None and mask.read(begin, begin + length) == 0
                 # The first token of a later piece is trained in the piece before it.
-                unread_BT[b, at] |= mask is not None or not self.cross_document_attention
+                unread_BT[b, at] |= self.overlap or not self.cross_document_attention
                 at += length
             mask_BT[b, :at] = 1
             documents_BT[b, at:] = (number + 1) * self.each

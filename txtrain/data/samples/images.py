@@ -120,7 +120,14 @@ def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, 
     """
     data, embedding = config.data, config.model.embedding
     every = source.images("train")
-    if has_validation(source):
+    if config.extent.whole:
+        if data.mean is None or data.std is None:
+            raise ConfigError(
+                "`data.mean` and `data.std` must be given to evaluate on all images of data.path: those with which the "
+                "model was trained. With split=validation they are measured on the training images."
+            )
+        parts = [(every, np.arange(len(every.labels)))] * 2
+    elif has_validation(source):
         others = source.images("validation")
         parts = [(every, np.arange(len(every.labels))), (others, np.arange(len(others.labels)))]
     else:
@@ -145,7 +152,7 @@ def prepare_images(source: ImageSource, config: RunConfig) -> tuple[Rows, Rows, 
     for samples in (train, validation):
         probe(samples)
     known = identity(source, lambda: repr([len(every.labels), every.labels[:100].tolist()]))
-    fraction = None if has_validation(source) else data.val_fraction
+    fraction = None if has_validation(source) or config.extent.whole else data.val_fraction
     fingerprint = digest(data.type, known, fraction, embedding.image_size, data.mean, data.std)
     augment = Augment(data.crop_padding, data.rotation, data.shift, data.flip)
     return Mapped(train, augment) if augment else train, validation, fingerprint

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,8 @@ from txtrain.data.sources.labels import Labelled
 from txtrain.data.sources.source import Split, has_validation, hashed, identity, splits
 from txtrain.data.store.split import FORMAT, digest
 from txtrain.data.store.tokens import Tokens
-from txtrain.data.tokenizer.tokenizer import Frame
+from txtrain.data.tokenizer.tokenizer import Frame, Tokenizer
+from txtrain.errors import ConfigError
 
 LABEL_FILES = {"train": "labels-train.npy", "validation": "labels-validation.npy"}
 
@@ -42,12 +43,14 @@ class LabelledCorpus:
 
     source: LabelledSource
     val_fraction: float
+    whole: bool = False  # all training rows are for validation
 
     def rows(self) -> Iterator[tuple[Split, Labelled]]:
-        own = splits(self.source)
+        own = splits(self.source)[: 1 if self.whole else 2]
         for split in own:
             for row in self.source.labelled(split):
-                yield (split if len(own) == 2 else side_of(row.texts[0], self.val_fraction)), row
+                alone = "validation" if self.whole else side_of(row.texts[0], self.val_fraction)
+                yield (split if len(own) == 2 else alone), row
 
     def documents(self) -> Iterator[tuple[Split, str]]:
         for split, row in self.rows():
@@ -71,7 +74,8 @@ class LabelledCorpus:
             return ((split, repr(row)) for split, row in self.rows())
 
         known = identity(self.source, lambda: hashed(labels()))
-        return digest(FORMAT, "labels", known, None if has_validation(self.source) else self.val_fraction)
+        held = None if has_validation(self.source) else self.val_fraction
+        return digest(FORMAT, "labels", known, "whole" if self.whole else held)
 
 
 class LabelledSamples(Rows):
@@ -98,26 +102,46 @@ class LabelledSamples(Rows):
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids, attention_mask, token_type_ids (if the model has segments): int64 [B, T], right-padded to a
         multiple of 8. labels: int64 [B]; of several classes and of numbers float32 [B, C], of one number [B]."""
-        texts = [self._row(int(row)) for row in rows]
-        longest = min(-(-max(len(ids) for ids, _ in texts) // BUCKET) * BUCKET, self.seq_len)
-        ids_BT = np.full((len(texts), longest), self.pad_id, dtype=np.int64)
-        mask_BT, types_BT = np.zeros_like(ids_BT), np.zeros_like(ids_BT)
-        for i, (ids, types) in enumerate(texts):
-            ids_BT[i, : len(ids)], mask_BT[i, : len(ids)], types_BT[i, : len(ids)] = ids, 1, types
-        made = {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
-        if self.n_types:
-            made["token_type_ids"] = torch.from_numpy(types_BT.clip(max=self.n_types - 1))
+        n = len(self.frame.specials) - 1
+        texts = [[self.tokens.document(n * row + k)[:-1].tolist() for k in range(n)] for row in rows.tolist()]
+        made = framed(texts, self.frame, self.seq_len, self.pad_id, self.n_types)
         found = self.labels[rows]
         one_number = found.ndim == 2 and found.shape[1] == 1
         labels = torch.from_numpy(found[:, 0] if one_number else found)
         return {**made, "labels": labels.float() if found.ndim == 2 else labels.long()}
 
-    def _row(self, row: int) -> tuple[list[int], list[int]]:
-        """Ids and types."""
-        n = len(self.frame.specials) - 1
-        texts = [self.tokens.document(n * row + k)[:-1].tolist() for k in range(n)]
-        kept = fitted([len(text) for text in texts], self.seq_len - self.frame.n_specials)
-        return self.frame.around([text[:length] for text, length in zip(texts, kept, strict=True)])
+
+def frame_of(tokenizer: Tokenizer, n_texts: int, seq_len: int) -> Frame:
+    """Of a `framed` tokenizer.
+
+    Raises:
+        ConfigError: seq_len has no room for a token beside the special ones.
+    """
+    frame = tokenizer.frame(n_texts)
+    if frame.n_specials >= seq_len:
+        least = frame.n_specials + 1
+        told = f"{least}, a token beside {frame.n_specials} special ones, but is {seq_len} instead"
+        raise ConfigError(f"`data.seq_len` must be at least {told}. Nearest: {least}.")
+    return frame
+
+
+def framed(
+    rows: Sequence[Sequence[list[int]]], frame: Frame, seq_len: int, pad_id: int, n_types: int
+) -> dict[str, Tensor]:
+    """input_ids, attention_mask and token_type_ids of rows of one text or two, as of `LabelledSamples.batch`."""
+    texts = []
+    for row in rows:
+        kept = fitted([len(text) for text in row], seq_len - frame.n_specials)
+        texts.append(frame.around([text[:length] for text, length in zip(row, kept, strict=True)]))
+    longest = min(-(-max(len(ids) for ids, _ in texts) // BUCKET) * BUCKET, seq_len)
+    ids_BT = np.full((len(texts), longest), pad_id, dtype=np.int64)
+    mask_BT, types_BT = np.zeros_like(ids_BT), np.zeros_like(ids_BT)
+    for i, (ids, types) in enumerate(texts):
+        ids_BT[i, : len(ids)], mask_BT[i, : len(ids)], types_BT[i, : len(ids)] = ids, 1, types
+    made = {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
+    if n_types:
+        made["token_type_ids"] = torch.from_numpy(types_BT.clip(max=n_types - 1))
+    return made
 
 
 def fitted(lengths: list[int], room: int) -> list[int]:

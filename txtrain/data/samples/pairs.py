@@ -37,14 +37,16 @@ class PairCorpus:
 
     source: PairSource
     val_fraction: float
+    whole: bool = False  # all training pairs are for validation
 
     def pairs(self) -> Iterator[tuple[Split, Pair]]:
         """The pairs without a blank side."""
-        own = splits(self.source)
+        own = splits(self.source)[: 1 if self.whole else 2]
         for split in own:
             for pair in self.source.pairs(split):
                 if pair[0].strip() and pair[1].strip():
-                    yield (split if len(own) == 2 else side_of(pair[0], self.val_fraction)), pair
+                    alone = "validation" if self.whole else side_of(pair[0], self.val_fraction)
+                    yield (split if len(own) == 2 else alone), pair
 
     def documents(self) -> Iterator[tuple[Split, str]]:
         for split, pair in self.pairs():
@@ -58,7 +60,8 @@ class PairCorpus:
     @cached_property
     def fingerprint(self) -> str:
         known = identity(self.source, lambda: hashed(self.documents()))
-        return digest(FORMAT, "pairs", known, None if has_validation(self.source) else self.val_fraction)
+        held = None if has_validation(self.source) else self.val_fraction
+        return digest(FORMAT, "pairs", known, "whole" if self.whole else held)
 
 
 def side_of(text: str, val_fraction: float) -> Split:

@@ -10,9 +10,11 @@ from typing import Protocol
 from txtrain.data.samples.best_fit import BestFitSamples, PreferenceSamples
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import Rows
+from txtrain.data.samples.windows import WindowSamples
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
+from txtrain.run_config import Extent
 
 
 @dc.dataclass(frozen=True)
@@ -24,12 +26,18 @@ class TokenisedText:
     seq_len: int
     cross_document_attention: bool = False
     plan: Path | None = None  # the folder of `write_plan` (data.packing=best_fit, none)
+    extent: Extent = Extent()
+    overlap: bool = False  # of the plan's pieces
 
     def sequences(self, overlap: int = 1) -> Rows:
         """Packed by data.packing. overlap: of neighbours with concat; 1 if the first token is never a target."""
+        across = self.cross_document_attention
+        if self.plan is None and self.extent.rest:
+            stride = self.extent.stride or self.seq_len - overlap
+            return WindowSamples(self.tokens, self.seq_len, across, stride, self._pad_id)
         if self.plan is None:
-            return PackedSamples(self.tokens, self.seq_len, self.cross_document_attention, overlap)
-        return BestFitSamples(self.tokens, self.seq_len, self.plan, self._pad_id, self.cross_document_attention)
+            return PackedSamples(self.tokens, self.seq_len, across, overlap)
+        return BestFitSamples(self.tokens, self.seq_len, self.plan, self._pad_id, across, self.overlap)
 
     def preferences(self) -> Rows:
         """Pairs of answers, packed by data.packing."""

@@ -49,6 +49,7 @@ class TokenFiles:
         self._indexes: dict[Path, dict[str, Any]] = {}  # of our folders
         self._val_fraction: float | None = None  # if the ends of files are held out
         self.shards = self._all(path, "data.path")
+        self.every = [*self.shards["train"], *self.shards["validation"]]  # of data.path, nothing held out
         if val_path:
             self.shards["validation"] = [
                 shard for shards in self._all(val_path, "data.val_path").values() for shard in shards

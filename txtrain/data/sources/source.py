@@ -91,6 +91,7 @@ METHODS = (  # in order of precedence; the last four are for our own sources
     "images",
     "samples",
     "labelled",
+    "questions",
     "tokens",
     "stream",
     "parts",

@@ -71,8 +71,12 @@ class MarkedCorpus:
     source: MarkedSource
     val_fraction: float
     tokenizer: Tokenizer
+    whole: bool = False  # all training texts are for validation
 
     def documents(self) -> Iterator[tuple[Split, Marked]]:
+        if self.whole:
+            yield from (("validation", text) for text in self.source.marked("train", self.tokenizer))
+            return
         if has_validation(self.source):
             for split in SPLITS:
                 yield from ((split, text) for text in self.source.marked(split, self.tokenizer))
@@ -90,7 +94,8 @@ class MarkedCorpus:
         """Of the source and its chat template; the fingerprint of the tokenizer is separate."""
         template = self.tokenizer.chat_template
         written = None if template is None else [dict(template.texts), dict(self.tokenizer.names)]
-        return digest("marked", Corpus(self.source, self.val_fraction).fingerprint, written)
+        known = Corpus(self.source, self.val_fraction).fingerprint
+        return digest("marked whole" if self.whole else "marked", known, written)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ class HeadConfig(Component):
     """What every head has. skips: its loss skips positions without a target."""
 
     skips: ClassVar[bool] = False
-    pools: ClassVar[bool] = False  # it has one result for a sample
+    pools: ClassVar[bool] = False  # one result for each row
+    writes: ClassVar[bool] = True  # scores of the tokens at each position
     next_sentence = False  # a field of BERT's head only
     label_names = tuple[str, ...]()  # this and lm: of the class head only
     lm = False
@@ -107,6 +108,7 @@ class ClassHeadConfig(HeadConfig):
     last real one, or the mean of the real ones. null: as the papers and transformers have it for this kind of model."""
 
     pools: ClassVar = True
+    writes: ClassVar = False
 
     n_classes: int | None = knob(None, at_least=1)  # null: as many as the labels of the data; numbers of a regression
     pooling: Literal["first", "last", "mean"] | None = None  # null: first in an encoder, else last
@@ -177,6 +179,8 @@ class ClassHeadConfig(HeadConfig):
 @config
 class NoHeadConfig(HeadConfig):
     """None: the last hidden states alone, of a folder without a head. It cannot be trained as it is."""
+
+    writes: ClassVar = False
 
     pooler: bool = False  # the folder's pooler is kept, for a class head that is put in its place
 

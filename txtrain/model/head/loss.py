@@ -56,16 +56,25 @@ def class_loss(
     kind: single: cross-entropy, labels [B], -100: none; multi: binary cross-entropy of each class, labels [B, C] of 0
     and 1; regression: squared error, labels [B, C], or [B] of one number. As ...ForSequenceClassification.
     """
+    return _class_losses(kind, logits_BC, labels, label_smoothing, "sum") / denominator
+
+
+def class_losses(kind: str, logits_BC: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum of each row, and its number of targets: [B] each."""
+    losses = _class_losses(kind, logits_BC, labels, 0.0, "none").view(len(labels), -1)
+    counted = (labels != IGNORED) if kind == "single" else torch.ones_like(losses)
+    return losses.sum(1), counted.view(len(labels), -1).sum(1)
+
+
+def _class_losses(kind: str, logits_BC: Tensor, labels: Tensor, label_smoothing: float, reduction: str) -> Tensor:
     logits_BC = logits_BC.float()
     if kind == "single":
-        total = F.cross_entropy(
-            logits_BC, labels, ignore_index=IGNORED, reduction="sum", label_smoothing=label_smoothing
+        return F.cross_entropy(
+            logits_BC, labels, ignore_index=IGNORED, reduction=reduction, label_smoothing=label_smoothing
         )
-    elif kind == "multi":
-        total = F.binary_cross_entropy_with_logits(logits_BC, labels.float(), reduction="sum")
-    else:
-        total = F.mse_loss(logits_BC, labels.float().view_as(logits_BC), reduction="sum")
-    return total / denominator
+    if kind == "multi":
+        return F.binary_cross_entropy_with_logits(logits_BC, labels.float(), reduction=reduction)
+    return F.mse_loss(logits_BC, labels.float().view_as(logits_BC), reduction=reduction)
 
 
 def n_class_targets(kind: str, labels: Tensor) -> Tensor:
