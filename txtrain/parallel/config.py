@@ -34,11 +34,10 @@ class Layout(NamedTuple):
 class StrategyConfig:
     """Base: every rank holds the whole model and sees its share of the samples.
 
-    stage: of ZeRO. divides: ranks hold parts of the model or its state. cuts_activations: they share a block's output.
+    stage: of ZeRO. cuts_activations: ranks share a block's output.
     """
 
     stage: ClassVar[int] = 0
-    divides: ClassVar[bool] = False
     cuts_activations: ClassVar[bool] = False
     type: str
 
@@ -68,7 +67,6 @@ class ShardedConfig(StrategyConfig):
     cpu_offload: shards, gradients and the optimizer are in CPU memory.
     """
 
-    divides = True
     reshard_after_forward: bool = True
     cpu_offload: bool = False
 
@@ -120,7 +118,7 @@ class HybridConfig(FullyShardedConfig):
 class TensorConfig(StrategyConfig):
     """Ranks share each layer's matrices (1909.08053), and its norms by positions (2205.05198). tp_size: null: all."""
 
-    divides = cuts_activations = True
+    cuts_activations = True
     tp_size: int | None = None
 
     def layout(self, world: int) -> Layout:
@@ -152,7 +150,6 @@ class ZeROConfig(StrategyConfig):
     cpu_offload: the optimizer and its state (2101.06840), and with stage 3 the parameters, are in CPU memory.
     """
 
-    divides = True
     cpu_offload: bool = False
 
     def layout(self, world: int) -> Layout:
