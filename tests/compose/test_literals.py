@@ -40,7 +40,7 @@ def test_keys_of_train_arrive_unchanged(key, job):
 def test_every_literal_key_is_one_of_the_contract():
     contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
     beside = ["data.cache_dir", "data.chat_template", "lm_eval.include_path", "objective.teacher", "objective.reference"]  # paths, as the others are
-    texts = ["data.delimiter", "data.prompt", "messages", "objective.pattern", "system"]
+    texts = ["data.delimiter", "data.prompt", "messages", "objective.pattern", "push_to", "system"]
     assert sorted(LITERALS) == sorted([*contract, *beside, *texts])
 
 

@@ -281,7 +281,7 @@ def test_a_source_that_cannot_be_used_says_what_is_missing(make_config) -> None:
     class NoDefault:
         def __init__(self, colour) -> None: ...
 
-    with pytest.raises(ConfigError, match=r"documents\(split\), pairs\(split\), images\(split\), samples\(split\)"):
+    with pytest.raises(ConfigError, match=r"documents\(split\), pairs\(split\), problems\(split\), images\(split\), samples\(split\)"):
         build_source(make_config("no_texts"))
     with pytest.raises(ConfigError, match="'colour'"):
         build_source(make_config("no_default"))

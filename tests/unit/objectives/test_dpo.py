@@ -148,7 +148,7 @@ def test_what_does_not_fit_is_refused(config: Callable[..., Train]) -> None:
     for given, said in (
         (["objective.loss=ipo", "objective.label_smoothing=0.1"], "`objective.label_smoothing` must be 0"),
         (["data.cross_document_attention=true"], "`data.cross_document_attention` must be false"),
-        (["objective=sft"], "`data` must be a source of chat with objective=sft"),
+        (["objective=sft"], "`data` must be a source of chat or problems with objective=sft"),
     ):
         with pytest.raises(ConfigError) as refused:
             config("dpo", *given)
