@@ -48,7 +48,6 @@ def test_every_published_size_counts_as_published(name):
     assert sum(figures.params_by_part.values()) == figures.n_params
 
 
-@pytest.mark.slow  # a time, for a quiet machine
 def test_the_largest_model_is_planned_in_two_seconds_without_torch():
     command = [sys.executable, "-c", WITHOUT_TORCH, "plan", "model=deepseek_r1_671b", "plan.format=json"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -14,7 +14,6 @@ from txtrain.errors import ConfigError
 SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed")
 
 
-@pytest.mark.slow  # a time, for a quiet machine
 def test_the_largest_model_is_laid_over_256_devices_in_two_seconds_without_torch():
     command = [sys.executable, "-c", WITHOUT_TORCH, "plan", "model=deepseek_r1_671b", "strategy=fsdp", "trainer.num_nodes=32", "trainer.devices=8", "data.global_batch_size=8"]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -47,8 +47,9 @@ from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, Vali
 from txtrain.data.store.stream import StreamTokens
 from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise, write_skipped
 from txtrain.data.store.tokens import Tokens
+from txtrain.data.tokenizer.folder import TOKENIZER_FILES
 from txtrain.data.tokenizer.load import load_tokenizer
-from txtrain.data.tokenizer.tokenizer import TOKENIZER_FILES, Tokenizer, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from txtrain.data.tokenizer.load import files_in
+from txtrain.data.tokenizer.folder import files_in
 from txtrain.errors import ConfigError
 from txtrain.ground import plain_files
 from txtrain.ground.files import path_of

@@ -6,8 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from txtrain.data.sources.hub import why_unreachable
-from txtrain.data.tokenizer.tokenizer import SOURCE_FILES
+from txtrain.data.tokenizer.folder import SOURCE_FILES
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
 
@@ -34,6 +33,8 @@ def folder_of(where: str | os.PathLike[str], key: str) -> Path:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    from txtrain.data.sources.hub import why_unreachable
 
     allowed = f"`{key}` must be a run's folder, one of its checkpoints, a folder of runs, or a model of Hugging Face"
     try:

@@ -11,7 +11,6 @@ from typing import Any, ClassVar
 
 from txtrain.errors import ConfigError, hint
 from txtrain.hf.name_map import EXPERT, Row, by_layer, respelt
-from txtrain.hf.registry import class_of
 from txtrain.model.adapter import AdapterConfig, factor_of
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Transform
@@ -143,6 +142,8 @@ class Lora(Transform):
 def adaptable(model: ModelConfig) -> dict[str, Row]:
     """The modules of transformers' class that hold matrices of ours, and its stacks of experts, by their name there;
     none if no class equals the model."""
+    from txtrain.hf.registry import class_of  # with all families: not for a run without an adapter
+
     try:
         hf = class_of(model)
     except ConfigError:

@@ -10,7 +10,8 @@ from typing import Any
 
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
-from txtrain.data.tokenizer.tokenizer import SOURCE_FILES, ChatTemplate, Tokenizer, byte_tokenizer, told
+from txtrain.data.tokenizer.folder import SOURCE_FILES, files_in
+from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_bytes, read_json, read_text
 
@@ -71,13 +72,6 @@ def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
         names=_names(backend, folder, ids),
         files=_one_of(path, folder) if path.is_file() else files_in(folder),
     )
-
-
-def files_in(folder: Path) -> dict[str, bytes]:
-    """Name -> content of the folder's tokenizer files."""
-    templates = (f"{path.parent.name}/{path.name}" for path in sorted(folder.glob("additional_chat_templates/*.jinja")))
-    there = [name for name in SOURCE_FILES if (folder / name).is_file()]
-    return {name: read_bytes(folder / name, TOKENIZER_LIMIT) for name in (*there, *templates)}
 
 
 def _one_of(path: Path, folder: Path) -> dict[str, bytes]:

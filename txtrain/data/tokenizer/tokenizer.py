@@ -17,19 +17,13 @@ from numpy.typing import NDArray
 
 from txtrain.data.sources.files import Text, chunks_of
 from txtrain.data.tokenizer.cuts import byte_level_places, cut
+from txtrain.data.tokenizer.folder import CHAT_TEMPLATES
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground.plain_files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 N_BYTES = 256
 _ROLES = ("bos_token", "eos_token", "pad_token")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")  # of `Tokenizer.save`
-CHAT_TEMPLATES = ("chat_template.jinja", "additional_chat_templates")
-# Of any tokenizer in the layout of `transformers`; and additional_chat_templates/*.jinja.
-SOURCE_FILES = (
-    *TOKENIZER_FILES, "special_tokens_map.json", "added_tokens.json", CHAT_TEMPLATES[0], "tokenizer.model",
-    "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "source.spm", "target.spm",
-)
 _SETTINGS = ("padding_side", "truncation_side", "model_max_length", "clean_up_tokenization_spaces")
 
 _OTHER_NAMES = {"[MASK]": ("<mask>",), "[CLS]": ("<s>",), "[SEP]": ("</s>",)}  # RoBERTa's
