@@ -12,7 +12,7 @@ from txtrain.data.chat.template import Template
 from txtrain.data.chat.turns import Conversation, Speaker, TrainOn
 from txtrain.data.sources.documents import objects_of
 from txtrain.data.sources.files import Limits, files_identity, find_files, listed
-from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Marked, Split
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer
 from txtrain.errors import ConfigError
@@ -87,18 +87,8 @@ class ConversationRows:
         return lambda: (row for file in files for row in objects_of(file, key, self.limits))
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Rows:
-        from datasets.exceptions import DatasetsError
-
-        try:
+        with set_errors(key, path, split, f"files of {self.what} or what load_dataset takes"):
             rows = load_dataset(path, name, split)
-        except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {path} is no local file, and as a hub set it is unavailable: {e}.") from e
-        except (FileNotFoundError, ValueError, DatasetsError) as e:
-            said = str(e.__cause__ or e).splitlines()[0]
-            raise ConfigError(
-                f"`{key}` must be files of {self.what} or what load_dataset takes, "
-                f"but {path} ({split}) is not: {said}"
-            ) from e
         self._known.append(rows._fingerprint)
         return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
 

@@ -14,6 +14,8 @@ import urllib.request
 from collections.abc import Iterator
 from typing import Any
 
+from txtrain.errors import ConfigError
+
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
 _PATIENCE = 8.0  # seconds; name resolution has no time-out, hence the thread
@@ -91,6 +93,27 @@ def load_dataset(path: str, name: str | None, split: str | None = None, streamin
             return datasets.load_dataset(path, name, split=split)
         except ConnectionError as e:
             raise HubUnreachable(f"it is not in the cache{miss}, and {e}") from e
+
+
+@contextlib.contextmanager
+def set_errors(key: str, path: str, split: str, allowed: str, remedy: str = "") -> Iterator[None]:
+    """Tell what `load_dataset` raises as an error of a key. remedy: for an unreachable hub.
+
+    Raises:
+        ConfigError: the set is unavailable, or cannot be read.
+    """
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except HubUnreachable as e:
+        said = f"is no local file, and as a hub set it is unavailable: {e}.{remedy and f' {remedy}'}"
+        raise ConfigError(f"`{key}`: {path} {said}") from e
+    except (FileNotFoundError, ValueError, DatasetsError) as e:
+        if isinstance(e, ConfigError):
+            raise
+        said = str(e.__cause__ or e).splitlines()[0]
+        raise ConfigError(f"`{key}` must be {allowed}, but {path} ({split}) is not: {said}") from e
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from txtrain.data.sources.documents import texts_of
 from txtrain.data.sources.files import Limits, files_identity
-from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.data.store.split import is_held_out
 from txtrain.errors import ConfigError, hint
@@ -77,23 +77,15 @@ class HubDataset:
 
 
 def _load(path: str, name: str | None, key: str, split: str, text_column: str, streaming: bool = False) -> Any:
-    from datasets.exceptions import DatasetsError
-
     if path in _LOADERS:
         raise ConfigError(
             f"`{key}` must be a set, a folder or a file, but {path} is only the name of a loader. "
             "Name the folder of your files; their format is recognised."
         )
-    try:
+    remedy = "A local .jsonl, .csv or .parquet, or a folder of them, needs no hub."
+    with set_errors(key, path, split, "what load_dataset takes", remedy):
         rows = load_dataset(path, name, split, streaming)
         columns = rows.column_names or list(next(iter(rows), {}))  # a stream may not know them before its first row
-    except HubUnreachable as e:
-        raise ConfigError(
-            f"`{key}`: {path} is unavailable: {e}. A local .jsonl, .csv or .parquet, or a folder of them, needs no hub."
-        ) from e
-    except (FileNotFoundError, ValueError, DatasetsError) as e:
-        said = str(e.__cause__ or e).splitlines()[0]
-        raise ConfigError(f"`{key}` must be what load_dataset takes, but {path} ({split}) is not: {said}") from e
     if text_column not in columns:
         raise ConfigError(
             f"`data.text_column` must be one of {', '.join(columns)} for {path}, "

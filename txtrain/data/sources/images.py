@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.data.sources.files import Limits, files_identity, missing, open_unpacked
-from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.plain_files import map_npy, npz_names, read_npz
@@ -144,17 +144,8 @@ class ImageFiles:
         raise ConfigError(f"`{key}`: {path} must hold {wanted}, but holds {shorten(', '.join(arrays))}.")
 
     def _set(self, spec: str, key: str, split: str) -> SetImages:
-        from datasets.exceptions import DatasetsError
-
-        try:
+        with set_errors(key, spec, split, "local images or a set for load_dataset"):
             return SetImages(load_dataset(spec, self.name, split), self.columns)
-        except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {spec} is no local file, and as a hub set it is unavailable: {e}.") from e
-        except (FileNotFoundError, DatasetsError) as e:
-            raise ConfigError(
-                f"`{key}` must be local images or a set for load_dataset, "
-                f"but {spec} ({split}) is not: {str(e).splitlines()[0]}"
-            ) from e
 
 
 def _existing(path: Path, key: str) -> Path:

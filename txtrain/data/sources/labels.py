@@ -20,7 +20,7 @@ from txtrain.data.sources.files import (
     open_unpacked,
     unpacked_name,
 )
-from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 
@@ -231,16 +231,8 @@ class LabelledTexts:
         return objects_of(file, key, self.limits)
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Callable[[], Iterable[Row]]:
-        from datasets.exceptions import DatasetsError
-
-        try:
+        with set_errors(key, path, split, "files of labelled texts or what load_dataset takes"):
             rows = load_dataset(path, name, split)
-        except HubUnreachable as e:
-            raise ConfigError(f"`{key}`: {path} is no local file, and as a hub set it is unavailable: {e}.") from e
-        except (FileNotFoundError, ValueError, DatasetsError) as e:
-            said = str(e.__cause__ or e).splitlines()[0]
-            allowed = "files of labelled texts or what load_dataset takes"
-            raise ConfigError(f"`{key}` must be {allowed}, but {path} ({split}) is not: {said}") from e
         for column_key, column in self._wanted:
             if column not in rows.column_names:
                 raise ConfigError(_no_column(column_key, column, rows.column_names, path))

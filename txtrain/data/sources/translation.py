@@ -9,7 +9,7 @@ from typing import Any
 
 from txtrain.data.sources.documents import rows_of
 from txtrain.data.sources.files import Limits, files_identity, find_files, text_chunks
-from txtrain.data.sources.hub import HubUnreachable, load_dataset
+from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 
@@ -103,19 +103,10 @@ class Translation:
         return lambda: zip(*sides, strict=True)
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Pairs:
-        from datasets.exceptions import DatasetsError
-
-        try:
+        allowed = "a .tsv, a file of sources beside data.target_path, or what load_dataset takes"
+        remedy = "A .tsv, or a file of sources with data.target_path beside it, needs no hub."
+        with set_errors(key, path, split, allowed, remedy):
             rows = load_dataset(path, name, split)
-        except HubUnreachable as e:
-            raise ConfigError(
-                f"`{key}`: {path} is unavailable: {e}. "
-                "A .tsv, or a file of sources with data.target_path beside it, needs no hub."
-            ) from e
-        except (FileNotFoundError, ValueError, DatasetsError) as e:
-            said = str(e.__cause__ or e).splitlines()[0]
-            allowed = "a .tsv, a file of sources beside data.target_path, or what load_dataset takes"
-            raise ConfigError(f"`{key}` must be {allowed}, but {path} ({split}) is not: {said}") from e
         pick = _picker(rows, self.columns, path)
         self._known.append(rows._fingerprint)
         return lambda: _rows(map(pick, rows), path, key, self.limits)
