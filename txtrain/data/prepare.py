@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -403,17 +403,20 @@ def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
         PairSamples(TokenFile(folder, split), tokenizer, config.seq_len)
         for split in (("validation", "validation") if config.extent.whole else SPLITS)
     )
-    for rows, part in ((train, "training"), (validation, "validation")):
-        if not len(rows):
-            raise ConfigError(
-                f"`data={data.type}` must have at least one {part} pair of at most data.seq_len={config.seq_len} "
-                f"tokens a side, but has none: {rows.n_all} in all."
-            )
-        if left_out := rows.n_all - len(rows):
-            longer = "%d of %d %s pairs are longer than data.seq_len=%d and left out"
-            log.warning(longer, left_out, rows.n_all, part, config.seq_len)
+    allowed = f"pair of at most data.seq_len={config.seq_len} tokens a side"
+    _check_lengths((train, validation), data.type, allowed, f"pairs are longer than data.seq_len={config.seq_len}")
     known = digest(key, config.seq_len)
     return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
+
+
+def _check_lengths(splits: Iterable[PairSamples | PromptSamples], source: str, allowed: str, longer: str) -> None:
+    """Refuse a split without rows that are short enough; say how many are left out. longer: what those are."""
+    for rows, part in zip(splits, ("training", "validation"), strict=True):
+        if not len(rows):
+            none = f"but has none: {rows.n_all} in all"
+            raise ConfigError(f"`data={source}` must have at least one {part} {allowed}, {none}.")
+        if left_out := rows.n_all - len(rows):
+            log.warning("%d of %d %s %s and left out", left_out, rows.n_all, part, longer)
 
 
 # ------------------------------------------------------------------------------------------------------------- problems
@@ -426,15 +429,9 @@ def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepare
     train, validation = (
         PromptSamples([*source.problems(split)], tokenizer, longest, answered=objective.masks) for split in SPLITS
     )
-    for rows, part in ((train, "training"), (validation, "validation")):
-        if not len(rows):
-            raise ConfigError(
-                f"`data={data.type}` must have at least one {part} problem of at most {longest} tokens (of "
-                f"data.seq_len={config.seq_len}, less what is to be written), but has none: {rows.n_all} in all."
-            )
-        if left_out := rows.n_all - len(rows):
-            longer = "%d of %d %s problems have more than %d tokens and are left out"
-            log.warning(longer, left_out, rows.n_all, part, longest)
+    of_all = f"of data.seq_len={config.seq_len}, less what is to be written"
+    allowed = f"problem of at most {longest} tokens ({of_all})"
+    _check_lengths((train, validation), data.type, allowed, f"problems are longer than {longest} tokens")
     known = digest(corpus.fingerprint, tokenizer.fingerprint, longest, objective.masks)
     return Prepared(train, validation, known, tokenizer)
 

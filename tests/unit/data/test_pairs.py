@@ -82,7 +82,7 @@ def test_equal_sources_are_on_one_side_of_the_split():
             return ((f"{i % 50}", f"answer {i}") for i in range(500))
 
     sides: dict[str, set[str]] = {}
-    for split, (source, _) in PairCorpus(Twice(), 0.3).pairs():
+    for split, (source, _) in PairCorpus(Twice(), 0.3).rows():
         sides.setdefault(source, set()).add(split)
     assert all(len(side) == 1 for side in sides.values())
     assert len({next(iter(side)) for side in sides.values()}) == 2

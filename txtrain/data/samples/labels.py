@@ -5,8 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -18,11 +16,10 @@ from torch import Tensor
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.length_order import BUCKET
 from txtrain.data.samples.order import Indices
-from txtrain.data.samples.pairs import side_of
+from txtrain.data.samples.row_corpus import RowCorpus
 from txtrain.data.samples.rows import Rows
 from txtrain.data.sources.labels import Labelled
-from txtrain.data.sources.source import Split, has_validation, hashed, identity, splits
-from txtrain.data.store.split import FORMAT, digest
+from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.tokenizer import Frame, Tokenizer
 from txtrain.errors import ConfigError
@@ -34,31 +31,20 @@ class LabelledSource(Protocol):
     def labelled(self, split: Split) -> Iterator[Labelled]: ...
 
 
-@dataclass(frozen=True)
-class LabelledCorpus:
-    """A source's rows; each text is a document.
-
-    Without a validation split, rows are held out by a hash of their first text: equal texts are on one side.
-    """
+class LabelledCorpus(RowCorpus[Labelled]):
+    """Texts with labels."""
 
     source: LabelledSource
-    val_fraction: float
-    whole: bool = False  # all training rows are for validation
+    kind = "labels"
 
-    def rows(self) -> Iterator[tuple[Split, Labelled]]:
-        own = splits(self.source)[: 1 if self.whole else 2]
-        for split in own:
-            for row in self.source.labelled(split):
-                alone = "validation" if self.whole else side_of(row.texts[0], self.val_fraction)
-                yield (split if len(own) == 2 else alone), row
+    def read(self, split: Split) -> Iterator[Labelled]:
+        return self.source.labelled(split)
 
-    def documents(self) -> Iterator[tuple[Split, str]]:
-        for split, row in self.rows():
-            for text in row.texts:
-                yield split, text
+    def texts(self, row: Labelled) -> Sequence[str]:
+        return row.texts
 
-    def training_texts(self) -> Iterator[str]:
-        return (text for split, text in self.documents() if split == "train")
+    def content(self) -> Iterator[tuple[Split, str]]:
+        return ((split, repr(row)) for split, row in self.rows())
 
     def write_labels(self, folder: Path) -> None:
         """The labels of both splits, beside their tokens."""
@@ -67,15 +53,6 @@ class LabelledCorpus:
             found[split].append(row.label)
         for split, labels in found.items():
             np.save(folder / LABEL_FILES[split], np.array(labels), allow_pickle=False)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        def labels() -> Iterator[tuple[Split, str]]:
-            return ((split, repr(row)) for split, row in self.rows())
-
-        known = identity(self.source, lambda: hashed(labels()))
-        held = None if has_validation(self.source) else self.val_fraction
-        return digest(FORMAT, "labels", known, "whole" if self.whole else held)
 
 
 class LabelledSamples(Rows):

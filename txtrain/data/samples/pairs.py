@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -15,9 +12,9 @@ from torch import Tensor
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.length_order import BUCKET
 from txtrain.data.samples.order import Indices
+from txtrain.data.samples.row_corpus import RowCorpus
 from txtrain.data.samples.rows import Rows
-from txtrain.data.sources.source import Split, has_validation, hashed, identity, splits
-from txtrain.data.store.split import FORMAT, digest
+from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 
@@ -28,46 +25,17 @@ class PairSource(Protocol):
     def pairs(self, split: Split) -> Iterator[Pair]: ...
 
 
-@dataclass(frozen=True)
-class PairCorpus:
-    """A source's pairs as documents: the source of a pair, then its target.
-
-    Without a validation split, pairs are held out by a hash of the source text: equal texts are on one side.
-    """
+class PairCorpus(RowCorpus[Pair]):
+    """The source of a pair, then its target; pairs with a blank side are left out."""
 
     source: PairSource
-    val_fraction: float
-    whole: bool = False  # all training pairs are for validation
+    kind = "pairs"
 
-    def pairs(self) -> Iterator[tuple[Split, Pair]]:
-        """The pairs without a blank side."""
-        own = splits(self.source)[: 1 if self.whole else 2]
-        for split in own:
-            for pair in self.source.pairs(split):
-                if pair[0].strip() and pair[1].strip():
-                    alone = "validation" if self.whole else side_of(pair[0], self.val_fraction)
-                    yield (split if len(own) == 2 else alone), pair
+    def read(self, split: Split) -> Iterator[Pair]:
+        return (pair for pair in self.source.pairs(split) if pair[0].strip() and pair[1].strip())
 
-    def documents(self) -> Iterator[tuple[Split, str]]:
-        for split, pair in self.pairs():
-            for text in pair:
-                yield split, text
-
-    def training_texts(self) -> Iterator[str]:
-        """Both sides, since one tokenizer serves both."""
-        return (text for split, pair in self.pairs() if split == "train" for text in pair)
-
-    @cached_property
-    def fingerprint(self) -> str:
-        known = identity(self.source, lambda: hashed(self.documents()))
-        held = None if has_validation(self.source) else self.val_fraction
-        return digest(FORMAT, "pairs", known, "whole" if self.whole else held)
-
-
-def side_of(text: str, val_fraction: float) -> Split:
-    """The split of all rows with this text, where the source has no validation split."""
-    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return "validation" if draw < val_fraction * 2**64 else "train"
+    def texts(self, row: Pair) -> Sequence[str]:
+        return row
 
 
 class PairSamples(Rows):
