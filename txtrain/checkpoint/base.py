@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import hashlib
 import json
 import re
-from functools import lru_cache
 from pathlib import Path
 
 from txtrain.checkpoint.format import LoadError, locate
-from txtrain.checkpoint.state import HEADER
 from txtrain.errors import ConfigError
 from txtrain.ground import files, plain_files
+from txtrain.hf.digest import BASE, sha256_of
 from txtrain.hf.hub import folder_of
-from txtrain.hf.tensor_names import read_header
 
-BASE = "base.json"  # beside a checkpoint that holds an adapter alone
 ADAPTER_CONFIG = "adapter_config.json"  # of PEFT's folder
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dc.dataclass(frozen=True)
@@ -48,26 +43,6 @@ def identify(where: str | Path, key: str) -> Base:
 def is_folder(path: Path) -> bool:
     """Whether it is a folder of Hugging Face's kind: a model, or PEFT's adapter."""
     return (path / "config.json").is_file() or (path / ADAPTER_CONFIG).is_file()
-
-
-def sha256_of(path: Path) -> str:
-    """Of the weights in a checkpoint or a Hugging Face folder."""
-    found = sorted(file for pattern in (*_WEIGHTS, BASE) for file in path.glob(pattern))
-    return _hashed(tuple((file, (stat := file.stat()).st_size, stat.st_mtime_ns) for file in found))
-
-
-@lru_cache(maxsize=8)
-def _hashed(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """files: path, size and time of change of each; a start asks for the same ones several times."""
-    found = hashlib.sha256()
-    for file, *_ in files:
-        header, end = read_header(file) if file.suffix == ".safetensors" else ({}, 0)
-        with file.open("rb") as f:
-            if HEADER in (header.get("__metadata__") or {}):  # it holds the checksums of the tensors
-                found.update(hashlib.sha256(f.read(end)).digest())
-            else:
-                found.update(hashlib.file_digest(f, "sha256").digest())
-    return found.hexdigest()
 
 
 def read_base(path: Path) -> Base | None:

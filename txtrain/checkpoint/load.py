@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import hashlib
 import os
 import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
-from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, check_base, is_folder, read_base, sha256_of
+from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, check_base, is_folder, read_base
 from txtrain.checkpoint.base import missing as base_missing
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import check_keys, read_json, read_yaml
+from txtrain.hf.digest import sha256_of
 from txtrain.hf.hub import folder_of
 from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.adapter import AdapterConfig
@@ -137,33 +136,14 @@ def resolve(where: str | os.PathLike[str], key: str) -> Path:
 
 
 def provenance(path: Path) -> dict[str, Any]:
-    """What `run.json` says of weights at a `resolve`d path: path, checkpoint and its step, sha256.
-
-    sha256: of a checkpoint its file `complete`, which holds the checksums of all others; of a folder its file of
-    weights, of several the lines that `sha256sum` prints of them.
-    """
+    """What `run.json` says of weights at a `resolve`d path: path, checkpoint and its step, and their sha256."""
     is_hf = (path / "config.json").is_file()
-    files = _weight_files(path) if is_hf else [path / checkpoint.MARKER]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sums = list(pool.map(_sha256, files))
-    lines = "".join(f"{digest}  {file.name}\n" for digest, file in zip(sums, files, strict=True))
     return {
         "path": str(path.resolve()),
         "checkpoint": None if is_hf else path.name,
         "step": None if is_hf else checkpoint.read_state(path).step,
-        "sha256": sums[0] if len(sums) == 1 else hashlib.sha256(lines.encode()).hexdigest(),
+        "sha256": sha256_of(path),
     }
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    from txtrain.hf.weights import Weights
-
-    return sorted(Weights(folder).files)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def _merged(found: Described, how: restore.Reading, turn: int = 0, of: int = 1, weights: str = "model") -> Source:

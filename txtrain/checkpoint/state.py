@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import check_keys, parse_json, read_json
+from txtrain.hf.tensor_names import CHECKSUMS
 
 FORMAT = 2  # of state.json and run.json. Absent, 1: 0.1.0. 2: checkpoints have an id and checksums
-HEADER = "txtrain"  # key of `ShardState` in the metadata of a shard's header
 _MOST = 10**15  # for any count
 
 
@@ -142,7 +142,7 @@ class ShardState:
         Raises:
             ConfigError: they are damaged.
         """
-        text = metadata.get(HEADER) if isinstance(metadata, dict) else None
+        text = metadata.get(CHECKSUMS) if isinstance(metadata, dict) else None
         if text is None:
             return cls()
         said = parse_json(str(text), where)

@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from txtrain.checkpoint.checksum import NONE_YET, Checksum
-from txtrain.checkpoint.state import HEADER, ShardState
+from txtrain.checkpoint.state import ShardState
 from txtrain.hf.tensor_file import pieces
+from txtrain.hf.tensor_names import CHECKSUMS
 
 _TYPES = {dtype: name for name, dtype in words.DTYPE_MAP.items()}
 
@@ -81,7 +82,7 @@ def _header(items: list[WriteItem], ours: ShardState) -> bytes:
         words.CUSTOM_METADATA_KEY: json.dumps(parts),
         words.DCP_VERSION_KEY: str(words.HF_DCP_VERSION),
         words.FORMAT_KEY: words.FORMAT_VALUE,
-        HEADER: ours.to_json(),
+        CHECKSUMS: ours.to_json(),
     }
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)

@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from txtrain.data.sources.files import files_identity
 from txtrain.errors import ConfigError
+from txtrain.hf.digest import sha256_of
 from txtrain.hf.name_map import Shape
 from txtrain.model.lora import Pair
 from txtrain.model.transformer import Transformer
 
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 Range = tuple[int, int]  # from the first index to before the second
 Box = Sequence[Range]  # one for each dimension
 
@@ -100,9 +99,8 @@ class Source:
 
     def identity(self) -> str:
         """A hash of the weights: of their files, or if there are none, of the values."""
-        files = () if self.path == Path() else sorted(p for p in self.path.iterdir() if p.suffix in _WEIGHTS)
-        if files:
-            return files_identity(files)
+        if self.path != Path():
+            return sha256_of(self.path)
         sha = hashlib.sha256()
         for piece in sorted(self.pieces, key=lambda piece: piece.name):
             values = piece.read([(0, n) for n in piece.shape]).contiguous().flatten()

@@ -12,6 +12,8 @@ from txtrain.ground import plain_files
 from txtrain.hf.folder import member
 from txtrain.model.config import ModelConfig
 
+CHECKSUMS = "txtrain"  # key of a checkpoint's id and checksums in the metadata of its shards' headers
+
 
 def read_header(path: Path) -> tuple[Mapping[str, Any], int]:
     """A safetensors file's header (tensors and `__metadata__`), and the byte at which the tensors begin.

@@ -114,7 +114,8 @@ class LitModule(pl.LightningModule):
         for key, source in self._read.items():
             self.parallel.check_read(source.model.config, f"objective.{key}")
         check_vocabularies(config, self._read)
-        self.start = start_of(config, self.model, self.parallel, began) if config.objective.reads_start else None
+        needed = config.objective.reads_start
+        self.start = start_of(config, self.model, self.parallel, weights, began) if needed else None
         if (key := config.objective.start) is not None and self.start is not None:
             self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
@@ -389,12 +390,14 @@ def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
 
 
 def start_of(
-    config: Train, model: nn.Module, parallel: OneProcess, began: Mapping[str, Any] | None = None
+    config: Train, model: nn.Module, parallel: OneProcess, weights: Source | None,
+    began: Mapping[str, Any] | None = None,
 ) -> Source:
     """The weights with which the run begins, or began.
 
     Args:
         model: the trained one, before it is laid over the ranks.
+        weights: those of init_from; None if a checkpoint is continued.
         began: of a run that continues, the record of those weights: `init_from=RUN` may have newer ones by now.
 
     Raises:
@@ -408,10 +411,11 @@ def start_of(
     key, where = next(((k, w) for k in ("init_from", "fork") if (w := getattr(config, k)) is not None), ("", None))
     if where is None:
         return Source(Path(), copy, ())
-    path = parallel.first(lambda: began["path"] if began else str(describe(where, key).path))
+    chosen = began["path"] if began else None if weights is None else str(weights.path)
+    path = chosen or parallel.first(lambda: str(describe(where, key).path))
     found = open_weights(path, key, not config.allow_nonfinite, *parallel.world[:2])
     found, _ = fitted(found, copy, config.model, config.init_allow_missing)
-    if began and parallel.first(found.identity) != began["identity"]:
+    if began and parallel.first(found.identity) != began["sha256"]:
         raise ConfigError(
             f"`{key}` must be what the run began with, since its objective reads those weights, but {path} has "
             "changed since then."
@@ -422,7 +426,7 @@ def start_of(
 def starting_weights(module: LitModule) -> dict[str, str] | None:
     """What run.json says of the weights with which the run began, for an objective that reads them."""
     start = module.start
-    return None if start is None or start.path == Path() else {"path": str(start.path), "identity": start.identity()}
+    return None if start is None or start.path == Path() else {"path": str(start.path), "sha256": start.identity()}
 
 
 def check_vocabularies(config: Train, read: Mapping[str, Source]) -> None:

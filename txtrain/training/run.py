@@ -138,7 +138,7 @@ def train(
         began = None if place is None or place.checkpoint is None else place.facts.get("starting_weights")
         check_keys({"starting_weights": began}, "run.json", {"starting_weights": dict[str, str] | None})
         if began is not None:
-            check_keys(began, "run.json: starting_weights", {"path": str, "identity": str})
+            check_keys(began, "run.json: starting_weights", {"path": str, "sha256": str})
         module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began)
         module.base = base
         optimizer_state.check(cfg.optimizer, module.parameter_groups())

@@ -12,12 +12,12 @@ import txtrain
 from tests.models import ids, seeded, shake
 from tests.models import tiny as tiny_model
 from tests.training import rows, tiny, weights
-from txtrain.checkpoint.base import BASE, sha256_of
 from txtrain.checkpoint.format import LoadError, locate
 from txtrain.checkpoint.load import load, open_weights
 from txtrain.cli.export import run_export
 from txtrain.config.composed import Composed
 from txtrain.errors import ConfigError
+from txtrain.hf.digest import BASE, sha256_of
 from txtrain.hf.lora_config import Lora, LoraConfig
 from txtrain.model import options
 from txtrain.model.adapter import factor_of
