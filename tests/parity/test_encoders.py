@@ -47,3 +47,15 @@ def test_images_of_another_resolution_equal(seed, record):
     e = p.ours.config.embedding
     pixels = torch.randn(2, e.n_channels, 5 * e.patch_size, 7 * e.patch_size, generator=torch.Generator().manual_seed(seed))
     record("vit", "another resolution", difference(p.ours(pixel_values=pixels).logits, p.theirs(pixels, interpolate_pos_encoding=True).logits))
+
+
+def test_accumulated_batches_add_up_to_the_loss_of_both_kinds():
+    """As `transformers.Trainer` accumulates: num_items_in_batch is of all of them."""
+    model = pair("bert", 0).ours.eval()
+    ids = torch.arange(32).view(4, 8) % 20 + 5
+    labels = ids.masked_fill(torch.arange(8) % 4 != 1, -100)  # as many words in each row
+    given = {"input_ids": ids, "labels": labels, "next_sentence_label": torch.tensor([0, 1, 1, 0])}
+    whole = model(**given, num_items_in_batch=8).loss
+    parts = [model(**{name: value[i : i + 1] for name, value in given.items()}, num_items_in_batch=8).loss for i in range(4)]
+    torch.testing.assert_close(sum(parts), whole)
+    assert whole != model(**{**given, "next_sentence_label": 1 - given["next_sentence_label"]}, num_items_in_batch=8).loss

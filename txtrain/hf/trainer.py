@@ -24,13 +24,16 @@ class SentencePairTransformer(Transformer):
     """
 
     def forward(self, *inputs: Any, next_sentence_label: Tensor | None = None, **named: Any) -> ModelOutput:
-        """As `Transformer.forward`. next_sentence_label: [B], 0 if the second sentence follows; its loss is added."""
+        """As `Transformer.forward`. next_sentence_label: [B], 0 if the second sentence follows; its loss is added. Of
+        accumulated batches each counts by its share of the words: how many sentences they have is not told."""
         out = super().forward(*inputs, **named)
         if next_sentence_label is not None:
             assert out.nsp_logits is not None
             require("next_sentence_label", next_sentence_label, {"B": len(out.nsp_logits)}, LABELS)
             loss = cross_entropy(out.nsp_logits, next_sentence_label, (next_sentence_label != IGNORED).sum())
-            out.loss = loss if out.loss is None else out.loss + loss
+            labels, words = named.get("labels"), named.get("num_items_in_batch")
+            share = 1.0 if labels is None or words is None else (labels != IGNORED).sum() / words
+            out.loss = loss if out.loss is None else out.loss + loss * share
         return out
 
 
