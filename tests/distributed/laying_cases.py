@@ -31,8 +31,8 @@ from txtrain.monitor import start_screen
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
+from txtrain.training.initial_weights import initial_weights
 from txtrain.training.module import LitModule, described, seed_everything
-from txtrain.training.run import initial_weights
 
 
 def composed(overrides: list[str]) -> Train:

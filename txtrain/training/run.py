@@ -7,7 +7,6 @@ import dataclasses as dc
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,6 @@ from torch import nn
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore, run_folder
-from txtrain.checkpoint.base import Base, identify, read_base
-from txtrain.checkpoint.load import open_base, open_weights, provenance, resolve
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
@@ -25,12 +22,7 @@ from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError, RunError
 from txtrain.ground import files, slurm
 from txtrain.ground.convert import checked, flat, plain
-from txtrain.ground.plain_files import check_keys
 from txtrain.ground.slurm import Job
-from txtrain.hf import generation_config
-from txtrain.hf.fit import Fit
-from txtrain.hf.pieces import Source
-from txtrain.model.transformer import Transformer
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -49,6 +41,7 @@ from txtrain.training import code_versions
 from txtrain.training.callback import RunCallback, check_data, check_metrics, columns_of
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
+from txtrain.training.initial_weights import base_of, began_with, generation_file, initial_weights
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule, check_model, check_tokenizers, models_read, starting_weights
@@ -135,11 +128,7 @@ def train(
         read = parallel.together(lambda: models_read(cfg, parallel))
         source = None if place is None else place.source
         start = None if weights is None else weights.source
-        began = None if place is None or place.checkpoint is None else place.facts.get("starting_weights")
-        check_keys({"starting_weights": began}, "run.json", {"starting_weights": dict[str, str] | None})
-        if began is not None:
-            check_keys(began, "run.json: starting_weights", {"path": str, "sha256": str})
-        module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began)
+        module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began_with(place))
         module.base = base
         optimizer_state.check(cfg.optimizer, module.parameter_groups())
         if source is not None:
@@ -155,12 +144,8 @@ def train(
                 check_data(place, data)
             if _nothing_left(place, limits, cfg):
                 return _finished(place, display, parallel)
-        if source is not None and checkpoint.read_state(source).weights_only:
-            raise ConfigError(
-                f"`{'resume' if cfg.fork is None else 'fork'}`: {source} holds weights alone "
-                "(save.weights_only_last=true), from which no run continues. "
-                f"A new run from its weights: init_from={source}."
-            )
+        if source is not None:
+            _check_continues(cfg, source)
         tasks = prepare_tasks(cfg, data, parallel)
         check_metrics(cfg, columns_of(cfg, objective.columns, data, tasks))
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
@@ -179,7 +164,7 @@ def train(
         deadline = Deadline(parallel.first(_end_of_job))
         ours = RunCallback(
             cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
-            _generation_file(model, None if weights is None else weights.source, source), tasks,
+            generation_file(model, None if weights is None else weights.source, source), tasks,
         )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
@@ -238,91 +223,6 @@ def run_train(config: Train, origin: Origin | None = None) -> int:
         print("txtrain: stopped before the first step.", file=sys.stderr)
         return 1
     return PREEMPTED if result.status == "preempted" else 0
-
-
-def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
-    """What the run's adapter is added to; None if the run trains the model itself. A checkpoint's base may have moved:
-    init_from says where it is now.
-
-    Raises:
-        ConfigError: a checkpoint was trained on another base, or holds no adapter.
-    """
-    if not cfg.adapter.alone:
-        return None
-    assert cfg.init_from is not None
-    if place is None or (source := place.source) is None:
-        return identify(cfg.init_from, "init_from")
-    before = read_base(source)
-    if before is None:
-        raise ConfigError(
-            f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}."
-        )
-    if Path(before.path).exists():
-        return before
-    return dc.replace(before, path=identify(cfg.init_from, "init_from").path)
-
-
-@dc.dataclass(frozen=True)
-class InitialWeights:
-    """given: the value of init_from. origin: `provenance`."""
-
-    source: Source
-    given: str
-    origin: Mapping[str, Any]
-
-    def record(self, fit: Fit) -> dict[str, Any]:
-        """What run.json says of them."""
-        resized = {name: [list(shape) for shape in shapes] for name, shapes in fit.resized.items()}
-        parts = {"loaded": list(fit.loaded), "skipped": list(fit.skipped), "initialised": list(fit.initialised)}
-        return {"given": self.given, **self.origin, **parts, "resized": resized}
-
-
-def initial_weights(
-    cfg: Train, place: RunFolder | None, parallel: OneProcess, base: Base | None = None
-) -> InitialWeights | None:
-    """The weights of init_from; None for a run that continues: they are in its own checkpoint, unless that holds an
-    adapter alone. base: the adapter's.
-
-    All ranks open the same checkpoint; where a running training removes it meanwhile, the one that is the newest then.
-
-    Raises:
-        ConfigError: there are none, or they cannot be read.
-    """
-    given = cfg.init_from
-    if given is None or (base is None and place is not None and place.source is not None):
-        return None
-    rank, size = parallel.world[:2]
-
-    def opened(where: Path) -> tuple[Source, Mapping[str, Any]] | None:
-        """None if it has been removed."""
-        try:
-            finite = not cfg.allow_nonfinite
-            if base is None:
-                source = open_weights(where, "init_from", finite, rank, size)
-            else:
-                source = open_base(base, "init_from", finite, rank, size)
-            return source, provenance(where) if parallel.is_first else {}
-        except Exception:  # whatever a reader meets where files vanish under it; all else is raised
-            if where.exists():
-                raise
-            return None
-
-    while True:
-        where = Path(base.path) if base is not None else parallel.first(lambda: resolve(given, "init_from"))
-        found = parallel.together(partial(opened, where))
-        if not parallel.any(found is None) and found is not None:
-            source, origin = found
-            return InitialWeights(source, given, parallel.first(partial(dict, origin)))
-        if found is not None:
-            found[0].close()
-
-
-def _generation_file(model: nn.Module | None, weights: Source | None, source: Path | None) -> bytes:
-    """The generation_config.json of the model that the run starts or goes on from."""
-    if source is not None:
-        return generation_config.read(source)
-    start = model if weights is None else weights.model
-    return start.generation_file if isinstance(start, Transformer) else b""
 
 
 def short(cfg: Train) -> Train:
@@ -485,6 +385,16 @@ def _nothing_left(place: RunFolder, limits: Limits, cfg: Train) -> bool:
     state, patience = place.state, cfg.trainer.stop_after.patience
     stopped = patience is not None and state.stopping is not None and state.stopping[1] >= patience
     return state.open_row is None and (stopped or limits.reached(state.step, state.seconds))
+
+
+def _check_continues(cfg: Train, source: Path) -> None:
+    """Refuse a checkpoint that a run with save.weights_only_last=true left at its end."""
+    if checkpoint.read_state(source).weights_only:
+        raise ConfigError(
+            f"`{'resume' if cfg.fork is None else 'fork'}`: {source} holds weights alone "
+            "(save.weights_only_last=true), from which no run continues. "
+            f"A new run from its weights: init_from={source}."
+        )
 
 
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:

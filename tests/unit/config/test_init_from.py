@@ -27,7 +27,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.hf.registry import class_of
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training import run as running
+from txtrain.training import initial_weights
 from txtrain.training.data_module import DataModule
 from txtrain.training.run import train
 
@@ -104,7 +104,7 @@ def test_a_source_may_remove_the_checkpoint_before_it_is_opened_and_before_it_is
         prepared(self)
 
     monkeypatch.setattr(DataModule, "prepare", prepare)
-    monkeypatch.setattr(running, "resolve", lambda *where: first.pop() if first else resolve(*where))
+    monkeypatch.setattr(initial_weights, "resolve", lambda *where: first.pop() if first else resolve(*where))
     train(starting(folder, source, "rotated", *ENDS_AFTER_A_STEP, f"run_dir={tmp_path / 'rotated'}"))
     assert json.loads((tmp_path / "rotated/run.json").read_text())["init_from"]["checkpoint"] == "step_00000002"
     assert of_model(tmp_path / "rotated") == of_model(run)

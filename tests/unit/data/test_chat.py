@@ -338,10 +338,12 @@ def test_a_template_can_do_nothing_but_write(
 ) -> None:
     from txtrain.data.chat import renderer
 
-    source = Path(renderer.__file__).read_text().replace(f"SECONDS = {renderer.SECONDS} ", "SECONDS = 1 ")
+    # Which limit is met must not depend on how fast the machine fills a gigabyte.
+    seconds = 1 if "takes more" in said else 600
+    source = Path(renderer.__file__).read_text().replace(f"SECONDS = {renderer.SECONDS} ", f"SECONDS = {seconds} ")
     (tmp_path / "renderer.py").write_text(source)
     monkeypatch.setattr(renderer, "__file__", str(tmp_path / "renderer.py"))
-    monkeypatch.setattr(renderer, "SECONDS", 1)
+    monkeypatch.setattr(renderer, "SECONDS", seconds)
     with pytest.raises(ConfigError, match=f"(?s)stranger.jinja.*({said})"):
         samples_of(text, words(["user", "assistant"]))
 

@@ -41,11 +41,17 @@ def run(folder):
     return train(tiny(folder, f"run_dir={folder / 'run'}", *words))
 
 
+@pytest.fixture(scope="module")
+def plain(folder):
+    """The same steps without tasks."""
+    return train(tiny(folder, f"run_dir={folder / 'plain'}"))
+
+
 def column(run_dir, name):
     return [(int(row["step"]), row[name]) for row in read(run_dir / "metrics.csv") if row[name]]
 
 
-def test_named_sets_are_evaluated_at_their_interval_as_evaluate_would(folder, run):
+def test_named_sets_are_evaluated_at_their_interval_as_evaluate_would(folder, run, plain):
     found = column(run.run_dir, "loss/other")
     assert [step for step, _ in found] == [10, 12]
     assert [step for step, _ in column(run.run_dir, "val_loss")] == [5, 10, 12]
@@ -54,7 +60,6 @@ def test_named_sets_are_evaluated_at_their_interval_as_evaluate_would(folder, ru
     assert float(found[-1][1]) == pytest.approx(made.metrics["loss"].value, abs=1e-6)
     assert float(column(run.run_dir, "bits_per_byte/other")[-1][1]) == pytest.approx(made.metrics["bits_per_byte"].value, rel=1e-6)
     assert len(column(run.run_dir, "accuracy/choice")) == 2
-    plain = train(tiny(folder, f"run_dir={folder / 'plain'}"))
     assert column(plain.run_dir, "loss") == column(run.run_dir, "loss"), "evaluating changes no step"
 
 
@@ -94,13 +99,13 @@ def test_the_best_weights_are_loaded_at_the_end(folder):
         torch.testing.assert_close(value, saved[name], rtol=0, atol=0)
 
 
-def test_the_last_checkpoint_may_hold_weights_alone(folder, run, capsys):
+def test_the_last_checkpoint_may_hold_weights_alone(folder, plain, capsys):
     words = [f"run_dir={folder / 'alone'}", "save.weights_only_last=true", "save.keep_last=1", "save.keep_best=0"]
     made = train(tiny(folder, *words))
     (last,) = checkpoint.complete(made.run_dir)
     names = {name.partition(".")[0] for name in checkpoint.shapes(last)}
     assert names == {"model"}
-    whole = txtrain.load_pretrained(folder / "plain").state_dict()
+    whole = txtrain.load_pretrained(plain.run_dir).state_dict()
     for name, value in txtrain.load_pretrained(made.run_dir).state_dict().items():
         torch.testing.assert_close(value, whole[name], rtol=0, atol=0)
     assert int(train(tiny(folder, *words)).metrics["step"]) == 12, "nothing left to do"
