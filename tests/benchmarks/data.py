@@ -26,7 +26,7 @@ from txtrain.data.store.cache import TokenFile
 from txtrain.data.store.split import Corpus
 from txtrain.data.store.tokenize import _pieces as cut_up
 from txtrain.data.store.tokenize import tokenise
-from txtrain.data.tokenizer.tokenizer import allow_threads, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads, train_tokenizer
 
 SEQ_LEN, BATCH, REPEATS = 256, 64, 3
 
@@ -41,6 +41,23 @@ def best(work: Callable[[], object]) -> float:
     return min(times)
 
 
+def tokenising(source: TextFiles | PythonDocs, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
+    """Seconds of `encode_batch_fast` alone, and from text to cache."""
+    allow_threads(True)
+    pieces = [piece.text for piece in cut_up(("train", text) for text in source.documents("train"))]
+    bare = best(lambda: tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False))
+    with contextlib.redirect_stderr(open(os.devnull, "w")):
+        return bare, best(lambda: tokenise(Corpus(source, 0.05), tokenizer, folder))
+
+
+def tokenising_share() -> float:
+    """The rate from text to cache as a share of `encode_batch_fast` alone, on the standard library's docstrings."""
+    source = PythonDocs()
+    with tempfile.TemporaryDirectory() as folder:
+        bare, ours = tokenising(source, train_tokenizer(list(source.documents("train")), 8192), Path(folder))
+    return bare / ours
+
+
 def main() -> None:
     source = TextFiles(sys.argv[1]) if len(sys.argv) > 1 else PythonDocs()
     texts = list(source.documents("train"))
@@ -48,12 +65,9 @@ def main() -> None:
     tokenizer = train_tokenizer(texts, 8192)
     print(f"{megabytes:.1f} MB, {len(texts)} documents, {os.cpu_count()} cores")
 
-    allow_threads(True)
-    pieces = [piece.text for piece in cut_up(("train", t) for t in texts)]
-    bare = best(lambda: tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False))
-    print(f"encode_batch_fast alone            {megabytes / bare:8.1f} MB/s")
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(open(os.devnull, "w")):
-        ours = best(lambda: tokenise(Corpus(source, 0.05), tokenizer, Path(folder)))
+    with tempfile.TemporaryDirectory() as folder:
+        bare, ours = tokenising(source, tokenizer, Path(folder))
+        print(f"encode_batch_fast alone            {megabytes / bare:8.1f} MB/s")
         print(f"text to cache                      {megabytes / ours:8.1f} MB/s   {bare / ours:.2f} of it")
 
         samples = PackedSamples(TokenFile(Path(folder), "train"), SEQ_LEN)

@@ -7,44 +7,32 @@ CPU seconds of forward and backward, the least of the rounds: other work on the 
 """
 
 import argparse
-import tempfile
-import time
-from typing import Any
 
 import torch
-import transformers
 
-from txtrain.hf.load import load_pretrained
+from tests.benchmarks.sides import batch_of, best, loss_of, pair
 
-TOKENS, VOCAB = 2048, 8192
-
-
-def their_model(family: str, length: int) -> Any:
-    shape = {"hidden_size": 384, "num_hidden_layers": 2, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 64, "vocab_size": VOCAB}
-    shape |= {"intermediate_size": 1024, "max_position_embeddings": length, "pad_token_id": None, "eos_token_id": None, "sliding_window": 128}
-    if family == "mistral":
-        return transformers.MistralForCausalLM(transformers.MistralConfig(**shape))
-    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**shape, query_pre_attn_scalar=64))
+TOKENS = 2048
 
 
-def seconds(model: Any, ids: torch.Tensor) -> float:
-    begin = time.process_time()
-    model(input_ids=ids, labels=ids).loss.backward()
-    model.zero_grad()
-    return time.process_time() - begin
+def window_times(family: str, length: int, rounds: int, ours_alone: bool = False) -> list[float]:
+    """CPU seconds of forward and backward, ours and, unless ours_alone, theirs."""
+    theirs, ours = pair(family, 2, length)
+    batch = batch_of(family, max(1, TOKENS // length), length)
+
+    def work(model: torch.nn.Module) -> None:
+        loss_of(model, batch).backward()
+        model.zero_grad()
+
+    sides = [ours.train()] if ours_alone else [ours.train(), theirs.train()]
+    return best(rounds, *(lambda side=side: work(side) for side in sides))
 
 
 def compare(family: str, length: int, rounds: int, ours_alone: bool) -> str:
-    torch.manual_seed(0)
-    theirs = their_model(family, length)
-    with tempfile.TemporaryDirectory() as folder:
-        theirs.save_pretrained(folder)
-        sides = [load_pretrained(folder).train()] + ([] if ours_alone else [theirs.train()])
-    ids = torch.randint(0, VOCAB, (max(1, TOKENS // length), length))
-    times = [[seconds(side, ids) for side in sides] for _ in range(rounds + 1)][1:]  # the first warms up
-    best = [min(column) for column in zip(*times, strict=True)]
-    per_token = best[0] / ids.numel() * 1e3
-    return f"{family:8} {length:6} ours {best[0]:7.2f} s  {per_token:6.3f} ms a token" + ("" if ours_alone else f"  theirs {best[1]:7.2f} s  ratio {best[1] / best[0]:.2f}")
+    times = window_times(family, length, rounds, ours_alone)
+    per_token = times[0] / max(TOKENS, length) * 1e3
+    theirs = "" if ours_alone else f"  theirs {times[1]:7.2f} s  ratio {times[1] / times[0]:.2f}"
+    return f"{family:8} {length:6} ours {times[0]:7.2f} s  {per_token:6.3f} ms a token{theirs}"
 
 
 if __name__ == "__main__":

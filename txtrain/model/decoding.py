@@ -118,7 +118,10 @@ class Text:
     def next_logits(self) -> Tensor:
         """Logits of the next token, [B, V]."""
         given = self._given if self.past is None else self._last()
-        out = self.model(**given, past_key_values=self.past, use_cache=True, logits_to_keep=1)
+        # Autograd then does not even look at the operations; sharded parameters and compiled blocks want it to.
+        watched = torch.distributed.is_initialized() or self.model.compiled
+        with torch.no_grad() if watched else torch.inference_mode():
+            out = self.model(**given, past_key_values=self.past, use_cache=True, logits_to_keep=1)
         self.past = out.past_key_values
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV

@@ -141,8 +141,11 @@ def _with_kernel(
     device, dtype = x_BTD.device, x_BTD.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    half, biased = dtype in (torch.bfloat16, torch.float16), bias is not None
-    kernel = choose_kernel(mask, device_type=device.type, softcap=softcap, bias=biased, dropout=dropout, half=half)
+    given = {
+        "softcap": softcap, "dropout": dropout, "half": dtype in (torch.bfloat16, torch.float16),
+        "bias": bias is not None, "learned": bias is not None and bias.requires_grad,
+    }
+    kernel = choose_kernel(mask, device_type=device.type, **given)
     return prepare(mask, kernel, bias, device, dtype, varying)
 
 

@@ -30,7 +30,7 @@ class ObjectiveConfig:
     trains: ClassVar[bool] = True  # else it is for evaluation alone
     slides: ClassVar[bool] = False  # a window may slide over the text: each token is predicted from those before it
     alone: ClassVar[bool] = True  # `evaluate` measures it: it reads no further models
-    whole_logits = False  # the loss is of all logits at once, not by chunks of tokens
+    smoothed = False  # labels are: the loss also reads the sum of the logits
     one_result: ClassVar[bool] = False  # for each sample, not for each token
 
     @property
@@ -228,7 +228,7 @@ class SmoothedConfig(ObjectiveConfig):
     label_smoothing: float = knob(0.0, at_least=0, below=1)  # in training, not in validation; 1706.03762: 0.1
 
     @property
-    def whole_logits(self) -> bool:  # type: ignore[override]
+    def smoothed(self) -> bool:  # type: ignore[override]
         return self.label_smoothing > 0
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from txtrain.model.beam_search import beam_search
@@ -54,12 +53,13 @@ class Seq2Seq(Objective):
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         if not self.label_smoothing:
             return self._plain(model, batch, denominators)
-        logits = model(**_given(batch)).logits
-        total = F.cross_entropy(
-            logits.flatten(0, 1).float(), batch["labels"].flatten(), ignore_index=IGNORED, reduction="sum",
-            label_smoothing=self.label_smoothing
-        )
-        return {"loss": total / denominators["loss"]}
+
+        def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
+            loss: Tensor = head.loss(x_BTD, embedding_VD, batch["labels"], denominators["loss"], self.label_smoothing)
+            return loss
+
+        given = {**_given(batch), "num_items_in_batch": denominators["loss"]}
+        return {"loss": model(**given, return_logits=False, loss_of=loss_of).loss}
 
     @staticmethod
     def _plain(model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:

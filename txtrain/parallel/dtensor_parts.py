@@ -86,6 +86,9 @@ class VocabularyPart(Vocabulary):
         """Equal on all ranks, since they meet at every chunk."""
         return super().rows_per_chunk(weight_VD.new_empty(-(-self.vocab_size // self.lanes.size), 0))
 
+    def n_words(self, weight_VD: Tensor) -> int:
+        return self.vocab_size
+
     def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
         return rows_here(targets_C, self.lanes, self.vocab_size, n_rows)
 

@@ -93,22 +93,26 @@ def test_sdpa_equals_plain_with_gradients(name, with_bias, n_queries):
         torch.testing.assert_close(g, e, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask.get("causal", True)])
+@pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("varying", [True, False])
 @pytest.mark.parametrize("value_size", [H, H - 2])
-def test_blocks_equal_plain_with_gradients(name, softcap, varying, value_size, monkeypatch):
+@pytest.mark.parametrize("bias_rows", [0, 1, B])
+@pytest.mark.parametrize("n_scores", [1, 5 * T * N])  # a piece is one head of keys, or both heads
+def test_blocks_equal_plain_with_gradients(name, softcap, varying, value_size, bias_rows, n_scores, monkeypatch):
     monkeypatch.setattr("txtrain.model.attention.mask.BLOCK", 5)  # the last block is shorter
+    monkeypatch.setattr("txtrain.model.attention.kernel_choice.CACHED_SCORES", n_scores)
     mask = Mask(T, T, **MASKS[name])
     g = torch.Generator().manual_seed(5)
+    biases = [torch.randn(bias_rows, N, T, T, generator=g, dtype=torch.float64).requires_grad_()] if bias_rows else []
     found = []
     for kernel in ("plain", "blocks"):
         q, k, v = (x.detach().double() for x in inputs())
         leaves = [q.requires_grad_(), k.requires_grad_(), v[..., :value_size].clone().requires_grad_()]
-        prepared = prepare(mask, kernel, None, torch.device("cpu"), q.dtype, varying)
+        prepared = prepare(mask, kernel, biases[0] if biases else None, torch.device("cpu"), q.dtype, varying)
         out = kernels.KERNELS[kernel](*leaves, prepared, 0.3, softcap, 0.0)
         weights = torch.randn(out.shape, generator=g.manual_seed(5), dtype=out.dtype)
-        found.append((out, *torch.autograd.grad((out * weights).sum(), leaves)))
+        found.append((out, *torch.autograd.grad((out * weights).sum(), [*leaves, *biases])))
     for got, expected in zip(found[1], found[0], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
@@ -119,12 +123,13 @@ def test_a_block_reads_only_what_its_queries_may_see(monkeypatch):
     def read(varying, **mask):
         return [tuple(block) for block in prepare(Mask(T, T, **mask), "blocks", None, torch.device("cpu"), torch.float32, varying).blocks]
 
-    assert read(True) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)]
-    assert read(True, window=3) == [(0, 4, 0), (4, 8, 2), (8, 12, 6)]
-    assert read(True, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0), (4, 8, 0), (8, 12, 5)], "the second begins at 5"
-    assert read(True, documents_BS=DOCUMENTS[:1], window=3) == [(0, 4, 0), (4, 8, 2), (8, 12, 6)]
-    assert read(True, documents_BS=DOCUMENTS) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)], "the other row is one document"
-    assert read(False, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0), (4, 8, 0), (8, 12, 0)], "compiled: equal for all batches"
+    assert read(True) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 0, 12)]
+    assert read(True, window=3) == [(0, 4, 0, 4), (4, 8, 2, 8), (8, 12, 6, 12)]
+    assert read(True, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 5, 12)], "the second begins at 5"
+    assert read(True, documents_BS=DOCUMENTS[:1], window=3) == [(0, 4, 0, 4), (4, 8, 2, 8), (8, 12, 6, 12)]
+    assert read(True, documents_BS=DOCUMENTS) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 0, 12)], "the other row is one document"
+    assert read(False, documents_BS=DOCUMENTS[:1]) == [(0, 4, 0, 4), (4, 8, 0, 8), (8, 12, 0, 12)], "compiled: equal for all batches"
+    assert read(True, causal=False) == [(0, 4, 0, 12), (4, 8, 0, 12), (8, 12, 0, 12)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -188,8 +193,9 @@ def test_a_document_without_a_source_sees_nothing_of_the_others(kernel):
     torch.testing.assert_close(out[:1, :, :5], run("plain", Mask(5, 5, causal=False), q[:1, :, :5], k[:1, :, :5], v[:1, :, :5]), rtol=1e-5, atol=1e-6)
 
 
-def kernel_of(device_type="cpu", softcap=False, bias=False, dropout=False, half=True, **mask):
-    return choose_kernel(Mask(T, T, **mask), device_type=device_type, softcap=softcap, bias=bias, dropout=dropout, half=half)
+def kernel_of(device_type="cpu", softcap=False, bias=False, dropout=False, half=True, learned=False, length=T, **mask):
+    given = {"softcap": softcap, "bias": bias or learned, "learned": learned, "dropout": dropout, "half": half}
+    return choose_kernel(Mask(length, length, **mask), device_type=device_type, **given)
 
 
 def test_the_kernel_follows_mask_and_device():
@@ -201,6 +207,8 @@ def test_the_kernel_follows_mask_and_device():
     assert kernel_of("cuda", documents_BS=DOCUMENTS, half=False) == "flex"
     assert kernel_of(softcap=True) == kernel_of("cuda", softcap=True, dropout=True) == "plain"
     assert kernel_of("cuda", documents_BS=DOCUMENTS, dropout=True) == "sdpa_masked"
+    assert kernel_of(window=3, length=512) == kernel_of(softcap=True, length=256) == kernel_of(learned=True, causal=False, length=256) == "blocks"
+    assert kernel_of(bias=True, length=512) == kernel_of(learned=True) == kernel_of(window=3, length=256) == "sdpa_masked"
 
 
 def test_document_offsets_lay_the_batch_end_to_end():

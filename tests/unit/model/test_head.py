@@ -10,17 +10,20 @@ from txtrain.model.head import heads
 from txtrain.model.head import loss as head_loss
 
 
-def reference(x, weight, targets, denominator, softcap):
+def reference(x, weight, targets, denominator, softcap, smoothing=0.0):
     logits = (x @ weight.T).float()
     logits = torch.tanh(logits / softcap) * softcap if softcap else logits
-    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum") / denominator
+    how = {"ignore_index": -100, "reduction": "sum", "label_smoothing": smoothing}
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), **how) / denominator
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("softcap", [None, 3.0])
 @pytest.mark.parametrize("chunk_elements", [1, 97 * 5, 1 << 22])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_chunked_loss_equals_the_whole_with_gradients(monkeypatch, softcap, chunk_elements, dtype):
+def test_chunked_loss_equals_the_whole_with_gradients(monkeypatch, softcap, chunk_elements, dtype, smoothing):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(head_loss, "CACHED_ELEMENTS", 97 * 4)  # a chunk is worked on in parts
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 16, generator=g).to(dtype).requires_grad_()
     weight = torch.randn(97, 16, generator=g).to(dtype).requires_grad_()
@@ -28,8 +31,8 @@ def test_chunked_loss_equals_the_whole_with_gradients(monkeypatch, softcap, chun
     targets[0, 3:6] = -100
     denominator = torch.tensor(11.0)
     lm_head = heads.LMHead(16, 97, tied=True, softcap=softcap)
-    got = lm_head.loss(x, weight, targets, denominator)
-    expected = reference(x, weight, targets, denominator, softcap)
+    got = lm_head.loss(x, weight, targets, denominator, smoothing)
+    expected = reference(x, weight, targets, denominator, softcap, smoothing)
     tolerance = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]  # the loss itself is float32
     assert got.item() == pytest.approx(expected.item(), rel=tolerance)
     for a, b in zip(torch.autograd.grad(got * 3, (x, weight)), torch.autograd.grad(expected * 3, (x, weight)), strict=True):

@@ -44,6 +44,8 @@ _SAID_THERE = {
     r"see balancing\.py": "in txtrain", r"model\.embedding\.n_types": "n_types",
     r"\bmatrix\((self\.\w+)\)": r"\1.weight",  # there with an adapter's product
     r"\bkind: Kind\b": "kind: str",
+    r"\bgated\(self\.act, (.+\)), (self\..+\))\)": r"self.act(\1) * \2",
+    r"\bfused\.rms_norm\(": "F.rms_norm(",
     # The auxiliary loss of GPT-1 (model.head.lm) stays behind.
     r"(?<=dim: int, )vocab_size: int, (?=n_classes)": "", r"(?<=kind: str), lm: bool,": ",",
     r"(?<=regression), as `class_loss`\. lm: .*": ", as `class_loss`.", r"\n.*self\.next_token = .*": "",

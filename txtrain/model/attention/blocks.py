@@ -4,8 +4,8 @@ A block reads the keys from the first to the last one that any of its queries ma
 
     window 3, blocks of 4       the time of a token depends on the window, not on the length
         x . . . | . . . .
-        x x . . | . . . .       softcaps: scores of one block at a time exist, and the backward computes them again
-        x x x . | . . . .
+        x x . . | . . . .       softcaps, learned biases: the plain formula for a piece of a block at a time, whose
+        x x x . | . . . .       scores the backward computes again
         . x x x | . . . .       documents: keys before the first document of the block are left out
         --------+--------
         . . x x | x . . .
@@ -16,14 +16,15 @@ A block reads the keys from the first to the last one that any of its queries ma
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from txtrain.model.attention.mask import Block, Mask
+from txtrain.model.attention.kernel_choice import together
+from txtrain.model.attention.mask import Block, Mask, PreparedMask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
@@ -31,11 +32,11 @@ _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_bac
 
 def _visible(mask: Mask, block: Block, device: torch.device) -> Tensor:
     """[B or 1, 1, T, S]."""
-    k = torch.arange(block.begin, block.last, device=device)
-    q = k[block.first - block.begin :, None]
-    seen = (q >= k)[None, None]
+    k = torch.arange(block.begin, block.end, device=device)
+    q = torch.arange(block.first, block.last, device=device)[:, None]
+    seen = ((q >= k) if mask.causal else torch.ones_like(q + k, dtype=torch.bool))[None, None]
     if mask.window is not None:
-        seen = seen & (q - mask.window < k)
+        seen = seen & ((q - k).abs() < mask.window)
     if mask.documents_BS is not None:
         documents = mask.documents_BS
         seen = seen & (documents[:, None, block.queries, None] == documents[:, None, None, block.keys])
@@ -49,16 +50,19 @@ def _additive(mask: Mask, block: Block, like: Tensor) -> Tensor:
 
 
 def blocked(
-    q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: tuple[Block, ...], scale: float, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, prepared: PreparedMask, scale: float, softcap: float | None
 ) -> Tensor:
     """[B, N, T, H], from q [B, N, T, H] and k, v [B, K, T, H]."""
     if torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = (x.to(dtype) for x in (q, k, v))
-    size = v.shape[-1]
-    if softcap is None and size != k.shape[-1]:  # the kernel wants heads of one size
+    size, mask, bias = v.shape[-1], prepared.declared, prepared.bias
+    if softcap is not None or bias is not None:
+        made: Tensor = _Pieces.apply(q, k, v, bias, mask, prepared.blocks, scale, softcap)
+        return made
+    if size != k.shape[-1]:  # the kernel wants heads of one size
         v = F.pad(v, (0, k.shape[-1] - size))
-    out: Tensor = (_Flash if softcap is None else _Capped).apply(q, k, v, mask, blocks, scale, softcap)
+    out: Tensor = _Flash.apply(q, k, v, mask, prepared.blocks, scale)
     return out if out.shape[-1] == size else out[..., :size]
 
 
@@ -67,7 +71,7 @@ class _Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: tuple[Block, ...], scale: float, softcap: None
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: tuple[Block, ...], scale: float
     ) -> Tensor:
         out = _empty_like(q, q.shape[-1])
         sums = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
@@ -93,42 +97,119 @@ class _Flash(torch.autograd.Function):
             of_q[:, :, at] = of_rows
             of_k[:, :, block.keys] += of_keys
             of_v[:, :, block.keys] += of_values
-        return of_q, of_k, of_v, None, None, None, None
+        return of_q, of_k, of_v, None, None, None
 
 
-class _Capped(torch.autograd.Function):
-    """The plain formula for each block, whose scores are computed again in the backward."""
+class _Pieces(torch.autograd.Function):
+    """The plain formula for a piece at a time, whose scores the backward computes again: softcaps, learned biases."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Mask, blocks: tuple[Block, ...], scale: float, softcap: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, mask: Mask, blocks: tuple[Block, ...],
+        scale: float, softcap: float | None,
     ) -> Tensor:
         out = _empty_like(q, v.shape[-1])
-        for block, rows, keys, values in _parts(blocks, q, k, v):
-            p, _ = _probabilities(rows, keys, mask, block, scale, softcap)
-            out[:, :, block.queries] = (p.to(v.dtype) @ values[:, :, None]).flatten(1, 2)
-        ctx.save_for_backward(q, k, v, out)
-        ctx.mask, ctx.blocks, ctx.scale, ctx.softcap = mask, blocks, scale, softcap
+        ctx.how = mask, blocks, scale, softcap
+        how = (bias, *ctx.how)
+        for piece, hidden in _pieces(q, k, how):
+            p, _ = _probabilities(piece.rows(q), piece.keys(k), piece, hidden, how)
+            piece.set(out, p.flatten(2, 3).to(v.dtype) @ piece.keys(v))
+        ctx.save_for_backward(q, k, v, out, bias)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, out = ctx.saved_tensors
+        q, k, v, out, bias = ctx.saved_tensors
+        how, scale = (bias, *ctx.how), ctx.how[2]
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for block, rows, keys, values in _parts(ctx.blocks, q, k, v):
-            at = block.queries
-            p, squashed = _probabilities(rows, keys, ctx.mask, block, ctx.scale, ctx.softcap)
-            given = gradient[:, :, at]
-            inner = (given * out[:, :, at]).sum(-1, keepdim=True, dtype=p.dtype).view(*p.shape[:-1], 1)
-            given = _grouped(given, k.shape[1])
-            of_v[:, :, block.keys] += (p.to(v.dtype).transpose(-1, -2) @ given).sum(2)
-            of_p = (given @ values[:, :, None].transpose(-1, -2)).to(p.dtype)
-            slope = squashed.square_().neg_().add_(1)  # of tanh
-            of_scores = of_p.sub_(inner).mul_(p).mul_(slope).mul_(ctx.scale).to(q.dtype)
-            of_q[:, :, at] = (of_scores @ keys[:, :, None]).flatten(1, 2)
-            of_k[:, :, block.keys] += (of_scores.transpose(-1, -2) @ _grouped(rows, k.shape[1])).sum(2)
-        return of_q, of_k, of_v, None, None, None, None
+        of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
+        for piece, hidden in _pieces(q, k, how):
+            rows, keys = piece.rows(q), piece.keys(k)
+            p, squashed = _probabilities(rows, keys, piece, hidden, how)
+            given, p = piece.rows(gradient), p.flatten(2, 3)
+            inner = (given * piece.rows(out)).sum(-1, keepdim=True, dtype=p.dtype)
+            piece.keys(of_v).add_(p.to(v.dtype).mT @ given)
+            of_scores = (given @ piece.keys(v).mT).to(p.dtype).sub_(inner).mul_(p)
+            if of_bias is not None:
+                made = piece.split(of_scores).flatten(1, 2)
+                piece.of(of_bias).add_(made if len(bias) > 1 else made.sum(0, keepdim=True))
+            if squashed is not None:
+                of_scores.mul_(squashed.square_().neg_().add_(1))  # the slope of tanh
+            of_scores = of_scores.mul_(scale).to(q.dtype)
+            piece.set(of_q, of_scores @ keys)
+            piece.keys(of_k).add_(of_scores.mT @ rows)
+        return of_q, of_k, of_v, of_bias, None, None, None, None
+
+
+class _Piece(NamedTuple):
+    """Rows of the batch, key heads and queries. n_shared: heads of queries for each head of keys."""
+
+    rows_of_batch: slice
+    kv_heads: slice
+    block: Block
+    n_shared: int
+
+    @property
+    def heads(self) -> slice:
+        return slice(self.kv_heads.start * self.n_shared, self.kv_heads.stop * self.n_shared)
+
+    def rows(self, x_BNTH: Tensor) -> Tensor:
+        """[b, k, heads of queries one after another * T, H]."""
+        x = x_BNTH[self.rows_of_batch, self.heads, self.block.queries]
+        return x.unflatten(1, (-1, self.n_shared)).flatten(2, 3)
+
+    def set(self, out_BNTH: Tensor, made: Tensor) -> None:
+        part = out_BNTH[self.rows_of_batch, self.heads, self.block.queries]
+        part.copy_(made.view(part.shape))
+
+    def keys(self, x_BKSH: Tensor) -> Tensor:
+        return x_BKSH[self.rows_of_batch, self.kv_heads, self.block.keys]
+
+    def of(self, x_BNTS: Tensor) -> Tensor:
+        """Its scores' part of a bias."""
+        rows = self.rows_of_batch if len(x_BNTS) > 1 else slice(None)
+        return x_BNTS[rows, self.heads, self.block.queries, self.block.keys]
+
+    def split(self, scores: Tensor) -> Tensor:
+        """[b, k, n_shared, T, S]."""
+        return scores.unflatten(2, (self.n_shared, -1))
+
+
+def _pieces(q: Tensor, k: Tensor, how: Any) -> Iterator[tuple[_Piece, Tensor | None]]:
+    """Of each block so many rows and heads that their scores stay in a core's cache; compiled all.
+    Beside it where scores are hidden, [b or 1, 1, 1, T, S]."""
+    _, mask, blocks, _, _ = how
+    (B, N), K = q.shape[:2], k.shape[1]
+    for block in blocks:
+        n_scores = N // K * (block.last - block.first) * (block.end - block.begin)
+        rows, heads = (B, K) if torch.compiler.is_compiling() else together(n_scores, B, K)
+        hidden = None if mask.sees_all else ~_visible(mask, block, q.device)[:, :, None]
+        for b in range(0, B, rows):
+            mine = hidden if hidden is None or len(hidden) == 1 else hidden[b : b + rows]
+            for h in range(0, K, heads):
+                yield _Piece(slice(b, b + rows), slice(h, min(h + heads, K)), block, N // K), mine
+
+
+def _probabilities(
+    rows: Tensor, keys: Tensor, piece: _Piece, hidden: Tensor | None, how: Any
+) -> tuple[Tensor, Tensor | None]:
+    """softmax of the scores [b, k, n_shared, T, S], at least in float32, and under a softcap their tanh."""
+    bias, mask, _, scale, softcap = how
+    # Not `@`: selective checkpointing keeps what that returns, and here it is changed in place.
+    given, alpha = (rows.flatten(0, 1), keys.flatten(0, 1).mT), scale if softcap is None else scale / softcap
+    scores = torch.baddbmm(rows.new_empty(1, 1, 1), *given, beta=0, alpha=alpha).view(*rows.shape[:3], -1)
+    scores, squashed = scores.to(torch.promote_types(scores.dtype, torch.float32)), None
+    if softcap is not None:
+        squashed = scores.tanh_()
+        scores = squashed * softcap
+    scores = piece.split(scores)
+    if bias is not None:
+        scores.add_(piece.of(bias).unflatten(1, (-1, piece.n_shared)))
+    if hidden is None:
+        return scores.softmax(-1), squashed
+    p = scores.masked_fill_(hidden, torch.finfo(scores.dtype).min).softmax(-1)
+    return (p.masked_fill_(hidden, 0.0) if mask.may_see_nothing else p), squashed
 
 
 def _empty_like(q: Tensor, size: int) -> Tensor:
@@ -142,19 +223,3 @@ def _parts(
 ) -> Iterator[tuple[Block, Tensor, Tensor, Tensor]]:
     for block in blocks:
         yield block, q[:, :, block.queries], k[:, :, block.keys], v[:, :, block.keys]
-
-
-def _grouped(x: Tensor, n_kv_heads: int) -> Tensor:
-    """[B, N, T, H] as [B, K, N / K, T, H]."""
-    return x.unflatten(1, (n_kv_heads, -1))
-
-
-def _probabilities(
-    rows: Tensor, keys: Tensor, mask: Mask, block: Block, scale: float, softcap: float
-) -> tuple[Tensor, Tensor]:
-    """softmax of the capped scores, and tanh of the scores over the cap, [B, K, N / K, T, S], at least in float32."""
-    scores = _grouped(rows, keys.shape[1]) @ keys[:, :, None].transpose(-1, -2)
-    squashed = scores.to(torch.promote_types(scores.dtype, torch.float32)).mul_(scale / softcap).tanh_()
-    hidden = ~_visible(mask, block, rows.device)[:, :, None]
-    p = (squashed * softcap).masked_fill_(hidden, torch.finfo(squashed.dtype).min).softmax(-1)
-    return (p.masked_fill_(hidden, 0.0) if mask.may_see_nothing else p), squashed

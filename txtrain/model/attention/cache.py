@@ -50,6 +50,13 @@ class LayerCache(_Buffers):
         self.end += n_new
         return tuple(buffer[:, :, self.start : self.end] for buffer in self.buffers)
 
+    def select(self, rows: Tensor) -> None:
+        """As above; what is copied is what is held, not the room for more."""
+        chosen = [x[:, :, self.start : self.end].index_select(0, rows) for x in self.buffers]
+        self.buffers, self.start, self.end = (), 0, 0
+        if chosen:
+            self.update(*chosen)
+
     def _make_room(self, new: tuple[Tensor, ...]) -> None:
         held = self.end - self.start
         needed = held + new[0].shape[2]

@@ -96,7 +96,7 @@ def varlen(
 def blocks(
     q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
-    return blocked(q, k, v, mask.declared, mask.blocks, scale, softcap)
+    return blocked(q, k, v, mask, scale, softcap)
 
 
 KERNELS = {"plain": plain, "sdpa": sdpa, "sdpa_masked": sdpa, "blocks": blocks, "flex": flex, "varlen": varlen}

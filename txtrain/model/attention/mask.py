@@ -75,9 +75,9 @@ class PreparedMask:
 
     declared: Mask
     kernel: Kernel
-    bias: Tensor | None = None  # plain, flex: added to the scores, [B or 1, N, T, S]
+    bias: Tensor | None = None  # plain, blocks, flex: added to the scores, [B or 1, N, T, S]
     visible: Tensor | None = None  # plain: boolean, [B or 1, 1, T, S]
-    additive: Tensor | None = None  # sdpa_masked: boolean, or in the scores' dtype where it carries the bias too
+    additive: Tensor | None = None  # sdpa_masked: in the scores' dtype, -inf where invisible; it carries the bias too
     blocks: Any = None  # flex: a BlockMask; blocks: `blocks_of`
     offsets: Tensor | None = None  # varlen: `document_offsets`
 
@@ -88,7 +88,8 @@ def prepare(
     """varying: what is no tensor may depend on the batch; not if the kernel is compiled, for which it is constant."""
     bias = None if bias is None else bias.to(dtype)
     if kernel == "blocks":
-        return PreparedMask(mask, kernel, blocks=blocks_of(mask, varying))
+        bias = None if bias is None else bias.contiguous()
+        return PreparedMask(mask, kernel, bias=bias, blocks=blocks_of(mask, varying))
     if kernel == "flex":
         return PreparedMask(mask, kernel, bias=bias, blocks=block_mask(mask, device))
     if kernel in ("sdpa", "varlen"):
@@ -96,16 +97,20 @@ def prepare(
     visible = None if mask.sees_all else mask.visible(device)
     if kernel == "plain":
         return PreparedMask(mask, kernel, bias=bias, visible=visible)
-    additive = visible if bias is None else bias if visible is None else bias.masked_fill(~visible, -torch.inf)
-    return PreparedMask(mask, kernel, additive=additive)
+    if visible is None:
+        return PreparedMask(mask, kernel, additive=bias)
+    # Drawn in numbers once: of a boolean mask SDPA would make numbers in every layer.
+    scores = torch.zeros(visible.shape, dtype=dtype, device=device) if bias is None else bias
+    return PreparedMask(mask, kernel, additive=scores.masked_fill(~visible, -torch.inf))
 
 
 class Block(NamedTuple):
-    """Queries `first` to before `last`, which see keys from `begin` to before `last`."""
+    """Queries `first` to before `last`, which see keys from `begin` to before `end`."""
 
     first: int
     last: int
     begin: int
+    end: int
 
     @property
     def queries(self) -> slice:
@@ -113,7 +118,7 @@ class Block(NamedTuple):
 
     @property
     def keys(self) -> slice:
-        return slice(self.begin, self.last)
+        return slice(self.begin, self.end)
 
 
 def blocks_of(mask: Mask, by_documents: bool) -> tuple[Block, ...]:
@@ -124,9 +129,12 @@ def blocks_of(mask: Mask, by_documents: bool) -> tuple[Block, ...]:
         starts = document_starts(mask.documents_BS) * torch.arange(mask.n_keys, device=mask.documents_BS.device)
         of_blocks = starts.cummax(1).values[:, ::BLOCK].amin(0).tolist()
         begins = [max(pair) for pair in zip(begins, of_blocks, strict=True)]
-    return tuple(
-        Block(first, min(first + BLOCK, mask.n_queries), begin) for first, begin in zip(firsts, begins, strict=True)
-    )
+    blocks = []
+    for first, begin in zip(firsts, begins, strict=True):
+        last = min(first + BLOCK, mask.n_queries)
+        reach = mask.n_keys if mask.window is None else min(mask.n_keys, last + mask.window - 1)
+        blocks.append(Block(first, last, begin, last if mask.causal else reach))
+    return tuple(blocks)
 
 
 def block_mask(mask: Mask, device: torch.device) -> Any:

@@ -5,10 +5,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from txtrain.model.ffn.gated import GRADIENTS, gated, gelu_gradient
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
@@ -24,6 +27,7 @@ def relu2(x: Tensor) -> Tensor:
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu, "relu2": relu2, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "silu": F.silu, "tanh": torch.tanh,
 }
+GRADIENTS[gelu_tanh] = partial(gelu_gradient, approximate="tanh")
 
 
 class MLP(nn.Module):
@@ -57,5 +61,5 @@ class GatedFFN(nn.Module):
         self.dropout = nn.Dropout(ffn_dropout)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        h_BTF = self.act(self.gate_proj(x_BTD)) * self.up_proj(x_BTD)
+        h_BTF = gated(self.act, self.gate_proj(x_BTD), self.up_proj(x_BTD))
         return self.down_proj(self.dropout(h_BTF))

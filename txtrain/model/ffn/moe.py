@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from txtrain.model.ffn.dense import ACTIVATIONS, GatedFFN
+from txtrain.model.ffn.gated import gated
 
 BALANCE_BIAS = "balance_bias"
 AUX_LOSS = "aux_loss"
@@ -50,7 +51,7 @@ class Experts(nn.Module):
 
     def forward(self, x_RD: Tensor, counts_E: Tensor) -> Tensor:
         """x: rows in the order of the experts; counts: rows of each expert."""
-        h_RF = self.act(self.product(x_RD, "gate_proj", counts_E)) * self.product(x_RD, "up_proj", counts_E)
+        h_RF = gated(self.act, self.product(x_RD, "gate_proj", counts_E), self.product(x_RD, "up_proj", counts_E))
         return self.product(self.dropout(h_RF), "down_proj", counts_E)
 
     def product(self, x_RI: Tensor, name: str, counts_E: Tensor) -> Tensor:

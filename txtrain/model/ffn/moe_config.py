@@ -106,8 +106,8 @@ class MoEConfig(FFNBase):
         order = t.constant(2 * rows, 8)  # each row's token, and its place
 
         def computed(h: Value) -> Value:
-            gate = t.activation(t.grouped(h, d, f, experts, "experts.gate_proj"), self.activation)
-            h = t.mul(gate, t.grouped(h, d, f, experts, "experts.up_proj"))
+            gate = t.grouped(h, d, f, experts, "experts.gate_proj")
+            h = t.glu(gate, t.grouped(h, d, f, experts, "experts.up_proj"), self.activation)
             del gate
             return t.grouped(t.dropout(h, self.dropout), f, d, experts, "experts.down_proj")
 

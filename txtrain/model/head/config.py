@@ -197,16 +197,12 @@ class NoHeadConfig(HeadConfig):
 def vocabulary_loss(
     t: Tape, x: Value, model: ModelShape, table: Parameter | None, bias: bool, smoothed: bool
 ) -> Value:
-    """By chunks; smoothed: of all logits at once."""
+    """By chunks. smoothed: so are the labels."""
     d, v, capped = model.dim, model.vocab_size, model.logit_softcap is not None
     weight = table if model.tie_word_embeddings else t.kept("head", lambda: t.parameter(v, d))
     shift = t.kept("head_bias", lambda: t.parameter(v, name="bias")) if bias else None
     assert isinstance(weight, Parameter)
-    if not smoothed:
-        return t.chunked_loss(x, weight, shift, d, v, capped)
-    logits = t.logits(x, d, v, weight)
-    logits = t.scaled(t.activation(t.scaled(logits), "tanh")) if capped else logits
-    return t.softmax(t.to(logits, 4))
+    return t.chunked_loss(x, weight, shift, d, v, capped, smoothed)
 
 
 CUT: Cut = {"weight": "vocabulary", "bias": "vocabulary"}

@@ -96,8 +96,12 @@ class LMHead(Head):
         logits = F.linear(self.entering(x_BTD), self.output_weight(embedding_VD), self.bias)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
-    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor) -> Tensor:
-        return self.chunked(self.entering(x_BTD).flatten(0, 1), embedding_VD, targets.flatten(), denominator)
+    def loss(
+        self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor, smoothing: float = 0.0
+    ) -> Tensor:
+        """smoothing: of the labels, see `ChunkedCrossEntropy`."""
+        x_ND = self.entering(x_BTD).flatten(0, 1)
+        return self.chunked(x_ND, embedding_VD, targets.flatten(), denominator, smoothing)
 
     def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
         """Only positions with a target go through the head, by chunks."""
@@ -124,7 +128,8 @@ class LMHead(Head):
         return ChunkedDistillation.apply(*given, self.softcap, self.vocabulary, how, with_grad)
 
     def chunked(
-        self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor | None
+        self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor | None,
+        smoothing: float = 0.0,
     ) -> Tensor:
         """The summed loss divided by the denominator; without one each token's loss, [N]."""
         given = *self.multiplied(x_ND, embedding_VD), targets_N
@@ -132,7 +137,7 @@ class LMHead(Head):
             if denominator is None:
                 return ChunkedTokenLosses.apply(*given, self.softcap, self.vocabulary)
             with_grad = torch.is_grad_enabled()
-            return ChunkedCrossEntropy.apply(*given, denominator, self.softcap, self.vocabulary, with_grad)
+            return ChunkedCrossEntropy.apply(*given, denominator, self.softcap, self.vocabulary, with_grad, smoothing)
 
 
 class MLMHead(LMHead):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from txtrain.model.trace.tape import CHUNK_ELEMENTS
+from txtrain.model.trace.tape import CACHED_ELEMENTS, CHUNK_ELEMENTS
 
 IGNORED = -100  # a label that is no target, as in torch and Hugging Face
 
@@ -31,11 +31,15 @@ class Vocabulary:
 
     def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the softmax's denominator, and the target's logit, over the whole vocabulary: [C] each."""
-        return logits_CV.logsumexp(-1), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
+        return self.log_z(logits_CV), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
+
+    def n_words(self, weight_VD: Tensor) -> int:
+        """The size of the whole vocabulary."""
+        return weight_VD.shape[0]
 
     def log_z(self, logits_CV: Tensor) -> Tensor:
         """Log of the softmax's denominator, over the whole vocabulary: [C]."""
-        return logits_CV.logsumexp(-1)
+        return torch.cat([part_CV.logsumexp(-1) for part_CV in logits_CV.split(cached_rows(logits_CV))])
 
     def total(self, values_CV: Tensor) -> Tensor:
         """The sum over the whole vocabulary: [C]."""
@@ -89,22 +93,22 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     The forward computes the gradient while a chunk's logits exist; the backward only scales it. So the largest
     temporary is a chunk, not [N, V], and logits are computed once (recomputing them would cost a third more).
+    smoothing: share of the target's probability that is spread over all tokens (Szegedy et al. 2015, 1512.00567).
     """
 
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, denominator: Tensor,
-        softcap: float | None, vocabulary: Vocabulary, with_grad: bool,
+        softcap: float | None, vocabulary: Vocabulary, with_grad: bool, smoothing: float,
     ) -> Tensor:
         ctx.set_materialize_grads(False)
         wanted = [with_grad and need for need in ctx.needs_input_grad[:3]]
         inputs = x_ND, weight_VD, bias_V, targets_N
         gradients = Gradients(inputs, wanted)
         total = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        for rows, loss_C, grad_CV in _chunks(inputs, softcap, vocabulary, any(wanted)):
+        for rows, loss_C, grad_CV in _chunks(inputs, softcap, vocabulary, any(wanted), denominator, smoothing):
             total += loss_C.sum()
             if grad_CV is not None:
-                grad_CV = grad_CV / denominator
                 gradients.add(rows, grad_CV)
         ctx.save_for_backward(*gradients.made())
         return total / denominator
@@ -113,7 +117,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         scaled = (None if g is None or grad is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
 class ChunkedTokenLosses(torch.autograd.Function):
@@ -172,38 +176,63 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def cached_rows(logits_CV: Tensor) -> int:
+    """Rows at a time for several operations on each logit: on the CPU so few that they stay in a core's cache."""
+    return max(1, CACHED_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else max(1, len(logits_CV))
+
+
 def _chunks(
-    inputs: Sequence[Any], softcap: float | None, vocabulary: Vocabulary, with_grad: bool
+    inputs: Sequence[Any], softcap: float | None, vocabulary: Vocabulary, with_grad: bool,
+    denominator: Tensor | None = None, smoothing: float = 0.0,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """The tokens of each chunk, and its `_chunk`; at least one. inputs: x_ND, weight_VD, bias_V, targets_N."""
     x_ND, weight_VD, bias_V, targets_N = inputs
     size = vocabulary.rows_per_chunk(weight_VD)
     for start in range(0, max(1, len(x_ND)), size):
         rows = slice(start, start + size)
-        yield rows, *_chunk(x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, with_grad)
+        given = x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, with_grad, denominator, smoothing
+        yield rows, *_chunk(*given)
 
 
 def chunk_logits(x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
     """The logits [C, V] after the cap, at least in float32."""
     logits_CV = F.linear(x_CD, weight_VD, bias_V)
     logits_CV = logits_CV.to(wide(logits_CV.dtype))
-    return logits_CV if softcap is None else logits_CV.div_(softcap).tanh_().mul_(softcap)
+    if softcap is not None:
+        for part_CV in logits_CV.split(cached_rows(logits_CV)):
+            part_CV.div_(softcap).tanh_().mul_(softcap)
+    return logits_CV
 
 
 def _chunk(
     x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None,
-    vocabulary: Vocabulary, with_grad: bool,
+    vocabulary: Vocabulary, with_grad: bool, denominator: Tensor | None, smoothing: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses of the tokens [C], and their gradients by the logits before the cap, at least in float32."""
+    """Losses of the tokens [C], and their gradients by the logits before the cap, at least in float32.
+
+    denominator: of the gradients alone.
+    """
     logits_CV = chunk_logits(x_CD, weight_VD, bias_V, softcap)
     is_target_C = targets_C != IGNORED
     rows_C, is_here_C = vocabulary.find(targets_C, weight_VD.shape[0])
     log_z_C, target_C = vocabulary.log_z_and_target(logits_CV, rows_C, is_here_C)
+    n_words = vocabulary.n_words(weight_VD)
+    if smoothing:
+        target_C = torch.lerp(target_C, vocabulary.total(logits_CV) / n_words, smoothing)
     loss_C = (log_z_C - target_C) * is_target_C
     if not with_grad:
         return loss_C, None
-    slope_CV = None if softcap is None else 1 - (logits_CV / softcap).square()
-    grad_CV = logits_CV.sub_(log_z_C[:, None]).exp_()
-    grad_CV.scatter_add_(1, rows_C[:, None], -is_here_C[:, None].to(grad_CV.dtype))
-    grad_CV.mul_(is_target_C[:, None])
-    return loss_C, grad_CV if slope_CV is None else grad_CV.mul_(slope_CV)
+    of_target_C1 = is_here_C[:, None].to(logits_CV.dtype) * (smoothing - 1)
+    below_C1 = torch.where(is_target_C, 1.0 if denominator is None else denominator, torch.inf)[:, None]
+    size = cached_rows(logits_CV)
+    for start in range(0, len(logits_CV), size):
+        rows = slice(start, start + size)
+        part_CV = logits_CV[rows]
+        slope_CV = None if softcap is None else 1 - (part_CV / softcap).square()
+        part_CV.sub_(log_z_C[rows, None]).exp_().scatter_add_(1, rows_C[rows, None], of_target_C1[rows])
+        if smoothing:
+            part_CV.sub_(smoothing / n_words)
+        if slope_CV is not None:
+            part_CV.mul_(slope_CV)
+        part_CV.div_(below_C1[rows])  # 0 where there is no target
+    return loss_C, logits_CV

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from txtrain.model.norm import fused
+
 
 class NoNorm(nn.Module):
     """The identity: a model without normalisation."""
@@ -52,10 +54,10 @@ class RMSNorm(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         if x_BTD.dtype not in (torch.bfloat16, torch.float16):
             weight = 1.0 + self.weight if self.unit_offset else self.weight
-            return F.rms_norm(x_BTD, self.weight.shape, weight, self.eps)
+            return fused.rms_norm(x_BTD, self.weight.shape, weight, self.eps)
         # Rounded as in the published models: Llama before the product with the weight, Gemma after it, whose 1 + weight
         # in bfloat16 would keep 8 bits of a weight near 0.
-        normed = F.rms_norm(x_BTD.float(), self.weight.shape, eps=self.eps)
+        normed = fused.rms_norm(x_BTD.float(), self.weight.shape, eps=self.eps)
         if self.unit_offset:
             return (normed * (1.0 + self.weight.float())).to(x_BTD.dtype)
         return self.weight * normed.to(x_BTD.dtype)

@@ -229,7 +229,7 @@ def llama3_frequencies(c: Llama3Scaling, rotary_dim: int, theta: float) -> Frequ
 
 @lru_cache
 def frequencies(rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None) -> Frequencies:
-    with torch.device("cpu"):
+    with torch.device("cpu"), torch.inference_mode(False):
         if scaling is None:
             return Frequencies(base_frequencies(rotary_dim, theta), 1.0)
         scale: Callable[[RoPEScalingConfig, int, float], Frequencies] = resolve("rope_scaling", scaling.rope_type)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import math
 from functools import partial
 from typing import Any
 
-from txtrain.model.attention.kernel_choice import BLOCK, Declared, Kernel, choose_kernel
+from txtrain.model.attention.kernel_choice import BLOCK, Declared, Kernel, choose_kernel, together
 from txtrain.model.trace.tape import Bytes, Gradients, Tape, Value
 
 
@@ -47,7 +48,7 @@ class Batch:
     """n samples of `source` positions, and of `target` positions for a decoder beside an encoder.
 
     source_masked, target_masked: fields of `Declared` that are set. chosen: number of positions that the head reads;
-    None: all. smoothed: the loss takes all logits at once. types: token_type_ids are given.
+    None: all. smoothed: the labels are. types: token_type_ids are given.
     """
 
     n: int
@@ -73,24 +74,31 @@ def rotated(t: Tape, x: Value, rotation: tuple[Value, Value] | None, several: bo
 def gated(t: Tape, x: Value, dim: int, width: int, activation: str, dropout: float, bias: bool = False) -> Value:
     """down(act(gate(x)) * up(x))."""
     linear = partial(t.linear, x, dim, width, bias)
-    h = t.mul(t.activation(linear(name="gate_proj"), activation), linear(name="up_proj"))
+    h = t.glu(linear(name="gate_proj"), linear(name="up_proj"), activation)
     return t.linear(t.dropout(h, dropout), width, dim, bias, name="down_proj")
 
 
 def choose(declared: Declared, device: str, bias: Value | None, softcap: bool, dropout: float, size: int) -> Kernel:
     given = {"softcap": softcap, "bias": bias is not None, "dropout": dropout > 0, "half": size == 2}
+    given["learned"] = bias is not None and bias.edge is not None
     return choose_kernel(declared, device_type=device, **given)
 
 
 def draw(t: Tape, declared: Declared, kernel: Kernel, bias: Value | None, batch: int) -> Drawn:
     """`mask.prepare`."""
     if kernel in ("sdpa", "blocks", "flex", "varlen"):
-        return Drawn(declared, kernel, bias)
+        return Drawn(declared, kernel, t.copy(bias) if kernel == "blocks" and bias is not None else bias)
     of_rows = declared.documents_BS or declared.valid_BS or declared.prefix_BS
     n = declared.n_queries * declared.n_keys
     visible = None if declared.sees_all else t.constant((batch if of_rows else 1) * n, 1)
-    if kernel == "plain" or bias is None or visible is None:
+    if kernel == "plain" or visible is None:
         return Drawn(declared, kernel, bias, visible)
+    if bias is None:
+        size = 2 if t.autocast else t.size
+        held = t.constant(visible.n, size), t.constant(visible.n, 1)  # zeros, and where they stay
+        drawn = Drawn(declared, kernel, None, t.constant(visible.n, size))
+        del held
+        return drawn
     return Drawn(declared, kernel, _filled(t, bias, max(bias.n, visible.n * (bias.n // n)), visible))
 
 
@@ -115,10 +123,7 @@ def attend(
     fused = not dropout and (place.device != "cpu" or (same_size and not learned))
     if not fused:
         return _math(t, q, k, v, mask, scores, heads, dropout, place)
-    added = mask.bias if mask.bias is not None else mask.visible
-    if mask.bias is None and added is not None:  # each call converts a boolean mask to numbers
-        added = t.constant(added.n, q.size)
-    return _flash(t, q, k, v, added, scores // place.keys)
+    return _flash(t, q, k, v, mask.bias or mask.visible, scores // place.keys)
 
 
 def _flash(t: Tape, q: Value, k: Value, v: Value, mask: Value | None, rows: int) -> Value:
@@ -140,24 +145,33 @@ def _blocks(
     assert place.mask is not None
     declared, n = place.mask.declared, q.n * v.n // k.n
     keys = place.keys if declared.window is None else min(place.keys, BLOCK + declared.window - 1)
-    scores = place.batch * BLOCK * heads[0] * keys
-    if padded := not softcap and v.n != k.n:
+    scores = BLOCK * (heads[0] // heads[1]) * keys  # of a key head
+    scores *= math.prod(together(scores, place.batch, heads[1]))  # of a piece
+    bias, formula = place.mask.bias, softcap or place.mask.bias is not None
+    if padded := not formula and v.n != k.n:
         v = t.unary(v, k.n)
     sizes, size = [x.nbytes for x in (q, k, v)], q.size
     out = t.product(q.n * v.n // k.n, size)
-    sums = None if softcap else t.product(place.tokens * heads[0], 4)
+    sums = None if formula else t.product(place.tokens * heads[0], 4)
     drawn = (place.batch if declared.documents_BS or declared.valid_BS else 1) * BLOCK * keys
-    held = [t.bytes(scores, 4) for _ in range(3)] if softcap else [t.bytes(drawn, size)]
-    del held
+    drawn = 0 if formula and declared.sees_all else drawn
+    of_bias = bias.nbytes if bias is not None and bias.edge is not None else 0
+
+    def work(parts: tuple[int, ...] = ()) -> None:
+        hidden = t.bytes(drawn, 1 if formula else size)
+        held = [t.bytes(scores, 4) for _ in range(3 if softcap else 2)] if formula else [t.bytes(n, 1) for n in parts]
+        del held, hidden
+
+    work()
 
     def backward(g: Bytes) -> Gradients:
         made = tuple(t.bytes(nbytes, 1) for nbytes in sizes)
-        parts = [t.bytes(nbytes // place.keys * keys, 1) for nbytes in sizes[1:]]
-        held = [t.bytes(scores, 4) for _ in range(4)] if softcap else [t.bytes(drawn, size)]
-        del held, parts
-        return made
+        made = (*made, t.bytes(of_bias, 1)) if of_bias else made
+        work(tuple(nbytes // place.keys * keys for nbytes in sizes[1:]))
+        return made if bias is None or of_bias else (*made, None)
 
-    made = t.made([q, k, v], q.n * v.n // k.n, size, (q.storage, k.storage, v.storage, out, sums), backward, out)
+    inputs, saved = [q, k, v, *([bias] if bias else [])], (q.storage, k.storage, v.storage, out, sums)
+    made = t.made(inputs, q.n * v.n // k.n, size, (*saved, bias.storage if bias else None), backward, out)
     return t.sliced(made, n) if padded else made
 
 
@@ -191,9 +205,9 @@ def _math(
     place: Place,
 ) -> Value:
     """torch's composition, for inputs that its fused kernel does not take."""
-    added = mask.bias
-    if added is None and (mask.visible is not None or (mask.declared.causal and place.queries > 1)):
-        added = t.constant(place.queries * place.keys if mask.visible is None else mask.visible.n)
+    added = mask.bias or mask.visible
+    if added is None and mask.declared.causal and place.queries > 1:
+        added = t.constant(place.queries * place.keys)
     size = q.size
     q, k, v = (t.to(x, 4) for x in (q, k, v))  # half precision is computed in float32
     q, k = t.scaled(q), t.scaled(k)

@@ -9,8 +9,9 @@ from typing import Any
 from txtrain.model.trace.autograd import Bytes, Gradients, Group, Node, Parameter, Recorder, Value, dotted
 
 CHUNK_ELEMENTS = 1 << 22  # logits that the chunked loss holds at a time
+CACHED_ELEMENTS = 1 << 17  # of them, so many stay in a core's cache from one operation to the next
 
-__all__ = ["CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "Parameter", "Tape", "Value", "dotted"]
+__all__ = ["CACHED_ELEMENTS", "CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "Parameter", "Tape", "Value", "dotted"]
 
 
 class Tape(Recorder):
@@ -59,9 +60,6 @@ class Tape(Recorder):
         saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
         return self.made([x, weight, *shift], n, x.size, saved, backward, self.product(n, x.size))
 
-    def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
-        return self.linear(x, dim, vocabulary, weight=weight)
-
     def pointwise(self, x: Value, keeps: str = "input", temporaries: int = 0) -> Value:
         """A function of each element. keeps: input, result or nothing, for the gradient."""
         out = self.like(x)
@@ -80,6 +78,20 @@ class Tape(Recorder):
         if name == "relu2":
             return self.square(self.pointwise(x, "result"))
         return self.pointwise(x, "result" if name in ("relu", "tanh") else "input")
+
+    def glu(self, gate: Value, up: Value, activation: str) -> Value:
+        """`ffn.gated`: its parts exist one at a time."""
+        if gate.edge is None or up.edge is None or activation not in ("silu", "gelu", "gelu_tanh"):
+            return self.mul(self.activation(gate, activation), up)
+        out, nbytes, size, part = self.like(gate), gate.nbytes, gate.size, min(gate.n, CACHED_ELEMENTS)
+        self.bytes(part, size)
+
+        def backward(g: Bytes) -> Gradients:
+            both = self.bytes(nbytes, 1), self.bytes(nbytes, 1)
+            self.bytes(part, size)
+            return both
+
+        return self.made([gate, up], gate.n, size, (gate.storage, up.storage), backward, out)
 
     def square(self, x: Value) -> Value:
         return self.pointwise(x, "input", temporaries=2)
@@ -171,16 +183,31 @@ class Tape(Recorder):
         return self.made([x, *weights], x.n, x.size, (x.storage, statistics), backward)
 
     def rms_norm(self, x: Value, size: int, unit_offset: bool) -> Value:
-        """By elementary operations, as on the CPU; half precision is computed in float32."""
+        """As `norm.fused`, on the CPU; half precision is computed in float32."""
         weight: Value = self.parameter(size)
         wide = self.to(x, 4)
-        r = self.pointwise(self.mean(self.square(wide), x.n // size), "result")
-        y = self.mul(wide, r)
         if unit_offset:
             weight = self.made([weight], size, weight.size, None, lambda g: (g,))
         if x.size == 4:
-            return self.mul(y, weight)
+            return self._rms_norm(wide, size, weight)
+        y = self._rms_norm(wide, size)
         return self.to(self.mul(y, self.to(weight, 4)), x.size) if unit_offset else self.mul(self.to(y, x.size), weight)
+
+    def _rms_norm(self, x: Value, size: int, weight: Value | None = None) -> Value:
+        out, r, part = self.like(x), self.bytes(x.n // size, 4), min(x.n, CACHED_ELEMENTS)
+        nbytes, wants, learns = x.nbytes, x.edge is not None, weight is not None and weight.edge is not None
+        self.bytes(part, 4)
+
+        def backward(g: Bytes) -> Gradients:
+            of_x, product = (self.bytes(nbytes, 1) if wanted else None for wanted in (wants, learns))
+            temporaries = [self.bytes(part, 4) for _ in range(3)]
+            del temporaries
+            of_weight = self.bytes(size, 4) if learns else None
+            del product
+            return (of_x,) if weight is None else (of_x, of_weight)
+
+        held = (x.storage, r, None if weight is None else weight.storage)
+        return self.made([x] if weight is None else [x, weight], x.n, x.size, held, backward, out)
 
     def matmul(self, a: Value, b: Value, n: int) -> Value:
         """A product of n elements; each operand is saved for the other's gradient."""
@@ -258,7 +285,7 @@ class Tape(Recorder):
         return compute(x)
 
     def chunked_loss(
-        self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool
+        self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool, smoothed: bool
     ) -> Value:
         """`head.loss.ChunkedCrossEntropy`, whose forward computes the gradients by chunks of tokens."""
         n, rows = x.n // dim, max(1, CHUNK_ELEMENTS // vocabulary)
@@ -272,32 +299,22 @@ class Tape(Recorder):
         wanted = any(gradients)
         for start in range(0, min(n, 2 * rows), rows):  # later chunks are like the second
             chunk = min(rows, n - start) * vocabulary
-            slope = self._logits(chunk, x.size, capped)  # while that of the chunk before still exists
-            if wanted:
-                slope = self.bytes(chunk, 4)  # divided
+            logits = self.bytes(chunk, x.size)  # while those of the chunk before still exist
+            if x.size != 4:
+                logits = self.bytes(chunk, 4)  # they become their gradient in place
+            cached = min(chunk, max(1, CACHED_ELEMENTS // vocabulary) * vocabulary)
+            temporaries = [self.bytes(cached, 4) for _ in range(2 if capped and wanted else 1)]
+            del temporaries
             if wanted and x.size != 4:
-                slope = self.bytes(chunk, x.size)
+                logits = self.bytes(chunk, x.size)
             self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
-        del slope
+        del logits
         sizes = [None if g is None else g.n for g in gradients]
 
         def backward(g: Bytes) -> Gradients:
             return tuple(None if nbytes is None else self.bytes(nbytes, 1) for nbytes in sizes)
 
         return self.made(inputs, 1, 4, gradients, backward)
-
-    def _logits(self, n: int, size: int, capped: bool) -> Bytes:
-        """Logits in float32, which become their gradient in place; a softcap also has a slope."""
-        logits = self.bytes(n, size)
-        if size != 4:
-            logits = self.bytes(n, 4)
-        if capped:
-            ratio = self.bytes(n, 4)
-            squared = self.bytes(n, 4)
-            del ratio
-            slope = self.bytes(n, 4)
-            del squared, slope
-        return logits
 
     def kept(self, name: str, make: Callable[[], Parameter]) -> Parameter:
         """A parameter that several parts of the model share. name: any, within the current module."""

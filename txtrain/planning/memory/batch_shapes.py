@@ -36,7 +36,7 @@ def batch_of(config: Train, n: int) -> Batch:
         masked,
         {"documents_BS": True} if "decoder_document_ids" in shapes else {},
         n_chosen(config, n) if config.model.head.skips else None,
-        config.objective.whole_logits,
+        config.objective.smoothed,
         "token_type_ids" in shapes and bool(config.model.embedding.n_types),
     )
 

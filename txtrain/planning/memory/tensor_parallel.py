@@ -93,19 +93,12 @@ class CutTape(Tape):
         return self.made([masked], masked.n, masked.size, None, lambda g: (g,))
 
     def chunked_loss(
-        self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool
+        self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool, smoothed: bool
     ) -> Value:
-        self._send("all_gather", 2 * 4 * self.parts * (x.n // dim))  # per token and rank: log z, the target's logit
-        return super().chunked_loss(self.spread(x), weight, shift, dim, math.ceil(vocabulary / self.parts), capped)
-
-    def logits(self, x: Value, dim: int, vocabulary: int, weight: Value) -> Value:
-        mine = super().logits(self.spread(x), dim, math.ceil(vocabulary / self.parts), weight)
-        n = x.n // dim * vocabulary
-        stacked = self.bytes(mine.n * self.parts, mine.size)
-        self._send("all_gather", stacked.n)
-        whole = self.bytes(stacked.n, 1)
-        del stacked
-        return self.made([mine], n, mine.size, None, lambda g: (g,), whole)
+        sums = 3 if smoothed else 2  # per token and rank: log z, the target's logit, the sum of the logits
+        self._send("all_gather", sums * 4 * self.parts * (x.n // dim))
+        rows = math.ceil(vocabulary / self.parts)
+        return super().chunked_loss(self.spread(x), weight, shift, dim, rows, capped, smoothed)
 
     def low(self, x: Value) -> Value:
         """A rank's part of a parameter is a view, of which autocast caches no copy."""

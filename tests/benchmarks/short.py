@@ -1,0 +1,86 @@
+"""The short form of every row of docs/performance.md, beside the ratios that were last recorded.
+
+    python -m tests.benchmarks.short [ROW ...] [--record]        rows by the beginning of their names; all by default
+
+Few layers and rounds: noise of 10 % is usual on a machine that does other work. A row that is a tenth worse than recorded ends in `<- slower`, and the
+exit code is 1. `--record` writes what was seen into recorded.json, with date and machine.
+"""
+
+import argparse
+import datetime as dt
+import json
+import platform
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from tests.benchmarks import against_transformers, losses, variants, windows
+from tests.benchmarks.data import tokenising_share
+from tests.benchmarks.sides import DECODERS, FAMILIES, pair
+
+RECORDED = Path(__file__).with_name("recorded.json")
+LAYERS, ROUNDS = 2, 2
+
+
+def _step(family: str) -> float:
+    ours, theirs = against_transformers.step_ratio(family, LAYERS, ROUNDS)
+    return theirs / ours
+
+
+def _decode(family: str, rows: int, sampled: bool) -> float:
+    ours, theirs = against_transformers.decode_ratio(*pair(family, LAYERS), rows, 24, sampled, ROUNDS)
+    return theirs / ours
+
+
+def _flat(family: str) -> float:
+    """Time per token at 2048 positions over that at 256."""
+    long, short = (windows.window_times(family, length, ROUNDS, ours_alone=True)[0] for length in (2048, 256))
+    return long / short
+
+
+# Each row: a ratio, and whether more is better.
+ROWS: dict[str, tuple[Callable[[], float], bool]] = {
+    **{f"step {family}": (partial(_step, family), True) for family in FAMILIES},
+    **{f"decode {f} {rows} greedy": (partial(_decode, f, rows, False), True) for f in DECODERS for rows in (1, 16)},
+    "decode llama2 64 sampled": (partial(_decode, "llama2", 64, True), True),
+    **{f"window {family}": (partial(_flat, family), False) for family in ("mistral", "gemma2")},
+    **{
+        f"loss {kind} {what}": (lambda kind=kind, at=at: losses.loss_ratios(kind, 1 << 17, 256, 1)[at], False)
+        for kind in ("plain", "smoothed", "log-probabilities", "distillation") for at, what in enumerate(("time", "memory"))
+    },
+    "packed over padded": (lambda: variants.packed_ratios(rounds=ROUNDS)[0], True),
+    "packed borders": (lambda: variants.packed_ratios(rounds=ROUNDS)[1], False),
+    **{f"experts {n} over dense": (lambda n=n: variants.experts_ratios(n, rounds=ROUNDS)[0], False) for n in (8, 64)},
+    "loop": (variants.loop_ratio, False),
+    "tokenising": (tokenising_share, True),
+}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("rows", nargs="*", help="beginnings of names; none: all")
+    parser.add_argument("--record", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    slower = False
+    for name, (measure, more_is_better) in ROWS.items():
+        if given.rows and not any(name.startswith(row) for row in given.rows):
+            continue
+        ratio, last = measure(), recorded.get(name, {}).get("ratio")
+        change = None if last is None else ratio / last if more_is_better else last / ratio
+        is_slower = change is not None and change < 1 / 1.1
+        slower |= is_slower
+        beside = "not recorded" if last is None else f"recorded {last:6.3f}   {change:5.2f} of it" + ("   <- slower" if is_slower else "")
+        print(f"{name:28} {ratio:6.3f}   {beside}", flush=True)
+        if given.record:
+            recorded[name] = {"ratio": round(ratio, 3), "date": dt.date.today().isoformat(), "machine": f"{platform.machine()}, torch {torch.__version__}"}
+            RECORDED.write_text(json.dumps(recorded, indent=1) + "\n")
+    sys.exit(int(slower and not given.record))
+
+
+if __name__ == "__main__":
+    main()
