@@ -14,7 +14,7 @@ import pytest
 
 from tests.training import RUN, rows, write_chats, write_preferences, write_text
 from txtrain.cli.main import main
-from txtrain.data.prepare import _LARGE
+from txtrain.data.prepare_rows import _LARGE
 from txtrain.data.store.shard_writer import ShardWriter
 from txtrain.data.store.tokenize import Limit
 from txtrain.errors import ConfigError
@@ -194,15 +194,15 @@ class _Trainer:
 def test_a_run_on_several_nodes_does_not_tokenise_much_and_names_prepare(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
-    from txtrain.data import prepare as prepared
+    from txtrain.data import prepare_rows as prepared
     from txtrain.data.sources.text import TextFiles
     from txtrain.data.store.split import Corpus
     from txtrain.data.store.tokenize import tokenise
     from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 
     assert _LARGE == 1_000_000_000
-    assert prepared._limit(SimpleNamespace(trainer=SimpleNamespace(num_nodes=1))) is None
-    limit = prepared._limit(SimpleNamespace(trainer=_Trainer()))
+    assert prepared.limit_of(SimpleNamespace(trainer=SimpleNamespace(num_nodes=1))) is None
+    limit = prepared.limit_of(SimpleNamespace(trainer=_Trainer()))
     assert limit == Limit(_LARGE, "trainer.num_nodes=2")
     large = write_documents(tmp_path / "a.jsonl", 3000)  # of unknown size before it is read
     corpus = Corpus(TextFiles(str(large)), 0.1)

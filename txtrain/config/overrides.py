@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from txtrain.config.literals import protect
 from txtrain.config.paths import groups_of
-from txtrain.config.schema import OnTrained, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import OnTrained
 from txtrain.errors import ConfigError, hint, nearest
 from txtrain.ground.convert import key_paths
 from txtrain.ground.unknown_keys import unknown_key

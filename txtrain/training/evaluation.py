@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.load import describe, open_weights
+from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.load import open_weights
 from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.of_checkpoint import fitted, of_checkpoint
-from txtrain.config.schema import Evaluate, OnTrained
+from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import OrderedSamples, Rows
 from txtrain.data.sources.source import as_named, classified

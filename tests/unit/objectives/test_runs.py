@@ -18,9 +18,10 @@ from tests.unit.objectives.conftest import KINDS
 from txtrain.data.samples.draws import Draws
 from txtrain.monitor.metrics_csv import WALL_CLOCK
 from txtrain.registry import TABLE
+from txtrain.training.batches import cut
 from txtrain.training.callback import RunCallback
 from txtrain.training.data_module import DataModule
-from txtrain.training.module import LitModule, cut
+from txtrain.training.module import LitModule
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 

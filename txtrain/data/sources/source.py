@@ -36,7 +36,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from txtrain.data.config import DataConfig, PythonDocsConfig
+from txtrain.data.base_config import DataConfig
+from txtrain.data.config import PythonDocsConfig
 from txtrain.errors import ConfigError, shorten
 from txtrain.registry import call, resolve
 from txtrain.run_config import RunConfig
