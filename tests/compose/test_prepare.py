@@ -98,7 +98,8 @@ def test_a_complete_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path
     assert "holds other text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("n_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_kills", [1, 20])
 def test_killed_at_any_moment_and_started_again_the_result_is_the_same(n_kills, tmp_path):
     """kill -9 after random times, over and over, until it ends by itself; then byte by byte."""
     text = write_documents(tmp_path / "a.jsonl", 10_000)

@@ -90,7 +90,7 @@ def _labelled(source: Any, config: RunConfig, objective: SampleMaker) -> Prepare
 
     folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *LABEL_FILES.values()))
     frame = frame_of(tokenizer, len(source.texts), config.seq_len)
-    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+    pad_id = tokenizer.padding_id
     train, validation = (
         LabelledSamples(
             TokenFile(folder, split), np.load(folder / LABEL_FILES[split], allow_pickle=False), frame, config.seq_len,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from txtrain.objectives.base import Batch
+from txtrain.run_config import RunConfig
 
 
 def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
@@ -18,6 +19,12 @@ def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
     n = len(next(iter(batch.values())))
     for start in range(0, n, size):
         yield {name: value[start : start + size] for name, value in batch.items()}
+
+
+def placed(batch: Batch, device: torch.device, config: RunConfig) -> dict[str, Tensor]:
+    """The batch where the model is; what is no integer in its precision."""
+    halved = torch.bfloat16 if config.trainer.precision == "bf16-true" else None
+    return {name: x.to(device, halved if x.is_floating_point() else None) for name, x in batch.items()}
 
 
 def is_filler(batch: Batch) -> bool:

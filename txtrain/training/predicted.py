@@ -16,10 +16,12 @@ from txtrain.config.schema_of_trained import Predict
 from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.labels import frame_of, framed
 from txtrain.data.samples.questions import Encoded, Ids, QuestionRows
+from txtrain.data.samples.rows import mask_of, padded
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.questions import answered
+from txtrain.training.batches import placed
 
 Row = tuple[str, str]  # what is read, and what follows it, if that is known
 _DIGITS = 7  # of a float32
@@ -43,15 +45,11 @@ class Maker:
 
     def objects(self, index: list[int]) -> list[dict[str, Any]]:
         """Of these rows, without their `index`."""
-        batch = {name: self._placed(value) for name, value in self.batch(index).items()}
+        batch = placed(self.batch(index), self.device, self.config)
         made: list[dict[str, Any]] = {
             "label": self.labels, "embedding": self.embeddings, "text": self.texts, "log_probability": self.log_probs
         }[self.what](index, batch)
         return made
-
-    def _placed(self, value: Tensor) -> Tensor:
-        halved = value.is_floating_point() and self.config.trainer.precision == "bf16-true"
-        return value.to(self.device, torch.bfloat16 if halved else None)
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -111,7 +109,7 @@ class OfClasses(Maker):
         tokenizer = self.tokenizer
         # a text without any token is read as its end
         texts = [[tokenizer.encode(text) or [tokenizer.eos_id] for text in self.rows[i]] for i in index]
-        pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        pad_id = tokenizer.padding_id
         return framed(texts, self.frame, self.config.seq_len, pad_id, self.config.model.embedding.n_types)
 
 
@@ -146,11 +144,9 @@ class OfTexts(Maker):
 
     def _whole(self, rows: Sequence[Ids]) -> dict[str, Tensor]:
         longest = -(-max(map(len, rows)) // 8) * 8
-        pad = self.tokenizer.eos_id if self.tokenizer.pad_id is None else self.tokenizer.pad_id
         longest = min(longest, max(self.config.seq_len, *map(len, rows)))
-        ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows])
-        mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-        return {"input_ids": ids, "attention_mask": mask}
+        ids = padded(rows, self.tokenizer.padding_id, longest)
+        return {"input_ids": ids, "attention_mask": mask_of(rows, longest)}
 
     def _encoded(self, before: str, scored: str) -> Encoded:
         """To generate: what is read. Else what is read, and what is predicted, by windows if it is long."""

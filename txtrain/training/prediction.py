@@ -23,7 +23,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import plain
 from txtrain.hf.pieces import Source
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training.evaluation import Tick, check_out, ranks_of, shares_of
+from txtrain.training.evaluation import Tick, check_out, filled, ranks_of, shares_of
 from txtrain.training.part_file import PartFile
 from txtrain.training.predicted import Maker, OfClasses, OfImages, OfTexts, Row
 
@@ -93,18 +93,14 @@ def _opened(config: Predict, parallel: OneProcess) -> Source:
 
 
 def _of_shares(maker: Maker, parallel: OneProcess, shares: Sequence[Indices]) -> list[str]:
-    mine, width = parallel.rank, len(shares[0])
+    mine = parallel.rank
     together = maker.generates and not parallel.forwards_alone  # all ranks generate the same texts at the same time
     found: list[dict[str, Any]] = []
     for rank in range(parallel.size) if together else [mine]:
-        filled = np.concatenate([shares[rank], np.full(width - len(shares[rank]), shares[0][0])])
-        made = maker.objects(filled.tolist())
+        made = maker.objects(filled(shares, rank))
         found = made if rank == mine else found
     rows = zip(shares[mine].tolist(), found, strict=False)  # without what only fills the batch
     return [json.dumps({"index": i, **one}, ensure_ascii=False) for i, one in rows]
-
-
-# ----------------------------------------------------------------------------------------------------------------- file
 
 
 def _identity(config: Predict, what: str, maker: Maker) -> str:
@@ -112,9 +108,6 @@ def _identity(config: Predict, what: str, maker: Maker) -> str:
     generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
     told = {key: plain(getattr(config, key)) for key in ("checkpoint", "data", "model", "predict", *generation)}
     return hashlib.sha256(json.dumps([told, what, maker.known, config.trainer.precision]).encode()).hexdigest()
-
-
-# ----------------------------------------------------------------------------------------------------------------- rows
 
 
 def _maker(config: Predict, what: str, device: torch.device) -> Maker:
