@@ -54,7 +54,7 @@ PRIVATE = {
         "get_sources load_configuration repository"
     ),
     "hydra._internal.config_repository": "CachingConfigRepository ConfigRepository",
-    "hydra._internal.config_repository.ConfigRepository": "_find_object_source",
+    "hydra._internal.config_repository.ConfigRepository": "_find_object_source load_config",
     "hydra._internal.config_search_path_impl": "ConfigSearchPathImpl",
     "hydra._internal.hydra.Hydra": "compose_config",
     "lightning.fabric.loggers.logger": "_DummyExperiment",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra import version
+from hydra._internal import defaults_list
 from hydra._internal.config_loader_impl import ConfigLoaderImpl  # pinned: hydra-core ~= 1.3.2
 from hydra._internal.config_repository import CachingConfigRepository, ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
@@ -38,7 +39,18 @@ from txtrain.errors import ConfigError
 OmegaConf.register_new_resolver("sequences", sequences, replace=True)
 
 
-_READ: dict[tuple[Any, ...], ConfigResult] = {}
+_READ: dict[tuple[Any, ...], ConfigResult | None] = {}
+
+
+_known_choices = defaults_list._create_interpolation_map
+
+
+def _where_asked(overrides: Any, defaults: list[Any], self_added: bool) -> DictConfig | None:
+    """What a default such as `${model}` reads; Hydra makes it for each file, a fifth of the time of composing."""
+    return _known_choices(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
+
+
+defaults_list._create_interpolation_map = _where_asked
 
 
 class Repository(ConfigRepository):
