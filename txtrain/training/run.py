@@ -111,7 +111,8 @@ def train(
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
-        parallel.agree(_common(cfg))
+        if world.size > 1:
+            parallel.agree(_common(cfg))  # reads all of the package's files
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = (
