@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Predict
 from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.labels import frame_of, framed
@@ -28,12 +27,11 @@ from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.convert import plain
-from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.questions import answered
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training.evaluation import Tick, check_out, ranks_of, shares_of
+from txtrain.training.evaluation import Tick, check_out, opened, ranks_of, shares_of
 
 Row = tuple[str, str]  # what is read, and what follows it, if that is known
 _DIGITS = 7  # of a float32
@@ -78,7 +76,7 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
     parallel = ranks_of(config)
     with parallel.started():
         device = parallel.device()
-        source = parallel.together(lambda: _opened(config, parallel))
+        source = parallel.together(lambda: opened(config, parallel))
         maker = parallel.together(lambda: _maker(config, what, device))
         file = parallel.first_only(lambda: PartFile(out, _identity(config, what, maker)))
         step = config.micro_batch_size * parallel.size
@@ -94,13 +92,6 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
             tick(begin := begin + len(told), len(maker))
         parallel.first_only(lambda: file.finish() if file else None)
     return len(maker)
-
-
-def _opened(config: Predict, parallel: OneProcess) -> Source:
-    assert config.checkpoint is not None
-    source = open_weights(config.checkpoint, "checkpoint", not config.allow_nonfinite, *parallel.world[:2])
-    parallel.check_read(source.model.config, "checkpoint")
-    return source
 
 
 def _of_shares(maker: Maker, parallel: OneProcess, shares: Sequence[Indices]) -> list[str]:
@@ -159,7 +150,8 @@ class PartFile:
 def _identity(config: Predict, what: str, maker: Maker) -> str:
     """Of all that decides the rows; the strategy and the number of processes do not."""
     generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
-    told = {key: plain(getattr(config, key)) for key in ("checkpoint", "data", "model", "predict", *generation)}
+    named = ("checkpoint", "weights", "data", "model", "predict", *generation)
+    told = {key: plain(getattr(config, key)) for key in named}
     return hashlib.sha256(json.dumps([told, what, maker.known, config.trainer.precision]).encode()).hexdigest()
 
 
