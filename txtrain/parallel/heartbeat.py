@@ -26,6 +26,7 @@ from torch.distributed.distributed_c10d import _get_default_store
 from txtrain.parallel.early_signals import say
 from txtrain.parallel.launch import STOPPED
 
+PrefixStore, TCPStore = dist.PrefixStore, dist.TCPStore  # type: ignore[attr-defined]
 BEAT = 5.0  # seconds
 _STOPPED, _GONE = "stopped", "gone"
 
@@ -47,7 +48,7 @@ class Heartbeat:
 
     def __enter__(self) -> Heartbeat:
         if self.base is not None:
-            store = dist.PrefixStore(self._prefix, self.base)
+            store = PrefixStore(self._prefix, self.base)
             store.set(f"who/{self.rank}", json.dumps([f"{socket.gethostname()} {_machine()}", os.getpid()]))
             store.set(f"beat/{self.rank}", "[0, {}]")
             self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -60,7 +61,7 @@ class Heartbeat:
         self._over.set()
         self._thread.join(2 * BEAT)
         with contextlib.suppress(RuntimeError):  # rank 0, where they met, has ended before
-            dist.PrefixStore(self._prefix, self.base).set(f"beat/{self.rank}", "")
+            PrefixStore(self._prefix, self.base).set(f"beat/{self.rank}", "")
 
     def _run(self) -> None:
         """In seconds of this process: while the whole run is suspended none pass."""
@@ -68,7 +69,7 @@ class Heartbeat:
         while not self._over.wait(BEAT):
             passed, last = min(time.monotonic() - last, 2 * BEAT), time.monotonic()
             try:
-                store = store or dist.PrefixStore(self._prefix, _opened(self.base))
+                store = store or PrefixStore(self._prefix, _opened(self.base))
                 why = self._beat(store, passed)
                 failed = 0.0
             except RuntimeError:  # it does not answer, or is gone
@@ -133,15 +134,15 @@ class Heartbeat:
 def _meeting_point() -> Any:
     """The launcher's TCPStore; None: the ranks meet in a file."""
     store = _get_default_store()
-    while isinstance(store, dist.PrefixStore):
+    while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return store if isinstance(store, dist.TCPStore) else None
+    return store if isinstance(store, TCPStore) else None
 
 
 def _opened(store: Any) -> Any:
     """A connection of its own: the rank itself may wait on the other for long."""
     limit = timedelta(seconds=BEAT)
-    return dist.TCPStore(store.host, store.port, is_master=False, timeout=limit, wait_for_workers=False)
+    return TCPStore(store.host, store.port, is_master=False, timeout=limit, wait_for_workers=False)
 
 
 def _machine() -> str:
