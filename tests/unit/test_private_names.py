@@ -56,6 +56,8 @@ PRIVATE = {
     "hydra._internal.config_repository": "CachingConfigRepository ConfigRepository",
     "hydra._internal.config_repository.ConfigRepository": "_find_object_source load_config",
     "hydra._internal.config_search_path_impl": "ConfigSearchPathImpl",
+    "hydra._internal": "defaults_list",
+    "hydra._internal.defaults_list": "_create_interpolation_map",
     "hydra._internal.hydra.Hydra": "compose_config",
     "lightning.fabric.loggers.logger": "_DummyExperiment",
     "lightning.pytorch.core.optimizer.LightningOptimizer": "_optimizer",

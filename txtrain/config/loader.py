@@ -41,13 +41,14 @@ OmegaConf.register_new_resolver("sequences", sequences, replace=True)
 
 _READ: dict[tuple[Any, ...], ConfigResult | None] = {}
 
-
 _known_choices = defaults_list._create_interpolation_map
+_NONE_ASKED = OmegaConf.create()
 
 
-def _where_asked(overrides: Any, defaults: list[Any], self_added: bool) -> DictConfig | None:
+def _where_asked(overrides: Any, defaults_list: list[Any], self_added: bool) -> DictConfig:
     """What a default such as `${model}` reads; Hydra makes it for each file, a fifth of the time of composing."""
-    return _known_choices(overrides, defaults, self_added) if any(d.is_interpolation() for d in defaults) else None
+    asked = any(default.is_interpolation() for default in defaults_list)
+    return _known_choices(overrides, defaults_list, self_added) if asked else _NONE_ASKED
 
 
 defaults_list._create_interpolation_map = _where_asked
