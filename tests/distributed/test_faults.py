@@ -11,7 +11,6 @@ import time
 
 import pytest
 
-from tests.cases import some
 from tests.compose.conftest import ROOT
 from tests.distributed import group
 from tests.distributed.group import alive, command_line
@@ -47,7 +46,8 @@ def begun(folder):
     return (folder / "run/metrics.csv").exists() and len((folder / "run/metrics.csv").read_text().splitlines()) > 3
 
 
-@pytest.mark.parametrize("who", some(("a process", "the command"), ("a process",)))
+@pytest.mark.slow  # by default tests/unit/parallel/test_launch.py shows it of processes that do not train
+@pytest.mark.parametrize("who", ["a process", "the command"])
 def test_a_process_that_dies_takes_the_others_down(tmp_path, long_run, who):
     command = start(long_run, tmp_path)
     wait_for(lambda: begun(tmp_path))
@@ -71,6 +71,7 @@ def test_one_signal_to_the_command_stops_all_with_one_checkpoint(tmp_path, long_
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_users_mistake_is_told_once(tmp_path):
     (tmp_path / "run").mkdir()
     for more, says in ((["data.path=nowhere"], "data.path"), (["strategy=hsdp", "trainer.devices=3", "data.global_batch_size=9"], "dp_replicate_size")):

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from txtrain.checkpoint.load import describe, load, open_weights
-from txtrain.config.schema import Generate, Train
+from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.load import load, open_weights
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import Generate
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError

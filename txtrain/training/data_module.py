@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from txtrain.config.schema import Train
-from txtrain.data.prepare import Prepared, prepare
+from txtrain.data.prepare import prepare
+from txtrain.data.prepared import Prepared
 from txtrain.data.samples.length_order import LengthOrder
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
 from txtrain.data.samples.rows import FILLER, OrderedSamples, Rows

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.load import describe, open_weights
+from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.load import open_weights
 from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.of_checkpoint import fitted, of_checkpoint
-from txtrain.config.schema import Evaluate, OnTrained
+from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import OrderedSamples, Rows
 from txtrain.data.sources.source import as_named, classified
@@ -33,6 +34,7 @@ from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World
 from txtrain.registry import TABLE
+from txtrain.training.batches import placed
 from txtrain.training.data_module import DataModule
 
 HISTORY = "evaluations.jsonl"  # in a run's folder, a line for each evaluation
@@ -113,14 +115,9 @@ class Reader:
 
     def batch(self, rows: Rows, shares: Sequence[Indices], rank: int) -> dict[str, Tensor]:
         """That rank's batch: as many rows as of any, the first of all repeated behind its own."""
-        mine, width = shares[rank], len(shares[0])
-        filled = np.concatenate([mine, np.full(width - len(mine), shares[0][0])])
-        batch = OrderedSamples(rows, 0).__getitems__(filled.tolist())
-        return {name: self._placed(value) for name, value in batch.items() if name != "sample_index"}
-
-    def _placed(self, value: Tensor) -> Tensor:
-        halved = value.is_floating_point() and self.parallel.config.trainer.precision == "bf16-true"
-        return value.to(self.device, torch.bfloat16 if halved else None)
+        batch = OrderedSamples(rows, 0).__getitems__(filled(shares, rank))
+        del batch["sample_index"]
+        return placed(batch, self.device, self.parallel.config)
 
     def _of_shares(self, rows: Rows, shares: Sequence[Indices]) -> Statistics:
         mine, objective = self.parallel.rank, self.objective
@@ -150,6 +147,11 @@ class Reader:
         for reduced in everywhere.values():
             used |= (reduced != 0).any(1)
         return {name: reduced[used].numpy() for name, reduced in everywhere.items()}
+
+
+def filled(shares: Sequence[Indices], rank: int) -> list[int]:
+    """A rank's share, as long as the first: the first row of all is repeated behind it."""
+    return [*shares[rank].tolist(), *[int(shares[0][0])] * (len(shares[0]) - len(shares[rank]))]
 
 
 def shares_of(n: int, size: int, n_ranks: int, begin: int = 0) -> Iterator[list[Indices]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from txtrain.checkpoint.load import load
-from txtrain.config.schema import Evaluate
+from txtrain.config.schema_of_trained import Evaluate
 from txtrain.errors import ConfigError
 from txtrain.model.generation import generate
 from txtrain.parallel.build import make_parallel

@@ -21,7 +21,7 @@ from txtrain.monitor.metrics_csv import read
 from txtrain.objectives.base import Batch, build_objective
 from txtrain.objectives.grpo import GRPO
 from txtrain.registry import TABLE
-from txtrain.training.module import cut, seed_everything
+from txtrain.training.batches import cut, seed_everything
 
 SHAPE = (
     "model=llama2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=24",

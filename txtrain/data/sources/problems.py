@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 
 from txtrain.data.sources.documents import objects_of
 from txtrain.data.sources.files import Limits, files_identity, find_files
-from txtrain.data.sources.source import Problem, Split
+from txtrain.data.sources.source import Problem, Split, side_of
 from txtrain.errors import ConfigError, hint
 
 KINDS = (".json", ".jsonl", ".parquet")
@@ -54,7 +53,7 @@ class Problems:
         for file in self.files[key]:
             for where, row in objects_of(file, key, self.limits):
                 question = " ".join(self._text(row, name, "question_column", where) for name in self.questions)
-                if divides and self._side(question) != split:
+                if divides and side_of(question, self.val_fraction) != split:
                     continue
                 yield {"question": question, "answer": self._text(row, self.answer, "answer_column", where)}
 
@@ -69,10 +68,6 @@ class Problems:
         if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
             raise ConfigError(f"`data.{key}`: {name!r} must be a text or a number, but is {value!r} in {where}.")
         return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
-
-    def _side(self, question: str) -> Split:
-        draw = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "little")
-        return "validation" if draw < self.val_fraction * 2**64 else "train"
 
     def identity(self) -> str:
         known = " ".join(files_identity(files) for files in self.files.values())
