@@ -41,7 +41,8 @@ class Loaded:
 
 
 def open_weights(
-    where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1
+    where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1,
+    weights: str = "model",
 ) -> Source:
     """The model at `where`, to be read tensor by tensor. Each of `of` ranks checks a part of the values.
 
@@ -49,12 +50,13 @@ def open_weights(
 
     Args:
         finite: refuse weights that hold NaN or infinity.
+        weights: model, or ema for the averaged ones.
 
     Raises:
         ConfigError: as `load`.
     """
     how = restore.Reading(key, finite=finite)
-    return on_described(where, key, lambda found: _opened(found, how, turn=turn, of=of))
+    return on_described(where, key, lambda found: _opened(found, how, weights, turn=turn, of=of))
 
 
 def provenance(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class OnTrained(Train):
 
     # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
     checkpoint: str | None = knob(None, literal=True, run=True)
+    weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     out: str | None = knob(None, literal=True)  # the file to write
 
     _trains = False

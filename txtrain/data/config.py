@@ -49,9 +49,6 @@ class HFConfig(TextsConfig):
             yield f"`data.packing` must be concat with data.streaming=true, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would divide the rows among them
             yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, but is {self.num_workers} instead."
-        for key, usual in (("encoding_errors", "strict"), ("bad_rows", "refuse")):
-            if self.streaming and getattr(self, key) != usual:  # skipped rows must be known before the run
-                yield f"`data.{key}` must be {usual} with data.streaming=true, but is {getattr(self, key)} instead."
         if self.streaming and self.tokenizer == "train":
             allowed = "bytes, or a folder, file or hub name with data.streaming=true"
             yield f"`data.tokenizer` must be {allowed}, but is train instead."

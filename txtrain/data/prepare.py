@@ -283,13 +283,15 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
                 writer.append("validation", [*bos, *tokenizer.encode(text), tokenizer.eos_id], ends=True)
                 if writer.n_tokens >= n_tokens:
                     break
+        write_skipped(empty, source)
         writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
 
-    validation = TokenFile(cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES), "validation")
+    folder = cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES)
+    validation = TokenFile(folder, "validation")
     stream = StreamTokens(source.stream, tokenizer)
     remedy = "a larger data.val_fraction, or another data.val_split"
     made = _packed((stream, validation), tokenizer, key, config, objective, remedy)
-    return dc.replace(made, stream=stream)
+    return dc.replace(made, stream=stream, skipped=skipped_in(folder))
 
 
 _WAYS: dict[str, Way] = {

@@ -445,7 +445,8 @@ class RunCallback(pl.Callback):
             job = Job.here()
             progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
             self.folder.update(
-                data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput(), **progress
+                data=self.data.facts, data_order_hash=state.data_order_hash, step=state.step,
+                goodput=self.watch.goodput(), **progress,
             )
             self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 

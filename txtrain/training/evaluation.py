@@ -242,6 +242,8 @@ def evaluate(model_or_dir: nn.Module | str | os.PathLike[str], cfg: Evaluate) ->
         if not isinstance(model_or_dir, Transformer):
             what = "a model of txtrain.build_model or txtrain.load_pretrained, or a folder"
             raise ConfigError(f"`model` must be {what}, but is {type(model_or_dir).__name__} instead.")
+        if cfg.weights != "model":
+            raise ConfigError(f"`weights` must be model with a model, which has one set, but is {cfg.weights}.")
         if cfg.data.tokenizer == "train" and cfg.data.sample_kind != "images":
             raise ConfigError("`data.tokenizer` must be given with a model, which does not know its own.")
         cfg = fitted(cfg, model_or_dir.config)
@@ -281,7 +283,7 @@ def measured(
 ) -> Evaluation:
     metrics = of_sets(reader, data.sets, cfg.n_bootstrap, cfg.seed, tick)
     return Evaluation(metrics, {
-        **facts, "data": data.source, "split": cfg.split, "fingerprint": data.fingerprint,
+        **facts, "weights": cfg.weights, "data": data.source, "split": cfg.split, "fingerprint": data.fingerprint,
         "objective": cfg.objective.type, "n_samples": data.n_val, "seq_len": cfg.seq_len, "stride": cfg.stride,
         "precision": cfg.trainer.precision, "strategy": cfg.strategy.type, "n_bootstrap": cfg.n_bootstrap,
         "seed": cfg.seed,
@@ -294,7 +296,7 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
     parallel = ranks_of(cfg)
     with parallel.started():
         device = parallel.device() if model is None else next(model.parameters()).device
-        source = parallel.together(lambda: _weights(cfg, parallel)) if model is None else None
+        source = parallel.together(lambda: opened(cfg, parallel)) if model is None else None
         settled = parallel.together(lambda: classified(as_named(cfg)))
         objective = build_objective(settled)
         data = DataModule(settled, "", objective)
@@ -323,10 +325,11 @@ def ranks_of(cfg: OnTrained) -> OneProcess:
     return make_parallel(dc.replace(cfg, data=data))
 
 
-def _weights(cfg: OnTrained, parallel: OneProcess) -> Source:
-    rank, size = parallel.world[:2]
+def opened(cfg: OnTrained, parallel: OneProcess) -> Source:
+    """The weights of cfg.checkpoint, still in their files."""
     assert cfg.checkpoint is not None
-    source = open_weights(cfg.checkpoint, "checkpoint", not cfg.allow_nonfinite, rank, size)
+    finite, (rank, size, *_) = not cfg.allow_nonfinite, parallel.world
+    source = open_weights(cfg.checkpoint, "checkpoint", finite, rank, size, cfg.weights)
     parallel.check_read(source.model.config, "checkpoint")
     return source
 

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema_of_trained import Predict
 from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.order import Indices
@@ -21,9 +20,8 @@ from txtrain.data.sources.source import as_named, build_source, method_of
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import plain
-from txtrain.hf.pieces import Source
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training.evaluation import Tick, check_out, filled, ranks_of, shares_of
+from txtrain.training.evaluation import Tick, check_out, filled, opened, ranks_of, shares_of
 from txtrain.training.part_file import PartFile
 from txtrain.training.predicted import Maker, OfClasses, OfImages, OfTexts, Row
 
@@ -67,7 +65,7 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
     parallel = ranks_of(config)
     with parallel.started():
         device = parallel.device()
-        source = parallel.together(lambda: _opened(config, parallel))
+        source = parallel.together(lambda: opened(config, parallel))
         maker = parallel.together(lambda: _maker(config, what, device))
         file = parallel.first_only(lambda: PartFile(out, _identity(config, what, maker)))
         step = config.micro_batch_size * parallel.size
@@ -85,13 +83,6 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
     return len(maker)
 
 
-def _opened(config: Predict, parallel: OneProcess) -> Source:
-    assert config.checkpoint is not None
-    source = open_weights(config.checkpoint, "checkpoint", not config.allow_nonfinite, *parallel.world[:2])
-    parallel.check_read(source.model.config, "checkpoint")
-    return source
-
-
 def _of_shares(maker: Maker, parallel: OneProcess, shares: Sequence[Indices]) -> list[str]:
     mine = parallel.rank
     together = maker.generates and not parallel.forwards_alone  # all ranks generate the same texts at the same time
@@ -106,7 +97,8 @@ def _of_shares(maker: Maker, parallel: OneProcess, shares: Sequence[Indices]) ->
 def _identity(config: Predict, what: str, maker: Maker) -> str:
     """Of all that decides the rows; the strategy and the number of processes do not."""
     generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
-    told = {key: plain(getattr(config, key)) for key in ("checkpoint", "data", "model", "predict", *generation)}
+    named = ("checkpoint", "weights", "data", "model", "predict", *generation)
+    told = {key: plain(getattr(config, key)) for key in named}
     return hashlib.sha256(json.dumps([told, what, maker.known, config.trainer.precision]).encode()).hexdigest()
 
 

@@ -427,7 +427,7 @@ def _facts(
         "parameters": module.n_params,
         "trained_parameters": module.n_trained,
         "base": None if module.base is None else dc.asdict(module.base),
-        "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
+        "data": data.facts,
         "data_order_hash": None,
         **({} if (start := starting_weights(module)) is None else {"starting_weights": start}),
         "fallback": fallback,

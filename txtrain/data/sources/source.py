@@ -141,7 +141,8 @@ def n_bytes(source: Source) -> int | None:
 
 def skipped(source: Source) -> dict[str, str]:
     """The place of each skipped row, and why it was skipped, once all rows were read."""
-    return getattr(source, "skipped", None) or {}
+    found: dict[str, str] | None = getattr(source, "skipped", None)
+    return {} if found is None else found
 
 
 def validation_sets(source: Source) -> dict[str, Source]:
