@@ -149,6 +149,7 @@ class PlanConfig:
     # FLOP/s of one device; null: the published peak of plan.device at trainer.precision
     peak_flops: float | None = knob(None, above=0)
     mfu: float = knob(0.4, above=0, at_most=1)  # fraction of the peak that the run reaches
+    bandwidth: float | None = knob(None, above=0)  # bytes a second of one device's memory; null: the published ones
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the key-value cache
     format: Literal["text", "json"] = "text"
 
@@ -365,10 +366,16 @@ class Predict(OnTrained):
     top_p: float | None = knob(None, above=0, at_most=1)
     min_p: float | None = knob(None, at_least=0, at_most=1)
     stop: tuple[str, ...] = ()  # texts that end a generated text
+    n: int = knob(1, at_least=1)  # samples of each problem (data=arithmetic, countdown, problems), a row each
 
     def problems(self) -> Iterator[str]:
         """Those of the data and of the ranks: no objective is needed."""
         yield from self.check()
+        if self.n > 1 and not (self.temperature and self.data.sample_kind == "problems"):
+            why = f"with data={self.data.type}" if self.temperature else "with temperature=0, where all are the same"
+            yield f"`n` must be 1 {why}, but is {self.n} instead."
+        if self.stop and self.data.sample_kind == "problems":
+            yield f"`stop` must be [] with data={self.data.type}, where an end token alone ends an answer."
         yield from self._check_rows()
         yield from self._check_base()
         yield from self._check_batch()

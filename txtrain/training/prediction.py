@@ -20,18 +20,21 @@ from txtrain.config.schema import Predict
 from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.labels import frame_of, framed
 from txtrain.data.samples.order import Indices
+from txtrain.data.samples.prompts import PromptSamples, problem_of
 from txtrain.data.samples.questions import Encoded, Ids, QuestionRows
 from txtrain.data.sources.files import chunks_of
-from txtrain.data.sources.source import as_named, build_source, method_of
+from txtrain.data.sources.source import Problem, as_named, build_source, method_of
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.convert import plain
 from txtrain.hf.pieces import Source
-from txtrain.model.config import ModelConfig
+from txtrain.model.config import ModelConfig, Sampling
+from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.questions import answered
+from txtrain.objectives.rewards import Rewards, jobs_of
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training.evaluation import Tick, check_out, ranks_of, shares_of
 
@@ -47,8 +50,11 @@ def what_of(config: Predict) -> str:
     """
     model, asked, kind = config.model, config.predict.what, config.data.sample_kind
     pools, writes = model.head.pools, model.head.writes and model.topology != "encoder"
-    if kind not in ("text", "pairs", "labels", "cloze", "questions", "images"):
+    if kind not in ("text", "pairs", "labels", "cloze", "questions", "images", "problems"):
         raise _no_rows(config)
+    if kind == "problems" and (asked not in ("auto", "text") or model.topology != "decoder" or not writes):
+        what = f"auto or text, of a decoder, with data={config.data.type}"
+        raise ConfigError(f"`predict.what` must be {what}, but is {asked} with topology {model.topology} instead.")
     what = asked if asked != "auto" else "label" if pools else "text" if writes else "embedding"
     allowed = ["embedding", *(["label"] if pools else []), *(["text", "log_probability"] if writes else [])]
     if what not in allowed:
@@ -60,7 +66,7 @@ def what_of(config: Predict) -> str:
 
 
 def _no_rows(config: Predict) -> ConfigError:
-    rows = "rows of text, pairs, labels, questions with one answer or images"
+    rows = "rows of text, pairs, labels, questions with one answer, problems or images"
     return ConfigError(f"`data` must be {rows}, but is {config.data.type} instead.")
 
 
@@ -158,7 +164,7 @@ class PartFile:
 
 def _identity(config: Predict, what: str, maker: Maker) -> str:
     """Of all that decides the rows; the strategy and the number of processes do not."""
-    generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
+    generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed", "n", "reward")
     told = {key: plain(getattr(config, key)) for key in ("checkpoint", "data", "model", "predict", *generation)}
     return hashlib.sha256(json.dumps([told, what, maker.known, config.trainer.precision]).encode()).hexdigest()
 
@@ -183,6 +189,8 @@ def _maker(config: Predict, what: str, device: torch.device) -> Maker:
         texts = list(source.pairs("train"))
     elif method == "questions":
         texts = [question.options[0] for question in source.questions("train")]
+    elif method == "problems":
+        texts = []
     elif method == "labelled":
         texts = [(first, "".join(second)) for first, *second in (row.texts for row in source.labelled("train"))]
     else:
@@ -190,6 +198,8 @@ def _maker(config: Predict, what: str, device: torch.device) -> Maker:
     if config.data.tokenizer in (None, "train"):
         raise ConfigError("`data.tokenizer` must be given: the model's.")
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if method == "problems":
+        return OfProblems(config, what, device, [*source.problems("train")], tokenizer)
     if what == "label":
         of_pairs = method == "pairs" or (method == "labelled" and len(source.texts) > 1)
         parts = texts if of_pairs else [(before + scored,) for before, scored in texts]
@@ -378,6 +388,44 @@ class OfTexts(Maker):
             seed = int.from_bytes(hashlib.blake2b(f"{config.seed}/{row}".encode(), digest_size=7).digest(), "little")
             made += make({name: value[i : i + 1] for name, value in batch.items()}, seed)
         return [{"text": text} for text in made]
+
+
+class OfProblems(Maker):
+    """n samples of each problem with their rewards: row i is sample i % n of problem i // n."""
+
+    def __init__(
+        self, config: Predict, what: str, device: torch.device, problems: Sequence[Problem], tokenizer: Tokenizer
+    ) -> None:
+        super().__init__(config, what, device)
+        longest = config.seq_len - config.max_new_tokens
+        self.rows, self.tokenizer = PromptSamples(problems, tokenizer, longest), tokenizer
+        if not len(self.rows):
+            allowed = f"a problem of at most {longest} tokens, which is data.seq_len less max_new_tokens"
+            raise ConfigError(f"`data` must have {allowed}, but has none.")
+        self.rewards = Rewards(config.reward)
+        self.how = Sampling(
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p, min_p=config.min_p or None, seed=config.seed,
+        )
+        told = [[*map(dict, problems)], tokenizer.fingerprint, longest]
+        self.known = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.config.n
+
+    def objects(self, index: list[int]) -> list[dict[str, Any]]:
+        of = [i // self.config.n for i in index]
+        batch = self.rows.batch(np.asarray(of))
+        asked = [problem_of(text) for text in batch["problem"]]
+        job = Decoding(self.how, (self.tokenizer.eos_id,), device=self.device)
+        written = continue_rows(self.model, [self.rows.ids[i] for i in of], job, index)
+        jobs = jobs_of(asked, written, self.tokenizer)
+        totals = map(self.rewards.total, self.rewards(jobs))
+        return [
+            {**{name: value for name, value in job.sample.items() if name not in ("prompt", "n_tokens")},
+             "text": job.completion, "reward": total}
+            for job, total in zip(jobs, totals, strict=True)
+        ]
 
 
 def labelled(model: ModelConfig, logits_BC: Tensor) -> list[dict[str, Any]]:

@@ -93,6 +93,22 @@ def test_columns_are_joined_and_a_missing_one_is_named(tmp_path: Path) -> None:
         list(read(file, "Question").problems("train"))
 
 
+def test_of_samples_with_rewards_the_right_ones_are_kept_each_once(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    rows = [("1+1=", "2", 1.0), ("1+1=", "2", 1.0), ("1+1=", "1,2", 1), ("1+1=", "3", 0.0), ("2+2=", "4", 1.0)]
+    file.write_text("".join(json.dumps(dict(zip(("question", "text", "reward"), row, strict=True))) + "\n" for row in rows))
+
+    def kept(**how: Any) -> list[tuple[str, str]]:
+        source = Problems(str(file), None, "question", "text", 0.0, 200.0, 1 << 20, **how)
+        return [(problem["question"], problem["answer"]) for problem in source.problems("train")]
+
+    assert kept(min_reward=1.0) == [("1+1=", "2"), ("1+1=", "1,2"), ("2+2=", "4")]
+    assert len(kept()) == 5
+    file.write_text(json.dumps({"question": "1+1=", "text": "2"}) + "\n")
+    with pytest.raises(ConfigError, match=r"`data.min_reward` must be null, or each row have a number `reward`, but is None"):
+        kept(min_reward=1.0)
+
+
 def test_a_prompt_begins_as_a_document_or_by_the_chat_template() -> None:
     problems = [{"question": "3+4=", "answer": "7"}, {"question": "1" * 40, "answer": "1"}]
     plain = byte_tokenizer()

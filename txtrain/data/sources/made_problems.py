@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
 
 from txtrain.data.samples.draws import Draws
-from txtrain.data.sources.source import Problem, Split
+from txtrain.data.sources.source import Problem, Split, side
 from txtrain.errors import ConfigError
 
-FORMAT = "problems 1"  # part of fingerprints: raise it when a problem changes
+FORMAT = "problems 2"  # part of fingerprints: raise it when a problem changes
 _HELD_OUT = 1 / 8  # of all problems: which ones depends on neither n_train nor n_val
 _CHUNK = 4096
 _TRIES = 64  # draws for each problem that is asked for; more find none of a kind with so few
@@ -38,7 +37,7 @@ class MadeProblems:
         for start in range(0, max(_TRIES * wanted, _CHUNK), _CHUNK):
             for problem in self.made(Draws(0, "train", np.arange(start, start + _CHUNK))):  # for every seed of the run
                 question = problem["question"]
-                if question in seen or side(question) != split:
+                if question in seen or side(f"made {question}", _HELD_OUT) != split:
                     continue
                 seen.add(question)
                 yield problem
@@ -116,8 +115,3 @@ def _combined(a: int, b: int, sign: int) -> int:
     """a + b, a - b, a * b or a / b; the sum where that is not an integer from 1 to 999."""
     found: Any = (a + b, a - b, a * b, a // b if a % b == 0 else 0)[sign]
     return int(found) if 1 <= found <= 999 else a + b
-
-
-def side(question: str) -> Split:
-    draw = int.from_bytes(hashlib.blake2b(question.encode(), digest_size=8).digest(), "little")
-    return "validation" if draw < _HELD_OUT * 2**64 else "train"
