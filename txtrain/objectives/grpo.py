@@ -176,8 +176,8 @@ class GRPO(Objective):
         values = self.parallel.together(lambda: self.rewards(jobs))
         rewarded = time.perf_counter()
         mine = self._rows_of(module, prompts, written, values, index)
-        rows = dict(sorted((at, row) for part in self.parallel.of_all(mine) for at, row in part.items()))
-        self.rollout = {"number": torch.tensor(number), **self._together([*rows.values()])}
+        rows = {at: row for part in self.parallel.of_all(mine) for at, row in part.items()}  # ranks of tp have the same
+        self.rollout = {"number": torch.tensor(number), **self._together([rows[at] for at in sorted(rows)])}
         self._measure()
         seconds = {"rollout_seconds": rewarding - began, "reward_seconds": rewarded - rewarding}
         speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)

@@ -22,8 +22,8 @@ from txtrain.training.data_module import DataModule
 
 def test_a_chain_is_worked_from_left_to_right_modulo_10() -> None:
     for problem in Arithmetic(4, 50, 20, 0.5).problems("train"):
-        running = []
         value, rest = int(problem["question"][0]), problem["question"][1:-1]
+        running = [str(value)]
         assert re.fullmatch(r"\d([-+*]\d){4}=", problem["question"])
         for sign, digit in re.findall(r"([-+*])(\d)", rest):
             value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[sign]
@@ -95,7 +95,7 @@ def test_columns_are_joined_and_a_missing_one_is_named(tmp_path: Path) -> None:
 
 def test_of_samples_with_rewards_the_right_ones_are_kept_each_once(tmp_path: Path) -> None:
     file = tmp_path / "samples.jsonl"
-    rows = [("1+1=", "2", 1.0), ("1+1=", "2", 1.0), ("1+1=", "1,2", 1), ("1+1=", "3", 0.0), ("2+2=", "4", 1.0)]
+    rows = [("1+1=", "2", 1.0), ("1+1=", "2", 1.0), ("1+1=", "1,2", 1), ("1+1=", "", 0.0), ("2+2=", "4", 1.0)]
     file.write_text("".join(json.dumps(dict(zip(("question", "text", "reward"), row, strict=True))) + "\n" for row in rows))
 
     def kept(**how: Any) -> list[tuple[str, str]]:
@@ -103,7 +103,8 @@ def test_of_samples_with_rewards_the_right_ones_are_kept_each_once(tmp_path: Pat
         return [(problem["question"], problem["answer"]) for problem in source.problems("train")]
 
     assert kept(min_reward=1.0) == [("1+1=", "2"), ("1+1=", "1,2"), ("2+2=", "4")]
-    assert len(kept()) == 5
+    with pytest.raises(ConfigError, match="'text' must be a text or a number, but is ''"):
+        kept()
     file.write_text(json.dumps({"question": "1+1=", "text": "2"}) + "\n")
     with pytest.raises(ConfigError, match=r"`data.min_reward` must be null, or each row have a number `reward`, but is None"):
         kept(min_reward=1.0)

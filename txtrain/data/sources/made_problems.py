@@ -63,7 +63,7 @@ class MadeProblems:
 class Arithmetic(MadeProblems):
     """Chains such as 7+3*4-2=, worked from left to right, modulo 10; difficulty: the number of operations.
 
-    worked: the share of demonstrations that write the running values, 0,0,8; the others write the answer alone, 8.
+    worked: the share of demonstrations that write the running values, 7,0,0,8; the others write the answer alone, 8.
     """
 
     name = "arithmetic"
@@ -81,7 +81,7 @@ class Arithmetic(MadeProblems):
         signs = (draws.uniform("signs", n) * 3).astype(int).tolist()
         works = (draws.uniform("worked", 1)[:, 0] < self.worked).tolist()
         for values, chosen, writes in zip(digits, signs, works, strict=True):
-            text, value, running = str(values[0]), values[0], []
+            text, value, running = str(values[0]), values[0], [str(values[0])]
             for sign, operand in zip(chosen, values[1:], strict=True):
                 value = (value + operand, value - operand, value * operand)[sign] % 10
                 text += "+-*"[sign] + str(operand)

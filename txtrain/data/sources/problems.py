@@ -56,9 +56,11 @@ class Problems:
                 question = " ".join(self._text(row, name, "question_column", where) for name in self.questions)
                 if divides and side(question, self.val_fraction) != split:
                     continue
+                if self.min_reward is not None and self._reward(row, where) < self.min_reward:
+                    continue  # it may well be empty
                 answer = self._text(row, self.answer, "answer_column", where)
                 if self.min_reward is not None:
-                    if self._reward(row, where) < self.min_reward or (question, answer) in seen:
+                    if (question, answer) in seen:
                         continue
                     seen.add((question, answer))
                 yield {"question": question, "answer": answer}
