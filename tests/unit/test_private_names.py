@@ -53,8 +53,11 @@ PRIVATE = {
         "_compose_config_from_defaults_list _parse_overrides_and_create_caching_repo _process_config_searchpath "
         "get_sources load_configuration repository"
     ),
-    "hydra._internal.config_repository": "CachingConfigRepository",
+    "hydra._internal.config_repository": "CachingConfigRepository ConfigRepository",
+    "hydra._internal.config_repository.ConfigRepository": "_find_object_source load_config",
     "hydra._internal.config_search_path_impl": "ConfigSearchPathImpl",
+    "hydra._internal": "defaults_list",
+    "hydra._internal.defaults_list": "_create_interpolation_map",
     "hydra._internal.hydra.Hydra": "compose_config",
     "lightning.fabric.loggers.logger": "_DummyExperiment",
     "lightning.pytorch.core.optimizer.LightningOptimizer": "_optimizer",

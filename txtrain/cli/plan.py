@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from txtrain.config.composed import Composed
-from txtrain.config.schema import Plan, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_plan import Plan
 from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from txtrain.config.compatibility import fits, objectives_for
 from txtrain.config.composed import Composed
-from txtrain.config.schema import Evaluate, OnTrained
+from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 from txtrain.ground.plain_files import read_yaml
@@ -16,7 +16,7 @@ from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
 
 if TYPE_CHECKING:
-    from txtrain.checkpoint.load import Described
+    from txtrain.checkpoint.described import Described
 
 
 def of_checkpoint(job: Composed, found: Described) -> Composed:

@@ -58,8 +58,9 @@ class ObjectiveConfig:
     reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
-        """Further arguments of the objective, and values for keys that are null."""
-        return {}
+        """Further arguments of the objective, as far as it has them, and values for keys that are null."""
+        model = config.model
+        return {"counts_tokens": model.ffn.n_experts > 0, "two_stacks": model.topology == "encoder_decoder"}
 
     def rollout(self, config: RunConfig) -> Rollout | None:
         """What it samples; None: nothing."""

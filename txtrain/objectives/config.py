@@ -28,7 +28,7 @@ class CausalLMConfig(ObjectiveConfig):
     mtp_weight: float = knob(0.3, at_least=0)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"mtp_depth": config.model.mtp_depth, "counts_tokens": config.model.ffn.n_experts > 0}
+        return super().arguments(config) | {"mtp_depth": config.model.mtp_depth}
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -136,9 +136,6 @@ class PrefixLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
-
-    def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"two_stacks": config.model.topology == "encoder_decoder"}
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         if config.model.topology != "encoder_decoder":

@@ -40,8 +40,7 @@ class DistillConfig(ObjectiveConfig):
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         offline = self.taught(config, "") if self.teacher is None else None
-        counts = config.model.ffn.n_experts > 0
-        return {"counts_tokens": counts, "offline": offline, "vocab_size": config.model.vocab_size}
+        return super().arguments(config) | {"offline": offline, "vocab_size": config.model.vocab_size}
 
     def taught(self, config: RunConfig, teacher: str) -> Taught:
         """What decides the distributions that `txtrain prepare` writes."""

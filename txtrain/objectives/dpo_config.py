@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from txtrain.objectives.base_config import ObjectiveConfig, Shapes
 from txtrain.registry import knob
@@ -34,9 +34,6 @@ class DPOConfig(ObjectiveConfig):
     @property
     def start(self) -> str | None:
         return "reference" if self.reference == "initial" else None
-
-    def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"counts_tokens": config.model.ffn.n_experts > 0}
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         cached = {"reference_log_probs": (n, max(1, config.seq_len // 4), 2)} if self.reference == "cached" else {}

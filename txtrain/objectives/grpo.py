@@ -49,7 +49,7 @@ class GRPO(Objective):
         self, group_size: int, prompts_per_rollout: int, updates_per_rollout: int, max_new_tokens: int,
         temperature: float, top_p: float, beta: float, clip_low: float, clip_high: float, normalise: Normalise,
         divide_by_std: bool, ratio: Ratio, loss: Loss, mask_truncated: bool, kl_in: str, reward: RewardConfig,
-        seed: int, counts_tokens: bool, val_samples: int = 0,
+        seed: int, counts_tokens: bool, val_samples: int,
     ) -> None:
         self.group_size, self.prompts, self.updates = group_size, prompts_per_rollout, updates_per_rollout
         self.how = Sampling(

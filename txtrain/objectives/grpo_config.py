@@ -75,10 +75,9 @@ class GRPOConfig(ObjectiveConfig):
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         has_ratio = self.loss in ("grpo", "cispo")
-        return {
+        return super().arguments(config) | {
             "prompts_per_rollout": self.prompts(config), "reward": config.reward, "seed": config.seed,
             "divide_by_std": has_ratio if self.divide_by_std is None else self.divide_by_std,
-            "counts_tokens": config.model.ffn.n_experts > 0,
         }
 
     def lengths(self, seq_len: int) -> tuple[int, int]:

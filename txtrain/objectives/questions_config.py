@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from txtrain.objectives.base_config import ObjectiveConfig
 from txtrain.registry import knob
-from txtrain.run_config import RunConfig
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -17,9 +16,6 @@ class QuestionsConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
     trains: ClassVar = False
-
-    def arguments(self, config: RunConfig) -> dict[str, Any]:
-        return {"two_stacks": config.model.topology == "encoder_decoder"}
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from txtrain.config import hardware
-from txtrain.config.schema import Plan, PlanConfig, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_plan import Plan, PlanConfig
 from txtrain.config.units import bytes_of, seconds_of
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from txtrain.config.of_checkpoint import fitted
-from txtrain.config.schema import Evaluate, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import Evaluate
 from txtrain.data.samples.rows import Rows
 from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError

@@ -22,8 +22,8 @@ from txtrain.objectives.base import Batch, build_objective
 from txtrain.objectives.grpo import GRPO
 from txtrain.parallel.build import make_parallel
 from txtrain.registry import TABLE
+from txtrain.training.batches import cut, seed_everything
 from txtrain.training.data_module import DataModule
-from txtrain.training.module import cut, seed_everything
 
 SHAPE = (
     "model=llama2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=24",

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from txtrain.data.samples.draws import Draws
-from txtrain.data.sources.source import Problem, Split, side
+from txtrain.data.sources.source import Problem, Split, side_of
 from txtrain.errors import ConfigError
 
 FORMAT = "problems 2"  # part of fingerprints: raise it when a problem changes
@@ -37,7 +37,7 @@ class MadeProblems:
         for start in range(0, max(_TRIES * wanted, _CHUNK), _CHUNK):
             for problem in self.made(Draws(0, "train", np.arange(start, start + _CHUNK))):  # for every seed of the run
                 question = problem["question"]
-                if question in seen or side(f"made {question}", _HELD_OUT) != split:
+                if question in seen or side_of(f"made {question}", _HELD_OUT) != split:
                     continue
                 seen.add(question)
                 yield problem

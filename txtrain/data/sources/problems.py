@@ -7,7 +7,7 @@ from pathlib import Path
 
 from txtrain.data.sources.documents import objects_of
 from txtrain.data.sources.files import Limits, files_identity, find_files
-from txtrain.data.sources.source import Problem, Split, side
+from txtrain.data.sources.source import Problem, Split, side_of
 from txtrain.errors import ConfigError, hint
 
 KINDS = (".json", ".jsonl", ".parquet")
@@ -54,7 +54,7 @@ class Problems:
         for file in self.files[key]:
             for where, row in objects_of(file, key, self.limits):
                 question = " ".join(self._text(row, name, "question_column", where) for name in self.questions)
-                if divides and side(question, self.val_fraction) != split:
+                if divides and side_of(question, self.val_fraction) != split:
                     continue
                 if self.min_reward is not None and self._reward(row, where) < self.min_reward:
                     continue  # it may well be empty

@@ -62,7 +62,6 @@ _IMPORTS = {
     "BaseModelOutput": "from transformers.modeling_outputs import BaseModelOutput",
     "ModelOutput": "from transformers.utils import ModelOutput",
 }
-_GROUPS = ("math collections dataclasses functools types typing", "torch transformers")  # of imports, as is usual
 
 
 def modeling_file(features: Collection[str], words: Mapping[str, str], activation: str | None) -> str:
