@@ -27,6 +27,7 @@ class PlanConfig:
     # FLOP/s of one device; null: the published peak of plan.device at trainer.precision
     peak_flops: float | None = knob(None, above=0)
     mfu: float = knob(0.4, above=0, at_most=1)  # fraction of the peak that the run reaches
+    bandwidth: float | None = knob(None, above=0)  # bytes a second of one device's memory; null: the published ones
     cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the key-value cache
     format: Literal["text", "json"] = "text"
 

@@ -143,10 +143,16 @@ class Predict(OnTrained):
     top_p: float | None = knob(None, above=0, at_most=1)
     min_p: float | None = knob(None, at_least=0, at_most=1)
     stop: tuple[str, ...] = ()  # texts that end a generated text
+    n: int = knob(1, at_least=1)  # samples of each problem (data=arithmetic, countdown, problems), a row each
 
     def problems(self) -> Iterator[str]:
         """Those of the data and of the ranks: no objective is needed."""
         yield from self.check()
+        if self.n > 1 and not (self.temperature and self.data.sample_kind == "problems"):
+            why = f"with data={self.data.type}" if self.temperature else "with temperature=0, where all are the same"
+            yield f"`n` must be 1 {why}, but is {self.n} instead."
+        if self.stop and self.data.sample_kind == "problems":
+            yield f"`stop` must be [] with data={self.data.type}, where an end token alone ends an answer."
         yield from self._check_rows()
         yield from self._check_base()
         yield from self._check_batch()

@@ -62,6 +62,8 @@ class ProblemsConfig(UnpackedConfig):
     val_path: str | tuple[str, ...] | None = None
     question_column: str | tuple[str, ...] = "question"  # several are joined by a space
     answer_column: str = "answer"
+    # of samples that `predict` has written: rows with a lower `reward` are left out, and equal ones count once
+    min_reward: float | None = None
     max_text_bytes: int = knob(1 << 31, at_least=1, free=True)  # largest size of a row
 
 

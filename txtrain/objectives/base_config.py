@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from txtrain.registry import knob
 from txtrain.run_config import RunConfig
 
 Shapes = dict[str, tuple[int, ...]]
+
+
+class Rollout(NamedTuple):
+    """Completions of all ranks, sampled once for so many updates; forwards: for their log-probabilities afterwards."""
+
+    n_prompts: int
+    n_completions: int
+    prompt_len: int
+    max_new_tokens: int
+    updates: int
+    forwards: int
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -50,6 +61,10 @@ class ObjectiveConfig:
         """Further arguments of the objective, as far as it has them, and values for keys that are null."""
         model = config.model
         return {"counts_tokens": model.ffn.n_experts > 0, "two_stacks": model.topology == "encoder_decoder"}
+
+    def rollout(self, config: RunConfig) -> Rollout | None:
+        """What it samples; None: nothing."""
+        return None
 
     def check(self) -> Iterator[str]:
         """Problems of the keys by themselves, apart from bounds."""

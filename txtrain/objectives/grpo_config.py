@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from txtrain.errors import divisors_near
-from txtrain.objectives.base_config import ObjectiveConfig, Shapes
+from txtrain.objectives.base_config import ObjectiveConfig, Rollout, Shapes
 from txtrain.registry import knob
 from txtrain.run_config import RunConfig
 
@@ -51,6 +51,8 @@ class GRPOConfig(ObjectiveConfig):
     # the group's others; the last two have no ratio
     loss: Literal["grpo", "cispo", "reinforce", "rloo"] = "grpo"
     mask_truncated: bool = False  # completions without an end token count neither in the loss nor in its denominator
+    # also sampled of each held-out problem at a validation, for val_pass@1 and val_pass@N by the reward `answer`
+    val_samples: int = knob(0, at_least=0)
 
     @property
     def models(self) -> Mapping[str, str]:
@@ -66,6 +68,10 @@ class GRPOConfig(ObjectiveConfig):
 
     def prompts(self, config: RunConfig) -> int:
         return self.prompts_per_rollout or max(1, config.data.global_batch_size // self.group_size)
+
+    def rollout(self, config: RunConfig) -> Rollout:
+        n, (read, new) = self.prompts(config), self.lengths(config.seq_len)
+        return Rollout(n, n * self.group_size, read, new, self.updates_per_rollout, 2 if self.beta else 1)
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         has_ratio = self.loss in ("grpo", "cispo")
@@ -112,6 +118,11 @@ class GRPOConfig(ObjectiveConfig):
             yield (
                 f"`objective.max_new_tokens` must be below data.seq_len ({config.seq_len}), which includes the prompt, "
                 f"but is {self.max_new_tokens} instead."
+            )
+        if self.val_samples and "answer" not in config.reward.use:
+            yield (
+                "`objective.val_samples` must be 0 without the reward `answer`, which says what is right, but is "
+                f"{self.val_samples} instead. To measure it alone: reward=[answer,...] reward.answer.weight=0."
             )
         for key in dropouts(config.model, "model"):
             yield f"`{key}` must be 0 with objective=grpo, which compares probabilities of new and old weights."

@@ -15,12 +15,17 @@ from torch import Tensor
 from txtrain.config.schema_of_trained import Predict
 from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.labels import frame_of, framed
+from txtrain.data.samples.prompts import PromptSamples, problem_of
 from txtrain.data.samples.questions import Encoded, Ids, QuestionRows
 from txtrain.data.samples.rows import mask_of, padded
+from txtrain.data.sources.source import Problem
 from txtrain.data.tokenizer.tokenizer import Tokenizer
-from txtrain.model.config import ModelConfig
+from txtrain.errors import ConfigError
+from txtrain.model.config import ModelConfig, Sampling
+from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.questions import answered
+from txtrain.objectives.rewards import Rewards, jobs_of
 from txtrain.training.batches import placed
 
 Row = tuple[str, str]  # what is read, and what follows it, if that is known
@@ -202,6 +207,44 @@ class OfTexts(Maker):
             seed = int.from_bytes(hashlib.blake2b(f"{config.seed}/{row}".encode(), digest_size=7).digest(), "little")
             made += make({name: value[i : i + 1] for name, value in batch.items()}, seed)
         return [{"text": text} for text in made]
+
+
+class OfProblems(Maker):
+    """n samples of each problem with their rewards: row i is sample i % n of problem i // n."""
+
+    def __init__(
+        self, config: Predict, what: str, device: torch.device, problems: Sequence[Problem], tokenizer: Tokenizer
+    ) -> None:
+        super().__init__(config, what, device)
+        longest = config.seq_len - config.max_new_tokens
+        self.rows, self.tokenizer = PromptSamples(problems, tokenizer, longest), tokenizer
+        if not len(self.rows):
+            allowed = f"a problem of at most {longest} tokens, which is data.seq_len less max_new_tokens"
+            raise ConfigError(f"`data` must have {allowed}, but has none.")
+        self.rewards = Rewards(config.reward)
+        self.how = Sampling(
+            max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+            top_p=config.top_p, min_p=config.min_p or None, seed=config.seed,
+        )
+        told = [[*map(dict, problems)], tokenizer.fingerprint, longest]
+        self.known = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        return len(self.rows) * self.config.n
+
+    def objects(self, index: list[int]) -> list[dict[str, Any]]:
+        of = [i // self.config.n for i in index]
+        batch = self.rows.batch(np.asarray(of))
+        asked = [problem_of(text) for text in batch["problem"]]
+        job = Decoding(self.how, (self.tokenizer.eos_id,), device=self.device)
+        written = continue_rows(self.model, [self.rows.ids[i] for i in of], job, index)
+        jobs = jobs_of(asked, written, self.tokenizer)
+        totals = map(self.rewards.total, self.rewards(jobs))
+        return [
+            {**{name: value for name, value in job.sample.items() if name not in ("prompt", "n_tokens")},
+             "text": job.completion, "reward": total}
+            for job, total in zip(jobs, totals, strict=True)
+        ]
 
 
 def labelled(model: ModelConfig, logits_BC: Tensor) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ from txtrain.ground.convert import plain
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training.evaluation import Tick, check_out, filled, opened, ranks_of, shares_of
 from txtrain.training.part_file import PartFile
-from txtrain.training.predicted import Maker, OfClasses, OfImages, OfTexts, Row
+from txtrain.training.predicted import Maker, OfClasses, OfImages, OfProblems, OfTexts, Row
 
 
 def what_of(config: Predict) -> str:
@@ -34,8 +34,11 @@ def what_of(config: Predict) -> str:
     """
     model, asked, kind = config.model, config.predict.what, config.data.sample_kind
     pools, writes = model.head.pools, model.head.writes and model.topology != "encoder"
-    if kind not in ("text", "pairs", "labels", "cloze", "questions", "images"):
+    if kind not in ("text", "pairs", "labels", "cloze", "questions", "images", "problems"):
         raise _no_rows(config)
+    if kind == "problems" and (asked not in ("auto", "text") or model.topology != "decoder" or not writes):
+        what = f"auto or text, of a decoder, with data={config.data.type}"
+        raise ConfigError(f"`predict.what` must be {what}, but is {asked} with topology {model.topology} instead.")
     what = asked if asked != "auto" else "label" if pools else "text" if writes else "embedding"
     allowed = ["embedding", *(["label"] if pools else []), *(["text", "log_probability"] if writes else [])]
     if what not in allowed:
@@ -47,7 +50,7 @@ def what_of(config: Predict) -> str:
 
 
 def _no_rows(config: Predict) -> ConfigError:
-    rows = "rows of text, pairs, labels, questions with one answer or images"
+    rows = "rows of text, pairs, labels, questions with one answer, problems or images"
     return ConfigError(f"`data` must be {rows}, but is {config.data.type} instead.")
 
 
@@ -96,7 +99,7 @@ def _of_shares(maker: Maker, parallel: OneProcess, shares: Sequence[Indices]) ->
 
 def _identity(config: Predict, what: str, maker: Maker) -> str:
     """Of all that decides the rows; the strategy and the number of processes do not."""
-    generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed")
+    generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed", "n", "reward")
     named = ("checkpoint", "weights", "data", "model", "predict", *generation)
     told = {key: plain(getattr(config, key)) for key in named}
     return hashlib.sha256(json.dumps([told, what, maker.known, config.trainer.precision]).encode()).hexdigest()
@@ -119,6 +122,8 @@ def _maker(config: Predict, what: str, device: torch.device) -> Maker:
         texts = list(source.pairs("train"))
     elif method == "questions":
         texts = [question.options[0] for question in source.questions("train")]
+    elif method == "problems":
+        texts = []
     elif method == "labelled":
         texts = [(first, "".join(second)) for first, *second in (row.texts for row in source.labelled("train"))]
     else:
@@ -126,6 +131,8 @@ def _maker(config: Predict, what: str, device: torch.device) -> Maker:
     if config.data.tokenizer in (None, "train"):
         raise ConfigError("`data.tokenizer` must be given: the model's.")
     tokenizer = load_tokenizer(config.data.tokenizer)
+    if method == "problems":
+        return OfProblems(config, what, device, [*source.problems("train")], tokenizer)
     if what == "label":
         of_pairs = method == "pairs" or (method == "labelled" and len(source.texts) > 1)
         parts = texts if of_pairs else [(before + scored,) for before, scored in texts]

@@ -11,7 +11,7 @@ from txtrain.data.samples.draws import Draws
 from txtrain.data.sources.source import Problem, Split, side_of
 from txtrain.errors import ConfigError
 
-FORMAT = "problems 1"  # part of fingerprints: raise it when a problem changes
+FORMAT = "problems 2"  # part of fingerprints: raise it when a problem changes
 _HELD_OUT = 1 / 8  # of all problems: which ones depends on neither n_train nor n_val
 _CHUNK = 4096
 _TRIES = 64  # draws for each problem that is asked for; more find none of a kind with so few
@@ -37,7 +37,7 @@ class MadeProblems:
         for start in range(0, max(_TRIES * wanted, _CHUNK), _CHUNK):
             for problem in self.made(Draws(0, "train", np.arange(start, start + _CHUNK))):  # for every seed of the run
                 question = problem["question"]
-                if question in seen or side_of(question, _HELD_OUT) != split:
+                if question in seen or side_of(f"made {question}", _HELD_OUT) != split:
                     continue
                 seen.add(question)
                 yield problem
@@ -63,7 +63,7 @@ class MadeProblems:
 class Arithmetic(MadeProblems):
     """Chains such as 7+3*4-2=, worked from left to right, modulo 10; difficulty: the number of operations.
 
-    worked: the share of demonstrations that write the running values, 0,0,8; the others write the answer alone, 8.
+    worked: the share of demonstrations that write the running values, 7,0,0,8; the others write the answer alone, 8.
     """
 
     name = "arithmetic"
@@ -81,7 +81,7 @@ class Arithmetic(MadeProblems):
         signs = (draws.uniform("signs", n) * 3).astype(int).tolist()
         works = (draws.uniform("worked", 1)[:, 0] < self.worked).tolist()
         for values, chosen, writes in zip(digits, signs, works, strict=True):
-            text, value, running = str(values[0]), values[0], []
+            text, value, running = str(values[0]), values[0], [str(values[0])]
             for sign, operand in zip(chosen, values[1:], strict=True):
                 value = (value + operand, value - operand, value * operand)[sign] % 10
                 text += "+-*"[sign] + str(operand)
