@@ -1,5 +1,6 @@
 """One thread a worker (pytest-xdist starts one for each core), a cache of its own for the whole run, and where it computes (--device)."""
 
+import gc
 import os
 
 import pytest
@@ -21,11 +22,18 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     """`-m gpu` and `-m multigpu` collect everywhere, and say why they do not run."""
+    items.sort(key=lambda item: item.path.name != "test_ci.py")  # first: at the end the longest test would run alone
     found = torch.cuda.device_count()
     for item in items:
         for mark, n in (("gpu", 1), ("multigpu", 2)):
             if item.get_closest_marker(mark) and found < n:
                 item.add_marker(pytest.mark.skip(reason=f"needs {n} CUDA device{'s' if n > 1 else ''}, and torch sees {found}"))
+
+
+def pytest_collection_finish(session):
+    """What is imported and collected stays: the garbage collector need not walk through it before each test's own."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

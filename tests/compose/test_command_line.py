@@ -23,7 +23,7 @@ from txtrain.config.paths import CONF, groups_of, options
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build, key_paths
-from txtrain.objectives.config import ObjectiveConfig
+from txtrain.objectives.base_config import ObjectiveConfig
 from txtrain.registry import TABLE, Option, imported
 
 MISTAKES = [

@@ -165,7 +165,7 @@ VIT = ("model=vit", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "data
 PICTURES = """
 import numpy as np
 import txtrain
-from txtrain.data.config import PixelConfig
+from txtrain.data.images_config import PixelConfig
 
 class Pictures:
     labels = np.zeros(200, dtype=np.int64)

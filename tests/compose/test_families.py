@@ -7,6 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 import txtrain
+from tests.cases import some
 from tests.compose.conftest import ROOT
 from txtrain.config.paths import CONF
 from txtrain.ground.convert import plain
@@ -52,7 +53,8 @@ def test_the_families_are_those_tested_here():
     assert sorted(txtrain.families()) == sorted([*LAPTOP, *PUBLISHED])
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+# Of the others test_yaml.py counts what `published` tells, which is this table (below).
+@pytest.mark.parametrize("name", some(PUBLISHED, ("gpt2_small", "gemma2_27b", "t5_11b", "deepseek_r1_671b")))
 def test_published_size_has_the_published_number_of_parameters(name, job):
     model = job(f"model={name}").config.model
     assert model.n_params - model.n_params_by_part()["mtp"] == PUBLISHED[name]
@@ -67,7 +69,7 @@ def test_laptop_size_knows_its_published_ones_and_no_ancestors(name, job):
     assert 1e6 < model.n_params < 20e6
 
 
-@pytest.mark.parametrize("name", LAPTOP)
+@pytest.mark.parametrize("name", some(LAPTOP, ("gpt2", "mistral", "transformer", "deepseek_r1")))
 def test_laptop_size_shrinks_to_four_heads_on_64(name, job):
     model = job(f"model={name}", "model.n_heads=4", "model.dim=64").config.model
     assert getattr(model.attention, "n_kv_heads", None) in (None, 1, 2)

@@ -184,3 +184,26 @@ def test_the_page_shows_what_its_commands_print(capsys):
         else:
             for part in shown.split("\n...\n"):
                 assert part in printed, f"docs/plan.md is not current:\n{printed}"
+
+
+def test_rollouts_are_estimated_by_what_decoding_reads_and_what_fits():
+    """By hand: 64 completions on 2 processes, 8 rows together, 100 new tokens after 28; float32."""
+    shape = "model=llama2", "model.n_layers=2", "model.dim=64", "model.n_heads=4", "model.vocab_size=257", "model.max_seq_len=128"
+    asked = "data=arithmetic", "data.seq_len=128", "objective=grpo", "objective.beta=0", "objective.max_new_tokens=100"
+    how = "data.global_batch_size=64", "data.micro_batch_size=8", "plan.n_devices=2", "plan.peak_flops=1e9", "plan.bandwidth=1e6", "plan.mfu=1"
+    figures = plan(*shape, *asked, *how, "trainer.max_steps=10")
+    found = figures.rollouts
+    assert found is not None
+    assert (found.n_prompts, found.n_completions, found.rows) == (8, 64, 8)
+    a_token = 2 * 2 * 64 * 4  # keys and values of two layers
+    assert found.cache_bytes == 8 * (28 + 256) * a_token
+    read = 4 * figures.n_params + 8 * 78 * a_token  # half of the completion, in the mean
+    prefill = figures.forward_flops_per_token * 28 * 4 / 1e9  # each of this process' 4 prompts once
+    assert found.decode_seconds == pytest.approx(4 * 100 * read / 1e6 + prefill)
+    assert found.forward_seconds == pytest.approx(32 * 128 * figures.forward_flops_per_token / 1e9)
+    assert figures.seconds == pytest.approx(10 * (found.seconds + found.update_seconds))
+    assert plan(*shape, *asked, *how, "objective.beta=0.1").rollouts.forward_seconds == pytest.approx(2 * found.forward_seconds)
+    assert plan(*shape, "data=arithmetic", "data.seq_len=128", "objective=sft").rollouts is None
+    short = "model=llama2_7b", "strategy=fsdp", "plan.n_devices=64", "data=arithmetic", "data.seq_len=64", "trainer.activation_checkpointing=full"
+    with pytest.raises(ConfigError, match=r"at least 10.9GB for a rollout, whose cache takes 9.7GB of them, but is 10GB"):
+        plan(*short, *asked[2:4], "objective.max_new_tokens=32", "data.global_batch_size=4096", "plan.memory=10GB")

@@ -14,7 +14,7 @@ import pytest
 
 from tests.training import RUN, rows, write_chats, write_preferences, write_text
 from txtrain.cli.main import main
-from txtrain.data.prepare import _LARGE
+from txtrain.data.prepare_rows import _LARGE
 from txtrain.data.store.shard_writer import ShardWriter
 from txtrain.data.store.tokenize import Limit
 from txtrain.errors import ConfigError
@@ -98,7 +98,8 @@ def test_a_complete_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path
     assert "holds other text" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("n_kills", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_kills", [1, 20])
 def test_killed_at_any_moment_and_started_again_the_result_is_the_same(n_kills, tmp_path):
     """kill -9 after random times, over and over, until it ends by itself; then byte by byte."""
     text = write_documents(tmp_path / "a.jsonl", 10_000)
@@ -194,15 +195,15 @@ class _Trainer:
 def test_a_run_on_several_nodes_does_not_tokenise_much_and_names_prepare(monkeypatch, tmp_path):
     from types import SimpleNamespace
 
-    from txtrain.data import prepare as prepared
+    from txtrain.data import prepare_rows as prepared
     from txtrain.data.sources.text import TextFiles
     from txtrain.data.store.split import Corpus
     from txtrain.data.store.tokenize import tokenise
     from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 
     assert _LARGE == 1_000_000_000
-    assert prepared._limit(SimpleNamespace(trainer=SimpleNamespace(num_nodes=1))) is None
-    limit = prepared._limit(SimpleNamespace(trainer=_Trainer()))
+    assert prepared.limit_of(SimpleNamespace(trainer=SimpleNamespace(num_nodes=1))) is None
+    limit = prepared.limit_of(SimpleNamespace(trainer=_Trainer()))
     assert limit == Limit(_LARGE, "trainer.num_nodes=2")
     large = write_documents(tmp_path / "a.jsonl", 3000)  # of unknown size before it is read
     corpus = Corpus(TextFiles(str(large)), 0.1)

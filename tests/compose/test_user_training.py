@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 import txtrain
+from tests.cases import some
 from tests.compose.conftest import ROOT
 from tests.training import rows, weights, write_text
 from txtrain.cli.main import main
@@ -252,7 +253,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("axis", PARTS)
+@pytest.mark.parametrize("axis", some(PARTS, ("attention", "position", "optimizer", "objective")))
 def test_a_part_of_ones_own_trains_and_resumes(axis, clean_room, forget):
     code, overrides = PARTS[axis]
     (clean_room / "mine.py").write_text(code)

@@ -79,7 +79,8 @@ def line_of(file: str) -> list[str]:
     return [verb, *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
 
 
-@pytest.mark.parametrize("file", FILES)
+# Models, and what a paper trained one with, are composed below.
+@pytest.mark.parametrize("file", [file for file in FILES if not re.fullmatch(r"conf/(model/\w+|training/.+)", file)])
 def test_every_file_composes_to_a_legal_config(file, job):
     verb, *overrides = line_of(file)
     assert job(*overrides, verb=verb).config

@@ -27,7 +27,9 @@ from txtrain.parallel.expert_parallel import Exchange, by_expert
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import whole
 from txtrain.planning.memory.count import memory
-from txtrain.training.module import LitModule, described, seed_everything
+from txtrain.training.batches import seed_everything
+from txtrain.training.models_read import described
+from txtrain.training.module import LitModule
 
 D, F = 6, 10
 

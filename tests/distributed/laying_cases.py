@@ -31,8 +31,10 @@ from txtrain.monitor import start_screen
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
+from txtrain.training.batches import seed_everything
 from txtrain.training.initial_weights import initial_weights
-from txtrain.training.module import LitModule, described, seed_everything
+from txtrain.training.models_read import described
+from txtrain.training.module import LitModule
 
 
 def composed(overrides: list[str]) -> Train:

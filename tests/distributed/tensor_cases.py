@@ -34,7 +34,9 @@ from txtrain.parallel.build import make_parallel
 from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.one_process import OneProcess, whole
 from txtrain.registry import TABLE, register
-from txtrain.training.module import LitModule, add, cut, described, seed_everything
+from txtrain.training.batches import add, cut, seed_everything
+from txtrain.training.models_read import described
+from txtrain.training.module import LitModule
 
 STEPS, BATCH = 6, 8
 

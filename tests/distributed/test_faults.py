@@ -8,10 +8,10 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
-from tests.cases import some
 from tests.compose.conftest import ROOT
 from tests.distributed import group
 from tests.distributed.group import alive, command_line
@@ -47,7 +47,8 @@ def begun(folder):
     return (folder / "run/metrics.csv").exists() and len((folder / "run/metrics.csv").read_text().splitlines()) > 3
 
 
-@pytest.mark.parametrize("who", some(("a process", "the command"), ("a process",)))
+@pytest.mark.slow  # by default tests/unit/parallel/test_launch.py shows it of processes that do not train
+@pytest.mark.parametrize("who", ["a process", "the command"])
 def test_a_process_that_dies_takes_the_others_down(tmp_path, long_run, who):
     command = start(long_run, tmp_path)
     wait_for(lambda: begun(tmp_path))
@@ -71,6 +72,7 @@ def test_one_signal_to_the_command_stops_all_with_one_checkpoint(tmp_path, long_
     assert len(list((tmp_path / "run/checkpoints").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_the_users_mistake_is_told_once(tmp_path):
     (tmp_path / "run").mkdir()
     for more, says in ((["data.path=nowhere"], "data.path"), (["strategy=hsdp", "trainer.devices=3", "data.global_batch_size=9"], "dp_replicate_size")):
@@ -153,6 +155,30 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path
 
 
 SIZES = {"hsdp": 4, "fsdp_tp": 4}  # processes, where two would not show what the strategy is
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGSTOP, signal.SIGKILL])
+def test_torchruns_ranks_end_when_one_is_stopped_for_a_minute_or_killed(tmp_path, long_run, number, rank):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "txtrain", *long_run]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = subprocess.Popen(torchrun, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: begun(tmp_path))
+    workers = children(command.pid)
+    hit = next(pid for pid in workers if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}")
+    began = time.monotonic()
+    os.kill(hit, number)
+    _, err = command.communicate(timeout=150)
+    seconds = time.monotonic() - began
+    assert command.returncode == 1
+    wait_for(lambda: not any(map(alive, workers)), 10)
+    if number == signal.SIGSTOP:
+        assert err.count(f"rank {rank} (pid {hit} on {socket.gethostname()}) has been stopped by a signal (SIGSTOP) for 6") == 1, err[-3000:]
+        assert 55 < seconds < 120
+    else:
+        assert seconds < 60
+        assert re.search(rf"rank *: {rank} \(local_rank: {rank}\)\s+exitcode *: -9 \(pid: {hit}\)", err), err[-3000:]
 
 
 @pytest.mark.slow

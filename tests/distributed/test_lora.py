@@ -42,6 +42,7 @@ def compare(folder, model, targets, ways, n=2, first=10):
         assert here.keys() == whole.keys(), way
 
 
+@pytest.mark.slow
 def test_two_ranks_with_an_adapter_equal_one(tmp_path):
     compare(tmp_path, "decoder", "all-linear", CHEAP)
 

@@ -38,8 +38,9 @@ def exact(folder, n, ways=EXACT):
         assert not different, (way, different)
 
 
-def test_two_processes_stopped_and_continued_are_bit_for_bit_the_uninterrupted_run(tmp_path):
-    exact(tmp_path, 2, EXACT | CUT)
+@pytest.mark.parametrize("ways", [("fsdp", "tp"), pytest.param(("ddp",), marks=pytest.mark.slow)])
+def test_two_processes_stopped_and_continued_are_bit_for_bit_the_uninterrupted_run(ways, tmp_path):
+    exact(tmp_path, 2, {way: (EXACT | CUT)[way] for way in ways})
 
 
 @pytest.mark.slow

@@ -41,8 +41,12 @@ def compare(reference, models, how, n):
             assert difference < ALLOWED, f"{model}, {way}, {n} processes: {name} {difference:.1e}, allowed {ALLOWED:.0e}"
 
 
-def test_two_processes_equal_one(reference):
-    compare(reference, ["decoder"], HOW, 2)
+COVERING = ("ddp, accumulation", "fsdp, accumulation", "fsdp, offload")
+
+
+@pytest.mark.parametrize("ways", [COVERING, pytest.param([way for way in HOW if way not in COVERING], marks=pytest.mark.slow)])
+def test_two_processes_equal_one(reference, ways):
+    compare(reference, ["decoder"], {way: HOW[way] for way in ways}, 2)
 
 
 @pytest.mark.slow

@@ -41,9 +41,14 @@ def compare(cases, n, folder):
     assert not wrong, "\n".join(wrong)
 
 
-def test_two_processes_equal_one(tmp_path):
+# Each way that a component is cut, once: rows and shared rows, heads of a table, the vocabulary with padding, latents, experts, both stacks.
+COVERING = ("gqa", "mqa: its head is whole", "relative", "padded tokens, scaled", "further tokens", "encoder", "two stacks")
+
+
+@pytest.mark.parametrize("models", [COVERING, pytest.param([m for m in MODELS if m not in COVERING], marks=pytest.mark.slow)])
+def test_two_processes_equal_one(models, tmp_path):
     """Every type of component, over an odd number of positions."""
-    compare({model: tensor_cases.Case(model, (TP,), LENGTH) for model in MODELS}, 2, tmp_path)
+    compare({model: tensor_cases.Case(model, (TP,), LENGTH) for model in models}, 2, tmp_path)
 
 
 @pytest.mark.slow

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from tests.cases import some
 from tests.models import shake
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.load import load_pretrained
@@ -24,6 +25,7 @@ DECODERS = ("gpt1", "gpt2", "llama2", "mistral", "gemma", "gemma2")
 TWO_STACKS = ("t5", "t5_v1_1", "transformer")
 FAMILIES = (*DECODERS, "bert", "bert_mlm", "vit", *TWO_STACKS)
 SEEDS = range(5)
+EACH_SEED = some(SEEDS, (0, 1))
 T = 24  # longer than any window here, and than max_position_embeddings of the rotary families
 
 

@@ -9,7 +9,7 @@ import transformers
 
 INTRODUCTION = """# Parity with Hugging Face transformers
 
-Written by the test run (`TXTRAIN_WRITE_DOCS=1 pytest tests/parity`), once for each version of `transformers`.
+Written by the test run (`TXTRAIN_WRITE_DOCS=1 pytest -n0 -m "slow or not slow" tests/parity`), once for each version of `transformers`.
 
 Each cell is the largest difference seen between the class of `transformers` and the same model loaded by `txtrain.load_pretrained` from
 the folder that `transformers` wrote: largest absolute difference / largest absolute value, float32 on the CPU. 1e-5 is allowed.

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from tests.parity.pairs import SEEDS, difference, inputs, labelled, logits_of, pair
+from tests.parity.pairs import EACH_SEED, difference, inputs, labelled, logits_of, pair
 from tests.parity.test_forward import with_padding
 
 every_bert = pytest.mark.parametrize("family", ["bert", "bert_mlm"])
-every_seed = pytest.mark.parametrize("seed", SEEDS)
+every_seed = pytest.mark.parametrize("seed", EACH_SEED)
 
 
 @torch.no_grad()

@@ -6,8 +6,8 @@ import torch
 
 from tests.parity.pairs import (
     DECODERS,
+    EACH_SEED,
     FAMILIES,
-    SEEDS,
     Pair,
     by_their_names,
     difference,
@@ -22,7 +22,7 @@ from tests.parity.pairs import (
 from txtrain.hf.name_map import respelt
 
 every_family, every_decoder = pytest.mark.parametrize("family", FAMILIES), pytest.mark.parametrize("family", DECODERS)
-every_seed = pytest.mark.parametrize("seed", SEEDS)
+every_seed = pytest.mark.parametrize("seed", EACH_SEED)
 
 
 def labels_of(ids: torch.Tensor) -> torch.Tensor:

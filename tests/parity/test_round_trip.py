@@ -5,7 +5,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from tests.parity.pairs import DECODERS, FAMILIES, SEEDS, difference, inputs, logits_of, pair, tokens
+from tests.parity.pairs import DECODERS, EACH_SEED, FAMILIES, difference, inputs, logits_of, pair, tokens
 from txtrain.hf.load import load_pretrained
 from txtrain.hf.save import save_pretrained
 
@@ -19,7 +19,7 @@ def fields(config):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("seed", EACH_SEED)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_tensor_and_field_comes_back(family, seed, tmp_path, record):
     p = pair(family, seed)

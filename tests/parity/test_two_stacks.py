@@ -1,10 +1,10 @@
 import pytest
 import torch
 
-from tests.parity.pairs import SEEDS, TWO_STACKS, T, difference, inputs, our_cached, pair, their_cached
+from tests.parity.pairs import EACH_SEED, TWO_STACKS, T, difference, inputs, our_cached, pair, their_cached
 from tests.parity.test_forward import padded
 
-pytestmark = [pytest.mark.parametrize("family", TWO_STACKS), pytest.mark.parametrize("seed", SEEDS)]
+pytestmark = [pytest.mark.parametrize("family", TWO_STACKS), pytest.mark.parametrize("seed", EACH_SEED)]
 
 
 @torch.no_grad()

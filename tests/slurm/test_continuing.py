@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+from pathlib import Path
 
 import pytest
 
@@ -106,3 +107,15 @@ def test_a_job_whose_processes_are_killed_goes_on(cluster, folder, started, whol
         when(lambda: cluster.job(number)["JobState"] == "PENDING", cluster, number)
         cluster.until(number, "RUNNING")
     ends_as(run, whole("fsdp"), cluster, number, folder, [2])
+
+
+def test_a_process_that_is_stopped_is_named_by_the_others_after_a_minute(cluster, folder, started):
+    number, run = started("ddp", 0.5, "--time=10")
+    when(at_step(run, 2), cluster, number)
+    second = [pid for pid in cluster.processes(own="txtrain\0train") if b"\0SLURM_PROCID=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    (hit,) = [pid for pid in second if b"srun" not in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    os.kill(hit, signal.SIGSTOP)
+    when(lambda: f"rank 1 (pid {hit} on " in said(folder, number), cluster, number, timeout=90)
+    assert "has been stopped by a signal (SIGSTOP) for 60 s: all are ended." in said(folder, number)
+    cluster.call("scancel", number)
+    cluster.until(number, "ended")

@@ -53,8 +53,11 @@ PRIVATE = {
         "_compose_config_from_defaults_list _parse_overrides_and_create_caching_repo _process_config_searchpath "
         "get_sources load_configuration repository"
     ),
-    "hydra._internal.config_repository": "CachingConfigRepository",
+    "hydra._internal.config_repository": "CachingConfigRepository ConfigRepository",
+    "hydra._internal.config_repository.ConfigRepository": "_find_object_source load_config",
     "hydra._internal.config_search_path_impl": "ConfigSearchPathImpl",
+    "hydra._internal": "defaults_list",
+    "hydra._internal.defaults_list": "_create_interpolation_map",
     "hydra._internal.hydra.Hydra": "compose_config",
     "lightning.fabric.loggers.logger": "_DummyExperiment",
     "lightning.pytorch.core.optimizer.LightningOptimizer": "_optimizer",
@@ -77,6 +80,7 @@ PRIVATE = {
         "FORMAT_KEY FORMAT_VALUE HF_DCP_VERSION SAVED_OFFSETS_KEY SHAPE_KEY _gen_file_name"
     ),
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.state_dict_saver": "_save_state_dict",
     "torch.distributed.device_mesh.DeviceMesh": "_flatten",
     "torch.distributed.distributed_c10d": "_get_default_store",
     "torch.distributed.tensor.DTensor": "_local_tensor",

@@ -5,22 +5,17 @@ from __future__ import annotations
 import dataclasses as dc
 import os
 import warnings
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
-from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, check_base, is_folder, read_base
+from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, check_base, is_folder
 from txtrain.checkpoint.base import missing as base_missing
+from txtrain.checkpoint.described import Described, described_adapter, on_described, saved_adapter
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import build
 from txtrain.ground.files import path_of
-from txtrain.ground.plain_files import check_keys, read_json, read_yaml
 from txtrain.hf.digest import sha256_of
-from txtrain.hf.hub import folder_of
-from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
 from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import transform
@@ -33,20 +28,7 @@ if TYPE_CHECKING:
     from txtrain.model.lora import Pair
     from txtrain.model.transformer import Transformer
 
-
-T = TypeVar("T")
 WEIGHTS = ("model", "ema")
-
-
-@dc.dataclass(frozen=True)
-class Described:
-    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None. base: of an adapter."""
-
-    path: Path
-    model: ModelConfig
-    tokenizer: Path | None
-    is_hf: bool
-    base: Base | None = None
 
 
 @dc.dataclass(frozen=True)
@@ -58,57 +40,9 @@ class Loaded:
     tokenizer: Tokenizer | None
 
 
-def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Described:
-    """What `where` holds, without reading weights or importing torch. key: what an error calls it.
-
-    Raises:
-        ConfigError: there is no model, or its config is damaged, hostile or unsupported, or needs other `imports`.
-    """
-    folder = folder_of(where, key)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        return _described_adapter(folder, key)
-    if (folder / "config.json").is_file():
-        from txtrain.hf.registry import read_config
-
-        _, model = read_config(folder)
-        check_layers(model, tensor_names(folder), str(folder / "config.json"))
-        return Described(folder, model, _tokenizer_in(folder), True)
-    return checkpoint.on_newest(folder, key, partial(_described, key))
-
-
-def _described_adapter(folder: Path, key: str) -> Described:
-    """Of PEFT's folder, whose base must be on disk; a relative path is meant from here or from the folder."""
-    raw = read_json(folder / ADAPTER_CONFIG)
-    check_keys(raw, str(folder / ADAPTER_CONFIG), {"base_model_name_or_path": str | None})
-    said = raw.get("base_model_name_or_path") or ""
-    path = next((p for p in (Path(said).expanduser(), folder / said) if said and p.is_dir()), None)
-    if path is None:
-        raise base_missing(Base(said), key)
-    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
-        raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be a model, not an adapter.")
-    found = describe(path, key)
-    return dc.replace(
-        found, path=folder, tokenizer=_tokenizer_in(folder) or found.tokenizer, is_hf=True, base=Base(str(path))
-    )
-
-
-def _described(key: str, path: Path) -> Described:
-    """Of a checkpoint."""
-    checkpoint.verify(path, key, tensors=False)
-    model, base = _saved_config(path, key), read_base(path)
-    if base is None:
-        check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
-    return Described(path, model, _tokenizer_in(path / "tokenizer"), False, base)
-
-
-def _tokenizer_in(folder: Path) -> Path | None:
-    """The folder itself, if it holds a tokenizer."""
-    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
-    return folder if any((folder / name).is_file() for name in names) else None
-
-
 def open_weights(
-    where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1
+    where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1,
+    weights: str = "model",
 ) -> Source:
     """The model at `where`, to be read tensor by tensor. Each of `of` ranks checks a part of the values.
 
@@ -116,23 +50,13 @@ def open_weights(
 
     Args:
         finite: refuse weights that hold NaN or infinity.
+        weights: model, or ema for the averaged ones.
 
     Raises:
         ConfigError: as `load`.
     """
-
     how = restore.Reading(key, finite=finite)
-    return _on(where, key, lambda found: _opened(found, how, turn=turn, of=of))
-
-
-def resolve(where: str | os.PathLike[str], key: str) -> Path:
-    """The folder or checkpoint that `where` means now.
-
-    Raises:
-        ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
-    """
-    folder = folder_of(where, key)
-    return folder if (folder / "config.json").is_file() else checkpoint.locate(folder, key)
+    return on_described(where, key, lambda found: _opened(found, how, weights, turn=turn, of=of))
 
 
 def provenance(path: Path) -> dict[str, Any]:
@@ -197,7 +121,7 @@ def _read_adapter(
 
     from txtrain.checkpoint.reader import Reader
 
-    config = _saved_adapter(found.path)
+    config = saved_adapter(found.path)
     adapted = _build(model.config, None)
     transform(adapted, config.transforms(model.config))
     restore.check_weights(found.path, adapted)
@@ -242,25 +166,10 @@ def open_adapter(where: str, key: str = "checkpoint", weights: str = "model", fi
         model = _build(found.model, None)
         adapter, base = _read_adapter(found, model, restore.Reading(key, finite=finite), weights)
         tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
-        config = AdapterConfig(type="none") if found.is_hf else _saved_adapter(found.path)
+        config = AdapterConfig(type="none") if found.is_hf else saved_adapter(found.path)
         return OpenAdapter(found.path, adapter, model, base or found.base, config, tokenizer)
 
-    return _on(where, key, opened)
-
-
-def _saved_adapter(path: Path) -> Any:
-    """The adapter's config in a checkpoint's config.yaml."""
-    from txtrain.hf.lora_config import LoraConfig
-
-    raw = read_yaml(path / "config.yaml").get("adapter")
-    return build(LoraConfig, raw if isinstance(raw, dict) else {})
-
-
-def _on(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
-    folder = folder_of(where, key)
-    if is_folder(folder):
-        return do(describe(folder, key))
-    return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))
+    return on_described(where, key, opened)
 
 
 @dc.dataclass(frozen=True)
@@ -285,7 +194,7 @@ def open_model(
         source = _opened(found, how, weights, tokenizer, prefix="" if found.is_hf else "model.")
         return Opened(found.path, source, tokenizer)
 
-    return _on(where, key, opened)
+    return on_described(where, key, opened)
 
 
 def _opened(
@@ -334,7 +243,7 @@ def load(
             found.path, _model(found, device, tokenizer, weights, restore.Reading(key, finite=finite)), tokenizer
         )
 
-    return _on(where, key, loaded)
+    return on_described(where, key, loaded)
 
 
 def load_pretrained(
@@ -382,7 +291,7 @@ def _with_adapter(base: Path, where: Path, weights: str) -> Transformer:
     if (where / ADAPTER_CONFIG).is_file():
         adapter, named = read(Described(where, model.config, None, True))
     else:
-        adapter, named = checkpoint.on_newest(where, "adapter", lambda path: read(_described_base(path, where)))
+        adapter, named = checkpoint.on_newest(where, "adapter", lambda path: read(described_adapter(path, where)))
     if named is not None and named.sha256:
         here = base if is_folder(base) else checkpoint.locate(base, "where")
         if sha256_of(here) != named.sha256:
@@ -394,14 +303,6 @@ def _with_adapter(base: Path, where: Path, weights: str) -> Transformer:
             own = f"{name}.lora_{kind}.weight"
             tensors[own if own in tensors else f"{name}_lora_{kind}"].copy_(values)
     return model.eval()
-
-
-def _described_base(path: Path, where: Path) -> Described:
-    found = _described("adapter", path)
-    if found.base is None:
-        what = "a run with adapter=lora or PEFT's folder"
-        raise ConfigError(f"`adapter` must be {what}, but {str(where)!r} has no adapter.")
-    return found
 
 
 def _refuse_average(where: str | os.PathLike[str], weights: str) -> None:
@@ -461,20 +362,3 @@ def _with_ids(config: ModelConfig, tokenizer: Tokenizer | None) -> ModelConfig:
         "bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id
     }
     return dc.replace(config, **{name: value for name, value in known.items() if getattr(config, name) is None})
-
-
-def _saved_config(path: Path, key: str) -> ModelConfig:
-    """From a checkpoint's config.yaml, which is only data: the files in its `imports` are not imported."""
-    file = path / "config.yaml"
-    raw = read_yaml(file)
-    check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
-    try:
-        return build(ModelConfig, raw["model"])
-    except ConfigError as e:
-        if not raw.get("imports"):
-            raise
-        again = f"imports=[{','.join(raw['imports'])}]"
-        raise ConfigError(
-            *e.problems,
-            f"`{key}`: its run used {again}. A checkpoint's code is never imported by itself: name it again.",
-        ) from e

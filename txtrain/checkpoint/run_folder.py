@@ -52,6 +52,7 @@ class RunFolder:
     began: float | None = None
     _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # folders that this run has created
+    _config: str = dc.field(default="", repr=False)  # the text of config.yaml
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # releases the folder's lock
 
     @property
@@ -162,8 +163,10 @@ class RunFolder:
 
     def write_config(self, config: RunConfig, into: Path) -> None:
         """Write the config.yaml that `txtrain resume=RUN` and `checkpoint=` read."""
-        resolved = plain(dc.replace(config, run_dir=str(self.path), resume="auto"))
-        files.write(into / "config.yaml", yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True))
+        if not self._config:  # its text takes as long as a small save
+            resolved = plain(dc.replace(config, run_dir=str(self.path), resume="auto"))
+            self._config = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+        files.write(into / "config.yaml", self._config)
 
     def update(self, **values: Any) -> None:
         """Change some values of run.json."""

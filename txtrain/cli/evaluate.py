@@ -10,7 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from txtrain.config.composed import Composed, to_file
-from txtrain.config.schema import Evaluate, OnTrained
+from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.errors import ConfigError
 from txtrain.parallel.launch import launch, n_processes
 from txtrain.parallel.world import World

@@ -13,7 +13,7 @@ from txtrain.checkpoint.base import ADAPTER_CONFIG
 from txtrain.checkpoint.load import OpenAdapter, Opened, open_adapter, open_model
 from txtrain.cli import model_card
 from txtrain.config.composed import Composed
-from txtrain.config.schema import Export
+from txtrain.config.schema_of_trained import Export
 from txtrain.config.units import bytes_of
 from txtrain.errors import ConfigError
 from txtrain.ground import files

@@ -9,7 +9,7 @@ from pathlib import Path
 from txtrain.cli.chat import answer_file, talk
 from txtrain.cli.writer import Writer, laid_out, ready
 from txtrain.config.composed import Composed, to_file
-from txtrain.config.schema import Generate
+from txtrain.config.schema_of_trained import Generate
 from txtrain.data.sources.files import missing
 from txtrain.errors import ConfigError
 from txtrain.objectives.continuations import encode

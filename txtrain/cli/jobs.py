@@ -17,7 +17,8 @@ from txtrain.config.composed import Composed
 from txtrain.config.loader import Loader, make_loader
 from txtrain.config.of_checkpoint import of_checkpoint
 from txtrain.config.overrides import expand
-from txtrain.config.schema import Evaluate, Export, Generate, OnTrained, Predict, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import Evaluate, Export, Generate, OnTrained, Predict
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
 from txtrain.run_config import RunConfig
@@ -71,7 +72,7 @@ def _on_trained(job: Composed) -> Composed:
     config = job.config
     if not isinstance(config, OnTrained) or (where := config.checkpoint or config.init_from) is None:
         return job
-    from txtrain.checkpoint.load import describe
+    from txtrain.checkpoint.described import describe
 
     job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))
     return of_checkpoint(job, describe(where))

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from txtrain.config.schema import Export
+from txtrain.config.schema_of_trained import Export
 from txtrain.ground import plain_files
 
 _FIGURES = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "accuracy")  # of metrics.csv

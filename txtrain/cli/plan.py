@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from txtrain.config.composed import Composed
-from txtrain.config.schema import Plan, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_plan import Plan
 from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
@@ -16,6 +17,7 @@ from txtrain.monitor import start_screen
 from txtrain.planning import figures
 from txtrain.planning.figures import Figures
 from txtrain.planning.memory.batch_shapes import unknown
+from txtrain.planning.rollouts import Rollouts
 
 
 def plan(config: Train) -> Figures:
@@ -69,6 +71,7 @@ def lines(config: Train, f: Figures) -> list[str]:
         _section("FLOPs", _flops(f)),
         _section("cache", _cache(model, f)),
         _section(f"memory of {'the' if f.n_devices == 1 else 'each'} process", _memory(f)),
+        *([_section("rollouts, estimated", _rollouts(f.rollouts))] if f.rollouts else []),
         _section("run", _run(config, f)),
     ]
     return [head, *(line for section in sections for line in section)]
@@ -152,7 +155,19 @@ def _run(config: Train, f: Figures) -> list[tuple[str, str]]:
         ("images" if f.sample == "image" else "tokens", seen),
         ("compute", flops(f.flops)),
         ("time", f"{duration(f.seconds)} on {devices} at {f.mfu:.0%} of {flops(f.peak_flops)}/s "
-                 f"({config.trainer.precision}); training only"),
+                 f"({config.trainer.precision}); {'training and rollouts' if f.rollouts else 'training'} only"),
+    ]
+
+
+def _rollouts(r: Rollouts) -> list[tuple[str, str]]:
+    each, serves = r.n_completions // r.n_prompts, f"for {r.updates:,} update{'s' if r.updates > 1 else ''}"
+    long = f"of {r.max_new_tokens:,} tokens, the most that there can be"
+    parts = f"decoding {duration(r.decode_seconds)}, log-probabilities {duration(r.forward_seconds)}"
+    return [
+        ("completions", f"{r.n_completions:,}, {each:,} of each of {r.n_prompts:,} prompts, {long}; {serves}"),
+        ("cache", f"{size(r.cache_bytes)} a process, {r.rows:,} rows together"),
+        ("time", f"{duration(r.seconds)}: {parts}; rewards and exchanges between processes not counted"),
+        ("an update", duration(r.update_seconds)),
     ]
 
 
@@ -183,8 +198,10 @@ def a(noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """`61 d 16 h`; below two days as the start screen."""
+    """`61 d 16 h`; below two days as the start screen; `0.31 s`."""
     hours = round(seconds / 3600)
+    if seconds < 10:
+        return f"{seconds:.2g} s"
     return start_screen.duration(seconds) if hours < 48 else f"{hours // 24:,} d {hours % 24:02d} h"
 
 

@@ -6,7 +6,7 @@ from functools import partial
 
 from txtrain.cli.evaluate import check_checkpoint, counting
 from txtrain.config.composed import Composed, to_file
-from txtrain.config.schema import Predict
+from txtrain.config.schema_of_trained import Predict
 from txtrain.errors import ConfigError
 from txtrain.parallel.launch import launch, n_processes
 from txtrain.parallel.world import World

@@ -11,7 +11,8 @@ from typing import Any
 
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Prepare
-from txtrain.data.prepare import make_tokenizer, marked_corpus
+from txtrain.data.fitted_tokenizer import make_tokenizer
+from txtrain.data.prepare import marked_corpus
 from txtrain.data.sources.source import (
     Marked,
     Split,

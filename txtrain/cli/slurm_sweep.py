@@ -21,7 +21,8 @@ from typing import Any
 
 from txtrain.cli import slurm_member
 from txtrain.config.composed import Composed, to_file
-from txtrain.config.schema import Plan, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_plan import Plan
 from txtrain.config.slurm_launcher import SlurmConfig
 from txtrain.errors import ConfigError
 from txtrain.ground import files

@@ -46,7 +46,7 @@ class Verb(NamedTuple):
     examples: str
 
 
-_SCHEMA = "txtrain.config.schema:"
+_SCHEMA, _OF_TRAINED = "txtrain.config.schema:", "txtrain.config.schema_of_trained:"
 VERBS = {
     "train": Verb(
         "pretrain a model (the default); `txtrain` alone is model=gpt2 data=wikitext",
@@ -61,31 +61,31 @@ VERBS = {
     ),
     "generate": Verb(
         "continue prompts with a trained model",
-        _SCHEMA + "Generate",
+        _OF_TRAINED + "Generate",
         "txtrain.cli.generate:run_generate",
         '  txtrain generate checkpoint=RUN prompt="Once upon a time, " temperature=0\n',
     ),
     "evaluate": Verb(
         "loss, perplexity, bits per byte, accuracy and the like of a trained model on data, with intervals",
-        _SCHEMA + "Evaluate",
+        _OF_TRAINED + "Evaluate",
         "txtrain.cli.evaluate:run_evaluate",
         "  txtrain evaluate checkpoint=RUN data=text data.path=FILES stride=128 out=evaluation.json\n",
     ),
     "predict": Verb(
         "labels, texts, log-probabilities or embeddings of each row of a file, into out=FILE.jsonl",
-        _SCHEMA + "Predict",
+        _OF_TRAINED + "Predict",
         "txtrain.cli.predict:run_predict",
         "  txtrain predict checkpoint=RUN data=text data.path=ROWS.jsonl out=predictions.jsonl\n",
     ),
     "export": Verb(
         "write a checkpoint as a folder of Hugging Face: config.json, model.safetensors, tokenizer",
-        _SCHEMA + "Export",
+        _OF_TRAINED + "Export",
         "txtrain.cli.export:run_export",
         "  txtrain export checkpoint=RUN out=DIR\n  txtrain export checkpoint=RUN out=DIR merge_adapter=false\n",
     ),
     "plan": Verb(
         "parameters, FLOPs, cache, steps, time and memory of what train would run, without building it",
-        _SCHEMA + "Plan",
+        "txtrain.config.schema_of_plan:Plan",
         "txtrain.cli.plan:run_plan",
         "  txtrain plan model=mistral_7b plan.device=H100 plan.n_devices=64 trainer.precision=bf16-mixed\n",
     ),

@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from txtrain.checkpoint.load import describe, load, open_weights
-from txtrain.config.schema import Generate, Train
+from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.load import load, open_weights
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import Generate
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
@@ -222,12 +224,12 @@ def ready(config: Generate, run: Train | None) -> Iterator[Writer]:
         tokenizer = _check_writes(str(loaded.path), loaded.model.config, loaded.tokenizer)
         yield Writer(loaded.model.to(dtype), tokenizer, config, None, device)
         return
-    if config.weights != "model":
-        raise ConfigError(f"`weights` must be model with devices or a strategy, but is {config.weights} instead.")
     parallel = make_parallel(run)
     with parallel.started():
         device, (rank, size, *_) = parallel.device(), parallel.world
-        source = parallel.together(lambda: open_weights(config.checkpoint or "", "checkpoint", True, rank, size))
+        source = parallel.together(
+            lambda: open_weights(config.checkpoint or "", "checkpoint", True, rank, size, config.weights)
+        )
         place, model = describe(source.path).tokenizer, source.model.config
         found = None if place is None else load_tokenizer(place)
         tokenizer = parallel.together(lambda: _check_writes(str(source.path), model, found))

@@ -28,6 +28,8 @@ from omegaconf import OmegaConf
 from txtrain.errors import ConfigError
 from txtrain.registry import MODEL_AXES, TABLE, group_of
 
+_CHANGED = ("model/", "recipes/", "training/")  # files of which values may be removed
+
 
 def is_family(path: str | None) -> bool:
     return path is not None and path.startswith("model/") and path.count("/") == 1
@@ -57,6 +59,7 @@ class GraftedRepository:
         self.repository = repository
         self.named = named  # options that the command line names: only these may have imports
         paths = [d.config_path for d in defaults if d.config_path is not None]
+        self.packages = {d.config_path: d.package for d in defaults}
         self.families = [p for p in paths if is_family(p)]  # ancestors first
         self.recipes = [p for p in paths if is_recipe(p)]
         self.chosen = {axis: p.split("/")[2] for p in paths for axis in MODEL_AXES if p.startswith(f"model/{axis}/")}
@@ -94,7 +97,9 @@ class GraftedRepository:
         result = self.repository.load_config(config_path)
         if result is None:
             return None
-        result = copy.deepcopy(result)  # the repository caches it
+        result = copy.copy(result)  # the repository caches it
+        if not self.packages.get(config_path) or config_path.startswith(_CHANGED) or result.provider == "command-line":
+            result.config = copy.deepcopy(result.config)  # else Hydra copies it into its package
         if result.provider == "command-line" and result.config.get("imports"):
             if config_path not in self.named:
                 group, _, option = config_path.rpartition("/")

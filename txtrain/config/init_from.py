@@ -16,8 +16,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from txtrain.checkpoint.described import Described, describe
 from txtrain.checkpoint.format import newest_run
-from txtrain.checkpoint.load import Described, describe
 from txtrain.checkpoint.run_folder import begun_with
 from txtrain.config.composed import default_name
 from txtrain.config.literals import escape

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from txtrain.config.schema import Evaluate, Export, Generate, Predict, Prepare
+from txtrain.config.schema import Prepare
+from txtrain.config.schema_of_trained import Evaluate, Export, Generate, Predict
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import marked
 from txtrain.ground.plain_files import is_whole

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from txtrain.config.literals import protect
 from txtrain.config.paths import groups_of
-from txtrain.config.schema import OnTrained, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import OnTrained
 from txtrain.errors import ConfigError, hint, nearest
 from txtrain.ground.convert import key_paths
 from txtrain.ground.unknown_keys import unknown_key
@@ -144,7 +145,7 @@ def _with_prefix(o: Override, prefix: str) -> Override:
 
 class _Checker:
     def __init__(self, loader: ConfigLoaderImpl, root: type) -> None:
-        self.loader = loader
+        self.loader, self.options = loader, loader.repository.get_group_options
         self.root, self.groups, self.known = root, groups_of(root), key_paths(root)
         self.problems: list[str] = []
 
@@ -153,7 +154,7 @@ class _Checker:
         if key.startswith("hydra.launcher.") and not o.is_delete():
             return _with_prefix(o, "++")  # its keys are checked where they are read
         value: Any = o.value()
-        if key == LAUNCHER and not o.is_delete() and value not in (options := self.loader.get_group_options(LAUNCHER)):
+        if key == LAUNCHER and not o.is_delete() and value not in (options := self.options(LAUNCHER)):
             meant = hint(value, options, f"{LAUNCHER}={{}}")
             self.problems.append(f"`{LAUNCHER}={value}` must be one of {', '.join(options)}.{meant}")
         if o.is_hydra_override() or o.is_delete():
@@ -182,7 +183,7 @@ class _Checker:
 
     def group(self, group: str, value: Any, shown: str, complaint: str = "") -> None:
         """Check the options chosen of a group. complaint: a problem that is known already."""
-        options, name = self.loader.get_group_options(group), "recipe" if group == "recipes" else group
+        options, name = self.options(group), "recipe" if group == "recipes" else group
         listed = ", ".join(options) or "(there is none)"
         if isinstance(value, list) and group not in _SEVERAL:
             each = ",".join(map(str, value))

@@ -1,25 +1,23 @@
-"""The typed configuration of each verb, and the checks across groups. No torch."""
+"""The typed configuration of train and of what reads its data, and the checks across groups. No torch."""
 
 from __future__ import annotations
 
 import dataclasses as dc
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import txtrain.data.config
 import txtrain.hf.lora_config
 import txtrain.objectives.config  # noqa: F401  (these register the sources, the adapters and the objectives)
-from txtrain.config import compatibility, hardware
-from txtrain.config.units import bytes_of
+from txtrain.config import compatibility
 from txtrain.errors import divisors_near, hint
 from txtrain.ground.convert import Checked
 from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
-from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import METRIC, TABLE, axis, knob, out_of_range
-from txtrain.run_config import Extent, RunConfig
+from txtrain.registry import METRIC, TABLE, knob, out_of_range
+from txtrain.run_config import RunConfig
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -137,72 +135,6 @@ class Train(RunConfig):
 
 
 @dc.dataclass(frozen=True, kw_only=True)
-class PlanConfig:
-    """Hardware that `plan` estimates for, and how."""
-
-    device: str = "H100"  # accelerator, in any spelling (h100, a100-80gb); its published peak: docs/plan.md
-    # number of devices; null: trainer.devices * trainer.num_nodes, or 1 if that is auto
-    n_devices: int | None = knob(None, at_least=1)
-    memory: str | None = None  # memory of one device, such as 80GB or 79.6GiB; a run that does not fit is refused
-    # also run a step of the real, wrapped model without storage, with the CPU's kernels; takes torch and seconds
-    simulate: bool = False
-    # FLOP/s of one device; null: the published peak of plan.device at trainer.precision
-    peak_flops: float | None = knob(None, above=0)
-    mfu: float = knob(0.4, above=0, at_most=1)  # fraction of the peak that the run reaches
-    cache_dtype: Literal["bfloat16", "float32"] = "bfloat16"  # dtype of the key-value cache
-    format: Literal["text", "json"] = "text"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "device", hardware.key_of(self.device) or self.device)
-
-    def check(self) -> Iterator[str]:
-        if self.device not in hardware.PUBLISHED:
-            yield (
-                f"`plan.device` must be one of {', '.join(hardware.PUBLISHED)}, but is {self.device} instead: "
-                f"for another give plan.peak_flops.{hint(self.device, hardware.PUBLISHED)}"
-            )
-        if self.memory is not None and not bytes_of(self.memory):
-            yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Plan(Train):
-    """The run of `train`, and what to estimate it for."""
-
-    plan: PlanConfig = dc.field(default_factory=PlanConfig)
-
-    def _check_between(self) -> Iterator[str]:
-        yield from Train._check_between(self)
-        if not (self.data.global_batch_size % self.micro_batch_size) and parallel.processes(self) is None:
-            yield from self._check_processes(self.plan.n_devices or 1)
-        started, asked = parallel.processes(self), self.plan.n_devices
-        if started is not None and asked not in (None, started):
-            yield (
-                f"`plan.n_devices` must be null or {started}, as trainer.devices={self.trainer.devices} on "
-                f"trainer.num_nodes={self.trainer.num_nodes} says, but is {asked} instead. Nearest: null."
-            )
-        if self.plan.simulate and (self.objective.same_tokenizer or self.objective.reads_start):
-            yield (
-                f"`plan.simulate` must be false with objective={self.objective.type}, which reads a second model, but "
-                "is true instead. The plan without it counts that model's weights."
-            )
-        accelerator, precision = hardware.PUBLISHED[self.plan.device], self.trainer.precision
-        if self.plan.peak_flops is None and precision != "32-true" and accelerator.bfloat16 is None:
-            yield (
-                f"`trainer.precision` must be 32-true with plan.device={self.plan.device}, which has no bfloat16, but "
-                f"is {precision} instead."
-            )
-
-    def _check_base(self) -> Iterator[str]:
-        """An adapter's cost does not depend on the weights."""
-        yield from ()
-
-    def _check_processes(self, world: int) -> Iterator[str]:
-        """Only the layout of the ranks; whether they divide the batch is reported beside the figures."""
-        yield from self.strategy.problems(world, self.model)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
     """How `prepare` writes."""
 
@@ -237,208 +169,3 @@ class Preview(Train):
     """The samples of `train` to show."""
 
     preview: PreviewConfig = dc.field(default_factory=PreviewConfig)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class OnTrained(Train):
-    """A trained model, and the data that it reads. What training alone needs is not read."""
-
-    # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
-    checkpoint: str | None = knob(None, literal=True, run=True)
-    out: str | None = knob(None, literal=True)  # the file to write
-
-    _trains = False
-
-    @property
-    def extent(self) -> Extent:
-        return Extent(whole=True, rest=True)
-
-    def check(self) -> Iterator[str]:
-        """Problems within each group; those between them (`problems`) are asked for once the model is known."""
-        groups = [getattr(self, f.name) for f in dc.fields(self)]
-        yield from [*out_of_range(self)] or [p for g in groups if isinstance(g, Checked) for p in g.check()]
-
-    def problems(self) -> Iterator[str]:
-        """All problems, of the checkpoint's model."""
-        yield from Train.check(self)
-
-    def _check_between(self) -> Iterator[str]:
-        yield from Train._check_between(self)
-        yield from self._check_rows()
-
-    def _check_rows(self) -> Iterator[str]:
-        data, head = self.data, self.model.head
-        if data.streaming:
-            yield "`data.streaming` must be false here, where all rows are read, but is true instead."
-        if data.sample_kind == "labels" and head.pools and data.kind != head.kind:
-            yield f"`data.kind` must be {head.kind}, as in the checkpoint, but is {data.kind} instead."
-
-    def _check_base(self) -> Iterator[str]:
-        if self.adapter.alone:
-            yield f"`adapter` must be none, but is {self.adapter.type} instead: that of the checkpoint comes with it."
-
-    def _check_batch(self) -> Iterator[str]:
-        """Ranks need no equal shares."""
-        if (world := parallel.processes(self)) is not None:
-            yield from self.strategy.problems(world, self.model)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class LMEvalConfig:
-    """How lm_eval evaluates `tasks`; its words."""
-
-    include_path: str | None = knob(None, literal=True)  # a folder with further tasks, as .yaml
-    num_fewshot: int | None = knob(None, at_least=0)  # examples before each question; null: the task's own number
-    limit: int | None = knob(None, at_least=1)  # questions of each task; null: all
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Evaluate(OnTrained):
-    """A trained model, and what to measure it on."""
-
-    tasks: tuple[str, ...] = ()  # instead of data: tasks of lm_eval (pip install "txtrain[eval]")
-    lm_eval: LMEvalConfig = dc.field(default_factory=LMEvalConfig)
-
-    # all of the data, or what a run holds out or names for validation; null: all of data.path, where it is given
-    # without data.val_path; else validation
-    split: Literal["all", "validation"] | None = None
-    # tokens from one sequence of data.seq_len to the next, each predicted once; null: sequences side by side
-    stride: int | None = knob(None, at_least=1)
-    # resampled sets of documents (or rows) for the 95 % interval of each figure; 0: no intervals
-    n_bootstrap: int = knob(1000, at_least=0)
-
-    @property
-    def extent(self) -> Extent:
-        return Extent(whole=self.split == "all", rest=True, stride=self.stride)
-
-    def problems(self) -> Iterator[str]:
-        yield from self._of_tasks() if self.tasks else OnTrained.problems(self)
-
-    def _of_tasks(self) -> Iterator[str]:
-        """Those of `tasks`, which read no data of ours."""
-        yield from self.check()
-        if self.model.topology == "encoder" or not self.model.head.writes:
-            what = f"{self.model.topology} with model/head={self.model.head.type}"
-            yield f"`tasks` must be empty for a model that writes no text, a {what}."
-        if (parallel.processes(self) or 1) > 1:
-            yield "`tasks` must be evaluated by one process: trainer.devices=1."
-
-    def _check_between(self) -> Iterator[str]:
-        yield from OnTrained._check_between(self)
-        if self.data.sample_kind == "problems" and self.split == "all":
-            remedy = "Of the same files: data=questions objective=answers"
-            yield f"`split` must be validation with data={self.data.type}, which is divided as for training. {remedy}."
-        if self.stride is None:
-            return
-        limit = self.seq_len - 1
-        if self.stride > limit:
-            yield (
-                f"`stride` must be at most {limit}, one less than the sequences (data.seq_len), but is {self.stride} "
-                f"instead. Nearest: {limit}."
-            )
-        if self.data.packing != "concat" or self.data.sample_kind != "text" or not self.objective.slides:
-            yield (
-                f"`stride` must be null with objective={self.objective.type} on data={self.data.type} and "
-                f"data.packing={self.data.packing}, but is {self.stride} instead: a window slides over a text for "
-                "next-token prediction."
-            )
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class PredictConfig:
-    """What `predict` writes of each row."""
-
-    # label: classes with probabilities; text: a continuation or an answer; log_probability: of the row's text, or of
-    # its answer; auto: label of a classifier, embedding of an encoder, text of what generates
-    what: Literal["auto", "label", "text", "log_probability", "embedding"] = "auto"
-    pooling: Literal["mean", "first", "last"] = "mean"  # an embedding's positions of the last layer
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Predict(OnTrained):
-    """A trained model, and the rows that it reads."""
-
-    predict: PredictConfig = dc.field(default_factory=PredictConfig)
-    max_new_tokens: int = knob(64, at_least=1)
-    temperature: float = knob(0.0, at_least=0)  # 0: the most likely token
-    top_k: int | None = knob(None, at_least=1)
-    top_p: float | None = knob(None, above=0, at_most=1)
-    min_p: float | None = knob(None, at_least=0, at_most=1)
-    stop: tuple[str, ...] = ()  # texts that end a generated text
-
-    def problems(self) -> Iterator[str]:
-        """Those of the data and of the ranks: no objective is needed."""
-        yield from self.check()
-        yield from self._check_rows()
-        yield from self._check_base()
-        yield from self._check_batch()
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Generate(Sampling):
-    # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
-    checkpoint: str | None = knob(None, literal=True, run=True)
-    weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
-    prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
-    prompt_file: str | None = None  # text file with one prompt per line
-    chat: bool = False  # talk in the terminal, by the tokenizer's chat template
-    # conversations to answer, a JSON object a line (messages, or another format of data=chat)
-    messages: str | None = knob(None, literal=True)
-    out: str | None = knob(None, literal=True)  # with messages: the .jsonl file to write; null: standard output
-    system: str | None = knob(None, literal=True)  # with chat or messages: a system turn where there is none
-    stream: bool = True  # print tokens as they are generated, if there is one prompt
-    batch_size: int = knob(16, at_least=1)  # rows that are generated together; those that end leave
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32"  # of weights and computation
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    strategy: Any = axis("strategy", free=True)  # how the weights lie over the processes
-    devices: int = knob(1, at_least=1)  # processes, which txtrain starts; rows are divided among them
-    imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
-
-    def check(self) -> Iterator[str]:
-        if self.checkpoint is None:
-            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
-        asked = [self.prompt is not None, self.prompt_file is not None, self.chat, self.messages is not None]
-        if sum(asked[:2]) == 2:
-            yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=-: standard input).'
-        elif not any(asked):
-            others = "or prompt_file, messages or chat=true"
-            yield f'`prompt` must be given, {others}: prompt="The " (or prompt=-: standard input).'
-        elif sum(asked) > 1:
-            yield "`chat` and `messages` must be given alone, without prompt, prompt_file or each other."
-        chats = self.chat or self.messages is not None
-        if self.out is not None and self.messages is None:
-            yield f"`out` must be null without messages, but is {self.out!r} instead."
-        if self.system is not None and not chats:
-            yield f"`system` must be null without chat=true or messages, but is {self.system!r} instead."
-        if self.chat and (self.n > 1 or self.devices > 1):
-            yield "`chat` must be false with n or devices above 1: one answer is written, by one process."
-        yield from Sampling.check(self)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class Export:
-    checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
-    out: str | None = knob(None, literal=True)  # the folder to write: new or empty
-    weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the files
-    max_shard_size: str = "5GB"  # of one file of weights, such as 5GB or 500MiB; larger models get several
-    # hf: a folder for transformers and what reads its layout. gguf: one file for llama.cpp (txtrain[gguf]).
-    format: Literal["hf", "gguf"] = "hf"
-    push_to: str | None = knob(None, literal=True)  # a hub name, NAME/MODEL, to which the folder is uploaded too
-    merge_adapter: bool = True  # of a run with adapter=lora: false writes the adapter alone, in PEFT's layout
-    allow_nonfinite: bool = False  # export even if weights are NaN or infinite
-    imports: tuple[str, ...] = ()  # files and modules with the user's own components that the run used
-
-    def check(self) -> Iterator[str]:
-        if self.checkpoint is None:
-            yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
-        if self.out is None:
-            yield "`out` must be given: the folder to write."
-        if not bytes_of(self.max_shard_size):
-            yield f"`max_shard_size` must be a size such as 5GB or 500MiB, but is {self.max_shard_size!r} instead."
-        if not self.merge_adapter:
-            for name in ("format", "dtype", "max_shard_size"):
-                if (value := getattr(self, name)) != (default := getattr(Export, name)):
-                    yield f"`{name}` must be {default} with merge_adapter=false, but is {value} instead."
-        if self.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to):
-            yield f"`push_to` must be a name on the hub such as me/my-model, but is {self.push_to!r} instead."

@@ -4,74 +4,20 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
+from txtrain.data.base_config import DataConfig, TextsConfig, Tokenizer, UnpackedConfig
+from txtrain.data.images_config import DigitsConfig, ImagesConfig
+from txtrain.data.questions_config import (
+    AnsweredConfig,
+    ArithmeticConfig,
+    ClozeConfig,
+    CountdownConfig,
+    MultipleChoiceConfig,
+    ProblemsConfig,
+)
 from txtrain.registry import BASES, axes, knob, register
-
-Tokenizer = str  # folder, file or hub name; `bytes`; `train`
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class DataConfig:
-    """Keys of every source. A user's own config derives from this, or the source gets these keys beside its own."""
-
-    type: str
-    tokenizer: Tokenizer | None = knob("train", literal=True)
-    seq_len: int | None = knob(None, at_least=2)  # null: model.max_seq_len
-    global_batch_size: int = knob(8, at_least=1)  # sequences per step, over all ranks
-    # Sequences per rank and forward pass; null: the rank's whole share of the global batch.
-    micro_batch_size: int | None = knob(None, at_least=1, free=True)
-    cross_document_attention: bool = False
-    # concat: documents are cut where a sequence ends; best_fit: whole documents and padding; none: one per sequence.
-    packing: Literal["concat", "best_fit", "none"] = "concat"
-    # Fraction held out for validation, if the source has no validation split.
-    val_fraction: float = knob(0.05, above=0, below=1)
-    num_workers: int = knob(0, at_least=0, free=True)
-    # null: $TXTRAIN_CACHE, else $XDG_CACHE_HOME/txtrain, else ~/.cache/txtrain.
-    cache_dir: str | None = knob(None, free=True, literal=True, from_run=lambda value: False)
-
-    # Of samples: text, chat, preferences, pairs, problems, images, labels (`txtrain.config.compatibility`).
-    kind: ClassVar[str] = "text"
-    sample_kind: ClassVar[str] = "text"  # the same; data=labels has a key of the other name
-    also: ClassVar[tuple[str, ...]] = ()  # further kinds that its files may turn out to hold
-    # What the source asks for where the command line does not choose: key or group -> its value there.
-    implies: ClassVar[Mapping[str, str]] = {}
-    scores: ClassVar[tuple[str, ...]] = ("bleu", "chrf")  # metrics for generated answers to its pairs
-    mixes: ClassVar[bool] = False  # consists of other sources
-    streaming = False  # these two are fields of some sources only
-    offline_fallback = "never"
-
-    def __init_subclass__(cls, **given: Any) -> None:
-        super().__init_subclass__(**given)
-        owner = next(c for c in cls.__mro__ if {"kind", "sample_kind"} & vars(c).keys())
-        cls.sample_kind = vars(owner).get("sample_kind", vars(owner).get("kind"))
-
-    def check(self) -> Iterator[str]:
-        if self.packing != "concat" and self.sample_kind not in ("text", "chat", "preferences"):
-            where = f"data={self.type}, which is no text"
-            yield f"`data.packing` must be concat with {where}, but is {self.packing} instead."
-        if self.tokenizer is None and type(self).tokenizer is not None:
-            yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class UnpackedConfig(DataConfig):
-    """A key of sources that read compressed files."""
-
-    # Largest ratio of unpacked to compressed size (.gz, .zst, .parquet, .npz), from 64 MB on.
-    max_expansion: float = knob(200.0, at_least=1, free=True)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class TextsConfig(DataConfig):
-    """Keys of sources that read texts of any origin."""
-
-    # Largest size of one text: a .txt or .tsv file, a line of .jsonl, a row.
-    max_text_bytes: int = knob(1 << 31, at_least=1, free=True)
-    encoding_errors: Literal["strict", "replace"] = "strict"  # invalid UTF-8: an error, or replaced by U+FFFD
-    # Bad rows of .jsonl, .parquet, .tsv and hub sets: an error, or skipped and listed in the run's folder.
-    bad_rows: Literal["refuse", "skip"] = "refuse"
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -103,9 +49,6 @@ class HFConfig(TextsConfig):
             yield f"`data.packing` must be concat with data.streaming=true, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would divide the rows among them
             yield f"`data.num_workers` must be 0 or 1 with data.streaming=true, but is {self.num_workers} instead."
-        for key, usual in (("encoding_errors", "strict"), ("bad_rows", "refuse")):
-            if self.streaming and getattr(self, key) != usual:  # skipped rows must be known before the run
-                yield f"`data.{key}` must be {usual} with data.streaming=true, but is {getattr(self, key)} instead."
         if self.streaming and self.tokenizer == "train":
             allowed = "bytes, or a folder, file or hub name with data.streaming=true"
             yield f"`data.tokenizer` must be {allowed}, but is train instead."
@@ -311,128 +254,6 @@ class ReverseConfig(DataConfig):
         low, high = self.min_length, self.max_length
         if low > high:
             yield f"`data.min_length` must be at most data.max_length ({high}), but is {low} instead. Nearest: {high}."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class QuestionsConfig(UnpackedConfig, TextsConfig):
-    """Keys of every source of questions, for `evaluate`."""
-
-    # .jsonl, .json or .parquet files, globs, folders, or a list of them.
-    path: str | tuple[str, ...] | None = knob(None, literal=True)
-    question_column: str = "question"
-    prompt: str | None = knob(None, literal=True)  # what the model reads: text with {COLUMN}s; null: the question
-    separator: str = " "  # between the prompt and what follows it
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class MultipleChoiceConfig(QuestionsConfig):
-    """`data=multiple_choice`: questions with several choices, of which one is right."""
-
-    kind: ClassVar = "choices"
-
-    choices_column: str = "choices"  # a list of texts, or {"text": [...], "label": [...]}
-    answer_column: str = "answer"  # the number of the right choice, from 0 on; the choice itself; or its label
-    # Text in the prompt that each choice replaces; what follows it is scored.
-    blank: str | None = None
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class ClozeConfig(QuestionsConfig):
-    """`data=cloze`: texts whose end is asked for."""
-
-    kind: ClassVar = "cloze"
-
-    question_column: str = "text"
-    answer_column: str | None = None  # null: the last word of the text
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class AnsweredConfig(QuestionsConfig):
-    """`data=questions`: questions and answers."""
-
-    kind: ClassVar = "questions"
-
-    answer_column: str = "answer"
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class ProblemsConfig(UnpackedConfig):
-    """`data=problems`: questions and answers in files."""
-
-    kind: ClassVar = "problems"
-
-    # Files (.json, .jsonl, .parquet), globs, folders, or a list of them.
-    path: str | tuple[str, ...] | None = knob(None, literal=True)
-    val_path: str | tuple[str, ...] | None = None
-    question_column: str | tuple[str, ...] = "question"  # several are joined by a space
-    answer_column: str = "answer"
-    max_text_bytes: int = knob(1 << 31, at_least=1, free=True)  # largest size of a row
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class ArithmeticConfig(DataConfig):
-    """`data=arithmetic`: chains such as 7+3*4-2=, from left to right, modulo 10. No files."""
-
-    kind: ClassVar = "problems"
-
-    difficulty: int = knob(5, at_least=1, at_most=64)  # operations in a chain
-    n_train: int = knob(20_000, at_least=1)  # distinct problems
-    n_val: int = knob(500, at_least=1)  # held out by a hash of the problem
-    # share of the demonstrations (objective=sft) that write the running values; the others write the answer alone
-    worked: float = knob(1.0, at_least=0, at_most=1)
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class CountdownConfig(DataConfig):
-    """`data=countdown`: numbers, and a target to be made of them. No files."""
-
-    kind: ClassVar = "problems"
-
-    difficulty: int = knob(3, at_least=2, at_most=8)  # how many numbers
-    n_train: int = knob(20_000, at_least=1)  # distinct problems
-    n_val: int = knob(500, at_least=1)  # held out by a hash of the problem
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class PixelConfig(DataConfig):
-    """Keys of every source of images. Images are resized to the model's image_size and n_channels."""
-
-    kind: ClassVar = "images"
-
-    mean: tuple[float, ...] | None = None  # per channel, of pixels from 0 to 1; null: measured on training images
-    std: tuple[float, ...] | None = knob(None, above=0)
-    # In training: a random crop after padding each side by so many pixels of the edge.
-    crop_padding: int = knob(0, at_least=0)
-    # In training: a random rotation by at most so many degrees to either side.
-    rotation: float = knob(0.0, at_least=0, at_most=180)
-    # In training: a random shift by at most this fraction of a side, in both directions.
-    shift: float = knob(0.0, at_least=0, below=1)
-    flip: bool = False  # in training: half of the images are mirrored
-
-    def check(self) -> Iterator[str]:
-        yield from super().check()
-        if self.seq_len is not None:
-            positions = "images, whose positions are the model's patches"
-            yield f"`data.seq_len` must be null for {positions}, but is {self.seq_len} instead."
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class ImagesConfig(PixelConfig, UnpackedConfig):
-    """`data=images`: folders, arrays, IDX files, or a hub set."""
-
-    path: str | None = knob(None, literal=True)
-    val_path: str | None = None
-    labels: str | None = None  # the .npy of labels for an .npy of images
-    val_labels: str | None = None
-    name: str | None = None
-    split: str = "train"
-    val_split: str | None = None
-    columns: tuple[str, str] = ("image", "label")  # of a set
-
-
-@dc.dataclass(frozen=True, kw_only=True)
-class DigitsConfig(PixelConfig):
-    """`data=digits`: the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn."""
 
 
 for name, target, config in (

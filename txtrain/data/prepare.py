@@ -5,30 +5,23 @@ from __future__ import annotations
 import dataclasses as dc
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from fractions import Fraction
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from txtrain.data.config import MixtureConfig
+from txtrain.data.fitted_tokenizer import fitted, make_tokenizer
+from txtrain.data.prepare_rows import WAYS, Way, limit_of
+from txtrain.data.prepared import Prepared, skipped_in
 from txtrain.data.samples.best_fit import FORMAT as best_fit_format
 from txtrain.data.samples.best_fit import PLAN_FILES, write_plan
-from txtrain.data.samples.images import prepare_images
-from txtrain.data.samples.labels import LABEL_FILES, LabelledCorpus, LabelledSamples, frame_of
-from txtrain.data.samples.order import Indices
-from txtrain.data.samples.pairs import PairCorpus, PairSamples
-from txtrain.data.samples.prompts import ProblemCorpus, PromptSamples
-from txtrain.data.samples.questions import QuestionRows, encode
-from txtrain.data.samples.rows import ListedSamples, Rows, probe
+from txtrain.data.samples.rows import Rows
 from txtrain.data.samples.text import SampleMaker, TokenisedText
 from txtrain.data.sources.mixture import MixedRows
 from txtrain.data.sources.source import (
     SPLITS,
     MarkedSource,
-    SampleSource,
     Source,
     TextSource,
     as_named,
@@ -36,65 +29,25 @@ from txtrain.data.sources.source import (
     chat_template,
     describe,
     has_validation,
-    identity,
     method_of,
     pairs,
     settle,
     validation_sets,
 )
 from txtrain.data.store.cache import MARK_FILES, TOKEN_FILES, TokenFile, TokenWriter, cached
-from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest, held_out
+from txtrain.data.store.split import FORMAT, Corpora, Corpus, MarkedCorpus, ValidationSet, digest
 from txtrain.data.store.stream import StreamTokens
-from txtrain.data.store.tokenize import SKIPPED, Limit, tokenise, write_skipped
+from txtrain.data.store.tokenize import tokenise, write_skipped
 from txtrain.data.store.tokens import Tokens
-from txtrain.data.tokenizer.folder import TOKENIZER_FILES
 from txtrain.data.tokenizer.load import load_tokenizer
-from txtrain.data.tokenizer.tokenizer import Tokenizer, train_tokenizer
+from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.registry import TABLE
 from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
-AnyCorpus = Corpus | Corpora | PairCorpus | ProblemCorpus | LabelledCorpus
-
 _PLANNED = {"concat": (), "best_fit": (best_fit_format,), "none": (best_fit_format, "each alone")}  # in fingerprints
-_LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
-
-
-@dc.dataclass(frozen=True)
-class Prepared:
-    """Both splits, ready to read.
-
-    Attributes:
-        fingerprint: of contents, tokenizer and packing.
-        lengths: of the training rows, if samples are batched by length.
-        text: the validation documents, if there are documents.
-        named: named validation sets; `validation` is all of them.
-        stream: the training tokens, if they are streamed.
-        shares: of a mixture, per source: its number of rows and its share of the samples.
-        skipped: files that list the skipped rows, one per line.
-    """
-
-    train: Rows
-    validation: Rows
-    fingerprint: str
-    tokenizer: Tokenizer | None = None
-    lengths: Indices | None = None
-    text: Tokens | None = None
-    named: Mapping[str, Rows] = dc.field(default_factory=dict)
-    shares: Mapping[str, tuple[int, Fraction]] = dc.field(default_factory=dict)
-    stream: StreamTokens | None = None
-    skipped: tuple[Path, ...] = ()
-
-    @property
-    def n_skipped(self) -> int:
-        return sum(1 for file in self.skipped for _ in file.open("rb"))
-
-
-def _lists(*folders: Path) -> tuple[Path, ...]:
-    """The lists of skipped rows in these folders."""
-    return tuple(folder / SKIPPED for folder in folders if (folder / SKIPPED).exists())
 
 
 def prepare(source: Source, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -123,13 +76,14 @@ def _text(
     if config.extent.whole:
         key, folder = _tokenised(ValidationSet(source), tokenizer, config)
         every = TokenFile(folder, "validation")
-        return dc.replace(_packed((every, every), tokenizer, key, config, objective, "more"), skipped=_lists(folder))
+        whole = _packed((every, every), tokenizer, key, config, objective, "more")
+        return dc.replace(whole, skipped=skipped_in(folder))
     key, folder = _tokenised(corpus, tokenizer, config)
     sets = validation_sets(source)
     if not sets:
         remedy = "a longer data.val_path" if has_validation(source) else "a larger data.val_fraction, or data.val_path"
         both = TokenFile(folder, "train"), TokenFile(folder, "validation")
-        return dc.replace(_packed(both, tokenizer, key, config, objective, remedy), skipped=_lists(folder))
+        return dc.replace(_packed(both, tokenizer, key, config, objective, remedy), skipped=skipped_in(folder))
     made, folders = [], [folder]
     for name, one in sets.items():
         other, beside = _tokenised(ValidationSet(one), tokenizer, config)
@@ -138,7 +92,8 @@ def _text(
         made.append(_packed(splits, tokenizer, digest(key, other), config, objective, f"a longer data.val_path.{name}"))
     named = {name: part.validation for name, part in zip(sets, made, strict=True)}
     validation, fingerprint = MixedRows([*named.values()]), digest(*(part.fingerprint for part in made))
-    return dc.replace(made[0], validation=validation, named=named, fingerprint=fingerprint, skipped=_lists(*folders))
+    skipped = skipped_in(*folders)
+    return dc.replace(made[0], validation=validation, named=named, fingerprint=fingerprint, skipped=skipped)
 
 
 def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> Prepared:
@@ -158,7 +113,7 @@ def _marked(source: MarkedSource, config: RunConfig, objective: SampleMaker) -> 
     train, validation = TokenFile(folder, "train"), TokenFile(folder, "validation")
     splits = (validation if config.extent.whole else train), validation
     made = _packed(splits, tokenizer, key, config, objective, "data.val_path, or a larger data.val_fraction")
-    return dc.replace(made, skipped=_lists(folder))
+    return dc.replace(made, skipped=skipped_in(folder))
 
 
 def marked_corpus(
@@ -175,7 +130,7 @@ def marked_corpus(
 def _tokenised(corpus: Corpus | ValidationSet, tokenizer: Tokenizer, config: RunConfig) -> tuple[str, Path]:
     """The cache key of a text with this tokenizer, and its folder in the cache."""
     key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    fill = partial(tokenise, corpus, tokenizer, limit=_limit(config))
+    fill = partial(tokenise, corpus, tokenizer, limit=limit_of(config))
     return key, cached(config.data.cache_dir, key, fill, TOKEN_FILES)
 
 
@@ -233,11 +188,6 @@ def _of_source(name: str, problem: str) -> str:
     return re.sub(r"`data\b", f"`data.sources.{name}", problem, count=1)
 
 
-def _limit(config: RunConfig) -> Limit | None:
-    n_nodes = config.trainer.num_nodes
-    return Limit(_LARGE, f"trainer.num_nodes={n_nodes}") if n_nodes > 1 else None
-
-
 def _packed(
     splits: tuple[Any, Tokens], tokenizer: Tokenizer | None, key: str, config: RunConfig, objective: SampleMaker,
     remedy: str,
@@ -281,99 +231,6 @@ def _plan(tokens: Tokens, key: str, config: RunConfig) -> Path:
     return cached(config.data.cache_dir, name, fill, PLAN_FILES)
 
 
-# --------------------------------------------------------------------------------------------------------------- tokens
-
-
-def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    tokenizer: Tokenizer | None = source.tokenizer
-    below, eos_id = config.model.vocab_size, None
-    if tokenizer is not None:
-        tokenizer = _fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
-        below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
-    parts = [source.every] * 2 if config.extent.whole else [source.tokens(split) for split in SPLITS]
-    train, validation = (
-        Tokens(part, split, eos_id, below, pairs(source)) for part, split in zip(parts, SPLITS, strict=True)
-    )
-    for tokens in (train, validation):
-        tokens.probe()
-    remedy = "a larger data.val_fraction, or data.val_path"
-    made = _packed((train, validation), tokenizer, source.key, config, objective, remedy)
-    return dc.replace(made, skipped=_lists(*source.folders))
-
-
-# --------------------------------------------------------------------------------------------------------------- stream
-
-
-def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    """Streamed training tokens, and as much validation text as the run reads, kept in the cache."""
-    tokenizer = _fitted(load_tokenizer(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
-    n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
-    key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
-
-    def fill(empty: Path) -> None:
-        writer = TokenWriter(empty, tokenizer.vocab_size)
-        with writer.open():
-            for text in source.validation():
-                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-                writer.append("validation", [*bos, *tokenizer.encode(text), tokenizer.eos_id], ends=True)
-                if writer.n_tokens >= n_tokens:
-                    break
-        writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
-
-    validation = TokenFile(cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES), "validation")
-    stream = StreamTokens(source.stream, tokenizer)
-    remedy = "a larger data.val_fraction, or another data.val_split"
-    made = _packed((stream, validation), tokenizer, key, config, objective, remedy)
-    return dc.replace(made, stream=stream)
-
-
-# ------------------------------------------------------------------------------------------------------------ tokenizer
-
-
-def make_tokenizer(
-    corpus: AnyCorpus, config: RunConfig, special_tokens: Sequence[str]
-) -> Tokenizer:
-    """The tokenizer that data.tokenizer names, with the special tokens that the objective needs.
-
-    Raises:
-        ConfigError: it has more tokens than the model.
-    """
-    name = config.data.tokenizer
-    if name == "train":
-        return _fitted(_trained(corpus, config.model.vocab_size, special_tokens, config.data.cache_dir), name, config)
-    return _fitted(load_tokenizer(name), name, config, special_tokens)
-
-
-def _fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: Sequence[str] = ()) -> Tokenizer:
-    """The tokenizer with the missing special tokens added. name: the value of data.tokenizer."""
-    given, tokenizer = tokenizer.vocab_size, tokenizer.with_specials(special_tokens)
-    if tokenizer.vocab_size > given and name != "bytes":
-        added = tokenizer.vocab_size - given
-        log.warning("data.tokenizer=%s gets %d special tokens that the objective needs", name, added)
-    if tokenizer.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"`model.vocab_size` must be at least {tokenizer.vocab_size}, the tokens of data.tokenizer={name}, "
-            f"but is {config.model.vocab_size} instead. Nearest: {tokenizer.vocab_size}."
-        )
-    return tokenizer
-
-
-def _trained(
-    corpus: AnyCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None
-) -> Tokenizer:
-    key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
-
-    def fill(empty: Any) -> None:
-        trained = train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens))
-        trained.with_specials(special_tokens).save(empty)
-
-    tokenizer = load_tokenizer(cached(cache_dir, f"tokenizer-{key}", fill, TOKENIZER_FILES))
-    if tokenizer.vocab_size < vocab_size:
-        short = "the text is too small for a vocabulary of %d: its tokenizer has %d tokens"
-        log.warning(short, vocab_size, tokenizer.vocab_size)
-    return tokenizer
-
-
 def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) -> None:
     if not len(samples):
         tokens = text.tokens
@@ -389,150 +246,59 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
         )
 
 
-# ---------------------------------------------------------------------------------------------------------------- pairs
+# --------------------------------------------------------------------------------------------------------------- tokens
 
 
-def _pairs(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    data = config.data
-    corpus = PairCorpus(source, data.val_fraction, config.extent.whole)
-    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
-    key = digest(corpus.fingerprint, tokenizer.fingerprint)
-    fill = partial(tokenise, corpus, tokenizer, with_bos=False, limit=_limit(config))
-    folder = cached(data.cache_dir, key, fill, TOKEN_FILES)
+def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    tokenizer: Tokenizer | None = source.tokenizer
+    below, eos_id = config.model.vocab_size, None
+    if tokenizer is not None:
+        tokenizer = fitted(tokenizer, config.data.tokenizer or config.data.path, config, objective.special_tokens)
+        below, eos_id = tokenizer.vocab_size, tokenizer.eos_id
+    parts = [source.every] * 2 if config.extent.whole else [source.tokens(split) for split in SPLITS]
     train, validation = (
-        PairSamples(TokenFile(folder, split), tokenizer, config.seq_len)
-        for split in (("validation", "validation") if config.extent.whole else SPLITS)
+        Tokens(part, split, eos_id, below, pairs(source)) for part, split in zip(parts, SPLITS, strict=True)
     )
-    allowed = f"pair of at most data.seq_len={config.seq_len} tokens a side"
-    _check_lengths((train, validation), data.type, allowed, f"pairs are longer than data.seq_len={config.seq_len}")
-    known = digest(key, config.seq_len)
-    return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
+    for tokens in (train, validation):
+        tokens.probe()
+    remedy = "a larger data.val_fraction, or data.val_path"
+    made = _packed((train, validation), tokenizer, source.key, config, objective, remedy)
+    return dc.replace(made, skipped=skipped_in(*source.folders))
 
 
-def _check_lengths(splits: Iterable[PairSamples | PromptSamples], source: str, allowed: str, longer: str) -> None:
-    """Refuse a split without rows that are short enough; say how many are left out. longer: what those are."""
-    for rows, part in zip(splits, ("training", "validation"), strict=True):
-        if not len(rows):
-            none = f"but has none: {rows.n_all} in all"
-            raise ConfigError(f"`data={source}` must have at least one {part} {allowed}, {none}.")
-        if left_out := rows.n_all - len(rows):
-            log.warning("%d of %d %s %s and left out", left_out, rows.n_all, part, longer)
+# --------------------------------------------------------------------------------------------------------------- stream
 
 
-# ------------------------------------------------------------------------------------------------------------- problems
-
-
-def _problems(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    data, corpus = config.data, ProblemCorpus(source)
-    tokenizer = make_tokenizer(corpus, config, objective.special_tokens)
-    longest, _ = config.objective.lengths(config.seq_len)
-    train, validation = (
-        PromptSamples([*source.problems(split)], tokenizer, longest, answered=objective.masks) for split in SPLITS
-    )
-    of_all = f"of data.seq_len={config.seq_len}, less what is to be written"
-    allowed = f"problem of at most {longest} tokens ({of_all})"
-    _check_lengths((train, validation), data.type, allowed, f"problems are longer than {longest} tokens")
-    known = digest(corpus.fingerprint, tokenizer.fingerprint, longest, objective.masks)
-    return Prepared(train, validation, known, tokenizer)
-
-
-# --------------------------------------------------------------------------------------------------------------- labels
-
-
-def _labelled(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    data, model = config.data, config.model
-    corpus = LabelledCorpus(source, data.val_fraction, config.extent.whole)
-    tokenizer = make_tokenizer(corpus, config, objective.special_tokens).framed(model.topology)
-    key = digest(corpus.fingerprint, tokenizer.fingerprint)
+def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
+    """Streamed training tokens, and as much validation text as the run reads, kept in the cache."""
+    tokenizer = fitted(load_tokenizer(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
+    n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
+    key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
 
     def fill(empty: Path) -> None:
-        tokenise(corpus, tokenizer, empty, with_bos=False, limit=_limit(config))
-        corpus.write_labels(empty)
+        writer = TokenWriter(empty, tokenizer.vocab_size)
+        with writer.open():
+            for text in source.validation():
+                bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+                writer.append("validation", [*bos, *tokenizer.encode(text), tokenizer.eos_id], ends=True)
+                if writer.n_tokens >= n_tokens:
+                    break
+        write_skipped(empty, source)
+        writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
 
-    folder = cached(data.cache_dir, key, fill, (*TOKEN_FILES, *LABEL_FILES.values()))
-    frame = frame_of(tokenizer, len(source.texts), config.seq_len)
-    pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
-    train, validation = (
-        LabelledSamples(
-            TokenFile(folder, split), np.load(folder / LABEL_FILES[split], allow_pickle=False), frame, config.seq_len,
-            pad_id, model.embedding.n_types
-        )
-        for split in (("validation", "validation") if config.extent.whole else SPLITS)
-    )
-    for rows, part in ((train, "training"), (validation, "validation")):
-        if not len(rows):
-            remedy = "" if part == "training" else " Give data.val_path, or a larger data.val_fraction."
-            raise ConfigError(f"`data={data.type}` must have at least one {part} row, but has none.{remedy}")
-        if rows.n_cut:
-            longer = "%d of %d %s texts are longer than data.seq_len=%d and cut"
-            log.warning(longer, rows.n_cut, len(rows), part, config.seq_len)
-    known = digest(key, config.seq_len)
-    return Prepared(train, validation, known, tokenizer, lengths=train.lengths, skipped=_lists(folder))
+    folder = cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES)
+    validation = TokenFile(folder, "validation")
+    stream = StreamTokens(source.stream, tokenizer)
+    remedy = "a larger data.val_fraction, or another data.val_split"
+    made = _packed((stream, validation), tokenizer, key, config, objective, remedy)
+    return dc.replace(made, stream=stream, skipped=skipped_in(folder))
 
 
-# --------------------------------------------------------------------------------------------------------------- images
-
-
-def _images(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    train, validation, known = prepare_images(source, config)
-    return Prepared(train, validation, known)
-
-
-# -------------------------------------------------------------------------------------------------------- ready samples
-
-
-def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) -> Prepared:
-    data, samples = config.data, source.samples("train")
-    if config.extent.whole:
-        parts = [("train", samples, np.arange(len(samples)))] * 2
-    elif has_validation(source):
-        others = source.samples("validation")
-        parts = [("train", samples, np.arange(len(samples))), ("validation", others, np.arange(len(others)))]
-    else:
-        held = held_out(len(samples), data.val_fraction)
-        parts = [("train", samples, np.flatnonzero(~held)), ("train", samples, np.flatnonzero(held))]
-    below = config.model.vocab_size if config.model.embedding.grid() is None else None
-    train, validation = (ListedSamples(found, rows, f"samples({split!r})", below) for split, found, rows in parts)
-    for part, listed in (("training", train), ("validation", validation)):
-        if not len(listed):
-            few = f"at least one {part} sample, but has none: {len(samples)} in all"
-            raise ConfigError(f"`data={data.type}` must have {few}.")
-        probe(listed)
-    known = identity(source, lambda: repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)]))
-    return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
-
-
-# ------------------------------------------------------------------------------------------------------------ questions
-
-
-def _questions(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
-    data, two_stacks = config.data, config.model.topology == "encoder_decoder"
-    if data.tokenizer == "train":
-        raise ConfigError("`data.tokenizer` must be given with questions, on which none is trained: the model's.")
-    tokenizer = _fitted(load_tokenizer(data.tokenizer), data.tokenizer, config, objective.special_tokens)
-    items = [encode(one, tokenizer, config.seq_len, two_stacks) for one in source.questions("train")]
-    held = np.ones(len(items), np.bool_) if config.extent.whole else held_out(len(items), data.val_fraction)
-    train, validation = (
-        QuestionRows(items, np.flatnonzero(which), tokenizer, two_stacks)
-        for which in (held if config.extent.whole else ~held, held)
-    )
-    if not len(validation):
-        raise ConfigError(f"`data={data.type}` must have at least one question, but has none for validation.")
-    known = digest(source.identity(), tokenizer.fingerprint, config.seq_len, None if held.all() else data.val_fraction)
-    return Prepared(train, validation, known, tokenizer)
-
-
-Way = Callable[[Any, RunConfig, SampleMaker], Prepared]
 _WAYS: dict[str, Way] = {
     "marked": _marked,
     "documents": _text,
-    "pairs": _pairs,
-    "problems": _problems,
-    "labelled": _labelled,
-    "images": _images,
-    "samples": _samples,
-    "questions": _questions,
     "tokens": _tokens,
     "parts": _mixture,
     "stream": _stream,
+    **WAYS,
 }

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
-from txtrain.model.attention.cache import GROWTH
 from txtrain.model.config import ModelConfig, Sampling
+from txtrain.model.flops import GROWTH
 from txtrain.model.inputs import INTEGERS, outside, require
 
 Rows = Sequence[Sequence[int]]  # token ids, without padding

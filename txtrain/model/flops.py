@@ -106,6 +106,9 @@ def cache_values(model: ModelShape, seq_len: int, source_len: int = 0) -> int:
     return total
 
 
+GROWTH = 256  # positions by which a cache's buffer grows, so that not every token copies all of it
+
+
 def cache_values_per_token(model: ModelShape) -> int:
     """Numbers that one more token adds to a cache while no window is full."""
     layers = range(0 if model.topology == "encoder" else model.n_layers)

@@ -4,8 +4,10 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import logging
 import time
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,9 +25,9 @@ from txtrain.model.decoding import Rows, Written, evaluating, padded
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.sampling import processed
 from txtrain.objectives import policy_gradient
-from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms
+from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Statistics, Terms, stacked
 from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio
-from txtrain.objectives.rewards import Job, Rewards
+from txtrain.objectives.rewards import ANSWER, Rewards, jobs_of
 from txtrain.run_config import RewardConfig, RunConfig
 
 log = logging.getLogger(__name__)
@@ -47,13 +49,14 @@ class GRPO(Objective):
         self, group_size: int, prompts_per_rollout: int, updates_per_rollout: int, max_new_tokens: int,
         temperature: float, top_p: float, beta: float, clip_low: float, clip_high: float, normalise: Normalise,
         divide_by_std: bool, ratio: Ratio, loss: Loss, mask_truncated: bool, kl_in: str, reward: RewardConfig,
-        seed: int, counts_tokens: bool,
+        seed: int, counts_tokens: bool, val_samples: int,
     ) -> None:
         self.group_size, self.prompts, self.updates = group_size, prompts_per_rollout, updates_per_rollout
         self.how = Sampling(
             max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, n=group_size, seed=seed
         )
         self.best = Sampling(max_new_tokens=max_new_tokens, temperature=0.0)
+        self.drawn = dc.replace(self.how, n=val_samples) if val_samples else None
         self.beta, self.kl_in, self.clip = beta, kl_in, (clip_low, clip_high)
         self.normalise, self.divide_by_std, self.ratio, self.loss = normalise, divide_by_std, ratio, loss
         self.mask_truncated, self.counts_tokens = mask_truncated, counts_tokens
@@ -66,6 +69,8 @@ class GRPO(Objective):
         )
         self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
         self.metrics = ("val_reward", *(f"val_{name}" for name in each), "val_truncated_share", "val_length")
+        if val_samples:
+            self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
         self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
         self.of_step: dict[str, float] = {}
         self._texts: list[tuple[str, str, Mapping[str, float]]] = []
@@ -78,10 +83,13 @@ class GRPO(Objective):
     def order(self, n: int, seed: int, overfit_batches: int) -> GlobalOrder:
         return RolloutOrder(n, self.prompts, seed, overfit_batches, updates=self.updates)
 
+    def meet(self, parallel: Any, tokenizer: Any) -> None:
+        self.parallel, self.tokenizer = parallel, tokenizer
+
     def begin(self, module: Any, data: Any) -> None:
         if data is None or data.tokenizer is None:
             raise ConfigError("`objective=grpo` must have the data of txtrain.DataModule, which rewards read.")
-        self.parallel, self.tokenizer = module.parallel, data.tokenizer
+        self.meet(module.parallel, data.tokenizer)
         if self.prompts % self.parallel.size:
             raise ConfigError(
                 f"`objective.prompts_per_rollout` must be a multiple of the {self.parallel.size} ranks that see "
@@ -166,13 +174,13 @@ class GRPO(Objective):
         problems = [problem_of(text) for text in batch["problem"]]
         index = batch["sample_index"].tolist()
         written = self._written(module.model, prompts, self.how, module, index)
-        jobs = self._jobs(problems, written, self.group_size)
+        jobs = jobs_of(problems, written, self.tokenizer)
         rewarding = time.perf_counter()
         values = self.parallel.together(lambda: self.rewards(jobs))
         rewarded = time.perf_counter()
         mine = self._rows_of(module, prompts, written, values, index)
-        rows = dict(sorted((at, row) for part in self.parallel.of_all(mine) for at, row in part.items()))
-        self.rollout = {"number": torch.tensor(number), **self._together([*rows.values()])}
+        rows = {at: row for part in self.parallel.of_all(mine) for at, row in part.items()}  # ranks of tp have the same
+        self.rollout = {"number": torch.tensor(number), **self._together([rows[at] for at in sorted(rows)])}
         self._measure()
         seconds = {"rollout_seconds": rewarding - began, "reward_seconds": rewarded - rewarding}
         speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)
@@ -187,15 +195,6 @@ class GRPO(Objective):
         device = next(model.parameters()).device
         job = Decoding(how, ends, together, ranks=self.parallel, on_step=lambda _: self.check(), device=device)
         return continue_rows(model, prompts, job, index)
-
-    def _jobs(self, problems: Sequence[Mapping[str, Any]], written: Sequence[Written], n: int) -> list[Job]:
-        """Completions as text, for the rewards alone: training keeps the tokens."""
-        made = []
-        for i, row in enumerate(written):
-            problem = problems[i // n]
-            sample = {**problem, "n_tokens": len(row.ids), "ended": row.ended}
-            made.append(Job(problem["prompt"], self.tokenizer.decode(row.ids.tolist()), sample))
-        return made
 
     def _rows_of(
         self, module: Any, prompts: Rows, written: Sequence[Written], values: Sequence[Mapping[str, float]],
@@ -306,19 +305,33 @@ class GRPO(Objective):
     # ------------------------------------------------------------------------------------------------------- validation
 
     def validate(self, model: Any, batch: Batch) -> Counted:
-        """The rewards of the most likely completions; `loss` is the negative of their sum."""
-        written = self._written(model, _rows(batch), self.best)
-        jobs = self._jobs([problem_of(text) for text in batch["problem"]], written, 1)
-        values = self.parallel.together(lambda: self.rewards(jobs))
-        total = sum(map(self.rewards.total, values))
-        sums = {
-            "loss": -total, "val_reward": total,
-            **{f"val_reward/{name}": sum(value[name] for value in values) for name in self.rewards.names},
-            "val_truncated_share": sum(not row.ended for row in written),
-            "val_length": sum(len(row.ids) for row in written),
+        found = self.measure(model, batch, None)
+        return {name: (table[:, 0].sum(), table[:, 1].sum()) for name, table in found.items()}
+
+    def measure(self, model: Any, batch: Batch, token_bytes: Tensor | None) -> Statistics:
+        """The rewards of the most likely completions; `loss` is the negative of their sum. Of val_samples sampled ones
+        the share that the reward `answer` calls right, and whether any of them is."""
+        written, values = self._rewarded(model, batch, self.best)
+        totals = [self.rewards.total(value) for value in values]
+        found = {
+            "loss": [-total for total in totals], "val_reward": totals,
+            **{f"val_reward/{name}": [value[name] for value in values] for name in self.rewards.names},
+            "val_truncated_share": [not row.ended for row in written],
+            "val_length": [len(row.ids) for row in written],
         }
-        n = torch.tensor(len(jobs))
-        return {name: (torch.tensor(float(value), dtype=torch.float64), n) for name, value in sums.items()}
+        if self.drawn is not None:
+            _, values = self._rewarded(model, batch, self.drawn)
+            right = torch.tensor([value[ANSWER] for value in values], dtype=torch.float64).view(-1, self.drawn.n) == 1
+            found |= {"val_pass@1": right.double().mean(1), f"val_pass@{self.drawn.n}": right.any(1)}
+        return {name: stacked(torch.as_tensor(value), torch.ones(len(written))) for name, value in found.items()}
+
+    def _rewarded(self, model: Any, batch: Batch, how: Sampling) -> tuple[list[Written], list[dict[str, float]]]:
+        """how.n completions of each problem, whose draws depend on the seed and the problem."""
+        problems = [problem_of(text) for text in batch["problem"]]
+        index = [zlib.crc32(problem["prompt"].encode()) for problem in problems]
+        written = self._written(model, _rows(batch), how, index=index)
+        jobs = jobs_of(problems, written, self.tokenizer)
+        return written, self.parallel.together(lambda: self.rewards(jobs))
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         """The latest rollout's first completions and their rewards."""

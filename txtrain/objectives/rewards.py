@@ -16,10 +16,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from txtrain.errors import ConfigError, shorten
+from txtrain.model.decoding import Written
 from txtrain.registry import TABLE, call, resolve
 from txtrain.run_config import AnswerConfig, FormatConfig, LengthConfig, RegexConfig, RewardConfig
 
 log = logging.getLogger(__name__)
+
+ANSWER = "answer"  # the reward that is 1 for what is right
 
 # From prompts, completions (texts) and samples to a number each. A sample is the problem (question, answer, ...) with
 # `prompt`, and of the completion `n_tokens` and `ended` (False: cut off).
@@ -158,6 +161,16 @@ class Job(NamedTuple):
     prompt: str
     completion: str
     sample: Mapping[str, Any]
+
+
+def jobs_of(problems: Sequence[Mapping[str, Any]], written: Sequence[Written], tokenizer: Any) -> list[Job]:
+    """Completions, equally many of each problem, as text, for the rewards alone: training keeps the tokens."""
+    made = []
+    for i, row in enumerate(written):
+        problem = problems[i * len(problems) // len(written)]
+        sample = {**problem, "n_tokens": len(row.ids), "ended": row.ended}
+        made.append(Job(problem["prompt"], tokenizer.decode(row.ids.tolist()), sample))
+    return made
 
 
 class Rewards:
@@ -322,7 +335,7 @@ def _numbers(reward: Reward, jobs: Sequence[Job]) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------- build
 
 OWN_KEYS: dict[str, Callable[[RewardConfig], AnswerConfig | FormatConfig | LengthConfig | RegexConfig]] = {
-    "answer": lambda config: config.answer,
+    ANSWER: lambda config: config.answer,
     "format": lambda config: config.format,
     "length": lambda config: config.length,
     "regex": lambda config: config.regex,

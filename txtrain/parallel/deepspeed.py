@@ -7,7 +7,7 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from txtrain.model.lora import kept
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
 from txtrain.parallel.config import BUCKET
+from txtrain.parallel.deepspeed_engine import Called, EngineOptimizer, Read, Whole, _with_gradient
 from txtrain.parallel.deepspeed_layout import Part, global_norm, parts, take_flat
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.one_process import OneProcess
@@ -392,72 +393,6 @@ class ZeRO(Mesh):
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def _with_gradient(block: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Have a trained block's input require a gradient, even above frozen layers: when it is computed, DeepSpeed reduces
-    the gradients of the block's parameters.
-    """
-    x, *others = given
-    if torch.is_grad_enabled() and not x.requires_grad and any(p.requires_grad for p in block.parameters()):
-        x = x.detach().requires_grad_()
-    return x, *others
-
-
 def _buffers(model: nn.Module) -> dict[str, Tensor]:
     parameters = {name for name, _ in model.named_parameters()}
     return {name: tensor for name, tensor in model.state_dict().items() if name not in parameters}
-
-
-class Whole(nn.Module):
-    """The model as DeepSpeed sees it: returns a dict, in which DeepSpeed finds the tensors for its backward hooks."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, *given: Any, **named: Any) -> dict[str, Any]:
-        return dict(self.model(*given, **named).items())
-
-
-class Called:
-    """The model, called through the engine."""
-
-    def __init__(self, engine: Any, model: nn.Module) -> None:
-        self._engine, self._model = engine, model
-
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        from txtrain.model.output import ModelOutput
-
-        return ModelOutput(**self._engine(*given, **named))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-
-class Read(Called):
-    """A read-only model, called through its engine."""
-
-    @torch.no_grad()
-    def __call__(self, *given: Any, **named: Any) -> Any:
-        return super().__call__(*given, **named)
-
-
-class EngineOptimizer:
-    """The engine as the optimizer that Lightning steps."""
-
-    def __init__(self, engine: Any, core: Optimizer) -> None:
-        self._engine, self.defaults, self.state = engine, core.defaults, core.state
-        self.param_groups = core.param_groups
-
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        result = None if closure is None else closure()
-        self._engine.step()
-        return result
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        self._engine.optimizer.zero_grad(set_to_none)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        raise NotImplementedError("ZeRO's state is read by ZeRO.load")

@@ -27,6 +27,7 @@ from txtrain.parallel.collective_timing import timed
 from txtrain.parallel.config import of_model, problems
 from txtrain.parallel.grad_norm import clip
 from txtrain.parallel.gradient_buckets import GradientBuckets, as_read, local
+from txtrain.parallel.heartbeat import Heartbeat
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import STORE, World, by_srun
 from txtrain.run_config import RunConfig
@@ -84,12 +85,13 @@ class Mesh(OneProcess):
                 timeout=timedelta(minutes=30),
             )
         try:
-            self._control = dist.new_group(backend="gloo")  # agreements between steps must not wait for a GPU
-            # Ranks of different strategies would wait for each other forever below.
-            self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})
-            self.meet(device.type)
-            with timed(self.phases) if device.type == "cpu" else contextlib.nullcontext():
-                yield
+            with Heartbeat(*self.world[:2]):
+                self._control = dist.new_group(backend="gloo")  # agreements between steps must not wait for a GPU
+                # Ranks of different strategies would wait for each other forever below.
+                self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})
+                self.meet(device.type)
+                with timed(self.phases) if device.type == "cpu" else contextlib.nullcontext():
+                    yield
         finally:
             if mine:
                 dist.destroy_process_group()

@@ -8,17 +8,19 @@ from collections.abc import Iterator
 from typing import Any
 
 from txtrain.config import hardware
-from txtrain.config.schema import Plan, PlanConfig, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_plan import Plan, PlanConfig
 from txtrain.config.units import bytes_of, seconds_of
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.model import flops as costs
 from txtrain.model.config import ModelConfig
-from txtrain.parallel.config import problems, processes
+from txtrain.parallel.config import Layout, problems, processes
 from txtrain.planning.memory.batch_shapes import unknown
 from txtrain.planning.memory.count import memory
 from txtrain.planning.memory.fit import largest_micro_batch, remedy
 from txtrain.planning.memory.replicated import NotCounted
+from txtrain.planning.rollouts import Rollouts, rollouts
 from txtrain.planning.trained import ADAPTER, n_trained_by_part, of_adapter, untraced, work
 from txtrain.registry import chosen, is_own, unstated
 
@@ -40,7 +42,9 @@ class Figures:
         flops_by_part: of one sample's forward pass in training.
         flops_missing, cache_missing: what a user's own options leave unstated, and the assumption made; null: nothing.
         cache_bytes_per_token: added by a token while no window is full; cache_bytes: after seq_len tokens.
-        steps, tokens, flops, seconds: of the whole run; null if only the data or a clock could tell.
+        steps, tokens, flops, seconds: of the whole run; null if only the data or a clock could tell. seconds: with the
+            rollouts, flops without.
+        rollouts: what the objective samples; null: nothing.
         limited_by: the key of the limit that ends the run.
         memory, memory_by_part: peak bytes of one rank in a step (`txtrain.planning.memory.count`); null if not counted,
             for the reason memory_missing. memory_of_host, memory_of_host_by_part: what strategy.cpu_offload moves.
@@ -74,6 +78,7 @@ class Figures:
     tokens: int | None
     flops: float | None
     seconds: float | None
+    rollouts: Rollouts | None
     limited_by: str | None
     device: str
     n_devices: int
@@ -117,7 +122,11 @@ def plan(config: Train) -> Figures:
     peak = peak_of(config, how)
     step_flops = per_sample * config.data.global_batch_size
     n_devices = processes(config) or how.n_devices or 1
-    steps, limit = budget(config, step_flops / (peak * how.mfu * n_devices))
+    a_step = step_flops / (peak * how.mfu * n_devices)
+    layout = config.strategy.layout(n_devices) if n_devices > 1 else Layout()
+    sampled = rollouts(config, layout, peak * how.mfu, bandwidth_of(how), a_step)
+    with_rollout = a_step + (sampled.seconds / sampled.updates if sampled else 0.0)
+    steps, limit = budget(config, with_rollout)
     total = None if steps is None else steps * step_flops
     size = BYTES[how.cache_dtype]
     held = (target or source, source if target else 0)
@@ -144,13 +153,14 @@ def plan(config: Train) -> Figures:
         steps=steps,
         tokens=None if steps is None else steps * config.data.global_batch_size * source,
         flops=total,
-        seconds=None if total is None else total / (peak * how.mfu * n_devices),
+        seconds=None if steps is None else steps * with_rollout,
+        rollouts=sampled,
         limited_by=limit,
         device=f"{peak:.4g} FLOP/s each" if how.peak_flops else how.device,
         n_devices=n_devices,
         peak_flops=peak,
         mfu=how.mfu,
-        **memory_of(config, how, n_devices),
+        **memory_of(config, how, n_devices, sampled.cache_bytes if sampled else 0),
     )
 
 
@@ -178,8 +188,8 @@ def cache_missing(model: ModelConfig) -> str | None:
     return f"{chosen('attention', model.attention)} does not say ({missing} of its Config): {taken}"
 
 
-def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
-    """The figures of memory and communication.
+def memory_of(config: Train, how: PlanConfig, n_devices: int, cache: int) -> dict[str, Any]:
+    """The figures of memory and communication. cache: bytes beside what is held between steps, in a rollout.
 
     Raises:
         ConfigError: it does not fit into plan.memory.
@@ -197,6 +207,12 @@ def memory_of(config: Train, how: PlanConfig, n_devices: int) -> dict[str, Any]:
         raise ConfigError(
             f"`plan.memory` must be at least {found.peak / 1e9:.1f}GB for micro-batches of {found.micro_batch_size}, "
             f"but is {how.memory} instead. {remedy(config, n_devices, room)}"
+        )
+    if found is not None and room is not None and found.held + cache > room:
+        raise ConfigError(
+            f"`plan.memory` must be at least {(found.held + cache) / 1e9:.1f}GB for a rollout, whose cache takes "
+            f"{cache / 1e9:.1f}GB of them, but is {how.memory} instead. A smaller data.micro_batch_size decodes fewer "
+            "rows together."
         )
     return {
         "memory": None if found is None else found.peak,
@@ -229,6 +245,10 @@ def peak_of(config: Train, how: PlanConfig) -> float:
     flops = accelerator.flops("float32" if config.trainer.precision == "32-true" else "bfloat16")
     assert flops is not None, "Plan's check"
     return flops
+
+
+def bandwidth_of(how: PlanConfig) -> float:
+    return hardware.PUBLISHED[how.device].bandwidth if how.bandwidth is None else how.bandwidth
 
 
 def budget(config: Train, seconds_per_step: float) -> tuple[int | None, str | None]:

@@ -21,7 +21,7 @@ from txtrain.checkpoint.saver import Saver
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.data.store.stream import Position
-from txtrain.errors import ConfigError, hint
+from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.ground.slurm import Job
@@ -29,11 +29,12 @@ from txtrain.hf import generation_config
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
-from txtrain.monitor.metrics_csv import COLUMNS, MetricsFile
+from txtrain.monitor.metrics_csv import MetricsFile
 from txtrain.monitor.monitor import Watch
 from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import Shown
 from txtrain.planning.trained import work
+from txtrain.training.columns import columns_of
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
@@ -444,7 +445,8 @@ class RunCallback(pl.Callback):
             job = Job.here()
             progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
             self.folder.update(
-                data_order_hash=state.data_order_hash, step=state.step, goodput=self.watch.goodput(), **progress
+                data=self.data.facts, data_order_hash=state.data_order_hash, step=state.step,
+                goodput=self.watch.goodput(), **progress,
             )
             self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
 
@@ -471,28 +473,6 @@ class RunCallback(pl.Callback):
             self._saver.wait()
         if self._file is not None:
             self._file.close()
-
-
-def columns_of(config: Train, columns: Sequence[str], data: Any, tasks: Sequence[Task]) -> tuple[str, ...]:
-    """Those of metrics.csv, apart from layers'."""
-    measured = (*config.metrics, *(name for task in tasks for name in task.columns))
-    return (*COLUMNS, *columns, *balancing.columns(config.model), *data.columns, *measured)
-
-
-def check_metrics(config: Train, columns: Sequence[str]) -> None:
-    """Refuse a metric of save or trainer.stop_after that the run does not measure.
-
-    Raises:
-        ConfigError: names the nearest.
-    """
-    asked = {"save.metric": config.save.metric}
-    if config.trainer.stop_after.patience is not None:
-        asked["trainer.stop_after.metric"] = config.trainer.stop_after.metric
-    if wrong := [
-        f"`{key}` must be a column of metrics.csv in this run, but is {name} instead.{hint(name, columns)}"
-        for key, name in asked.items() if name not in columns
-    ]:
-        raise ConfigError(*wrong)
 
 
 def _floats(outputs: Mapping[str, torch.Tensor]) -> dict[str, str]:

@@ -15,12 +15,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from txtrain.config.schema import Train
-from txtrain.data.prepare import Prepared, prepare
+from txtrain.data.prepare import prepare
+from txtrain.data.prepared import Prepared
 from txtrain.data.samples.length_order import LengthOrder
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
 from txtrain.data.samples.rows import FILLER, OrderedSamples, Rows
+from txtrain.data.sources.files import Skipped
 from txtrain.data.sources.mixture import MixtureOrder
-from txtrain.data.sources.source import Split, build_source, describe, settle
+from txtrain.data.sources.source import Split, build_source, describe, settle, skipped
 from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
 from txtrain.data.store.tokenize import SKIPPED
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
@@ -70,6 +72,7 @@ class DataModule(L.LightningDataModule):
         self._train: Rows | None = None
         self.skipped: tuple[Path, ...] = ()  # files that list the skipped rows
         self.n_skipped = 0  # their number
+        self._met: Skipped | None = None  # those that a stream has met
         self._mixed: tuple[str, ...] = ()  # names of a mixture's sources
 
     # ---------------------------------------------------------------------------------------------------------- prepare
@@ -100,6 +103,8 @@ class DataModule(L.LightningDataModule):
         self.source = describe(source, config.data.type)
         self.val_names, self._stream = tuple(made.named), made.stream
         self.skipped, self.n_skipped = made.skipped, made.n_skipped
+        met = skipped(source) if made.stream is not None else None
+        self._met = met if isinstance(met, Skipped) else None
         own = objective.order(self.n_train, config.seed, config.trainer.overfit_batches)
         self.order = self._order(made) if own is None else own
         self.order_hash = OrderHash(self.order)  # order_hash(step): of the samples of steps 1..step
@@ -138,9 +143,26 @@ class DataModule(L.LightningDataModule):
         return dict(self._named) or {"": self._val}
 
     def write_skipped(self, folder: Path) -> None:
-        """Write a line for each skipped row of the data, if there are any."""
-        if self.skipped:
-            files.write(folder / SKIPPED, "".join(file.read_text(encoding="utf-8") for file in self.skipped))
+        """Write a line for each skipped row of the data, if there are any. A stream adds to those that it met earlier,
+        and goes on to do so.
+        """
+        file = folder / SKIPPED
+        text = "".join(path.read_text(encoding="utf-8") for path in self.skipped)
+        if self._met is not None:
+            before = file.read_text(encoding="utf-8") if file.exists() else ""
+            known = before[: before.rfind("\n") + 1] + text
+            lines = dict.fromkeys(f"{line}\n" for line in known.split("\n") if line)
+            text = "".join(lines)
+            self._met.list_in(file, lines)
+        if text:
+            files.write(file, text)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What run.json says of the data. Of a stream: the skipped rows that it has met by now."""
+        met = None if self._met is None else self._met.file
+        n = sum(1 for _ in met.open("rb")) if met is not None and met.exists() else self.n_skipped
+        return {"source": self.source, "fingerprint": self.fingerprint, "skipped_rows": n}
 
     # ---------------------------------------------------------------------------------------------------------- metrics
 

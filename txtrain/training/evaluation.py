@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.load import describe, open_weights
+from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.load import open_weights
 from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.of_checkpoint import fitted, of_checkpoint
-from txtrain.config.schema import Evaluate, OnTrained
+from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import OrderedSamples, Rows
 from txtrain.data.sources.source import as_named, classified
@@ -33,6 +34,7 @@ from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.parallel.world import World
 from txtrain.registry import TABLE
+from txtrain.training.batches import placed
 from txtrain.training.data_module import DataModule
 
 HISTORY = "evaluations.jsonl"  # in a run's folder, a line for each evaluation
@@ -113,14 +115,9 @@ class Reader:
 
     def batch(self, rows: Rows, shares: Sequence[Indices], rank: int) -> dict[str, Tensor]:
         """That rank's batch: as many rows as of any, the first of all repeated behind its own."""
-        mine, width = shares[rank], len(shares[0])
-        filled = np.concatenate([mine, np.full(width - len(mine), shares[0][0])])
-        batch = OrderedSamples(rows, 0).__getitems__(filled.tolist())
-        return {name: self._placed(value) for name, value in batch.items() if name != "sample_index"}
-
-    def _placed(self, value: Tensor) -> Tensor:
-        halved = value.is_floating_point() and self.parallel.config.trainer.precision == "bf16-true"
-        return value.to(self.device, torch.bfloat16 if halved else None)
+        batch = OrderedSamples(rows, 0).__getitems__(filled(shares, rank))
+        del batch["sample_index"]
+        return placed(batch, self.device, self.parallel.config)
 
     def _of_shares(self, rows: Rows, shares: Sequence[Indices]) -> Statistics:
         mine, objective = self.parallel.rank, self.objective
@@ -150,6 +147,11 @@ class Reader:
         for reduced in everywhere.values():
             used |= (reduced != 0).any(1)
         return {name: reduced[used].numpy() for name, reduced in everywhere.items()}
+
+
+def filled(shares: Sequence[Indices], rank: int) -> list[int]:
+    """A rank's share, as long as the first: the first row of all is repeated behind it."""
+    return [*shares[rank].tolist(), *[int(shares[0][0])] * (len(shares[0]) - len(shares[rank]))]
 
 
 def shares_of(n: int, size: int, n_ranks: int, begin: int = 0) -> Iterator[list[Indices]]:
@@ -240,6 +242,8 @@ def evaluate(model_or_dir: nn.Module | str | os.PathLike[str], cfg: Evaluate) ->
         if not isinstance(model_or_dir, Transformer):
             what = "a model of txtrain.build_model or txtrain.load_pretrained, or a folder"
             raise ConfigError(f"`model` must be {what}, but is {type(model_or_dir).__name__} instead.")
+        if cfg.weights != "model":
+            raise ConfigError(f"`weights` must be model with a model, which has one set, but is {cfg.weights}.")
         if cfg.data.tokenizer == "train" and cfg.data.sample_kind != "images":
             raise ConfigError("`data.tokenizer` must be given with a model, which does not know its own.")
         cfg = fitted(cfg, model_or_dir.config)
@@ -279,7 +283,7 @@ def measured(
 ) -> Evaluation:
     metrics = of_sets(reader, data.sets, cfg.n_bootstrap, cfg.seed, tick)
     return Evaluation(metrics, {
-        **facts, "data": data.source, "split": cfg.split, "fingerprint": data.fingerprint,
+        **facts, "weights": cfg.weights, "data": data.source, "split": cfg.split, "fingerprint": data.fingerprint,
         "objective": cfg.objective.type, "n_samples": data.n_val, "seq_len": cfg.seq_len, "stride": cfg.stride,
         "precision": cfg.trainer.precision, "strategy": cfg.strategy.type, "n_bootstrap": cfg.n_bootstrap,
         "seed": cfg.seed,
@@ -292,7 +296,7 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
     parallel = ranks_of(cfg)
     with parallel.started():
         device = parallel.device() if model is None else next(model.parameters()).device
-        source = parallel.together(lambda: _weights(cfg, parallel)) if model is None else None
+        source = parallel.together(lambda: opened(cfg, parallel)) if model is None else None
         settled = parallel.together(lambda: classified(as_named(cfg)))
         objective = build_objective(settled)
         data = DataModule(settled, "", objective)
@@ -304,6 +308,7 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
             callable_ = parallel.lay_read_only(source, device)
             source.close()
         sizes = None if data.token_bytes is None else torch.as_tensor(data.token_bytes).to(device)
+        objective.meet(parallel, data.tokenizer)
         try:
             if model is not None:
                 model.eval()
@@ -321,10 +326,11 @@ def ranks_of(cfg: OnTrained) -> OneProcess:
     return make_parallel(dc.replace(cfg, data=data))
 
 
-def _weights(cfg: OnTrained, parallel: OneProcess) -> Source:
-    rank, size = parallel.world[:2]
+def opened(cfg: OnTrained, parallel: OneProcess) -> Source:
+    """The weights of cfg.checkpoint, still in their files."""
     assert cfg.checkpoint is not None
-    source = open_weights(cfg.checkpoint, "checkpoint", not cfg.allow_nonfinite, rank, size)
+    finite, (rank, size, *_) = not cfg.allow_nonfinite, parallel.world
+    source = open_weights(cfg.checkpoint, "checkpoint", finite, rank, size, cfg.weights)
     parallel.check_read(source.model.config, "checkpoint")
     return source
 

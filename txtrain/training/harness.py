@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from txtrain.checkpoint.load import load
-from txtrain.config.schema import Evaluate
+from txtrain.config.schema_of_trained import Evaluate
 from txtrain.errors import ConfigError
 from txtrain.model.generation import generate
 from txtrain.parallel.build import make_parallel
@@ -46,7 +46,7 @@ def of_tasks(cfg: Evaluate, tokenizer: Path | None) -> Found:
             "lm_eval.include_path=FOLDER."
         )
     device = make_parallel(cfg).device()
-    loaded = load(cfg.checkpoint, device, finite=not cfg.allow_nonfinite)
+    loaded = load(cfg.checkpoint, device, weights=cfg.weights, finite=not cfg.allow_nonfinite)
     if cfg.trainer.precision == "bf16-true":
         loaded.model.bfloat16()
     seed = cfg.seed % 2**32

@@ -11,7 +11,8 @@ from typing import Any
 from torch import nn
 
 from txtrain.checkpoint.base import Base, identify, read_base
-from txtrain.checkpoint.load import open_base, open_weights, provenance, resolve
+from txtrain.checkpoint.described import resolve
+from txtrain.checkpoint.load import open_base, open_weights, provenance
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import hashlib
 import math
-import random
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,18 +16,14 @@ from torch import Tensor, nn
 
 from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.format import LoadError
-from txtrain.checkpoint.load import describe, open_weights
 from txtrain.config.schema import Train
-from txtrain.data.tokenizer.load import load_tokenizer
-from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
 from txtrain.hf.fit import Fit, fitted
-from txtrain.hf.pieces import Source, piece_of
+from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
-from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import ROWS, Batch, Objective, build_objective, by_metric
 from txtrain.optim.average import Average
@@ -38,8 +32,10 @@ from txtrain.parallel.activation_checkpointing import wrap_blocks
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
+from txtrain.training.batches import add, cut, is_filler, seed_everything
 from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
+from txtrain.training.models_read import check_vocabularies, described, models_read, start_of
 
 T = TypeVar("T")
 
@@ -379,120 +375,7 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     return {name: value / max(sums[f"{name}/n"], 1.0) for name, value in sums.items() if f"{name}/n" in sums}
 
 
-def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
-    """The models that the objective reads; each rank checks a part of their values.
-
-    Raises:
-        ConfigError: one of them cannot be read.
-    """
-    models, (rank, size) = config.objective.models, parallel.world[:2]
-    return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
-
-
-def start_of(
-    config: Train, model: nn.Module, parallel: OneProcess, weights: Source | None,
-    began: Mapping[str, Any] | None = None,
-) -> Source:
-    """The weights with which the run begins, or began.
-
-    Args:
-        model: the trained one, before it is laid over the ranks.
-        weights: those of init_from; None if a checkpoint is continued.
-        began: of a run that continues, the record of those weights: `init_from=RUN` may have newer ones by now.
-
-    Raises:
-        ConfigError: they cannot be read, or are others than those recorded.
-    """
-    tensors = model.state_dict()
-    copy = described(config)
-    assert isinstance(copy, Transformer)
-    if not any(t.is_meta for t in tensors.values()):  # given in Python
-        return Source(Path(), copy, [piece_of(name, t.detach().cpu().clone()) for name, t in tensors.items()])
-    key, where = next(((k, w) for k in ("init_from", "fork") if (w := getattr(config, k)) is not None), ("", None))
-    if where is None:
-        return Source(Path(), copy, ())
-    chosen = began["path"] if began else None if weights is None else str(weights.path)
-    path = chosen or parallel.first(lambda: str(describe(where, key).path))
-    found = open_weights(path, key, not config.allow_nonfinite, *parallel.world[:2])
-    found, _ = fitted(found, copy, config.model, config.init_allow_missing)
-    if began and parallel.first(found.identity) != began["sha256"]:
-        raise ConfigError(
-            f"`{key}` must be what the run began with, since its objective reads those weights, but {path} has "
-            "changed since then."
-        )
-    return dc.replace(found, model=copy)
-
-
 def starting_weights(module: LitModule) -> dict[str, str] | None:
     """What run.json says of the weights with which the run began, for an objective that reads them."""
     start = module.start
     return None if start is None or start.path == Path() else {"path": str(start.path), "sha256": start.identity()}
-
-
-def check_vocabularies(config: Train, read: Mapping[str, Source]) -> None:
-    """Raise a ConfigError if a model that the objective reads has another vocabulary, where it needs the same."""
-    for key, source in read.items() if config.objective.same_tokenizer else ():
-        if source.model.config.vocab_size != config.model.vocab_size:
-            wanted = f"a model of {config.model.vocab_size} tokens, model.vocab_size"
-            has = f"{config.objective.models[key]} has {source.model.config.vocab_size}"
-            raise ConfigError(f"`objective.{key}` must be {wanted}, but {has}.")
-
-
-def check_tokenizers(config: Train, tokenizer: Tokenizer | None) -> None:
-    """Check the tokenizers of the models that the objective reads, where they have one. tokenizer: of the data.
-
-    Raises:
-        ConfigError: one has another vocabulary.
-    """
-    for key, where in config.objective.models.items() if config.objective.same_tokenizer else ():
-        folder = describe(where, f"objective.{key}").tokenizer
-        if tokenizer is None or folder is None:
-            continue
-        theirs, ours = (one.backend.get_vocab() for one in (load_tokenizer(folder), tokenizer))
-        if theirs != ours:
-            other = next((token for token in ours if theirs.get(token) != ours[token]), None)
-            why = f"{len(theirs)} tokens, not {len(ours)}" if other is None else f"{other!r} is {theirs.get(other)}"
-            raise ConfigError(
-                f"`objective.{key}` must have the tokenizer of the data, but {where} has another: {why}. "
-                f"Give data.tokenizer={folder}, if the student is to read as it does."
-            )
-
-
-def described(config: Train) -> nn.Module:
-    """The model without storage: shapes only."""
-    from txtrain.model.build import build_model
-
-    with torch.device("meta"):
-        return build_model(config.model)
-
-
-def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
-    """The batch in parts of at most `size` samples."""
-    n = len(next(iter(batch.values())))
-    for start in range(0, n, size):
-        yield {name: value[start : start + size] for name, value in batch.items()}
-
-
-def is_filler(batch: Batch) -> bool:
-    """Whether the batch is a filler on a rank without samples, so that all ranks make the same number of forwards."""
-    index = batch.get("sample_index")
-    return index is not None and bool((index < 0).any())
-
-
-def add(shares: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([share[name] for share in shares]).sum() for name in shares[0]}
-
-
-def seed_everything(seed: int, step: int | None = None, rank: int = 0) -> None:
-    """Seed Python, NumPy and torch for the initial weights (step: None), or for one step of one rank.
-
-    Every step starts from its own seed, so that what happens between steps (a validation, a sample, a callback, a
-    resume) cannot shift later random numbers, and there is no generator state to save.
-    """
-    digest = hashlib.blake2b(f"{seed}/{step}/{rank}".encode(), digest_size=8).digest()
-    mixed = int.from_bytes(digest, "little") >> 1
-    random.seed(mixed)
-    np.random.seed(mixed % 2**32)
-    torch.default_generator.manual_seed(mixed)  # torch.manual_seed formats a stack trace where there is no GPU
-    if torch.cuda.is_available():
-        torch.cuda.manual_seed(mixed)

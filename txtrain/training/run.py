@@ -38,13 +38,15 @@ from txtrain.parallel.one_process import OneProcess, precision_dtype
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
 from txtrain.training import code_versions
-from txtrain.training.callback import RunCallback, check_data, check_metrics, columns_of
+from txtrain.training.callback import RunCallback, check_data
+from txtrain.training.columns import check_metrics, columns_of
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.initial_weights import base_of, began_with, generation_file, initial_weights
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
-from txtrain.training.module import LitModule, check_model, check_tokenizers, models_read, starting_weights
+from txtrain.training.models_read import check_tokenizers, models_read
+from txtrain.training.module import LitModule, check_model, starting_weights
 from txtrain.training.signals import Cause, Preempted, Stop
 from txtrain.training.tasks import prepare_tasks
 
@@ -109,7 +111,8 @@ def train(
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel):
-        parallel.agree(_common(cfg))
+        if world.size > 1:
+            parallel.agree(_common(cfg))  # reads all of the package's files
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
         display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = (
@@ -424,7 +427,7 @@ def _facts(
         "parameters": module.n_params,
         "trained_parameters": module.n_trained,
         "base": None if module.base is None else dc.asdict(module.base),
-        "data": {"source": data.source, "fingerprint": data.fingerprint, "skipped_rows": data.n_skipped},
+        "data": data.facts,
         "data_order_hash": None,
         **({} if (start := starting_weights(module)) is None else {"starting_weights": start}),
         "fallback": fallback,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from txtrain.config.of_checkpoint import fitted
-from txtrain.config.schema import Evaluate, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import Evaluate
 from txtrain.data.samples.rows import Rows
 from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
@@ -39,6 +40,7 @@ class Task:
     ) -> dict[str, float]:
         """METRIC/NAME -> value, on all ranks the same. check: called after each forward; may raise to stop."""
         sizes = None if self.data.token_bytes is None else torch.as_tensor(self.data.token_bytes).to(device)
+        self.objective.meet(parallel, self.data.tokenizer)
         reader = Reader(model, self.objective, parallel, device, sizes, self.data.tokenizer, size)
         found = of_sets(reader, self.sets, 0, 0, lambda done, n: check())
         values = {f"{name}/{self.name}": one.value for name, one in found.items()}

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 
 from txtrain.config.schema import Prepare
-from txtrain.data.config import DataConfig, MemmapConfig
+from txtrain.data.base_config import DataConfig
+from txtrain.data.config import MemmapConfig
 from txtrain.data.prepare import prepare
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.taught import DONE, STATE, Taught, arrays, check_taught
@@ -27,7 +28,7 @@ from txtrain.model.trace.tape import CHUNK_ELEMENTS
 from txtrain.objectives.base import IGNORED
 from txtrain.objectives.distill import Distill
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training.module import check_tokenizers, check_vocabularies, models_read
+from txtrain.training.models_read import check_tokenizers, check_vocabularies, models_read
 
 _EVERY = 10.0  # seconds between two saved states
 

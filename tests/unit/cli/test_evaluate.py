@@ -79,24 +79,36 @@ def test_the_example_in_python_runs(folder, monkeypatch, capsys):
     assert low[1] < low[0]
 
 
+GRAFT = ("model=gpt2", "model/position=rope", "model/ffn=swiglu", "model.norm_position=sandwich", "model.n_layers=1")  # leaves with its own modeling file
+
+
 @pytest.mark.slow
-def test_lm_eval_gives_the_figures_of_its_own_model_on_the_export(folder, capsys):
+@pytest.mark.parametrize("more", [(), GRAFT], ids=["llama2", "graft"])
+def test_lm_eval_gives_the_figures_of_its_own_model_on_the_export(folder, capsys, more):
     lm_eval = pytest.importorskip("lm_eval", reason="the extra `eval` is not installed")
     from lm_eval.tasks import TaskManager
 
-    ours = folder / "tasks.json"
+    name = "graft" if more else "llama2"
+    ours, run, exported = folder / f"{name}.json", folder / name, folder / f"exported-{name}"
+    train(tiny(folder, *more, f"run_dir={run}", "trainer.max_steps=8"))
     (folder / "tasks/my_words.yaml").write_text(
         (folder / "tasks/my_task.yaml").read_text().replace("my_task", "my_words").split("output_type")[0]
         + "output_type: generate_until\ntest_split: test\ndoc_to_text: '{{question}}'\ndoc_to_target: '{{choices[answer]}}'\n"
         "generation_kwargs: {until: ['\\n'], max_gen_toks: 6}\nmetric_list:\n  - {metric: exact_match, aggregation: mean, higher_is_better: true}\n"
     )
-    assert main(["evaluate", f"checkpoint={folder / 'RUN'}", "tasks=[my_task,my_words]", f"lm_eval.include_path={folder / 'tasks'}", f"out={ours}", "trainer.accelerator=cpu"]) == 0
-    assert main(["export", f"checkpoint={folder / 'RUN'}", f"out={folder / 'exported'}"]) == 0
+    assert main(["evaluate", f"checkpoint={run}", "tasks=[my_task,my_words]", f"lm_eval.include_path={folder / 'tasks'}", f"out={ours}", "trainer.accelerator=cpu"]) == 0
+    assert main(["export", f"checkpoint={run}", f"out={exported}"]) == 0
+    assert (exported / "modeling_txtrain.py").exists() == bool(more)
     theirs = lm_eval.simple_evaluate(
-        model="hf", model_args=f"pretrained={folder / 'exported'}", tasks=["my_task", "my_words"], device="cpu", batch_size=3,
+        model="hf", model_args=f"pretrained={exported},trust_remote_code=True", tasks=["my_task", "my_words"], device="cpu", batch_size=3,
         task_manager=TaskManager(include_path=str(folder / "tasks")), bootstrap_iters=100,
     )["results"]
     found = json.loads(ours.read_text())["metrics"]
     for task, metric in (("my_task", "acc,none"), ("my_task", "acc_norm,none"), ("my_words", "exact_match,none")):
         assert found[f"{metric.partition(',')[0]}/{task}"]["value"] == pytest.approx(theirs[task][metric], abs=1e-9), (task, metric)
     assert found["acc/my_task"]["n"] == 8
+    words = ["data=multiple_choice", f"data.path={folder / 'choices.jsonl'}", f"out={ours}", "trainer.accelerator=cpu", f"data.cache_dir={folder / 'cache'}"]
+    assert main(["evaluate", f"checkpoint={run}", *words]) == 0
+    found = json.loads(ours.read_text())["metrics"]
+    for metric, of_theirs in (("accuracy", "acc,none"), ("accuracy_per_byte", "acc_norm,none")):
+        assert found[metric]["value"] == pytest.approx(theirs["my_task"][of_theirs], abs=1e-9), metric

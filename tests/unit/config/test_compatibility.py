@@ -240,7 +240,7 @@ def test_nothing_fails_later_than_composition(folder):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_what_the_table_allows_trains(folder, objective):
-    what_the_table_allows_trains(folder, objective, settings(max_examples=3, **QUICK))
+    what_the_table_allows_trains(folder, objective, settings(max_examples=2, **QUICK))
 
 
 @pytest.mark.slow

@@ -17,8 +17,9 @@ import torch
 import txtrain
 from tests.training import tiny, weights
 from txtrain import compose
+from txtrain.checkpoint.described import resolve
 from txtrain.checkpoint.format import LoadError
-from txtrain.checkpoint.load import open_weights, resolve
+from txtrain.checkpoint.load import open_weights
 from txtrain.cli import export
 from txtrain.cli.main import main
 from txtrain.data.sources.hub import why_unreachable

@@ -1,13 +1,16 @@
 """What is not UTF-8, and rows that are no text: refused with file, row and column, or treated as two keys say."""
 
+import itertools
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from txtrain import compose
 from txtrain.data.prepare import prepare
@@ -18,6 +21,7 @@ from txtrain.data.sources.translation import Translation
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.objectives.base import build_objective
+from txtrain.training.data_module import DataModule
 
 
 @pytest.fixture
@@ -119,11 +123,55 @@ def test_a_seed_has_64_bits() -> None:
     assert compose([f"seed={2**64 - 1}"]).seed == 2**64 - 1
 
 
-def test_a_stream_cannot_leave_rows_out(make_config) -> None:
-    keys = {"path": "x", "streaming": True, "bad_rows": "skip", "encoding_errors": "replace"}
-    said = "\n".join(make_config("hf", keys).data.check())
-    assert "`data.bad_rows` must be refuse" in said
-    assert "`data.encoding_errors` must be strict" in said
+@pytest.fixture
+def stream(tmp_path: Path, make_config):
+    """The batches' module of a streamed set; bytes that are no UTF-8 in every third row."""
+    raw = [b"row %d is%s here" % (i, b" \xff" if i % 3 == 2 else b"") for i in range(60)]
+    column = pa.StringArray.from_buffers(60, pa.array(np.cumsum([0, *map(len, raw)]), pa.int32()).buffers()[1], pa.py_buffer(b"".join(raw)))
+    pq.write_table(pa.table({"text": column}), tmp_path / "stream.parquet")
+
+    def made(**keys: object) -> DataModule:
+        path = str(tmp_path / "stream.parquet")
+        module = DataModule(make_config("hf", {"path": path, "streaming": True, "val_fraction": 0.1, **keys}, trainer={"limit_val_batches": 1}))
+        module.prepare()
+        return module
+
+    return made
+
+
+def read_of(module: DataModule, n: int) -> str:
+    rows = torch.cat([batch["input_ids"][:, :15].flatten() for batch in itertools.islice(module.train_dataloader(), n)])
+    return bytes(i for i in rows.tolist() if i < 256).decode()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_lists_bad_rows_as_it_meets_them(stream, tmp_path: Path, workers: int) -> None:
+    module = stream(bad_rows="skip", num_workers=workers)
+    module.write_skipped(tmp_path)
+    said = read_of(module, 8)
+    assert "row 3 is here" in said
+    assert "row 2 " not in said
+    told = [json.loads(line) for line in (tmp_path / "skipped_rows.jsonl").read_text().splitlines()]
+    met = [int(re.search(r"row (\d+) of", row["row"])[1]) for row in told]
+    assert sorted(met) == sorted(set(met))
+    assert set(met) <= set(range(3, 61, 3))
+    assert 3 in met
+    assert module.facts["skipped_rows"] == len(met) > 3
+    (tmp_path / "skipped_rows.jsonl").open("a").write('{"row": "half')
+    again = stream(bad_rows="skip", num_workers=workers)
+    again.write_skipped(tmp_path)
+    read_of(again, 40)  # more than an epoch
+    lines = (tmp_path / "skipped_rows.jsonl").read_text().splitlines()
+    assert lines[: len(told)] == [json.dumps(row, ensure_ascii=False) for row in told]
+    assert len(lines) == len(set(lines)) == again.facts["skipped_rows"] == 20
+
+
+def test_a_stream_refuses_or_replaces_as_other_data(stream) -> None:
+    with pytest.raises(ConfigError, match=r"text in row 3 of .*stream.parquet is not: byte 0xff"):
+        read_of(stream(), 8)
+    replaced = stream(encoding_errors="replace")
+    assert "row 2 is \ufffd here" in read_of(replaced, 8)
+    assert len({m.fingerprint for m in (replaced, stream(bad_rows="skip"), stream(bad_rows="skip", encoding_errors="replace"))}) == 3
 
 
 def test_what_is_no_file_is_told_by_its_kind(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_trained_tokenizer_sees_training_text_only_and_is_cached(config, monkeyp
     module.prepare()
     assert module.tokenizer.vocab_size <= 512
     assert f"{module.tokenizer.vocab_size} tokens" in caplog.text
-    monkeypatch.setattr("txtrain.data.prepare.train_tokenizer", lambda *_: pytest.fail("trained twice"))
+    monkeypatch.setattr("txtrain.data.fitted_tokenizer.train_tokenizer", lambda *_: pytest.fail("trained twice"))
     again = DataModule(with_data(config, seq_len=8))
     again.prepare()
     assert again.tokenizer.fingerprint == module.tokenizer.fingerprint

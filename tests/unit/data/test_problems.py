@@ -22,8 +22,8 @@ from txtrain.training.data_module import DataModule
 
 def test_a_chain_is_worked_from_left_to_right_modulo_10() -> None:
     for problem in Arithmetic(4, 50, 20, 0.5).problems("train"):
-        running = []
         value, rest = int(problem["question"][0]), problem["question"][1:-1]
+        running = [str(value)]
         assert re.fullmatch(r"\d([-+*]\d){4}=", problem["question"])
         for sign, digit in re.findall(r"([-+*])(\d)", rest):
             value = {"+": value + int(digit), "-": value - int(digit), "*": value * int(digit)}[sign]
@@ -91,6 +91,23 @@ def test_columns_are_joined_and_a_missing_one_is_named(tmp_path: Path) -> None:
     assert {row["answer"] for row in rows} < {str(i) for i in range(20)}
     with pytest.raises(ConfigError, match=r"`data.answer_column` must be a column .* is answer instead.*Did you mean Answer"):
         list(read(file, "Question").problems("train"))
+
+
+def test_of_samples_with_rewards_the_right_ones_are_kept_each_once(tmp_path: Path) -> None:
+    file = tmp_path / "samples.jsonl"
+    rows = [("1+1=", "2", 1.0), ("1+1=", "2", 1.0), ("1+1=", "1,2", 1), ("1+1=", "", 0.0), ("2+2=", "4", 1.0)]
+    file.write_text("".join(json.dumps(dict(zip(("question", "text", "reward"), row, strict=True))) + "\n" for row in rows))
+
+    def kept(**how: Any) -> list[tuple[str, str]]:
+        source = Problems(str(file), None, "question", "text", 0.0, 200.0, 1 << 20, **how)
+        return [(problem["question"], problem["answer"]) for problem in source.problems("train")]
+
+    assert kept(min_reward=1.0) == [("1+1=", "2"), ("1+1=", "1,2"), ("2+2=", "4")]
+    with pytest.raises(ConfigError, match="'text' must be a text or a number, but is ''"):
+        kept()
+    file.write_text(json.dumps({"question": "1+1=", "text": "2"}) + "\n")
+    with pytest.raises(ConfigError, match=r"`data.min_reward` must be null, or each row have a number `reward`, but is None"):
+        kept(min_reward=1.0)
 
 
 def test_a_prompt_begins_as_a_document_or_by_the_chat_template() -> None:

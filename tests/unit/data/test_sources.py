@@ -247,6 +247,7 @@ def test_an_unknown_set_without_a_hub_is_the_users_mistake() -> None:
 # ----------------------------------------------------------------------------------------------------------- data=python_docs
 
 
+@pytest.mark.slow
 def test_python_docs_are_megabytes_of_text_and_the_same_twice() -> None:
     documents = list(PythonDocs().documents("train"))
     size = sum(map(len, documents))

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from tests.training import tiny
 from tests.unit.hf.folders import llama
+from txtrain.checkpoint import described, load, restore, run_folder
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint import load, restore, run_folder
 from txtrain.cli.jobs import compose_job
 from txtrain.config.loader import make_loader
 from txtrain.config.overrides import expand
@@ -436,7 +436,7 @@ def test_code_in_a_folder_is_never_imported(hf, monkeypatch):
 
 def test_layers_are_counted_before_anything_goes_through_them(hf):
     edited(hf / "config.json", num_hidden_layers=10**9)
-    refused(lambda: load.describe(hf), "1,000,000,000 layers")
+    refused(lambda: described.describe(hf), "1,000,000,000 layers")
 
 
 @pytest.mark.parametrize("types", [["full_attention"] * 400_000, ["full_attention"] * 399_999 + ["sliding_attention"]])
@@ -600,7 +600,7 @@ class Uses:
 
     def __call__(self, run: Path, asked=range(N)) -> list:
         uses = (
-            lambda: load.describe(run).model,
+            lambda: described.describe(run).model,
             lambda: self.loaded(run),
             lambda: self.continued(run),
             lambda: self.resumed(run),
@@ -645,7 +645,7 @@ class Uses:
 
 def use_hf(hf: Path) -> None:
     with contextlib.suppress(ConfigError):
-        load.describe(hf)
+        described.describe(hf)
     with contextlib.suppress(ConfigError):
         loaded = load.load(hf)
         if loaded.tokenizer is not None:

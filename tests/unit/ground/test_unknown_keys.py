@@ -3,7 +3,8 @@
 import pytest
 
 from txtrain.cli.verbs import VERBS, root_of
-from txtrain.config.schema import Generate, Train
+from txtrain.config.schema import Train
+from txtrain.config.schema_of_trained import Generate
 from txtrain.ground import unknown_keys
 from txtrain.ground.convert import key_paths
 

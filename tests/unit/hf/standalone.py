@@ -23,6 +23,7 @@ class Blocked:
 sys.meta_path.insert(0, Blocked())
 if other := os.environ.get("TXTRAIN_TRANSFORMERS"):
     sys.path.insert(0, other)
+    sys.modules["datasets"] = None  # the one that is installed needs a newer client of the hub than that version has
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 

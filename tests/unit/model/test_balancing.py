@@ -87,7 +87,7 @@ def test_a_resumed_run_has_the_bias_of_one_that_was_not_interrupted(tmp_path, mo
 @pytest.mark.parametrize(
     ("with_rule", "without"),
     [
-        pytest.param(("model.ffn.bias_update_rate=0.02",), ("model.ffn.bias_update_rate=0",), id="bias"),
+        pytest.param(("model.ffn.bias_update_rate=0.02",), ("model.ffn.bias_update_rate=0",), id="bias", marks=pytest.mark.slow),
         pytest.param(
             ("model/ffn=moe_softmax", "model.ffn.aux_weight=0.05"), ("model/ffn=moe_softmax", "model.ffn.aux_weight=0"),
             id="auxiliary loss", marks=pytest.mark.slow,

@@ -26,6 +26,7 @@ def penalised(log_p, length, alpha=0.6):
     return log_p / ((5 + length) / 6) ** alpha
 
 
+@pytest.mark.slow
 def test_with_beams_enough_it_finds_the_best_of_all_answers():
     model, source = two_stacks(), ids(batch=3, length=6, vocab=7)
     found = beam_search(model, source, num_beams=7**3, max_new_tokens=4)

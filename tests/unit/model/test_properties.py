@@ -8,7 +8,7 @@ from tests.models import ids, model_configs, moved, seeded, shake
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import Transformer
 
-COMBINATIONS = settings(max_examples=60, deadline=None, derandomize=True)
+COMBINATIONS = settings(max_examples=30, deadline=None, derandomize=True)
 MORE = settings(max_examples=1000, deadline=None)
 
 

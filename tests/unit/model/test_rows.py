@@ -40,7 +40,7 @@ def texts(rows):
     return [row.ids.tolist() for row in rows]
 
 
-@pytest.mark.parametrize(("how", "dtype"), [("greedy", torch.float32), ("sampled", torch.float32), ("sampled", torch.float64)])
+@pytest.mark.parametrize(("how", "dtype"), [("greedy", torch.float32), pytest.param("sampled", torch.float32, marks=pytest.mark.slow), ("sampled", torch.float64)])
 def test_a_row_is_what_it_is_alone_in_any_batch_and_on_any_process(model, how, dtype):
     model, how = model.to(dtype), HOW[how]
     together = written(model, **how)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from txtrain.config.hardware import PUBLISHED, key_of, named
-from txtrain.config.schema import PlanConfig
+from txtrain.config.schema_of_plan import PlanConfig
 from txtrain.monitor.throughput import Machine, Meter, Peak, memory, peak
 
 

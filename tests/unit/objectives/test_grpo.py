@@ -20,8 +20,10 @@ from txtrain.model.build import build_model
 from txtrain.monitor.metrics_csv import read
 from txtrain.objectives.base import Batch, build_objective
 from txtrain.objectives.grpo import GRPO
+from txtrain.parallel.build import make_parallel
 from txtrain.registry import TABLE
-from txtrain.training.module import cut, seed_everything
+from txtrain.training.batches import cut, seed_everything
+from txtrain.training.data_module import DataModule
 
 SHAPE = (
     "model=llama2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "model.max_seq_len=24",
@@ -74,6 +76,31 @@ def test_training_earns_more_and_says_what_goes_wrong(tmp_path: Path) -> None:
     assert float(rows[-1]["val_reward"]) == -float(rows[-1]["val_loss"])
     assert result.run_dir is not None
     assert "[low 0." in (result.run_dir / "samples.txt").read_text()
+
+
+def test_pass_at_k_is_of_sampled_completions_of_held_out_problems(tmp_path: Path) -> None:
+    """By the reward `answer`; each problem's draws are its own, whatever the batches."""
+    asked = "objective.val_samples=4", "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=9"
+    right = ["reward=[low,answer]", "reward.answer.weight=0", 'reward.answer.reference_pattern="^"']
+    right += ['reward.answer.pattern="^[^!-O]|^"']  # right is what begins with some 50 of 257 tokens, or is empty
+    result = txtrain.train(config(tmp_path, *asked, *right))
+    row = metrics(result.run_dir)[-1]
+    assert 0 < float(row["val_pass@1"]) < float(row["val_pass@4"]) < 1
+    model, data = txtrain.load_pretrained(result.run_dir), DataModule(config(tmp_path, *asked, *right))
+    objective = build_objective(data.config)
+    assert isinstance(objective, GRPO)
+    data.prepare()
+    objective.tokenizer, objective.parallel = data.tokenizer, make_parallel(data.config)
+    one_by_one = [objective.measure(model, batch, None) for batch in data.examples(8, 1)]
+    for name in ("val_pass@1", "val_pass@4", "val_reward"):
+        assert sum(float(one[name][0, 0]) for one in one_by_one) / 8 == pytest.approx(float(row[name])), name
+    assert result.run_dir is not None
+    again = [f"data.cache_dir={tmp_path / 'cache'}", "trainer.accelerator=cpu", "n_bootstrap=0", "data.micro_batch_size=3", *SHAPE[6:11]]
+    evaluated = txtrain.evaluate(result.run_dir, compose(again, verb="evaluate")).metrics  # the run's objective and rewards
+    for name in ("val_pass@1", "val_pass@4", "val_reward"):
+        assert evaluated[name].value == pytest.approx(float(row[name])), name
+    with pytest.raises(ConfigError, match=r"`objective.val_samples` must be 0 without the reward `answer`"):
+        config(tmp_path, *asked)
 
 
 @pytest.mark.slow
@@ -222,22 +249,78 @@ def test_the_reference_is_read_and_its_divergence_counts(tmp_path: Path) -> None
         assert same == (kl_in == "loss")
 
 
+LOW = """
+import txtrain
+
+@txtrain.component("reward", "low")
+def low(prompts, completions, samples):
+    return [sum(ord(c) < 64 for c in text) / 6 for text in completions]
+"""
+KILLED = """
+import os, pathlib, signal
+from txtrain.objectives import grpo, rewards
+
+def dying(f, n):
+    def call(*args, **how):
+        made = f(*args, **how)
+        marker = pathlib.Path({marker!r})
+        calls.append(1)
+        if len(calls) == n and not marker.exists():
+            marker.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return made
+    calls = []
+    return call
+
+{where} = dying({where}, {n})
+"""
+
+
+def ran(folder: Path, *overrides: str, code: str = LOW) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    """Ten updates of five rollouts, until they are complete: metrics, and the last rollout."""
+    folder.mkdir()
+    (folder / "mine.py").write_text(code)
+    run = [*SHAPE, f"data.cache_dir={folder.parent / 'cache'}", f"run_dir={folder / 'run'}", f"imports=[{folder / 'mine.py'}]"]
+    run += ["trainer.max_steps=10", "objective.updates_per_rollout=2", "trainer.val_check_interval=5", *overrides]
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-m", "txtrain", *run], check=False, timeout=400, capture_output=True, text=True)
+        if done.returncode != -9:
+            break
+    assert done.returncode == 0, done.stderr
+    with np.load(folder / "run" / "checkpoints" / "step_00000010" / "rollout.npz") as file:
+        return metrics(folder / "run"), dict(file)
+
+
+@pytest.fixture(scope="module")
+def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, str]], dict[str, Any]]:
+    return ran(tmp_path_factory.mktemp("one") / "1")
+
+
 @pytest.mark.slow
-def test_two_processes_make_the_rollouts_and_updates_of_one(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.py"
-    mine.write_text(
-        "import txtrain\n\n@txtrain.component('reward', 'low')\ndef low(prompts, completions, samples):\n"
-        "    return [sum(ord(c) < 64 for c in text) / 6 for text in completions]\n"
-    )
-    runs = []
-    for n in (1, 2):
-        folder = tmp_path / str(n)
-        overrides = [*SHAPE, f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={folder}", f"imports=[{mine}]"]
-        overrides += ["trainer.max_steps=10", "objective.updates_per_rollout=2", f"trainer.devices={n}"]
-        subprocess.run([sys.executable, "-m", "txtrain", *overrides], check=True, timeout=200)
-        runs.append((metrics(folder), np.load(folder / "checkpoints" / "step_00000010" / "rollout.npz")))
-    (one, of_one), (two, of_two) = runs
-    for name in of_one.files:
-        assert np.allclose(of_one[name], of_two[name], atol=1e-4), name
-    assert np.array_equal(of_one["input_ids"], of_two["input_ids"])
-    assert [float(row["grad_norm"]) for row in one] == pytest.approx([float(row["grad_norm"]) for row in two], abs=1e-4)
+@pytest.mark.parametrize(
+    ("strategy", "n"),
+    [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("deepspeed_stage_1", 2), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 2), ("tp", 2)],
+)
+def test_several_processes_make_the_rollouts_and_updates_of_one(tmp_path: Path, of_one_process: Any, strategy: str, n: int) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    (one, of_one), (several, of_several) = of_one_process, ran(tmp_path / "n", f"strategy={strategy}", f"trainer.devices={n}")
+    assert np.array_equal(of_one["input_ids"], of_several["input_ids"])
+    for name in of_one:
+        assert np.allclose(of_one[name], of_several[name], atol=1e-4), name
+    assert [float(row["grad_norm"]) for row in one] == pytest.approx([float(row["grad_norm"]) for row in several], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("where", "n"), [("grpo.continue_rows", 4), ("rewards.Rewards.__call__", 4), ("grpo.GRPO.__call__", 6), ("grpo.GRPO.__call__", 7)]
+)
+def test_a_kill_in_a_rollout_its_rewards_or_an_update_changes_nothing(tmp_path: Path, of_one_process: Any, where: str, n: int) -> None:
+    """The last two: within a rollout that a checkpoint has, and within one that none has."""
+    marker = tmp_path / "died"
+    code = LOW + KILLED.format(where=where, n=n, marker=str(marker))
+    (rows, of_one), (again, of_again) = of_one_process, ran(tmp_path / "killed", "save.every_n_steps=3", code=code)
+    assert marker.exists()
+    assert again == rows
+    for name in of_one:
+        assert np.array_equal(of_one[name], of_again[name]), name

@@ -18,9 +18,10 @@ from tests.unit.objectives.conftest import KINDS
 from txtrain.data.samples.draws import Draws
 from txtrain.monitor.metrics_csv import WALL_CLOCK
 from txtrain.registry import TABLE
+from txtrain.training.batches import cut
 from txtrain.training.callback import RunCallback
 from txtrain.training.data_module import DataModule
-from txtrain.training.module import LitModule, cut
+from txtrain.training.module import LitModule
 
 EVERY = pytest.mark.parametrize("kind", KINDS)
 
@@ -61,7 +62,7 @@ def test_a_batch_is_what_its_objective_says(config, kind, across):
     assert all(a <= b for name, size in sizes.items() for a, b in zip(size, said[name], strict=True)), (sizes, said)
 
 
-@EVERY
+@pytest.mark.parametrize("kind", some(KINDS, ("masked_lm with pairs", "span_corruption", "seq2seq", "dpo", "image_classification")))
 def test_batches_do_not_depend_on_workers_processes_micro_batches_or_the_start(kind, config):
     base = config(kind)
     plain = batches(base, 4)

@@ -1,5 +1,6 @@
 """The exponential moving average of the weights."""
 
+import json
 import os
 import signal
 
@@ -15,6 +16,7 @@ from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
 from txtrain.checkpoint.load import load
 from txtrain.cli.main import main
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.optim.average import Average
 from txtrain.optim.config import EMAConfig
@@ -146,6 +148,31 @@ def test_the_averaged_weights_are_found_by_their_canonical_names(run, capsys):
     capsys.readouterr()
     assert main(["generate", f"checkpoint={run}", "prompt=The ", "weights=ema", "temperature=0", "max_new_tokens=3"]) == 0
     assert capsys.readouterr().out.startswith("The ")
+
+
+def test_evaluate_predict_and_generate_read_the_average(run, capsys):
+    averaged, text = txtrain.load_pretrained(run, weights="ema"), run.parent / "held_out.jsonl"
+    text.write_text("".join(json.dumps({"text": f"Line {i} has {i * i} in it."}) + "\n" for i in range(8)))
+    words = ["trainer.accelerator=cpu", "data=text", f"data.path={text}", "data.tokenizer=bytes", f"data.cache_dir={run.parent / 'cache'}"]
+    alone = txtrain.evaluate(averaged, txtrain.compose(words, verb="evaluate"))
+    with pytest.raises(ConfigError, match="`weights` must be model with a model"):
+        txtrain.evaluate(averaged, txtrain.compose([*words, "weights=ema"], verb="evaluate"))
+    for given in ("model", "ema"):
+        made = txtrain.evaluate(run, txtrain.compose([*words, f"weights={given}"], verb="evaluate"))
+        assert (made.metrics["loss"].value == pytest.approx(alone.metrics["loss"].value, abs=1e-9)) == (given == "ema")
+        assert made.facts["weights"] == given
+    out = run.parent / "predicted.jsonl"
+    assert main(["predict", f"checkpoint={run}", *words, f"out={out}", "predict.what=log_probability", "weights=ema"]) == 0
+    ids = torch.tensor([[byte_tokenizer().bos_id, *byte_tokenizer().encode("Line 0 has 0 in it.")]])
+    told = json.loads(out.read_text().splitlines()[0])["log_probability"]
+    assert told == pytest.approx(txtrain.log_probs(averaged, ids, ids).sum().item(), rel=1e-5)
+    said = []
+    for strategy in ("auto", "fsdp"):
+        capsys.readouterr()
+        words = ["prompt=The ", "weights=ema", "temperature=0", "max_new_tokens=5", "accelerator=cpu", f"strategy={strategy}"]
+        assert main(["generate", f"checkpoint={run}", *words]) == 0
+        said.append(capsys.readouterr().out.splitlines()[0])
+    assert said[0] == said[1]
 
 
 def test_a_checkpoint_without_an_average_says_so(run):

@@ -96,6 +96,7 @@ class Stop(pl.Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_decays_that_leave_one_stable_run_equal_the_runs_that_had_them_from_the_start(tmp_path):
     wsd = ("scheduler=wsd", "scheduler.warmup_steps=2", "scheduler.decay_steps=3")
 

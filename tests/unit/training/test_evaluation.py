@@ -12,7 +12,7 @@ import txtrain
 from tests.training import tiny
 from txtrain import compose
 from txtrain.cli.main import main
-from txtrain.config.schema import Evaluate
+from txtrain.config.schema_of_trained import Evaluate
 from txtrain.errors import ConfigError
 from txtrain.objectives.base import ROWS, Objective, build_objective
 from txtrain.training.evaluation import HISTORY, figures

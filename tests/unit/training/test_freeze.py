@@ -16,7 +16,9 @@ from txtrain.errors import ConfigError
 from txtrain.model.init import init_weights
 from txtrain.model.transform import Freeze, Transform, transform
 from txtrain.monitor import start_screen
-from txtrain.training.module import LitModule, described, seed_everything
+from txtrain.training.batches import seed_everything
+from txtrain.training.models_read import described
+from txtrain.training.module import LitModule
 from txtrain.training.run import train
 
 FROZEN = "freeze=[embedding,blocks.0]"

@@ -7,7 +7,8 @@ import txtrain
 from tests.training import tiny
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.objectives.causal_lm import CausalLM
-from txtrain.training.module import LitModule, cut, seed_everything
+from txtrain.training.batches import cut, seed_everything
+from txtrain.training.module import LitModule
 
 
 def test_a_module_is_described_without_storage(tmp_path):

@@ -174,3 +174,18 @@ def test_killed_at_ten_random_moments_it_writes_the_same_file(folder, run, capsy
     if not (folder / "killed.jsonl").exists():
         assert subprocess.run([*command, *lines(folder, run, "killed", *words)], check=False).returncode == 0
     assert (folder / "killed.jsonl").read_bytes() == wanted
+
+
+def test_samples_of_problems_have_their_rewards_and_are_drawn_alike_in_batches_of_any_size(folder, run, capsys):
+    asked = ["data=arithmetic", "data.difficulty=2", "data.n_train=6", "data.n_val=1", "max_new_tokens=4", "data.seq_len=16"]
+    how = ["n=3", "temperature=1", "reward=[regex]", 'reward.regex.pattern="^[a-y]"']
+    found = [predicted(folder, run, f"samples_{size}", *asked, *how, f"data.micro_batch_size={size}") for size in (4, 18)]
+    assert found[0] == found[1]
+    assert len(found[0]) == 18
+    assert [row["question"] for row in found[0]] == [row["question"] for row in found[0][::3] for _ in range(3)]
+    assert len({row["text"] for row in found[0]}) > 6
+    assert all(row["reward"] == ("a" <= row["text"][:1] <= "y") for row in found[0])
+    for wrong, said in (("temperature=0", "`n` must be 1 with temperature=0"), ("stop=[x]", "`stop` must be []")):
+        assert main(["predict", *lines(folder, run, "wrong", *asked, *how, wrong)]) == 2
+        assert said in capsys.readouterr().err
+        assert not (folder / "wrong.jsonl").exists()

@@ -17,7 +17,7 @@ from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.length_order import BUCKET
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.row_corpus import RowCorpus
-from txtrain.data.samples.rows import Rows
+from txtrain.data.samples.rows import Rows, mask_of, padded
 from txtrain.data.sources.labels import Labelled
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Tokens
@@ -111,13 +111,10 @@ def framed(
         kept = fitted([len(text) for text in row], seq_len - frame.n_specials)
         texts.append(frame.around([text[:length] for text, length in zip(row, kept, strict=True)]))
     longest = min(-(-max(len(ids) for ids, _ in texts) // BUCKET) * BUCKET, seq_len)
-    ids_BT = np.full((len(texts), longest), pad_id, dtype=np.int64)
-    mask_BT, types_BT = np.zeros_like(ids_BT), np.zeros_like(ids_BT)
-    for i, (ids, types) in enumerate(texts):
-        ids_BT[i, : len(ids)], mask_BT[i, : len(ids)], types_BT[i, : len(ids)] = ids, 1, types
-    made = {"input_ids": torch.from_numpy(ids_BT), "attention_mask": torch.from_numpy(mask_BT)}
+    ids, types = zip(*texts, strict=True)
+    made = {"input_ids": padded(ids, pad_id, longest), "attention_mask": mask_of(ids, longest)}
     if n_types:
-        made["token_type_ids"] = torch.from_numpy(types_BT.clip(max=n_types - 1))
+        made["token_type_ids"] = padded(types, 0, longest).clamp(max=n_types - 1)
     return made
 
 

@@ -6,14 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.length_order import BUCKET
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.row_corpus import RowCorpus
-from txtrain.data.samples.rows import Rows
+from txtrain.data.samples.rows import Rows, mask_of, padded
 from txtrain.data.sources.source import Split
 from txtrain.data.store.tokens import Tokens
 from txtrain.data.tokenizer.tokenizer import Tokenizer
@@ -46,7 +45,7 @@ class PairSamples(Rows):
 
     def __init__(self, tokens: Tokens, tokenizer: Tokenizer, seq_len: int) -> None:
         self.tokens, self.seq_len = tokens, seq_len
-        self.pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self.pad_id = tokenizer.padding_id
         longer = np.diff(tokens.offsets).reshape(-1, 2).max(axis=1)
         self.n_all = len(longer)
         self.kept = np.flatnonzero(longer <= seq_len)
@@ -67,9 +66,4 @@ class PairSamples(Rows):
     def _side(self, documents: Indices, fill: int) -> tuple[Tensor, Tensor]:
         texts = [self.tokens.document(int(i)) for i in documents]
         longest = min(-(-max(map(len, texts)) // BUCKET) * BUCKET, self.seq_len)
-        ids = np.full((len(texts), longest), fill, dtype=np.int64)
-        mask = np.zeros((len(texts), longest), dtype=np.int64)
-        for row, text in enumerate(texts):
-            ids[row, : len(text)] = text
-            mask[row, : len(text)] = 1
-        return torch.from_numpy(ids), torch.from_numpy(mask)
+        return padded(texts, fill, longest), mask_of(texts, longest)

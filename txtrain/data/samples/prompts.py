@@ -9,13 +9,12 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from txtrain.data.chat.template import Template
 from txtrain.data.samples.draws import Draws
 from txtrain.data.samples.order import Indices
-from txtrain.data.samples.rows import Rows
+from txtrain.data.samples.rows import Rows, mask_of, padded
 from txtrain.data.sources.source import SPLITS, Problem, ProblemSource, Split, hashed, identity
 from txtrain.data.store.split import digest
 from txtrain.data.tokenizer.tokenizer import Tokenizer
@@ -55,7 +54,7 @@ class PromptSamples(Rows):
         answers = [[*answer, tokenizer.eos_id] for answer in tokenizer.encode_batch(shown)]
         trained = [[*[-100] * len(row), *answer] for row, answer in zip(ids, answers, strict=False)]
         ids = [[*row, *answer] for row, answer in zip(ids, answers, strict=True)] if answered else ids
-        self.pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self.pad_id = tokenizer.padding_id
         self.n_all = len(problems)
         self.kept = np.array([i for i, row in enumerate(ids) if len(row) <= longest], dtype=np.int64)
         self.ids = [ids[i] for i in self.kept]
@@ -73,13 +72,12 @@ class PromptSamples(Rows):
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
         """input_ids, attention_mask, labels (-100 in prompts), [B, T], right-padded; `problem`, see `problem_of`."""
         ids = [self.ids[row] for row in rows]
-        input_ids = _padded(ids, self.pad_id, np.int64)
-        mask = _padded([np.ones(len(row)) for row in ids], 0, np.int64)
+        input_ids, mask = padded(ids, self.pad_id), mask_of(ids)
         return {
             "input_ids": input_ids,
             "attention_mask": mask,
-            "labels": _padded([self.labels[row] for row in rows], -100, np.int64),
-            "problem": _padded([self.texts[row] for row in rows], 0, np.uint8),
+            "labels": padded([self.labels[row] for row in rows], -100),
+            "problem": padded([self.texts[row] for row in rows], 0, dtype=np.uint8),
         }
 
 
@@ -96,10 +94,3 @@ def _prompts(questions: Sequence[str], tokenizer: Tokenizer) -> tuple[list[str],
     with Template(tokenizer) as template:
         texts = [template.prompt([{"role": "user", "content": question}]) for question in questions]
     return texts, [tokenizer.as_written(text).ids for text in texts]
-
-
-def _padded(rows: Sequence[Any], fill: int, dtype: Any) -> Tensor:
-    made = np.full((len(rows), max(map(len, rows))), fill, dtype=dtype)
-    for i, row in enumerate(rows):
-        made[i, : len(row)] = row
-    return torch.from_numpy(made)

@@ -56,7 +56,7 @@ class QuestionRows(Rows):
 
     def __init__(self, items: Sequence[Encoded], numbers: Indices, tokenizer: Tokenizer, two_stacks: bool) -> None:
         self.items, self.numbers, self.two_stacks = items, numbers, two_stacks
-        self.pad_id = tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        self.pad_id = tokenizer.padding_id
 
     def __len__(self) -> int:
         return len(self.numbers)

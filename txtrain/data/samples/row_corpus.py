@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
 
-from txtrain.data.sources.source import Split, has_validation, hashed, identity, splits
+from txtrain.data.sources.source import Split, has_validation, hashed, identity, side_of, splits
 from txtrain.data.store.split import FORMAT, digest
 
 Row = TypeVar("Row")
@@ -56,9 +55,3 @@ class RowCorpus(Generic[Row]):
         known = identity(self.source, lambda: hashed(self.content()))
         held = None if has_validation(self.source) else self.val_fraction
         return digest(FORMAT, self.kind, known, "whole" if self.whole else held)
-
-
-def side_of(text: str, val_fraction: float) -> Split:
-    """The split of all rows with this text, where the source has no validation split."""
-    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-    return "validation" if draw < val_fraction * 2**64 else "train"

@@ -34,6 +34,19 @@ class Rows(Protocol):
         return [[row] for row in rows.tolist()]
 
 
+def padded(rows: Sequence[Any], fill: int, width: int | None = None, dtype: Any = np.int64) -> Tensor:
+    """[B, width] of rows of different lengths, right-padded; None: the longest's width."""
+    made = np.full((len(rows), width or max(map(len, rows))), fill, dtype=dtype)
+    for i, row in enumerate(rows):
+        made[i, : len(row)] = row
+    return torch.from_numpy(made)
+
+
+def mask_of(rows: Sequence[Any], width: int | None = None) -> Tensor:
+    """[B, width], int64: 1 where `padded` has a row's own values."""
+    return padded([np.ones(len(row)) for row in rows], 0, width)
+
+
 class Mapped(Rows):
     """Rows with a change of each batch: masks, crops."""
 

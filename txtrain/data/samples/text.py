@@ -47,7 +47,7 @@ class TokenisedText:
     @property
     def _pad_id(self) -> int:
         tokenizer = self.tokenizer
-        return 0 if tokenizer is None else tokenizer.eos_id if tokenizer.pad_id is None else tokenizer.pad_id
+        return 0 if tokenizer is None else tokenizer.padding_id
 
     @property
     def words(self) -> Tokenizer:

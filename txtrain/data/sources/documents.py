@@ -84,8 +84,11 @@ def _of_json(key: str, column: str, limits: Limits, line: str, where: str) -> st
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if text and replace else text
 
 
-def texts_of(column: Any, first: int, path: object, name: str, key: str, limits: Limits) -> Iterator[str]:
-    """The texts of an Arrow column, without nulls. Arrow does not check UTF-8. first: number of its first row.
+def texts_of(
+    column: Any, first: int, path: object, name: str, key: str, limits: Limits
+) -> Iterator[tuple[int, str]]:
+    """Number and text of each row of an Arrow column, without nulls. Arrow does not check UTF-8. first: number of its
+    first row.
 
     Raises:
         ConfigError: a text is not UTF-8, or too long.
@@ -100,7 +103,7 @@ def texts_of(column: Any, first: int, path: object, name: str, key: str, limits:
             with undecoded(f"{name} in {where}", key, 0):
                 text = None if raw is None else raw.decode("utf-8", limits.encoding_errors)
         if text is not None:
-            yield text
+            yield number, text
 
 
 def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -154,7 +157,10 @@ def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterat
         for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=None if column is None else [column]):
             unpacked += batch.nbytes
             check_expansion(unpacked, size, limits.max_expansion, where)
-            yield from batch.to_pylist() if column is None else texts_of(batch.column(0), n, path, column, key, limits)
+            if column is None:
+                yield from batch.to_pylist()
+            else:
+                yield from (text for _, text in texts_of(batch.column(0), n, path, column, key, limits))
             n += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as e:
         raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {shorten(e)}") from e

@@ -7,6 +7,8 @@ import glob
 import gzip
 import hashlib
 import io
+import json
+import logging
 import os
 import re
 import stat
@@ -20,6 +22,7 @@ from typing import IO, Any, NamedTuple
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.plain_files import check_expansion
 
+log = logging.getLogger(__name__)
 _CHUNK = 1 << 20
 _LONG = 1 << 20  # characters; a longer text stays in its file
 HASHED_BELOW = 1 << 30  # bytes of all files together; above, sizes and times replace hashes of the contents
@@ -116,6 +119,29 @@ def missing(name: str, key: str, what: str = "an existing file, glob or folder")
         f"`{key}` must be {what}, but {name} does not exist."
         f"{near or f' There is no {path.name} in {parent.resolve()}.'}"
     )
+
+
+class Skipped(dict[str, str]):
+    """Place of each skipped row, and why. A stream meets its rows while the run goes on: from `list_in` on each is
+    added to a file, once however often it is met; a copy in another process does so too.
+    """
+
+    file: Path | None = None
+
+    def list_in(self, file: Path, lines: Iterable[str]) -> None:
+        """lines: those of the file."""
+        self.file, self.listed = file, set(lines)
+
+    def __setitem__(self, where: str, why: str) -> None:
+        super().__setitem__(where, why)
+        line = json.dumps({"row": where, "why": why}, ensure_ascii=False) + "\n"
+        if self.file is None or line in self.listed:
+            return
+        if not self.listed:
+            log.warning("a bad row is left out (data.bad_rows=skip); %s lists it, and each one after it", self.file)
+        self.listed.add(line)
+        with self.file.open("a", encoding="utf-8") as f:
+            f.write(line)
 
 
 class Limits(NamedTuple):

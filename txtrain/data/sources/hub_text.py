@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.data.sources.documents import texts_of
-from txtrain.data.sources.files import Limits, files_identity
+from txtrain.data.sources.files import Limits, Skipped, files_identity
 from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.data.store.split import is_held_out
 from txtrain.errors import ConfigError, hint
 
+_TOGETHER = 32  # rows of a stream in memory
 _LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # as a path, load_dataset reads the current folder
 
 _NO_PATH = "`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it."
@@ -29,7 +30,7 @@ def hub_source(
         made = HubStream(path, name, split, val_split, val_path, text_column, val_fraction)
     else:
         made = HubDataset(path, name, split, val_split, val_path, text_column)
-    made.skipped = {} if bad_rows == "skip" else None
+    made.skipped = Skipped() if bad_rows == "skip" else None
     made.limits = Limits(max_text_bytes=max_text_bytes, encoding_errors=encoding_errors, skipped=made.skipped)
     return made
 
@@ -58,12 +59,13 @@ class HubDataset:
         self.has_validation = "validation" in self.rows
 
     limits = Limits()
-    skipped: dict[str, str] | None = None
+    skipped: Skipped | None = None
 
     def documents(self, split: Split) -> Iterator[str]:
         n, where = 1, f"{self.path} ({split})"
         for batch in self.rows[split].select_columns([self.text_column]).with_format("arrow").iter(batch_size=1000):
-            yield from filter(None, texts_of(batch.column(0), n, where, self.text_column, "data.path", self.limits))
+            found = texts_of(batch.column(0), n, where, self.text_column, "data.path", self.limits)
+            yield from (text for _, text in found if text)
             n += len(batch)
 
     def identity(self) -> str:
@@ -106,7 +108,7 @@ class HubStream:
 
     has_validation = True
     limits = Limits()
-    skipped: dict[str, str] | None = None
+    skipped: Skipped | None = None
 
     def __init__(
         self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None,
@@ -145,18 +147,20 @@ class HubStream:
         return (text for k, text in rows if own or is_held_out(k, self.val_fraction))
 
     def _texts(self, rows: Any, first: int) -> Iterator[tuple[int, str]]:
-        for k, row in enumerate(rows.skip(first) if first else rows, start=first):
-            text = row[self.text_column]
-            if text and not text.isspace():
-                self.limits.check_text(len(text), f"row {k} of {self.path}", "data.path")
-                yield k, text
+        n, column = first, self.text_column
+        batches = (rows.skip(first) if first else rows).with_format("arrow").iter(batch_size=_TOGETHER)
+        with set_errors("data.path", str(self.path), self.split, "a set that can be read to its end"):
+            for batch in batches:
+                found = texts_of(batch.column(column), n + 1, self.path, column, "data.path", self.limits)
+                yield from ((number - 1, text) for number, text in found if text and not text.isspace())
+                n += len(batch)
 
     def identity(self) -> str:
         files: list[Path] = []
         for known in map(Path, self._known):
             files += [known] if known.is_file() else sorted(file for file in known.rglob("*") if file.is_file())
         fraction = None if self.held_out is not None else self.val_fraction
-        return f"hf stream {self._words} {fraction} {files_identity(files)}"
+        return f"{self.limits.identity}hf stream {self._words} {fraction} {files_identity(files)}"
 
     def describe(self) -> str:
         return f"{self.path}{f' {self.name}' if self.name else ''}, streamed ({self.split}, column {self.text_column})"

@@ -36,7 +36,8 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
-from txtrain.data.config import DataConfig, PythonDocsConfig
+from txtrain.data.base_config import DataConfig
+from txtrain.data.config import PythonDocsConfig
 from txtrain.errors import ConfigError, shorten
 from txtrain.registry import call, resolve
 from txtrain.run_config import RunConfig
@@ -140,7 +141,8 @@ def n_bytes(source: Source) -> int | None:
 
 def skipped(source: Source) -> dict[str, str]:
     """The place of each skipped row, and why it was skipped, once all rows were read."""
-    return getattr(source, "skipped", None) or {}
+    found: dict[str, str] | None = getattr(source, "skipped", None)
+    return {} if found is None else found
 
 
 def validation_sets(source: Source) -> dict[str, Source]:
@@ -255,3 +257,9 @@ def _no_fallback(config: RunConfig) -> str | None:
         if config.trainer.accelerator == "gpu" or torch.cuda.is_available():
             return "There is no fallback for a run on a GPU."
     return None
+
+
+def side_of(text: str, val_fraction: float) -> Split:
+    """The split of all rows with this text, where the source has no validation split."""
+    draw = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return "validation" if draw < val_fraction * 2**64 else "train"

@@ -128,6 +128,11 @@ class Tokenizer:
         with told("encode this text"):
             return self._of_written.encode(text, add_special_tokens=False)
 
+    @property
+    def padding_id(self) -> int:
+        """The token that fills rows."""
+        return self.eos_id if self.pad_id is None else self.pad_id
+
     @cached_property
     def _of_written(self) -> Any:
         return type(self.backend).from_str(self.backend.to_str())

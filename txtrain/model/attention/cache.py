@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-GROWTH = 256  # positions by which a buffer grows, so that not every token copies all of it
+from txtrain.model.flops import GROWTH
 
 
 class _Buffers:

@@ -8,7 +8,7 @@ from typing import Any
 from txtrain.config.schema import Train
 from txtrain.data.sources.source import method_of
 from txtrain.model.trace.attention_ops import Batch
-from txtrain.objectives.config import Shapes
+from txtrain.objectives.base_config import Shapes
 from txtrain.registry import chosen, is_own, resolve
 
 

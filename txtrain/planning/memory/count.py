@@ -6,7 +6,7 @@ import dataclasses as dc
 import math
 from collections.abc import Iterator
 
-from txtrain.checkpoint.load import describe
+from txtrain.checkpoint.described import describe
 from txtrain.config.schema import Train
 from txtrain.model.adapter import AdapterConfig
 from txtrain.parallel.config import Layout

@@ -1,0 +1,158 @@
+"""Whether GRPO makes a model use the reasoning that it has: `python -m tests.benchmarks.r1_trial FOLDER [SEED ...] [STAGE ...]`.
+
+Chains of five operations, modulo 10. A cold start sees demonstrations of which 35 % write the running values; then 60
+updates of GRPO, the same under a reward that is a coin's, and supervised fine-tuning on the right ones of as many
+samples. Each stage is a run of its own in FOLDER/SEED: killed at any moment, the same command goes on. Held-out problems
+are measured in the same way after each stage, and FOLDER/results.jsonl has a line for each.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+import txtrain
+from txtrain import compose
+from txtrain.cli.main import main as cli
+from txtrain.data.sources.made_problems import Arithmetic
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
+from txtrain.objectives.rewards import Answer
+from txtrain.run_config import AnswerConfig
+
+FRESH = (1, 2, 3, 4, 5)  # 100 and 101 chose the settings
+OPERATIONS, N_TRAIN, N_VAL, N_DEV, K = 5, 16_384, 400, 256, 8
+TASK = (
+    "model=llama2", "model.n_layers=3", "model.dim=96", "model.n_heads=4", "model.vocab_size=257",
+    "model.max_seq_len=25", "model.init.std=0.06", "model.position.theta=100", "data=arithmetic", f"data.difficulty={OPERATIONS}", f"data.n_train={N_TRAIN}",
+    f"data.n_val={N_DEV}", "data.seq_len=25", "trainer.accelerator=cpu", "verbosity=quiet",
+)
+COLD = (
+    "objective=sft", "data.worked=0.35", "data.global_batch_size=64", "optimizer.lr=1.5e-3", "scheduler.warmup_steps=50",
+    "trainer.max_steps=800", "trainer.val_check_interval=400",
+)
+LEARN = (
+    "objective=grpo", "objective.beta=0", "objective.max_new_tokens=12", "data.global_batch_size=256",
+    "optimizer.lr=2e-4", "scheduler=constant", "scheduler.warmup_steps=0", "trainer.max_steps=60",
+    "trainer.val_check_interval=60", "trainer.log_every_n_steps=1",
+)
+PATTERN = "\\d$"
+REWARDS = {
+    "grpo": (f'reward.answer.pattern="{PATTERN}"',),
+    "random": (f'reward.answer.pattern="{PATTERN}"', "reward=[answer,coin]", "reward.answer.weight=0"),
+}
+N_ASKED = 60 * 32  # problems, of 8 samples each, as GRPO asks
+RIGHT = (
+    "objective=sft", "data=problems", "data.answer_column=text", "data.min_reward=1", "data.tokenizer=bytes",
+    "data.val_fraction=0.01", "data.global_batch_size=64", "optimizer.lr=1e-3", "scheduler.warmup_steps=10",
+    "trainer.max_steps=240", "trainer.val_check_interval=240",
+)
+
+
+@txtrain.component("reward", "coin")
+def coin(prompts: Sequence[str], completions: Sequence[str], samples: Sequence[Any]) -> list[float]:
+    return [float(byte & 1) for byte in os.urandom(len(prompts))]
+
+
+def held_out() -> list[dict[str, Any]]:
+    """Problems that no run trains on; the first N_DEV are those of development."""
+    return list(Arithmetic(OPERATIONS, 1, N_DEV + N_VAL, 0.0).problems("validation"))  # type: ignore[arg-type]
+
+
+def measured(run_dir: Path, problems: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """pass@1: mean of K samples at temperature 1; forced: greedy behind the first number and a comma."""
+    model, tokenizer = txtrain.load_pretrained(run_dir), byte_tokenizer()
+    begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    answer = Answer("exact", PATTERN, None)
+    assert AnswerConfig().match == "auto"  # the same for chains
+
+    def texts(begun: list[str], **how: Any) -> list[str]:
+        ids = torch.tensor([[*begin, *tokenizer.encode(text)] for text in begun])
+        out = txtrain.generate(model, ids, max_new_tokens=12, eos_token_id=tokenizer.eos_id, **how)[:, ids.shape[1] :]
+        rows = [row.tolist() for row in out]
+        return [tokenizer.decode(row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row) for row in rows]
+
+    def right(found: list[str], n: int = 1) -> list[bool]:
+        return [answer.is_right(text, problems[i // n]) for i, text in enumerate(found)]
+
+    questions = [problem["question"] for problem in problems]
+    sampled, greedy = texts(questions, temperature=1.0, n=K, seed=0), texts(questions)
+    forced = texts([f"{question}{question[0]}," for question in questions])
+    of_samples = right(sampled, K)
+    groups = [of_samples[i : i + K] for i in range(0, len(of_samples), K)]
+    return {
+        "pass@1": fmean(of_samples), f"pass@{K}": fmean(map(any, groups)), "greedy": fmean(right(greedy)),
+        "length": fmean(len(text) + 1 for text in sampled), "steps": fmean("," in text for text in sampled),
+        "forced": fmean(right(forced)),
+    }
+
+
+def stages(folder: Path, seed: int) -> dict[str, tuple[str, ...]]:
+    cold = f"init_from={folder / 'cold'}"
+    more = (f"seed={seed}", f"data.cache_dir={folder.parent / 'cache'}")
+    learn = {name: (*TASK, *LEARN, *reward, cold, *more) for name, reward in REWARDS.items()}
+    right = (*(key for key in TASK if not key.startswith("data")), *RIGHT, "data.seq_len=25", f"data.path={folder / 'samples.jsonl'}")
+    return {"cold": (*TASK, *COLD, *more), **learn, "rejection": (*right, cold, *more)}
+
+
+def sample(folder: Path, seed: int) -> None:
+    """The completions that rejection sampling chooses from, as many as GRPO learns from."""
+    out = folder / "samples.jsonl"
+    asked = ("data=arithmetic", f"data.difficulty={OPERATIONS}", f"data.n_train={N_ASKED}", "data.n_val=1", "data.seq_len=25")
+    how = (f"n={K}", "temperature=1", "max_new_tokens=12", "data.micro_batch_size=256", "data.global_batch_size=256", *REWARDS["grpo"])
+    made = ["predict", f"checkpoint={folder / 'cold'}", *asked, *how, f"seed={seed}", f"out={out}", "trainer.accelerator=cpu"]
+    if not out.exists() and (code := cli(made)):
+        sys.exit(code)
+
+
+def trial(folder: Path, seed: int, name: str, problems: Sequence[dict[str, Any]]) -> None:
+    """A stage, unless it has been measured."""
+    results = folder.parent / "results.jsonl"
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    if any(row["seed"] == seed and row["stage"] == name for row in known):
+        return
+    began = time.process_time()
+    if name == "rejection":
+        sample(folder, seed)
+    txtrain.train(compose([*stages(folder, seed)[name], f"run_dir={folder / name}"]))
+    seconds = time.process_time() - began
+    row = {"seed": seed, "stage": name, **measured(folder / name, problems), "cpu_seconds": round(seconds, 1)}
+    with results.open("a") as f:
+        f.write(json.dumps(row) + "\n")
+    print(json.dumps(row), flush=True)
+
+
+def table(results: Path) -> str:
+    rows = [json.loads(line) for line in results.read_text().splitlines()]
+    names = [name for name in rows[0] if name not in ("seed", "stage", "cpu_seconds")]
+    said = ["| stage | seed | " + " | ".join(names) + " |", "|---" * (2 + len(names)) + "|"]
+    for stage in dict.fromkeys(row["stage"] for row in rows):
+        mine = [row for row in rows if row["stage"] == stage]
+        mine.append({"seed": "mean", **{name: fmean(row[name] for row in mine) for name in names}})
+        said += [f"| {stage} | {row['seed']} | " + " | ".join(f"{row[name]:.2f}" for name in names) + " |" for row in mine]
+    return "\n".join(said)
+
+
+def main() -> None:
+    folder, words = Path(sys.argv[1]), sys.argv[2:]
+    seeds = [int(word) for word in words if word.isdigit()] or FRESH
+    names = [word for word in words if not word.isdigit()] or ["cold", "grpo", "random", "rejection"]
+    folder.mkdir(parents=True, exist_ok=True)
+    logging.disable(logging.INFO)
+    problems = held_out()
+    for name in names:
+        for seed in seeds:  # those that chose the settings are measured on other problems
+            trial(folder / str(seed), seed, name, problems[:N_DEV] if seed >= 100 else problems[N_DEV:])
+    print(table(folder / "results.jsonl"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What a run, a checkpoint or a folder holds, without reading its weights. No torch."""
+
+from __future__ import annotations
+
+import dataclasses as dc
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, is_folder, read_base
+from txtrain.checkpoint.base import missing as base_missing
+from txtrain.errors import ConfigError
+from txtrain.ground.convert import build
+from txtrain.ground.plain_files import check_keys, read_json, read_yaml
+from txtrain.hf.hub import folder_of
+from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
+from txtrain.model.config import ModelConfig
+
+T = TypeVar("T")
+
+
+@dc.dataclass(frozen=True)
+class Described:
+    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None. base: of an adapter."""
+
+    path: Path
+    model: ModelConfig
+    tokenizer: Path | None
+    is_hf: bool
+    base: Base | None = None
+
+
+def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Described:
+    """What `where` holds, without reading weights or importing torch. key: what an error calls it.
+
+    Raises:
+        ConfigError: there is no model, or its config is damaged, hostile or unsupported, or needs other `imports`.
+    """
+    folder = folder_of(where, key)
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return _described_peft(folder, key)
+    if (folder / "config.json").is_file():
+        from txtrain.hf.registry import read_config
+
+        _, model = read_config(folder)
+        check_layers(model, tensor_names(folder), str(folder / "config.json"))
+        return Described(folder, model, _tokenizer_in(folder), True)
+    return checkpoint.on_newest(folder, key, partial(_described, key))
+
+
+def _described_peft(folder: Path, key: str) -> Described:
+    """Of PEFT's folder, whose base must be on disk; a relative path is meant from here or from the folder."""
+    raw = read_json(folder / ADAPTER_CONFIG)
+    check_keys(raw, str(folder / ADAPTER_CONFIG), {"base_model_name_or_path": str | None})
+    said = raw.get("base_model_name_or_path") or ""
+    path = next((p for p in (Path(said).expanduser(), folder / said) if said and p.is_dir()), None)
+    if path is None:
+        raise base_missing(Base(said), key)
+    if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
+        raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be a model, not an adapter.")
+    found = describe(path, key)
+    return dc.replace(
+        found, path=folder, tokenizer=_tokenizer_in(folder) or found.tokenizer, is_hf=True, base=Base(str(path))
+    )
+
+
+def _described(key: str, path: Path) -> Described:
+    """Of a checkpoint."""
+    checkpoint.verify(path, key, tensors=False)
+    model, base = _saved_config(path, key), read_base(path)
+    if base is None:
+        check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
+    return Described(path, model, _tokenizer_in(path / "tokenizer"), False, base)
+
+
+def _tokenizer_in(folder: Path) -> Path | None:
+    """The folder itself, if it holds a tokenizer."""
+    names = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+    return folder if any((folder / name).is_file() for name in names) else None
+
+
+def resolve(where: str | os.PathLike[str], key: str) -> Path:
+    """The folder or checkpoint that `where` means now.
+
+    Raises:
+        ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
+    """
+    folder = folder_of(where, key)
+    return folder if (folder / "config.json").is_file() else checkpoint.locate(folder, key)
+
+
+def saved_adapter(path: Path) -> Any:
+    """The adapter's config in a checkpoint's config.yaml."""
+    from txtrain.hf.lora_config import LoraConfig
+
+    raw = read_yaml(path / "config.yaml").get("adapter")
+    return build(LoraConfig, raw if isinstance(raw, dict) else {})
+
+
+def on_described(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
+    folder = folder_of(where, key)
+    if is_folder(folder):
+        return do(describe(folder, key))
+    return checkpoint.on_newest(folder, key, lambda path: do(_described(key, path)))
+
+
+def described_adapter(path: Path, where: Path) -> Described:
+    found = _described("adapter", path)
+    if found.base is None:
+        what = "a run with adapter=lora or PEFT's folder"
+        raise ConfigError(f"`adapter` must be {what}, but {str(where)!r} has no adapter.")
+    return found
+
+
+def _saved_config(path: Path, key: str) -> ModelConfig:
+    """From a checkpoint's config.yaml, which is only data: the files in its `imports` are not imported."""
+    file = path / "config.yaml"
+    raw = read_yaml(file)
+    check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
+    try:
+        return build(ModelConfig, raw["model"])
+    except ConfigError as e:
+        if not raw.get("imports"):
+            raise
+        again = f"imports=[{','.join(raw['imports'])}]"
+        raise ConfigError(
+            *e.problems,
+            f"`{key}`: its run used {again}. A checkpoint's code is never imported by itself: name it again.",
+        ) from e
