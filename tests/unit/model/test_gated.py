@@ -10,11 +10,12 @@ from txtrain.model.ffn.gated import gated
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_values_and_gradients_are_those_of_the_formula(monkeypatch, name, dtype):
+@pytest.mark.parametrize("in_order", [True, False])
+def test_values_and_gradients_are_those_of_the_formula(monkeypatch, name, dtype, in_order):
     monkeypatch.setattr(module, "CACHED_ELEMENTS", 64)  # several parts
     g = torch.Generator().manual_seed(0)
     gate, up, weight = (torch.randn(3, 8, 16, generator=g).to(dtype) for _ in range(3))
-    gate = gate.transpose(0, 1).contiguous().transpose(0, 1)  # not in the order of its elements
+    gate = gate if in_order else gate.transpose(0, 1).contiguous().transpose(0, 1)
     act = ACTIVATIONS[name]
     found = []
     for compute in (gated, lambda act, gate, up: act(gate) * up):

@@ -28,7 +28,8 @@ GRADIENTS: dict[Activation, Callable[..., Tensor]] = {  # of those for which tor
 def gated(act: Activation, gate: Tensor, up: Tensor) -> Tensor:
     """act(gate) * up, elementwise."""
     wanted = torch.is_grad_enabled() and gate.requires_grad and up.requires_grad
-    if not wanted or gate.dtype != up.dtype or act not in GRADIENTS or torch.compiler.is_compiling():
+    fits = gate.dtype == up.dtype and gate.is_contiguous()  # torch computes GELU of others by another kernel
+    if not wanted or not fits or act not in GRADIENTS or torch.compiler.is_compiling():
         return act(gate) * up
     out: Tensor = _Gated.apply(gate, up, act)
     return out
