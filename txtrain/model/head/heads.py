@@ -157,10 +157,12 @@ class MLMHead(LMHead):
     def entering(self, x_BTD: Tensor) -> Tensor:
         return self.norm(self.act(self.dense(x_BTD)))
 
-    def loss(self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor) -> Tensor:
+    def loss(
+        self, x_BTD: Tensor, embedding_VD: Tensor | None, targets: Tensor, denominator: Tensor, smoothing: float = 0.0
+    ) -> Tensor:
         """Only positions with a target, about a seventh, go through the head."""
         chosen = targets != IGNORED
-        return self.chunked(self.entering(x_BTD[chosen]), embedding_VD, targets[chosen], denominator)
+        return self.chunked(self.entering(x_BTD[chosen]), embedding_VD, targets[chosen], denominator, smoothing)
 
     def sentence_logits(self, x_BTD: Tensor) -> Tensor | None:
         if self.pooler is None or self.next_sentence is None:
