@@ -22,4 +22,4 @@ sample() { # NAME RUN: eight answers to each of some problems with their rewards
     data.micro_batch_size=256 data.global_batch_size=256 "${ANSWER[@]}" "out=$FOLDER/$1.jsonl"
 }
 
-RIGHT=(data=problems data.answer_column=text data.min_reward=1 data.val_fraction=0.02 data.tokenizer=bytes data.seq_len=25) # of its rows the right ones
+RIGHT=(data=problems data.answer_column=text data.min_reward=1 data.val_fraction=0.05 data.tokenizer=bytes data.seq_len=25) # of its rows the right ones

@@ -25,6 +25,7 @@ import txtrain
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
 from txtrain.checkpoint.saver import Saver
+from txtrain.checkpoint.state import RunState
 from txtrain.ground import files
 from txtrain.registry import make
 from txtrain.training.module import LitModule
@@ -83,10 +84,10 @@ def measure(folder: Path, training: Training) -> tuple[dict[str, list[float]], d
     for i in range(ROUNDS + 1):
         file, one, other = folder / "torch.pt", folder / "step_00000001", folder / "step_00000002"
         seen[TORCH].append(timed(lambda: with_torch(file)))  # noqa: B023
-        seen[WAITING].append(timed(lambda: waiting.save(one, training.tensors(), {}, nothing, must=False)))  # noqa: B023
+        seen[WAITING].append(timed(lambda: waiting.save(one, training.tensors(), RunState(step=1), nothing, must=False)))  # noqa: B023
         seen[STEP].append(timed(training.step))
         began = time.perf_counter()
-        stall = timed(lambda: behind.save(other, training.tensors(), {}, nothing, must=False))  # noqa: B023
+        stall = timed(lambda: behind.save(other, training.tensors(), RunState(step=2), nothing, must=False))  # noqa: B023
         seen[STALL if i else FIRST].append(stall)
         while not checkpoint.is_complete(other):
             seen[STEP_BESIDE].append(timed(training.step))

@@ -13,11 +13,11 @@ from tests.training import weights
 from txtrain import compose
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-SMALL = ("trainer.max_steps=40", "trainer.val_check_interval=40", "trainer.limit_val_batches=1", "data.global_batch_size=16", "save.every_n_steps=10")
+SMALL = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=1", "data.global_batch_size=16", "save.every_n_steps=10")
 
 
 def started(recipe: str, folder: Path, *more: str) -> "subprocess.Popen[bytes]":
-    environment = os.environ | {"PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}", "ASKED": "40"}
+    environment = os.environ | {"PATH": f"{folder.parent / 'bin'}:{os.environ['PATH']}", "ASKED": "160"}
     more = (*SMALL, f"data.cache_dir={folder.parent / 'cache'}", "trainer.accelerator=cpu", *more)
     return subprocess.Popen(["bash", str(RECIPES / recipe), str(folder), *more], env=environment, start_new_session=True)
 

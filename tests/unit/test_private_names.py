@@ -80,6 +80,7 @@ PRIVATE = {
         "FORMAT_KEY FORMAT_VALUE HF_DCP_VERSION SAVED_OFFSETS_KEY SHAPE_KEY _gen_file_name"
     ),
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+    "torch.distributed.checkpoint.state_dict_saver": "_save_state_dict",
     "torch.distributed.device_mesh.DeviceMesh": "_flatten",
     "torch.distributed.distributed_c10d": "_get_default_store",
     "torch.distributed.tensor.DTensor": "_local_tensor",

@@ -123,13 +123,15 @@ class Reader(HuggingFaceStorageReader):
             ConfigError, NotFiniteError: as `read_data`.
         """
         strange = set()
-        for index, path in (self._headers.metadata.storage_data or {}).items():
-            if (target := into.get(index.fqn)) is not None:
-                part, shape = target.detach(), self._headers.files[path].entries[index.fqn].shape
-                for dim, (begin, n) in enumerate(zip(index.offset or (), shape, strict=True)):
-                    part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
-                if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
-                    strange.add(index.fqn)
+        with contextlib.ExitStack() as held:
+            held.callback(self.hold())  # each file is opened once
+            for index, path in (self._headers.metadata.storage_data or {}).items():
+                if (target := into.get(index.fqn)) is not None:
+                    part, shape = target.detach(), self._headers.files[path].entries[index.fqn].shape
+                    for dim, (begin, n) in enumerate(zip(index.offset or (), shape, strict=True)):
+                        part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
+                    if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
+                        strange.add(index.fqn)
         if strange:
             raise NotFiniteError(*strange)
 

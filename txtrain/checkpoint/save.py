@@ -6,7 +6,6 @@ import contextlib
 import dataclasses as dc
 import json
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,15 +70,14 @@ def write_tensors(folder: Path, tensors: Mapping[str, Tensor], group: Any = None
     Returns:
         On the first rank the id that all of the files have.
     """
-    from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
+    from torch.distributed.checkpoint.state_dict_saver import _save_state_dict
 
     from txtrain.checkpoint.writer import Writer
 
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        save_tensors(
-            dict(tensors), storage_writer=(writer := Writer(folder, step)), process_group=group, no_dist=group is None
-        )
+    # The public `save` asks each tensor for its state_dict and logs that twice: a third of the time of many small ones.
+    writer = Writer(folder, step)
+    writer.reset()
+    _save_state_dict(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
     return writer.id
 
 

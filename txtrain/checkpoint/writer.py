@@ -53,13 +53,14 @@ class Writer(HuggingFaceStorageWriter):
             items = sorted(plan.items, key=lambda item: (-_dtype(item).itemsize, item.index.fqn))
             checksums = {item.index.fqn: NONE_YET for item in items}
             ours = ShardState(id=plan.storage_data["id"], step=self.step, checksums=checksums)
+            described = _described(items)
             with open(Path(self.path) / name, "wb") as stream:
-                stream.write(_header(items, ours))
+                stream.write(_header(described, ours))
                 for item in items:
                     result, checksums[item.index.fqn] = _write(stream, item, planner.resolve_data(item), name)
                     results.append(result)
                 stream.seek(0)
-                stream.write(_header(items, ours))  # as long as before
+                stream.write(_header(described, ours))  # as long as before
                 stream.flush()
                 os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()
@@ -67,7 +68,8 @@ class Writer(HuggingFaceStorageWriter):
         return done
 
 
-def _header(items: list[WriteItem], ours: ShardState) -> bytes:
+def _described(items: list[WriteItem]) -> str:
+    """The header's JSON up to what this project adds to its metadata, which stands last."""
     ends = list(itertools.accumulate(_size(item) for item in items))
     entries: dict[str, Any] = {
         item.index.fqn: {
@@ -82,9 +84,12 @@ def _header(items: list[WriteItem], ours: ShardState) -> bytes:
         words.CUSTOM_METADATA_KEY: json.dumps(parts),
         words.DCP_VERSION_KEY: str(words.HF_DCP_VERSION),
         words.FORMAT_KEY: words.FORMAT_VALUE,
-        CHECKSUMS: ours.to_json(),
     }
-    text = json.dumps(entries).encode()
+    return json.dumps(entries).removesuffix("}}")
+
+
+def _header(described: str, ours: ShardState) -> bytes:
+    text = f"{described}, {json.dumps(CHECKSUMS)}: {json.dumps(ours.to_json())}}}}}".encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 

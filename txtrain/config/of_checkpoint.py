@@ -14,6 +14,7 @@ from txtrain.ground.convert import build
 from txtrain.ground.plain_files import read_yaml
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
+from txtrain.run_config import RewardConfig
 
 if TYPE_CHECKING:
     from txtrain.checkpoint.described import Described
@@ -57,6 +58,9 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
     named = any(key.partition(".")[0] == "objective" for key in job.given)
     trained = None if named else _saved("objective", saved, job)
     config = dc.replace(config, data=data, objective=trained or config.objective)
+    given = any(key.partition(".")[0] == "reward" for key in job.given)
+    if data.sample_kind == "problems" and "reward" in saved and not given and config.reward == RewardConfig():
+        config = dc.replace(config, reward=build(RewardConfig, saved["reward"]))
     if isinstance(config, Evaluate) and own and "data.path" not in job.given:
         config = dc.replace(config, split=config.split or "validation")
     return dc.replace(job, config=fitted(config, found.model, named), grafts={})

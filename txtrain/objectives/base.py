@@ -85,6 +85,9 @@ class Objective:
 
     # --------------------------------------------------------------------------------------------------------- training
 
+    def meet(self, parallel: Any, tokenizer: Any) -> None:
+        """Called before anything is measured: the ranks, and the data's tokenizer, None if there is none."""
+
     def begin(self, module: Any, data: Any) -> None:
         """Called on all ranks before the first batch is read, when the model has its weights. data: None: as `examine`.
         """

@@ -83,10 +83,13 @@ class GRPO(Objective):
     def order(self, n: int, seed: int, overfit_batches: int) -> GlobalOrder:
         return RolloutOrder(n, self.prompts, seed, overfit_batches, updates=self.updates)
 
+    def meet(self, parallel: Any, tokenizer: Any) -> None:
+        self.parallel, self.tokenizer = parallel, tokenizer
+
     def begin(self, module: Any, data: Any) -> None:
         if data is None or data.tokenizer is None:
             raise ConfigError("`objective=grpo` must have the data of txtrain.DataModule, which rewards read.")
-        self.parallel, self.tokenizer = module.parallel, data.tokenizer
+        self.meet(module.parallel, data.tokenizer)
         if self.prompts % self.parallel.size:
             raise ConfigError(
                 f"`objective.prompts_per_rollout` must be a multiple of the {self.parallel.size} ranks that see "

@@ -24,7 +24,6 @@ class GRPOConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("problems",)
-    alone: ClassVar = False
 
     group_size: int = knob(8, at_least=2)  # completions of each prompt
     prompts_per_rollout: int | None = knob(None, at_least=1)  # null: data.global_batch_size / group_size

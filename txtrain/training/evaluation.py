@@ -308,6 +308,7 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
             callable_ = parallel.lay_read_only(source, device)
             source.close()
         sizes = None if data.token_bytes is None else torch.as_tensor(data.token_bytes).to(device)
+        objective.meet(parallel, data.tokenizer)
         try:
             if model is not None:
                 model.eval()

@@ -40,6 +40,7 @@ class Task:
     ) -> dict[str, float]:
         """METRIC/NAME -> value, on all ranks the same. check: called after each forward; may raise to stop."""
         sizes = None if self.data.token_bytes is None else torch.as_tensor(self.data.token_bytes).to(device)
+        self.objective.meet(parallel, self.data.tokenizer)
         reader = Reader(model, self.objective, parallel, device, sizes, self.data.tokenizer, size)
         found = of_sets(reader, self.sets, 0, 0, lambda done, n: check())
         values = {f"{name}/{self.name}": one.value for name, one in found.items()}

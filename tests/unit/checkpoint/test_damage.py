@@ -4,6 +4,7 @@ import contextlib
 import json
 import shutil
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -372,7 +373,9 @@ def test_generate_beside_a_thread_that_rotates(run):
     thread = threading.Thread(target=rotating)
     thread.start()
     try:
-        found = [load(run) for _ in range(8)]
+        found, end = [load(run) for _ in range(8)], time.monotonic() + 60
+        while len({one.path for one in found}) == 1 and time.monotonic() < end:  # the thread has yet to finish a save
+            found.append(load(run))
     finally:
         ended.set()
         thread.join()

@@ -94,6 +94,11 @@ def test_pass_at_k_is_of_sampled_completions_of_held_out_problems(tmp_path: Path
     one_by_one = [objective.measure(model, batch, None) for batch in data.examples(8, 1)]
     for name in ("val_pass@1", "val_pass@4", "val_reward"):
         assert sum(float(one[name][0, 0]) for one in one_by_one) / 8 == pytest.approx(float(row[name])), name
+    assert result.run_dir is not None
+    again = [f"data.cache_dir={tmp_path / 'cache'}", "trainer.accelerator=cpu", "n_bootstrap=0", "data.micro_batch_size=3", *SHAPE[6:11]]
+    evaluated = txtrain.evaluate(result.run_dir, compose(again, verb="evaluate")).metrics  # the run's objective and rewards
+    for name in ("val_pass@1", "val_pass@4", "val_reward"):
+        assert evaluated[name].value == pytest.approx(float(row[name])), name
     with pytest.raises(ConfigError, match=r"`objective.val_samples` must be 0 without the reward `answer`"):
         config(tmp_path, *asked)
 

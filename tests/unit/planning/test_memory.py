@@ -260,11 +260,11 @@ def test_what_is_offloaded_is_counted_apart():
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_tape_meets_every_parameter_once_by_its_name_and_shape(family, overrides):
     try:
-        model = composed(family, *overrides).model
+        config = composed(family, *overrides)
     except txtrain.ConfigError:
         pytest.skip("not legal")
-    tape = Tape()
-    Traced(model, batch_of(composed(family, *overrides), 1), tape, lambda block, inputs: block(tape, *inputs)).loss()
+    model, tape = config.model, Tape()
+    Traced(model, batch_of(config, 1), tape, lambda block, inputs: block(tape, *inputs)).loss()
     with torch.device("meta"):
         real = {name: tuple(p.shape) for name, p in txtrain.build_model(model).named_parameters()}
     assert {p.name: p.shape for p in tape.parameters} == real

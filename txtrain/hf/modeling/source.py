@@ -76,8 +76,9 @@ def modeling_file(features: Collection[str], words: Mapping[str, str], activatio
     text = Template(_with_forwards(text, features)).safe_substitute(
         words, given=_given(features), activations=_activations((activation or "").split())
     )
-    own = _defined(ast.parse(re.sub(r"^\$imports$", "", text, flags=re.M)))
-    used = _closure(_names(ast.parse(re.sub(r"^\$imports$", "", text, flags=re.M))), own)
+    tree = ast.parse(re.sub(r"^\$imports$", "", text, flags=re.M))
+    own = {name for node in tree.body for name in _named(node)}
+    used = _closure(_names(tree), own)
     for module in MODULES:
         parts = [part for name, part in definitions(module).items() if name in used and name not in own]
         text = text.replace(f"#: source {module}", "\n\n\n".join(parts))
@@ -184,33 +185,14 @@ def _names(tree: ast.AST) -> set[str]:
     return {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
 
 
-def _defined(tree: ast.Module) -> set[str]:
-    return {name for node in tree.body for name in _named(node)}
-
-
 def _activations(names: list[str]) -> str:
     """`ACTIVATIONS` with the functions that are used."""
-    tree = ast.parse(definitions_of_dict := _activation_table())
-    table = tree.body[0]
-    assert isinstance(table, ast.AnnAssign)
-    assert isinstance(table.value, ast.Dict)
-    entries = {
-        str(ast.literal_eval(key)): ast.get_source_segment(definitions_of_dict, value)
-        for key, value in zip(table.value.keys, table.value.values, strict=True) if key is not None
-    }
+    source = (MODEL / "ffn" / "dense.py").read_text(encoding="utf-8")
+    entries = dict(re.findall(r'"(\w+)": ([\w.]+)', source.partition("\nACTIVATIONS: ")[2].partition("}")[0]))
     chosen = ", ".join(f'"{name}": {entries[name]}' for name in names)
-    functions = [definitions("ffn.dense")[str(entries[n])] for n in names if entries[n] in definitions("ffn.dense")]
-    table_text = f"ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {{{chosen}}}" if names else ""
-    return "\n\n\n".join([*functions, table_text])
-
-
-@lru_cache
-def _activation_table() -> str:
-    text = (MODEL / "ffn" / "dense.py").read_text(encoding="utf-8")
-    nodes = [n for n in ast.parse(text).body if isinstance(n, ast.AnnAssign)]
-    return next(
-        _text(text.splitlines(), n) for n in nodes if isinstance(n.target, ast.Name) and n.target.id == "ACTIVATIONS"
-    )
+    ours = definitions("ffn.dense")
+    table = f"ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {{{chosen}}}" if names else ""
+    return "\n\n\n".join([*(ours[entries[name]] for name in names if entries[name] in ours), table])
 
 
 # ------------------------------------------------------------------------------------------------------------- forwards
