@@ -43,9 +43,15 @@ NEEDED = {  # what the other files go with
     "recipes/vit_fashion_mnist": "data.path=x",
     "recipes/transformer_translation": "data.path=x",
     "conf/model/head/mlm": "model=bert objective=masked_lm",
+    "recipes/tune_chat": "model=llama2 data.path=x",
+    "recipes/tune_distill": "objective.teacher=x data.path=x",
+    "recipes/tune_dpo": "model=llama2 data.path=x",
+    "recipes/tune_labels": "model=bert data.path=x",
+    "recipes/tune_lora": "model=llama2 data.path=x",
+    "recipes/tune_vit": "model=vit model.embedding.patch_size=7 data.path=x",
 }
 EVALUATED = tuple(f"conf/data/{name}" for name in ("multiple_choice", "cloze", "questions"))  # no objective trains on them
-SEEN = r"\d\.\d\d nats/token, \d\.\d\d bits/byte(, BLEU \d+\.\d, chrF \d+\.\d)?|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
+SEEN = r"\d\.\d\d nats/token(, \d\.\d\d bits/byte)?(, BLEU \d+\.\d, chrF \d+\.\d)?|(reward )?accuracy \d\d\.\d %|\d\.\d\d nats/target(, masked accuracy \d\d\.\d %)?|top-1 \d\d\.\d %"
 ROOTS = {
     "base": "train",
     "train": "train",
@@ -57,7 +63,7 @@ ROOTS = {
 }
 HEADER = re.compile(
     r"# @package _global_\n"  # Hydra reads it on the first lines only
-    r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)( data\.path=\S+)?\n"
+    r"# (?P<what>.+?) {3}txtrain recipe=(?P<name>\S+)( [a-z_.]+=\S+)*\n"
     rf"# (?P<hardware>.+?): (?P<time>.+?), validation (?P<seen>{SEEN}) \((?P<date>\d{{4}}-\d\d-\d\d), seeds? \d+.*\)\n"
     r"(#.*\n)+# scaled: (.+\n)+# kept: (.+\n)+"
 )
@@ -75,7 +81,7 @@ def line_of(file: str) -> list[str]:
     if file in EVALUATED:
         return ["evaluate", "data.path=x", chosen]
     beside = NEEDED.get(file) or (FAMILIES.get(option.partition("_")[0], "") if folder == "conf/model" else "")
-    verb = "plan" if file == "conf/adapter/lora" else "train"  # a run needs weights to adapt
+    verb = "plan" if file in ("conf/adapter/lora", "recipes/tune_lora") else "train"  # a run needs weights to adapt
     return [verb, *(word for word in beside.split() if not word.startswith(f"{group}=")), chosen]
 
 

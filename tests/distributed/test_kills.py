@@ -7,9 +7,11 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+import txtrain
 from tests.compose.conftest import ROOT
-from tests.training import rows, weights
+from tests.training import rows, tiny, weights, write_chats, write_labels, write_preferences
 
 STEPS = 12
 EVERY_STEP = (f"trainer.max_steps={STEPS}", "save.every_n_steps=1", "model.dropout=0.1", "data.micro_batch_size=2")
@@ -24,6 +26,22 @@ CHUNKS = {  # of ten kills each
     "fsdp": (2, ("strategy=fsdp",)),
     "fsdp, behind": (2, ("strategy=fsdp", BEHIND)),
 }
+TUNING = {
+    "sft": lambda folder: ("objective=sft", *write_chats(folder)),
+    "classification": lambda folder: ("data=labels", f"data.path={write_labels(folder / 'labels.csv')}", "data.seq_len=32"),
+    "dpo": lambda folder: ("objective=dpo", *write_preferences(folder), base(folder)),
+    "dpo, cached": lambda folder: ("objective=dpo", "objective.reference=cached", *write_preferences(folder), base(folder)),
+    "distill": lambda folder: ("objective=distill", base(folder, "objective.teacher")),
+    "lora": lambda folder: ("adapter=lora", base(folder)),
+    "lora, all": lambda folder: ("adapter=lora", "adapter.lora_dropout=0.1", "adapter.target_modules=all-linear", base(folder)),
+}
+
+
+def base(folder, key="init_from"):
+    """An export of a model like the run's, with other weights."""
+    torch.manual_seed(5)
+    txtrain.save_pretrained(txtrain.build_model(tiny(folder).model), folder / "base")
+    return f"{key}={folder / 'base'}"
 
 
 def killed_and_continued(folder, kills, n, overrides):
@@ -49,3 +67,11 @@ def test_ten_runs_killed_at_random_moments_end_as_the_one_that_was_not(chunk, tm
     met, left = killed_and_continued(tmp_path, 10, *CHUNKS[chunk])
     print(f"{met} of 10 kills met a save: {left}")
     assert met, f"no kill met a save: {left}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", TUNING)
+def test_so_do_runs_that_tune(what, tmp_path):
+    """Five kills each, the last of them while the run starts."""
+    met, left = killed_and_continued(tmp_path, 5, 1, (BEHIND, *TUNING[what](tmp_path)))
+    print(f"{met} of 5 kills met a save: {left}")
