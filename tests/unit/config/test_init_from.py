@@ -5,8 +5,6 @@ import hashlib
 import io
 import json
 import os
-import re
-import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -194,13 +192,6 @@ def test_a_name_on_the_hub_is_a_folder_in_its_cache(folder, exported, tmp_path, 
     why_unreachable.cache_clear()
 
 
-def section_of(page, title):
-    """The commands in one section of a page of docs/."""
-    text = (Path(__file__).parents[3] / "docs" / page).read_text().partition(f"\n## {title}\n")[2].partition("\n## ")[0]
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return [shlex.split(line)[1:] for block in blocks for line in block.splitlines() if line.startswith("txtrain ")]
-
-
 def folder_from_config(family, where, tokenizer, *given):
     """A folder with a config.json and a tokenizer, which is all that a composition reads."""
     shutil.copytree(tokenizer, where, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
@@ -209,30 +200,14 @@ def folder_from_config(family, where, tokenizer, *given):
     return where
 
 
-def test_the_commands_of_the_page_compose(exported, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(exported, "FOLDER")
-    folder_from_config("bert", tmp_path / "BERT", exported, "data=text")
-    folder_from_config("transformer", tmp_path / "MARIAN", exported, "data=translation", "model.position.layout=halves")
-    folder_from_config("vit", tmp_path / "VIT", exported, "data=images")
-    objectives = []
-    for command in section_of("fine-tuning.md", "From a folder to a tuned model"):
-        verb, *given = command if "=" not in command[0] else ["train", *command]
-        made = compose(given, verb=verb)
-        objectives += [made.objective.type] if verb == "train" else []
-    assert objectives == ["causal_lm", "masked_lm", "seq2seq", "image_classification", "causal_lm"]
-
-
-@pytest.mark.slow
-def test_the_first_commands_of_the_page_run(exported, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(exported, "FOLDER")
-    shutil.copy(folder / "text.txt", "notes.txt")
-    for command in section_of("fine-tuning.md", "From a folder to a tuned model")[:5]:
-        trains = command[0].startswith("init_from")
-        assert main([*command, *(["trainer.max_steps=2", "trainer.accelerator=cpu", "data.cache_dir=cache"] if trains else [])]) == 0
-    assert "weights       FOLDER, sha256 " in capsys.readouterr().out
-    assert txtrain.load_pretrained("tuned_hf").config.dim == 32
+def test_a_folder_brings_its_familys_objective_and_needs_its_data_alone(exported, tmp_path):
+    for family, objective, data, *given in (
+        ("llama2", "causal_lm", "text"), ("bert", "masked_lm", "text"), ("t5", "span_corruption", "text"),
+        ("transformer", "seq2seq", "translation", "model.position.layout=halves"), ("vit", "image_classification", "images"),
+    ):
+        where = folder_from_config(family, tmp_path / family, exported, f"data={data}", *given)
+        made = compose([f"init_from={where}", f"data={data}", "data.path=x"])
+        assert (made.objective.type, made.model.family) == (objective, family)
 
 
 @pytest.fixture

@@ -31,7 +31,7 @@ class Vocabulary:
 
     def log_z_and_target(self, logits_CV: Tensor, rows_C: Tensor, is_here_C: Tensor) -> tuple[Tensor, Tensor]:
         """Log of the softmax's denominator, and the target's logit, over the whole vocabulary: [C] each."""
-        return self.log_z(logits_CV), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
+        return _log_z(logits_CV), logits_CV.gather(1, rows_C[:, None]).squeeze(1) * is_here_C
 
     def n_words(self, weight_VD: Tensor) -> int:
         """The size of the whole vocabulary."""
@@ -39,7 +39,7 @@ class Vocabulary:
 
     def log_z(self, logits_CV: Tensor) -> Tensor:
         """Log of the softmax's denominator, over the whole vocabulary: [C]."""
-        return torch.cat([part_CV.logsumexp(-1) for part_CV in logits_CV.split(cached_rows(logits_CV))])
+        return _log_z(logits_CV)
 
     def total(self, values_CV: Tensor) -> Tensor:
         """The sum over the whole vocabulary: [C]."""
@@ -179,6 +179,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 def cached_rows(logits_CV: Tensor) -> int:
     """Rows at a time for several operations on each logit: on the CPU so few that they stay in a core's cache."""
     return max(1, CACHED_ELEMENTS // logits_CV.shape[1]) if logits_CV.device.type == "cpu" else max(1, len(logits_CV))
+
+
+def _log_z(logits_CV: Tensor) -> Tensor:
+    """Over the rows that are here."""
+    return torch.cat([part_CV.logsumexp(-1) for part_CV in logits_CV.split(cached_rows(logits_CV))])
 
 
 def _chunks(
