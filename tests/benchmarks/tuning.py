@@ -116,38 +116,32 @@ def films(bench: Bench, split: str) -> Path:
     return bench.file(f"films.{split}.jsonl", lambda: as_json(rows()))
 
 
-def sentences(bench: Bench) -> Path:
-    """The training sentences of both sets, without their labels."""
-
-    def texts() -> Iterable[str]:
-        with banking(bench, "train").open(encoding="utf-8", newline="") as file:
-            yield from (row["text"] for row in csv.DictReader(file))
-        yield from (json.loads(line)["text"] for line in films(bench, "train").read_text(encoding="utf-8").splitlines())
-
-    return bench.file("sentences.jsonl", lambda: as_json({"text": text} for text in texts()))
-
-
 def bert(bench: Bench) -> list[Row]:
-    pretrained = bench.run(
-        "bert", "model=bert", "model.head.next_sentence=false", "data=mixture", "data.sources.books.type=text",
-        f"data.sources.books.path=[{bench.data}/lm/austen,{bench.data}/lm/wikitext-2]", "data.sources.sentences.type=text",
-        f"data.sources.sentences.path={sentences(bench)}", "data.weights={books:0.4,sentences:0.6}", "data.seq_len=128",
-        "data.global_batch_size=8", *steps(2500, 500), "trainer.limit_val_batches=16",
-    )
     rows = []
     for name, train, test, label in (
         ("banking77", banking(bench, "train"), banking(bench, "test"), "category"),
         ("films", films(bench, "train"), films(bench, "test"), "label"),
     ):
+        sentences = bench.file(f"{name}.sentences.jsonl", lambda train=train: as_json({"text": text} for text in texts(train)))
+        base = bench.run(
+            f"bert_{name}_base", "model=bert", "model.head.next_sentence=false", "data=text", f"data.path={sentences}", "data.seq_len=32",
+            "data.global_batch_size=64", "optimizer.lr=2e-3", *steps(2000, 250), "trainer.limit_val_batches=16",
+        )
         files = [f"data.path={train}", f"data.val_path={test}", f"data.label_column={label}"]
         # [CLS] and [SEP] are new: without next sentences nothing needed them in pretraining
         data = ["recipe=tune_labels", *files, "model.vocab_size=4098", "model.head.pooling=mean"]
-        tuned = bench.run(f"bert_{name}", f"init_from={pretrained}", *data)
-        alone = bench.run(f"bert_{name}_alone", "model=bert", f"data.tokenizer={pretrained}", *data)
+        tuned = bench.run(f"bert_{name}", f"init_from={base}", *data)
+        alone = bench.run(f"bert_{name}_alone", "model=bert", f"data.tokenizer={base}", *data)
         of = ["data=labels", f"data.path={test}", f"data.label_column={label}"]
         scores = [bench.evaluate(f"{run.name}_test", run, *of) for run in (tuned, alone)]
         rows.append(Row(f"`bert` on {name}, accuracy", *(share(score, "accuracy") for score in scores)))
     return rows
+
+
+def texts(file: Path) -> Iterable[str]:
+    """The sentences of a set, without their labels."""
+    with file.open(encoding="utf-8", newline="") as lines:
+        yield from (row["text"] for row in (csv.DictReader(lines) if file.suffix == ".csv" else map(json.loads, lines)))
 
 
 # --------------------------------------------------------------------------------------------------------------- images
