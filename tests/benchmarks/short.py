@@ -48,7 +48,7 @@ ROWS: dict[str, tuple[Callable[[], float], bool]] = {
     "decode llama2 64 sampled": (partial(_decode, "llama2", 64, True), True),
     **{f"window {family}": (partial(_flat, family), False) for family in ("mistral", "gemma2")},
     **{
-        f"loss {kind} {what}": (lambda kind=kind, at=at: losses.loss_ratios(kind, 1 << 17, 256, 1)[at], False)
+        f"loss {kind} {what}": (lambda kind=kind, at=at: losses.loss_ratios(kind, 1 << 17, 1024, 1)[at], False)
         for kind in ("plain", "smoothed", "log-probabilities", "distillation") for at, what in enumerate(("time", "memory"))
     },
     "packed over padded": (lambda: variants.packed_ratios(rounds=ROUNDS)[0], True),
