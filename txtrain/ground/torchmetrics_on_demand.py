@@ -30,17 +30,19 @@ class _OnDemand:
     def __init__(self) -> None:
         self.package: Any = None
         self.loader: Any = None  # the package's own
+        self.searching = False
         self.enough = False  # while modules are imported that are enough for `USED`
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname == NAME and self.loader is None:
+        if fullname == NAME and self.package is None and not self.searching:  # a search need not end in an import
             from importlib.util import find_spec
 
-            self.loader = self  # for the search that begins here
-            spec = find_spec(fullname)
-            if spec is None:
-                self.loader = None
-            else:
+            self.searching = True
+            try:
+                spec = find_spec(fullname)
+            finally:
+                self.searching = False
+            if spec is not None:
                 self.loader, spec.loader = spec.loader, self  # type: ignore[assignment]
             return spec
         if fullname.startswith(f"{NAME}.") and not self.enough:

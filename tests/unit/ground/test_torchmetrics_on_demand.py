@@ -6,7 +6,10 @@ import sys
 import pytest
 
 LIGHT = """
-import sys, txtrain, lightning.pytorch
+import sys, txtrain
+from importlib.util import find_spec
+assert find_spec("torchmetrics") and find_spec("torchmetrics"), "as transformers looks for what is installed"
+import lightning.pytorch
 assert "torchmetrics.functional" not in sys.modules and "scipy" not in sys.modules and "transformers" not in sys.modules
 import torchmetrics
 assert torchmetrics.Metric is lightning.pytorch.core.module.Metric

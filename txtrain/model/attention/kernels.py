@@ -47,7 +47,9 @@ def plain(
 def sdpa(
     q: Tensor, k: Tensor, v: Tensor, mask: PreparedMask, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
-    causal = mask.kernel == "sdpa" and mask.declared.causal and q.shape[2] > 1
+    causal = mask.kernel == "sdpa" and mask.declared.causal
+    if q.shape[2] == 1:  # a statement: an `and` with a compiled graph's symbolic length would itself be a symbol
+        causal = False
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, mask.additive, dropout, causal, scale=scale, enable_gqa=gqa)
 
