@@ -145,7 +145,7 @@ def _with_prefix(o: Override, prefix: str) -> Override:
 
 class _Checker:
     def __init__(self, loader: ConfigLoaderImpl, root: type) -> None:
-        self.loader, self.options = loader, loader.repository.get_group_options
+        self.repository = loader.repository
         self.root, self.groups, self.known = root, groups_of(root), key_paths(root)
         self.problems: list[str] = []
 
@@ -154,9 +154,11 @@ class _Checker:
         if key.startswith("hydra.launcher.") and not o.is_delete():
             return _with_prefix(o, "++")  # its keys are checked where they are read
         value: Any = o.value()
-        if key == LAUNCHER and not o.is_delete() and value not in (options := self.options(LAUNCHER)):
-            meant = hint(value, options, f"{LAUNCHER}={{}}")
-            self.problems.append(f"`{LAUNCHER}={value}` must be one of {', '.join(options)}.{meant}")
+        if key == LAUNCHER and not o.is_delete():
+            options = self.repository.get_group_options(LAUNCHER)
+            if value not in options:
+                meant = hint(value, options, f"{LAUNCHER}={{}}")
+                self.problems.append(f"`{LAUNCHER}={value}` must be one of {', '.join(options)}.{meant}")
         if o.is_hydra_override() or o.is_delete():
             return o
         shown = value if isinstance(value, str) else o.get_value_string()
@@ -177,13 +179,13 @@ class _Checker:
                 f"`{key}={shown}`: there is no group {key}. Groups: {', '.join(self.groups) or 'none'}.{guess}"
             )
         # of another verb, or a folder beside recipes/
-        elif not isinstance(value, dict) and self.loader.repository.group_exists(key):
+        elif not isinstance(value, dict) and self.repository.group_exists(key):
             self.problems.append(unknown_key(key, shown, [f.name for f in dc.fields(self.root)], self.known, None))
         return _with_prefix(o, "++")
 
     def group(self, group: str, value: Any, shown: str, complaint: str = "") -> None:
         """Check the options chosen of a group. complaint: a problem that is known already."""
-        options, name = self.options(group), "recipe" if group == "recipes" else group
+        options, name = self.repository.get_group_options(group), "recipe" if group == "recipes" else group
         listed = ", ".join(options) or "(there is none)"
         if isinstance(value, list) and group not in _SEVERAL:
             each = ",".join(map(str, value))
@@ -192,7 +194,7 @@ class _Checker:
             )
             return
         for v in value if isinstance(value, list) else [value]:
-            exists = isinstance(v, str) and self.loader.repository.config_exists(f"{group}/{v}")
+            exists = isinstance(v, str) and self.repository.config_exists(f"{group}/{v}")
             if complaint:
                 write = f"Write {name}={v}." if exists else f"Write {name}=NAME, one of {listed}.{hint(v, options)}"
                 self.problems.append(f"{complaint} {write}")

@@ -237,7 +237,9 @@ class NoHead(Head):
         super().__init__()
         self.pooler = nn.Linear(dim, dim) if pooler else None
 
-    def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> None:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None
+    ) -> None:
         return None
 
     def check_labels(self, labels: object, B: int, T: int) -> None:
