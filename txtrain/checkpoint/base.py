@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from txtrain.checkpoint.format import LoadError, locate
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.hf.digest import BASE, sha256_of
 from txtrain.hf.hub import folder_of
@@ -79,6 +79,6 @@ def check_base(base: Base, path: Path, key: str) -> None:
 def missing(base: Base, key: str) -> ConfigError:
     """The error where a base is not there."""
     return ConfigError(
-        f"`{key}` holds an adapter alone, and its base {base.path!r} is not there. Put it back, or in Python: "
-        "txtrain.load_pretrained(BASE, adapter=DIR)."
+        f"`{key}` holds an adapter alone, and its base {shorten(repr(base.path))} is not there. Put it back, or in "
+        "Python: txtrain.load_pretrained(BASE, adapter=DIR)."
     )

@@ -56,9 +56,10 @@ def _described_peft(folder: Path, key: str) -> Described:
     raw = read_json(folder / ADAPTER_CONFIG)
     check_keys(raw, str(folder / ADAPTER_CONFIG), {"base_model_name_or_path": str | None})
     said = raw.get("base_model_name_or_path") or ""
-    path = next((p for p in (Path(said).expanduser(), folder / said) if said and p.is_dir()), None)
-    if path is None:
+    there = next((p for p in (os.path.expanduser(said), folder / said) if said and os.path.isdir(p)), None)
+    if there is None:
         raise base_missing(Base(said), key)
+    path = Path(there)
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be a model, not an adapter.")
     found = describe(path, key)

@@ -28,7 +28,7 @@ import xxhash
 from txtrain.checkpoint import state as state_file
 from txtrain.checkpoint.state import NewerFormat, RunState, ShardState, check_format
 from txtrain.errors import ConfigError, shorten
-from txtrain.ground import plain_files
+from txtrain.ground import files, plain_files
 from txtrain.ground.plain_files import check_keys, check_links, read_json
 from txtrain.hf.tensor_names import parse_header, read_header
 
@@ -103,7 +103,7 @@ def check_folder(run_dir: Path) -> None:
 def newest_run(where: str | Path, key: str) -> str:
     """`where` itself; for `runs/NAME`, a folder of runs, the newest run with a complete checkpoint, which is printed to
     standard error."""
-    runs = _runs(Path(where).expanduser())
+    runs = _runs(files.path_of(where, key))
     if not runs:
         return str(where)
     newest = max(runs, key=_start)
@@ -137,7 +137,7 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
     Raises:
         ConfigError: there is none, or it is not complete any more.
     """
-    path = Path(newest_run(where, key)).expanduser()
+    path = files.path_of(newest_run(where, key), key)
     if is_complete(path):
         return path
     if path.is_dir() and _NAME.fullmatch(path.name):

@@ -90,7 +90,7 @@ def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int
     Raises:
         ConfigError: they are not there. LoadError: they are others.
     """
-    if not Path(base.path).exists():
+    if not os.path.exists(base.path):
         raise base_missing(base, key)
     if turn == 0:  # reads all of them: one rank does
         check_base(base, Path(base.path), key)

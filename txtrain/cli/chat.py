@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from txtrain.cli.writer import Writer
@@ -103,7 +102,7 @@ def answer_file(writer: Writer) -> None:
     config = writer.config
     assert config.messages is not None
     if config.out is not None:
-        files.check_writable(Path(config.out).expanduser().parent, "out")
+        files.check_writable(files.path_of(config.out, "out").parent, "out")
     with writer.together(lambda: _template(writer, "messages")) as template:
         chat = Chat(writer, template)
         asked, rows = writer.together(lambda: _asked(chat, config.messages or ""))
@@ -115,7 +114,7 @@ def answer_file(writer: Writer) -> None:
                 if config.out is None and writer.is_first:
                     print(lines[-1], flush=True)
     if config.out is not None and writer.is_first:
-        path = Path(config.out).expanduser()
+        path = files.path_of(config.out, "out")
         with files.writing(path.parent, "out"):
             path.parent.mkdir(parents=True, exist_ok=True)
             files.write(path, "".join(line + "\n" for line in lines))
@@ -141,7 +140,7 @@ def _template(writer: Writer, key: str) -> Template:
 
 
 def _talks(name: str) -> Iterator[Any]:
-    path = Path(name).expanduser()
+    path = files.path_of(name, "messages")
     if not path.is_file():
         raise ConfigError(missing(name, "messages", "a .jsonl file with a conversation a line"))
     try:

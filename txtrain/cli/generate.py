@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import partial
-from pathlib import Path
 
 from txtrain.cli.chat import answer_file, talk
 from txtrain.cli.writer import Writer, laid_out, ready
@@ -12,6 +11,7 @@ from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema_of_trained import Generate
 from txtrain.data.sources.files import missing
 from txtrain.errors import ConfigError
+from txtrain.ground.files import path_of
 from txtrain.objectives.continuations import encode
 from txtrain.parallel.launch import launch, n_processes
 
@@ -67,7 +67,7 @@ def read_prompts(config: Generate) -> list[str]:
         return [_standard_input() if config.prompt == "-" else config.prompt]
     if config.prompt_file is None:
         return []
-    path = Path(config.prompt_file).expanduser()
+    path = path_of(config.prompt_file, "prompt_file")
     if path.exists() and not path.is_file():
         raise ConfigError(missing(config.prompt_file, "prompt_file", "a text file with one prompt a line"))
     try:

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 
 LOCK = "lock"  # file in a temporary folder
 _MARK = ".txtrain-scratch"
@@ -28,11 +28,17 @@ def path_of(where: object, name: str) -> Path:
     """
     text = os.fspath(where) if isinstance(where, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ConfigError(f"`{name}` must be a path, but is {where!r} instead.")
+        raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(where))} instead.")
     try:
-        return Path(text).expanduser()
+        path = Path(text).expanduser()
     except RuntimeError as e:  # ~NAME of no user
-        raise ConfigError(f"`{name}` must be a path, but is {text!r} instead: {e}") from e
+        raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(text))} instead: {e}") from e
+    try:
+        path.lstat()
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:  # a text, for example; pathlib's questions would raise it too
+            raise ConfigError(f"`{name}` must be a path, but {shorten(repr(text))} is too long for one.") from e
+    return path
 
 
 def sync(path: Path) -> None:

@@ -35,7 +35,8 @@ from txtrain.model.lora import Pair
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX, _NESTED = "base_model.model.", ".base_layer"
 HASH = "base_sha256"  # in the header of WEIGHTS
-_PLAIN = re.compile(r"(?:[\w.^$-]|\\[.dw]\+?|\.\*)*")  # of patterns: no others are run, which could take forever
+# Of patterns: no others are run, for they could take forever, as could more than two parts of any length.
+_PLAIN = re.compile(r"(?:[\w.^$-]|\\[.dw])*(?:(?:\.\*|\\[.dw]\+)(?:[\w.^$-]|\\[.dw])*){0,2}")
 _KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
 
 # Fields of PEFT's LoraConfig that do not change a forward; any other that is not read here must be unset.

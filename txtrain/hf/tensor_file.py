@@ -99,17 +99,20 @@ class SafetensorsFile:
 
     def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[memoryview]:
         """Read one tensor, from element `first`, into contiguous memory of its dtype; yields pieces as they come."""
-        held = self._held
-        with open(self.path if held is None else held, "rb", buffering=0, closefd=held is None) as f:
-            f.seek(self._begin[name] + first * tensor.element_size())
+        file = os.open(self.path, os.O_RDONLY) if self._held is None else self._held
+        at = self._begin[name] + first * tensor.element_size()
+        try:
             for piece in pieces(tensor):
                 done = 0
                 while done < len(piece):
-                    got = f.readinto(piece[done:])
+                    got = os.preadv(file, [piece[done:]], at)
                     if not got:
                         raise self._broken(f"it ends within {name}")
-                    done += got
+                    done, at = done + got, at + got
                 yield piece
+        finally:
+            if file != self._held:
+                os.close(file)
 
 
 def pieces(tensor: Tensor) -> Iterator[memoryview]:

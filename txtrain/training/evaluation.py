@@ -355,7 +355,7 @@ def check_out(out: str, suffix: str) -> Path:
 def _write(made: Evaluation, cfg: Evaluate, path: Path | None) -> None:
     """To `out`, and as a line into the run's folder. path: the checkpoint of a run."""
     if cfg.out is not None:
-        out = Path(cfg.out).expanduser()
+        out = files.path_of(cfg.out, "out")
         with files.writing(out.parent, "out"):
             out.parent.mkdir(parents=True, exist_ok=True)
             files.write(out, json.dumps(json.loads(made.to_json()), indent=2, ensure_ascii=False) + "\n")

@@ -16,6 +16,7 @@ from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Marked, Split
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer
 from txtrain.errors import ConfigError
+from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import read_text
 
 log = logging.getLogger(__name__)
@@ -49,7 +50,7 @@ class ConversationRows:
         self.path, self.limits, self.what, self.skipped = path, limits, what, limits.skipped
         self.chat_template: ChatTemplate | None = None
         if chat_template is not None:
-            file = Path(chat_template).expanduser()
+            file = path_of(chat_template, "data.chat_template")
             self.chat_template = ChatTemplate({"default": read_text(file, _TEMPLATE_LIMIT)}, chat_template)
         self._known: list[str] = []
         self.rows: dict[Split, Rows] = {"train": self._open(path, "data.path", name, split)}

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from txtrain.errors import ConfigError, hint
+from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import check_expansion
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def listed(spec: str | Sequence[str]) -> list[str]:
 
 
 def _expand(name: str, key: str, kinds: tuple[str, ...], what: str) -> list[Path]:
-    path = Path(name).expanduser()
+    path = path_of(name, key)
     if path.is_file():
         if not path.stat().st_size:
             raise ConfigError(f"`{key}`: {name} must hold {what}, but the file is empty.")
@@ -108,7 +109,7 @@ def unpacked_name(path: Path) -> str:
 
 def missing(name: str, key: str, what: str = "an existing file, glob or folder") -> str:
     """The error for a path that is no file and no folder: what it is, or how far it exists and the nearest name."""
-    path = Path(name).expanduser()
+    path = path_of(name, key)
     if os.path.lexists(path):
         return f"`{key}` must be {what}, but {name} is {kind_of(path)}."
     parent = path.parent

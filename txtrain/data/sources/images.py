@@ -19,6 +19,7 @@ from txtrain.data.sources.files import Limits, files_identity, missing, open_unp
 from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import map_npy, npz_names, read_npz
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -75,7 +76,7 @@ class ImageFiles:
     # ------------------------------------------------------------------------------------------------------------- open
 
     def _open(self, spec: str, key: str, labels: str | None, split: str) -> dict[Split, Opened]:
-        path = Path(spec).expanduser()
+        path = path_of(spec, key)
         if path.is_dir():
             return self._folder(path, key)
         if path.suffix == ".npz":
@@ -87,7 +88,7 @@ class ImageFiles:
                 )
             pictures, classes = (
                 _existing(path, key),
-                _existing(Path(labels).expanduser(), key.replace("path", "labels")),
+                _existing(path_of(labels, beside := key.replace("path", "labels")), beside),
             )
             self.files += [pictures, classes]
             return {

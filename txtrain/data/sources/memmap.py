@@ -16,6 +16,7 @@ from txtrain.data.store.tokens import Shard
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
+from txtrain.ground.files import path_of
 
 _NANOGPT = ("train.bin", "val.bin")
 
@@ -80,7 +81,7 @@ class TokenFiles:
         """The shards of all paths, and the validation shards of their folders."""
         found: dict[Split, list[Shard]] = {"train": [], "validation": []}
         for name in listed(path):
-            here = Path(name).expanduser()
+            here = path_of(name, key)
             if (here / INDEX).is_file():
                 index = self._indexes[here.resolve()] = read_index(here, key)
                 for split, shards in found.items():
@@ -151,7 +152,7 @@ class TokenFiles:
 
 def _files(name: str, key: str) -> list[Path]:
     """Token files; Megatron's .idx, or the common name of .bin and .idx, stands for the .bin."""
-    path = Path(name).expanduser()
+    path = path_of(name, key)
     prefix = path.with_suffix("") if path.suffix == ".idx" else path
     beside = prefix.with_name(prefix.name + ".bin")
     if not path.is_dir() and beside.is_file() and prefix.with_name(prefix.name + ".idx").is_file():

@@ -13,6 +13,7 @@ from txtrain.data.sources.hub import why_unreachable
 from txtrain.data.tokenizer.folder import SOURCE_FILES, files_in
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.files import path_of
 from txtrain.ground.plain_files import TOKENIZER_LIMIT, check_file, check_keys, read_bytes, read_json, read_text
 
 # Usual names of the special tokens, if no file names them.
@@ -38,7 +39,7 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
     name = os.fspath(where)
     if name == "bytes":
         return byte_tokenizer()
-    path = Path(name).expanduser()
+    path = path_of(name, "data.tokenizer")
     if os.path.lexists(path) and not (path.is_file() or path.is_dir()):
         raise ConfigError(missing(name, "data.tokenizer", "a folder or a file"))
     path = _of_run(path) if path.exists() else _from_hub(name)
