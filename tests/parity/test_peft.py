@@ -5,12 +5,13 @@ import json
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import txtrain
 from tests.cases import some
 from tests.parity import pairs, test_deepseek
 from tests.parity.pairs import difference, inputs, logits_of
+from txtrain.checkpoint.load import open_model
 from txtrain.errors import ConfigError
 from txtrain.hf.lora_config import Lora, LoraConfig
 from txtrain.hf.peft import WEIGHTS, save_adapter
@@ -160,6 +161,24 @@ def test_what_would_change_the_numbers_is_refused(tmp_path, changes, told):
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ConfigError, match=told):
         txtrain.load_pretrained(p.folder, adapter=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda name, tensor: {name: tensor.to(torch.int64)}, "the dtype of"),
+        (lambda name, tensor: {name: tensor.to(torch.float8_e4m3fn)}, "the dtype of"),
+        (lambda name, tensor: {name: tensor, name.removeprefix("base_model.model."): tensor.clone()}, "must hold one adapter of"),
+        (lambda name, tensor: {name: tensor * 1e30}, "hold NaN or infinity"),  # merged, not by themselves
+    ],
+)
+def test_factors_that_are_no_numbers_or_come_twice_are_refused(tmp_path, change, told):
+    p, model, config = adapted("llama2", 0)
+    write(model, config, tmp_path, base=str(p.folder))
+    factors = load_file(tmp_path / WEIGHTS)
+    save_file({n: t for name, tensor in factors.items() for n, t in change(name, tensor).items()}, tmp_path / WEIGHTS)
+    with pytest.raises(ConfigError, match=told):
+        open_model(tmp_path, "init_from", finite=True)
 
 
 def test_an_adapter_of_another_model_is_refused_and_one_without_its_base_says_so(tmp_path):

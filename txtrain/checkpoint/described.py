@@ -98,7 +98,7 @@ def saved_adapter(path: Path) -> Any:
     from txtrain.hf.lora_config import LoraConfig
 
     raw = read_yaml(path / "config.yaml").get("adapter")
-    return build(LoraConfig, raw if isinstance(raw, dict) else {})
+    return build(LoraConfig, raw if isinstance(raw, dict) else {}, "adapter", path / "config.yaml")
 
 
 def on_described(where: str | os.PathLike[str], key: str, do: Callable[[Described], T]) -> T:
@@ -122,7 +122,7 @@ def _saved_config(path: Path, key: str) -> ModelConfig:
     raw = read_yaml(file)
     check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
     try:
-        return build(ModelConfig, raw["model"])
+        return build(ModelConfig, raw["model"], "model", file)
     except ConfigError as e:
         if not raw.get("imports"):
             raise

@@ -151,7 +151,7 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
 
 def exists(where: str | Path) -> bool:
     """Whether `locate` would find one."""
-    path = Path(where).expanduser()
+    path = files.path_of(where, "checkpoint")
     return is_complete(path) or bool(_named(path)) or bool(_runs(path))
 
 

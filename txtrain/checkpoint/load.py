@@ -81,7 +81,10 @@ def _merged(found: Described, how: restore.Reading, turn: int = 0, of: int = 1, 
     adapter, named = _read_adapter(found, model, how, weights)
     if named is not None:
         check_base(named, base.path, how.key)
-    return Source(found.path, model, merged(base.pieces, adapter))
+    pieces = merged(base.pieces, adapter)
+    changed = [piece for piece, own in zip(pieces, base.pieces, strict=True) if piece is not own]
+    restore.check_values(found.path, changed[turn::of], how)  # factors may be finite, and their product not
+    return Source(found.path, model, pieces)
 
 
 def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int = 1) -> Source:

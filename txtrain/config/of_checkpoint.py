@@ -11,7 +11,7 @@ from txtrain.config.composed import Composed
 from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
-from txtrain.ground.plain_files import read_yaml
+from txtrain.ground.plain_files import check_keys, read_yaml
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
 from txtrain.run_config import RewardConfig
@@ -43,6 +43,7 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
             raise ConfigError(*problems)
         return dc.replace(job, config=config, grafts={})
     saved = {} if found.is_hf else read_yaml(found.path / "config.yaml")
+    check_keys(saved, str(found.path / "config.yaml"), {"data": dict | None})
     own = "data" not in job.given
     if own and found.is_hf:
         raise ConfigError(f"`data` must be given: {str(found.path)!r} is no run, which would name its own.")
@@ -60,7 +61,7 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
     config = dc.replace(config, data=data, objective=trained or config.objective)
     given = any(key.partition(".")[0] == "reward" for key in job.given)
     if data.sample_kind == "problems" and "reward" in saved and not given and config.reward == RewardConfig():
-        config = dc.replace(config, reward=build(RewardConfig, saved["reward"]))
+        config = dc.replace(config, reward=build(RewardConfig, saved["reward"], "reward", "`checkpoint`"))
     if isinstance(config, Evaluate) and own and "data.path" not in job.given:
         config = dc.replace(config, split=config.split or "validation")
     return dc.replace(job, config=fitted(config, found.model, named), grafts={})
@@ -107,6 +108,8 @@ def _measured(config: Evaluate, named: bool) -> Evaluate:
 def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:
     """The run's data, with the values of the command line."""
     data = _saved("data", saved, job)
+    if data is None:
+        raise ConfigError("`data` must be given: the run's config.yaml names none.")
     names = {f.name for f in dc.fields(data)}
     given = [key.removeprefix("data.") for key in job.given if key.startswith("data.")]
     if other := [key for key in given if key.partition(".")[0] not in names]:
@@ -122,6 +125,7 @@ def _own_data(job: Composed, saved: Mapping[str, Any]) -> Any:
 def _read_alike(job: Composed, saved: Mapping[str, Any]) -> Any:
     """The data of the command line, read as the run read its own: so long, and within documents or across them."""
     data, before = job.config.data, saved.get("data") or {}
+    check_keys(before, "`checkpoint`: its run's data", {"seq_len": int | None, "cross_document_attention": bool | None})
     known = TABLE["data"].get(str(before.get("type")))
     if data.sample_kind == "images" or not saved or known is None or known.config.sample_kind == "images":
         return data
@@ -146,4 +150,4 @@ def _saved(axis: str, saved: Mapping[str, Any], job: Composed) -> Any:
         imports = ",".join(map(str, saved.get("imports") or ()))
         again = f" Its run used imports=[{imports}]: name it again." if imports else ""
         raise ConfigError(f"`checkpoint`: its run's {axis} is {kind!r}, which is not known here.{again}")
-    return build(TABLE[axis][kind].config, raw)
+    return build(TABLE[axis][kind].config, raw, axis, "`checkpoint`")

@@ -33,16 +33,18 @@ class Checked(Protocol):
     def check(self) -> Iterable[str]: ...
 
 
-def build(cls: type[T], raw: Mapping[str, Any]) -> T:
+def build(cls: type[T], raw: Mapping[str, Any], path: str = "", file: object = None) -> T:
     """The typed, checked object that `raw` describes.
+
+    path: its place in a run's configuration. file: where that stands, if it is a stranger's, for an error.
 
     Raises:
         ConfigError: all unknown or missing keys, wrong types and unknown options; if there are none, all numbers out
             of bounds; if none, the problems of the object's own `check`.
     """
-    made, problems = part(cls, raw, "")
+    made, problems = part(cls, raw, path)
     if problems or (isinstance(made, Checked) and (problems := list(made.check()))):
-        raise ConfigError(*problems)
+        raise ConfigError(*(problem if file is None else f"{file}: {problem}" for problem in problems))
     return typing.cast(T, made)
 
 

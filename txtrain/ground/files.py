@@ -31,13 +31,12 @@ def path_of(where: object, name: str) -> Path:
         raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(where))} instead.")
     try:
         path = Path(text).expanduser()
-    except RuntimeError as e:  # ~NAME of no user
-        raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(text))} instead: {e}") from e
-    try:
         path.lstat()
-    except OSError as e:
-        if e.errno == errno.ENAMETOOLONG:  # a text, for example; pathlib's questions would raise it too
-            raise ConfigError(f"`{name}` must be a path, but {shorten(repr(text))} is too long for one.") from e
+    except (RuntimeError, ValueError, OSError) as e:  # ~NAME of no user; half a character; a text, for example
+        if isinstance(e, OSError) and e.errno != errno.ENAMETOOLONG:
+            return path
+        why = e.strerror if isinstance(e, OSError) else shorten(e).rstrip(".")
+        raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(text))} instead: {why}.") from e
     return path
 
 

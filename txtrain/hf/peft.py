@@ -28,7 +28,7 @@ from txtrain.hf.hf_class import HFClass
 from txtrain.hf.lora_config import adaptable
 from txtrain.hf.name_map import EXPERT, Row, Shape, respelt
 from txtrain.hf.registry import class_of
-from txtrain.hf.tensor_file import SafetensorsFile, write_safetensors
+from txtrain.hf.tensor_file import DTYPES, SafetensorsFile, write_safetensors
 from txtrain.model.config import ModelConfig
 from txtrain.model.lora import Pair
 
@@ -242,18 +242,19 @@ class AdapterFolder:
             ConfigError: it is of another model.
         """
         hf = class_of(model)
-        kinds, found = _kinds(model, shapes), dict[str, dict[str, Tensor]]()
+        kinds, found = _kinds(model, shapes), dict[str, dict[str, str]]()
         for name in self._file.entries:
             key = _KEY.fullmatch(name.removeprefix(_PREFIX))
             if key is None:
                 raise ConfigError(f"{self._file.path} must hold a LoRA adapter alone, but holds {name}.")
             theirs = self._named(key[1], kinds, hf)
-            found.setdefault(theirs, {})[key[2]] = self._file.read(name).float()
+            if (first := found.setdefault(theirs, {}).setdefault(key[2], name)) != name:
+                raise ConfigError(f"{self._file.path} must hold one adapter of {theirs}, but holds {first} and {name}.")
         adapter: dict[str, Pair] = {}
         for theirs, both in found.items():
             if both.keys() != {"A", "B"}:
                 raise ConfigError(f"{self._file.path} must hold lora_A and lora_B of {theirs}, but holds one of them.")
-            adapter |= self._split(theirs, kinds[theirs], both["A"], both["B"], model)
+            adapter |= self._split(theirs, kinds[theirs], both, model)
         if not adapter:
             raise ConfigError(f"{self._file.path} must hold an adapter, but holds no tensors.")
         return adapter
@@ -274,16 +275,21 @@ class AdapterFolder:
                 return stacks[len(stacks) - 1 - depth]
         raise ConfigError(f"{self._file.path} is of another model: {hf.architecture} has no module {plain}.")
 
-    def _split(self, theirs: str, kind: Kind, A: Tensor, B: Tensor, model: ModelConfig) -> dict[str, Pair]:
+    def _split(self, theirs: str, kind: Kind, names: Mapping[str, str], model: ModelConfig) -> dict[str, Pair]:
+        """names: of the factors A and B, which are read once their shapes and dtypes are known to fit."""
         rows, columns = sum(shape[-2] for shape in kind.shapes), kind.shapes[0][-1]
         n = kind.shapes[0][0] if kind.stacked else 1
-        r = len(A) // n if A.ndim == 2 else 0
-        if not r or A.shape != (r * n, columns) or B.shape != (rows, r * n):
-            shapes = f"lora_A [{r * n}, {columns}] and lora_B [{rows}, {r * n}]"
+        (a, kind_a), (b, kind_b) = (self._file.entries[names[factor]] for factor in "AB")
+        r = a[0] // n if len(a) == 2 else 0
+        if not r or a != (r * n, columns) or b != (rows, r * n):
+            wanted = f"lora_A [{r * n}, {columns}] and lora_B [{rows}, {r * n}]"
             raise ConfigError(
-                f"{self._file.path} is of another model: {theirs} must have {shapes}, but has {list(A.shape)} and "
-                f"{list(B.shape)}."
+                f"{self._file.path} is of another model: {theirs} must have {wanted}, but has {list(a)} and {list(b)}."
             )
+        if not {kind_a, kind_b} <= DTYPES.keys():
+            allowed = f"{', '.join(DTYPES)}, but is {kind_a} and {kind_b} instead"
+            raise ConfigError(f"{self._file.path}: the dtype of {theirs} must be one of {allowed}.")
+        A, B = (self._file.read(names[factor]).float() for factor in "AB")
         key = theirs if kind.stacked or not self._is_parameter(theirs) else f"{theirs}.weight"
         alpha = self._setting("alpha_pattern", key, self.given.get("lora_alpha"), 8)
         scaling = alpha / (math.sqrt(r) if self.given.get("use_rslora") else r)

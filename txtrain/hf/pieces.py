@@ -154,7 +154,7 @@ def fill(tensors: Mapping[str, Tensor], pieces: Sequence[Piece], held: Callable[
 
 
 def merged(pieces: Sequence[Piece], adapter: Mapping[str, Pair]) -> list[Piece]:
-    """Pieces of a base with an adapter merged into what is read of them, in float32. adapter: by matrix."""
+    """Pieces of a checked base with an adapter merged into what is read of them, in float32. adapter: by matrix."""
 
     def read(piece: Piece, pair: Pair, box: Box) -> Tensor:
         place = tuple(slice(b + first, b + last) for b, (first, last) in zip(piece.begin, box, strict=True))
@@ -163,9 +163,7 @@ def merged(pieces: Sequence[Piece], adapter: Mapping[str, Pair]) -> list[Piece]:
     found = []
     for piece in pieces:
         pair = adapter.get(piece.name, adapter.get(piece.name.removesuffix(".weight")))
-        found.append(piece if pair is None else dc.replace(
-            piece, read=partial(read, piece, pair), look=piece.is_fine
-        ))
+        found.append(piece if pair is None else dc.replace(piece, read=partial(read, piece, pair), look=None))
     return found
 
 

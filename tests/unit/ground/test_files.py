@@ -151,3 +151,10 @@ def test_a_temporary_folder_is_removed_also_after_kill_9_but_not_while_it_is_use
     with files.scratch():
         assert not theirs.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["txtrain-file", "txtrain-link", "txtrain-notes"]
+
+
+@pytest.mark.parametrize("where", ["x" * 300, "a/" * 5000, "~nobody-of-that-name/x", "a\0b", "\ud800", "", None])
+def test_what_cannot_be_a_path_is_refused_before_the_system_is_asked(where):
+    with pytest.raises(ConfigError, match="`out` must be a path") as e:
+        files.path_of(where, "out")
+    assert len(str(e.value)) < 500

@@ -23,7 +23,7 @@ from tests.training import tiny
 from tests.unit.hf.folders import llama
 from txtrain.checkpoint import described, load, restore, run_folder
 from txtrain.checkpoint import format as checkpoint
-from txtrain.cli.jobs import compose_job
+from txtrain.cli.jobs import compose, compose_job
 from txtrain.config.loader import make_loader
 from txtrain.config.overrides import expand
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
@@ -292,6 +292,23 @@ def test_an_attack_by_a_checkpoint_is_refused_with_its_name(attack, run):
     do, word = OF_A_RUN[attack]
     do(run)
     refused(lambda: load.load(run), word)
+
+
+@pytest.mark.parametrize(
+    ("changes", "given", "word"),
+    [
+        ({"data": None}, (), "`data` must be given"),
+        ({"data": [1]}, (), "`data` must be a mapping"),
+        ({"data": {"type": "text", "seq_len": "x"}}, ("data=text", "data.path=x"), "`seq_len` must be an integer"),
+        ({"data": {"type": "arithmetic"}, "reward": None}, (), "`reward` must be a mapping"),
+        ({"data": {"type": "arithmetic"}, "reward": {"use": ["os.system"]}}, (), "os.system"),
+        ({"model": {"head": {"type": "os:system"}}}, (), "config.yaml: `model.head.type`"),
+    ],
+)
+def test_what_evaluate_takes_from_a_run_is_checked(changes, given, word, run):
+    raw = yaml.safe_load((newest(run) / "config.yaml").read_text())
+    with_config(run, yaml.safe_dump(raw | changes).encode())
+    refused(lambda: compose([f"checkpoint={run}", *given], "evaluate"), word)
 
 
 def sealed(folder: Path) -> None:

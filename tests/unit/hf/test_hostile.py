@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from tests.unit.hf.folders import config_of, edit_config, llama, rewrite, tensors
+from txtrain.checkpoint.base import Base
+from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.load import open_base
 from txtrain.errors import ConfigError
 from txtrain.hf.load import load_pretrained
 
@@ -248,3 +251,17 @@ def test_a_pipe_is_not_waited_for(folder):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
     refused(folder, r"one of model\.safetensors")
+
+
+@pytest.mark.parametrize("base", ["~nobody-of-that-name/x", "x" * 100_000, "a\0b", "\ud800", "", "/etc/passwd", "https://example.org/x", "."])
+def test_an_adapter_whose_base_is_no_folder_is_refused_in_a_line(tmp_path, base):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "base_model_name_or_path": base}))
+    with pytest.raises(ConfigError) as e:
+        describe(tmp_path, "init_from")
+    assert len(str(e.value)) < 1000
+
+
+def test_a_checkpoint_whose_base_is_no_path_is_refused_in_a_line():
+    with pytest.raises(ConfigError, match="is not there") as e:
+        open_base(Base("x" * 100_000, "0" * 64), "resume")
+    assert len(str(e.value)) < 1000
