@@ -111,6 +111,8 @@ class RunCallback(pl.Callback):
         if self.folder.source is not None:
             how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
             module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average, how)
+            if self.folder.checkpoint is not None:
+                module.load_moved(self.folder.checkpoint, how)
             checkpoint.forget_headers()
             module.step = self.folder.first_step
             module.skipped, module.skipped_in_a_row = self.state.skipped
@@ -171,9 +173,7 @@ class RunCallback(pl.Callback):
         if "stream_position" in batch:
             self.position = batch["stream_position"][-1]
         if self._saver is not None and module.parallel.saves_in_place:
-            self._saver.prepare(
-                lambda: module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
-            )
+            self._saver.prepare(lambda: module.saved_tensors(trainer.optimizers[0]))
         self.display.step(module.step)
         self.watch.step(module, outputs, *self._work(module, batch))
         if module.skipped_in_a_row:
@@ -428,7 +428,7 @@ class RunCallback(pl.Callback):
             rows_hash=self._file.hash if self._file is not None else "",
             optimizer={} if weights_only else module.parallel.training_numbers(module.model, optimizer),
         )
-        tensors = module.parallel.training_tensors(module.model, optimizer, module.average)
+        tensors = module.saved_tensors(optimizer)
         if weights_only:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
         beside = partial(self._beside, module.objective.state())

@@ -127,6 +127,49 @@ def test_a_run_resumed_within_a_rollout_equals_one_that_was_not_stopped(tmp_path
     assert weights(part.run_dir) == weights(whole.run_dir)
 
 
+RESET = "objective.beta=0.1", "objective.updates_per_rollout=2", "objective.reference_reset=4"
+
+
+def kl(run_dir: Path | None) -> list[float]:
+    return [float(row["kl"]) for row in metrics(run_dir)]
+
+
+def test_a_reset_reference_is_the_policy_of_then_and_resumes_exactly(tmp_path: Path) -> None:
+    """A stop after a reset, in front of a rollout that reads what was reset."""
+    run = *RESET, "save.every_n_steps=6", "trainer.val_check_interval=2"
+    whole = txtrain.train(config(tmp_path / "a", *run, "trainer.max_steps=8"))
+    stopped = config(tmp_path / "b", *run, "trainer.max_steps=6")
+    part = txtrain.train(stopped)
+    assert metrics(txtrain.train(dc.replace(stopped, trainer=dc.replace(stopped.trainer, max_steps=8))).run_dir) == metrics(whole.run_dir)
+    assert part.run_dir is not None
+    assert whole.run_dir is not None
+    held = weights(part.run_dir)
+    assert held == weights(whole.run_dir)
+    assert held["reference.head.weight"] != held["model.head.weight"]
+    never = txtrain.train(config(tmp_path / "c", *RESET[:2], "trainer.max_steps=5"))
+    assert kl(whole.run_dir)[:4] == kl(never.run_dir)[:4]
+    assert kl(whole.run_dir)[4] == pytest.approx(0, abs=1e-9)
+    assert kl(never.run_dir)[4] > 1e-4
+    assert not any(name.startswith("reference") for name in weights(never.run_dir or tmp_path))
+
+
+@pytest.mark.slow
+def test_the_reference_of_an_adapter_is_reset_to_base_and_adapter(tmp_path: Path) -> None:
+    base = txtrain.train(config(tmp_path / "base", "trainer.max_steps=1"))
+    run = [f"init_from={base.run_dir}", "adapter=lora", "adapter.r=4", *RESET, "save.every_n_steps=6", "trainer.val_check_interval=2"]
+    whole = txtrain.train(config(tmp_path / "a", *run, "trainer.max_steps=8"))
+    stopped = config(tmp_path / "b", *run, "trainer.max_steps=6")
+    part = txtrain.train(stopped)
+    txtrain.train(dc.replace(stopped, trainer=dc.replace(stopped.trainer, max_steps=8)))
+    assert metrics(part.run_dir) == metrics(whole.run_dir)
+    assert kl(whole.run_dir)[4] == pytest.approx(0, abs=1e-9)
+    assert min(kl(whole.run_dir)[3], kl(whole.run_dir)[5]) > 1e-6
+    assert part.run_dir is not None
+    assert {name.count("lora") for name in weights(part.run_dir) if name.startswith("reference")} == {1}
+    with pytest.raises(ConfigError, match=r"`adapter.lora_dropout` must be 0"):
+        config(tmp_path, *run, "adapter.lora_dropout=0.1")
+
+
 @pytest.mark.slow
 def test_micro_batches_and_padding_change_neither_rollouts_nor_gradients(tmp_path: Path) -> None:
     whole = txtrain.train(config(tmp_path / "a", "trainer.max_steps=4", "objective.mask_truncated=true"))
@@ -213,6 +256,8 @@ def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_p
         (["objective.prompts_per_rollout=8"], "`objective.updates_per_rollout` must be a multiple of 2"),
         (["objective.max_new_tokens=16"], "must be below data.seq_len"),
         (["model.dropout=0.1"], "`model.dropout` must be 0"),
+        (["objective.reference_reset=2"], "`objective.reference_reset` must be null with objective.beta=0, but is 2 instead."),
+        ([*RESET[:2], "objective.reference_reset=3"], "must be a multiple of objective.updates_per_rollout (2)"),
         (["trainer.devices=8"], "`objective.prompts_per_rollout` must be a multiple of the 8 ranks"),
     ],
 )
@@ -276,18 +321,18 @@ def dying(f, n):
 """
 
 
-def ran(folder: Path, *overrides: str, code: str = LOW) -> tuple[list[dict[str, str]], dict[str, Any]]:
+def ran(folder: Path, *overrides: str, code: str = LOW, steps: int = 10) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Ten updates of five rollouts, until they are complete: metrics, and the last rollout."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(code)
     run = [*SHAPE, f"data.cache_dir={folder.parent / 'cache'}", f"run_dir={folder / 'run'}", f"imports=[{folder / 'mine.py'}]"]
-    run += ["trainer.max_steps=10", "objective.updates_per_rollout=2", "trainer.val_check_interval=5", *overrides]
+    run += [f"trainer.max_steps={steps}", *RESET, "trainer.val_check_interval=5", *overrides]
     for _ in range(2):
         done = subprocess.run([sys.executable, "-m", "txtrain", *run], check=False, timeout=400, capture_output=True, text=True)
         if done.returncode != -9:
             break
     assert done.returncode == 0, done.stderr
-    with np.load(folder / "run" / "checkpoints" / "step_00000010" / "rollout.npz") as file:
+    with np.load(folder / "run" / "checkpoints" / f"step_{steps:08}" / "rollout.npz") as file:
         return metrics(folder / "run"), dict(file)
 
 
@@ -304,11 +349,37 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[
 def test_several_processes_make_the_rollouts_and_updates_of_one(tmp_path: Path, of_one_process: Any, strategy: str, n: int) -> None:
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
-    (one, of_one), (several, of_several) = of_one_process, ran(tmp_path / "n", f"strategy={strategy}", f"trainer.devices={n}")
+    assert_near(of_one_process, ran(tmp_path / "n", f"strategy={strategy}", f"trainer.devices={n}"))
+
+
+def assert_near(whole: tuple[Any, Any], other: tuple[Any, Any]) -> None:
+    (one, of_one), (several, of_several) = whole, other
     assert np.array_equal(of_one["input_ids"], of_several["input_ids"])
     for name in of_one:
         assert np.allclose(of_one[name], of_several[name], atol=1e-4), name
     assert [float(row["grad_norm"]) for row in one] == pytest.approx([float(row["grad_norm"]) for row in several], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3", "tp"])
+def test_a_reset_reference_moves_to_another_number_of_processes(tmp_path: Path, of_one_process: Any, strategy: str) -> None:
+    """Reset at 4 by two processes, read at 6 by one, reset at 8."""
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    ran(tmp_path / "n", f"strategy={strategy}", "trainer.devices=2", steps=6)
+    assert_near(of_one_process, ran(tmp_path / "n"))
+
+
+@pytest.mark.slow
+def test_an_adapter_and_its_reset_reference_on_several_processes(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    base = txtrain.train(config(tmp_path / "base", "trainer.max_steps=1")).run_dir
+    run = [f"init_from={base}", "adapter=lora", "adapter.r=4"]
+    one = ran(tmp_path / "1", *run)
+    for strategy in ("ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"):
+        two = f"strategy={strategy}", "trainer.devices=2"
+        ran(tmp_path / strategy, *run, *two, steps=6)  # stopped and continued
+        assert_near(one, ran(tmp_path / strategy, *run, *two))
 
 
 @pytest.mark.slow
