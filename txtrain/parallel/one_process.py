@@ -190,7 +190,7 @@ class OneProcess:
 
     @torch.no_grad()
     def copy_weights(self, model: nn.Module, read: Any) -> None:
-        """Give a read-only model of the same form the weights of the trained one; where it has an adapter, that alone."""
+        """Give a read-only model of the same form the trained one's weights; where it has an adapter, that alone."""
         values = model.state_dict()
         for name, tensor in self.read_tensors(read).items():
             local(tensor).copy_(local(values[name]))
