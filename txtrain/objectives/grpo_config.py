@@ -36,7 +36,7 @@ class GRPOConfig(ObjectiveConfig):
     beta: float = knob(0.04, at_least=0)
     # as init_from; null: the weights with which the run begins
     reference: str | None = knob(None, literal=True)
-    # after so many updates, and again, the reference becomes the policy of then (2501.12948, where n is 400; 2505.24864)
+    # every so many updates the policy becomes the reference (2501.12948: 400; 2505.24864); null: never
     reference_reset: int | None = knob(None, at_least=1)
     # loss: of each token; reward: the sum over a completion's tokens is taken off its reward (2203.02155)
     kl_in: Literal["loss", "reward"] = "loss"
