@@ -17,6 +17,7 @@ from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.model.build import build_model
+from txtrain.model.lora import attach
 from txtrain.monitor.metrics_csv import read
 from txtrain.objectives.base import Batch, build_objective
 from txtrain.objectives.grpo import GRPO
@@ -226,6 +227,52 @@ def test_the_loss_of_micro_batches_is_that_of_rows_one_by_one(tmp_path: Path, no
     assert whole == pytest.approx(one_by_one, abs=1e-6)
     assert float((of_whole - of_parts).abs().max()) < 1e-6
     assert float((of_whole - of_rows).abs().max()) < 1e-6
+
+
+def by_hand(model: torch.nn.Module, batch: Batch, ratio: str, normalise: str) -> torch.Tensor:
+    """GRPO's loss of a whole batch, a token at a time, from the model's logits; clip 0.2, beta 0.1, at most 6 tokens."""
+    log_p = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+    total, rows, tokens = torch.zeros((), dtype=torch.float64), 0, 0
+    for i, labels in enumerate(batch["labels"].tolist()):
+        places = [t for t, label in enumerate(labels) if label != -100]
+        rows, tokens = rows + bool(places), tokens + len(places)
+        old, reference, a = batch["old_log_probs"][i], batch["reference_log_probs"][i], float(batch["advantages"][i])
+        apart = [log_p[i, t - 1, labels[t]] - old[t] for t in places]
+        for t, log_r in zip(places, apart, strict=True):
+            r = torch.exp(sum(apart, torch.zeros(())) / len(apart) if ratio == "sequence" else log_r)
+            further = reference[t] - log_p[i, t - 1, labels[t]]
+            loss = -torch.min(r * a, r.clamp(0.8, 1.2) * a) + 0.1 * (further.exp() - further - 1)
+            total = total + loss * {"sequence": 1 / len(places), "token": 1.0, "constant": 1 / 6}[normalise]
+    return total / (tokens if normalise == "token" else rows)
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_what_an_adapter_learns_on_two_ranks_in_micro_batches_equals_the_formula(tmp_path: Path, normalise: str, ratio: str) -> None:
+    """Ranks' denominators are summed, and their gradients; rows are padded, and one is masked out as truncated."""
+    made = config(tmp_path, f"objective.normalise={normalise}", f"objective.ratio={ratio}", "objective.beta=0.1", "objective.reference=x")
+    objective, batch = build_objective(made), batch_of()
+    seed_everything(0)
+    model = build_model(made.model).double()
+    attach(model, {"blocks.0.attention.q_proj": (4, 2.0), "blocks.0.ffn.up_proj": (4, 2.0)})
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ranks = list(cut(batch, 3))
+    counts = {name: sum(n[name] for n in map(objective.denominators, ranks)) for name in objective.denominators(batch)}
+    value = 0.0
+    for rank in ranks:
+        for part in cut(rank, 2):
+            loss = objective.total(objective(model, part, counts))  # type: ignore[arg-type]
+            loss.backward()  # type: ignore[no-untyped-call]
+            value += float(loss)
+    wanted = by_hand(model, batch, ratio, normalise)
+    gradients = torch.autograd.grad(wanted, trained)
+    assert value == pytest.approx(float(wanted), abs=1e-6)
+    assert max(float((p.grad - g).abs().max()) for p, g in zip(trained, gradients, strict=True) if p.grad is not None) < 1e-6
+    assert len(gradients) == 4 and max(float(g.abs().max()) for g in gradients) > 1e-3  # noqa: PT018
 
 
 def test_log_probs_are_those_of_the_sampler_at_its_temperature_and_nucleus(tmp_path: Path) -> None:
