@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.format import LoadError
-from txtrain.checkpoint.restore import Reading
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
@@ -225,19 +224,6 @@ class LitModule(pl.LightningModule):
 
     def parameter_groups(self) -> Groups:
         return parameter_groups(self.model.named_parameters(), self.config.optimizer)
-
-    def saved_tensors(self, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-        """All tensors of a checkpoint, by name. Collective."""
-        found = self.parallel.training_tensors(self.model, optimizer, self.average)
-        for key in sorted(self.objective.moved):
-            tensors = self.parallel.read_tensors(self.objective.models[key])
-            found |= {f"{key}.{name}": tensor for name, tensor in tensors.items()}
-        return found
-
-    def load_moved(self, path: Path, how: Reading) -> None:
-        """Read the weights of the objective's further models that a checkpoint of the run holds. Collective."""
-        models, load = self.objective.models, self.parallel.load_read
-        self.objective.moved = frozenset(key for key in sorted(models) if load(path, key, models[key], how))
 
     def on_fit_start(self) -> None:
         if data := self._data:
