@@ -65,7 +65,7 @@ class ShardedConfig(StrategyConfig):
     """FSDP2 (2304.11277): parameters, gradients and optimizer state in shards; a block gathers its own to compute.
 
     reshard_after_forward: free a block's gathered parameters after its forward, and gather them again for its backward.
-    reduce_each_micro_batch: gradients of earlier micro-batches are held as shards; else whole, and exchanged once a step.
+    reduce_each_micro_batch: keep gradients of earlier micro-batches in shards; else whole, exchanged once a step.
     cpu_offload: shards, gradients and the optimizer are in CPU memory.
     """
 
