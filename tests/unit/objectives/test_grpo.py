@@ -417,16 +417,24 @@ def test_a_reset_reference_moves_to_another_number_of_processes(tmp_path: Path, 
     assert_near(of_one_process, ran(tmp_path / "n"))
 
 
+@pytest.fixture(scope="module")
+def of_one_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any]:
+    """Its overrides, and its result on one process."""
+    folder = tmp_path_factory.mktemp("adapter")
+    ran(folder / "base", steps=2)
+    run = [f"init_from={folder / 'base' / 'run'}", "adapter=lora", "adapter.r=4"]
+    return run, ran(folder / "1", *run)
+
+
 @pytest.mark.slow
-def test_an_adapter_and_its_reset_reference_on_several_processes(tmp_path: Path) -> None:
-    pytest.importorskip("deepspeed")
-    base = txtrain.train(config(tmp_path / "base", "trainer.max_steps=1")).run_dir
-    run = [f"init_from={base}", "adapter=lora", "adapter.r=4"]
-    one = ran(tmp_path / "1", *run)
-    for strategy in ("ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"):
-        two = f"strategy={strategy}", "trainer.devices=2"
-        ran(tmp_path / strategy, *run, *two, steps=6)  # stopped and continued
-        assert_near(one, ran(tmp_path / strategy, *run, *two))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_an_adapter_and_its_reset_reference_stopped_and_continued_on_two_processes(tmp_path: Path, of_one_adapter: Any, strategy: str) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    run, one = of_one_adapter
+    two = *run, f"strategy={strategy}", "trainer.devices=2"
+    ran(tmp_path / "n", *two, steps=6)
+    assert_near(one, ran(tmp_path / "n", *two))
 
 
 @pytest.mark.slow
