@@ -386,7 +386,8 @@ class ZeRO(Mesh):
             name: tensor for name, tensor in tensors.items()
             if name.removeprefix("optimizer.").rpartition(".")[0] not in new
         }
-        load_tensors(path, tensors, group=self.checkpoint_group, how=how, without=of_frozen(path, model))
+        prefixes = "model.", "optimizer."
+        load_tensors(path, tensors, prefixes, self.checkpoint_group, how, of_frozen(path, model))
         for part in self._parts:
             if f"model.{part.name}" not in tensors:  # an adapter's base
                 continue
