@@ -289,8 +289,9 @@ class Mesh(OneProcess):
     def micro_batch(self, module: nn.Module, last: bool) -> Iterator[None]:
         model: Any = module.model
         if self._fsdp:
-            model.set_requires_gradient_sync(last)
-            model.set_is_last_backward(last)
+            reduces = last or self.config.strategy.reduce_each_micro_batch
+            model.set_requires_gradient_sync(reduces)
+            model.set_is_last_backward(reduces)
             yield
         elif self.size > 1:
             if self._buckets is None:
