@@ -1,9 +1,10 @@
 """Training steps and decoding side by side with transformers.
 
-    python -m tests.benchmarks.against_transformers [step] [decode] [--families ...] [--rounds 3] [--layers 6] [--batches 1 16] [--new 64]
+    python -m tests.benchmarks.against_transformers [step] [decode] [--families ...] [--rounds 3] [--layers 6] [--batches 1 16] [--new 64] [--profile]
 
 Each family has 6 layers, dim 384, 6 heads (2 for keys and values where the class has them apart), a vocabulary of 8192; a step is forward, backward
-and AdamW on 8 x 256 tokens. Decoding reads 32 tokens and writes `--new`, greedily and sampled. How it is measured: sides.py.
+and AdamW on 8 x 256 tokens. Decoding reads 32 tokens and writes `--new`, greedily and sampled; `--profile`: the share of matrix products in
+it, which both sides compute alike. How it is measured: sides.py.
 """
 
 import argparse
@@ -12,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
 
 from tests.benchmarks.sides import DECODERS, FAMILIES, VOCAB, batch_of, best, pair, step_of
 from txtrain.model.generation import generate
@@ -42,6 +44,14 @@ def decode_ratio(theirs: Any, ours: Any, rows: int, new: int, sampled: bool, rou
     return our_time / new, their_time / new
 
 
+def products_share(ours: Any, rows: int, new: int) -> float:
+    """Of the time of greedy decoding, that in matrix products."""
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        generate(ours, torch.randint(5, VOCAB, (rows, PROMPT)), max_new_tokens=new, eos_token_id=None, temperature=0.0)
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    return sum(times.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(times.values())
+
+
 def lines(given: argparse.Namespace) -> Iterator[str]:
     for family in given.families if "step" in given.what else ():
         ours, theirs = step_ratio(family, given.layers, given.rounds)
@@ -52,6 +62,8 @@ def lines(given: argparse.Namespace) -> Iterator[str]:
             for sampled in (False, True):
                 ours, theirs = decode_ratio(*models, rows, given.new, sampled, given.rounds)
                 how = "sampled" if sampled else "greedy"
+                if given.profile:
+                    how += f", products {products_share(models[1], rows, given.new):.0%}"
                 yield f"{family:12} {rows:3} rows, {how:8} ours {ours * 1e3:7.2f} ms   theirs {theirs * 1e3:7.2f} ms a token   {theirs / ours:.2f} x"
 
 
@@ -63,6 +75,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     parser.add_argument("--new", type=int, default=64)
+    parser.add_argument("--profile", action="store_true")
     given = parser.parse_args()
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, CPU seconds of one thread, best of {given.rounds}")

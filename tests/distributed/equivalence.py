@@ -104,6 +104,7 @@ WAYS = {
     "ddp, accumulation": Way(2, ("strategy=ddp", BY_TWO)),
     "fsdp": Way(2, ("strategy=fsdp",)),
     "fsdp, accumulation": Way(2, ("strategy=fsdp", BY_ONE)),
+    "fsdp, each micro-batch reduced": Way(2, ("strategy=fsdp", "strategy.reduce_each_micro_batch=true", BY_ONE)),
     "fsdp, gathered parameters kept": Way(2, ("strategy=fsdp", "strategy.reshard_after_forward=false")),
     "fsdp, offload, accumulation": Way(2, ("strategy=fsdp", "strategy.cpu_offload=true", BY_TWO)),
     "fsdp, checkpointing full": Way(2, ("strategy=fsdp", FULL)),
@@ -113,6 +114,7 @@ WAYS = {
     "tp, checkpointing full, accumulation": Way(2, ("strategy=tp", FULL, BY_TWO)),
     **STAGES,
     # four
+    "hsdp, each micro-batch reduced": Way(4, ("strategy=hsdp", "strategy.reduce_each_micro_batch=true", BY_ONE)),
     "hsdp": Way(4, ("strategy=hsdp", BY_ONE)),
     "fsdp on 4": Way(4, ("strategy=fsdp",)),
     "tp, two copies": Way(4, ("strategy=tp", "strategy.tp_size=2", BY_TWO)),

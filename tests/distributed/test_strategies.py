@@ -12,6 +12,7 @@ HOW = {
     "ddp, accumulation": ("strategy=ddp", "data.micro_batch_size=2"),
     "fsdp": ("strategy=fsdp",),
     "fsdp, accumulation": ("strategy=fsdp", "data.micro_batch_size=1"),
+    "fsdp, each micro-batch reduced": ("strategy=fsdp", "strategy.reduce_each_micro_batch=true", "data.micro_batch_size=1"),
     "fsdp, gathered parameters kept": ("strategy=fsdp", "strategy.reshard_after_forward=false"),
     "fsdp, checkpointing": ("strategy=fsdp", "trainer.activation_checkpointing=full"),
     "fsdp, offload": ("strategy=fsdp", "strategy.cpu_offload=true"),
@@ -41,7 +42,7 @@ def compare(reference, models, how, n):
             assert difference < ALLOWED, f"{model}, {way}, {n} processes: {name} {difference:.1e}, allowed {ALLOWED:.0e}"
 
 
-COVERING = ("ddp, accumulation", "fsdp, accumulation", "fsdp, offload")
+COVERING = ("ddp, accumulation", "fsdp, accumulation", "fsdp, each micro-batch reduced", "fsdp, offload")
 
 
 @pytest.mark.parametrize("ways", [COVERING, pytest.param([way for way in HOW if way not in COVERING], marks=pytest.mark.slow)])

@@ -45,6 +45,7 @@ class StrategyConfig:
     ep_size = 1
     cpu_offload = False
     reshard_after_forward = False
+    reduce_each_micro_batch = False
 
     def layout(self, world: int) -> Layout:
         """The layout of `world` ranks, if `problems` has none."""
@@ -64,10 +65,12 @@ class ShardedConfig(StrategyConfig):
     """FSDP2 (2304.11277): parameters, gradients and optimizer state in shards; a block gathers its own to compute.
 
     reshard_after_forward: free a block's gathered parameters after its forward, and gather them again for its backward.
+    reduce_each_micro_batch: keep gradients of earlier micro-batches in shards; else whole, exchanged once a step.
     cpu_offload: shards, gradients and the optimizer are in CPU memory.
     """
 
     reshard_after_forward: bool = True
+    reduce_each_micro_batch: bool = False
     cpu_offload: bool = False
 
     def layout(self, world: int) -> Layout:

@@ -4,28 +4,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
-from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint import save as saving
-from txtrain.checkpoint.base import Base
-from txtrain.checkpoint.restore import Reading
 from txtrain.checkpoint.run_folder import RunFolder
-from txtrain.checkpoint.saver import Saver
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
 from txtrain.data.store.stream import Position
-from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
-from txtrain.ground.slurm import Job
-from txtrain.hf import generation_config
 from txtrain.model.ffn import balancing
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers
@@ -38,10 +29,9 @@ from txtrain.training.columns import columns_of
 from txtrain.training.deadline import Deadline
 from txtrain.training.limits import Limits
 from txtrain.training.module import LitModule
+from txtrain.training.saves import Saves
 from txtrain.training.signals import Preempted, Stop
 from txtrain.training.tasks import Task
-
-SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 
 
 class RunCallback(pl.Callback):
@@ -84,14 +74,11 @@ class RunCallback(pl.Callback):
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.position: Any = None  # where the next step is read from, in a stream
         self.tasks = tasks
-        self.best = math.inf  # of save.metric, lower for better
+        self.saves = None if folder is None else Saves(config, data, folder, display, loggers, self.watch)
         self.stopping = self.state.stopping
         self.ended = False
-        self._first_step = 0  # updates before this start
         self.columns = columns_of(config, columns, data, tasks)
         self._file: MetricsFile | None = None
-        self._saver: Saver | None = None
-        self._base: Base | None = None
         self._works: dict[tuple[int, int], tuple[int, float, float]] = {}  # by the lengths of a batch, see `_work`
 
     # -------------------------------------------------------------------------------------------------------- the start
@@ -100,34 +87,17 @@ class RunCallback(pl.Callback):
         module = _lit(pl_module)
         self.columns += module.layers.columns
         module.objective.check = partial(self._check, module)
-        self._base = module.base
-        if self.folder is None:
+        if self.folder is None or self.saves is None:
             self.watch.start(module)
             return
-        self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
-        # Until a save has been timed: the weights and two moments, at the speed of a slow disk.
-        guess = 4 * (module.n_params + 2 * module.n_trained) / module.parallel.world.size / SLOW_DISK
-        self._saver.longest = self.state.save_seconds or guess
-        if self.folder.source is not None:
-            how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
-            module.parallel.load(self.folder.source, module.model, trainer.optimizers[0], module.average, how)
-            checkpoint.forget_headers()
-            module.step = self.folder.first_step
+        if self.saves.start(module, trainer.optimizers[0]):
             module.skipped, module.skipped_in_a_row = self.state.skipped
             self.data.start_step = module.step
             if self.state.stream_position is not None:
                 self.data.start_position = Position(*self.state.stream_position)
                 self.position = self.data.start_position
-            if self.folder.checkpoint is not None:
-                module.objective.load_state(self.folder.checkpoint)
             _continue_counting(trainer, module.step)
-        self._first_step = module.step
         self.watch.start(module)
-        scores = saving.scores(self.folder.path, self.config.save)
-        self.best = min((score for score in scores.values() if score is not None), default=math.inf)
-        for path in checkpoint.complete(self.folder.path):
-            if path not in scores:
-                self._warn(f"{path} is damaged. It is left in place; save.keep_last and keep_best do not count it.")
         if not module.parallel.is_first:
             return
         self._file = MetricsFile(
@@ -170,10 +140,8 @@ class RunCallback(pl.Callback):
         trainer_config = self.config.trainer
         if "stream_position" in batch:
             self.position = batch["stream_position"][-1]
-        if self._saver is not None and module.parallel.saves_in_place:
-            self._saver.prepare(
-                lambda: module.parallel.training_tensors(module.model, trainer.optimizers[0], module.average)
-            )
+        if self.saves is not None:
+            self.saves.prepare(module)
         self.display.step(module.step)
         self.watch.step(module, outputs, *self._work(module, batch))
         if module.skipped_in_a_row:
@@ -193,7 +161,7 @@ class RunCallback(pl.Callback):
 
     def _stopping(self, module: LitModule) -> bool:
         """Whether the run ends here: a rank was asked to, or the job ends soon by rank 0's clock. Collective."""
-        if module.parallel.is_first and self.deadline.near(self._saver.longest if self._saver else 0.0):
+        if module.parallel.is_first and self.deadline.near(self.saves.longest if self.saves else 0.0):
             assert self.deadline.end is not None
             self.stop.end_is_near(self.deadline.end)
         return self.stop.agree(module.parallel.most)
@@ -310,17 +278,13 @@ class RunCallback(pl.Callback):
         """The step is complete: write its row and samples, save if it is time, stop if it was asked for."""
         row, self.open = self.open, None
         scored = self._scored(row or {})
-        score = scored.get(self.config.save.metric)
         if row is not None:
             self._write_row(row)
         if shown:
             self._write_samples(module, shown)
         exhausted = self._exhausted(row or {})
         self.ended = trainer.should_stop = trainer.should_stop or self._reached(module) or exhausted
-        score = None if score is None else self.config.save.sign * score
-        better = score is not None and score < self.best
-        self.best = min(self.best, math.inf if score is None else score)
-        if self.ended or (better and self.config.save.keep_best) or module.step % self.config.save.every_n_steps == 0:
+        if self.saves is not None and self.saves.due(module.step, scored, self.ended):
             self._save(module, scored, must=self.ended)
             self.meter.start()
         if not self.ended and self._stopping(module):
@@ -348,27 +312,13 @@ class RunCallback(pl.Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Load the best weights, if that is asked for."""
-        module, keep = _lit(pl_module), self.config.save
-        if not keep.load_best or self.folder is None or not self.ended:
-            return
-        assert self._saver is not None
-        self._saver.wait()
-        path = self.folder.path
-        found = module.parallel.first(lambda: saving.best_of(path, keep)[:1])
-        for best in found:
-            step = checkpoint.step_of(best)
-            if step != module.step:
-                how = Reading("run_dir", keep.verify)
-                module.parallel.load(best, module.model, trainer.optimizers[0], module.average, how)
-            value = checkpoint.read_state(best).metrics[keep.metric]
-            self.display.tell(f"weights of step {step}, the best: {keep.metric} {value:.6g}")
+        if self.config.save.load_best and self.saves is not None and self.ended:
+            self.saves.load_best(_lit(pl_module))
 
     def _leave(self, module: LitModule) -> None:
         """Save and end the run here, whether this step's row is open or closed."""
         module.average.swap_out()
-        if self._saver is not None:
-            self._saver.wait()
-        saved = self.folder is not None and checkpoint.is_complete(checkpoint.path_of(self.folder.path, module.step))
+        saved = self.saves is None or self.saves.has(module.step)
         if not module.parallel.first(lambda: self.open is None and saved):
             self._save(module, {}, must=True)
         raise Preempted
@@ -393,105 +343,46 @@ class RunCallback(pl.Callback):
 
     def _save(self, module: LitModule, scored: dict[str, float], must: bool) -> None:
         """must: the run ends with it, so a failure is raised."""
-        with module.parallel.phases.within("saving"):
-            self._save_now(module, scored, must)
-
-    def _save_now(self, module: LitModule, scored: dict[str, float], must: bool) -> None:
-        if self.folder is None:
+        if self.saves is None or self.folder is None:
             return
-        assert self._saver is not None
-        self.deadline.pause()
-        folder, path = self.folder, checkpoint.path_of(self.folder.path, module.step)
-        samples = folder.path / "samples.txt"
-        if self._file is not None:
-            self._file.sync()
-            files.sync(samples)
-        order = self.data.order_hash(module.step)
-        optimizer = module.trainer.optimizers[0]
-        weights_only = self.config.save.weights_only_last and self.ended
-        state = RunState(
-            step=module.step,
-            tokens=module.tokens,
-            samples=module.samples,
-            **self.watch.state(),
-            data_order_hash=order,
-            data_fingerprint=self.data.fingerprint,
-            stream_position=None if self.position is None else [int(n) for n in self.position],
-            samples_size=samples.stat().st_size if samples.exists() else 0,
-            metrics=scored,
-            stopping=self.stopping,
-            weights_only=weights_only,
-            open_row=self.open,
-            save_seconds=self._saver.longest,
-            skipped=(module.skipped, module.skipped_in_a_row),
-            rows=self._file.n_rows if self._file is not None else None,
-            rows_hash=self._file.hash if self._file is not None else "",
-            optimizer={} if weights_only else module.parallel.training_numbers(module.model, optimizer),
-        )
-        tensors = module.parallel.training_tensors(module.model, optimizer, module.average)
-        if weights_only:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
-        beside = partial(self._beside, module.objective.state())
-        self._saver.save(path, tensors, state, beside, must)
-
-    def _saved(self, path: Path) -> None:
-        """A checkpoint is complete."""
-        assert self.folder is not None
-        if self._file is not None:  # this rank writes
-            saving.rotate(self.folder.path, self.config.save)
-            state = checkpoint.read_state(path)
-            score = state.metrics.get(self.config.save.metric)
-            best = score is not None and self.config.save.sign * score <= self.best
-            job = Job.here()
-            progress = {"progress": job.record} if job is not None and state.step > self._first_step else {}
-            self.folder.update(
-                data=self.data.facts, data_order_hash=state.data_order_hash, step=state.step,
-                goodput=self.watch.goodput(), **progress,
+        with module.parallel.phases.within("saving"):
+            self.deadline.pause()
+            samples = self.folder.path / "samples.txt"
+            if self._file is not None:
+                self._file.sync()
+                files.sync(samples)
+            state = RunState(
+                step=module.step,
+                tokens=module.tokens,
+                samples=module.samples,
+                **self.watch.state(),
+                data_order_hash=self.data.order_hash(module.step),
+                data_fingerprint=self.data.fingerprint,
+                stream_position=None if self.position is None else [int(n) for n in self.position],
+                samples_size=samples.stat().st_size if samples.exists() else 0,
+                metrics=scored,
+                stopping=self.stopping,
+                weights_only=self.config.save.weights_only_last and self.ended,
+                open_row=self.open,
+                skipped=(module.skipped, module.skipped_in_a_row),
+                rows=self._file.n_rows if self._file is not None else None,
+                rows_hash=self._file.hash if self._file is not None else "",
             )
-            self.loggers.checkpoint(path, state.step, state.data_order_hash, best)
-
-    def _beside(self, write_state: Callable[[Path], None], path: Path) -> None:
-        assert self.folder is not None
-        write_state(path)
-        self.folder.write_config(self.config, path)
-        if self._base is not None:
-            self._base.write(path)
-        if self.data.tokenizer is not None:
-            self.data.tokenizer.save(path / "tokenizer")
-        if self._generation_file:
-            (path / generation_config.FILE).write_bytes(self._generation_file)
-
-    def _warn(self, text: str) -> None:
-        self.display.tell(text, style="bold")
+            self.saves.save(module, state, self._generation_file, must)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
     def close(self) -> None:
         """Finish what is being written."""
         self.display.stop()
-        if self._saver is not None:
-            self._saver.wait()
+        if self.saves is not None:
+            self.saves.wait()
         if self._file is not None:
             self._file.close()
 
 
 def _floats(outputs: Mapping[str, torch.Tensor]) -> dict[str, str]:
     return {name: str(float(value)) for name, value in outputs.items()}  # JSON has no NaN or infinity
-
-
-def check_data(folder: RunFolder, data: Any) -> None:
-    """Refuse to continue a run on other data.
-
-    Raises:
-        ConfigError: text, tokenizer or packing are not those of the checkpoint.
-    """
-    state = folder.state
-    if data.fingerprint != state.data_fingerprint or data.order_hash(state.step) != state.data_order_hash:
-        raise ConfigError(
-            f"`data` must be what {folder.path} was trained on (fingerprint {state.data_fingerprint}), "
-            f"but is {data.fingerprint} instead: "
-            "the files have changed. Restore them, or train anew in another run_dir."
-        )
 
 
 def _continue_counting(trainer: pl.Trainer, step: int) -> None:

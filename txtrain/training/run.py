@@ -6,7 +6,7 @@ import contextlib
 import dataclasses as dc
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
 from txtrain.config.targets import instances
 from txtrain.data.sources.source import settle
-from txtrain.errors import ConfigError, RunError
-from txtrain.ground import files, slurm
+from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
 from txtrain.monitor import start_screen
@@ -33,37 +32,23 @@ from txtrain.monitor.throughput import Machine
 from txtrain.objectives.base import build_objective
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.build import make_parallel
-from txtrain.parallel.early_signals import PREEMPTED, say
+from txtrain.parallel.early_signals import PREEMPTED
 from txtrain.parallel.one_process import OneProcess, precision_dtype
 from txtrain.parallel.warnings import marked
 from txtrain.parallel.world import World
 from txtrain.training import code_versions
-from txtrain.training.callback import RunCallback, check_data
+from txtrain.training.callback import RunCallback
 from txtrain.training.columns import check_metrics, columns_of
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
+from txtrain.training.ending import LastWords, Result, end_of_job, fit
 from txtrain.training.initial_weights import base_of, began_with, generation_file, initial_weights
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
 from txtrain.training.models_read import check_tokenizers, models_read
 from txtrain.training.module import LitModule, check_model, starting_weights
-from txtrain.training.signals import Cause, Preempted, Stop
+from txtrain.training.signals import Stop
 from txtrain.training.tasks import prepare_tasks
-
-
-@dc.dataclass(frozen=True)
-class Result:
-    """What `txtrain.train` returns.
-
-    Attributes:
-        run_dir: None with trainer.fast_dev_run, which writes nothing.
-        metrics: of each column of metrics.csv, its last value.
-        status: complete or preempted.
-    """
-
-    run_dir: Path | None
-    metrics: dict[str, float]
-    status: str = "complete"
 
 
 @dc.dataclass(frozen=True)
@@ -144,7 +129,7 @@ def train(
         module.plan(limits.steps)
         if place is not None and place.checkpoint is not None:
             if "data" not in cfg.resume_allow:
-                check_data(place, data)
+                _check_data(place, data)
             if _nothing_left(place, limits, cfg):
                 return _finished(place, display, parallel)
         if source is not None:
@@ -164,7 +149,7 @@ def train(
             (module.n_trained, module.n_params),
             () if weights is None or module.fit is None else start_screen.weights(weights.record(module.fit)),
         ))
-        deadline = Deadline(parallel.first(_end_of_job))
+        deadline = Deadline(parallel.first(end_of_job))
         ours = RunCallback(
             cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
             generation_file(model, None if weights is None else weights.source, source), tasks,
@@ -172,7 +157,7 @@ def train(
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
         )
-        return _fit(trainer, module, data, ours)
+        return fit(trainer, module, data, ours)
 
 
 @contextlib.contextmanager
@@ -242,119 +227,6 @@ def short(cfg: Train) -> Train:
     )
 
 
-@contextlib.contextmanager
-def _begun() -> Iterator[None]:
-    """Once the run's folder exists, a ConfigError becomes a RunError, except one about the checkpoint to start from.
-
-    An error from a worker of the loader arrives as text, behind torch's copy of the worker's traceback.
-    """
-    try:
-        yield
-    except checkpoint.LoadError:
-        raise
-    except ConfigError as e:
-        said = str(e).rpartition(f"{ConfigError.__name__}: ")[2].strip()
-        raise RunError(*said.splitlines()) from e
-
-
-@_begun()
-def _fit(trainer: pl.Trainer, module: LitModule, data: DataModule, run: RunCallback) -> Result:
-    """Run Lightning's loop, and record how the run ended in its folder."""
-    place, parallel, status = run.folder, module.parallel, "failed"
-
-    def end() -> None:
-        if place is not None and parallel.is_first:
-            place.end(status, goodput=run.watch.goodput())
-
-    # Each callback runs even if one before it fails: a full disk is full for all of them.
-    with contextlib.ExitStack() as undo, contextlib.ExitStack() as last:
-        if place is not None:
-            last.enter_context(files.writing(place.path, "run_dir"))
-        last.callback(lambda: run.loggers.close(status))
-        last.callback(end)
-        last.callback(run.close)
-        try:
-            run.stop.hold()
-            trainer.fit(module, datamodule=data)
-            status = "complete"
-        except Preempted:
-            status = "preempted"
-        except checkpoint.LoadError:
-            if place is not None and parallel.is_first:
-                undo.callback(place.discard)
-            raise
-    where = place.path if place is not None else None
-    if status == "preempted":
-        run.display.tell(
-            f"stopped after step {module.step}" + (f"; to continue: txtrain resume={where}" if where else ""),
-            style="bold",
-        )
-        # The other ranks wait for the first: some launchers end all ranks at the first exit code that is not 0.
-        run.stop.deaf = parallel.first(lambda: _requeue(run.config, run.display.tell))
-        parallel.first(lambda: _check_progress(run.config))
-        return Result(where, dict(run.metrics), status)
-    run.display.table(run.watch.summary(module, run.metrics))
-    if where is not None:
-        run.display.tell(f"done: {where}", style="bold")
-    return Result(where, dict(run.metrics), status)
-
-
-def _end_of_job() -> float | None:
-    job = Job.here()
-    return None if job is None else job.end()
-
-
-def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
-    """Whether SLURM runs the job again because we asked.
-
-    SIGINT is no exception: in a job it comes from `--signal=INT@300`; a user who wants to end the job calls scancel.
-    """
-    job = Job.here()
-    if job is None:
-        return False
-    if cfg.trainer.auto_requeue:
-        say(job.requeue(_gives_up(cfg)))
-    else:
-        say(f"Job {job.number} is not requeued: trainer.auto_requeue=false.")
-    return slurm.has_requeued()
-
-
-def _gives_up(cfg: Train) -> bool:
-    """Whether the SLURM job was started too often in a row without a saved step; exit code 1 then stops scripts too."""
-    job = Job.here()
-    return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
-
-
-def _check_progress(cfg: Train) -> None:
-    """Raise RunError if the run has stopped without a new checkpoint too often in a row."""
-    if _gives_up(cfg):
-        raise RunError(
-            "The run has saved no step and must not be started again: "
-            f"trainer.max_requeues={cfg.trainer.max_requeues}."
-        )
-
-
-class LastWords:
-    """What the first rank says and does when a run is stopped before its first step is done. Gives the exit code."""
-
-    def __init__(self, cfg: Train, first: bool) -> None:
-        self._cfg, self._first = cfg, first
-        self._folders: list[RunFolder] = []
-
-    def know(self, place: RunFolder | None) -> None:
-        """The run's folder has been chosen."""
-        self._folders += [] if place is None else [place]
-
-    def __call__(self, cause: Cause) -> int:
-        if self._first:
-            say("stopped before the first step.")
-            for place in self._folders:
-                place.stopped()
-            if cause != Cause.PERSON:
-                _requeue(self._cfg, say)
-        return 1 if _gives_up(self._cfg) else PREEMPTED
-
-
 def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
     """The run's loggers. They write into its folder, which exists by now and is removed if one cannot be made."""
     if place is None:
@@ -382,6 +254,21 @@ def _create(
 def _common(cfg: Train) -> dict[str, str]:
     """What must be equal on all ranks: each value of the configuration, so that an error names its key; the code."""
     return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
+
+
+def _check_data(folder: RunFolder, data: Any) -> None:
+    """Refuse to continue a run on other data.
+
+    Raises:
+        ConfigError: text, tokenizer or packing are not those of the checkpoint.
+    """
+    state = folder.state
+    if data.fingerprint != state.data_fingerprint or data.order_hash(state.step) != state.data_order_hash:
+        raise ConfigError(
+            f"`data` must be what {folder.path} was trained on (fingerprint {state.data_fingerprint}), "
+            f"but is {data.fingerprint} instead: "
+            "the files have changed. Restore them, or train anew in another run_dir."
+        )
 
 
 def _nothing_left(place: RunFolder, limits: Limits, cfg: Train) -> bool:

@@ -30,6 +30,7 @@ from txtrain.training.simulate import measure, simulate
 FAMILIES = ("transformer", "gpt1", "bert", "gpt2", "t5", "vit", "llama2", "mistral", "gemma", "gemma2", "deepseek_r1")
 HALF = "trainer.precision=bf16-mixed"
 SHARDED = ("strategy=fsdp", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")
+EACH = ("strategy=fsdp", "strategy.reduce_each_micro_batch=true", "data.micro_batch_size=1")
 MORE = [
     (1, ("trainer.activation_checkpointing=selective", "data.micro_batch_size=2")),
     (2, ("strategy=fsdp", "data.micro_batch_size=1")),
@@ -38,6 +39,7 @@ MORE = [
     (1, ("trainer.precision=bf16-true",)),
     (4, ("strategy=ddp",)),
     (2, ("strategy=fsdp", "data.micro_batch_size=1", "trainer.precision=bf16-true")),
+    (2, (*EACH, HALF)),
 ]
 AUTOCAST = [
     (1, (HALF, "trainer.activation_checkpointing=full")),
@@ -50,6 +52,7 @@ CUT = [
     (4, ("strategy=tp", "strategy.tp_size=2", "trainer.precision=bf16-mixed", "trainer.activation_checkpointing=full")),
     (4, ("strategy=fsdp_tp", "data.micro_batch_size=1")),
 ]
+REDUCED = [(2, EACH), (4, ("strategy=hsdp", *EACH[1:])), (4, ("strategy=fsdp_tp", *EACH[1:], "data.global_batch_size=8"))]
 SMALL = ("data.seq_len=16",)  # so that the update is the fullest moment of a step
 
 
@@ -97,6 +100,12 @@ def test_counted_equals_simulated_where_attention_goes_by_blocks(family, world):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_counted_equals_simulated_for_every_family(family, world, overrides):
     agree(composed(family, *overrides), world)
+
+
+@pytest.mark.parametrize("case", some(REDUCED, REDUCED[:1]))
+def test_gradients_reduced_in_each_micro_batch_are_counted_as_simulated(case):
+    world, overrides = case
+    agree(composed("llama2", *overrides), world)
 
 
 @pytest.mark.slow
@@ -301,6 +310,9 @@ def test_gradients_of_earlier_micro_batches_lie_whole_in_every_process():
     config = composed("llama2", "strategy=fsdp", "data.micro_batch_size=1")
     alone, several = memory(config, 4), memory(config, 2)
     assert several.peak - alone.peak > 3 * config.model.n_params
+    each, once = (memory(composed("llama2", *how), 2) for how in (EACH, EACH[::2]))
+    assert once.peak - each.peak > 1.5 * config.model.n_params, "half of the gradients, in float32, is on the other rank"
+    assert each.communicated["reduce_scatter"] == 2 * once.communicated["reduce_scatter"]
 
 
 @dc.dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,8 @@ from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import save as saving
 from txtrain.errors import ConfigError
 from txtrain.objectives.causal_lm import CausalLM
-from txtrain.training.run import LastWords, run_train, train
+from txtrain.training.ending import LastWords
+from txtrain.training.run import run_train, train
 from txtrain.training.signals import PREEMPTING, SIGNALS, Cause, Stop
 
 SLURM = ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_RESTART_COUNT", "SLURM_JOB_END_TIME")
@@ -298,7 +299,7 @@ def test_a_run_saves_and_stops_before_the_known_end_of_its_job(folder, job, monk
         end.append(time.time() + 4)
         return end[0]
 
-    monkeypatch.setattr("txtrain.training.run._end_of_job", soon)
+    monkeypatch.setattr("txtrain.training.run.end_of_job", soon)
     config = config_of(folder, "end", "trainer.max_steps=1000000", "trainer.limit_val_batches=0", "save.every_n_steps=1000000")
     assert train(config).status == "preempted"
     assert asked() == ["scontrol requeue 17"]

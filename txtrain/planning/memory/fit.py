@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from txtrain.config.schema import Train
+from txtrain.parallel.config import ShardedConfig
 from txtrain.planning.memory.count import memory
 from txtrain.registry import TABLE
 
@@ -31,7 +32,8 @@ def largest_micro_batch(config: Train, world: int, room: int) -> int | None:
 
 
 def remedy(config: Train, world: int, room: int) -> str:
-    """The first change that makes it fit: micro-batch, activation checkpointing, strategy, more ranks."""
+    """The first change that makes it fit: micro-batch, gradients in shards between micro-batches, activation
+    checkpointing, strategy, more ranks."""
     for words, changed, processes in _changes(config, world):
         micro = largest_micro_batch(changed, processes, room)
         if micro is not None:
@@ -47,17 +49,27 @@ def remedy(config: Train, world: int, room: int) -> str:
 def _changes(config: Train, world: int) -> Iterator[tuple[list[str], Train, int]]:
     again: Any = dc.replace(config.trainer, activation_checkpointing="full")
     is_on = config.trainer.activation_checkpointing == "full"
-    yield [], config, world
-    yield ["trainer.activation_checkpointing=full"], dc.replace(config, trainer=again), world
+    yield from _reduced([], config, world)
+    yield from _reduced(["trainer.activation_checkpointing=full"], dc.replace(config, trainer=again), world)
     sharded = TABLE["strategy"]["fsdp"].config(type="fsdp")
     words = [] if type(config.strategy) is type(sharded) else [f"strategy={sharded.type}"]
     if words and world > 1:
-        yield words, dc.replace(config, strategy=sharded), world
+        yield from _reduced(words, dc.replace(config, strategy=sharded), world)
     words += [] if is_on else ["trainer.activation_checkpointing=full"]
     n = world
     while n <= 4096:
         size = max(n, config.data.global_batch_size // n * n)
         data = dc.replace(config.data, global_batch_size=size, micro_batch_size=None)
         also = [f"data.global_batch_size={size}"] if size != config.data.global_batch_size else []
-        yield [*words, f"on {n:,} processes", *also], dc.replace(config, strategy=sharded, trainer=again, data=data), n
+        changed = dc.replace(config, strategy=sharded, trainer=again, data=data)
+        yield from _reduced([*words, f"on {n:,} processes", *also], changed, n)
         n *= 2
+
+
+def _reduced(words: list[str], config: Train, world: int) -> Iterator[tuple[list[str], Train, int]]:
+    """As it is; then, where the strategy can, with gradients reduced in each micro-batch."""
+    yield words, config, world
+    strategy: Any = config.strategy
+    if world > 1 and isinstance(strategy, ShardedConfig) and not strategy.reduce_each_micro_batch:
+        each = dc.replace(strategy, reduce_each_micro_batch=True)
+        yield [*words, "strategy.reduce_each_micro_batch=true"], dc.replace(config, strategy=each), world

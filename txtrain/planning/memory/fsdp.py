@@ -26,7 +26,9 @@ class Shards(Copies):
         self.reduced: Bytes | None = None
         self.made: list[Bytes] = []
         self.again = 0  # the block in its backward or recomputation
+        self.reduces_each: bool = config.strategy.reduce_each_micro_batch
         self.earlier_of: dict[int, Bytes] = {}
+        self.earlier_shards: Bytes | None = None
         self.order: list[int] = []  # gathered in the forward: number of a block, ~number for a block's experts
         self.places: dict[int, list[int]] = {}  # number -> its indices in `order`
         self.n_gathered = 0  # bytes of the buffers of a micro-batch
@@ -81,12 +83,15 @@ class Shards(Copies):
     def communicated(self) -> dict[str, int]:
         found = dict(self.t.sent)
         groups = [self.root, *self.groups, *self.experts.values()]
-        # Buffers prefetched for blocks without a backward serve the next micro-batch's forward; the last are unused.
+        # Buffers prefetched for blocks without a backward serve the next micro-batch's forward; those of the last one
+        # before a reduction are unused.
         unused = self.t.size * sum(self._padded(self._group(number)) for number in self.prefetched)
-        gathered = self.n_micro_batches * (self.n_gathered - unused) + unused
-        reduced = self.stored * sum(self._reduced_of(group) for group in groups if not self._is_alone(group))
+        times = self.n_micro_batches if self.reduces_each else 1  # that gradients are reduced
+        gathered = self.n_micro_batches * (self.n_gathered - unused) + times * unused
+        reduced = times * self.stored * sum(self._reduced_of(group) for group in groups if not self._is_alone(group))
         summed = (
-            (self.gradients if self.layout.replicate > 1 else 0) + (self.in_common if self.layout.tensor > 1 else 0)
+            (times * self.gradients if self.layout.replicate > 1 else 0)
+            + (self.in_common if self.layout.tensor > 1 else 0)
         )
         for name, n in (("all_gather", gathered), ("reduce_scatter", reduced), ("all_reduce", summed)):
             if n:
@@ -96,8 +101,12 @@ class Shards(Copies):
     # --------------------------------------------------------------------------------------------------------- the step
 
     def before(self) -> None:
-        """Gradients of earlier micro-batches are whole on every rank: they are reduced only in the last one."""
+        """Gradients of earlier micro-batches are whole on every rank, if they are reduced only in the last one."""
         groups = (self.root, *self.groups, *self.experts.values())
+        if self.reduces_each:
+            n = 0 if self.offloads else sum(self._of_one(group, trained=True) for group in groups)
+            self.earlier_shards = self.t.bytes(n, self.stored, "gradients")
+            return
         self.earlier_of = {
             id(g): self.t.bytes(sum(p.n for p in g.parameters if p.edge), self.stored, "gradients") for g in groups
         }
@@ -218,7 +227,9 @@ class Shards(Copies):
         del earlier
         if self.offloads:  # the previous one has been copied to host memory
             self.made.clear()
-        self.made.append(self.t.bytes(self._of_one(group, trained=True), self.stored, "gradients"))
+        made = self.t.bytes(self._of_one(group, trained=True), self.stored, "gradients")
+        if self.earlier_shards is None:
+            self.made.append(made)  # else it is added to the earlier ones
         if self.device == "cpu" or self._is_alone(group):  # gloo sums a copy; a rank alone divides by 1
             self.t.bytes(self._reduced_of(group), self.stored, "reduced")
         del before, last
