@@ -25,12 +25,14 @@ def member(folder: Path, name: str) -> Path | None:
     A link must stay in the folder, except in the hub's cache: snapshots/REVISION/NAME -> ../../blobs/HASH.
 
     Raises:
-        ConfigError: the name or the link leads elsewhere.
+        ConfigError: the name or the link leads elsewhere, or the link to no file, as in a hub's cache that lost some.
     """
     if name != os.path.basename(name) or name in ("", ".", "..") or "\\" in name or "\0" in name:
         raise ConfigError(f"{folder}: a file must be named within the folder, but {name!r} leads out of it.")
     path = folder / name
     if not path.is_file():
+        if path.is_symlink():
+            raise ConfigError(f"{path} must be a file, but is a link to none: {os.readlink(path)}.")
         return None
     plain_files.check_links([path])
     return path

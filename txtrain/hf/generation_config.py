@@ -18,8 +18,14 @@ _ENDS = "eos_token_id"
 
 
 def read(folder: Path) -> bytes:
-    """The file's content; empty if there is none."""
-    return contents(folder, FILE).get(FILE, b"")
+    """The file's content; empty if there is none.
+
+    Raises:
+        ConfigError: it is empty itself.
+    """
+    if (found := contents(folder, FILE)) == {FILE: b""}:
+        raise ConfigError(f"{folder / FILE} must be a JSON object, but is empty.")
+    return found.get(FILE, b"")
 
 
 def with_ends(model: ModelConfig, raw: bytes, where: str) -> ModelConfig:

@@ -247,6 +247,15 @@ def test_an_endless_header_is_refused(folder):
     refused(folder, "whole safetensors file")
 
 
+def test_a_generation_config_that_was_lost_is_not_passed_over(folder):
+    """It may hold the tokens at which a text ends."""
+    (folder / "generation_config.json").write_bytes(b"")
+    refused(folder, r"generation_config\.json must be a JSON object, but is empty")
+    (folder / "generation_config.json").unlink()
+    (folder / "generation_config.json").symlink_to("../../blobs/0")
+    refused(folder, r"generation_config\.json must be a file, but is a link to none")
+
+
 def test_a_pipe_is_not_waited_for(folder):
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
