@@ -70,6 +70,12 @@ def test_the_screen_shows_every_part_and_writes_nothing(capsys, clean_room):
     assert not [f for f in clean_room.iterdir() if f.name != ".cache"]
 
 
+def test_more_processes_than_a_matrix_has_rows_are_refused_not_divided_by():
+    refused = plan("model=t5", "strategy=tp", "trainer.devices=8").refused  # Adafactor's sums along the heads' dimension
+    assert refused is not None
+    assert "must divide model.n_heads (4)" in refused
+
+
 def test_json_holds_what_the_function_returns(capsys):
     overrides = ["model=gpt2", "plan.mfu=0.3"]
     assert main(["plan", *overrides, "plan.format=json"]) == 0
