@@ -29,11 +29,22 @@ class RunError(ConfigError):
     """An error found after the run's folder was made, as in a row of its data: exit code 1, not 2."""
 
 
+# Other tools' words for values: the first of ours that is an option.
+_MEANT = {
+    "bf16": "bf16-mixed bfloat16", "16": "bf16-mixed", "16-mixed": "bf16-mixed", "fp16": "bf16-mixed float16",
+    "bfloat16": "bf16-mixed", "float16": "bf16-mixed", "32": "32-true float32", "fp32": "32-true float32",
+    "float32": "32-true", "cuda": "gpu", "clm": "causal_lm", "mlm": "masked_lm", "val": "validation",
+    "zero1": "deepspeed_stage_1", "zero2": "deepspeed_stage_2", "zero3": "deepspeed_stage_3",
+}
+
+
 def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str | None:
     """The option that `word` was most likely meant to be, or None. Case is ignored; among equally near options one
     with the same first letter wins."""
     meant = str(word)[:100].casefold()
     folded = {str(o).casefold(): str(o) for o in options}
+    if known := [folded[word] for word in _MEANT.get(meant, "").split() if word in folded]:
+        return known[0]
     got = difflib.get_close_matches(meant, folded, n=len(folded) or 1, cutoff=cutoff)
     matcher = difflib.SequenceMatcher(b=meant)
 
