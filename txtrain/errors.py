@@ -6,23 +6,23 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# A message may quote a stranger's file, and a terminal would execute its control characters.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """The text of a stranger's file or of a model, with control characters spelt out: a terminal would execute them."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class ConfigError(ValueError):
     """An error that the user can fix. One problem a line; the command line prints it and exits with 2."""
 
     def __init__(self, *problems: str) -> None:
-        self.problems: tuple[str, ...] = tuple(dict.fromkeys(_CONTROL.sub(_spelt, problem) for problem in problems))
+        self.problems: tuple[str, ...] = tuple(dict.fromkeys(map(visible, problems)))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
         return (type(self), self.problems)  # launchers pickle exceptions
-
-
-def _spelt(found: re.Match[str]) -> str:
-    return f"\\x{ord(found[0]):02x}"
 
 
 class RunError(ConfigError):

@@ -58,6 +58,12 @@ def test_grafts_are_told_with_what_they_do_to_the_number_of_parameters(tmp_path)
     assert second == f"-{fewer:,} parameters ({-fewer / (model.n_params + fewer):+.1%}) to mistral of this shape without it"
 
 
+def test_what_a_model_wrote_cannot_steer_the_terminal():
+    out = io.StringIO()
+    Display(Console(file=out, highlight=False, soft_wrap=True)).text("a\x1b[2Jb\tü")
+    assert out.getvalue() == "  a\\x1b[2Jb ü\n"
+
+
 def test_without_a_terminal_rows_are_time_stamped_lines():
     out = io.StringIO()
     display = Display(Console(file=out, highlight=False, soft_wrap=True))
