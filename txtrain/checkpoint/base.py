@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
+import os
 import re
 from pathlib import Path
 
@@ -32,12 +33,20 @@ def identify(where: str | Path, key: str) -> Base:
     checkpoint the headers, which hold the checksums of the tensors.
 
     Raises:
-        ConfigError: as `locate`.
+        ConfigError: as `resolve`.
     """
-    path = folder_of(where, key)
-    if not is_folder(path):
-        path = locate(path, key)
+    path = resolve(where, key)
     return Base(str(path.resolve()), sha256_of(path))
+
+
+def resolve(where: str | os.PathLike[str], key: str) -> Path:
+    """The folder or checkpoint that `where` means now.
+
+    Raises:
+        ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
+    """
+    folder = folder_of(where, key)
+    return folder if is_folder(folder) else locate(folder, key)
 
 
 def is_folder(path: Path) -> bool:

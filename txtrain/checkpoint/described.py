@@ -82,16 +82,6 @@ def _tokenizer_in(folder: Path) -> Path | None:
     return folder if any((folder / name).is_file() for name in names) else None
 
 
-def resolve(where: str | os.PathLike[str], key: str) -> Path:
-    """The folder or checkpoint that `where` means now.
-
-    Raises:
-        ConfigError: it is neither, nor a run or a folder of runs with a checkpoint.
-    """
-    folder = folder_of(where, key)
-    return folder if (folder / "config.json").is_file() else checkpoint.locate(folder, key)
-
-
 def saved_adapter(path: Path) -> Any:
     """The adapter's config in a checkpoint's config.yaml."""
     from txtrain.hf.lora_config import LoraConfig

@@ -61,7 +61,7 @@ def open_weights(
 
 def provenance(path: Path) -> dict[str, Any]:
     """What `run.json` says of weights at a `resolve`d path: path, checkpoint and its step, and their sha256."""
-    is_hf = (path / "config.json").is_file()
+    is_hf = is_folder(path)
     return {
         "path": str(path.resolve()),
         "checkpoint": None if is_hf else path.name,

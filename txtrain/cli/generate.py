@@ -31,10 +31,10 @@ def run_generate(job: Composed) -> int:
         return launch(run, partial(to_file, job), n, "generate")
     prompts = read_prompts(config) if run is None else None
     with ready(config, run) as writer:
-        if config.chat:
-            talk(writer)
-        elif config.messages is not None:
+        if config.messages is not None:
             answer_file(writer)
+        elif config.chat:
+            talk(writer)
         elif prompts is None and writer.parallel is not None:
             _write(writer, writer.parallel.first(lambda: read_prompts(config)))
         else:

@@ -95,15 +95,12 @@ def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
 
 def _measured(config: Evaluate, named: bool) -> Evaluate:
     model, kind, objective = config.model, config.data.sample_kind, config.objective
-    if named and not objective.alone:
-        raise ConfigError(
-            f"`objective` must be one that needs the trained model alone, but is {objective.type} instead, which reads "
-            "another model beside it."
-        )
     if not named and not (objective.alone and fits(model, objective.type, kind)):
         objectives = TABLE["objective"].items()
         others = [name for name, o in objectives if o.config.alone and fits(model, name, kind)]
-        if not others:
+        if others:
+            objective = TABLE["objective"][others[0]].config(type=others[0])
+        elif objective.alone or not fits(model, objective.type, kind):
             able = (
                 data for data, option in TABLE["data"].items()
                 if any(o.config.alone and fits(model, name, option.config.sample_kind) for name, o in objectives)
@@ -112,7 +109,11 @@ def _measured(config: Evaluate, named: bool) -> Evaluate:
                 f"`data={config.data.type}` must be data for this model, a {model.topology} with "
                 f"model/head={model.head.type}, but is {kind} instead. It is evaluated on {', '.join(able) or 'none'}."
             )
-        objective = TABLE["objective"][others[0]].config(type=others[0])
+    if not objective.alone:
+        raise ConfigError(
+            f"`objective` must be one that needs the trained model alone, but is {objective.type} instead, which reads "
+            "another model beside it. Its values are in the run's metrics.csv. Other data: data=chat, with data.path."
+        )
     where = vars(config.data)
     whole = where.get("path") is not None and not where.get("val_path") and not where.get("val_split")
     split = config.split or ("all" if whole else "validation")

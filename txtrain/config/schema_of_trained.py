@@ -165,7 +165,7 @@ class Generate(Sampling):
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     prompt: str | None = knob(None, literal=True)  # taken as typed; `-`: standard input
     prompt_file: str | None = None  # text file with one prompt per line
-    chat: bool = False  # talk in the terminal, by the tokenizer's chat template
+    chat: bool = False  # talk in the terminal, by the tokenizer's chat template; with messages: answer that file
     # conversations to answer, a JSON object a line (messages, or another format of data=chat)
     messages: str | None = knob(None, literal=True)
     out: str | None = knob(None, literal=True)  # with messages: the .jsonl file to write; null: standard output
@@ -181,20 +181,20 @@ class Generate(Sampling):
     def check(self) -> Iterator[str]:
         if self.checkpoint is None:
             yield "`checkpoint` must be given: a run's folder, or one of its checkpoints."
-        asked = [self.prompt is not None, self.prompt_file is not None, self.chat, self.messages is not None]
+        chats = self.chat or self.messages is not None
+        asked = [self.prompt is not None, self.prompt_file is not None, chats]
         if sum(asked[:2]) == 2:
             yield '`prompt` must be given, or prompt_file, and not both: prompt="The " (or prompt=-: standard input).'
         elif not any(asked):
             others = "or prompt_file, messages or chat=true"
             yield f'`prompt` must be given, {others}: prompt="The " (or prompt=-: standard input).'
         elif sum(asked) > 1:
-            yield "`chat` and `messages` must be given alone, without prompt, prompt_file or each other."
-        chats = self.chat or self.messages is not None
+            yield "`chat` and `messages` must be given without prompt and prompt_file."
         if self.out is not None and self.messages is None:
             yield f"`out` must be null without messages, but is {self.out!r} instead."
         if self.system is not None and not chats:
             yield f"`system` must be null without chat=true or messages, but is {self.system!r} instead."
-        if self.chat and (self.n > 1 or self.devices > 1):
+        if self.chat and self.messages is None and (self.n > 1 or self.devices > 1):
             yield "`chat` must be false with n or devices above 1: one answer is written, by one process."
         yield from Sampling.check(self)
 

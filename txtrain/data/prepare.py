@@ -236,7 +236,7 @@ def _refuse_short(samples: Rows, text: TokenisedText, part: str, remedy: str) ->
         tokens = text.tokens
         if tokens.mask is not None:
             wanted = f"{part} texts with a token that is trained"
-            raise ConfigError(f"`data` must have {wanted}, but has none. Give {remedy}.")
+            raise ConfigError(f"`data` must have {wanted}, but has none. Give {remedy}, or a larger data.seq_len.")
         if not tokens.n_documents:
             why = "white space aside, there is too little to divide"
             raise ConfigError(f"`data` must have {part} text, but has none: {why}. Give {remedy}.")

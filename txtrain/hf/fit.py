@@ -11,6 +11,7 @@ At most one tensor is whole in memory at a time.
 from __future__ import annotations
 
 import dataclasses as dc
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -90,6 +91,9 @@ def fitted(
 
 def _remedy(names: Sequence[str]) -> str:
     parts = list(dict.fromkeys(name.rpartition(".")[0] or name for name in names))
+    shared = os.path.commonpath([part.replace(".", "/") for part in parts]).replace("/", ".")
+    if len(parts) > 2 and "." in shared:
+        parts = [f"{shared}."]  # a whole layer
     how = f"init_allow_missing=[{','.join(parts[:2])}]"
     return f"To initialise what is absent there and skip what is absent here: {how}."
 

@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from txtrain.checkpoint.base import Base, identify, read_base
-from txtrain.checkpoint.described import resolve
+from txtrain.checkpoint.base import Base, identify, read_base, resolve
 from txtrain.checkpoint.load import open_base, open_weights, provenance
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train

@@ -83,7 +83,7 @@ def test_a_file_is_answered_in_its_order_each_sample_a_line(said, run, tmp_path,
     ]
     assert [one["text"] for one in written[::2]] == ["Perhaps", "Yes", "No"]
     assert capsys.readouterr().out.endswith("answers.jsonl: 6 answers\n")
-    assert main(line) == 0
+    assert main([*line, "chat=true"]) == 0
     assert [json.loads(text)["index"] for text in capsys.readouterr().out.splitlines()] == [0, 0, 1, 1, 2, 2]
 
 

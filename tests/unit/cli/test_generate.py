@@ -175,7 +175,7 @@ def test_a_run_one_of_its_checkpoints_and_python_give_one_model(run):
         (["checkpoint={run}", "prompt=x", "top_p=2"], "`top_p` must be above 0 and at most 1"),
         (["checkpoint={run}", "prompt=x", "temperature=-1"], "`temperature` must be at least 0"),
         (["checkpoint={run}"], "`prompt` must be given, or prompt_file, messages or chat=true"),
-        (["checkpoint={run}", "prompt=x", "chat=true"], "must be given alone"),
+        (["checkpoint={run}", "prompt=x", "chat=true"], "must be given without prompt"),
         (["checkpoint={run}", "prompt=x", "out=a"], "`out` must be null without messages"),
         (["checkpoint={run}", "chat=true"], "its tokenizer has no chat template"),
         (["checkpoint={run}", "prompt=x", "num_beams=2", "temperature=1"], "`temperature` must be 0 with num_beams=2"),

@@ -15,7 +15,7 @@ import torch
 import txtrain
 from tests.training import tiny, weights
 from txtrain import compose
-from txtrain.checkpoint.described import resolve
+from txtrain.checkpoint.base import resolve
 from txtrain.checkpoint.format import LoadError
 from txtrain.checkpoint.load import open_weights
 from txtrain.cli import export
@@ -62,20 +62,21 @@ def of_model(run_dir):
     return {name: value for name, value in weights(run_dir).items() if name.startswith("model.")}
 
 
-@pytest.mark.parametrize("source", ["run", "exported"])
+@pytest.mark.parametrize("source", ["run", "checkpoint", "exported"])
 def test_a_run_starts_from_the_weights_with_their_architecture_and_tokenizer(folder, run, source, request):
-    where = request.getfixturevalue(source)
+    where = run / "checkpoints/step_00000002" if source == "checkpoint" else request.getfixturevalue(source)
     config = starting(folder, where, f"from_{source}", *ENDS_AFTER_A_STEP)
     assert (config.model.dim, config.model.attention.n_kv_heads, config.model.vocab_size) == (32, 1, 257)
     assert train(config).run_dir is not None
     assert of_model(folder / f"from_{source}") == of_model(run), "a step at rate 0 changes nothing"
     said = json.loads((folder / f"from_{source}" / "run.json").read_text())["init_from"]
-    is_run = source == "run"
-    (file,) = where.glob("checkpoints/step_00000002/*.safetensors" if is_run else "*.safetensors")
+    is_run = source != "exported"
+    path = where / "checkpoints/step_00000002" if source == "run" else where
+    (file,) = path.glob("*.safetensors")
     read = file.read_bytes()
     header = read[: 8 + int.from_bytes(read[:8], "little")]  # a checkpoint's has the checksums of the tensors
     assert said["given"] == str(where)
-    assert said["path"] == str(where / "checkpoints/step_00000002" if is_run else where)
+    assert said["path"] == str(path)
     assert (said["checkpoint"], said["step"]) == (("step_00000002", 2) if is_run else (None, None))
     assert said["sha256"] == hashlib.sha256(header if is_run else read).hexdigest()
     assert {f"model.{name}" for name in said["loaded"]} == of_model(run).keys()

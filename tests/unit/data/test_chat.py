@@ -493,7 +493,7 @@ def test_a_template_from_a_file_goes_first_and_leaves_with_the_tokenizer(
     [
         ({"tokenizer": "bytes"}, "`data.chat_template` must be a file, since data.tokenizer brings no chat template"),
         ({"path": None}, "`data.path` must be given: .json, .jsonl or .parquet files of conversations"),
-        ({"seq_len": 20}, "`data` must have training texts with a token that is trained"),
+        ({"seq_len": 20}, "`data` must have training texts with a token that is trained.* larger data.seq_len"),
         ({"path": "nothing/here"}, "nothing/here"),
     ],
 )

@@ -111,6 +111,8 @@ def test_what_does_not_fit_is_refused_by_name_and_shapes_and_allowed_by_pattern(
     said = str(e.value)
     assert "blocks.0.ffn.gate_proj.weight is (88, 32) there, (40, 32) here" in said
     assert "To initialise what is absent there and skip what is absent here: init_allow_missing=[blocks.0.ffn" in said
+    with pytest.raises(ConfigError, match=r"init_allow_missing=\[blocks\.2\.\]\.$"):
+        started(open_folder(tmp_path), dc.replace(config, n_layers=3))
     after, fit = started(open_folder(tmp_path), wider, [r"\.ffn\.", r"^blocks\.2\."])
     assert all(r in fit.initialised for r in ("blocks.0.ffn.gate_proj.weight", "blocks.2.attention.q_proj.weight"))
     assert fit.skipped == tuple(name for name in before if ".ffn." in name)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from txtrain.cli.main import main
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.model.build import build_model
@@ -133,6 +134,12 @@ def test_a_run_learns_to_prefer_and_its_reference_stays(config: Callable[..., Tr
     assert float(told[-1]["reward_accuracy"]) > 0.9
     assert float(told[-1]["loss"]) < 0.4
     assert {"reward_margin", "val_reward_accuracy", "length_chosen", "val_length_rejected"} <= told[0].keys()
+
+
+def test_evaluate_says_that_the_reference_is_not_there(config: Callable[..., Train], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(config("dpo", "trainer.max_steps=1"))
+    assert main(["evaluate", f"checkpoint={tmp_path / 'run'}"]) == 2
+    assert "is dpo instead, which reads another model beside it. Its values are in the run's metrics.csv" in capsys.readouterr().err
 
 
 def test_the_cached_reference_is_the_online_one(config: Callable[..., Train], tmp_path: Path) -> None:

@@ -139,10 +139,13 @@ def test_exports(folder, base, whole, capsys):
 def test_a_fork_goes_on_from_the_adapter_and_a_run_from_the_merged_weights(folder, base, whole):
     forked = run(folder, base, "forked", f"fork={whole}", "trainer.max_steps=9", "adapter.lora_dropout=0")
     assert weights(forked).keys() == weights(whole).keys()
-    started = train(tiny(folder, f"init_from={whole}", f"run_dir={folder / 'started'}", "trainer.max_steps=1", "optimizer.lr=0", "optimizer.weight_decay=0")).run_dir
-    wanted = txtrain.load_pretrained(whole).state_dict()
-    found = txtrain.load_pretrained(started).state_dict()
-    assert all(found[name].equal(wanted[name]) for name in wanted)
+    peft = exported(folder, "peft", whole, merge_adapter="false")
+    for name, where in (("run", whole), ("peft", peft)):
+        still = ("trainer.max_steps=1", "optimizer.lr=0", "optimizer.weight_decay=0")
+        started = train(tiny(folder, f"init_from={where}", f"run_dir={folder / f'from {name}'}", *still)).run_dir
+        wanted = txtrain.load_pretrained(where).state_dict()
+        found = txtrain.load_pretrained(started).state_dict()
+        assert all(found[name].equal(wanted[name]) for name in wanted)
 
 
 @pytest.mark.parametrize(

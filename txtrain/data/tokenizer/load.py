@@ -30,7 +30,7 @@ _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
-    """The tokenizer `bytes`, of a folder, file or run, or of a name on the hub.
+    """The tokenizer `bytes`, of a folder, file, run or checkpoint, or of a name on the hub.
 
     Raises:
         ConfigError: it is none of these, or has no end-of-text token.
@@ -48,7 +48,9 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _of_run(path: Path) -> Path:
-    """Of a run's folder the tokenizer in its newest checkpoint: older ones are removed. Any other path is returned."""
+    """Of a checkpoint its tokenizer; of a run that of its newest: older ones are removed. Else the path as it is."""
+    if (path / "state.json").is_file() and (path / "tokenizer").is_dir():
+        return path / "tokenizer"
     return max(path.glob("checkpoints/step_*/tokenizer"), default=path, key=lambda p: int(p.parent.name[5:]))
 
 
