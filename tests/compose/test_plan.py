@@ -204,6 +204,10 @@ def test_rollouts_are_estimated_by_what_decoding_reads_and_what_fits():
     assert figures.seconds == pytest.approx(10 * (found.seconds + found.update_seconds))
     assert plan(*shape, *asked, *how, "objective.beta=0.1").rollouts.forward_seconds == pytest.approx(2 * found.forward_seconds)
     assert plan(*shape, "data=arithmetic", "data.seq_len=128", "objective=sft").rollouts is None
+    beside = "data=arithmetic", "data.seq_len=128", "objective=grpo", "objective.max_new_tokens=100", "data.global_batch_size=64", "adapter=lora"
+    never, reset = plan(*shape, *beside), plan(*shape, *beside, "objective.reference_reset=9")
+    assert reset.memory_by_part["read"] - never.memory_by_part["read"] == 4 * reset.n_trained_params > 0
+    assert never.memory_by_part["read"] == 4 * (reset.n_params - reset.n_trained_params)
     short = "model=llama2_7b", "strategy=fsdp", "plan.n_devices=64", "data=arithmetic", "data.seq_len=64", "trainer.activation_checkpointing=full"
     with pytest.raises(ConfigError, match=r"at least 10.9GB for a rollout, whose cache takes 9.7GB of them, but is 10GB"):
         plan(*short, *asked[2:4], "objective.max_new_tokens=32", "data.global_batch_size=4096", "plan.memory=10GB")

@@ -10,6 +10,7 @@ import sys
 import pytest
 
 from tests.compose.conftest import ROOT
+from txtrain.cli.main import main
 
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sh"))
 TINY = ("model=gpt2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=257", "data=python_docs", "data.tokenizer=bytes")
@@ -105,3 +106,34 @@ def test_a_chain_is_four_jobs_each_after_the_one_before(login):
     assert [word for word in words if word.startswith("--job-name")] == [f"--job-name={stage}" for stage in ("prepare", "pretrain", "tune", "export")]
     assert words.count("--dependency=afterok:17") == 3
     assert words.count("--partition=gpu") == 4
+
+
+def test_the_chain_of_r1_fits_its_gpus_and_is_five_jobs(tmp_path, capsys):
+    """The plans as its own words make them, on what the script says it has: policy, reference, cache and rollouts."""
+    config = {
+        "architectures": ["MistralForCausalLM"], "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+        "num_attention_heads": 32, "num_hidden_layers": 32, "num_key_value_heads": 8, "vocab_size": 32000,
+        "max_position_embeddings": 32768, "sliding_window": 4096, "rms_norm_eps": 1e-5, "hidden_act": "silu",
+    }
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    text = (ROOT / "slurm/r1.sh").read_text().replace("/shared/Mistral-7B-v0.1", str(tmp_path / "base"))
+    (tmp_path / "r1.sh").write_text(text)
+    stand_ins = 'txtrain() { printf "%s\\n" "$@" --end; }; sbatch() { printf "%s\\n" "$@" --end >&2; echo 17; }; '
+    ran = subprocess.run(["bash", "-c", f"{stand_ins} . ./r1.sh"], cwd=tmp_path, capture_output=True, text=True, check=True)
+    jobs = [job.splitlines() for job in ran.stderr.split("--end\n")[:-1]]
+    assert [job[1] for job in jobs] == [f"--job-name={stage}" for stage in ("cold", "grpo", "right", "sft", "grpo_2")]
+    assert sum("--dependency=afterok:17" in job for job in jobs) == 4
+    assert all({"--nodes=8", "--ntasks-per-node=8", "--gpus-per-node=8"} <= set(job) for job in jobs)
+    plans = [words.splitlines() for words in ran.stdout.split("--end\n") if words.startswith("plan")]
+    assert len(plans) == 2
+    shown = []
+    page = re.search(r"txtrain (plan model=mistral_7b .*?)\n```", (ROOT / "docs/r1.md").read_text(), re.DOTALL)
+    assert page
+    for words in (*plans, page[1].replace("\\\n", " ").split()):
+        assert main([*words, "data.tokenizer=bytes"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert all("on 64 x H100" in text and "refuses" not in text for text in shown)
+    for part in ("read ", "cache ", "16 rows together", "8 of each of 128 prompts"):
+        assert part in shown[1]
+        assert part in shown[2]

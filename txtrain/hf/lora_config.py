@@ -26,7 +26,7 @@ class LoraConfig(AdapterConfig):
 
     r: int = knob(8, at_least=1)  # rank of the added matrices
     lora_alpha: float = knob(8.0, above=0)  # what is added is scaled by lora_alpha / r
-    lora_dropout: float = knob(0.0, at_least=0, below=1)  # of the adapter's input
+    lora_dropout: float = knob(0.0, at_least=0, below=1, affects="dropout")  # of the adapter's input
     # ends of modules' names, ours or Hugging Face's; a string: a regular expression for whole names, or all-linear:
     # all matrices but the head's. null: queries and values
     target_modules: tuple[str, ...] | str | None = None

@@ -97,26 +97,26 @@ class SafetensorsFile:
             pass
         return tensor
 
-    def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[Tensor]:
+    def fill(self, name: str, tensor: Tensor, first: int = 0) -> Iterator[memoryview]:
         """Read one tensor, from element `first`, into contiguous memory of its dtype; yields pieces as they come."""
         held = self._held
         with open(self.path if held is None else held, "rb", buffering=0, closefd=held is None) as f:
             f.seek(self._begin[name] + first * tensor.element_size())
             for piece in pieces(tensor):
-                view, done = piece.view(torch.uint8).numpy().data, 0
-                while done < len(view):
-                    got = f.readinto(view[done:])
+                done = 0
+                while done < len(piece):
+                    got = f.readinto(piece[done:])
                     if not got:
                         raise self._broken(f"it ends within {name}")
                     done += got
                 yield piece
 
 
-def pieces(tensor: Tensor) -> Iterator[Tensor]:
-    """A contiguous tensor's elements, flat, a megabyte at a time."""
-    flat, n = tensor.view(-1), max(1, _PIECE // tensor.element_size())
-    for start in range(0, len(flat), n):
-        yield flat[start : start + n]
+def pieces(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a contiguous tensor on the CPU, which share its memory, a megabyte at a time."""
+    data = tensor.view(-1).view(torch.uint8).numpy().data
+    for start in range(0, len(data), _PIECE):
+        yield data[start : start + _PIECE]
 
 
 def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:

@@ -69,6 +69,7 @@ class Objective:
     metrics: tuple[str, ...] = ()  # further metrics of validation, from `validate` or `examine`
     check: Callable[[], None] = staticmethod(lambda: None)  # set by the run; may raise, to stop what takes long
     models: Mapping[str, Callable[..., Any]] = {}  # named by its config, laid over the ranks, without gradients
+    moved: frozenset[str] = frozenset()  # those whose weights are no longer as they were read: in checkpoints
     masks: bool = False  # labels of -100 in the data stay: only some tokens are trained
     special_tokens: tuple[str, ...] = ()  # that it needs; missing ones are added at the end of the vocabulary
     decodes: bool = False  # whether some `metrics` need generated answers (`decode`)

@@ -53,6 +53,7 @@ class ObjectiveConfig:
         """The key of one more, which has the weights with which the run begins; None: there is none."""
         return None
 
+    resets = False  # that model takes the weights that are trained from time to time; with an adapter it has one too
     prepares = False  # `txtrain prepare` also writes what its models find (`txtrain.training.teach`)
     same_tokenizer: ClassVar[bool] = False  # `models` must have the vocabulary of the trained one
     reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)

@@ -49,7 +49,7 @@ class GRPO(Objective):
         self, group_size: int, prompts_per_rollout: int, updates_per_rollout: int, max_new_tokens: int,
         temperature: float, top_p: float, beta: float, clip_low: float, clip_high: float, normalise: Normalise,
         divide_by_std: bool, ratio: Ratio, loss: Loss, mask_truncated: bool, kl_in: str, reward: RewardConfig,
-        seed: int, counts_tokens: bool, val_samples: int,
+        seed: int, counts_tokens: bool, val_samples: int, reference_reset: int | None,
     ) -> None:
         self.group_size, self.prompts, self.updates = group_size, prompts_per_rollout, updates_per_rollout
         self.how = Sampling(
@@ -59,7 +59,7 @@ class GRPO(Objective):
         self.drawn = dc.replace(self.how, n=val_samples) if val_samples else None
         self.beta, self.kl_in, self.clip = beta, kl_in, (clip_low, clip_high)
         self.normalise, self.divide_by_std, self.ratio, self.loss = normalise, divide_by_std, ratio, loss
-        self.mask_truncated, self.counts_tokens = mask_truncated, counts_tokens
+        self.mask_truncated, self.counts_tokens, self.reset = mask_truncated, counts_tokens, reference_reset
         self.rewards = Rewards(reward)
         each = tuple(f"reward/{name}" for name in reward.use)
         self.reports = ("ratio_deviation", "clipped_share", *(("kl",) if beta else ()))
@@ -169,6 +169,9 @@ class GRPO(Objective):
 
         batch: the prompts of this rank; `sample_index` numbers them over the whole run, and with it their draws.
         """
+        if self.reset and module.step and module.step % self.reset == 0:
+            self.parallel.copy_weights(module.model, self.models["reference"])
+            self.moved = frozenset(["reference"])
         began = time.perf_counter()
         prompts = _rows(batch)
         problems = [problem_of(text) for text in batch["problem"]]

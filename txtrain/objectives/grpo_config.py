@@ -36,6 +36,8 @@ class GRPOConfig(ObjectiveConfig):
     beta: float = knob(0.04, at_least=0)
     # as init_from; null: the weights with which the run begins
     reference: str | None = knob(None, literal=True)
+    # every so many updates the policy becomes the reference (2501.12948: 400; 2505.24864); null: never
+    reference_reset: int | None = knob(None, at_least=1)
     # loss: of each token; reward: the sum over a completion's tokens is taken off its reward (2203.02155)
     kl_in: Literal["loss", "reward"] = "loss"
     clip_low: float = knob(0.2, at_least=0, at_most=1)  # the ratio is clipped at 1 - clip_low and 1 + clip_high
@@ -65,6 +67,10 @@ class GRPOConfig(ObjectiveConfig):
     def reads_start(self) -> bool:  # type: ignore[override]
         return self.start is not None
 
+    @property
+    def resets(self) -> bool:  # type: ignore[override]
+        return self.reference_reset is not None
+
     def prompts(self, config: RunConfig) -> int:
         return self.prompts_per_rollout or max(1, config.data.global_batch_size // self.group_size)
 
@@ -90,6 +96,16 @@ class GRPOConfig(ObjectiveConfig):
     def check(self) -> Iterator[str]:
         if not self.beta and self.reference is not None:
             yield f"`objective.reference` must be null with objective.beta=0, but is {self.reference} instead."
+        if (n := self.reference_reset) is not None:
+            if not self.beta or self.reference is not None:
+                why = "objective.beta=0" if not self.beta else "objective.reference, which is never reset"
+                yield f"`objective.reference_reset` must be null with {why}, but is {n} instead."
+            elif n % self.updates_per_rollout:
+                yield (
+                    "`objective.reference_reset` must be a multiple of objective.updates_per_rollout "
+                    f"({self.updates_per_rollout}), since a rollout has one reference, but is {n} instead. Nearest: "
+                    f"{self.updates_per_rollout * max(1, round(n / self.updates_per_rollout))}."
+                )
         if self.loss in ("reinforce", "rloo"):
             if self.updates_per_rollout > 1:
                 yield (
@@ -123,7 +139,7 @@ class GRPOConfig(ObjectiveConfig):
                 "`objective.val_samples` must be 0 without the reward `answer`, which says what is right, but is "
                 f"{self.val_samples} instead. To measure it alone: reward=[answer,...] reward.answer.weight=0."
             )
-        for key in dropouts(config.model, "model"):
+        for key in (*dropouts(config.model, "model"), *dropouts(config.adapter, "adapter")):
             yield f"`{key}` must be 0 with objective=grpo, which compares probabilities of new and old weights."
         if config.trainer.max_epochs is not None:
             yield "`trainer.max_epochs` must be null with objective=grpo: its samples are made. Give trainer.max_steps."

@@ -229,6 +229,23 @@ class ZeRO(Mesh):
         self._reading.append(engine)
         return Read(engine, model)
 
+    @torch.no_grad()
+    def copy_weights(self, model: nn.Module, read: Any) -> None:
+        if self.stage < 3:
+            super().copy_weights(model, read)
+            return
+        shares: dict[str, Any] = dict(model.named_parameters())
+        buffers = _buffers(model)
+        for part in self._read_parts(read):
+            part.master.copy_(shares[part.name].ds_tensor)
+        for name, tensor in _buffers(read).items():
+            tensor.copy_(buffers[name])
+
+    def _read_parts(self, read: Any) -> list[Part]:
+        """In stage 3 this rank's shares of a read-only model's parameters, of those that a checkpoint holds."""
+        shares = dict(read.named_parameters())
+        return [self._in_place(name, shares[name]) for name in kept(read.state_dict()) if name in shares]
+
     def _frozen(self, name: str, parameter: Any) -> Part:
         """This rank's share of a frozen parameter: float32 even if computed in bfloat16, so checkpoints are exact."""
         shape = parameter.ds_shape if self.stage == 3 else parameter.shape
@@ -237,8 +254,13 @@ class ZeRO(Mesh):
         if self._half:
             return Part(name, parameter, shape, torch.empty(length, device="cpu"), offset, length, 0)
         if self.stage == 3:
-            return Part(name, parameter, shape, parameter.ds_tensor, offset, length, 0)
+            return self._in_place(name, parameter)
         return Part(name, parameter, shape, parameter.detach().view(-1), offset, length, offset)
+
+    def _in_place(self, name: str, parameter: Any) -> Part:
+        """In stage 3 this rank's share of a parameter that is not trained."""
+        shape = parameter.ds_shape
+        return Part(name, parameter, shape, parameter.ds_tensor, *self._share(shape.numel()), 0)
 
     def _share(self, n: int) -> tuple[int, int]:
         """Offset and length of this rank's share of n elements, cut evenly."""
@@ -321,6 +343,23 @@ class ZeRO(Mesh):
                 found[f"optimizer.{part.name}.{key}"] = value
         return found
 
+    def read_tensors(self, read: Any) -> dict[str, Tensor]:
+        """In stage 3 copies, as `training_tensors`."""
+        if self.stage < 3:
+            return super().read_tensors(read)
+        parts = {part.name: part for part in self._read_parts(read)}
+        buffers = {name: tensor for name, tensor in _buffers(read).items() if name in kept(read.state_dict())}
+        return buffers | {
+            name: self._by_rows(part.whole(part.master.float(), self._data_group)) for name, part in parts.items()
+        }
+
+    def load_read(self, path: Path, key: str, read: Any, how: Reading) -> dict[str, Tensor]:
+        found = super().load_read(path, key, read, how)
+        for part in self._read_parts(read) if found and self.stage == 3 else ():
+            whole: Any = found[f"{key}.{part.name}"]
+            part.fill(part.master, whole.full_tensor().to(part.master))
+        return found
+
     def _by_rows(self, whole: Tensor) -> Tensor:
         size = -(-len(whole) // self.size)
         mine = whole[self.rank * size : (self.rank + 1) * size].to("cpu", copy=True)
@@ -347,7 +386,8 @@ class ZeRO(Mesh):
             name: tensor for name, tensor in tensors.items()
             if name.removeprefix("optimizer.").rpartition(".")[0] not in new
         }
-        load_tensors(path, tensors, group=self.checkpoint_group, how=how, without=of_frozen(path, model))
+        prefixes = "model.", "optimizer."
+        load_tensors(path, tensors, prefixes, self.checkpoint_group, how, of_frozen(path, model))
         for part in self._parts:
             if f"model.{part.name}" not in tensors:  # an adapter's base
                 continue

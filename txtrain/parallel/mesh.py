@@ -239,6 +239,10 @@ class Mesh(OneProcess):
         if found := list(of_model(self.config.strategy, model, self.world.size)):
             raise ConfigError(*(f"`{key}` cannot be laid over the processes as the model is: {why}" for why in found))
 
+    def copy_weights(self, model: nn.Module, read: Any) -> None:
+        self._shard_again(model)
+        super().copy_weights(model, read)
+
     def set_up_read(self, model: nn.Module) -> None:
         self._lay(model, reshard_after_forward=True, keep_root=False)
 

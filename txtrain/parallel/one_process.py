@@ -11,11 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from txtrain.checkpoint.restore import Reading
+from txtrain.checkpoint.format import shapes
+from txtrain.checkpoint.restore import Reading, load_tensors
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Source, fill
 from txtrain.model.config import ModelConfig
+from txtrain.model.lora import kept
 from txtrain.optim.average import Average
+from txtrain.parallel.gradient_buckets import local
 from txtrain.parallel.timers import Phases
 from txtrain.parallel.world import World
 from txtrain.run_config import RunConfig
@@ -185,6 +188,13 @@ class OneProcess:
         model.forward = torch.no_grad()(model.forward)
         return model
 
+    @torch.no_grad()
+    def copy_weights(self, model: nn.Module, read: Any) -> None:
+        """Give a read-only model of the same form the trained one's weights; where it has an adapter, that alone."""
+        values = model.state_dict()
+        for name, tensor in self.read_tensors(read).items():
+            local(tensor).copy_(local(values[name]))
+
     def optimizer(self, model: nn.Module, optimizer: Optimizer) -> Any:
         """The optimizer to step: the given one, or its equivalent on shards of the parameters."""
         return optimizer
@@ -231,6 +241,20 @@ class OneProcess:
         from txtrain.checkpoint.restore import training_tensors
 
         return training_tensors(model, optimizer, average)
+
+    def read_tensors(self, read: Any) -> dict[str, Tensor]:
+        """What a checkpoint holds of a read-only model whose weights have changed, by canonical name."""
+        tensors = read.state_dict()
+        return {name: tensors[name] for name in kept(tensors)}
+
+    def load_read(self, path: Path, key: str, read: Any, how: Reading) -> dict[str, Tensor]:
+        """Read its weights where the checkpoint holds them, and return them. key: the model's, with which their names
+        begin there."""
+        if not any(name.startswith(f"{key}.") for name in shapes(path)):
+            return {}
+        tensors = {f"{key}.{name}": tensor for name, tensor in self.read_tensors(read).items()}
+        load_tensors(path, tensors, f"{key}.", self.checkpoint_group, how)
+        return tensors
 
     def training_numbers(self, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
         """The optimizer's state other than tensors, by canonical name."""

@@ -113,6 +113,8 @@ class LitModule(pl.LightningModule):
         needed = config.objective.reads_start
         self.start = start_of(config, self.model, self.parallel, weights, began) if needed else None
         if (key := config.objective.start) is not None and self.start is not None:
+            if config.objective.resets:
+                transform(self.start.model, config.transforms)
             self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
         named = list(self.model.named_parameters())

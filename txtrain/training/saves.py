@@ -57,6 +57,9 @@ class Saves:
         if self.folder.source is not None:
             how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
             module.parallel.load(self.folder.source, module.model, optimizer, module.average, how)
+            if (path := self.folder.checkpoint) is not None:
+                models, load = module.objective.models, module.parallel.load_read
+                module.objective.moved = frozenset(key for key in sorted(models) if load(path, key, models[key], how))
             checkpoint.forget_headers()
             module.step = self.folder.first_step
             if self.folder.checkpoint is not None:
@@ -105,7 +108,7 @@ class Saves:
         """
         tensors = _tensors(module)
         if state.weights_only:
-            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("optimizer.")}
+            tensors = {name: tensor for name, tensor in tensors.items() if name.startswith(("model.", "ema."))}
         numbers = module.parallel.training_numbers(module.model, module.trainer.optimizers[0])
         state = dc.replace(state, save_seconds=self.longest, optimizer={} if state.weights_only else numbers)
         beside = partial(self._beside, module.objective.state(), generation_file)
@@ -161,4 +164,8 @@ class Saves:
 
 
 def _tensors(module: LitModule) -> dict[str, Any]:
-    return module.parallel.training_tensors(module.model, module.trainer.optimizers[0], module.average)
+    parallel, objective = module.parallel, module.objective
+    found = parallel.training_tensors(module.model, module.trainer.optimizers[0], module.average)
+    for key in sorted(objective.moved):
+        found |= {f"{key}.{name}": tensor for name, tensor in parallel.read_tensors(objective.models[key]).items()}
+    return found

@@ -17,6 +17,7 @@ from txtrain.data.sources.made_problems import Arithmetic, Countdown
 from txtrain.data.sources.problems import Problems
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, byte_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.objectives.rewards import solves
 from txtrain.training.data_module import DataModule
 
 
@@ -45,6 +46,7 @@ def test_a_countdown_has_a_solution() -> None:
     for problem in Countdown(3, 40, 5).problems("train"):
         assert len(problem["numbers"]) == 3
         assert any(abs(value - int(problem["answer"])) < 1e-9 for value in reached(tuple(problem["numbers"])))
+        assert solves(problem["demonstration"], problem["numbers"], problem["answer"]), problem
 
 
 @pytest.mark.parametrize("kind", [partial(Arithmetic, worked=0.3), Countdown])

@@ -17,6 +17,7 @@ from txtrain import compose
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.model.build import build_model
+from txtrain.model.lora import attach
 from txtrain.monitor.metrics_csv import read
 from txtrain.objectives.base import Batch, build_objective
 from txtrain.objectives.grpo import GRPO
@@ -127,6 +128,49 @@ def test_a_run_resumed_within_a_rollout_equals_one_that_was_not_stopped(tmp_path
     assert weights(part.run_dir) == weights(whole.run_dir)
 
 
+RESET = "objective.beta=0.1", "objective.updates_per_rollout=2", "objective.reference_reset=4"
+
+
+def kl(run_dir: Path | None) -> list[float]:
+    return [float(row["kl"]) for row in metrics(run_dir)]
+
+
+def test_a_reset_reference_is_the_policy_of_then_and_resumes_exactly(tmp_path: Path) -> None:
+    """A stop after a reset, in front of a rollout that reads what was reset."""
+    run = *RESET, "save.every_n_steps=6", "trainer.val_check_interval=2"
+    whole = txtrain.train(config(tmp_path / "a", *run, "trainer.max_steps=8"))
+    stopped = config(tmp_path / "b", *run, "trainer.max_steps=6")
+    part = txtrain.train(stopped)
+    assert metrics(txtrain.train(dc.replace(stopped, trainer=dc.replace(stopped.trainer, max_steps=8))).run_dir) == metrics(whole.run_dir)
+    assert part.run_dir is not None
+    assert whole.run_dir is not None
+    held = weights(part.run_dir)
+    assert held == weights(whole.run_dir)
+    assert held["reference.head.weight"] != held["model.head.weight"]
+    never = txtrain.train(config(tmp_path / "c", *RESET[:2], "trainer.max_steps=5"))
+    assert kl(whole.run_dir)[:4] == kl(never.run_dir)[:4]
+    assert kl(whole.run_dir)[4] == pytest.approx(0, abs=1e-9)
+    assert kl(never.run_dir)[4] > 1e-4
+    assert not any(name.startswith("reference") for name in weights(never.run_dir or tmp_path))
+
+
+@pytest.mark.slow
+def test_the_reference_of_an_adapter_is_reset_to_base_and_adapter(tmp_path: Path) -> None:
+    base = txtrain.train(config(tmp_path / "base", "trainer.max_steps=1"))
+    run = [f"init_from={base.run_dir}", "adapter=lora", "adapter.r=4", *RESET, "save.every_n_steps=6", "trainer.val_check_interval=2"]
+    whole = txtrain.train(config(tmp_path / "a", *run, "trainer.max_steps=8"))
+    stopped = config(tmp_path / "b", *run, "trainer.max_steps=6")
+    part = txtrain.train(stopped)
+    txtrain.train(dc.replace(stopped, trainer=dc.replace(stopped.trainer, max_steps=8)))
+    assert metrics(part.run_dir) == metrics(whole.run_dir)
+    assert kl(whole.run_dir)[4] == pytest.approx(0, abs=1e-9)
+    assert min(kl(whole.run_dir)[3], kl(whole.run_dir)[5]) > 1e-6
+    assert part.run_dir is not None
+    assert {name.count("lora") for name in weights(part.run_dir) if name.startswith("reference")} == {1}
+    with pytest.raises(ConfigError, match=r"`adapter.lora_dropout` must be 0"):
+        config(tmp_path, *run, "adapter.lora_dropout=0.1")
+
+
 @pytest.mark.slow
 def test_micro_batches_and_padding_change_neither_rollouts_nor_gradients(tmp_path: Path) -> None:
     whole = txtrain.train(config(tmp_path / "a", "trainer.max_steps=4", "objective.mask_truncated=true"))
@@ -185,6 +229,52 @@ def test_the_loss_of_micro_batches_is_that_of_rows_one_by_one(tmp_path: Path, no
     assert float((of_whole - of_rows).abs().max()) < 1e-6
 
 
+def by_hand(model: torch.nn.Module, batch: Batch, ratio: str, normalise: str) -> torch.Tensor:
+    """GRPO's loss of a whole batch, a token at a time, from the model's logits; clip 0.2, beta 0.1, at most 6 tokens."""
+    log_p = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
+    total, rows, tokens = torch.zeros((), dtype=torch.float64), 0, 0
+    for i, labels in enumerate(batch["labels"].tolist()):
+        places = [t for t, label in enumerate(labels) if label != -100]
+        rows, tokens = rows + bool(places), tokens + len(places)
+        old, reference, a = batch["old_log_probs"][i], batch["reference_log_probs"][i], float(batch["advantages"][i])
+        apart = [log_p[i, t - 1, labels[t]] - old[t] for t in places]
+        for t, log_r in zip(places, apart, strict=True):
+            r = torch.exp(sum(apart, torch.zeros(())) / len(apart) if ratio == "sequence" else log_r)
+            further = reference[t] - log_p[i, t - 1, labels[t]]
+            loss = -torch.min(r * a, r.clamp(0.8, 1.2) * a) + 0.1 * (further.exp() - further - 1)
+            total = total + loss * {"sequence": 1 / len(places), "token": 1.0, "constant": 1 / 6}[normalise]
+    return total / (tokens if normalise == "token" else rows)
+
+
+@pytest.mark.parametrize("normalise", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+def test_what_an_adapter_learns_on_two_ranks_in_micro_batches_equals_the_formula(tmp_path: Path, normalise: str, ratio: str) -> None:
+    """Ranks' denominators are summed, and their gradients; rows are padded, and one is masked out as truncated."""
+    made = config(tmp_path, f"objective.normalise={normalise}", f"objective.ratio={ratio}", "objective.beta=0.1", "objective.reference=x")
+    objective, batch = build_objective(made), batch_of()
+    seed_everything(0)
+    model = build_model(made.model).double()
+    attach(model, {"blocks.0.attention.q_proj": (4, 2.0), "blocks.0.ffn.up_proj": (4, 2.0)})
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora" in name)
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    ranks = list(cut(batch, 3))
+    counts = {name: sum(n[name] for n in map(objective.denominators, ranks)) for name in objective.denominators(batch)}
+    value = 0.0
+    for rank in ranks:
+        for part in cut(rank, 2):
+            loss = objective.total(objective(model, part, counts))  # type: ignore[arg-type]
+            loss.backward()  # type: ignore[no-untyped-call]
+            value += float(loss.detach())
+    wanted = by_hand(model, batch, ratio, normalise)
+    gradients = torch.autograd.grad(wanted, trained)
+    assert value == pytest.approx(float(wanted.detach()), abs=1e-6)
+    assert max(float((p.grad - g).abs().max()) for p, g in zip(trained, gradients, strict=True) if p.grad is not None) < 1e-6
+    assert len(gradients) == 4 and max(float(g.abs().max()) for g in gradients) > 1e-3  # noqa: PT018
+
+
 def test_log_probs_are_those_of_the_sampler_at_its_temperature_and_nucleus(tmp_path: Path) -> None:
     made = config(tmp_path, "objective.temperature=0.7", "objective.top_p=0.8", "trainer.max_steps=2")
     rows = metrics(txtrain.train(made).run_dir)
@@ -213,6 +303,8 @@ def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_p
         (["objective.prompts_per_rollout=8"], "`objective.updates_per_rollout` must be a multiple of 2"),
         (["objective.max_new_tokens=16"], "must be below data.seq_len"),
         (["model.dropout=0.1"], "`model.dropout` must be 0"),
+        (["objective.reference_reset=2"], "`objective.reference_reset` must be null with objective.beta=0, but is 2 instead."),
+        ([*RESET[:2], "objective.reference_reset=3"], "must be a multiple of objective.updates_per_rollout (2)"),
         (["trainer.devices=8"], "`objective.prompts_per_rollout` must be a multiple of the 8 ranks"),
     ],
 )
@@ -276,18 +368,18 @@ def dying(f, n):
 """
 
 
-def ran(folder: Path, *overrides: str, code: str = LOW) -> tuple[list[dict[str, str]], dict[str, Any]]:
+def ran(folder: Path, *overrides: str, code: str = LOW, steps: int = 10) -> tuple[list[dict[str, str]], dict[str, Any]]:
     """Ten updates of five rollouts, until they are complete: metrics, and the last rollout."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(code)
     run = [*SHAPE, f"data.cache_dir={folder.parent / 'cache'}", f"run_dir={folder / 'run'}", f"imports=[{folder / 'mine.py'}]"]
-    run += ["trainer.max_steps=10", "objective.updates_per_rollout=2", "trainer.val_check_interval=5", *overrides]
+    run += [f"trainer.max_steps={steps}", *RESET, "trainer.val_check_interval=5", *overrides]
     for _ in range(2):
         done = subprocess.run([sys.executable, "-m", "txtrain", *run], check=False, timeout=400, capture_output=True, text=True)
         if done.returncode != -9:
             break
     assert done.returncode == 0, done.stderr
-    with np.load(folder / "run" / "checkpoints" / "step_00000010" / "rollout.npz") as file:
+    with np.load(folder / "run" / "checkpoints" / f"step_{steps:08}" / "rollout.npz") as file:
         return metrics(folder / "run"), dict(file)
 
 
@@ -304,11 +396,45 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[
 def test_several_processes_make_the_rollouts_and_updates_of_one(tmp_path: Path, of_one_process: Any, strategy: str, n: int) -> None:
     if strategy.startswith("deepspeed"):
         pytest.importorskip("deepspeed")
-    (one, of_one), (several, of_several) = of_one_process, ran(tmp_path / "n", f"strategy={strategy}", f"trainer.devices={n}")
+    assert_near(of_one_process, ran(tmp_path / "n", f"strategy={strategy}", f"trainer.devices={n}"))
+
+
+def assert_near(whole: tuple[Any, Any], other: tuple[Any, Any]) -> None:
+    (one, of_one), (several, of_several) = whole, other
     assert np.array_equal(of_one["input_ids"], of_several["input_ids"])
     for name in of_one:
         assert np.allclose(of_one[name], of_several[name], atol=1e-4), name
     assert [float(row["grad_norm"]) for row in one] == pytest.approx([float(row["grad_norm"]) for row in several], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "deepspeed_stage_2", "deepspeed_stage_3", "tp"])
+def test_a_reset_reference_moves_to_another_number_of_processes(tmp_path: Path, of_one_process: Any, strategy: str) -> None:
+    """Reset at 4 by two processes, read at 6 by one, reset at 8."""
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    ran(tmp_path / "n", f"strategy={strategy}", "trainer.devices=2", steps=6)
+    assert_near(of_one_process, ran(tmp_path / "n"))
+
+
+@pytest.fixture(scope="module")
+def of_one_adapter(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[str], Any]:
+    """Its overrides, and its result on one process."""
+    folder = tmp_path_factory.mktemp("adapter")
+    ran(folder / "base", steps=2)
+    run = [f"init_from={folder / 'base' / 'run'}", "adapter=lora", "adapter.r=4"]
+    return run, ran(folder / "1", *run)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"])
+def test_an_adapter_and_its_reset_reference_stopped_and_continued_on_two_processes(tmp_path: Path, of_one_adapter: Any, strategy: str) -> None:
+    if strategy.startswith("deepspeed"):
+        pytest.importorskip("deepspeed")
+    run, one = of_one_adapter
+    two = *run, f"strategy={strategy}", "trainer.devices=2"
+    ran(tmp_path / "n", *two, steps=6)
+    assert_near(one, ran(tmp_path / "n", *two))
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 
@@ -98,20 +98,25 @@ class Countdown(MadeProblems):
 
     name = "countdown"
 
+    def identity(self) -> str:
+        return f"{super().identity()} demonstrated"
+
     def made(self, draws: Draws) -> Iterator[Problem]:
         n = self.difficulty
         all_numbers = (1 + draws.uniform("numbers", n) * 99).astype(int).tolist()
         signs = (draws.uniform("signs", n - 1) * 4).astype(int).tolist()
         for numbers, chosen in zip(all_numbers, signs, strict=True):
-            value = numbers[0]
-            for sign, operand in zip(chosen, numbers[1:], strict=True):
-                value = _combined(value, operand, sign)
+            value, shown = numbers[0], str(numbers[0])
+            for wanted, operand in zip(chosen, numbers[1:], strict=True):
+                value, sign = _combined(value, operand, wanted)
+                before = f"({shown})" if sign in "*/" and {*shown} & {*"+-"} else shown
+                shown = f"{before}{sign}{operand}"
             listed = sorted(numbers)
             asked = f"Using the numbers {listed}, each of them once, create an equation that equals {value}."
-            yield {"question": asked, "answer": str(value), "numbers": listed}
+            yield {"question": asked, "answer": str(value), "numbers": listed, "demonstration": shown}
 
 
-def _combined(a: int, b: int, sign: int) -> int:
-    """a + b, a - b, a * b or a / b; the sum where that is not an integer from 1 to 999."""
-    found: Any = (a + b, a - b, a * b, a // b if a % b == 0 else 0)[sign]
-    return int(found) if 1 <= found <= 999 else a + b
+def _combined(a: int, b: int, sign: int) -> tuple[int, str]:
+    """a + b, a - b, a * b or a / b, and its sign; the sum where that is not an integer from 1 to 999."""
+    found = (a + b, a - b, a * b, a // b if a % b == 0 else 0)[sign]
+    return (found, "+-*/"[sign]) if 1 <= found <= 999 else (a + b, "+")

@@ -86,10 +86,14 @@ def _strategy(config: Train, layout: Layout) -> Copies:
 
 def _read(config: Train, layout: Layout) -> int:
     """Bytes of the weights of the objective's further models, laid over the ranks; their forward is not counted."""
-    found = [describe(where, f"objective.{key}").model for key, where in config.objective.models.items()]
-    found += [config.model] if config.objective.start is not None else []
-    plain = [dc.replace(config, model=model, adapter=AdapterConfig(type="none")) for model in found]
-    return sum(_strategy(one, layout).states()["parameters"] for one in plain)
+    objective, none = config.objective, AdapterConfig(type="none")
+    found = [
+        dc.replace(config, model=describe(where, f"objective.{key}").model, adapter=none)
+        for key, where in objective.models.items()
+    ]
+    if objective.start is not None:
+        found.append(config if objective.resets else dc.replace(config, adapter=none))
+    return sum(_strategy(one, layout).states()["parameters"] for one in found)
 
 
 def _parts(*parts: dict[str, int]) -> dict[str, int]:
