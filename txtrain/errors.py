@@ -6,27 +6,36 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# A message may quote a stranger's file, and a terminal would execute its control characters.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def visible(text: str) -> str:
+    """The text of a stranger's file or of a model, with control characters spelt out: a terminal would execute them."""
+    return _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 class ConfigError(ValueError):
     """An error that the user can fix. One problem a line; the command line prints it and exits with 2."""
 
     def __init__(self, *problems: str) -> None:
-        self.problems: tuple[str, ...] = tuple(dict.fromkeys(_CONTROL.sub(_spelt, problem) for problem in problems))
+        self.problems: tuple[str, ...] = tuple(dict.fromkeys(map(visible, problems)))
         super().__init__("\n".join(self.problems))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, ...]]:
         return (type(self), self.problems)  # launchers pickle exceptions
 
 
-def _spelt(found: re.Match[str]) -> str:
-    return f"\\x{ord(found[0]):02x}"
-
-
 class RunError(ConfigError):
     """An error found after the run's folder was made, as in a row of its data: exit code 1, not 2."""
+
+
+# Other tools' words for values: the first of ours that is an option.
+_MEANT = {
+    "bf16": "bf16-mixed bfloat16", "16": "bf16-mixed", "16-mixed": "bf16-mixed", "fp16": "bf16-mixed float16",
+    "bfloat16": "bf16-mixed", "float16": "bf16-mixed", "32": "32-true float32", "fp32": "32-true float32",
+    "float32": "32-true", "cuda": "gpu", "clm": "causal_lm", "mlm": "masked_lm", "val": "validation",
+    "zero1": "deepspeed_stage_1", "zero2": "deepspeed_stage_2", "zero3": "deepspeed_stage_3",
+}
 
 
 def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str | None:
@@ -34,6 +43,8 @@ def nearest(word: object, options: Iterable[object], cutoff: float = 0.6) -> str
     with the same first letter wins."""
     meant = str(word)[:100].casefold()
     folded = {str(o).casefold(): str(o) for o in options}
+    if known := [folded[word] for word in _MEANT.get(meant, "").split() if word in folded]:
+        return known[0]
     got = difflib.get_close_matches(meant, folded, n=len(folded) or 1, cutoff=cutoff)
     matcher = difflib.SequenceMatcher(b=meant)
 

@@ -158,6 +158,7 @@ def knob(
     run: bool = False,
     from_run: Callable[[Any], object] | None = None,
     was: str | None = None,
+    unit: bool = False,
 ) -> Any:
     """A field of a config, with its properties.
 
@@ -171,6 +172,7 @@ def knob(
         run: names a run or something in one; a folder of runs means the newest.
         from_run: whether to take a value from the config.yaml of an earlier run, perhaps a stranger's; None: always.
         was: its name in configurations of earlier versions, which is read too.
+        unit: a text with a unit; a number alone is read as that text, so that the config's `check` says what it lacks.
     """
     bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     marks = {
@@ -182,6 +184,7 @@ def knob(
         "run": run,
         "from_run": from_run,
         "was": was,
+        "unit": unit,
     }
     return dc.field(default=default, metadata={name: mark for name, mark in marks.items() if mark})
 

@@ -66,7 +66,7 @@ class TrainerConfig:
     max_steps: int | None = knob(None, at_least=1)  # optimizer updates
     max_epochs: int | None = knob(None, at_least=1)  # passes over the training data
     max_tokens: int | None = knob(None, at_least=1)  # positions, padding included
-    max_time: str | None = None  # DD:HH:MM:SS
+    max_time: str | None = knob(None, unit=True)  # DD:HH:MM:SS
     val_check_interval: int = knob(100, at_least=1)  # steps between validations
     limit_val_batches: int = knob(32, at_least=0)  # at most so many batches of global_batch_size sequences each
     log_every_n_steps: int = knob(10, at_least=1)  # steps between rows of metrics.csv

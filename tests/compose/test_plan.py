@@ -62,12 +62,25 @@ def test_the_largest_model_is_planned_in_two_seconds_without_torch():
 
 
 def test_the_screen_shows_every_part_and_writes_nothing(capsys, clean_room):
-    assert main(["plan", "model=deepseek_r1", "trainer.max_steps=100", "plan.n_devices=8"]) == 0
+    assert main(["plan", "model=deepseek_r1", "trainer.max_steps=100", "plan.n_devices=8", "data.tokenizer=bytes"]) == 0
     out = capsys.readouterr().out
     parts = ("embedding", "attention", "ffn", "mtp", "active")
-    for word in ("deepseek_r1: ", *parts, "forward and backward", "in bfloat16", "100 (trainer.max_steps)", "8 x H100"):
+    for word in ("deepseek_r1: ", *parts, "forward and backward", "in bfloat16", "100 (trainer.max_steps)", "8 x H100", "bytes, 257 tokens of"):
         assert word in out, word
     assert not [f for f in clean_room.iterdir() if f.name != ".cache"]
+
+
+def test_more_processes_than_a_matrix_has_rows_are_refused_not_divided_by():
+    refused = plan("model=t5", "strategy=tp", "trainer.devices=8").refused  # Adafactor's sums along the heads' dimension
+    assert refused is not None
+    assert "must divide model.n_heads (4)" in refused
+
+
+def test_a_tokenizer_is_held_against_the_vocabulary_without_torch():
+    command = [sys.executable, "-c", WITHOUT_TORCH, "plan", "model=gpt2", "model.vocab_size=256", "data.tokenizer=bytes"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "`model.vocab_size` must be at least 257, the tokens of data.tokenizer=bytes" in done.stderr
 
 
 def test_json_holds_what_the_function_returns(capsys):

@@ -1,8 +1,8 @@
-"""Runs that are killed at random moments, and continued: `python -m tests.distributed.kills FOLDER SEED KILLS PROCESSES [OVERRIDE ...]`.
+"""Runs that are killed at random moments, and continued: `python -m tests.distributed.kills FOLDER SEED KILLS [OVERRIDE ...] then [OVERRIDE ...]`.
 
 Leaves FOLDER/whole, which nobody disturbed, and FOLDER/0, FOLDER/1, ..., each killed once with SIGKILL (all of its processes) and then
-continued to its end. Prints, as JSON, for each kill the names of what the run then had under checkpoints/. Torch is imported once: the
-processes of the runs are forks.
+continued to its end, every other one with the second overrides on top. Prints, as JSON, for each kill the names of what the run then had under
+checkpoints/. Torch is imported once: the processes of the runs are forks.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Begun(pl.Callback):
 class Killed:
     """The processes of one run."""
 
-    def __init__(self, config: Train, n: int, begun: Path) -> None:
-        self.begun = begun
+    def __init__(self, config: Train, begun: Path) -> None:
+        self.begun, n = begun, config.trainer.devices
         begun.unlink(missing_ok=True)
         store = begun.with_name(f"store-{os.urandom(4).hex()}")
         self.pids = [self._fork(config, n, rank, store) for rank in range(n)]
@@ -98,13 +98,13 @@ def _slow_down(seconds: float) -> None:
     files.sync = slow
 
 
-def main(folder: Path, seed: int, kills: int, n: int, *overrides: str) -> None:
+def main(folder: Path, seed: int, kills: int, overrides: list[str], then: list[str]) -> None:
     moments, begun = random.Random(seed), folder / "begun"
 
-    def config(name: str) -> Train:
-        return tiny(folder, *overrides, f"trainer.devices={n}", f"run_dir={folder / name}")
+    def config(name: str, *more: str) -> Train:
+        return tiny(folder, *overrides, f"run_dir={folder / name}", *more)
 
-    whole = Killed(config("whole"), n, begun)
+    whole = Killed(config("whole"), begun)
     started = time.monotonic()
     whole.wait_until_begun()
     first = time.monotonic()
@@ -112,7 +112,7 @@ def main(folder: Path, seed: int, kills: int, n: int, *overrides: str) -> None:
     ready, training = first - started, time.monotonic() - first
     for i in range(kills):
         while True:
-            run = Killed(config(str(i)), n, begun)
+            run = Killed(config(str(i)), begun)
             if i % 5 == 4:  # while it starts, or just after
                 time.sleep(moments.uniform(0, 1.5 * ready))
             else:
@@ -122,8 +122,9 @@ def main(folder: Path, seed: int, kills: int, n: int, *overrides: str) -> None:
                 break
             shutil.rmtree(folder / str(i))
         print(json.dumps(sorted(p.name for p in (folder / str(i)).glob("checkpoints/*"))), flush=True)
-        Killed(config(str(i)), n, begun).wait()
+        Killed(config(str(i), *(then if i % 2 else [])), begun).wait()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), *sys.argv[5:])
+    at = sys.argv.index("then")
+    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), sys.argv[4:at], sys.argv[at + 1 :])

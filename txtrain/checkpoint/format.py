@@ -131,6 +131,14 @@ def _start(run: Path) -> tuple[float, str]:
     return run.stat().st_mtime if first is None else float(first), run.name
 
 
+def nearest_run(path: Path) -> str:
+    """` Nearest: RUN.`: the run in whose folder a wrong path lies, or its newest checkpoint; or an empty string."""
+    run = next((folder for folder in (*path.parents,)[:2] if complete(folder)), None)
+    if run is None:
+        return ""
+    return f" Nearest: {complete(run)[-1] if path.parent.name == 'checkpoints' else run}."
+
+
 def locate(where: str | Path, key: str = "checkpoint") -> Path:
     """The checkpoint that `where` means: itself, the newest of a run, or that of the newest run in a folder of runs.
 
@@ -146,7 +154,7 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
         return found
     what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"
     allowed = "a run's folder, one of its checkpoints, or a folder of runs"
-    raise ConfigError(f"`{key}` must be {allowed}, but {str(where)!r} {what}.")
+    raise ConfigError(f"`{key}` must be {allowed}, but {str(where)!r} {what}.{nearest_run(path)}")
 
 
 def exists(where: str | Path) -> bool:

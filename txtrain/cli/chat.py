@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
-from txtrain.cli.writer import Writer
+from txtrain.cli.writer import Writer, show
 from txtrain.data.chat.formats import conversations
 from txtrain.data.chat.template import Message, Template
 from txtrain.data.sources.files import missing
@@ -89,7 +90,7 @@ def _answered(chat: Chat, messages: list[Message]) -> list[Message]:
     except ConfigError as e:  # a template may refuse a turn; the conversation may be too long
         print(f"txtrain: {e.problems[0] if e.problems else e} {RESET} begins anew.", file=sys.stderr)
         return messages[:-1]
-    said = writer.stream(ids, lambda text: print(text, end="", flush=True), len(messages), interruptible=True)
+    said = writer.stream(ids, partial(show, end=""), len(messages), interruptible=True)
     print(flush=True)
     return [*messages, {"role": "assistant", "content": said}]
 

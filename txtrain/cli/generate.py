@@ -6,7 +6,7 @@ import sys
 from functools import partial
 
 from txtrain.cli.chat import answer_file, talk
-from txtrain.cli.writer import Writer, laid_out, ready
+from txtrain.cli.writer import Writer, laid_out, ready, show
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema_of_trained import Generate
 from txtrain.data.sources.files import missing
@@ -49,12 +49,12 @@ def _write(writer: Writer, prompts: list[str]) -> None:
     if len(prompts) == 1 and config.stream and config.n == config.num_beams == 1 and writer.parallel is None:
         writer.check_length(rows, "prompt")
         print(prompts[0], end=between, flush=True)
-        writer.stream(rows[0], lambda text: print(text, end="", flush=True))
+        writer.stream(rows[0], partial(show, end=""))
         print(flush=True)
         return
     for prompt, texts in zip(prompts, writer.texts(rows), strict=True):
         for text in texts if writer.is_first else ():
-            print(prompt + between + text, flush=True)
+            show(prompt + between + text)
 
 
 def read_prompts(config: Generate) -> list[str]:

@@ -19,6 +19,7 @@ from txtrain.cli.verbs import FLAGS, VERBS, root_of
 from txtrain.config.paths import CONF, DATA, groups_of, options, unwritten
 from txtrain.errors import ConfigError, hint
 from txtrain.ground.convert import describe, hints, key_of, parts
+from txtrain.ground.unknown_keys import meant_elsewhere
 from txtrain.registry import TABLE, imported
 
 LAUNCHER = "hydra/launcher"  # the group whose keys are Hydra's, not the verb's
@@ -56,7 +57,9 @@ def _about(verb: str, word: str) -> str:
     path = (group or word).replace("/", ".")
     below = [_line(*line) for key, line in keys.items() if f"{key}.".startswith(f"{path}.")]
     if group is None and not below:
-        near = hint(word, [*groups, *keys], "txtrain --help {}")
+        owner = next((v for v in VERBS if any(f"{key}.".startswith(f"{path}.") for key in _keys(root_of(v)))), None)
+        near = f" Did you mean txtrain {owner} --help {word}?" if owner else ""
+        near = near or hint(word, [*groups, *keys], "txtrain --help {}") or meant_elsewhere("", word, "", (), keys)
         raise ConfigError(f"`{word}` must be a verb, a group or a key, to be asked about with --help.{near}")
     listed = [_line(f"{_word(group)}={option}", said) for option, said in _options(group).items()] if group else []
     return "\n".join([*listed, *([""] if listed and below else []), *below, ""])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -47,7 +48,7 @@ def parse(argv: Sequence[str]) -> CommandLine:
         if not word.startswith("-"):
             rest.append(word)
         elif name not in _FLAGS or (equals and not _FLAGS[name]):
-            raise ConfigError(_not_a_flag(word))
+            raise ConfigError(_not_a_flag(word, next(words, None)))
         elif _FLAGS[name] and not equals:
             flags[name] = next(words, "")
         else:
@@ -71,14 +72,17 @@ def parse(argv: Sequence[str]) -> CommandLine:
     return CommandLine(verb, flags, rest)
 
 
-def _not_a_flag(word: str) -> str:
+def _not_a_flag(word: str, following: str | None) -> str:
     name, equals, _ = word.partition("=")
     known = [*_FLAGS, *_SHORT]
     if name in _FILE_FLAGS:
         return f"`{name}` is not a flag. A named run is recipe=NAME; a folder of your own options is --config-dir DIR."
-    if equals and name not in known:
+    near = hint(name.lstrip("-"), [flag.lstrip("-") for flag in _FLAGS], "--{}")
+    if not near and name.startswith("--") and not equals and following and not re.search("^-|=", following):
+        word = f"{name}={following}"  # `--lr 3e-4`, as argparse has it
+    if "=" in word and name not in known:
         return f"`{word}` is not a flag. Overrides have no dashes: write {word.lstrip('-')}."
-    return f"`{word}` is not a flag. Flags: {', '.join(known)}.{hint(name, known)}"
+    return f"`{word}` is not a flag. Flags: {', '.join(known)}.{near}"
 
 
 def _work(argv: list[str]) -> Work:

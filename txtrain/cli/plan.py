@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
+import os
 from typing import Any
 
 from txtrain.config.composed import Composed
@@ -42,22 +43,26 @@ def plan(config: Train) -> Figures:
 
 
 def run_plan(job: Composed) -> int:
-    """Print the figures. Exit code 0."""
+    """Print the figures. Exit code 0.
+
+    Raises:
+        ConfigError: as `plan` does; or `train` would refuse the tokenizer.
+    """
     config: Plan = classified(job.config)
-    found = plan(config)
+    found, tokenizer = plan(config), _tokenizer(config)
     if config.plan.format == "json":
         print(json.dumps(found.to_dict(), indent=2))
         return 0
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
-    head, *rest = lines(config, found)
+    head, *rest = lines(config, found, tokenizer)
     for line in (head, *map(_escaped, job.notes), *rest):
         console.print(line)
     return 0
 
 
-def lines(config: Train, f: Figures) -> list[str]:
+def lines(config: Train, f: Figures, tokenizer: list[tuple[str, str]]) -> list[str]:
     """The lines of the screen, in rich's markup."""
     model = config.model
     further = f.params_by_part.get("mtp", 0)
@@ -66,7 +71,7 @@ def lines(config: Train, f: Figures) -> list[str]:
     trained = f"; {start_screen.trained(f.n_trained_params, f.n_params)}" if f.n_trained_params < f.n_params else ""
     head = f"[bold]{f.model}[/]: {start_screen.count(f.n_params)} parameters{beside}{active}{trained}"
     sections = [
-        _section("model", start_screen.axes(model).items()),
+        _section("model", [*start_screen.axes(model).items(), *tokenizer]),
         _section("parts", _parts(f)),
         _section("FLOPs", _flops(f)),
         _section("cache", _cache(model, f)),
@@ -75,6 +80,22 @@ def lines(config: Train, f: Figures) -> list[str]:
         _section("run", _run(config, f)),
     ]
     return [head, *(line for section in sections for line in section)]
+
+
+def _tokenizer(config: Train) -> list[tuple[str, str]]:
+    """Of one that is given and lies here; the data, by which it may be trained, are not read.
+
+    Raises:
+        ConfigError: it cannot be read, or has more tokens than the model.
+    """
+    name = config.data.tokenizer
+    if name is None or name == "train" or not (name == "bytes" or os.path.lexists(os.path.expanduser(name))):
+        return []
+    from txtrain.data.fitted_tokenizer import fitted
+    from txtrain.data.tokenizer.load import load_tokenizer
+
+    tokenizer = fitted(load_tokenizer(name), name, config)
+    return [("tokenizer", start_screen.vocabulary(config, tokenizer.vocab_size))]
 
 
 def _section(title: str, rows: Any) -> list[str]:

@@ -16,7 +16,7 @@ from txtrain.config.composed import Composed
 from txtrain.config.schema import Preview, Train
 from txtrain.data.sources.source import Split
 from txtrain.data.tokenizer.tokenizer import Tokenizer
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, visible
 from txtrain.model.config import ModelConfig
 from txtrain.model.transformer import shifted_right
 from txtrain.objectives.base import IGNORED
@@ -140,7 +140,7 @@ def pieces_of(tokenizer: Tokenizer | None) -> Pieces:
         name = tokenizer.backend.id_to_token(i)
         text = "" if i in special else tokenizer.decode([i])
         if name is None or (text and "\ufffd" not in text):
-            return text.replace("\n", "⏎") if name is not None else f"<{i}>"
+            return visible(text).replace("\n", "⏎") if name is not None else f"<{i}>"
         return str(name)
 
     return piece

@@ -18,7 +18,7 @@ from txtrain.config.schema import Train
 from txtrain.config.schema_of_trained import Generate
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.data.tokenizer.tokenizer import Tokenizer
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, visible
 from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.decoding import Written
 from txtrain.model.generation import Decoding, continue_rows
@@ -29,6 +29,11 @@ from txtrain.parallel.one_process import OneProcess
 
 T = TypeVar("T")
 WINDOW = 64  # batches of prompts that are sorted by length and printed together
+
+
+def show(text: str, end: str = "\n") -> None:
+    """Print what a model wrote; to a terminal without its control characters."""
+    print(visible(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 class Writer:

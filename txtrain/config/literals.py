@@ -14,6 +14,9 @@ LITERALS = frozenset(key for root in (Prepare, Evaluate, Predict, Generate, Expo
 
 _PATHS = "data.val_path"  # Hydra's grammar, for null and named sets; but commas separate paths, as in data.path
 _GRAMMAR = re.compile(r"""["'{[]|\w+\(""")
+# A quoted text, or words in a list or a sweep: outside quotes Hydra's grammar knows no letters but ASCII's.
+_WORDS = re.compile(r"""'[^']*'|"[^"]*"|[^\s,\[\]'"]+(?: +[^\s,\[\]'"]+)*""")
+_FURTHER = re.compile(r"[(){}\\$]")  # signs of that grammar, with which a value is left as it is
 
 
 def escape(value: str) -> str:
@@ -28,8 +31,13 @@ def quote(value: str) -> str:
     return QuotedString(escape(value), Quote.single).with_quotes()
 
 
+def _quoted(word: re.Match[str]) -> str:
+    return word[0] if word[0].isascii() or word[0][0] in "'\"" else quote(word[0])
+
+
 def protect(override: str, sweep: bool) -> str:
-    """The override, with the value quoted if the key is literal; in a sweep commas separate values.
+    """The override, with the value quoted if the key is literal; in a sweep commas separate values. Of other keys
+    words with letters beyond ASCII are quoted: `data.label_column=größe`.
 
     Raises:
         ConfigError: it is not UTF-8, so that no file could hold it.
@@ -40,5 +48,6 @@ def protect(override: str, sweep: bool) -> str:
     name = key.lstrip("+")
     paths = name == _PATHS and not sweep and "," in value and not _GRAMMAR.match(value)
     if not equals or not (name in LITERALS or paths):
-        return override
+        plain = value.isascii() or _FURTHER.search(value)
+        return override if plain else f"{key}={_WORDS.sub(_quoted, value)}"
     return f"{key}={','.join(map(quote, value.split(',') if sweep else [value]))}"

@@ -6,11 +6,11 @@ import dataclasses as dc
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from txtrain.config.compatibility import fits, objectives_for
+from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import build
+from txtrain.ground.convert import among, build
 from txtrain.ground.plain_files import check_keys, read_yaml
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
@@ -18,6 +18,15 @@ from txtrain.run_config import RewardConfig
 
 if TYPE_CHECKING:
     from txtrain.checkpoint.described import Described
+
+# Keys that the configuration has, as that of a training, and that nothing here would read.
+_OF_TRAINING = (
+    "optimizer", "scheduler", "save", "ema", "sample", "layer_stats", "freeze", "profile", "resume", "fork",
+    *(f"trainer.{key}" for key in (
+        "max_steps", "max_epochs", "max_tokens", "max_time", "limit_val_batches", "val_check_interval",
+        "log_every_n_steps", "gradient_clip_val",
+    )),
+)
 
 
 def of_checkpoint(job: Composed, found: Described) -> Composed:
@@ -34,6 +43,8 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
         raise ConfigError(
             *(f"`{key}` must not be given with checkpoint: the architecture comes with the weights." for key in other)
         )
+    if idle := [key for key in job.given if among(key.replace("/", "."), _OF_TRAINING)]:
+        raise ConfigError(*(f"`{key}` must not be given here: training alone reads it." for key in idle))
     if isinstance(config, Evaluate) and config.tasks:
         if clash := [key for key in job.given if key.partition(".")[0] in ("data", "objective")]:
             why = "must not be given with tasks, which have data of their own"
@@ -86,14 +97,18 @@ def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:
 def _measured(config: Evaluate, named: bool) -> Evaluate:
     model, kind, objective = config.model, config.data.sample_kind, config.objective
     if not named and not (objective.alone and fits(model, objective.type, kind)):
-        others = [name for name, o in TABLE["objective"].items() if o.config.alone and fits(model, name, kind)]
+        objectives = TABLE["objective"].items()
+        others = [name for name, o in objectives if o.config.alone and fits(model, name, kind)]
         if others:
             objective = TABLE["objective"][others[0]].config(type=others[0])
         elif objective.alone or not fits(model, objective.type, kind):
-            able = ", ".join(objectives_for(model)) or "none"
+            able = (
+                data for data, option in TABLE["data"].items()
+                if any(o.config.alone and fits(model, name, option.config.sample_kind) for name, o in objectives)
+            )
             raise ConfigError(
                 f"`data={config.data.type}` must be data for this model, a {model.topology} with "
-                f"model/head={model.head.type}, but is {kind} instead. Its objectives: {able}."
+                f"model/head={model.head.type}, but is {kind} instead. It is evaluated on {', '.join(able) or 'none'}."
             )
     if not objective.alone:
         raise ConfigError(

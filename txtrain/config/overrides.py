@@ -39,11 +39,18 @@ def hydra_errors() -> Iterator[None]:
         raise
     except OverrideParseException as e:
         key, _, value = str(e.override).partition("=")
-        raise ConfigError(
-            f"`{key}` must be a value of Hydra's grammar, but is {value!r} instead. Quote it: '{key}=\"{value}\"'."
-        ) from e
+        wrong = f"`{key}` must be a value of Hydra's grammar, but is {value!r} instead."
+        raise ConfigError(f"{wrong} Quote it: '{key}={_in_quotes(value)}'.") from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as e:
         raise ConfigError(_said(e)) from e
+
+
+def _in_quotes(value: str) -> str:
+    """Of a list its members: a list in quotes is none."""
+    if not (value.startswith("[") and value.endswith("]")):
+        return f'"{value}"'
+    members = [member.strip() for member in value[1:-1].split(",")]
+    return "[" + ",".join(m if m.startswith(("'", '"')) else _in_quotes(m) for m in members) + "]"
 
 
 def _said(e: BaseException) -> str:

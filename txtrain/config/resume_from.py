@@ -39,9 +39,12 @@ def run_folder(run_or_checkpoint: str) -> Path:
     for folder in folders if path.exists() else ():
         if (folder / "config.yaml").is_file():
             return folder
-    why = "has no config.yaml" if path.exists() else "does not exist"
+    why = "has no config.yaml" if path.is_dir() else "is a file" if path.exists() else "does not exist"
     allowed = "auto, never, or a run's folder, one of its checkpoints, or a folder of runs"
-    raise ConfigError(f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.", *_copy_of(folders[-1]))
+    raise ConfigError(
+        f"`resume` must be {allowed}, but {run_or_checkpoint!r} {why}.{checkpoint.nearest_run(path)}",
+        *(_copy_of(folders[-1]) if path.is_dir() else ()),
+    )
 
 
 def _copy_of(folder: Path) -> list[str]:

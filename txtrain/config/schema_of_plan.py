@@ -21,7 +21,8 @@ class PlanConfig:
     device: str = "H100"  # accelerator, in any spelling (h100, a100-80gb); its published peak: docs/plan.md
     # number of devices; null: trainer.devices * trainer.num_nodes, or 1 if that is auto
     n_devices: int | None = knob(None, at_least=1)
-    memory: str | None = None  # memory of one device, such as 80GB or 79.6GiB; a run that does not fit is refused
+    # memory of one device, such as 80GB or 79.6GiB; a run that does not fit is refused
+    memory: str | None = knob(None, unit=True)
     # also run a step of the real, wrapped model without storage, with the CPU's kernels; takes torch and seconds
     simulate: bool = False
     # FLOP/s of one device; null: the published peak of plan.device at trainer.precision

@@ -205,7 +205,8 @@ class Export:
     out: str | None = knob(None, literal=True)  # the folder to write: new or empty
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the weights in the files
-    max_shard_size: str = "5GB"  # of one file of weights, such as 5GB or 500MiB; larger models get several
+    # of one file of weights, such as 5GB or 500MiB; larger models get several
+    max_shard_size: str = knob("5GB", unit=True)
     # hf: a folder for transformers and what reads its layout. gguf: one file for llama.cpp (txtrain[gguf]).
     format: Literal["hf", "gguf"] = "hf"
     push_to: str | None = knob(None, literal=True)  # a hub name, NAME/MODEL, to which the folder is uploaded too

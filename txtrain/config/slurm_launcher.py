@@ -52,7 +52,7 @@ class SlurmConfig:
     python: str | None = None
     stderr_to_stdout: bool = False  # one log for both
     # memory of one device, such as 80GB; a member that does not fit, by `txtrain plan`, is refused
-    gpu_memory: str | None = None
+    gpu_memory: str | None = knob(None, unit=True)
     wait: bool = True  # wait until all members have ended; false: return after submitting
 
     def check(self) -> Iterator[str]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 
-UNITS = {"GB": 10**9, "GiB": 2**30, "MB": 10**6, "MiB": 2**20, "TB": 10**12, "TiB": 2**40}
+UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
 
 def bytes_of(text: str) -> int | None:
-    """`80GB`, `79.6 GiB` in bytes; None: not a size."""
+    """`80GB`, `79.6 GiB` in bytes, in small letters too; None: not a size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*", text)
-    return None if found is None or found[2] not in UNITS else int(float(found[1]) * UNITS[found[2]])
+    unit = None if found is None else UNITS.get(found[2].casefold())
+    return None if found is None or unit is None else int(float(found[1]) * unit)
 
 
 def seconds_of(text: str) -> float:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from txtrain.data.samples.labels import LabelledCorpus
-from txtrain.data.samples.pairs import PairCorpus
-from txtrain.data.samples.prompts import ProblemCorpus
 from txtrain.data.store.cache import cached
 from txtrain.data.store.split import Corpora, Corpus, digest
 from txtrain.data.tokenizer.folder import TOKENIZER_FILES
@@ -19,7 +16,12 @@ from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
-AnyCorpus = Corpus | Corpora | PairCorpus | ProblemCorpus | LabelledCorpus
+if TYPE_CHECKING:  # they need torch, which `txtrain plan` does without
+    from txtrain.data.samples.labels import LabelledCorpus
+    from txtrain.data.samples.pairs import PairCorpus
+    from txtrain.data.samples.prompts import ProblemCorpus
+
+    AnyCorpus = Corpus | Corpora | PairCorpus | ProblemCorpus | LabelledCorpus
 
 
 def make_tokenizer(corpus: AnyCorpus, config: RunConfig, special_tokens: Sequence[str]) -> Tokenizer:

@@ -199,6 +199,7 @@ class _Reader:
             return (
                 value if value in (options := TABLE[f.metadata["choice"]]) else self.not_an_option(path, value, options)
             )
+        value = str(value) if "unit" in f.metadata and type(value) in (int, float) else value
         return self.value(hints(cls)[f.name], value, path)
 
     def option(self, f: dc.Field[Any], raw: Any, path: str) -> Any:

@@ -201,7 +201,7 @@ def check_writable(folder: Path, key: str) -> None:
     try:
         there = _nearest(folder.absolute())
         for part in folder.absolute().relative_to(there).parts:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                 os.lstat(there / part)  # the name may be too long
         if there.is_symlink() and not there.exists():
             raise FileNotFoundError(errno.ENOENT, f"{there} is a link to {os.readlink(there)}, which does not exist")
@@ -220,7 +220,7 @@ def _nearest(path: Path) -> Path:
         try:
             os.lstat(path)
             return path
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             path = path.parent
 
 

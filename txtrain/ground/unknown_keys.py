@@ -109,7 +109,7 @@ def unknown_key(path: str, value: Any, siblings: Collection[str], known: Collect
         rest += f".{key}"
     beside = [s for s in siblings if s != "type"]  # the group chooses `type`
     elsewhere = (
-        (_of_another_option(name, axis) if path in known else "") or _elsewhere(parent, name, rest, beside, known)
+        (_of_another_option(name, axis) if path in known else "") or meant_elsewhere(parent, name, rest, beside, known)
     )
     near = nearest(name, beside)
     if elsewhere:
@@ -129,7 +129,7 @@ def _of_another_option(key: str, axis: str | None) -> str:
     return f" Only {', '.join(owners)} {'has' if len(owners) == 1 else 'have'} it." if owners else ""
 
 
-def _elsewhere(parent: str, name: str, rest: str, siblings: Collection[str], known: Collection[str]) -> str:
+def meant_elsewhere(parent: str, name: str, rest: str, siblings: Collection[str], known: Collection[str]) -> str:
     """The key for another tool's name, or the key of that name elsewhere."""
     last = f"{name}{rest}".rpartition(".")[2]
     if last in _ours():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import json
+import textwrap
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -158,7 +159,7 @@ class Graft(HFClass):
             ", E experts" if "mixture" in has else ""
         )
         words = {
-            "summary": f"{described(model)}.",
+            "summary": "\n".join(textwrap.wrap(f"{described(model)}.", 117)),  # behind three quotes
             "auto": f"AutoModelFor{self.role.autos[0]}" if self.role.autos else "AutoModel",
             "Class": self.architecture, "bases": bases, "class_doc": self.role.says, "legend": legend,
             "Norm": _target("norm", model.norm), "Attention": _target("attention", model.attention),

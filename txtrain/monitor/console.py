@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 from rich.text import Text
 
+from txtrain.errors import visible
 from txtrain.monitor.metrics_csv import COLUMNS, Row
 from txtrain.monitor.start_screen import duration
 from txtrain.parallel.early_signals import say
@@ -85,7 +86,7 @@ class Display:
     def text(self, text: str) -> None:
         """Print what the model wrote."""
         if self.verbosity != "quiet":
-            shown = " ".join(text.split())
+            shown = visible(" ".join(text.split()))
             shown = f"  {shown[:160]}{'...' if len(shown) > 160 else ''}"
             self.console.print(shown, style="dim", markup=False, soft_wrap=not self._moves)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from txtrain.data.tokenizer.tokenizer import Tokenizer
 
 _NAMED = 6  # tensors in a line
+_ROUNDED = 0.9  # a tokenizer with this share of the model's tokens, or more, fills it
 _UNCOUNTED = 1 << 40  # more samples than this: a stream
 Grafts = Mapping[str, Mapping[str, Any]]
 
@@ -72,10 +73,6 @@ def table(
     data: prepared. parameters: numbers of trained and of all. weights: where they come from, as `weights` tells it.
     """
     trainer = config.trainer
-    tokenizer = (
-        "none" if data.tokenizer is None
-        else f"{config.data.tokenizer or config.data.path}, {data.tokenizer.vocab_size:,} tokens"
-    )
     done = 0 if place is None else place.first_step
     return [
         *axes(config.model).items(),
@@ -84,7 +81,7 @@ def table(
         *([("adapter", f"{_option(config.adapter)}; of {config.init_from}")] if config.adapter.alone else []),
         *([("trained", trained(*parameters))] if parameters[0] < parameters[1] else []),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
-        ("tokenizer", tokenizer),
+        ("tokenizer", "none" if data.tokenizer is None else vocabulary(config, data.tokenizer.vocab_size)),
         ("step", batch(config)),
         ("in all", budget(config, steps, data.n_train) + (f"; continues after step {done}" if done else "")),
         ("device", f"{machine}"),
@@ -144,6 +141,19 @@ def budget(config: Train, steps: int | None, n_train: int) -> str:
     samples = steps * config.data.global_batch_size
     epochs = [] if n_train > _UNCOUNTED else [f"{samples / n_train:.2f} epochs"]
     return ", ".join([f"{steps:,} steps", f"{count(samples * config.seq_len)} tokens", *epochs, *time])
+
+
+def vocabulary(config: Train, n: int) -> str:
+    """`bytes, 257 tokens`; where the model has many more, what they cost. A few more are a table rounded up."""
+    model, told = config.model, f"{config.data.tokenizer or config.data.path}, {n:,} tokens"
+    if n >= _ROUNDED * model.vocab_size:
+        return told
+    idle = model.n_params - dc.replace(model, vocab_size=n).n_params
+    fewer = f": model.vocab_size={n} leaves them out" if config.init_from is None else ""
+    return (
+        f"{told} of the model's {model.vocab_size:,}; {idle:,} parameters ({idle / model.n_params:.0%}) are of the "
+        f"others{fewer}"
+    )
 
 
 def axes(model: ModelConfig) -> dict[str, str]:

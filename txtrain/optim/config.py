@@ -225,7 +225,7 @@ class AdafactorConfig(OptimizerConfig):
         """Sums along sharded dimensions, over each mesh dimension that shards them."""
         cuts = [(h, pair) for h in held for pair in ((h.shape, h.piece or h.shape), (h.piece or h.shape, h.own))]
         cut = [(h, d) for h, (before, after) in cuts if len(h.shape) >= 2 for d in (-1, -2) if after[d] != before[d]]
-        found = sum(4 * h.n // h.own[d] for h, d in cut)
+        found = sum(4 * h.n // max(1, h.own[d]) for h, d in cut)  # 0: more processes than heads, which `train` refuses
         return {"all_reduce": found} if found else {}
 
 

@@ -48,7 +48,7 @@ def nothing_is_left() -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # None: closed by whoever started the process
         try:
             stream.flush()
         except OSError:

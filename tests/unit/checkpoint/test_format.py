@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
 from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import RunState
+from txtrain.config.resume_from import run_folder
 from txtrain.errors import ConfigError
 from txtrain.optim import state as optimizer_state
 from txtrain.run_config import SaveConfig
@@ -259,3 +261,14 @@ def test_the_file_is_the_one_that_dcp_and_safetensors_write(tmp_path):
     assert all(into[name].equal(tensor) for name, tensor in tensors.items())
     dcp.load(into := {name: torch.full_like(tensor, 9) for name, tensor in tensors.items()}, storage_reader=HuggingFaceStorageReader(str(ours)), no_dist=True)
     assert all(into[name].equal(tensor) for name, tensor in tensors.items())
+
+
+def test_a_wrong_path_in_a_run_is_told_the_nearest_right_one(tmp_path):
+    run, newest = tmp_path / "run", tmp_path / "run" / "checkpoints" / "step_00000006"
+    newest.mkdir(parents=True)
+    (newest / checkpoint.MARKER).touch()
+    for wrong, near in ((newest.with_name("step_00000009"), newest), (newest.parent, run), (run / "config.yaml", run)):
+        for asked in (checkpoint.locate, run_folder):
+            with pytest.raises(ConfigError, match=re.escape(f" Nearest: {near}.")) as e:
+                asked(str(wrong))
+            assert len(e.value.problems) == 1  # and not how to mend a config.yaml

@@ -39,6 +39,16 @@ def test_the_table_says_axes_batch_budget_and_folder(tmp_path):
         assert text in shown, shown
 
 
+def test_a_vocabulary_that_the_tokenizer_does_not_fill_is_told_with_what_it_costs():
+    config = compose(["model=gpt2", "data.tokenizer=bytes"])
+    idle = config.model.n_params - compose(["model=gpt2", "model.vocab_size=257"]).model.n_params
+    said = start_screen.vocabulary(config, 257)
+    share = f"{idle:,} parameters ({idle / config.model.n_params:.0%})"
+    assert said == f"bytes, 257 tokens of the model's 4,096; {share} are of the others: model.vocab_size=257 leaves them out"
+    assert start_screen.vocabulary(config, 4000) == "bytes, 4,000 tokens"  # a table that was rounded up
+    assert ": model" not in start_screen.vocabulary(dc.replace(config, init_from="x"), 257)  # its shape is given
+
+
 def test_grafts_are_told_with_what_they_do_to_the_number_of_parameters(tmp_path):
     model = compose(["model=mistral", "model/attention=mqa"]).model
     grafts = {"attention": {"from": "gqa", "to": "mqa", "kept": {"window": 64}, "dropped": {"n_kv_heads": 2}}}
@@ -46,6 +56,12 @@ def test_grafts_are_told_with_what_they_do_to_the_number_of_parameters(tmp_path)
     assert first == "attention: gqa -> mqa; kept window=64; dropped n_kv_heads=2"
     fewer = compose(["model=mistral"]).model.n_params - model.n_params
     assert second == f"-{fewer:,} parameters ({-fewer / (model.n_params + fewer):+.1%}) to mistral of this shape without it"
+
+
+def test_what_a_model_wrote_cannot_steer_the_terminal():
+    out = io.StringIO()
+    Display(Console(file=out, highlight=False, soft_wrap=True)).text("a\x1b[2Jb\tü")
+    assert out.getvalue() == "  a\\x1b[2Jb ü\n"
 
 
 def test_without_a_terminal_rows_are_time_stamped_lines():

@@ -70,3 +70,9 @@ def test_what_cannot_be_written_any_more_is_let_go(monkeypatch):
         for number, handler in before.items():
             signal.signal(number, handler)
     assert gone == [77]
+
+
+def test_a_process_that_was_started_without_standard_output_ends_as_others_do(monkeypatch):
+    monkeypatch.setattr(early_signals, "SIGNALS", ())
+    monkeypatch.setattr(sys, "stdout", None)
+    early_signals.nothing_is_left()

@@ -129,7 +129,10 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
     ("words", "says"),
     [
         (["data=text"], "data.path"),
-        (["data=digits"], "`data=digits` must be data for this model"),
+        (["data=digits"], "`data=digits` must be data for this model, a decoder with model/head=lm, but is images instead. It is evaluated on "),
+        (["data=preferences", "data.path={documents}"], "wikitext"),
+        (["trainer.limit_val_batches=2"], "`trainer.limit_val_batches` must not be given here: training alone reads it."),
+        (["optimizer=lion"], "`optimizer` must not be given here"),
         (["model.dim=8"], "`model.dim` must not be given with checkpoint"),
         (["data=text", "data.path={documents}", "stride=32"], "`stride` must be at most 31"),
         (["data=text", "data.path={documents}", "stride=4", "data.packing=none"], "`stride` must be null"),
