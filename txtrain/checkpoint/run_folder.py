@@ -343,7 +343,7 @@ def differences(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tup
 def _path(run_dir: str | None, name: str, folder: str | None) -> tuple[Path, bool]:
     """The folder, and whether it must be a new one. folder: its name under runs/<name>/, if it has one already."""
     if run_dir is not None:
-        return files.path_of(run_dir, "run_dir"), False
+        return files.path_of(run_dir, "run_dir", "a folder"), False
     if folder is not None:  # new by the clock; in a SLURM job a member finds its folder again
         return Path("runs") / name / folder, Job.here() is None
     trial = os.environ.get("WANDB_SWEEP_ID") and os.environ.get("WANDB_RUN_ID")

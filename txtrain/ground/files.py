@@ -20,15 +20,15 @@ _MARK = ".txtrain-scratch"
 PATIENCE = 6.0  # seconds; data loader workers of a killed process hold its lock until they notice (5 s)
 
 
-def path_of(where: object, name: str) -> Path:
-    """The argument `name` as a path, with `~` expanded.
+def path_of(where: object, name: str, what: str = "a path") -> Path:
+    """The argument `name` as a path, with `~` expanded. what: it must be.
 
     Raises:
         ConfigError: it is not a path.
     """
     text = os.fspath(where) if isinstance(where, (str, os.PathLike)) else None
     if not isinstance(text, str) or not text or "\0" in text:
-        raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(where))} instead.")
+        raise ConfigError(f"`{name}` must be {what}, but is {shorten(repr(where))} instead.")
     try:
         path = Path(text).expanduser()
         path.lstat()
@@ -36,7 +36,7 @@ def path_of(where: object, name: str) -> Path:
         if isinstance(e, OSError) and e.errno != errno.ENAMETOOLONG:
             return path
         why = e.strerror if isinstance(e, OSError) else shorten(e).rstrip(".")
-        raise ConfigError(f"`{name}` must be a path, but is {shorten(repr(text))} instead: {why}.") from e
+        raise ConfigError(f"`{name}` must be {what}, but is {shorten(repr(text))} instead: {why}.") from e
     return path
 
 
