@@ -634,7 +634,7 @@ class Uses:
 
     def loaded(self, run: Path):
         found = load.load(run)
-        return {n: t.numpy().tobytes() for n, t in found.model.state_dict().items()}, found.tokenizer.encode("some text 1")
+        return {n: t.numpy().tobytes() for n, t in found.model.state_dict().items()}, (found.tokenizer and found.tokenizer.encode("some text 1"))
 
     def continued(self, run: Path):
         """All that a run which goes on takes from its folder."""
