@@ -20,8 +20,14 @@ VALUES = [*(value for line in NASTY.strip("\n").split("\n") for value in line.sp
 
 @pytest.mark.parametrize("value", VALUES)
 def test_prompt_arrives_unchanged(value, job):
-    config = job(f"prompt={value}", f"checkpoint={value}", verb="generate").config
-    assert (config.prompt, config.checkpoint) == (value, value)
+    where = value or "."  # no path is empty: `checkpoint=$RUN` with an unset variable
+    config = job(f"prompt={value}", f"checkpoint={where}", verb="generate").config
+    assert (config.prompt, config.checkpoint) == (value, where)
+
+
+def test_an_empty_checkpoint_is_no_path(job):
+    with pytest.raises(ConfigError, match="`checkpoint` must be a path, but is '' instead"):
+        job("prompt=x", "checkpoint=", verb="generate")
 
 
 @settings(max_examples=500, deadline=None)

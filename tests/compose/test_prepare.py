@@ -159,7 +159,7 @@ def test_after_a_disk_was_full_a_second_try_goes_on(tmp_path, monkeypatch, capsy
         ("", "`out` must be given"),
         ("out=full", "must be a new or empty folder, but 'full' is not empty"),
         ("out=text.txt", "text.txt is a file"),
-        ("out=text.txt/new", "can be written to, but is 'text.txt/new' instead: Not a directory"),
+        ("out=text.txt/new", "text.txt is a file"),
         ("out=new prepare.shard_tokens=0", "`prepare.shard_tokens` must be at least 1"),
         ("out=new data.path=blank.txt", "must have training text, but has none"),
         ("out=new data.path=nope.txt", "`data.path` must be an existing file"),
