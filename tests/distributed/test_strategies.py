@@ -42,6 +42,8 @@ def compare(reference, models, how, n):
             assert difference < ALLOWED, f"{model}, {way}, {n} processes: {name} {difference:.1e}, allowed {ALLOWED:.0e}"
 
 
+HYBRID = {"hsdp": ("strategy=hsdp", "data.micro_batch_size=1")}
+HYBRID["hsdp, each micro-batch reduced"] = (*HYBRID["hsdp"], "strategy.reduce_each_micro_batch=true")
 COVERING = ("ddp, accumulation", "fsdp, accumulation", "fsdp, each micro-batch reduced", "fsdp, offload")
 
 
@@ -57,4 +59,4 @@ def test_every_kind_of_model_in_two_processes_equals_one(reference):
 
 @pytest.mark.slow
 def test_three_and_four_processes_equal_one(reference):
-    compare(reference, ["decoder"], {"hsdp": ("strategy=hsdp", "data.micro_batch_size=1"), "fsdp": ("strategy=fsdp",)}, 4)
+    compare(reference, ["decoder"], HYBRID | {"fsdp": ("strategy=fsdp",)}, 4)
