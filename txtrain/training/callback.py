@@ -74,7 +74,7 @@ class RunCallback(pl.Callback):
         self.metrics: dict[str, float] = {}  # of each column, its latest value
         self.position: Any = None  # where the next step is read from, in a stream
         self.tasks = tasks
-        self.saves = None if folder is None else Saves(config, data, folder, display, loggers, self.watch)
+        self.saves: Saves | None = None  # from the start of the fit, where there is a folder
         self.stopping = self.state.stopping
         self.ended = False
         self.columns = columns_of(config, columns, data, tasks)
@@ -87,10 +87,11 @@ class RunCallback(pl.Callback):
         module = _lit(pl_module)
         self.columns += module.layers.columns
         module.objective.check = partial(self._check, module)
-        if self.folder is None or self.saves is None:
+        if self.folder is None:
             self.watch.start(module)
             return
-        if self.saves.start(module, trainer.optimizers[0]):
+        self.saves = Saves(module, self.config, self.data, self.folder, self.display, self.loggers, self.watch)
+        if self.folder.source is not None:
             module.skipped, module.skipped_in_a_row = self.state.skipped
             self.data.start_step = module.step
             if self.state.stream_position is not None:

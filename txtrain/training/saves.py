@@ -9,11 +9,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import save as saving
-from txtrain.checkpoint.base import Base
 from txtrain.checkpoint.restore import Reading
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.saver import Saver
@@ -30,32 +27,27 @@ SLOW_DISK = 100e6  # bytes per second: a file system that many nodes share
 
 
 class Saves:
-    """What a run's checkpoints are made of, and when.
+    """What a run's checkpoints are made of, and when. Loads the one that the run continues from.
 
     Args:
+        module: laid over the processes, with its optimizer.
         data: a DataModule that is prepared.
     """
 
     def __init__(
-        self, config: Train, data: Any, folder: RunFolder, display: Display, loggers: Loggers, watch: Watch
+        self, module: LitModule, config: Train, data: Any, folder: RunFolder, display: Display, loggers: Loggers,
+        watch: Watch,
     ) -> None:
         self.config, self.data, self.folder = config, data, folder
         self.display, self.loggers, self.watch = display, loggers, watch
-        self.best = math.inf  # of save.metric, lower for better
-        self._first_step = 0  # updates before this start
-        self._base: Base | None = None
-        self._writes = False  # whether this rank writes the run's folder
-        self._saver: Saver | None = None
-
-    def start(self, module: LitModule, optimizer: Optimizer) -> bool:
-        """Load the checkpoint to continue from. Returns whether there is one."""
         self._base, self._writes = module.base, module.parallel.is_first
-        self._saver = Saver(module.parallel.checkpoint_group, self.config.save.async_, self._saved, self._warn)
+        self._saver = Saver(module.parallel.checkpoint_group, config.save.async_, self._saved, self._warn)
         # Until a save has been timed: the weights and two moments, at the speed of a slow disk.
         guess = 4 * (module.n_params + 2 * module.n_trained) / module.parallel.world.size / SLOW_DISK
         self._saver.longest = self.folder.state.save_seconds or guess
         if self.folder.source is not None:
             how = Reading(self.folder.key, self.config.save.verify, finite=not self.config.allow_nonfinite)
+            optimizer = module.trainer.optimizers[0]
             module.parallel.load(self.folder.source, module.model, optimizer, module.average, how)
             if (path := self.folder.checkpoint) is not None:
                 models, load = module.objective.models, module.parallel.load_read
@@ -64,28 +56,23 @@ class Saves:
             module.step = self.folder.first_step
             if self.folder.checkpoint is not None:
                 module.objective.load_state(self.folder.checkpoint)
-        self._first_step = module.step
+        self._first_step = module.step  # updates before this start
         scores = saving.scores(self.folder.path, self.config.save)
+        # of save.metric, lower for better
         self.best = min((score for score in scores.values() if score is not None), default=math.inf)
         for path in checkpoint.complete(self.folder.path):
             if path not in scores:
                 self._warn(f"{path} is damaged. It is left in place; save.keep_last and keep_best do not count it.")
-        return self.folder.source is not None
-
-    @property
-    def saver(self) -> Saver:
-        assert self._saver is not None  # `start` has been called
-        return self._saver
 
     @property
     def longest(self) -> float:
         """Seconds of the longest save."""
-        return self.saver.longest
+        return self._saver.longest
 
     def prepare(self, module: LitModule) -> None:
         """Allocate ahead of the first save what it copies to."""
         if module.parallel.saves_in_place:
-            self.saver.prepare(partial(_tensors, module))
+            self._saver.prepare(partial(_tensors, module))
 
     def due(self, step: int, scored: Mapping[str, float], ended: bool) -> bool:
         """Whether a step with these validation figures is saved: the last, every so many, and each better one."""
@@ -97,7 +84,7 @@ class Saves:
 
     def has(self, step: int) -> bool:
         """Whether the checkpoint of a step is complete. Waits for one that is being written."""
-        self.saver.wait()
+        self.wait()
         return checkpoint.is_complete(checkpoint.path_of(self.folder.path, step))
 
     def save(self, module: LitModule, state: RunState, generation_file: bytes, must: bool) -> None:
@@ -112,11 +99,11 @@ class Saves:
         numbers = module.parallel.training_numbers(module.model, module.trainer.optimizers[0])
         state = dc.replace(state, save_seconds=self.longest, optimizer={} if state.weights_only else numbers)
         beside = partial(self._beside, module.objective.state(), generation_file)
-        self.saver.save(checkpoint.path_of(self.folder.path, module.step), tensors, state, beside, must)
+        self._saver.save(checkpoint.path_of(self.folder.path, module.step), tensors, state, beside, must)
 
     def load_best(self, module: LitModule) -> None:
         """Load the weights of the best checkpoint, and say which."""
-        self.saver.wait()
+        self.wait()
         path, keep = self.folder.path, self.config.save
         found = module.parallel.first(lambda: saving.best_of(path, keep)[:1])
         for best in found:
@@ -129,8 +116,7 @@ class Saves:
 
     def wait(self) -> None:
         """Finish what is being written."""
-        if self._saver is not None:
-            self._saver.wait()
+        self._saver.wait()
 
     def _saved(self, path: Path) -> None:
         """A checkpoint is complete."""
