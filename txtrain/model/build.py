@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -22,25 +20,13 @@ from txtrain.model.transformer import Transformer
 def build_model(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
     """As `txtrain.build_model`. pairs: the class of a model with a next-sentence head."""
     checked(config, ModelConfig, "config", "model")
-    device = torch.get_default_device()
-    with torch.device("meta"), _no_draws():
+    if torch.get_default_device().type == "meta":
+        return transformer(config, pairs)
+    with torch.device("meta"):
         model = transformer(config, pairs)
-    if device.type == "meta":
-        return model
-    model.to_empty(device=device)
+    model.to_empty(device=torch.get_default_device())
     init_weights(model)
     return model
-
-
-@contextlib.contextmanager
-def _no_draws() -> Iterator[None]:
-    """Linear layers leave their weights as they are: on the meta device that is half of the time of building them."""
-    draw = nn.Linear.reset_parameters
-    setattr(nn.Linear, "reset_parameters", lambda layer: None)  # noqa: B010
-    try:
-        yield
-    finally:
-        setattr(nn.Linear, "reset_parameters", draw)  # noqa: B010
 
 
 def transformer(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
