@@ -9,6 +9,7 @@ A size that is named beside it (`model=bert_base`) must have the folder's values
 
 from __future__ import annotations
 
+import dataclasses as dc
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -95,6 +96,7 @@ def check_named(cfg: DictConfig, again: DictConfig, named: str) -> None:
         raise ConfigError(*problems)
     if ours is None or theirs is None:
         return  # the whole is refused later
+    ours, theirs = _counted(ours), _counted(theirs)
     here, there = resolved.describe(ours), resolved.describe(theirs)
     different = resolved.differences(here, there)
     # values that follow from others are told only where no other differs
@@ -105,6 +107,13 @@ def check_named(cfg: DictConfig, again: DictConfig, named: str) -> None:
         raise ConfigError(
             *wrong[:_SHOWN], *more, f"Leave out model={named}: the architecture comes with the weights."
         )
+
+
+def _counted(model: ModelConfig) -> ModelConfig:
+    """With a number of classes: where it is still to be read from the data, it is the same for both."""
+    if not model.head.pools or model.head.n_classes is not None:
+        return model
+    return dc.replace(model, head=dc.replace(model.head, n_classes=2))
 
 
 def _told(
