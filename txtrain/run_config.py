@@ -330,6 +330,10 @@ class RunConfig:
         """Whether the parameter of that name is trained."""
         return all(t.trains(name) for t in self.transforms)
 
+    def keeps(self, name: str) -> bool:
+        """Whether checkpoints hold the parameter or buffer: of an adapter's base they hold what is trained whole."""
+        return all(t.keeps(name) for t in self.transforms)
+
     def rank(self, matrix: str) -> int:
         """The rank of the adapter of a matrix, by its name without `.weight`; 0: it has none."""
         return sum(t.rank(matrix) for t in self.transforms)

@@ -35,6 +35,7 @@ TUNING = {
     "dpo, cached": lambda folder: ("objective=dpo", "objective.reference=cached", *write_preferences(folder), base(folder)),
     "distill": lambda folder: ("objective=distill", base(folder, "objective.teacher")),
     "lora": lambda folder: ("adapter=lora", base(folder)),
+    "lora, labels": lambda folder: ("adapter=lora", "adapter.modules_to_save=[norm]", *TUNING["classification"](folder), base(folder)),
     "lora, all": lambda folder: ("adapter=lora", "adapter.lora_dropout=0.1", "adapter.target_modules=all-linear", base(folder)),
 }
 ACROSS = {  # of two processes: killed under the first, continued under the second

@@ -5,6 +5,7 @@ import pytest
 import txtrain
 from tests.distributed.group import Case, train
 from tests.distributed.runs import largest_differences, overrides, tensors
+from tests.training import write_labels
 from txtrain.model.adapter import factor_of
 
 ALLOWED = 1e-5  # relative, float32: the order of summation
@@ -23,23 +24,27 @@ EXPERTS = {"fsdp": ("strategy=fsdp",), "ep": ("strategy=fsdp", "strategy.ep_size
 COMMON = ("optimizer=adamw", "optimizer.lr=0.01", "save.every_n_steps=10")
 
 
-def compare(folder, model, targets, ways, n=2, first=10):
-    """first: the steps that the ranks make; one process makes the rest."""
+def compare(folder, model, targets, ways, n=2, first=10, more=(), whole=()):
+    """first: the steps that the ranks make; one process makes the rest. whole: what lies in a checkpoint beside the adapter."""
     base = txtrain.train(txtrain.compose(overrides(folder, model, "base", *COMMON, "trainer.max_steps=2"))).run_dir
-    common = (*COMMON, "adapter=lora", "adapter.r=4", f"adapter.target_modules={targets}", f"init_from={base}")
-    alone = txtrain.train(txtrain.compose(overrides(folder, model, "reference", *common))).run_dir
-    more = (f"trainer.devices={n}", f"trainer.max_steps={first}")
-    train({way: Case(overrides(folder, model, way, *common, *more, *how)) for way, how in ways.items()}, n, folder / "group", 600)
-    whole = tensors(alone)
-    assert {name.partition(".")[0] for name in whole} == {"model", "optimizer"}
-    assert all(factor_of(name[6:]) for name in whole if name.startswith("model."))
+    common = (*COMMON, "adapter=lora", "adapter.r=4", f"adapter.target_modules={targets}", f"init_from={base}", *more)
+
+    def given(name, *further):
+        return [*{given.split("=")[0]: given for given in overrides(folder, model, name, *common, *further)}.values()]
+
+    alone = txtrain.train(txtrain.compose(given("reference"))).run_dir
+    shared = (f"trainer.devices={n}", f"trainer.max_steps={first}")
+    train({way: Case(given(way, *shared, *how)) for way, how in ways.items()}, n, folder / "group", 600)
+    there = tensors(alone)
+    assert {name.partition(".")[0] for name in there} == {"model", "optimizer"}
+    assert {name[6:] for name in there if name.startswith("model.") and not factor_of(name[6:])} == set(whole)
     for way in ways:
         if first < 10:
-            txtrain.train(txtrain.compose(overrides(folder, model, way, *common)))
+            txtrain.train(txtrain.compose(given(way)))
         for column, difference in largest_differences(alone, folder / way).items():
             assert difference < ALLOWED, f"{way}: {column} {difference:.1e}, allowed {ALLOWED:.0e}"
         here = tensors(folder / way)
-        assert here.keys() == whole.keys(), way
+        assert here.keys() == there.keys(), way
 
 
 @pytest.mark.slow
@@ -51,6 +56,20 @@ def test_two_ranks_with_an_adapter_equal_one(tmp_path):
 @pytest.mark.parametrize("model", ["decoder", "tied decoder with softcaps and windows", "two stacks", "encoder"])
 def test_every_strategy_with_an_adapter_equals_one_process(tmp_path, model):
     compare(tmp_path, model, "all-linear", ALL)
+
+
+LABELS = {
+    "decoder": ("[final_norm,embed_tokens]", ["final_norm.weight", "embedding.token.weight", "head.classifier.weight"]),
+    "encoder": ("[]", ["head.classifier.bias", "head.classifier.weight", "head.pooler.bias", "head.pooler.weight"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "first"), [("decoder", 10), ("encoder", 6)])
+def test_a_new_head_saved_whole_equals_one_process(tmp_path, model, first):
+    modules, whole = LABELS[model]
+    labels = ("data=labels", f"data.path={write_labels(tmp_path / 'labels.csv')}", "data.seq_len=32", f"adapter.modules_to_save={modules}")
+    compare(tmp_path, model, "all-linear", ALL, first=first, more=labels, whole=whole)
 
 
 @pytest.mark.slow

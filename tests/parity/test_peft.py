@@ -1,21 +1,25 @@
 """Adapters beside peft: folders that each of the two writes and the other loads, with equal logits and gradients."""
 
 import copy
+import dataclasses as dc
 import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 import txtrain
 from tests.cases import some
-from tests.parity import pairs, test_deepseek
+from tests.parity import pairs, test_classes, test_deepseek
 from tests.parity.pairs import difference, inputs, logits_of
 from txtrain.checkpoint.load import open_model
 from txtrain.errors import ConfigError
 from txtrain.hf.lora_config import Lora, LoraConfig
 from txtrain.hf.peft import WEIGHTS, save_adapter
-from txtrain.model.lora import Pair, adapter_of
+from txtrain.model.adapter import factor_of
+from txtrain.model.head.config import ClassHeadConfig
+from txtrain.model.lora import Pair, adapter_of, kept
 from txtrain.model.transform import transform
 
 peft = pytest.importorskip("peft")
@@ -46,11 +50,16 @@ def adapted(family, number, **knobs):
     config = LoraConfig(type="lora", **{"r": 3, "lora_alpha": 7.0, "target_modules": TARGETS[family][number]} | knobs)
     model = copy.deepcopy(p.ours)
     transform(model, [Lora(config, model.config)])
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for q in (q for q in model.parameters() if q.requires_grad):
-            q.copy_(torch.randn(q.shape, generator=generator) * 0.1)
-    return p, model.eval(), config
+    return p, shaken(model, number), config
+
+
+@torch.no_grad()
+def shaken(model, seed):
+    """Random values in all that is trained."""
+    generator = torch.Generator().manual_seed(seed)
+    for q in (q for q in model.parameters() if q.requires_grad):
+        q.copy_(torch.randn(q.shape, generator=generator) * 0.1)
+    return model.eval()
 
 
 def apart(a, b):
@@ -60,7 +69,8 @@ def apart(a, b):
 
 def write(model, config, folder, adapter=None, base="base"):
     shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    save_adapter(adapter or adapter_of(model), model.config, shapes, folder, base, rslora=config.rslora)
+    whole = {name: t for name, t in kept(model).items() if factor_of(name) is None}
+    save_adapter(adapter or adapter_of(model), model.config, shapes, folder, base, rslora=config.rslora, whole=whole)
 
 
 @pytest.mark.parametrize("case", some(CASES, DEFAULT))
@@ -80,7 +90,7 @@ def test_peft_loads_what_we_write_and_learns_the_same(tmp_path, case):
     named = dict(model.named_parameters())
     scaling = adapter_of(model)
     gradients, ones = {}, {}
-    for name in {n.matrix for n in map(txtrain_factor, named) if n}:
+    for name in {n.matrix for n in map(factor_of, named) if n}:
         a, b = (named[f"{name}.lora_{k}.weight" if f"{name}.lora_{k}.weight" in named else f"{name}_lora_{k}"] for k in "AB")
         gradients[name] = Pair(a.grad, b.grad, scaling[name].scaling)
         ones[name] = Pair(torch.ones_like(a), torch.ones_like(b), scaling[name].scaling)
@@ -93,12 +103,6 @@ def test_peft_loads_what_we_write_and_learns_the_same(tmp_path, case):
     for name, gradient in found.items():
         off = ((gradient * there[name] - wanted[name]).abs().max() / largest).item()
         assert off < 10 * ALLOWED, f"{name}: {off:.1e}"
-
-
-def txtrain_factor(name):
-    from txtrain.model.adapter import factor_of
-
-    return factor_of(name)
 
 
 @torch.no_grad()
@@ -130,14 +134,100 @@ PEFT = [
 def test_we_load_what_peft_writes(tmp_path, case):
     family, knobs = case
     p = pair_of(family)
-    theirs = peft.get_peft_model(copy.deepcopy(p.theirs), peft.LoraConfig(r=4, lora_alpha=10, lora_dropout=0.0, **knobs)).eval()
-    generator = torch.Generator().manual_seed(1)
-    for q in (q for q in theirs.parameters() if q.requires_grad):
-        q.copy_(torch.randn(q.shape, generator=generator) * 0.1)
+    theirs = shaken(peft.get_peft_model(copy.deepcopy(p.theirs), peft.LoraConfig(r=4, lora_alpha=10, lora_dropout=0.0, **knobs)), 1)
     theirs.save_pretrained(tmp_path)
     wanted = logits_of(theirs(**inputs(p)))
     assert apart(logits_of(p.theirs(**inputs(p))), wanted) > 1e-3
     assert apart(logits_of(txtrain.load_pretrained(p.folder, adapter=tmp_path)(**inputs(p))), wanted) < ALLOWED
+
+
+HEADS = {  # family -> where PEFT saves the new head
+    "llama2": {"score"}, "gpt2": {"score"}, "bert": {"classifier"}, "vit": {"classifier"}, "deepseek_r1": {"score"}, "t5": {"classification_head.dense", "classification_head.out_proj"},
+}
+
+
+def labelled(family, folder):
+    """A folder without a head of classes, transformers' model of it with a new one of three, and ours with the same values but the head's."""
+    p = pair_of(family)
+    (p.theirs.vit if family == "vit" else p.theirs.bert if family == "bert" else p.theirs).save_pretrained(folder)
+    more = {"num_labels": 3, "attn_implementation": "eager"} | ({} if family == "vit" else {"pad_token_id": test_classes.PAD})
+    more |= {"eos_token_id": test_classes.END} if family == "t5" else {}
+    theirs = test_deepseek.eager(getattr(transformers, test_classes.CLASSES[family]).from_pretrained(folder, **more).eval())
+    body = txtrain.load_pretrained(folder)
+    model = txtrain.build_model(dc.replace(body.config, head=ClassHeadConfig(type="class", n_classes=3, label_names=("a", "b", "c"))))
+    model.load_state_dict(body.state_dict(), strict=False)
+    return theirs, model.eval()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", some(HEADS, ("bert", "llama2")))
+def test_a_new_head_beside_the_adapter_goes_out_and_comes_in(tmp_path, family):
+    base, ours, back, peft_s = (tmp_path / name for name in ("base", "ours", "back", "peft"))
+    theirs, model = labelled(family, base)
+    batch = test_classes.rows(theirs, "right", 0)
+    config = LoraConfig(type="lora", r=3, lora_alpha=7.0, target_modules=ALL)
+    transform(model, [Lora(config, model.config)])
+    wanted = shaken(model, 3)(**batch).logits
+    write(model, config, ours, base=str(base))
+    said = json.loads((ours / "adapter_config.json").read_text())
+    pooler = {"bert": {"bert.pooler.dense"}}.get(family, set())
+    assert (set(said["modules_to_save"]), said["task_type"]) == (HEADS[family] | pooler, None if family == "vit" else "SEQ_CLS")
+    in_peft = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), ours).eval()
+    assert apart(in_peft(**batch).logits, wanted) < ALLOWED
+    for again in (txtrain.load_pretrained(ours), txtrain.load_pretrained(base, adapter=ours)):
+        assert apart(again(**batch).logits, wanted) < ALLOWED
+        assert again.config.head.label_names == ("a", "b", "c")
+    in_peft.save_pretrained(back)
+    assert load_file(back / WEIGHTS).keys() == load_file(ours / WEIGHTS).keys()
+
+    of = {"task_type": None if family == "vit" else "SEQ_CLS", "modules_to_save": sorted(HEADS[family])}
+    of |= {"target_modules": ["query", "value"]} if family == "vit" else {}
+    learner = shaken(peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=10, **of)), 1)
+    learner.base_model.model.config.name_or_path = str(base)
+    learner.save_pretrained(peft_s)
+    for again in (txtrain.load_pretrained(peft_s), txtrain.load_pretrained(base, adapter=peft_s)):
+        assert apart(again(**batch).logits, learner(**batch).logits) < ALLOWED
+
+
+WHOLE = [
+    ("llama2", False, ("embed_tokens", "head")), ("llama2", True, ("embedding.token",)), ("gpt2", True, ("wte", "wpe")), ("gpt2", False, ("c_attn", "ln_f")),
+    ("deepseek_r1", False, ("mlp.experts", "mlp.gate")), ("bert_mlm", False, ("cls", "word_embeddings")), ("vit", False, ("vit.embeddings",)),
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("case", some(WHOLE, WHOLE[:2]))
+def test_embeddings_heads_experts_and_norms_are_saved_whole(tmp_path, case):
+    family, tied, modules = case
+    p = next(p for p in (test_deepseek.pair(s) if family == "deepseek_r1" else pairs.pair(family, s) for s in range(20)) if p.ours.config.tie_word_embeddings == tied)
+    config = LoraConfig(type="lora", r=3, target_modules="all-linear", modules_to_save=modules)
+    model = copy.deepcopy(p.ours)
+    transform(model, [Lora(config, model.config)])
+    wanted = logits_of(shaken(model, 3)(**inputs(p)))
+    assert not any(module in name for name in adapter_of(model) for module in ("experts", "q_proj") if modules[0] in ("mlp.experts", "c_attn"))
+    write(model, config, tmp_path, base=str(p.folder))
+    assert apart(logits_of(peft.PeftModel.from_pretrained(copy.deepcopy(p.theirs), tmp_path).eval()(**inputs(p))), wanted) < ALLOWED
+    for again in (txtrain.load_pretrained(tmp_path), txtrain.load_pretrained(p.folder, adapter=tmp_path)):
+        assert apart(logits_of(again(**inputs(p))), wanted) < ALLOWED
+
+
+def test_what_peft_cannot_hold_or_has_trained_apart_is_refused(tmp_path):
+    p = next(p for p in (pairs.pair("llama2", s) for s in range(20)) if p.ours.config.tie_word_embeddings)
+    for ensure in (False, True):
+        knobs = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": ensure}
+        theirs = shaken(peft.get_peft_model(copy.deepcopy(p.theirs), peft.LoraConfig(r=4, **knobs)), 1)
+        theirs.save_pretrained(tmp_path / str(ensure))
+    again = txtrain.load_pretrained(p.folder, adapter=tmp_path / "True")
+    assert apart(logits_of(again(**inputs(p))), logits_of(theirs(**inputs(p)))) < ALLOWED
+    with pytest.raises(ConfigError, match="ensure_weight_tying"):
+        txtrain.load_pretrained(p.folder, adapter=tmp_path / "False")
+    for modules, told in ((("lm_head",), "it is the embedding's"), (("q_prj",), r"Did you mean q_proj\?")):
+        with pytest.raises(ConfigError, match=told):
+            transform(copy.deepcopy(p.ours), [Lora(LoraConfig(type="lora", modules_to_save=modules), p.ours.config)])
+    for family, modules, told in (("gpt2", ("q_proj",), "lacks blocks.0.attention.k_proj"), ("t5", ("shared",), "would part it")):
+        _, model, config = adapted(family, 0, target_modules=ALL, modules_to_save=modules)
+        with pytest.raises(ConfigError, match=told):
+            write(model, config, tmp_path / family)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +237,7 @@ def test_we_load_what_peft_writes(tmp_path, case):
         ({"bias": "all"}, "`bias` must be unset"),
         ({"peft_type": "IA3"}, "`peft_type` must be LORA"),
         ({"init_lora_weights": "pissa"}, "changes the base"),
-        ({"modules_to_save": ["lm_head"]}, "`modules_to_save` must be unset"),
+        ({"modules_to_save": "lm_head"}, "modules_to_save"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "`alpha_pattern` must hold numbers by names"),
         ({"alpha_pattern": {".*" * 14 + "!": 3}}, "`alpha_pattern` must hold numbers by names"),  # would take years
         ({"alpha_pattern": {"q_proj": "3"}}, "`alpha_pattern` must hold numbers by names"),

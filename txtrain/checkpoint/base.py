@@ -13,8 +13,7 @@ from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.hf.digest import BASE, sha256_of
 from txtrain.hf.hub import folder_of
-
-ADAPTER_CONFIG = "adapter_config.json"  # of PEFT's folder
+from txtrain.hf.lora_config import ADAPTER_CONFIG
 
 
 @dc.dataclass(frozen=True)

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, is_folder, read_base
+from txtrain.checkpoint.base import Base, is_folder, read_base
 from txtrain.checkpoint.base import missing as base_missing
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import build
-from txtrain.ground.plain_files import check_keys, read_json, read_yaml
+from txtrain.ground.convert import build, plain
+from txtrain.ground.plain_files import check_keys, parse_json, read_json, read_yaml
+from txtrain.hf.folder import member
 from txtrain.hf.hub import folder_of
-from txtrain.hf.tensor_names import check_layers, names_in, tensor_names
+from txtrain.hf.lora_config import ADAPTER_CONFIG, CLASSES, PREFIX, WEIGHTS, LoraConfig
+from txtrain.hf.tensor_names import check_layers, names_in, read_header, tensor_names
 from txtrain.model.config import ModelConfig
 
 T = TypeVar("T")
@@ -63,9 +65,34 @@ def _described_peft(folder: Path, key: str) -> Described:
     if (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").is_file():
         raise ConfigError(f"{folder / ADAPTER_CONFIG}: `base_model_name_or_path` must be a model, not an adapter.")
     found = describe(path, key)
-    return dc.replace(
-        found, path=folder, tokenizer=_tokenizer_in(folder) or found.tokenizer, is_hf=True, base=Base(str(path))
-    )
+    model, tokenizer = of_peft(folder, found.model), _tokenizer_in(folder) or found.tokenizer
+    return Described(folder, model, tokenizer, True, Base(str(path)))
+
+
+def of_peft(folder: Path, base: ModelConfig) -> ModelConfig:
+    """The model of PEFT's folder: the base, with the head of classes that the folder holds in place of another."""
+    from txtrain.hf import registry  # with all families
+
+    weights = member(folder, WEIGHTS)
+    if weights is None:
+        return base  # told where it is read
+    header, _ = read_header(weights)
+    rows = (row for hf in registry.CLASSES if hf.family == base.family for row in hf.rows)
+    names = (f"{PREFIX}{row.theirs}.weight" for row in rows if row.ours == ("head.classifier",))
+    held = [header[name] for name in names if name in header]
+    shape = held[0].get("shape") if held and isinstance(held[0], dict) else None
+    if not (isinstance(shape, list) and shape and type(shape[0]) is int and shape[0] > 0):
+        return base
+    n, there = shape[0], base.head
+    if there.pools and there.n_outputs == n:
+        return base
+    head: dict[str, Any] = {"type": "class", "n_classes": n, "kind": "regression" if n == 1 else "single"}
+    said = (header.get("__metadata__") or {}).get(CLASSES)
+    if isinstance(said, str):
+        raw = parse_json(said, f"{weights}: {CLASSES}")
+        check_keys(raw, f"{weights}: {CLASSES}", {"label_names": list[str], "kind": str})
+        head |= {"label_names": raw["label_names"], "kind": raw["kind"]}
+    return build(ModelConfig, plain(base) | {"head": head}, "model", weights)
 
 
 def _described(key: str, path: Path) -> Described:
@@ -85,8 +112,6 @@ def _tokenizer_in(folder: Path) -> Path | None:
 
 def saved_adapter(path: Path) -> Any:
     """The adapter's config in a checkpoint's config.yaml."""
-    from txtrain.hf.lora_config import LoraConfig
-
     raw = read_yaml(path / "config.yaml").get("adapter")
     return build(LoraConfig, raw if isinstance(raw, dict) else {}, "adapter", path / "config.yaml")
 

@@ -5,23 +5,26 @@ from __future__ import annotations
 import dataclasses as dc
 import os
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
-from txtrain.checkpoint.base import ADAPTER_CONFIG, Base, check_base, is_folder
+from txtrain.checkpoint.base import Base, check_base, is_folder
 from txtrain.checkpoint.base import missing as base_missing
-from txtrain.checkpoint.described import Described, described_adapter, on_described, saved_adapter
+from txtrain.checkpoint.described import Described, described_adapter, of_peft, on_described, saved_adapter
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
 from txtrain.hf.digest import sha256_of
-from txtrain.model.adapter import AdapterConfig
+from txtrain.hf.lora_config import ADAPTER_CONFIG
+from txtrain.model.adapter import AdapterConfig, factor_of
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import transform
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
     from txtrain.hf.pieces import Source
@@ -76,15 +79,32 @@ def _merged(found: Described, how: restore.Reading, turn: int = 0, of: int = 1, 
 
     assert found.base is not None
     base = open_base(found.base, how.key, how.finite, turn, of)
-    model = base.model if found.is_hf else _build(found.model, None, found.path)
-    base.check(model)
-    adapter, named = _read_adapter(found, model, how, weights)
-    if named is not None:
-        check_base(named, base.path, how.key)
-    pieces = merged(base.pieces, adapter)
-    changed = [piece for piece, own in zip(pieces, base.pieces, strict=True) if piece is not own]
+    adapter = _read_adapter(found, how, weights)
+    if adapter.base is not None:
+        check_base(adapter.base, base.path, how.key)
+    source = _beside(base, adapter, found)
+    pieces = merged(source.pieces, adapter.pairs)
+    changed = [piece for piece, own in zip(pieces, source.pieces, strict=True) if piece is not own]
     restore.check_values(found.path, changed[turn::of], how)  # factors may be finite, and their product not
-    return Source(found.path, model, pieces)
+    return Source(found.path, source.model, pieces)
+
+
+def _beside(base: Source, adapter: Adapter, found: Described) -> Source:
+    """The adapter's model: of the base, but for what is trained whole.
+
+    Raises:
+        ConfigError: the base is of another model.
+    """
+    from txtrain.hf.pieces import Source, compare, piece_of, shapes_of
+
+    model = _build(found.model, None, found.path)
+    model.tokenizer_files = base.model.tokenizer_files
+    model.generation_file = model.generation_file or base.model.generation_file
+    wanted, whole = shapes_of(model), {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
+    there = {name: shape for name, shape in shapes_of(base.model).items() if name in wanted}
+    compare(there | whole, wanted, str(base.path))
+    own = [piece for piece in base.pieces if piece.name in wanted.keys() - whole.keys()]
+    return Source(base.path, model, [*own, *(piece_of(name, tensor) for name, tensor in adapter.whole.items())])
 
 
 def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int = 1) -> Source:
@@ -100,51 +120,64 @@ def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int
     return open_weights(base.path, key, finite, turn, of)
 
 
-def _read_adapter(
-    found: Described, model: Transformer, how: restore.Reading, weights: str = "model"
-) -> tuple[dict[str, Pair], Base | None]:
-    """An adapter by matrix, in float32, and its base as its own files name it. model: of the base, on the meta device.
+@dc.dataclass(frozen=True)
+class Adapter:
+    """pairs: by matrix, in float32. whole: what is trained beside them, by name. base: as its own files name it."""
+
+    pairs: dict[str, Pair]
+    whole: dict[str, Tensor]
+    base: Base | None
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (factor for pair in self.pairs.values() for factor in (pair.A, pair.B))
+        yield from self.whole.values()
+
+
+def _read_adapter(found: Described, how: restore.Reading, weights: str = "model") -> Adapter:
+    """The adapter of a run or of PEFT's folder.
 
     Raises:
         ConfigError: it is of another model, or holds no averaged weights. LoadError: it is damaged, or not finite.
     """
-    from txtrain.hf.pieces import fill, is_finite
+    from txtrain.hf.pieces import fill, is_finite, shapes_of
     from txtrain.model import lora
 
+    model = _build(found.model, None)
     if found.is_hf:
         from txtrain.hf.peft import AdapterFolder
 
         folder = AdapterFolder(found.path)
         _refuse_average(found.path, weights)
-        adapter = folder.read(model.config, {name: tuple(t.shape) for name, t in model.state_dict().items()})
-        if how.finite and not all(is_finite(t) for pair in adapter.values() for t in (pair.A, pair.B)):
+        adapter = Adapter(*folder.read(model.config, shapes_of(model)), Base(folder.base or "", folder.sha256))
+        if how.finite and not all(map(is_finite, adapter.tensors)):
             raise checkpoint.LoadError(f"`{how.key}`: {found.path} must hold finite numbers, but does not.")
-        return adapter, Base(folder.base or "", folder.sha256)
+        return adapter
     import torch
 
     from txtrain.checkpoint.reader import Reader
 
     config = saved_adapter(found.path)
-    adapted = _build(model.config, None)
-    transform(adapted, config.transforms(model.config))
-    restore.check_weights(found.path, adapted)
-    reader, wanted = Reader(found.path), adapted.state_dict()
+    transform(model, config.transforms(model.config))
+    restore.check_weights(found.path, model)
+    reader, wanted = Reader(found.path), lora.kept(model)
     averaged = reader.pieces("ema.") if weights == "ema" else []
     if weights == "ema" and not averaged:
         raise restore.no_average(found.path)
     pieces = [*reader.pieces("model."), *(piece for piece in averaged if piece.name in wanted)]
     restore.check_values(found.path, pieces, how)
-    tensors = {name: torch.empty(wanted[name].shape, dtype=torch.float32, device="cpu") for name in lora.kept(wanted)}
+    tensors = {n: torch.empty(t.shape, dtype=torch.float32, device="cpu") for n, t in wanted.items()}
     fill(tensors, pieces)
-    return lora.pairs(tensors, config.scaling), found.base
+    whole = {name: tensor for name, tensor in tensors.items() if factor_of(name) is None}
+    return Adapter(lora.pairs(tensors, config.scaling), whole, found.base)
 
 
 @dc.dataclass(frozen=True)
 class OpenAdapter:
-    """An adapter without its base's weights. model: of the base, on the meta device. base: as the adapter names it."""
+    """An adapter without its base's weights. model: on the meta device. base: as the adapter names it."""
 
     path: Path
-    adapter: dict[str, Pair]
+    adapter: Adapter
     model: Transformer
     base: Base
     config: Any  # LoraConfig; of PEFT's folder the defaults
@@ -166,11 +199,11 @@ def open_adapter(where: str, key: str = "checkpoint", weights: str = "model", fi
                 f"`{key}` must be a run with adapter=lora, one of its checkpoints, or PEFT's folder, but {where!r} has "
                 "no adapter."
             )
-        model = _build(found.model, None)
-        adapter, base = _read_adapter(found, model, restore.Reading(key, finite=finite), weights)
+        adapter = _read_adapter(found, restore.Reading(key, finite=finite), weights)
         tokenizer = None if found.tokenizer is None else load_tokenizer(found.tokenizer)
         config = AdapterConfig(type="none") if found.is_hf else saved_adapter(found.path)
-        return OpenAdapter(found.path, adapter, model, base or found.base, config, tokenizer)
+        model, base = _build(found.model, None), adapter.base or found.base
+        return OpenAdapter(found.path, adapter, model, base, config, tokenizer)
 
     return on_described(where, key, opened)
 
@@ -284,24 +317,28 @@ def load_pretrained(
 
 
 def _with_adapter(base: Path, where: Path, weights: str) -> Transformer:
+    import torch
+
     from txtrain.model import lora
 
-    model = load_pretrained(base)
+    source = open_weights(base, "where")
 
-    def read(found: Described) -> tuple[dict[str, Pair], Base | None]:
-        return _read_adapter(found, _build(model.config, None), restore.Reading("adapter"), weights)
+    def read(found: Described) -> tuple[Adapter, Transformer]:
+        adapter = _read_adapter(found, restore.Reading("adapter"), weights)
+        return adapter, _beside(source, adapter, found).load(torch.get_default_device())
 
     if (where / ADAPTER_CONFIG).is_file():
-        adapter, named = read(Described(where, model.config, None, True))
+        adapter, model = read(Described(where, of_peft(where, source.model.config), None, True))
     else:
-        adapter, named = checkpoint.on_newest(where, "adapter", lambda path: read(described_adapter(path, where)))
+        adapter, model = checkpoint.on_newest(where, "adapter", lambda path: read(described_adapter(path, where)))
+    named, pairs = adapter.base, adapter.pairs
     if named is not None and named.sha256:
         here = base if is_folder(base) else checkpoint.locate(base, "where")
         if sha256_of(here) != named.sha256:
             warnings.warn(f"{where} was trained on other weights than those in {here}: {named.path}.", stacklevel=3)
-    lora.attach(model, {name: (pair.A.shape[-2], pair.scaling) for name, pair in adapter.items()})
+    lora.attach(model, {name: (pair.A.shape[-2], pair.scaling) for name, pair in pairs.items()}, whole=adapter.whole)
     tensors = model.state_dict()
-    for name, pair in adapter.items():
+    for name, pair in pairs.items():
         for kind, values in (("A", pair.A), ("B", pair.B)):
             own = f"{name}.lora_{kind}.weight"
             tensors[own if own in tensors else f"{name}_lora_{kind}"].copy_(values)

@@ -149,8 +149,7 @@ def _weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Those that a checkpoint holds."""
     from txtrain.model.lora import kept
 
-    tensors = model.state_dict()
-    return {f"model.{name}": tensors[name] for name in kept(tensors)}
+    return {f"model.{name}": tensor for name, tensor in kept(model).items()}
 
 
 def load_weights(path: Path, model: nn.Module, weights: str = "model", how: Reading = READING) -> None:

@@ -9,7 +9,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from txtrain.checkpoint.base import ADAPTER_CONFIG
 from txtrain.checkpoint.load import OpenAdapter, Opened, open_adapter, open_model
 from txtrain.cli import model_card
 from txtrain.config.composed import Composed
@@ -18,6 +17,7 @@ from txtrain.config.units import bytes_of
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.hf import push
+from txtrain.hf.lora_config import ADAPTER_CONFIG
 from txtrain.hf.peft import save_adapter
 from txtrain.hf.registry import CONFIG
 
@@ -49,7 +49,7 @@ def run_export(job: Composed) -> int:
     else:
         opened = open_adapter(config.checkpoint, **how)
         write = partial(_write_adapter, opened)
-        n, what = sum(pair.A.numel() + pair.B.numel() for pair in opened.adapter.values()), "parameters of an adapter"
+        n, what = sum(tensor.numel() for tensor in opened.adapter.tensors), "parameters of an adapter"
     try:
         with files.writing(out, "out"):
             out.mkdir(parents=True, exist_ok=True)
@@ -110,9 +110,10 @@ def _write_model(opened: Opened, config: Export, out: Path) -> list[str]:
 
 def _write_adapter(opened: OpenAdapter, out: Path) -> list[str]:
     shapes = {name: tuple(tensor.shape) for name, tensor in opened.model.state_dict().items()}
-    base, config = opened.base, opened.config
+    base, config, adapter = opened.base, opened.config, opened.adapter
     save_adapter(
-        opened.adapter, opened.model.config, shapes, out, base.path, base.sha256, config.rslora, config.lora_dropout
+        adapter.pairs, opened.model.config, shapes, out, base.path, base.sha256, config.rslora, config.lora_dropout,
+        adapter.whole,
     )
     if opened.tokenizer is not None:
         opened.tokenizer.save(out)

@@ -152,6 +152,14 @@ def settle_tokenizer(cfg: DictConfig, found: Described, given: list[str]) -> Non
                 cfg.model.vocab_size = grown
 
 
+def settle_adapter(cfg: DictConfig, found: Described, given: list[str]) -> None:
+    """Have an adapter's run train another head than the folder's, in place."""
+    adapts = cfg.get("adapter") is not None and cfg.adapter.type != "none"
+    if adapts and cfg.model.head.type != found.model.head.type and "adapter.modules_to_save" not in given:
+        with open_dict(cfg):
+            cfg.adapter.modules_to_save = ["head"]
+
+
 def _grown(cfg: DictConfig, name: str, found: Described) -> int:
     """The number of tokens of a tokenizer that is given instead of the folder's."""
     from txtrain.data.tokenizer.load import load_tokenizer

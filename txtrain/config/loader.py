@@ -128,6 +128,7 @@ class Loader(ConfigLoaderImpl):
         if named is not None:
             init_from.check_named(cfg, again, named)
         init_from.settle_tokenizer(again, found, notes.given)
+        init_from.settle_adapter(again, found, notes.given)
         return again
 
     def _parse_overrides_and_create_caching_repo(

@@ -16,6 +16,9 @@ from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Transform
 from txtrain.registry import knob, register
 
+ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT's folder
+PREFIX = "base_model.model."  # of its tensors
+CLASSES = "classes"  # in the header of WEIGHTS: the names of the classes, and their kind
 ALL = "all-linear"
 _DEFAULT = ("q_proj", "v_proj")  # the paper's choice (2106.09685, section 7.1), and PEFT's for most models
 
@@ -31,6 +34,9 @@ class LoraConfig(AdapterConfig):
     # all matrices but the head's. null: queries and values
     target_modules: tuple[str, ...] | str | None = None
     rslora: bool = False  # scale by lora_alpha / sqrt(r) instead (2312.03732); PEFT's use_rslora
+    # modules that are trained whole and saved with the adapter, by our names or Hugging Face's; a head of classes
+    # always is, as in PEFT
+    modules_to_save: tuple[str, ...] = ()
 
     alone: ClassVar[bool] = True
 
@@ -48,6 +54,9 @@ class LoraConfig(AdapterConfig):
             (f"{key}[{i}]", end) for i, end in enumerate(targets)
         ]
 
+    def whole(self, model: ModelConfig) -> list[str]:
+        return list(dict.fromkeys((*(["head"] if model.head.pools else []), *self.modules_to_save)))
+
     def means(self, target: str, names: Collection[str]) -> bool:
         """Whether a target means the matrix of these names, ours first."""
         if not isinstance(self.target_modules, str):
@@ -58,6 +67,8 @@ class LoraConfig(AdapterConfig):
 
     def check(self) -> Iterator[str]:
         targets = self.target_modules
+        if "" in self.modules_to_save:
+            yield f"`adapter.modules_to_save` must be names of modules, but is {list(self.modules_to_save)} instead."
         if targets == ():
             yield "`adapter.target_modules` must name at least one module, but is [] instead. Nearest: null."
         if isinstance(targets, str):
@@ -75,16 +86,20 @@ register("adapter", "lora", "txtrain.hf.lora_config:Lora", LoraConfig)
 
 @dc.dataclass(frozen=True)
 class Lora(Transform):
-    """Freezes the model and gives the matrices that are meant their factors."""
+    """Freezes the model but for the modules to save, and gives the matrices that are meant their factors."""
 
     config: LoraConfig
     model: ModelConfig
 
     @cached_property
+    def _rows(self) -> dict[str, Row]:
+        return adaptable(self.model)
+
+    @cached_property
     def _theirs(self) -> dict[str, list[str]]:
         """transformers' names of the modules, by our matrix."""
         found: dict[str, list[str]] = {}
-        for module, row in adaptable(self.model).items():
+        for module, row in self._rows.items():
             for ours in row.ours:
                 found.setdefault(ours, []).extend({module, row.theirs})
         return found
@@ -93,21 +108,55 @@ class Lora(Transform):
     def _ranks(self) -> dict[str, int]:
         return {}  # of the matrices asked for so far
 
+    @cached_property
+    def _kept(self) -> dict[str, bool]:
+        return {}  # of the parameters and buffers asked for so far
+
+    @cached_property
+    def _whole(self) -> list[str]:
+        return self.config.whole(self.model)
+
+    def _owners(self, name: str) -> list[str]:
+        """Names of the module that has a parameter or buffer: ours, transformers', and what of ours lies there too."""
+        owner, theirs = _parent(name), [_parent(there) for there in self._theirs.get(name, ())]
+        beside = [ours for there in theirs if there in self._rows for ours in self._rows[there].ours]
+        return [*self._names(owner), *theirs, *beside]
+
+    def _is_of(self, said: str, name: str) -> bool:
+        """Whether a parameter or buffer belongs to the module that is meant."""
+        return any(f".{said}." in f".{owner}." for owner in self._owners(name))
+
     def _names(self, matrix: str) -> list[str]:
         return [matrix, *self._theirs.get(matrix, ())]
 
     def rank(self, matrix: str) -> int:
         if matrix not in self._ranks:
             names, config = self._names(matrix), self.config
-            self._ranks[matrix] = config.r if any(config.means(said, names) for _, said in config.targets) else 0
+            meant = any(config.means(said, names) for _, said in config.targets) and not self.keeps(f"{matrix}.weight")
+            self._ranks[matrix] = config.r if meant and not self.keeps(matrix) else 0
         return self._ranks[matrix]
 
+    def keeps(self, name: str) -> bool:
+        if name not in self._kept:
+            self._kept[name] = factor_of(name) is not None or any(self._is_of(said, name) for said in self._whole)
+        return self._kept[name]
+
     def trains(self, name: str) -> bool:
-        return factor_of(name) is not None
+        return self.keeps(name)
 
     def problems(self, names: Collection[str]) -> Iterator[str]:
         ours = [name.removesuffix(".weight") for name in names if factor_of(name) is None]
         yield from self._without(ours, ours, "is in none of their names")
+        for i, said in enumerate(self.config.modules_to_save):
+            if not any(self._is_of(said, name) for name in names):
+                why = self._no_module(said, names)
+                yield f"`adapter.modules_to_save[{i}]` must name a module of the model, but {why}"
+
+    def _no_module(self, said: str, names: Collection[str]) -> str:
+        if self.model.tie_word_embeddings and said.rpartition(".")[2] in ("head", "lm_head"):
+            return f"{said!r} has no matrix of its own: it is the embedding's, and is trained with embedding.token."
+        parts = (part for name in names for owner in self._owners(name) for part in owner.split("."))
+        return f"{said!r} is none.{hint(said, dict.fromkeys(parts))}"
 
     def shortcomings(self, names: Collection[str]) -> Iterator[str]:
         factors = [factor for name in names if (factor := factor_of(name))]
@@ -123,6 +172,8 @@ class Lora(Transform):
         """Sentences on the targets that mean none of these matrices. ours: all names, for the nearest."""
         for key, said in self.config.targets:
             if not any(self.config.means(said, self._names(matrix)) for matrix in matrices):
+                if any(self.config.means(said, self._names(m)) and self.keeps(f"{m}.weight") for m in ours):
+                    why = "is trained whole (adapter.modules_to_save)"
                 parts = (part for matrix in ours for name in self._names(matrix) for part in name.split("."))
                 near = hint(said, dict.fromkeys(part for part in parts if part != said))
                 yield (
@@ -133,10 +184,16 @@ class Lora(Transform):
     def apply(self, model: Any) -> None:
         from txtrain.model.lora import attach, matrices
 
-        model.requires_grad_(False)
         scaling = self.config.scaling
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self.keeps(name))
+        whole = [name for name in model.state_dict() if self.keeps(name)]
         ranks = {name: (r, scaling) for name in matrices(model) if (r := self.rank(name))}
-        attach(model, ranks, self.config.lora_dropout)
+        attach(model, ranks, self.config.lora_dropout, whole)
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
 
 
 def adaptable(model: ModelConfig) -> dict[str, Row]:

@@ -53,7 +53,7 @@ class Stored(NamedTuple):
 
 def stored_tensors(rows: Iterable[Row], model: ModelConfig, parameters: Mapping[str, Shape]) -> list[Stored]:
     """The tensors of a folder for a model with these parameters, in the order of the layers."""
-    found = [s for row in by_layer(rows, model) for s in _of_row(row, model, parameters)]
+    found = [s for row in by_layer(rows, model) for s in stored_of(row, model, parameters)]
     covered = {part for stored in found for part in stored.parts}
     assert covered == parameters.keys(), f"no name for {sorted(parameters.keys() ^ covered)}"
     return found
@@ -72,7 +72,8 @@ def by_layer(rows: Iterable[Row], model: ModelConfig) -> list[Row]:
     return [*chosen[:first], *layers, *(row for row in chosen[first:] if "{}" not in row.theirs)]
 
 
-def _of_row(row: Row, model: ModelConfig, parameters: Mapping[str, Shape]) -> Iterator[Stored]:
+def stored_of(row: Row, model: ModelConfig, parameters: Mapping[str, Shape]) -> Iterator[Stored]:
+    """The tensors of one row, of one layer; none of ours is in `parameters`: none."""
     if row.ours[0] in parameters:
         yield from _of_tensor(row, row.ours[0], parameters[row.ours[0]])
         return
@@ -87,6 +88,9 @@ def _of_row(row: Row, model: ModelConfig, parameters: Mapping[str, Shape]) -> It
 
 
 def _of_tensor(row: Row, ours: str, shape: Shape) -> Iterator[Stored]:
+    if len(row.ours) > 1:  # stacks of experts, joined along the output, all of one shape
+        yield Stored(row.theirs, row.ours, (shape[0], len(row.ours) * shape[1], *shape[2:]), False)
+        return
     if EXPERT not in row.theirs:
         shape = (1, *shape) if row.leading else shape
         yield Stored(row.theirs, (ours,), shape, False, leading=row.leading, spare=row.spare)

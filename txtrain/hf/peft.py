@@ -1,5 +1,7 @@
 """PEFT's folder of an adapter, in and out: adapter_config.json and adapter_model.safetensors.
 
+Modules that are trained whole beside it (`modules_to_save`) lie in it under transformers' names.
+
 Where transformers has one matrix for several of ours (GPT-2's c_attn), theirs has the sum of the ranks, and B is block
 diagonal. Its stacked experts are adapted as parameters (`target_parameters`), with rank and expert in one dimension:
 A [E R, I] and B [O, R E].
@@ -16,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,16 +28,17 @@ from txtrain.errors import ConfigError
 from txtrain.ground import files, plain_files
 from txtrain.hf.folder import member
 from txtrain.hf.hf_class import HFClass
-from txtrain.hf.lora_config import adaptable
-from txtrain.hf.name_map import EXPERT, Row, Shape, respelt
+from txtrain.hf.lora_config import ADAPTER_CONFIG, CLASSES, PREFIX, WEIGHTS, adaptable
+from txtrain.hf.name_map import EXPERT, Row, Shape, Stored, linear, respelt, stored_of
 from txtrain.hf.registry import class_of
 from txtrain.hf.tensor_file import DTYPES, SafetensorsFile, write_safetensors
+from txtrain.hf.tensor_layout import to_ours, to_theirs
 from txtrain.model.config import ModelConfig
 from txtrain.model.lora import Pair
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_PREFIX, _NESTED = "base_model.model.", ".base_layer"
+_NESTED = ".base_layer"
 HASH = "base_sha256"  # in the header of WEIGHTS
+_TABLE = "embedding.token.weight"
 # Of patterns: no others are run, for they could take forever, as could more than two parts of any length.
 _PLAIN = re.compile(r"(?:[\w.^$-]|\\[.dw])*(?:(?:\.\*|\\[.dw]\+)(?:[\w.^$-]|\\[.dw])*){0,2}")
 _KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
@@ -43,7 +47,7 @@ _KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _HARMLESS = frozenset(
     "peft_type peft_version task_type inference_mode revision auto_mapping base_model_name_or_path fan_in_fan_out "
     "init_lora_weights layers_pattern layers_to_transform exclude_modules megatron_core qalora_group_size "
-    "lora_dropout target_modules ensure_weight_tying runtime_config".split()
+    "lora_dropout target_modules modules_to_save ensure_weight_tying runtime_config".split()
 )
 # Initial values that change the base's weights too.
 _CHANGES_BASE = ("pissa", "olora", "loftq", "corda", "eva", "lora_ga", "mica")
@@ -75,7 +79,7 @@ def _kinds(model: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Kind]:
 
 def save_adapter(
     adapter: Mapping[str, Pair], model: ModelConfig, shapes: Mapping[str, Shape], folder: Path, base: str,
-    sha256: str = "", rslora: bool = False, dropout: float = 0.0,
+    sha256: str = "", rslora: bool = False, dropout: float = 0.0, whole: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> None:
     """Write the two files.
 
@@ -83,9 +87,10 @@ def save_adapter(
         shapes: of the model's parameters, by name.
         base: path or name of the base, for PEFT. sha256: of its weights.
         rslora: whether scaling is lora_alpha / sqrt(r).
+        whole: parameters and buffers, by name, that are saved as they are.
 
     Raises:
-        ConfigError: no class of transformers equals the model.
+        ConfigError: no class of transformers equals the model, or has a module for each of `whole`.
     """
     hf = class_of(model)
     tensors: dict[str, Tensor] = {}
@@ -114,9 +119,11 @@ def save_adapter(
             modules.append(theirs)
         settings[key] = r, _whole(scaling * (math.sqrt(r) if rslora else r))
         for kind_of, factor in (("A", A), ("B", B)):
-            tensors[f"{_PREFIX}{place}.lora_{kind_of}.weight"] = factor.contiguous()
+            tensors[f"{PREFIX}{place}.lora_{kind_of}.weight"] = factor.contiguous()
     if lost := sorted(adapter.keys() - written):
         warnings.warn(f"{hf.architecture} has no place for {lost[0]}: its adapter is left out.", stacklevel=2)
+    saved = _modules_to_save(whole, model, shapes)
+    tensors |= {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     (r, alpha), _ = Counter(settings.values()).most_common(1)[0]
     known = [name if kind.stacked else f"{name}.weight" for name, kind in kinds.items()]
     others = {key: both for key, both in settings.items() if both != (r, alpha)}
@@ -131,13 +138,57 @@ def save_adapter(
         "rank_pattern": {end: n for end, (n, _) in patterns.items() if n != r},
         "alpha_pattern": {end: a for end, (_, a) in patterns.items() if a != alpha},
         "fan_in_fan_out": any(kinds[name].row.transposed for name in modules), "bias": "none",
-        "init_lora_weights": True, "modules_to_save": None,
+        "init_lora_weights": True, "modules_to_save": _outermost(map(_parent, saved)) or None,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    files.write(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    files.write(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
     made = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     said = {HASH: sha256} if sha256 else {}
+    if model.head.pools:
+        said[CLASSES] = json.dumps({"label_names": model.head.label_names, "kind": model.head.kind})
     write_safetensors(folder / WEIGHTS, made, {name: t.dtype for name, t in tensors.items()}, tensors.__getitem__, said)
+
+
+def _modules_to_save(
+    whole: Mapping[str, Tensor], model: ModelConfig, shapes: Mapping[str, Shape]
+) -> dict[str, Tensor]:
+    """The tensors by their names: all of each module that holds one."""
+
+    def refused(name: str, why: str) -> ConfigError:
+        return ConfigError(f"`merge_adapter` must be true where {name} is trained whole, but is false instead: {why}.")
+
+    every, output = _stored(model, shapes), _output(model)
+    places = {part: stored.name for stored in every.values() for part in stored.parts}
+    tied = model.tie_word_embeddings and model.head.writes
+    for name in whole:
+        if not _parent(places.get(name, "")):
+            raise refused(name, "transformers' class has no place for it")
+        if (name == _TABLE and model.topology == "encoder_decoder") or (
+            tied and output is None and (name == _TABLE or name.startswith("head."))
+        ):
+            raise refused(name, "PEFT would part it from what is tied to it")
+    modules = {f"{_parent(places[name])}." for name in whole}
+    found = {name: stored for name, stored in every.items() if name.startswith(tuple(modules))}
+    if lost := [part for stored in found.values() for part in stored.parts if part not in whole]:
+        why = f"PEFT saves whole modules, and adapter.modules_to_save lacks {lost[0]}"
+        raise refused(f"a part of {_parent(places[lost[0]])} alone", why)
+    saved = {name: to_theirs(stored, whole).contiguous() for name, stored in found.items()}
+    if tied and _TABLE in whole:
+        assert output is not None
+        saved[output] = whole[_TABLE].clone()  # for PEFT a module of its own: it ties those of a few names only
+    return saved
+
+
+def _stored(model: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
+    """The tensors of transformers' modules, by their names there. shapes: of ours."""
+    rows = adaptable(model).items()
+    found = [s for theirs, row in rows for s in stored_of(row._replace(theirs=theirs), model, shapes)]
+    return {stored.name: stored for stored in found}
+
+
+def _output(model: ModelConfig) -> str | None:
+    """Their name of a tied output matrix that is a module of its own."""
+    return next((f"{row.theirs}.weight" for row in class_of(model).rows if row == linear("lm_head", "head")), None)
 
 
 def _joined(kind: Kind, parts: list[Pair | None], model: ModelConfig) -> tuple[Tensor, Tensor, float]:
@@ -184,17 +235,29 @@ def _ends(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
     return sorted({end(name) for name in wanted})
 
 
+def _outermost(modules: Iterable[str]) -> list[str]:
+    every = set(modules)
+    return sorted(name for name in every if not name.startswith(tuple(f"{other}." for other in every)))
+
+
 def _whole(x: float) -> float:
     return round(x) if abs(x - round(x)) < 1e-9 else x
 
 
 def _task(model: ModelConfig) -> str | None:
+    if model.head.pools:
+        return "SEQ_CLS" if model.vocab_size else None
     if model.topology == "encoder_decoder":
         return "SEQ_2_SEQ_LM"
     return "CAUSAL_LM" if model.topology == "decoder" else None
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
+
+
+def _spelt(name: str, hf: HFClass) -> list[str]:
+    """How a name in PEFT's file may be spelt in transformers' class."""
+    return [respelt(respelt(given, hf.renamed), hf.modules) for given in (name, hf.base + name)]
 
 
 class AdapterFolder:
@@ -209,14 +272,15 @@ class AdapterFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        config, weights = member(folder, CONFIG), member(folder, WEIGHTS)
+        config, weights = member(folder, ADAPTER_CONFIG), member(folder, WEIGHTS)
         if config is None or weights is None:
-            raise ConfigError(f"{folder} must hold {CONFIG} and {WEIGHTS}, but does not hold both.")
+            raise ConfigError(f"{folder} must hold {ADAPTER_CONFIG} and {WEIGHTS}, but does not hold both.")
         self.given = given = plain_files.read_json(config)
         where = str(config)
         plain_files.check_keys(given, where, {
             "r": int | None, "lora_alpha": float | None, "rank_pattern": dict | None, "alpha_pattern": dict | None,
             "target_parameters": list[str] | None, "base_model_name_or_path": str | None, "use_rslora": bool | None,
+            "modules_to_save": list[str] | None,
         })
         problems = [f"`peft_type` must be LORA, but is {given.get('peft_type')!r} instead."] * (
             given.get("peft_type") != "LORA"
@@ -235,18 +299,21 @@ class AdapterFolder:
         said = self._file.metadata if isinstance(self._file.metadata, dict) else {}
         self.sha256 = str(said.get(HASH, ""))
 
-    def read(self, model: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Pair]:
-        """The adapter by our matrices, in float32. shapes: of the model's parameters, by name.
+    def read(self, model: ModelConfig, shapes: Mapping[str, Shape]) -> tuple[dict[str, Pair], dict[str, Tensor]]:
+        """The adapter by our matrices, in float32, and what is trained whole, by our names. shapes: of the model's
+        parameters and buffers, by name.
 
         Raises:
             ConfigError: it is of another model.
         """
         hf = class_of(model)
         kinds, found = _kinds(model, shapes), dict[str, dict[str, str]]()
+        others = list[str]()
         for name in self._file.entries:
-            key = _KEY.fullmatch(name.removeprefix(_PREFIX))
+            key = _KEY.fullmatch(name.removeprefix(PREFIX))
             if key is None:
-                raise ConfigError(f"{self._file.path} must hold a LoRA adapter alone, but holds {name}.")
+                others.append(name)
+                continue
             theirs = self._named(key[1], kinds, hf)
             if (first := found.setdefault(theirs, {}).setdefault(key[2], name)) != name:
                 raise ConfigError(f"{self._file.path} must hold one adapter of {theirs}, but holds {first} and {name}.")
@@ -257,13 +324,44 @@ class AdapterFolder:
             adapter |= self._split(theirs, kinds[theirs], both, model)
         if not adapter:
             raise ConfigError(f"{self._file.path} must hold an adapter, but holds no tensors.")
-        return adapter
+        return adapter, self._whole(others, model, shapes, hf)
+
+    def _whole(
+        self, names: Iterable[str], model: ModelConfig, shapes: Mapping[str, Shape], hf: HFClass
+    ) -> dict[str, Tensor]:
+        """Parameters and buffers of the modules to save, by our names."""
+        every, found, tied = _stored(model, shapes), dict[str, Tensor](), dict[str, Tensor]()
+        output = _output(model) if model.tie_word_embeddings and _TABLE in shapes else None
+        for name in names:
+            spelt = _spelt(name.removeprefix(PREFIX), hf)
+            stored = next((every[known] for known in spelt if known in every), None)
+            if stored is None and output not in spelt:
+                raise ConfigError(f"{self._file.path} must hold a LoRA adapter of {hf.architecture}, but holds {name}.")
+            shape, dtype = self._file.entries[name]
+            wanted = shapes[_TABLE] if stored is None else stored.shape
+            if shape != wanted:
+                there = f"{name} must be {list(wanted)}, but is {list(shape)}"
+                raise ConfigError(f"{self._file.path} is of another model: {there}.")
+            if dtype not in DTYPES:
+                raise ConfigError(f"{self._file.path}: the dtype of {name} must be one of {', '.join(DTYPES)}.")
+            values = self._file.read(name).float()
+            if stored is None:
+                tied[name] = values
+            else:
+                found |= to_ours(stored, values, shapes)
+        if output is not None and (tied or _TABLE in found):
+            table = found.get(_TABLE)
+            if table is None or not all(values.equal(table) for values in tied.values()) or not tied:
+                raise ConfigError(
+                    f"{self._file.path} must hold equal input and output embeddings of a model that ties them, but "
+                    "they were trained apart. For PEFT: modules_to_save with the embedding, and ensure_weight_tying."
+                )
+        return found
 
     def _named(self, place: str, kinds: Mapping[str, Kind], hf: HFClass) -> str:
         """Their name of what is adapted at that place in PEFT's model."""
         depth, plain = place.count(_NESTED), place.replace(_NESTED, "")
-        spelt = [respelt(f"{name}.", hf.renamed).removesuffix(".") for name in (plain, hf.base + plain)]
-        for module in (respelt(name, hf.modules) for name in spelt):
+        for module in (name.removesuffix(".") for name in _spelt(f"{plain}.", hf)):
             if module in kinds and not kinds[module].stacked and not depth:
                 return module
             ends = self.given.get("target_parameters") or []
@@ -311,7 +409,7 @@ class AdapterFolder:
         for pattern, value in (self.given.get(patterns) or {}).items():
             if not _PLAIN.fullmatch(pattern) or type(value) not in (int, float):
                 what = f"numbers by names of modules, but has {pattern!r}: {str(value)[:40]} instead"
-                raise ConfigError(f"{self.folder / CONFIG}: `{patterns}` must hold {what}.")
+                raise ConfigError(f"{self.folder / ADAPTER_CONFIG}: `{patterns}` must hold {what}.")
             if re.match(rf"(.*\.)?({pattern})$", key):
                 return float(value)
         return float(default if general is None else general)

@@ -42,7 +42,7 @@ class Renumbered(Mapping[str, Tensor]):
 def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
     """One tensor of theirs."""
     parts = [ours[name].detach() for name in stored.parts]
-    whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+    whole = parts[0] if len(parts) == 1 else torch.cat(parts, _joined_along(parts[0].ndim))
     if stored.expert is not None:
         whole = whole[stored.expert]
     if stored.order is not None:
@@ -50,6 +50,22 @@ def to_theirs(stored: Stored, ours: Mapping[str, Tensor]) -> Tensor:
     if stored.leading:
         whole = whole[None]
     return whole.T if stored.transposed else whole
+
+
+def to_ours(stored: Stored, theirs: Tensor, ours: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """The other way, for a whole tensor that is no single expert's. ours: shapes."""
+    whole = theirs.T if stored.transposed else theirs
+    whole = whole[0] if stored.leading else whole
+    if stored.order is not None:
+        whole = whole[torch.tensor(stored.order).argsort()]
+    along = _joined_along(whole.ndim)
+    parts = torch.split(whole, [ours[name][along] for name in stored.parts], along)
+    return {name: part.contiguous() for name, part in zip(stored.parts, parts, strict=True)}
+
+
+def _joined_along(ndim: int) -> int:
+    """The dimension of outputs; of stacked experts the second."""
+    return 1 if ndim == 3 else 0
 
 
 def from_theirs(stored: Stored, weights: Weights, ours: Mapping[str, Shape]) -> Iterator[Piece]:

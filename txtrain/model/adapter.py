@@ -41,7 +41,11 @@ class AdapterConfig:
     type: str
 
     alone: ClassVar[bool] = False  # whether checkpoints hold the adapter without its base
-    lora_dropout, rslora = 0.0, False  # fields of some options only
+    lora_dropout, rslora, modules_to_save = 0.0, False, tuple[str, ...]()  # fields of some options only
+
+    def whole(self, model: ModelConfig) -> list[str]:
+        """Modules that are trained whole beside it, as the user names them."""
+        return []
 
     def check(self) -> Iterator[str]:
         yield from ()

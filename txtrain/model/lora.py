@@ -9,7 +9,7 @@ from the base. scaling: lora_alpha / r, or lora_alpha / sqrt(r) (rsLoRA, 2312.03
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from txtrain.model.adapter import factor_of
 from txtrain.model.ffn.moe import Experts, grouped_linear
+from txtrain.model.transformer import Transformer
 
 
 class Pair(NamedTuple):
@@ -105,10 +106,12 @@ def matrices(model: nn.Module) -> dict[str, nn.Module]:
     return found
 
 
-def attach(model: nn.Module, ranks: Mapping[str, tuple[int, float]], dropout: float = 0.0) -> None:
+def attach(
+    model: nn.Module, ranks: Mapping[str, tuple[int, float]], dropout: float = 0.0, whole: Iterable[str] = ()
+) -> None:
     """Give matrices their factors, in place: on the meta device without values, else initialised.
 
-    ranks: rank and scaling, by the name of the matrix.
+    ranks: rank and scaling, by the name of the matrix. whole: tensors that are saved with them.
     """
     known = matrices(model)
     for name, (r, scaling) in ranks.items():
@@ -134,6 +137,8 @@ def attach(model: nn.Module, ranks: Mapping[str, tuple[int, float]], dropout: fl
         if not parameter.is_meta and (factor := factor_of(name)) is not None and factor.matrix in ranks:
             for weight in parameter.data if factor.stacked else [parameter.data]:
                 fill_factor(weight, name)
+    if isinstance(model, Transformer):
+        model.kept = frozenset((*whole, *filter(factor_of, model.state_dict())))
 
 
 def fill_factor(weight: Tensor, name: str, generator: torch.Generator | None = None) -> None:
@@ -146,9 +151,10 @@ def fill_factor(weight: Tensor, name: str, generator: torch.Generator | None = N
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)
 
 
-def kept(tensors: Mapping[str, Any]) -> list[str]:
-    """Of a model's parameters and buffers, by name, those that its checkpoint holds: an adapter alone, or all."""
-    return [name for name in tensors if factor_of(name)] or [*tensors]
+def kept(model: nn.Module) -> dict[str, Tensor]:
+    """Of a model's parameters and buffers, by name, those that its checkpoint holds."""
+    only = model.kept if isinstance(model, Transformer) else None
+    return {name: tensor for name, tensor in model.state_dict().items() if only is None or name in only}
 
 
 def pairs(tensors: Mapping[str, Tensor], scaling: Mapping[str, float] | float) -> dict[str, Pair]:

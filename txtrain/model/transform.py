@@ -37,6 +37,10 @@ class Transform:
         """Whether the parameter is still trained."""
         return True
 
+    def keeps(self, name: str) -> bool:
+        """Whether checkpoints hold the parameter or buffer."""
+        return True
+
 
 @dc.dataclass(frozen=True)
 class Freeze(Transform):

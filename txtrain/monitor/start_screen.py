@@ -74,11 +74,13 @@ def table(
     """
     trainer = config.trainer
     done = 0 if place is None else place.first_step
+    whole = config.adapter.whole(config.model)
     return [
         *axes(config.model).items(),
         *(("graft", text) for text in graft_lines(config.model, grafts)),
         *(("weights", text) for text in weights),
         *([("adapter", f"{_option(config.adapter)}; of {config.init_from}")] if config.adapter.alone else []),
+        *([("whole", f"{', '.join(whole)}: trained and saved beside the adapter")] if whole else []),
         *([("trained", trained(*parameters))] if parameters[0] < parameters[1] else []),
         ("data", f"{data.source}; {_number(data.n_train)} training and {data.n_val:,} validation {samples(config)}"),
         ("tokenizer", "none" if data.tokenizer is None else vocabulary(config, data.tokenizer.vocab_size)),

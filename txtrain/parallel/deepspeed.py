@@ -186,8 +186,8 @@ class ZeRO(Mesh):
         self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
             self._gather_around(whole)
-        if not self.config.adapter.alone:
-            self._parts += [self._frozen(name, p) for p, name in names.items() if not p.requires_grad]
+        held = kept(model)
+        self._parts += [self._frozen(name, p) for p, name in names.items() if not p.requires_grad and name in held]
         for part in self._parts:
             if part.name in self._kept:
                 first, values = self._kept[part.name]
@@ -244,7 +244,7 @@ class ZeRO(Mesh):
     def _read_parts(self, read: Any) -> list[Part]:
         """In stage 3 this rank's shares of a read-only model's parameters, of those that a checkpoint holds."""
         shares = dict(read.named_parameters())
-        return [self._in_place(name, shares[name]) for name in kept(read.state_dict()) if name in shares]
+        return [self._in_place(name, shares[name]) for name in kept(read.model) if name in shares]
 
     def _frozen(self, name: str, parameter: Any) -> Part:
         """This rank's share of a frozen parameter: float32 even if computed in bfloat16, so checkpoints are exact."""
@@ -331,12 +331,9 @@ class ZeRO(Mesh):
 
     def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
         """Copies in CPU memory, sharded by rows over the ranks. Collective; one tensor at a time exists whole."""
-        buffers = _buffers(model)
-        held = {*kept(dict.fromkeys([*buffers, *(part.name for part in self._parts)]))}
-        found = {f"model.{name}": buffer for name, buffer in buffers.items() if name in held}
+        held = kept(model)
+        found = {f"model.{name}": buffer for name, buffer in _buffers(model).items() if name in held}
         for part in self._parts:
-            if part.name not in held:
-                continue
             found[f"model.{part.name}"] = self._by_rows(part.whole(part.master, self._data_group))
             for key, state in self._state(part).items():
                 value = self._by_rows(part.whole(state, self._data_group)) if state.ndim else state.clone()
@@ -348,7 +345,8 @@ class ZeRO(Mesh):
         if self.stage < 3:
             return super().read_tensors(read)
         parts = {part.name: part for part in self._read_parts(read)}
-        buffers = {name: tensor for name, tensor in _buffers(read).items() if name in kept(read.state_dict())}
+        held = kept(read.model)
+        buffers = {name: tensor for name, tensor in _buffers(read).items() if name in held}
         return buffers | {
             name: self._by_rows(part.whole(part.master.float(), self._data_group)) for name, part in parts.items()
         }
@@ -389,8 +387,6 @@ class ZeRO(Mesh):
         prefixes = "model.", "optimizer."
         load_tensors(path, tensors, prefixes, self.checkpoint_group, how, of_frozen(path, model))
         for part in self._parts:
-            if f"model.{part.name}" not in tensors:  # an adapter's base
-                continue
             whole: Any = tensors[f"model.{part.name}"]
             values = whole.full_tensor()
             part.fill(part.master, values.to(part.master.device))

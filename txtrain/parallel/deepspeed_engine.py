@@ -35,7 +35,7 @@ class Called:
     """The model, called through the engine."""
 
     def __init__(self, engine: Any, model: nn.Module) -> None:
-        self._engine, self._model = engine, model
+        self._engine, self.model = engine, model
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         from txtrain.model.output import ModelOutput
@@ -43,7 +43,7 @@ class Called:
         return ModelOutput(**self._engine(*given, **named))
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
+        return getattr(self.model, name)
 
 
 class Read(Called):

@@ -244,8 +244,7 @@ class OneProcess:
 
     def read_tensors(self, read: Any) -> dict[str, Tensor]:
         """What a checkpoint holds of a read-only model whose weights have changed, by canonical name."""
-        tensors = read.state_dict()
-        return {name: tensors[name] for name in kept(tensors)}
+        return kept(read)
 
     def load_read(self, path: Path, key: str, read: Any, how: Reading) -> dict[str, Tensor]:
         """Read its weights where the checkpoint holds them, and return them. key: the model's, with which their names

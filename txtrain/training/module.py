@@ -101,10 +101,12 @@ class LitModule(pl.LightningModule):
         self.fit: Fit | None = None  # what became of the initial weights
         if weights is not None:
             weights, self.fit = fitted(weights, self.model, config.model, config.init_allow_missing)
-            if config.adapter.alone and (new := [*self.fit.resized, *self.fit.initialised]):
+            if lost := [name for name in (*self.fit.resized, *self.fit.initialised) if not config.keeps(name)]:
+                owners = dict.fromkeys((*config.adapter.modules_to_save, *(n.rpartition(".")[0] for n in lost)))
                 raise ConfigError(
-                    f"`adapter` must be none where weights of init_from are resized or initialised, as {new[0]} is "
-                    "here: a checkpoint would hold the adapter alone. Export the changed model and start from that."
+                    f"`adapter.modules_to_save` must have all that init_from lacks or has in another shape, but lacks "
+                    f"{lost[0]}: a checkpoint holds the adapter and these modules alone. "
+                    f"Nearest: 'adapter.modules_to_save=[{','.join(owners)}]'."
                 )
         self.weights, self._read = weights, models_read(config, self.parallel) if read is None else read
         for key, source in self._read.items():

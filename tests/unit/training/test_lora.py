@@ -11,17 +11,19 @@ from hypothesis import strategies as st
 import txtrain
 from tests.models import ids, seeded, shake
 from tests.models import tiny as tiny_model
-from tests.training import rows, tiny, weights
+from tests.training import rows, tiny, weights, write_labels
 from txtrain.checkpoint.format import LoadError, locate
 from txtrain.checkpoint.load import load, open_weights
 from txtrain.cli.export import run_export
+from txtrain.cli.main import main
 from txtrain.config.composed import Composed
 from txtrain.errors import ConfigError
 from txtrain.hf.digest import BASE, sha256_of
 from txtrain.hf.lora_config import Lora, LoraConfig
 from txtrain.model import options
 from txtrain.model.adapter import factor_of
-from txtrain.model.lora import adapter_of, merged
+from txtrain.model.ffn import balancing
+from txtrain.model.lora import adapter_of, kept, merged
 from txtrain.model.transform import transform
 from txtrain.training.module import LitModule
 from txtrain.training.run import train
@@ -174,6 +176,68 @@ def test_a_model_of_ones_own_and_a_whole_run_are_refused(folder, base):
     with pytest.raises(ConfigError, match="holds a whole model"):
         run(folder, base, "own", f"fork={base}")
     assert not (folder / "own").exists()
+
+
+@torch.no_grad()
+def test_a_new_head_is_trained_and_saved_whole_beside_the_adapter(folder, base, capsys):
+    labels = ("data=labels", f"data.path={write_labels(folder / 'labels.csv', n_classes=3)}", "data.seq_len=32")
+    judge = run(folder, base, "judge", *labels)
+    assert "whole head: trained and saved beside the adapter" in " ".join(capsys.readouterr().out.split())
+    names = {name.partition(".")[2] for name in weights(judge) if name.startswith("model.")}
+    assert {name for name in names if not factor_of(name)} == {"head.classifier.weight"}
+    facts, plan = json.loads((judge / "run.json").read_text()), txtrain.plan(txtrain.compose([f"init_from={base}", *LORA, *labels], verb="plan"))
+    assert facts["trained_parameters"] == plan.n_trained_params == sum(plan.trained_by_part.values())
+    assert plan.trained_by_part["head"] == 3 * 32
+    parts = run(folder, base, "judge in parts", *labels, "trainer.max_steps=5")
+    assert run(folder, base, "judge in parts", *labels) == parts
+    assert (weights(parts), rows(parts)) == (weights(judge), rows(judge))
+
+    batch = {"input_ids": ids(2, 16, vocab=257)}
+    for kind in ("model", "ema"):
+        beside = txtrain.load_pretrained(base, adapter=judge, weights=kind)
+        logits = beside(**batch).logits
+        assert logits.shape == (2, 3)
+        assert beside.head.classifier.weight.ne(0).any()
+        assert (load(judge, weights=kind).model(**batch).logits - logits).abs().max() < 2e-6 * logits.abs().max()
+    wanted = txtrain.load_pretrained(judge)(**batch).logits
+    for merge in ("true", "false"):
+        out = exported(folder, f"judge, merged: {merge}", judge, merge_adapter=merge)
+        again = load(out).model
+        assert again.config.head.label_names == ("0", "1", "2")
+        assert (again(**batch).logits - wanted).abs().max() < 2e-6 * wanted.abs().max()
+        assert main(["evaluate", f"checkpoint={out}", *labels, "n_bootstrap=0"]) == 0
+    assert main(["predict", f"checkpoint={judge}", *labels, f"out={folder / 'labels.jsonl'}"]) == 0
+    assert {json.loads(line)["label"] for line in (folder / "labels.jsonl").read_text().splitlines()} <= {"0", "1", "2"}
+    for more, told in (
+        (["adapter.target_modules=[classifier]"], "'classifier' is trained whole"),
+        (["adapter.modules_to_save=[hed]"], r"`adapter.modules_to_save\[0\]` must name a module of the model.*Did you mean head"),
+        (["adapter.modules_to_save=['']"], "`adapter.modules_to_save` must be names"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run(folder, base, "mistake", *labels, *more)
+    assert not (folder / "mistake").exists()
+
+
+def test_new_tokens_are_refused_unless_their_table_is_saved_whole(folder, base):
+    larger = ("model.vocab_size=260", "trainer.max_steps=1")
+    with pytest.raises(ConfigError, match=r"lacks embedding.token.weight.*'adapter.modules_to_save=\[embedding.token,head\]'"):
+        run(folder, base, "larger", *larger)
+    made = run(folder, base, "larger", *larger, "adapter.modules_to_save=[embed_tokens,lm_head]")
+    assert txtrain.load_pretrained(made).embedding.token.weight.shape == (260, 32)
+    assert run(folder, base, "larger", *larger, "adapter.modules_to_save=[embed_tokens,lm_head]", "trainer.max_steps=2") == made
+
+
+@torch.no_grad()
+def test_the_balance_of_a_base_stays_and_that_of_a_router_saved_whole_moves():
+    sizes = ("model.n_layers=2", "model.dim=32", "model.n_heads=2", "model.vocab_size=61", "data=text", "data.path=x", "data.tokenizer=bytes")
+    config = txtrain.compose(["model=deepseek_r1", *sizes], verb="plan").model
+    for modules, moves in (((), False), (("router",), True), (("mlp.gate",), True), (("experts",), False)):
+        model = adapted(config, target_modules=("gate_proj", "o_proj"), modules_to_save=modules)
+        layer, mixture = next((f"blocks.{i}", block.ffn) for i, block in enumerate(model.blocks) if hasattr(block.ffn, "balance_bias"))
+        mixture.bias_update_rate, before = 0.1, mixture.balance_bias.clone()
+        balancing.update(model, {layer: torch.arange(1.0, 1 + len(before))})
+        assert before.equal(mixture.balance_bias) != moves, modules
+        assert (f"{layer}.ffn.balance_bias" in kept(model)) == moves, modules
 
 
 def moe(**changes):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.model.config import ModelConfig
+from txtrain.model.transformer import Transformer
 
 COUNTS = "expert_counts"  # last part of the names in a record
 MAX_LOAD = "moe_max_load"
@@ -40,10 +41,12 @@ class Observed:
 
 @torch.no_grad()
 def update(model: nn.Module, counts: Mapping[str, Tensor]) -> None:
-    """Move the biases of each trained mixture by its rate, after the optimizer's step. counts: of the global batch."""
+    """Move the biases of each trained mixture by its rate, after the optimizer's step: those of an adapter's base stay.
+    counts: of the global batch."""
     for layer, counts_E in counts.items():
         mixture: Any = model.get_submodule(f"{layer}.ffn")
-        if mixture.bias_update_rate and any(p.requires_grad for p in mixture.parameters()):
+        held = not isinstance(model, Transformer) or model.kept is None or f"{layer}.ffn.balance_bias" in model.kept
+        if held and mixture.bias_update_rate and any(p.requires_grad for p in mixture.parameters()):
             mixture.balance_bias += mixture.bias_update_rate * torch.sign(counts_E.mean() - counts_E)
 
 

@@ -57,8 +57,8 @@ class Partitions(Copies):
         values = self.config.optimizer.state_values("", (1,))
         assert values is not None, "what ZeRO takes is elementwise"
         shares = (
-            sum(math.ceil(p.n / self.layout.shard) for p in self.pieces if not p.edge)
-            if self.half and self.device == "cpu" and not self.config.adapter.alone else 0
+            sum(math.ceil(p.n / self.layout.shard) for p in self.pieces if not p.edge and self.config.keeps(p.name))
+            if self.half and self.device == "cpu" else 0
         )
         parameters = self.t.size * (sum(self.flat) + self.n_frozen) + FLOAT32 * shares
         return {"parameters": parameters, "optimizer": FLOAT32 * (1 + values) * sum(self.mine)}

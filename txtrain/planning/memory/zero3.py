@@ -81,8 +81,8 @@ class Gathered(Copies):
         values = self.config.optimizer.state_values("", (1,))
         assert values is not None, "what ZeRO takes is elementwise"
         n = sum(h.n for h in self.trained)
-        kept = self.t.size != FLOAT32 and self.device == "cpu" and not self.config.adapter.alone
-        shares = FLOAT32 * self.n_frozen if kept else 0
+        kept = (self._held(p).n for p in self.pieces if not p.edge and self.config.keeps(p.name))
+        shares = FLOAT32 * sum(kept) if self.t.size != FLOAT32 and self.device == "cpu" else 0
         parameters = self.t.size * (n + self.n_frozen) + shares
         return {
             "parameters": parameters, "optimizer": FLOAT32 * (1 + values) * n, "gradients": FLOAT32 * n,
