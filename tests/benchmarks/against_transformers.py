@@ -54,8 +54,8 @@ def products_share(ours: Any, rows: int, new: int) -> float:
 
 def lines(given: argparse.Namespace) -> Iterator[str]:
     for family in given.families if "step" in given.what else ():
-        (ours, theirs), shares = step_times(family, given.layers, given.rounds)
-        peak = f"of the peak {shares[0]:.2f}, theirs {shares[1]:.2f}"
+        (ours, theirs), reached = step_times(family, given.layers, given.rounds)
+        peak = f"of the peak {reached[0]:.2f}, theirs {reached[1]:.2f}"
         yield f"{family:12} step      ours {ours * 1e3:7.0f} ms   theirs {theirs * 1e3:7.0f} ms   {theirs / ours:.2f} x   {peak}"
         for model in pair(family, given.layers)[::-1] if given.profile else ():
             most = [*shares(step_of(model, batch_of(family))).items()][:14]

@@ -1,6 +1,6 @@
 """Head and loss at a large vocabulary, by chunks, beside all logits at once: time, and the peak of memory.
 
-    python -m tests.benchmarks.losses [--vocabulary 131072] [--tokens 512] [--rounds 2]
+    python -m tests.benchmarks.losses [KIND ...] [--vocabulary 131072] [--tokens 1024] [--rounds 2]
 
 dim 384, float32, forward and backward. all: `F.linear`, then torch's function of the logits. Both sides in turns, as in sides.py; memory is what
 lives above inputs and weights, as torch's dispatcher sees it.
@@ -67,12 +67,13 @@ def loss_ratios(kind: str, n_words: int, n_tokens: int, rounds: int) -> tuple[fl
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kinds", nargs="*", default=["plain", "smoothed", "log-probabilities", "distillation"])
     parser.add_argument("--vocabulary", type=int, default=1 << 17)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for kind in ("plain", "smoothed", "log-probabilities", "distillation"):
+    for kind in given.kinds:
         time, memory = loss_ratios(kind, given.vocabulary, given.tokens, given.rounds)
         print(f"{kind:18} {time:.2f} of the time, {memory:.3f} of the memory of all logits at once", flush=True)
 

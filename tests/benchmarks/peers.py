@@ -60,7 +60,7 @@ def _step(model: Any, loss_of: Callable[[torch.Tensor, torch.Tensor], torch.Tens
 def peer_times(family: str, layers: int, rounds: int, folder: Path = NANOGPT) -> list[float]:
     """CPU seconds of a step, ours and the peer's."""
     theirs = litgpt_step(layers) if family == "llama2" else nanogpt_step(layers, folder)
-    gated = [f"model.attention.n_kv_heads={KV_HEADS}", f"model.ffn.hidden_dim={HIDDEN}"] if family == "llama2" else []
+    gated = ["model/attention=gqa", f"model.attention.n_kv_heads={KV_HEADS}", f"model.ffn.hidden_dim={HIDDEN}"] if family == "llama2" else []
     model = model_of(f"model={family}", f"model.n_layers={layers}", "model.max_seq_len=1024", *gated)
     ids = torch.randint(5, VOCAB, (BATCH, LENGTH))
     return best(rounds, step_of(model, {"input_ids": ids, "labels": ids}), theirs)

@@ -103,7 +103,7 @@ def step_of(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
 
 
 def added_product(_: Any, a: Any, b: Any, **__: Any) -> int:
-    """FLOPs of `addmm_` and `baddbmm_`, of the shapes of their arguments."""
+    """FLOPs of `addmm_` and the like, of the shapes of their arguments."""
     return 2 * math.prod(a) * int(b[-1])
 
 
@@ -123,6 +123,7 @@ def flops_of(work: Callable[[], Any]) -> int:
     custom = {  # what torch's counter does not know
         kernels.addmm_: added_product,
         kernels.baddbmm_: added_product,
+        kernels._grouped_mm: lambda a, b, *_, **__: added_product(None, a, b),
         kernels._scaled_dot_product_flash_attention_for_cpu: causal_half(sdpa_flop_count, 0),
         kernels._scaled_dot_product_flash_attention_for_cpu_backward: causal_half(sdpa_backward_flop_count, 1),
     }

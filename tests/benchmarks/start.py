@@ -3,13 +3,14 @@
     python -m tests.benchmarks.start [help] [plan] [update] [generate] [--rounds 2] [--nanogpt FOLDER]
 
 CPU seconds of the whole process, which ends after one update, the least of the rounds, sides in turns. The update: GPT-2's shape with 4 layers and
-dim 128, on 8 x 128 tokens; txtrain's data are prepared (a warm cache), theirs are ids at hand; theirs save nothing, and litgpt does not compile.
+dim 128, on 8 x 128 tokens of ids at hand; theirs save nothing, and litgpt does not compile.
 generate: against `import torch` and reading the same weights by safetensors. peers: as in peers.py.
 """
 
 import argparse
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -20,8 +21,8 @@ import numpy as np
 from tests.benchmarks.peers import NANOGPT
 
 ROOT = Path(__file__).parents[2]
-DATA = ["data=python_docs", "data.seq_len=128", "data.global_batch_size=8"]
-SMALL = ["model=gpt2", "model.n_layers=4", "model.dim=128", "model.n_heads=4", *DATA, "trainer.limit_val_batches=0", "trainer.accelerator=cpu", "sample.n=0"]
+SMALL = ["model=gpt2", "model.n_layers=4", "model.dim=128", "model.n_heads=4", "data.seq_len=128", "data.global_batch_size=8"]
+SMALL += ["trainer.limit_val_batches=0", "trainer.accelerator=cpu", "sample.n=0", "trainer.max_steps=1", "save.every_n_steps=1000"]
 
 TRANSFORMERS = """
 import datasets, torch
@@ -33,6 +34,7 @@ how = TrainingArguments(output_dir="out", max_steps=1, save_strategy="no", repor
 Trainer(model=model, args=how, train_dataset=data, data_collator=default_data_collator).train()
 """
 LITGPT = """
+import sys
 from pathlib import Path
 import torch
 from litgpt import Config
@@ -45,6 +47,7 @@ class Ids(DataModule):
     def train_dataloader(self):
         return torch.utils.data.DataLoader(torch.randint(0, 8192, (64, 129)), batch_size=self.n)
     val_dataloader = train_dataloader
+sys.argv = ["litgpt", "small"]  # it writes down what was typed
 config = Config(name="small", block_size=128, vocab_size=8192, padded_vocab_size=8192, n_layer=4, n_head=4, n_embd=128)
 train = TrainArgs(save_interval=None, log_interval=1, global_batch_size=8, micro_batch_size=8, max_tokens=8 * 128, lr_warmup_steps=0, max_norm=1.0, max_seq_length=128)
 setup("small", config, Path("out"), "32-true", data=Ids(), train=train, eval=EvalArgs(interval=1000, max_iters=1), devices=1, logger_name="csv")
@@ -61,10 +64,11 @@ load_file(%r)
 def cpu_of(command: list[str], folder: Path) -> float:
     """CPU seconds of a command, whose output is shown where it fails."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT), "TORCHDYNAMO_DISABLE": "1"})
+    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "", "TORCHDYNAMO_DISABLE": "1"}
+    found = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if found.returncode:
-        raise OSError(f"{' '.join(command[1:3])} ended with {found.returncode}: {found.stderr[-600:]}")
+        raise OSError(f"ended with {found.returncode}: {found.stderr[-600:]}")
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
@@ -85,8 +89,10 @@ def commands(what: str, folder: Path, nanogpt: Path) -> dict[str, list[str]]:
     (folder / "data/ids").mkdir(parents=True, exist_ok=True)
     for name in ("train", "val"):
         np.random.default_rng(0).integers(0, 8192, 10_000, dtype=np.uint16).tofile(folder / f"data/ids/{name}.bin")
-    sides = {"first update": txtrain(*SMALL, "trainer.max_steps=1", "save.every_n_steps=1000"), "transformers": [*python, TRANSFORMERS], "litgpt": [*python, LITGPT]}
-    return sides | {"nanoGPT": [sys.executable, str(nanogpt / "train.py"), *NANOGPT_FLAGS.split()]}
+    sides = {"first update": txtrain(*SMALL, "data=memmap", "data.path=data/ids"), "transformers": [*python, TRANSFORMERS], "litgpt": [*python, LITGPT]}
+    for file in nanogpt.glob("*.py"):  # it runs where its files are
+        shutil.copy(file, folder)
+    return sides | {"nanoGPT": [sys.executable, "train.py", *NANOGPT_FLAGS.split()]}
 
 
 def seconds(what: str, rounds: int, nanogpt: Path = NANOGPT) -> dict[str, float]:
@@ -95,7 +101,7 @@ def seconds(what: str, rounds: int, nanogpt: Path = NANOGPT) -> dict[str, float]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if what == "generate":
-            cpu_of(txtrain(*SMALL, "trainer.max_steps=1", "run_dir=run"), folder)
+            cpu_of(txtrain(*SMALL, "data=python_docs", "run_dir=run"), folder)
         sides = commands(what, folder, nanogpt)
         for i in range(rounds + 1):  # the first round warms the caches
             for side, command in list(sides.items()):

@@ -53,7 +53,7 @@ def experts_ratios(n_experts: int, layers: int = 2, rounds: int = 3) -> tuple[fl
     import transformers
 
     active = 2
-    common = "model=llama2", f"model.n_layers={layers}", f"model.attention.n_kv_heads={KV_HEADS}"
+    common = "model=llama2", f"model.n_layers={layers}", "model/attention=gqa", f"model.attention.n_kv_heads={KV_HEADS}"
     dense = model_of(*common, f"model.ffn.hidden_dim={HIDDEN}")
     knobs = f"model.ffn.n_experts={n_experts}", f"model.ffn.top_k={active}", f"model.ffn.hidden_dim={HIDDEN // active}", "model.ffn.n_shared=0"
     ours = model_of(*common, "model/ffn=moe_softmax", *knobs, "model.ffn.dense_layers=0")
