@@ -28,6 +28,7 @@ from txtrain.data.store.cache import TokenFile
 from txtrain.data.store.split import Corpus
 from txtrain.data.store.tokenize import _pieces as cut_up
 from txtrain.data.store.tokenize import tokenise
+from txtrain.data.tokenizer.cuts import byte_level_places
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads, train_tokenizer
 
 SEQ_LEN, BATCH, REPEATS = 256, 64, 3
@@ -51,7 +52,7 @@ def computed(work: Callable[[], object]) -> float:
 def tokenising(source: TextFiles | PythonDocs, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
     """CPU seconds of `encode_batch_fast` alone, and from text to cache."""
     allow_threads(True)
-    pieces = [piece.text for piece in cut_up(("train", text) for text in source.documents("train"))]
+    pieces = [piece.text for piece in cut_up((("train", text) for text in source.documents("train")), byte_level_places)]
     bare = computed(lambda: tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False))
     with contextlib.redirect_stderr(open(os.devnull, "w")):
         return bare, computed(lambda: tokenise(Corpus(source, 0.05), tokenizer, folder))

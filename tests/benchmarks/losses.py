@@ -23,8 +23,8 @@ from txtrain.model.head.heads import LMHead
 Side = Callable[[], Tensor]
 
 
-def kinds(n_words: int, n_tokens: int) -> dict[str, tuple[Side, Side]]:
-    """By chunks, and of all logits at once: losses of the same tokens."""
+def kinds(n_words: int, n_tokens: int) -> tuple[dict[str, tuple[Side, Side]], tuple[Tensor, Tensor]]:
+    """By chunks, and of all logits at once: losses of the same tokens. And what they have gradients of."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, n_tokens, DIM, generator=g).requires_grad_()
     weight = (torch.randn(n_words, DIM, generator=g) * 0.1).requires_grad_()
@@ -45,22 +45,26 @@ def kinds(n_words: int, n_tokens: int) -> dict[str, tuple[Side, Side]]:
         how = Distillation(False, 1.0, 0.0, n, lambda consume: consume(soft))
         return head.distilled(x, weight, targets, how)
 
-    return {
+    sides: dict[str, tuple[Side, Side]] = {
         "plain": (lambda: head.loss(x, weight, targets, n), partial(whole, F.cross_entropy)),
         "smoothed": (lambda: head.loss(x, weight, targets, n, 0.1), partial(whole, F.cross_entropy, label_smoothing=0.1)),
         "log-probabilities": (lambda: head.log_probs(x, weight, targets).sum(), partial(whole, F.cross_entropy, reduction="none")),
         "distillation": (distilled, partial(whole, divergence)),
     }
+    return sides, (x, weight)
 
 
 def loss_ratios(kind: str, n_words: int, n_tokens: int, rounds: int) -> tuple[float, float]:
     """Time and peak memory, as shares of those of all logits at once."""
-    sides = kinds(n_words, n_tokens)[kind]
-    peaks = []
+    made, leaves = kinds(n_words, n_tokens)
+    sides, peaks, gradients = made[kind], [], []
     for side in sides:
         with Watched() as watched:
-            side().sum().backward()
+            gradients.append(torch.autograd.grad(side().sum().abs(), leaves))
         peaks.append(watched.peak - watched.held)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max(), "the two sides do not compute the same"
+    del gradients
     by_chunks, whole = best(rounds, *(lambda side=side: side().sum().backward() for side in sides))
     return by_chunks / whole, peaks[0] / peaks[1]
 

@@ -21,7 +21,7 @@ import numpy as np
 from tests.benchmarks.peers import NANOGPT
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["model=gpt2", "model.n_layers=4", "model.dim=128", "model.n_heads=4", "data.seq_len=128", "data.global_batch_size=8"]
+SMALL = ["model=gpt2", "model.n_layers=4", "model.dim=128", "model.n_heads=4", "model.vocab_size=8192", "data.seq_len=128", "data.global_batch_size=8"]
 SMALL += ["trainer.limit_val_batches=0", "trainer.accelerator=cpu", "sample.n=0", "trainer.max_steps=1", "save.every_n_steps=1000"]
 
 TRANSFORMERS = """
