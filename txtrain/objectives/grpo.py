@@ -67,7 +67,7 @@ class GRPO(Objective):
             "reward", *each, "reward_std", "silent_groups", "truncated_share", "length", "entropy",
             "sampler_difference", "sampler_difference_max",
         )
-        self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
+        self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second", "time/rollout", "time/reward")
         self.metrics = ("val_reward", *(f"val_{name}" for name in each), "val_truncated_share", "val_length")
         if val_samples:
             self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
@@ -101,7 +101,8 @@ class GRPO(Objective):
     def step_batch(self, module: Any, batch: Batch) -> Batch:
         number, update = divmod(module.step, self.updates)
         if not self.rollout or int(self.rollout["number"]) != number:
-            self._roll_out(module, batch, number)
+            with module.parallel.phases.within("rollout"):
+                self._roll_out(module, batch, number)
         size = int(module.config.data.global_batch_size)
         begin = update * size % len(self.rollout["input_ids"]) + self.parallel.rank * (size // self.parallel.size)
         rows = slice(begin, begin + size // self.parallel.size)
@@ -179,7 +180,8 @@ class GRPO(Objective):
         written = self._written(module.model, prompts, self.how, module, index)
         jobs = jobs_of(problems, written, self.tokenizer)
         rewarding = time.perf_counter()
-        values = self.parallel.together(lambda: self.rewards(jobs))
+        with module.parallel.phases.within("reward"):
+            values = self.parallel.together(lambda: self.rewards(jobs))
         rewarded = time.perf_counter()
         mine = self._rows_of(module, prompts, written, values, index)
         rows = {at: row for part in self.parallel.of_all(mine) for at, row in part.items()}  # ranks of tp have the same
