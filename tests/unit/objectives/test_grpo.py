@@ -281,6 +281,14 @@ def test_log_probs_are_those_of_the_sampler_at_its_temperature_and_nucleus(tmp_p
     assert all(float(row["sampler_difference_max"]) < 1e-5 for row in rows)
 
 
+@pytest.mark.parametrize("how", [(), ("objective.temperature=0.7", "objective.top_p=0.8")])
+def test_without_a_cache_sampler_and_trainer_differ_by_exactly_nothing(tmp_path: Path, how: tuple[str, ...]) -> None:
+    debug = "objective.use_cache=false", "data.micro_batch_size=1", "objective.prompts_per_rollout=8", "objective.updates_per_rollout=2"
+    rows = metrics(txtrain.train(config(tmp_path, *debug, *how, "trainer.max_steps=4")).run_dir)
+    assert [float(row["sampler_difference_max"]) for row in rows] == [0] * 4
+    assert [float(row["ratio_deviation"]) == 0 for row in rows] == [True, False, True, False]  # of a rollout the first update
+
+
 def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_path: Path) -> None:
     made = config(tmp_path)
     objective, batch = build_objective(made), batch_of()
@@ -303,6 +311,8 @@ def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_p
         (["objective.prompts_per_rollout=8"], "`objective.updates_per_rollout` must be a multiple of 2"),
         (["objective.max_new_tokens=16"], "must be below data.seq_len"),
         (["model.dropout=0.1"], "`model.dropout` must be 0"),
+        (["objective.use_cache=false"], "`data.micro_batch_size` must be 1 with objective.use_cache=false"),
+        (["objective.use_cache=false", "model/ffn=moe"], "`objective.use_cache` must be true for a model with experts"),
         (["objective.reference_reset=2"], "`objective.reference_reset` must be null with objective.beta=0, but is 2 instead."),
         ([*RESET[:2], "objective.reference_reset=3"], "must be a multiple of objective.updates_per_rollout (2)"),
         (["trainer.devices=8"], "`objective.prompts_per_rollout` must be a multiple of the 8 ranks"),
