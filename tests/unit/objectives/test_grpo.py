@@ -79,6 +79,25 @@ def test_training_earns_more_and_says_what_goes_wrong(tmp_path: Path) -> None:
     assert "[low 0." in (result.run_dir / "samples.txt").read_text()
 
 
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "gpt1": ("model.dropout=0",), "gpt2": (), "mistral": ("model.n_heads=4", "model.attention.n_kv_heads=2", "model.attention.window=8"),
+    "gemma": ("model.n_heads=4",), "gemma2": ("model.n_heads=4", "model.attention.n_kv_heads=2", "model.attention.window=[8,null]"),
+    "deepseek_r1": ("model.n_layers=2", "model.mtp_depth=0", "model.ffn.n_experts=4", "model.ffn.top_k=2"),
+    "llama2": ("model.norm_position=sandwich", "model/attention=mqa", "model/ffn=geglu", "model/position=alibi"),
+    "bert": ("model.topology=decoder", "model/head=lm", "model.dropout=0"),
+}
+
+
+@pytest.mark.parametrize("family", [pytest.param(name, marks=() if name == "deepseek_r1" else pytest.mark.slow) for name in FAMILIES])
+def test_every_decoder_samples_what_it_trains_on(tmp_path: Path, family: str) -> None:
+    """And a graft of each axis: the cached sampler, rows of unlike lengths together, against the trainer."""
+    made = config(tmp_path, f"model={family}", *FAMILIES[family], "trainer.max_steps=2", "data.micro_batch_size=8")
+    for row in metrics(txtrain.train(made).run_dir):
+        assert 0 < float(row["sampler_difference_max"]) < 1e-5
+        assert float(row["ratio_deviation"]) < 1e-6
+        assert float(row["grad_norm"]) > 0
+
+
 def test_pass_at_k_is_of_sampled_completions_of_held_out_problems(tmp_path: Path) -> None:
     """By the reward `answer`; each problem's draws are its own, whatever the batches."""
     asked = "objective.val_samples=4", "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=9"
@@ -401,7 +420,10 @@ def of_one_process(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("strategy", "n"),
-    [("ddp", 2), ("ddp", 4), ("fsdp", 2), ("deepspeed_stage_1", 2), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 2), ("tp", 2)],
+    [
+        ("ddp", 2), ("ddp", 4), ("fsdp", 2), ("deepspeed_stage_1", 2), ("deepspeed_stage_2", 2), ("deepspeed_stage_3", 2), ("tp", 2),
+        ("hsdp", 4), ("fsdp_tp", 4),
+    ],
 )
 def test_several_processes_make_the_rollouts_and_updates_of_one(tmp_path: Path, of_one_process: Any, strategy: str, n: int) -> None:
     if strategy.startswith("deepspeed"):
