@@ -44,7 +44,7 @@ SHAPE = (
 TASK = "data=arithmetic", f"data.difficulty={OPERATIONS}", f"data.n_train={N_TRAIN}", "data.n_val=64", "data.seq_len=25"
 COLD = (
     "objective=sft", "data.global_batch_size=64", "optimizer.lr=1.5e-3", "scheduler.warmup_steps=50",
-    "trainer.max_steps=800", "trainer.val_check_interval=400",
+    "trainer.val_check_interval=400",
 )
 LEARN = (
     "objective=grpo", "objective.beta=0", "data.global_batch_size=256",
@@ -68,7 +68,7 @@ def coin(prompts: Sequence[str], completions: Sequence[str], samples: Sequence[A
 @dc.dataclass(frozen=True)
 class Game:
     """task: data of GRPO; demonstrations: what the cold start has beside or instead. asked: data of rejection sampling;
-    kept: the share of its right samples that is validated on."""
+    kept: the share of its right samples that is validated on. cold: steps of the cold start."""
 
     task: tuple[str, ...]
     demonstrations: str
@@ -79,6 +79,7 @@ class Game:
     new: int
     pattern: str
     has_steps: bool
+    cold: int = 800
 
     @property
     def reward(self) -> tuple[str, ...]:
@@ -115,7 +116,7 @@ def additions(folder: Path) -> Game:
     whole = (*common, f"data.path={files['additions']}", "trainer.limit_val_batches=1")
     asked = (*common, f"data.path={files['asked']}")
     # what is asked has hashes above 0.1, and one row in ninety of them below 0.11
-    return Game(whole, "data.answer_column=noisy", asked, lambda: distinct("validation"), 0.11, 12, 5, "^\\d+$", has_steps=False)
+    return Game(whole, "data.answer_column=noisy", asked, lambda: distinct("validation"), 0.11, 12, 5, "^\\d+$", has_steps=False, cold=1200)
 
 
 def held_out() -> list[dict[str, Any]]:
@@ -162,7 +163,8 @@ def stages(folder: Path, seed: int, game: Game) -> dict[str, tuple[str, ...]]:
     new = f"objective.max_new_tokens={game.new}"
     learn = {name: (*SHAPE, *game.task, *LEARN, new, *game.reward, *reward, cold, *more) for name, reward in REWARDS.items()}
     right = (*SHAPE, *RIGHT, f"data.seq_len={game.seq_len}", f"data.val_fraction={game.kept}", f"data.path={folder / 'samples.jsonl'}")
-    return {"cold": (*SHAPE, *game.task, game.demonstrations, *COLD, *more), **learn, "rejection": (*right, cold, *more)}
+    begun = (*SHAPE, *game.task, game.demonstrations, *COLD, f"trainer.max_steps={game.cold}", *more)
+    return {"cold": begun, **learn, "rejection": (*right, cold, *more)}
 
 
 def sample(folder: Path, seed: int, game: Game) -> None:
