@@ -294,10 +294,15 @@ def test_what_an_adapter_learns_on_two_ranks_in_micro_batches_equals_the_formula
     assert len(gradients) == 4 and max(float(g.abs().max()) for g in gradients) > 1e-3  # noqa: PT018
 
 
-def test_log_probs_are_those_of_the_sampler_at_its_temperature_and_nucleus(tmp_path: Path) -> None:
+def test_log_probs_are_those_of_the_sampler_at_its_temperature_and_nucleus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In bfloat16 they need not be: a difference above a bound, here 0, is said, once."""
+    monkeypatch.setattr("txtrain.objectives.grpo._BOUND", 0.0)
     made = config(tmp_path, "objective.temperature=0.7", "objective.top_p=0.8", "trainer.max_steps=2")
     rows = metrics(txtrain.train(made).run_dir)
     assert all(float(row["sampler_difference_max"]) < 1e-5 for row in rows)
+    assert caplog.text.count("sampler and trainer differ by") == 1
 
 
 @pytest.mark.parametrize("how", [(), ("objective.temperature=0.7", "objective.top_p=0.8")])
