@@ -5,7 +5,7 @@ updates of GRPO, the same under a reward that is a coin's, and supervised fine-t
 samples. Each stage is a run of its own in FOLDER/SEED: killed at any moment, the same command goes on. Held-out problems
 are measured in the same way after each stage, and FOLDER/results.jsonl has a line for each.
 
-`additions`: instead of chains, sums of two numbers below 100, of whose demonstrations half are wrong.
+`additions`: instead of chains, sums of two numbers below 100, of whose demonstrations a quarter are wrong.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def additions(folder: Path) -> Game:
     if not files["additions"].exists():
         pairs = [(a, b) for a in range(100) for b in range(100)] * 4
         draw.shuffle(pairs)
-        shown = [a + b if draw.random() < 0.5 else draw.randrange(199) for a, b in pairs]
+        shown = [a + b if draw.random() < 0.75 else draw.randrange(199) for a, b in pairs]
         rows = [
             {"question": f"{a:02}+{b:02}=", "answer": f"{a + b:03}"[::-1], "noisy": f"{value:03}"[::-1]}
             for (a, b), value in zip(pairs, shown, strict=True)
@@ -116,7 +116,7 @@ def additions(folder: Path) -> Game:
     whole = (*common, f"data.path={files['additions']}", "trainer.limit_val_batches=1")
     asked = (*common, f"data.path={files['asked']}")
     # what is asked has hashes above 0.1, and one row in ninety of them below 0.11
-    return Game(whole, "data.answer_column=noisy", asked, lambda: distinct("validation"), 0.11, 12, 5, "^\\d+$", has_steps=False, cold=1200)
+    return Game(whole, "data.answer_column=noisy", asked, lambda: distinct("validation"), 0.11, 12, 5, "^\\d+$", has_steps=False, cold=600)
 
 
 def held_out() -> list[dict[str, Any]]:
