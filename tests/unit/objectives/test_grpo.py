@@ -403,7 +403,7 @@ def dying(f, n):
 
 
 def ran(folder: Path, *overrides: str, code: str = LOW, steps: int = 10) -> tuple[list[dict[str, str]], dict[str, Any]]:
-    """Ten updates of five rollouts, until they are complete: metrics, and the last rollout."""
+    """Ten updates of five rollouts, until they are complete: metrics, and the last rollout with the weights."""
     folder.mkdir(exist_ok=True)
     (folder / "mine.py").write_text(code)
     run = [*SHAPE, f"data.cache_dir={folder.parent / 'cache'}", f"run_dir={folder / 'run'}", f"imports=[{folder / 'mine.py'}]"]
@@ -414,7 +414,8 @@ def ran(folder: Path, *overrides: str, code: str = LOW, steps: int = 10) -> tupl
             break
     assert done.returncode == 0, done.stderr
     with np.load(folder / "run" / "checkpoints" / f"step_{steps:08}" / "rollout.npz") as file:
-        return metrics(folder / "run"), dict(file)
+        held = {name: p.detach().numpy() for name, p in txtrain.load_pretrained(folder / "run").named_parameters()}
+        return metrics(folder / "run"), {**file, **held}
 
 
 @pytest.fixture(scope="module")
