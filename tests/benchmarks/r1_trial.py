@@ -187,6 +187,8 @@ def trial(folder: Path, seed: int, name: str, problems: Sequence[dict[str, Any]]
         sample(folder, seed, game)
     txtrain.train(compose([*stages(folder, seed, game)[name], f"run_dir={folder / name}"]))
     seconds = time.process_time() - began
+    if json.loads((folder / name / "run.json").read_text())["status"] != "complete":
+        sys.exit(75)  # told to stop: nothing to measure yet
     row = {"seed": seed, "stage": name, **measured(folder / name, problems, game), "cpu_seconds": round(seconds, 1)}
     with results.open("a") as f:
         f.write(json.dumps(row) + "\n")
