@@ -39,6 +39,10 @@ def hydra_errors() -> Iterator[None]:
         raise
     except OverrideParseException as e:
         key, _, value = str(e.override).partition("=")
+        if not key.isascii():  # no key of ours
+            parent = key.rpartition(".")[0]
+            beside = [name for up, _, name in (known.rpartition(".") for known in key_paths(Train)) if up == parent]
+            raise ConfigError(unknown_key(key, value, beside, (), None)) from e
         wrong = f"`{key}` must be a value of Hydra's grammar, but is {value!r} instead."
         raise ConfigError(f"{wrong} Quote it: '{key}={_in_quotes(value)}'.") from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as e:
