@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from txtrain.model.trace.tape import CACHED_ELEMENTS, CHUNK_ELEMENTS
+from txtrain.model.trace.tape import CACHED_ELEMENTS, CHUNK_ELEMENTS, CHUNK_ROWS
 
 IGNORED = -100  # a label that is no target, as in torch and Hugging Face
 
@@ -22,7 +22,7 @@ class Vocabulary:
 
     def rows_per_chunk(self, weight_VD: Tensor) -> int:
         """Tokens whose logits are held at a time."""
-        return max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        return max(CHUNK_ROWS, CHUNK_ELEMENTS // weight_VD.shape[0])
 
     def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
         """The row of each target, and whether it is here."""
@@ -110,14 +110,14 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total += loss_C.sum()
             if grad_CV is not None:
                 gradients.add(rows, grad_CV)
+            del grad_CV  # before the next chunk's logits are made
         ctx.save_for_backward(*gradients.made())
         return total / denominator
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None or grad is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None, None)
+        return (*times(ctx.saved_tensors, grad), None, None, None, None, None, None)
 
 
 class ChunkedTokenLosses(torch.autograd.Function):
@@ -144,6 +144,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
             for rows, _, grad_CV in _chunks(inputs, softcap, vocabulary, True):
                 assert grad_CV is not None
                 gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
+                del grad_CV  # before the next chunk's logits are made
         return (*gradients.made(), None, None, None)
 
 
@@ -169,6 +170,16 @@ class Gradients:
     def made(self) -> tuple[Tensor | None, ...]:
         of_bias = None if self.of_bias is None else self.of_bias.to(self.inputs[2].dtype)
         return self.of_x, self.of_weight, of_bias
+
+
+def times(made: Sequence[Tensor | None], grad: Tensor | None) -> Iterator[Tensor | None]:
+    """The gradients that a forward made, times that of its result: in their own memory, unless the graph is kept."""
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    for g in made:
+        if g is None or grad is None:
+            yield None
+        else:
+            yield g * grad.to(g.dtype) if kept else g.mul_(grad.to(g.dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -239,5 +250,6 @@ def _chunk(
             part_CV.sub_(smoothing / n_words)
         if slope_CV is not None:
             part_CV.mul_(slope_CV)
+        del slope_CV  # before the next part's is made
         part_CV.div_(below_C1[rows])  # 0 where there is no target
     return loss_C, logits_CV
