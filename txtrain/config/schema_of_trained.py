@@ -18,14 +18,17 @@ from txtrain.run_config import Extent
 
 @dc.dataclass(frozen=True, kw_only=True)
 class OnTrained(Train):
-    """A trained model, and the data that it reads. What training alone needs is not read."""
+    """A trained model, and the data that it reads."""
+
+    reads = (
+        "data", "reward", "strategy", "trainer.precision", "trainer.accelerator", "trainer.devices",
+        "trainer.num_nodes", "seed", "imports", "init_from", "allow_nonfinite",
+    )
 
     # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
     checkpoint: str | None = knob(None, literal=True, run=True)
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     out: str | None = knob(None, literal=True)  # the file to write
-
-    _trains = False
 
     @property
     def extent(self) -> Extent:
@@ -51,10 +54,6 @@ class OnTrained(Train):
         if data.sample_kind == "labels" and head.pools and data.kind != head.kind:
             yield f"`data.kind` must be {head.kind}, as in the checkpoint, but is {data.kind} instead."
 
-    def _check_base(self) -> Iterator[str]:
-        if self.adapter.alone:
-            yield f"`adapter` must be none, but is {self.adapter.type} instead: that of the checkpoint comes with it."
-
     def _check_batch(self) -> Iterator[str]:
         """Ranks need no equal shares."""
         if (world := parallel.processes(self)) is not None:
@@ -73,6 +72,8 @@ class LMEvalConfig:
 @dc.dataclass(frozen=True, kw_only=True)
 class Evaluate(OnTrained):
     """A trained model, and what to measure it on."""
+
+    reads = (*OnTrained.reads, "objective", "metrics")
 
     tasks: tuple[str, ...] = ()  # instead of data: tasks of lm_eval (pip install "txtrain[eval]")
     lm_eval: LMEvalConfig = dc.field(default_factory=LMEvalConfig)
@@ -154,7 +155,6 @@ class Predict(OnTrained):
         if self.stop and self.data.sample_kind == "problems":
             yield f"`stop` must be [] with data={self.data.type}, where an end token alone ends an answer."
         yield from self._check_rows()
-        yield from self._check_base()
         yield from self._check_batch()
 
 
