@@ -31,8 +31,9 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
     """
     config: OnTrained = job.config
     if isinstance(config, Evaluate) and config.tasks:
-        if clash := [key for key in job.given if key.partition(".")[0] in ("data", "objective")]:
-            why = "must not be given with tasks, which have data of their own"
+        of_data = ("data", "objective", "metrics", "reward", "split", "stride")
+        if clash := [key for key in job.given if key.partition(".")[0] in of_data]:
+            why = "must not be given with tasks, which have data and metrics of their own"
             raise ConfigError(*(f"`{key}` {why}." for key in clash))
         config = dc.replace(config, model=found.model)
         if problems := list(config.problems()):

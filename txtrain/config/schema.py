@@ -47,8 +47,8 @@ class Train(RunConfig):
         own = {key_of(f) for f in dc.fields(cls)} - {key_of(f) for f in dc.fields(Train)}
         for key in given:
             if cls.reads and not among(key.replace("/", "."), (*cls.reads, *own)):
-                is_model = key.replace("/", ".").partition(".")[0] == "model"
-                why = "the architecture comes with the weights" if is_model else "nothing here reads it"
+                comes = among(key.replace("/", "."), ("model", "adapter"))
+                why = "it comes with the weights" if comes else "nothing here reads it"
                 yield f"`{key}` must not be given here: {why}."
 
     def _check_between(self) -> Iterator[str]:

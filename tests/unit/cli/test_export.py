@@ -124,6 +124,7 @@ def test_dtype_and_shards(graft: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("push_to=me", "`push_to` must be a name on the hub such as me/my-model"),
         ("dtype=int8", "`dtype` must be one of float32, bfloat16, float16"),
         ("format=gguf", "`format` must be hf for TxtrainForCausalLM"),
+        ("format=gguf max_shard_size=1MB", "`max_shard_size` must be 5GB with format=gguf, which is one file"),
         ("weights=ema", "`weights` must be model for a Hugging Face folder"),
         ("merge_adapter=false dtype=bfloat16", "`dtype` must be float32 with merge_adapter=false, but is bfloat16"),
         ("merge_adapter=false format=gguf", "`format` must be hf with merge_adapter=false, but is gguf"),

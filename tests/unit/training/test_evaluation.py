@@ -133,7 +133,7 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
         (["data=preferences", "data.path={documents}"], "wikitext"),
         (["trainer.limit_val_batches=2"], "`trainer.limit_val_batches` must not be given here: nothing here reads it."),
         (["optimizer=lion"], "`optimizer` must not be given here"),
-        (["model.dim=8"], "`model.dim` must not be given here: the architecture comes with the weights."),
+        (["model.dim=8"], "`model.dim` must not be given here: it comes with the weights."),
         (["run_dir=elsewhere"], "`run_dir` must not be given here: nothing here reads it."),
         (["name=mine", "logger=wandb"], "`logger` must not be given here: nothing here reads it."),
         (["callbacks=none"], "`callbacks` must not be given here"),
@@ -145,6 +145,9 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
         (["data=text", "data.path={documents}", "out=x.txt"], "`out` must be a .json file"),
         (["data=text", "data.path={documents}", "objective=masked_lm"], "objective"),
         (["data.columns=[0,1]"], "columns"),
+        (["lm_eval.limit=3"], "`tasks` must be given with lm_eval.include_path"),
+        (["tasks=[mine]", "lm_eval.include_path=nowhere"], "`lm_eval.include_path` must be a folder with tasks, but 'nowhere' is none."),
+        (["tasks=[mine]", "stride=4"], "`stride` must not be given with tasks"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_read(folder, run, documents, words, says, capsys):
