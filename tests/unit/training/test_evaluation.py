@@ -146,7 +146,6 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
         (["data=text", "data.path={documents}", "objective=masked_lm"], "objective"),
         (["data.columns=[0,1]"], "columns"),
         (["lm_eval.limit=3"], "`tasks` must be given with lm_eval.include_path"),
-        (["tasks=[mine]", "lm_eval.include_path=nowhere"], "`lm_eval.include_path` must be a folder with tasks, but 'nowhere' is none."),
         (["tasks=[mine]", "stride=4"], "`stride` must not be given with tasks"),
     ],
 )
@@ -155,6 +154,11 @@ def test_mistakes_are_refused_before_anything_is_read(folder, run, documents, wo
     assert main(["evaluate", f"checkpoint={run}", *lines(folder, *given)]) == 2
     said = capsys.readouterr().err
     assert says in said, said
+
+
+def test_a_folder_of_tasks_that_is_none_is_named(run, capsys):
+    assert main(["evaluate", f"checkpoint={run}", "tasks=[mine]", "lm_eval.include_path=nowhere"]) == 2
+    assert "`lm_eval.include_path` must be a folder with tasks, but 'nowhere' is none." in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_asked_for(capsys):
