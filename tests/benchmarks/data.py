@@ -72,7 +72,7 @@ def prepared_peak(megabytes: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         with open(f"{folder}/text.txt", "w") as file:
             file.writelines(line % i for i in range(megabytes * 10**6 // len(line)))
-        words = ["prepare", "data=text", f"data.path={folder}/text.txt", "data.tokenizer=bytes", f"data.cache_dir={folder}/cache", "model.vocab_size=512"]
+        words = ["prepare", "data=text", f"data.path={folder}/text.txt", "data.tokenizer=bytes", f"data.cache_dir={folder}/cache", f"out={folder}/out"]
         child = subprocess.Popen([sys.executable, "-m", "txtrain", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         _, status, used = os.wait4(child.pid, 0)
         assert status == 0

@@ -8,7 +8,7 @@ lives above inputs and weights, as torch's dispatcher sees it.
 
 import argparse
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -54,6 +54,7 @@ def kinds(n_words: int, n_tokens: int) -> tuple[dict[str, tuple[Side, Side]], tu
     return sides, (x, weight)
 
 
+@cache
 def loss_ratios(kind: str, n_words: int, n_tokens: int, rounds: int) -> tuple[float, float]:
     """Time and peak memory, as shares of those of all logits at once."""
     made, leaves = kinds(n_words, n_tokens)

@@ -12,6 +12,7 @@ Sides in turns, as in sides.py; the loop's steps and the bare ones are two runs 
 import argparse
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def model_of(*overrides: str) -> Any:
     return txtrain.build_model(txtrain.compose([*SHAPE, *overrides]).model)
 
 
+@cache
 def packed_ratios(length: int = 512, layers: int = 2, rounds: int = 3) -> tuple[float, float]:
     """How many times as many tokens a second as with padding; and the time with borders over that without."""
     model = model_of("model=llama2", f"model.n_layers={layers}", f"model.max_seq_len={length}")

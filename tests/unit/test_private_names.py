@@ -66,6 +66,7 @@ PRIVATE = {
     "submitit.core.job_environment.JobEnvironment": "_usr_sig",
     "sacrebleu.metrics.base.Metric": "_compute_score_from_stats _extract_corpus_statistics",
     "torch": "_foreach_mul_ _foreach_norm",
+    "torch._C._autograd": "_get_current_graph_task_keep_graph",
     "torch._C._dynamo.eval_frame": "_set_lru_cache",
     "torch._dynamo.utils": "counters",
     "torch._ops.OpOverload": "_schema",

@@ -17,6 +17,8 @@ class DataConfig:
 
     type: str
     tokenizer: Tokenizer | None = knob("train", literal=True)
+    # Characters that tokenizer=train reads at most, evenly from the whole training text.
+    tokenizer_sample: int = knob(1_000_000_000, at_least=1_000_000)
     seq_len: int | None = knob(None, at_least=2)  # null: model.max_seq_len
     global_batch_size: int = knob(8, at_least=1)  # sequences per step, over all ranks
     # Sequences per rank and forward pass; null: the rank's whole share of the global batch.

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from txtrain.data.sources.files import chunks_of
 from txtrain.data.store.cache import cached
 from txtrain.data.store.split import Corpora, Corpus, digest
 from txtrain.data.tokenizer.folder import TOKENIZER_FILES
@@ -32,7 +33,7 @@ def make_tokenizer(corpus: AnyCorpus, config: RunConfig, special_tokens: Sequenc
     """
     name = config.data.tokenizer
     if name == "train":
-        return fitted(_trained(corpus, config.model.vocab_size, special_tokens, config.data.cache_dir), name, config)
+        return fitted(_trained(corpus, config, special_tokens), name, config)
     return fitted(load_tokenizer(name), name, config, special_tokens)
 
 
@@ -50,14 +51,19 @@ def fitted(tokenizer: Tokenizer, name: Any, config: RunConfig, special_tokens: S
     return tokenizer
 
 
-def _trained(corpus: AnyCorpus, vocab_size: int, special_tokens: Sequence[str], cache_dir: str | None) -> Tokenizer:
-    key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens)
+def _trained(corpus: AnyCorpus, config: RunConfig, special_tokens: Sequence[str]) -> Tokenizer:
+    vocab_size, most = config.model.vocab_size, config.data.tokenizer_sample
+    key = digest(corpus.fingerprint, "byte-level BPE", vocab_size, *special_tokens, most)
 
     def fill(empty: Any) -> None:
-        trained = train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens))
+        n = sum(len(chunk) for text in corpus.training_texts() for chunk in chunks_of(text))
+        if n > most:
+            said = "the tokenizer is trained on %s of the text's %s characters (data.tokenizer_sample)"
+            log.warning(said, f"{most:,}", f"{n:,}")
+        trained = train_tokenizer(corpus.training_texts(), vocab_size - len(special_tokens), min(1.0, most / max(1, n)))
         trained.with_specials(special_tokens).save(empty)
 
-    tokenizer = load_tokenizer(cached(cache_dir, f"tokenizer-{key}", fill, TOKENIZER_FILES))
+    tokenizer = load_tokenizer(cached(config.data.cache_dir, f"tokenizer-{key}", fill, TOKENIZER_FILES))
     if tokenizer.vocab_size < vocab_size:
         short = "the text is too small for a vocabulary of %d: its tokenizer has %d tokens"
         log.warning(short, vocab_size, tokenizer.vocab_size)

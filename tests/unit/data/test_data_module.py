@@ -174,6 +174,15 @@ def test_trained_tokenizer_sees_training_text_only_and_is_cached(config, monkeyp
     assert again.tokenizer.fingerprint == module.tokenizer.fingerprint
 
 
+def test_a_trained_tokenizer_reads_a_bounded_sample_and_says_so(config, corpus_file: Path, caplog) -> None:
+    lines = "".join(f"line {i} of a long text\n" for i in range(60_000))
+    corpus_file.write_text(lines + "zqzq " * 60_000)  # longer than the sample, which has a part of every part
+    module = DataModule(with_data(config, tokenizer="train", tokenizer_sample=1_000_000))
+    module.prepare()
+    assert "1,000,000 of the text's 1," in caplog.text
+    assert max(len(module.tokenizer.encode(word)) for word in ("line", "zqzq")) < 4
+
+
 def test_token_bytes_of_all_targets_add_up_to_the_text(config, corpus_file: Path) -> None:
     module = DataModule(with_data(config, seq_len=2))
     total = sum(int(module.token_bytes[b["labels"][:, 1:][b["labels"][:, 1:] != -100]].sum()) for b in [*epoch(module), *module.val_dataloader()])

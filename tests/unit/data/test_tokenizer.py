@@ -57,6 +57,12 @@ def test_training_stops_where_the_text_has_no_more_pairs() -> None:
     assert 257 < train_tokenizer(["abab " * 10], 5000).vocab_size < 300
 
 
+def test_a_share_of_the_texts_is_spread_over_all_of_them() -> None:
+    texts = ["abab " * 10, "cdcd " * 10] * 3
+    assert train_tokenizer(texts, 300, 0.5).fingerprint == train_tokenizer(texts[1::2], 300).fingerprint
+    assert train_tokenizer(texts, 300, 0.5).fingerprint != train_tokenizer(texts, 300).fingerprint
+
+
 def test_training_is_the_same_in_another_process() -> None:
     code = f"from txtrain.data.tokenizer.tokenizer import train_tokenizer; print(train_tokenizer({TEXTS!r}, 300).fingerprint)"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[3])

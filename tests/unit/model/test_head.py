@@ -23,6 +23,7 @@ def reference(x, weight, targets, denominator, softcap, smoothing=0.0):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_chunked_loss_equals_the_whole_with_gradients(monkeypatch, softcap, chunk_elements, dtype, smoothing):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     monkeypatch.setattr(head_loss, "CACHED_ELEMENTS", 97 * 4)  # a chunk is worked on in parts
     g = torch.Generator().manual_seed(0)
     x = torch.randn(2, 9, 16, generator=g).to(dtype).requires_grad_()
@@ -44,6 +45,21 @@ def test_a_frozen_side_gets_no_gradient_and_costs_none():
     loss = heads.LMHead(8, 11, tied=True, softcap=None).loss(x, weight, torch.tensor([[1, 2, 3, -100]]), torch.tensor(3.0))
     (grad,) = torch.autograd.grad(loss, x)
     assert grad[0, 3].abs().max() == 0
+
+
+def test_a_kept_graph_gives_its_gradients_again_and_another_copies_no_matrix():
+    x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(5000, 8, requires_grad=True)
+
+    def loss():
+        return heads.LMHead(8, 5000, tied=True).loss(x, weight, torch.tensor([[1, 2, 3, -100]]), torch.tensor(3.0)) * 2
+
+    kept = loss()
+    first, second = (torch.autograd.grad(kept, (x, weight), retain_graph=again) for again in (True, False))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    del kept, first, second
+    with Watched() as watched:
+        loss().backward()
+    assert watched.peak - watched.held < 2 * weight.nbytes  # its gradient, and the logits of a chunk
 
 
 def test_labels_are_shifted_by_one():
@@ -106,6 +122,7 @@ def gathered(model, inputs):
 @pytest.mark.parametrize("name", MODELS)
 def test_log_probs_are_those_of_all_logits_with_gradients(monkeypatch, name, dtype, tolerance, chunk_elements):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     model, inputs = labelled(name, dtype)
     got, expected = txtrain.log_probs(model, **inputs), gathered(model, inputs)
     assert got.dtype == dtype
@@ -139,6 +156,7 @@ def test_no_label_gives_zeros_and_no_gradient():
 def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch):
     """256 tokens of 131,072: 128 MiB of logits; a chunk of them is 4 MiB."""
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 1 << 20)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     n_tokens, n = 256, 1 << 17
     x, weight = torch.randn(1, n_tokens, 4, requires_grad=True), torch.randn(n, 4, requires_grad=True)
     with Watched() as watched:

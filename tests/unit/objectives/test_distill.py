@@ -64,6 +64,7 @@ def by_hand(student: torch.nn.Module, teacher: torch.nn.Module, batch: dict[str,
 def test_loss_and_gradients_are_those_of_the_formulas(reverse: bool, t: float, hard: float, k: int | None, softcap: float | None, tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """In two micro-batches, and in chunks of a few tokens."""
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 61 * 7)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     (student, teacher), batch = models(softcap, tied), batch_of()
     objective = Distill(kl="reverse" if reverse else "forward", temperature=t, hard_weight=hard, top_k=k)
     objective.models = {"teacher": teacher}
@@ -123,6 +124,7 @@ def test_memory_of_the_loss_is_that_of_chunks(monkeypatch: pytest.MonkeyPatch) -
             return made
 
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 5 * 4000)
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     torch.manual_seed(0)
     student, teacher = (build_model(tiny(vocab_size=4000, dim=8, n_heads=2, n_layers=1)) for _ in range(2))
     objective = Distill(temperature=2.0)

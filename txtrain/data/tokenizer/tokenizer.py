@@ -318,10 +318,11 @@ def byte_alphabet() -> list[str]:
     return [chr(byte if byte in printable else next(shifted)) for byte in range(N_BYTES)]
 
 
-def train_tokenizer(texts: Iterable[Text], vocab_size: int) -> Tokenizer:
+def train_tokenizer(texts: Iterable[Text], vocab_size: int, share: float = 1.0) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 2016, 1508.07909; over bytes: GPT-2) of at most `vocab_size` tokens.
 
-    Fewer if the text has no more pairs to merge. Id 0 begins and ends a document. Deterministic.
+    Fewer if the text has no more pairs to merge. Id 0 begins and ends a document. Deterministic. share: of the pieces
+    of the texts that are read, evenly from all of them.
     """
     from tokenizers import Tokenizer as Backend
     from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -333,12 +334,13 @@ def train_tokenizer(texts: Iterable[Text], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=byte_alphabet(), show_progress=False
     )
     allow_threads(True)
-    backend.train_from_iterator(_lines(texts), trainer)
+    backend.train_from_iterator(_lines(texts, share), trainer)
     return Tokenizer(backend, eos_id=0, bos_id=0)
 
 
-def _lines(texts: Iterable[Text]) -> Iterator[list[str]]:
+def _lines(texts: Iterable[Text], share: float) -> Iterator[list[str]]:
     """Batches of lines, so that the trainer counts the words of long documents on all cores."""
-    for text in texts:
-        for piece in cut(chunks_of(text), byte_level_places):
+    pieces = (piece for text in texts for piece in cut(chunks_of(text), byte_level_places))
+    for i, piece in enumerate(pieces):
+        if int((i + 1) * share) > int(i * share):
             yield piece.splitlines(keepends=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from txtrain.model.head.loss import IGNORED, Gradients, Vocabulary, chunk_logits
+from txtrain.model.head.loss import IGNORED, Gradients, Vocabulary, chunk_logits, times
 
 
 @dc.dataclass(frozen=True)
@@ -101,8 +101,7 @@ class ChunkedDistillation(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None or grad is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None)
+        return (*times(ctx.saved_tensors, grad), None, None, None, None, None)
 
 
 def _chunk(
@@ -113,23 +112,24 @@ def _chunk(
     rows_C, is_here_C = vocabulary.find(targets_C, logits_CV.shape[1])
     log_z_C, target_C = vocabulary.log_z_and_target(logits_CV, rows_C, is_here_C)
     hard = ((log_z_C - target_C) * is_target_C).sum()
-    scaled_CV = logits_CV / how.temperature
-    log_q_CV = scaled_CV - vocabulary.log_z(scaled_CV)[:, None]
+    log_q_CV = logits_CV / how.temperature
+    log_q_CV.sub_(vocabulary.log_z(log_q_CV)[:, None])
     if isinstance(soft, TopK):
         kl_C, grad_CV = _of_bins(log_q_CV, soft, how.reverse)
     else:
         kl_C, grad_CV = _of_all(log_q_CV, soft, how.reverse, vocabulary)
     kl = torch.where(is_target_C, kl_C, 0.0).sum() * how.temperature**2
     grad_CV.mul_((1 - how.hard_weight) * how.temperature)  # its square, and 1 / temperature from the logits' division
-    of_hard_CV = (logits_CV - log_z_C[:, None]).exp_()
-    of_hard_CV.scatter_add_(1, rows_C[:, None], -is_here_C[:, None].to(of_hard_CV.dtype))
-    grad_CV.add_(of_hard_CV, alpha=how.hard_weight)
-    return torch.stack((kl, hard)).float(), torch.where(is_target_C[:, None], grad_CV, 0.0)
+    if how.hard_weight:
+        of_hard_CV = (logits_CV - log_z_C[:, None]).exp_()
+        of_hard_CV.scatter_add_(1, rows_C[:, None], -is_here_C[:, None].to(of_hard_CV.dtype))
+        grad_CV.add_(of_hard_CV, alpha=how.hard_weight)
+    return torch.stack((kl, hard)).float(), grad_CV.masked_fill_(~is_target_C[:, None], 0.0)
 
 
 def _of_all(log_q_CV: Tensor, log_p_CV: Tensor, reverse: bool, vocabulary: Vocabulary) -> tuple[Tensor, Tensor]:
-    """The divergence of each token, and its gradient by the student's divided logits."""
-    q_CV, apart_CV = log_q_CV.exp(), log_q_CV - log_p_CV
+    """The divergence of each token, and its gradient by the student's divided logits, whose memory is used."""
+    q_CV, apart_CV = log_q_CV.exp(), log_q_CV.sub_(log_p_CV)
     if reverse:
         kl_C = vocabulary.total(q_CV * apart_CV)
         return kl_C, q_CV.mul_(apart_CV.sub_(kl_C[:, None]))

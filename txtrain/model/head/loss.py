@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from txtrain.model.trace.tape import CACHED_ELEMENTS, CHUNK_ELEMENTS
+from txtrain.model.trace.tape import CACHED_ELEMENTS, CHUNK_ELEMENTS, CHUNK_ROWS
 
 IGNORED = -100  # a label that is no target, as in torch and Hugging Face
 
@@ -22,7 +22,7 @@ class Vocabulary:
 
     def rows_per_chunk(self, weight_VD: Tensor) -> int:
         """Tokens whose logits are held at a time."""
-        return max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        return max(CHUNK_ROWS, CHUNK_ELEMENTS // weight_VD.shape[0])
 
     def find(self, targets_C: Tensor, n_rows: int) -> tuple[Tensor, Tensor]:
         """The row of each target, and whether it is here."""
@@ -117,8 +117,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        scaled = (None if g is None or grad is None else g * grad.to(g.dtype) for g in ctx.saved_tensors)
-        return (*scaled, None, None, None, None, None, None)
+        return (*times(ctx.saved_tensors, grad), None, None, None, None, None, None)
 
 
 class ChunkedTokenLosses(torch.autograd.Function):
@@ -171,6 +170,16 @@ class Gradients:
     def made(self) -> tuple[Tensor | None, ...]:
         of_bias = None if self.of_bias is None else self.of_bias.to(self.inputs[2].dtype)
         return self.of_x, self.of_weight, of_bias
+
+
+def times(made: Sequence[Tensor | None], grad: Tensor | None) -> Iterator[Tensor | None]:
+    """The gradients that a forward made, times that of its result: in their own memory, unless the graph is kept."""
+    kept = torch.compiler.is_compiling() or torch._C._autograd._get_current_graph_task_keep_graph()
+    for g in made:
+        if g is None or grad is None:
+            yield None
+        else:
+            yield g * grad.to(g.dtype) if kept else g.mul_(grad.to(g.dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -9,9 +9,13 @@ from typing import Any
 from txtrain.model.trace.autograd import Bytes, Gradients, Group, Node, Parameter, Recorder, Value, dotted
 
 CHUNK_ELEMENTS = 1 << 22  # logits that the chunked loss holds at a time
+CHUNK_ROWS = 128  # or more than those, for so many tokens: each chunk reads and writes the gradient of all weights
 CACHED_ELEMENTS = 1 << 17  # of them, so many stay in a core's cache from one operation to the next
 
-__all__ = ["CACHED_ELEMENTS", "CHUNK_ELEMENTS", "Bytes", "Gradients", "Group", "Parameter", "Tape", "Value", "dotted"]
+__all__ = [
+    "CACHED_ELEMENTS", "CHUNK_ELEMENTS", "CHUNK_ROWS", "Bytes", "Gradients", "Group", "Parameter", "Tape", "Value",
+    "dotted",
+]
 
 
 class Tape(Recorder):
@@ -288,14 +292,14 @@ class Tape(Recorder):
         self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool, smoothed: bool
     ) -> Value:
         """`head.loss.ChunkedCrossEntropy`, whose forward computes the gradients by chunks of tokens."""
-        n, rows = x.n // dim, max(1, CHUNK_ELEMENTS // vocabulary)
+        n, rows = x.n // dim, max(CHUNK_ROWS, CHUNK_ELEMENTS // vocabulary)
         x = self.low(x)
         if self.autocast:  # the loss casts by itself: no cached copies
             weight, shift = self.to(weight, 2), None if shift is None else self.to(shift, 2)
         inputs = [x, weight, *([shift] if shift else [])]
         self.multiplied(2.0 * x.n * vocabulary, x, weight)
-        made = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
-        gradients = [self.bytes(count, size) if y.edge else None for y, count, size in made]
+        sizes = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
+        gradients = [self.bytes(count, size) if y.edge else None for y, count, size in sizes]
         wanted = any(gradients)
         chunk = min(rows, n) * vocabulary
         logits = self.bytes(chunk, x.size)
@@ -307,10 +311,11 @@ class Tape(Recorder):
         low = self.bytes(chunk, x.size) if wanted and x.size != 4 else None
         self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
         del logits, low
-        sizes = [None if g is None else g.n for g in gradients]
 
-        def backward(g: Bytes) -> Gradients:
-            return tuple(None if nbytes is None else self.bytes(nbytes, 1) for nbytes in sizes)
+        def backward(g: Bytes) -> Gradients:  # scaled where they lie
+            made = tuple(gradients)
+            gradients.clear()
+            return made
 
         return self.made(inputs, 1, 4, gradients, backward)
 
