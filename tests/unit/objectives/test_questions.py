@@ -121,7 +121,7 @@ def test_fields_are_named_by_keys():
     for row, said in (({"q": "x", "c": ["2", "3"], "a": 2}, "answer_column"), ({"q": "x", "c": ["2", "3"], "a": "1" * 5000}, "answer_column"), ({"q": "x", "c": "2", "a": 0}, "choices_column"), ({"c": ["2", "3"], "a": 0}, "question_column")):
         with pytest.raises(txtrain.ConfigError, match=said):
             source.question(row, "line 1")
-    with pytest.raises(txtrain.ConfigError, match="answer_column.*must name a text"):
+    with pytest.raises(txtrain.ConfigError, match=r"answer_column.*must name a text"):
         given(QuestionFiles).question({"q": "x", "a": ["y", "z"]}, "line 1")
     assert given(Cloze, answer_column=None).question({"q": "at the very end"}, "x").options == (("at the very", " end"),)
 
