@@ -8,6 +8,7 @@ ANSWER=(reward.answer.match=numeric 'reward.answer.pattern="#### (.*)"' 'reward.
 SFT=(objective=sft data.global_batch_size=256 data.micro_batch_size=4 optimizer.lr=1e-5 trainer.max_steps=60)
 GRPO=(objective=grpo objective.{max_new_tokens=1024,beta=0.001,reference_reset=400} data.{global_batch_size=1024,micro_batch_size=16}
   optimizer.lr=1e-6 scheduler=constant trainer.max_steps=800) # 2501.12948: beta 0.001, and a reset after each 400 steps
+SAMPLE=(n=8 temperature=1 max_new_tokens=1024 strategy=ddp trainer.precision=bf16-true data.micro_batch_size=8) RIGHT=(data.seq_len=2048)
 LAID=(strategy=hsdp strategy.dp_replicate_size=8 trainer.precision=bf16-mixed trainer.activation_checkpointing=full)
 # ---- This site: one task a GPU. Also `#SBATCH --partition=...` and `--account=...`, if they must be said.
 NODES=8 GPUS=8 GPU=H100 MEMORY=80GB # of one GPU, for the plan; MEMORY empty: no check
@@ -17,14 +18,13 @@ CONTAINER=()                        # e.g. (apptainer exec --nv /shared/txtrain.
 # shellcheck source=/dev/null
 [[ -z $SETUP ]] || { set +u; source "$SETUP"; set -u; }
 here=() base=init_from=$BASE on=("trainer.num_nodes=$NODES" "trainer.devices=$GPUS"); [[ ${CONTAINER[0]:-} == --* ]] || here=("${CONTAINER[@]}") # without srun
-grpo=("${TASK[@]}" "${ANSWER[@]}" "${GRPO[@]}" "${LAID[@]}" "${on[@]}") sft=("${SFT[@]}" "${LAID[@]}" "${on[@]}") next=() code=0
+grpo=("${TASK[@]}" "${ANSWER[@]}" "${GRPO[@]}" "${LAID[@]}" "${on[@]}") sft=("${SFT[@]}" "${LAID[@]}" "${on[@]}") next=() right=$RUN/right.jsonl code=0
 check() { "${here[@]}" txtrain train "$@" --cfg job > /dev/null; "${here[@]}" txtrain plan "$@" "plan.device=$GPU" ${MEMORY:+"plan.memory=$MEMORY"}; }
 case ${1:-} in # first: what cannot compose or fit ends before it waits in a queue
   cold) work=(train "$base" "${TASK[@]}" "${sft[@]}" "run_dir=$RUN/cold") ;;
   grpo) work=(train "init_from=$RUN/cold" "${grpo[@]}" "run_dir=$RUN/grpo") ;;
-  right) [[ ! -f $RUN/right.jsonl ]] || exit 0; work=(predict "checkpoint=$RUN/grpo" "${TASK[@]}" "${ANSWER[@]}" n=8 temperature=1 max_new_tokens=1024
-      "out=$RUN/right.jsonl" strategy=ddp trainer.precision=bf16-true data.micro_batch_size=8 "${on[@]}") ;;
-  sft) work=(train "$base" data=problems data.{path="$RUN/right.jsonl",seq_len=2048,answer_column=text,min_reward=1} "${sft[@]}" "run_dir=$RUN/sft") ;;
+  right) [[ ! -f $right ]] || exit 0; work=(predict "checkpoint=$RUN/grpo" "${TASK[@]}" "${ANSWER[@]}" "${SAMPLE[@]}" "${on[@]}" "out=$right") ;;
+  sft) work=(train "$base" data=problems data.{path="$right",answer_column=text,min_reward=1} "${RIGHT[@]}" "${sft[@]}" "run_dir=$RUN/sft") ;;
   grpo_2) work=(train "init_from=$RUN/sft" "${grpo[@]}" "run_dir=$RUN/grpo_2") ;;
   *) check "$base" "${TASK[@]}" "${sft[@]}"; check "$base" "${grpo[@]}"
     for stage in cold grpo right sft grpo_2; do

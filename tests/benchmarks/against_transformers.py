@@ -4,7 +4,7 @@
 
 Each family has 6 layers, dim 384, 6 heads (2 for keys and values where the class has them apart), a vocabulary of 8192; a step is forward, backward
 and AdamW on 8 x 256 tokens. Decoding reads 32 tokens and writes `--new`, greedily and sampled; `--profile`: the share of matrix products in
-it, which both sides compute alike. How it is measured: sides.py.
+it, which both sides compute alike, and the operations that take most of a step. How it is measured: sides.py.
 """
 
 import argparse
@@ -13,20 +13,21 @@ from typing import Any
 
 import torch
 import transformers
-from torch.profiler import ProfilerActivity, profile
 
-from tests.benchmarks.sides import DECODERS, FAMILIES, VOCAB, batch_of, best, pair, step_of
+from tests.benchmarks.sides import DECODERS, FAMILIES, VOCAB, batch_of, best, flops_of, pair, product, shares, step_of
 from txtrain.model.generation import generate
 
 PROMPT = 32
 
 
-def step_ratio(family: str, layers: int, rounds: int) -> tuple[float, float]:
-    """CPU seconds of a step, ours and theirs."""
-    theirs, ours = pair(family, layers)
+def step_times(family: str, layers: int, rounds: int) -> tuple[list[float], list[float]]:
+    """CPU seconds of a step, ours and theirs; and the share of the peak of matrix products that each is, paired."""
+    models = pair(family, layers)[::-1]
     batch = batch_of(family)
-    our_step, their_step = best(rounds, step_of(ours, batch), step_of(theirs, batch))
-    return our_step, their_step
+    steps = [step_of(model, batch) for model in models]
+    work, n_flops = product()
+    *times, bare = best(rounds, *steps, work)
+    return times, [flops_of(step) / time * bare / n_flops for step, time in zip(steps, times, strict=True)]
 
 
 def decode_ratio(theirs: Any, ours: Any, rows: int, new: int, sampled: bool, rounds: int) -> tuple[float, float]:
@@ -46,16 +47,19 @@ def decode_ratio(theirs: Any, ours: Any, rows: int, new: int, sampled: bool, rou
 
 def products_share(ours: Any, rows: int, new: int) -> float:
     """Of the time of greedy decoding, that in matrix products."""
-    with profile(activities=[ProfilerActivity.CPU]) as found:
-        generate(ours, torch.randint(5, VOCAB, (rows, PROMPT)), max_new_tokens=new, eos_token_id=None, temperature=0.0)
-    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
-    return sum(times.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm")) / sum(times.values())
+    prompt = torch.randint(5, VOCAB, (rows, PROMPT))
+    found = shares(lambda: generate(ours, prompt, max_new_tokens=new, eos_token_id=None, temperature=0.0))
+    return sum(found.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm"))
 
 
 def lines(given: argparse.Namespace) -> Iterator[str]:
     for family in given.families if "step" in given.what else ():
-        ours, theirs = step_ratio(family, given.layers, given.rounds)
-        yield f"{family:12} step      ours {ours * 1e3:7.0f} ms   theirs {theirs * 1e3:7.0f} ms   {theirs / ours:.2f} x"
+        (ours, theirs), reached = step_times(family, given.layers, given.rounds)
+        peak = f"of the peak {reached[0]:.2f}, theirs {reached[1]:.2f}"
+        yield f"{family:12} step      ours {ours * 1e3:7.0f} ms   theirs {theirs * 1e3:7.0f} ms   {theirs / ours:.2f} x   {peak}"
+        for model in pair(family, given.layers)[::-1] if given.profile else ():
+            most = [*shares(step_of(model, batch_of(family))).items()][:14]
+            yield f"{'':12} {type(model).__name__}: " + ", ".join(f"{name.removeprefix('aten::')} {share:.1%}" for name, share in most)
     for family in (f for f in given.families if f in DECODERS) if "decode" in given.what else ():
         models = pair(family, given.layers)
         for rows in given.batches:

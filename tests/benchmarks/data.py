@@ -1,13 +1,14 @@
 """Throughput of the data path on this machine: tokenising, packed batches, the loader.
 
-    python tests/benchmarks/data.py [TEXT_FILE]        by default: the docstrings of the standard library
+    python -m tests.benchmarks.data [TEXT_FILE]        by default: the docstrings of the standard library
 
-Prints one line a row; best of the repeats, because other processes only ever slow it down.
+Prints one line a row; best of the repeats, because other processes only ever slow it down. Tokenising by CPU seconds, the rest by the clock.
 """
 
 import contextlib
 import itertools
 import os
+import subprocess
 import sys
 import tempfile
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader
 
+from tests.benchmarks import sides
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import OrderedSamples
@@ -26,6 +28,7 @@ from txtrain.data.store.cache import TokenFile
 from txtrain.data.store.split import Corpus
 from txtrain.data.store.tokenize import _pieces as cut_up
 from txtrain.data.store.tokenize import tokenise
+from txtrain.data.tokenizer.cuts import byte_level_places
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads, train_tokenizer
 
 SEQ_LEN, BATCH, REPEATS = 256, 64, 3
@@ -41,13 +44,18 @@ def best(work: Callable[[], object]) -> float:
     return min(times)
 
 
+def computed(work: Callable[[], object]) -> float:
+    """The same in CPU seconds of all threads, in which other work on the machine hardly counts."""
+    return sides.best(REPEATS, work)[0]
+
+
 def tokenising(source: TextFiles | PythonDocs, tokenizer: Tokenizer, folder: Path) -> tuple[float, float]:
-    """Seconds of `encode_batch_fast` alone, and from text to cache."""
+    """CPU seconds of `encode_batch_fast` alone, and from text to cache."""
     allow_threads(True)
-    pieces = [piece.text for piece in cut_up(("train", text) for text in source.documents("train"))]
-    bare = best(lambda: tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False))
+    pieces = [piece.text for piece in cut_up((("train", text) for text in source.documents("train")), byte_level_places)]
+    bare = computed(lambda: tokenizer.backend.encode_batch_fast(pieces, add_special_tokens=False))
     with contextlib.redirect_stderr(open(os.devnull, "w")):
-        return bare, best(lambda: tokenise(Corpus(source, 0.05), tokenizer, folder))
+        return bare, computed(lambda: tokenise(Corpus(source, 0.05), tokenizer, folder))
 
 
 def tokenising_share() -> float:
@@ -56,6 +64,19 @@ def tokenising_share() -> float:
     with tempfile.TemporaryDirectory() as folder:
         bare, ours = tokenising(source, train_tokenizer(list(source.documents("train")), 8192), Path(folder))
     return bare / ours
+
+
+def prepared_peak(megabytes: int) -> float:
+    """MB of memory that preparing a text of that size takes, by bytes: what does not depend on a trained tokenizer."""
+    line = "A text of some words, and a number: %d.\n"
+    with tempfile.TemporaryDirectory() as folder:
+        with open(f"{folder}/text.txt", "w") as file:
+            file.writelines(line % i for i in range(megabytes * 10**6 // len(line)))
+        words = ["prepare", "data=text", f"data.path={folder}/text.txt", "data.tokenizer=bytes", f"data.cache_dir={folder}/cache", "model.vocab_size=512"]
+        child = subprocess.Popen([sys.executable, "-m", "txtrain", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        _, status, used = os.wait4(child.pid, 0)
+        assert status == 0
+    return used.ru_maxrss / 1e3
 
 
 def main() -> None:
@@ -81,6 +102,8 @@ def main() -> None:
             iterator = iter(loader)
             seconds = best(lambda iterator=iterator: list(itertools.islice(iterator, 400)))
             print(f"loader, {workers} workers                  {400 * BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")
+    few, many = prepared_peak(4), prepared_peak(40)
+    print(f"memory of preparing 4 and 40 MB    {few:8.0f} and {many:.0f} MB, {many / few:.2f} times")
     seconds = best(lambda: OrderHash(order)(10_000))
     print(f"order hash                         {10_000 * BATCH / seconds / 1e6:8.1f} M samples/s")
     rows = np.arange(1_000_000)

@@ -1,6 +1,6 @@
 """Head and loss at a large vocabulary, by chunks, beside all logits at once: time, and the peak of memory.
 
-    python -m tests.benchmarks.losses [--vocabulary 131072] [--tokens 512] [--rounds 2]
+    python -m tests.benchmarks.losses [KIND ...] [--vocabulary 131072] [--tokens 1024] [--rounds 2]
 
 dim 384, float32, forward and backward. all: `F.linear`, then torch's function of the logits. Both sides in turns, as in sides.py; memory is what
 lives above inputs and weights, as torch's dispatcher sees it.
@@ -23,8 +23,8 @@ from txtrain.model.head.heads import LMHead
 Side = Callable[[], Tensor]
 
 
-def kinds(n_words: int, n_tokens: int) -> dict[str, tuple[Side, Side]]:
-    """By chunks, and of all logits at once: losses of the same tokens."""
+def kinds(n_words: int, n_tokens: int) -> tuple[dict[str, tuple[Side, Side]], tuple[Tensor, Tensor]]:
+    """By chunks, and of all logits at once: losses of the same tokens. And what they have gradients of."""
     g = torch.Generator().manual_seed(0)
     x = torch.randn(1, n_tokens, DIM, generator=g).requires_grad_()
     weight = (torch.randn(n_words, DIM, generator=g) * 0.1).requires_grad_()
@@ -45,34 +45,39 @@ def kinds(n_words: int, n_tokens: int) -> dict[str, tuple[Side, Side]]:
         how = Distillation(False, 1.0, 0.0, n, lambda consume: consume(soft))
         return head.distilled(x, weight, targets, how)
 
-    return {
+    sides: dict[str, tuple[Side, Side]] = {
         "plain": (lambda: head.loss(x, weight, targets, n), partial(whole, F.cross_entropy)),
         "smoothed": (lambda: head.loss(x, weight, targets, n, 0.1), partial(whole, F.cross_entropy, label_smoothing=0.1)),
         "log-probabilities": (lambda: head.log_probs(x, weight, targets).sum(), partial(whole, F.cross_entropy, reduction="none")),
         "distillation": (distilled, partial(whole, divergence)),
     }
+    return sides, (x, weight)
 
 
 def loss_ratios(kind: str, n_words: int, n_tokens: int, rounds: int) -> tuple[float, float]:
     """Time and peak memory, as shares of those of all logits at once."""
-    sides = kinds(n_words, n_tokens)[kind]
-    peaks = []
+    made, leaves = kinds(n_words, n_tokens)
+    sides, peaks, gradients = made[kind], [], []
     for side in sides:
         with Watched() as watched:
-            side().sum().backward()
+            gradients.append(torch.autograd.grad(side().sum().abs(), leaves))
         peaks.append(watched.peak - watched.held)
+    for a, b in zip(*gradients, strict=True):
+        assert (a - b).abs().max() <= 1e-4 * b.abs().max(), "the two sides do not compute the same"
+    del gradients
     by_chunks, whole = best(rounds, *(lambda side=side: side().sum().backward() for side in sides))
     return by_chunks / whole, peaks[0] / peaks[1]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("kinds", nargs="*", default=["plain", "smoothed", "log-probabilities", "distillation"])
     parser.add_argument("--vocabulary", type=int, default=1 << 17)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for kind in ("plain", "smoothed", "log-probabilities", "distillation"):
+    for kind in given.kinds:
         time, memory = loss_ratios(kind, given.vocabulary, given.tokens, given.rounds)
         print(f"{kind:18} {time:.2f} of the time, {memory:.3f} of the memory of all logits at once", flush=True)
 

@@ -14,11 +14,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.benchmarks import against_transformers, losses, variants, windows
-from tests.benchmarks.data import tokenising_share
+from tests.benchmarks import against_transformers, compiled, footprint, losses, peers, start, variants, windows
+from tests.benchmarks.data import prepared_peak, tokenising_share
 from tests.benchmarks.sides import DECODERS, FAMILIES, pair
 
 RECORDED = Path(__file__).with_name("recorded.json")
@@ -26,8 +27,25 @@ LAYERS, ROUNDS = 2, 2
 
 
 def _step(family: str) -> float:
-    ours, theirs = against_transformers.step_ratio(family, LAYERS, ROUNDS)
+    (ours, theirs), _ = against_transformers.step_times(family, LAYERS, ROUNDS)
     return theirs / ours
+
+
+def _share(family: str) -> float:
+    """Of the peak of matrix products."""
+    return against_transformers.step_times(family, LAYERS, ROUNDS)[1][0]
+
+
+def _over(measured: Callable[..., tuple[float, ...] | list[float]], *given: Any) -> float:
+    """The first of two figures over the second."""
+    first, second, *_ = measured(*given)
+    return first / second
+
+
+def _start(what: str) -> float:
+    """Its CPU seconds, over those of the fastest side beside it if there is one."""
+    ours, *others = start.seconds(what, 1).values()
+    return ours / min(others, default=1.0)
 
 
 def _decode(family: str, rows: int, sampled: bool) -> float:
@@ -54,8 +72,17 @@ ROWS: dict[str, tuple[Callable[[], float], bool]] = {
     "packed over padded": (lambda: variants.packed_ratios(rounds=ROUNDS)[0], True),
     "packed borders": (lambda: variants.packed_ratios(rounds=ROUNDS)[1], False),
     **{f"experts {n} over dense": (lambda n=n: variants.experts_ratios(n, rounds=ROUNDS)[0], False) for n in (8, 64)},
-    "loop": (variants.loop_ratio, False),
+    **{f"share of the peak {family}": (partial(_share, family), True) for family in ("gpt2", "llama2")},
+    **{f"step {family} over its peer": (partial(_over, peers.peer_times, family, LAYERS, ROUNDS), False) for family in ("llama2", "gpt2")},
+    **{f"loop at dim {dim}": (lambda dim=dim: variants.loop_ratio(dim)[0], False) for dim in (384, 128)},
     "tokenising": (tokenising_share, True),
+    "memory of preparing": (lambda: prepared_peak(40) / prepared_peak(4), False),
+    **{f"start {what}": (partial(_start, what), False) for what in ("help", "plan", "update", "generate")},
+    **{f"memory {family}": (partial(_over, footprint.step_peaks, family, LAYERS), False) for family in FAMILIES},
+    "memory checkpointed": (partial(_over, footprint.checkpointed, "llama2", LAYERS), False),
+    **{f"memory cache {family}": (partial(_over, footprint.cache_of, family), False) for family in ("llama2", "mistral", "deepseek_r1")},
+    "memory accumulating": (partial(_over, footprint.accumulated), False),
+    **{f"compiled {family}": (partial(_over, compiled.compiled_times, family, LAYERS, ROUNDS), False) for family in ("gpt2", "llama2", "t5")},
 }  # fmt: skip
 
 
@@ -70,7 +97,12 @@ def main() -> None:
     for name, (measure, more_is_better) in ROWS.items():
         if given.rows and not any(name.startswith(row) for row in given.rows):
             continue
-        ratio, last = measure(), recorded.get(name, {}).get("ratio")
+        try:
+            ratio = measure()
+        except (ImportError, OSError) as e:  # a peer
+            print(f"{name:28} is left out: {e}", flush=True)
+            continue
+        last = recorded.get(name, {}).get("ratio")
         change = None if last is None else ratio / last if more_is_better else last / ratio
         is_slower = change is not None and change < 1 / 1.1
         slower |= is_slower

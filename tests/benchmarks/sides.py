@@ -3,6 +3,7 @@
 CPU seconds of one thread, the least of some rounds: other work on the machine slows both sides, and does not count. Ratios above 1: txtrain is faster.
 """
 
+import math
 import tempfile
 import time
 from collections.abc import Callable
@@ -10,6 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from txtrain.hf.load import load_pretrained
 
@@ -97,6 +100,51 @@ def step_of(model: Any, batch: dict[str, torch.Tensor]) -> Callable[[], None]:
         optimizer.zero_grad()
 
     return step
+
+
+def added_product(_: Any, a: Any, b: Any, **__: Any) -> int:
+    """FLOPs of `addmm_` and the like, of the shapes of their arguments."""
+    return 2 * math.prod(a) * int(b[-1])
+
+
+def causal_half(count: Callable[..., int], at: int) -> Callable[..., int]:
+    """FLOPs of the CPU's attention kernel. at: of q in its arguments, which is followed by k and v."""
+
+    def counted(*shapes: Any, is_causal: bool = False, **_: Any) -> int:
+        causal = is_causal or any(x is True for x in shapes)
+        return count(*shapes[: at + 3]) // (2 if causal else 1)
+
+    return counted
+
+
+def flops_of(work: Callable[[], Any]) -> int:
+    """FLOPs of its matrix products and attention, a causal half counted as a half."""
+    kernels = torch.ops.aten
+    custom = {  # what torch's counter does not know
+        kernels.addmm_: added_product,
+        kernels.baddbmm_: added_product,
+        kernels._grouped_mm: lambda a, b, *_, **__: added_product(None, a, b),
+        kernels._scaled_dot_product_flash_attention_for_cpu: causal_half(sdpa_flop_count, 0),
+        kernels._scaled_dot_product_flash_attention_for_cpu_backward: causal_half(sdpa_backward_flop_count, 1),
+    }
+    with FlopCounterMode(display=False, custom_mapping=custom) as counted:
+        work()
+    return int(counted.get_total_flops())
+
+
+def product() -> tuple[Callable[[], Any], int]:
+    """A product of the models' own shape, which is faster here than square ones, and its FLOPs: what the machine can do."""
+    x, weight, out = torch.randn(BATCH * LENGTH, DIM), torch.randn(HIDDEN, DIM), torch.empty(BATCH * LENGTH, HIDDEN)
+    return lambda: [torch.mm(x, weight.t(), out=out) for _ in range(20)], 20 * 2 * out.numel() * DIM
+
+
+def shares(work: Callable[[], Any]) -> dict[str, float]:
+    """Of its time, that in each operation itself, the largest first, by torch's profiler."""
+    work()
+    with profile(activities=[ProfilerActivity.CPU]) as found:
+        work()
+    times = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    return {name: time / sum(times.values()) for name, time in sorted(times.items(), key=lambda x: -x[1])}
 
 
 def best(rounds: int, *sides: Callable[[], Any]) -> list[float]:

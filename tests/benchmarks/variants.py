@@ -12,6 +12,7 @@ Sides in turns, as in sides.py; the loop's steps and the bare ones are two runs 
 import argparse
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -19,6 +20,7 @@ import torch
 
 import txtrain
 from tests.benchmarks.sides import BATCH, DIM, HEADS, HIDDEN, KV_HEADS, VOCAB, best, step_of
+from txtrain.monitor.metrics_csv import read
 
 SHAPE = (f"model.dim={DIM}", f"model.n_heads={HEADS}", f"model.vocab_size={VOCAB}", "model.dropout=0")
 
@@ -51,7 +53,7 @@ def experts_ratios(n_experts: int, layers: int = 2, rounds: int = 3) -> tuple[fl
     import transformers
 
     active = 2
-    common = "model=llama2", f"model.n_layers={layers}", f"model.attention.n_kv_heads={KV_HEADS}"
+    common = "model=llama2", f"model.n_layers={layers}", "model/attention=gqa", f"model.attention.n_kv_heads={KV_HEADS}"
     dense = model_of(*common, f"model.ffn.hidden_dim={HIDDEN}")
     knobs = f"model.ffn.n_experts={n_experts}", f"model.ffn.top_k={active}", f"model.ffn.hidden_dim={HIDDEN // active}", "model.ffn.n_shared=0"
     ours = model_of(*common, "model/ffn=moe_softmax", *knobs, "model.ffn.dense_layers=0")
@@ -78,20 +80,28 @@ class _Steps(pl.Callback):
         self.begin, self.batch = now, batch
 
 
-def loop_ratio(dim: int = DIM, layers: int = 2, steps: int = 12) -> float:
-    """A step of the loop, from the end of one to the end of the next, over the bare step."""
+def loop_ratio(dim: int = DIM, layers: int = 2, steps: int = 12) -> tuple[float, float]:
+    """A step of the loop, from the end of one to the end of the next, over the bare step; and its share of waiting for data."""
     seen = _Steps()
     heads = f"model.n_heads={max(1, dim // 64)}"
     with tempfile.TemporaryDirectory() as folder:
         keys = ["model=gpt2", "data=python_docs", f"model.dim={dim}", heads, f"model.n_layers={layers}", "model.dropout=0", "sample.n=0"]
         keys += ["data.seq_len=256", f"data.global_batch_size={BATCH}", f"data.micro_batch_size={BATCH}", "trainer.limit_val_batches=0"]
-        keys += [f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "verbosity=quiet", f"run_dir={folder}/run", "save.every_n_steps=100000"]
+        keys += [f"trainer.max_steps={steps}", "trainer.accelerator=cpu", "trainer.log_every_n_steps=1", "verbosity=quiet", f"run_dir={folder}/run", "save.every_n_steps=100000"]
         config: Any = txtrain.compose(keys)
         txtrain.train(config, callbacks=[seen])
+        waited = shares_of(Path(folder) / "run/metrics.csv")["time/data"]
     model = txtrain.build_model(config.model)
     ids = seen.batch["input_ids"]
     (bare,) = best(steps, step_of(model, {"input_ids": ids, "labels": ids}))
-    return min(seen.seconds[3:]) / bare
+    return min(seen.seconds[3:]) / bare, waited
+
+
+def shares_of(metrics: Path) -> dict[str, float]:
+    """What the run's time went into, without the first row's, in which it warms up."""
+    rows = read(metrics)[1:]
+    times = {name: sum(float(row[name] or 0) for row in rows) for name in rows[0] if name.startswith("time/")}
+    return {name: time / sum(times.values()) for name, time in times.items()}
 
 
 def main() -> None:
@@ -107,7 +117,7 @@ def main() -> None:
         dense, theirs = experts_ratios(n, rounds=given.rounds)
         print(f"{n:2} experts: {dense:.2f} of the dense model's time; transformers {theirs:.2f} x", flush=True)
     for dim in (DIM, DIM // 3) if "loop" in given.what else ():
-        print(f"the loop at dim {dim}: {loop_ratio(dim):.3f} of the bare step", flush=True)
+        print(f"the loop at dim {dim}: {{:.3f}} of the bare step; {{:.2%}} of it waiting for data".format(*loop_ratio(dim)), flush=True)
 
 
 if __name__ == "__main__":

@@ -86,6 +86,8 @@ MISTAKES = [
     ("optimizer.betas=[0.9]", "a list of 2 values"),
     ("model.dim=${nope}", "`model.dim`: Interpolation key 'nope' not found."),
     ("model.dim=(", "Quote it: 'model.dim=\"(\"'."),
+    ("mödel=gpt2", "has no key mödel. Did you mean model?"),
+    ("model.dïm=4", "model has no key dïm. Did you mean model.dim?"),
     ("freeze=[a,f(x]", "Quote it: 'freeze=[\"a\",\"f(x\"]'."),
     ("model/position=rope model.position.scaling={rope_type:liner,factor:2}", "Did you mean linear?"),
     ("model/position=rope model.position.scaling.factor=2", "`model.position.scaling.rope_type` must be one of"),

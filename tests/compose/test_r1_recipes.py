@@ -11,6 +11,7 @@ import pytest
 
 from tests.training import weights
 from txtrain import compose
+from txtrain.errors import ConfigError
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ("trainer.max_steps=30", "trainer.val_check_interval=30", "trainer.limit_val_batches=1", "data.global_batch_size=16", "save.every_n_steps=10")
@@ -41,6 +42,11 @@ def test_every_stage_of_the_recipes_composes(tmp_path: Path) -> None:
     config = compose([*task, *grpo])
     assert config.reward.answer.pattern == r"\d$"
     assert config.objective.prompts(config) == 32
+
+
+def test_a_recipe_of_several_stages_is_named_with_its_command() -> None:
+    with pytest.raises(ConfigError, match=rf"r1_zero has several stages, each a run: bash {RECIPES / 'r1_zero.sh'}"):
+        compose(["recipe=r1_zero"])
 
 
 @pytest.mark.slow

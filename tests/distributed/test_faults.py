@@ -164,21 +164,25 @@ def test_torchruns_ranks_end_when_one_is_stopped_for_a_minute_or_killed(tmp_path
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "txtrain", *long_run]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = subprocess.Popen(torchrun, cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: begun(tmp_path))
-    workers = children(command.pid)
-    hit = next(pid for pid in workers if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}")
-    began = time.monotonic()
-    os.kill(hit, number)
-    _, err = command.communicate(timeout=150)
-    seconds = time.monotonic() - began
-    assert command.returncode == 1
-    wait_for(lambda: not any(map(alive, workers)), 10)
-    if number == signal.SIGSTOP:
-        assert err.count(f"rank {rank} (pid {hit} on {socket.gethostname()}) has been stopped by a signal (SIGSTOP) for 6") == 1, err[-3000:]
-        assert 55 < seconds < 120
-    else:
-        assert seconds < 60
-        assert re.search(rf"rank *: {rank} \(local_rank: {rank}\)\s+exitcode *: -9 \(pid: {hit}\)", err), err[-3000:]
+    try:
+        wait_for(lambda: begun(tmp_path))
+        workers = children(command.pid)
+        hit = next(pid for pid in workers if f"\0RANK={rank}\0" in f"\0{Path(f'/proc/{pid}/environ').read_text()}")
+        began = time.monotonic()
+        os.kill(hit, number)
+        _, err = command.communicate(timeout=150)
+        seconds = time.monotonic() - began
+        assert command.returncode == 1
+        wait_for(lambda: not any(map(alive, workers)), 10)
+        if number == signal.SIGSTOP:
+            assert err.count(f"rank {rank} (pid {hit} on {socket.gethostname()}) has been stopped by a signal (SIGSTOP) for 6") == 1, err[-3000:]
+            assert 55 < seconds < 120
+        else:
+            assert seconds < 60
+            assert re.search(rf"rank *: {rank} \(local_rank: {rank}\)\s+exitcode *: -9 \(pid: {hit}\)", err), err[-3000:]
+    finally:  # a failure leaves no run behind
+        for pid in (*children(command.pid), command.pid) if command.poll() is None else ():
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 
 from txtrain.config.literals import protect
-from txtrain.config.paths import groups_of
+from txtrain.config.paths import DATA, groups_of
 from txtrain.config.schema import Train
 from txtrain.config.schema_of_trained import OnTrained
 from txtrain.errors import ConfigError, hint, nearest
@@ -39,6 +39,10 @@ def hydra_errors() -> Iterator[None]:
         raise
     except OverrideParseException as e:
         key, _, value = str(e.override).partition("=")
+        if not key.isascii():  # no key of ours
+            parent = key.rpartition(".")[0]
+            beside = [name for up, _, name in (known.rpartition(".") for known in key_paths(Train)) if up == parent]
+            raise ConfigError(unknown_key(key, value, beside, (), None)) from e
         wrong = f"`{key}` must be a value of Hydra's grammar, but is {value!r} instead."
         raise ConfigError(f"{wrong} Quote it: '{key}={_in_quotes(value)}'.") from e
     except (HydraException, OmegaConfBaseException, yaml.YAMLError, OSError, ValueError) as e:
@@ -106,8 +110,8 @@ def _normalised(override: str, sweep: bool) -> str:
     key, equals, value = override.partition("=")
     if not equals and not override.startswith("~"):
         raise ConfigError(f"`{override}` must be KEY=VALUE.")
-    if not value.startswith("{"):
-        key = _LISTS.get(key, key)
+    if key in _LISTS and not value.startswith("{"):
+        key, value = _LISTS[key], f"[{value}]" if value.isidentifier() else value
     return protect(_ALIASES.get(key, key) + equals + value, sweep)
 
 
@@ -206,7 +210,9 @@ class _Checker:
                 write = f"Write {name}={v}." if exists else f"Write {name}=NAME, one of {listed}.{hint(v, options)}"
                 self.problems.append(f"{complaint} {write}")
             elif not exists:
+                script = DATA / group / f"{v}.sh"
+                meant = hint(v, options, name + "={}")
+                meant = f" {v} has several stages, each a run: bash {script}" if script.is_file() else meant
                 self.problems.append(
-                    f"`{name}={shown if not isinstance(value, list) else v}` must be one of "
-                    f"{listed}.{hint(v, options, name + '={}')}"
+                    f"`{name}={shown if not isinstance(value, list) else v}` must be one of {listed}.{meant}"
                 )

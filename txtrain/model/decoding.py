@@ -85,12 +85,17 @@ class Text:
 
     begun: what each row begins with, its prompt or an answer's start token; `select` does not change it.
 
+    whole: without a cache; each token is of a forward over the row, one alone, padded behind to that length.
+
     Raises:
         ConfigError: prompt and new tokens exceed the model's learned positions.
     """
 
-    def __init__(self, model: Any, rows: Rows, max_new_tokens: int, device: torch.device) -> None:
-        self.model = model
+    def __init__(
+        self, model: Any, rows: Rows, max_new_tokens: int, device: torch.device, whole: int | None = None
+    ) -> None:
+        self.model, self.whole = model, whole
+        assert whole is None or len(rows) == 1
         self.past: Any = None
         self._new = Columns(len(rows), torch.int64, device)
         self.answers = model.encoder is not None
@@ -117,6 +122,11 @@ class Text:
 
     def next_logits(self) -> Tensor:
         """Logits of the next token, [B, V]."""
+        if self.whole is not None:
+            ids_1T = torch.cat((self._given["input_ids"], self.new), dim=1)
+            length = ids_1T.shape[1]
+            whole_1V: Tensor = self.model(input_ids=F.pad(ids_1T, (0, self.whole - length))).logits[:, length - 1]
+            return whole_1V
         given = self._given if self.past is None else self._last()
         # Autograd then does not even look at the operations; sharded parameters and compiled blocks want it to.
         watched = torch.distributed.is_initialized() or self.model.compiled

@@ -47,6 +47,7 @@ class Decoding:
         on_step: called after each token with the new tokens of a batch of rows, -1 where a row has ended before;
             equally often on all ranks. It may raise to stop.
         device: of the inputs; None: that of the first parameter.
+        whole: without a cache, see `Text`; needs batch_size 1.
     """
 
     how: Sampling
@@ -56,6 +57,7 @@ class Decoding:
     ranks: Ranks = dc.field(default_factory=OneRank)
     on_step: Callable[[Tensor], None] | None = None
     device: torch.device | None = None
+    whole: int | None = None
 
     def stops(self) -> StopStrings:
         assert self.decode is not None or not self.how.stop
@@ -178,7 +180,7 @@ class _Batch(NamedTuple):
 def _by_choice(model: Any, batch: _Batch, job: Decoding, seed: int, device: torch.device) -> list[Written]:
     """Greedy or sampled. Rows that have ended leave once they are an eighth of the batch: so the cache is copied a few
     times, not for every token."""
-    text = Text(model, batch.prompts, job.how.max_new_tokens, device)
+    text = Text(model, batch.prompts, job.how.max_new_tokens, device, job.whole)
     logits, of_B = text.next_logits(), torch.tensor(batch.of, device=device)
     if len(of_B) > len(batch.prompts):
         logits = logits[of_B]

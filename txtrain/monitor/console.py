@@ -16,7 +16,6 @@ from txtrain.errors import visible
 from txtrain.monitor.metrics_csv import COLUMNS, Row
 from txtrain.monitor.start_screen import duration
 from txtrain.parallel.early_signals import say
-from txtrain.parallel.timers import PHASES
 
 Verbosity = Literal["quiet", "normal", "verbose"]
 _BAR = 5  # least width in columns
@@ -169,7 +168,7 @@ class Display:
 
 def _details(row: Row) -> str:
     """More than a bar has room for: gradient norm, shares of the time, HFU, goodput, memory."""
-    times = {name: row.get(f"time/{name}") or 0.0 for name in PHASES}
+    times = {name.removeprefix("time/"): value or 0.0 for name, value in row.items() if name.startswith("time/")}
     whole = sum(times.values()) or 1.0
     parts = [f"gradient norm {row.get('grad_norm') or 0:.3f}"]
     parts += [

@@ -174,7 +174,7 @@ class Watch:
     def _taken(self, module: Training) -> dict[str, float]:
         taken = module.parallel.phases.take()
         for name, seconds in taken.items():
-            self.times[name] += seconds
+            self.times[name] = self.times.get(name, 0.0) + seconds
         return {f"time/{name}": seconds for name, seconds in taken.items()}
 
     def goodput(self) -> float | None:
@@ -192,7 +192,7 @@ class Watch:
         if compiled > self._compiled:
             self._compiled, self._compiled_again = compiled, self._compiled_again + 1
         before, steps = self._stretch, module.step - self._since
-        seconds = {name: before.seconds.get(name, 0.0) + row[f"time/{name}"] for name in PHASES}
+        seconds = {name: before.seconds.get(name, 0.0) + row.get(f"time/{name}", 0.0) for name in self.times}
         whole = before.steps + steps
         mfu = (before.mfu * before.steps + row["mfu"] * steps) / max(whole, 1)
         self._since = module.step

@@ -49,7 +49,7 @@ class Stretch:
     @property
     def training(self) -> float:
         """Seconds of the phases of a step."""
-        return sum(self.seconds.get(name, 0.0) for name in ("data", "forward_backward", "optimizer", "communication"))
+        return sum(taken for name, taken in self.seconds.items() if name not in ("validation", "saving", "other"))
 
     def share_of(self, phase: str) -> float:
         return self.seconds.get(phase, 0.0) / self.training if self.training > 0 else 0.0

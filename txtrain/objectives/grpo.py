@@ -21,7 +21,7 @@ from txtrain.data.samples.prompts import problem_of
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import read_npz
 from txtrain.model.config import Sampling
-from txtrain.model.decoding import Rows, Written, evaluating, padded
+from txtrain.model.decoding import Rows, Written, evaluating
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.sampling import processed
 from txtrain.objectives import policy_gradient
@@ -49,7 +49,7 @@ class GRPO(Objective):
         self, group_size: int, prompts_per_rollout: int, updates_per_rollout: int, max_new_tokens: int,
         temperature: float, top_p: float, beta: float, clip_low: float, clip_high: float, normalise: Normalise,
         divide_by_std: bool, ratio: Ratio, loss: Loss, mask_truncated: bool, kl_in: str, reward: RewardConfig,
-        seed: int, counts_tokens: bool, val_samples: int, reference_reset: int | None,
+        seed: int, counts_tokens: bool, val_samples: int, reference_reset: int | None, whole: int | None,
     ) -> None:
         self.group_size, self.prompts, self.updates = group_size, prompts_per_rollout, updates_per_rollout
         self.how = Sampling(
@@ -60,6 +60,7 @@ class GRPO(Objective):
         self.beta, self.kl_in, self.clip = beta, kl_in, (clip_low, clip_high)
         self.normalise, self.divide_by_std, self.ratio, self.loss = normalise, divide_by_std, ratio, loss
         self.mask_truncated, self.counts_tokens, self.reset = mask_truncated, counts_tokens, reference_reset
+        self.whole = whole  # all rows of updates are padded to that length; see `Text`
         self.rewards = Rewards(reward)
         each = tuple(f"reward/{name}" for name in reward.use)
         self.reports = ("ratio_deviation", "clipped_share", *(("kl",) if beta else ()))
@@ -67,7 +68,7 @@ class GRPO(Objective):
             "reward", *each, "reward_std", "silent_groups", "truncated_share", "length", "entropy",
             "sampler_difference", "sampler_difference_max",
         )
-        self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second")
+        self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second", "time/rollout", "time/reward")
         self.metrics = ("val_reward", *(f"val_{name}" for name in each), "val_truncated_share", "val_length")
         if val_samples:
             self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
@@ -101,12 +102,13 @@ class GRPO(Objective):
     def step_batch(self, module: Any, batch: Batch) -> Batch:
         number, update = divmod(module.step, self.updates)
         if not self.rollout or int(self.rollout["number"]) != number:
-            self._roll_out(module, batch, number)
+            with module.parallel.phases.within("rollout"):
+                self._roll_out(module, batch, number)
         size = int(module.config.data.global_batch_size)
         begin = update * size % len(self.rollout["input_ids"]) + self.parallel.rank * (size // self.parallel.size)
         rows = slice(begin, begin + size // self.parallel.size)
         made = {name: self.rollout[name][rows].to(module.device) for name in self._trained}
-        longest = int(made["attention_mask"].sum(1).max())
+        longest = self.whole or int(made["attention_mask"].sum(1).max())
         return {name: value[:, :longest] if value.ndim == 2 else value for name, value in made.items()}
 
     @property
@@ -149,7 +151,7 @@ class GRPO(Objective):
             given["attention_mask"] = batch["attention_mask"]
         labels_BT = batch["labels"]
         how = self.how
-        if how.heat == 1 and how.top_p == 1:
+        if how.heat == 1 and how.top_p == 1 and self.whole is None:
             found: Tensor = model(**given, labels=labels_BT, return_logits=False, return_log_probs=True).log_probs
             return found
         chosen_BT = labels_BT[:, 1:] != IGNORED
@@ -179,7 +181,8 @@ class GRPO(Objective):
         written = self._written(module.model, prompts, self.how, module, index)
         jobs = jobs_of(problems, written, self.tokenizer)
         rewarding = time.perf_counter()
-        values = self.parallel.together(lambda: self.rewards(jobs))
+        with module.parallel.phases.within("reward"):
+            values = self.parallel.together(lambda: self.rewards(jobs))
         rewarded = time.perf_counter()
         mine = self._rows_of(module, prompts, written, values, index)
         rows = {at: row for part in self.parallel.of_all(mine) for at, row in part.items()}  # ranks of tp have the same
@@ -195,8 +198,11 @@ class GRPO(Objective):
     ) -> list[Written]:
         ends = (self.tokenizer.eos_id,)
         together = None if module is None else module.config.data.micro_batch_size
+        whole = None if module is None else self.whole
         device = next(model.parameters()).device
-        job = Decoding(how, ends, together, ranks=self.parallel, on_step=lambda _: self.check(), device=device)
+        job = Decoding(
+            how, ends, together, ranks=self.parallel, on_step=lambda _: self.check(), device=device, whole=whole
+        )
         return continue_rows(model, prompts, job, index)
 
     def _rows_of(
@@ -207,12 +213,11 @@ class GRPO(Objective):
         n = self.group_size
         asked = [prompts[i // n] for i in range(len(written))]
         ids = [[*prompt, *row.ids.tolist()] for prompt, row in zip(asked, written, strict=True)]
-        input_ids, mask = padded(ids, module.device, left=False)
-        labels = input_ids.clone() if mask is None else input_ids.masked_fill(mask == 0, IGNORED)
+        input_ids, mask = self._padded(ids, module.device)
+        labels = input_ids.masked_fill(mask == 0, IGNORED)
         for row, prompt in zip(labels, asked, strict=True):
             row[: len(prompt)] = IGNORED
-        whole = {"input_ids": input_ids, "attention_mask": torch.ones_like(labels) if mask is None else mask}
-        batch = {**whole, "labels": labels}
+        batch = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
         old = self._computed(module.model, batch, module)
         reference = self._computed(self.models["reference"], batch, module) if self.beta else old
         made = {}
@@ -236,7 +241,7 @@ class GRPO(Objective):
 
     def _together(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         cpu = torch.device("cpu")
-        ids, mask = padded([row["ids"] for row in rows], cpu, left=False)
+        ids, mask = self._padded([row["ids"] for row in rows], cpu)
         labels = torch.full_like(ids, IGNORED)
         blank = torch.zeros(ids.shape)
         made = {"old_log_probs": blank, "sampler_log_probs": blank.clone()}
@@ -253,12 +258,19 @@ class GRPO(Objective):
             total = total - self.beta * torch.stack(kl).cpu()
         advantages = policy_gradient.advantages(total.view(-1, self.group_size), self.loss, self.divide_by_std)
         return {
-            **made, "input_ids": ids, "attention_mask": torch.ones_like(ids) if mask is None else mask,
-            "labels": labels, "advantages": advantages.flatten(), "total": total,
+            **made, "input_ids": ids, "attention_mask": mask, "labels": labels, "total": total,
+            "advantages": advantages.flatten(),
             "rewards": torch.tensor([row["rewards"] for row in rows], dtype=torch.float64),
             "ended": torch.tensor([row["ended"] for row in rows]),
             "n_new": torch.tensor([len(row["ids"]) - row["n_prompt"] for row in rows]),
         }
+
+    def _padded(self, rows: Rows, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Ids and attention mask, [N, T]: as long as the longest row, or `whole`."""
+        lengths = torch.tensor([len(row) for row in rows], device=device)
+        T = self.whole or int(lengths.max())
+        ids = torch.tensor([[*row, *[0] * (T - len(row))] for row in rows], device=device)
+        return ids, (torch.arange(T, device=device) < lengths[:, None]).long()
 
     def _measure(self) -> None:
         """What is said of a rollout; a function of it, so that a resumed run says the same."""

@@ -52,6 +52,9 @@ class GRPOConfig(ObjectiveConfig):
     # the group's others; the last two have no ratio
     loss: Literal["grpo", "cispo", "reinforce", "rloo"] = "grpo"
     mask_truncated: bool = False  # completions without an end token count neither in the loss nor in its denominator
+    # false, to debug: each token is of a forward over its whole row, padded to data.seq_len, as an update's; then
+    # sampler_difference is exactly 0 in float32. Needs data.micro_batch_size=1
+    use_cache: bool = True
     # also sampled of each held-out problem at a validation, for val_pass@1 and val_pass@N by the reward `answer`
     val_samples: int = knob(0, at_least=0)
 
@@ -82,6 +85,7 @@ class GRPOConfig(ObjectiveConfig):
         has_ratio = self.loss in ("grpo", "cispo")
         return super().arguments(config) | {
             "prompts_per_rollout": self.prompts(config), "reward": config.reward, "seed": config.seed,
+            "whole": None if self.use_cache else config.seq_len,
             "divide_by_std": has_ratio if self.divide_by_std is None else self.divide_by_std,
         }
 
@@ -138,6 +142,16 @@ class GRPOConfig(ObjectiveConfig):
             yield (
                 "`objective.val_samples` must be 0 without the reward `answer`, which says what is right, but is "
                 f"{self.val_samples} instead. To measure it alone: reward=[answer,...] reward.answer.weight=0."
+            )
+        if not self.use_cache and config.model.ffn.n_experts:
+            yield (
+                "`objective.use_cache` must be true for a model with experts, but is false instead: they see other "
+                "tokens together while sampling."
+            )
+        elif not self.use_cache and config.data.micro_batch_size != 1:
+            yield (
+                "`data.micro_batch_size` must be 1 with objective.use_cache=false, so that sampling and updates make "
+                f"the same forwards, but is {config.data.micro_batch_size or 'null'} instead."
             )
         for key in (*dropouts(config.model, "model"), *dropouts(config.adapter, "adapter")):
             yield f"`{key}` must be 0 with objective=grpo, which compares probabilities of new and old weights."

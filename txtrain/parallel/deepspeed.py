@@ -23,8 +23,7 @@ from txtrain.hf.pieces import Held, Source
 from txtrain.model.lora import kept
 from txtrain.optim.average import Average
 from txtrain.optim.state import allocate
-from txtrain.parallel.config import BUCKET
-from txtrain.parallel.deepspeed_engine import Called, EngineOptimizer, Read, Whole, _with_gradient
+from txtrain.parallel.deepspeed_engine import Called, EngineOptimizer, Read, by_blocks, engine_config, gather_around
 from txtrain.parallel.deepspeed_layout import Part, global_norm, parts, take_flat
 from txtrain.parallel.mesh import Mesh
 from txtrain.parallel.one_process import OneProcess
@@ -68,6 +67,10 @@ class ZeRO(Mesh):
     @property
     def _half(self) -> bool:
         return self._policy() is not None
+
+    @property
+    def _engine_config(self) -> dict[str, Any]:
+        return engine_config(self.stage, self._half, self.config.strategy.cpu_offload)
 
     @property
     def _core(self) -> Optimizer:
@@ -147,7 +150,7 @@ class ZeRO(Mesh):
             self._keep_share(f"{name}.{key}" if name else key, parameter)
         if own:
             listed = nn.ParameterList(own.values())
-            deepspeed.zero.Init(module=listed, config_dict_or_path=self._engine_config(), dtype=listed[0].dtype)
+            deepspeed.zero.Init(module=listed, config_dict_or_path=self._engine_config, dtype=listed[0].dtype)
 
     def fill(self, model: nn.Module, source: Source) -> None:
         """Stage 3: read into the float32 shares kept beside the bfloat16 ones, then round."""
@@ -181,11 +184,11 @@ class ZeRO(Mesh):
         names = {parameter: name for name, parameter in model.named_parameters()}
         if self._half and not self._kept:
             self._kept = {name: (0, parameter.detach()) for parameter, name in names.items()}
-        whole = self._by_blocks(model, is_trained=True)
-        self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config())
+        whole = by_blocks(model, with_gradient=self.stage == 3)
+        self.engine, *_ = deepspeed.initialize(model=whole, optimizer=optimizer, config=self._engine_config)
         self._parts = list(parts(names, self.engine.optimizer))
         if self.stage == 3:
-            self._gather_around(whole)
+            gather_around(whole)
         if not self.config.adapter.alone:
             self._parts += [self._frozen(name, p) for p, name in names.items() if not p.requires_grad]
         for part in self._parts:
@@ -194,19 +197,6 @@ class ZeRO(Mesh):
                 part.fill(part.master, values, first)
         self._kept = {}
         return EngineOptimizer(self.engine, self._core)
-
-    def _by_blocks(self, model: nn.Module, is_trained: bool) -> Whole:
-        """The module that the engine gets; each block is gathered as a unit, as by FSDP2."""
-        import deepspeed
-
-        from txtrain.model.block import Block
-
-        for module in model.modules():
-            if isinstance(module, Block):
-                deepspeed.utils.set_z3_leaf_module(module, True)
-                if self.stage == 3 and is_trained:
-                    module.register_forward_pre_hook(_with_gradient)
-        return Whole(model)
 
     def set_up_read(self, model: nn.Module) -> None:
         """Nothing: in stage 3 an engine without optimizer gathers it (`readable`), in 1 and 2 every rank holds it."""
@@ -222,10 +212,10 @@ class ZeRO(Mesh):
             return super().readable(model.bfloat16() if self._half else model)
         import deepspeed
 
-        whole = self._by_blocks(model, is_trained=False)
-        engine, *_ = deepspeed.initialize(model=whole, config=self._engine_config())
+        whole = by_blocks(model, with_gradient=False)
+        engine, *_ = deepspeed.initialize(model=whole, config=self._engine_config)
         engine.eval()
-        self._gather_around(whole)
+        gather_around(whole)
         self._reading.append(engine)
         return Read(engine, model)
 
@@ -267,41 +257,6 @@ class ZeRO(Mesh):
         size = -(-n // self.size)
         first = min(self.rank * size, n)
         return first, min(size, n - first)
-
-    def _gather_around(self, whole: Whole) -> None:
-        """Keep parameters outside the blocks gathered throughout the forward, which reads some directly (tied head)."""
-        import deepspeed
-
-        from txtrain.model.block import Block
-
-        within = {p for module in whole.modules() if isinstance(module, Block) for p in module.parameters()}
-        for parameter in whole.parameters():
-            if parameter not in within:
-                for module in (whole, whole.model):
-                    deepspeed.zero.register_external_parameter(module, parameter)
-
-    def _engine_config(self) -> dict[str, Any]:
-        zero: dict[str, Any] = {"stage": self.stage, "reduce_bucket_size": BUCKET}
-        if self.stage == 3:
-            # Small parameters are sharded, too, and torch.nn.functional.linear is not replaced.
-            zero |= {"stage3_param_persistence_threshold": 0, "memory_efficient_linear": False}
-        if self.config.strategy.cpu_offload:
-            place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-            zero |= {"offload_optimizer": place} | ({"offload_param": place} if self.stage == 3 else {})
-        made: dict[str, Any] = {
-            "train_micro_batch_size_per_gpu": 1,  # required but unused: DeepSpeed loads no data here
-            "steps_per_print": 1 << 60,
-            "zero_optimization": zero,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "communication_data_type": "fp32",
-            "data_types": {"grad_accum_dtype": "fp32"},
-        }
-        return (
-            made
-            | ({"bf16": {"enabled": True}} if self._half else {})
-            | ({"gradient_allreduce_op": "sum"} if self.stage < 3 else {})
-        )
 
     # ------------------------------------------------------------------------------------------ the step
 

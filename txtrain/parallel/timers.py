@@ -55,6 +55,8 @@ class DeviceClock:
 class Phases:
     """Times one phase at a time, in the thread that called `start`; without `start`, nothing.
 
+    Beside PHASES those that an objective has of its own.
+
     labelled: set while a profiler runs, so that phases appear in its trace.
     """
 
@@ -109,11 +111,11 @@ class Phases:
         if self._clock is not None:
             self.enter(self._borders[-1][0])
             self._add_up()
-        taken, self._sums = self._sums, dict.fromkeys(PHASES, 0.0)
+        taken, self._sums = self._sums, dict.fromkeys(self._sums, 0.0)
         return taken
 
     def _add_up(self) -> None:
         assert self._clock is not None
         for (name, begin), (_, end) in zip(self._borders, self._borders[1:], strict=False):
-            self._sums[name] += self._clock.seconds(begin, end)
+            self._sums[name] = self._sums.get(name, 0.0) + self._clock.seconds(begin, end)
         self._borders = self._borders[-1:]

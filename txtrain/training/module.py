@@ -258,6 +258,7 @@ class LitModule(pl.LightningModule):
                 )
         terms = self.parallel.reduce(add(shares))
         phases.enter("optimizer")
+        torch.clear_autocast_cache()  # copies of the weights, which the update makes stale
         visits = self.parallel.reduce(model.counts)
         layers = self.layers.measure(self.step + 1, visits)
         norm = self.parallel.clip(self.model.parameters(), self.config.trainer.gradient_clip_val)

@@ -96,8 +96,8 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
             as_real = (
                 _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
             )
-            as_gloo: Any = _AsGloo() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-            with as_real, sent, tracker, as_gloo, _precision(config, parallel):
+            inside: Any = _Inside() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+            with as_real, sent, tracker, inside, _precision(config, parallel):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
@@ -232,15 +232,20 @@ NAMES = {
 }
 
 
-class _AsGloo(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gloo's reduce_scatter sums a copy of its input; the fake group makes none."""
+INSIDE = {torch.ops.c10d._reduce_scatter_base_.default: 1, torch.ops.aten.logsumexp.default: 0}  # argument copied
+
+
+class _Inside(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Shows the tracker what real kernels hold and fake ones do not: gloo's reduce_scatter sums a copy of its input,
+    logsumexp sums its exponentials."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(t is DTensor for t in types):
             return NotImplemented
-        copy = args[1].clone() if func is torch.ops.c10d._reduce_scatter_base_.default else None
+        at = INSIDE.get(func)
+        held = None if at is None else torch.empty_like(args[at])
         result = func(*args, **(kwargs or {}))
-        del copy
+        del held
         return result
 
 

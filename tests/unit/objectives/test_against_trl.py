@@ -1,11 +1,12 @@
-"""Losses and gradients on random log-probabilities equal those of trl's own trainers, where trl is installed (1.16 was).
+"""Losses, gradients and advantages equal those of trl's own trainers, where trl is installed (1.16 was).
 
 Two differences are trl's choice, and are worked out here. Masked out completions still count in its mean over sequences
 (`mask_truncated` leaves them out of the denominator). Its CISPO bounds the weight from above alone, by an absolute
 number, as the paper's runs do (2506.13585, section 3.1): clip_low=1 here.
 """
 
-import itertools
+import inspect
+import textwrap
 from collections import defaultdict
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio, advantage
 
 LONGEST = 6
 LENGTHS = (6, 3, 1, 4, 0, 5)  # 0: a truncated completion, masked out
-TRL_TYPE = {"sequence": "grpo", "token": "dapo", "constant": "dr_grpo"}
+NORMALISED: dict[str, Normalise] = {"grpo": "sequence", "bnpo": "token", "dapo": "token", "dr_grpo": "constant", "cispo": "token"}
 
 
 def given() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -58,20 +59,19 @@ def ours(loss: Loss, ratio: Ratio, normalise: Normalise, beta: float, low: float
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(
-    ("loss", "ratio", "normalise", "high"),
-    [
-        *itertools.product(["grpo"], ["token"], ["sequence", "token", "constant"], [0.2, 0.28]),
-        ("grpo", "sequence", "sequence", 0.2), ("cispo", "token", "token", 0.3),
-    ],
+    ("kind", "ratio", "high"),
+    [*((kind, "token", high) for kind in ("grpo", "bnpo", "dapo", "dr_grpo") for high in (0.2, 0.28)), ("grpo", "sequence", 0.2), ("cispo", "token", 0.3)],
 )
-def test_loss_and_gradient_equal_trl(loss: Loss, ratio: Ratio, normalise: Normalise, high: float, beta: float) -> None:
+def test_loss_and_gradient_equal_trl(kind: str, ratio: Ratio, high: float, beta: float) -> None:
+    """kind: trl's `loss_type`. Its bnpo divides by the tokens of one micro-batch, dapo by those of all: here they are one."""
     trainer = pytest.importorskip("trl", reason="trl, the oracle, is not installed").GRPOTrainer
-    low = 1.0 if loss == "cispo" else 0.2
+    loss: Loss = "cispo" if kind == "cispo" else "grpo"
+    low, normalise = 1.0 if loss == "cispo" else 0.2, NORMALISED[kind]
     value, gradient = ours(loss, ratio, normalise, beta, low, high)
     log_p, old, reference, advantage, mask = given()
     theirs = trl_loss(
         trainer, log_p, mask, {"advantages": advantage, "old_per_token_logps": old, "ref_per_token_logps": reference},
-        loss_type="cispo" if loss == "cispo" else TRL_TYPE[normalise], importance_sampling_level=ratio, beta=beta,
+        loss_type=kind, importance_sampling_level=ratio, beta=beta,
         epsilon_low=0.2, epsilon_high=1 + high if loss == "cispo" else high,
     )
     theirs.backward()  # type: ignore[no-untyped-call]
@@ -96,13 +96,30 @@ def test_rloo_equals_trl_where_the_weights_are_those_that_sampled() -> None:
     assert float((log_p.grad - LONGEST * kept * gradient).abs().max()) < 1e-6
 
 
-def test_advantages_equal_trl() -> None:
-    """Its formula stands within a long method; the deviation is its function."""
-    nanstd = pytest.importorskip("trl.trainer.utils", reason="trl, the oracle, is not installed").nanstd
+def trl_advantages(trainer: Any, begin: str, rewards: Tensor, **settings: Any) -> Tensor:
+    """Of rewards [P, G] by the trainer's own lines, which stand within a long method: from the one that begins so to the sharding."""
+    lines = inspect.getsource(trainer._generate_and_score_completions).splitlines()
+    first = next(i for i, line in enumerate(lines) if line.strip().startswith(begin))
+    last = next(i for i, line in enumerate(lines) if i > first and "process_slice = " in line)
+    names = vars(inspect.getmodule(trainer)) | {
+        "self": SimpleNamespace(reward_weights=torch.ones(1), multi_objective_aggregation="sum_then_normalize", **settings),
+        "rewards_per_func": rewards.flatten()[:, None], "rewards": rewards.flatten(), "num_generations": rewards.shape[1],
+        "unscorable_mask": torch.zeros(rewards.numel(), dtype=torch.bool), "device": rewards.device,
+    }
+    exec(textwrap.dedent("\n".join(lines[first:last])), names)
+    found: Tensor = names["advantages"]
+    return found.view_as(rewards)
+
+
+@pytest.mark.parametrize(("loss", "divided"), [("grpo", True), ("grpo", False), ("rloo", False)])
+def test_advantages_equal_trl(loss: Loss, divided: bool) -> None:
+    trl = pytest.importorskip("trl", reason="trl, the oracle, is not installed")
     rewards = torch.randn(5, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    plain = rewards - torch.nanmean(rewards, dim=1, keepdim=True)
-    scaled = plain / (nanstd(rewards, dim=1, keepdim=True) + 1e-4)
-    assert float((advantages(rewards, "grpo", True) - scaled).abs().max()) < 1e-6
-    assert float((advantages(rewards, "grpo", False) - plain).abs().max()) < 1e-6
-    others = (rewards.sum(1, keepdim=True) - rewards) / 7
-    assert float((advantages(rewards, "rloo", False) - (rewards - others)).abs().max()) < 1e-6
+    rewards[2] = 0.5  # a group without signal
+    if loss == "rloo":
+        theirs = trl_advantages(trl.RLOOTrainer, "grouped_rewards = ", rewards, normalize_advantages=False)
+    else:
+        theirs = trl_advantages(trl.GRPOTrainer, "if self.multi_objective", rewards, scale_rewards="group" if divided else "none")
+    assert float((advantages(rewards, loss, divided) - theirs).abs().max()) < 1e-6
+    assert float(theirs.abs().max()) > 1
+    assert not theirs[2].any()

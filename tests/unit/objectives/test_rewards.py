@@ -149,6 +149,7 @@ def test_the_command_line_takes_a_list_and_further_keys(tmp_path: Path) -> None:
     assert isinstance(made, Train)
     assert made.reward.use == ("answer", "length")
     assert made.reward.timeout == 2
+    assert compose(["reward=format"]).reward.use == ("format",)
     for wrong, said in (
         ("reward=[anwser]", "but has anwser instead. Did you mean answer"),
         ("reward=[length]", "`reward.length.free` must be given"),

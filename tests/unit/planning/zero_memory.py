@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 import txtrain
-from txtrain.parallel import deepspeed
+from txtrain.parallel import deepspeed, deepspeed_engine
 from txtrain.parallel.build import make_parallel
 from txtrain.planning.memory.batch_shapes import tensors_of
 from txtrain.training.simulate import Unattended, _Plain
@@ -67,18 +67,18 @@ class Stepped(_Plain):
 
 
 def near(ahead: int) -> None:
-    made = deepspeed.ZeRO._engine_config
+    made = deepspeed.engine_config
 
-    def config(self: Any) -> dict[str, Any]:
-        found = made(self)
+    def config(*given: Any) -> dict[str, Any]:
+        found = made(*given)
         found["zero_optimization"] |= {"stage3_prefetch_bucket_size": ahead, "stage3_max_reuse_distance": ahead}
         return found
 
-    deepspeed.ZeRO._engine_config = config
+    deepspeed.engine_config = config
 
 
 def main(bucket: int, ahead: int | None, words: list[str]) -> None:
-    deepspeed.BUCKET = bucket
+    deepspeed_engine.BUCKET = bucket
     if ahead is not None:
         near(ahead)
     config = txtrain.compose(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,11 @@ def _documents() -> tuple[str, ...]:
 
 
 def _modules() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted(p for p in root.rglob("*.py") if not _LEFT_OUT & set(p.relative_to(root).parts))
+    found: list[Path] = []
+    for folder, folders, files in os.walk(sysconfig.get_path("stdlib")):
+        folders[:] = {*folders} - _LEFT_OUT  # not walked through: what is installed there may be large
+        found += (Path(folder, name) for name in files if name.endswith(".py"))
+    return sorted(found)
 
 
 def _docstrings(path: Path) -> str:

@@ -112,8 +112,12 @@ class _Pieces(torch.autograd.Function):
         ctx.how = mask, blocks, scale, softcap
         how = (bias, *ctx.how)
         for piece, hidden in _pieces(q, k, how):
-            p, _ = _probabilities(piece.rows(q), piece.keys(k), piece, hidden, how)
-            piece.set(out, p.flatten(2, 3).to(v.dtype) @ piece.keys(v))
+            # p without a name, which would hold these scores while those of the next piece are made.
+            piece.set(
+                out,
+                _probabilities(piece.rows(q), piece.keys(k), piece, hidden, how)[0].flatten(2, 3).to(v.dtype)
+                @ piece.keys(v),
+            )
         ctx.save_for_backward(q, k, v, out, bias)
         return out
 
@@ -121,25 +125,31 @@ class _Pieces(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, bias = ctx.saved_tensors
-        how, scale = (bias, *ctx.how), ctx.how[2]
+        how = (bias, *ctx.how)
         of_q, of_k, of_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
         of_bias = torch.zeros_like(bias) if ctx.needs_input_grad[3] else None
         for piece, hidden in _pieces(q, k, how):
-            rows, keys = piece.rows(q), piece.keys(k)
-            p, squashed = _probabilities(rows, keys, piece, hidden, how)
-            given, p = piece.rows(gradient), p.flatten(2, 3)
-            inner = (given * piece.rows(out)).sum(-1, keepdim=True, dtype=p.dtype)
-            piece.keys(of_v).add_(p.to(v.dtype).mT @ given)
-            of_scores = (given @ piece.keys(v).mT).to(p.dtype).sub_(inner).mul_(p)
-            if of_bias is not None:
-                made = piece.split(of_scores).flatten(1, 2)
-                piece.of(of_bias).add_(made if len(bias) > 1 else made.sum(0, keepdim=True))
-            if squashed is not None:
-                of_scores.mul_(squashed.square_().neg_().add_(1))  # the slope of tanh
-            of_scores = of_scores.mul_(scale).to(q.dtype)
-            piece.set(of_q, of_scores @ keys)
-            piece.keys(of_k).add_(of_scores.mT @ rows)
+            _add_gradients(piece, hidden, how, (q, k, v, out, gradient), (of_q, of_k, of_v, of_bias))
         return of_q, of_k, of_v, of_bias, None, None, None, None
+
+
+def _add_gradients(piece: _Piece, hidden: Tensor | None, how: Any, given: Any, gradients: Any) -> None:
+    """A piece's share of `gradients`. A function: its scores are gone before those of the next piece are made."""
+    (q, k, v, out, gradient), (of_q, of_k, of_v, of_bias) = given, gradients
+    rows, keys = piece.rows(q), piece.keys(k)
+    p, squashed = _probabilities(rows, keys, piece, hidden, how)
+    of_rows, p = piece.rows(gradient), p.flatten(2, 3)
+    inner = (of_rows * piece.rows(out)).sum(-1, keepdim=True, dtype=p.dtype)
+    piece.keys(of_v).add_(p.to(v.dtype).mT @ of_rows)
+    of_scores = (of_rows @ piece.keys(v).mT).to(p.dtype).sub_(inner).mul_(p)
+    if of_bias is not None:
+        made = piece.split(of_scores).flatten(1, 2)
+        piece.of(of_bias).add_(made if len(made) == 1 or len(of_bias) > 1 else made.sum(0, keepdim=True))
+    if squashed is not None:
+        of_scores.mul_(squashed.square_().neg_().add_(1))  # the slope of tanh
+    of_scores = of_scores.mul_(how[3]).to(q.dtype)
+    piece.set(of_q, of_scores @ keys)
+    piece.keys(of_k).add_(of_scores.mT @ rows)
 
 
 class _Piece(NamedTuple):

@@ -76,17 +76,22 @@ class ChunkedDistillation(torch.autograd.Function):
         gradients = Gradients((x_ND, weight_VD, bias_V), wanted)
         sums = torch.zeros(2, dtype=torch.float32, device=x_ND.device)
 
+        def chunk(rows: slice, soft: Soft) -> None:
+            logits_CV = chunk_logits(x_ND[rows], weight_VD, bias_V, softcap)
+            losses, grad_CV = _chunk(logits_CV, targets_N[rows], soft, vocabulary, how)
+            sums.add_(losses)
+            if any(wanted):
+                if softcap is not None:
+                    grad_CV.mul_(1 - (logits_CV / softcap).square())
+                del logits_CV
+                gradients.add(rows, grad_CV.div_(how.denominator))
+
         def consume(soft_of: Callable[[slice], Soft]) -> None:
             size = vocabulary.rows_per_chunk(weight_VD)
             with torch.autocast(x_ND.device.type, enabled=False):
                 for start in range(0, max(1, len(x_ND)), size):
                     rows = slice(start, start + size)
-                    logits_CV = chunk_logits(x_ND[rows], weight_VD, bias_V, softcap)
-                    losses, grad_CV = _chunk(logits_CV, targets_N[rows], soft_of(rows), vocabulary, how)
-                    sums.add_(losses)
-                    if any(wanted):
-                        slope = 1.0 if softcap is None else 1 - (logits_CV / softcap).square()
-                        gradients.add(rows, grad_CV * slope / how.denominator)
+                    chunk(rows, soft_of(rows))
 
         how.teach(consume)
         how.soft_loss, how.hard_loss = (sums / how.denominator).unbind()

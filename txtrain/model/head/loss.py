@@ -110,6 +110,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             total += loss_C.sum()
             if grad_CV is not None:
                 gradients.add(rows, grad_CV)
+            del grad_CV  # before the next chunk's logits are made
         ctx.save_for_backward(*gradients.made())
         return total / denominator
 
@@ -144,6 +145,7 @@ class ChunkedTokenLosses(torch.autograd.Function):
             for rows, _, grad_CV in _chunks(inputs, softcap, vocabulary, True):
                 assert grad_CV is not None
                 gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
+                del grad_CV  # before the next chunk's logits are made
         return (*gradients.made(), None, None, None)
 
 
@@ -239,5 +241,6 @@ def _chunk(
             part_CV.sub_(smoothing / n_words)
         if slope_CV is not None:
             part_CV.mul_(slope_CV)
+        del slope_CV  # before the next part's is made
         part_CV.div_(below_C1[rows])  # 0 where there is no target
     return loss_C, logits_CV

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import math
 from functools import partial
 from typing import Any
 
@@ -146,7 +145,8 @@ def _blocks(
     declared, n = place.mask.declared, q.n * v.n // k.n
     keys = place.keys if declared.window is None else min(place.keys, BLOCK + declared.window - 1)
     scores = BLOCK * (heads[0] // heads[1]) * keys  # of a key head
-    scores *= math.prod(together(scores, place.batch, heads[1]))  # of a piece
+    rows, of_keys = together(scores, place.batch, heads[1])  # of a piece
+    scores *= rows * of_keys
     bias, formula = place.mask.bias, softcap or place.mask.bias is not None
     if padded := not formula and v.n != k.n:
         v = t.unary(v, k.n)
@@ -160,6 +160,9 @@ def _blocks(
     def work(parts: tuple[int, ...] = ()) -> None:
         hidden = t.bytes(drawn, 1 if formula else size)
         held = [t.bytes(scores, 4) for _ in range(3 if softcap else 2)] if formula else [t.bytes(n, 1) for n in parts]
+        if formula and parts:  # in half precision casts of the scores' gradient, else its sum over rows for the bias
+            summed = scores // rows * 4 if of_bias and rows > 1 else 0
+            held.append(t.bytes(max(summed, scores * size if size < 4 else 0), 1))
         del held, hidden
 
     work()

@@ -297,18 +297,16 @@ class Tape(Recorder):
         made = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
         gradients = [self.bytes(count, size) if y.edge else None for y, count, size in made]
         wanted = any(gradients)
-        for start in range(0, min(n, 2 * rows), rows):  # later chunks are like the second
-            chunk = min(rows, n - start) * vocabulary
-            logits = self.bytes(chunk, x.size)  # while those of the chunk before still exist
-            if x.size != 4:
-                logits = self.bytes(chunk, 4)  # they become their gradient in place
-            cached = min(chunk, max(1, CACHED_ELEMENTS // vocabulary) * vocabulary)
-            temporaries = [self.bytes(cached, 4) for _ in range(2 if capped and wanted else 1)]
-            del temporaries
-            if wanted and x.size != 4:
-                logits = self.bytes(chunk, x.size)
-            self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
-        del logits
+        chunk = min(rows, n) * vocabulary
+        logits = self.bytes(chunk, x.size)
+        if x.size != 4:
+            logits = self.bytes(chunk, 4)  # they become their gradient in place
+        cached = min(chunk, max(1, CACHED_ELEMENTS // vocabulary) * vocabulary)
+        temporaries = [self.bytes(cached, 4) for _ in range(2 if capped and wanted else 1)]
+        del temporaries
+        low = self.bytes(chunk, x.size) if wanted and x.size != 4 else None
+        self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
+        del logits, low
         sizes = [None if g is None else g.n for g in gradients]
 
         def backward(g: Bytes) -> Gradients:
