@@ -109,6 +109,8 @@ def test_a_tokenizer_that_has_no_a_is_framed_all_the_same(tmp_path: Path) -> Non
     model = {"vocab": {"</s>": 0, "é": 1}, "merges": [], "unk_token": None}
     loaded = load_tokenizer(tokenizer(tmp_path, model=model, post_processor=after([SEQUENCE, END])))
     assert loaded.frame(1).specials == ((), (0,))
+    digits = {"type": "WordLevel", "vocab": {"</s>": 0, "1": 1}, "unk_token": "<unk>"}
+    assert load_tokenizer(tokenizer(tmp_path, model=digits, post_processor=after([SEQUENCE, END]))).encode("1") == [1]
 
 
 @pytest.mark.parametrize("name", ["../../evil", "/tmp/evil", "a/b", "", ".", "x" * 101, "a\0b"])
