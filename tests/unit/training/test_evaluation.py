@@ -3,6 +3,8 @@
 import dataclasses as dc
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -116,6 +118,22 @@ def test_a_run_alone_is_evaluated_on_what_it_held_out(folder, run, capsys):
     full = train(tiny(folder, f"run_dir={folder / 'again'}", "trainer.max_steps=3", "trainer.limit_val_batches=1000"))
     rest = written["metrics"]["loss"]["value"] - full.metrics["val_loss"]
     assert abs(rest) < 0.01, f"validation leaves out the last, shorter sequence alone: {rest}"
+
+
+def test_figures_are_printed_where_the_run_cannot_keep_them_and_a_pipe_is_not_waited_for(folder, run, capsys, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    history = tmp_path / "run" / HISTORY
+    history.unlink(missing_ok=True)
+    given = ["evaluate", f"checkpoint={tmp_path / 'run'}", *lines(folder)]
+    history.mkdir()
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert f"{history} cannot be written" in said.err
+    history.rmdir()
+    os.mkfifo(history)
+    assert main(given) == 2
+    assert f"{history} must be a regular file" in capsys.readouterr().err
 
 
 def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
