@@ -93,11 +93,13 @@ def check_folder(run_dir: Path) -> None:
     """Check a run's folder before it is written to.
 
     Raises:
-        ConfigError: a link leads out of it.
+        ConfigError: a link leads out of it, or a pipe or a device is in it.
     """
     if run_dir.is_dir():
-        check_links(p for p in run_dir.iterdir() if p.name != FOLDER)
-        check_links((run_dir / FOLDER).glob("*"))
+        held = [p for p in run_dir.iterdir() if p.name != FOLDER]
+        check_links([*held, *(run_dir / FOLDER).glob("*")])
+        if strange := [p for p in held if p.exists() and not (p.is_file() or p.is_dir())]:
+            raise ConfigError(f"{strange[0]} must be a regular file, but is none.")
 
 
 def newest_run(where: str | Path, key: str) -> str:

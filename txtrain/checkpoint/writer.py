@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from txtrain.checkpoint.state import ShardState
+from txtrain.ground import files
 from txtrain.hf.tensor_file import pieces
 from txtrain.hf.tensor_names import CHECKSUMS
 
@@ -56,7 +57,9 @@ class Writer(HuggingFaceStorageWriter):
             ours = ShardState(id=plan.storage_data["id"], step=self.step, checksums=checksums)
             described = _described(items)
             with open(Path(self.path) / name, "wb") as stream:
-                stream.write(_header(described, ours))
+                header = _header(described, ours)
+                files.reserve(stream.fileno(), len(header) + sum(map(_size, items)))
+                stream.write(header)
                 for item in items:
                     result, checksums[item.index.fqn] = _write(stream, item, planner.resolve_data(item), name)
                     results.append(result)

@@ -53,6 +53,7 @@ def lines(made: Evaluation) -> Iterator[str]:
     """What was evaluated, and a row for each metric."""
     facts = made.facts
     step = f", step {facts['step']}" if "step" in facts else ""
+    step += ", averaged weights" if facts.get("weights") == "ema" else ""
     read = (
         f"{facts['data']}: {facts['n_samples']:,} samples; objective={facts['objective']}" if "data" in facts
         else f"lm_eval: {', '.join(facts['tasks'])}"

@@ -35,7 +35,7 @@ def usage(verb: str, asked: Sequence[str] = ()) -> str:
     """
     if asked:
         return "\n".join(_about(verb, word.partition("=")[0].lstrip("+")) for word in asked)
-    root = root_of(verb)
+    root: Any = root_of(verb)
     base = next((name for name in VERBS if root_of(name) in root.__mro__[1:]), None)  # whose keys it has too
     inherited = _keys(root_of(base)) if base else {}
     keys = {key: line for key, line in _keys(root).items() if key not in inherited}
@@ -45,7 +45,8 @@ def usage(verb: str, asked: Sequence[str] = ()) -> str:
         text += [_line(f"{_word(g)}=NAME", ", ".join(_options(g))) for g in [*groups, LAUNCHER]]
         text += ["", "Keys; a group's have the values of its option"]
     text += [_line(*line) for line in keys.values()]
-    text += [f"  and every key of {base}: txtrain {base} --help"] if base else []
+    shared = f"{', '.join(root.reads)} of {base}" if base and root.reads else f"every key of {base}"
+    text += [textwrap.fill(f"  and {shared}: txtrain {base} --help", 118, subsequent_indent="    ")] if base else []
     return "\n".join([*text, "", FLAGS])
 
 

@@ -39,7 +39,7 @@ def compose_job(
         run = next(
             (str(o.value()) for o in reversed(overrides) if o.key_or_group == "resume" and not o.is_delete()), "auto"
         )
-        if issubclass(root, Train) and run not in ("auto", "never"):
+        if issubclass(root, Train) and not root.reads and run not in ("auto", "never"):
             return resumed(verb, root, run_of(run), overrides, loader), overrides
         lines = check(overrides, loader, root)
         return typed(load(verb, lines, loader), root), lines
@@ -63,6 +63,8 @@ def typed(cfg: DictConfig, root: type) -> Composed:
     if "logger" in raw:
         raw["logger"] = settled(raw["logger"])
     config: Any = build(root, raw)
+    if issubclass(root, Train) and (unread := [*root.unread(notes["given"])]):
+        raise ConfigError(*unread)
     grafts = notes["grafts"] | _moved_norm(config, notes["norm_position"])
     told = (sentence(config, notes["training"]),) if notes["training"] and isinstance(config, Train) else ()
     return Composed(config, grafts, notes["given"], notes=told)

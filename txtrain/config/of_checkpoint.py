@@ -10,7 +10,7 @@ from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import among, build
+from txtrain.ground.convert import build
 from txtrain.ground.plain_files import check_keys, read_yaml
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
@@ -18,15 +18,6 @@ from txtrain.run_config import RewardConfig
 
 if TYPE_CHECKING:
     from txtrain.checkpoint.described import Described
-
-# Keys that the configuration has, as that of a training, and that nothing here would read.
-_OF_TRAINING = (
-    "optimizer", "scheduler", "save", "ema", "sample", "layer_stats", "freeze", "profile", "resume", "fork",
-    *(f"trainer.{key}" for key in (
-        "max_steps", "max_epochs", "max_tokens", "max_time", "limit_val_batches", "val_check_interval",
-        "log_every_n_steps", "gradient_clip_val",
-    )),
-)
 
 
 def of_checkpoint(job: Composed, found: Described) -> Composed:
@@ -39,15 +30,10 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
         ConfigError: values of the command line contradict the checkpoint, or no objective fits model and data.
     """
     config: OnTrained = job.config
-    if other := [key for key in job.given if key.partition(".")[0].partition("/")[0] == "model"]:
-        raise ConfigError(
-            *(f"`{key}` must not be given with checkpoint: the architecture comes with the weights." for key in other)
-        )
-    if idle := [key for key in job.given if among(key.replace("/", "."), _OF_TRAINING)]:
-        raise ConfigError(*(f"`{key}` must not be given here: training alone reads it." for key in idle))
     if isinstance(config, Evaluate) and config.tasks:
-        if clash := [key for key in job.given if key.partition(".")[0] in ("data", "objective")]:
-            why = "must not be given with tasks, which have data of their own"
+        of_data = ("data", "objective", "metrics", "reward", "split", "stride")
+        if clash := [key for key in job.given if key.partition(".")[0] in of_data]:
+            why = "must not be given with tasks, which have data and metrics of their own"
             raise ConfigError(*(f"`{key}` {why}." for key in clash))
         config = dc.replace(config, model=found.model)
         if problems := list(config.problems()):

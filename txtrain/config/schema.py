@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, Literal
 
 import txtrain.data.config
 import txtrain.hf.lora_config
 import txtrain.objectives.config  # noqa: F401  (these register the sources, the adapters and the objectives)
 from txtrain.config import compatibility
 from txtrain.errors import divisors_near, hint
-from txtrain.ground.convert import Checked
+from txtrain.ground.convert import Checked, among
 from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import METRIC, TABLE, knob, out_of_range
+from txtrain.registry import METRIC, TABLE, key_of, knob, out_of_range
 from txtrain.run_config import RunConfig
 
 
@@ -24,7 +24,8 @@ from txtrain.run_config import RunConfig
 class Train(RunConfig):
     """The configuration of a run, with the checks across its groups."""
 
-    _trains = True  # not a field: what else reads these groups may name what is for evaluation alone
+    # of these keys those that a verb reads, which trains nothing and refuses the others; (): it reads all
+    reads: ClassVar[tuple[str, ...]] = ()
 
     def check(self) -> Iterator[str]:
         """Problems: numbers out of bounds, or else those within each group; conflicts of model, objective and data;
@@ -40,6 +41,16 @@ class Train(RunConfig):
         if not problems:
             yield from self._check_between()
 
+    @classmethod
+    def unread(cls, given: Iterable[str]) -> Iterator[str]:
+        """A problem for each given key that would change nothing."""
+        own = {key_of(f) for f in dc.fields(cls)} - {key_of(f) for f in dc.fields(Train)}
+        for key in given:
+            if cls.reads and not among(key.replace("/", "."), (*cls.reads, *own)):
+                comes = among(key.replace("/", "."), ("model", "adapter"))
+                why = "it comes with the weights" if comes else "nothing here reads it"
+                yield f"`{key}` must not be given here: {why}."
+
     def _check_between(self) -> Iterator[str]:
         data = self.data
         position = self.model.position
@@ -54,7 +65,7 @@ class Train(RunConfig):
                 "`trainer.max_epochs` must be null with data.streaming=true: the length of a stream is unknown. Give "
                 "trainer.max_steps or max_tokens."
             )
-        if not self.objective.trains and self._trains:
+        if not self.objective.trains and not self.reads:
             yield f"`objective` must be one that trains, but is {self.objective.type} instead, which is for evaluate."
         yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)

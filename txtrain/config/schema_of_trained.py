@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses as dc
 import re
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from txtrain.config.schema import Train
 from txtrain.config.units import bytes_of
@@ -18,14 +18,17 @@ from txtrain.run_config import Extent
 
 @dc.dataclass(frozen=True, kw_only=True)
 class OnTrained(Train):
-    """A trained model, and the data that it reads. What training alone needs is not read."""
+    """A trained model, and the data that it reads."""
+
+    reads: ClassVar[tuple[str, ...]] = (
+        "data", "reward", "strategy", "trainer.precision", "trainer.accelerator", "trainer.devices",
+        "trainer.num_nodes", "seed", "imports", "init_from", "allow_nonfinite",
+    )
 
     # a run, one of its checkpoints, a folder of runs, an export or a Hugging Face folder; model and tokenizer are its
     checkpoint: str | None = knob(None, literal=True, run=True)
     weights: Literal["model", "ema"] = "model"  # ema: averaged weights, of a run with ema.decay
     out: str | None = knob(None, literal=True)  # the file to write
-
-    _trains = False
 
     @property
     def extent(self) -> Extent:
@@ -51,10 +54,6 @@ class OnTrained(Train):
         if data.sample_kind == "labels" and head.pools and data.kind != head.kind:
             yield f"`data.kind` must be {head.kind}, as in the checkpoint, but is {data.kind} instead."
 
-    def _check_base(self) -> Iterator[str]:
-        if self.adapter.alone:
-            yield f"`adapter` must be none, but is {self.adapter.type} instead: that of the checkpoint comes with it."
-
     def _check_batch(self) -> Iterator[str]:
         """Ranks need no equal shares."""
         if (world := parallel.processes(self)) is not None:
@@ -74,6 +73,8 @@ class LMEvalConfig:
 class Evaluate(OnTrained):
     """A trained model, and what to measure it on."""
 
+    reads: ClassVar[tuple[str, ...]] = (*OnTrained.reads, "objective", "metrics")
+
     tasks: tuple[str, ...] = ()  # instead of data: tasks of lm_eval (pip install "txtrain[eval]")
     lm_eval: LMEvalConfig = dc.field(default_factory=LMEvalConfig)
 
@@ -90,6 +91,8 @@ class Evaluate(OnTrained):
         return Extent(whole=self.split == "all", rest=True, stride=self.stride)
 
     def problems(self) -> Iterator[str]:
+        if self.lm_eval != LMEvalConfig() and not self.tasks:
+            yield "`tasks` must be given with lm_eval.include_path, num_fewshot and limit, which are of tasks alone."
         yield from self._of_tasks() if self.tasks else OnTrained.problems(self)
 
     def _of_tasks(self) -> Iterator[str]:
@@ -154,7 +157,6 @@ class Predict(OnTrained):
         if self.stop and self.data.sample_kind == "problems":
             yield f"`stop` must be [] with data={self.data.type}, where an end token alone ends an answer."
         yield from self._check_rows()
-        yield from self._check_base()
         yield from self._check_batch()
 
 
@@ -225,5 +227,7 @@ class Export:
             for name in ("format", "dtype", "max_shard_size"):
                 if (value := getattr(self, name)) != (default := getattr(Export, name)):
                     yield f"`{name}` must be {default} with merge_adapter=false, but is {value} instead."
+        elif self.format == "gguf" and self.max_shard_size != Export.max_shard_size:
+            yield f"`max_shard_size` must be {Export.max_shard_size} with format=gguf, which is one file."
         if self.push_to is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push_to):
             yield f"`push_to` must be a name on the hub such as me/my-model, but is {self.push_to!r} instead."

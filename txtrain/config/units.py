@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-UNITS = {"gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
+UNITS = {"kb": 10**3, "kib": 2**10, "gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
 
 def bytes_of(text: str) -> int | None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LIMIT = 10_000_000  # bytes of a file; Python objects take about twenty times as many
 TENSORS_LIMIT = 50_000_000  # bytes of a safetensors header or index; a model of 1e12 parameters has 15 million
-TOKENIZER_LIMIT = 200_000_000  # bytes; Gemma's tokenizer.json has 34 million
+TOKENIZER_LIMIT = 100_000_000  # bytes; Gemma's tokenizer.json has 34 million
 YAML_LIMIT = 1_000_000  # bytes; the configuration of a run has a few thousand
 _DEPTH = 64
 _DIGITS = 40  # of an integer; 2**128 has 39

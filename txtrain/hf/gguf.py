@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +18,30 @@ if TYPE_CHECKING:
     from txtrain.data.tokenizer.tokenizer import Tokenizer
     from txtrain.hf.save import Saved
 
-CLASSES = ("LlamaForCausalLM", "MistralForCausalLM")
-_PLAIN = {  # fields of config.json of which the format, or its reader in transformers, knows one value
-    "hidden_act": "silu", "sliding_window": None, "rope_scaling": None, "attention_bias": False, "mlp_bias": False,
+
+
+class Format(NamedTuple):
+    """How llama.cpp holds a class.
+
+    one_value: fields of config.json of which it, or its reader in transformers, knows this value alone.
+    """
+
+    name: str  # of the architecture
+    one_value: Mapping[str, Any]
+    rotates: bool = True  # it has rotations, key-value heads and a norm of root mean squares
+    interleaved: bool = False  # rotates pairs of neighbours instead of halves
+    plus_one: bool = False  # weights of norms are those that multiply, not their distance from 1
+
+
+_GATED = {"attention_bias": False, "mlp_bias": False, "rope_scaling": None}
+_LLAMA = Format("llama", {**_GATED, "hidden_act": "silu", "sliding_window": None}, interleaved=True)
+FORMATS = {
+    "LlamaForCausalLM": _LLAMA, "MistralForCausalLM": _LLAMA,
+    "GPT2LMHeadModel": Format("gpt2", {"activation_function": "gelu_new", "scale_attn_weights": True}, rotates=False),
+    "Gemma2ForCausalLM": Format("gemma2", {
+        **_GATED, "hidden_activation": "gelu_pytorch_tanh", "query_pre_attn_scalar": 256, "head_dim": 256,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+    }, plus_one=True),
 }
 
 
@@ -34,35 +56,45 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
     except ImportError as e:
         raise ConfigError("`format=gguf` needs the gguf library: pip install 'txtrain[gguf]'.") from e
     config, model, hf = saved.config, saved.model.config, saved.hf
-    if hf.architecture not in CLASSES:
+    form = FORMATS.get(hf.architecture)
+    if form is None:
         raise ConfigError(
             f"`format` must be hf for {hf.architecture}, but is gguf instead: of the classes that llama.cpp knows, "
-            f"{' and '.join(CLASSES)} are written."
+            f"{', '.join(FORMATS)} are written."
         )
-    for name, value in _PLAIN.items():
+    alternate = ["full_attention" if i % 2 else "sliding_attention" for i in range(model.n_layers)]
+    for name, value in {**form.one_value, "layer_types": alternate}.items():
         if config.get(name, value) != value:
             given = f"hf with {name} {config[name]!r}, but is gguf instead: there it is {value!r}"
             raise ConfigError(f"`format` must be {given}.")
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, form.name)
     writer.add_name(f"{model.family} of txtrain")
     writer.add_vocab_size(model.vocab_size)
     writer.add_context_length(model.max_seq_len)
     writer.add_embedding_length(model.dim)
     writer.add_block_count(model.n_layers)
-    writer.add_feed_forward_length(config["intermediate_size"])
-    n_kv = config["num_key_value_heads"] or model.n_heads
+    writer.add_feed_forward_length(model.ffn.width(model))
     writer.add_head_count(model.n_heads)
-    writer.add_head_count_kv(n_kv)
-    head_dim = config["head_dim"] or model.dim // model.n_heads
-    writer.add_rope_dimension_count(head_dim)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_rope_freq_base(model.position.theta)
-    writer.add_layer_norm_rms_eps(model.norm.eps)
+    if form.rotates:
+        n_kv = config["num_key_value_heads"] or model.n_heads
+        writer.add_head_count_kv(n_kv)
+        head_dim = config["head_dim"] or model.dim // model.n_heads
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_freq_base(model.position.theta)
+        writer.add_layer_norm_rms_eps(model.norm.eps)
+        if window := config.get("sliding_window"):
+            writer.add_sliding_window(window)
+    else:
+        writer.add_layer_norm_eps(model.norm.eps)
     writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[saved.dtype])
     _add_tokenizer(writer, saved, tokenizer)
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, model.n_layers)
-    stored = hf.stored(model, saved.shapes)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.name.upper()], model.n_layers)
+    stored = [
+        s._replace(transposed=False, shape=s.shape[::-1]) if s.transposed else s
+        for s in hf.stored(model, saved.shapes)
+    ]
     kinds = {
         torch.float32: gguf.GGMLQuantizationType.F32, torch.float16: gguf.GGMLQuantizationType.F16,
         torch.bfloat16: gguf.GGMLQuantizationType.BF16,
@@ -71,7 +103,7 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
         dtype = _dtype(s, saved)
         raw = torch.empty(s.shape, dtype=dtype, device="meta")
         as_numpy = torch.empty(0, dtype=torch.int16 if dtype is torch.bfloat16 else dtype).numpy().dtype
-        theirs = names.get_name(s.name, try_suffixes=(".weight",))
+        theirs = names.get_name(s.name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, s.name
         writer.add_tensor_info(theirs, s.shape, as_numpy, raw.nbytes, raw_dtype=kinds[dtype])
     writer.write_header_to_file()
@@ -79,7 +111,9 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
     writer.write_ti_data_to_file()
     for s in stored:
         tensor = to_theirs(s, saved.tensors)
-        if s.name.endswith(("q_proj.weight", "k_proj.weight")):
+        if form.plus_one and s.name.endswith("norm.weight"):
+            tensor = tensor.float() + 1
+        if form.interleaved and s.name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = _interleaved(tensor, model.n_heads if "q_proj" in s.name else n_kv)
         tensor = tensor.detach().to(_dtype(s, saved)).contiguous()
         writer.write_tensor_data(tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy())

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 from txtrain.hf.name_map import Shape, n_elements
 from txtrain.hf.tensor_names import read_header
 
@@ -182,6 +183,7 @@ def write_safetensors(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
     with path.open("wb") as f:
+        files.reserve(f.fileno(), 8 + len(text) + end)
         f.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:
             f.write(tensor(name).detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)

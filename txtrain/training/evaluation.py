@@ -6,6 +6,7 @@ import contextlib
 import dataclasses as dc
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -264,17 +265,17 @@ def run(cfg: Evaluate, tick: Tick = lambda done, n: None) -> Evaluation:
     found = describe(cfg.checkpoint)
     facts: dict[str, Any] = {"checkpoint": str(found.path)}
     facts |= {} if found.is_hf else {"step": checkpoint.read_state(found.path).step}
-    run_of = None if found.is_hf else found.path
+    history = None if found.is_hf else _history(found.path)
     if cfg.tasks:
         from txtrain.training.harness import of_tasks  # needs the extra `eval`
 
         by_name = {name: Figure(*values) for name, values in of_tasks(cfg, found.tokenizer).items()}
         made = Evaluation(by_name, {**facts, "tasks": list(cfg.tasks), "seed": cfg.seed})
-        _write(made, cfg, run_of)
+        _write(made, cfg, history)
         return made
     with reading(cfg) as (reader, data):
         made = measured(cfg, reader, data, facts, tick)
-        reader.parallel.first(lambda: _write(made, cfg, run_of))
+        reader.parallel.first(lambda: _write(made, cfg, history))
     return made
 
 
@@ -352,15 +353,28 @@ def check_out(out: str, suffix: str) -> Path:
     return path
 
 
-def _write(made: Evaluation, cfg: Evaluate, path: Path | None) -> None:
-    """To `out`, and as a line into the run's folder. path: the checkpoint of a run."""
+def _history(path: Path) -> Path | None:
+    """Where the run of a checkpoint keeps its evaluations; None for a checkpoint outside of a run.
+
+    Raises:
+        ConfigError: as `check_folder`.
+    """
+    if path.parent.name != checkpoint.FOLDER:
+        return None
+    checkpoint.check_folder(path.parent.parent)
+    return path.parent.parent / HISTORY
+
+
+def _write(made: Evaluation, cfg: Evaluate, history: Path | None) -> None:
+    """To `out`, and as a line into the run's folder, if it can be written to: it may be another's."""
     if cfg.out is not None:
         out = files.path_of(cfg.out, "out")
         with files.writing(out.parent, "out"):
             out.parent.mkdir(parents=True, exist_ok=True)
             files.write(out, json.dumps(json.loads(made.to_json()), indent=2, ensure_ascii=False) + "\n")
-    if path is not None and path.parent.name == checkpoint.FOLDER:
-        folder = path.parent.parent
-        checkpoint.check_folder(folder)
-        with files.writing(folder, "checkpoint"), open(folder / HISTORY, "a", encoding="utf-8") as f:
-            f.write(made.to_json() + "\n")
+    if history is not None:
+        try:
+            with open(history, "a", encoding="utf-8") as f:
+                f.write(made.to_json() + "\n")
+        except OSError as e:
+            print(f"txtrain: {history} cannot be written: {e.strerror}. This evaluation is not in it.", file=sys.stderr)

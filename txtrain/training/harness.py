@@ -30,6 +30,8 @@ def of_tasks(cfg: Evaluate, tokenizer: Path | None) -> Found:
     Raises:
         ConfigError: lm_eval is not installed, knows no such task, or the model has no tokenizer.
     """
+    if (folder := cfg.lm_eval.include_path) is not None and not Path(folder).is_dir():
+        raise ConfigError(f"`lm_eval.include_path` must be a folder with tasks, but {folder!r} is none.")
     try:
         import lm_eval
         from lm_eval.tasks import TaskManager
@@ -39,7 +41,7 @@ def of_tasks(cfg: Evaluate, tokenizer: Path | None) -> Found:
     if tokenizer is None:
         raise ConfigError(f"`checkpoint` must have a tokenizer with tasks, but {cfg.checkpoint!r} has none.")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager(include_path=cfg.lm_eval.include_path)
+    manager = TaskManager(include_path=folder)
     if unknown := [name for name in cfg.tasks if not manager.match_tasks([name])]:
         raise ConfigError(
             f"`tasks` must be known to lm_eval, but {', '.join(unknown)} is not. Of your own: "

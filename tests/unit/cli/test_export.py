@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 import txtrain
@@ -123,6 +124,7 @@ def test_dtype_and_shards(graft: Path, capsys: pytest.CaptureFixture[str]) -> No
         ("push_to=me", "`push_to` must be a name on the hub such as me/my-model"),
         ("dtype=int8", "`dtype` must be one of float32, bfloat16, float16"),
         ("format=gguf", "`format` must be hf for TxtrainForCausalLM"),
+        ("format=gguf max_shard_size=1MB", "`max_shard_size` must be 5GB with format=gguf, which is one file"),
         ("weights=ema", "`weights` must be model for a Hugging Face folder"),
         ("merge_adapter=false dtype=bfloat16", "`dtype` must be float32 with merge_adapter=false, but is bfloat16"),
         ("merge_adapter=false format=gguf", "`format` must be hf with merge_adapter=false, but is gguf"),
@@ -152,24 +154,55 @@ def test_the_default_transformer_leaves_as_marian_with_its_dimensions_renumbered
         assert ((found - want).abs().max() / want.abs().max()).item() < 1e-5
 
 
+HEADS = options.AttentionConfig(type="gqa", n_kv_heads=2)
+IN_GGUF = {  # gpt2 and gemma2: with the values that transformers' reader knows alone
+    "llama2": tiny(tie_word_embeddings=False, attention=HEADS),
+    "gpt2": txtrain.compose(["model=gpt2", "model.dim=32", "model.n_layers=2", "model.vocab_size=61", "model.max_seq_len=1024"]).model,
+    "gemma2": txtrain.compose([
+        "model=gemma2", "model.dim=32", "model.n_layers=2", "model.vocab_size=61", "model.attention.window=[6,null]",
+        "model.attention.head_dim=256", "model.max_seq_len=48",
+    ]).model,
+}
+
+
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "dtype", ["float16", *(pytest.param(name, marks=pytest.mark.slow) for name in ("float32", "bfloat16"))]
+    ("family", "dtype"),
+    [("llama2", "float16"), ("gpt2", "float32"), ("gemma2", "float32"), *(
+        pytest.param(family, name, marks=pytest.mark.slow) for family in IN_GGUF for name in ("float32", "bfloat16")
+    )],
 )
-def test_gguf_is_read_back_by_transformers(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("gguf")
+def test_gguf_is_read_back_by_transformers(family: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
+    pytest.importorskip("gguf")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    config = tiny(tie_word_embeddings=False, attention=options.AttentionConfig(type="gqa", n_kv_heads=2))
-    txtrain.save_pretrained(shake(seeded(config)).eval(), tmp_path / "llama")
-    assert main(["export", f"checkpoint={tmp_path / 'llama'}", f"out={tmp_path / 'out'}", "format=gguf", f"dtype={dtype}"]) == 0
-    assert sorted(os.listdir(tmp_path / "out")) == ["README.md", "llama2.gguf"]
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="llama2.gguf", dtype=torch.float32).eval()
+    monkeypatch.chdir(tmp_path)
+    config = IN_GGUF[family]
+    txtrain.save_pretrained(shake(seeded(config)).eval(), "given")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    bpe.train_from_iterator(["the reader counts tokens"], tokenizers.trainers.BpeTrainer(vocab_size=61, special_tokens=["<end>"]))
+    bpe.save("given/tokenizer.json")
+    Path("given/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}')
+    assert main(["export", "checkpoint=given", "out=out", "format=gguf", f"dtype={dtype}"]) == 0
+    assert sorted(os.listdir("out")) == ["README.md", f"{family}.gguf"]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained("out", gguf_file=f"{family}.gguf", dtype=torch.float32).eval()
     ours = shake(seeded(config)).eval()
     for p in ours.parameters():
         p.copy_(p.to(getattr(torch, dtype)) if p.dim() > 1 else p)
     want = ours(ids()).logits
     assert ((theirs(ids()).logits - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+def test_gguf_refuses_values_that_the_format_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf")
+    capped = dc.replace(IN_GGUF["gemma2"], logit_softcap=20.0)
+    even = dc.replace(IN_GGUF["gemma2"], attention=dc.replace(IN_GGUF["gemma2"].attention, window=(6, 6)))
+    for name, config, says in (("a", capped, "final_logit_softcapping 20.0"), ("b", even, "layer_types")):
+        txtrain.save_pretrained(seeded(config), tmp_path / name)
+        assert main(["export", f"checkpoint={tmp_path / name}", f"out={tmp_path / 'out'}", "format=gguf"]) == 2
+        assert f"`format` must be hf with {says}" in capsys.readouterr().err
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_push_goes_to_the_hub(graft: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

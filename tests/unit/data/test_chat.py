@@ -331,6 +331,10 @@ def test_tools_and_calls_are_read_as_the_template_writes_them(theirs: Any) -> No
         ("{% include '/etc/passwd' %}", "no loader"),
         ("{{ raise_exception('only cats') }}", "only cats"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
+        ("{{ 'a' * 20000000 }}", "writes more than 16,"),
+        ("".join(f"{{% for a{i} in [1] %}}" for i in range(25)) + "{% endfor %}" * 25, "no Jinja template.*nested"),
+        ("{{ 10**100000 }}", "no Jinja template"),
+        ("{% macro m() %}ab{% generation %}x{% endgeneration %}{% endmacro %}{{ m() }}", "must not be within"),
     ],
 )
 def test_a_template_can_do_nothing_but_write(
@@ -346,6 +350,22 @@ def test_a_template_can_do_nothing_but_write(
     monkeypatch.setattr(renderer, "SECONDS", seconds)
     with pytest.raises(ConfigError, match=f"(?s)stranger.jinja.*({said})"):
         samples_of(text, words(["user", "assistant"]))
+
+
+def test_a_template_that_left_the_sandbox_could_open_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from txtrain.data.chat import renderer
+
+    source = Path(renderer.__file__).read_text()
+    for left, way in [("open(form).read()", "/etc/passwd"), ("__import__('os').popen(form).read()", "id")]:
+        (tmp_path / "renderer.py").write_text(source.replace("datetime.now().strftime(form)", left))
+        monkeypatch.setattr(renderer, "__file__", str(tmp_path / "renderer.py"))
+        with pytest.raises(ConfigError, match="Too many open files"):
+            samples_of(f"{{{{ strftime_now('{way}') }}}}", words(["user", "assistant"]))
+
+
+def test_chance_in_a_template_is_the_same_each_time() -> None:
+    text = "{% for m in messages %}{{ range(100000)|random }}{{ m.content }}{% endfor %}"
+    assert samples_of(text, words(["user", "assistant"])) == samples_of(text, words(["user", "assistant"]))
 
 
 # --------------------------------------------------------------------------------------------------------------------- formats

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -158,3 +159,20 @@ def test_what_cannot_be_a_path_is_refused_before_the_system_is_asked(where):
     with pytest.raises(ConfigError, match="`out` must be a path") as e:
         files.path_of(where, "out")
     assert len(str(e.value)) < 500
+
+
+def test_space_is_asked_for_and_a_file_that_finds_none_is_refused_before_its_first_byte(tmp_path):
+    with open(tmp_path / "file", "wb") as f:
+        files.reserve(f.fileno(), 3000)
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4000, limits[1]))
+            with pytest.raises(OSError, match="File too large"):
+                files.reserve(f.fileno(), 5000)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "file").stat().st_size in (0, 3000)  # 0: a file system that has no such call
+    ends = os.pipe()
+    files.reserve(ends[1], 3000)  # nor has a pipe
+    for end in ends:
+        os.close(end)

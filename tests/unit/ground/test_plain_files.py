@@ -361,6 +361,13 @@ def test_a_link_out_of_a_run_is_refused_before_it_is_written_through(name, made,
     assert not target.exists()
 
 
+@pytest.mark.parametrize("name", ["samples.txt", "metrics.csv", "evaluations.jsonl"])
+def test_a_pipe_in_a_run_is_not_waited_for(name, made, run):
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    refused(lambda: continued(made, run), name, "regular file")
+
+
 def test_the_folder_of_checkpoints_may_be_a_link_of_the_users(made, run, tmp_path):
     (run / "checkpoints").rename(tmp_path / "large")
     (run / "checkpoints").symlink_to(tmp_path / "large")

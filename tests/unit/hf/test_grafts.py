@@ -6,35 +6,61 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.draws import legal_models
-from tests.models import ids, seeded, shake
+from tests.draws import LEGAL_HEADS, legal_models
+from tests.models import attentions, ffns, ids, norms, positions, seeded, shake
+from txtrain.cli.jobs import compose
 from txtrain.hf import save
 from txtrain.hf.graft import Graft, role_of
 from txtrain.hf.registry import Leaving
 from txtrain.model.config import ModelConfig
 from txtrain.model.generation import generate
 from txtrain.model.transformer import Transformer
+from txtrain.registry import MODEL_AXES, TABLE, is_own
 
 HERE = Path(__file__).parent
-N_DEFAULT, N_SLOW = 3, int(os.environ.get("TXTRAIN_GRAFTS", "200"))
+N_DEFAULT, N_SLOW = 100, int(os.environ.get("TXTRAIN_GRAFTS", "1000"))
 OTHER = os.environ.get("TXTRAIN_TRANSFORMERS")  # a folder with another version of transformers
 NEW = 6  # tokens of a text
 
 
+@st.composite
+def grafts_of_the_transformer(draw: st.DrawFn) -> ModelConfig:
+    """The default Transformer, small, with one or two other parts."""
+    axes = {"attention": attentions, "ffn": ffns, "position": positions, "norm": norms, "norm_position": st.sampled_from(sorted(TABLE["norm_position"]))}
+    chosen = draw(st.lists(st.sampled_from(sorted(axes)), min_size=1, max_size=2, unique=True))
+    return dc.replace(the_transformer(), **{axis: draw(axes[axis]) for axis in chosen})
+
+
+@lru_cache
+def the_transformer() -> ModelConfig:
+    small = ("model.dim=32", "model.n_heads=4", "model.vocab_size=61", "model.max_seq_len=48", "model.dropout=0")
+    return compose(["model=transformer", *small]).model
+
+
 def drawn(n: int) -> list[ModelConfig]:
-    """The first n of a fixed sequence of legal models."""
+    """The first n of a fixed sequence of legal models, about every tenth of them a graft of the default Transformer."""
+    legal = grafts_of_the_transformer().filter(lambda config: not list(config.check()))
+    of_transformer = distinct(legal, -(-n // 10))
+    made = [*of_transformer, *distinct(legal_models, n - len(of_transformer))]
+    return [of_every_kind(config, i) for i, config in enumerate(made)]
+
+
+def distinct(models: st.SearchStrategy[ModelConfig], n: int) -> list[ModelConfig]:
     found: list[ModelConfig] = []
 
     @settings(max_examples=4 * n, database=None, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-    @given(legal_models)
+    @given(models)
     def collect(config: ModelConfig) -> None:
         saturated = config.norm.type == "none" and config.logit_softcap is not None  # logits of exactly the cap: ties, no gradient
         if config not in found and not saturated:
@@ -42,7 +68,7 @@ def drawn(n: int) -> list[ModelConfig]:
 
     collect()
     step = max(1, len(found) // n)
-    return [of_every_kind(config, i) for i, config in enumerate(found[::step][:n])]
+    return found[::step][:n]
 
 
 def of_every_kind(config: ModelConfig, i: int) -> ModelConfig:
@@ -169,8 +195,21 @@ def wrong(result: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def check_variety(configs: list[ModelConfig]) -> None:
+    """Every topology, kind of class and option of an axis is among them."""
+    roles = {role_of(c).name for c in configs}
+    assert roles >= {"CausalLM", "Seq2SeqLM", "MaskedLM", "PreTraining", "SequenceClassification", "ImageClassification"}, roles
+    assert {(c.topology, c.head.type) for c in configs} >= {(topology, head) for topology, of in LEGAL_HEADS.items() for head in of}
+    assert sum(c.family == "transformer" for c in configs) >= len(configs) // 20
+    for axis in (*MODEL_AXES, "norm_position"):
+        wanted = {name for name in TABLE[axis] if not is_own(axis, SimpleNamespace(type=name))} - {"none" if axis == "head" else ""}
+        assert {getattr(c, axis) if axis == "norm_position" else getattr(c, axis).type for c in configs} >= wanted, axis
+
+
 def check_drawn(n: int, folder: Path, trainer: bool) -> None:
     configs = drawn(n)
+    assert len(configs) == n
+    check_variety(configs)
     plain = [] if not trainer else [role_of(c).name for c in configs if not c.ffn.n_experts]  # a mixture balances each part of a batch by itself
     for i, config in enumerate(configs):
         first = not config.ffn.n_experts and role_of(config).name in plain

@@ -12,7 +12,7 @@ from tests.training import tiny
 from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.data.samples.questions import encode
-from txtrain.data.sources.questions import Cloze, MultipleChoice, Question
+from txtrain.data.sources.questions import Cloze, MultipleChoice, Question, QuestionFiles
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.training.evaluation import reading
 from txtrain.training.run import train
@@ -118,9 +118,11 @@ def test_fields_are_named_by_keys():
     filled = given(MultipleChoice, blank="_").question({"q": "The _ is big, so it is seen.", "c": ["cup", "box"], "a": 1}, "x")
     assert filled.options == (("The cup", " is big, so it is seen."), ("The box", " is big, so it is seen."))
     assert given(MultipleChoice, prompt="Q: {q} ({d})\nA:").question({"q": "w", "d": 5, "c": ["2", "3"], "a": 0}, "x").options[0][0] == "Q: w (5)\nA:"
-    for row, said in (({"q": "x", "c": ["2", "3"], "a": 2}, "answer_column"), ({"q": "x", "c": "2", "a": 0}, "choices_column"), ({"c": ["2", "3"], "a": 0}, "question_column")):
+    for row, said in (({"q": "x", "c": ["2", "3"], "a": 2}, "answer_column"), ({"q": "x", "c": ["2", "3"], "a": "1" * 5000}, "answer_column"), ({"q": "x", "c": "2", "a": 0}, "choices_column"), ({"c": ["2", "3"], "a": 0}, "question_column")):
         with pytest.raises(txtrain.ConfigError, match=said):
             source.question(row, "line 1")
+    with pytest.raises(txtrain.ConfigError, match=r"answer_column.*must name a text"):
+        given(QuestionFiles).question({"q": "x", "a": ["y", "z"]}, "line 1")
     assert given(Cloze, answer_column=None).question({"q": "at the very end"}, "x").options == (("at the very", " end"),)
 
 

@@ -3,6 +3,8 @@
 import dataclasses as dc
 import json
 import math
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -118,6 +120,22 @@ def test_a_run_alone_is_evaluated_on_what_it_held_out(folder, run, capsys):
     assert abs(rest) < 0.01, f"validation leaves out the last, shorter sequence alone: {rest}"
 
 
+def test_figures_are_printed_where_the_run_cannot_keep_them_and_a_pipe_is_not_waited_for(folder, run, capsys, tmp_path):
+    shutil.copytree(run, tmp_path / "run")
+    history = tmp_path / "run" / HISTORY
+    history.unlink(missing_ok=True)
+    given = ["evaluate", f"checkpoint={tmp_path / 'run'}", *lines(folder)]
+    history.mkdir()
+    assert main(given) == 0
+    said = capsys.readouterr()
+    assert "perplexity" in said.out
+    assert f"{history} cannot be written" in said.err
+    history.rmdir()
+    os.mkfifo(history)
+    assert main(given) == 2
+    assert f"{history} must be a regular file" in capsys.readouterr().err
+
+
 def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
     cfg = compose(lines(folder, f"checkpoint={run}", f"data.path={documents}"), verb="evaluate")
     assert (cfg.data.type, cfg.data.path, cfg.split) == ("text", str(documents), "all")
@@ -131,14 +149,22 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
         (["data=text"], "data.path"),
         (["data=digits"], "`data=digits` must be data for this model, a decoder with model/head=lm, but is images instead. It is evaluated on "),
         (["data=preferences", "data.path={documents}"], "wikitext"),
-        (["trainer.limit_val_batches=2"], "`trainer.limit_val_batches` must not be given here: training alone reads it."),
+        (["trainer.limit_val_batches=2"], "`trainer.limit_val_batches` must not be given here: nothing here reads it."),
         (["optimizer=lion"], "`optimizer` must not be given here"),
-        (["model.dim=8"], "`model.dim` must not be given with checkpoint"),
+        (["model.dim=8"], "`model.dim` must not be given here: it comes with the weights."),
+        (["run_dir=elsewhere"], "`run_dir` must not be given here: nothing here reads it."),
+        (["name=mine", "logger=wandb"], "`logger` must not be given here: nothing here reads it."),
+        (["callbacks=none"], "`callbacks` must not be given here"),
+        (["resume=elsewhere"], "`resume` must not be given here"),
+        (["recipe=gpt2_python_docs"], "`recipes` must not be given here"),
+        (["trainer.compile=true"], "`trainer.compile` must not be given here"),
         (["data=text", "data.path={documents}", "stride=32"], "`stride` must be at most 31"),
         (["data=text", "data.path={documents}", "stride=4", "data.packing=none"], "`stride` must be null"),
         (["data=text", "data.path={documents}", "out=x.txt"], "`out` must be a .json file"),
         (["data=text", "data.path={documents}", "objective=masked_lm"], "objective"),
         (["data.columns=[0,1]"], "columns"),
+        (["lm_eval.limit=3"], "`tasks` must be given with lm_eval.include_path"),
+        (["tasks=[mine]", "stride=4"], "`stride` must not be given with tasks"),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_read(folder, run, documents, words, says, capsys):
@@ -146,6 +172,11 @@ def test_mistakes_are_refused_before_anything_is_read(folder, run, documents, wo
     assert main(["evaluate", f"checkpoint={run}", *lines(folder, *given)]) == 2
     said = capsys.readouterr().err
     assert says in said, said
+
+
+def test_a_folder_of_tasks_that_is_none_is_named(run, capsys):
+    assert main(["evaluate", f"checkpoint={run}", "tasks=[mine]", "lm_eval.include_path=nowhere"]) == 2
+    assert "`lm_eval.include_path` must be a folder with tasks, but 'nowhere' is none." in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_asked_for(capsys):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -157,23 +158,23 @@ def test_a_file_is_not_written_over(folder, run, capsys):
 
 @pytest.mark.slow
 def test_killed_at_ten_random_moments_it_writes_the_same_file(folder, run, capsys):
-    """kill -9 of two processes under fsdp, at moments spread over the run."""
-    words = ["max_new_tokens=24", "data.micro_batch_size=1", "strategy=fsdp", "trainer.devices=2"]
+    """kill -9 of two processes under fsdp, each time a random while after they have gone on."""
+    (folder / "many.jsonl").write_text("".join(json.dumps({"text": f"{'long ' * (i % 5)}text number {i}"}) + "\n" for i in range(200)))
+    words = ["data=text", f"data.path={folder / 'many.jsonl'}", "max_new_tokens=4", "data.micro_batch_size=1", "strategy=fsdp", "trainer.devices=2"]
     command = [sys.executable, "-m", "txtrain", "predict"]
-    began = time.monotonic()
     assert subprocess.run([*command, *lines(folder, run, "once", *words)], check=False).returncode == 0
-    took, wanted = time.monotonic() - began, (folder / "once.jsonl").read_bytes()
+    drawn, out, part = random.Random(14), folder / "killed.jsonl", folder / "killed.jsonl.part"
     for k in range(10):
+        before = part.stat().st_size if part.exists() else 0
         started = subprocess.Popen([*command, *lines(folder, run, "killed", *words)], start_new_session=True)
-        time.sleep(took * (0.3 + 0.07 * k))
+        while started.poll() is None and not (part.exists() and part.stat().st_size > before):
+            time.sleep(0.001)
+        time.sleep(drawn.random() * 0.2)
         os.killpg(started.pid, signal.SIGKILL)
         started.wait()
-        time.sleep(1)
-        if (folder / "killed.jsonl").exists():
-            break
-    if not (folder / "killed.jsonl").exists():
-        assert subprocess.run([*command, *lines(folder, run, "killed", *words)], check=False).returncode == 0
-    assert (folder / "killed.jsonl").read_bytes() == wanted
+        assert not out.exists(), f"whole before it was killed the {k + 1}th time"
+    assert subprocess.run([*command, *lines(folder, run, "killed", *words)], check=False).returncode == 0
+    assert out.read_bytes() == (folder / "once.jsonl").read_bytes()
 
 
 def test_samples_of_problems_have_their_rewards_and_are_drawn_alike_in_batches_of_any_size(folder, run, capsys):

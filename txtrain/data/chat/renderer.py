@@ -13,7 +13,9 @@ time). Templates find the same environment as in `transformers`.
 
 from __future__ import annotations
 
+import codecs
 import json
+import random
 import resource
 import signal
 import sys
@@ -21,12 +23,14 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
+import jinja2.debug  # noqa: F401  (jinja2 imports it at the first error, when no file can be opened any more)
 from jinja2 import TemplateError, TemplateSyntaxError, nodes
 from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY = 1 << 30  # bytes of address space, Python's included
 SECONDS = 5  # of processor time per conversation
+LONGEST = 16 << 20  # characters of a text, beside 16 times its conversation's
 
 
 class Generation(Extension):
@@ -38,6 +42,7 @@ class Generation(Extension):
         super().__init__(environment)
         self.written: list[str] = []
         self.spans: list[tuple[int, int]] = []
+        self.within: list[str] = []
         environment.extend(generation=self)
 
     def parse(self, parser: Any) -> nodes.Node:
@@ -49,6 +54,7 @@ class Generation(Extension):
         inside = caller()
         begin = sum(map(len, self.written))
         self.spans.append((begin, begin + len(inside)))
+        self.within.append(inside)
         return inside
 
 
@@ -75,22 +81,38 @@ def strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def rendered(template: Any, marks: Generation, given: dict[str, Any]) -> dict[str, Any]:
-    marks.written, marks.spans = [], []
+class TooLong(Exception):
+    """A template writes without end."""
+
+
+def rendered(template: Any, marks: Generation, longest: int, given: dict[str, Any]) -> dict[str, Any]:
+    marks.written, marks.spans, marks.within = [], [], []
+    random.seed(0)  # of the filter `random`: a conversation becomes the same text each time
+    size = 0
     try:
         for piece in template.generate(**given):
             marks.written.append(piece)
-    except MemoryError:
+            if (size := size + len(piece)) > longest:
+                raise TooLong(f"it writes more than {longest:,} characters for a conversation")
+    except (MemoryError, TooLong):
         raise
     except Exception as e:  # a template may raise whatever its filters and methods raise
         return {"error": f"{type(e).__name__}: {e}"[:300]}
-    return {"text": "".join(marks.written), "spans": marks.spans}
+    text = "".join(marks.written)
+    if any(text[b:e] != inside for (b, e), inside in zip(marks.spans, marks.within, strict=True)):
+        return {"error": "{% generation %} must not be within another, a macro, a filter or a `set`, but is"}
+    return {"text": text, "spans": marks.spans}
 
 
 def main() -> None:
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     jinja = environment()
+    # Should a template find a way out of the sandbox, there is no file, process or connection that it can open. What
+    # Python would open later it opens now: the time zone's file, and the module by which jinja2 reads a text's escapes.
+    datetime.now()
+    codecs.lookup("unicode-escape")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, 3))
     templates: dict[str, Any] = {}
     tokens: dict[str, str] = {}
     for line in sys.stdin.buffer:
@@ -108,21 +130,28 @@ def main() -> None:
                         rendered(
                             templates[asked["name"]],
                             jinja.generation,
+                            LONGEST + 16 * len(line),
                             {"messages": asked["messages"][:n], "add_generation_prompt": prompt, **fixed},
                         )
                         for n, prompt in asked["wanted"]
                     ]
                 }
-            said = json.dumps(answer)
+            said = json.dumps(answer).encode() + b"\n"
         except MemoryError:
-            said = json.dumps({"fatal": f"it needs more than {MEMORY >> 20} MB of memory"})
+            said = fatal(f"it needs more than {MEMORY >> 20} MB of memory")
+        except TooLong as e:
+            said = fatal(str(e))
         except TemplateSyntaxError as e:
-            said = json.dumps({"fatal": f"it is no Jinja template: line {e.lineno}: {e}"[:300]})
-        except (TemplateError, RecursionError) as e:
-            said = json.dumps({"fatal": f"it is no Jinja template: {e}"[:300]})
+            said = fatal(f"it is no Jinja template: line {e.lineno}: {e}")
+        except Exception as e:  # what Python says of the code that a template becomes
+            said = fatal(f"it is no Jinja template: {e}")
         signal.setitimer(signal.ITIMER_PROF, 0)
-        sys.stdout.write(said + "\n")
+        sys.stdout.buffer.write(said)
         sys.stdout.flush()
+
+
+def fatal(why: str) -> bytes:
+    return json.dumps({"fatal": why[:300]}).encode() + b"\n"
 
 
 if __name__ == "__main__":

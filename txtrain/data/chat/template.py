@@ -18,6 +18,7 @@ from txtrain.errors import ConfigError, shorten
 
 Message = Mapping[str, Any]
 _GENERATION = re.compile(r"\{%[-+]?\s*generation\b")
+_AT_ONCE = 32 << 20  # characters of all that one request renders: of a long conversation's many prefixes
 _REASONING = ("reasoning_content", "thinking", "reasoning")  # synonyms
 
 
@@ -70,9 +71,13 @@ class Template:
         """For each (n, prompt) of `wanted` the first n messages, with the header of an assistant turn if prompt."""
         name = "tool_use" if tools is not None and "tool_use" in self.templates else "default"
         plain = [_without_nulls(message) for message in messages]
-        found = self._ask({"name": name, "messages": plain, "tools": tools, "wanted": wanted})["rendered"]
+        several = max(1, _AT_ONCE // (len(json.dumps(plain)) + 1))
         return [
-            Rendered(one.get("text", ""), [(b, e) for b, e in one.get("spans", ())], one.get("error")) for one in found
+            Rendered(one.get("text", ""), [(b, e) for b, e in one.get("spans", ())], one.get("error"))
+            for i in range(0, len(wanted), several)
+            for one in self._ask(
+                {"name": name, "messages": plain, "tools": tools, "wanted": wanted[i : i + several]}
+            )["rendered"]
         ]
 
     def prompt(self, messages: Sequence[Message], tools: Any = None) -> str:

@@ -65,6 +65,8 @@ class QuestionFiles:
         text = self.written(row, where)
         if answer is None:
             return Question(((text, ""),), (0,), None)
+        if not isinstance(answer, str | int | float):  # of a list no answer would ever be equal
+            raise ConfigError(f"`data.answer_column` must name a text, but that of {where} is {shorten(repr(answer))}.")
         said = answer if isinstance(answer, str) else str(answer)
         return Question(((text, self.separator + said),), (len(said.encode()),), 0)
 
@@ -164,7 +166,7 @@ def _number(answer: Any, choices: list[str], labels: list[Any]) -> int | None:
     found = _place(answer, choices)
     if found is None:
         found = _place(answer, labels)
-    if found is None and isinstance(answer, str) and answer.isdecimal() and int(answer) < len(choices):
+    if found is None and isinstance(answer, str) and re.fullmatch(r"\d{1,9}", answer) and int(answer) < len(choices):
         found = int(answer)
     return found
 

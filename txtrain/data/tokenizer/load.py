@@ -11,6 +11,7 @@ from typing import Any
 from txtrain.data.sources.files import missing
 from txtrain.data.sources.hub import why_unreachable
 from txtrain.data.tokenizer.folder import SOURCE_FILES, files_in
+from txtrain.data.tokenizer.limits import check_parts, check_tables
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
 from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.files import path_of
@@ -27,6 +28,7 @@ _OLDER_NAMES = {"eos_token": "sep_token", "bos_token": "cls_token"}  # BERT's
 _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _GENERIC = ("PreTrainedTokenizerFast", "PreTrainedTokenizer", "TokenizersBackend")
 _TEMPLATE = "chat_template.jinja"
+_NAME = re.compile(r"\w[\w.-]{0,99}")
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -57,6 +59,7 @@ def _of_run(path: Path) -> Path:
 
 def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:
     backend = _read(path, folder)
+    check_parts(backend, str(path))
     ids = _special_ids(backend, folder)
     eos_id = ids["eos_token"]
     if eos_id is None:
@@ -91,7 +94,7 @@ def _one_of(path: Path, folder: Path) -> dict[str, bytes]:
 def _tokenizer_json(folder: Path, name: str) -> Any:
     from tokenizers import Tokenizer as Backend
 
-    return Backend.from_str(read_text(folder / name, TOKENIZER_LIMIT))
+    return Backend.from_str(check_tables(read_text(folder / name, TOKENIZER_LIMIT), str(folder / name)))
 
 
 def _byte_level_bpe(folder: Path, name: str) -> Any:
@@ -218,6 +221,11 @@ def _chat_template(folder: Path) -> ChatTemplate | None:
             kind = list[dict[str, str]]
             check_keys({"chat_template": said}, str(where), {"chat_template": kind})
             said = {one.get("name", ""): one.get("template", "") for one in said}
+            if (strange := next((name for name in said if not _NAME.fullmatch(name)), None)) is not None:
+                raise ConfigError(
+                    f"{where}: the name of a chat template must be a word, which becomes that of a file, "
+                    f"but is {shorten(repr(strange))} instead."
+                )
         elif said is not None:
             check_keys({"chat_template": said}, str(where), {"chat_template": str})
             said = {"default": said}

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from txtrain.data.tokenizer.limits import check_table
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import read_bytes
 
@@ -103,6 +104,8 @@ def convert(path: Path) -> Any:
     model = read(path)
     if model.kind not in (_UNIGRAM, _BPE):
         raise ConfigError(f"`data.tokenizer`: {path} must be a SentencePiece model, BPE or unigram, but is neither.")
+    if model.charsmap:
+        check_table(model.charsmap, str(path))
     backend = Tokenizer(_bpe(model) if model.kind == _BPE else _unigram(model))
     steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
     if model.remove_extra_whitespaces:

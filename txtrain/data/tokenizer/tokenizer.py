@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from txtrain.data.sources.files import Text, chunks_of
 from txtrain.data.tokenizer.cuts import byte_level_places, cut
 from txtrain.data.tokenizer.folder import CHAT_TEMPLATES
+from txtrain.data.tokenizer.limits import MAX_IDS, check_frame
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground.plain_files import parse_json
 
@@ -107,6 +108,10 @@ class Tokenizer:
         backend.encode_special_tokens = True
         self.backend, self.eos_id, self.bos_id, self.pad_id = backend, eos_id, bos_id, pad_id
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values()) + 1
+        if self.vocab_size > MAX_IDS:
+            raise ConfigError(
+                f"`data.tokenizer` must have at most {MAX_IDS:,} ids, but its largest one is {self.vocab_size - 1:,}."
+            )
         roles = dict(zip(_ROLES, (bos_id, eos_id, pad_id), strict=True))
         self.chat_template = chat_template
         of_ids = {role: backend.id_to_token(i) for role, i in roles.items() if i is not None}
@@ -205,7 +210,10 @@ class Tokenizer:
 
     def frame(self, n_texts: int) -> Frame:
         """The special tokens that its files put around one text or two."""
-        found = self.backend.encode(*["a"] * n_texts, add_special_tokens=True)
+        word = "a" if self.encode("a") else next((w for w in self.backend.get_vocab() if self.encode(w)), "a")
+        with told("put special tokens around a text"):
+            found = self.backend.encode(*[word] * n_texts, add_special_tokens=True)
+        check_frame(found.ids, {*found.sequence_ids}, n_texts, self.vocab_size)
         specials: list[list[int]] = [[] for _ in range(n_texts + 1)]
         types: list[list[int]] = [[] for _ in range(n_texts + 1)]
         of_texts = [0] * n_texts

@@ -80,13 +80,14 @@ def modeling_file(features: Collection[str], words: Mapping[str, str], activatio
     )
     tree = ast.parse(re.sub(r"^\$imports$", "", text, flags=re.M))
     own = {name for node in tree.body for name in _named(node)}
-    used = _closure(_names(tree), own)
+    names = _names(tree)
+    used = _closure(names, own)
     for module in MODULES:
+        names = names.union(*(found for name, found in _uses(module).items() if name in used and name not in own))
         parts = [part for name, part in definitions(module).items() if name in used and name not in own]
         text = text.replace(f"#: source {module}", "\n\n\n".join(parts))
     text = text.replace("AnyContext", "Context | CrossContext" if "two_stacks" in features else "Context")
-    text = text.replace("$imports", _imports(_names(ast.parse(text.replace("$imports", "")))))
-    return _tidy(text)
+    return _tidy(text.replace("$imports", _imports(names)))
 
 
 def _chosen(lines: list[str], features: Collection[str]) -> Iterator[str]:
@@ -162,6 +163,7 @@ def _said_here(text: str) -> str:
     return text
 
 
+@lru_cache
 def parameters(name: str) -> list[str]:
     """The names of the parameters of one of our classes."""
     text = next(found[name] for found in map(definitions, MODULES) if name in found)
@@ -173,14 +175,20 @@ def parameters(name: str) -> list[str]:
 
 def _closure(names: set[str], own: Collection[str]) -> set[str]:
     """The names, and those that our definitions of them use."""
-    known = {name: text for module in MODULES for name, text in definitions(module).items()}
+    uses = {name: names for module in MODULES for name, names in _uses(module).items()}
     found: set[str] = set()
-    waiting = {name for name in names if name in known}
+    waiting = {name for name in names if name in uses}
     while waiting:
         name = waiting.pop()
         found.add(name)
-        waiting |= {n for n in _names(ast.parse(known[name])) if n in known and n not in own} - found
+        waiting |= {n for n in uses[name] if n in uses and n not in own} - found
     return found
+
+
+@lru_cache
+def _uses(module: str) -> dict[str, set[str]]:
+    """The names in each definition of a module."""
+    return {name: _names(ast.parse(text)) for name, text in definitions(module).items()}
 
 
 def _names(tree: ast.AST) -> set[str]:
