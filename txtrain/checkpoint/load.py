@@ -382,12 +382,11 @@ def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transform
 
 def _build(config: ModelConfig, tokenizer: Tokenizer | None, path: Path | None = None) -> Transformer:
     """path: of the checkpoint whose generation_config.json the model keeps."""
-    import torch
-
     from txtrain.hf import generation_config
     from txtrain.hf.trainer import build_model
+    from txtrain.model.shapes_only import shapes_only
 
-    with torch.device("meta"):
+    with shapes_only():
         model = build_model(_with_ids(config, tokenizer))
     if path is not None:
         model.generation_file = generation_config.read(path)

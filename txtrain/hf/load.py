@@ -23,6 +23,7 @@ from txtrain.hf.tensor_names import check_layers
 from txtrain.hf.trainer import build_model
 from txtrain.hf.weights import Weights
 from txtrain.model.config import ModelConfig
+from txtrain.model.shapes_only import shapes_only
 from txtrain.model.transformer import Transformer
 
 EMBEDDING, HEAD = "embedding.token.weight", "head.weight"
@@ -63,7 +64,7 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     if (n := config.n_params) > held:
         sizes = f"a model of {n:,} parameters, but the files hold {held:,} numbers"
         raise ConfigError(f"{folder}: {CONFIG} describes {sizes}.")
-    with torch.device("meta"):
+    with shapes_only():
         model = build_model(config)
     ours = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
     every = hf.stored(config, ours)

@@ -13,6 +13,7 @@ from txtrain.model.config import ModelConfig
 from txtrain.model.construct import construct, make_norm
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import MTPModule
+from txtrain.model.shapes_only import shapes_only
 from txtrain.model.stack import Stack
 from txtrain.model.transformer import Transformer
 
@@ -22,7 +23,7 @@ def build_model(config: ModelConfig, pairs: type[Transformer] = Transformer) -> 
     checked(config, ModelConfig, "config", "model")
     if torch.get_default_device().type == "meta":
         return transformer(config, pairs)
-    with torch.device("meta"):
+    with shapes_only():
         model = transformer(config, pairs)
     model.to_empty(device=torch.get_default_device())
     init_weights(model)

@@ -35,10 +35,12 @@ def count_parameters(component: Any, model: ModelShape, layer: int = 0, **overri
     """Parameters of an option without closed forms, built on the meta device once for each model and layer."""
     import torch
 
+    from txtrain.model.shapes_only import shapes_only
+
     axis = next(axis for axis, base in BASES.items() if isinstance(component, base))
     key = (resolve(axis, component.type), repr((component, model, layer, override)))
     if key not in _counted:
-        with torch.device("meta"):
+        with shapes_only():
             module = construct(axis, component, model, layer, **override)
         _counted[key] = sum(p.numel() for p in module.parameters()) if isinstance(module, torch.nn.Module) else 0
     return _counted[key]

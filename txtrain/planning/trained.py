@@ -142,11 +142,10 @@ def _traced(config: Train, lengths: tuple[int, int | None], trains: Callable[[st
 
 
 def _built(config: Train) -> dict[str, int]:
-    import torch
-
     from txtrain.model.build import build_model
+    from txtrain.model.shapes_only import shapes_only
 
-    with torch.device("meta"):
+    with shapes_only():
         model = build_model(config.model)
     transform(model, config.transforms)
     return {name: math.prod(p.shape) for name, p in model.named_parameters()}

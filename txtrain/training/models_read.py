@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from txtrain.checkpoint.described import describe
@@ -98,6 +97,7 @@ def check_tokenizers(config: Train, tokenizer: Tokenizer | None) -> None:
 def described(config: Train) -> nn.Module:
     """The model without storage: shapes only."""
     from txtrain.model.build import build_model
+    from txtrain.model.shapes_only import shapes_only
 
-    with torch.device("meta"):
+    with shapes_only():
         return build_model(config.model)

@@ -1,12 +1,16 @@
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models import replace, seeded, tiny
 from txtrain.model import options
-from txtrain.model.build import build_model
+from txtrain.model.build import build_model, transformer
 from txtrain.model.init import init_weights
 from txtrain.model.shape import InitConfig
+from txtrain.model.shapes_only import shapes_only
 
 WIDE = tiny(dim=256, vocab_size=1000, n_layers=8, position=options.LearnedConfig(type="learned"), max_seq_len=512)
 
@@ -72,3 +76,25 @@ def test_a_module_that_cannot_be_filled_is_named():
     model.blocks[0].ffn = Odd()
     with pytest.raises(ValueError, match=r"`blocks.0.ffn` \(Odd\) owns parameters or buffers"):
         init_weights(model)
+
+
+class Ran(TorchDispatchMode):
+    """The operations that ran."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_has_no_storage_draws_nothing_and_other_threads_draw():
+    with shapes_only(), ThreadPoolExecutor(1) as beside:
+        with Ran() as ran:
+            model = transformer(WIDE), nn.Conv2d(3, 8, 3)
+        elsewhere = beside.submit(nn.Linear, 9, 9).result()
+    assert not any("normal" in name or "uniform" in name for name in ran.names), ran.names
+    assert {p.device.type for part in model for p in part.parameters()} == {"meta"}
+    assert elsewhere.weight.std() > 0.1
