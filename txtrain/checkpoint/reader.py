@@ -10,6 +10,7 @@ import contextlib
 import copy
 import dataclasses as dc
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
 from pathlib import Path
@@ -120,9 +121,9 @@ class Reader(HuggingFaceStorageReader):
         """Read tensors in place without a plan, for a rank that reads alone.
 
         Raises:
-            ConfigError, NotFiniteError: as `read_data`.
+            ConfigError, NotFiniteError: as `read_data`; ConfigError: the files no longer hold all of a tensor.
         """
-        strange = set()
+        strange, lacking = set(), Counter({name: target.numel() for name, target in into.items()})
         with contextlib.ExitStack() as held:
             held.callback(self.hold())  # each file is opened once
             for index, path in (self._headers.metadata.storage_data or {}).items():
@@ -132,6 +133,9 @@ class Reader(HuggingFaceStorageReader):
                         part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
                     if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
                         strange.add(index.fqn)
+                    lacking[index.fqn] -= part.numel()
+        if name := next((name for name, n in lacking.items() if n), None):  # a run that goes on may remove it meanwhile
+            raise ConfigError(f"the files no longer hold all of {name}")
         if strange:
             raise NotFiniteError(*strange)
 

@@ -384,6 +384,20 @@ def test_generate_beside_a_thread_that_rotates(run):
         assert torch.equal(one.model.state_dict()["embedding.token.weight"], tensors["model.embedding.token.weight"])
 
 
+def test_files_that_vanish_between_their_check_and_their_reading_are_missed(run, monkeypatch):
+    source, compared = step(run, 4), restore._compare
+    tensors = {name: torch.zeros(shape) for name, shape in checkpoint.shapes(source).items()}
+
+    def then_gone(path, *given):
+        compared(path, *given)
+        for shard in path.glob("*.safetensors"):
+            shard.unlink()
+
+    monkeypatch.setattr(restore, "_compare", then_gone)
+    with pytest.raises(ConfigError, match="no longer hold all of"):
+        restore.load_tensors(source, tensors)
+
+
 def test_weights_are_what_they_were(run, made):
     assert weights(run) == weights(made / "run")
 
