@@ -67,9 +67,10 @@ def apart(a, b):
     return difference(a, b)
 
 
-def write(model, config, folder, adapter=None, base="base"):
-    shapes = {name: tuple(t.shape) for name, t in model.state_dict().items()}
-    whole = {name: t for name, t in kept(model).items() if factor_of(name) is None}
+def write(model, config, folder, adapter=None, base="base", of=lambda t: t):
+    """of: what is written of the tensors that are saved whole."""
+    shapes, named = {name: tuple(t.shape) for name, t in model.state_dict().items()}, dict(model.named_parameters())
+    whole = {name: of(named.get(name, t)) for name, t in kept(model).items() if factor_of(name) is None}
     save_adapter(adapter or adapter_of(model), model.config, shapes, folder, base, rslora=config.rslora, whole=whole)
 
 
@@ -94,10 +95,10 @@ def test_peft_loads_what_we_write_and_learns_the_same(tmp_path, case):
         a, b = (named[f"{name}.lora_{k}.weight" if f"{name}.lora_{k}.weight" in named else f"{name}_lora_{k}"] for k in "AB")
         gradients[name] = Pair(a.grad, b.grad, scaling[name].scaling)
         ones[name] = Pair(torch.ones_like(a), torch.ones_like(b), scaling[name].scaling)
-    write(model, config, tmp_path / "gradients", gradients)
-    write(model, config, tmp_path / "ones", ones)
+    write(model, config, tmp_path / "gradients", gradients, of=lambda t: t.grad)
+    write(model, config, tmp_path / "ones", ones, of=torch.ones_like)
     wanted, there = load_file(tmp_path / "gradients" / WEIGHTS), load_file(tmp_path / "ones" / WEIGHTS)
-    found = {name.replace(".default", ""): q.grad for name, q in theirs.named_parameters() if q.requires_grad}
+    found = {name.replace(".default", "").replace(".modules_to_save", ""): q.grad for name, q in theirs.named_parameters() if q.requires_grad}
     assert found.keys() == wanted.keys()
     largest = max(g.abs().max() for g in found.values())
     for name, gradient in found.items():
@@ -181,7 +182,8 @@ def test_a_new_head_beside_the_adapter_goes_out_and_comes_in(tmp_path, family):
     assert load_file(back / WEIGHTS).keys() == load_file(ours / WEIGHTS).keys()
 
     of = {"task_type": None if family == "vit" else "SEQ_CLS", "modules_to_save": sorted(HEADS[family])}
-    of |= {"target_modules": ["query", "value"]} if family == "vit" else {}
+    unknown_to_peft = {"vit": ["q_proj", "v_proj"], "deepseek_r1": ["kv_b_proj", "o_proj"]}
+    of |= {"target_modules": unknown_to_peft[family]} if family in unknown_to_peft else {}
     learner = shaken(peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=10, **of)), 1)
     learner.base_model.model.config.name_or_path = str(base)
     learner.save_pretrained(peft_s)
@@ -204,7 +206,8 @@ def test_embeddings_heads_experts_and_norms_are_saved_whole(tmp_path, case):
     model = copy.deepcopy(p.ours)
     transform(model, [Lora(config, model.config)])
     wanted = logits_of(shaken(model, 3)(**inputs(p)))
-    assert not any(module in name for name in adapter_of(model) for module in ("experts", "q_proj") if modules[0] in ("mlp.experts", "c_attn"))
+    without = {"mlp.experts": ".experts", "c_attn": "q_proj"}.get(modules[0], "none")  # what is saved whole has no adapter
+    assert not any(without in name for name in adapter_of(model))
     write(model, config, tmp_path, base=str(p.folder))
     assert apart(logits_of(peft.PeftModel.from_pretrained(copy.deepcopy(p.theirs), tmp_path).eval()(**inputs(p))), wanted) < ALLOWED
     for again in (txtrain.load_pretrained(tmp_path), txtrain.load_pretrained(p.folder, adapter=tmp_path)):

@@ -256,8 +256,9 @@ def _task(model: ModelConfig) -> str | None:
 
 
 def _spelt(name: str, hf: HFClass) -> list[str]:
-    """How a name in PEFT's file may be spelt in transformers' class."""
-    return [respelt(respelt(given, hf.renamed), hf.modules) for given in (name, hf.base + name)]
+    """How a name in PEFT's file, MODULE.PARAMETER or MODULE., may be spelt in transformers' class."""
+    split = [respelt(given, hf.renamed).rpartition(".") for given in (name, hf.base + name)]
+    return [f"{respelt(module, hf.modules)}.{parameter}" for module, _, parameter in split]
 
 
 class AdapterFolder:
