@@ -150,7 +150,7 @@ HEADS = {  # family -> where PEFT saves the new head
 def labelled(family, folder):
     """A folder without a head of classes, transformers' model of it with a new one of three, and ours with the same values but the head's."""
     p = pair_of(family)
-    (p.theirs.vit if family == "vit" else p.theirs.bert if family == "bert" else p.theirs).save_pretrained(folder)
+    copy.deepcopy(p.theirs.vit if family == "vit" else p.theirs.bert if family == "bert" else p.theirs).save_pretrained(folder)  # it writes its name into the config
     more = {"num_labels": 3, "attn_implementation": "eager"} | ({} if family == "vit" else {"pad_token_id": test_classes.PAD})
     more |= {"eos_token_id": test_classes.END} if family == "t5" else {}
     theirs = test_deepseek.eager(getattr(transformers, test_classes.CLASSES[family]).from_pretrained(folder, **more).eval())

@@ -20,7 +20,8 @@ FOREIGN = {
     "parallel.launch": "sched_getaffinity",
     "monitor.console": "rich_proxied_file",
     "monitor.monitor": "sched_getaffinity",
-    # errors of Hydra and of the hub, pictures of Pillow
+    # errors of Hydra and of the hub, pictures of Pillow, parts of a tokenizer of the tokenizers library
+    "data.tokenizer.limits": "name",
     "config.overrides": "full_key msg",
     "data.sources.hub": "reason",
     "data.sources.labels": "feature names",

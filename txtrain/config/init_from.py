@@ -154,7 +154,7 @@ def settle_tokenizer(cfg: DictConfig, found: Described, given: list[str]) -> Non
 
 def settle_adapter(cfg: DictConfig, found: Described, given: list[str]) -> None:
     """Have an adapter's run train another head than the folder's, in place."""
-    adapts = cfg.get("adapter") is not None and cfg.adapter.type != "none"
+    adapts = cfg.get("adapter") and TABLE["adapter"][cfg.adapter.type].config.alone
     if adapts and cfg.model.head.type != found.model.head.type and "adapter.modules_to_save" not in given:
         with open_dict(cfg):
             cfg.adapter.modules_to_save = ["head"]

@@ -95,8 +95,12 @@ def test_counted_equals_simulated_where_attention_goes_by_blocks(family, world):
     agree(composed(family, *length, *windows, *([] if world == 1 else ["strategy=tp"])), world)
 
 
-@pytest.mark.parametrize(("family", "overrides"), [("llama2", (HALF, "data.global_batch_size=16", "data.seq_len=128")), ("t5", ("data.global_batch_size=1",))])
-def test_a_part_of_the_logits_or_the_scores_is_gone_before_the_next_is_made(family, overrides):
+GONE = [("llama2", (HALF, "data.global_batch_size=16", "data.seq_len=128")), ("t5", ("data.global_batch_size=1",))]
+
+
+@pytest.mark.parametrize("case", some(GONE, GONE[:1]))
+def test_a_part_of_the_logits_or_the_scores_is_gone_before_the_next_is_made(case):
+    family, overrides = case
     agree(composed(family, "trainer.activation_checkpointing=full", *overrides), 1, allowed=0.002)
 
 
