@@ -21,6 +21,8 @@ class Blocked:
 
 
 sys.meta_path.insert(0, Blocked())
+# Every `again` is one module for transformers 4, and bytecode is known by second and size alone.
+sys.dont_write_bytecode = True
 if other := os.environ.get("TXTRAIN_TRANSFORMERS"):
     sys.path.insert(0, other)
     sys.modules["datasets"] = None  # the one that is installed needs a newer client of the hub than that version has
