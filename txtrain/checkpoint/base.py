@@ -1,4 +1,4 @@
-"""The base of an adapter: where its weights are, and the hash by which they are known. No torch."""
+"""An adapter, and its base: where its weights are, and the hash by which they are known. No torch."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import dataclasses as dc
 import json
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from txtrain.checkpoint.format import LoadError, locate
 from txtrain.errors import ConfigError, shorten
@@ -14,6 +16,11 @@ from txtrain.ground import files, plain_files
 from txtrain.hf.digest import BASE, sha256_of
 from txtrain.hf.hub import folder_of
 from txtrain.hf.lora_config import ADAPTER_CONFIG
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from txtrain.model.lora import Pair
 
 
 @dc.dataclass(frozen=True)
@@ -25,6 +32,20 @@ class Base:
 
     def write(self, folder: Path) -> None:
         files.write(folder / BASE, json.dumps(dc.asdict(self), indent=1))
+
+
+@dc.dataclass(frozen=True)
+class Adapter:
+    """pairs: by matrix, in float32. whole: what is trained beside them, by name. base: as its own files name it."""
+
+    pairs: dict[str, Pair]
+    whole: dict[str, Tensor]
+    base: Base | None
+
+    @property
+    def tensors(self) -> Iterator[Tensor]:
+        yield from (factor for pair in self.pairs.values() for factor in (pair.A, pair.B))
+        yield from self.whole.values()
 
 
 def identify(where: str | Path, key: str) -> Base:

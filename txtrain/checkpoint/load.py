@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses as dc
 import os
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
-from txtrain.checkpoint.base import Base, check_base, is_folder
+from txtrain.checkpoint.base import Adapter, Base, check_base, is_folder
 from txtrain.checkpoint.base import missing as base_missing
 from txtrain.checkpoint.described import Described, described_adapter, of_peft, on_described, saved_adapter
 from txtrain.errors import ConfigError
@@ -24,11 +23,9 @@ from txtrain.model.transform import transform
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor
 
     from txtrain.data.tokenizer.tokenizer import Tokenizer
     from txtrain.hf.pieces import Source
-    from txtrain.model.lora import Pair
     from txtrain.model.transformer import Transformer
 
 WEIGHTS = ("model", "ema")
@@ -118,20 +115,6 @@ def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int
     if turn == 0:  # reads all of them: one rank does
         check_base(base, Path(base.path), key)
     return open_weights(base.path, key, finite, turn, of)
-
-
-@dc.dataclass(frozen=True)
-class Adapter:
-    """pairs: by matrix, in float32. whole: what is trained beside them, by name. base: as its own files name it."""
-
-    pairs: dict[str, Pair]
-    whole: dict[str, Tensor]
-    base: Base | None
-
-    @property
-    def tensors(self) -> Iterator[Tensor]:
-        yield from (factor for pair in self.pairs.values() for factor in (pair.A, pair.B))
-        yield from self.whole.values()
 
 
 def _read_adapter(found: Described, how: restore.Reading, weights: str = "model") -> Adapter:

@@ -19,6 +19,7 @@ from txtrain.ground import files
 from txtrain.hf import push
 from txtrain.hf.lora_config import ADAPTER_CONFIG
 from txtrain.hf.peft import save_adapter
+from txtrain.hf.pieces import shapes_of
 from txtrain.hf.registry import CONFIG
 
 
@@ -109,11 +110,10 @@ def _write_model(opened: Opened, config: Export, out: Path) -> list[str]:
 
 
 def _write_adapter(opened: OpenAdapter, out: Path) -> list[str]:
-    shapes = {name: tuple(tensor.shape) for name, tensor in opened.model.state_dict().items()}
     base, config, adapter = opened.base, opened.config, opened.adapter
     save_adapter(
-        adapter.pairs, opened.model.config, shapes, out, base.path, base.sha256, config.rslora, config.lora_dropout,
-        adapter.whole,
+        adapter.pairs, opened.model.config, shapes_of(opened.model), out, base.path, base.sha256, config.rslora,
+        config.lora_dropout, adapter.whole,
     )
     if opened.tokenizer is not None:
         opened.tokenizer.save(out)

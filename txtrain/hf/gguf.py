@@ -68,26 +68,7 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
             given = f"hf with {name} {config[name]!r}, but is gguf instead: there it is {value!r}"
             raise ConfigError(f"`format` must be {given}.")
     writer = gguf.GGUFWriter(path, form.name)
-    writer.add_name(f"{model.family} of txtrain")
-    writer.add_vocab_size(model.vocab_size)
-    writer.add_context_length(model.max_seq_len)
-    writer.add_embedding_length(model.dim)
-    writer.add_block_count(model.n_layers)
-    writer.add_feed_forward_length(model.ffn.width(model))
-    writer.add_head_count(model.n_heads)
-    if form.rotates:
-        n_kv = config["num_key_value_heads"] or model.n_heads
-        writer.add_head_count_kv(n_kv)
-        head_dim = config["head_dim"] or model.dim // model.n_heads
-        writer.add_rope_dimension_count(head_dim)
-        writer.add_key_length(head_dim)
-        writer.add_value_length(head_dim)
-        writer.add_rope_freq_base(model.position.theta)
-        writer.add_layer_norm_rms_eps(model.norm.eps)
-        if window := config.get("sliding_window"):
-            writer.add_sliding_window(window)
-    else:
-        writer.add_layer_norm_eps(model.norm.eps)
+    _add_shape(writer, form, saved)
     writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[saved.dtype])
     _add_tokenizer(writer, saved, tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.name.upper()], model.n_layers)
@@ -114,10 +95,37 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
         if form.plus_one and s.name.endswith("norm.weight"):
             tensor = tensor.float() + 1
         if form.interleaved and s.name.endswith(("q_proj.weight", "k_proj.weight")):
-            tensor = _interleaved(tensor, model.n_heads if "q_proj" in s.name else n_kv)
+            tensor = _interleaved(tensor, model.n_heads if "q_proj" in s.name else _n_kv(saved))
         tensor = tensor.detach().to(_dtype(s, saved)).contiguous()
         writer.write_tensor_data(tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy())
     writer.close()
+
+
+def _add_shape(writer: Any, form: Format, saved: Saved) -> None:
+    config, model = saved.config, saved.model.config
+    writer.add_name(f"{model.family} of txtrain")
+    writer.add_vocab_size(model.vocab_size)
+    writer.add_context_length(model.max_seq_len)
+    writer.add_embedding_length(model.dim)
+    writer.add_block_count(model.n_layers)
+    writer.add_feed_forward_length(model.ffn.width(model))
+    writer.add_head_count(model.n_heads)
+    if form.rotates:
+        writer.add_head_count_kv(_n_kv(saved))
+        head_dim = config["head_dim"] or model.dim // model.n_heads
+        writer.add_rope_dimension_count(head_dim)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
+        writer.add_rope_freq_base(model.position.theta)
+        writer.add_layer_norm_rms_eps(model.norm.eps)
+        if window := config.get("sliding_window"):
+            writer.add_sliding_window(window)
+    else:
+        writer.add_layer_norm_eps(model.norm.eps)
+
+
+def _n_kv(saved: Saved) -> int:
+    return saved.config["num_key_value_heads"] or saved.model.config.n_heads
 
 
 def _dtype(stored: Stored, saved: Saved) -> torch.dtype:

@@ -118,7 +118,7 @@ class Lora(Transform):
 
     def _owners(self, name: str) -> list[str]:
         """Names of the module that has a parameter or buffer: ours, transformers', and what of ours lies there too."""
-        owner, theirs = _parent(name), [_parent(there) for there in self._theirs.get(name, ())]
+        owner, theirs = parent_of(name), [parent_of(there) for there in self._theirs.get(name, ())]
         beside = [ours for there in theirs if there in self._rows for ours in self._rows[there].ours]
         return [*self._names(owner), *theirs, *beside]
 
@@ -192,7 +192,8 @@ class Lora(Transform):
         attach(model, ranks, self.config.lora_dropout, whole)
 
 
-def _parent(name: str) -> str:
+def parent_of(name: str) -> str:
+    """The module of a parameter, or of a module."""
     return name.rpartition(".")[0]
 
 

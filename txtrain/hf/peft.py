@@ -1,7 +1,5 @@
 """PEFT's folder of an adapter, in and out: adapter_config.json and adapter_model.safetensors.
 
-Modules that are trained whole beside it (`modules_to_save`) lie in it under transformers' names.
-
 Where transformers has one matrix for several of ours (GPT-2's c_attn), theirs has the sum of the ranks, and B is block
 diagonal. Its stacked experts are adapted as parameters (`target_parameters`), with rank and expert in one dimension:
 A [E R, I] and B [O, R E].
@@ -28,17 +26,16 @@ from txtrain.errors import ConfigError
 from txtrain.ground import files, plain_files
 from txtrain.hf.folder import member
 from txtrain.hf.hf_class import HFClass
-from txtrain.hf.lora_config import ADAPTER_CONFIG, CLASSES, PREFIX, WEIGHTS, adaptable
-from txtrain.hf.name_map import EXPERT, Row, Shape, Stored, linear, respelt, stored_of
+from txtrain.hf.lora_config import ADAPTER_CONFIG, CLASSES, PREFIX, WEIGHTS, adaptable, parent_of
+from txtrain.hf.modules_to_save import from_peft, outermost, spelt, to_peft
+from txtrain.hf.name_map import EXPERT, Row, Shape
 from txtrain.hf.registry import class_of
 from txtrain.hf.tensor_file import DTYPES, SafetensorsFile, write_safetensors
-from txtrain.hf.tensor_layout import to_ours, to_theirs
 from txtrain.model.config import ModelConfig
 from txtrain.model.lora import Pair
 
 _NESTED = ".base_layer"
 HASH = "base_sha256"  # in the header of WEIGHTS
-_TABLE = "embedding.token.weight"
 # Of patterns: no others are run, for they could take forever, as could more than two parts of any length.
 _PLAIN = re.compile(r"(?:[\w.^$-]|\\[.dw])*(?:(?:\.\*|\\[.dw]\+)(?:[\w.^$-]|\\[.dw])*){0,2}")
 _KEY = re.compile(r"(.+)\.lora_(A|B)\.weight")
@@ -122,7 +119,7 @@ def save_adapter(
             tensors[f"{PREFIX}{place}.lora_{kind_of}.weight"] = factor.contiguous()
     if lost := sorted(adapter.keys() - written):
         warnings.warn(f"{hf.architecture} has no place for {lost[0]}: its adapter is left out.", stacklevel=2)
-    saved = _modules_to_save(whole, model, shapes)
+    saved = to_peft(whole, model, shapes)
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     (r, alpha), _ = Counter(settings.values()).most_common(1)[0]
     known = [name if kind.stacked else f"{name}.weight" for name, kind in kinds.items()]
@@ -138,7 +135,7 @@ def save_adapter(
         "rank_pattern": {end: n for end, (n, _) in patterns.items() if n != r},
         "alpha_pattern": {end: a for end, (_, a) in patterns.items() if a != alpha},
         "fan_in_fan_out": any(kinds[name].row.transposed for name in modules), "bias": "none",
-        "init_lora_weights": True, "modules_to_save": _outermost(map(_parent, saved)) or None,
+        "init_lora_weights": True, "modules_to_save": outermost(map(parent_of, saved)) or None,
     }
     folder.mkdir(parents=True, exist_ok=True)
     files.write(folder / ADAPTER_CONFIG, json.dumps(config, indent=2) + "\n")
@@ -147,48 +144,6 @@ def save_adapter(
     if model.head.pools:
         said[CLASSES] = json.dumps({"label_names": model.head.label_names, "kind": model.head.kind})
     write_safetensors(folder / WEIGHTS, made, {name: t.dtype for name, t in tensors.items()}, tensors.__getitem__, said)
-
-
-def _modules_to_save(
-    whole: Mapping[str, Tensor], model: ModelConfig, shapes: Mapping[str, Shape]
-) -> dict[str, Tensor]:
-    """The tensors by their names: all of each module that holds one."""
-
-    def refused(name: str, why: str) -> ConfigError:
-        return ConfigError(f"`merge_adapter` must be true where {name} is trained whole, but is false instead: {why}.")
-
-    every, output = _stored(model, shapes), _output(model)
-    places = {part: stored.name for stored in every.values() for part in stored.parts}
-    tied = model.tie_word_embeddings and model.head.writes
-    for name in whole:
-        if not _parent(places.get(name, "")):
-            raise refused(name, "transformers' class has no place for it")
-        if (name == _TABLE and model.topology == "encoder_decoder") or (
-            tied and output is None and (name == _TABLE or name.startswith("head."))
-        ):
-            raise refused(name, "PEFT would part it from what is tied to it")
-    modules = {f"{_parent(places[name])}." for name in whole}
-    found = {name: stored for name, stored in every.items() if name.startswith(tuple(modules))}
-    if lost := [part for stored in found.values() for part in stored.parts if part not in whole]:
-        why = f"PEFT saves whole modules, and adapter.modules_to_save lacks {lost[0]}"
-        raise refused(f"a part of {_parent(places[lost[0]])} alone", why)
-    saved = {name: to_theirs(stored, whole).contiguous() for name, stored in found.items()}
-    if tied and _TABLE in whole:
-        assert output is not None
-        saved[output] = whole[_TABLE].clone()  # for PEFT a module of its own: it ties those of a few names only
-    return saved
-
-
-def _stored(model: ModelConfig, shapes: Mapping[str, Shape]) -> dict[str, Stored]:
-    """The tensors of transformers' modules, by their names there. shapes: of ours."""
-    rows = adaptable(model).items()
-    found = [s for theirs, row in rows for s in stored_of(row._replace(theirs=theirs), model, shapes)]
-    return {stored.name: stored for stored in found}
-
-
-def _output(model: ModelConfig) -> str | None:
-    """Their name of a tied output matrix that is a module of its own."""
-    return next((f"{row.theirs}.weight" for row in class_of(model).rows if row == linear("lm_head", "head")), None)
 
 
 def _joined(kind: Kind, parts: list[Pair | None], model: ModelConfig) -> tuple[Tensor, Tensor, float]:
@@ -210,12 +165,8 @@ def _joined(kind: Kind, parts: list[Pair | None], model: ModelConfig) -> tuple[T
 
 def _after(theirs: str, kinds: Mapping[str, Kind]) -> list[str]:
     """Stacks of the same module that PEFT wraps later, in the order of its parameters."""
-    stacks = [name for name, kind in kinds.items() if kind.stacked and _parent(name) == _parent(theirs)]
+    stacks = [name for name, kind in kinds.items() if kind.stacked and parent_of(name) == parent_of(theirs)]
     return stacks[stacks.index(theirs) + 1 :]
-
-
-def _parent(name: str) -> str:
-    return name.rpartition(".")[0]
 
 
 def _own_names(hf: HFClass) -> set[str]:
@@ -235,11 +186,6 @@ def _ends(chosen: Iterable[str], known: Iterable[str]) -> list[str]:
     return sorted({end(name) for name in wanted})
 
 
-def _outermost(modules: Iterable[str]) -> list[str]:
-    every = set(modules)
-    return sorted(name for name in every if not name.startswith(tuple(f"{other}." for other in every)))
-
-
 def _whole(x: float) -> float:
     return round(x) if abs(x - round(x)) < 1e-9 else x
 
@@ -253,12 +199,6 @@ def _task(model: ModelConfig) -> str | None:
 
 
 # ------------------------------------------------------------------------------------------------------------------- in
-
-
-def _spelt(name: str, hf: HFClass) -> list[str]:
-    """How a name in PEFT's file, MODULE.PARAMETER or MODULE., may be spelt in transformers' class."""
-    split = [respelt(given, hf.renamed).rpartition(".") for given in (name, hf.base + name)]
-    return [f"{respelt(module, hf.modules)}.{parameter}" for module, _, parameter in split]
 
 
 class AdapterFolder:
@@ -325,49 +265,17 @@ class AdapterFolder:
             adapter |= self._split(theirs, kinds[theirs], both, model)
         if not adapter:
             raise ConfigError(f"{self._file.path} must hold an adapter, but holds no tensors.")
-        return adapter, self._whole(others, model, shapes, hf)
-
-    def _whole(
-        self, names: Iterable[str], model: ModelConfig, shapes: Mapping[str, Shape], hf: HFClass
-    ) -> dict[str, Tensor]:
-        """Parameters and buffers of the modules to save, by our names."""
-        every, found, tied = _stored(model, shapes), dict[str, Tensor](), dict[str, Tensor]()
-        output = _output(model) if model.tie_word_embeddings and _TABLE in shapes else None
-        for name in names:
-            spelt = _spelt(name.removeprefix(PREFIX), hf)
-            stored = next((every[known] for known in spelt if known in every), None)
-            if stored is None and output not in spelt:
-                raise ConfigError(f"{self._file.path} must hold a LoRA adapter of {hf.architecture}, but holds {name}.")
-            shape, dtype = self._file.entries[name]
-            wanted = shapes[_TABLE] if stored is None else stored.shape
-            if shape != wanted:
-                there = f"{name} must be {list(wanted)}, but is {list(shape)}"
-                raise ConfigError(f"{self._file.path} is of another model: {there}.")
-            if dtype not in DTYPES:
-                raise ConfigError(f"{self._file.path}: the dtype of {name} must be one of {', '.join(DTYPES)}.")
-            values = self._file.read(name).float()
-            if stored is None:
-                tied[name] = values
-            else:
-                found |= to_ours(stored, values, shapes)
-        if output is not None and (tied or _TABLE in found):
-            table = found.get(_TABLE)
-            if table is None or not all(values.equal(table) for values in tied.values()) or not tied:
-                raise ConfigError(
-                    f"{self._file.path} must hold equal input and output embeddings of a model that ties them, but "
-                    "they were trained apart. For PEFT: modules_to_save with the embedding, and ensure_weight_tying."
-                )
-        return found
+        return adapter, from_peft(self._file, others, model, shapes)
 
     def _named(self, place: str, kinds: Mapping[str, Kind], hf: HFClass) -> str:
         """Their name of what is adapted at that place in PEFT's model."""
         depth, plain = place.count(_NESTED), place.replace(_NESTED, "")
-        for module in (name.removesuffix(".") for name in _spelt(f"{plain}.", hf)):
+        for module in (name.removesuffix(".") for name in spelt(f"{plain}.", hf)):
             if module in kinds and not kinds[module].stacked and not depth:
                 return module
             ends = self.given.get("target_parameters") or []
             stacks = [
-                name for name, kind in kinds.items() if kind.stacked and _parent(name) == module
+                name for name, kind in kinds.items() if kind.stacked and parent_of(name) == module
                 and any(f".{name}".endswith(f".{end}") for end in ends)
             ]
             if depth < len(stacks):

@@ -21,11 +21,12 @@ from txtrain.model.transformer import Transformer
 def build_model(config: ModelConfig, pairs: type[Transformer] = Transformer) -> Transformer:
     """As `txtrain.build_model`. pairs: the class of a model with a next-sentence head."""
     checked(config, ModelConfig, "config", "model")
-    if torch.get_default_device().type == "meta":
-        return transformer(config, pairs)
+    device = torch.get_default_device()
     with shapes_only():
         model = transformer(config, pairs)
-    model.to_empty(device=torch.get_default_device())
+    if device.type == "meta":
+        return model
+    model.to_empty(device=device)
     init_weights(model)
     return model
 

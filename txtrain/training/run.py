@@ -29,7 +29,7 @@ from txtrain.monitor.loggers.records import failures_said_once
 from txtrain.monitor.metrics_csv import check_rows, latest
 from txtrain.monitor.profiler import Profiled
 from txtrain.monitor.throughput import Machine
-from txtrain.objectives.base import build_objective
+from txtrain.objectives.base import Objective, build_objective
 from txtrain.optim import state as optimizer_state
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.early_signals import PREEMPTED
@@ -42,7 +42,7 @@ from txtrain.training.columns import check_metrics, columns_of
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.ending import LastWords, Result, end_of_job, fit
-from txtrain.training.initial_weights import base_of, began_with, generation_file, initial_weights
+from txtrain.training.initial_weights import InitialWeights, base_of, began_with, generation_file, initial_weights
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
 from txtrain.training.models_read import check_tokenizers, models_read
@@ -111,16 +111,8 @@ def train(
         display.tell(*loud, *origin.notes)
         device = parallel.device()
         objective = build_objective(cfg)
-        base = parallel.first(lambda: base_of(cfg, place))
-        weights = initial_weights(cfg, place, parallel, base) if model is None else None
-        read = parallel.together(lambda: models_read(cfg, parallel))
+        module, weights = _module(cfg, model, place, parallel, objective)
         source = None if place is None else place.source
-        start = None if weights is None else weights.source
-        module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began_with(place))
-        module.base = base
-        optimizer_state.check(cfg.optimizer, module.parameter_groups())
-        if source is not None:
-            parallel.first(lambda: restore.check_weights(source, module.model))
         data = data or DataModule(cfg, fallback or "", objective)
         parallel.in_turn(data.prepare)
         parallel.together(lambda: check_tokenizers(cfg, data.tokenizer))
@@ -139,15 +131,16 @@ def train(
         machine = Machine.of(device, precision_dtype(cfg.trainer.precision))
         called = [*callbacks, *instances(cfg.callbacks, "callbacks", cfg.imports)]
         called += [Profiled(cfg, place, display)] if cfg.profile else []
+        read_from = weights.record(module.fit) if weights is not None and module.fit is not None else None
         if place is not None:
             facts = _facts(cfg, module, data, machine, origin, fallback)
-            facts |= {"init_from": None if weights is None or module.fit is None else weights.record(module.fit)}
+            facts |= {"init_from": read_from}
             _create(place, parallel, cfg, data, facts, origin.start)
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
         display.table(start_screen.table(
             cfg, data, limits.steps, machine, place, origin.grafts, parallel.title,
             (module.n_trained, module.n_params),
-            () if weights is None or module.fit is None else start_screen.weights(weights.record(module.fit)),
+            () if read_from is None else start_screen.weights(read_from),
         ))
         deadline = Deadline(parallel.first(end_of_job))
         ours = RunCallback(
@@ -158,6 +151,22 @@ def train(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
         )
         return fit(trainer, module, data, ours)
+
+
+def _module(
+    cfg: Train, model: nn.Module | None, place: RunFolder | None, parallel: OneProcess, objective: Objective
+) -> tuple[LitModule, InitialWeights | None]:
+    """The module that is trained, checked against the checkpoint that it continues from, and its initial weights."""
+    base = parallel.first(lambda: base_of(cfg, place))
+    weights = initial_weights(cfg, place, parallel, base) if model is None else None
+    read = parallel.together(lambda: models_read(cfg, parallel))
+    source, start = None if place is None else place.source, None if weights is None else weights.source
+    module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began_with(place))
+    module.base = base
+    optimizer_state.check(cfg.optimizer, module.parameter_groups())
+    if source is not None:
+        parallel.first(lambda: restore.check_weights(source, module.model))
+    return module, weights
 
 
 @contextlib.contextmanager
