@@ -36,3 +36,17 @@ def test_a_frozen_weight_gets_no_gradient():
     fused.rms_norm(x, (8,), weight, 1e-5).sum().backward()
     assert weight.grad is None
     assert x.grad is not None
+
+
+def test_so_are_gradients_where_the_input_is_added_to_what_is_made_of_the_norm():
+    """Floating sums depend on their order: that of the input's gradient is torch's."""
+    g = torch.Generator().manual_seed(1)
+    x, w, matrix, given = (torch.randn(*shape, generator=g) for shape in ((4, 31, 32), (32,), (32, 32), (4, 31, 32)))
+    found = []
+    for compute in (fused.rms_norm, F.rms_norm):
+        leaf = x.clone().requires_grad_()
+        stream = leaf * 1
+        y = stream + compute(stream, (32,), w, 1e-5) @ matrix
+        (y + compute(y, (32,), w, 1e-5) @ matrix).backward(given)
+        found.append(leaf.grad)
+    assert torch.equal(*found)

@@ -1,7 +1,9 @@
 """RMS norm as one node of autograd for the CPU, where torch computes it by elementary operations.
 
 It keeps its input and one number a row; what torch's keeps beside them is computed again in the backward. Parts stay in
-a core's cache from one operation to the next. Values and gradients are torch's to the last digit.
+a core's cache from one operation to the next. Values and gradients are torch's to the last digit, also of a model that
+adds the input to what is made of the norm: the gradient of the input has two summands, as torch's has, which autograd
+adds to the third one after the other.
 """
 
 from __future__ import annotations
@@ -24,13 +26,13 @@ def rms_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None = None, eps:
     wanted = torch.is_grad_enabled() and (x.requires_grad or of_weight)
     if not fits or not wanted or torch.compiler.is_compiling():
         return F.rms_norm(x, shape, weight, eps)
-    out: Tensor = _RMSNorm.apply(x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
+    out: Tensor = _RMSNorm.apply(x, x, weight, torch.finfo(x.dtype).eps if eps is None else eps)
     return out
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, again: Tensor, weight: Tensor | None, eps: float) -> Tensor:
         out, r = torch.empty_like(x), x.new_empty(*x.shape[:-1], 1)
         for part, y, r_part in _parts(x, out, r):
             torch.rsqrt(part.pow(2).mean(-1, keepdim=True).add_(eps), out=r_part)
@@ -44,18 +46,18 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, r, weight = ctx.saved_tensors
-        of_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        product = torch.empty_like(x) if ctx.needs_input_grad[1] else None
-        for part, r_part, given, of_part, made in _parts(x, r, gradient, of_x, product):
+        direct, by_mean = (torch.empty_like(x) if ctx.needs_input_grad[0] else None for _ in range(2))
+        product = torch.empty_like(x) if ctx.needs_input_grad[2] else None
+        for part, r_part, given, of_part, of_mean, made in _parts(x, r, gradient, direct, by_mean, product):
             if made is not None:
                 torch.mul(given, part * r_part, out=made)
             if of_part is not None:
                 of_normed = given if weight is None else given * weight
                 of_r = (of_normed * part).sum(-1, keepdim=True)
-                of_mean = -0.5 * of_r * r_part.pow(3) / x.shape[-1]
-                torch.add(of_normed * r_part, of_mean * (2 * part), out=of_part)
+                torch.mul(of_normed, r_part, out=of_part)
+                torch.mul(-0.5 * of_r * r_part.pow(3) / x.shape[-1], 2 * part, out=of_mean)
         of_weight = None if product is None else product.sum([*range(x.dim() - 1)])
-        return of_x, of_weight, None
+        return direct, by_mean, of_weight, None
 
 
 def _parts(*tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:

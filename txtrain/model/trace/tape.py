@@ -203,15 +203,16 @@ class Tape(Recorder):
         self.bytes(part, 4)
 
         def backward(g: Bytes) -> Gradients:
-            of_x, product = (self.bytes(nbytes, 1) if wanted else None for wanted in (wants, learns))
-            temporaries = [self.bytes(part, 4) for _ in range(3)]
+            of_x = [self.bytes(nbytes, 1) if wants else None for _ in range(2)]  # as two summands
+            product = self.bytes(nbytes, 1) if learns else None
+            temporaries = [self.bytes(part, 4) for _ in range(2)]
             del temporaries
             of_weight = self.bytes(size, 4) if learns else None
             del product
-            return (of_x,) if weight is None else (of_x, of_weight)
+            return (*of_x, *(() if weight is None else (of_weight,)))
 
         held = (x.storage, r, None if weight is None else weight.storage)
-        return self.made([x] if weight is None else [x, weight], x.n, x.size, held, backward, out)
+        return self.made([x, x, *(() if weight is None else (weight,))], x.n, x.size, held, backward, out)
 
     def matmul(self, a: Value, b: Value, n: int) -> Value:
         """A product of n elements; each operand is saved for the other's gradient."""
