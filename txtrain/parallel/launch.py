@@ -183,8 +183,13 @@ class Group:
 
 
 def _stopped(pid: int) -> int:
-    """The signal that has stopped a child of this process; 0: it runs."""
-    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) if sys.platform == "linux" else None
+    """The signal that has stopped a child of this process; 0: it runs, or has ended since it was looked at."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
     return 0 if found is None else found.si_status
 
 

@@ -107,7 +107,7 @@ def test_a_base_that_a_stranger_names_is_a_path_and_nothing_more(folder, base, w
     for file in there.glob(f"checkpoints/*/{BASE}"):
         file.write_text(json.dumps(json.loads(file.read_text()) | {"path": path}))
         (file.parent / MARKER).write_text(json.dumps(marker_of(file.parent)))
-    with pytest.raises((ConfigError, LoadError), match="is not there|the adapter was trained on|must be text") as e:
+    with pytest.raises((ConfigError, LoadError), match=r"is not there|the adapter was trained on|must be text") as e:
         txtrain.load_pretrained(there)
     assert len(str(e.value)) < 600
     with pytest.raises((ConfigError, LoadError)) if path in ("/dev/zero", "/", 3, None) else contextlib.nullcontext():
