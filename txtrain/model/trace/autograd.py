@@ -12,7 +12,7 @@ import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
-from typing import Any
+from typing import Any, NamedTuple
 
 Gradients = tuple["Bytes | None", ...]
 Backward = Callable[..., Gradients]
@@ -111,14 +111,38 @@ class Leaf(Node):
         self.parameter = parameter
 
 
-class Source(Node):
-    """An input of a block that is recomputed."""
+class Recomputed(NamedTuple):
+    """What an operation of a recomputed block saves, and which of the block's it is."""
 
-    __slots__ = ("gradient",)
+    again: Again
+    i: int
 
-    def __init__(self, number: int) -> None:
-        super().__init__(number, (), None, _done)
-        self.gradient: Bytes | None = None
+
+class Again:
+    """A block that is recomputed in the backward. As in torch, its operations are nodes of the first forward's graph,
+    and get what they would have saved from the recomputation, which ends once it has all of it."""
+
+    def __init__(
+        self, block: Callable[..., Value], inputs: Sequence[Value], path: str, products: list[Bytes] | None
+    ) -> None:
+        self.block, self.path, self.products = block, path, products
+        self.inputs = [(x.n, x.size, x.storage, x.edge is not None) for x in inputs]
+        self.own: Sequence[Parameter] = ()
+        self.n = 0  # operations that save something
+        self.found: list[Any] | None = None  # by operation, once recomputed
+
+    def saved(self, saved: Any) -> Recomputed | None:
+        if self.found is None:
+            self.n += 1
+            return Recomputed(self, self.n - 1)
+        self.found.append(saved)
+        if len(self.found) == self.n:
+            raise _AllFound
+        return None
+
+
+class _AllFound(Exception):
+    """A recomputation has all that its block saves."""
 
 
 class Recorder:
@@ -141,11 +165,8 @@ class Recorder:
         self.autocast = False  # products in 2 bytes, parameters in 4
         self.casts: dict[int, Value] = {}  # of parameters, which autocast keeps until the step ends
         self.shared: dict[str, Parameter] = {}
-        self.recording = True  # save what gradients need
         self.replayed: Iterator[Parameter] | None = None  # parameters of a block that is recomputed
-        self.n_saved = 0  # operations that saved something
-        self.last_save: int | None = None  # n_saved at which a recomputation stops
-        self.stopped = False
+        self.again: Again | None = None  # the block that is computed, if it is to be recomputed, or is
         self.products: list[Bytes] | None = None  # selective checkpointing: results of products
 
     def bytes(self, n: int, size: int | None = None, kind: str | None = None) -> Bytes:
@@ -193,13 +214,12 @@ class Recorder:
         self, inputs: Sequence[Value], n: int, size: int, saved: Any, backward: Backward, storage: Bytes | None = None
     ) -> Value:
         """An operation's result. saved: what its gradient reads; backward: the result's gradient -> the inputs'."""
-        storage = Bytes(self.meter, 0 if self.stopped else n * size, self.kind) if storage is None else storage
+        storage = Bytes(self.meter, n * size, self.kind) if storage is None else storage
         edges = tuple(x.edge for x in inputs)
-        if not self.recording or all(edge is None for edge in edges):
+        if all(edge is None for edge in edges):
             return Value(n, size, storage)
-        if _holds(saved):
-            self.n_saved += 1
-            self.stopped = self.n_saved == self.last_save
+        if self.again is not None and _holds(saved):
+            saved = self.again.saved(saved)
         return Value(n, size, storage, (Node(next(self.numbers), edges, saved, backward), 0))
 
     def multiplied(self, flops: float, *operands: Value) -> None:
@@ -221,7 +241,7 @@ class Recorder:
 
     def detached(self, x: Value) -> Value:
         """The same value as a leaf whose gradient is wanted."""
-        return Value(x.n, x.size, x.storage, (Source(next(self.numbers)), 0))
+        return Value(x.n, x.size, x.storage, (Node(next(self.numbers), (), None, lambda g: ()), 0))
 
     def hook(self, x: Value, act: Callable[[], None]) -> Value:
         """The value itself; calls `act` when its gradient is complete."""
@@ -233,53 +253,31 @@ class Recorder:
         return self.made([x], x.n, x.size, None, backward, x.storage)
 
     def checkpoint(self, block: Callable[..., Value], inputs: Sequence[Value], selective: bool) -> Value:
-        """A block that saves its inputs (selective: and results of products), and is recomputed in the backward."""
-        self.recording, first = False, len(self.parameters)
+        """A block that keeps its inputs (selective: and results of products), and is recomputed in the backward when
+        the first gradient is due that reads what the block would have saved."""
         self.products = [] if selective else None
-        plain = [Value(x.n, x.size, x.storage, x.edge) for x in inputs]  # edges: a trained bias takes another kernel
-        out = block(self, *plain)
-        del plain
-        self.recording, products, self.products = True, self.products, None
-        own = self.parameters[first:]
-        copies = [(x.n, x.size, x.storage, x.edge is not None) for x in inputs]
-        if all(x.edge is None for x in (*inputs, *own)):
-            return Value(out.n, out.size, out.storage)
+        self.again, first = Again(block, inputs, self.path, self.products), len(self.parameters)
+        out = block(self, *inputs)
+        self.again.own, self.again, self.products = self.parameters[first:], None, None
+        return out
 
-        def backward(g: Bytes) -> Gradients:
-            sources = [Source(-2 - i) for i in range(len(copies))]
-            values = [
-                Value(n, size, storage, (source, 0) if wants else None)
-                for (n, size, storage, wants), source in zip(copies, sources, strict=True)
-            ]
-            copies.clear()
-            self.last_save = self.saves_of(block, values, own, products)
-            self.replayed, self.products, before, self.kind = iter(own), products, self.kind, "recomputed"
-            result = block(self, *values)
-            self.replayed, self.products, self.kind = None, None, before
-            self.last_save, self.stopped = None, False
-            result.storage = None  # the last sum is not recomputed
-            del values
-            self.backward(result, g)
-            return tuple(source.gradient for source in sources)
+    def _recompute(self, again: Again) -> None:
+        before = self.forward_flops, self.backward_flops
+        values = [Value(n, size, storage, NOWHERE if wants else None) for n, size, storage, wants in again.inputs]
+        state = {"again": again, "replayed": iter(again.own), "products": again.products, "path": again.path}
+        again.found = []
+        with contextlib.suppress(_AllFound), self.having(**state, kind="recomputed"):
+            again.block(self, *values)
+        assert len(again.found) == again.n, "a block saves as much when it is recomputed"
+        self.forward_flops, self.backward_flops = before
 
-        node = Node(next(self.numbers), [x.edge for x in inputs], None, backward)
-        return Value(out.n, out.size, out.storage, (node, 0))
-
-    def saves_of(
-        self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter],
-        products: list[Bytes] | None,
-    ) -> int | None:
-        """`n_saved` when all that a block saves is recomputed; None: it does not matter, since nothing is sent."""
-        return None
-
-    def backward(self, root: Value, gradient: Bytes | None = None) -> None:
-        """Gradients of all parameters, in autograd's order: the latest operation first. gradient: the root's."""
+    def backward(self, root: Value) -> None:
+        """Gradients of all parameters, in autograd's order: the latest operation first."""
         assert root.edge is not None
         before, self.kind = self.kind, "temporaries"
         first, i = root.edge
         waiting = _dependencies(first)
-        given: dict[Node, dict[int, Bytes]] = {first: {i: self.like(root) if gradient is None else gradient}}
-        gradient = None
+        given: dict[Node, dict[int, Bytes]] = {first: {i: self.like(root)}}
         ready = [(-first.number, first)]
         root.edge, root.storage = None, None
         del first
@@ -292,11 +290,20 @@ class Recorder:
 
     def _stepped(self, node: Node, given: dict[int, Bytes]) -> list[tuple[Edge, Bytes | None]]:
         if given:
+            if isinstance(node.saved, Recomputed):
+                node.saved = self._found(*node.saved)
             made = node.backward(given.get(0, next(iter(given.values()))))
         else:
             made = (None,) * len(node.edges)
         node.saved, node.backward = None, _done
         return [(edge, g) for edge, g in zip(node.edges, made, strict=True) if edge is not None]
+
+    def _found(self, again: Again, i: int) -> Any:
+        if again.found is None:
+            self._recompute(again)
+        assert again.found is not None
+        found, again.found[i] = again.found[i], None
+        return found
 
     def _sent(self, made: list[tuple[Edge, Bytes | None]], waiting: Any, given: Any, ready: Any) -> None:
         """Send on the last of these gradients, whose only reference then is the receiver's."""
@@ -311,8 +318,6 @@ class Recorder:
         if waiting[node] == 0:
             if isinstance(node, Leaf):
                 self._arrived(node.parameter, given.pop(node, {}).get(0))
-            elif isinstance(node, Source):
-                node.gradient = given.pop(node, {}).get(0)
             else:
                 heapq.heappush(ready, (-node.number, node))
 
@@ -336,6 +341,9 @@ def dotted(path: str, name: str) -> str:
 
 def _done(*_: Any) -> Gradients:
     raise AssertionError("this node's backward has already run")
+
+
+NOWHERE: Edge = (Node(-1, (), None, _done), 0)  # of a recomputed block's inputs: its graph is dropped
 
 
 def _dependencies(root: Node) -> dict[Node, int]:

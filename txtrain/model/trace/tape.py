@@ -199,20 +199,21 @@ class Tape(Recorder):
 
     def _rms_norm(self, x: Value, size: int, weight: Value | None = None) -> Value:
         out, r, part = self.like(x), self.bytes(x.n // size, 4), min(x.n, CACHED_ELEMENTS)
-        nbytes, wants, learns = x.nbytes, x.edge is not None, weight is not None and weight.edge is not None
+        weights = [] if weight is None else [weight]
+        nbytes, wants, learned = x.nbytes, x.edge is not None, [w.edge is not None for w in weights]
         self.bytes(part, 4)
 
         def backward(g: Bytes) -> Gradients:
             of_x = [self.bytes(nbytes, 1) if wants else None for _ in range(2)]  # as two summands
-            product = self.bytes(nbytes, 1) if learns else None
+            product = self.bytes(nbytes, 1) if any(learned) else None
             temporaries = [self.bytes(part, 4) for _ in range(2)]
             del temporaries
-            of_weight = self.bytes(size, 4) if learns else None
+            of_weight = [self.bytes(size, 4) if learns else None for learns in learned]
             del product
-            return (*of_x, *(() if weight is None else (of_weight,)))
+            return (*of_x, *of_weight)
 
-        held = (x.storage, r, None if weight is None else weight.storage)
-        return self.made([x, x, *(() if weight is None else (weight,))], x.n, x.size, held, backward, out)
+        held = (x.storage, r, *(w.storage for w in weights))
+        return self.made([x, x, *weights], x.n, x.size, held, backward, out)
 
     def matmul(self, a: Value, b: Value, n: int) -> Value:
         """A product of n elements; each operand is saved for the other's gradient."""
@@ -339,10 +340,7 @@ class Tape(Recorder):
             return self.to(x, 2)
         if id(x) not in self.casts:
             self.casts[id(x)] = self.to(x, 2)
-        cast = self.casts[id(x)]
-        if self.recording and cast.edge is None:  # cast in a forward that is now recomputed: it has bytes, but no edge
-            cast = self.casts[id(x)] = self.unary(x, x.n, 2, storage=cast.storage)
-        return cast
+        return self.casts[id(x)]
 
 
 def _operands(a: Value, b: Value) -> tuple[tuple[bool, bool], tuple[int, int]]:

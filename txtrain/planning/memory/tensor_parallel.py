@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import dataclasses as dc
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from txtrain.model.config import ModelConfig
 from txtrain.model.trace.attention_ops import Drawn, Place
-from txtrain.model.trace.autograd import Meter
 from txtrain.model.trace.tape import Bytes, Gradients, Parameter, Tape, Value, dotted
 from txtrain.parallel.divisibility import shared_heads
 from txtrain.planning.memory.forward import Traced
@@ -123,7 +122,7 @@ class CutTape(Tape):
             padded = self._padded(n, size, extent)
             return (g if padded is None and extent.sequences == 1 else self.bytes(mine, size),)
 
-        return self.made([x], n, size, None, backward, None if self.stopped else self._gathered(mine, size, extent))
+        return self.made([x], n, size, None, backward, self._gathered(mine, size, extent))
 
     def enter(self, x: Value, n: int) -> Value:
         """All positions, by all_gather; backward: reduce_scatter of partial gradients."""
@@ -136,8 +135,9 @@ class CutTape(Tape):
         """This rank's positions of the sum, by reduce_scatter; backward: all_gather."""
         extent, size = self.extent, x.size
         mine = extent.part(x.n)
-        storage = None if self.stopped else self._reduced(x.n, size, extent)
-        return self.made([x], mine, size, None, lambda g: (self._gathered(mine, size, extent),), storage)
+        return self.made(
+            [x], mine, size, None, lambda g: (self._gathered(mine, size, extent),), self._reduced(x.n, size, extent)
+        )
 
     def kept_of(self, x: Value) -> Value:
         """This rank's positions of a value that all ranks have; a view."""
@@ -157,20 +157,6 @@ class CutTape(Tape):
             return (self.bytes(n, size),)
 
         return self.made([x], n, size, None, backward, x.storage)
-
-    def saves_of(
-        self, block: Callable[..., Value], values: Sequence[Value], own: Sequence[Parameter],
-        products: list[Bytes] | None
-    ) -> int | None:
-        """Counts saved tensors on a meter of its own: torch stops recomputing, and sending, once it has them all."""
-        meter, sent, first = self.meter, dict(self.sent), self.n_saved
-        self.meter, self.replayed, self.products = (
-            Meter(), iter(own), None if products is None else [Bytes(Meter(), 0, "") for _ in products]
-        )
-        block(self, *values)
-        n = self.n_saved
-        self.meter, self.sent, self.n_saved, self.replayed, self.products = meter, sent, first, None, None
-        return n
 
     def _padded(self, n: int, size: int, extent: Extent) -> Bytes | None:
         """A copy padded with zeros, if the ranks do not divide the positions."""
@@ -224,8 +210,10 @@ class CutTraced(Traced):
         heads, (model, narrow) = shared_heads(at.model), narrowed(at.model, component, t.parts)
         at = dc.replace(at, model=model, mask=None if at.mask is None else _of_heads(at.mask, at, t.parts))
         t.how, t.sublayer, t.summed, t.taken = how, t.path, False, heads if heads % t.parts else 0
-        made = narrow.trace(t, t.enter(x, n), at)
-        t.how = WHOLE
+        try:
+            made = narrow.trace(t, t.enter(x, n), at)
+        finally:  # a recomputation may end within
+            t.how = WHOLE
         return made if t.summed else t.leave(made)
 
     def _bias(self, place: Place) -> Value | None:
