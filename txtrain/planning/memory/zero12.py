@@ -103,13 +103,12 @@ class Partitions(Copies):
     def _reduce(self) -> None:
         if self.half:
             self._keep()
-        if self.filled:
-            for n, several in [(self.filled, True)] if self.large is None else self._slices(self.large):
-                together = self.t.bytes(n if several else 0, kind="reduced")
-                self.t.bytes(n if self.half else 0, FLOAT32, "reduced")  # bfloat16 is reduced in float32
-                del together
-            if not self.half and self.kept is None:
-                self.kept = self.t.bytes(self.copied, FLOAT32, "gradients")
+        for n, several in self._slices():
+            together = self.t.bytes(n if several else 0, kind="reduced")
+            self.t.bytes(n if self.half else 0, FLOAT32, "reduced")  # bfloat16 is reduced in float32
+            del together
+        if not self.half and self.kept is None and any(self._is_mine(*self.place[p.name], p) for p in self.inside):
+            self.kept = self.t.bytes(self.copied, FLOAT32, "gradients")
         if self.large is not None:
             self.large.gradient = None
             self.large = None
@@ -120,20 +119,30 @@ class Partitions(Copies):
         """Allocate this rank's gradients of a group with the first of them, unless earlier micro-batches have."""
         for p in self.inside if self.earlier is None else ():
             g, end = self.place[p.name]
-            if g not in self.kept_of and end - p.n < self.mine[g]:
+            if g not in self.kept_of and self._is_mine(g, end, p):
                 self.kept_of[g] = self.t.bytes(self.mine[g], FLOAT32, "gradients")
 
-    def _slices(self, p: Parameter) -> Iterator[tuple[int, bool]]:
-        """Elements of a large gradient that are sent at a time: slices of one partition each, until they fill a bucket;
-        and whether there are several slices, which are copied into one buffer."""
-        g, end = self.place[p.name]
-        at, n, several = end - p.n, 0, 0
-        while at < end:
-            until = min(end, (at // self.mine[g] + 1) * self.mine[g])
-            n, several, at = n + until - at, several + 1, until
-            if n > BUCKET or at == end:
-                yield n, several > 1
-                n, several = 0, 0
+    def _is_mine(self, group: int, end: int, p: Parameter) -> bool:
+        """Whether the first rank updates a part of it."""
+        return end - p.n < self.mine[group]
+
+    def _slices(self) -> Iterator[tuple[int, bool]]:
+        """Elements that are sent at a time, until they fill a bucket; and whether in several slices, which are copied
+        into one buffer: of one partition each, but of each parameter if bfloat16 is added to the rank's own."""
+        n, several, last = 0, 0, None
+        for p in self.inside:
+            g, end = self.place[p.name]
+            at = end - p.n
+            while at < end:
+                partition = at // self.mine[g]
+                until = min(end, (partition + 1) * self.mine[g])
+                several += partition != last or (self.half and not partition)
+                n, at, last = n + until - at, until, partition
+                if n > BUCKET:
+                    yield n, several > 1
+                    n, several = 0, 0
+        if n:
+            yield n, several > 1
 
     def after_backward(self) -> None:
         if self.stage == 1:
