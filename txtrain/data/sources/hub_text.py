@@ -193,8 +193,8 @@ class HubStream:
         return f"{self.limits.identity}hf stream {self._words} {fraction}{by_files} {files_identity(files)}"
 
     def describe(self) -> str:
-        each = "of its own files" if self.by_files else f"of each {self.readers}th row"
-        readers = f"; {self.readers} readers, each {each}" if self.readers > 1 else ""
+        each = f"own files of {self.n_files}" if self.by_files else f"one row in {self.readers}"
+        readers = f"; {self.readers} readers with {each} each" if self.readers > 1 else ""
         name = f" {self.name}" if self.name else ""
         return f"{self.path}{name}, streamed ({self.split}, column {self.text_column}{readers})"
 
