@@ -233,7 +233,7 @@ DRIVER = """
     from pathlib import Path
     import lightning.pytorch, torch
     from tests.training import tiny
-    from txtrain.checkpoint import format as checkpoint
+    from txtrain.checkpoint import save as saving
     from txtrain.parallel.early_signals import EndsAtOnce
     from txtrain.training.run import run_train
     import txtrain.training.run

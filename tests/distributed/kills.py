@@ -24,7 +24,7 @@ import txtrain.training.run
 from tests.training import tiny
 from txtrain.config.schema import Train
 from txtrain.ground import files
-from txtrain.parallel.launch import _begin
+from txtrain.ground.orphans import end_with_parent
 from txtrain.parallel.world import STORE
 
 PAUSE = 0.02  # seconds before each step; and a fraction before each file of a save that is forced to the disk: so both are hit
@@ -57,7 +57,7 @@ class Killed:
         if pid:
             return pid
         try:
-            _begin(held=False)
+            end_with_parent()
             if n > 1:
                 os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n), STORE: str(store)}
             torch.set_num_threads(1)

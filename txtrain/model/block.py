@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, ClassVar
 
@@ -25,10 +26,12 @@ class Block(nn.Module):
         self.attention_residual = attention_residual
         self.ffn = ffn
         self.ffn_residual = ffn_residual
+        kind: Any = type(ffn)
+        self.ffn_reads = frozenset(inspect.signature(kind.forward).parameters)
 
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = self.attention_residual(x_BTD, partial(self.attention, context=context))
-        return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn)))
+        return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn_reads)))
 
 
 class CrossBlock(Block):
@@ -44,4 +47,4 @@ class CrossBlock(Block):
     def forward(self, x_BTD: Tensor, context: Context) -> Tensor:
         x_BTD = self.attention_residual(x_BTD, partial(self.attention, context=context))
         x_BTD = self.cross_attention_residual(x_BTD, partial(self.cross_attention, context=context.cross))
-        return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn)))
+        return self.ffn_residual(x_BTD, partial(self.ffn, **context.for_ffn(self.ffn_reads)))

@@ -5,12 +5,10 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import inspect
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Collection
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from txtrain.model.attention.cache import CrossCache, LayerCache
 from txtrain.model.attention.mask import PreparedMask
@@ -38,10 +36,8 @@ class Context:
         new = project(x_BTD)
         return new if self.cache is None else self.cache.update(*new)
 
-    def for_ffn(self, ffn: nn.Module) -> dict[str, Any]:
+    def for_ffn(self, named: Collection[str]) -> dict[str, Any]:
         """Those of `record`, `valid_BT` and `loss_scale` that the FFN's forward names, if it records at all."""
-        kind: Any = type(ffn)
-        named = _parameters(kind)
         if "record" not in named:
             return {}
         valid_BS = self.mask.declared.valid_BS
@@ -67,8 +63,3 @@ class CrossContext:
 
 
 AnyContext = Context | CrossContext
-
-
-@lru_cache
-def _parameters(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)

@@ -8,6 +8,7 @@ import logging
 import math
 import multiprocessing as mp
 import operator
+import os
 import re
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from txtrain.errors import ConfigError, shorten
+from txtrain.ground.orphans import end_with_parent
 from txtrain.model.decoding import Written
 from txtrain.registry import TABLE, call, resolve
 from txtrain.run_config import AnswerConfig, FormatConfig, LengthConfig, RegexConfig, RewardConfig
@@ -263,7 +265,7 @@ class _Worker:
     def __init__(self, rewards: Mapping[str, Reward]) -> None:
         context = mp.get_context("fork")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, rewards), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, rewards, os.getpid()), daemon=True)
         self.process.start()
         theirs.close()
         self.began = 0.0
@@ -305,7 +307,8 @@ def _now() -> float:
     return time.monotonic()
 
 
-def _serve(pipe: Connection, rewards: Mapping[str, Reward]) -> None:
+def _serve(pipe: Connection, rewards: Mapping[str, Reward], parent: int) -> None:
+    end_with_parent(parent=parent)
     for number_ in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):  # the run decides when it ends
         signal.signal(number_, signal.SIG_IGN)
     while True:

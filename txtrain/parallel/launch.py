@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
@@ -16,6 +15,7 @@ from typing import Any
 
 from txtrain.errors import ConfigError
 from txtrain.ground.files import scratch
+from txtrain.ground.orphans import end_with_parent
 from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED, SIGNALS, heard, hung_up, say
 from txtrain.parallel.world import STORE, by_srun, started
 from txtrain.run_config import RunConfig
@@ -24,7 +24,6 @@ USER = 2  # exit code of a user's error; all processes agree on it, as on PREEMP
 AGREED, GRACE = 600.0, 5.0  # seconds that the others have to end by themselves, once one has ended so, or has failed
 STOPPED = 60.0  # seconds for which a process may be stopped (SIGSTOP) while others run
 _LOOK = 0.05  # seconds between polls
-_PR_SET_PDEATHSIG = 1
 
 
 def n_processes(config: RunConfig) -> int:
@@ -184,8 +183,13 @@ class Group:
 
 
 def _stopped(pid: int) -> int:
-    """The signal that has stopped a child of this process; 0: it runs."""
-    found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT) if sys.platform == "linux" else None
+    """The signal that has stopped a child of this process; 0: it runs, or has ended since it was looked at."""
+    if sys.platform != "linux":
+        return 0
+    try:
+        found = os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return 0
     return 0 if found is None else found.si_status
 
 
@@ -193,7 +197,4 @@ def _begin(held: bool, orphaned: signal.Signals = signal.SIGKILL, parent: int | 
     """In the child, before the command: block signals if held, and arrange to end with the parent."""
     if held:
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, orphaned)
-        if parent not in (None, os.getppid()):  # the parent has ended already
-            os.kill(os.getpid(), signal.SIGKILL)
+    end_with_parent(orphaned, parent)

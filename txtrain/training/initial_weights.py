@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -40,7 +41,7 @@ def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
         raise ConfigError(
             f"`{place.key}` must be a run with an adapter, but {source} holds a whole model: init_from={source}."
         )
-    if Path(before.path).exists():
+    if os.path.exists(before.path):  # never raises, whatever the file names
         return before
     return dc.replace(before, path=identify(cfg.init_from, "init_from").path)
 

@@ -23,6 +23,7 @@ from tests.training import tiny
 from tests.unit.hf.folders import llama
 from txtrain.checkpoint import described, load, restore, run_folder
 from txtrain.checkpoint import format as checkpoint
+from txtrain.checkpoint.base import resolve
 from txtrain.cli.jobs import compose, compose_job
 from txtrain.config.loader import make_loader
 from txtrain.config.overrides import expand
@@ -309,6 +310,12 @@ def test_what_evaluate_takes_from_a_run_is_checked(changes, given, word, run):
     raw = yaml.safe_load((newest(run) / "config.yaml").read_text())
     with_config(run, yaml.safe_dump(raw | changes).encode())
     refused(lambda: compose([f"checkpoint={run}", *given], "evaluate"), word)
+
+
+@pytest.mark.parametrize("named", ["/dev/zero", "/dev/stdin", "/proc/self/mem", "/", "http://127.0.0.1:1/x", "hf://a/b", "~root", "${oc.env:HOME}", "a" * 5000, "../../../etc/passwd", ""])
+@pytest.mark.parametrize("key", ["init_from", "objective.teacher"])
+def test_a_folder_that_a_stranger_names_is_a_path_and_nothing_more(key: str, named: str) -> None:
+    refused(lambda: resolve(named, key), f"`{key}` must be a")
 
 
 def sealed(folder: Path) -> None:

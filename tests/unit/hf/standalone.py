@@ -55,6 +55,8 @@ def once_each(find):
 
 dynamic_module_utils.get_imports = once_each(dynamic_module_utils.get_imports)
 
+ROUNDING = 1e-5
+
 
 def gap(a, b):
     """The largest difference, as a share of the largest value."""
@@ -81,8 +83,9 @@ def gradients(model, inputs, recorded, exact):
 def check(folder):
     case = torch.load(folder / "case.pt", weights_only=False)  # our own; its other reader takes ten times as long
     auto = getattr(transformers, case["auto"])
-    made = {}
-    for dtype in (torch.float32, torch.float64):
+    # Without norms logits may reach 1e5: where float32 itself is that far from float64, only float64 is compared.
+    made = {"rounding": gap(case["float32"]["logits"], case["float64"]["logits"])}
+    for dtype in (torch.float64,) if made["rounding"] > ROUNDING else (torch.float32, torch.float64):
         want = case[str(dtype).removeprefix("torch.")]
         model = auto.from_pretrained(folder, trust_remote_code=True, dtype=dtype).eval()
         inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in case["inputs"].items()}

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.models import ids, replace, seeded, shake, tiny
 from txtrain.model import options
-from txtrain.model.ffn import moe
+from txtrain.model.ffn import moe, traced
 from txtrain.model.ffn.dense import GatedFFN
 from txtrain.model.ffn.moe import (
     Experts,
@@ -49,6 +49,23 @@ def test_grouped_product_equals_the_loop_forward_and_backward(dtype, counts):
         results.append((y, *torch.autograd.grad(y, (x, weight), up)))
     for loop, grouped in zip(*results, strict=True):
         torch.testing.assert_close(grouped, loop, rtol=1e-5 if dtype is torch.float32 else 0.02, atol=1e-5 if dtype is torch.float32 else 0.02)
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")
+@pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 0, 9], [0, 0, 0, 0]])
+def test_traced_it_is_the_same_product_in_one_graph(counts):
+    def product(x, weight, counts):
+        return grouped_mm(x * 1, weight, counts) * 1
+
+    results = []
+    for of in (product, torch.compile(product, fullgraph=True, backend="aot_eager")):
+        g = torch.Generator().manual_seed(0)
+        x, weight = (torch.randn(shape, generator=g).requires_grad_() for shape in ((sum(counts), 16), (4, 24, 16)))
+        y = of(x, weight, torch.tensor(counts))
+        results.append((y, *torch.autograd.grad(y, (x, weight), torch.randn(y.shape, generator=g))))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+    if sum(counts):
+        assert torch.library.opcheck(traced.grouped_mm, (x, weight, torch.tensor(counts).cumsum(0, dtype=torch.int32)))
 
 
 @pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this torch has no grouped_mm")

@@ -2,8 +2,10 @@
 
 import dataclasses as dc
 import os
+import subprocess
+import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,35 @@ def test_a_reward_that_fails_is_named_with_its_sample(own: None, bad: str, worke
     zero = dc.replace(config, on_error="zero")
     assert values(zero, job("fine"), job(bad), job("fine too")) == [{"strange": 1}, {"strange": 0}, {"strange": 1}]
     assert time.monotonic() - begin < 30
+
+
+ENDLESS = """
+from tests.unit.objectives.test_rewards import job
+from txtrain.objectives.rewards import Rewards
+from txtrain.run_config import RegexConfig, RewardConfig
+with Rewards(RewardConfig(use=("regex",), workers=2, regex=RegexConfig(pattern="(a+)+c"))) as rewards:
+    rewards([job("a" * 60 + "b")] * 2)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children end with their parent on Linux alone")
+def test_workers_end_with_a_run_that_is_killed() -> None:
+    run = subprocess.Popen([sys.executable, "-c", ENDLESS], env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[3])})
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    try:
+        _wait_until(lambda: len(children.read_text().split()) == 2)
+        workers = [Path("/proc", pid) for pid in children.read_text().split()]
+    finally:
+        run.kill()
+    run.wait()
+    _wait_until(lambda: not any(worker.exists() for worker in workers))
+
+
+def _wait_until(so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not so():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_the_command_line_takes_a_list_and_further_keys(tmp_path: Path) -> None:

@@ -112,3 +112,10 @@ def test_the_member_of_a_sweep_that_is_killed_saves_and_ends(tmp_path):
         if kills:
             parent.kill()
             parent.wait()
+
+
+def test_a_rank_that_dies_while_it_is_looked_at_is_not_stopped():
+    child = subprocess.Popen(["true"])
+    os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet reaped
+    assert launch._stopped(child.pid) == 0
+    child.wait()

@@ -1,7 +1,9 @@
 """`adapter=lora`: the base stays as it was, checkpoints hold the adapter alone and name their base, and resume is exact."""
 
+import contextlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import txtrain
 from tests.models import ids, seeded, shake
 from tests.models import tiny as tiny_model
 from tests.training import rows, tiny, weights, write_labels
-from txtrain.checkpoint.format import LoadError, locate
+from txtrain.checkpoint.format import MARKER, LoadError, locate, marker_of
 from txtrain.checkpoint.load import load, open_weights
 from txtrain.cli.export import run_export
 from txtrain.cli.main import main
@@ -96,6 +98,20 @@ def test_the_base_may_move_but_not_change(folder, base, whole):
     with pytest.raises(LoadError, match="the adapter was trained on the weights with the hash"):
         run(folder, moved, "of moved", "trainer.max_steps=5", "resume_allow=[init_from]")
     assert weights(here) == before
+
+
+@pytest.mark.parametrize("path", ["/dev/zero", "/", "http://127.0.0.1:1/x", "~root", "${oc.env:HOME}", "a" * 5000, "a\0b", "\x1b[31m", "", 3, None])
+def test_a_base_that_a_stranger_names_is_a_path_and_nothing_more(folder, base, whole, path, tmp_path):
+    """`generate` refuses it; a resume takes the base that init_from names, if its hash fits."""
+    there = Path(shutil.copytree(whole, tmp_path / "run"))
+    for file in there.glob(f"checkpoints/*/{BASE}"):
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"path": path}))
+        (file.parent / MARKER).write_text(json.dumps(marker_of(file.parent)))
+    with pytest.raises((ConfigError, LoadError), match=r"is not there|the adapter was trained on|must be text") as e:
+        txtrain.load_pretrained(there)
+    assert len(str(e.value)) < 600
+    with pytest.raises((ConfigError, LoadError)) if path in ("/dev/zero", "/", 3, None) else contextlib.nullcontext():
+        train(tiny(folder, *LORA, f"init_from={base}", "trainer.max_steps=8", "scheduler=constant", "ema.decay=0.9", f"run_dir={there}"))
 
 
 @torch.no_grad()

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from txtrain.model.ffn import traced
 from txtrain.model.ffn.dense import ACTIVATIONS, GatedFFN
 from txtrain.model.ffn.gated import gated
 
@@ -174,14 +175,17 @@ def by_loop(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
 
 def grouped_mm(x_RI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
     """The same in one kernel, which reads the counts on the device."""
-    return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=counts_E.cumsum(0, dtype=torch.int32))
+    ends_E = counts_E.cumsum(0, dtype=torch.int32)
+    if torch.compiler.is_compiling() and weight_EOI.dtype is torch.float32:
+        return traced.grouped_mm(x_RI, weight_EOI, ends_E)
+    return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
 
 
 def _grouped_mm_takes(weight_EOI: Tensor) -> bool:
-    """torch's kernel needs rows of multiples of 16 bytes; compiled or on the meta device it takes bfloat16 only."""
+    """torch's kernel needs rows of multiples of 16 bytes; on the meta device it takes bfloat16 only."""
     aligned = all(size * weight_EOI.element_size() % 16 == 0 for size in weight_EOI.shape[1:])
-    traced = weight_EOI.is_meta or torch.compiler.is_compiling()
-    return aligned and (weight_EOI.dtype is torch.bfloat16 or (weight_EOI.dtype is torch.float32 and not traced))
+    dtype = weight_EOI.dtype
+    return aligned and (dtype is torch.bfloat16 or (dtype is torch.float32 and not weight_EOI.is_meta))
 
 
 def auxiliary_loss(scores_NE: Tensor, counts_E: Tensor, valid_N: Tensor) -> Tensor:
