@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -208,7 +208,7 @@ class StreamTokens:
     def block(self, reader: int, wanted: int, known: Position) -> Rows:
         """A block of rows for a reader. known: in it or in the one before, which may be read again to reach it."""
         mine = [self._readings[reader]] if reader in self._readings else []
-        shared = () if self.source.by_files else self._readings.values()
+        shared: Iterable[_Reading] = () if self.source.by_files else self._readings.values()
         for reading in (*mine, *shared):
             if (found := reading.block(wanted)) is not None:
                 self._readings[reader] = reading
