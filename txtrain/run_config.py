@@ -18,7 +18,7 @@ from txtrain.model.adapter import AdapterConfig
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Freeze, Transform
 from txtrain.optim.config import EMAConfig
-from txtrain.registry import TABLE, axes, axis, knob
+from txtrain.registry import TABLE, axes, axis, config, knob
 
 _LOWER = ("loss", "perplexity", "bits_per_byte", "grad_norm")
 _HIGHER = (
@@ -40,7 +40,7 @@ def _no_direction(key: str, metric: str) -> str:
     return f"`{key}` must be given for {metric}, min or max: whether a lower or a higher one is better is not known."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class StopConfig:
     """When a run ends before its last step: once a metric no longer improves."""
 
@@ -59,7 +59,7 @@ class StopConfig:
         return 1 if (self.direction or direction_of(self.metric)) == "min" else -1
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class TrainerConfig:
     """Names as in Lightning. Intervals count steps, that is optimizer updates. The limit reached first ends the run."""
 
@@ -112,7 +112,7 @@ class TrainerConfig:
             yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SaveConfig:
     """When checkpoints are written: also at the last step, an interrupt and a new best validation, if allowed."""
 
@@ -143,7 +143,7 @@ class SaveConfig:
             yield f"`save.keep_every_n_steps` must be {multiple}, but is {every} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SampleConfig:
     """Continuations written at each validation: to the screen and to samples.txt."""
 
@@ -153,7 +153,7 @@ class SampleConfig:
     temperature: float = knob(0.8, at_least=0)  # 0: the most likely token
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class LayerStatsConfig:
     """Statistics of each layer in metrics.csv and the loggers: norms of gradients and weights, load balance of MoE."""
 
@@ -181,12 +181,12 @@ class Extent:
     stride: int | None = None
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Weighted:
     weight: float = 1.0  # of this reward in the sum of all
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class AnswerConfig(Weighted):
     """1 for the right answer, else 0."""
 
@@ -198,14 +198,14 @@ class AnswerConfig(Weighted):
     reference_pattern: str | None = None  # the same for the problem's answer; GSM8K's: '#### (.*)'
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class FormatConfig(Weighted):
     """1 for reasoning and an answer, each once in its tags and nothing beside them (2501.12948), else 0."""
 
     tags: tuple[str, str] = ("think", "answer")
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class LengthConfig(Weighted):
     """0 up to `free` tokens, then falling to -1 at `free` + `over` (2503.14476, equation 13)."""
 
@@ -213,14 +213,14 @@ class LengthConfig(Weighted):
     over: int = knob(16, at_least=1)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class RegexConfig(Weighted):
     """1 for a completion that has the pattern, else 0."""
 
     pattern: str | None = None  # must be given
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class RewardConfig:
     """What a completion is worth, for objective=grpo: the weighted sum of the chosen rewards."""
 
@@ -258,7 +258,7 @@ class RewardConfig:
             yield from pattern_problems(f"reward.{key}", () if pattern is None else (pattern,))
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class RunConfig:
     model: ModelConfig
     data: Any = axis("data")

@@ -1,6 +1,7 @@
 """Verbs, flags, spellings, mistakes: one helpful message, exit code 2, nothing written."""
 
 import dataclasses as dc
+import gc
 import re
 import resource
 import subprocess
@@ -275,12 +276,29 @@ def test_an_option_without_a_file_has_its_type_alone(monkeypatch):
 
 @pytest.mark.parametrize(
     ("args", "absent"),
-    [("['--help']", "hydra torch"), ("['train', '--help']", "hydra torch"), ("['--cfg', 'job']", "torch lightning datasets")],
+    [
+        ("['--help']", "hydra torch"),
+        ("['train', '--help']", "hydra torch"),
+        ("['--cfg', 'job']", "torch lightning datasets txtrain.checkpoint"),
+        ("['plan', 'plan.format=json']", "torch lightning datasets rich txtrain.checkpoint txtrain.hf.registry"),
+    ],
 )
 def test_nothing_heavy_is_imported_before_it_is_needed(args, absent):
     code = f"import sys, txtrain.cli.main as c; c.main({args}); print([m for m in {absent.split()} if m in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr == "[]\n"
+
+
+def test_garbage_is_looked_for_as_ever_once_the_work_begins(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["txtrain", "--help"])
+    before, during = gc.get_threshold(), []
+    monkeypatch.setattr(command_line, "overview", lambda: during.append(gc.get_threshold()) or "")
+    try:
+        assert main() == 0
+        assert gc.get_freeze_count() > 0
+    finally:
+        gc.unfreeze()
+    assert gc.get_threshold() == before != during[0]
 
 
 def test_a_run_gets_the_config_its_grafts_and_what_was_given(monkeypatch):

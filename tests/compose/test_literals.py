@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from txtrain.config.literals import LITERALS, quote
+from txtrain.config.literals import ROOTS, quote
 from txtrain.config.overrides import expand, parse
 from txtrain.errors import ConfigError
+from txtrain.ground.convert import is_marked, key_paths, marked
 
 NASTY = r"""
 Once upon a time, there|It's|"quoted"|a=b|f(x)|trailing | leading|123|1e-3|null|true||ünï→🙂|昔々、ある所に
@@ -48,7 +49,9 @@ def test_every_literal_key_is_one_of_the_contract():
     contract = ["prompt", "checkpoint", "init_from", "resume", "fork", "run_dir", "out", "name", "data.path", "data.tokenizer"]
     beside = ["data.cache_dir", "data.chat_template", "lm_eval.include_path", "objective.teacher", "objective.reference"]  # paths, as the others are
     texts = ["data.delimiter", "data.prompt", "messages", "objective.pattern", "push_to", "system"]
-    assert sorted(LITERALS) == sorted([*contract, *beside, *texts])
+    found = {root: [key for key in key_paths(root) if is_marked(root, key, "literal")] for root in ROOTS}
+    assert set().union(*found.values()) == {*contract, *beside, *texts}
+    assert all(set(keys) == set(marked(root, "literal")) for root, keys in found.items())
 
 
 @pytest.mark.parametrize("value", ["a.txt,c.txt", "[a.txt,c.txt]", "a b,c=d.txt"])

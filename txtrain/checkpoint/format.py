@@ -303,12 +303,9 @@ def _check_shards(path: Path, state: RunState) -> None:
 
 def shapes(path: Path) -> dict[str, tuple[int, ...]]:
     """Name -> shape of every tensor in a checkpoint that `verify` has passed."""
-    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
     from txtrain.checkpoint.reader import read_headers
 
-    entries = read_headers(path).metadata.state_dict_metadata
-    return {name: tuple(entry.size) for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+    return read_headers(path).shapes
 
 
 def forget_headers() -> None:

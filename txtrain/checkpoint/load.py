@@ -341,6 +341,8 @@ def _model(
 ) -> Transformer:
     import torch
 
+    from txtrain.model.shapes_only import with_storage
+
     if found.base is not None:
         return _merged(found, how, weights=weights).load(device)
     if found.is_hf:
@@ -351,7 +353,7 @@ def _model(
             model = from_hf(found.path)
         restore.check_finite(found.path, model, how)
         return model
-    model = _empty(found, tokenizer, how.key).to_empty(device=device)
+    model = with_storage(_empty(found, tokenizer, how.key), device)
     restore.load_weights(found.path, model, weights, how)
     return model.eval()
 

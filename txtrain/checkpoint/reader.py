@@ -2,6 +2,8 @@
 
 DCP's own reader copies each tensor out of a mapped file, then into the model. Here a tensor that is wanted whole goes
 from the file to its place a megabyte at a time, and is compared with its checksum and checked for NaN while in cache.
+A rank that reads alone needs no DCP, whose import takes half as long as torch's; `planned` is for those that read
+together.
 """
 
 from __future__ import annotations
@@ -19,25 +21,15 @@ from typing import Any
 import torch
 import xxhash
 from torch import Tensor
-from torch.distributed.checkpoint import _hf_utils as words
-from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    StorageMeta,
-    TensorProperties,
-    TensorStorageMetadata,
-)
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
-from torch.futures import Future
 
 from txtrain.checkpoint.state import ShardState
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import parse_json
+from txtrain.hf.name_map import Shape
 from txtrain.hf.pieces import Box, Piece, is_finite
-from txtrain.hf.tensor_file import SafetensorsFile
+from txtrain.hf.tensor_file import NUMBERS, SafetensorsFile
 
+SHARDING, OFFSETS = "DCP_SHARDING_INFO", "saved_offsets"  # DCP's words, in a file's metadata
 WEIGHTS = ("model.", "ema.")
 
 
@@ -47,11 +39,19 @@ class NotFiniteError(ConfigError):
 
 @dc.dataclass(frozen=True)
 class Headers:
-    """What the headers of a checkpoint's shards say. files, checksums: by path."""
+    """What the headers of a checkpoint's shards say.
 
-    files: dict[str, SafetensorsFile]
-    checksums: dict[str, dict[str, str]]
-    metadata: Metadata
+    Attributes:
+        files, checksums: by path.
+        shapes, dtypes: of whole tensors, by name.
+        parts: name and offsets of each part -> the path of its file.
+    """
+
+    files: dict[str, SafetensorsFile] = dc.field(default_factory=dict)
+    checksums: dict[str, dict[str, str]] = dc.field(default_factory=dict)
+    shapes: dict[str, Shape] = dc.field(default_factory=dict)
+    dtypes: dict[str, torch.dtype] = dc.field(default_factory=dict)
+    parts: dict[tuple[str, Shape], str] = dc.field(default_factory=dict)
 
 
 def read_headers(folder: Path) -> Headers:
@@ -67,40 +67,34 @@ def read_headers(folder: Path) -> Headers:
 @lru_cache(maxsize=1)
 def parse_headers(shards: tuple[tuple[str, int, int, int], ...]) -> Headers:
     """shards: path, size, time of change and inode of each file."""
-    made, found, places = Headers({}, {}, Metadata({})), dict[str, TensorStorageMetadata](), dict[MetadataIndex, str]()
+    made = Headers()
     for path, *_ in shards:
         file = made.files[path] = SafetensorsFile(Path(path))
         made.checksums[path] = ShardState.of(file.metadata, f"The header of {file.path.name}").checksums
         for name, offsets, shape, dtype in _parts(file):
-            held = found.setdefault(name, TensorStorageMetadata(TensorProperties(dtype=dtype), torch.Size(shape), []))
-            held.chunks.append(ChunkStorageMetadata(torch.Size(offsets), torch.Size(shape)))
-            ends = [o + n for o, n in zip(offsets, shape, strict=True)]
-            held.size = torch.Size(map(max, ends, held.size))
-            places[MetadataIndex(name, offsets)] = path
-    return dc.replace(made, metadata=Metadata(dict(found), storage_data=places))
+            ends = tuple(o + n for o, n in zip(offsets, shape, strict=True))
+            known = made.shapes.get(name)
+            made.shapes[name] = ends if known is None else tuple(map(max, ends, known))
+            made.dtypes.setdefault(name, dtype)
+            made.parts[name, tuple(offsets)] = path
+    return made
 
 
-class Reader(HuggingFaceStorageReader):
+class Reader:
     """verify: compare each tensor with its checksum. finite: refuse weights that hold NaN or infinity."""
 
     def __init__(self, folder: Path, verify: bool = True, finite: bool = True) -> None:
-        super().__init__(str(folder))
-        self.verify, self.finite = verify, finite
-        self._headers = read_headers(folder)
-
-    def read_metadata(self) -> Metadata:
-        """The shards of each tensor, from the headers."""
-        return dc.replace(self._headers.metadata, storage_meta=StorageMeta(load_id=self.load_id))
+        self.folder, self.verify, self.finite = folder, verify, finite
+        self.headers = read_headers(folder)
 
     def pieces(self, prefix: str) -> list[Piece]:
         """Of the tensors whose names begin with the prefix, named without it; for a reader that needs no plan."""
-        found, headers = [], self._headers
-        for index, path in (headers.metadata.storage_data or {}).items():
-            if index.fqn.startswith(prefix):
-                file, name = headers.files[path], index.fqn
-                look = partial(self._read, path, name, None)
+        found = []
+        for (name, offsets), path in self.headers.parts.items():
+            if name.startswith(prefix):
+                file, look = self.headers.files[path], partial(self.read_part, path, name, None)
                 shape, read = file.entries[name].shape, partial(_box, file, name)
-                found.append(Piece(name.removeprefix(prefix), tuple(index.offset or ()), shape, read, look))
+                found.append(Piece(name.removeprefix(prefix), offsets, shape, read, look))
         return found
 
     def hold(self) -> Callable[[], None]:
@@ -109,8 +103,8 @@ class Reader(HuggingFaceStorageReader):
         Returns:
             What closes them.
         """
-        files = {path: copy.copy(file) for path, file in self._headers.files.items()}  # the headers are cached
-        self._headers = dc.replace(self._headers, files=files)
+        files = {path: copy.copy(file) for path, file in self.headers.files.items()}  # the headers are cached
+        self.headers = dc.replace(self.headers, files=files)
         with contextlib.ExitStack() as opened:
             for file in files.values():
                 file.hold()
@@ -121,70 +115,30 @@ class Reader(HuggingFaceStorageReader):
         """Read tensors in place without a plan, for a rank that reads alone.
 
         Raises:
-            ConfigError, NotFiniteError: as `read_data`; ConfigError: the files no longer hold all of a tensor.
+            ConfigError: a tensor has changed since it was written, or the files no longer hold all of it.
+            NotFiniteError: weights hold NaN or infinity.
         """
         strange, lacking = set(), Counter({name: target.numel() for name, target in into.items()})
         with contextlib.ExitStack() as held:
             held.callback(self.hold())  # each file is opened once
-            for index, path in (self._headers.metadata.storage_data or {}).items():
-                if (target := into.get(index.fqn)) is not None:
-                    part, shape = target.detach(), self._headers.files[path].entries[index.fqn].shape
-                    for dim, (begin, n) in enumerate(zip(index.offset or (), shape, strict=True)):
+            for (name, offsets), path in self.headers.parts.items():
+                if (target := into.get(name)) is not None:
+                    part, shape = target.detach(), self.headers.files[path].entries[name].shape
+                    for dim, (begin, n) in enumerate(zip(offsets, shape, strict=True)):
                         part = part if n == part.shape[dim] else part.narrow(dim, begin, n)
-                    if not self._read(path, index.fqn, part, self.finite and index.fqn.startswith(WEIGHTS)):
-                        strange.add(index.fqn)
-                    lacking[index.fqn] -= part.numel()
-        if name := next((name for name, n in lacking.items() if n), None):  # a run that goes on may remove it meanwhile
-            raise ConfigError(f"the files no longer hold all of {name}")
+                    if not self.read_part(path, name, part, self.finite and name.startswith(WEIGHTS)):
+                        strange.add(name)
+                    lacking[name] -= part.numel()
+        if short := [name for name, n in lacking.items() if n]:  # a run that goes on may remove it meanwhile
+            raise ConfigError(f"the files no longer hold all of {short[0]}")
         if strange:
             raise NotFiniteError(*strange)
 
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Shards that no rank reads whole (their number has changed) are divided over the ranks to be verified."""
-        if not self.verify:
-            return plans
-        items = [item for plan in plans for item in plan.items]
-        rest = {item.storage_index for item in items} - {item.storage_index for item in items if self._whole(item)}
-        turns = sorted(rest, key=lambda index: (index.fqn, tuple(index.offset or ())))
-        return [dc.replace(plan, storage_data=turns[i :: len(plans)]) for i, plan in enumerate(plans)]
-
-    def _whole(self, item: ReadItem) -> bool:
-        index = item.storage_index
-        return tuple(item.lengths) == self._headers.files[self.storage_data[index]].entries[index.fqn].shape
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Raises:
-        ConfigError: a tensor has changed since it was written. NotFiniteError: weights hold NaN or infinity.
-        """
-        from safetensors import safe_open
-
-        strange = []
-        for item in plan.items:
-            target, index = planner.resolve_tensor(item).detach(), item.storage_index
-            path, name = self.storage_data[index], index.fqn
-            check = self.finite and name.startswith(WEIGHTS)
-            if self._whole(item):
-                fine = self._read(path, name, target, check)
-            else:
-                with safe_open(path, "pt") as f:
-                    part = tuple(slice(o, o + n) for o, n in zip(item.storage_offsets, item.lengths, strict=True))
-                    target.copy_(f.get_slice(name)[part])
-                fine = not check or is_finite(target)
-            strange += [] if fine else [name]
-            planner.commit_tensor(item, target)
-        for index in plan.storage_data or ():
-            self._read(self.storage_data[index], index.fqn, None, finite=False)
-        if strange:
-            raise NotFiniteError(*strange)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
-
-    def _read(self, path: str, name: str, target: Tensor | None, finite: bool) -> bool:
+    def read_part(self, path: str, name: str, target: Tensor | None, finite: bool) -> bool:
         """Read one shard into its place (None: nowhere). Returns whether its numbers are finite, if that is asked."""
-        file, fine = self._headers.files[path], True
-        entry, checksum = file.entries[name], self._headers.checksums[path].get(name) if self.verify else None
-        dtype = words.DTYPE_MAP[entry.dtype]
+        file, fine = self.headers.files[path], True
+        entry, checksum = file.entries[name], self.headers.checksums[path].get(name) if self.verify else None
+        dtype = NUMBERS[entry.dtype]
         direct = target is not None and target.device.type == "cpu" and target.dtype == dtype and target.is_contiguous()
         held = target if target is not None and direct else torch.empty(entry.shape, dtype=dtype, device="cpu")
         digest = xxhash.xxh3_64()
@@ -210,18 +164,18 @@ def _parts(file: SafetensorsFile) -> Iterator[tuple[str, list[int], tuple[int, .
     """Of each tensor in a file: its name, its shard's offsets in the whole, shape and type."""
     where = f"The header of {file.path.name}"
     metadata = file.metadata if isinstance(file.metadata, dict) else {}
-    text = metadata.get(words.CUSTOM_METADATA_KEY)
+    text = metadata.get(SHARDING)
     places = {} if text is None else parse_json(str(text), where)
     for name, entry in file.entries.items():
-        place = places.get(name) if text is not None else {words.SAVED_OFFSETS_KEY: [0] * len(entry.shape)}
-        offsets: Any = place.get(words.SAVED_OFFSETS_KEY) if isinstance(place, dict) else None
+        place = places.get(name) if text is not None else {OFFSETS: [0] * len(entry.shape)}
+        offsets: Any = place.get(OFFSETS) if isinstance(place, dict) else None
         sound = (
             isinstance(offsets, list) and len(offsets) == len(entry.shape)
             and all(type(o) is int and 0 <= o < 2**63 for o in offsets)
         )
         if (
-            not sound or entry.dtype not in words.DTYPE_MAP
+            not sound or entry.dtype not in NUMBERS
             or any(o + n >= 2**63 for o, n in zip(offsets, entry.shape, strict=True))
         ):
             raise ConfigError(f"{where}: {name} must be a part of a tensor, but is {entry} at {json.dumps(place)[:80]}")
-        yield name, offsets, entry.shape, words.DTYPE_MAP[entry.dtype]
+        yield name, offsets, entry.shape, NUMBERS[entry.dtype]

@@ -68,9 +68,6 @@ def load_tensors(
         ConfigError: the names or shapes differ.
         LoadError: a tensor has changed since it was written, or weights are not finite.
     """
-    from torch.distributed.checkpoint.api import CheckpointException
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     from txtrain.checkpoint.reader import NotFiniteError, Reader
 
     _compare(path, into, prefix, without)
@@ -80,11 +77,11 @@ def load_tensors(
         if group is None:  # DCP plans for each tensor apart, which takes as long as reading a small one
             reader.read(into)
         else:
-            load(dict(into), storage_reader=reader, process_group=group)
+            from txtrain.checkpoint.planned import read_together
+
+            met = read_together(reader, into, group)
     except ConfigError as e:
         met = [e]
-    except CheckpointException as e:  # holds the exceptions of all ranks
-        met = [exception for exception, _ in e.failures.values()]
     if other := [exception for exception in met if not isinstance(exception, NotFiniteError)]:
         raise damaged(path, other[0].problems[0], how.key) if isinstance(other[0], ConfigError) else other[0]
     if met:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-from txtrain.cli.chat import answer_file, talk
 from txtrain.cli.writer import Writer, laid_out, ready, show
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema_of_trained import Generate
@@ -31,10 +30,10 @@ def run_generate(job: Composed) -> int:
         return launch(run, partial(to_file, job), n, "generate")
     prompts = read_prompts(config) if run is None else None
     with ready(config, run) as writer:
-        if config.messages is not None:
-            answer_file(writer)
-        elif config.chat:
-            talk(writer)
+        if config.messages is not None or config.chat:
+            from txtrain.cli import chat  # here: a prompt needs no templates
+
+            (chat.talk if config.messages is None else chat.answer_file)(writer)
         elif prompts is None and writer.parallel is not None:
             _write(writer, writer.parallel.first(lambda: read_prompts(config)))
         else:

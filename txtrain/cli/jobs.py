@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses as dc
 import os
 from collections.abc import Sequence
-from functools import partial
 
 from hydra.core.override_parser.types import Override
 
-from txtrain.checkpoint.format import newest_run
-from txtrain.checkpoint.run_folder import begun_with
 from txtrain.cli.verbs import VERBS, root_of
 from txtrain.config import compose as composition
 from txtrain.config.composed import Composed
@@ -45,7 +42,7 @@ def compose(
 
 def compose_job(verb: str, overrides: list[Override], loader: Loader) -> tuple[Composed, list[Override]]:
     """The configuration of one job of `expand`, and its overrides as passed to Hydra."""
-    job, lines = composition.compose_job(verb, root_of(verb), overrides, loader, partial(newest_run, key="resume"))
+    job, lines = composition.compose_job(verb, root_of(verb), overrides, loader)
     return _on_trained(_pinned(job)), lines
 
 
@@ -55,12 +52,17 @@ def _pinned(composed: Composed) -> Composed:
     A run that is continued keeps the one that it was begun with.
     """
     config, found = composed.config, {}
-    for key in (f.name for f in dc.fields(config) if f.metadata.get("run")):
-        if (where := getattr(config, key)) is not None:
-            of_runs = isinstance(config, RunConfig)
-            before = begun_with(config.run_dir, config.name, key, where) if of_runs else None
-            found[key] = before or newest_run(where, key)
-    return dc.replace(composed, config=dc.replace(config, **found)) if found else composed
+    keys = (f.name for f in dc.fields(config) if f.metadata.get("run"))
+    if not (given := {key: where for key in keys if (where := getattr(config, key)) is not None}):
+        return composed
+    from txtrain.checkpoint.format import newest_run
+    from txtrain.checkpoint.run_folder import begun_with
+
+    for key, where in given.items():
+        of_runs = isinstance(config, RunConfig)
+        before = begun_with(config.run_dir, config.name, key, where) if of_runs else None
+        found[key] = before or newest_run(where, key)
+    return dc.replace(composed, config=dc.replace(config, **found))
 
 
 def _on_trained(job: Composed) -> Composed:

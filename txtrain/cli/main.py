@@ -34,7 +34,21 @@ class CommandLine(NamedTuple):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code (`verbs.exit_code`)."""
-    return exit_code(partial(_work, list(sys.argv[1:] if argv is None else argv)))
+    if argv is None:
+        return exit_code(_begin)
+    return exit_code(partial(_work, list(argv)))
+
+
+def _begin() -> Work:
+    """`_work` of the process's own command line. Nearly all that imports make stays: to look for garbage in it takes a
+    tenth of the time of composing or of importing torch, and half a second when a process with torch ends."""
+    often = gc.get_threshold()
+    gc.set_threshold(100_000)
+    try:
+        return _work(sys.argv[1:])
+    finally:
+        gc.freeze()  # nor is it looked through later, at the end above all
+        gc.set_threshold(*often)
 
 
 def parse(argv: Sequence[str]) -> CommandLine:
@@ -128,13 +142,9 @@ def _nothing() -> int:
 def _help(line: CommandLine) -> str:
     if line.verb is None and not line.overrides:
         return overview()
-    gc.disable()  # a hundred classes and their syntax trees are made, which all stay: a seventh of the time
-    try:
-        from txtrain.cli.help import usage
+    from txtrain.cli.help import usage
 
-        return usage(line.verb or "train", line.overrides)
-    finally:
-        gc.enable()
+    return usage(line.verb or "train", line.overrides)
 
 
 def _show(line: CommandLine, verb: str, loader: Loader, jobs: list[tuple[Composed, list[Override]]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -16,18 +16,15 @@ from txtrain.config.loader import Loader, load
 from txtrain.config.loggers import settled
 from txtrain.config.overrides import check, hydra_errors
 from txtrain.config.published import sentence
-from txtrain.config.resume_from import resumed
 from txtrain.config.schema import Train
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build
 
 
 def compose_job(
-    verb: str, root: type, overrides: list[Override], loader: Loader, run_of: Callable[[str], str] = str
+    verb: str, root: type, overrides: list[Override], loader: Loader
 ) -> tuple[Composed, list[Override]]:
     """One job of `expand`, from its overrides or the run that it resumes; and its overrides as passed to Hydra.
-
-    run_of: from the value of `resume=` to the run's folder.
 
     Raises:
         ConfigError: the overrides or the configuration are wrong.
@@ -40,7 +37,10 @@ def compose_job(
             (str(o.value()) for o in reversed(overrides) if o.key_or_group == "resume" and not o.is_delete()), "auto"
         )
         if issubclass(root, Train) and not root.reads and run not in ("auto", "never"):
-            return resumed(verb, root, run_of(run), overrides, loader), overrides
+            from txtrain.checkpoint.format import newest_run
+            from txtrain.config.resume_from import resumed
+
+            return resumed(verb, root, newest_run(run, "resume"), overrides, loader), overrides
         lines = check(overrides, loader, root)
         return typed(load(verb, lines, loader), root), lines
 

@@ -7,10 +7,10 @@ import re
 from txtrain.config.schema import Prepare
 from txtrain.config.schema_of_trained import Evaluate, Export, Generate, Predict
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import marked
+from txtrain.ground.convert import is_marked
 from txtrain.ground.plain_files import is_whole
 
-LITERALS = frozenset(key for root in (Prepare, Evaluate, Predict, Generate, Export) for key in marked(root, "literal"))
+ROOTS = (Prepare, Evaluate, Predict, Generate, Export)  # have all of them
 
 _PATHS = "data.val_path"  # Hydra's grammar, for null and named sets; but commas separate paths, as in data.path
 _GRAMMAR = re.compile(r"""["'{[]|\w+\(""")
@@ -47,7 +47,7 @@ def protect(override: str, sweep: bool) -> str:
         raise ConfigError(f"`{key.encode(errors='replace').decode()}` must be text in UTF-8, but is {value!r} instead.")
     name = key.lstrip("+")
     paths = name == _PATHS and not sweep and "," in value and not _GRAMMAR.match(value)
-    if not equals or not (name in LITERALS or paths):
+    if not equals or not (paths or any(is_marked(root, name, "literal") for root in ROOTS)):
         plain = value.isascii() or _FURTHER.search(value)
         return override if plain else f"{key}={_WORDS.sub(_quoted, value)}"
     return f"{key}={','.join(map(quote, value.split(',') if sweep else [value]))}"

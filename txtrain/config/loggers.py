@@ -17,7 +17,7 @@ from txtrain.config.paths import CONF, options
 from txtrain.config.targets import WANDB
 from txtrain.errors import ConfigError, nearest
 from txtrain.ground.convert import key_of, part
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
 _PLAIN_NAME = re.compile(r"\w[\w.-]*")
@@ -33,7 +33,7 @@ def _folder_name(default: Any) -> Any:
     return knob(default, from_run=lambda value: _PLAIN_NAME.fullmatch(str(value)))
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Wandb:
     """Keys of WandbLogger and wandb.init. A WANDB_* environment variable of the same meaning wins."""
 
@@ -55,7 +55,7 @@ class Wandb:
     x_axis: Literal["step", "tokens"] = "step"  # of the charts
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class TensorBoard:
     """Keys of TensorBoardLogger and SummaryWriter."""
 

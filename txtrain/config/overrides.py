@@ -157,7 +157,7 @@ def _with_prefix(o: Override, prefix: str) -> Override:
 class _Checker:
     def __init__(self, loader: ConfigLoaderImpl, root: type) -> None:
         self.repository = loader.repository
-        self.root, self.groups, self.known = root, groups_of(root), key_paths(root)
+        self.root, self.groups = root, groups_of(root)
         self.problems: list[str] = []
 
     def checked(self, o: Override) -> Override:
@@ -181,17 +181,18 @@ class _Checker:
             return _with_prefix(o, "")
         elif slashed in self.groups and not isinstance(value, dict):
             self.group(slashed, value, shown, f"`{key}={shown}`: {slashed} is a group.")
-        elif "/" in key and dotted in self.known:
+        elif "/" in key and dotted in key_paths(self.root):
             self.problems.append(f"`{key}={shown}`: {dotted} is a value, not a group. Write {dotted}={shown}.")
         elif "/" in key:
-            close = nearest(key, [*self.groups, *self.known])
+            close = nearest(key, [*self.groups, *key_paths(self.root)])
             guess = f" Did you mean {close}={shown}?" if close else ""
             self.problems.append(
                 f"`{key}={shown}`: there is no group {key}. Groups: {', '.join(self.groups) or 'none'}.{guess}"
             )
         # of another verb, or a folder beside recipes/
         elif not isinstance(value, dict) and self.repository.group_exists(key):
-            self.problems.append(unknown_key(key, shown, [f.name for f in dc.fields(self.root)], self.known, None))
+            beside = [f.name for f in dc.fields(self.root)]
+            self.problems.append(unknown_key(key, shown, beside, key_paths(self.root), None))
         return _with_prefix(o, "++")
 
     def group(self, group: str, value: Any, shown: str, complaint: str = "") -> None:

@@ -15,6 +15,7 @@ from txtrain.registry import (
     METRIC,
     USER_AXES,
     VALUE_AXES,
+    config,
     dropout_knob,
     inherits_from_package,
     knob,
@@ -24,7 +25,7 @@ from txtrain.registry import (
 T = TypeVar("T", bound=Callable[..., Any])  # a class; of a reward also a function, of a metric always
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MetricConfig:
     """A metric of the user's own."""
 

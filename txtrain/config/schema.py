@@ -16,11 +16,11 @@ from txtrain.ground.convert import Checked, among
 from txtrain.ground.patterns import pattern_problems
 from txtrain.model import rules
 from txtrain.parallel import config as parallel  # (registers the strategies)
-from txtrain.registry import METRIC, TABLE, key_of, knob, out_of_range
+from txtrain.registry import METRIC, TABLE, config, key_of, knob, out_of_range
 from txtrain.run_config import RunConfig
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Train(RunConfig):
     """The configuration of a run, with the checks across its groups."""
 
@@ -145,14 +145,14 @@ class Train(RunConfig):
             yield from self.objective.check_ranks(self, self.strategy.layout(world).data)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PrepareConfig:
     """How `prepare` writes."""
 
     shard_tokens: int = knob(100_000_000, at_least=1)  # a file ends with the document that reaches this length
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Prepare(Train):
     """The data of `train` to tokenise, and where to write them."""
 
@@ -166,7 +166,7 @@ class Prepare(Train):
         yield from Train.check(self)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PreviewConfig:
     """What `preview` shows."""
 
@@ -175,7 +175,7 @@ class PreviewConfig:
     format: Literal["text", "json"] = "text"  # json: a line per sample: `input_ids`, `trained`, `documents`, `source`
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Preview(Train):
     """The samples of `train` to show."""
 

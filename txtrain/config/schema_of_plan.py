@@ -11,7 +11,7 @@ from txtrain.config.schema import Train
 from txtrain.config.units import bytes_of
 from txtrain.errors import hint
 from txtrain.parallel import config as parallel
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 
 @dc.dataclass(frozen=True, kw_only=True)
@@ -45,7 +45,7 @@ class PlanConfig:
             yield f"`plan.memory` must be a size such as 80GB or 79.6GiB, but is {self.memory!r} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Plan(Train):
     """The run of `train`, and what to estimate it for."""
 

@@ -12,11 +12,11 @@ from txtrain.config.units import bytes_of
 from txtrain.ground.convert import Checked
 from txtrain.model.config import Sampling
 from txtrain.parallel import config as parallel
-from txtrain.registry import axis, knob, out_of_range
+from txtrain.registry import axis, config, knob, out_of_range
 from txtrain.run_config import Extent
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class OnTrained(Train):
     """A trained model, and the data that it reads."""
 
@@ -60,7 +60,7 @@ class OnTrained(Train):
             yield from self.strategy.problems(world, self.model)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class LMEvalConfig:
     """How lm_eval evaluates `tasks`; its words."""
 
@@ -69,7 +69,7 @@ class LMEvalConfig:
     limit: int | None = knob(None, at_least=1)  # questions of each task; null: all
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Evaluate(OnTrained):
     """A trained model, and what to measure it on."""
 
@@ -125,7 +125,7 @@ class Evaluate(OnTrained):
             )
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PredictConfig:
     """What `predict` writes of each row."""
 
@@ -135,7 +135,7 @@ class PredictConfig:
     pooling: Literal["mean", "first", "last"] = "mean"  # an embedding's positions of the last layer
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Predict(OnTrained):
     """A trained model, and the rows that it reads."""
 
@@ -160,7 +160,7 @@ class Predict(OnTrained):
         yield from self._check_batch()
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Generate(Sampling):
     # a run, one of its checkpoints, a folder of runs, or a Hugging Face folder
     checkpoint: str | None = knob(None, literal=True, run=True)
@@ -201,7 +201,7 @@ class Generate(Sampling):
         yield from Sampling.check(self)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Export:
     checkpoint: str | None = knob(None, literal=True, run=True)  # a run's folder, or one of its checkpoints
     out: str | None = knob(None, literal=True)  # the folder to write: new or empty

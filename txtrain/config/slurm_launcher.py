@@ -14,10 +14,10 @@ from txtrain.config.overrides import LAUNCHER, hydra_errors
 from txtrain.config.units import bytes_of
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import part
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SlurmConfig:
     """`hydra/launcher=slurm`: a job array by submitit, one job per member. Keys as in hydra-submitit-launcher."""
 

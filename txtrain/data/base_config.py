@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 Tokenizer = str  # folder, file or hub name; `bytes`; `train`
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class DataConfig:
     """Keys of every source. A user's own config derives from this, or the source gets these keys beside its own."""
 
@@ -56,7 +55,7 @@ class DataConfig:
             yield "`data.tokenizer` must be train, bytes, or a folder, file or hub name, but is null instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class UnpackedConfig(DataConfig):
     """A key of sources that read compressed files."""
 
@@ -64,7 +63,7 @@ class UnpackedConfig(DataConfig):
     max_expansion: float = knob(200.0, at_least=1, free=True)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class TextsConfig(DataConfig):
     """Keys of sources that read texts of any origin."""
 

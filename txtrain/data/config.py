@@ -17,10 +17,10 @@ from txtrain.data.questions_config import (
     MultipleChoiceConfig,
     ProblemsConfig,
 )
-from txtrain.registry import BASES, axes, knob, register
+from txtrain.registry import BASES, axes, config, knob, register
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class TextConfig(UnpackedConfig, TextsConfig):
     """`data=text`: text files, or files with a text in each row."""
 
@@ -31,7 +31,7 @@ class TextConfig(UnpackedConfig, TextsConfig):
     text_column: str = "text"  # of .jsonl and .parquet
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class HFConfig(TextsConfig):
     """`data=hf`: whatever `datasets.load_dataset` takes."""
 
@@ -69,7 +69,7 @@ def as_it_was(saved: Mapping[str, Any]) -> dict[str, Any]:
     return {**saved, "data": {"stream_readers": 1, "shuffle_buffer": 0, **data}}
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class WikiTextConfig(UnpackedConfig, TextsConfig):
     """`data=wikitext` (1609.07843): `path` if given, else Salesforce/wikitext from the hub or its cache."""
 
@@ -81,12 +81,12 @@ class WikiTextConfig(UnpackedConfig, TextsConfig):
     offline_fallback: Literal["auto", "never"] = "auto"
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PythonDocsConfig(DataConfig):
     """`data=python_docs`: help topics and docstrings of the Python installation."""
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ConversationsConfig(UnpackedConfig, TextsConfig):
     """Keys of sources of conversations in rows."""
 
@@ -100,7 +100,7 @@ class ConversationsConfig(UnpackedConfig, TextsConfig):
     packing: Literal["best_fit", "none"] = "best_fit"  # several samples per sequence, and padding; or one
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ChatConfig(ConversationsConfig):
     """`data=chat`: conversations, of which the assistant's turns are trained."""
 
@@ -111,7 +111,7 @@ class ChatConfig(ConversationsConfig):
     train_on: Literal["assistant", "last_assistant", "all"] = "assistant"  # the turns whose tokens are trained
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PreferencesConfig(ConversationsConfig):
     """`data=preferences`: to each prompt an answer that is preferred, and one that is not. A sequence holds both."""
 
@@ -131,7 +131,7 @@ class PreferencesConfig(ConversationsConfig):
             yield f"`data.cross_document_attention` must be {apart}, but is true instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MemmapConfig(DataConfig):
     """`data=memmap`: token files, ours or those of other tools."""
 
@@ -145,7 +145,7 @@ class MemmapConfig(DataConfig):
     dtype: Literal["uint8", "uint16", "uint32", "int32", "int64"] = "uint16"  # of files without a header
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MixtureConfig(DataConfig):
     """`data=mixture`: several sources of text, each with its share of the samples."""
 
@@ -197,7 +197,7 @@ class MixtureConfig(DataConfig):
             yield f"`data.weights` must not be below a millionth of their sum, but are {self.weights} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class TranslationConfig(UnpackedConfig, TextsConfig):
     """`data=translation`: pairs of texts."""
 
@@ -216,7 +216,7 @@ class TranslationConfig(UnpackedConfig, TextsConfig):
     swap: bool = False  # exchange source and target
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class LabelsConfig(UnpackedConfig, TextsConfig):
     """`data=labels`: texts, or pairs of them, with a class, several classes or numbers for each."""
 
@@ -252,7 +252,7 @@ class LabelsConfig(UnpackedConfig, TextsConfig):
             yield "`data.label_column` must name a column, but is empty instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ReverseConfig(DataConfig):
     """`data=reverse`: random strings, and the same strings reversed. No files."""
 
@@ -271,7 +271,7 @@ class ReverseConfig(DataConfig):
             yield f"`data.min_length` must be at most data.max_length ({high}), but is {low} instead. Nearest: {high}."
 
 
-for name, target, config in (
+for name, target, cls in (
     ("text", "text:TextFiles", TextConfig),
     ("hf", "hub_text:hub_source", HFConfig),
     ("wikitext", "wikitext:WikiText", WikiTextConfig),
@@ -292,6 +292,6 @@ for name, target, config in (
     ("images", "images:ImageFiles", ImagesConfig),
     ("digits", "digits:Digits", DigitsConfig),
 ):
-    register("data", name, f"txtrain.data.sources.{target}", config)
+    register("data", name, f"txtrain.data.sources.{target}", cls)
 
 BASES["data"] = DataConfig

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Iterator
 from typing import ClassVar
 
 from txtrain.data.base_config import DataConfig, UnpackedConfig
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PixelConfig(DataConfig):
     """Keys of every source of images. Images are resized to the model's image_size and n_channels."""
 
@@ -33,7 +32,7 @@ class PixelConfig(DataConfig):
             yield f"`data.seq_len` must be null for {positions}, but is {self.seq_len} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ImagesConfig(PixelConfig, UnpackedConfig):
     """`data=images`: folders, arrays, IDX files, or a hub set."""
 
@@ -47,6 +46,6 @@ class ImagesConfig(PixelConfig, UnpackedConfig):
     columns: tuple[str, str] = ("image", "label")  # of a set
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class DigitsConfig(PixelConfig):
     """`data=digits`: the 1,797 handwritten digits of 8 x 8 pixels in scikit-learn."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from typing import ClassVar
 
 from txtrain.data.base_config import DataConfig, TextsConfig, UnpackedConfig
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class QuestionsConfig(UnpackedConfig, TextsConfig):
     """Keys of every source of questions, for `evaluate`."""
 
@@ -20,7 +19,7 @@ class QuestionsConfig(UnpackedConfig, TextsConfig):
     separator: str = " "  # between the prompt and what follows it
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MultipleChoiceConfig(QuestionsConfig):
     """`data=multiple_choice`: questions with several choices, of which one is right."""
 
@@ -32,7 +31,7 @@ class MultipleChoiceConfig(QuestionsConfig):
     blank: str | None = None
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ClozeConfig(QuestionsConfig):
     """`data=cloze`: texts whose end is asked for."""
 
@@ -42,7 +41,7 @@ class ClozeConfig(QuestionsConfig):
     answer_column: str | None = None  # null: the last word of the text
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class AnsweredConfig(QuestionsConfig):
     """`data=questions`: questions and answers."""
 
@@ -51,7 +50,7 @@ class AnsweredConfig(QuestionsConfig):
     answer_column: str = "answer"
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ProblemsConfig(UnpackedConfig):
     """`data=problems`: questions and answers in files."""
 
@@ -67,7 +66,7 @@ class ProblemsConfig(UnpackedConfig):
     max_text_bytes: int = knob(1 << 31, at_least=1, free=True)  # largest size of a row
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ArithmeticConfig(DataConfig):
     """`data=arithmetic`: chains such as 7+3*4-2=, from left to right, modulo 10. No files."""
 
@@ -80,7 +79,7 @@ class ArithmeticConfig(DataConfig):
     worked: float = knob(1.0, at_least=0, at_most=1)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class CountdownConfig(DataConfig):
     """`data=countdown`: numbers, and a target to be made of them. No files."""
 

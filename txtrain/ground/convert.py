@@ -117,6 +117,16 @@ def _key_paths(cls: type, prefix: str, n_options: int) -> dict[str, dict[str, An
     return paths
 
 
+def is_marked(cls: type, key: str, mark: str) -> bool:
+    """Whether `marked` has the dotted key; looks at the fields on the way to it alone."""
+    first, _, rest = key.partition(".")
+    return any(
+        any(is_marked(part, rest, mark) for part in parts(cls, f)) if rest else bool(f.metadata.get(mark))
+        for f in dc.fields(cls)
+        if key_of(f) == first
+    )
+
+
 def marked(cls: type, mark: str) -> dict[str, Any]:
     """Dotted key -> value of the mark (`registry.knob`), for the fields that have it."""
     return {key: marks[mark] for key, marks in key_paths(cls).items() if marks.get(mark)}
@@ -176,10 +186,9 @@ class _Reader:
         fields = {key_of(f): f for f in dc.fields(cls) if f.init}
         older = {f.metadata["was"]: name for name, f in fields.items() if "was" in f.metadata and name not in raw}
         raw = {older.get(key, key): value for key, value in raw.items()} if older else raw
-        known = key_paths(self.root)
         for key in raw:
             if key not in fields and len(self.problems) < _MOST_PROBLEMS:  # a limit, since finding near names is slow
-                said = unknown_key(_join(path, shorten(key)), raw[key], fields, known, axis)
+                said = unknown_key(_join(path, shorten(key)), raw[key], fields, key_paths(self.root), axis)
                 self.problem(said + absent.get(key, ""))
         values = {}
         for name, f in fields.items():

@@ -14,7 +14,7 @@ from txtrain.hf.name_map import EXPERT, Row, by_layer, respelt
 from txtrain.model.adapter import AdapterConfig, factor_of
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Transform
-from txtrain.registry import knob, register
+from txtrain.registry import config, knob, register
 
 ADAPTER_CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"  # of PEFT's folder
 PREFIX = "base_model.model."  # of its tensors
@@ -23,7 +23,7 @@ ALL = "all-linear"
 _DEFAULT = ("q_proj", "v_proj")  # the paper's choice (2106.09685, section 7.1), and PEFT's for most models
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class LoraConfig(AdapterConfig):
     """LoRA (2106.09685): W x + scaling * B (A x), with W frozen. Names and defaults are PEFT's."""
 

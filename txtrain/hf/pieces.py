@@ -16,6 +16,7 @@ from txtrain.errors import ConfigError
 from txtrain.hf.digest import sha256_of
 from txtrain.hf.name_map import Shape
 from txtrain.model.lora import Pair
+from txtrain.model.shapes_only import with_storage
 from txtrain.model.transformer import Transformer
 
 Range = tuple[int, int]  # from the first index to before the second
@@ -113,7 +114,7 @@ class Source:
 
     def load(self, device: torch.device | str, dtype: torch.dtype | None = None) -> Transformer:
         """The whole model, in eval mode. Memory: it and its largest tensor. dtype: None: torch's default."""
-        self.model.to(dtype or torch.get_default_dtype()).to_empty(device=device)
+        with_storage(self.model.to(dtype or torch.get_default_dtype()), device)
         fill(self.model.state_dict(), self.pieces)
         return self.model.eval()
 

@@ -30,6 +30,7 @@ DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 # The format's other dtypes may be in a file (as old buffers are), but not as parameters.
 _BUFFERS = {"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8}
 _BUFFERS |= {"I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+NUMBERS = {name: dtype for name, dtype in (DTYPES | _BUFFERS).items() if name != "BOOL"}  # in checkpoints
 _SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} | {
     **dict.fromkeys(("F8_E4M3", "F8_E5M2", "F8_E8M0"), 1), "U16": 2, "U32": 4, **dict.fromkeys(("U64", "C64"), 8),
 }

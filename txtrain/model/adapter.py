@@ -8,14 +8,13 @@ A matrix keeps its name, and its two factors lie beside it; experts are stacked 
 
 from __future__ import annotations
 
-import dataclasses as dc
 import re
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
 
 from txtrain.model.config import ModelConfig
 from txtrain.model.transform import Transform
-from txtrain.registry import BASES, register
+from txtrain.registry import BASES, config, register
 
 _FACTOR = re.compile(r"(.+)(?:\.lora_([AB])\.weight|_lora_([AB]))")
 
@@ -34,7 +33,7 @@ def factor_of(name: str) -> Factor | None:
     return None if found is None else Factor(found[1], found[2] or found[3], found[3] is not None)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class AdapterConfig:
     """What an adapter's option says."""
 

@@ -13,7 +13,7 @@ from txtrain.model.config import ModelConfig
 from txtrain.model.construct import construct, make_norm
 from txtrain.model.init import init_weights
 from txtrain.model.mtp import MTPModule
-from txtrain.model.shapes_only import shapes_only
+from txtrain.model.shapes_only import shapes_only, with_storage
 from txtrain.model.stack import Stack
 from txtrain.model.transformer import Transformer
 
@@ -26,8 +26,7 @@ def build_model(config: ModelConfig, pairs: type[Transformer] = Transformer) -> 
         model = transformer(config, pairs)
     if device.type == "meta":
         return model
-    model.to_empty(device=device)
-    init_weights(model)
+    init_weights(with_storage(model, device))
     return model
 
 

@@ -4,21 +4,14 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Iterator
-from typing import Any, NamedTuple, Self, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Self
 
 from txtrain.errors import divisors_near
 from txtrain.model.construct import count_parameters
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import knob
-
-T = TypeVar("T")
-
-
-@dataclass_transform(frozen_default=True, kw_only_default=True, field_specifiers=(dc.field, knob))
-def config(cls: type[T]) -> type[T]:
-    return dc.dataclass(frozen=True, kw_only=True)(cls)
+from txtrain.registry import config
 
 
 class Size(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -13,7 +12,7 @@ from txtrain.ground.convert import plain
 from txtrain.model import flops, rules
 from txtrain.model import options as options  # registers the options of all axes
 from txtrain.model.shape import LAPTOP, ModelShape
-from txtrain.registry import knob, out_of_range
+from txtrain.registry import config, knob, out_of_range
 
 
 class ModelConfig(ModelShape):
@@ -116,7 +115,7 @@ class ModelConfig(ModelShape):
         return SimpleNamespace(**{name: getattr(self, name) for name in names})
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Sampling:
     """How tokens are chosen, by the verb `generate` and by `txtrain.generate`."""
 

@@ -6,12 +6,12 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from txtrain.registry import TABLE, axis, choice, dropout_knob, knob
+from txtrain.registry import TABLE, axis, choice, config, dropout_knob, knob
 
 LAPTOP = "laptop"
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class InitConfig:
     """Initialisation of weights. Biases always start at 0, norms at the identity."""
 
@@ -24,7 +24,7 @@ class InitConfig:
     scale_residual: bool = False  # matrices that write into the residual stream divided by sqrt(2 n_layers) (GPT-2)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ModelShape:
     """A transformer. `family`, `size` and `published` are labels: nothing in the model depends on them.
 

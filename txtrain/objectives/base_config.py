@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, NamedTuple
 
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 from txtrain.run_config import RunConfig
 
 Shapes = dict[str, tuple[int, ...]]
@@ -23,7 +22,7 @@ class Rollout(NamedTuple):
     forwards: int
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ObjectiveConfig:
     """Keys of an objective, and what it is compatible with (None: anything), as `config.compatibility` checks."""
 
@@ -95,7 +94,7 @@ class ObjectiveConfig:
         return shapes | ({} if config.data.packing == "concat" else {"attention_mask": (n, read)})  # padding
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SmoothedConfig(ObjectiveConfig):
     """Objectives whose labels may be smoothed (1512.00567)."""
 

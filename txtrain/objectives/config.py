@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
@@ -11,13 +10,13 @@ from txtrain.objectives.distill_config import DistillConfig
 from txtrain.objectives.dpo_config import DPOConfig
 from txtrain.objectives.grpo_config import GRPOConfig
 from txtrain.objectives.questions_config import AnswersConfig, ClozeConfig, MultipleChoiceConfig
-from txtrain.registry import BASES, knob, register
+from txtrain.registry import BASES, config, knob, register
 from txtrain.run_config import RunConfig
 
 Score = Literal["exact_match", "bleu", "chrf"]
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class CausalLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder",)
     slides: ClassVar = True
@@ -31,14 +30,14 @@ class CausalLMConfig(ObjectiveConfig):
         return super().arguments(config) | {"mtp_depth": config.model.mtp_depth}
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SFTConfig(CausalLMConfig):
     """Next-token prediction of the assistant's turns, or of the answers to problems."""
 
     reads: ClassVar = ("chat", "problems")
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MaskedLMConfig(ObjectiveConfig):
     """BERT's (1810.04805): of the chosen tokens mask_share become [MASK], random_share random tokens, others stay."""
 
@@ -98,7 +97,7 @@ class MaskedLMConfig(ObjectiveConfig):
             )
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SpanCorruptionConfig(ObjectiveConfig):
     """T5's (1910.10683): sentinels replace spans of the input, and the target holds the spans."""
 
@@ -129,7 +128,7 @@ class SpanCorruptionConfig(ObjectiveConfig):
             )
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class PrefixLMConfig(ObjectiveConfig):
     """The rest of a sequence after a prefix of random length with bidirectional attention (1801.10198; 1910.10683)."""
 
@@ -151,7 +150,7 @@ class PrefixLMConfig(ObjectiveConfig):
             )
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class Seq2SeqConfig(SmoothedConfig):
     """The target of a pair, given its source."""
 
@@ -173,7 +172,7 @@ class Seq2SeqConfig(SmoothedConfig):
         return dict.fromkeys(("input_ids", "attention_mask", "labels"), (n, config.seq_len))
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ClassificationConfig(SmoothedConfig):
     """A class, several classes or numbers for each text (model.head.kind, which data.kind sets)."""
 
@@ -200,7 +199,7 @@ class ClassificationConfig(SmoothedConfig):
             yield f"`objective.label_smoothing` must be {told}. Nearest: 0."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ImageClassificationConfig(SmoothedConfig):
     """The class of an image."""
 
@@ -215,7 +214,7 @@ class ImageClassificationConfig(SmoothedConfig):
         return {"pixel_values": (n, e.n_channels, e.image_size, e.image_size), "labels": (n,)}
 
 
-for name, target, config in (
+for name, target, cls in (
     ("causal_lm", "causal_lm:CausalLM", CausalLMConfig),
     ("sft", "sft:SFT", SFTConfig),
     ("grpo", "grpo:GRPO", GRPOConfig),
@@ -231,12 +230,12 @@ for name, target, config in (
     ("answers", "questions:Answers", AnswersConfig),
     ("image_classification", "image_classification:ImageClassification", ImageClassificationConfig),
 ):
-    register("objective", name, f"txtrain.objectives.{target}", config)
+    register("objective", name, f"txtrain.objectives.{target}", cls)
 
 BASES["objective"] = ObjectiveConfig
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class RewardOption:
     """A row of the registry; the keys of our own rewards are those of `run_config.RewardConfig`."""
 

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from txtrain.objectives.base_config import ObjectiveConfig, Shapes
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 from txtrain.run_config import RunConfig
 
 if TYPE_CHECKING:
     from txtrain.data.samples.taught import Taught
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class DistillConfig(ObjectiveConfig):
     """Next-token prediction from a teacher's distribution (1503.02531), and from the tokens themselves."""
 

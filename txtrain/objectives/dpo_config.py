@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 from collections.abc import Iterator
 from typing import ClassVar, Literal
 
 from txtrain.objectives.base_config import ObjectiveConfig, Shapes
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 from txtrain.run_config import RunConfig
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class DPOConfig(ObjectiveConfig):
     """Direct preference optimisation (2305.18290), and IPO (2310.12036)."""
 

@@ -8,11 +8,11 @@ from typing import Any, ClassVar, Literal
 
 from txtrain.errors import divisors_near
 from txtrain.objectives.base_config import ObjectiveConfig, Rollout, Shapes
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 from txtrain.run_config import RunConfig
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class GRPOConfig(ObjectiveConfig):
     """Group relative policy optimisation (2402.03300, 2501.12948), its variants, and REINFORCE and RLOO.
 

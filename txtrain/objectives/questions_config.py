@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import re
 from collections.abc import Iterator
 from typing import ClassVar
 
 from txtrain.objectives.base_config import ObjectiveConfig
-from txtrain.registry import knob
+from txtrain.registry import config, knob
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class QuestionsConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
     trains: ClassVar = False
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MultipleChoiceConfig(QuestionsConfig):
     """The likeliest of several choices; for evaluate."""
 
     reads: ClassVar = ("choices",)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ClozeConfig(QuestionsConfig):
     """The end of a text; for evaluate."""
 
     reads: ClassVar[tuple[str, ...]] = ("cloze",)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class AnswersConfig(QuestionsConfig):
     """Answers to questions, generated greedily; for evaluate."""
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from txtrain.ground.patterns import pattern_problems
-from txtrain.registry import BASES, knob, register
+from txtrain.registry import BASES, config, knob, register
 
 Shape = tuple[int, ...]
 
@@ -66,7 +65,7 @@ _LOWEST = ("embedding.", "encoder_embedding.", "position.", "encoder.position.")
 # ------------------------------------------------------------------------------------------------------------ optimizer
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class GroupConfig:
     """Values for the parameters whose dotted name has the pattern (re.search), in place of the optimizer's own."""
 
@@ -83,7 +82,7 @@ class GroupConfig:
             yield f"`{path}` must give lr_scale, weight_decay or both, but gives {self.pattern!r} neither."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class OptimizerConfig:
     type: str
     lr: float = knob(1e-3, at_least=0)  # the highest rate, which the schedule scales
@@ -156,7 +155,7 @@ class OptimizerConfig:
 STEP_BYTES = 4  # a step counter is one float32
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class AdamConfig(OptimizerConfig):
     """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
 
@@ -172,7 +171,7 @@ class AdamConfig(OptimizerConfig):
         return True
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class LionConfig(OptimizerConfig):
     """The sign of an interpolated momentum (2302.06675); lr 3 to 10 times lower than AdamW's, and more weight decay."""
 
@@ -191,7 +190,7 @@ class LionConfig(OptimizerConfig):
         return size * max(before + h.n for before, h in _after(held))
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class AdafactorConfig(OptimizerConfig):
     """Second moments factored into rows and columns (1804.04235); as in T5, lr is relative and from the schedule."""
 
@@ -229,7 +228,7 @@ class AdafactorConfig(OptimizerConfig):
         return {"all_reduce": found} if found else {}
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class MuonConfig(OptimizerConfig):
     """Muon for matrices of hidden layers (Jordan 2024; 2502.16982 for its scale beside AdamW), AdamW for the rest."""
 
@@ -299,7 +298,7 @@ def _after(held: Sequence[Held]) -> list[tuple[int, Held]]:
 # ------------------------------------------------------------------------------------------------------------ scheduler
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class SchedulerConfig:
     """The rate as a share of optimizer.lr: linear warm-up, then the option's own shape down to min_lr_ratio."""
 
@@ -308,7 +307,7 @@ class SchedulerConfig:
     min_lr_ratio: float = knob(0.0, at_least=0, at_most=1)  # the lowest rate, as a share of optimizer.lr
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class InverseSqrtConfig(SchedulerConfig):
     # the share is 1 up to this step, then sqrt(timescale / step); null: warmup_steps
     timescale: int | None = knob(None, at_least=1)
@@ -318,7 +317,7 @@ class InverseSqrtConfig(SchedulerConfig):
             yield f"`scheduler.timescale` must be at least {low} (warmup_steps), but is {steps} instead."
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class WSDConfig(SchedulerConfig):
     decay_steps: int | None = knob(None, at_least=0)  # number of last steps that decay; null: decay_ratio of the run
     decay_ratio: float = knob(0.1, at_least=0, at_most=1)  # share of the run, where decay_steps is null
@@ -328,7 +327,7 @@ class WSDConfig(SchedulerConfig):
 # ------------------------------------------------------------------------------------------------------------------ ema
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class EMAConfig:
     """An exponential moving average of the weights."""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses as dc
 import math
 from collections.abc import Iterator
 from typing import ClassVar, NamedTuple
@@ -11,7 +10,7 @@ from txtrain.errors import divisors_near
 from txtrain.model.component import must_divide
 from txtrain.model.config import ModelConfig
 from txtrain.parallel import divisibility
-from txtrain.registry import TABLE, register
+from txtrain.registry import TABLE, config, register
 from txtrain.run_config import RunConfig
 
 BUCKET = 50_000_000  # gradient elements per bucket of DeepSpeed
@@ -30,7 +29,7 @@ class Layout(NamedTuple):
         return self.replicate * self.shard
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class StrategyConfig:
     """Base: every rank holds the whole model and sees its share of the samples.
 
@@ -60,7 +59,7 @@ class StrategyConfig:
         yield from ()
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ShardedConfig(StrategyConfig):
     """FSDP2 (2304.11277): parameters, gradients and optimizer state in shards; a block gathers its own to compute.
 
@@ -77,7 +76,7 @@ class ShardedConfig(StrategyConfig):
         return Layout(shard=world)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class FullyShardedConfig(ShardedConfig):
     """ep_size: ranks that divide each mixture's experts (2006.16668); further shards cut each expert. 1: undivided."""
 
@@ -103,7 +102,7 @@ class FullyShardedConfig(ShardedConfig):
             yield f"`{path}` must divide model.ffn.n_experts ({experts}), but is {n} instead. {near}"
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class HybridConfig(FullyShardedConfig):
     """Shards within each of dp_replicate_size groups, copies among the groups."""
 
@@ -117,7 +116,7 @@ class HybridConfig(FullyShardedConfig):
         yield from found or super().problems(world, model)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class TensorConfig(StrategyConfig):
     """Ranks share each layer's matrices (1909.08053), and its norms by positions (2205.05198). tp_size: null: all."""
 
@@ -132,7 +131,7 @@ class TensorConfig(StrategyConfig):
         yield from _divides("tp_size", self.tp_size or world, world)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ShardedTensorConfig(ShardedConfig):
     """Matrices cut over tp_size ranks, and the pieces in shards over the groups."""
 
@@ -146,7 +145,7 @@ class ShardedTensorConfig(ShardedConfig):
         yield from _divides("tp_size", self.tp_size, world)
 
 
-@dc.dataclass(frozen=True, kw_only=True)
+@config
 class ZeROConfig(StrategyConfig):
     """DeepSpeed's ZeRO (1910.02054): optimizer state in shards (stage 1), gradients too (2), parameters too (3).
 

@@ -157,9 +157,9 @@ class OneProcess:
         loaded: names of tensors that `fill` will set; modules that own no other are not initialised.
         """
         from txtrain.model.init import init_weights
+        from txtrain.model.shapes_only import with_storage
 
-        model.to_empty(device=device)
-        init_weights(model, loaded)
+        init_weights(with_storage(model, device), loaded)
 
     def fill(self, model: nn.Module, source: Source) -> None:
         """Read the weights of a set-up, materialised model, tensor by tensor; each rank reads what it holds."""

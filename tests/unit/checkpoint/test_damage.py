@@ -20,6 +20,7 @@ from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore, run_folder
 from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.load import load
+from txtrain.checkpoint.planned import PlannedReader
 from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
 from txtrain.cli.main import main
@@ -409,7 +410,7 @@ def test_a_tensor_of_which_each_process_reads_a_part_is_compared_too(tmp_path, d
     saving.save(path, {"model.w": w}, RunState(step=1), lambda folder: None)
     if damaged:
         flip(shard(path), -1)
-    reader = Reader(path)
+    reader = PlannedReader(Reader(path))
     metadata = reader.read_metadata()
     reader.set_up_storage_reader(metadata, True)
     halves = [ChunkStorageMetadata(torch.Size((2 * i, 0)), torch.Size((2, 3))) for i in range(2)]

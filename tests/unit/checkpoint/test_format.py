@@ -12,11 +12,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint import _hf_utils as words
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint import restore
+from txtrain.checkpoint import reader, restore
 from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import RunState
 from txtrain.config.resume_from import run_folder
@@ -272,3 +273,7 @@ def test_a_wrong_path_in_a_run_is_told_the_nearest_right_one(tmp_path):
             with pytest.raises(ConfigError, match=re.escape(f" Nearest: {near}.")) as e:
                 asked(str(wrong))
             assert len(e.value.problems) == 1  # and not how to mend a config.yaml
+
+
+def test_the_reader_without_dcp_knows_its_words():
+    assert (reader.SHARDING, reader.OFFSETS, reader.NUMBERS) == (words.CUSTOM_METADATA_KEY, words.SAVED_OFFSETS_KEY, words.DTYPE_MAP)

@@ -3,6 +3,8 @@
 import io
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -69,6 +71,15 @@ def saying(monkeypatch, *said):
 
     monkeypatch.setattr(writer, "continue_rows", answered)
     return seen
+
+
+def test_one_process_reads_a_checkpoint_without_what_takes_as_long_to_import_as_torch(run):
+    absent = "torch.distributed.checkpoint torch.distributed.tensor torch._dynamo sympy jinja2 lightning transformers datasets rich"
+    heavy = f"[m for m in {absent.split()} if m in sys.modules]"
+    program = f"import sys\nfrom txtrain.cli.main import main\nassert main(sys.argv[1:]) == 0\nassert not {heavy}, {heavy}"
+    line = ["generate", f"checkpoint={run}", "prompt=a", "max_new_tokens=1"]
+    done = subprocess.run([sys.executable, "-c", program, *line], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("prompt", PROMPTS)

@@ -1,5 +1,6 @@
 """What is said once on a field (`registry.knob`), of every config class that a key of any verb may lie in."""
 
+import copy
 import dataclasses as dc
 import math
 from types import NoneType
@@ -15,7 +16,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground.convert import build, hints, key_of, marked
 from txtrain.model.config import ModelConfig
 from txtrain.optim.config import EMAConfig
-from txtrain.registry import TABLE, knob, out_of_range
+from txtrain.registry import TABLE, config, knob, out_of_range
 from txtrain.run_config import TrainerConfig
 
 
@@ -77,6 +78,35 @@ def test_a_field_that_is_given_another_default_keeps_what_is_said_of_it(cls):
             now = cls.__dataclass_fields__[name]
             assert set(before.metadata) <= set(now.metadata), f"{cls.__name__}.{name}"
             assert before.metadata.get("bounds") == now.metadata.get("bounds"), f"{cls.__name__}.{name}"
+
+
+def made(decorator):
+    @decorator
+    class Keys:
+        a: int
+        b: float | None = knob(None, above=0)
+        c: tuple[int, ...] = dc.field(default_factory=tuple)
+
+    return Keys
+
+
+def test_a_config_is_what_dataclass_makes_frozen_and_by_name():
+    ours, theirs = made(config), made(dc.dataclass(frozen=True, kw_only=True))
+    for cls in (ours, theirs):
+        one = cls(a=1, b=2.0)
+        assert repr(one) == "made.<locals>.Keys(a=1, b=2.0, c=())"
+        assert dc.asdict(one) == {"a": 1, "b": 2.0, "c": ()}
+        assert one == copy.deepcopy(one) == dc.replace(cls(a=1), b=2.0) != cls(a=1)
+        assert len({one, cls(a=1, b=2.0), cls(a=1)}) == 2
+        for change, *given in ((setattr, "a", 2), (delattr, "a"), (setattr, "new", 2)):
+            with pytest.raises(dc.FrozenInstanceError):
+                change(one, *given)
+        own = dc.dataclass(frozen=True, kw_only=True)(type("Own", (cls,), {"__annotations__": {"d": int}, "d": 3}))
+        assert repr(own(a=1)) == "Own(a=1, b=None, c=(), d=3)"
+        for wrong, said in (({}, "missing 1 required keyword-only argument: 'a'"), ({"a": 1, "x": 2}, "got an unexpected keyword argument 'x'")):
+            with pytest.raises(TypeError, match=rf"Keys\.__init__\(\) {said}$"):
+                cls(**wrong)
+    assert ours(a=1) != theirs(a=1)
 
 
 @dc.dataclass(frozen=True, kw_only=True)

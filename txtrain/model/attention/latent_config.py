@@ -8,11 +8,11 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, NamedTuple, Self
 
 from txtrain.model.attention.multi_head_config import AttentionBase
-from txtrain.model.component import Size, config
+from txtrain.model.component import Size
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, attend, rotated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import Cut, dropout_knob, knob, register
+from txtrain.registry import Cut, config, dropout_knob, knob, register
 
 
 class Sizes(NamedTuple):

@@ -6,11 +6,11 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Self, cast
 
-from txtrain.model.component import Component, Size, config, must_divide
+from txtrain.model.component import Component, Size, must_divide
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, attend, rotated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import BASES, Cut, dropout_knob, knob, register
+from txtrain.registry import BASES, Cut, config, dropout_knob, knob, register
 
 
 @config

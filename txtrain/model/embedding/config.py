@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from txtrain.model.component import Component, config
+from txtrain.model.component import Component
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Batch, Place
 from txtrain.model.trace.tape import Parameter, Tape, Value
-from txtrain.registry import Cut, knob, register
+from txtrain.registry import Cut, config, knob, register
 
 
 @config

@@ -6,11 +6,11 @@ import math
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
-from txtrain.model.component import Component, Size, config
+from txtrain.model.component import Component, Size
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, gated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import BASES, Cut, dropout_knob, knob, register
+from txtrain.registry import BASES, Cut, config, dropout_knob, knob, register
 
 Activation = Literal["relu", "gelu", "gelu_tanh", "silu", "relu2", "tanh"]
 

@@ -6,12 +6,12 @@ import math
 from collections.abc import Iterator
 from typing import Any, Literal
 
-from txtrain.model.component import Size, config, must_divide
+from txtrain.model.component import Size, must_divide
 from txtrain.model.ffn.dense_config import GATED_CUT, Activation, FFNBase
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place, gated
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import Cut, dropout_knob, knob, register
+from txtrain.registry import Cut, config, dropout_knob, knob, register
 
 
 @config

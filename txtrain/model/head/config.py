@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from txtrain.errors import ConfigError
-from txtrain.model.component import Component, config
+from txtrain.model.component import Component
 from txtrain.model.ffn.dense_config import Activation
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Batch, Place
 from txtrain.model.trace.tape import Parameter, Tape, Value
-from txtrain.registry import Cut, dropout_knob, knob, register
+from txtrain.registry import Cut, config, dropout_knob, knob, register
 
 
 @config

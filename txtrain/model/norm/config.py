@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import ClassVar
 
-from txtrain.model.component import Component, config
+from txtrain.model.component import Component
 from txtrain.model.construct import count_parameters
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import BASES, knob, register
+from txtrain.registry import BASES, config, knob, register
 
 
 @config

@@ -6,11 +6,11 @@ import dataclasses as dc
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
 
-from txtrain.model.component import Component, config
+from txtrain.model.component import Component
 from txtrain.model.shape import ModelShape
 from txtrain.model.trace.attention_ops import Place
 from txtrain.model.trace.tape import Tape, Value
-from txtrain.registry import BASES, Cut, knob, register
+from txtrain.registry import BASES, Cut, config, knob, register
 
 
 @config

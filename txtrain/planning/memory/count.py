@@ -6,7 +6,6 @@ import dataclasses as dc
 import math
 from collections.abc import Iterator
 
-from txtrain.checkpoint.described import describe
 from txtrain.config.schema import Train
 from txtrain.model.adapter import AdapterConfig
 from txtrain.parallel.config import Layout
@@ -86,11 +85,11 @@ def _strategy(config: Train, layout: Layout) -> Copies:
 
 def _read(config: Train, layout: Layout) -> int:
     """Bytes of the weights of the objective's further models, laid over the ranks; their forward is not counted."""
-    objective, none = config.objective, AdapterConfig(type="none")
-    found = [
-        dc.replace(config, model=describe(where, f"objective.{key}").model, adapter=none)
-        for key, where in objective.models.items()
-    ]
+    objective, none, found = config.objective, AdapterConfig(type="none"), []
+    for key, where in objective.models.items():
+        from txtrain.checkpoint.described import describe  # here: seldom needed, and a tenth of what `plan` imports
+
+        found.append(dc.replace(config, model=describe(where, f"objective.{key}").model, adapter=none))
     if objective.start is not None:
         found.append(config if objective.resets else dc.replace(config, adapter=none))
     return sum(_strategy(one, layout).states()["parameters"] for one in found)
