@@ -50,9 +50,14 @@ def test_three_processes_too(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_another_number_of_processes_and_another_strategy(tmp_path):
+@pytest.mark.parametrize("streamed", [False, True])
+def test_a_run_goes_on_with_another_number_of_processes_and_another_strategy(tmp_path, streamed):
     """The same samples in the same steps, whoever reads them."""
-    shape = ("data.global_batch_size=12",)
+    shape = ["data.global_batch_size=12"]
+    if streamed:
+        lines = [json.dumps({"text": f"Row {i} of the set says {i * i}."}) for i in range(90)]
+        (tmp_path / "set.jsonl").write_text("\n".join(lines))
+        shape += ["data=hf", f"data.path={tmp_path / 'set.jsonl'}", "data.streaming=true", "data.stream_readers=4", "data.shuffle_buffer=5"]
     reference = txtrain.train(txtrain.compose(overrides(tmp_path, "decoder", "reference", *shape))).run_dir
     run = overrides(tmp_path, "decoder", "moved", *shape)
     txtrain.train(txtrain.compose([*run, "trainer.max_steps=3"]))

@@ -19,6 +19,7 @@ import yaml
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import FORMAT, NewerFormat, RunState, check_format
+from txtrain.data.config import as_it_was
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.ground.convert import among, build, differing, marked, plain
@@ -310,7 +311,7 @@ def _parent(config: RunConfig) -> Path:
 
 
 def _saved(path: Path) -> dict[str, Any]:
-    return plain_files.read_yaml(path / "config.yaml")
+    return as_it_was(plain_files.read_yaml(path / "config.yaml"))
 
 
 def _completed(path: Path, config: RunConfig) -> dict[str, Any]:

@@ -48,7 +48,7 @@ class RunState:
         step: completed updates. tokens, samples: trained on so far, over all ranks.
         seconds: of training, over all starts; times: their sums by phase.
         data_order_hash: of the samples of steps 1..step. data_fingerprint: of contents, tokenizer and packing.
-        stream_position: where the next step of a streamed set is read from: token, epoch, row.
+        stream_position: where the next step of a streamed set is read from (`data.store.stream.positions`).
         samples_size: bytes of samples.txt.
         metrics: val_loss and the metric of save.keep_best, if this step was validated.
         stopping: of trainer.stop_after: the best value so far, and the number of values since then; None: none yet.
@@ -112,9 +112,9 @@ def read_state(file: Path) -> RunState:
         raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ()),
         raw.get("rows") or 0,
     ]
-    if len(skipped) != 2 or len(position or "xyz") != 3 or not all(0 <= n < _MOST for n in counts):
+    if len(skipped) != 2 or not all(0 <= n < _MOST for n in counts):
         raise ConfigError(
-            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` (3) and `rows` "
+            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` and `rows` "
             f"must be counts, but are {counts}."
         )
     given = {key: value for key, value in raw.items() if key in kinds and value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar, Literal
 
 from txtrain.data.base_config import DataConfig, TextsConfig, Tokenizer, UnpackedConfig
@@ -41,10 +41,17 @@ class HFConfig(TextsConfig):
     val_split: str | None = None  # null: `validation` if the set has it, else val_fraction of the training split
     val_path: str | None = None  # another path for load_dataset, of which `val_split` or `split` is read
     text_column: str = "text"
-    streaming: bool = False  # read in the order of the set, without downloading or tokenising it first
+    streaming: bool = False  # read while the run goes on, without downloading or tokenising it first
+    # Parts into which a stream is divided; best a multiple of the processes, each of which reads its own parts alone.
+    stream_readers: int = knob(8, at_least=1, at_most=1024)
+    # Rows of a stream that each reader shuffles at a time, fewer if they have more than 4 MiB; 0: the set's order.
+    shuffle_buffer: int = knob(1000, at_least=0)
 
     def check(self) -> Iterator[str]:
         yield from super().check()
+        for key in () if self.streaming else ("stream_readers", "shuffle_buffer"):
+            if getattr(self, key) != getattr(type(self), key):
+                yield f"`data.{key}` must not be given without data.streaming=true: nothing reads it."
         if self.streaming and self.packing != "concat":
             yield f"`data.packing` must be concat with data.streaming=true, but is {self.packing} instead."
         if self.streaming and self.num_workers > 1:  # `datasets` would divide the rows among them
@@ -52,6 +59,14 @@ class HFConfig(TextsConfig):
         if self.streaming and self.tokenizer == "train":
             allowed = "bytes, or a folder, file or hub name with data.streaming=true"
             yield f"`data.tokenizer` must be {allowed}, but is train instead."
+
+
+def as_it_was(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """A saved configuration, with what 0.1.0 did where it had no key: one reader read a stream in the set's order."""
+    data = saved.get("data")
+    if not isinstance(data, Mapping) or data.get("streaming") is not True:
+        return dict(saved)
+    return {**saved, "data": {"stream_readers": 1, "shuffle_buffer": 0, **data}}
 
 
 @config

@@ -271,8 +271,9 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
 
 def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     """Streamed training tokens, and as much validation text as the run reads, kept in the cache."""
-    tokenizer = fitted(load_tokenizer(config.data.tokenizer), config.data.tokenizer, config, objective.special_tokens)
-    n_tokens = max(config.trainer.limit_val_batches, 1) * config.data.global_batch_size * config.seq_len + 1
+    data: Any = config.data
+    tokenizer = fitted(load_tokenizer(data.tokenizer), data.tokenizer, config, objective.special_tokens)
+    n_tokens = max(config.trainer.limit_val_batches, 1) * data.global_batch_size * config.seq_len + 1
     key = digest(FORMAT, source.identity(), tokenizer.fingerprint)
 
     def fill(empty: Path) -> None:
@@ -286,9 +287,12 @@ def _stream(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
         write_skipped(empty, source)
         writer.finish(source=source.describe(), tokenizer=tokenizer.fingerprint)
 
-    folder = cached(config.data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES)
+    folder = cached(data.cache_dir, digest(key, n_tokens), fill, TOKEN_FILES)
     validation = TokenFile(folder, "validation")
-    stream = StreamTokens(source.stream, tokenizer)
+    readers, buffer = data.stream_readers, data.shuffle_buffer
+    if readers > 1 or buffer:
+        key = digest(key, readers, buffer, source.n_files)
+    stream = StreamTokens(source, tokenizer, config.seed, readers, buffer)
     remedy = "a larger data.val_fraction, or another data.val_split"
     made = _packed((stream, validation), tokenizer, key, config, objective, remedy)
     return dc.replace(made, stream=stream, skipped=skipped_in(folder))

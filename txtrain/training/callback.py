@@ -14,7 +14,7 @@ import torch
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
-from txtrain.data.store.stream import Position
+from txtrain.data.store.stream import positions
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.model.ffn import balancing
@@ -95,8 +95,8 @@ class RunCallback(pl.Callback):
             module.skipped, module.skipped_in_a_row = self.state.skipped
             self.data.start_step = module.step
             if self.state.stream_position is not None:
-                self.data.start_position = Position(*self.state.stream_position)
-                self.position = self.data.start_position
+                self.position = positions(self.state.stream_position, self.data.order.n_readers)
+                self.data.start_position = self.position
             _continue_counting(trainer, module.step)
         self.watch.start(module)
         if not module.parallel.is_first:
@@ -359,7 +359,7 @@ class RunCallback(pl.Callback):
                 **self.watch.state(),
                 data_order_hash=self.data.order_hash(module.step),
                 data_fingerprint=self.data.fingerprint,
-                stream_position=None if self.position is None else [int(n) for n in self.position],
+                stream_position=self._stream_position(module),
                 samples_size=samples.stat().st_size if samples.exists() else 0,
                 metrics=scored,
                 stopping=self.stopping,
@@ -370,6 +370,13 @@ class RunCallback(pl.Callback):
                 rows_hash=self._file.hash if self._file is not None else "",
             )
             self.saves.save(module, state, self._generation_file, must)
+
+    def _stream_position(self, module: LitModule) -> list[int] | None:
+        """Of each reader of a stream the furthest on any rank, one behind the other. Collective."""
+        if self.position is None:
+            return None
+        found = module.parallel.gathered(torch.as_tensor(self.position).tolist())
+        return [number for of_reader in zip(*found, strict=True) for number in max(of_reader)]
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

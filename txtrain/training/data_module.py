@@ -23,7 +23,7 @@ from txtrain.data.samples.rows import FILLER, OrderedSamples, Rows
 from txtrain.data.sources.files import Skipped
 from txtrain.data.sources.mixture import MixtureOrder
 from txtrain.data.sources.source import Split, build_source, describe, settle, skipped
-from txtrain.data.store.stream import Position, StreamOrder, StreamTokens
+from txtrain.data.store.stream import Positions, StreamOrder, StreamTokens
 from txtrain.data.store.tokenize import SKIPPED
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError
@@ -67,7 +67,7 @@ class DataModule(L.LightningDataModule):
         self.fallback = settled or None
         self.given = config  # before `settle`
         self.start_step = 0
-        self.start_position = Position()  # of a stream; set beside start_step on resume
+        self.start_position: Positions | None = None  # of a stream; set beside start_step on resume
         self._stream: StreamTokens | None = None
         self._train: Rows | None = None
         self.skipped: tuple[Path, ...] = ()  # files that list the skipped rows
@@ -131,7 +131,7 @@ class DataModule(L.LightningDataModule):
             self._mixed = tuple(made.shares)
             return MixtureOrder(*given, sizes=sizes, shares=shares)
         if made.stream is not None:
-            return StreamOrder(*given)
+            return StreamOrder(*given, made.stream.n_readers, made.stream.buffer)
         if made.lengths is None or len(made.lengths) < size:
             return GlobalOrder(*given)
         return LengthOrder(*given, lengths=made.lengths)
@@ -189,7 +189,7 @@ class DataModule(L.LightningDataModule):
         self.prepare()
         assert self._train is not None
         if self._stream is not None:
-            self._stream.go_to(self.start_position)
+            self._stream.go_to(self.start_position or self._stream.start)
         samples = OrderedSamples(self._train, self.config.seed, self.order, self._stream)
         return self._loader(samples, ShareSampler(self.order, *self._rank(), self.start_step))
 

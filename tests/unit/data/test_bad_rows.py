@@ -132,7 +132,8 @@ def stream(tmp_path: Path, make_config):
 
     def made(**keys: object) -> DataModule:
         path = str(tmp_path / "stream.parquet")
-        module = DataModule(make_config("hf", {"path": path, "streaming": True, "val_fraction": 0.1, **keys}, trainer={"limit_val_batches": 1}))
+        given = {"path": path, "streaming": True, "val_fraction": 0.1, "stream_readers": 1, "shuffle_buffer": 0, **keys}
+        module = DataModule(make_config("hf", given, trainer={"limit_val_batches": 1}))
         module.prepare()
         return module
 
@@ -158,7 +159,7 @@ def test_a_stream_lists_bad_rows_as_it_meets_them(stream, tmp_path: Path, worker
     assert 3 in met
     assert module.facts["skipped_rows"] == len(met) > 3
     (tmp_path / "skipped_rows.jsonl").open("a").write('{"row": "half')
-    again = stream(bad_rows="skip", num_workers=workers)
+    again = stream(bad_rows="skip", num_workers=workers, stream_readers=2, shuffle_buffer=9)
     again.write_skipped(tmp_path)
     read_of(again, 40)  # more than an epoch
     lines = (tmp_path / "skipped_rows.jsonl").read_text().splitlines()

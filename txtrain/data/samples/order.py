@@ -67,6 +67,11 @@ class GlobalOrder:
     seed: int
     overfit_batches: int = 0
 
+    @property
+    def salt(self) -> bytes:
+        """What the rows stand for beyond their numbers; part of the hash."""
+        return b""
+
     def indices(self, step: int, n_steps: int = 1) -> Indices:
         """Global sample indices of the steps from `step` on: int64 [n_steps * global_batch_size]."""
         size = self.global_batch_size
@@ -114,11 +119,11 @@ class OrderHash:
 
     def __init__(self, order: GlobalOrder) -> None:
         self.order = order
-        self._step, self._hash = 0, hashlib.sha256()
+        self._step, self._hash = 0, hashlib.sha256(order.salt)
 
     def __call__(self, step: int) -> str:
         if step < self._step:
-            self._step, self._hash = 0, hashlib.sha256()
+            self._step, self._hash = 0, hashlib.sha256(self.order.salt)
         stride = max(1, _CHUNK // self.order.global_batch_size)
         for first in range(self._step, step, stride):
             rows = self.order.rows(self.order.indices(first, min(stride, step - first)))

@@ -46,7 +46,7 @@ class PackedSamples(Rows):
         return self._n if self.kept is None else len(self.kept)
 
     def _begins(self, rows: Indices) -> Indices:
-        return rows * self.stride if self.kept is None else self.kept[rows]
+        return self.tokens.begins(rows, self.stride) if self.kept is None else self.kept[rows]
 
     def places(self, rows: Indices) -> Indices:
         """The place of each token in the stream of tokens, int64 [B, T]."""

@@ -66,8 +66,8 @@ class Mapped(Rows):
 class OrderedSamples(Dataset[dict[str, Tensor]]):
     """What a loader indexes: by global sample indices, mapped to rows by the order, or by rows (validation).
 
-    Batches also hold `sample_index`, int64 [B], and those of a stream `stream_position`, int64 [B, 3]: a `Position`
-    from which the next batch can be read.
+    Batches also hold `sample_index`, int64 [B], and those of a stream `stream_position`, int64 [B, readers, 8]: a
+    `Position` of each reader from which the next batch can be read.
     """
 
     def __init__(
@@ -84,7 +84,8 @@ class OrderedSamples(Dataset[dict[str, Tensor]]):
         draws = Draws(self.seed, "train", index) if self.order else Draws(0, "validation", index)
         batch = self.rows.batch(self.order.rows(index) if self.order else index.clip(min=0), draws)
         if self.stream is not None:
-            batch = {**batch, "stream_position": torch.tensor([self.stream.position] * len(index))}
+            position = torch.from_numpy(self.stream.position)
+            batch = {**batch, "stream_position": position.expand(len(index), -1, -1)}
         return {**batch, "sample_index": torch.from_numpy(index)}
 
 

@@ -97,13 +97,19 @@ def texts_of(
 
     kind = pa.large_binary() if pa.types.is_large_string(column.type) else pa.binary()
     for number, raw in enumerate(column.cast(kind).to_pylist(), start=first):
-        where, text = f"row {number} of {path}", None
-        with limits.row(where):
-            limits.check_text(len(raw or b""), where, key)
-            with undecoded(f"{name} in {where}", key, 0):
-                text = None if raw is None else raw.decode("utf-8", limits.encoding_errors)
+        text = decoded(raw, f"row {number} of {path}", name, key, limits)
         if text is not None:
             yield number, text
+
+
+def decoded(raw: bytes | None, where: str, name: str, key: str, limits: Limits) -> str | None:
+    """The text of a row; None: it has none, or is skipped. Raises ConfigError: as `texts_of`."""
+    text = None
+    with limits.row(where):
+        limits.check_text(len(raw or b""), where, key)
+        with undecoded(f"{name} in {where}", key, 0):
+            text = None if raw is None else raw.decode("utf-8", limits.encoding_errors)
+    return text
 
 
 def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:

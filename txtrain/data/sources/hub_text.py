@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from txtrain.data.sources.documents import texts_of
+from txtrain.data.sources.documents import decoded, texts_of
 from txtrain.data.sources.files import Limits, Skipped, files_identity
 from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.data.store.split import is_held_out
 from txtrain.errors import ConfigError, hint
 
-_TOGETHER = 32  # rows of a stream in memory
+_TOGETHER = 256  # rows of a stream that are read at once
 _LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # as a path, load_dataset reads the current folder
 
 _NO_PATH = "`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it."
@@ -24,10 +25,11 @@ _NO_PATH = "`data.path` must be given with data=hf: a name on the hub, or a loca
 def hub_source(
     path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None, text_column: str,
     streaming: bool, val_fraction: float, max_text_bytes: int, encoding_errors: str, bad_rows: str,
+    stream_readers: int = 1,
 ) -> HubDataset | HubStream:
     made: HubDataset | HubStream
     if streaming:
-        made = HubStream(path, name, split, val_split, val_path, text_column, val_fraction)
+        made = HubStream(path, name, split, val_split, val_path, text_column, val_fraction, stream_readers)
     else:
         made = HubDataset(path, name, split, val_split, val_path, text_column)
     made.skipped = Skipped() if bad_rows == "skip" else None
@@ -100,7 +102,12 @@ def _load(path: str, name: str | None, key: str, split: str, text_column: str, s
 
 
 class HubStream:
-    """A set read row by row, never as a whole. Rows are numbered as in the set, blank ones included.
+    """A set read row by row, never as a whole. Rows are numbered as in the set, blank ones included; within each file,
+    where the readers of `txtrain.data.store.stream` have files of their own.
+
+    Attributes:
+        n_files: that can be read alone.
+        by_files: each reader has files of its own; else each has its share of the rows.
 
     Raises:
         ConfigError: as `HubDataset`; or a split with slices, which a stream cannot have.
@@ -112,7 +119,7 @@ class HubStream:
 
     def __init__(
         self, path: str | None, name: str | None, split: str, val_split: str | None, val_path: str | None,
-        text_column: str, val_fraction: float,
+        text_column: str, val_fraction: float, readers: int = 1,
     ) -> None:
         if not path:
             raise ConfigError(_NO_PATH)
@@ -127,6 +134,8 @@ class HubStream:
         self.text_column, self.val_fraction = text_column, val_fraction
         self.rows = _load(path, name, "data.path", split, text_column, streaming=True)
         self.held_out = None if not (val_path or val_split) else self._opened(val_path, val_split)
+        self.readers, self.n_files = readers, self.rows.num_shards
+        self.by_files = 1 < readers <= self.n_files
         self._known = [p for p in (path, val_path) if p and os.path.exists(p)]
         self._words = f"{path} {name} {split} {val_path} {val_split} {text_column}"
 
@@ -134,36 +143,60 @@ class HubStream:
         key = "data.val_path" if val_path else "data.val_split"
         return _load(val_path or self.path, self.name, key, val_split or self.split, self.text_column, streaming=True)
 
-    def stream(self, first: int = 0) -> Iterator[tuple[int, str]]:
-        """Numbers and texts of the training rows from row `first` on."""
-        for k, text in self._texts(self.rows, first):
-            if self.held_out is not None or not is_held_out(k, self.val_fraction):
-                yield k, text
+    def stream(self, file: int, part: int = 0) -> Iterator[tuple[int, Any]]:
+        """The rows of a file from a part on, some at a time: the number of their part, and their texts as an Arrow
+        column of bytes. The parts of a .parquet file are its row groups (datasets 5); other files have one.
+        """
+        return self._read(self.rows, file, part)
+
+    def text(self, raw: bytes | None, number: int, file: int) -> str | None:
+        """The text of a training row; None: it is blank, held out, or skipped."""
+        text = self._text(raw, number, file)
+        held_out = text is None or (self.held_out is None and is_held_out(number, self.val_fraction))
+        return None if held_out else text
 
     def validation(self) -> Iterator[str]:
         """The texts of the validation split, else of the held-out rows."""
-        own = self.held_out is not None
-        rows = self._texts(self.held_out if own else self.rows, 0)
-        return (text for k, text in rows if own or is_held_out(k, self.val_fraction))
+        own, numbers = self.held_out is not None, itertools.count()
+        rows: Any = self.held_out if own else self.rows
+        for file in range(rows.num_shards):
+            numbers = itertools.count() if self.by_files else numbers
+            for _, column in self._read(rows, file):
+                for raw, number in zip(column.to_pylist(), numbers, strict=False):
+                    text = self._text(raw, number, file)
+                    if text is not None and (own or is_held_out(number, self.val_fraction)):
+                        yield text
 
-    def _texts(self, rows: Any, first: int) -> Iterator[tuple[int, str]]:
-        n, column = first, self.text_column
-        batches = (rows.skip(first) if first else rows).with_format("arrow").iter(batch_size=_TOGETHER)
+    def _text(self, raw: bytes | None, number: int, file: int) -> str | None:
+        where = f"row {number + 1} of {self.path}" + (f", file {file + 1}" if self.by_files else "")
+        text = decoded(raw, where, self.text_column, "data.path", self.limits)
+        return text if text and not text.isspace() else None
+
+    def _read(self, rows: Any, file: int, part: int = 0) -> Iterator[tuple[int, Any]]:
+        import pyarrow as pa
+
         with set_errors("data.path", str(self.path), self.split, "a set that can be read to its end"):
-            for batch in batches:
-                found = texts_of(batch.column(column), n + 1, self.path, column, "data.path", self.limits)
-                yield from ((number - 1, text) for number, text in found if text and not text.isspace())
-                n += len(batch)
+            whole = rows.shard(rows.num_shards, file)
+            parts = whole.reshard() if hasattr(whole, "reshard") else whole
+            for at in range(part, parts.num_shards):
+                one = parts.shard(parts.num_shards, at).with_format("arrow")
+                for batch in one.iter(batch_size=_TOGETHER):
+                    column = batch.column(self.text_column).cast(pa.large_binary())
+                    yield at, pa.concat_arrays(column.chunks)
 
     def identity(self) -> str:
         files: list[Path] = []
         for known in map(Path, self._known):
             files += [known] if known.is_file() else sorted(file for file in known.rglob("*") if file.is_file())
         fraction = None if self.held_out is not None else self.val_fraction
-        return f"{self.limits.identity}hf stream {self._words} {fraction} {files_identity(files)}"
+        by_files = " by files" if self.by_files else ""
+        return f"{self.limits.identity}hf stream {self._words} {fraction}{by_files} {files_identity(files)}"
 
     def describe(self) -> str:
-        return f"{self.path}{f' {self.name}' if self.name else ''}, streamed ({self.split}, column {self.text_column})"
+        each = f"own files of {self.n_files}" if self.by_files else f"one row in {self.readers}"
+        readers = f"; {self.readers} readers with {each} each" if self.readers > 1 else ""
+        name = f" {self.name}" if self.name else ""
+        return f"{self.path}{name}, streamed ({self.split}, column {self.text_column}{readers})"
 
 
 def _names(split: str) -> set[str]:

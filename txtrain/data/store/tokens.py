@@ -120,6 +120,10 @@ class Tokens:
 
     # ---------------------------------------------------------------------------------------------------------- windows
 
+    def begins(self, rows: Indices, stride: int) -> Indices:
+        """Where samples begin, int64 [B]. rows: their numbers."""
+        return rows * stride
+
     def windows(self, begin_B: Indices, T: int) -> Indices:
         """int64 [B, T]: T tokens from each begin on.
 
