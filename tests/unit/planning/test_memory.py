@@ -218,6 +218,7 @@ AHEAD = 300_000  # a block of llama2 has 791,040 elements
         ("t5", (400_000,), f"strategy=deepspeed_stage_1 optimizer=adamw {SHORT}"),
         ("llama2", (400_000,), f"strategy=deepspeed_stage_1 data.seq_len=64 {HALF}"),
         ("t5", (400_000,), f"strategy=deepspeed_stage_1 optimizer=adamw {SHORT} {HALF}"),
+        ("llama2", (400_000,), "strategy=deepspeed_stage_2 data.seq_len=64"),
         ("llama2", (400_000,), f"strategy=deepspeed_stage_2 data.seq_len=64 {HALF}"),
         ("gpt2", (2_000_000,), f"strategy=deepspeed_stage_2 {SHORT} {HALF}"),
         ("llama2", (400_000,), f"strategy=deepspeed_stage_1 data.seq_len=64 freeze=[embedding,blocks.0] {HALF}"),
