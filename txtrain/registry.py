@@ -220,7 +220,7 @@ def config(cls: type[T]) -> type[T]:
 
     `dataclass` compiles the methods of each class: a quarter of the time of `txtrain plan`. These classes share theirs.
     """
-    assert not hasattr(cls, "__post_init__")  # nobody would call it
+    assert "__post_init__" not in dir(cls)  # nobody would call it
     cls.__doc__ = cls.__doc__ or cls.__name__  # else `dataclass` writes a signature there, which takes as long
     for name, method in _SHARED.items():
         if name not in vars(cls):

@@ -20,10 +20,11 @@ FOREIGN = {
     "parallel.launch": "sched_getaffinity",
     "monitor.console": "rich_proxied_file",
     "monitor.monitor": "sched_getaffinity",
-    # errors of Hydra and of the hub, pictures of Pillow, parts of a tokenizer of the tokenizers library
+    # errors of Hydra and of the hub, a stream of datasets, pictures of Pillow, parts of a tokenizer of the tokenizers library
     "data.tokenizer.limits": "name",
     "config.overrides": "full_key msg",
     "data.sources.hub": "reason",
+    "data.sources.hub_text": "reshard",
     "data.sources.labels": "feature names",
     "data.sources.images": "convert",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes

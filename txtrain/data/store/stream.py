@@ -77,7 +77,7 @@ class Position(NamedTuple):
 
 
 Positions = tuple[Position, ...]  # of each reader
-_WIDTH = len(Position._fields)
+_WIDTH = len(Position())
 
 
 def positions(saved: Sequence[int], n_readers: int) -> Positions:
