@@ -88,9 +88,10 @@ def begun_and_killed(command):
     """Start the training, and kill -9 what was started, as `$!` means it, some steps after its first checkpoint."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     started = subprocess.Popen([sys.executable, "-m", "txtrain", *command[1:], *SMALL], env=environment, stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 60
-    while not list(Path("runs/graft/checkpoints").glob("step_*/complete")) and time.monotonic() < end:
+    end = time.monotonic() + 300
+    while not list(Path("runs/graft/checkpoints").glob("step_*/complete")):
         assert started.poll() is None
+        assert time.monotonic() < end
         time.sleep(0.02)
     os.kill(started.pid, signal.SIGKILL)
     started.wait()
