@@ -27,6 +27,7 @@ import xxhash
 
 from txtrain.checkpoint import state as state_file
 from txtrain.checkpoint.state import NewerFormat, RunState, ShardState, check_format
+from txtrain.data.config import as_it_was
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.ground.plain_files import check_keys, check_links, read_json
@@ -50,6 +51,11 @@ class LoadError(ConfigError):
 
 def path_of(run_dir: Path, step: int) -> Path:
     return run_dir / FOLDER / f"step_{step:08d}"
+
+
+def saved_config(folder: Path) -> dict[str, Any]:
+    """The config.yaml of a run or a checkpoint, with what version 0.1.0 did where it had no key."""
+    return as_it_was(plain_files.read_yaml(folder / "config.yaml"))
 
 
 def step_of(path: Path) -> int:

@@ -19,7 +19,6 @@ import yaml
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.state import FORMAT, NewerFormat, RunState, check_format
-from txtrain.data.config import as_it_was
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files, plain_files
 from txtrain.ground.convert import among, build, differing, marked, plain
@@ -253,7 +252,7 @@ def begun_with(run_dir: str | None, name: str, key: str, where: str) -> str | No
     run_dir, name: of its configuration.
     """
     path, _ = _path(run_dir, name, None)
-    before = _saved(path).get(key) if (path / "config.yaml").exists() else None
+    before = checkpoint.saved_config(path).get(key) if (path / "config.yaml").exists() else None
     return before if isinstance(before, str) and Path(before).parent == Path(where) else None
 
 
@@ -310,13 +309,9 @@ def _parent(config: RunConfig) -> Path:
     return found
 
 
-def _saved(path: Path) -> dict[str, Any]:
-    return as_it_was(plain_files.read_yaml(path / "config.yaml"))
-
-
 def _completed(path: Path, config: RunConfig) -> dict[str, Any]:
     """The saved config, with defaults for keys that its version did not have."""
-    raw = _saved(path)
+    raw = checkpoint.saved_config(path)
     try:
         completed: dict[str, Any] = plain(build(type(config), raw))
     except ConfigError:  # it has a key that no longer exists: compared as it is

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from txtrain.data.store.stream_position import WIDTH, is_position
 from txtrain.errors import ConfigError
 from txtrain.ground.plain_files import check_keys, parse_json, read_json
 from txtrain.hf.tensor_names import CHECKSUMS
@@ -112,10 +113,11 @@ def read_state(file: Path) -> RunState:
         raw["step"], raw["tokens"], raw["samples"], raw["samples_size"], *skipped, *(position or ()),
         raw.get("rows") or 0,
     ]
-    if len(skipped) != 2 or not all(0 <= n < _MOST for n in counts):
+    sound = len(skipped) == 2 and (position is None or is_position(position))
+    if not sound or not all(0 <= n < _MOST for n in counts):
         raise ConfigError(
-            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` and `rows` "
-            f"must be counts, but are {counts}."
+            f"{where}: `step`, `tokens`, `samples`, `samples_size`, `skipped` (2), `stream_position` ({WIDTH} for each "
+            f"reader) and `rows` must be counts, but are {counts}."
         )
     given = {key: value for key, value in raw.items() if key in kinds and value is not None}
     return RunState(

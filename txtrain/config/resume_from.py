@@ -23,10 +23,8 @@ from txtrain.config.literals import escape
 from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import check
 from txtrain.config.paths import groups_of
-from txtrain.data.config import as_it_was
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build, differing, flat, marked
-from txtrain.ground.plain_files import read_yaml
 
 
 def run_folder(run_or_checkpoint: str) -> Path:
@@ -67,13 +65,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[str]]:
     """
     _ = RunFolder(folder).facts
     try:
-        raw = as_it_was(read_yaml(folder / "config.yaml"))
+        raw = checkpoint.saved_config(folder)
     except ConfigError as e:
         raise ConfigError(*e.problems, *_copy_of(folder)) from e
     told: list[str] = []
     for newest in checkpoint.complete(folder)[-1:]:
         with contextlib.suppress(ConfigError):  # a damaged checkpoint is refused when it is read
-            saved = as_it_was(read_yaml(newest / "config.yaml"))
+            saved = checkpoint.saved_config(newest)
             told += [
                 f"{key}: {old!r} in {newest.name}, {new!r} in the run's config.yaml"
                 for key, old, new in differing(saved, raw, free=())

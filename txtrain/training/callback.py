@@ -14,7 +14,7 @@ import torch
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
-from txtrain.data.store.stream import positions
+from txtrain.data.store.stream_position import furthest, positions
 from txtrain.ground import files
 from txtrain.ground.plain_files import decode, read_bytes
 from txtrain.model.ffn import balancing
@@ -107,11 +107,8 @@ class RunCallback(pl.Callback):
         )
         self.metrics = self._file.latest
         samples = self.folder.path / "samples.txt"
-        kept = (
-            read_bytes(samples, 1 << 30)[: self.state.samples_size]
-            if self.folder.checkpoint is not None and samples.exists()
-            else b""
-        )
+        there = self.folder.checkpoint is not None and samples.exists()
+        kept = read_bytes(samples, 1 << 30)[: self.state.samples_size] if there else b""
         files.write(samples, decode(kept, str(samples)))
 
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -348,6 +345,7 @@ class RunCallback(pl.Callback):
             return
         with module.parallel.phases.within("saving"):
             self.deadline.pause()
+            at = None if self.position is None else torch.as_tensor(self.position).tolist()
             samples = self.folder.path / "samples.txt"
             if self._file is not None:
                 self._file.sync()
@@ -359,7 +357,7 @@ class RunCallback(pl.Callback):
                 **self.watch.state(),
                 data_order_hash=self.data.order_hash(module.step),
                 data_fingerprint=self.data.fingerprint,
-                stream_position=self._stream_position(module),
+                stream_position=None if at is None else furthest(module.parallel.gathered(at)),
                 samples_size=samples.stat().st_size if samples.exists() else 0,
                 metrics=scored,
                 stopping=self.stopping,
@@ -370,13 +368,6 @@ class RunCallback(pl.Callback):
                 rows_hash=self._file.hash if self._file is not None else "",
             )
             self.saves.save(module, state, self._generation_file, must)
-
-    def _stream_position(self, module: LitModule) -> list[int] | None:
-        """Of each reader of a stream the furthest on any rank, one behind the other. Collective."""
-        if self.position is None:
-            return None
-        found = module.parallel.gathered(torch.as_tensor(self.position).tolist())
-        return [number for of_reader in zip(*found, strict=True) for number in max(of_reader)]
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

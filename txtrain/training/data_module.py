@@ -23,7 +23,8 @@ from txtrain.data.samples.rows import FILLER, OrderedSamples, Rows
 from txtrain.data.sources.files import Skipped
 from txtrain.data.sources.mixture import MixtureOrder
 from txtrain.data.sources.source import Split, build_source, describe, settle, skipped
-from txtrain.data.store.stream import Positions, StreamOrder, StreamTokens
+from txtrain.data.store.stream import StreamOrder, StreamTokens
+from txtrain.data.store.stream_position import Positions
 from txtrain.data.store.tokenize import SKIPPED
 from txtrain.data.tokenizer.tokenizer import Tokenizer, allow_threads
 from txtrain.errors import ConfigError

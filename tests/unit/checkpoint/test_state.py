@@ -44,7 +44,7 @@ def test_a_state_of_version_0_1_0_is_read(tmp_path):
 NUMBERS, TEXTS = ["step", "tokens", "samples", "samples_size"], ["data_order_hash", "data_fingerprint"]
 WRONG = [
     *((key, value) for key in (*NUMBERS, *TEXTS, "seconds", "metrics") for value in (None, [])),
-    *((key, -1) for key in NUMBERS),
+    *((key, -1) for key in NUMBERS), *(("stream_position", [1] * n) for n in (0, 2, 7, 9, 17)),
 ]
 
 

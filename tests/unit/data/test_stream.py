@@ -18,7 +18,8 @@ from txtrain.data.sources import hub
 from txtrain.data.sources.hub_text import HubStream
 from txtrain.data.store import stream as store
 from txtrain.data.store.split import is_held_out
-from txtrain.data.store.stream import Position, StreamOrder, StreamTokens, positions
+from txtrain.data.store.stream import StreamOrder, StreamTokens
+from txtrain.data.store.stream_position import Position, furthest, positions
 from txtrain.errors import ConfigError
 from txtrain.training.data_module import DataModule
 
@@ -59,8 +60,7 @@ def same(a, b) -> bool:
 def at(*ranks) -> tuple[Position, ...]:
     """Where a run goes on behind these ranks' batches, as a checkpoint has it."""
     found = [batch["stream_position"][-1].tolist() for batch in ranks]
-    flat = [n for each in zip(*found, strict=True) for n in max(each)]
-    return positions(flat, len(found[0]))
+    return positions(furthest(found), len(found[0]))
 
 
 def test_one_reader_reads_the_training_rows_in_their_order_epoch_after_epoch(config) -> None:
@@ -313,7 +313,7 @@ def check_order(sizes, readers, buffer, seed, G, P, Q, k, limit) -> None:
             for step in range(first, last):
                 found[step - first] += samples(stream, order.indices(step)[rank * share : (rank + 1) * share].tolist())
             end.append(stream.position.tolist())
-        return found, positions([n for each in zip(*end, strict=True) for n in max(each)], readers)
+        return found, positions(furthest(end), readers)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_BLOCK_BYTES", limit)

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from txtrain.data.samples.order import GlobalOrder, Indices, permutation
+from txtrain.data.store.stream_position import Position, Positions
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 
@@ -54,47 +55,6 @@ class StreamSource(Protocol):
 
     def text(self, raw: bytes | None, number: int, file: int) -> str | None:
         """The text of a row; None: it is not for training."""
-
-
-class Position(NamedTuple):
-    """Where a document of a reader begins. Everything counts from 0.
-
-    Attributes:
-        token: in the reader's tokens, over all epochs.
-        block: of the reader, over all epochs; turn: rows before the document in the shuffled block.
-        epoch, file, part, row: where the block begins: file of the epoch, its part, row of the part.
-        number: the number of that row.
-    """
-
-    token: int = 0
-    block: int = 0
-    turn: int = 0
-    epoch: int = 0
-    file: int = 0
-    part: int = 0
-    row: int = 0
-    number: int = 0
-
-
-Positions = tuple[Position, ...]  # of each reader
-_WIDTH = len(Position())
-
-
-def positions(saved: Sequence[int], n_readers: int) -> Positions:
-    """Those of a checkpoint: all numbers one behind the other; token, epoch and row in one of version 0.1.0.
-
-    Raises:
-        ConfigError: they are of other readers.
-    """
-    if len(saved) == 3:
-        token, epoch, row = saved
-        found: Positions = (Position(token, epoch=epoch, row=row, number=row),)
-    else:
-        found = tuple(Position(*saved[i : i + _WIDTH]) for i in range(0, len(saved) - _WIDTH + 1, _WIDTH))
-    if len(found) != n_readers:
-        there = f"{len(found)}, as in the checkpoint"
-        raise ConfigError(f"`data.stream_readers` must be {there}, but is {n_readers} instead.")
-    return found
 
 
 class Rows(NamedTuple):
