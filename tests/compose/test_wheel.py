@@ -45,6 +45,7 @@ def test_the_wheel_carries_every_option_and_recipe_and_no_test(wheel):
         names = set(z.namelist())
     assert {f"txtrain/recipes/{recipe}.yaml" for recipe in options("recipes")} <= names
     assert {f"txtrain/conf/model/{model}.yaml" for model in options("model")} <= names
+    assert "txtrain/model/few_rows.cpp" in names
     assert not [name for name in names if not name.startswith("txtrain")]
 
 

@@ -21,6 +21,7 @@ from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError, visible
 from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.decoding import Written
+from txtrain.model.few_rows import kernels
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.objectives.continuations import end_tokens
 from txtrain.parallel.build import make_parallel
@@ -151,10 +152,14 @@ class Writer:
             )
 
     def tell_rate(self) -> None:
-        """On standard error, by the first rank."""
+        """On standard error, by the first rank; and why products go by torch's kernels where ours would serve."""
         if self.is_first and self.n_tokens:
             rate = self.n_tokens / max(self.seconds, 1e-9)
-            print(f"txtrain: {self.n_tokens:,} tokens in {self.seconds:.1f} s: {rate:,.0f} tokens/s", file=sys.stderr)
+            told = f"{self.n_tokens:,} tokens in {self.seconds:.1f} s: {rate:,.0f} tokens/s"
+            reason = kernels() if self.device.type == "cpu" and self.config.dtype == "float32" else None
+            if isinstance(reason, str):
+                told += f"; matrix products by torch, as {reason}"
+            print(f"txtrain: {told}", file=sys.stderr)
 
 
 class Printer:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses as dc
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ from txtrain.model.decoding import (
     padded,
     rows_of,
 )
+from txtrain.model.few_rows import few_rows
 from txtrain.model.sampling import Chooser
 
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -154,7 +156,8 @@ def continue_rows(
         order.sort(key=lambda row: (-len(prompts[row // n]), row))
     batches = [order[i : i + together] for i in range(0, len(order), together)] if order else []
     found: dict[int, Written] = {}
-    with evaluating(model):
+    # Whole rows are read as in training, so that their log-probabilities are the same to the last digit.
+    with evaluating(model), few_rows(model) if job.whole is None else nullcontext():
         for i in range(job.ranks.most(len(batches))):
             rows = batches[i] if i < len(batches) else []
             # Without rows of its own a rank takes part in the forwards of the others.

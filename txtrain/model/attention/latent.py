@@ -56,7 +56,7 @@ class LatentAttention(nn.Module):
         c_B1SC, k_B1SR = context.attended(x_BTD, partial(self._latents, rotation=context.rotation))
         absorbed = context.cache is not None and self._absorbed_is_cheaper(x_BTD.shape[1])
         if absorbed:  # K is 1: the size of q and k is C + R, that of v is C
-            q_BNTP = q_BNTP @ matrix(self.k_proj).view(-1, self.nope_dim, self.kv_rank)
+            q_BNTP = _by_head(q_BNTP, matrix(self.k_proj).view(-1, self.nope_dim, self.kv_rank))
             k_BKSH, v_BKSV = torch.cat((c_B1SC, k_B1SR), dim=-1), c_B1SC
         else:
             k_BNSP = self.k_proj(c_B1SC[:, 0]).unflatten(-1, (-1, self.nope_dim)).transpose(1, 2)
@@ -65,7 +65,7 @@ class LatentAttention(nn.Module):
         q_BNTH, dropout = torch.cat((q_BNTP, q_BNTR), dim=-1), self.dropout if self.training else 0.0
         y_BNTV = attend(q_BNTH, k_BKSH, v_BKSV, context.mask, self.scale, None, dropout)
         if absorbed:
-            y_BNTV = y_BNTV @ matrix(self.v_proj).view(-1, self.v_dim, self.kv_rank).transpose(1, 2)
+            y_BNTV = _by_head(y_BNTV, matrix(self.v_proj).view(-1, self.v_dim, self.kv_rank).transpose(1, 2))
         return self.o_proj(y_BNTV.transpose(1, 2).flatten(-2))
 
     def _queries(self, x_BTD: Tensor, rotation: Rotation | None) -> tuple[Tensor, Tensor]:
@@ -85,3 +85,10 @@ class LatentAttention(nn.Module):
         """Per key and head: n_queries * (2 C + R) absorbed, n_queries * (P + R + V) + C * (P + V) expanded."""
         per_head = self.nope_dim + self.v_dim
         return n_queries * (2 * self.kv_rank - per_head) < self.kv_rank * per_head
+
+
+def _by_head(x_BNTI: Tensor, weight_NIO: Tensor) -> Tensor:
+    """Each head times its matrix, [B, N, T, O]. `@` would copy the matrices for each row of the batch."""
+    B, N, T, _ = x_BNTI.shape
+    y_NRO = torch.bmm(x_BNTI.transpose(0, 1).reshape(N, B * T, -1), weight_NIO)
+    return y_NRO.view(N, B, T, -1).transpose(0, 1)

@@ -69,6 +69,7 @@ class LMHead(Head):
     """Logits over the vocabulary. A tied head owns no matrix. scale: a factor on the input (T5 v1.0)."""
 
     vocabulary = Vocabulary()
+    product = staticmethod(F.linear)
 
     def __init__(
         self, dim: int, vocab_size: int, tied: bool, softcap: float | None = None, bias: bool = False,
@@ -93,7 +94,7 @@ class LMHead(Head):
         return x_BTD if self.scale is None else x_BTD * self.scale
 
     def forward(self, x_BTD: Tensor, embedding_VD: Tensor | None, valid_BT: Tensor | None = None) -> Tensor:
-        logits = F.linear(self.entering(x_BTD), self.output_weight(embedding_VD), self.bias)
+        logits = self.product(self.entering(x_BTD), self.output_weight(embedding_VD), self.bias)
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     def loss(

@@ -1,0 +1,79 @@
+"""A C++ file as a library for this machine's processor: compiled once, and kept in the user's own cache.
+
+Not by torch's extension loader: it waits without end for the lock of a build that was killed, and wants ninja and
+setuptools. Nor in a cache that users share, since what lies there is executed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")  # linked without: OpenMP is the one of torch
+_SECONDS = 60
+
+
+class Unavailable(Exception):
+    """There is no library, and why; what it computes has another way."""
+
+
+def library(source: Path) -> ctypes.CDLL:
+    """Its functions, which are `extern "C"`.
+
+    Raises:
+        Unavailable: the processor or system is not one it was tried on, there is no compiler or no place for it.
+    """
+    processor = _processor()
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    try:
+        code = source.read_bytes()
+        name = hashlib.sha256(repr((code, _COMPILE, processor)).encode()).hexdigest()[:16]
+        kept = _own_folder() / f"{source.stem}-{name}.so"
+        if not kept.exists():
+            if compiler is None:
+                raise Unavailable("there is no C++ compiler")
+            _compile(compiler, source, kept)
+        return ctypes.CDLL(str(kept))
+    except subprocess.CalledProcessError as e:
+        said = e.stderr.strip().splitlines() or ["nothing was said"]
+        raise Unavailable(f"{compiler} failed: {said[-1]}") from e
+    except subprocess.TimeoutExpired as e:
+        raise Unavailable(f"{compiler} took more than {_SECONDS} s") from e
+    except (OSError, RuntimeError) as e:  # RuntimeError: no home folder
+        raise Unavailable(str(e)) from e
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: machines that share a home folder may differ in it."""
+    flags = ""
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith("flags")), "")
+    if "avx2" not in flags.split():
+        raise Unavailable("it is written for Linux on x86-64 processors with AVX2")
+    return flags
+
+
+def _own_folder() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "txtrain" / "native"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise Unavailable(f"others may write to {folder}")
+    return folder
+
+
+def _compile(compiler: str, source: Path, made: Path) -> None:
+    with tempfile.TemporaryDirectory(prefix="txtrain-native-") as folder:
+        part, whole = f"{folder}/part.o", f"{folder}/whole.so"
+        for command in ([compiler, *_COMPILE, "-c", str(source), "-o", part], [compiler, "-shared", part, "-o", whole]):
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
+        beside = made.with_suffix(f".{os.getpid()}.tmp")
+        shutil.copyfile(whole, beside)
+        beside.replace(made)
