@@ -75,6 +75,11 @@ class Killed:
             assert not ended, f"{ended} ended before the first step"
             time.sleep(0.002)
 
+    def wait_for_a_save(self, folder: Path) -> None:
+        """Until one is being written, or the run has ended."""
+        while not any(folder.glob("checkpoints/*.tmp")) and not os.waitid(os.P_PID, self.pids[0], os.WEXITED | os.WNOHANG | os.WNOWAIT):
+            time.sleep(0.0005)
+
     def kill(self) -> bool:
         """All of them; False: one had come to its end by itself."""
         for pid in self.pids:
@@ -118,6 +123,8 @@ def main(folder: Path, seed: int, kills: int, overrides: list[str], then: list[s
             else:
                 run.wait_until_begun()
                 time.sleep(moments.uniform(0, training))
+            if i % 5 == 3:  # chance alone may meet no save where the disk is fast
+                run.wait_for_a_save(folder / str(i))
             if run.kill():
                 break
             shutil.rmtree(folder / str(i))
