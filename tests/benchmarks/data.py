@@ -1,4 +1,4 @@
-"""Throughput of the data path on this machine: tokenising, packed batches, the loader.
+"""Throughput of the data path on this machine: tokenising, packed batches, the loader, streams.
 
     python -m tests.benchmarks.data [TEXT_FILE]        by default: the docstrings of the standard library
 
@@ -7,25 +7,31 @@ Prints one line a row; best of the repeats, because other processes only ever sl
 
 import contextlib
 import itertools
+import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader
 
 from tests.benchmarks import sides
+from txtrain.data.config import HFConfig
 from txtrain.data.samples.order import GlobalOrder, OrderHash, ShareSampler
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.samples.rows import OrderedSamples
+from txtrain.data.sources.hub_text import HubStream
 from txtrain.data.sources.python_docs import PythonDocs
 from txtrain.data.sources.text import TextFiles
 from txtrain.data.store.cache import TokenFile
 from txtrain.data.store.split import Corpus
+from txtrain.data.store.stream import StreamOrder, StreamTokens
 from txtrain.data.store.tokenize import _pieces as cut_up
 from txtrain.data.store.tokenize import tokenise
 from txtrain.data.tokenizer.cuts import byte_level_places
@@ -79,6 +85,45 @@ def prepared_peak(megabytes: int) -> float:
     return used.ru_maxrss / 1e3
 
 
+def streamed(by_files: bool, processes: int, steps: int = 300) -> list[tuple[int, float]]:
+    """Of each process of a run that streams 60,000 rows of 3,000 bytes from 16 `.parquet` files or one `.jsonl`: the documents that it tokenises
+    and its CPU seconds, opening included, for `steps` steps of 16 x 256 tokens by the default readers and blocks. One process after the other.
+    """
+    import datasets.config
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    found = []
+    texts = "\n\n".join(PythonDocs().documents("train"))
+    rows = [f"{i} " + texts[at : at + 3000] for i, at in zip(range(60_000), itertools.cycle(range(0, len(texts) - 3000, 977)), strict=False)]
+    tokenizer, readers, buffer = train_tokenizer(rows[:1000], 8192), HFConfig.stream_readers, HFConfig.shuffle_buffer
+    with tempfile.TemporaryDirectory() as folder:
+        datasets.config.HF_DATASETS_CACHE = Path(folder) / "cache"
+        data = Path(folder) / ("files" if by_files else "rows.jsonl")
+        if by_files:
+            data.mkdir()
+            for i in range(16):
+                pq.write_table(pa.table({"text": rows[i::16]}), data / f"{i}.parquet", row_group_size=1000)
+        else:
+            data.write_text("".join(json.dumps({"text": row}) + "\n" for row in rows))
+        for rank in range(processes):
+            counts: list[int] = []
+
+            def counting(texts: Sequence[str], counts: list[int] = counts) -> list[list[int]]:
+                counts.append(len(texts))
+                return tokenizer.encode_batch(texts)
+
+            begin = time.process_time()
+            source = HubStream(str(data), None, "train", None, None, "text", 0.05, readers)
+            encoder: Any = SimpleNamespace(bos_id=tokenizer.bos_id, eos_id=tokenizer.eos_id, encode_batch=counting)
+            stream, order = StreamTokens(source, encoder, 0, readers, buffer), StreamOrder(1 << 40, 16, 0, n_readers=readers, buffer=buffer)
+            share = slice(rank * 16 // processes, (rank + 1) * 16 // processes)
+            for step in range(steps):
+                stream.windows(stream.begins(order.indices(step)[share], SEQ_LEN), SEQ_LEN + 1)
+            found.append((sum(counts), time.process_time() - begin))
+    return found
+
+
 def main() -> None:
     source = TextFiles(sys.argv[1]) if len(sys.argv) > 1 else PythonDocs()
     texts = list(source.documents("train"))
@@ -104,6 +149,10 @@ def main() -> None:
             print(f"loader, {workers} workers                  {400 * BATCH * SEQ_LEN / seconds / 1e6:8.1f} M tokens/s")
     few, many = prepared_peak(4), prepared_peak(40)
     print(f"memory of preparing 4 and 40 MB    {few:8.0f} and {many:.0f} MB, {many / few:.2f} times")
+    for by_files, what in ((True, "16 files"), (False, "one file")):
+        for n in (1, 2, 4):
+            each = ", ".join(f"{documents} in {seconds:.1f} s" for documents, seconds in streamed(by_files, n))
+            print(f"streaming {what}, {n} processes     documents of each: {each}")
     seconds = best(lambda: OrderHash(order)(10_000))
     print(f"order hash                         {10_000 * BATCH / seconds / 1e6:8.1f} M samples/s")
     rows = np.arange(1_000_000)

@@ -12,28 +12,25 @@ import json
 import platform
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tests.benchmarks import against_transformers, compiled, footprint, losses, peers, start, variants, windows
-from tests.benchmarks.data import prepared_peak, tokenising_share
+from tests.benchmarks.data import prepared_peak, streamed, tokenising_share
 from tests.benchmarks.sides import DECODERS, FAMILIES, pair
 
 RECORDED = Path(__file__).with_name("recorded.json")
 LAYERS, ROUNDS = 2, 2
 
 
-def _step(family: str) -> float:
-    (ours, theirs), _ = against_transformers.step_times(family, LAYERS, ROUNDS)
-    return theirs / ours
-
-
-def _share(family: str) -> float:
-    """Of the peak of matrix products."""
-    return against_transformers.step_times(family, LAYERS, ROUNDS)[1][0]
+@cache
+def _steps(family: str) -> tuple[float, float]:
+    """Theirs over ours, and our share of the peak of matrix products."""
+    (ours, theirs), (share, _) = against_transformers.step_times(family, LAYERS, ROUNDS)
+    return theirs / ours, share
 
 
 def _over(measured: Callable[..., tuple[float, ...] | list[float]], *given: Any) -> float:
@@ -59,23 +56,35 @@ def _flat(family: str) -> float:
     return long / short
 
 
+def _streamed(by_files: bool) -> float:
+    """Documents that one of two processes tokenises, over those of one process alone."""
+    (alone, _), (one, _), _ = *streamed(by_files, 1, 150), *streamed(by_files, 2, 150)
+    return one / alone
+
+
 # Each row: a ratio, and whether more is better.
 ROWS: dict[str, tuple[Callable[[], float], bool]] = {
-    **{f"step {family}": (partial(_step, family), True) for family in FAMILIES},
+    **{f"step {family}": (lambda f=family: _steps(f)[0], True) for family in FAMILIES},
+    **{f"share of the peak {family}": (lambda f=family: _steps(f)[1], True) for family in FAMILIES},
     **{f"decode {f} {rows} greedy": (partial(_decode, f, rows, False), True) for f in DECODERS for rows in (1, 16)},
     "decode llama2 64 sampled": (partial(_decode, "llama2", 64, True), True),
     **{f"window {family}": (partial(_flat, family), False) for family in ("mistral", "gemma2")},
+    **{f"window {f} over transformers": (partial(_over, windows.window_times, f, 2048, ROUNDS), False) for f in ("mistral", "gemma2")},
     **{
         f"loss {kind} {what}": (lambda kind=kind, at=at: losses.loss_ratios(kind, 1 << 17, 1024, 1)[at], False)
         for kind in ("plain", "smoothed", "log-probabilities", "distillation") for at, what in enumerate(("time", "memory"))
     },
     "packed over padded": (lambda: variants.packed_ratios(rounds=ROUNDS)[0], True),
     "packed borders": (lambda: variants.packed_ratios(rounds=ROUNDS)[1], False),
-    **{f"experts {n} over dense": (lambda n=n: variants.experts_ratios(n, rounds=ROUNDS)[0], False) for n in (8, 64)},
-    **{f"share of the peak {family}": (partial(_share, family), True) for family in ("gpt2", "llama2")},
+    **{
+        f"experts {n} {what}": (lambda n=n, at=at: variants.experts_ratios(n, rounds=ROUNDS)[at], at == 1)
+        for n in (8, 64) for at, what in enumerate(("over dense", "beside Mixtral"))
+    },
     **{f"step {family} over its peer": (partial(_over, peers.peer_times, family, LAYERS, ROUNDS), False) for family in ("llama2", "gpt2")},
     **{f"loop at dim {dim}": (lambda dim=dim: variants.loop_ratio(dim)[0], False) for dim in (384, 128)},
+    "waiting for data": (lambda: variants.loop_ratio(128)[1], False),
     "tokenising": (tokenising_share, True),
+    **{f"stream of {what}": (partial(_streamed, files), False) for what, files in (("files", True), ("one file", False))},
     "memory of preparing": (lambda: prepared_peak(40) / prepared_peak(4), False),
     **{f"start {what}": (partial(_start, what), False) for what in ("help", "plan", "update", "generate")},
     **{f"memory {family}": (partial(_over, footprint.step_peaks, family, LAYERS), False) for family in FAMILIES},

@@ -50,6 +50,7 @@ def packed_ratios(length: int = 512, layers: int = 2, rounds: int = 3) -> tuple[
     return (ids.numel() / bordered) / (int(mask[few].sum()) / wide), bordered / borderless
 
 
+@cache
 def experts_ratios(n_experts: int, layers: int = 2, rounds: int = 3) -> tuple[float, float]:
     """A step's time over the dense model's, and Mixtral's of transformers over ours."""
     import transformers
@@ -82,6 +83,7 @@ class _Steps(pl.Callback):
         self.begin, self.batch = now, batch
 
 
+@cache
 def loop_ratio(dim: int = DIM, layers: int = 2, steps: int = 12) -> tuple[float, float]:
     """A step of the loop, from the end of one to the end of the next, over the bare step; and its share of waiting for data."""
     seen = _Steps()
