@@ -247,6 +247,8 @@ OF_A_RUN = {
     "config.yaml of 1e9 layers": (lambda run: with_model(run, n_layers=10**9), "1,000,000,000 layers"),
     "config.yaml of a wide model": (lambda run: with_model(run, dim=2**30), "parameters"),
     "config.yaml of 1e30 layers": (lambda run: with_model(run, n_layers=10**30), "layers"),
+    "config.yaml of a family that is a path": (lambda run: with_model(run, family="../../../m/evil"), "model.family"),
+    "config.yaml of a family that is a reference": (lambda run: with_model(run, family="${oc.env:HOME}"), "model.family"),
     "config.yaml of many keys": (lambda run: with_model(run, **{f"n_layer{i}": 1 for i in range(20_000)}), "n_layer"),
     "config.yaml of a long key": (lambda run: with_model(run, **{"n_layers" * 50_000: 1}), "n_layers"),
     "state.json deep": (lambda run: (newest(run) / "state.json").write_bytes(JSON["deep"]), "state.json"),
