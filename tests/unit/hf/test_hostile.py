@@ -82,6 +82,38 @@ def test_a_config_that_claims_too_much_is_refused_before_memory_is_taken(folder,
     refused(edit_config(folder, **changes), match)
 
 
+VIT = {"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "image_size": 4, "patch_size": 2}
+CLASS = {"type": "class", "n_classes": 10**12}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "match"),
+    [
+        ({"num_labels": 2**31 - 1, **VIT}, None, "head.n_classes"),
+        ({"num_labels": 2**31 - 1}, None, "head.n_classes"),
+        ({"problem_type": []}, None, "problem_type"),
+        ({"num_hidden_layers": 2**31 - 1}, None, "at most 100,000 layers"),
+        ({}, {"n_layers": 10**12}, "1,000,000,000,000"),
+        ({}, {"topology": "encoder_decoder", "n_encoder_layers": 10**12}, "1,000,000,000,001"),
+        ({}, {"head": CLASS}, "head.n_classes"),
+        ({"id2label": None}, {"head": CLASS}, "head.n_classes"),
+    ],
+)
+def test_classes_and_layers_that_config_json_alone_claims_are_not_counted_through(tmp_path, folder, changes, model, match):
+    """By a class of transformers with a head of classes, and by our own."""
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 4}
+    known = sizes | {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+    if model is not None:
+        ours = load_pretrained(folder).config.to_dict() | {"n_layers": 1} | model
+        known = {"model_type": "txtrain", "txtrain": {"model": ours}}
+    made = {**({} if "model_type" in changes else known), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    begin = time.perf_counter()
+    with pytest.raises(ConfigError, match=match):
+        describe(tmp_path)
+    assert time.perf_counter() - begin < QUICKLY
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", '{"model_type": "llama"', "[]", "null", '{"a": 1, "a": 2}', '{"a": NaN}', "[" * 100_000, "\xff\xfe", '{"vocab_size": ' + "9" * 5000 + "}"],
