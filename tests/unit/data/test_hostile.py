@@ -15,6 +15,7 @@ import pytest
 from txtrain.data.sources.files import chunks_of
 from txtrain.data.sources.hub_text import HubDataset
 from txtrain.data.sources.images import ImageFiles
+from txtrain.data.sources.labels import LabelledTexts
 from txtrain.data.sources.memmap import TokenFiles
 from txtrain.data.sources.text import TextFiles
 from txtrain.data.sources.translation import Translation
@@ -264,3 +265,59 @@ def megatron(folder, sequences, documents):
 def test_documents_of_megatron_are_among_its_sequences(documents, tmp_path):
     assert megatron(tmp_path, 2, [0, 1, 2]).tokens("train")[0].offsets is not None
     refused(lambda: megatron(tmp_path, 2, documents), "a.idx")
+
+
+# -------------------------------------------------------------------------------------------------------- sets of the library
+
+
+def labels(path, **keys):
+    wanted = {"text_column": "text", "text_pair_column": None, "label_column": "label", "kind": "single", "label_names": ()}
+    limits = {"max_expansion": 200.0, "max_text_bytes": MB, "encoding_errors": "strict", "bad_rows": "refuse"}
+    of_set = {"delimiter": None, "name": None, "split": "train", "val_split": None, "val_path": None}
+    return LabelledTexts(str(path), **{**wanted, **limits, **of_set, **keys})
+
+
+@pytest.mark.parametrize("name", ["pandas", "text", "webdataset"])
+def test_a_loader_of_the_library_is_no_set(name, tmp_path, monkeypatch):
+    """It would read the current folder: `pandas` its pickles."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps([1]))
+    for source in (lambda: HubDataset(name, None, "train", None, None, "text"), lambda: labels(name)):
+        refused(source, "`data.path`", f"{name} is the name of a loader")
+
+
+CARDS = {
+    "a URL": "configs:\n- config_name: x\n  data_files: [{split: train, path: 'https://127.0.0.1:1/a.jsonl'}]",
+    "a path": "configs:\n- config_name: x\n  data_files: /etc/passwd",
+    "a path above": "configs:\n- {config_name: x, data_files: {train: ../secret.jsonl}}",
+    "a folder": "configs:\n- {config_name: x, data_files: a.jsonl, data_dir: /etc}",
+    "by an alias": "x: &x [/etc/passwd]\nconfigs:\n- {config_name: x, data_files: *x}",
+    "no YAML": "configs: [",
+    "no configs": "configs: 5",
+}
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_local_set_reads_files_of_its_folder_alone(card, name, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for file in (folder / "a.jsonl", tmp_path / "secret.jsonl"):
+        file.write_text('{"text": "a"}\n')
+    (folder / name).write_text(f"---\n{CARDS[card]}\n---\n# A set\n" if name == "README.md" else CARDS[card])
+    refused(lambda: HubDataset(str(folder), None, "train", None, None, "text"), "`data.path`", "set")
+    (folder / name).write_text(f"---\nhomepage: https://example.org/..\n{'configs: [{config_name: x, data_files: a.jsonl}]'}\n---\n")
+    if name == "README.md":
+        assert list(HubDataset(str(folder), None, "train", None, None, "text").documents("train")) == ["a"]
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("no scripts"), PermissionError(13, "denied"), ValueError(""), KeyError("x")])
+def test_whatever_the_library_raises_is_an_error_of_the_key(raised, tmp_path, monkeypatch):
+    import datasets
+
+    def load(*args, **keys):
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (tmp_path / "a.jsonl").write_text("{}")
+    refused(lambda: HubDataset(str(tmp_path / "a.jsonl"), None, "train", None, None, "text"), "`data.path`", "a.jsonl")
