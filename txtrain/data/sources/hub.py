@@ -80,7 +80,7 @@ def load_dataset(path: str, name: str | None, split: str | None = None, streamin
     import datasets
 
     if path in _by_name():
-        raise ValueError(f"{path} is the name of a loader. Name a file, or a folder as ./{path}: formats are recognised")
+        raise ValueError(f"{path} is the name of a loader. Name a file, or a folder as ./{path}: its format is known")
     with _quietly():
         if loader := _LOADERS.get(os.path.splitext(path)[1]) if os.path.isfile(path) else None:
             return datasets.load_dataset(loader, data_files=path, split=split, streaming=streaming)
