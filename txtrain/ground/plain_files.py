@@ -102,7 +102,7 @@ def decode(raw: bytes, where: str) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""The lines of a file that was read as text. `str.splitlines` cuts at a form feed and U+2028 too, which are text."""
+    """The lines of a file that was read as text. `str.splitlines` cuts at a form feed and U+2028 too."""
     lines = text.split("\n")
     return lines if lines[-1] else lines[:-1]
 
