@@ -35,7 +35,9 @@ def parse_header(path: Path, size: int, changed: int, inode: int) -> tuple[Mappi
         if size < 8 or n > min(plain_files.TENSORS_LIMIT, size - 8):
             sizes = f"its header is to have {n:,} bytes, the file has {size:,}"
             raise ConfigError(f"{path} must be a whole safetensors file, but {sizes}.")
-        return plain_files.parse_json(f.read(n), f"The header of {path}"), 8 + n
+        header = plain_files.parse_json(f.read(n), f"The header of {path}")
+        plain_files.check_keys(header, f"The header of {path}", {"__metadata__": dict | None})
+        return header, 8 + n
 
 
 def tensor_names(folder: Path) -> frozenset[str] | None:

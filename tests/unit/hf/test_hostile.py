@@ -9,9 +9,10 @@ import torch
 
 from tests.unit.hf.folders import config_of, edit_config, llama, rewrite, tensors
 from txtrain.checkpoint.base import Base
-from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.described import describe, of_peft
 from txtrain.checkpoint.load import open_base
 from txtrain.errors import ConfigError
+from txtrain.hf.digest import sha256_of
 from txtrain.hf.load import load_pretrained
 
 QUICKLY = 2.0  # seconds
@@ -272,6 +273,16 @@ def changed(**what):
 )
 def test_a_header_that_does_not_fit_its_file_is_refused(folder, change):
     refused(with_header(folder, change), "header|whole safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [1, "x", ["txtrain"]])
+def test_metadata_that_are_no_mapping_are_refused_by_all_who_read_them(folder, metadata):
+    with_header(folder, lambda header: {**header, "__metadata__": metadata})
+    refused(folder, "The header of .*`__metadata__` must be")
+    for read in (sha256_of, lambda path: of_peft(path, load_pretrained(llama(folder / "base")).config)):
+        (folder / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        with pytest.raises(ConfigError, match="The header of .*`__metadata__` must be"):
+            read(folder)
 
 
 def test_an_endless_header_is_refused(folder):
