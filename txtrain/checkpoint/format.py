@@ -279,6 +279,7 @@ def _checksum(file: Path) -> str:
     """Of a shard the checksum of its header, which holds those of the tensors."""
     if file.suffix != ".safetensors":
         return xxhash.xxh3_64_hexdigest(plain_files.read_bytes(file, plain_files.TOKENIZER_LIMIT))
+    plain_files.check_file(file, limit=None)
     with file.open("rb") as f:
         size = f.read(8)
         return xxhash.xxh3_64_hexdigest(size + f.read(min(int.from_bytes(size, "little"), plain_files.TENSORS_LIMIT)))
@@ -293,6 +294,8 @@ def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -
                 f"{path / MARKER}: `{name}` must be the size and the checksum of a file, "
                 f"but is {shorten(said)}"
             )
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ConfigError(f"{path / MARKER}: `{shorten(name)}` must be a file of its folder, but leads out")
         if (found := (path / name).stat().st_size) != size:
             raise ConfigError(f"{name} has another size than when it was written: {found:,} bytes, not {size:,}")
         if checksum is not None and _checksum(path / name) != checksum:

@@ -236,6 +236,16 @@ def linked(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
+def elsewhere(name: str) -> str:
+    return json.dumps({name: [os.stat(name).st_size if name[0] == "/" else 0, "00"]})
+
+
+def piped(folder: Path, name: str) -> None:
+    os.mkfifo(folder / name)
+    marker = json.loads((folder / "complete").read_text())
+    (folder / "complete").write_text(json.dumps({name: [0, "00"], **marker}))
+
+
 OF_A_RUN = {
     "config.yaml with a tag": (lambda run: (newest(run) / "config.yaml").write_bytes(YAML["a tag"]), "config.yaml"),
     "config.yaml deep": (lambda run: (newest(run) / "config.yaml").write_bytes(YAML["deep"]), "config.yaml"),
@@ -273,6 +283,9 @@ OF_A_RUN = {
     "complete empty": (lambda run: (newest(run) / "complete").write_bytes(b""), "complete"),
     "complete a list": (lambda run: (newest(run) / "complete").write_bytes(b"[1]"), "complete"),
     "complete leads out": (lambda run: (newest(run) / "complete").write_text('{"../../../../x": 1}'), "x"),
+    "complete names a file elsewhere": (lambda run: (newest(run) / "complete").write_text(elsewhere("/etc/passwd")), "leads out"),
+    "complete names a file above": (lambda run: (newest(run) / "complete").write_text(elsewhere("../../run.json")), "leads out"),
+    "complete names a pipe": (lambda run: piped(newest(run), "tokenizer/x.safetensors"), "x.safetensors must be a regular file"),
     "complete with NUL": (lambda run: (newest(run) / "complete").write_text('{"a\\u0000b": 1}'), "step_00000004"),
     "complete a link": (lambda run: linked(newest(run) / "complete", "/proc/self/status"), "/proc/"),
     "a shard a link": (lambda run: linked(shard(run), "/etc/passwd"), "/etc/passwd"),

@@ -278,10 +278,10 @@ def test_a_header_that_does_not_fit_its_file_is_refused(folder, change):
 @pytest.mark.parametrize("metadata", [1, "x", ["txtrain"]])
 def test_metadata_that_are_no_mapping_are_refused_by_all_who_read_them(folder, metadata):
     with_header(folder, lambda header: {**header, "__metadata__": metadata})
-    refused(folder, "The header of .*`__metadata__` must be")
+    refused(folder, r"The header of .*`__metadata__` must be")
     for read in (sha256_of, lambda path: of_peft(path, load_pretrained(llama(folder / "base")).config)):
         (folder / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
-        with pytest.raises(ConfigError, match="The header of .*`__metadata__` must be"):
+        with pytest.raises(ConfigError, match=r"The header of .*`__metadata__` must be"):
             read(folder)
 
 
