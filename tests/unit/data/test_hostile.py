@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from txtrain.data.sources.files import chunks_of
+from txtrain.data.sources import documents
+from txtrain.data.sources.files import Limits, chunks_of
 from txtrain.data.sources.hub_text import HubDataset
 from txtrain.data.sources.images import ImageFiles
 from txtrain.data.sources.labels import LabelledTexts
@@ -123,6 +124,15 @@ def test_a_row_that_is_none_is_refused_by_its_line(attack, tmp_path):
     refused(lambda: read(tmp_path / "a.jsonl"), "line 2 of", "a.jsonl")
 
 
+def test_a_long_list_in_json_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b"{}," * 999_999 + b"{}]"))
+    limits = Limits(max_expansion=10_000.0)
+    monkeypatch.setattr(documents, "_LIST", 3_000_001)
+    assert sum(1 for _ in documents.objects_of(tmp_path / "a.json.gz", "data.path", limits)) == 1_000_000
+    monkeypatch.setattr(documents, "_LIST", 3_000_000)
+    refused(lambda: list(documents.objects_of(tmp_path / "a.json.gz", "data.path", limits)), "a.json.gz", ".jsonl", megabytes=30)
+
+
 def test_numbers_that_are_none_do_not_matter_beside_a_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN, "id": ' + "9" * 10_000 + "}\n")
     assert read(tmp_path / "a.jsonl") == ["a"]
@@ -224,6 +234,17 @@ def test_an_index_of_tokens_is_what_prepare_writes(changes, tokens):
     found = json.loads((tokens / "index.json").read_text())
     (tokens / "index.json").write_text(json.dumps({**found, **changes}))
     refused(lambda: opened(tokens), "index.json")
+
+
+def test_numbers_of_rows_are_from_0_on(tokens):
+    found = json.loads((tokens / "index.json").read_text())
+    marked = {"format": "txtrain tokens 2", "pairs": False, "seq_len": 32}
+    (tokens / "index.json").write_text(json.dumps({**found, **marked}))
+    for split in ("train", "validation"):
+        np.ones(100, dtype="u1").tofile(tokens / f"{split}-00000.trained")
+        np.array([-1, 3] if split == "train" else [7, 2**40], dtype="<i8").tofile(tokens / f"{split}-00000.numbers")
+    assert opened(tokens).tokens("validation")[0].numbers().tolist() == [7, 2**40]
+    refused(lambda: opened(tokens).tokens("train")[0].numbers(), "train-00000.numbers", "from 0 on")
 
 
 @pytest.mark.parametrize("ends", [[100, 40], [-1, 100], [40, 2**62], [40, 99]])
