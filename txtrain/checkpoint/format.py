@@ -110,18 +110,15 @@ def check_folder(run_dir: Path) -> None:
 
 def _strange(folder: Path) -> Iterator[Path]:
     """What is no regular file and no folder, also below. The folder of checkpoints may be a link of the user's, and
-    W&B, which alone writes there, links its own log."""
-    waiting = [str(folder)]
+    W&B, which alone writes into its own, links its log and what the user has it save."""
+    waiting, wandb = [str(folder)], str(folder / "wandb")
     while waiting:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
             for entry in entries:
                 if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                elif not entry.is_file(follow_symlinks=False):
-                    path = Path(entry.path)
-                    of_wandb = path.is_relative_to(folder / "wandb") and path.match("logs/*.log")
-                    if path != folder / FOLDER and not of_wandb:
-                        yield path
+                    waiting += [entry.path] if entry.path != wandb else []
+                elif not entry.is_file(follow_symlinks=False) and (path := Path(entry.path)) != folder / FOLDER:
+                    yield path
 
 
 def newest_run(where: str | Path, key: str) -> str:

@@ -375,22 +375,24 @@ def test_a_run_json_that_is_none_is_refused(attack, run):
     refused(lambda: run_folder.RunFolder(run).facts, "run.json")
 
 
-DEEPER = ["profile/steps_4_5_rank0.txt", "tensorboard/hparams.yaml", "wandb/hparams.yaml", "checkpoints/step_00000002/x"]
+DEEPER = ["profile/steps_4_5_rank0.txt", "tensorboard/hparams.yaml", "a/wandb/x", "checkpoints/step_00000002/x"]
 
 
 @pytest.mark.parametrize("name", ["run.json", "config.yaml", "run.json.tmp", "loss_spikes.jsonl", "samples.txt", *DEEPER])
 def test_a_link_out_of_a_run_is_refused_before_it_is_written_through(name, made, run, tmp_path):
     target = tmp_path / "mine"
-    (run / name).parent.mkdir(exist_ok=True)
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
     linked(run / name, str(target))
     refused(lambda: continued(made, run), name, str(target))
     assert not target.exists()
 
 
-def test_the_links_of_wandb_to_its_own_log_are_no_reason_against_a_run(made, run):
-    logs = run / "wandb" / "run-1" / "logs"
-    logs.mkdir(parents=True)
-    (logs / "debug-core.log").symlink_to("/root/.cache/wandb/logs/core-debug-1.log")
+def test_the_links_of_wandb_are_no_reason_against_a_run(made, run):
+    """To its own log, and to what the user has it save."""
+    for name, target in (("logs/debug-core.log", "/root/.cache/wandb/logs/core-debug-1.log"), ("files/x.txt", "/x.txt")):
+        path = run / "wandb" / "run-1" / name
+        path.parent.mkdir(parents=True)
+        path.symlink_to(target)
     (run / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")
     (run / "wandb" / "latest-run").symlink_to("run-1")
     assert continued(made, run).checkpoint is not None
