@@ -29,6 +29,17 @@ class RunError(ConfigError):
     """An error found after the run's folder was made, as in a row of its data: exit code 1, not 2."""
 
 
+def denied(e: PermissionError) -> str:
+    """The sentence on a file or a folder that may not be used.
+
+    Raises:
+        PermissionError: `e` itself, where it names none.
+    """
+    if e.filename is None:
+        raise e
+    return f"{e.filename} cannot be read or written: {e.strerror}."
+
+
 # Other tools' words for values: the first of ours that is an option.
 _MEANT = {
     "bf16": "bf16-mixed bfloat16", "16": "bf16-mixed", "16-mixed": "bf16-mixed", "fp16": "bf16-mixed float16",

@@ -1,12 +1,15 @@
 """Verbs, flags, spellings, mistakes: one helpful message, exit code 2, nothing written."""
 
 import dataclasses as dc
+import errno
 import gc
+import os
 import re
 import resource
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -156,6 +159,23 @@ def test_python_raises_the_same_words_as_a_value_error():
     assert isinstance(e.value, ValueError)
     with pytest.raises(ConfigError, match="`verb` must be one of"):
         txtrain.compose([], verb="trian")
+
+
+@pytest.mark.parametrize("line", ["generate checkpoint=locked/run prompt=a", "init_from=locked/run", "data=text data.path=locked/a.txt"])
+def test_what_may_not_be_read_is_told_in_one_message(line, capsys, clean_room, monkeypatch):
+    """Root may read everything: that the folder above is another's is feigned."""
+    stat = os.stat
+
+    def denied(path, *args, **keys):
+        if isinstance(path, (str, Path)) and Path(path).parent.name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, *args, **keys)
+
+    monkeypatch.setattr(os, "stat", denied)
+    (clean_room / "locked").mkdir()
+    assert main(line.split()) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert re.search("locked/.*ermission denied", said)
 
 
 def test_a_mistake_shows_its_traceback_only_when_asked(cli, clean_room):

@@ -191,6 +191,7 @@ def test_a_packaged_logger_keeps_its_plain_values(run, job, clean_room):
         ("wandb", "save_dir", "/anywhere"),
         ("wandb", "save_code", True),
         ("tensorboard", "version", "../../.."),
+        ("tensorboard", "name", "wandb"),
         ("tensorboard", "sub_dir", "$HOME"),
         ("tensorboard", "save_dir", "/anywhere"),
     ],

@@ -25,6 +25,7 @@ from tests.unit.test_rooms import TREES
 # Module, class or function -> what it has, or sets on its own or on others' objects.
 PRIVATE = {
     "datasets.Dataset": "_fingerprint",
+    "datasets.packaged_modules": "_PACKAGED_DATASETS_MODULES",
     "deepspeed": "init_distributed initialize",
     "deepspeed.comm.comm": "cdb",
     "deepspeed.ops": "__compatible_ops__",

@@ -13,13 +13,14 @@ safetensors storage is used, which keeps the index in the headers.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -96,16 +97,28 @@ def newest_of(run_dir: Path, key: str) -> Path | None:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Check a run's folder before it is written to.
+    """Check a run's folder, and all that is in it, before it is written to.
 
     Raises:
-        ConfigError: a link leads out of it, or a pipe or a device is in it.
+        ConfigError: a link leads out of its folder, or a pipe or a device is there.
     """
-    if run_dir.is_dir():
-        held = [p for p in run_dir.iterdir() if p.name != FOLDER]
-        check_links([*held, *(run_dir / FOLDER).glob("*")])
-        if strange := [p for p in held if p.exists() and not (p.is_file() or p.is_dir())]:
-            raise ConfigError(f"{strange[0]} must be a regular file, but is none.")
+    for path in (*_strange(run_dir), *_strange(run_dir / FOLDER)):
+        check_links([path])
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise ConfigError(f"{path} must be a regular file, but is none.")
+
+
+def _strange(folder: Path) -> Iterator[Path]:
+    """What is no regular file and no folder, also below. The folder of checkpoints may be a link of the user's, and
+    W&B, which alone writes into its own, links its log and what the user has it save."""
+    waiting, wandb = [str(folder)], str(folder / "wandb")
+    while waiting:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting += [entry.path] if entry.path != wandb else []
+                elif not entry.is_file(follow_symlinks=False) and (path := Path(entry.path)) != folder / FOLDER:
+                    yield path
 
 
 def newest_run(where: str | Path, key: str) -> str:
@@ -263,6 +276,7 @@ def _checksum(file: Path) -> str:
     """Of a shard the checksum of its header, which holds those of the tensors."""
     if file.suffix != ".safetensors":
         return xxhash.xxh3_64_hexdigest(plain_files.read_bytes(file, plain_files.TOKENIZER_LIMIT))
+    plain_files.check_file(file, limit=None)
     with file.open("rb") as f:
         size = f.read(8)
         return xxhash.xxh3_64_hexdigest(size + f.read(min(int.from_bytes(size, "little"), plain_files.TENSORS_LIMIT)))
@@ -277,6 +291,8 @@ def _check_marker(path: Path, marker: Mapping[str, Any], with_checksums: bool) -
                 f"{path / MARKER}: `{name}` must be the size and the checksum of a file, "
                 f"but is {shorten(said)}"
             )
+        if os.path.isabs(name) or ".." in Path(name).parts:
+            raise ConfigError(f"{path / MARKER}: `{shorten(name)}` must be a file of its folder, but leads out")
         if (found := (path / name).stat().st_size) != size:
             raise ConfigError(f"{name} has another size than when it was written: {found:,} bytes, not {size:,}")
         if checksum is not None and _checksum(path / name) != checksum:

@@ -358,11 +358,12 @@ def _life(before: Mapping[str, Any], start: float) -> dict[str, Any]:
 
     complete_for: seconds between the completion of the run and a start that gave it more to do.
     """
-    first = before.get("first_start", start)
-    idle = before.get("complete_for", 0.0)
+    first = before.get("first_start")
+    idle = before.get("complete_for") or 0.0
     if before.get("status") == "complete" and before.get("ended"):
         idle += max(0.0, start - datetime.datetime.fromisoformat(before["ended"]).timestamp())
-    return {"first_start": first, "complete_for": idle, "starts": before.get("starts", 0) + 1}
+    first = start if first is None else first
+    return {"first_start": first, "complete_for": idle, "starts": (before.get("starts") or 0) + 1}
 
 
 def _now() -> str:

@@ -126,7 +126,10 @@ def clean(run_dir: Path) -> None:
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
     for rest in [*(run_dir / FOLDER).glob("step_*.tmp"), *(run_dir / FOLDER).glob("step_*.old")]:
-        shutil.rmtree(rest)
+        if rest.is_dir() and not rest.is_symlink():
+            shutil.rmtree(rest)
+        else:  # none of ours
+            rest.unlink()
 
 
 def scores(run_dir: Path, keep: SaveConfig) -> dict[Path, float | None]:

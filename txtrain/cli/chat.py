@@ -14,7 +14,7 @@ from txtrain.data.chat.template import Message, Template
 from txtrain.data.sources.files import missing
 from txtrain.errors import ConfigError, shorten
 from txtrain.ground import files
-from txtrain.ground.plain_files import parse_json
+from txtrain.ground.plain_files import parse_json, split_lines
 
 HELP = "Enter sends, Ctrl-C stops an answer, /reset begins anew, Ctrl-D ends."
 RESET = "/reset"
@@ -103,7 +103,10 @@ def answer_file(writer: Writer) -> None:
     config = writer.config
     assert config.messages is not None
     if config.out is not None:
-        files.check_writable(files.path_of(config.out, "out").parent, "out")
+        path = files.path_of(config.out, "out")
+        files.check_writable(path.parent, "out")
+        if path.is_dir():
+            raise ConfigError(f"`out` must be a file, but {config.out!r} is a folder.")
     with writer.together(lambda: _template(writer, "messages")) as template:
         chat = Chat(writer, template)
         asked, rows = writer.together(lambda: _asked(chat, config.messages or ""))
@@ -145,7 +148,7 @@ def _talks(name: str) -> Iterator[Any]:
     if not path.is_file():
         raise ConfigError(missing(name, "messages", "a .jsonl file with a conversation a line"))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         what = "a .jsonl file in UTF-8"
         raise ConfigError(f"`messages` must be {what}, but {name!r} cannot be read: {shorten(e)}.") from e

@@ -11,6 +11,7 @@ from txtrain.config.schema_of_trained import Generate
 from txtrain.data.sources.files import missing
 from txtrain.errors import ConfigError
 from txtrain.ground.files import path_of
+from txtrain.ground.plain_files import split_lines
 from txtrain.objectives.continuations import encode
 from txtrain.parallel.launch import launch, n_processes
 
@@ -70,7 +71,7 @@ def read_prompts(config: Generate) -> list[str]:
     if path.exists() and not path.is_file():
         raise ConfigError(missing(config.prompt_file, "prompt_file", "a text file with one prompt a line"))
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = split_lines(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as e:
         reason = e.strerror if isinstance(e, OSError) else "it is not UTF-8 text"
         raise ConfigError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import shlex
 from collections.abc import Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from txtrain.config.schema_of_trained import Export
 from txtrain.ground import plain_files
+from txtrain.monitor import metrics_csv
 
 _FIGURES = ("step", "tokens", "loss", "val_loss", "perplexity", "bits_per_byte", "accuracy")  # of metrics.csv
 _PLACES = ("run_dir", "resume", "imports", "name", "fork", "hydra")
@@ -97,16 +97,16 @@ def _command(given: object, path: Path) -> str:
 
 def _figures(path: Path) -> dict[str, str]:
     """The last value of each column."""
-    if not path.is_file():
-        return {}
-    with path.open(newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
+    rows = metrics_csv.read(path)
     found = {name: [row[name] for row in rows if row.get(name)] for name in _FIGURES}
     return {name: _number(values[-1]) for name, values in found.items() if values}
 
 
 def _number(text: str) -> str:
-    return f"{float(text):.4f}" if "." in text else f"{int(text):,}"
+    if text.isdecimal():
+        return f"{int(text):,}"
+    value = float(text)
+    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.4f}"
 
 
 def _table(values: Mapping[str, Any]) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-from txtrain.errors import ConfigError, RunError
+from txtrain.errors import ConfigError, RunError, denied
 from txtrain.parallel.early_signals import EndsAtOnce
 from txtrain.registry import imported
 
@@ -132,9 +132,12 @@ def exit_code(prepare: Callable[[], Work]) -> int:
         0 done, 1 a failure (or an exception), 2 the user's mistake, 75 preempted after a complete checkpoint.
     """
     try:
-        with EndsAtOnce():
-            work = prepare()
-        return work()
+        try:
+            with EndsAtOnce():
+                work = prepare()
+            return work()
+        except PermissionError as e:  # asked of a path before it is opened, too
+            raise ConfigError(denied(e)) from e
     except ConfigError as e:
         if os.environ.get("TXTRAIN_DEBUG") == "1":
             import traceback

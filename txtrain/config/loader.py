@@ -119,12 +119,13 @@ class Loader(ConfigLoaderImpl):
         named = str(notes.choices["model"]) if chosen or notes.recipe_names_model else None
         found = init_from.find(cfg, named, str(notes.choices.get("data") or ""))
         family = found.model.family
-        parent = named or (family if self.repository.config_exists(f"model/{family}") else None)
+        known = family != init_from.OPTION and self.repository.config_exists(f"model/{family}")
+        parent = named or (family if known else None)
         init_from.store(found.model, parent, named is not None)
         again = composed([*(o for o in parsed if o not in chosen), *parse([f"model={init_from.OPTION}"])])
         with open_dict(again):
             again[init_from.KEY] = escape(cfg[init_from.KEY])
-            again[NOTES].choices.model = parent or family
+            again[NOTES].choices.model = escape(parent or family)
         if named is not None:
             init_from.check_named(cfg, again, named)
         init_from.settle_tokenizer(again, found, notes.given)

@@ -20,7 +20,7 @@ from txtrain.ground.convert import key_of, part
 from txtrain.registry import config, knob
 
 TENSORBOARD = "lightning.pytorch.loggers.TensorBoardLogger"
-_PLAIN_NAME = re.compile(r"\w[\w.-]*")
+_PLAIN_NAME = re.compile(r"(?!(?i:wandb)$)\w[\w.-]*")  # W&B's own folder may hold links that leave the run's
 
 
 def _named_again(default: Any) -> Any:

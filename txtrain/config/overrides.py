@@ -19,7 +19,7 @@ from txtrain.config.literals import protect
 from txtrain.config.paths import DATA, groups_of
 from txtrain.config.schema import Train
 from txtrain.config.schema_of_trained import OnTrained
-from txtrain.errors import ConfigError, hint, nearest
+from txtrain.errors import ConfigError, denied, hint, nearest
 from txtrain.ground.convert import key_paths
 from txtrain.ground.unknown_keys import unknown_key
 from txtrain.registry import TABLE
@@ -62,6 +62,8 @@ def _said(e: BaseException) -> str:
         return f"`{e.full_key}`: {str(e.msg).splitlines()[0]}."  # type: ignore[attr-defined]
     if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark is not None:
         return f"{e.problem_mark.name}, line {e.problem_mark.line + 1}: not valid YAML: {e.problem}."
+    if isinstance(e, PermissionError) and e.filename is not None:
+        return denied(e)
     while e.__cause__ is not None and not str(e):
         e = e.__cause__
     said = str(e).partition("Config search path")[0]

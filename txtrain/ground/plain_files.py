@@ -101,6 +101,12 @@ def decode(raw: bytes, where: str) -> str:
         raise ConfigError(f"{where} must be text in UTF-8, but is not: byte 0x{raw[e.start]:02x} at {e.start}.") from e
 
 
+def split_lines(text: str) -> list[str]:
+    """The lines of a file that was read as text. `str.splitlines` cuts at a form feed and U+2028 too."""
+    lines = text.split("\n")
+    return lines if lines[-1] else lines[:-1]
+
+
 # ---------------------------------------------------------------------------------------------------------------- JSON
 
 

@@ -32,7 +32,7 @@ class Classes:
         named = 2 if labels is None else len(labels)
         if None not in (labels, n) and n != named:
             raise ConfigError(f"`num_labels` must be the number of names in id2label ({named}), but is {n} instead.")
-        if problem is not None and problem not in _PROBLEMS:
+        if problem is not None and (type(problem) is not str or problem not in _PROBLEMS):
             allowed = f"one of {', '.join(_PROBLEMS)}, or null"
             raise ConfigError(f"`problem_type` must be {allowed}, but is {short(problem)} instead.")
         number = named if n is None else integer("num_labels", n)
@@ -48,7 +48,9 @@ class Classes:
 
 def _named(labels: Mapping[str, Any] | None, n: int) -> tuple[str, ...]:
     """The names of all classes in order; none if one is missing, or all are transformers' own."""
-    found: list[Any] = [(labels or {}).get(str(i)) for i in range(n)]
+    if not labels:  # then n is a claim alone; else it is their number
+        return ()
+    found: list[Any] = [labels.get(str(i)) for i in range(n)]
     whole = all(isinstance(name, str) for name in found) and found != [f"LABEL_{i}" for i in range(n)]
     return tuple(found) if whole and len(set(found)) == n else ()
 

@@ -18,6 +18,7 @@ from txtrain.hf.fields import short
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.modeling.source import modeling_file, parameters
 from txtrain.hf.name_map import Shape, Stored
+from txtrain.hf.tensor_names import check_layers
 from txtrain.model.config import ModelConfig
 from txtrain.model.head.config import ClassHeadConfig, NoHeadConfig
 from txtrain.registry import MODEL_AXES, TABLE, is_own
@@ -94,6 +95,7 @@ class Graft(HFClass):
         if not isinstance(ours, dict) or not isinstance(ours.get("model"), dict):
             raise ConfigError(f"`{KIND}.model` must be given: the configuration of the model, as txtrain writes it.")
         model = build(ModelConfig, ours["model"])
+        check_layers(model, None, f"`{KIND}.model`")  # `write` goes through them
         theirs = {name: tuple(v) if isinstance(v, list) else v for name, v in given.items() if name in _IDS}
         if type(n := given.get("vocab_size")) is int and model.vocab_size:
             theirs["vocab_size"] = n

@@ -13,6 +13,7 @@ from txtrain.hf.folder import member
 from txtrain.model.config import ModelConfig
 
 CHECKSUMS = "txtrain"  # key of a checkpoint's id and checksums in the metadata of its shards' headers
+_UNSEEN = 100_000  # layers whose tensors are not known; the largest models have hundreds
 
 
 def read_header(path: Path) -> tuple[Mapping[str, Any], int]:
@@ -34,7 +35,9 @@ def parse_header(path: Path, size: int, changed: int, inode: int) -> tuple[Mappi
         if size < 8 or n > min(plain_files.TENSORS_LIMIT, size - 8):
             sizes = f"its header is to have {n:,} bytes, the file has {size:,}"
             raise ConfigError(f"{path} must be a whole safetensors file, but {sizes}.")
-        return plain_files.parse_json(f.read(n), f"The header of {path}"), 8 + n
+        header = plain_files.parse_json(f.read(n), f"The header of {path}")
+        plain_files.check_keys(header, f"The header of {path}", {"__metadata__": dict | None})
+        return header, 8 + n
 
 
 def tensor_names(folder: Path) -> frozenset[str] | None:
@@ -56,7 +59,12 @@ def names_in(files: Iterable[Path]) -> frozenset[str] | None:
 
 
 def check_layers(model: ModelConfig, names: frozenset[str] | None, where: str) -> None:
-    """Raise a ConfigError if there are more layers than tensors: a config may claim any number, the files cannot."""
+    """Raise a ConfigError if there are more layers than tensors: a config may claim any number, the files cannot.
+
+    names: None: they are not known, or not yet.
+    """
     n_layers = model.n_layers + model.encoder_layers + model.mtp_depth
+    if names is None and n_layers > _UNSEEN:
+        raise ConfigError(f"{where} must describe at most {_UNSEEN:,} layers, but describes {n_layers:,}.")
     if names is not None and n_layers > len(names):
         raise ConfigError(f"{where} describes {n_layers:,} layers, but the files hold {len(names):,} tensors.")

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from txtrain.errors import shorten
 from txtrain.ground.convert import plain
 from txtrain.model import flops, rules
 from txtrain.model import options as options  # registers the options of all axes
 from txtrain.model.shape import LAPTOP, ModelShape
 from txtrain.registry import config, knob, out_of_range
+
+_FAMILY = re.compile(r"\w[\w .+-]{0,59}")
 
 
 class ModelConfig(ModelShape):
@@ -21,6 +25,9 @@ class ModelConfig(ModelShape):
 
     def check(self) -> Iterator[str]:
         """Problems as sentences; none if the model can be built."""
+        if not _FAMILY.fullmatch(self.family):  # it names a file of defaults, an exported file and a run's folder
+            allowed = "a word of at most 60 letters, digits, spaces and signs of _ . + -"
+            yield f"`model.family` must be {allowed}, but is {shorten(repr(self.family))} instead."
         problems = list(out_of_range(self, "model"))
         yield from problems
         if problems:

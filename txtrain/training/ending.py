@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
-from txtrain.errors import ConfigError, RunError
+from txtrain.errors import ConfigError, RunError, denied
 from txtrain.ground import files, slurm
 from txtrain.ground.slurm import Job
 from txtrain.parallel.early_signals import PREEMPTED, say
@@ -39,7 +39,8 @@ class Result:
 
 @contextlib.contextmanager
 def _begun() -> Iterator[None]:
-    """Once the run's folder exists, a ConfigError becomes a RunError, except one about the checkpoint to start from.
+    """Once the run's folder exists, what may not be read is a RunError, and so is a ConfigError, except one about the
+    checkpoint to start from.
 
     An error from a worker of the loader arrives as text, behind torch's copy of the worker's traceback.
     """
@@ -50,6 +51,8 @@ def _begun() -> Iterator[None]:
     except ConfigError as e:
         said = str(e).rpartition(f"{ConfigError.__name__}: ")[2].strip()
         raise RunError(*said.splitlines()) from e
+    except PermissionError as e:
+        raise RunError(denied(e)) from e
 
 
 @_begun()

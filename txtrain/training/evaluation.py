@@ -135,16 +135,16 @@ class Reader:
         return found
 
     def _gathered(self, found: Parts) -> dict[str, Numbers]:
-        top = max((int(units.max(initial=-1)) for parts in found.values() for units, _ in parts), default=-1)
-        n_units = self.parallel.most(top + 1)
+        mine = [np.zeros(0, dtype=np.int64), *(units for parts in found.values() for units, _ in parts)]
+        known = np.unique(np.concatenate(self.parallel.of_all(np.unique(np.concatenate(mine)))))
         tables: dict[str, Tensor] = {}
         for name, parts in found.items():
-            table = np.zeros((n_units, parts[0][1].shape[1]))
+            table = np.zeros((len(known), parts[0][1].shape[1]))  # not as long as the largest number: a file says it
             for units, values in parts:
-                np.add.at(table, units, values)
+                np.add.at(table, np.searchsorted(known, units), values)
             tables[name] = torch.from_numpy(table).to(self.device)
         everywhere = {name: table.cpu() for name, table in self.parallel.reduce(tables).items()}
-        used = torch.zeros(n_units, dtype=torch.bool)
+        used = torch.zeros(len(known), dtype=torch.bool)
         for reduced in everywhere.values():
             used |= (reduced != 0).any(1)
         return {name: reduced[used].numpy() for name, reduced in everywhere.items()}

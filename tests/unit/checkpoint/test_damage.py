@@ -24,6 +24,7 @@ from txtrain.checkpoint.planned import PlannedReader
 from txtrain.checkpoint.reader import Reader
 from txtrain.checkpoint.state import RunState
 from txtrain.cli.main import main
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.monitor import metrics_csv
 from txtrain.run_config import SaveConfig
@@ -319,6 +320,14 @@ def test_an_older_damaged_checkpoint_neither_stops_a_run_nor_is_removed(made, ru
 
 
 # ------------------------------------------------------------------------------------------------------------- beside a run
+
+
+@pytest.mark.parametrize("name", ["step_00000006.damaged", "step_00000006.tmp", "step_x", "step_6"])
+def test_a_folder_that_is_no_checkpoint_gives_no_tokenizer(name, run):
+    """One that was moved away, as the errors advise, or one that is being written."""
+    shutil.copytree(step(run, 4), run / "checkpoints" / name)
+    (run / "checkpoints" / name / "tokenizer" / "tokenizer.json").write_text("{}")
+    assert load_tokenizer(run).vocab_size == 257
 
 
 def test_generate_beside_a_run_that_rotates_opens_one_that_stays(made, run, monkeypatch):

@@ -88,6 +88,27 @@ def test_what_only_the_first_start_knew_stays_in_run_json(config):
     assert (told["status"], told["fallback"], told["grafts"]) == ("running", "no hub", {"ffn": {"from": "mlp", "to": "swiglu"}})
 
 
+def test_what_run_json_says_with_null_it_does_not_say(config):
+    run = run_folder.RunFolder(run_folder.Path("run"), checkpoint=run_folder.Path("run/checkpoints/step_00000001"))
+    run.path.mkdir()
+    (run.path / "run.json").write_text('{"first_start": null, "complete_for": null, "starts": null}')
+    run.create(config, {}, start=7.0)
+    assert [run.facts[key] for key in ("first_start", "complete_for", "starts")] == [7.0, 0.0, 1]
+
+
+@pytest.mark.parametrize("end", ["tmp", "old"])
+def test_what_lies_where_checkpoints_are_made_is_removed_whatever_it_is(end, tmp_path):
+    kept = tmp_path / "checkpoints" / "kept"
+    (tmp_path / "checkpoints" / f"step_1.{end}").mkdir(parents=True)
+    kept.write_text("x")
+    (tmp_path / "checkpoints" / f"step_2.{end}").symlink_to("kept")
+    (tmp_path / "checkpoints" / f"step_3.{end}").touch()
+    (tmp_path / "checkpoints" / f"step_4.{end}").symlink_to("nothing")
+    saving.clean(tmp_path)
+    assert kept.read_text() == "x"
+    assert not [*(tmp_path / "checkpoints").glob(f"*.{end}")]
+
+
 def test_a_newest_checkpoint_that_has_lost_its_marker_is_not_passed_over(config, tmp_path):
     """Nothing silently starts at step 0, or from an older one."""
     path = tmp_path / "run"

@@ -68,23 +68,23 @@ def test_ctrl_c_stops_an_answer_which_stays_as_far_as_it_came(said, run, monkeyp
 def test_a_file_is_answered_in_its_order_each_sample_a_line(said, run, tmp_path, capsys):
     seen, _ = said
     talks = [
-        {"messages": [{"role": "user", "content": "a long question"}]},
+        {"messages": [{"role": "user", "content": "a long\u2028question"}]},
         {"messages": [{"role": "system", "content": "S"}, {"role": "user", "content": "b"}, {"role": "assistant", "content": "reference"}]},
         {"conversations": [{"from": "human", "value": "c"}]},
     ]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(talk) + "\n\n" for talk in talks))
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(talk, ensure_ascii=False) + "\n\n" for talk in talks))
     line = ["generate", f"checkpoint={run}", f"messages={tmp_path / 'asked.jsonl'}", "n=2", "system=T", "max_new_tokens=5"]
     assert main([*line, f"out={tmp_path / 'new' / 'answers.jsonl'}"]) == 0
-    written = [json.loads(text) for text in (tmp_path / "new" / "answers.jsonl").read_text().splitlines()]
+    written = [json.loads(text) for text in (tmp_path / "new" / "answers.jsonl").open()]
     assert [one["index"] for one in written] == [0, 0, 1, 1, 2, 2]
-    assert seen == ["sS|ub|a", "sT|uc|a", "sT|ua long question|a"], "the shortest first"
+    assert seen == ["sS|ub|a", "sT|uc|a", "sT|ua long\u2028question|a"], "the shortest first"
     assert written[0]["messages"] == [
         {"role": "system", "content": "T"}, *talks[0]["messages"], {"role": "assistant", "content": written[0]["text"]},
     ]
     assert [one["text"] for one in written[::2]] == ["Perhaps", "Yes", "No"]
     assert capsys.readouterr().out.endswith("answers.jsonl: 6 answers\n")
     assert main([*line, "chat=true"]) == 0
-    assert [json.loads(text)["index"] for text in capsys.readouterr().out.splitlines()] == [0, 0, 1, 1, 2, 2]
+    assert [json.loads(text)["index"] for text in io.StringIO(capsys.readouterr().out)] == [0, 0, 1, 1, 2, 2]
 
 
 def test_a_conversation_with_the_trained_model_ends_turns_where_training_does(run, monkeypatch, capsys, tmp_path):
@@ -93,6 +93,13 @@ def test_a_conversation_with_the_trained_model_ends_turns_where_training_does(ru
     (tmp_path / "one.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Q3?"}]}))
     assert main(["generate", f"checkpoint={run}", f"messages={tmp_path / 'one.jsonl'}", "temperature=0", "max_new_tokens=5"]) == 0
     assert out.startswith(json.loads(capsys.readouterr().out)["text"] + "\n"), "terminal and file say the same"
+
+
+def test_answers_that_cannot_be_written_are_not_begun(said, run, tmp_path, capsys):
+    (tmp_path / "asked.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "x"}]}))
+    assert main(["generate", f"checkpoint={run}", f"messages={tmp_path / 'asked.jsonl'}", f"out={tmp_path}"]) == 2
+    assert "`out` must be a file, but" in capsys.readouterr().err
+    assert said[0] == []
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,29 @@ def test_files_of_the_tokenizer_and_of_generation_travel_byte_for_byte(graft: Pa
         assert {name: (graft.parent / folder / name).read_bytes() for name in given} == given
 
 
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (b"step,loss\n1200,nan\n", "| step | 1,200 |\n| loss | nan |"),
+        (b"step,loss\n2,1e-05\n", "| loss | 1.0e-05 |"),
+        (b"step,loss,accuracy\n2,3,1e-3\n", "| loss | 3 |\n| accuracy | 0.0010 |"),
+        (b"step,loss\n2,-inf\n3,", "| loss | -inf |"),
+        (b"step,loss\n2,\xff\n", None),
+        (b"step,loss\n2\n", None),
+    ],
+)
+def test_figures_of_any_form_are_told_and_damage_is_met_before_the_weights_are_written(graft, rows, told, capsys) -> None:
+    (graft.parent / "run.json").write_text("{}")
+    (graft.parent / "metrics.csv").write_bytes(rows)
+    out = graft.parent / "out"
+    assert main(["export", f"checkpoint={graft}", f"out={out}"]) == (0 if told else 2)
+    if told:
+        assert told in (out / "README.md").read_text()
+    else:
+        assert not out.exists()
+        assert "metrics.csv, line 2, must be" in capsys.readouterr().err
+
+
 def test_all_end_tokens_of_generation_config_are_the_models(graft: Path) -> None:
     (graft / "generation_config.json").write_text('{"eos_token_id": [3, 5]}')
     assert load_pretrained(graft).config.eos_token_id == (3, 5)

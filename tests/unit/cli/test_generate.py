@@ -97,7 +97,8 @@ def test_standard_input_is_one_prompt_with_its_line_ends(run, capsys, monkeypatc
 
 def test_a_file_holds_a_prompt_a_line_and_rows_do_not_disturb_each_other(run, capsys, folder):
     prompts = [f"{i} is " + "long, " * (i % 5) + "x= " for i in range(19)]  # more than one batch, of many lengths
-    (folder / "prompts.txt").write_text("\n\n".join(prompts))
+    prompts[7] = "one \x0c prompt \u2028 of \x85 a line"
+    (folder / "prompts.txt").write_text("\n\n".join(prompts), encoding="utf-8")
     greedy = [f"checkpoint={run}", "max_new_tokens=6", "temperature=0"]
     together = said(capsys, *greedy, "prompt_file=prompts.txt")
     assert together == "".join(said(capsys, *greedy, f"prompt={prompt}") for prompt in prompts)

@@ -165,6 +165,32 @@ def test_a_model_named_beside_it_must_agree(folder, run):
     assert not (folder / "x").exists()
 
 
+@pytest.mark.parametrize("family", ["{up}/proc/self/cwd/m/evil", "/x", "..", "${{oc.env:HOME}}", "llama2@_global_", "", "a\nb", "x" * 61])
+def test_a_family_that_a_stranger_names_is_neither_a_file_nor_a_reference(family, folder, exported, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(exported, tmp_path / "m")
+    (tmp_path / "m" / "evil.yaml").write_text("# @package _global_\nname: ${oc.env:HOME}\n")
+    known = json.loads((exported / "config.json").read_text())
+    ours = txtrain.load_pretrained(exported).config.to_dict() | {"family": family.format(up="../" * 20)}
+    write = {**known, "model_type": "txtrain", "txtrain": {"model": ours}}
+    (tmp_path / "m" / "config.json").write_text(json.dumps(write))
+    with pytest.raises(ConfigError, match=r"`model\.family` must be a word"):
+        starting(folder, tmp_path / "m", "x")
+    assert main(["export", "checkpoint=m", "format=gguf", "out=out"]) == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_family_of_the_name_that_init_from_has_for_itself_is_no_parent_of_itself(folder, exported, tmp_path):
+    known = json.loads((exported / "config.json").read_text())
+    model = txtrain.load_pretrained(exported)
+    shutil.copytree(exported, tmp_path / "m")
+    ours = {"model": model.config.to_dict() | {"family": "init_from"}}
+    ids = {"architectures": ["TxtrainForCausalLM"], "vocab_size": known["vocab_size"]}
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**ids, "model_type": "txtrain", "txtrain": ours}))
+    for _ in range(2):
+        assert starting(folder, tmp_path / "m", "x", "objective=causal_lm").model.dim == 32
+
+
 def test_what_is_not_there_is_named(folder, run):
     with pytest.raises(ConfigError, match="`init_from` must be a run's folder"):
         starting(folder, folder / "nowhere", "x")

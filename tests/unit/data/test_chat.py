@@ -1,6 +1,7 @@
 """data=chat: which tokens are trained, by any template, against sentinel words and `transformers`."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from tests.unit.data.conftest import SHARED
 from txtrain.config.schema import Train
 from txtrain.data.chat.formats import conversations
+from txtrain.data.chat.preferences import Columns, preferences
 from txtrain.data.chat.template import Template
 from txtrain.data.chat.turns import Conversation, Speaker
 from txtrain.data.tokenizer.load import load_tokenizer
@@ -410,6 +412,14 @@ def test_what_formats_have_beside() -> None:
         "row",
     )
     assert (share.messages[0]["role"], share.tools) == ("system", [{"name": "f"}])
+
+
+@pytest.mark.parametrize("rank", [math.inf, "x", []])
+def test_a_rank_that_is_no_number_is_refused_with_its_row(rank: Any) -> None:
+    replies = [{"role": "assistant", "text": text, "rank": rank} for text in "ab"]
+    tree = {"prompt": {"role": "prompter", "text": "Q", "replies": replies}}
+    with pytest.raises(ConfigError, match="row 3 must be a tree of OASST, but is not"):
+        list(preferences(tree, Columns("prompt", "chosen", "rejected"), "auto", 3, "row 3", False))
 
 
 def test_each_turn_of_a_tree_is_trained_once() -> None:

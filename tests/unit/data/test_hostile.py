@@ -12,9 +12,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from txtrain.data.sources.files import chunks_of
+from txtrain.data.sources import documents
+from txtrain.data.sources.files import Limits, chunks_of
 from txtrain.data.sources.hub_text import HubDataset
 from txtrain.data.sources.images import ImageFiles
+from txtrain.data.sources.labels import LabelledTexts
 from txtrain.data.sources.memmap import TokenFiles
 from txtrain.data.sources.text import TextFiles
 from txtrain.data.sources.translation import Translation
@@ -122,6 +124,15 @@ def test_a_row_that_is_none_is_refused_by_its_line(attack, tmp_path):
     refused(lambda: read(tmp_path / "a.jsonl"), "line 2 of", "a.jsonl")
 
 
+def test_a_long_list_in_json_is_refused_with_the_way_out(tmp_path, monkeypatch):
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(b"[" + b"{}," * 999_999 + b"{}]"))
+    limits = Limits(max_expansion=10_000.0)
+    monkeypatch.setattr(documents, "_LIST", 3_000_001)
+    assert sum(1 for _ in documents.objects_of(tmp_path / "a.json.gz", "data.path", limits)) == 1_000_000
+    monkeypatch.setattr(documents, "_LIST", 3_000_000)
+    refused(lambda: list(documents.objects_of(tmp_path / "a.json.gz", "data.path", limits)), "a.json.gz", ".jsonl", megabytes=30)
+
+
 def test_numbers_that_are_none_do_not_matter_beside_a_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "a", "score": NaN, "id": ' + "9" * 10_000 + "}\n")
     assert read(tmp_path / "a.jsonl") == ["a"]
@@ -225,6 +236,17 @@ def test_an_index_of_tokens_is_what_prepare_writes(changes, tokens):
     refused(lambda: opened(tokens), "index.json")
 
 
+def test_numbers_of_rows_are_from_0_on(tokens):
+    found = json.loads((tokens / "index.json").read_text())
+    marked = {"format": "txtrain tokens 2", "pairs": False, "seq_len": 32}
+    (tokens / "index.json").write_text(json.dumps({**found, **marked}))
+    for split in ("train", "validation"):
+        np.ones(100, dtype="u1").tofile(tokens / f"{split}-00000.trained")
+        np.array([-1, 3] if split == "train" else [7, 2**40], dtype="<i8").tofile(tokens / f"{split}-00000.numbers")
+    assert opened(tokens).tokens("validation")[0].numbers().tolist() == [7, 2**40]
+    refused(lambda: opened(tokens).tokens("train")[0].numbers(), "train-00000.numbers", "from 0 on")
+
+
 @pytest.mark.parametrize("ends", [[100, 40], [-1, 100], [40, 2**62], [40, 99]])
 def test_documents_lie_one_behind_the_other(ends, tokens):
     np.array(ends, dtype="<i8").tofile(tokens / "train-00000.ends")
@@ -264,3 +286,59 @@ def megatron(folder, sequences, documents):
 def test_documents_of_megatron_are_among_its_sequences(documents, tmp_path):
     assert megatron(tmp_path, 2, [0, 1, 2]).tokens("train")[0].offsets is not None
     refused(lambda: megatron(tmp_path, 2, documents), "a.idx")
+
+
+# -------------------------------------------------------------------------------------------------------- sets of the library
+
+
+def labels(path, **keys):
+    wanted = {"text_column": "text", "text_pair_column": None, "label_column": "label", "kind": "single", "label_names": ()}
+    limits = {"max_expansion": 200.0, "max_text_bytes": MB, "encoding_errors": "strict", "bad_rows": "refuse"}
+    of_set = {"delimiter": None, "name": None, "split": "train", "val_split": None, "val_path": None}
+    return LabelledTexts(str(path), **{**wanted, **limits, **of_set, **keys})
+
+
+@pytest.mark.parametrize("name", ["pandas", "text", "webdataset"])
+def test_a_loader_of_the_library_is_no_set(name, tmp_path, monkeypatch):
+    """It would read the current folder: `pandas` its pickles."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.pkl").write_bytes(pickle.dumps([1]))
+    for source in (lambda: HubDataset(name, None, "train", None, None, "text"), lambda: labels(name)):
+        refused(source, "`data.path`", f"{name} is the name of a loader")
+
+
+CARDS = {
+    "a URL": "configs:\n- config_name: x\n  data_files: [{split: train, path: 'https://127.0.0.1:1/a.jsonl'}]",
+    "a path": "configs:\n- config_name: x\n  data_files: /etc/passwd",
+    "a path above": "configs:\n- {config_name: x, data_files: {train: ../secret.jsonl}}",
+    "a folder": "configs:\n- {config_name: x, data_files: a.jsonl, data_dir: /etc}",
+    "by an alias": "x: &x [/etc/passwd]\nconfigs:\n- {config_name: x, data_files: *x}",
+    "no YAML": "configs: [",
+    "no configs": "configs: 5",
+}
+
+
+@pytest.mark.parametrize("name", ["README.md", ".huggingface.yaml"])
+@pytest.mark.parametrize("card", CARDS)
+def test_a_local_set_reads_files_of_its_folder_alone(card, name, tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for file in (folder / "a.jsonl", tmp_path / "secret.jsonl"):
+        file.write_text('{"text": "a"}\n')
+    (folder / name).write_text(f"---\n{CARDS[card]}\n---\n# A set\n" if name == "README.md" else CARDS[card])
+    refused(lambda: HubDataset(str(folder), None, "train", None, None, "text"), "`data.path`", "set")
+    (folder / name).write_text(f"---\nhomepage: https://example.org/..\n{'configs: [{config_name: x, data_files: a.jsonl}]'}\n---\n")
+    if name == "README.md":
+        assert list(HubDataset(str(folder), None, "train", None, None, "text").documents("train")) == ["a"]
+
+
+@pytest.mark.parametrize("raised", [RuntimeError("no scripts"), PermissionError(13, "denied"), ValueError(""), KeyError("x")])
+def test_whatever_the_library_raises_is_an_error_of_the_key(raised, tmp_path, monkeypatch):
+    import datasets
+
+    def load(*args, **keys):
+        raise raised
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    (tmp_path / "a.jsonl").write_text("{}")
+    refused(lambda: HubDataset(str(tmp_path / "a.jsonl"), None, "train", None, None, "text"), "`data.path`", "a.jsonl")

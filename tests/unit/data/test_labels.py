@@ -122,6 +122,15 @@ def test_long_texts_are_cut_as_transformers_does(tmp_path):
     assert len(found) > 3  # most rows are cut to the same halves
 
 
+def test_a_class_of_more_digits_than_python_reads_is_a_name(tmp_path):
+    long = "7" * 5000
+    path = table(tmp_path / "a.csv", [(f"text {i}", "", ("10", "9", long)[i % 3], 0, 0, 0) for i in range(30)])
+    assert data(path).config.model.head.label_names == ("9", "10", long)
+    with pytest.raises(ConfigError, match=r"must hold one of the classes 9, 10 .* in line \d+ of .* is '777") as e:
+        data(path, "data.label_names=['9','10']")
+    assert len(str(e.value)) < 500
+
+
 def test_a_table_that_is_none(tmp_path):
     (tmp_path / "a.csv").write_bytes("text,label\nfür,a\n".encode("latin-1"))
     with pytest.raises(ConfigError, match=r"must be text in UTF-8, but from line \d of .*a\.csv on it is not: byte 0xfc.*encoding_errors=replace"):

@@ -76,6 +76,19 @@ def test_every_layout_gives_the_same_pairs(kind, config, tmp_path):
     assert list(build_source(config(path=path, **keys)).pairs("train")) == rows
 
 
+def test_lines_end_at_newlines_alone(config, tmp_path):
+    """At equal numbers of other signs the rest would be shifted in silence."""
+    ends = "\x0b\x0c\x1c\x85\u2028\u2029\r"
+    rows = [("a", "A"), *((f"b{end}c", f"B {i}") for i, end in enumerate(ends)), ("", ""), ("d", "D" + ends)]
+    paths = []
+    for side, end in ((0, "\n"), (1, "\r\n")):
+        paths.append(tmp_path / f"t{side}")
+        paths[-1].write_bytes(end.join(pair[side] for pair in rows).encode() + end.encode() * side)
+    source = build_source(config(path=str(paths[0]), target_path=str(paths[1])))
+    assert list(source.pairs("train")) == rows
+    assert source.identity().endswith(" lines"), "an older cache holds other rows"
+
+
 def test_equal_sources_are_on_one_side_of_the_split():
     class Twice:
         def pairs(self, split):

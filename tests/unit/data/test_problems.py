@@ -1,6 +1,7 @@
 """Made problems are right, distinct and held out by their question; those of files are read and divided."""
 
 import json
+import math
 import re
 from functools import partial
 from pathlib import Path
@@ -107,9 +108,10 @@ def test_of_samples_with_rewards_the_right_ones_are_kept_each_once(tmp_path: Pat
     assert kept(min_reward=1.0) == [("1+1=", "2"), ("1+1=", "1,2"), ("2+2=", "4")]
     with pytest.raises(ConfigError, match="'text' must be a text or a number, but is ''"):
         kept()
-    file.write_text(json.dumps({"question": "1+1=", "text": "2"}) + "\n")
-    with pytest.raises(ConfigError, match=r"`data.min_reward` must be null, or each row have a number `reward`, but is None"):
-        kept(min_reward=1.0)
+    for wrong, said in (({}, "None"), ({"reward": math.nan}, "nan"), ({"reward": "1"}, "'1'")):
+        file.write_text(json.dumps({"question": "1+1=", "text": "2", **wrong}) + "\n")
+        with pytest.raises(ConfigError, match=f"`data.min_reward` must be null, or each row have a number `reward`, but is {said}"):
+            kept(min_reward=1.0)
 
 
 def test_a_prompt_begins_as_a_document_or_by_the_chat_template() -> None:

@@ -236,6 +236,16 @@ def linked(path: Path, target: str) -> None:
     path.symlink_to(target)
 
 
+def elsewhere(name: str) -> str:
+    return json.dumps({name: [os.stat(name).st_size if name[0] == "/" else 0, "00"]})
+
+
+def piped(folder: Path, name: str) -> None:
+    os.mkfifo(folder / name)
+    marker = json.loads((folder / "complete").read_text())
+    (folder / "complete").write_text(json.dumps({name: [0, "00"], **marker}))
+
+
 OF_A_RUN = {
     "config.yaml with a tag": (lambda run: (newest(run) / "config.yaml").write_bytes(YAML["a tag"]), "config.yaml"),
     "config.yaml deep": (lambda run: (newest(run) / "config.yaml").write_bytes(YAML["deep"]), "config.yaml"),
@@ -247,6 +257,8 @@ OF_A_RUN = {
     "config.yaml of 1e9 layers": (lambda run: with_model(run, n_layers=10**9), "1,000,000,000 layers"),
     "config.yaml of a wide model": (lambda run: with_model(run, dim=2**30), "parameters"),
     "config.yaml of 1e30 layers": (lambda run: with_model(run, n_layers=10**30), "layers"),
+    "config.yaml of a family that is a path": (lambda run: with_model(run, family="../../../m/evil"), "model.family"),
+    "config.yaml of a family that is a reference": (lambda run: with_model(run, family="${oc.env:HOME}"), "model.family"),
     "config.yaml of many keys": (lambda run: with_model(run, **{f"n_layer{i}": 1 for i in range(20_000)}), "n_layer"),
     "config.yaml of a long key": (lambda run: with_model(run, **{"n_layers" * 50_000: 1}), "n_layers"),
     "state.json deep": (lambda run: (newest(run) / "state.json").write_bytes(JSON["deep"]), "state.json"),
@@ -271,6 +283,9 @@ OF_A_RUN = {
     "complete empty": (lambda run: (newest(run) / "complete").write_bytes(b""), "complete"),
     "complete a list": (lambda run: (newest(run) / "complete").write_bytes(b"[1]"), "complete"),
     "complete leads out": (lambda run: (newest(run) / "complete").write_text('{"../../../../x": 1}'), "x"),
+    "complete names a file elsewhere": (lambda run: (newest(run) / "complete").write_text(elsewhere("/etc/passwd")), "leads out"),
+    "complete names a file above": (lambda run: (newest(run) / "complete").write_text(elsewhere("../../run.json")), "leads out"),
+    "complete names a pipe": (lambda run: piped(newest(run), "tokenizer/x.safetensors"), "x.safetensors must be a regular file"),
     "complete with NUL": (lambda run: (newest(run) / "complete").write_text('{"a\\u0000b": 1}'), "step_00000004"),
     "complete a link": (lambda run: linked(newest(run) / "complete", "/proc/self/status"), "/proc/"),
     "a shard a link": (lambda run: linked(shard(run), "/etc/passwd"), "/etc/passwd"),
@@ -360,16 +375,32 @@ def test_a_run_json_that_is_none_is_refused(attack, run):
     refused(lambda: run_folder.RunFolder(run).facts, "run.json")
 
 
-@pytest.mark.parametrize("name", ["run.json", "config.yaml", "run.json.tmp", "loss_spikes.jsonl", "samples.txt"])
+DEEPER = ["profile/steps_4_5_rank0.txt", "tensorboard/hparams.yaml", "a/wandb/x", "checkpoints/step_00000002/x"]
+
+
+@pytest.mark.parametrize("name", ["run.json", "config.yaml", "run.json.tmp", "loss_spikes.jsonl", "samples.txt", *DEEPER])
 def test_a_link_out_of_a_run_is_refused_before_it_is_written_through(name, made, run, tmp_path):
     target = tmp_path / "mine"
+    (run / name).parent.mkdir(parents=True, exist_ok=True)
     linked(run / name, str(target))
     refused(lambda: continued(made, run), name, str(target))
     assert not target.exists()
 
 
-@pytest.mark.parametrize("name", ["samples.txt", "metrics.csv", "evaluations.jsonl"])
+def test_the_links_of_wandb_are_no_reason_against_a_run(made, run):
+    """To its own log, and to what the user has it save."""
+    for name, target in (("logs/debug-core.log", "/root/.cache/wandb/logs/core-debug-1.log"), ("files/x.txt", "/x.txt")):
+        path = run / "wandb" / "run-1" / name
+        path.parent.mkdir(parents=True)
+        path.symlink_to(target)
+    (run / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")
+    (run / "wandb" / "latest-run").symlink_to("run-1")
+    assert continued(made, run).checkpoint is not None
+
+
+@pytest.mark.parametrize("name", ["samples.txt", "metrics.csv", "evaluations.jsonl", "profile/steps_4_5_rank0.txt"])
 def test_a_pipe_in_a_run_is_not_waited_for(name, made, run):
+    (run / name).parent.mkdir(exist_ok=True)
     (run / name).unlink(missing_ok=True)
     os.mkfifo(run / name)
     refused(lambda: continued(made, run), name, "regular file")

@@ -9,9 +9,10 @@ import torch
 
 from tests.unit.hf.folders import config_of, edit_config, llama, rewrite, tensors
 from txtrain.checkpoint.base import Base
-from txtrain.checkpoint.described import describe
+from txtrain.checkpoint.described import describe, of_peft
 from txtrain.checkpoint.load import open_base
 from txtrain.errors import ConfigError
+from txtrain.hf.digest import sha256_of
 from txtrain.hf.load import load_pretrained
 
 QUICKLY = 2.0  # seconds
@@ -80,6 +81,38 @@ def test_code_is_not_run(folder):
 )
 def test_a_config_that_claims_too_much_is_refused_before_memory_is_taken(folder, changes, match):
     refused(edit_config(folder, **changes), match)
+
+
+VIT = {"model_type": "vit", "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "image_size": 4, "patch_size": 2}
+CLASS = {"type": "class", "n_classes": 10**12}
+
+
+@pytest.mark.parametrize(
+    ("changes", "model", "match"),
+    [
+        ({"num_labels": 2**31 - 1, **VIT}, None, "head.n_classes"),
+        ({"num_labels": 2**31 - 1}, None, "head.n_classes"),
+        ({"problem_type": []}, None, "problem_type"),
+        ({"num_hidden_layers": 2**31 - 1}, None, "at most 100,000 layers"),
+        ({}, {"n_layers": 10**12}, "1,000,000,000,000"),
+        ({}, {"topology": "encoder_decoder", "n_encoder_layers": 10**12}, "1,000,000,000,001"),
+        ({}, {"head": CLASS}, "head.n_classes"),
+        ({"id2label": None}, {"head": CLASS}, "head.n_classes"),
+    ],
+)
+def test_classes_and_layers_that_config_json_alone_claims_are_not_counted_through(tmp_path, folder, changes, model, match):
+    """By a class of transformers with a head of classes, and by our own."""
+    sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8, "max_position_embeddings": 4}
+    known = sizes | {"model_type": "llama", "architectures": ["LlamaForSequenceClassification"]}
+    if model is not None:
+        ours = load_pretrained(folder).config.to_dict() | {"n_layers": 1} | model
+        known = {"model_type": "txtrain", "txtrain": {"model": ours}}
+    made = {**({} if "model_type" in changes else known), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(made))
+    begin = time.perf_counter()
+    with pytest.raises(ConfigError, match=match):
+        describe(tmp_path)
+    assert time.perf_counter() - begin < QUICKLY
 
 
 @pytest.mark.parametrize(
@@ -240,6 +273,16 @@ def changed(**what):
 )
 def test_a_header_that_does_not_fit_its_file_is_refused(folder, change):
     refused(with_header(folder, change), "header|whole safetensors file")
+
+
+@pytest.mark.parametrize("metadata", [1, "x", ["txtrain"]])
+def test_metadata_that_are_no_mapping_are_refused_by_all_who_read_them(folder, metadata):
+    with_header(folder, lambda header: {**header, "__metadata__": metadata})
+    refused(folder, r"The header of .*`__metadata__` must be")
+    for read in (sha256_of, lambda path: of_peft(path, load_pretrained(llama(folder / "base")).config)):
+        (folder / "adapter_model.safetensors").write_bytes((folder / "model.safetensors").read_bytes())
+        with pytest.raises(ConfigError, match=r"The header of .*`__metadata__` must be"):
+            read(folder)
 
 
 def test_an_endless_header_is_refused(folder):

@@ -17,7 +17,8 @@ from txtrain.cli.main import main
 from txtrain.config.schema_of_trained import Evaluate
 from txtrain.errors import ConfigError
 from txtrain.objectives.base import ROWS, Objective, build_objective
-from txtrain.training.evaluation import HISTORY, figures
+from txtrain.parallel.one_process import OneProcess
+from txtrain.training.evaluation import HISTORY, Reader, figures
 from txtrain.training.run import train
 
 
@@ -50,6 +51,13 @@ def evaluate(folder, where, documents, *more):
 
 def values(made):
     return {name: one.value for name, one in made.metrics.items()}
+
+
+def test_memory_does_not_grow_with_the_numbers_of_documents():
+    """A file says them."""
+    reader = Reader(None, None, OneProcess(compose([])), torch.device("cpu"), None, None, 1)
+    parts = [(np.array([2**40, 3]), np.array([[1.0], [2.0]])), (np.array([2**40, 5]), np.array([[4.0], [0.0]]))]
+    assert reader._gathered({"loss": parts})["loss"].tolist() == [[2.0], [5.0]]
 
 
 def test_figures_equal_transformers_on_the_same_weights_and_text(folder, run, documents):

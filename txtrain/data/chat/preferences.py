@@ -125,7 +125,7 @@ def _of_tree(row: Row, number: int, where: str) -> Iterator[Preference]:
                     chosen, rejected = (_turns(one["text"], "assistant", where) for one in (better, worse))
                     yield _told(checked(path, where), chosen, rejected, number, where)
             waiting += [(path, reply) for reply in reversed(replies)]
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as e:  # the last: a rank of 1e999
         said = f"no {e}" if isinstance(e, KeyError) else shorten(str(e))
         raise ConfigError(f"`data.format`: {where} must be a tree of OASST, but is not: {said}.") from e
 

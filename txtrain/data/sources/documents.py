@@ -11,8 +11,8 @@ from txtrain.data.sources.files import (
     Limits,
     Text,
     as_text,
-    chunks_of,
     open_unpacked,
+    text_chunks,
     text_of,
     undecoded,
     unpacked_name,
@@ -25,6 +25,7 @@ Row = TypeVar("Row")
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")
 _BATCH = 1000  # rows of .parquet in memory at once
+_LIST = 1_000_000_000  # characters of a list in .json; as objects of Python up to 24 times as many bytes
 
 
 def has_rows(path: Path) -> bool:
@@ -126,7 +127,7 @@ def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict
         with open_unpacked(path, key, limits) as f:
             is_list = f.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         if is_list:
-            whole = "".join(chunks_of(text_of(path, key, limits)))
+            whole = "".join(_of_list(path, key, limits))
             rows = parse_json(f'{{"rows":{whole}}}', f"`{key}`: {path}", finite=False)["rows"]
             for i, row in enumerate(rows, start=1):
                 if not isinstance(row, dict):
@@ -135,6 +136,17 @@ def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict
                 yield f"item {i} of {path}", row
             return
     yield from rows_of(path, key, limits, partial(_object_of, key))
+
+
+def _of_list(path: Path, key: str, limits: Limits) -> Iterator[str]:
+    """The chunks of a .json, whose rows are all in memory at once."""
+    n = 0
+    for chunk in text_chunks(path, key, limits):
+        n += len(chunk)
+        if n > _LIST:
+            allowed = f"of .jsonl, a row a line, beyond {_LIST:,} characters"
+            raise ConfigError(f"`{key}` must be {allowed}, but {path} is a list in .json, which is read whole.")
+        yield chunk
 
 
 def _object_of(key: str, line: str, where: str) -> tuple[str, dict[str, Any]]:

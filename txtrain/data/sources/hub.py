@@ -8,13 +8,18 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from pathlib import Path
 from typing import Any
 
-from txtrain.errors import ConfigError
+import yaml
+
+from txtrain.errors import ConfigError, shorten
+from txtrain.ground.plain_files import read_text
 
 _LOADERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".arrow": "arrow"}
 
@@ -70,13 +75,17 @@ def load_dataset(path: str, name: str | None, split: str | None = None, streamin
 
     Raises:
         HubUnreachable: it is not in the cache, and the hub does not answer.
+        ValueError: it is the name of a loader, or the folder's card names files elsewhere. The library raises others.
     """
     import datasets
 
+    if path in _by_name():
+        raise ValueError(f"{path} is the name of a loader. Name a file, or a folder as ./{path}: its format is known")
     with _quietly():
         if loader := _LOADERS.get(os.path.splitext(path)[1]) if os.path.isfile(path) else None:
             return datasets.load_dataset(loader, data_files=path, split=split, streaming=streaming)
         if os.path.exists(path):
+            _check_card(Path(path))
             return datasets.load_dataset(path, name, split=split, streaming=streaming)
         if streaming:
             if reason := why_unreachable():
@@ -95,6 +104,48 @@ def load_dataset(path: str, name: str | None, split: str | None = None, streamin
             raise HubUnreachable(f"it is not in the cache{miss}, and {e}") from e
 
 
+def _by_name() -> Collection[str]:
+    """Loaders that the library takes by name before any folder: they read the current folder, one of them pickles."""
+    from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES
+
+    return frozenset(_PACKAGED_DATASETS_MODULES)
+
+
+def _check_card(folder: Path) -> None:
+    """Refuse a local set whose card (README.md) names files outside of its folder: the library would fetch them."""
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
+
+    for card in (folder / "README.md", folder / ".huggingface.yaml"):
+        text = read_text(card) if card.is_file() else ""
+        if card.suffix == ".md":
+            front = REGEX_YAML_BLOCK.search(text)
+            text = front[2] if front else ""
+        try:
+            named = [*_files_in(yaml.compose(text))]
+        except yaml.YAMLError as e:
+            raise ValueError(f"{card} holds YAML that is none: {shorten(e)}") from e
+        for file in named:
+            if re.search(r"://|::", file) or file[:1] in ("/", "~") or ".." in Path(file).parts:
+                raise ValueError(f"{card} names {shorten(file)}, which is not in its folder")
+
+
+def _files_in(node: yaml.Node | None) -> Iterator[str]:
+    """The texts under `data_files` and `data_dir` of a YAML file; each node once, however many aliases it has."""
+    waiting, seen = [(node, False)], set()
+    while waiting:
+        node, is_named = waiting.pop()
+        if (id(node), is_named) in seen:
+            continue
+        seen.add((id(node), is_named))
+        if isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                waiting.append((value, is_named or key.value in ("data_files", "data_dir")))
+        elif isinstance(node, yaml.SequenceNode):
+            waiting += [(value, is_named) for value in node.value]
+        elif isinstance(node, yaml.ScalarNode) and is_named:
+            yield node.value
+
+
 @contextlib.contextmanager
 def set_errors(key: str, path: str, split: str, allowed: str, remedy: str = "") -> Iterator[None]:
     """Tell what `load_dataset` raises as an error of a key. remedy: for an unreachable hub.
@@ -102,17 +153,15 @@ def set_errors(key: str, path: str, split: str, allowed: str, remedy: str = "") 
     Raises:
         ConfigError: the set is unavailable, or cannot be read.
     """
-    from datasets.exceptions import DatasetsError
-
     try:
         yield
     except HubUnreachable as e:
         said = f"is no local file, and as a hub set it is unavailable: {e}.{remedy and f' {remedy}'}"
         raise ConfigError(f"`{key}`: {path} {said}") from e
-    except (FileNotFoundError, ValueError, DatasetsError) as e:
-        if isinstance(e, ConfigError):
-            raise
-        said = str(e.__cause__ or e).splitlines()[0]
+    except (ConfigError, MemoryError):
+        raise
+    except Exception as e:  # of the library's parsers of many formats, and of its cache
+        said = next(iter(str(e.__cause__ or e).splitlines()), type(e).__name__)
         raise ConfigError(f"`{key}` must be {allowed}, but {path} ({split}) is not: {said}") from e
 
 

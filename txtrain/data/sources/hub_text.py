@@ -17,7 +17,6 @@ from txtrain.data.store.split import is_held_out
 from txtrain.errors import ConfigError, hint
 
 _TOGETHER = 256  # rows of a stream that are read at once
-_LOADERS = ("arrow", "csv", "json", "parquet", "text", "xml")  # as a path, load_dataset reads the current folder
 
 _NO_PATH = "`data.path` must be given with data=hf: a name on the hub, or a local folder, as load_dataset takes it."
 
@@ -81,11 +80,6 @@ class HubDataset:
 
 
 def _load(path: str, name: str | None, key: str, split: str, text_column: str, streaming: bool = False) -> Any:
-    if path in _LOADERS:
-        raise ConfigError(
-            f"`{key}` must be a set, a folder or a file, but {path} is only the name of a loader. "
-            "Name the folder of your files; their format is recognised."
-        )
     remedy = "A local .jsonl, .csv or .parquet, or a folder of them, needs no hub."
     with set_errors(key, path, split, "what load_dataset takes", remedy):
         rows = load_dataset(path, name, split, streaming)

@@ -27,7 +27,8 @@ from txtrain.errors import ConfigError, hint, shorten
 FORMAT = "labels 1"  # part of fingerprints: raise it when texts or labels change
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
 KINDS = (*DELIMITERS, ".jsonl", ".json", ".parquet")
-_INTEGER, _NUMBER = re.compile(r"[+-]?\d+"), re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?|[+-]?\d+e[+-]?\d+", re.I)
+_INTEGER = re.compile(r"[+-]?\d{1,40}")  # of more digits it is a name, as Python converts no more than 4,300
+_NUMBER = re.compile(r"[+-]?(\d+\.\d*|\.\d+)(e[+-]?\d+)?|[+-]?\d+e[+-]?\d+", re.I)
 _FLAGS = {"0": 0, "1": 1, "false": 0, "true": 1, "0.0": 0, "1.0": 1}
 
 Paths = str | tuple[str, ...]
@@ -175,7 +176,7 @@ class LabelledTexts:
         of = "of the training rows, of data.label_names or of the model"
         raise ConfigError(
             f"`data.label_column` must hold one of the classes {shorten(', '.join(numbers))} ({of}), "
-            f"but {self.columns[0]} in {where} is {name!r}.{hint(name, numbers)}"
+            f"but {self.columns[0]} in {where} is {shorten(repr(name))}.{hint(name, numbers)}"
         )
 
     def _number(self, row: Mapping[str, Any], column: str, where: str) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -79,7 +80,7 @@ class Problems:
 
     def _reward(self, row: dict[str, object], where: str) -> float:
         value = row.get("reward")
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             said = f"but is {value!r} in {where}: txtrain predict writes it. Without it: data.min_reward=null"
             raise ConfigError(f"`data.min_reward` must be null, or each row have a number `reward`, {said}.")
         return value

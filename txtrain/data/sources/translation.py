@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -12,10 +13,12 @@ from txtrain.data.sources.files import Limits, files_identity, find_files, text_
 from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
+from txtrain.ground.plain_files import split_lines
 
 Pairs = Callable[[], Iterator[tuple[str, str]]]
 
 _TSV = (".tsv", ".tsv.gz")
+_ONCE_CUT = re.compile(r"[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # where version 0.1.0 ended a line too
 
 
 class Translation:
@@ -93,13 +96,16 @@ class Translation:
         return file
 
     def _aligned(self, source: Path, target: Path, key: str) -> Pairs:
-        sides = ["".join(text_chunks(file, key, self.limits)).splitlines() for file in (source, target)]
+        texts = ["".join(text_chunks(file, key, self.limits)) for file in (source, target)]
+        sides = [split_lines(text) for text in texts]
         if len(sides[0]) != len(sides[1]):
             raise ConfigError(
                 f"`{key}` must be two files with the same number of lines, "
                 f"but {source} has {len(sides[0])} and {target} has {len(sides[1])}."
             )
         self._known.append(files_identity([source, target]))
+        if any(map(_ONCE_CUT.search, texts)):
+            self._known.append("lines")  # not what an older cache holds
         return lambda: zip(*sides, strict=True)
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Pairs:

@@ -198,7 +198,10 @@ def _files(index: dict[str, Any], split: str) -> Iterator[tuple[str, dict[str, i
 
 
 def _numbers(path: Path) -> Indices:
-    return np.fromfile(path, dtype="<i8")
+    found: Indices = np.fromfile(path, dtype="<i8")
+    if found.min(initial=0) < 0:
+        raise ConfigError(f"{path} must give the number of each document's row from 0 on, but does not.")
+    return found
 
 
 def shard_name(split: str, number: int) -> str:

@@ -51,10 +51,12 @@ def load_tokenizer(where: str | os.PathLike[str]) -> Tokenizer:
 
 
 def _of_run(path: Path) -> Path:
-    """Of a checkpoint its tokenizer; of a run that of its newest: older ones are removed. Else the path as it is."""
+    """Of a checkpoint its tokenizer; of a run that of its newest: older ones are removed, and others (`.tmp`,
+    `.damaged`) are none. Else the path as it is."""
     if (path / "state.json").is_file() and (path / "tokenizer").is_dir():
         return path / "tokenizer"
-    return max(path.glob("checkpoints/step_*/tokenizer"), default=path, key=lambda p: int(p.parent.name[5:]))
+    found = {p.parent.name[5:]: p for p in path.glob("checkpoints/step_*/tokenizer")}
+    return max(((int(step), p) for step, p in found.items() if re.fullmatch("[0-9]{8,15}", step)), default=(0, path))[1]
 
 
 def _loaded(path: Path, folder: Path, name: str) -> Tokenizer:

@@ -110,7 +110,8 @@ class ClassHeadConfig(HeadConfig):
     pools: ClassVar = True
     writes: ClassVar = False
 
-    n_classes: int | None = knob(None, at_least=1)  # null: as many as the labels of the data; numbers of a regression
+    # null: as many as the labels of the data; numbers of a regression; each has a name in an exported config.json
+    n_classes: int | None = knob(None, at_least=1, at_most=1_000_000)
     pooling: Literal["first", "last", "mean"] | None = None  # null: first in an encoder, else last
     # a dense layer and tanh before the classifier (BERT's pooler, T5's head); null: not for decoders and images
     pooler: bool | None = None
