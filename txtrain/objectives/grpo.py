@@ -254,7 +254,7 @@ class GRPO(Objective):
                 made[name][i, new] = row[name.removesuffix("_log_probs")].float()
         total = torch.tensor([row["total"] for row in rows], dtype=torch.float64)
         if self.beta and self.kl_in == "reward":
-            kl = [policy_gradient.k3(row["old"], row["reference"]).sum().double() for row in rows]
+            kl = [policy_gradient.k1(row["old"], row["reference"]).sum().double() for row in rows]
             total = total - self.beta * torch.stack(kl).cpu()
         advantages = policy_gradient.advantages(total.view(-1, self.group_size), self.loss, self.divide_by_std)
         return {

@@ -362,6 +362,22 @@ def test_problems_and_grpo_go_together(wrong: list[str], said: str) -> None:
     assert said in str(e.value)
 
 
+def test_a_divergence_in_the_reward_has_the_gradient_of_the_divergence(tmp_path: Path) -> None:
+    """The expected gradient of a policy of two tokens, far from its reference; a completion is a token."""
+    made = config(tmp_path, "objective.beta=0.5", "objective.kl_in=reward", "objective.group_size=2", "objective.loss=reinforce")
+    theta, reference = torch.tensor([1.5, -0.5], requires_grad=True), torch.tensor([0.1, 0.9]).log()
+    log_p = theta.log_softmax(0)
+    row = {"ids": [0, 0], "n_prompt": 1, "ended": True, "rewards": [0.0], "total": 0.0}
+    rows = [
+        row | {"old": log_p[i : i + 1].detach(), "sampler": log_p[i : i + 1].detach(), "reference": reference[i : i + 1]}
+        for i in range(2)
+    ]
+    advantages = build_objective(made)._together(rows)["advantages"]  # type: ignore[attr-defined]
+    (found,) = torch.autograd.grad((log_p.exp().detach() * advantages * log_p).sum(), theta, retain_graph=True)
+    (wanted,) = torch.autograd.grad(-0.5 * (log_p.exp() * (log_p - reference)).sum(), theta)
+    assert torch.allclose(found, wanted, atol=1e-6), (found, wanted)
+
+
 @pytest.mark.slow
 def test_the_reference_is_read_and_its_divergence_counts(tmp_path: Path) -> None:
     start = txtrain.train(config(tmp_path / "start", "trainer.max_steps=2"))
