@@ -24,6 +24,7 @@ from txtrain.model.config import Sampling
 from txtrain.model.decoding import Rows, Written, evaluating
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.sampling import processed
+from txtrain.model.transformer import LossOf
 from txtrain.objectives import policy_gradient
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Statistics, Terms, stacked
 from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio
@@ -122,8 +123,19 @@ class GRPO(Objective):
         return {"loss": policy_gradient.count(mask_BT, self.normalise), **dict.fromkeys(self.reports, tokens)}
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        terms: Terms = {}
+
+        def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
+            log_p_BT = self._log_probs_of(head, x_BTD, embedding_VD, batch["labels"])
+            terms.update(self._terms(log_p_BT, batch, denominators))
+            return terms["loss"]
+
+        tokens = denominators["ratio_deviation"]
+        loss = self._forward(model, batch, loss_of, num_items_in_batch=tokens).loss
+        return {**terms, "loss": loss}
+
+    def _terms(self, log_p_BT: Tensor, batch: Batch, denominators: Terms) -> Terms:
         mask_BT = batch["labels"] != IGNORED
-        log_p_BT = self.log_probs(model, batch)
         low, high = self.clip
         found = policy_gradient.surrogate(
             log_p_BT, batch["old_log_probs"].to(log_p_BT), batch["advantages"].to(log_p_BT), mask_BT,
@@ -146,16 +158,27 @@ class GRPO(Objective):
 
         With top_p a label outside of today's nucleus is taken into it: its ratio stays finite.
         """
-        given = {"input_ids": batch["input_ids"]}
-        if self.counts_tokens:
-            given["attention_mask"] = batch["attention_mask"]
-        labels_BT = batch["labels"]
+        found: list[Tensor] = []
+
+        def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
+            found.append(self._log_probs_of(head, x_BTD, embedding_VD, batch["labels"]))
+            return x_BTD.new_zeros(())
+
+        self._forward(model, batch, loss_of)
+        return found[0]
+
+    def _forward(self, model: Callable[..., Any], batch: Batch, loss_of: LossOf, **further: Any) -> Any:
+        """`loss_of` computes within the forward: so the auxiliary losses of experts weigh as this loss does."""
+        names = ("input_ids", "labels", *(["attention_mask"] if self.counts_tokens else []))
+        return model(**{name: batch[name] for name in names}, return_logits=False, loss_of=loss_of, **further)
+
+    def _log_probs_of(self, head: Any, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
         how = self.how
         if how.heat == 1 and how.top_p == 1 and self.whole is None:
-            found: Tensor = model(**given, labels=labels_BT, return_logits=False, return_log_probs=True).log_probs
+            found: Tensor = head.log_probs(x_BTD, embedding_VD, labels_BT)
             return found
         chosen_BT = labels_BT[:, 1:] != IGNORED
-        logits_MV = model(**given).logits[:, :-1][chosen_BT]
+        logits_MV = head(x_BTD, embedding_VD)[:, :-1][chosen_BT]
         labels_M1 = labels_BT[:, 1:][chosen_BT][:, None]
         hot_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)) / how.heat
         left_out_MV = processed(logits_MV.detach(), how).isneginf().scatter(1, labels_M1, False)

@@ -248,6 +248,27 @@ def test_the_loss_of_micro_batches_is_that_of_rows_one_by_one(tmp_path: Path, no
     assert float((of_whole - of_rows).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_balance_of_experts_weighs_the_same_in_any_micro_batch(tmp_path: Path, temperature: float) -> None:
+    """Each micro-batch is evened out by itself: so that all are alike, one row is repeated."""
+    made = config(
+        tmp_path, "model/ffn=moe_softmax", "model.ffn.n_experts=4", "model.ffn.top_k=2", "model.ffn.aux_weight=1",
+        "objective.beta=0.1", "objective.reference=x", f"objective.temperature={temperature}",
+    )
+    objective = build_objective(made)
+    seed_everything(0)
+    model = build_model(made.model).double().train()
+    batch = {name: value[1:2].expand(8, *value.shape[1:]) for name, value in batch_of().items()}
+    found = []
+    for size in (8, 4, 1):
+        model.zero_grad()
+        for part in cut(batch, size):
+            objective.total(objective(model, part, objective.denominators(batch))).backward()  # type: ignore[no-untyped-call]
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert float((found[1] - found[0]).abs().max()) < 1e-6
+    assert float((found[2] - found[0]).abs().max()) < 1e-6
+
+
 def by_hand(model: torch.nn.Module, batch: Batch, ratio: str, normalise: str) -> torch.Tensor:
     """GRPO's loss of a whole batch, a token at a time, from the model's logits; clip 0.2, beta 0.1, at most 6 tokens."""
     log_p = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
