@@ -266,7 +266,7 @@ class GRPO(Objective):
         cpu = torch.device("cpu")
         ids, mask = self._padded([row["ids"] for row in rows], cpu)
         labels = torch.full_like(ids, IGNORED)
-        blank = torch.zeros(ids.shape)
+        blank = torch.zeros(ids.shape, dtype=torch.float32)
         made = {"old_log_probs": blank, "sampler_log_probs": blank.clone()}
         made |= {"reference_log_probs": blank.clone()} if self.beta else {}
         for i, row in enumerate(rows):
@@ -361,7 +361,10 @@ class GRPO(Objective):
             _, values = self._rewarded(model, batch, self.drawn)
             right = torch.tensor([value[ANSWER] for value in values], dtype=torch.float64).view(-1, self.drawn.n) == 1
             found |= {"val_pass@1": right.double().mean(1), f"val_pass@{self.drawn.n}": right.any(1)}
-        return {name: stacked(torch.as_tensor(value), torch.ones(len(written))) for name, value in found.items()}
+        ones = torch.ones(len(written))
+        return {
+            name: stacked(torch.as_tensor(value, dtype=torch.float64), ones) for name, value in found.items()
+        }
 
     def _rewarded(self, model: Any, batch: Batch, how: Sampling) -> tuple[list[Written], list[dict[str, float]]]:
         """how.n completions of each problem, whose draws depend on the seed and the problem."""

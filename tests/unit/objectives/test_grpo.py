@@ -98,6 +98,24 @@ def test_every_decoder_samples_what_it_trains_on(tmp_path: Path, family: str) ->
         assert float(row["grad_norm"]) > 0
 
 
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_rollout_in_half_precision_is_kept_in_float32(tmp_path: Path, mixture: bool) -> None:
+    """Lightning makes bfloat16 the default dtype within a step; what is added up over a batch must not be rounded."""
+    experts = "model/ffn=moe_softmax", "model.ffn.n_experts=4", "model.ffn.top_k=2"
+    made = config(
+        tmp_path, "trainer.precision=bf16-true", "objective.beta=0.1", "trainer.max_steps=2", "save.every_n_steps=1", "objective.updates_per_rollout=2",
+        "objective.prompts_per_rollout=8", "trainer.val_check_interval=1", *(experts if mixture else ()),
+    )
+    run_dir = txtrain.train(made).run_dir
+    assert run_dir is not None
+    with np.load(next(iter(sorted(run_dir.rglob("rollout.npz"))))) as kept:
+        for name in ("old_log_probs", "sampler_log_probs", "reference_log_probs"):
+            assert kept[name].dtype == np.float32, name
+    sixths = float(metrics(run_dir)[-1]["val_reward"]) * 6 * 8  # of 8 problems
+    assert sixths == pytest.approx(round(sixths), abs=1e-4)
+    assert sixths > 0
+
+
 def test_pass_at_k_is_of_sampled_completions_of_held_out_problems(tmp_path: Path) -> None:
     """By the reward `answer`; each problem's draws are its own, whatever the batches."""
     asked = "objective.val_samples=4", "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=9"
