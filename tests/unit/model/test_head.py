@@ -40,6 +40,24 @@ def test_chunked_loss_equals_the_whole_with_gradients(monkeypatch, softcap, chun
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def test_the_gradient_of_many_chunks_is_that_of_float32(monkeypatch):
+    """Chunks whose gradients point one way, as with frequent words: in bfloat16 their sum stops to grow at 256."""
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 100)  # the sum is added to by parts
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 4)
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(1, 4 * 1024, 16, generator=g) * 0.5 + 1).bfloat16()
+    weight = torch.randn(97, 16, generator=g).bfloat16()
+    targets = torch.randint(0, 9, (1, 4 * 1024), generator=g)
+
+    def gradient(dtype):
+        of = weight.to(dtype).requires_grad_()
+        loss = heads.LMHead(16, 97, tied=True, softcap=None).loss(x.to(dtype), of, targets, torch.tensor(4096.0))
+        return torch.autograd.grad(loss, of)[0].float()
+
+    wanted = gradient(torch.float32)
+    assert float((gradient(torch.bfloat16) - wanted).norm() / wanted.norm()) < 0.01
+
+
 def test_a_frozen_side_gets_no_gradient_and_costs_none():
     x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(11, 8)
     loss = heads.LMHead(8, 11, tied=True, softcap=None).loss(x, weight, torch.tensor([[1, 2, 3, -100]]), torch.tensor(3.0))

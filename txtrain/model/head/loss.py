@@ -149,12 +149,13 @@ class ChunkedTokenLosses(torch.autograd.Function):
 
 
 class Gradients:
-    """Those of x, weight and bias that are wanted, summed over chunks of tokens."""
+    """Those of x, weight and bias that are wanted, summed over chunks of tokens at least in float32: in bfloat16 a sum
+    of hundreds of alike chunks stops to grow."""
 
     def __init__(self, inputs: Sequence[Any], wanted: Sequence[bool]) -> None:
-        self.inputs = x_ND, weight_VD, _ = inputs[:3]
+        self.inputs = x_ND, weight_VD, _ = tuple(inputs[:3])
         self.of_x = torch.empty_like(x_ND) if wanted[0] else None
-        self.of_weight = torch.zeros_like(weight_VD) if wanted[1] else None
+        self.of_weight = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted[1] else None
         self.of_bias = torch.zeros_like(weight_VD[:, 0], dtype=wide(weight_VD.dtype)) if wanted[2] else None
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
@@ -165,11 +166,21 @@ class Gradients:
         if self.of_x is not None:
             self.of_x[rows] = grad_CV @ weight_VD
         if self.of_weight is not None:
-            self.of_weight.addmm_(grad_CV.T, x_ND[rows])
+            add_product(self.of_weight, grad_CV.T, x_ND[rows])
 
     def made(self) -> tuple[Tensor | None, ...]:
-        of_bias = None if self.of_bias is None else self.of_bias.to(self.inputs[2].dtype)
-        return self.of_x, self.of_weight, of_bias
+        of_both = zip((self.of_weight, self.of_bias), self.inputs[1:], strict=True)
+        return self.of_x, *(None if total is None else total.to(given.dtype) for total, given in of_both)
+
+
+def add_product(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    """total += a b, which is of a lower precision: by parts, so that the product beside the total is small."""
+    if total_VD.dtype == b_CD.dtype:
+        total_VD.addmm_(a_VC, b_CD)
+        return
+    size = max(1, CHUNK_ELEMENTS // b_CD.shape[1])
+    for total_PD, a_PC in zip(total_VD.split(size), a_VC.split(size), strict=True):
+        total_PD += a_PC @ b_CD
 
 
 def times(made: Sequence[Tensor | None], grad: Tensor | None) -> Iterator[Tensor | None]:
