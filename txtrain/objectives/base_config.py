@@ -57,6 +57,11 @@ class ObjectiveConfig:
     same_tokenizer: ClassVar[bool] = False  # `models` must have the vocabulary of the trained one
     reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)
 
+    @property
+    def uncounted(self) -> str | None:
+        """What `plan` cannot count of its memory; None: it can."""
+        return None
+
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective, as far as it has them, and values for keys that are null."""
         model = config.model

@@ -174,8 +174,8 @@ class GRPO(Objective):
 
     def _log_probs_of(self, head: Any, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
         how = self.how
-        if how.heat == 1 and how.top_p == 1 and self.whole is None:
-            found: Tensor = head.log_probs(x_BTD, embedding_VD, labels_BT)
+        if how.top_p == 1 and self.whole is None:
+            found: Tensor = head.log_probs(x_BTD, embedding_VD, labels_BT, how.heat)
             return found
         chosen_BT = labels_BT[:, 1:] != IGNORED
         logits_MV = head(x_BTD, embedding_VD)[:, :-1][chosen_BT]

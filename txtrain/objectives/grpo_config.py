@@ -75,6 +75,12 @@ class GRPOConfig(ObjectiveConfig):
     def resets(self) -> bool:  # type: ignore[override]
         return self.reference_reset is not None
 
+    @property
+    def uncounted(self) -> str | None:
+        chosen = [f"objective.top_p={self.top_p}"] if self.top_p < 1 else []
+        chosen += [] if self.use_cache else ["objective.use_cache=false"]
+        return f"{' and '.join(chosen)}: the loss holds whole logits" if chosen else None
+
     def prompts(self, config: RunConfig) -> int:
         return self.prompts_per_rollout or max(1, config.data.global_batch_size // self.group_size)
 

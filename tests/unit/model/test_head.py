@@ -123,10 +123,10 @@ def labelled(name, dtype):
     return model, {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def gathered(model, inputs):
+def gathered(model, inputs, temperature=1.0):
     """From all logits at once: what `log_probs` must equal."""
     labels = inputs["labels"]
-    log_probs = model(**inputs).logits.log_softmax(-1)
+    log_probs = (model(**inputs).logits / temperature).log_softmax(-1)
     found = torch.zeros(labels.shape, dtype=log_probs.dtype)
     for b, t in (labels != -100).nonzero().tolist():
         at = t - 1 if model.head.shift else t
@@ -137,12 +137,22 @@ def gathered(model, inputs):
 
 @pytest.mark.parametrize("chunk_elements", [61 * 5, 1 << 22])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("name", MODELS)
-def test_log_probs_are_those_of_all_logits_with_gradients(monkeypatch, name, dtype, tolerance, chunk_elements):
+def test_log_probs_are_those_of_all_logits_with_gradients(monkeypatch, name, dtype, tolerance, chunk_elements, temperature):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
     monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     model, inputs = labelled(name, dtype)
-    got, expected = txtrain.log_probs(model, **inputs), gathered(model, inputs)
+    found = []
+
+    def loss_of(head, x_BTD, embedding_VD):
+        found.append(head.log_probs(x_BTD, embedding_VD, inputs["labels"], temperature))
+        return x_BTD.new_zeros(())
+
+    model(**inputs, return_logits=False, loss_of=loss_of)
+    got, expected = found[0], gathered(model, inputs, temperature)
+    if temperature == 1:
+        assert torch.equal(txtrain.log_probs(model, **inputs), got)
     assert got.dtype == dtype
     assert (got[inputs["labels"] == -100] == 0).all()
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
@@ -171,7 +181,8 @@ def test_no_label_gives_zeros_and_no_gradient():
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
-def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch, temperature):
     """256 tokens of 131,072: 128 MiB of logits; a chunk of them is 4 MiB."""
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 1 << 20)
     monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
@@ -179,7 +190,7 @@ def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch):
     x, weight = torch.randn(1, n_tokens, 4, requires_grad=True), torch.randn(n, 4, requires_grad=True)
     with Watched() as watched:
         head = heads.LMHead(4, n, tied=True)
-        log_probs = head.log_probs(x, weight, torch.arange(n_tokens)[None])
+        log_probs = head.log_probs(x, weight, torch.arange(n_tokens)[None], temperature)
         log_probs.sum().backward()
     assert log_probs.shape == (1, n_tokens)
     peak = watched.peak - watched.held
