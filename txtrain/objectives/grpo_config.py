@@ -125,6 +125,12 @@ class GRPOConfig(ObjectiveConfig):
                 )
             if self.ratio != "token":
                 yield f"`objective.ratio` must be token with objective.loss={self.loss}, but is {self.ratio} instead."
+            for name in ("clip_low", "clip_high"):
+                if (value := getattr(self, name)) != (default := getattr(type(self), name)):
+                    yield (
+                        f"`objective.{name}` must be {default} with objective.loss={self.loss}, which has no ratio to "
+                        f"clip, but is {value} instead."
+                    )
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
         size, n = config.data.global_batch_size, self.prompts(config) * self.group_size

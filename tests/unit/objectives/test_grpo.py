@@ -370,6 +370,8 @@ def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_p
     [
         (["objective.reference=x"], "`objective.reference` must be null with objective.beta=0"),
         (["objective.loss=rloo", "objective.updates_per_rollout=2"], "which has no ratio"),
+        (["objective.loss=rloo", "objective.clip_low=0.3"], "`objective.clip_low` must be 0.2 with objective.loss=rloo"),
+        (["objective.loss=reinforce", "objective.clip_high=0.3"], "`objective.clip_high` must be 0.2 with objective.loss=reinforce"),
         (["objective.prompts_per_rollout=3"], "`data.global_batch_size` must divide the 12 completions"),
         (["objective.prompts_per_rollout=8"], "`objective.updates_per_rollout` must be a multiple of 2"),
         (["objective.max_new_tokens=16"], "must be below data.seq_len"),
