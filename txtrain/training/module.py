@@ -275,6 +275,7 @@ class LitModule(pl.LightningModule):
             self.parallel.discard(self.optimizers())
             self.skipped += 1
             self.skipped_in_a_row += 1
+            self.average.update(self.step + 1, self.skipped, made=False)
         self.step += 1
         return {**terms, "grad_norm": norm, **balancing.measured(visits), **layers}
 
@@ -289,7 +290,7 @@ class LitModule(pl.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         balancing.update(self.model, visits)
-        self.average.update(self.step + 1)
+        self.average.update(self.step + 1, self.skipped)
 
     # ------------------------------------------------------------------------------------------------------- validation
 
