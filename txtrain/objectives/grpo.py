@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 import logging
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +20,8 @@ from torch import Tensor
 
 from txtrain.data.samples.order import GlobalOrder, RolloutOrder
 from txtrain.data.samples.prompts import problem_of
-from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import read_npz
+from txtrain.errors import ConfigError, shorten
+from txtrain.ground.plain_files import parse_json, read_npz
 from txtrain.model.config import Sampling
 from txtrain.model.decoding import Rows, Written, evaluating
 from txtrain.model.generation import Decoding, continue_rows
@@ -36,6 +38,15 @@ log = logging.getLogger(__name__)
 FILE = "rollout.npz"  # in a checkpoint
 _BOUND = 0.02  # nats: a larger mean difference of sampler and trainer is said on the screen
 _WHOLE = 1 << 40  # nothing of a checkpoint is compressed
+_TEXTS = "texts"  # in the file: JSON in bytes
+
+
+class Sampled(NamedTuple):
+    """A completion and its rewards by name."""
+
+    prompt: str
+    completion: str
+    rewards: Mapping[str, float]
 
 
 class GRPO(Objective):
@@ -75,7 +86,8 @@ class GRPO(Objective):
             self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
         self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
         self.of_step: dict[str, float] = {}
-        self._texts: list[tuple[str, str, Mapping[str, float]]] = []
+        self._texts: list[Sampled] = []  # the latest rollout's first ones on this rank, as many as are shown
+        self._n_shown = 0
         self._warned = False
 
     @property
@@ -92,6 +104,7 @@ class GRPO(Objective):
         if data is None or data.tokenizer is None:
             raise ConfigError("`objective=grpo` must have the data of txtrain.DataModule, which rewards read.")
         self.meet(module.parallel, data.tokenizer)
+        self._n_shown = module.config.sample.n
         if self.prompts % self.parallel.size:
             raise ConfigError(
                 f"`objective.prompts_per_rollout` must be a multiple of the {self.parallel.size} ranks that see "
@@ -214,7 +227,8 @@ class GRPO(Objective):
         seconds = {"rollout_seconds": rewarding - began, "reward_seconds": rewarded - rewarding}
         speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)
         self.of_step |= seconds | {"rollout_tokens_per_second": speed}
-        self._texts = [(job.prompt, job.completion, value) for job, value in zip(jobs, values, strict=True)]
+        firsts = [*zip(jobs, values, strict=True)][: self._n_shown]
+        self._texts = [Sampled(job.prompt, job.completion, value) for job, value in firsts]
 
     def _written(
         self, model: Any, prompts: Rows, how: Sampling, module: Any = None, index: Sequence[int] | None = None
@@ -323,6 +337,8 @@ class GRPO(Objective):
 
     def state(self) -> Callable[[Path], None]:
         kept = {name: value.numpy() for name, value in self.rollout.items()}  # never changed in place
+        if kept:
+            kept[_TEXTS] = np.frombuffer(json.dumps({_TEXTS: self._texts}).encode(), np.uint8)
 
         def write(folder: Path) -> None:
             if kept:
@@ -338,7 +354,7 @@ class GRPO(Objective):
                  "total", "rewards", "ended", "n_new", *(("reference_log_probs",) if self.beta else ()))
         self.rollout = {name: torch.from_numpy(read_npz(file, name, str(file), _WHOLE)) for name in names}
         self._measure()
-        self._texts = []
+        self._texts = _texts_in(file)
 
     # ------------------------------------------------------------------------------------------------------- validation
 
@@ -380,6 +396,24 @@ class GRPO(Objective):
             Shown(prompt, f"{completion}  [{', '.join(f'{name} {value:g}' for name, value in values.items())}]")
             for prompt, completion, values in self._texts[: config.sample.n]
         ]
+
+
+def _texts_in(file: Path) -> list[Sampled]:
+    """Those of a rollout's file; none in one that was written before they were kept.
+
+    Raises:
+        ConfigError: they are no texts with their rewards.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if f"{_TEXTS}.npy" not in archive.namelist():
+            return []
+    where = f"{file}: {_TEXTS}"
+    raw = read_npz(file, _TEXTS, str(file), _WHOLE).tobytes()
+    found: Any = parse_json(raw, where, whole=False).get(_TEXTS)
+    try:
+        return [Sampled(str(a), str(b), {name: float(v) for name, v in of.items()}) for a, b, of in found]
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ConfigError(f"{where} must be texts with their rewards, but is damaged: {shorten(e)}.") from e
 
 
 def _rows(batch: Batch) -> list[list[int]]:

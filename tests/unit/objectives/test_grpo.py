@@ -163,6 +163,24 @@ def test_a_run_resumed_within_a_rollout_equals_one_that_was_not_stopped(tmp_path
     assert metrics(rest.run_dir) == metrics(whole.run_dir)
     assert whole.run_dir is not None
     assert weights(part.run_dir) == weights(whole.run_dir)
+    assert (part.run_dir / "samples.txt").read_text() == (whole.run_dir / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b'{"texts": 3}', b'{"texts": [["a", "b"]]}', b'{"texts": [["a", "b", {"low": "much"}]]}'])
+def test_damaged_texts_of_a_rollout_are_refused_by_their_file(tmp_path: Path, said: bytes) -> None:
+    given = config(tmp_path, "trainer.max_steps=1", "save.every_n_steps=1")
+    run_dir = txtrain.train(given).run_dir
+    assert run_dir is not None
+    (file,) = run_dir.rglob("rollout.npz")
+    with np.load(file) as kept:
+        arrays = {**kept}
+    np.savez(file, **arrays | {"texts": np.frombuffer(said, np.uint8)})
+    objective = build_objective(given)
+    with pytest.raises(ConfigError, match=r"rollout.npz: texts must be"):
+        objective.load_state(file.parent)
+    del arrays["texts"]  # of an earlier version
+    np.savez(file, **arrays)
+    objective.load_state(file.parent)
 
 
 RESET = "objective.beta=0.1", "objective.updates_per_rollout=2", "objective.reference_reset=4"
