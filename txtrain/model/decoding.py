@@ -109,6 +109,8 @@ class Text:
         elif mask is not None:
             self._given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
             self._next_B1 = mask.sum(1, keepdim=True)
+        if model.prefix_prompts and not self.answers:
+            self._given["prefix_mask"] = torch.ones_like(ids) if mask is None else mask
         limit, length = model.max_positions, 1 if self.answers else ids.shape[1]
         if limit is not None and length + max_new_tokens > limit:
             most = f"{max(limit - length, 0)} after a prompt of {length} tokens"

@@ -36,6 +36,7 @@ class ObjectiveConfig:
     alone: ClassVar[bool] = True  # `evaluate` measures it: it reads no further models
     smoothed = False  # labels are: the loss also reads the sum of the logits
     one_result: ClassVar[bool] = False  # for each sample, not for each token
+    prefix_prompts: ClassVar[bool] = False  # a decoder learns to read what it continues from both sides
 
     @property
     def target_share(self) -> float:

@@ -135,6 +135,7 @@ class PrefixLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
+    prefix_prompts: ClassVar = True
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         if config.model.topology != "encoder_decoder":

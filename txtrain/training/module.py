@@ -24,6 +24,7 @@ from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
+from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import ROWS, Batch, Objective, build_objective, by_metric
 from txtrain.optim.average import Average
@@ -119,6 +120,8 @@ class LitModule(pl.LightningModule):
                 transform(self.start.model, config.transforms)
             self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
+        if isinstance(self.model, Transformer):
+            self.model.prefix_prompts = config.objective.prefix_prompts
         named = list(self.model.named_parameters())
         check_patterns([name for name, _ in named], config.optimizer)
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
