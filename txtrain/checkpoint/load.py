@@ -97,6 +97,7 @@ def _beside(base: Source, adapter: Adapter, found: Described) -> Source:
     model = _build(found.model, None, found.path)
     model.tokenizer_files, model.prefix_prompts = base.model.tokenizer_files, found.prefix_prompts
     model.generation_file = model.generation_file or base.model.generation_file
+    model.banned_tokens = model.banned_tokens or base.model.banned_tokens
     wanted, whole = shapes_of(model), {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
     there = {name: shape for name, shape in shapes_of(base.model).items() if name in wanted}
     compare(there | whole, wanted, str(base.path))
@@ -377,6 +378,8 @@ def _build(config: ModelConfig, tokenizer: Tokenizer | None, path: Path | None =
         model = build_model(_with_ids(config, tokenizer))
     if path is not None:
         model.generation_file = generation_config.read(path)
+        said = model.generation_file, str(path / generation_config.FILE)
+        model.banned_tokens = generation_config.banned(model.config, *said)
     return model
 
 

@@ -166,7 +166,8 @@ class BeamSearch:
             if self.K > 1:
                 logits = logits[of]
                 self.text.select(of)
-        return penalised(logits.float().log_softmax(-1), self.how.repetition_penalty, self.seen)
+        log_p_RV = penalised(logits.float().log_softmax(-1), self.how.repetition_penalty, self.seen)
+        return self.text.allowed(log_p_RV)  # afterwards, as in transformers
 
     def _stopped(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """Whether a text of the candidates holds a stop string, [B, candidates]."""

@@ -99,6 +99,7 @@ class Text:
         self.past: Any = None
         self._new = Columns(len(rows), torch.int64, device)
         self.answers = model.encoder is not None
+        self._banned = torch.tensor(model.banned_tokens, dtype=torch.long, device=device)
         ids, mask = padded(rows, device, left=not self.answers)
         self.begun = [[*row] for row in rows]
         self._given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -137,6 +138,10 @@ class Text:
         self.past = out.past_key_values
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV
+
+    def allowed(self, scores_BV: Tensor) -> Tensor:
+        """The scores of tokens, -inf for those that the model must not write."""
+        return scores_BV.index_fill(1, self._banned, -torch.inf) if len(self._banned) else scores_BV
 
     def _last(self) -> dict[str, Any]:
         last_B1 = self.new[:, -1:]

@@ -51,6 +51,7 @@ class Transformer(Stack):
     loss_type: str | None  # ForCausalLM tells transformers.Trainer that labels are shifted here
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from, for saving
     generation_file: bytes = b""  # the folder's generation_config.json, for saving
+    banned_tokens: tuple[int, ...] = ()  # of the folder's bad_words_ids: generation writes none of them
     prefix_prompts = False  # it was trained to read a prompt from both sides: generation does too (prefix LM)
     # names of the tensors that its checkpoints hold: an adapter's, and of what is trained beside it; None: all
     kept: frozenset[str] | None = None
