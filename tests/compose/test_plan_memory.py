@@ -79,6 +79,16 @@ def test_a_size_without_a_unit_is_refused(value):
         plan("model=llama2", f"plan.memory={value}")
 
 
+def test_whole_logits_of_sampled_completions_are_not_counted():
+    """A temperature alone is within the chunks of the loss."""
+    asked = "model=llama2", "data=arithmetic", "objective=grpo"
+    assert plan(*asked, "objective.temperature=0.7").memory == plan(*asked).memory
+    for whole in ("objective.top_p=0.9", "objective.use_cache=false data.micro_batch_size=1"):
+        figures = plan(*asked, *whole.split())
+        assert figures.memory is None
+        assert figures.memory_missing == f"{whole.split()[0]}: the loss holds whole logits"
+
+
 def test_a_users_part_that_does_not_say_what_it_computes_is_not_counted(forget):
     import dataclasses as dc
 

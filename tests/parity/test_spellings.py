@@ -7,12 +7,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from tests.models import replace, seeded, shake, tiny
+from tests.models import ids, replace, seeded, shake, tiny
 from tests.parity.pairs import Pair, difference, inputs, logits_of, pair
 from txtrain.errors import ConfigError
 from txtrain.hf.load import load_pretrained
 from txtrain.hf.save import save_pretrained
 from txtrain.model import options
+from txtrain.model.generation import generate
 
 only_version_5 = pytest.mark.skipif(transformers.__version__ < "5", reason="version 4 reads one field for both")
 
@@ -97,6 +98,31 @@ def test_the_transformer_of_2017_without_a_bias_is_saved_and_read_as_marian(tmp_
     p = Pair(transformers.MarianMTModel.from_pretrained(tmp_path).eval(), model, tmp_path)
     assert difference(model(**inputs(p)).logits, p.theirs(**inputs(p)).logits) < 1e-5
     assert load_pretrained(tmp_path).config == config
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+@pytest.mark.parametrize("without", ["", "generation_config.json"])
+def test_words_that_marian_must_not_write_are_not_written(tmp_path, how, without):
+    """Published folders forbid the padding token, whose row of the head was never trained: here it wins."""
+    theirs = pair("transformer", 0).theirs
+    pad = theirs.config.pad_token_id
+    theirs.save_pretrained(tmp_path)
+    for name in ("config.json", "generation_config.json"):
+        said = json.loads((tmp_path / name).read_text()) | {"bad_words_ids": [[pad], [theirs.config.eos_token_id], [4, 5]], "forced_eos_token_id": None}
+        (tmp_path / name).write_text(json.dumps(said))
+    (tmp_path / without).unlink() if without else None
+    weights = load_file(tmp_path / "model.safetensors")
+    weights["final_logits_bias"] = torch.zeros(1, theirs.config.vocab_size).index_fill(1, torch.tensor([pad]), 100.0)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    theirs, ours = transformers.MarianMTModel.from_pretrained(tmp_path).eval(), load_pretrained(tmp_path)
+    assert int(ours(ids(vocab=50), decoder_input_ids=torch.tensor([[pad]] * 2)).logits[0, -1].argmax()) == pad
+    assert ours.banned_tokens == (pad,)
+    given = ids(vocab=50)
+    wanted = theirs.generate(given, max_new_tokens=8, do_sample=False, **{"num_beams": 1, "forced_eos_token_id": None, "bad_words_ids": [[pad]], **how})
+    found = generate(ours, given, max_new_tokens=8, **how)
+    assert found[:, 1:].ne(pad).any()
+    assert torch.equal(found, wanted[:, : found.shape[1]])
 
 
 @torch.no_grad()

@@ -26,13 +26,15 @@ T = TypeVar("T")
 
 @dc.dataclass(frozen=True)
 class Described:
-    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None. base: of an adapter."""
+    """path: of the checkpoint or folder. tokenizer: the folder that holds it, or None. base: of an adapter.
+    prefix_prompts: of the objective that trained it."""
 
     path: Path
     model: ModelConfig
     tokenizer: Path | None
     is_hf: bool
     base: Base | None = None
+    prefix_prompts: bool = False
 
 
 def describe(where: str | os.PathLike[str], key: str = "checkpoint") -> Described:
@@ -98,10 +100,10 @@ def of_peft(folder: Path, base: ModelConfig) -> ModelConfig:
 def _described(key: str, path: Path) -> Described:
     """Of a checkpoint."""
     checkpoint.verify(path, key, tensors=False)
-    model, base = _saved_config(path, key), read_base(path)
+    (model, prefix_prompts), base = _saved_config(path, key), read_base(path)
     if base is None:
         check_layers(model, names_in(path.glob("*.safetensors")), str(path / "config.yaml"))
-    return Described(path, model, _tokenizer_in(path / "tokenizer"), False, base)
+    return Described(path, model, _tokenizer_in(path / "tokenizer"), False, base, prefix_prompts)
 
 
 def _tokenizer_in(folder: Path) -> Path | None:
@@ -131,13 +133,17 @@ def described_adapter(path: Path, where: Path) -> Described:
     return found
 
 
-def _saved_config(path: Path, key: str) -> ModelConfig:
-    """From a checkpoint's config.yaml, which is only data: the files in its `imports` are not imported."""
+def _saved_config(path: Path, key: str) -> tuple[ModelConfig, bool]:
+    """From a checkpoint's config.yaml, which is only data: the files in its `imports` are not imported.
+
+    Also whether its objective is prefix_lm.
+    """
     file = path / "config.yaml"
     raw = read_yaml(file)
-    check_keys(raw, str(file), {"model": dict, "imports": list[str] | None})
+    check_keys(raw, str(file), {"model": dict, "imports": list[str] | None, "objective": dict | None})
     try:
-        return build(ModelConfig, raw["model"], "model", file)
+        model = build(ModelConfig, raw["model"], "model", file)
+        return model, (raw.get("objective") or {}).get("type") == "prefix_lm"
     except ConfigError as e:
         if not raw.get("imports"):
             raise

@@ -95,8 +95,9 @@ def _beside(base: Source, adapter: Adapter, found: Described) -> Source:
     from txtrain.hf.pieces import Source, compare, piece_of, shapes_of
 
     model = _build(found.model, None, found.path)
-    model.tokenizer_files = base.model.tokenizer_files
+    model.tokenizer_files, model.prefix_prompts = base.model.tokenizer_files, found.prefix_prompts
     model.generation_file = model.generation_file or base.model.generation_file
+    model.banned_tokens = model.banned_tokens or base.model.banned_tokens
     wanted, whole = shapes_of(model), {name: tuple(tensor.shape) for name, tensor in adapter.whole.items()}
     there = {name: shape for name, shape in shapes_of(base.model).items() if name in wanted}
     compare(there | whole, wanted, str(base.path))
@@ -362,7 +363,9 @@ def _empty(found: Described, tokenizer: Tokenizer | None, key: str) -> Transform
     """A checkpoint's model without storage, after a check that its files hold a model of this size."""
     checkpoint.verify(found.path, key)
     checkpoint.check_model(found.path, found.model)
-    return _build(found.model, tokenizer, found.path)
+    model = _build(found.model, tokenizer, found.path)
+    model.prefix_prompts = found.prefix_prompts
+    return model
 
 
 def _build(config: ModelConfig, tokenizer: Tokenizer | None, path: Path | None = None) -> Transformer:
@@ -375,6 +378,8 @@ def _build(config: ModelConfig, tokenizer: Tokenizer | None, path: Path | None =
         model = build_model(_with_ids(config, tokenizer))
     if path is not None:
         model.generation_file = generation_config.read(path)
+        said = model.generation_file, str(path / generation_config.FILE)
+        model.banned_tokens = generation_config.banned(model.config, *said)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses as dc
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -134,12 +135,12 @@ def clean(run_dir: Path) -> None:
 
 def scores(run_dir: Path, keep: SaveConfig) -> dict[Path, float | None]:
     """keep.metric, lower for better, of the complete checkpoints whose state is readable, oldest first; None where a
-    step has none."""
+    step has none, or NaN, which would be neither better nor worse than any."""
     found: dict[Path, float | None] = {}
     for path in complete(run_dir):
         with contextlib.suppress(ConfigError):
             value = read_state(path).metrics.get(keep.metric)
-            found[path] = None if value is None else keep.sign * value
+            found[path] = None if value is None or math.isnan(value) else keep.sign * value
     return found
 
 

@@ -94,13 +94,17 @@ def _write_model(opened: Opened, config: Export, out: Path) -> list[str]:
     with contextlib.closing(opened.source):
         saved = Saved.of(model, Whole(opened.source), dtype, limit)
         card = model_card.card(opened.path, saved.hf.architecture, saved.config, config)  # may refuse; weights are dear
+        has_tokenizer = True
         if config.format == "gguf":
             from txtrain.hf.gguf import write_gguf
 
-            write_gguf(saved, out / f"{model.config.family}.gguf", opened.tokenizer)
+            has_tokenizer = write_gguf(saved, out / f"{model.config.family}.gguf", opened.tokenizer)
         else:
             saved.write(out, opened.tokenizer)
     files.write(out / "README.md", card)
+    if not has_tokenizer:
+        why = "llama.cpp knows none that splits texts alike" if opened.tokenizer is not None else "there is none"
+        return [f"{saved.hf.architecture} of transformers, without a tokenizer: {why}"]
     if saved.leaving.missing is None:
         return [f"{saved.hf.architecture} of transformers"]
     (file,) = saved.hf.code()

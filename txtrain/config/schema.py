@@ -67,6 +67,11 @@ class Train(RunConfig):
             )
         if not self.objective.trains and not self.reads:
             yield f"`objective` must be one that trains, but is {self.objective.type} instead, which is for evaluate."
+        if not self.trainer.limit_val_batches and (unmeasured := self._of_validation()):
+            yield (
+                f"`trainer.limit_val_batches` must be at least 1 with {', '.join(unmeasured)}, which a validation "
+                "measures, but is 0 instead: there would be none. Nearest: 1."
+            )
         yield from self._check_layer_stats()
         yield from self.strategy.check_with(self)
         yield from self.objective.check_with(self)
@@ -86,6 +91,14 @@ class Train(RunConfig):
             yield "`init_allow_missing` must be [] without init_from: no weights are read."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+
+    def _of_validation(self) -> list[str]:
+        """The keys that ask for what only a validation gives."""
+        asked = {
+            "trainer.stop_after.patience": self.trainer.stop_after.patience, "eval_tasks": self.eval_tasks,
+            "metrics": self.metrics, "save.load_best": self.save.load_best,
+        }
+        return [key for key, value in asked.items() if value]
 
     def _check_batch(self) -> Iterator[str]:
         if self.data.global_batch_size % self.micro_batch_size:

@@ -14,7 +14,7 @@ from txtrain.hf.folder import contents
 from txtrain.model.config import ModelConfig
 
 FILE = "generation_config.json"
-_ENDS = "eos_token_id"
+_ENDS, _BANNED = "eos_token_id", "bad_words_ids"
 
 
 def read(folder: Path) -> bytes:
@@ -38,6 +38,23 @@ def with_ends(model: ModelConfig, raw: bytes, where: str) -> ModelConfig:
     return dc.replace(model, eos_token_id=ends[0] if len(ends) == 1 else ends) if ends else model
 
 
+def banned(model: ModelConfig, raw: bytes, where: str) -> tuple[int, ...]:
+    """The tokens that must not be generated: the words of one token in bad_words_ids, as in transformers no end token.
+
+    raw: the file, or a config.json where there is none.
+
+    Raises:
+        ConfigError: it is no JSON object, or they are no lists of tokens.
+    """
+    words = (parse_json(raw, where).get(_BANNED) if raw else None) or []
+    if not isinstance(words, list) or not all(isinstance(word, list) and all(map(_is_token, word)) for word in words):
+        allowed = f"a list of lists of tokens or null, but is {shorten(repr(words))} instead"
+        raise ConfigError(f"{where}: `{_BANNED}` must be {allowed}.")
+    given = model.eos_token_id
+    ends = given if isinstance(given, tuple) else (given,)
+    return tuple(word[0] for word in words if len(word) == 1 and word[0] not in ends and word[0] < model.vocab_size)
+
+
 def written(raw: bytes, ids: Mapping[str, Any]) -> bytes:
     """The file for a model with these token ids: `raw` itself if its end tokens are the model's, or it has none."""
     said = parse_json(raw, FILE) if raw else {"_from_model_config": True}
@@ -51,7 +68,11 @@ def written(raw: bytes, ids: Mapping[str, Any]) -> bytes:
 def _listed(said: Mapping[str, Any], where: str) -> tuple[int, ...]:
     ends = said.get(_ENDS)
     listed = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    if not all(type(end) is int and end >= 0 for end in listed):
+    if not all(map(_is_token, listed)):
         allowed = f"a token, a list of tokens or null, but is {shorten(repr(ends))} instead"
         raise ConfigError(f"{where}: `{_ENDS}` must be {allowed}.")
     return tuple(listed)
+
+
+def _is_token(value: object) -> bool:
+    return type(value) is int and value >= 0

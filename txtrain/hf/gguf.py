@@ -45,8 +45,26 @@ FORMATS = {
 }
 
 
-def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the file, tensor by tensor.
+# How texts are cut before merges, and whether whole words are looked up first: llama.cpp's name of it.
+_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+_SPLITS = {(_GPT2, False): "gpt-2", (_LLAMA3, True): "llama-bpe"}
+
+
+class _Words(NamedTuple):
+    """A byte-level BPE: tokens by id, merges, ids of special tokens, and llama.cpp's name of its splits, if any."""
+
+    tokens: dict[int, str]
+    merges: list[str]
+    special: set[int]
+    splits: str | None
+
+
+def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> bool:
+    """Write the file, tensor by tensor. Returns whether the tokenizer is in it.
 
     Raises:
         ConfigError: the library is not installed, or the model is of another class or has what the format lacks.
@@ -70,7 +88,7 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
     writer = gguf.GGUFWriter(path, form.name)
     _add_shape(writer, form, saved)
     writer.add_file_type({torch.float32: 0, torch.float16: 1, torch.bfloat16: 32}[saved.dtype])
-    _add_tokenizer(writer, saved, tokenizer)
+    has_tokenizer = _add_tokenizer(writer, saved, tokenizer)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[form.name.upper()], model.n_layers)
     stored = [
         s._replace(transposed=False, shape=s.shape[::-1]) if s.transposed else s
@@ -99,6 +117,7 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
         tensor = tensor.detach().to(_dtype(s, saved)).contiguous()
         writer.write_tensor_data(tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy())
     writer.close()
+    return has_tokenizer
 
 
 def _add_shape(writer: Any, form: Format, saved: Saved) -> None:
@@ -139,8 +158,8 @@ def _interleaved(weight: Tensor, n_heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(weight.shape)
 
 
-def _add_tokenizer(writer: Any, saved: Saved, tokenizer: Tokenizer | None) -> None:
-    """Its tokens and merges, if it is a byte-level BPE; llama.cpp runs no file without."""
+def _add_tokenizer(writer: Any, saved: Saved, tokenizer: Tokenizer | None) -> bool:
+    """Its tokens and merges, if it is a byte-level BPE that llama.cpp splits alike; it runs no file without."""
     import gguf
 
     config = saved.model.config
@@ -151,22 +170,23 @@ def _add_tokenizer(writer: Any, saved: Saved, tokenizer: Tokenizer | None) -> No
         if value is not None and value < config.vocab_size:
             getattr(writer, f"add_{name}_token_id")(value)
     said = None if tokenizer is None else _bpe(tokenizer)
-    if said is None:
-        return
-    tokens, merges, special = said
+    if said is None or said.splits is None:
+        return False
+    tokens, merges, special, splits = said
     kinds = [
         gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if i in tokens else gguf.TokenType.UNUSED
         for i in range(config.vocab_size)
     ]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(splits)
     writer.add_token_list([tokens.get(i, f"[UNUSED{i}]") for i in range(config.vocab_size)])
     writer.add_token_types(kinds)
     writer.add_token_merges(merges)
+    return True
 
 
-def _bpe(tokenizer: Tokenizer) -> tuple[dict[int, str], list[str], set[int]] | None:
-    """Tokens by id, merges, and ids of special tokens, of a byte-level BPE."""
+def _bpe(tokenizer: Tokenizer) -> _Words | None:
+    """None: it is none."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as folder:
@@ -182,4 +202,21 @@ def _bpe(tokenizer: Tokenizer) -> tuple[dict[int, str], list[str], set[int]] | N
     added = said.get("added_tokens") or []
     tokens |= {token["id"]: token["content"] for token in added}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return tokens, merges, {token["id"] for token in added if token.get("special")}
+    return _Words(tokens, merges, {token["id"] for token in added if token.get("special")}, _splits(said))
+
+
+def _splits(said: Mapping[str, Any]) -> str | None:
+    """llama.cpp's name for what a tokenizer.json does with a text before the merges; None: it does not know it."""
+    first, model = said["pre_tokenizer"], said["model"]
+    *others, last = first["pretokenizers"] if first["type"] == "Sequence" else [first]
+    pattern = None
+    if not others and last.get("use_regex", True):
+        pattern = _GPT2
+    elif len(others) == 1 and others[0]["type"] == "Split" and not last.get("use_regex", True):
+        (split,) = others
+        alike = split.get("behavior") == "Isolated" and not split.get("invert")
+        pattern = split["pattern"].get("Regex") if alike else None
+    changes = said.get("normalizer") or last.get("add_prefix_space", True) or model.get("end_of_word_suffix")
+    if last["type"] != "ByteLevel" or changes or model.get("continuing_subword_prefix"):
+        return None
+    return _SPLITS.get((pattern or "", bool(model.get("ignore_merges"))))

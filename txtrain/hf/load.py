@@ -12,7 +12,7 @@ import torch
 
 from txtrain.errors import ConfigError, hint
 from txtrain.hf import generation_config
-from txtrain.hf.folder import checked, tokenizer_files
+from txtrain.hf.folder import checked, contents, tokenizer_files
 from txtrain.hf.hf_class import HFClass
 from txtrain.hf.name_map import Stored, n_elements
 from txtrain.hf.pieces import Source
@@ -74,6 +74,8 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     _check_values(hf, model, copies, weights, folder)
     model.tokenizer_files = tokenizer_files(folder)
     model.generation_file = generation_config.read(folder)
+    said = generation_config.FILE if model.generation_file else CONFIG
+    model.banned_tokens = generation_config.banned(config, contents(folder, said)[said], str(folder / said))
     model.loss_type = hf.loss_type
     return Source(folder, model, [piece for s in stored for piece in from_theirs(s, weights, ours)])
 

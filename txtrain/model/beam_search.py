@@ -116,7 +116,8 @@ class BeamSearch:
         log_p_RV = self._log_probs()
         log_p = log_p_RV.view(self.B, self.K, -1) + self.alive_BK[..., None]
         V, length = log_p.shape[-1], self.text.new.shape[1] + 1
-        best, index = log_p.flatten(1).topk(min(2 * self.K, self.K * V))  # with one end token, K of 2 K do not end
+        n = max(2, 1 + len(self.ends)) * self.K  # a beam has as many that end as there are end tokens: K do not
+        best, index = log_p.flatten(1).topk(min(n, self.K * V))
         beams, tokens = index // V, index % V
         rows = beams + torch.arange(self.B, device=beams.device)[:, None] * self.K  # of the text
         own = best - self.alive_BK.gather(1, beams)
@@ -165,10 +166,11 @@ class BeamSearch:
             if self.K > 1:
                 logits = logits[of]
                 self.text.select(of)
-        return penalised(logits.float().log_softmax(-1), self.how.repetition_penalty, self.seen)
+        log_p_RV = penalised(logits.float().log_softmax(-1), self.how.repetition_penalty, self.seen)
+        return self.text.allowed(log_p_RV)  # afterwards, as in transformers
 
     def _stopped(self, rows: Tensor, tokens: Tensor) -> Tensor:
-        """Whether a text of the candidates holds a stop string, [B, 2 K]."""
+        """Whether a text of the candidates holds a stop string, [B, candidates]."""
         if not self.stops.strings:
             return torch.zeros_like(tokens, dtype=torch.bool)
         texts = torch.cat((self.text.new[rows.flatten()], tokens.flatten()[:, None]), dim=1)

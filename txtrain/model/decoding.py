@@ -99,6 +99,7 @@ class Text:
         self.past: Any = None
         self._new = Columns(len(rows), torch.int64, device)
         self.answers = model.encoder is not None
+        self._banned = torch.tensor(model.banned_tokens, dtype=torch.long, device=device)
         ids, mask = padded(rows, device, left=not self.answers)
         self.begun = [[*row] for row in rows]
         self._given: dict[str, Any] = {"input_ids": ids, "attention_mask": mask}
@@ -109,6 +110,8 @@ class Text:
         elif mask is not None:
             self._given["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
             self._next_B1 = mask.sum(1, keepdim=True)
+        if model.prefix_prompts and not self.answers:
+            self._given["prefix_mask"] = torch.ones_like(ids) if mask is None else mask
         limit, length = model.max_positions, 1 if self.answers else ids.shape[1]
         if limit is not None and length + max_new_tokens > limit:
             most = f"{max(limit - length, 0)} after a prompt of {length} tokens"
@@ -135,6 +138,10 @@ class Text:
         self.past = out.past_key_values
         logits_BV: Tensor = out.logits[:, -1]
         return logits_BV
+
+    def allowed(self, scores_BV: Tensor) -> Tensor:
+        """The scores of tokens, -inf for those that the model must not write."""
+        return scores_BV.index_fill(1, self._banned, -torch.inf) if len(self._banned) else scores_BV
 
     def _last(self) -> dict[str, Any]:
         last_B1 = self.new[:, -1:]

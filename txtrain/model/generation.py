@@ -197,7 +197,7 @@ def _by_choice(model: Any, batch: _Batch, job: Decoding, seed: int, device: torc
     held_H = torch.arange(n_rows, device=device)  # the rows in the cache
     is_open_H = torch.ones_like(ended_B)  # those of them that have not ended
     for position in range(job.how.max_new_tokens):
-        new_H, log_p_H = chooser(logits)
+        new_H, log_p_H = chooser(text.allowed(logits))
         text.append(new_H)
         ids.append(new_H.masked_fill(~is_open_H, -1), held_H)
         log_probs.append(log_p_H.masked_fill(~is_open_H, 0.0), held_H)

@@ -50,7 +50,7 @@ class Record:
 
     def scale_on(self, device: torch.device) -> Tensor:
         if self.loss_scale is None:
-            self.loss_scale = torch.ones((), device=device)
+            self.loss_scale = torch.ones((), dtype=torch.float32, device=device)
         return self.loss_scale
 
 

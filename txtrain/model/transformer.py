@@ -51,6 +51,8 @@ class Transformer(Stack):
     loss_type: str | None  # ForCausalLM tells transformers.Trainer that labels are shifted here
     tokenizer_files: Mapping[str, bytes] = MappingProxyType({})  # of the folder that it was loaded from, for saving
     generation_file: bytes = b""  # the folder's generation_config.json, for saving
+    banned_tokens: tuple[int, ...] = ()  # of the folder's bad_words_ids: generation writes none of them
+    prefix_prompts = False  # it was trained to read a prompt from both sides: generation does too (prefix LM)
     # names of the tensors that its checkpoints hold: an adapter's, and of what is trained beside it; None: all
     kept: frozenset[str] | None = None
 
@@ -109,7 +111,8 @@ class Transformer(Stack):
                 (model.head.lm); lm_items_in_batch: as num_items_in_batch.
             return_log_probs: `log_probs` of the labels instead of a loss, see the function `log_probs`.
             loss_of: computes `loss` instead of the head, within this forward, where all of the head's weights are here:
-                of the head, its input [B, T, D], and the weight of the embedding, for a tied head. With labels.
+                of the head, its input [B, T, D], or the logits [B, C] of one that pools, and the weight of the
+                embedding, for a tied head. With labels.
 
         Raises:
             ConfigError: inputs have a wrong shape or dtype, contradict each other, do not fit this topology, or exceed
@@ -224,7 +227,8 @@ class Transformer(Stack):
         denominator = torch.as_tensor(here if n_items is None else n_items, dtype=torch.float32, device=x_BTD.device)
         try:
             if loss_of is not None:
-                return loss_of(self.head, x_BTD, self.embedding.weight_VD), here / denominator
+                read = logits if self.head.pools and logits is not None else x_BTD
+                return loss_of(self.head, read, self.embedding.weight_VD), here / denominator
             if logits is not None:
                 return self.head.loss_of(logits, targets, denominator), here / denominator
             return self.head.loss(x_BTD, self.embedding.weight_VD, targets, denominator), here / denominator

@@ -36,6 +36,7 @@ class ObjectiveConfig:
     alone: ClassVar[bool] = True  # `evaluate` measures it: it reads no further models
     smoothed = False  # labels are: the loss also reads the sum of the logits
     one_result: ClassVar[bool] = False  # for each sample, not for each token
+    prefix_prompts: ClassVar[bool] = False  # a decoder learns to read what it continues from both sides
 
     @property
     def target_share(self) -> float:
@@ -56,6 +57,11 @@ class ObjectiveConfig:
     prepares = False  # `txtrain prepare` also writes what its models find (`txtrain.training.teach`)
     same_tokenizer: ClassVar[bool] = False  # `models` must have the vocabulary of the trained one
     reads_start: ClassVar[bool] = False  # it needs those weights, if only before the first step (`LitModule.start`)
+
+    @property
+    def uncounted(self) -> str | None:
+        """What `plan` cannot count of its memory; None: it can."""
+        return None
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective, as far as it has them, and values for keys that are null."""

@@ -135,6 +135,7 @@ class PrefixLMConfig(ObjectiveConfig):
     topologies: ClassVar = ("decoder", "encoder_decoder")
     heads: ClassVar = ("lm",)
     reads: ClassVar = ("text",)
+    prefix_prompts: ClassVar = True
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         if config.model.topology != "encoder_decoder":
@@ -185,7 +186,8 @@ class ClassificationConfig(SmoothedConfig):
 
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         head = config.model.head
-        return {"kind": head.kind, "lm": head.lm, "marks": config.model.topology == "encoder"}
+        is_encoder = config.model.topology == "encoder"
+        return super().arguments(config) | {"kind": head.kind, "lm": head.lm, "marks": is_encoder}
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         names = ["input_ids", "attention_mask", *(["token_type_ids"] if config.model.embedding.n_types else [])]

@@ -5,12 +5,14 @@
 from __future__ import annotations
 
 import dataclasses as dc
+import json
 import logging
 import time
+import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +20,13 @@ from torch import Tensor
 
 from txtrain.data.samples.order import GlobalOrder, RolloutOrder
 from txtrain.data.samples.prompts import problem_of
-from txtrain.errors import ConfigError
-from txtrain.ground.plain_files import read_npz
+from txtrain.errors import ConfigError, shorten
+from txtrain.ground.plain_files import parse_json, read_npz
 from txtrain.model.config import Sampling
 from txtrain.model.decoding import Rows, Written, evaluating
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.sampling import processed
+from txtrain.model.transformer import LossOf
 from txtrain.objectives import policy_gradient
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Statistics, Terms, stacked
 from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio
@@ -35,6 +38,15 @@ log = logging.getLogger(__name__)
 FILE = "rollout.npz"  # in a checkpoint
 _BOUND = 0.02  # nats: a larger mean difference of sampler and trainer is said on the screen
 _WHOLE = 1 << 40  # nothing of a checkpoint is compressed
+_TEXTS = "texts"  # in the file: JSON in bytes
+
+
+class Sampled(NamedTuple):
+    """A completion and its rewards by name."""
+
+    prompt: str
+    completion: str
+    rewards: Mapping[str, float]
 
 
 class GRPO(Objective):
@@ -74,7 +86,8 @@ class GRPO(Objective):
             self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
         self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
         self.of_step: dict[str, float] = {}
-        self._texts: list[tuple[str, str, Mapping[str, float]]] = []
+        self._texts: list[Sampled] = []  # the latest rollout's first ones on this rank, as many as are shown
+        self._n_shown = 0
         self._warned = False
 
     @property
@@ -91,6 +104,7 @@ class GRPO(Objective):
         if data is None or data.tokenizer is None:
             raise ConfigError("`objective=grpo` must have the data of txtrain.DataModule, which rewards read.")
         self.meet(module.parallel, data.tokenizer)
+        self._n_shown = module.config.sample.n
         if self.prompts % self.parallel.size:
             raise ConfigError(
                 f"`objective.prompts_per_rollout` must be a multiple of the {self.parallel.size} ranks that see "
@@ -122,8 +136,19 @@ class GRPO(Objective):
         return {"loss": policy_gradient.count(mask_BT, self.normalise), **dict.fromkeys(self.reports, tokens)}
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        terms: Terms = {}
+
+        def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
+            log_p_BT = self._log_probs_of(head, x_BTD, embedding_VD, batch["labels"])
+            terms.update(self._terms(log_p_BT, batch, denominators))
+            return terms["loss"]
+
+        tokens = denominators["ratio_deviation"]
+        loss = self._forward(model, batch, loss_of, num_items_in_batch=tokens).loss
+        return {**terms, "loss": loss}
+
+    def _terms(self, log_p_BT: Tensor, batch: Batch, denominators: Terms) -> Terms:
         mask_BT = batch["labels"] != IGNORED
-        log_p_BT = self.log_probs(model, batch)
         low, high = self.clip
         found = policy_gradient.surrogate(
             log_p_BT, batch["old_log_probs"].to(log_p_BT), batch["advantages"].to(log_p_BT), mask_BT,
@@ -146,16 +171,27 @@ class GRPO(Objective):
 
         With top_p a label outside of today's nucleus is taken into it: its ratio stays finite.
         """
-        given = {"input_ids": batch["input_ids"]}
-        if self.counts_tokens:
-            given["attention_mask"] = batch["attention_mask"]
-        labels_BT = batch["labels"]
+        found: list[Tensor] = []
+
+        def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
+            found.append(self._log_probs_of(head, x_BTD, embedding_VD, batch["labels"]))
+            return x_BTD.new_zeros(())
+
+        self._forward(model, batch, loss_of)
+        return found[0]
+
+    def _forward(self, model: Callable[..., Any], batch: Batch, loss_of: LossOf, **further: Any) -> Any:
+        """`loss_of` computes within the forward: so the auxiliary losses of experts weigh as this loss does."""
+        names = ("input_ids", "labels", *(["attention_mask"] if self.counts_tokens else []))
+        return model(**{name: batch[name] for name in names}, return_logits=False, loss_of=loss_of, **further)
+
+    def _log_probs_of(self, head: Any, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
         how = self.how
-        if how.heat == 1 and how.top_p == 1 and self.whole is None:
-            found: Tensor = model(**given, labels=labels_BT, return_logits=False, return_log_probs=True).log_probs
+        if how.top_p == 1 and self.whole is None:
+            found: Tensor = head.log_probs(x_BTD, embedding_VD, labels_BT, how.heat)
             return found
         chosen_BT = labels_BT[:, 1:] != IGNORED
-        logits_MV = model(**given).logits[:, :-1][chosen_BT]
+        logits_MV = head(x_BTD, embedding_VD)[:, :-1][chosen_BT]
         labels_M1 = labels_BT[:, 1:][chosen_BT][:, None]
         hot_MV = logits_MV.to(torch.promote_types(logits_MV.dtype, torch.float32)) / how.heat
         left_out_MV = processed(logits_MV.detach(), how).isneginf().scatter(1, labels_M1, False)
@@ -191,7 +227,8 @@ class GRPO(Objective):
         seconds = {"rollout_seconds": rewarding - began, "reward_seconds": rewarded - rewarding}
         speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)
         self.of_step |= seconds | {"rollout_tokens_per_second": speed}
-        self._texts = [(job.prompt, job.completion, value) for job, value in zip(jobs, values, strict=True)]
+        firsts = [*zip(jobs, values, strict=True)][: self._n_shown]
+        self._texts = [Sampled(job.prompt, job.completion, value) for job, value in firsts]
 
     def _written(
         self, model: Any, prompts: Rows, how: Sampling, module: Any = None, index: Sequence[int] | None = None
@@ -243,7 +280,7 @@ class GRPO(Objective):
         cpu = torch.device("cpu")
         ids, mask = self._padded([row["ids"] for row in rows], cpu)
         labels = torch.full_like(ids, IGNORED)
-        blank = torch.zeros(ids.shape)
+        blank = torch.zeros(ids.shape, dtype=torch.float32)
         made = {"old_log_probs": blank, "sampler_log_probs": blank.clone()}
         made |= {"reference_log_probs": blank.clone()} if self.beta else {}
         for i, row in enumerate(rows):
@@ -254,7 +291,7 @@ class GRPO(Objective):
                 made[name][i, new] = row[name.removesuffix("_log_probs")].float()
         total = torch.tensor([row["total"] for row in rows], dtype=torch.float64)
         if self.beta and self.kl_in == "reward":
-            kl = [policy_gradient.k3(row["old"], row["reference"]).sum().double() for row in rows]
+            kl = [policy_gradient.k1(row["old"], row["reference"]).sum().double() for row in rows]
             total = total - self.beta * torch.stack(kl).cpu()
         advantages = policy_gradient.advantages(total.view(-1, self.group_size), self.loss, self.divide_by_std)
         return {
@@ -300,6 +337,8 @@ class GRPO(Objective):
 
     def state(self) -> Callable[[Path], None]:
         kept = {name: value.numpy() for name, value in self.rollout.items()}  # never changed in place
+        if kept:
+            kept[_TEXTS] = np.frombuffer(json.dumps({_TEXTS: self._texts}).encode(), np.uint8)
 
         def write(folder: Path) -> None:
             if kept:
@@ -315,7 +354,7 @@ class GRPO(Objective):
                  "total", "rewards", "ended", "n_new", *(("reference_log_probs",) if self.beta else ()))
         self.rollout = {name: torch.from_numpy(read_npz(file, name, str(file), _WHOLE)) for name in names}
         self._measure()
-        self._texts = []
+        self._texts = _texts_in(file)
 
     # ------------------------------------------------------------------------------------------------------- validation
 
@@ -338,7 +377,10 @@ class GRPO(Objective):
             _, values = self._rewarded(model, batch, self.drawn)
             right = torch.tensor([value[ANSWER] for value in values], dtype=torch.float64).view(-1, self.drawn.n) == 1
             found |= {"val_pass@1": right.double().mean(1), f"val_pass@{self.drawn.n}": right.any(1)}
-        return {name: stacked(torch.as_tensor(value), torch.ones(len(written))) for name, value in found.items()}
+        ones = torch.ones(len(written))
+        return {
+            name: stacked(torch.as_tensor(value, dtype=torch.float64), ones) for name, value in found.items()
+        }
 
     def _rewarded(self, model: Any, batch: Batch, how: Sampling) -> tuple[list[Written], list[dict[str, float]]]:
         """how.n completions of each problem, whose draws depend on the seed and the problem."""
@@ -354,6 +396,24 @@ class GRPO(Objective):
             Shown(prompt, f"{completion}  [{', '.join(f'{name} {value:g}' for name, value in values.items())}]")
             for prompt, completion, values in self._texts[: config.sample.n]
         ]
+
+
+def _texts_in(file: Path) -> list[Sampled]:
+    """Those of a rollout's file; none in one that was written before they were kept.
+
+    Raises:
+        ConfigError: they are no texts with their rewards.
+    """
+    with zipfile.ZipFile(file) as archive:
+        if f"{_TEXTS}.npy" not in archive.namelist():
+            return []
+    where = f"{file}: {_TEXTS}"
+    raw = read_npz(file, _TEXTS, str(file), _WHOLE).tobytes()
+    found: Any = parse_json(raw, where, whole=False).get(_TEXTS)
+    try:
+        return [Sampled(str(a), str(b), {name: float(v) for name, v in of.items()}) for a, b, of in found]
+    except (AttributeError, TypeError, ValueError) as e:
+        raise ConfigError(f"{where} must be texts with their rewards, but is damaged: {shorten(e)}.") from e
 
 
 def _rows(batch: Batch) -> list[list[int]]:

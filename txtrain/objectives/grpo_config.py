@@ -32,13 +32,14 @@ class GRPOConfig(ObjectiveConfig):
     max_new_tokens: int = knob(16, at_least=1)  # of a completion; prompts have the rest of data.seq_len
     temperature: float = knob(1.0, above=0)
     top_p: float = knob(1.0, above=0, at_most=1)
-    # weight of the KL divergence from the reference (k3, 2402.03300, equation 4); 0: no reference is read
+    # weight of the KL divergence from the reference; 0: no reference is read
     beta: float = knob(0.04, at_least=0)
     # as init_from; null: the weights with which the run begins
     reference: str | None = knob(None, literal=True)
     # every so many updates the policy becomes the reference (2501.12948: 400; 2505.24864); null: never
     reference_reset: int | None = knob(None, at_least=1)
-    # loss: of each token; reward: the sum over a completion's tokens is taken off its reward (2203.02155)
+    # loss: k3 of each token (2402.03300, equation 4); reward: log p - log of the reference's (k1), summed over a
+    # completion's tokens, is taken off its reward (2203.02155)
     kl_in: Literal["loss", "reward"] = "loss"
     clip_low: float = knob(0.2, at_least=0, at_most=1)  # the ratio is clipped at 1 - clip_low and 1 + clip_high
     clip_high: float = knob(0.2, at_least=0)
@@ -73,6 +74,12 @@ class GRPOConfig(ObjectiveConfig):
     @property
     def resets(self) -> bool:  # type: ignore[override]
         return self.reference_reset is not None
+
+    @property
+    def uncounted(self) -> str | None:
+        chosen = [f"objective.top_p={self.top_p}"] if self.top_p < 1 else []
+        chosen += [] if self.use_cache else ["objective.use_cache=false"]
+        return f"{' and '.join(chosen)}: the loss holds whole logits" if chosen else None
 
     def prompts(self, config: RunConfig) -> int:
         return self.prompts_per_rollout or max(1, config.data.global_batch_size // self.group_size)
@@ -118,6 +125,12 @@ class GRPOConfig(ObjectiveConfig):
                 )
             if self.ratio != "token":
                 yield f"`objective.ratio` must be token with objective.loss={self.loss}, but is {self.ratio} instead."
+            for name in ("clip_low", "clip_high"):
+                if (value := getattr(self, name)) != (default := getattr(type(self), name)):
+                    yield (
+                        f"`objective.{name}` must be {default} with objective.loss={self.loss}, which has no ratio to "
+                        f"clip, but is {value} instead."
+                    )
 
     def check_with(self, config: RunConfig) -> Iterator[str]:
         size, n = config.data.global_batch_size, self.prompts(config) * self.group_size

@@ -71,6 +71,12 @@ def surrogate(
     return Surrogate(-torch.minimum(plain_BT, bounded_BT), deviations_BT, bounded_BT < plain_BT)
 
 
+def k1(log_p: Tensor, reference: Tensor) -> Tensor:
+    """The plain estimate of KL(p || reference), for a reward: there its value alone weighs grad log p, and of the
+    unbiased estimates this one makes that the gradient of the KL; k3 makes it KL(p || r)'s less KL(r || p)'s."""
+    return log_p - reference
+
+
 def k3(log_p: Tensor, reference: Tensor) -> Tensor:
     """An unbiased estimate of KL(p || reference) that is never negative, from samples of p (2402.03300, equation 4)."""
     difference = reference - log_p

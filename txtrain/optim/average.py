@@ -9,7 +9,7 @@ from txtrain.optim.config import EMAConfig
 
 
 class Average:
-    """value <- decay value + (1 - decay) weight, every n-th step; the first time value <- weight.
+    """value <- decay value + (1 - decay) weight, every n-th step; up to n updates value <- weight.
 
     With decay null nothing is kept and all methods do nothing. At least float32: one step adds less than the precision
     of bfloat16. Only trained parameters are averaged, no buffers.
@@ -27,13 +27,18 @@ class Average:
         self._trained: list[Tensor] | None = None  # the trained weights, while the averaged ones are in their place
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """After update number `step` of the optimizer."""
-        if not self.values or step % self.config.every_n_steps:
+    def update(self, step: int, skipped: int = 0, made: bool = True) -> None:
+        """After step number `step`. skipped: how many until now made no update; made: whether this one did.
+
+        By the number of updates, not of the step: the first value must not be lost with a step that is skipped, and
+        what a resumed run knows tells it.
+        """
+        begins = step - skipped <= self.config.every_n_steps
+        if not self.values or step % self.config.every_n_steps or not (made or begins):
             return
         assert self.config.decay is not None
         assert self._trained is None
-        weight = 1.0 if step == self.config.every_n_steps else 1.0 - self.config.decay
+        weight = 1.0 if begins else 1.0 - self.config.decay
         for name, value in self.values.items():
             value.lerp_(self._weights[name].to(value.dtype), weight)
 

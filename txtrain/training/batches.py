@@ -22,9 +22,29 @@ def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def placed(batch: Batch, device: torch.device, config: RunConfig) -> dict[str, Tensor]:
-    """The batch where the model is; what is no integer in its precision."""
+    """The batch where the model is; what it reads, if no integer, in its precision. Labels stay as they are."""
     halved = torch.bfloat16 if config.trainer.precision == "bf16-true" else None
-    return {name: x.to(device, halved if x.is_floating_point() else None) for name, x in batch.items()}
+    read = {name for name, x in batch.items() if name != "labels" and x.is_floating_point()}
+    return {name: x.to(device, halved if name in read else None) for name, x in batch.items()}
+
+
+_BITS = "bits_of_labels"
+
+
+def sealed(batch: Batch) -> Batch:
+    """Labels that are floats as integers, since Lightning rounds each float of a batch to the model's dtype."""
+    if "labels" not in batch or not batch["labels"].is_floating_point():
+        return batch
+    others = {name: x for name, x in batch.items() if name != "labels"}
+    return {**others, _BITS: batch["labels"].float().view(torch.int32)}
+
+
+def opened(batch: Batch) -> Batch:
+    """What was `sealed`."""
+    if _BITS not in batch:
+        return batch
+    others = {name: x for name, x in batch.items() if name != _BITS}
+    return {**others, "labels": batch[_BITS].view(torch.float32)}
 
 
 def is_filler(batch: Batch) -> bool:

@@ -120,3 +120,17 @@ def generation_file(model: nn.Module | None, weights: Source | None, source: Pat
         return generation_config.read(source)
     start = model if weights is None else weights.model
     return start.generation_file if isinstance(start, Transformer) else b""
+
+
+def banned_tokens(
+    model: nn.Module | None, weights: Source | None, source: Path | None, config: Train
+) -> tuple[int, ...]:
+    """The tokens that it must not write: as `generation_file`. None where training reads what it writes: their
+    probability is that of all tokens."""
+    if config.objective.rollout(config) is not None:
+        return ()
+    if source is not None:
+        said = generation_config.read(source), str(source / generation_config.FILE)
+        return generation_config.banned(config.model, *said)
+    start = model if weights is None else weights.model
+    return start.banned_tokens if isinstance(start, Transformer) else ()

@@ -24,6 +24,7 @@ from txtrain.hf.pieces import Source
 from txtrain.model.config import ModelConfig
 from txtrain.model.ffn import balancing
 from txtrain.model.transform import transform
+from txtrain.model.transformer import Transformer
 from txtrain.monitor.layer_stats import LayerStats
 from txtrain.objectives.base import ROWS, Batch, Objective, build_objective, by_metric
 from txtrain.optim.average import Average
@@ -32,7 +33,7 @@ from txtrain.parallel.activation_checkpointing import wrap_blocks
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
-from txtrain.training.batches import add, cut, is_filler, seed_everything
+from txtrain.training.batches import add, cut, is_filler, opened, seed_everything
 from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
 from txtrain.training.models_read import check_vocabularies, described, models_read, start_of
@@ -119,6 +120,8 @@ class LitModule(pl.LightningModule):
                 transform(self.start.model, config.transforms)
             self._read = {**self._read, key: self.start}
         transform(self.model, config.transforms)
+        if isinstance(self.model, Transformer):
+            self.model.prefix_prompts = config.objective.prefix_prompts
         named = list(self.model.named_parameters())
         check_patterns([name for name, _ in named], config.optimizer)
         self.frozen = frozenset(name for name, p in named if not p.requires_grad)  # parameters that are not trained
@@ -236,6 +239,9 @@ class LitModule(pl.LightningModule):
 
     # --------------------------------------------------------------------------------------------------------- training
 
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        return opened(batch)
+
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One update. Returns the global batch's terms, the reported `loss`, and the gradient norm before clipping.
 
@@ -272,6 +278,7 @@ class LitModule(pl.LightningModule):
             self.parallel.discard(self.optimizers())
             self.skipped += 1
             self.skipped_in_a_row += 1
+            self.average.update(self.step + 1, self.skipped, made=False)
         self.step += 1
         return {**terms, "grad_norm": norm, **balancing.measured(visits), **layers}
 
@@ -286,7 +293,7 @@ class LitModule(pl.LightningModule):
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         balancing.update(self.model, visits)
-        self.average.update(self.step + 1)
+        self.average.update(self.step + 1, self.skipped)
 
     # ------------------------------------------------------------------------------------------------------- validation
 

@@ -22,6 +22,7 @@ from txtrain.data.sources.source import settle
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked, flat, plain
 from txtrain.ground.slurm import Job
+from txtrain.model.transformer import Transformer
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 from txtrain.monitor.loggers.build import Loggers, make_loggers
@@ -42,7 +43,14 @@ from txtrain.training.columns import check_metrics, columns_of
 from txtrain.training.data_module import DataModule
 from txtrain.training.deadline import Deadline
 from txtrain.training.ending import LastWords, Result, end_of_job, fit
-from txtrain.training.initial_weights import InitialWeights, base_of, began_with, generation_file, initial_weights
+from txtrain.training.initial_weights import (
+    InitialWeights,
+    banned_tokens,
+    base_of,
+    began_with,
+    generation_file,
+    initial_weights,
+)
 from txtrain.training.lightning_trainer import make_trainer, quiet
 from txtrain.training.limits import Limits
 from txtrain.training.models_read import check_tokenizers, models_read
@@ -163,6 +171,8 @@ def _module(
     source, start = None if place is None else place.source, None if weights is None else weights.source
     module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began_with(place))
     module.base = base
+    if isinstance(module.model, Transformer):
+        module.model.banned_tokens = banned_tokens(model, start, source, cfg)
     optimizer_state.check(cfg.optimizer, module.parameter_groups())
     if source is not None:
         parallel.first(lambda: restore.check_weights(source, module.model))

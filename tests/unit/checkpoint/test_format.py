@@ -1,6 +1,7 @@
 """The format: complete or absent, by canonical names, without a pickle."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -209,9 +210,12 @@ def test_killed_at_any_moment_of_a_save_the_newest_is_the_old_or_the_new(tmp_pat
     assert outcomes == {0, 1}
 
 
-def test_rotation_keeps_the_newest_and_the_best(tmp_path):
-    for step, loss in ((1, 3.0), (2, 1.0), (3, None), (4, 2.0), (5, None)):
+@pytest.mark.parametrize("strange", [None, math.nan])
+def test_rotation_keeps_the_newest_and_the_best(tmp_path, strange):
+    """As a metric NaN is none: it would be neither better nor worse than any."""
+    for step, loss in ((1, strange), (2, 1.0), (3, strange), (4, 2.0), (5, strange)):
         save(tmp_path, step, seed=0, val_loss=loss)
+    assert [checkpoint.step_of(path) for path in saving.best_of(tmp_path, SaveConfig())] == [2, 4]
     saving.rotate(tmp_path, SaveConfig(keep_last=2, keep_best=1))
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [2, 4, 5]
     saving.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))

@@ -4,6 +4,7 @@ import dataclasses as dc
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers
@@ -203,7 +204,7 @@ def test_gguf_is_read_back_by_transformers(family: str, dtype: str, tmp_path: Pa
     config = IN_GGUF[family]
     txtrain.save_pretrained(shake(seeded(config)).eval(), "given")
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # llama.cpp adds none
     bpe.train_from_iterator(["the reader counts tokens"], tokenizers.trainers.BpeTrainer(vocab_size=61, special_tokens=["<end>"]))
     bpe.save("given/tokenizer.json")
     Path("given/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}')
@@ -215,6 +216,41 @@ def test_gguf_is_read_back_by_transformers(family: str, dtype: str, tmp_path: Pa
         p.copy_(p.to(getattr(torch, dtype)) if p.dim() > 1 else p)
     want = ours(ids()).logits
     assert ((theirs(ids()).logits - want).abs().max() / want.abs().max()).item() < 1e-5
+
+
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+
+
+def split_by(pattern: str) -> tokenizers.pre_tokenizers.PreTokenizer:
+    pre = tokenizers.pre_tokenizers
+    return pre.Sequence([pre.Split(tokenizers.Regex(pattern), "isolated"), pre.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+@pytest.mark.parametrize(
+    ("pre", "whole_words", "normalizer", "name"),
+    [
+        (tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), False, None, "gpt-2"),
+        (split_by(LLAMA3), True, None, "llama-bpe"),
+        (split_by(LLAMA3), False, None, None),
+        (split_by(LLAMA3.replace("{1,3}", "{1,2}")), True, None, None),
+        (tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=True), False, None, None),
+        (tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), False, tokenizers.normalizers.NFC(), None),
+    ],
+)
+def test_gguf_holds_a_tokenizer_only_if_llama_cpp_splits_texts_alike(
+    pre: Any, whole_words: bool, normalizer: Any, name: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf = pytest.importorskip("gguf")
+    txtrain.save_pretrained(shake(seeded(IN_GGUF["llama2"])).eval(), tmp_path / "given")
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(ignore_merges=whole_words))
+    bpe.pre_tokenizer, bpe.normalizer = pre, normalizer
+    bpe.train_from_iterator(["the reader counts tokens"], tokenizers.trainers.BpeTrainer(vocab_size=61, special_tokens=["<end>"]))
+    bpe.save(str(tmp_path / "given/tokenizer.json"))
+    (tmp_path / "given/tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}')
+    assert main(["export", f"checkpoint={tmp_path / 'given'}", f"out={tmp_path / 'out'}", "format=gguf"]) == 0
+    field = gguf.GGUFReader(tmp_path / "out/llama2.gguf").get_field("tokenizer.ggml.pre")
+    assert (None if field is None else field.contents()) == name
+    assert ("without a tokenizer: llama.cpp knows none" in capsys.readouterr().out) == (name is None)
 
 
 def test_gguf_refuses_values_that_the_format_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -346,7 +346,7 @@ def test_tokenizer_and_generation_config_travel_byte_for_byte_and_every_end_toke
     start = tmp_path / "start"
     shutil.copytree(exported, start)
     given = {
-        "generation_config.json": b'{"eos_token_id":[256,65],  "top_p":0.9}',
+        "generation_config.json": b'{"eos_token_id":[256,65],  "top_p":0.9, "bad_words_ids":[[3],[4,5]]}',
         "chat_template.jinja": b"{{ messages }}",
         "tokenizer_config.json": b'{"padding_side":"left","eos_token":"<|endoftext|>"}',
         "special_tokens_map.json": b"{ }",
@@ -358,9 +358,14 @@ def test_tokenizer_and_generation_config_travel_byte_for_byte_and_every_end_toke
     config = starting(folder, start, "travel", *ENDS_AFTER_A_STEP, "sample.prompts=[The]", "sample.max_new_tokens=3")
     ends = []
     generate = txtrain.generate
-    monkeypatch.setattr("txtrain.model.generation.generate", lambda *a, **k: ends.append(k["eos_token_id"]) or generate(*a, **k))
+
+    def spied(model, *args, **how):
+        ends.append((how["eos_token_id"], model.banned_tokens))
+        return generate(model, *args, **how)
+
+    monkeypatch.setattr("txtrain.model.generation.generate", spied)
     first = train(config).run_dir
-    assert ends[0] == (256, 65)
+    assert ends[0] == ((256, 65), (3,))
     again = train(compose([f"resume={first}", "trainer.max_steps=2"])).run_dir
     newest = max((again / "checkpoints").glob("step_*"))
     assert newest.name == "step_00000002"
@@ -369,6 +374,7 @@ def test_tokenizer_and_generation_config_travel_byte_for_byte_and_every_end_toke
         beside = newest / name if name == "generation_config.json" else newest / "tokenizer" / name
         assert (beside.read_bytes(), (tmp_path / "out" / name).read_bytes()) == (content, content), name
     assert txtrain.load_pretrained(newest).config.eos_token_id == (256, 65)
-    (newest / "generation_config.json").write_bytes(b'{"eos_token_id":[256,66],  "top_p":0.9}')
+    assert {said for _, said in ends} == {txtrain.load_pretrained(newest).banned_tokens} == {(3,)}
+    (newest / "generation_config.json").write_bytes(given["generation_config.json"].replace(b"65", b"66"))
     with pytest.raises(ConfigError, match=r"generation_config\.json has changed since it was written"):
         txtrain.load_pretrained(newest)

@@ -77,7 +77,7 @@ def test_all_end_tokens_of_generation_config_count_and_the_file_goes_along(tmp_p
     assert load_pretrained(tmp_path / "c").config.eos_token_id == 6
 
 
-@pytest.mark.parametrize(("given", "said"), [("[]", "JSON object"), ('{"eos_token_id": "</s>"}', "`eos_token_id` must be"), ('{"eos_token_id": [1, -1]}', "must be")])
+@pytest.mark.parametrize(("given", "said"), [("[]", "JSON object"), ('{"bad_words_ids": [1]}', "`bad_words_ids` must be a list"), ('{"eos_token_id": "</s>"}', "`eos_token_id` must be"), ('{"eos_token_id": [1, -1]}', "must be")])
 def test_a_generation_config_that_is_none_is_refused_by_its_name(given, said, tmp_path):
     (llama(tmp_path) / "generation_config.json").write_text(given)
     with pytest.raises(ConfigError, match=said) as e:

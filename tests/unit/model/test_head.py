@@ -40,6 +40,24 @@ def test_chunked_loss_equals_the_whole_with_gradients(monkeypatch, softcap, chun
         assert (a - b).abs().max() <= tolerance * b.abs().max()
 
 
+def test_the_gradient_of_many_chunks_is_that_of_float32(monkeypatch):
+    """Chunks whose gradients point one way, as with frequent words: in bfloat16 their sum stops to grow at 256."""
+    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 100)  # the sum is added to by parts
+    monkeypatch.setattr(head_loss, "CHUNK_ROWS", 4)
+    g = torch.Generator().manual_seed(0)
+    x = (torch.randn(1, 4 * 1024, 16, generator=g) * 0.5 + 1).bfloat16()
+    weight = torch.randn(97, 16, generator=g).bfloat16()
+    targets = torch.randint(0, 9, (1, 4 * 1024), generator=g)
+
+    def gradient(dtype):
+        of = weight.to(dtype).requires_grad_()
+        loss = heads.LMHead(16, 97, tied=True, softcap=None).loss(x.to(dtype), of, targets, torch.tensor(4096.0))
+        return torch.autograd.grad(loss, of)[0].float()
+
+    wanted = gradient(torch.float32)
+    assert float((gradient(torch.bfloat16) - wanted).norm() / wanted.norm()) < 0.01
+
+
 def test_a_frozen_side_gets_no_gradient_and_costs_none():
     x, weight = torch.randn(1, 4, 8, requires_grad=True), torch.randn(11, 8)
     loss = heads.LMHead(8, 11, tied=True, softcap=None).loss(x, weight, torch.tensor([[1, 2, 3, -100]]), torch.tensor(3.0))
@@ -105,10 +123,10 @@ def labelled(name, dtype):
     return model, {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 
-def gathered(model, inputs):
+def gathered(model, inputs, temperature=1.0):
     """From all logits at once: what `log_probs` must equal."""
     labels = inputs["labels"]
-    log_probs = model(**inputs).logits.log_softmax(-1)
+    log_probs = (model(**inputs).logits / temperature).log_softmax(-1)
     found = torch.zeros(labels.shape, dtype=log_probs.dtype)
     for b, t in (labels != -100).nonzero().tolist():
         at = t - 1 if model.head.shift else t
@@ -119,12 +137,22 @@ def gathered(model, inputs):
 
 @pytest.mark.parametrize("chunk_elements", [61 * 5, 1 << 22])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("name", MODELS)
-def test_log_probs_are_those_of_all_logits_with_gradients(monkeypatch, name, dtype, tolerance, chunk_elements):
+def test_log_probs_are_those_of_all_logits_with_gradients(monkeypatch, name, dtype, tolerance, chunk_elements, temperature):
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
     monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
     model, inputs = labelled(name, dtype)
-    got, expected = txtrain.log_probs(model, **inputs), gathered(model, inputs)
+    found = []
+
+    def loss_of(head, x_BTD, embedding_VD):
+        found.append(head.log_probs(x_BTD, embedding_VD, inputs["labels"], temperature))
+        return x_BTD.new_zeros(())
+
+    model(**inputs, return_logits=False, loss_of=loss_of)
+    got, expected = found[0], gathered(model, inputs, temperature)
+    if temperature == 1:
+        assert torch.equal(txtrain.log_probs(model, **inputs), got)
     assert got.dtype == dtype
     assert (got[inputs["labels"] == -100] == 0).all()
     assert (got - expected).abs().max() <= tolerance * expected.abs().max()
@@ -153,7 +181,8 @@ def test_no_label_gives_zeros_and_no_gradient():
     assert all(p.grad is None or (p.grad == 0).all() for p in model.parameters())
 
 
-def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch):
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch, temperature):
     """256 tokens of 131,072: 128 MiB of logits; a chunk of them is 4 MiB."""
     monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", 1 << 20)
     monkeypatch.setattr(head_loss, "CHUNK_ROWS", 1)
@@ -161,7 +190,7 @@ def test_log_probs_of_a_large_vocabulary_never_hold_all_logits(monkeypatch):
     x, weight = torch.randn(1, n_tokens, 4, requires_grad=True), torch.randn(n, 4, requires_grad=True)
     with Watched() as watched:
         head = heads.LMHead(4, n, tied=True)
-        log_probs = head.log_probs(x, weight, torch.arange(n_tokens)[None])
+        log_probs = head.log_probs(x, weight, torch.arange(n_tokens)[None], temperature)
         log_probs.sum().backward()
     assert log_probs.shape == (1, n_tokens)
     peak = watched.peak - watched.held

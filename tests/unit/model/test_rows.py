@@ -193,6 +193,18 @@ def test_beams_are_those_of_transformers(pair, num_beams, n, penalty):
         assert torch.equal(generate(ours, row, mask, n=n, batch_size=num_beams * 3, **how), generate(ours, row, mask, n=n, **how))
 
 
+def test_beams_with_several_end_tokens_are_those_of_transformers(pair):
+    """Three of the four best first tokens end: among 2 K candidates there would be one beam that goes on."""
+    theirs, ours = pair
+    for prompt in ([17, 53, 53], [28, 9, 18], [40, 47, 34]):
+        row = torch.tensor([prompt])
+        ends = ours(row).logits[0, -1].topk(4).indices.tolist()[1:]
+        how = {"max_new_tokens": 6, "num_beams": 2, "pad_token_id": 60}
+        expected = theirs.generate(row, do_sample=False, num_return_sequences=2, eos_token_id=ends, **how)
+        found = generate(ours, row, n=2, eos_token_id=tuple(ends), **how)
+        assert torch.equal(found, expected[:, : found.shape[1]])
+
+
 def test_log_probabilities_of_beams_are_the_models_own(pair):
     _, ours = pair
     for i, row in enumerate(written(ours, n=2, num_beams=3, ends=(EOS,))):

@@ -98,6 +98,24 @@ def test_every_decoder_samples_what_it_trains_on(tmp_path: Path, family: str) ->
         assert float(row["grad_norm"]) > 0
 
 
+@pytest.mark.parametrize("mixture", [False, True])
+def test_a_rollout_in_half_precision_is_kept_in_float32(tmp_path: Path, mixture: bool) -> None:
+    """Lightning makes bfloat16 the default dtype within a step; what is added up over a batch must not be rounded."""
+    experts = "model/ffn=moe_softmax", "model.ffn.n_experts=4", "model.ffn.top_k=2"
+    made = config(
+        tmp_path, "trainer.precision=bf16-true", "objective.beta=0.1", "trainer.max_steps=2", "save.every_n_steps=1", "objective.updates_per_rollout=2",
+        "objective.prompts_per_rollout=8", "trainer.val_check_interval=1", *(experts if mixture else ()),
+    )
+    run_dir = txtrain.train(made).run_dir
+    assert run_dir is not None
+    with np.load(next(iter(sorted(run_dir.rglob("rollout.npz"))))) as kept:
+        for name in ("old_log_probs", "sampler_log_probs", "reference_log_probs"):
+            assert kept[name].dtype == np.float32, name
+    sixths = float(metrics(run_dir)[-1]["val_reward"]) * 6 * 8  # of 8 problems
+    assert sixths == pytest.approx(round(sixths), abs=1e-4)
+    assert sixths > 0
+
+
 def test_pass_at_k_is_of_sampled_completions_of_held_out_problems(tmp_path: Path) -> None:
     """By the reward `answer`; each problem's draws are its own, whatever the batches."""
     asked = "objective.val_samples=4", "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=9"
@@ -145,6 +163,24 @@ def test_a_run_resumed_within_a_rollout_equals_one_that_was_not_stopped(tmp_path
     assert metrics(rest.run_dir) == metrics(whole.run_dir)
     assert whole.run_dir is not None
     assert weights(part.run_dir) == weights(whole.run_dir)
+    assert (part.run_dir / "samples.txt").read_text() == (whole.run_dir / "samples.txt").read_text()
+
+
+@pytest.mark.parametrize("said", [b"", b"[]", b'{"texts": 3}', b'{"texts": [["a", "b"]]}', b'{"texts": [["a", "b", {"low": "much"}]]}'])
+def test_damaged_texts_of_a_rollout_are_refused_by_their_file(tmp_path: Path, said: bytes) -> None:
+    given = config(tmp_path, "trainer.max_steps=1", "save.every_n_steps=1")
+    run_dir = txtrain.train(given).run_dir
+    assert run_dir is not None
+    (file,) = run_dir.rglob("rollout.npz")
+    with np.load(file) as kept:
+        arrays = {**kept}
+    np.savez(file, **arrays | {"texts": np.frombuffer(said, np.uint8)})
+    objective = build_objective(given)
+    with pytest.raises(ConfigError, match=r"rollout.npz: texts must be"):
+        objective.load_state(file.parent)
+    del arrays["texts"]  # of an earlier version
+    np.savez(file, **arrays)
+    objective.load_state(file.parent)
 
 
 RESET = "objective.beta=0.1", "objective.updates_per_rollout=2", "objective.reference_reset=4"
@@ -248,6 +284,27 @@ def test_the_loss_of_micro_batches_is_that_of_rows_one_by_one(tmp_path: Path, no
     assert float((of_whole - of_rows).abs().max()) < 1e-6
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_balance_of_experts_weighs_the_same_in_any_micro_batch(tmp_path: Path, temperature: float) -> None:
+    """Each micro-batch is evened out by itself: so that all are alike, one row is repeated."""
+    made = config(
+        tmp_path, "model/ffn=moe_softmax", "model.ffn.n_experts=4", "model.ffn.top_k=2", "model.ffn.aux_weight=1",
+        "objective.beta=0.1", "objective.reference=x", f"objective.temperature={temperature}",
+    )
+    objective = build_objective(made)
+    seed_everything(0)
+    model = build_model(made.model).double().train()
+    batch = {name: value[1:2].expand(8, *value.shape[1:]) for name, value in batch_of().items()}
+    found = []
+    for size in (8, 4, 1):
+        model.zero_grad()
+        for part in cut(batch, size):
+            objective.total(objective(model, part, objective.denominators(batch))).backward()  # type: ignore[no-untyped-call]
+        found.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    assert float((found[1] - found[0]).abs().max()) < 1e-6
+    assert float((found[2] - found[0]).abs().max()) < 1e-6
+
+
 def by_hand(model: torch.nn.Module, batch: Batch, ratio: str, normalise: str) -> torch.Tensor:
     """GRPO's loss of a whole batch, a token at a time, from the model's logits; clip 0.2, beta 0.1, at most 6 tokens."""
     log_p = model(input_ids=batch["input_ids"]).logits.log_softmax(-1)
@@ -331,6 +388,8 @@ def test_a_batch_of_truncated_completions_alone_has_loss_0_and_no_gradient(tmp_p
     [
         (["objective.reference=x"], "`objective.reference` must be null with objective.beta=0"),
         (["objective.loss=rloo", "objective.updates_per_rollout=2"], "which has no ratio"),
+        (["objective.loss=rloo", "objective.clip_low=0.3"], "`objective.clip_low` must be 0.2 with objective.loss=rloo"),
+        (["objective.loss=reinforce", "objective.clip_high=0.3"], "`objective.clip_high` must be 0.2 with objective.loss=reinforce"),
         (["objective.prompts_per_rollout=3"], "`data.global_batch_size` must divide the 12 completions"),
         (["objective.prompts_per_rollout=8"], "`objective.updates_per_rollout` must be a multiple of 2"),
         (["objective.max_new_tokens=16"], "must be below data.seq_len"),
@@ -360,6 +419,22 @@ def test_problems_and_grpo_go_together(wrong: list[str], said: str) -> None:
     with pytest.raises(ConfigError) as e:
         compose(["model=llama2", "trainer.max_epochs=null", *wrong])
     assert said in str(e.value)
+
+
+def test_a_divergence_in_the_reward_has_the_gradient_of_the_divergence(tmp_path: Path) -> None:
+    """The expected gradient of a policy of two tokens, far from its reference; a completion is a token."""
+    made = config(tmp_path, "objective.beta=0.5", "objective.kl_in=reward", "objective.group_size=2", "objective.loss=reinforce")
+    theta, reference = torch.tensor([1.5, -0.5], requires_grad=True), torch.tensor([0.1, 0.9]).log()
+    log_p = theta.log_softmax(0)
+    row = {"ids": [0, 0], "n_prompt": 1, "ended": True, "rewards": [0.0], "total": 0.0}
+    rows = [
+        row | {"old": log_p[i : i + 1].detach(), "sampler": log_p[i : i + 1].detach(), "reference": reference[i : i + 1]}
+        for i in range(2)
+    ]
+    advantages = build_objective(made)._together(rows)["advantages"]  # type: ignore[attr-defined]
+    (found,) = torch.autograd.grad((log_p.exp().detach() * advantages * log_p).sum(), theta, retain_graph=True)
+    (wanted,) = torch.autograd.grad(-0.5 * (log_p.exp() * (log_p - reference)).sum(), theta)
+    assert torch.allclose(found, wanted, atol=1e-6), (found, wanted)
 
 
 @pytest.mark.slow

@@ -1,9 +1,16 @@
 import numpy as np
+import pytest
 import torch
 
+import txtrain
 from tests.models import ids, seeded, shake, tiny
 from tests.unit.objectives.conftest import draws, tokenised
+from txtrain.checkpoint.load import open_weights
+from txtrain.model import options
+from txtrain.model.generation import generate
+from txtrain.model.position.config import AlibiConfig
 from txtrain.objectives.prefix_lm import PrefixLM
+from txtrain.training.module import LitModule
 
 DOCUMENTS = ["abcdefghij" * 5 for _ in range(30)]
 
@@ -47,3 +54,33 @@ def test_a_later_token_of_the_prefix_changes_what_an_earlier_one_says():
         other[0, changed] = (other[0, changed] + 1) % 61
         differs = (model(other, prefix_mask=prefix).logits - plain).abs().amax(-1)[0] > 1e-6
         assert differs.nonzero().flatten().tolist() == list(seen_at)
+
+
+@pytest.mark.parametrize("changes", [{}, {"attention": options.AttentionConfig(type="gqa", n_kv_heads=2, window=(4, None))}, {"position": AlibiConfig(type="alibi")}])
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}])
+def test_a_prompt_is_read_as_the_prefix_that_it_was_in_training(changes, how):
+    """Each new token has the largest logit of a forward whose prefix is the prompt; beside shorter prompts too."""
+    model = shake(seeded(tiny(**changes))).eval()
+    model.prefix_prompts = True
+    tokens, mask = ids(3, 9), torch.ones(3, 9, dtype=torch.long)
+    mask[0, :4] = mask[1, :7] = 0
+    together = generate(model, tokens, mask, max_new_tokens=6, eos_token_id=None, **how)
+    for row, n in enumerate((5, 2, 9)):
+        alone = tokens[row : row + 1, 9 - n :]
+        found = generate(model, alone, max_new_tokens=6, eos_token_id=None, **how)
+        assert torch.equal(found[0], together[row, 9 - n :])
+        if not how:
+            prefix = torch.arange(n + 5)[None] < n
+            assert torch.equal(model(found[:, :-1], prefix_mask=prefix).logits[0, n - 1 :].argmax(-1), found[0, n:])
+    model.prefix_prompts = False
+    assert not torch.equal(generate(model, tokens, mask, max_new_tokens=6, eos_token_id=None, **how), together)
+
+
+def test_a_run_says_how_its_model_reads_prompts(config, tmp_path):
+    """In its samples, from its checkpoint, and where another run begins with it."""
+    run = txtrain.train(config("prefix_lm", "trainer.max_steps=1")).run_dir
+    assert txtrain.load_pretrained(run).prefix_prompts
+    assert LitModule(config("prefix_lm")).model.prefix_prompts
+    assert open_weights(run).model.prefix_prompts
+    after = config("prefix_lm", "objective=causal_lm", f"init_from={run}", f"run_dir={tmp_path / 'after'}", "trainer.max_steps=1")
+    assert not txtrain.load_pretrained(txtrain.train(after).run_dir).prefix_prompts

@@ -115,6 +115,29 @@ def test_losses_and_gradients_do_not_depend_on_the_micro_batch(kind, config):
     assert torch.allclose(gradient, other_gradient, rtol=1e-3, atol=1e-5), float((gradient - other_gradient).abs().max())
 
 
+@pytest.mark.parametrize("kind", ["masked_lm", "classification", "image_classification"])
+def test_the_balance_of_experts_weighs_the_same_in_any_micro_batch(kind, config):
+    """Each micro-batch is evened out by itself: so that all are alike, one row is repeated."""
+    base = config(kind, "model/ffn=moe_softmax", "model.ffn.aux_weight=1", "model.ffn.dropout=0")
+    module = LitModule(base)
+    module.configure_model()
+    model, objective = module.model.train(), module.objective
+    (batch,) = batches(base, 1)
+    row = {name: value[:1].expand(8, *value.shape[1:]) for name, value in batch.items()}
+    whole, fours, ones = (gradients_of(objective, model, row, size) for size in (8, 4, 1))
+    for part in (fours, ones):
+        assert torch.allclose(part, whole, rtol=1e-3, atol=1e-5), float((part - whole).abs().max())
+
+
+def gradients_of(objective, model, batch, size: int) -> torch.Tensor:
+    """Of a batch in micro-batches."""
+    model.zero_grad()
+    counts = objective.denominators(batch)
+    for part in cut(batch, size):
+        objective.total(objective(model, part, counts)).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
 @EVERY
 def test_a_step_without_targets_is_0(kind, config):
     base = config(kind)

@@ -45,6 +45,20 @@ def test_the_average_is_the_recurrence_and_begins_with_the_first_weights_it_sees
     torch.testing.assert_close(average.values["weight"], torch.full((1, 2), float(want)), rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(("every", "lost", "want"), [(1, (1,), 3 / 4 * 2 + 1 / 4 * 3), (1, (1, 2), 3.0), (2, (2,), 3 / 4 * 1 + 1 / 4 * 4), (2, (4,), 2.0)])
+def test_a_skipped_step_does_not_make_it_begin_with_the_initial_weights(every, lost, want):
+    """lost: steps that made no update, of 3, or of 4 with every=2; weights are the number of the latest update's step."""
+    model, skipped = model_of(9.0), 0
+    average = Average(model, EMAConfig(decay=0.75, every_n_steps=every))
+    for step in range(1, every + 3):
+        skipped += step in lost
+        if step not in lost:
+            with torch.no_grad():
+                model.weight.fill_(float(step))
+        average.update(step, skipped, made=step not in lost)
+    torch.testing.assert_close(average.values["weight"], torch.full((1, 2), want), rtol=1e-6, atol=0)
+
+
 def test_it_is_torchs():
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 

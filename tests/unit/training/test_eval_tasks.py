@@ -145,6 +145,10 @@ def test_a_function_of_ones_own_is_a_metric_of_validation_and_evaluate(folder, o
         (["eval_tasks.x.type=txt"], "eval_tasks.x"),
         (["metrics=[nothing]"], "`metrics` must be of"),
         (["save.load_best=true", "save.keep_best=0"], "`save.keep_best` must be at least 1"),
+        (
+            ["trainer.limit_val_batches=0", "save.load_best=true", "trainer.stop_after.patience=2"],
+            "`trainer.limit_val_batches` must be at least 1 with trainer.stop_after.patience, eval_tasks, save.load_best, which",
+        ),
     ],
 )
 def test_mistakes_are_refused_before_anything_is_written(folder, words, says, capsys):

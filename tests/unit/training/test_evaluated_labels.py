@@ -12,6 +12,8 @@ from tests.training import RUN
 from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
+from txtrain.objectives.classification import Classification
+from txtrain.registry import TABLE
 from txtrain.training.run import train
 
 SMALL = ("data=labels", "data.tokenizer=bytes", "model.vocab_size=300", "model.max_seq_len=64", "data.seq_len=64", "model.dim=32", "model.n_layers=1", "model.n_heads=2")
@@ -64,6 +66,36 @@ def runs(folder):
 
 def lines(folder, run, verb, out, *more):
     return [verb, f"checkpoint={run}", f"out={folder / out}", "trainer.accelerator=cpu", f"data.cache_dir={folder / 'cache'}", *more]
+
+
+@pytest.mark.parametrize("n_numbers", [1, 2])
+def test_numbers_to_learn_are_not_rounded_in_half_precision(tmp_path, monkeypatch, capsys, n_numbers):
+    """Training, validation, metrics of one's own and `evaluate` read the file's, which bfloat16 cannot hold."""
+    seen: dict[str, set[float]] = {"trained": set(), "measured": set()}
+
+    @txtrain.component("metric", "labels")
+    def labels(model, batch):
+        seen["measured"] |= {*batch["labels"].flatten().tolist()}
+        return batch["labels"].view(len(batch["labels"]), -1).double().sum(1)
+
+    plain = Classification.denominators
+
+    def spied(objective, batch):
+        seen["trained"] |= {*batch["labels"].flatten().tolist()}
+        return plain(objective, batch)
+
+    monkeypatch.setattr(Classification, "denominators", spied)
+    rows = [{"text": f"A text with the number {i}", "a": 1000 + i / 8, "b": -1000 - i / 8} for i in range(24)]
+    file, columns = write(tmp_path / "train.jsonl", rows), "[a]" if n_numbers == 1 else "[a,b]"
+    given = [*SMALL, "model=bert", "data.kind=regression", f"data.label_column={columns}", f"data.path={file}", *RUN, "trainer.max_steps=3"]
+    given += [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "trainer.precision=bf16-true", "metrics=[labels]"]
+    try:
+        run = train(compose(given)).run_dir
+        assert main(lines(tmp_path, run, "evaluate", "figures.json", "metrics=[labels]")) == 0, capsys.readouterr().err
+    finally:
+        del TABLE["metric"]["labels"]
+    exact = {row[name] for row in rows for name in ("a", "b")[:n_numbers]}
+    assert all(found and found <= exact for found in seen.values()), seen
 
 
 @pytest.mark.parametrize("kind", KINDS)

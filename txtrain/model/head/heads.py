@@ -56,8 +56,10 @@ class Head(nn.Module):
         """The loss of logits that are there already."""
         return cross_entropy(logits, targets, denominator)
 
-    def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
-        """Log-probability of each label, [B, T], 0 where it is -100."""
+    def log_probs(
+        self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-probability of each label, [B, T], 0 where it is -100. temperature: by which the logits are divided."""
         raise NotImplementedError
 
     def sentence_logits(self, x_BTD: Tensor) -> Tensor | None:
@@ -104,11 +106,14 @@ class LMHead(Head):
         x_ND = self.entering(x_BTD).flatten(0, 1)
         return self.chunked(x_ND, embedding_VD, targets.flatten(), denominator, smoothing)
 
-    def log_probs(self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor) -> Tensor:
+    def log_probs(
+        self, x_BTD: Tensor, embedding_VD: Tensor | None, labels_BT: Tensor, temperature: float = 1.0
+    ) -> Tensor:
         """Only positions with a target go through the head, by chunks."""
         targets_BT = self.targets(labels_BT)
         chosen_BT = targets_BT != IGNORED
-        losses_N = self.chunked(self.entering(x_BTD[chosen_BT]), embedding_VD, targets_BT[chosen_BT], None)
+        given = self.entering(x_BTD[chosen_BT]), embedding_VD, targets_BT[chosen_BT]
+        losses_N = self.chunked(*given, None, temperature=temperature)
         found_BT = losses_N.new_zeros(targets_BT.shape).masked_scatter(chosen_BT, -losses_N)
         return F.pad(found_BT[:, :-1], (1, 0)) if self.shift else found_BT
 
@@ -130,13 +135,13 @@ class LMHead(Head):
 
     def chunked(
         self, x_ND: Tensor, embedding_VD: Tensor | None, targets_N: Tensor, denominator: Tensor | None,
-        smoothing: float = 0.0,
+        smoothing: float = 0.0, temperature: float = 1.0,
     ) -> Tensor:
-        """The summed loss divided by the denominator; without one each token's loss, [N]."""
+        """The summed loss divided by the denominator; without one each token's loss, [N], at that temperature."""
         given = *self.multiplied(x_ND, embedding_VD), targets_N
         with torch.autocast(x_ND.device.type, enabled=False):
             if denominator is None:
-                return ChunkedTokenLosses.apply(*given, self.softcap, self.vocabulary)
+                return ChunkedTokenLosses.apply(*given, self.softcap, self.vocabulary, temperature)
             with_grad = torch.is_grad_enabled()
             return ChunkedCrossEntropy.apply(*given, denominator, self.softcap, self.vocabulary, with_grad, smoothing)
 

@@ -121,7 +121,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class ChunkedTokenLosses(torch.autograd.Function):
-    """-log softmax(cap(x W^T + b))[target] of each token, [N], by chunks of tokens; 0 where there is no target.
+    """-log softmax(cap(x W^T + b) / temperature)[target] of each token, [N], by chunks of tokens; 0 without a target.
 
     The gradient of each token's loss is known only in the backward, which computes each chunk's logits again.
     """
@@ -129,32 +129,34 @@ class ChunkedTokenLosses(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, softcap: float | None,
-        vocabulary: Vocabulary,
+        vocabulary: Vocabulary, temperature: float,
     ) -> Tensor:
-        ctx.how, inputs = (softcap, vocabulary), (x_ND, weight_VD, bias_V, targets_N)
+        ctx.how, inputs = (softcap, vocabulary, temperature), (x_ND, weight_VD, bias_V, targets_N)
         ctx.save_for_backward(*inputs)
-        return torch.cat([loss_C for _, loss_C, _ in _chunks(inputs, softcap, vocabulary, False)])
+        chunks = _chunks(inputs, softcap, vocabulary, False, temperature=temperature)
+        return torch.cat([loss_C for _, loss_C, _ in chunks])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, (softcap, vocabulary) = ctx.saved_tensors, ctx.how
+        inputs, (softcap, vocabulary, temperature) = ctx.saved_tensors, ctx.how
         gradients = Gradients(inputs, ctx.needs_input_grad)
         with torch.autocast(grad_N.device.type, enabled=False):  # dtypes are those of the forward
-            for rows, _, grad_CV in _chunks(inputs, softcap, vocabulary, True):
+            for rows, _, grad_CV in _chunks(inputs, softcap, vocabulary, True, temperature=temperature):
                 assert grad_CV is not None
                 gradients.add(rows, grad_CV.mul_(grad_N[rows, None]))
                 del grad_CV  # before the next chunk's logits are made
-        return (*gradients.made(), None, None, None)
+        return (*gradients.made(), None, None, None, None)
 
 
 class Gradients:
-    """Those of x, weight and bias that are wanted, summed over chunks of tokens."""
+    """Those of x, weight and bias that are wanted, summed over chunks of tokens at least in float32: in bfloat16 a sum
+    of hundreds of alike chunks stops to grow."""
 
     def __init__(self, inputs: Sequence[Any], wanted: Sequence[bool]) -> None:
-        self.inputs = x_ND, weight_VD, _ = inputs[:3]
+        self.inputs = x_ND, weight_VD, _ = tuple(inputs[:3])
         self.of_x = torch.empty_like(x_ND) if wanted[0] else None
-        self.of_weight = torch.zeros_like(weight_VD) if wanted[1] else None
+        self.of_weight = torch.zeros_like(weight_VD, dtype=wide(weight_VD.dtype)) if wanted[1] else None
         self.of_bias = torch.zeros_like(weight_VD[:, 0], dtype=wide(weight_VD.dtype)) if wanted[2] else None
 
     def add(self, rows: slice, grad_CV: Tensor) -> None:
@@ -165,11 +167,21 @@ class Gradients:
         if self.of_x is not None:
             self.of_x[rows] = grad_CV @ weight_VD
         if self.of_weight is not None:
-            self.of_weight.addmm_(grad_CV.T, x_ND[rows])
+            add_product(self.of_weight, grad_CV.T, x_ND[rows])
 
     def made(self) -> tuple[Tensor | None, ...]:
-        of_bias = None if self.of_bias is None else self.of_bias.to(self.inputs[2].dtype)
-        return self.of_x, self.of_weight, of_bias
+        of_both = zip((self.of_weight, self.of_bias), self.inputs[1:], strict=True)
+        return self.of_x, *(None if total is None else total.to(given.dtype) for total, given in of_both)
+
+
+def add_product(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    """total += a b, which is of a lower precision: by parts, so that the product beside the total is small."""
+    if total_VD.dtype == b_CD.dtype:
+        total_VD.addmm_(a_VC, b_CD)
+        return
+    size = max(1, CHUNK_ELEMENTS // b_CD.shape[1])
+    for total_PD, a_PC in zip(total_VD.split(size), a_VC.split(size), strict=True):
+        total_PD += a_PC @ b_CD
 
 
 def times(made: Sequence[Tensor | None], grad: Tensor | None) -> Iterator[Tensor | None]:
@@ -199,15 +211,15 @@ def _log_z(logits_CV: Tensor) -> Tensor:
 
 def _chunks(
     inputs: Sequence[Any], softcap: float | None, vocabulary: Vocabulary, with_grad: bool,
-    denominator: Tensor | None = None, smoothing: float = 0.0,
+    denominator: Tensor | None = None, smoothing: float = 0.0, temperature: float = 1.0,
 ) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
     """The tokens of each chunk, and its `_chunk`; at least one. inputs: x_ND, weight_VD, bias_V, targets_N."""
     x_ND, weight_VD, bias_V, targets_N = inputs
     size = vocabulary.rows_per_chunk(weight_VD)
     for start in range(0, max(1, len(x_ND)), size):
         rows = slice(start, start + size)
-        given = x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, with_grad, denominator, smoothing
-        yield rows, *_chunk(*given)
+        given = x_ND[rows], weight_VD, bias_V, targets_N[rows], softcap, vocabulary, with_grad, denominator
+        yield rows, *_chunk(*given, smoothing, temperature)
 
 
 def chunk_logits(x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap: float | None) -> Tensor:
@@ -222,13 +234,15 @@ def chunk_logits(x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, softcap
 
 def _chunk(
     x_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_C: Tensor, softcap: float | None,
-    vocabulary: Vocabulary, with_grad: bool, denominator: Tensor | None, smoothing: float,
+    vocabulary: Vocabulary, with_grad: bool, denominator: Tensor | None, smoothing: float, temperature: float,
 ) -> tuple[Tensor, Tensor | None]:
     """Losses of the tokens [C], and their gradients by the logits before the cap, at least in float32.
 
     denominator: of the gradients alone.
     """
     logits_CV = chunk_logits(x_CD, weight_VD, bias_V, softcap)
+    if temperature != 1:
+        logits_CV.div_(temperature)
     is_target_C = targets_C != IGNORED
     rows_C, is_here_C = vocabulary.find(targets_C, weight_VD.shape[0])
     log_z_C, target_C = vocabulary.log_z_and_target(logits_CV, rows_C, is_here_C)
@@ -244,12 +258,14 @@ def _chunk(
     for start in range(0, len(logits_CV), size):
         rows = slice(start, start + size)
         part_CV = logits_CV[rows]
-        slope_CV = None if softcap is None else 1 - (part_CV / softcap).square()
+        slope_CV = None if softcap is None else 1 - (part_CV * (temperature / softcap)).square()
         part_CV.sub_(log_z_C[rows, None]).exp_().scatter_add_(1, rows_C[rows, None], of_target_C1[rows])
         if smoothing:
             part_CV.sub_(smoothing / n_words)
         if slope_CV is not None:
             part_CV.mul_(slope_CV)
         del slope_CV  # before the next part's is made
+        if temperature != 1:
+            part_CV.div_(temperature)
         part_CV.div_(below_C1[rows])  # 0 where there is no target
     return loss_C, logits_CV

@@ -300,7 +300,7 @@ class Tape(Recorder):
             weight, shift = self.to(weight, 2), None if shift is None else self.to(shift, 2)
         inputs = [x, weight, *([shift] if shift else [])]
         self.multiplied(2.0 * x.n * vocabulary, x, weight)
-        sizes = zip(inputs, (x.n, weight.n, vocabulary), (x.size, x.size, 4), strict=False)
+        sizes = zip(inputs, (x.n, weight.n, vocabulary), (x.size, 4, 4), strict=False)
         gradients = [self.bytes(count, size) if y.edge else None for y, count, size in sizes]
         wanted = any(gradients)
         chunk = min(rows, n) * vocabulary
@@ -312,7 +312,11 @@ class Tape(Recorder):
         del temporaries
         low = self.bytes(chunk, x.size) if wanted and x.size != 4 else None
         self.bytes(chunk // vocabulary * dim if gradients[0] else 0, x.size)
+        if gradients[1] and x.size != 4:
+            self.bytes(min(weight.n, max(1, CHUNK_ELEMENTS // dim) * dim), x.size)
         del logits, low
+        if x.size != 4:  # the sums are cast at the end
+            gradients[1:] = [None if g is None else self.bytes(g.n // 4, x.size) for g in gradients[1:]]
 
         def backward(g: Bytes) -> Gradients:  # scaled where they lie
             made = tuple(gradients)

@@ -110,6 +110,8 @@ def _unstated(config: Train, world: int) -> Iterator[str]:
 
 
 def _refuse_uncounted(config: Train, world: int) -> None:
+    if config.objective.uncounted is not None:
+        raise NotCounted(config.objective.uncounted)
     strategy = config.strategy
     if strategy.stage:
         if strategy.cpu_offload or world == 1:
