@@ -20,6 +20,8 @@ from txtrain.hf.hub import folder_of
 from txtrain.hf.lora_config import ADAPTER_CONFIG, CLASSES, PREFIX, WEIGHTS, LoraConfig
 from txtrain.hf.tensor_names import check_layers, names_in, read_header, tensor_names
 from txtrain.model.config import ModelConfig
+from txtrain.objectives import config as _options  # noqa: F401  registers them
+from txtrain.registry import TABLE
 
 T = TypeVar("T")
 
@@ -136,14 +138,15 @@ def described_adapter(path: Path, where: Path) -> Described:
 def _saved_config(path: Path, key: str) -> tuple[ModelConfig, bool]:
     """From a checkpoint's config.yaml, which is only data: the files in its `imports` are not imported.
 
-    Also whether its objective is prefix_lm.
+    Also whether its objective has prefix_prompts.
     """
     file = path / "config.yaml"
     raw = read_yaml(file)
     check_keys(raw, str(file), {"model": dict, "imports": list[str] | None, "objective": dict | None})
     try:
         model = build(ModelConfig, raw["model"], "model", file)
-        return model, (raw.get("objective") or {}).get("type") == "prefix_lm"
+        objective = TABLE["objective"].get(str((raw.get("objective") or {}).get("type")))  # or one of the user's own
+        return model, objective is not None and objective.config.prefix_prompts
     except ConfigError as e:
         if not raw.get("imports"):
             raise
