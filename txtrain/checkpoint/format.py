@@ -102,7 +102,8 @@ def check_folder(run_dir: Path) -> None:
     Raises:
         ConfigError: a link leads out of its folder, or a pipe or a device is there.
     """
-    for path in (*_strange(run_dir), *_strange(run_dir / FOLDER)):
+    elsewhere = run_dir / FOLDER
+    for path in (*_strange(run_dir), *(_strange(elsewhere) if elsewhere.is_symlink() else ())):
         check_links([path])
         if path.exists() and not (path.is_file() or path.is_dir()):
             raise ConfigError(f"{path} must be a regular file, but is none.")

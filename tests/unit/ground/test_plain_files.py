@@ -412,6 +412,8 @@ def test_the_folder_of_checkpoints_may_be_a_link_of_the_users(made, run, tmp_pat
     (tmp_path / "short").symlink_to(run)
     assert continued(made, tmp_path / "short").checkpoint is not None
     load.load(tmp_path / "short")
+    (tmp_path / "large" / "step_00000002" / "x").symlink_to(tmp_path / "mine")
+    refused(lambda: continued(made, tmp_path / "short"), "step_00000002/x", str(tmp_path / "mine"))
 
 
 @pytest.mark.parametrize(
