@@ -270,3 +270,16 @@ def test_an_argument_that_does_not_fit_is_the_users_mistake_before_anything_is_w
     assert not (folder / "wrong").exists()
 
 
+@pytest.mark.parametrize("name", ["wandb", ".wandb"])
+def test_a_current_folder_that_names_a_server_or_a_key_is_refused_before_anything_is_written(name, folder, tmp_path, monkeypatch):
+    from txtrain.errors import ConfigError
+
+    monkeypatch.chdir(tmp_path)
+    settings = tmp_path / name / "settings"
+    settings.parent.mkdir()
+    settings.write_text("[default]\nproject = mine\n")
+    train(config(folder, f"own{name}", "trainer.max_steps=1"))
+    settings.write_text("[default]\nbase_url = https://elsewhere.example\napi_key: x\n")
+    with pytest.raises(ConfigError, match=rf"{name}/settings must not name api_key and base_url.*WANDB_BASE_URL"):
+        train(config(folder, f"theirs{name}"))
+    assert not (folder / f"theirs{name}").exists()

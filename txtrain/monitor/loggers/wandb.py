@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shlex
 import threading
@@ -20,6 +21,8 @@ from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch import loggers as lightning
 
 from txtrain.checkpoint.run_folder import RunFolder
+from txtrain.errors import ConfigError
+from txtrain.ground import plain_files
 from txtrain.monitor import metrics_csv as metrics_file
 from txtrain.monitor.loggers.offline import is_written, last_step
 from txtrain.monitor.loggers.sinks import Sink
@@ -49,6 +52,23 @@ FINISH, UPLOAD = 30.0, 3600.0
 EXIT_CODES = {"complete": 0, "preempted": PREEMPTED, "failed": 1}
 
 
+def _check_current_folder() -> None:
+    """Refuse a folder that tells W&B where to send the user's key: it may have come with a stranger's run or set.
+
+    Raises:
+        ConfigError: the file of W&B's settings in the current folder names a server or a key.
+    """
+    for path in (Path("wandb", "settings"), Path(".wandb", "settings")):
+        if path.is_file():
+            named = re.findall(r"^\s*(base_url|api_key)\s*[=:]", plain_files.read_text(path), re.M)
+            if named:
+                what = " and ".join(sorted({*named}))
+                raise ConfigError(
+                    f"{path.absolute()} must not name {what}, which W&B would follow in this folder: the variables "
+                    "WANDB_BASE_URL and WANDB_API_KEY, or `wandb login`, do."
+                )
+
+
 class WandbLogger(lightning.WandbLogger):
     """Lightning's logger, but WANDB_* variables win, and a row's step is its own instead of the number of calls.
 
@@ -67,6 +87,7 @@ class WandbLogger(lightning.WandbLogger):
         self._wandb_init["project"] = words.get("project")  # null must stay null: Lightning puts a name there
         del self._wandb_init["anonymous"]  # W&B warns even if it is null
         self._settings = dict(settings or {})
+        _check_current_folder()
         self.opened = threading.Event()
         self.opened.set()
 
