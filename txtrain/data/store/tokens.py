@@ -246,11 +246,14 @@ class Tokens:
         """The source item of each document in tokens begin to end - 1; its number in the split, if that is unknown."""
         first = np.searchsorted(self.offsets, begin, side="right") - 1
         documents = np.arange(first, np.searchsorted(self.offsets, end, side="left"))
-        told = [shard.numbers for shard in self.shards if shard.numbers is not None]
-        if len(told) == len(self.shards):
-            documents = np.concatenate([numbers() for numbers in told])[documents]
-        found: list[int] = documents.tolist()
+        found: list[int] = (documents if self._numbers is None else self._numbers[documents]).tolist()
         return found
+
+    @cached_property
+    def _numbers(self) -> Indices | None:
+        """The source item of each document; None: a shard does not tell."""
+        told = [shard.numbers for shard in self.shards if shard.numbers is not None]
+        return np.concatenate([numbers() for numbers in told]) if len(told) == len(self.shards) else None
 
     def beginnings(self, n: int, length: int) -> Iterator[Indices]:
         """The first `length` tokens of the first n documents (or of all), without reading whole files."""
