@@ -25,7 +25,6 @@ from txtrain.objectives.base import (
 )
 from txtrain.objectives.config import Score
 from txtrain.objectives.score_sums import STATISTICS, with_scores
-from txtrain.objectives.scores import SCORES
 from txtrain.run_config import RunConfig
 
 _LONGER = 50  # tokens by which an answer may exceed its source (1706.03762, section 6.1)
@@ -91,14 +90,10 @@ class Seq2Seq(Objective):
         return batch["labels"][batch["labels"] != IGNORED]
 
     def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
-        if data is None:
-            return {}
-        answers: list[list[int]] = []
-        references: list[list[int]] = []
-        for batch in data.examples(self.n_decoded, micro_batch_size):
-            answers += self.answered(model, batch, data.tokenizer.eos_id)
-            references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end token
-        return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
+        batches = () if data is None else data.examples(self.n_decoded, micro_batch_size)
+        tables = [self.decode(model, batch, data.tokenizer) for batch in batches]
+        sums = {name: torch.cat([table[name] for table in tables]).sum(0).numpy() for name in self.metrics if tables}
+        return {name: float(value) for name, value in self.figures(sums).items()}
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return (
