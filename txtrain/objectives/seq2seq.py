@@ -13,7 +13,6 @@ from txtrain.model.generation import generate
 from txtrain.objectives.base import (
     IGNORED,
     Batch,
-    Counted,
     Numbers,
     Objective,
     Shown,
@@ -51,7 +50,7 @@ class Seq2Seq(Objective):
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         if not self.label_smoothing:
-            return self._plain(model, batch, denominators)
+            return self.plain(model, batch, denominators)
 
         def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
             loss: Tensor = head.loss(x_BTD, embedding_VD, batch["labels"], denominators["loss"], self.label_smoothing)
@@ -60,15 +59,10 @@ class Seq2Seq(Objective):
         given = {**_given(batch), "num_items_in_batch": denominators["loss"]}
         return {"loss": model(**given, return_logits=False, loss_of=loss_of).loss}
 
-    @staticmethod
-    def _plain(model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+    def plain(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         return {"loss": model(**_given(batch), num_items_in_batch=denominators["loss"], return_logits=False).loss}
 
     # ------------------------------------------------------------------------------------------------------- validation
-
-    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        count = n_targets(batch["labels"])
-        return {"loss": (self._plain(model, batch, {"loss": torch.ones_like(count)})["loss"], count)}
 
     def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
         output = model(**_given(batch), return_logits=False, return_log_probs=True)
