@@ -97,22 +97,11 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
                 _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
             )
             inside: Any = _Inside() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-            with as_real, sent, tracker, inside, _precision(config, parallel):
+            with as_real, sent, tracker, inside, parallel.autocast(torch.device("cpu")):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
     return Simulated(peak.pop("Total"), peak, now["Total"], sent.bytes, sent.calls)
-
-
-@contextlib.contextmanager
-def _precision(config: Train, parallel: OneProcess) -> Iterator[None]:
-    """As Lightning's plugin does: autocast around the step, unless the strategy casts."""
-    precision = config.trainer.precision
-    casts = precision == "bf16-mixed" and not (
-        parallel.world.size > 1 and config.strategy.layout(parallel.world.size).shard > 1
-    )
-    with torch.autocast("cpu", torch.bfloat16, enabled=casts, cache_enabled=True):
-        yield
 
 
 @contextlib.contextmanager
