@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -191,11 +191,10 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes: dict[str, int] = {}
-        self.calls: dict[str, int] = {}
+        self.clear()
 
     def clear(self) -> None:
-        self.bytes, self.calls = {}, {}
+        self.bytes, self.calls = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(t is DTensor for t in types):
@@ -203,10 +202,8 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in collective_ops and func not in sync_ops:
             name = NAMES.get(func._schema.name.split("::")[1].strip("_"), func._schema.name)
-            self.bytes[name] = self.bytes.get(name, 0) + int(
-                CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
-            )
-            self.calls[name] = self.calls.get(name, 0) + 1
+            self.bytes[name] += int(CollectiveOp.get_comm_tensor_size(func, result, args, kwargs))
+            self.calls[name] += 1
         return result
 
 
