@@ -129,13 +129,11 @@ class Copies:
 
     def states(self) -> dict[str, int]:
         """Bytes between steps, without the batch."""
-        optimizer = updates.states(self.config.optimizer, self.trained, self.stored)
+        optimizer = self.config.optimizer.state_bytes({h.name: h.own for h in self.trained}, self.stored)
         assert optimizer is not None, "count.py asks for what an optimizer states"
         parameters = self.stored * sum(h.n for h in self.held)
-        return {
-            "parameters": parameters, "optimizer": optimizer,
-            "averaged": updates.averaged(self.config.ema, self.trained)
-        }
+        averaged = 0 if self.config.ema.decay is None else 4 * sum(h.n for h in self.trained)  # in float32
+        return {"parameters": parameters, "optimizer": optimizer, "averaged": averaged}
 
     def update(self) -> dict[str, int]:
         """Further bytes during the optimizer's step."""
