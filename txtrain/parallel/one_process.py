@@ -143,7 +143,7 @@ class OneProcess:
         """Wait for all ranks."""
 
     def is_new(self, key: str) -> bool:
-        """Whether no rank has asked for this key before; true for one of several at once. Not collective."""
+        """Whether no rank has asked for this key before: true for exactly one caller per key. Not collective."""
         return True
 
     # ------------------------------------------------------------------------------------------ the model
