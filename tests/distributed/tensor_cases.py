@@ -1,7 +1,6 @@
 """One process of the group that test_tensor.py starts: trains each case with its parts cut, and alone, and writes how far they differ.
 
-python -m tests.distributed.tensor_cases compare cases.json out.json      with RANK, WORLD_SIZE, ... set, as a launcher does
-python -m tests.distributed.tensor_cases train runs.json                  overrides of runs, one after the other
+python -m tests.distributed.tensor_cases cases.json out.json      with RANK, WORLD_SIZE, ... set, as a launcher does
 """
 
 from __future__ import annotations

@@ -15,8 +15,13 @@ def runs(tmp_path_factory):
 
 
 def test_a_decoders_steps_in_one_process_are_the_same_however_they_are_made(runs):
-    """All that needs no compiler. Several processes have theirs in test_strategies.py, test_tensor.py and test_deepspeed.py."""
+    """All that needs no compiler. More of several processes is in test_tensor.py and test_deepspeed.py."""
     runs.compare(cells(1, ["decoder"], [way for way in WAYS if "compiled" not in way]))
+
+
+def test_a_decoders_steps_in_two_processes_are_the_same(runs):
+    ways = "ddp, accumulation", "fsdp, accumulation", "fsdp, each micro-batch reduced", "fsdp, offload, accumulation"
+    runs.compare(cells(2, ["decoder"], ways))
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ def _fill(corpus: Corpus | MarkedCorpus, tokenizer: Tokenizer, folder: Path, con
         else:
             _write(corpus, tokenizer, key, folder, config)
         if config.objective.prepares:
-            there = True  # the tokens stay, whatever becomes of this
+            there = True  # the tokens are kept if a later step fails
             teach(config, folder)
             objective, data = config.objective, config.data
             print(

@@ -123,11 +123,10 @@ def save_adapter(
     tensors |= {f"{PREFIX}{name}": tensor for name, tensor in saved.items()}
     (r, alpha), _ = Counter(settings.values()).most_common(1)[0]
     known = [name if kind.stacked else f"{name}.weight" for name, kind in kinds.items()]
-    others = {key: both for key, both in settings.items() if both != (r, alpha)}
-    by_value: dict[tuple[int, float], list[str]] = {}
-    for key, both in others.items():
-        by_value.setdefault(both, []).append(key)
-    patterns = {end: both for both, keys in by_value.items() for end in _ends(keys, [*settings])}
+    patterns = {
+        end: both for both in dict.fromkeys(settings.values()) if both != (r, alpha)
+        for end in _ends((key for key, value in settings.items() if value == both), settings)
+    }
     config = {
         "peft_type": "LORA", "task_type": _task(model), "base_model_name_or_path": base, "inference_mode": True,
         "r": r, "lora_alpha": alpha, "lora_dropout": 0.0 if parameters else dropout, "use_rslora": rslora,

@@ -131,8 +131,12 @@ class Objective:
         Beside them perhaps ROWS: numbers of each sample, [B, k], for metrics of the whole set.
         """
         counts = self.denominators(batch)
-        sums = self(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
+        sums = self.plain(model, batch, {name: torch.ones_like(n) for name, n in counts.items()})
         return {name: (value, counts[name]) for name, value in sums.items()}
+
+    def plain(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        """The terms in validation, without what only training adds (label smoothing)."""
+        return self(model, batch, denominators)
 
     def score(self, rows: NDArray[np.float64]) -> dict[str, float]:
         """The `metrics` that are made of ROWS of all samples, [N, k], in the order of the set; equal on all ranks."""

@@ -31,7 +31,7 @@ from txtrain.data.sources.source import SPLITS
 from txtrain.data.store.cache import cached, find
 from txtrain.data.store.split import digest
 from txtrain.errors import ConfigError
-from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Terms, n_targets
+from txtrain.objectives.base import IGNORED, Batch, Objective, Shown, Terms, n_targets
 from txtrain.objectives.sft import answers
 from txtrain.run_config import RunConfig
 
@@ -75,11 +75,8 @@ class DPO(Objective):
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         return self._terms(model, batch, denominators, self.label_smoothing)
 
-    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        """Without label smoothing."""
-        counts = self.denominators(batch)
-        sums = self._terms(model, batch, {name: torch.ones_like(n) for name, n in counts.items()}, 0.0)
-        return {name: (value, counts[name]) for name, value in sums.items()}
+    def plain(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+        return self._terms(model, batch, denominators, 0.0)
 
     def reported(self, terms: Any) -> Any:
         return sum(weight * terms[name] for name, weight in self.parts.items())

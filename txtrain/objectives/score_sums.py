@@ -1,8 +1,9 @@
-"""The scores of `scores` from numbers that add up over answers, so that any resampled set has its score at once."""
+"""Scores of answers against references (token ids, one reference each), from numbers that add up over answers, so that
+any resampled set has its score at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,12 @@ from torch import Tensor
 
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.objectives.base import Numbers
-from txtrain.objectives.scores import Ids
+
+Ids = Sequence[Sequence[int]]
 
 
 def _metric(name: str) -> Any:
+    """BLEU as sacrebleu computes it by default (Post 2018, 1804.08771), or chrF2 (Popovic 2015); 0 to 100."""
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 

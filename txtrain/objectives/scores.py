@@ -1,46 +1,13 @@
-"""Scores of a whole set: of answers against references (token ids, one reference each), and of labels."""
+"""Scores of the labels of a whole set: arrays of all rows, as scikit-learn and scipy define the scores."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from txtrain.data.tokenizer.tokenizer import Tokenizer
-
-Ids = Sequence[Sequence[int]]
 Labels = NDArray[Any]
-
-
-def exact_match(answers: Ids, references: Ids, tokenizer: Tokenizer) -> float:
-    """Fraction of answers that equal their reference, token by token."""
-    return sum(list(a) == list(r) for a, r in zip(answers, references, strict=True)) / max(len(references), 1)
-
-
-def bleu(answers: Ids, references: Ids, tokenizer: Tokenizer) -> float:
-    """Corpus BLEU of the decoded texts, 0 to 100, as sacrebleu computes it by default (Post 2018, 1804.08771)."""
-    from sacrebleu.metrics.bleu import BLEU
-
-    return float(BLEU(force=True).corpus_score(_texts(answers, tokenizer), [_texts(references, tokenizer)]).score)
-
-
-def chrf(answers: Ids, references: Ids, tokenizer: Tokenizer) -> float:
-    """chrF2 of the decoded texts, 0 to 100 (Popovic 2015)."""
-    from sacrebleu.metrics.chrf import CHRF
-
-    return float(CHRF().corpus_score(_texts(answers, tokenizer), [_texts(references, tokenizer)]).score)
-
-
-def _texts(rows: Ids, tokenizer: Tokenizer) -> list[str]:
-    return [tokenizer.decode(ids) for ids in rows]
-
-
-SCORES: dict[str, Callable[[Ids, Ids, Tokenizer], float]] = {"exact_match": exact_match, "bleu": bleu, "chrf": chrf}
-
-
-# Of labels: arrays of all rows, as scikit-learn and scipy define the scores.
 
 
 def class_scores(found: Labels, truth: Labels) -> dict[str, float]:

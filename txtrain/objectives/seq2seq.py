@@ -13,7 +13,6 @@ from txtrain.model.generation import generate
 from txtrain.objectives.base import (
     IGNORED,
     Batch,
-    Counted,
     Numbers,
     Objective,
     Shown,
@@ -25,7 +24,6 @@ from txtrain.objectives.base import (
 )
 from txtrain.objectives.config import Score
 from txtrain.objectives.score_sums import STATISTICS, with_scores
-from txtrain.objectives.scores import SCORES
 from txtrain.run_config import RunConfig
 
 _LONGER = 50  # tokens by which an answer may exceed its source (1706.03762, section 6.1)
@@ -52,7 +50,7 @@ class Seq2Seq(Objective):
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         if not self.label_smoothing:
-            return self._plain(model, batch, denominators)
+            return self.plain(model, batch, denominators)
 
         def loss_of(head: Any, x_BTD: Tensor, embedding_VD: Tensor | None) -> Tensor:
             loss: Tensor = head.loss(x_BTD, embedding_VD, batch["labels"], denominators["loss"], self.label_smoothing)
@@ -61,15 +59,10 @@ class Seq2Seq(Objective):
         given = {**_given(batch), "num_items_in_batch": denominators["loss"]}
         return {"loss": model(**given, return_logits=False, loss_of=loss_of).loss}
 
-    @staticmethod
-    def _plain(model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
+    def plain(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
         return {"loss": model(**_given(batch), num_items_in_batch=denominators["loss"], return_logits=False).loss}
 
     # ------------------------------------------------------------------------------------------------------- validation
-
-    def validate(self, model: Callable[..., Any], batch: Batch) -> Counted:
-        count = n_targets(batch["labels"])
-        return {"loss": (self._plain(model, batch, {"loss": torch.ones_like(count)})["loss"], count)}
 
     def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
         output = model(**_given(batch), return_logits=False, return_log_probs=True)
@@ -91,14 +84,10 @@ class Seq2Seq(Objective):
         return batch["labels"][batch["labels"] != IGNORED]
 
     def examine(self, model: Any, data: Any, micro_batch_size: int) -> dict[str, float]:
-        if data is None:
-            return {}
-        answers: list[list[int]] = []
-        references: list[list[int]] = []
-        for batch in data.examples(self.n_decoded, micro_batch_size):
-            answers += self.answered(model, batch, data.tokenizer.eos_id)
-            references += [row[row != IGNORED].tolist()[:-1] for row in batch["labels"]]  # without the end token
-        return {name: SCORES[name](answers, references, data.tokenizer) for name in self.metrics}
+        batches = () if data is None else data.examples(self.n_decoded, micro_batch_size)
+        tables = [self.decode(model, batch, data.tokenizer) for batch in batches]
+        sums = {name: torch.cat([table[name] for table in tables]).sum(0).numpy() for name in self.metrics if tables}
+        return {name: float(value) for name, value in self.figures(sums).items()}
 
     def show(self, module: Any, data: Any, config: RunConfig, check: Callable[[], None]) -> list[Shown]:
         return (

@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from txtrain.checkpoint.restore import Reading
+from txtrain.checkpoint.restore import Reading, load_tensors, of_frozen, optimizer_names
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Held, Source
 from txtrain.model.lora import kept
@@ -325,8 +325,6 @@ class ZeRO(Mesh):
         return {}
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
-        from txtrain.checkpoint.restore import load_tensors, of_frozen, optimizer_names
-
         self._allocate()
         tensors = self.training_tensors(model, optimizer, average)
         saved = optimizer_names(path)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from txtrain.checkpoint.format import shapes
-from txtrain.checkpoint.restore import Reading, load_tensors
+from txtrain.checkpoint.restore import Reading, load_tensors, load_training, training_tensors
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Source, fill
 from txtrain.model.config import ModelConfig
@@ -143,7 +143,7 @@ class OneProcess:
         """Wait for all ranks."""
 
     def is_new(self, key: str) -> bool:
-        """Whether no rank has asked for this key before; true for one of several at once. Not collective."""
+        """Whether no rank has asked for this key before: true for exactly one caller per key. Not collective."""
         return True
 
     # ------------------------------------------------------------------------------------------ the model
@@ -238,8 +238,6 @@ class OneProcess:
 
     def training_tensors(self, model: nn.Module, optimizer: Optimizer, average: Average) -> dict[str, Tensor]:
         """All tensors of a checkpoint by canonical name; loading into them in place restores the run."""
-        from txtrain.checkpoint.restore import training_tensors
-
         return training_tensors(model, optimizer, average)
 
     def read_tensors(self, read: Any) -> dict[str, Tensor]:
@@ -263,8 +261,6 @@ class OneProcess:
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         """Read a checkpoint's weights, optimizer state and averaged weights, in place."""
-        from txtrain.checkpoint.restore import load_training
-
         load_training(path, model, optimizer, average, self.checkpoint_group, how)
 
 

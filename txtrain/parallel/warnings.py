@@ -14,7 +14,7 @@ from typing import Any, TextIO
 def marked(rank: int, is_new: Callable[[str], bool]) -> Iterator[None]:
     """Print this rank's warnings as one line `[rank N] file:line: Category: text`, unless another rank has printed it.
 
-    is_new: whether no process has asked for this key before; true for one of several that ask at once.
+    is_new: whether no process has asked for this key before: true for exactly one caller per key.
     """
 
     def show(

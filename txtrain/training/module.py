@@ -362,18 +362,11 @@ class LitModule(pl.LightningModule):
 
     def _gathered_rows(self) -> NDArray[np.float64] | None:
         """The objective's ROWS of all ranks, in the order of the set; None if it gives none."""
-        width = self.parallel.most(self._rows[0].shape[1] if self._rows else 0)
-        if not width:
+        every = [rows for held in self.parallel.gathered(self._rows) for rows in held]
+        if not every:
             return None
-        here, ranks = torch.cat([torch.zeros(0, width, dtype=torch.float64), *self._rows]), self.parallel.size
-        sizes = torch.zeros(ranks, dtype=torch.float64, device=self.device)
-        sizes[self.parallel.rank] = len(here)
-        ends = self.parallel.reduce({"sizes": sizes})["sizes"].long().cumsum(0).tolist()
-        every = torch.zeros(ends[-1], width, dtype=torch.float64, device=self.device)
-        end = ends[self.parallel.rank]
-        every[end - len(here) : end] = here.to(self.device)
-        every = self.parallel.reduce({"rows": every})["rows"].cpu()
-        return every[every[:, 0].argsort(stable=True), 1:].numpy()
+        table = torch.cat(every)
+        return table[table[:, 0].argsort(stable=True), 1:].numpy()
 
     def on_validation_end(self) -> None:
         self.average.swap_out()

@@ -36,6 +36,7 @@ class Maker:
     """Makes the objects of rows. model: set once it is laid over the ranks."""
 
     model: Any
+    rows: Any  # whose number is that of the objects
     known = ""  # identifies the rows
 
     def __init__(self, config: Predict, what: str, device: torch.device) -> None:
@@ -46,23 +47,21 @@ class Maker:
         return self.what == "text"
 
     def __len__(self) -> int:
-        raise NotImplementedError
+        return len(self.rows)
 
     def objects(self, index: list[int]) -> list[dict[str, Any]]:
         """Of these rows, without their `index`."""
         batch = placed(self.batch(index), self.device, self.config)
-        made: list[dict[str, Any]] = {
-            "label": self.labels, "embedding": self.embeddings, "text": self.texts, "log_probability": self.log_probs
-        }[self.what](index, batch)
+        made: list[dict[str, Any]] = getattr(self, self.what)(index, batch)
         return made
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         raise NotImplementedError
 
-    def labels(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def label(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         return labelled(self.config.model, self.model(**batch).logits)
 
-    def embeddings(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def embedding(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         given, mask = dict(batch), batch.get("attention_mask")
         two = self.config.model.topology == "encoder_decoder"
         if two:  # a forward needs something to write
@@ -77,20 +76,11 @@ class Maker:
             pooled = x_BTD[torch.arange(len(x_BTD), device=x_BTD.device), last]
         return [{"embedding": [_rounded(v) for v in row]} for row in pooled.tolist()]
 
-    def texts(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
-    def log_probs(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-        raise NotImplementedError
-
 
 class OfImages(Maker):
     def __init__(self, config: Predict, what: str, device: torch.device, rows: ImageSamples) -> None:
         super().__init__(config, what, device)
         self.rows, self.known = rows, str(len(rows))
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         return {"pixel_values": self.rows.batch(np.asarray(index))["pixel_values"]}
@@ -105,10 +95,7 @@ class OfClasses(Maker):
         super().__init__(config, what, device)
         self.rows, self.tokenizer = rows, tokenizer
         self.frame = frame_of(tokenizer, len(rows[0]) if rows else 1, config.seq_len)
-        self.known = hashlib.sha256(json.dumps([rows, tokenizer.fingerprint]).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.known = digest_of([rows, tokenizer.fingerprint])
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         tokenizer = self.tokenizer
@@ -125,10 +112,7 @@ class OfTexts(Maker):
         super().__init__(config, what, device)
         self.rows, self.tokenizer = rows, tokenizer
         self.two_stacks = config.model.topology == "encoder_decoder"
-        self.known = hashlib.sha256(json.dumps([rows, tokenizer.fingerprint]).encode()).hexdigest()
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self.known = digest_of([rows, tokenizer.fingerprint])
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         if self.what == "embedding":
@@ -180,7 +164,7 @@ class OfTexts(Maker):
             at = max(end, at + 1)
         return Encoded(tuple(windows), (0,) * len(windows), None)
 
-    def log_probs(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def log_probability(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         names = ("input_ids", "labels", *(["attention_mask"] if self.two_stacks else []))
         flat = {name: batch[name].flatten(0, 1) for name in names}
         found = self.model(**flat, return_logits=False, return_log_probs=True).log_probs.double()
@@ -191,7 +175,7 @@ class OfTexts(Maker):
             for total, count in zip(sums.tolist(), n.tolist(), strict=True)
         ]
 
-    def texts(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
+    def text(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
         config = self.config
 
         def make(rows: dict[str, Tensor], seed: int | None = None) -> list[str]:
@@ -226,8 +210,7 @@ class OfProblems(Maker):
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
             top_p=config.top_p, min_p=config.min_p or None, seed=config.seed,
         )
-        told = [[*map(dict, problems)], tokenizer.fingerprint, longest]
-        self.known = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        self.known = digest_of([[*map(dict, problems)], tokenizer.fingerprint, longest])
 
     def __len__(self) -> int:
         return len(self.rows) * self.config.n
@@ -262,6 +245,10 @@ def labelled(model: ModelConfig, logits_BC: Tensor) -> list[dict[str, Any]]:
         probabilities = {str(name): _rounded(p) for name, p in zip(said, row, strict=True)}
         found.append({"label": best if head.kind == "single" else above, "probabilities": probabilities})
     return found
+
+
+def digest_of(told: Any) -> str:
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _rounded(value: float) -> float:

@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from txtrain.ground.convert import plain
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training.evaluation import Tick, check_out, filled, opened, ranks_of, shares_of
 from txtrain.training.part_file import PartFile
-from txtrain.training.predicted import Maker, OfClasses, OfImages, OfProblems, OfTexts, Row
+from txtrain.training.predicted import Maker, OfClasses, OfImages, OfProblems, OfTexts, Row, digest_of
 
 
 def what_of(config: Predict) -> str:
@@ -102,7 +101,7 @@ def _identity(config: Predict, what: str, maker: Maker) -> str:
     generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed", "n", "reward")
     named = ("checkpoint", "weights", "data", "model", "predict", *generation)
     told = {key: plain(getattr(config, key)) for key in named}
-    return hashlib.sha256(json.dumps([told, what, maker.known, config.trainer.precision]).encode()).hexdigest()
+    return digest_of([told, what, maker.known, config.trainer.precision])
 
 
 def _maker(config: Predict, what: str, device: torch.device) -> Maker:

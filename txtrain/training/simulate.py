@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses as dc
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -97,22 +97,11 @@ def _tracked(config: Train, parallel: OneProcess, mode: Any) -> Simulated:
                 _AsReal(n_chosen(config, min(config.micro_batch_size, share))) if is_fake else contextlib.nullcontext()
             )
             inside: Any = _Inside() if is_fake else contextlib.nullcontext()  # type: ignore[no-untyped-call]
-            with as_real, sent, tracker, inside, _precision(config, parallel):
+            with as_real, sent, tracker, inside, parallel.autocast(torch.device("cpu")):
                 module.training_step(batch, step)
             peak, now = (_of_cpu(tracker.get_tracker_snapshot(kind)) for kind in ("peak", "current"))
             tracker.reset_mod_stats()
     return Simulated(peak.pop("Total"), peak, now["Total"], sent.bytes, sent.calls)
-
-
-@contextlib.contextmanager
-def _precision(config: Train, parallel: OneProcess) -> Iterator[None]:
-    """As Lightning's plugin does: autocast around the step, unless the strategy casts."""
-    precision = config.trainer.precision
-    casts = precision == "bf16-mixed" and not (
-        parallel.world.size > 1 and config.strategy.layout(parallel.world.size).shard > 1
-    )
-    with torch.autocast("cpu", torch.bfloat16, enabled=casts, cache_enabled=True):
-        yield
 
 
 @contextlib.contextmanager
@@ -202,11 +191,10 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.bytes: dict[str, int] = {}
-        self.calls: dict[str, int] = {}
+        self.clear()
 
     def clear(self) -> None:
-        self.bytes, self.calls = {}, {}
+        self.bytes, self.calls = Counter[str](), Counter[str]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(t is DTensor for t in types):
@@ -214,10 +202,8 @@ class Sent(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **(kwargs or {}))
         if func in collective_ops and func not in sync_ops:
             name = NAMES.get(func._schema.name.split("::")[1].strip("_"), func._schema.name)
-            self.bytes[name] = self.bytes.get(name, 0) + int(
-                CollectiveOp.get_comm_tensor_size(func, result, args, kwargs)
-            )
-            self.calls[name] = self.calls.get(name, 0) + 1
+            self.bytes[name] += int(CollectiveOp.get_comm_tensor_size(func, result, args, kwargs))
+            self.calls[name] += 1
         return result
 
 

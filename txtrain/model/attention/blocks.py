@@ -30,22 +30,9 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
-def _visible(mask: Mask, block: Block, device: torch.device) -> Tensor:
-    """[B or 1, 1, T, S]."""
-    k = torch.arange(block.begin, block.end, device=device)
-    q = torch.arange(block.first, block.last, device=device)[:, None]
-    seen = ((q >= k) if mask.causal else torch.ones_like(q + k, dtype=torch.bool))[None, None]
-    if mask.window is not None:
-        seen = seen & ((q - k).abs() < mask.window)
-    if mask.documents_BS is not None:
-        documents = mask.documents_BS
-        seen = seen & (documents[:, None, block.queries, None] == documents[:, None, None, block.keys])
-    return seen if mask.valid_BS is None else seen & mask.valid_BS[:, None, None, block.keys]
-
-
 def _additive(mask: Mask, block: Block, like: Tensor) -> Tensor:
     """0 where visible, else minus infinity, [B or 1, 1, T, S]."""
-    seen = _visible(mask, block, like.device)
+    seen = mask.visible(like.device, block)
     return torch.zeros(seen.shape, dtype=like.dtype, device=like.device).masked_fill_(~seen, -torch.inf)
 
 
@@ -194,7 +181,7 @@ def _pieces(q: Tensor, k: Tensor, how: Any) -> Iterator[tuple[_Piece, Tensor | N
     for block in blocks:
         n_scores = N // K * (block.last - block.first) * (block.end - block.begin)
         rows, heads = (B, K) if torch.compiler.is_compiling() else together(n_scores, B, K)
-        hidden = None if mask.sees_all else ~_visible(mask, block, q.device)[:, :, None]
+        hidden = None if mask.sees_all else ~mask.visible(q.device, block)[:, :, None]
         for b in range(0, B, rows):
             mine = hidden if hidden is None or len(hidden) == 1 else hidden[b : b + rows]
             for h in range(0, K, heads):

@@ -53,19 +53,21 @@ class Mask(Declared):
         assert self.documents_BS is not None
         return self.documents_BS[:, -self.n_queries :] if self.query_documents_BT is None else self.query_documents_BT
 
-    def visible(self, device: torch.device) -> Tensor:
-        """True where query t may see key s, [B or 1, 1, T, S]."""
-        k = torch.arange(self.n_keys, device=device)
-        q = torch.arange(self.n_queries, device=device)[:, None] + self.shift
+    def visible(self, device: torch.device, block: Block | None = None) -> Tensor:
+        """True where query t (of a block, or of all) may see key s, [B or 1, 1, T, S]."""
+        block = Block(0, self.n_queries, 0, self.n_keys) if block is None else block
+        k = torch.arange(block.begin, block.end, device=device)
+        q = torch.arange(block.first, block.last, device=device)[:, None] + self.shift
         seen = ((q >= k) if self.causal else torch.ones_like(q + k, dtype=torch.bool))[None, None]
         if self.prefix_BS is not None:
-            seen = seen | self.prefix_BS[:, None, None, :]
+            seen = seen | self.prefix_BS[:, None, None, block.keys]
         if self.window is not None:
             seen = seen & ((q - k).abs() < self.window)
         if self.documents_BS is not None:
-            seen = seen & (self.documents_of_queries[:, None, :, None] == self.documents_BS[:, None, None, :])
+            of_queries = self.documents_of_queries[:, None, block.queries, None]
+            seen = seen & (of_queries == self.documents_BS[:, None, None, block.keys])
         if self.valid_BS is not None:
-            seen = seen & self.valid_BS[:, None, None, :]
+            seen = seen & self.valid_BS[:, None, None, block.keys]
         return seen
 
 

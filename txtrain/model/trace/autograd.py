@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import count
 from typing import Any, NamedTuple
@@ -24,12 +25,12 @@ class Meter:
 
     def __init__(self) -> None:
         self.now = self.peak = 0
-        self.by_kind: dict[str, int] = {}
+        self.by_kind: Counter[str] = Counter()
         self.at_peak: dict[str, int] = {}
 
     def take(self, n: int, kind: str) -> None:
         self.now += n
-        self.by_kind[kind] = self.by_kind.get(kind, 0) + n
+        self.by_kind[kind] += n
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, dict(self.by_kind)
 
@@ -52,7 +53,7 @@ class Bytes:
 
     def becomes(self, kind: str) -> Bytes:
         self.meter.by_kind[self.kind] -= self.n
-        self.meter.by_kind[kind] = self.meter.by_kind.get(kind, 0) + self.n
+        self.meter.by_kind[kind] += self.n
         self.kind = kind
         return self
 
@@ -157,7 +158,7 @@ class Recorder:
         self.group = self.root = Group()
         self.parameters: list[Parameter] = []
         self.path = ""  # of the current module
-        self.sent: dict[str, int] = {}  # bytes of whole buffers, by collective
+        self.sent: Counter[str] = Counter()  # bytes of whole buffers, by collective
         self.kind = "activations"
         self.accumulates = False  # gradients of earlier micro-batches exist; new ones are added to them
         self.arrived: Callable[[Parameter], None] | None = None  # called when a parameter's gradient is complete

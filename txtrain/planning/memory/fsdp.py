@@ -7,6 +7,7 @@ prefetched while one computes; gradients are copied into one buffer that lives u
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from txtrain.config.schema import Train
@@ -81,7 +82,7 @@ class Shards(Copies):
         return self.groups[number] if number >= 0 else self.experts[~number]
 
     def communicated(self) -> dict[str, int]:
-        found = dict(self.t.sent)
+        found = Counter(self.t.sent)
         groups = [self.root, *self.groups, *self.experts.values()]
         # Buffers prefetched for blocks without a backward serve the next micro-batch's forward; those of the last one
         # before a reduction are unused.
@@ -95,8 +96,8 @@ class Shards(Copies):
         )
         for name, n in (("all_gather", gathered), ("reduce_scatter", reduced), ("all_reduce", summed)):
             if n:
-                found[name] = found.get(name, 0) + n
-        return found
+                found[name] += n
+        return dict(found)
 
     # --------------------------------------------------------------------------------------------------------- the step
 

@@ -1,20 +1,15 @@
-"""An optimizer's states and temporaries for the parameters that a rank holds. No torch."""
+"""An optimizer's groups and temporaries for the parameters that a rank holds. No torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from txtrain.optim.config import Depths, EMAConfig, Held, OptimizerConfig
+from txtrain.optim.config import Depths, Held, OptimizerConfig
 
 # The order of modules, and so of parameters in the optimizer: a stable sort of the forward's order.
 MODULES = ("position", "blocks", "final_norm", "embedding", "head", "encoder", "encoder_embedding", "mtp")
 SUBLAYERS = ("attention", "attention_residual", "ffn", "ffn_residual", "cross_attention", "cross_attention_residual")
-
-
-def states(config: OptimizerConfig, held: Sequence[Held], size: int) -> int | None:
-    """Bytes kept between steps; None: a user's own optimizer does not state them. size: bytes per parameter element."""
-    return config.state_bytes({h.name: h.own for h in held}, size)
 
 
 def made(config: OptimizerConfig, held: Sequence[Held], size: int) -> int:
@@ -29,11 +24,6 @@ def grouped(config: OptimizerConfig, held: Sequence[Held]) -> list[list[Held]]:
     for h in sorted(held, key=lambda h: registered(h.name)):
         groups.setdefault(tuple(sorted(config.settings(h.name, h.shape, depths).items())), []).append(h)
     return list(groups.values())
-
-
-def averaged(config: EMAConfig, held: Sequence[Held]) -> int:
-    """Bytes of the averaged weights (float32)."""
-    return 0 if config.decay is None else 4 * sum(h.n for h in held)
 
 
 def registered(name: str) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 from txtrain.config.schema import Train
@@ -128,13 +129,11 @@ class Copies:
 
     def states(self) -> dict[str, int]:
         """Bytes between steps, without the batch."""
-        optimizer = updates.states(self.config.optimizer, self.trained, self.stored)
+        optimizer = self.config.optimizer.state_bytes({h.name: h.own for h in self.trained}, self.stored)
         assert optimizer is not None, "count.py asks for what an optimizer states"
         parameters = self.stored * sum(h.n for h in self.held)
-        return {
-            "parameters": parameters, "optimizer": optimizer,
-            "averaged": updates.averaged(self.config.ema, self.trained)
-        }
+        averaged = 0 if self.config.ema.decay is None else 4 * sum(h.n for h in self.trained)  # in float32
+        return {"parameters": parameters, "optimizer": optimizer, "averaged": averaged}
 
     def update(self) -> dict[str, int]:
         """Further bytes during the optimizer's step."""
@@ -148,19 +147,18 @@ class Copies:
         return sum(h.n for h in self.trained) * self.stored
 
     def communicated(self) -> dict[str, int]:
-        found = dict(self.t.sent)
+        found = Counter(self.t.sent)
         if self.layout.replicate > 1:
-            found["all_reduce"] = found.get("all_reduce", 0) + self.gradients
+            found["all_reduce"] += self.gradients
         if self.layout.tensor > 1:
-            found["all_reduce"] = found.get("all_reduce", 0) + self.in_common
-        return found
+            found["all_reduce"] += self.in_common
+        return dict(found)
 
     def exchanged(self) -> dict[str, int]:
         """Bytes of whole buffers in a step, the update included, by collective."""
-        sent = self.communicated()
-        for name, n in self.config.optimizer.update_sent(self.trained, self.stored).items():
-            sent[name] = sent.get(name, 0) + n
-        return sent
+        sent = Counter(self.communicated())
+        sent.update(self.config.optimizer.update_sent(self.trained, self.stored))
+        return dict(sent)
 
     @property
     def in_common(self) -> int:
@@ -177,7 +175,7 @@ class Copies:
         self.after_forward()
         self.t.backward(loss)
         self.after_backward()
-        self.t.sent = {name: n * self.n_micro_batches for name, n in self.t.sent.items()}
+        self.t.sent = Counter({name: n * self.n_micro_batches for name, n in self.t.sent.items()})
 
     def before(self) -> None:
         self.earlier: Bytes | None = self.t.bytes(sum(p.n for p in self.pieces if p.edge), self.stored, "gradients")

@@ -88,14 +88,14 @@ class CutTape(Tape):
         x = super().lookup(table, n, columns, index + 8 * n)
         masked = self.made([x], x.n, x.size, self.bytes(n, 1), lambda g: (Bytes(self.meter, g.n, self.kind),))
         del x
-        self._send("all_reduce", masked.nbytes)
+        self.sent["all_reduce"] += masked.nbytes
         return self.made([masked], masked.n, masked.size, None, lambda g: (g,))
 
     def chunked_loss(
         self, x: Value, weight: Value, shift: Value | None, dim: int, vocabulary: int, capped: bool, smoothed: bool
     ) -> Value:
         sums = 3 if smoothed else 2  # per token and rank: log z, the target's logit, the sum of the logits
-        self._send("all_gather", sums * 4 * self.parts * (x.n // dim))
+        self.sent["all_gather"] += sums * 4 * self.parts * (x.n // dim)
         rows = math.ceil(vocabulary / self.parts)
         return super().chunked_loss(self.spread(x), weight, shift, dim, rows, capped, smoothed)
 
@@ -153,7 +153,7 @@ class CutTape(Tape):
         n, size = x.n, x.size
 
         def backward(g: Bytes) -> Gradients:
-            self._send("all_reduce", n * size)
+            self.sent["all_reduce"] += n * size
             return (self.bytes(n, size),)
 
         return self.made([x], n, size, None, backward, x.storage)
@@ -166,7 +166,7 @@ class CutTape(Tape):
     def _gathered(self, n: int, size: int, extent: Extent) -> Bytes:
         """All ranks' parts of n elements: stacked, then in the order of positions."""
         stacked = self.bytes(n * self.parts, size)
-        self._send("all_gather", stacked.n)
+        self.sent["all_gather"] += stacked.n
         if extent.sequences == 1:
             return stacked
         whole = self.bytes(n * self.parts, size)
@@ -176,15 +176,12 @@ class CutTape(Tape):
     def _reduced(self, n: int, size: int, extent: Extent) -> Bytes:
         padded, mine = self._padded(n, size, extent), extent.part(n)
         stacked = self.bytes(mine * self.parts, size)
-        self._send("reduce_scatter", stacked.n)
+        self.sent["reduce_scatter"] += stacked.n
         made = self.bytes(mine, size)
         if self.device == "cpu":  # gloo sums a copy of what it scatters
             self.bytes(stacked.n, 1)
         del padded, stacked
         return made
-
-    def _send(self, name: str, nbytes: int) -> None:
-        self.sent[name] = self.sent.get(name, 0) + nbytes
 
 
 class CutTraced(Traced):

@@ -102,9 +102,6 @@ class Gathered(Copies):
     def communicated(self) -> dict[str, int]:
         return dict(self.t.sent)
 
-    def _send(self, name: str, nbytes: int) -> None:
-        self.t.sent[name] = self.t.sent.get(name, 0) + nbytes
-
     # -------------------------------------------------------------------------------------------------------- gathering
 
     def _parameter(self, place: Place) -> Parameter:
@@ -117,7 +114,7 @@ class Gathered(Copies):
         if not places:
             return
         n = sum(self._padded(self._parameter(place)) for place in places)
-        self._send("all_gather", n * self.t.size)
+        self.t.sent["all_gather"] += n * self.t.size
         self.n_there += sum(self._parameter(place).n for place in places)
         made = Gathering(places, self.t.bytes(n, kind="gathered"))
         self.coming |= dict.fromkeys(places, made)
@@ -236,7 +233,7 @@ class Gathered(Copies):
         ]
         divides = len(self.bucket) == 1 and n == self.bucket[0].n
         together = None if divides else self.t.bytes(n, FLOAT32, "reduced")
-        self._send("reduce_scatter", n * FLOAT32)
+        self.t.sent["reduce_scatter"] += n * FLOAT32
         if self.device == "cpu":  # gloo sums a copy of what it scatters
             self.t.bytes(n, FLOAT32, "reduced")
         del large, together
