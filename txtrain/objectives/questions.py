@@ -13,13 +13,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from txtrain.model.generation import generate
+from txtrain.model.transformer import Transformer
 from txtrain.objectives.base import IGNORED, Batch, Objective, Statistics, of_targets, stacked
 
 
-def _flat(batch: Batch, two_stacks: bool) -> dict[str, Tensor]:
-    """Each option as a row, for the model. Padding is on the right: one stack needs no mask for it."""
+def read_by(model: Any, batch: Batch, two_stacks: bool) -> dict[str, Tensor]:
+    """Each option as a row, for the model. Padding is on the right: one stack needs no mask for it, unless it has
+    learned to read what comes before the labels from both sides."""
     names = ("input_ids", "labels", "attention_mask") if two_stacks else ("input_ids", "labels")
-    return {name: batch[name].flatten(0, 1) for name in names}
+    given = {name: batch[name].flatten(0, 1) for name in names}
+    if isinstance(model, Transformer) and model.prefix_prompts and not two_stacks:
+        given["prefix_mask"] = (given["labels"] != IGNORED).cumsum(-1) == 0
+    return given
 
 
 class MultipleChoice(Objective):
@@ -34,7 +39,7 @@ class MultipleChoice(Objective):
         self.two_stacks = two_stacks
 
     def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
-        given = _flat(batch, self.two_stacks)
+        given = read_by(model, batch, self.two_stacks)
         found_NT = model(**given, return_logits=False, return_log_probs=True).log_probs
         sums_BC = found_NT.double().sum(-1).view(batch["n_bytes"].shape)
         n_BC = (given["labels"] != IGNORED).sum(-1).view(sums_BC.shape)
@@ -59,7 +64,7 @@ class Cloze(Objective):
         self.two_stacks = two_stacks
 
     def measure(self, model: Callable[..., Any], batch: Batch, token_bytes: Tensor | None) -> Statistics:
-        given = _flat(batch, self.two_stacks)
+        given = read_by(model, batch, self.two_stacks)
         labels_BT = given["labels"]
         chosen_BT = labels_BT != IGNORED
         predicts_BT = chosen_BT if self.two_stacks else F.pad(chosen_BT[:, 1:], (0, 1))

@@ -24,7 +24,7 @@ from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.transformer import shifted_right
-from txtrain.objectives.questions import answered
+from txtrain.objectives.questions import answered, read_by
 from txtrain.objectives.rewards import Rewards, jobs_of
 from txtrain.training.batches import placed
 
@@ -165,9 +165,8 @@ class OfTexts(Maker):
         return Encoded(tuple(windows), (0,) * len(windows), None)
 
     def log_probability(self, index: list[int], batch: dict[str, Tensor]) -> list[dict[str, Any]]:
-        names = ("input_ids", "labels", *(["attention_mask"] if self.two_stacks else []))
-        flat = {name: batch[name].flatten(0, 1) for name in names}
-        found = self.model(**flat, return_logits=False, return_log_probs=True).log_probs.double()
+        given = read_by(self.model, batch, self.two_stacks)
+        found = self.model(**given, return_logits=False, return_log_probs=True).log_probs.double()
         shape = batch["labels"].shape
         sums, n = found.view(shape).sum((1, 2)), (batch["labels"] != -100).sum((1, 2))
         return [

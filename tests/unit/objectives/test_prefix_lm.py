@@ -10,6 +10,7 @@ from txtrain.model import options
 from txtrain.model.generation import generate
 from txtrain.model.position.config import AlibiConfig
 from txtrain.objectives.prefix_lm import PrefixLM
+from txtrain.objectives.questions import read_by
 from txtrain.training.module import LitModule
 
 DOCUMENTS = ["abcdefghij" * 5 for _ in range(30)]
@@ -84,3 +85,15 @@ def test_a_run_says_how_its_model_reads_prompts(config, tmp_path):
     assert open_weights(run).model.prefix_prompts
     after = config("prefix_lm", "objective=causal_lm", f"init_from={run}", f"run_dir={tmp_path / 'after'}", "trainer.max_steps=1")
     assert not txtrain.load_pretrained(txtrain.train(after).run_dir).prefix_prompts
+
+
+def test_questions_are_read_from_both_sides_where_the_model_has_learned_to():
+    model = shake(seeded(tiny())).eval()
+    batch = {"input_ids": ids(2, 10)[:, None], "labels": ids(2, 10)[:, None].clone()}
+    batch["labels"][:, :, :6] = -100
+    assert set(read_by(model, batch, False)) == {"input_ids", "labels"}
+    model.prefix_prompts = True
+    read = read_by(model, batch, False)
+    assert torch.equal(read["prefix_mask"], (torch.arange(10) < 6).expand(2, 10))
+    seen = model(**read).logits[0, 6:]
+    assert not torch.allclose(seen, model(batch["input_ids"][:, 0]).logits[0, 6:], atol=1e-4)
