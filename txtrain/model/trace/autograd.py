@@ -25,12 +25,12 @@ class Meter:
 
     def __init__(self) -> None:
         self.now = self.peak = 0
-        self.by_kind: Counter[str] = Counter()
+        self.by_kind: dict[str, int] = {}
         self.at_peak: dict[str, int] = {}
 
     def take(self, n: int, kind: str) -> None:
         self.now += n
-        self.by_kind[kind] += n
+        self.by_kind[kind] = self.by_kind.get(kind, 0) + n
         if self.now > self.peak:
             self.peak, self.at_peak = self.now, dict(self.by_kind)
 
@@ -53,7 +53,7 @@ class Bytes:
 
     def becomes(self, kind: str) -> Bytes:
         self.meter.by_kind[self.kind] -= self.n
-        self.meter.by_kind[kind] += self.n
+        self.meter.by_kind[kind] = self.meter.by_kind.get(kind, 0) + self.n
         self.kind = kind
         return self
 
