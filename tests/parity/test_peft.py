@@ -187,8 +187,10 @@ def test_a_new_head_beside_the_adapter_goes_out_and_comes_in(tmp_path, family):
     learner = shaken(peft.get_peft_model(theirs, peft.LoraConfig(r=4, lora_alpha=10, **of)), 1)
     learner.base_model.model.config.name_or_path = str(base)
     learner.save_pretrained(peft_s)
+    learner.double()  # T5's logits in float32 are up to 1.3e-6 from these, by rounding that depends on the processor
+    batch = {name: x.double() if x.is_floating_point() else x for name, x in batch.items()}
     for again in (txtrain.load_pretrained(peft_s), txtrain.load_pretrained(base, adapter=peft_s)):
-        assert apart(again(**batch).logits, learner(**batch).logits) < ALLOWED
+        assert apart(again.double()(**batch).logits, learner(**batch).logits) < ALLOWED
 
 
 WHOLE = [
