@@ -28,7 +28,7 @@ constexpr int WIDE = 8;
 #endif
 constexpr int TOGETHER = 8;   // rows of w, as many sums as there are registers for
 constexpr int LINE = 16;      // floats of a cache line
-constexpr int AHEAD = 1024;   // floats that are asked for before they are read
+constexpr int AHEAD = 4096;   // floats that are asked for before they are read
 constexpr int PARTIAL = 64;   // summands added up before they join the sum: less is lost by rounding
 
 static float dot(const float* x, const float* w, long K) {
