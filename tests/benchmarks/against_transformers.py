@@ -8,13 +8,18 @@ it, which both sides compute alike, and the operations that take most of a step.
 """
 
 import argparse
-from collections.abc import Iterator
+import contextlib
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 import transformers
 
 from tests.benchmarks.sides import DECODERS, FAMILIES, VOCAB, batch_of, best, flops_of, pair, product, shares, step_of
+from txtrain.model.few_rows import kernels
 from txtrain.model.generation import generate
 
 PROMPT = 32
@@ -46,10 +51,27 @@ def decode_ratio(theirs: Any, ours: Any, rows: int, new: int, sampled: bool, rou
 
 
 def products_share(ours: Any, rows: int, new: int) -> float:
-    """Of the time of greedy decoding, that in matrix products."""
-    prompt = torch.randint(5, VOCAB, (rows, PROMPT))
-    found = shares(lambda: generate(ours, prompt, max_new_tokens=new, eos_token_id=None, temperature=0.0))
-    return sum(found.get(name, 0.0) for name in ("aten::mm", "aten::addmm", "aten::bmm"))
+    """Of the time of greedy decoding, that in matrix products: torch's, and those of the kernels for few rows."""
+    prompt, seconds = torch.randint(5, VOCAB, (rows, PROMPT)), [0.0]
+
+    def timed(product: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*given: Any) -> Any:
+            begin = time.process_time()
+            made = product(*given)
+            seconds[0] += time.process_time() - begin
+            return made
+
+        return call
+
+    own = kernels()
+    with contextlib.ExitStack() as patched:
+        patched.enter_context(mock.patch.object(F, "linear", timed(F.linear)))
+        if not isinstance(own, str):
+            patched.enter_context(mock.patch.object(own, "_product", timed(own._product)))
+        for _ in range(2):  # the first warms up
+            seconds[0], begin = 0.0, time.process_time()
+            generate(ours, prompt, max_new_tokens=new, eos_token_id=None, temperature=0.0)
+    return seconds[0] / (time.process_time() - begin)
 
 
 def lines(given: argparse.Namespace) -> Iterator[str]:
