@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from txtrain.data.samples.rows import Rows
@@ -66,7 +65,7 @@ class Distill(Objective):
             return
         # At t - 1 token t is predicted.
         ids_NK = batch["teacher_ids"].roll(-1, 1).flatten(0, 1)
-        log_p_NK = batch["teacher_log_probs"].int().view(torch.float32).roll(-1, 1).flatten(0, 1)
+        log_p_NK = batch["teacher_log_probs"].roll(-1, 1).flatten(0, 1)
         consume(lambda rows: TopK(ids_NK[rows], log_p_NK[rows, :-1], log_p_NK[rows, -1]))
 
     def read(self, teacher: Callable[..., Any], batch: Batch, consume: Consume) -> None:

@@ -132,7 +132,7 @@ class DPO(Objective):
     def _reference(self, batch: Batch) -> Tensor:
         """Log-probabilities of the answers by the weights with which the run began, [B, P, 2]."""
         if self.cached:
-            return batch["reference_log_probs"].int().view(torch.float32)
+            return batch["reference_log_probs"]
         return self.answers_by(self.models["reference"], batch)
 
     def begin(self, module: Any, data: Any) -> None:

@@ -21,30 +21,29 @@ def cut(batch: Batch, size: int) -> Iterator[dict[str, Tensor]]:
         yield {name: value[start : start + size] for name, value in batch.items()}
 
 
+_EXACT = ("labels", "reference_log_probs", "teacher_log_probs")  # not read by the model: their numbers are not rounded
+_BITS = " as bits"
+
+
 def placed(batch: Batch, device: torch.device, config: RunConfig) -> dict[str, Tensor]:
-    """The batch where the model is; what it reads, if no integer, in its precision. Labels stay as they are."""
+    """The batch where the model is; numbers that it reads in its precision."""
     halved = torch.bfloat16 if config.trainer.precision == "bf16-true" else None
-    read = {name for name, x in batch.items() if name != "labels" and x.is_floating_point()}
+    read = {name for name, x in batch.items() if x.is_floating_point() and name not in _EXACT}
     return {name: x.to(device, halved if name in read else None) for name, x in batch.items()}
 
 
-_BITS = "bits_of_labels"
+def as_bits(batch: Batch) -> Batch:
+    """Exact numbers as integers, since Lightning rounds each float of a batch to the dtype of a model in bfloat16."""
+    exact = [name for name in _EXACT if name in batch and batch[name].is_floating_point()]
+    return {
+        **{name: x for name, x in batch.items() if name not in exact},
+        **{f"{name}{_BITS}": batch[name].float().view(torch.int32) for name in exact},
+    }
 
 
-def sealed(batch: Batch) -> Batch:
-    """Labels that are floats as integers, since Lightning rounds each float of a batch to the model's dtype."""
-    if "labels" not in batch or not batch["labels"].is_floating_point():
-        return batch
-    others = {name: x for name, x in batch.items() if name != "labels"}
-    return {**others, _BITS: batch["labels"].float().view(torch.int32)}
-
-
-def opened(batch: Batch) -> Batch:
-    """What was `sealed`."""
-    if _BITS not in batch:
-        return batch
-    others = {name: x for name, x in batch.items() if name != _BITS}
-    return {**others, "labels": batch[_BITS].view(torch.float32)}
+def from_bits(batch: Batch) -> Batch:
+    """What `as_bits` was given."""
+    return {name.removesuffix(_BITS): x.view(torch.float32) if name.endswith(_BITS) else x for name, x in batch.items()}
 
 
 def is_filler(batch: Batch) -> bool:

@@ -31,7 +31,7 @@ from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.convert import checked
 from txtrain.objectives.base import Objective, build_objective
-from txtrain.training.batches import sealed
+from txtrain.training.batches import as_bits
 from txtrain.training.signals import ignore
 
 Batch = dict[str, Tensor]
@@ -261,6 +261,7 @@ class DataModule(L.LightningDataModule):
 
     def _loader(self, samples: OrderedSamples, batches: Iterable[list[int]]) -> DataLoader[Batch]:
         data = self.config.data
+        as_given: Any = as_bits if self.config.trainer.precision == "bf16-true" else _as_it_is
         if data.num_workers:
             allow_threads(False)
         return DataLoader(
@@ -269,7 +270,7 @@ class DataModule(L.LightningDataModule):
             num_workers=data.num_workers,
             persistent_workers=data.num_workers > 0,
             worker_init_fn=ignore,
-            collate_fn=_sealed if self.config.trainer.precision == "bf16-true" else _as_it_is,
+            collate_fn=as_given,
             pin_memory=torch.cuda.is_available() and self.config.trainer.accelerator != "cpu",
             generator=torch.Generator(),  # for the workers' seeds; the global one stays untouched
         )
@@ -300,7 +301,3 @@ class DataModule(L.LightningDataModule):
 def _as_it_is(batch: Any) -> Any:
     """The dataset gives whole batches: there is nothing to collate."""
     return batch
-
-
-def _sealed(batch: Any) -> Any:
-    return sealed(batch)

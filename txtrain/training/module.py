@@ -33,7 +33,7 @@ from txtrain.parallel.activation_checkpointing import wrap_blocks
 from txtrain.parallel.build import make_parallel
 from txtrain.parallel.one_process import OneProcess
 from txtrain.registry import make
-from txtrain.training.batches import add, cut, is_filler, opened, seed_everything
+from txtrain.training.batches import add, cut, from_bits, is_filler, seed_everything
 from txtrain.training.data_module import DataModule
 from txtrain.training.limits import Limits
 from txtrain.training.models_read import check_vocabularies, described, models_read, start_of
@@ -240,7 +240,7 @@ class LitModule(pl.LightningModule):
     # --------------------------------------------------------------------------------------------------------- training
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        return opened(batch)
+        return from_bits(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One update. Returns the global batch's terms, the reported `loss`, and the gradient norm before clipping.

@@ -389,7 +389,7 @@ def test_a_link_out_of_a_run_is_refused_before_it_is_written_through(name, made,
 
 def test_the_links_of_wandb_are_no_reason_against_a_run(made, run):
     """To its own log, and to what the user has it save."""
-    for name, target in (("logs/debug-core.log", "/root/.cache/wandb/logs/core-debug-1.log"), ("files/x.txt", "/x.txt")):
+    for name, target in (("logs/debug-core.log", "/elsewhere/wandb/logs/core-debug-1.log"), ("files/x.txt", "/x.txt")):
         path = run / "wandb" / "run-1" / name
         path.parent.mkdir(parents=True)
         path.symlink_to(target)

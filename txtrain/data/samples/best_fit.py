@@ -170,15 +170,14 @@ class PreferenceSamples(BestFitSamples):
     reference: Path | None = None  # a file of float32 [pairs, 2]: log-probabilities of both answers of each pair
 
     def batch(self, rows: Indices, draws: Draws | None = None) -> dict[str, Tensor]:
-        """As BestFitSamples; with `reference` also reference_log_probs, [B, pairs_of(T), 2]: the bits of float32 as
-        int32, since the trainer rounds what floats in a batch where it computes in bfloat16."""
+        """As BestFitSamples; with `reference` also reference_log_probs, float32 [B, pairs_of(T), 2]."""
         made = super().batch(rows, draws)
         if self.reference is None:
             return made
         known, found = map_npy(self.reference), np.zeros((len(rows), pairs_of(self.seq_len), 2), np.float32)
         for b, pairs in enumerate(self.pairs(rows)):
             found[b, : len(pairs)] = known[pairs]
-        return {**made, "reference_log_probs": torch.from_numpy(found.view(np.int32))}
+        return {**made, "reference_log_probs": torch.from_numpy(found)}
 
     def pairs(self, rows: Indices) -> list[Indices]:
         """The numbers of the pairs in each row."""

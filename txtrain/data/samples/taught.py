@@ -69,8 +69,8 @@ def arrays(folder: Path, split: Split, n_tokens: int, top_k: int, vocab_size: in
 
 
 class TaughtSamples(Rows):
-    """Rows with the teacher's distributions: teacher_ids, int64 [B, T, K], and teacher_log_probs, [B, T, K + 1], the
-    bits of float32 as int32. At t stands the distribution for token t; where it is no target, anything.
+    """Rows with the teacher's distributions: teacher_ids, int64 [B, T, K], and teacher_log_probs, float32
+    [B, T, K + 1]. At t stands the distribution for token t; where it is no target, anything.
 
     Raises:
         ConfigError: the tokens' folder has no teacher's distributions, or others.
@@ -103,7 +103,7 @@ class TaughtSamples(Rows):
         ids_BTK = ids[places_BT].astype(np.int64).clip(max=self.vocab_size - 1)
         return {
             **self.rows.batch(rows, draws), "teacher_ids": torch.from_numpy(ids_BTK),
-            "teacher_log_probs": torch.from_numpy(found.view(np.int32)),
+            "teacher_log_probs": torch.from_numpy(found),
         }
 
 

@@ -11,6 +11,8 @@ from txtrain.model.trace.attention_ops import Batch
 from txtrain.objectives.base_config import Shapes
 from txtrain.registry import chosen, is_own, resolve
 
+_FLOATS = ("pixel_values", "reference_log_probs", "teacher_log_probs")  # of float32, the others of int64
+
 
 def unknown(config: Train) -> list[str]:
     """Sentences on a user's own options that leave the contents of a batch unknown."""
@@ -52,7 +54,7 @@ def tensors_of(config: Train, n: int) -> dict[str, Any]:
     """The same as tensors of zeros; as many labels are targets as the objective chooses."""
     import torch
 
-    kinds = {"pixel_values": torch.float32}
+    kinds = dict.fromkeys(_FLOATS, torch.float32)
     if config.objective.one_result and config.model.head.kind != "single":
         kinds["labels"] = torch.float32
     shapes = config.objective.batch_shapes(config, n)
@@ -66,7 +68,7 @@ def tensors_of(config: Train, n: int) -> dict[str, Any]:
 def nbytes_of(config: Train, n: int) -> int:
     """Bytes of n samples."""
     shapes = config.objective.batch_shapes(config, n)
-    return sum((4 if name == "pixel_values" else 8) * math.prod(shape) for name, shape in shapes.items())
+    return sum((4 if name in _FLOATS else 8) * math.prod(shape) for name, shape in shapes.items())
 
 
 def n_chosen(config: Train, n: int) -> int | None:
