@@ -5,29 +5,26 @@
 from __future__ import annotations
 
 import dataclasses as dc
-import json
 import logging
 import time
-import zipfile
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from txtrain.data.samples.order import GlobalOrder, RolloutOrder
 from txtrain.data.samples.prompts import problem_of
-from txtrain.errors import ConfigError, shorten
-from txtrain.ground.plain_files import parse_json, read_npz
+from txtrain.errors import ConfigError
 from txtrain.model.config import Sampling
 from txtrain.model.decoding import Rows, Written, evaluating
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.sampling import processed
 from txtrain.model.transformer import LossOf
-from txtrain.objectives import policy_gradient
+from txtrain.objectives import policy_gradient, rollout_file
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Statistics, Terms, stacked
 from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio
 from txtrain.objectives.rewards import ANSWER, Rewards, jobs_of
@@ -35,18 +32,7 @@ from txtrain.run_config import RewardConfig, RunConfig
 
 log = logging.getLogger(__name__)
 
-FILE = "rollout.npz"  # in a checkpoint
 _BOUND = 0.02  # nats: a larger mean difference of sampler and trainer is said on the screen
-_WHOLE = 1 << 40  # nothing of a checkpoint is compressed
-_TEXTS = "texts"  # in the file: JSON in bytes
-
-
-class Sampled(NamedTuple):
-    """A completion and its rewards by name."""
-
-    prompt: str
-    completion: str
-    rewards: Mapping[str, float]
 
 
 class GRPO(Objective):
@@ -86,7 +72,7 @@ class GRPO(Objective):
             self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
         self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
         self.of_step: dict[str, float] = {}
-        self._texts: list[Sampled] = []  # the latest rollout's first ones on this rank, as many as are shown
+        self._texts: list[rollout_file.Sampled] = []  # the first of the latest rollout here, as many as are shown
         self._n_shown = 0
         self._warned = False
 
@@ -228,7 +214,7 @@ class GRPO(Objective):
         speed = float(self.rollout["n_new"].sum()) / max(seconds["rollout_seconds"], 1e-9)
         self.of_step |= seconds | {"rollout_tokens_per_second": speed}
         firsts = [*zip(jobs, values, strict=True)][: self._n_shown]
-        self._texts = [Sampled(job.prompt, job.completion, value) for job, value in firsts]
+        self._texts = [rollout_file.Sampled(job.prompt, job.completion, value) for job, value in firsts]
 
     def _written(
         self, model: Any, prompts: Rows, how: Sampling, module: Any = None, index: Sequence[int] | None = None
@@ -336,25 +322,12 @@ class GRPO(Objective):
     # ------------------------------------------------------------------------------------------------------- checkpoint
 
     def state(self) -> Callable[[Path], None]:
-        kept = {name: value.numpy() for name, value in self.rollout.items()}  # never changed in place
-        if kept:
-            kept[_TEXTS] = np.frombuffer(json.dumps({_TEXTS: self._texts}).encode(), np.uint8)
-
-        def write(folder: Path) -> None:
-            if kept:
-                np.savez(folder / FILE, **kept)  # type: ignore[arg-type]
-
-        return write
+        return partial(rollout_file.write, tensors=self.rollout, texts=self._texts)
 
     def load_state(self, folder: Path) -> None:
-        file = folder / FILE
-        if not file.exists():  # saved before the first rollout was complete
-            return
-        names = ("number", "input_ids", "attention_mask", "labels", "old_log_probs", "sampler_log_probs", "advantages",
-                 "total", "rewards", "ended", "n_new", *(("reference_log_probs",) if self.beta else ()))
-        self.rollout = {name: torch.from_numpy(read_npz(file, name, str(file), _WHOLE)) for name in names}
-        self._measure()
-        self._texts = _texts_in(file)
+        if (found := rollout_file.read(folder, with_reference=bool(self.beta))) is not None:
+            self.rollout, self._texts = found
+            self._measure()
 
     # ------------------------------------------------------------------------------------------------------- validation
 
@@ -396,24 +369,6 @@ class GRPO(Objective):
             Shown(prompt, f"{completion}  [{', '.join(f'{name} {value:g}' for name, value in values.items())}]")
             for prompt, completion, values in self._texts[: config.sample.n]
         ]
-
-
-def _texts_in(file: Path) -> list[Sampled]:
-    """Those of a rollout's file; none in one that was written before they were kept.
-
-    Raises:
-        ConfigError: they are no texts with their rewards.
-    """
-    with zipfile.ZipFile(file) as archive:
-        if f"{_TEXTS}.npy" not in archive.namelist():
-            return []
-    where = f"{file}: {_TEXTS}"
-    raw = read_npz(file, _TEXTS, str(file), _WHOLE).tobytes()
-    found: Any = parse_json(raw, where, whole=False).get(_TEXTS)
-    try:
-        return [Sampled(str(a), str(b), {name: float(v) for name, v in of.items()}) for a, b, of in found]
-    except (AttributeError, TypeError, ValueError) as e:
-        raise ConfigError(f"{where} must be texts with their rewards, but is damaged: {shorten(e)}.") from e
 
 
 def _rows(batch: Batch) -> list[list[int]]:
