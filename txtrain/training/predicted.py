@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from txtrain.data.samples.prompts import PromptSamples, problem_of
 from txtrain.data.samples.questions import Encoded, Ids, QuestionRows
 from txtrain.data.samples.rows import mask_of, padded
 from txtrain.data.sources.source import Problem
+from txtrain.data.store.split import digest
 from txtrain.data.tokenizer.tokenizer import Tokenizer
 from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig, Sampling
@@ -95,7 +95,7 @@ class OfClasses(Maker):
         super().__init__(config, what, device)
         self.rows, self.tokenizer = rows, tokenizer
         self.frame = frame_of(tokenizer, len(rows[0]) if rows else 1, config.seq_len)
-        self.known = digest_of([rows, tokenizer.fingerprint])
+        self.known = digest(rows, tokenizer.fingerprint)
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         tokenizer = self.tokenizer
@@ -112,7 +112,7 @@ class OfTexts(Maker):
         super().__init__(config, what, device)
         self.rows, self.tokenizer = rows, tokenizer
         self.two_stacks = config.model.topology == "encoder_decoder"
-        self.known = digest_of([rows, tokenizer.fingerprint])
+        self.known = digest(rows, tokenizer.fingerprint)
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         if self.what == "embedding":
@@ -209,7 +209,7 @@ class OfProblems(Maker):
             max_new_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
             top_p=config.top_p, min_p=config.min_p or None, seed=config.seed,
         )
-        self.known = digest_of([[*map(dict, problems)], tokenizer.fingerprint, longest])
+        self.known = digest([*map(dict, problems)], tokenizer.fingerprint, longest)
 
     def __len__(self) -> int:
         return len(self.rows) * self.config.n
@@ -244,10 +244,6 @@ def labelled(model: ModelConfig, logits_BC: Tensor) -> list[dict[str, Any]]:
         probabilities = {str(name): _rounded(p) for name, p in zip(said, row, strict=True)}
         found.append({"label": best if head.kind == "single" else above, "probabilities": probabilities})
     return found
-
-
-def digest_of(told: Any) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _rounded(value: float) -> float:

@@ -16,13 +16,14 @@ from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.order import Indices
 from txtrain.data.sources.files import chunks_of
 from txtrain.data.sources.source import as_named, build_source, method_of
+from txtrain.data.store.split import digest
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import plain
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training.evaluation import Tick, check_out, filled, opened, ranks_of, shares_of
 from txtrain.training.part_file import PartFile
-from txtrain.training.predicted import Maker, OfClasses, OfImages, OfProblems, OfTexts, Row, digest_of
+from txtrain.training.predicted import Maker, OfClasses, OfImages, OfProblems, OfTexts, Row
 
 
 def what_of(config: Predict) -> str:
@@ -101,7 +102,7 @@ def _identity(config: Predict, what: str, maker: Maker) -> str:
     generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed", "n", "reward")
     named = ("checkpoint", "weights", "data", "model", "predict", *generation)
     told = {key: plain(getattr(config, key)) for key in named}
-    return digest_of([told, what, maker.known, config.trainer.precision])
+    return digest(told, what, maker.known, config.trainer.precision)
 
 
 def _maker(config: Predict, what: str, device: torch.device) -> Maker:
