@@ -119,6 +119,10 @@ MISTAKES = [
     ("generate prompt=x", "`checkpoint` must be given"),
     ("generate checkpoint=x", "`prompt` must be given"),
     ("generate checkpoint=x prompt=y max_length=3", "Did you mean max_new_tokens?"),
+    ("generate run=x prompt=y", "Did you mean checkpoint?"),
+    ("generate .. prompt=y", "`..` must be KEY=VALUE. Did you mean checkpoint=..?"),
+    ("..", "Did you mean resume=.. or init_from=..?"),
+    ("prepare out=x ..", "Did you mean data.path=..?"),
     # code
     ("optimizer._target_=os.system", "only under logger and callbacks"),
     ("logger.x._target_=os.system", "must be a class in a module given by imports"),

@@ -79,11 +79,20 @@ def parse(argv: Sequence[str]) -> CommandLine:
     if verb is not None and verb not in VERBS:
         from txtrain.config.paths import options
 
-        model = f" Did you mean model={verb}?" if verb in options("model") else ""
-        raise ConfigError(f"`{verb}` must be a verb ({', '.join(VERBS)}) or KEY=VALUE.{model or hint(verb, VERBS)}")
+        meant = f" Did you mean model={verb}?" if verb in options("model") else _key_of_folder(verb, "train")
+        raise ConfigError(f"`{verb}` must be a verb ({', '.join(VERBS)}) or KEY=VALUE.{meant or hint(verb, VERBS)}")
     if late := [word for word in rest if word in VERBS]:
         raise ConfigError(f"`{late[0]}` must be KEY=VALUE. The verb comes first.")
+    if bare := [word for word in rest if "=" not in word and not word.startswith("~")]:
+        raise ConfigError(f"`{bare[0]}` must be KEY=VALUE.{_key_of_folder(bare[0], verb or 'train')}")
     return CommandLine(verb, flags, rest)
+
+
+def _key_of_folder(word: str, verb: str) -> str:
+    """Which key takes a folder whose path was given alone, as other tools take it."""
+    trained = "schema_of_trained" in VERBS[verb].config
+    keys = ["checkpoint"] if trained else ["resume", "init_from"] if verb == "train" else ["data.path"]
+    return f" Did you mean {' or '.join(f'{key}={word}' for key in keys)}?" if os.path.isdir(word) else ""
 
 
 def _not_a_flag(word: str, following: str | None) -> str:

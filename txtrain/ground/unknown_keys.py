@@ -80,7 +80,7 @@ _THEIRS = {
     "logger": "report_to loggers",
     "max_new_tokens": "max_tokens max_length num_tokens n_tokens",
     "temperature": "temp",
-    "checkpoint": "model_path ckpt ckpt_path model_name_or_path",
+    "checkpoint": "run model_path ckpt ckpt_path model_name_or_path",
     "prompt": "start input text prompts",
 }
 _DERIVED = {"accumulate_grad_batches", "gradient_accumulation_steps", "grad_accum_steps"}
