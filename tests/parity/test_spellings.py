@@ -118,6 +118,10 @@ def test_words_that_marian_must_not_write_are_not_written(tmp_path, how, without
     theirs, ours = transformers.MarianMTModel.from_pretrained(tmp_path).eval(), load_pretrained(tmp_path)
     assert int(ours(ids(vocab=50), decoder_input_ids=torch.tensor([[pad]] * 2)).logits[0, -1].argmax()) == pad
     assert ours.banned_tokens == (pad,)
+    save_pretrained(ours, tmp_path / "again")
+    again = load_pretrained(tmp_path / "again")
+    assert (again.banned_tokens, again.config.eos_token_id) == (ours.banned_tokens, ours.config.eos_token_id)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path / "again").eos_token_id == theirs.config.eos_token_id
     given = ids(vocab=50)
     wanted = theirs.generate(given, max_new_tokens=8, do_sample=False, **{"num_beams": 1, "forced_eos_token_id": None, "bad_words_ids": [[pad]], **how})
     found = generate(ours, given, max_new_tokens=8, **how)

@@ -14,7 +14,7 @@ from txtrain.hf.folder import contents
 from txtrain.model.config import ModelConfig
 
 FILE = "generation_config.json"
-_ENDS, _BANNED = "eos_token_id", "bad_words_ids"
+_ENDS, _BANNED, _MADE = "eos_token_id", "bad_words_ids", "_from_model_config"
 
 
 def read(folder: Path) -> bytes:
@@ -26,6 +26,15 @@ def read(folder: Path) -> bytes:
     if (found := contents(folder, FILE)) == {FILE: b""}:
         raise ConfigError(f"{folder / FILE} must be a JSON object, but is empty.")
     return found.get(FILE, b"")
+
+
+def of_model(raw: bytes, where: str) -> bytes:
+    """The file for a folder that has none but forbids tokens in its config.json, where older folders do; else empty.
+
+    raw: the config.json.
+    """
+    words = parse_json(raw, where).get(_BANNED)
+    return json.dumps({_MADE: True, _BANNED: words}).encode() if words else b""
 
 
 def with_ends(model: ModelConfig, raw: bytes, where: str) -> ModelConfig:
@@ -41,8 +50,6 @@ def with_ends(model: ModelConfig, raw: bytes, where: str) -> ModelConfig:
 def banned(model: ModelConfig, raw: bytes, where: str) -> tuple[int, ...]:
     """The tokens that must not be generated: the words of one token in bad_words_ids, as in transformers no end token.
 
-    raw: the file, or a config.json where there is none.
-
     Raises:
         ConfigError: it is no JSON object, or they are no lists of tokens.
     """
@@ -57,12 +64,13 @@ def banned(model: ModelConfig, raw: bytes, where: str) -> tuple[int, ...]:
 
 def written(raw: bytes, ids: Mapping[str, Any]) -> bytes:
     """The file for a model with these token ids: `raw` itself if its end tokens are the model's, or it has none."""
-    said = parse_json(raw, FILE) if raw else {"_from_model_config": True}
+    said = parse_json(raw, FILE) if raw else {_MADE: True}
+    made = said.keys() <= {_MADE, _BANNED}  # `of_model`
     ends = ids[_ENDS]
     now = () if ends is None else tuple(ends) if isinstance(ends, (list, tuple)) else (ends,)
-    if raw and _listed(said, FILE) in ((), now):
+    if not made and _listed(said, FILE) in ((), now):
         return raw
-    return (json.dumps({**said, **(ids if not raw else {_ENDS: ends})}, indent=2) + "\n").encode()
+    return (json.dumps({**said, **(ids if made else {_ENDS: ends})}, indent=2) + "\n").encode()
 
 
 def _listed(said: Mapping[str, Any], where: str) -> tuple[int, ...]:

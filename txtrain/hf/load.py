@@ -73,9 +73,10 @@ def open_folder(folder: str | os.PathLike[str]) -> Source:
     _check_tensors(hf, stored, entries, folder, config, known={*copies, *(s.name for s in every)})
     _check_values(hf, model, copies, weights, folder)
     model.tokenizer_files = tokenizer_files(folder)
-    model.generation_file = generation_config.read(folder)
-    said = generation_config.FILE if model.generation_file else CONFIG
-    model.banned_tokens = generation_config.banned(config, contents(folder, said)[said], str(folder / said))
+    given = generation_config.read(folder)
+    where = str(folder / (generation_config.FILE if given else CONFIG))
+    model.generation_file = given or generation_config.of_model(contents(folder, CONFIG)[CONFIG], where)
+    model.banned_tokens = generation_config.banned(config, model.generation_file, where)
     model.loss_type = hf.loss_type
     return Source(folder, model, [piece for s in stored for piece in from_theirs(s, weights, ours)])
 

@@ -336,6 +336,16 @@ def test_a_prompt_that_is_not_utf_8_is_refused(exported, monkeypatch, tmp_path, 
     assert main(["generate", f"checkpoint={exported}", "prompt=The ", "temperature=1e-45", "max_new_tokens=2"]) == 0
 
 
+def test_tokens_that_config_json_alone_forbids_are_forbidden_in_the_checkpoints_of_a_run(exported, folder, tmp_path):
+    start = tmp_path / "start"
+    shutil.copytree(exported, start)
+    (start / "generation_config.json").unlink()
+    said = json.loads((start / "config.json").read_text()) | {"bad_words_ids": [[3], [4, 5]]}
+    (start / "config.json").write_text(json.dumps(said))
+    run = train(starting(folder, start, "forbidden", "trainer.max_steps=1"))
+    assert txtrain.load_pretrained(run.run_dir).banned_tokens == (3,)
+
+
 def test_generate_speaks_from_an_exported_folder(exported, capsys):
     assert main(["generate", f"checkpoint={exported}", "prompt=The 3", "max_new_tokens=4", "temperature=0"]) == 0
     assert capsys.readouterr().out.startswith("The 3")
