@@ -12,6 +12,8 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+import torch.distributed as dist
+
 from tests.compose.conftest import ROOT
 from tests.device import DEVICE, VARIABLE, needs
 from txtrain.parallel.launch import Group
@@ -65,9 +67,14 @@ def command_line(arguments: Sequence[str], folder: Path, timeout: float = 240) -
 
 
 def as_worker(main: Callable[[], None]) -> None:
-    """Run main as one process of a group: where it fails, it ends at once after its traceback, since the others wait for it."""
+    """Run main as one process of a group: where it fails, it ends at once after its traceback, since the others wait for it.
+
+    The group is left before Python ends: gloo's threads would be met by the ends of static objects, and abort.
+    """
     try:
         main()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         traceback.print_exc()
         os._exit(1)
