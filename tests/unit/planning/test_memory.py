@@ -153,7 +153,9 @@ def test_counted_equals_simulated_with_capped_scores_across_stacks(overrides):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama2_7b", "gemma2_2b", "mistral_7b", "t5_base", "bert_large", "vit_h14"])
 def test_counted_equals_simulated_at_a_published_size(name):
-    agree(txtrain.compose([f"model={name}", "trainer.accelerator=cpu", *SHARDED, "data.global_batch_size=8"]), 8)
+    """Of 512 positions: elementwise work goes by parts that fit a cache, each of which is simulated."""
+    shorter = () if name == "vit_h14" else ("data.seq_len=512",)
+    agree(txtrain.compose([f"model={name}", "trainer.accelerator=cpu", *SHARDED, "data.global_batch_size=8", *shorter]), 8)
 
 
 @pytest.mark.parametrize("family", ["llama2", "gpt2", *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES if f not in ("llama2", "gpt2"))])
