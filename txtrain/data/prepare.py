@@ -262,7 +262,8 @@ def _tokens(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:
     for tokens in (train, validation):
         tokens.probe()
     remedy = "a larger data.val_fraction, or data.val_path"
-    made = _packed((train, validation), tokenizer, source.key, config, objective, remedy)
+    key = digest(source.key, "whole") if config.extent.whole else source.key  # plans have the names of splits
+    made = _packed((train, validation), tokenizer, key, config, objective, remedy)
     return dc.replace(made, skipped=skipped_in(*source.folders))
 
 

@@ -15,11 +15,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from txtrain.config.schema import Train
 from txtrain.data.samples.packed import PackedSamples
 from txtrain.data.sources.memmap import TokenFiles
 from txtrain.data.store.tokens import Shard, Tokens
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.run_config import Extent
 from txtrain.training.data_module import DataModule
 
 DOCUMENTS = [[7, 1, 2], [3, 4, 5, 6, 7], [1], [9, 9, 8, 2, 6, 5, 3]]
@@ -209,6 +211,20 @@ def test_workers_give_the_same_batches(make_config, tmp_path: Path) -> None:
     config = {"path": str(tmp_path / "own"), "tokenizer": None}
     plain, workers = (list(itertools.islice(DataModule(make_config("memmap", {**config, "num_workers": n})).train_dataloader(), 20)) for n in (0, 2))
     assert all(torch.equal(a[k], b[k]) for a, b in zip(plain, workers, strict=True) for k in a)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["all first", "splits first"])
+def test_all_of_a_folder_and_its_splits_have_plans_of_their_own(make_config, monkeypatch, tmp_path: Path, first: bool) -> None:
+    """Both in one cache, in either order."""
+    write_own(tmp_path / "own", [[[1] * 20] * 30], [[2] * 20] * 5)
+    config = make_config("memmap", {"path": str(tmp_path / "own"), "tokenizer": None, "packing": "none", "seq_len": 32})
+    made = {}
+    for whole in (first, not first):
+        monkeypatch.setattr(Train, "extent", Extent(whole=whole))
+        made[whole] = DataModule(config)
+        made[whole].prepare()
+    assert {whole: (data.n_train, data.n_val) for whole, data in made.items()} == {True: (35, 35), False: (30, 5)}
+    assert made[True].fingerprint != made[False].fingerprint
 
 
 def test_an_id_that_the_model_lacks_is_told_with_its_place(make_config, tmp_path: Path) -> None:
