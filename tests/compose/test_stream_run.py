@@ -35,9 +35,10 @@ def test_a_resumed_stream_is_the_uninterrupted_one(capsys):
 
 def test_a_stream_of_version_0_1_0_goes_on_as_it_began():
     """Its configuration lacks the keys, and its position is a token, an epoch and a row."""
-    Path("a.jsonl").write_text("".join(json.dumps({"text": f"Row {i:03d} says {i * i:06d}."}) + "\n" for i in range(20)))
+    for name in ("a.jsonl", "b.jsonl"):
+        Path(name).write_text("".join(json.dumps({"text": f"Row {i:03d} says {i * i:06d}."}) + "\n" for i in range(20)))
     shape = [line for line in (*TINY, *RUN) if not line.startswith("data=")]
-    line = [*shape, "data=hf", "data.path=a.jsonl", "data.streaming=true", "data.val_split=null", "data.val_path=a.jsonl"]
+    line = [*shape, "data=hf", "data.path=a.jsonl", "data.streaming=true", "data.val_split=null", "data.val_path=b.jsonl"]
     line += ["data.stream_readers=1", "data.shuffle_buffer=0", "scheduler=constant"]
     assert main([*line, "trainer.max_steps=10", "run_dir=whole"]) == 0
     assert main([*line, "trainer.max_steps=4", "run_dir=parts"]) == 0

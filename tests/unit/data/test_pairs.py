@@ -89,6 +89,18 @@ def test_lines_end_at_newlines_alone(config, tmp_path):
     assert source.identity().endswith(" lines"), "an older cache holds other rows"
 
 
+def test_both_splits_may_hold_other_ends_of_lines(config, tmp_path):
+    names = {}
+    for split in ("", "val_"):
+        for side, key in (("source", "path"), ("target", "target_path")):
+            file = tmp_path / f"{split}{side}"
+            file.write_text(f"{split}{side} one\u2028\n{split}{side} two\x0c\n")
+            names[split + key] = str(file)
+    source = build_source(config(**names))
+    assert list(source.pairs("validation")) == [("val_source one\u2028", "val_target one\u2028"), ("val_source two\x0c", "val_target two\x0c")]
+    assert [word for word in source.identity().split() if word == "lines"] == ["lines"] * 2
+
+
 def test_equal_sources_are_on_one_side_of_the_split():
     class Twice:
         def pairs(self, split):
@@ -132,7 +144,7 @@ def test_mistakes_are_told_with_their_place(config, tmp_path):
     cut.write_bytes(gzip.compress(b"a\tb\n" * 100)[:-9])
     with pytest.raises(ConfigError, match="whole gzip file"):
         list(build_source(config(path=str(cut))).pairs("train"))
-    with pytest.raises(ConfigError, match=r"data\.val_path.* must not be the training pairs"):
+    with pytest.raises(ConfigError, match=r"`data\.val_path` must not overlap data\.path, but both name .*bad\.tsv"):
         build_source(config(path=str(bad), val_path=str(bad)))
 
 

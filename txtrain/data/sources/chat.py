@@ -11,8 +11,9 @@ from txtrain.data.chat.formats import Format, conversations
 from txtrain.data.chat.template import Template
 from txtrain.data.chat.turns import Conversation, Speaker, TrainOn
 from txtrain.data.sources.documents import objects_of
-from txtrain.data.sources.files import Limits, files_identity, find_files, listed
+from txtrain.data.sources.files import Limits, find_files, listed
 from txtrain.data.sources.hub import load_dataset, set_errors
+from txtrain.data.sources.origins import Origins
 from txtrain.data.sources.source import Marked, Split
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer
 from txtrain.errors import ConfigError
@@ -38,7 +39,7 @@ class ConversationRows:
         what: the contents of the rows, for errors.
 
     Raises:
-        ConfigError: a path does not exist, or a file is in both path and val_path.
+        ConfigError: a path does not exist, or validation rows are also training rows.
     """
 
     def __init__(
@@ -52,12 +53,11 @@ class ConversationRows:
         if chat_template is not None:
             file = path_of(chat_template, "data.chat_template")
             self.chat_template = ChatTemplate({"default": read_text(file, _TEMPLATE_LIMIT)}, chat_template)
-        self._known: list[str] = []
+        self._origins = Origins()
         self.rows: dict[Split, Rows] = {"train": self._open(path, "data.path", name, split)}
         if val_path or val_split:
-            self.rows["validation"] = self._open(val_path or path, "data.val_path", name, val_split or split)
-            if len(set(self._known)) < len(self._known):
-                raise ConfigError(f"`data.val_path` must not be the training {what}, but {val_path or val_split} is.")
+            key = "data.val_path" if val_path else "data.val_split"
+            self.rows["validation"] = self._open(val_path or path, key, name, val_split or split)
         self.has_validation = "validation" in self.rows
 
     def parsed(self, split: Split, parse: Callable[[Mapping[str, Any], int, str], Iterable[T]]) -> Iterator[T]:
@@ -69,7 +69,7 @@ class ConversationRows:
             yield from found
 
     def identity(self) -> str:
-        return self.limits.identity + " ".join(self._known)
+        return self.limits.identity + " ".join(self._origins.known)
 
     def describe(self) -> str:
         return f"{self.what} of {self.path if isinstance(self.path, str) else ', '.join(self.path)}"
@@ -84,13 +84,13 @@ class ConversationRows:
         for file in files:
             if not file.name.removesuffix(".gz").removesuffix(".zst").endswith(KINDS):
                 raise ConfigError(f"`{key}` must be {', '.join(KINDS)} files of {self.what}, but {file} is another.")
-        self._known.append(files_identity(files))
+        self._origins.add_files(files, key)
         return lambda: (row for file in files for row in objects_of(file, key, self.limits))
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Rows:
         with set_errors(key, path, split, f"files of {self.what} or what load_dataset takes"):
             rows = load_dataset(path, name, split)
-        self._known.append(rows._fingerprint)
+        self._origins.add_set(path, name, split, rows, key)
         return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
 
 

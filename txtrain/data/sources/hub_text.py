@@ -12,6 +12,7 @@ from typing import Any
 from txtrain.data.sources.documents import decoded, texts_of
 from txtrain.data.sources.files import Limits, Skipped, files_identity
 from txtrain.data.sources.hub import load_dataset, set_errors
+from txtrain.data.sources.origins import Origins, names_of
 from txtrain.data.sources.source import Split
 from txtrain.data.store.split import is_held_out
 from txtrain.errors import ConfigError, hint
@@ -51,12 +52,14 @@ class HubDataset:
             raise ConfigError(_NO_PATH)
         self.path, self.name, self.split, self.text_column = path, name, split, text_column
         self.rows: dict[Split, Any] = {"train": _load(path, name, "data.path", split, text_column)}
-        available = self.rows["train"].info.splits or {}
-        if val_path:
-            self.rows["validation"] = _load(val_path, name, "data.val_path", val_split or split, text_column)
-        elif val_split or ("validation" in available and "validation" not in _names(split)):
-            self.rows["validation"] = _load(path, name, "data.val_split", val_split or "validation", text_column)
-            _refuse_overlap(split, val_split or "validation", {k: v.num_examples for k, v in available.items()})
+        self._origins = Origins()
+        self._origins.add_set(path, name, split, self.rows["train"], "data.path")
+        own = "validation" in (self.rows["train"].info.splits or {}) and not names_of(split) & {"validation", "all"}
+        if val_path or val_split or own:
+            key = "data.val_path" if val_path else "data.val_split"
+            held = val_path or path, name, val_split or (split if val_path else "validation")
+            self.rows["validation"] = _load(held[0], name, key, held[2], text_column)
+            self._origins.add_set(*held, self.rows["validation"], key)
         self.has_validation = "validation" in self.rows
 
     limits = Limits()
@@ -70,9 +73,7 @@ class HubDataset:
             n += len(batch)
 
     def identity(self) -> str:
-        return (
-            f"{self.limits.identity}hf {self.text_column} {' '.join(rows._fingerprint for rows in self.rows.values())}"
-        )
+        return f"{self.limits.identity}hf {self.text_column} {' '.join(self._origins.known)}"
 
     def describe(self) -> str:
         name = f" {self.name}" if self.name else ""
@@ -122,20 +123,20 @@ class HubStream:
                 raise ConfigError(
                     f"`data.{key}` must be the name of a split with data.streaming=true, but is {value} instead."
                 )
-        if val_split == split and not val_path:
-            raise ConfigError(f"`data.val_split` must not be data.split, but both are {split}.")
         self.path, self.name, self.split = path, name, split
         self.text_column, self.val_fraction = text_column, val_fraction
         self.rows = _load(path, name, "data.path", split, text_column, streaming=True)
-        self.held_out = None if not (val_path or val_split) else self._opened(val_path, val_split)
+        self._origins = Origins()
+        self._origins.add_set(path, name, split, self.rows, "data.path")
+        self.held_out = None
+        if val_path or val_split:
+            key, held = "data.val_path" if val_path else "data.val_split", (val_path or path, name, val_split or split)
+            self.held_out = _load(held[0], name, key, held[2], text_column, streaming=True)
+            self._origins.add_set(*held, self.held_out, key)
         self.readers, self.n_files = readers, self.rows.num_shards
         self.by_files = 1 < readers <= self.n_files
         self._known = [p for p in (path, val_path) if p and os.path.exists(p)]
         self._words = f"{path} {name} {split} {val_path} {val_split} {text_column}"
-
-    def _opened(self, val_path: str | None, val_split: str | None) -> Any:
-        key = "data.val_path" if val_path else "data.val_split"
-        return _load(val_path or self.path, self.name, key, val_split or self.split, self.text_column, streaming=True)
 
     def stream(self, file: int, part: int = 0) -> Iterator[tuple[int, Any]]:
         """The rows of a file from a part on, some at a time: the number of their part, and their texts as an Arrow
@@ -191,23 +192,3 @@ class HubStream:
         readers = f"; {self.readers} readers with {each} each" if self.readers > 1 else ""
         name = f" {self.name}" if self.name else ""
         return f"{self.path}{name}, streamed ({self.split}, column {self.text_column}{readers})"
-
-
-def _names(split: str) -> set[str]:
-    """The splits in a spec such as `train[:90%]+extra`."""
-    return {re.match(r"\w*", part.strip()).group() for part in split.split("+")}  # type: ignore[union-attr]
-
-
-def _refuse_overlap(split: str, val_split: str, sizes: dict[str, int]) -> None:
-    if not _names(split) & _names(val_split):
-        return
-    from datasets import ReadInstruction
-
-    taken = [(i.splitname, i.from_, i.to) for i in ReadInstruction.from_spec(split).to_absolute(sizes)]
-    for held in ReadInstruction.from_spec(val_split).to_absolute(sizes):
-        for name, begin, end in taken:
-            if name == held.splitname and max(begin, held.from_) < min(end, held.to):
-                raise ConfigError(
-                    f"`data.val_split` must not overlap data.split, but {val_split} and {split} share rows "
-                    f"{max(begin, held.from_)} to {min(end, held.to) - 1} of {name}."
-                )

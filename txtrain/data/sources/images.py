@@ -6,7 +6,7 @@ import math
 import struct
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from txtrain.data.sources.files import Limits, files_identity, missing, open_unpacked
 from txtrain.data.sources.hub import load_dataset, set_errors
+from txtrain.data.sources.origins import Origins, refuse_shared
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.files import path_of
@@ -43,7 +44,7 @@ class ImageFiles:
         labels, val_labels: .npy files of labels for .npy images.
 
     Raises:
-        ConfigError: a path is none of these, or images and labels do not match.
+        ConfigError: a path is none of these, images and labels do not match, or validation images are training ones.
     """
 
     def __init__(
@@ -58,9 +59,12 @@ class ImageFiles:
         self.path, self.name, self.columns = path, name, columns
         self.limits = Limits(max_expansion)
         self.files: list[Path] = []
+        self._origins = Origins()
         found = self._open(path, "data.path", labels, split)
         if val_path or val_split:
-            found["validation"] = self._open(val_path or path, "data.val_path", val_labels, val_split or split)["train"]
+            key = "data.val_path" if val_path else "data.val_split"
+            found["validation"] = self._open(val_path or path, key, val_labels, val_split or split)["train"]
+            refuse_shared(found["train"].read_from, found["validation"].read_from, key)
         self.found = found
         self.has_validation = "validation" in found
 
@@ -82,18 +86,14 @@ class ImageFiles:
         if path.suffix == ".npz":
             return self._npz(_existing(path, key), key)
         if path.suffix == ".npy":
+            beside = "data.labels" if key == "data.path" else "data.val_labels"
             if not labels:
-                raise ConfigError(
-                    f"`{key}`: {path} must have its labels in `{key.replace('path', 'labels')}=FILE.npy`."
-                )
-            pictures, classes = (
-                _existing(path, key),
-                _existing(path_of(labels, beside := key.replace("path", "labels")), beside),
-            )
+                raise ConfigError(f"`{key}`: {path} must have its labels in `{beside}=FILE.npy`.")
+            pictures, classes = _existing(path, key), _existing(path_of(labels, beside), beside)
             self.files += [pictures, classes]
             return {
                 "train": ArrayImages(
-                    map_npy(pictures, f"`{key}`: {pictures}"), map_npy(classes, f"`{key}`: {classes}"), key
+                    map_npy(pictures, f"`{key}`: {pictures}"), map_npy(classes, f"`{key}`: {classes}"), key, [pictures]
                 )
             }
         if "idx" in path.name:
@@ -128,7 +128,7 @@ class ImageFiles:
         if beside == path or not beside.is_file():
             raise ConfigError(f"`{key}`: {path} must have its labels beside it, but there is no {beside.name}.")
         self.files += [path, beside]
-        return ArrayImages(read_idx(path, key, self.limits), read_idx(beside, key, self.limits), key)
+        return ArrayImages(read_idx(path, key, self.limits), read_idx(beside, key, self.limits), key, [path])
 
     def _npz(self, path: Path, key: str) -> dict[Split, Opened]:
         where = f"`{key}`: {path}"
@@ -140,13 +140,16 @@ class ImageFiles:
                     {"validation": names[2:]} if names[2] in arrays and names[3] in arrays else {}
                 )
                 read = partial(read_npz, path, where=where, max_expansion=self.limits.max_expansion)
-                return {k: ArrayImages(read(x), read(y), key) for k, (x, y) in pairs.items()}  # type: ignore[misc]
+                made = {k: ArrayImages(read(x), read(y), key, [path]) for k, (x, y) in pairs.items()}
+                return made  # type: ignore[return-value]
         wanted = " or ".join("/".join(names[:2]) for names in _ARRAYS)
         raise ConfigError(f"`{key}`: {path} must hold {wanted}, but holds {shorten(', '.join(arrays))}.")
 
     def _set(self, spec: str, key: str, split: str) -> SetImages:
         with set_errors(key, spec, split, "local images or a set for load_dataset"):
-            return SetImages(load_dataset(spec, self.name, split), self.columns)
+            rows = load_dataset(spec, self.name, split)
+        self._origins.add_set(spec, self.name, split, rows, key)
+        return SetImages(rows, self.columns)
 
 
 def _existing(path: Path, key: str) -> Path:
@@ -182,7 +185,9 @@ class ArrayImages:
 
     known = ""  # identifies the contents, besides files
 
-    def __init__(self, images: NDArray[Any], labels: NDArray[Any], said: str = "data.path") -> None:
+    def __init__(
+        self, images: NDArray[Any], labels: NDArray[Any], said: str = "data.path", read_from: Sequence[Path] = ()
+    ) -> None:
         if images.ndim not in (3, 4) or labels.ndim != 1 or len(images) != len(labels):
             raise ConfigError(
                 f"`{said}` must be images [N, H, W] or [N, H, W, C] with labels [N], "
@@ -200,7 +205,7 @@ class ArrayImages:
                 f"but is {images.dtype} from {images.min()} to {images.max()} instead."
             )
         self.array = images.astype(np.uint8) if integers else images
-        self.labels = labels.astype(np.int64)
+        self.labels, self.read_from = labels.astype(np.int64), read_from
 
     def read(self, i: int) -> NDArray[Any]:
         image: NDArray[Any] = self.array[i]
@@ -218,7 +223,7 @@ class FolderImages:
         found = [
             [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes
         ]
-        self.files = [p for files in found for p in files]
+        self.files = self.read_from = [p for files in found for p in files]
         self.labels = np.repeat(np.arange(len(found), dtype=np.int64), [len(files) for files in found])
         if not self.files:
             raise ConfigError(
@@ -245,6 +250,8 @@ class FolderImages:
 
 class SetImages:
     """Rows of a set with a column of pictures and one of classes."""
+
+    read_from = ()  # files; sets are known by their names
 
     def __init__(self, rows: Any, columns: tuple[str, str]) -> None:
         for column in columns:

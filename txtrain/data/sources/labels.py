@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 from txtrain.data.sources.documents import objects_of
 from txtrain.data.sources.files import (
     Limits,
-    files_identity,
     find_files,
     listed,
     open_unpacked,
     unpacked_name,
 )
 from txtrain.data.sources.hub import load_dataset, set_errors
+from txtrain.data.sources.origins import Origins
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 
@@ -52,7 +52,7 @@ class LabelledTexts:
         label_names: the classes in order; empty: those of the training rows, sorted.
 
     Raises:
-        ConfigError: a path or a column does not exist, or a file is in both path and val_path.
+        ConfigError: a path or a column does not exist, or validation rows are also training rows.
     """
 
     def __init__(
@@ -69,14 +69,12 @@ class LabelledTexts:
         self.listed = kind == "multi" and isinstance(label_column, str)
         self.skipped: dict[str, str] | None = {} if bad_rows == "skip" else None
         self.limits = Limits(max_expansion, max_text_bytes, encoding_errors, self.skipped)
-        self._known: list[str] = []
+        self._origins = Origins()
         self._names_of_set: tuple[str, ...] = ()
         self.rows: dict[Split, Callable[[], Iterable[Row]]] = {"train": self._open(path, "data.path", name, split)}
         if val_path or val_split:
             key = "data.val_path" if val_path else "data.val_split"
             self.rows["validation"] = self._open(val_path or path, key, name, val_split or split)
-            if len(set(self._known)) < len(self._known):
-                raise ConfigError(f"`{key}` must not be the training rows, but {val_path or val_split} is.")
         self.has_validation = "validation" in self.rows
 
     def labelled(self, split: Split) -> Iterator[Labelled]:
@@ -107,7 +105,7 @@ class LabelledTexts:
 
     def identity(self) -> str:
         said = self.texts, self.columns, self.kind, self.label_names, self.delimiter
-        return f"{FORMAT} {self.limits.identity}{said} {' '.join(self._known)}"
+        return f"{FORMAT} {self.limits.identity}{said} {' '.join(self._origins.known)}"
 
     def describe(self) -> str:
         where = self.path if isinstance(self.path, str) else ", ".join(self.path)
@@ -210,7 +208,7 @@ class LabelledTexts:
         if len(names) == 1 and not _is_local(names[0]):
             return self._set(names[0], key, name, split)
         files = find_files(path, key, KINDS, "labelled texts")
-        self._known.append(files_identity(files))
+        self._origins.add_files(files, key)
         for file in files:
             first = next(iter(self._rows(file, key)), None)
             if first is None:
@@ -239,7 +237,7 @@ class LabelledTexts:
                 raise ConfigError(_no_column(column_key, column, rows.column_names, path))
         kind = rows.features[self.columns[0]]
         self._names_of_set = tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())  # of a ClassLabel
-        self._known.append(rows._fingerprint)
+        self._origins.add_set(path, name, split, rows, key)
         return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows, start=1))
 
 

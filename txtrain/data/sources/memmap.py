@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from txtrain.data.sources.files import files_identity, find_files, listed
+from txtrain.data.sources.origins import refuse_shared
 from txtrain.data.sources.source import Split
 from txtrain.data.store.formats import INDEX, KINDS, MARKED, own_shards, read_index, shard_of
 from txtrain.data.store.split import digest
@@ -55,8 +56,8 @@ class TokenFiles:
             self.shards["validation"] = [
                 shard for shards in self._all(val_path, "data.val_path").values() for shard in shards
             ]
-            if both := {s.path for s in self.shards["train"]} & {s.path for s in self.shards["validation"]}:
-                raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
+            trained, held = ([shard.path for shard in shards] for shards in self.shards.values())
+            refuse_shared(trained, held)
         elif not self.shards["validation"]:
             self._val_fraction = val_fraction
             cuts = [(shard, _cut(shard, val_fraction)) for shard in self.shards["train"]]

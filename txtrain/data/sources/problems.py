@@ -8,6 +8,7 @@ from pathlib import Path
 
 from txtrain.data.sources.documents import objects_of
 from txtrain.data.sources.files import Limits, files_identity, find_files
+from txtrain.data.sources.origins import refuse_shared
 from txtrain.data.sources.source import Problem, Split, side_of
 from txtrain.errors import ConfigError, hint
 
@@ -42,8 +43,7 @@ class Problems:
         self.files: dict[str, list[Path]] = {"data.path": find_files(path, "data.path", KINDS, "problems")}
         if val_path:
             self.files["data.val_path"] = find_files(val_path, "data.val_path", KINDS, "problems")
-            if common := set(self.files["data.path"]) & set(self.files["data.val_path"]):
-                raise ConfigError(f"`data.val_path` must not be the training problems, but {common.pop()} is.")
+            refuse_shared(self.files["data.path"], self.files["data.val_path"])
         for key, files in self.files.items():
             for file in files:
                 if not file.name.removesuffix(".gz").removesuffix(".zst").endswith(KINDS):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from txtrain.data.sources.documents import KINDS, documents_of, has_rows
 from txtrain.data.sources.files import PACKED, Limits, Text, files_identity, find_files
+from txtrain.data.sources.origins import refuse_shared
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError
 
@@ -40,8 +41,7 @@ class TextFiles:
         elif val_path:
             self.files["validation"] = find_files(val_path, "data.val_path", KINDS)
         held = {file for files in (self.files.get("validation", []), *self.named.values()) for file in files}
-        if both := set(self.files["train"]) & held:
-            raise ConfigError(f"`data.val_path` must not overlap data.path, but both name {min(both)}.")
+        refuse_shared(self.files["train"], held)
         self.path, self.text_column, self.bad_rows = path, text_column, bad_rows
         self.skipped: dict[str, str] | None = {} if bad_rows == "skip" else None
         self.limits = Limits(max_expansion, max_text_bytes, encoding_errors, self.skipped)

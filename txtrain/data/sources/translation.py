@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.data.sources.documents import rows_of
-from txtrain.data.sources.files import Limits, files_identity, find_files, text_chunks
+from txtrain.data.sources.files import Limits, find_files, text_chunks
 from txtrain.data.sources.hub import load_dataset, set_errors
+from txtrain.data.sources.origins import Origins
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.plain_files import split_lines
@@ -31,7 +32,7 @@ class Translation:
         swap: exchange source and target.
 
     Raises:
-        ConfigError: a file or set does not exist, or is not of such pairs.
+        ConfigError: a file or set does not exist, is not of such pairs, or validation rows are also training rows.
     """
 
     def __init__(
@@ -58,21 +59,18 @@ class Translation:
         self.path, self.columns, self.swap = path, columns, swap
         self.skipped: dict[str, str] | None = {} if bad_rows == "skip" else None
         self.limits = Limits(max_expansion, max_text_bytes, encoding_errors, self.skipped)
-        self._known: list[str] = []
+        self._origins = Origins()
         self.rows: dict[Split, Pairs] = {"train": self._open(path, target_path, "data.path", name, split)}
         if val_path or val_split:
-            self.rows["validation"] = self._open(
-                val_path or path, val_target_path, "data.val_path", name, val_split or split
-            )
-            if len(set(self._known)) < len(self._known):
-                raise ConfigError(f"`data.val_path` must not be the training pairs, but {val_path or val_split} is.")
+            key = "data.val_path" if val_path else "data.val_split"
+            self.rows["validation"] = self._open(val_path or path, val_target_path, key, name, val_split or split)
         self.has_validation = "validation" in self.rows
 
     def pairs(self, split: Split) -> Iterator[tuple[str, str]]:
         return ((b, a) for a, b in self.rows[split]()) if self.swap else self.rows[split]()
 
     def identity(self) -> str:
-        return f"{self.limits.identity}translation {self.columns} {self.swap} {' '.join(self._known)}"
+        return f"{self.limits.identity}translation {self.columns} {self.swap} {' '.join(self._origins.known)}"
 
     def describe(self) -> str:
         return f"pairs of {self.path}{', swapped' if self.swap else ''}"
@@ -86,7 +84,7 @@ class Translation:
             )
         if path.endswith(_TSV):
             file = self._file(path, key)
-            self._known.append(files_identity([file]))
+            self._origins.add_files([file], key)
             return lambda: _tsv(file, self.columns, key, self.limits)
         return self._set(path, key, name, split)
 
@@ -103,9 +101,9 @@ class Translation:
                 f"`{key}` must be two files with the same number of lines, "
                 f"but {source} has {len(sides[0])} and {target} has {len(sides[1])}."
             )
-        self._known.append(files_identity([source, target]))
+        self._origins.add_files([source, target], key)
         if any(map(_ONCE_CUT.search, texts)):
-            self._known.append("lines")  # not what an older cache holds
+            self._origins.known.append("lines")  # not what an older cache holds
         return lambda: zip(*sides, strict=True)
 
     def _set(self, path: str, key: str, name: str | None, split: str) -> Pairs:
@@ -114,7 +112,7 @@ class Translation:
         with set_errors(key, path, split, allowed, remedy):
             rows = load_dataset(path, name, split)
         pick = _picker(rows, self.columns, path)
-        self._known.append(rows._fingerprint)
+        self._origins.add_set(path, name, split, rows, key)
         return lambda: _rows(map(pick, rows), path, key, self.limits)
 
 
