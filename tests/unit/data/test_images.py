@@ -11,7 +11,7 @@ from tests.models import tiny
 from txtrain.data.samples.augment import Augment
 from txtrain.data.samples.draws import Draws
 from txtrain.data.sources.files import Limits
-from txtrain.data.sources.images import read_idx
+from txtrain.data.sources.images import SetImages, read_idx
 from txtrain.data.sources.source import build_source
 from txtrain.errors import ConfigError
 from txtrain.model import options
@@ -191,6 +191,56 @@ def test_validation_images_are_not_augmented(config):
         assert torch.equal(a["pixel_values"], b["pixel_values"])
     a, b = (next(iter(m.train_dataloader())) for m in (plain, moved))
     assert not torch.equal(a["pixel_values"], b["pixel_values"])
+
+
+def test_validation_images_are_numbered_by_the_training_classes(config, tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
+    for part, names in (("train", ["cat", "dog", "eel"]), ("held", ["cat", "eel"]), ("both/train", ["cat", "dog"]), ("both/val", ["dog"])):
+        for name in names:
+            (tmp_path / part / name).mkdir(parents=True)
+            for i in range(2):
+                image.fromarray(PIXELS[i]).save(tmp_path / part / name / f"{i}.png")
+    source = build_source(config(path=str(tmp_path / "train"), val_path=str(tmp_path / "held")))
+    assert source.images("train").labels.tolist() == [0, 0, 1, 1, 2, 2]
+    assert source.images("validation").labels.tolist() == [0, 0, 2, 2]
+    assert build_source(config(path=str(tmp_path / "both"))).images("validation").labels.tolist() == [1, 1]
+    (tmp_path / "held" / "fox").mkdir()
+    with pytest.raises(ConfigError, match=r"`data\.val_path`: \S+held must have the classes of the training images \(cat, dog, eel\), but has fox too"):
+        build_source(config(path=str(tmp_path / "train"), val_path=str(tmp_path / "held")))
+
+
+class Rows(dict):
+    """A set of the library."""
+
+    column_names, _fingerprint = ("image", "label"), "abc"
+
+    def __getitem__(self, key):
+        return super().__getitem__(key) if isinstance(key, str) else {name: values[key] for name, values in self.items()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        (["cat", "dog"], r"but they are <U3, the first .*cat"),
+        ([0.5, 1.9], r"but they are float64 from 0\.5 on"),
+        ([-1, 0], r"but they are int64 from -1 on"),
+        ([None, 1], r"but they are object, the first None"),
+    ],
+)
+def test_classes_of_a_set_are_integers_from_0_on(labels, says):
+    pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
+    assert SetImages(Rows(image=[], label=[1, 0]), ("image", "label")).labels.tolist() == [1, 0]
+    with pytest.raises(ConfigError, match=rf"`data\.columns`: label must have labels that are integers from 0 on, {says}"):
+        _ = SetImages(Rows(image=[], label=labels), ("image", "label")).labels
+
+
+def test_pixels_of_a_set_are_in_the_range_of_all_pixels():
+    pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
+    images = SetImages(Rows(image=[[[0, 255]], [[0.0, 1.0]], [[0, 256]], [[0.0, 2.0]], [["a"]]], label=[0] * 5), ("image", "label"))
+    assert (images.read(0).dtype, images.read(0).tolist(), images.read(1).tolist()) == (np.uint8, [[0, 255]], [[0.0, 1.0]])
+    for row in (2, 3, 4):
+        with pytest.raises(ConfigError, match=rf"`data\.columns`: image in row {row} of the set must be integers from 0 to 255 or floats from 0 to 1"):
+            images.read(row)
 
 
 def test_mistakes_are_told(config, tmp_path):

@@ -39,6 +39,8 @@ def written(tmp_path: Path, monkeypatch) -> None:
 @pytest.fixture
 def source(make_config):
     def make(kind: str, path, val_path=None, **keys):
+        if kind == "images":
+            pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
         kind, *stream = kind.split()
         keys |= {"streaming": True} if stream else {}
         keys |= {"columns": ("de", "en")} if kind == "translation" else {}

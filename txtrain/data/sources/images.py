@@ -59,6 +59,7 @@ class ImageFiles:
         self.path, self.name, self.columns = path, name, columns
         self.limits = Limits(max_expansion)
         self.files: list[Path] = []
+        self.classes: list[str] | None = None  # of folders: those of the training folder
         self._origins = Origins()
         found = self._open(path, "data.path", labels, split)
         if val_path or val_split:
@@ -113,13 +114,11 @@ class ImageFiles:
         train = self._classes(path / "train", key)
         if held is None:
             return {"train": train}
-        validation = self._classes(held, key)
-        if validation.classes != train.classes:
-            raise ConfigError(f"`{key}`: {held} must have the classes of {path / 'train'}, but has others.")
-        return {"train": train, "validation": validation}
+        return {"train": train, "validation": self._classes(held, key)}
 
     def _classes(self, path: Path, key: str) -> FolderImages:
-        made = FolderImages(path, key)
+        made = FolderImages(path, key, self.classes)
+        self.classes = made.classes
         self.files += made.files
         return made
 
@@ -193,19 +192,8 @@ class ArrayImages:
                 f"`{said}` must be images [N, H, W] or [N, H, W, C] with labels [N], "
                 f"but they are {list(images.shape)} and {list(labels.shape)} instead."
             )
-        if not np.issubdtype(labels.dtype, np.integer) or (len(labels) and labels.min() < 0):
-            raise ConfigError(
-                f"`{said}` must have labels that are integers from 0 on, "
-                f"but they are {labels.dtype} from {labels.min()} on."
-            )
-        integers = np.issubdtype(images.dtype, np.integer)
-        if images.size and not (images.min() >= 0 and images.max() <= (255 if integers else 1)):
-            raise ConfigError(
-                f"`{said}` must be integers from 0 to 255 or floats from 0 to 1, "
-                f"but is {images.dtype} from {images.min()} to {images.max()} instead."
-            )
-        self.array = images.astype(np.uint8) if integers else images
-        self.labels, self.read_from = labels.astype(np.int64), read_from
+        self.array = _pixels(images, f"`{said}`")
+        self.labels, self.read_from = _labels(labels, f"`{said}`"), read_from
 
     def read(self, i: int) -> NDArray[Any]:
         image: NDArray[Any] = self.array[i]
@@ -213,13 +201,23 @@ class ArrayImages:
 
 
 class FolderImages:
-    """Pictures in a folder per class, decoded when they are read. Classes are numbered in the order of their names."""
+    """Pictures in a folder per class, decoded when they are read.
+
+    Args:
+        classes: their names in the order of their numbers; None: those of the folder, sorted.
+
+    Raises:
+        ConfigError: there is no picture, or a folder of another class.
+    """
 
     known = ""
 
-    def __init__(self, path: Path, key: str) -> None:
-        self.key = key
-        self.classes = sorted(p.name for p in path.iterdir() if p.is_dir())
+    def __init__(self, path: Path, key: str, classes: list[str] | None = None) -> None:
+        here = sorted(p.name for p in path.iterdir() if p.is_dir())
+        self.key, self.classes = key, here if classes is None else classes
+        if other := next((name for name in here if name not in self.classes), None):
+            allowed = f"the classes of the training images ({shorten(', '.join(self.classes))})"
+            raise ConfigError(f"`{key}`: {path} must have {allowed}, but has {other} too.{hint(other, self.classes)}")
         found = [
             [p for p in sorted((path / name).rglob("*")) if p.suffix.lower() in _SUFFIXES] for name in self.classes
         ]
@@ -266,15 +264,36 @@ class SetImages:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        return np.asarray(self.rows[self.columns[1]], dtype=np.int64)
+        column = self.columns[1]
+        return _labels(np.asarray(self.rows[column]), f"`data.columns`: {column}")
 
     def read(self, i: int) -> NDArray[Any]:
         with _picture("data.path", f"row {i} of the set"):
             image = self.rows[i][self.columns[0]]
-            return _decoded(image) if hasattr(image, "convert") else np.asarray(image)
+            is_picture = hasattr(image, "convert")
+            found = _decoded(image) if is_picture else np.asarray(image)
+        return found if is_picture else _pixels(found, f"`data.columns`: {self.columns[0]} in row {i} of the set")
 
 
 Opened = ArrayImages | FolderImages | SetImages
+
+
+def _labels(labels: NDArray[Any], where: str) -> NDArray[np.int64]:
+    """Raises ConfigError: they are no classes."""
+    if len(labels) and (labels.dtype.kind not in "iu" or labels.min() < 0):
+        least = f" from {labels.min()} on" if labels.dtype.kind in "iuf" else f", the first {shorten(repr(labels[0]))}"
+        raise ConfigError(f"{where} must have labels that are integers from 0 on, but they are {labels.dtype}{least}.")
+    return labels.astype(np.int64)
+
+
+def _pixels(images: NDArray[Any], where: str) -> NDArray[Any]:
+    """Integers as uint8. Raises ConfigError: they are in no range of pixels."""
+    integers, numbers = images.dtype.kind in "iu", images.dtype.kind in "biuf"
+    if not numbers or (images.size and not (images.min() >= 0 and images.max() <= (255 if integers else 1))):
+        found = f"from {images.min()} to {images.max()}" if numbers else f"such as {shorten(repr(images.flat[0]))}"
+        allowed = "integers from 0 to 255 or floats from 0 to 1"
+        raise ConfigError(f"{where} must be {allowed}, but is {images.dtype} {found} instead.")
+    return images.astype(np.uint8) if integers else images
 
 
 @contextmanager
