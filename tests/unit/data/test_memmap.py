@@ -239,6 +239,9 @@ def mistake(tmp_path: Path, what: str) -> None:
     write_raw(tmp_path / "a.bin", STREAM)
     if what == "nothing there":
         opened(tmp_path / "b.bin")
+    elif what == "packed":
+        (tmp_path / "a.bin.gz").write_bytes(b"as many bytes as tokens")
+        opened(tmp_path / "a.bin.gz", dtype="uint8")
     elif what == "odd size":
         (tmp_path / "a.bin").write_bytes(b"123")
         opened(tmp_path / "a.bin")
@@ -270,6 +273,7 @@ def mistake(tmp_path: Path, what: str) -> None:
     ("what", "says"),
     [
         ("nothing there", r"`data\.path` must be an existing file, glob or folder.*Did you mean \S+a\.bin\?"),
+        ("packed", r"`data\.path` must be files of tokens as they are, .*but \S+a\.bin\.gz is packed \(\.gz\)"),
         ("odd size", r"must hold tokens of 2 bytes \(data\.dtype=uint16\), but has 3 bytes"),
         ("no index", "must begin as an index of Megatron does"),
         ("cut index", r"must have \d+ bytes for its 4 sequences, but has \d+: it is cut off"),

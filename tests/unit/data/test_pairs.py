@@ -140,6 +140,9 @@ def test_mistakes_are_told_with_their_place(config, tmp_path):
     bad.write_text("a\tb\nalone\n")
     with pytest.raises(ConfigError, match=r"line 2 of .*bad.tsv has 1"):
         list(build_source(config(path=str(bad))).pairs("train"))
+    for wanted, needed in (((-3, -1), 3), ((0, -4), 4), ((0, 2), 3)):
+        with pytest.raises(ConfigError, match=rf"must have at least {needed} columns in each line, but line 1 of .*pairs\.tsv has 2"):
+            list(build_source(config(columns=wanted)).pairs("train"))
     cut = tmp_path / "cut.tsv.gz"
     cut.write_bytes(gzip.compress(b"a\tb\n" * 100)[:-9])
     with pytest.raises(ConfigError, match="whole gzip file"):

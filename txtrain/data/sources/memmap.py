@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from txtrain.data.sources.files import files_identity, find_files, listed
+from txtrain.data.sources.files import PACKED, files_identity, find_files, listed
 from txtrain.data.sources.origins import refuse_shared
 from txtrain.data.sources.source import Split
 from txtrain.data.store.formats import INDEX, KINDS, MARKED, own_shards, read_index, shard_of
@@ -159,6 +159,9 @@ def _files(name: str, key: str) -> list[Path]:
     if not path.is_dir() and beside.is_file() and prefix.with_name(prefix.name + ".idx").is_file():
         return [beside.resolve()]
     found = find_files((name,), key, KINDS, "tokens")
+    if packed := [file for file in found if file.suffix in PACKED]:
+        allowed = "files of tokens as they are, which are mapped into memory and never unpacked"
+        raise ConfigError(f"`{key}` must be {allowed}, but {packed[0]} is packed ({packed[0].suffix}).")
     return [file for file in found if file.suffix != ".idx"]
 
 

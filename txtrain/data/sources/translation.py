@@ -127,10 +127,9 @@ def _tsv(file: Path, columns: Any, key: str, limits: Limits) -> Iterator[tuple[s
 
 def _of_tsv(columns: Any, wanted: Any, key: str, line: str, where: str) -> tuple[str, str]:
     cells = line.removesuffix("\n").removesuffix("\r").split("\t")
-    if len(cells) < 2 or (columns is None and len(cells) > 3) or max(wanted) >= len(cells):
-        allowed = (
-            "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {max(wanted) + 1} columns"
-        )
+    needed = max(2, *(c + 1 if c >= 0 else -c for c in wanted))  # -1: the last
+    if len(cells) < needed or (columns is None and len(cells) > 3):
+        allowed = "2 or 3 columns, or data.columns=[i,j] told," if columns is None else f"at least {needed} columns"
         raise ConfigError(f"`{key}` must have {allowed} in each line, but {where} has {len(cells)}.")
     return cells[wanted[0]], cells[wanted[1]]
 
