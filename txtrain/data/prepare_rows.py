@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import logging
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from txtrain.data.base_config import DataConfig
 from txtrain.data.fitted_tokenizer import fitted, make_tokenizer
 from txtrain.data.prepared import Prepared, skipped_in
 from txtrain.data.samples.images import prepare_images
@@ -29,6 +31,10 @@ from txtrain.run_config import RunConfig
 
 log = logging.getLogger(__name__)
 
+_OF_0_1_0 = {  # keys of every source
+    "type", "tokenizer", "seq_len", "global_batch_size", "micro_batch_size", "cross_document_attention", "packing",
+    "val_fraction", "num_workers", "cache_dir",
+}
 _LARGE = 1_000_000_000  # bytes of text: at most so much is tokenised by a run on several nodes
 
 
@@ -132,7 +138,17 @@ def _samples(source: SampleSource, config: RunConfig, objective: SampleMaker) ->
             raise ConfigError(f"`data={data.type}` must have {few}.")
         probe(listed)
     known = identity(source, lambda: repr([samples[i] for i in (0, len(samples) // 2, len(samples) - 1)]))
-    return Prepared(train, validation, digest(repr(data), len(train), len(validation), known))
+    return Prepared(train, validation, digest(_told(data), len(train), len(validation), known))
+
+
+def _told(data: DataConfig) -> str:
+    """The keys that change samples. As version 0.1.0 wrote `repr(data)`, whose runs go on: with those that may differ
+    on a resume at their defaults, and without keys that every source has had since, where these are at theirs.
+    """
+    since = {f.name for f in dc.fields(DataConfig)} - _OF_0_1_0
+    values = {f.name: f.default if f.metadata.get("free") else getattr(data, f.name) for f in dc.fields(data)}
+    kept = [f.name for f in dc.fields(data) if f.name not in since or values[f.name] != f.default]
+    return f"{type(data).__qualname__}({', '.join(f'{name}={values[name]!r}' for name in kept)})"
 
 
 def _questions(source: Any, config: RunConfig, objective: SampleMaker) -> Prepared:

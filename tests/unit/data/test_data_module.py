@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import txtrain
+from txtrain.data.store.split import digest
 from txtrain.errors import ConfigError
 from txtrain.training.data_module import DataModule
 
@@ -265,6 +266,16 @@ def test_an_own_source_of_samples_needs_no_tokenizer(make_config) -> None:
     assert set(batch) == {"input_ids", "labels", "sample_index"}
     train = {tuple(row) for b in epoch(module) for row in b["input_ids"].tolist()}
     assert not train & {tuple(row) for b in module.val_dataloader() for row in b["input_ids"].tolist()}
+    kept = repr([Copy(512, 16)[i] for i in (0, 100, 199)])
+    told = (
+        "CopyConfig(type='copy', tokenizer='bytes', seq_len=16, global_batch_size=4, micro_batch_size=None, cross_document_attention=False, "
+        "packing='concat', val_fraction=0.05, num_workers=0, cache_dir=None, n=200)"
+    )
+    assert module.fingerprint == digest(told, 190, 10, kept), "that of version 0.1.0"
+    for keys, same in (({"micro_batch_size": 2, "num_workers": 1, "cache_dir": "x"}, True), ({"n": 201}, False), ({"tokenizer_sample": 2_000_000}, False)):
+        other = DataModule(make_config("copy", keys))
+        other.prepare()
+        assert (other.fingerprint == module.fingerprint) is same, keys
 
 
 @pytest.mark.usefixtures("own_axis")
