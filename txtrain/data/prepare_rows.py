@@ -159,7 +159,7 @@ def _questions(source: Any, config: RunConfig, objective: SampleMaker) -> Prepar
     items = [encode(one, tokenizer, config.seq_len, two_stacks) for one in source.questions("train")]
     held = np.ones(len(items), np.bool_) if config.extent.whole else held_out(len(items), data.val_fraction)
     train, validation = (
-        QuestionRows(items, np.flatnonzero(which), tokenizer, two_stacks)
+        QuestionRows(items, np.flatnonzero(which), tokenizer, config.seq_len, two_stacks)
         for which in (held if config.extent.whole else ~held, held)
     )
     if not len(validation):

@@ -118,9 +118,8 @@ class OfTexts(Maker):
         if self.what == "embedding":
             return self._whole([self._ids(*self.rows[i]) for i in index])
         encoded = [self._encoded(*self.rows[i]) for i in index]
-        return QuestionRows(encoded, np.arange(len(encoded)), self.tokenizer, self.two_stacks).batch(
-            np.arange(len(encoded))
-        )
+        every, seq_len = np.arange(len(encoded)), self.config.seq_len
+        return QuestionRows(encoded, every, self.tokenizer, seq_len, self.two_stacks).batch(every)
 
     def _ids(self, before: str, scored: str) -> Ids:
         """A whole text, cut at its end to data.seq_len; an encoder reads it between its own tokens."""

@@ -11,7 +11,7 @@ import txtrain
 from tests.training import tiny
 from txtrain import compose
 from txtrain.cli.main import main
-from txtrain.data.samples.questions import encode
+from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.sources.questions import Cloze, MultipleChoice, Question, QuestionFiles
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.training.evaluation import reading
@@ -132,6 +132,14 @@ def test_a_long_question_loses_its_begin():
     assert made.options == ((tokenizer.encode("tion"), tokenizer.encode(" yes")),)
     two = encode(Question((("a long question", " yes"),), (3,), 0), tokenizer, 8, True)
     assert two.options == (([*tokenizer.encode("a long "), tokenizer.eos_id], [*tokenizer.encode("yes"), tokenizer.eos_id]),)
+
+
+def test_a_batch_is_no_longer_than_the_model_has_positions():
+    tokenizer = byte_tokenizer()
+    for n_letters, two_stacks, width in ((40, False, 30), (40, True, 30), (9, False, 16)):
+        question = Question((("a" * n_letters, " yes"), ("a", " no")), (3, 2), 0)
+        rows = QuestionRows([encode(question, tokenizer, 30, two_stacks)], np.arange(1), tokenizer, 30, two_stacks)
+        assert rows.batch(np.arange(1))["input_ids"].shape == (1, 2, width)
 
 
 def test_they_are_for_evaluation_alone(folder, capsys):

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
-from txtrain.data.samples.length_order import BUCKET
+from txtrain.data.samples.length_order import padded_length
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.row_corpus import RowCorpus
 from txtrain.data.samples.rows import Rows, mask_of, padded
@@ -110,7 +110,7 @@ def framed(
     for row in rows:
         kept = fitted([len(text) for text in row], seq_len - frame.n_specials)
         texts.append(frame.around([text[:length] for text, length in zip(row, kept, strict=True)]))
-    longest = min(-(-max(len(ids) for ids, _ in texts) // BUCKET) * BUCKET, seq_len)
+    longest = padded_length(max(len(ids) for ids, _ in texts), seq_len)
     ids, types = zip(*texts, strict=True)
     made = {"input_ids": padded(ids, pad_id, longest), "attention_mask": mask_of(ids, longest)}
     if n_types:

@@ -11,6 +11,11 @@ from txtrain.data.samples.order import GlobalOrder, Indices, mix, permutation
 BUCKET = 8  # tokens; lengths are rounded up to a multiple, and batches padded to one
 
 
+def padded_length(longest: int, seq_len: int) -> int:
+    """The length to which a batch is padded: no more than the model may have positions for."""
+    return min(-(-longest // BUCKET) * BUCKET, seq_len)
+
+
 @dc.dataclass(frozen=True, eq=False)
 class LengthOrder(GlobalOrder):
     """In epoch e samples are sorted by length, rounded up to a multiple of BUCKET, then by a hash of (seed, e, row).

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
-from txtrain.data.samples.length_order import BUCKET
+from txtrain.data.samples.length_order import padded_length
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.row_corpus import RowCorpus
 from txtrain.data.samples.rows import Rows, mask_of, padded
@@ -65,5 +65,5 @@ class PairSamples(Rows):
 
     def _side(self, documents: Indices, fill: int) -> tuple[Tensor, Tensor]:
         texts = [self.tokens.document(int(i)) for i in documents]
-        longest = min(-(-max(map(len, texts)) // BUCKET) * BUCKET, self.seq_len)
+        longest = padded_length(max(map(len, texts)), self.seq_len)
         return padded(texts, fill, longest), mask_of(texts, longest)

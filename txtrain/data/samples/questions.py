@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from txtrain.data.samples.draws import Draws
+from txtrain.data.samples.length_order import padded_length
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import Rows
 from txtrain.data.sources.questions import Question
@@ -54,8 +55,10 @@ def encode(question: Question, tokenizer: Tokenizer, seq_len: int, two_stacks: b
 class QuestionRows(Rows):
     """Row i is the question of that number."""
 
-    def __init__(self, items: Sequence[Encoded], numbers: Indices, tokenizer: Tokenizer, two_stacks: bool) -> None:
-        self.items, self.numbers, self.two_stacks = items, numbers, two_stacks
+    def __init__(
+        self, items: Sequence[Encoded], numbers: Indices, tokenizer: Tokenizer, seq_len: int, two_stacks: bool
+    ) -> None:
+        self.items, self.numbers, self.seq_len, self.two_stacks = items, numbers, seq_len, two_stacks
         self.pad_id = tokenizer.padding_id
 
     def __len__(self) -> int:
@@ -71,7 +74,7 @@ class QuestionRows(Rows):
         B, C = len(items), max(len(item.options) for item in items)
         read = [[a if self.two_stacks else a + b for a, b in item.options] for item in items]
         target = [[b if self.two_stacks else [-100] * len(a) + b for a, b in item.options] for item in items]
-        ids, labels = _padded(read, C, self.pad_id), _padded(target, C, -100)
+        ids, labels = _padded(read, C, self.seq_len, self.pad_id), _padded(target, C, self.seq_len, -100)
         lengths = np.zeros((B, C, 1), dtype=np.int64)
         n_bytes = np.zeros((B, C), dtype=np.int64)
         for b, item in enumerate(items):
@@ -83,10 +86,10 @@ class QuestionRows(Rows):
         return {name: torch.from_numpy(value) for name, value in made.items()} | {"answer": torch.tensor(answers)}
 
 
-def _padded(rows: Sequence[Sequence[Ids]], C: int, fill: int) -> Indices:
-    """[B, C, T]; the width of a batch is a multiple of 8."""
-    longest = max(len(ids) for options in rows for ids in options)
-    found = np.full((len(rows), C, -(-max(longest, 1) // 8) * 8), fill, dtype=np.int64)
+def _padded(rows: Sequence[Sequence[Ids]], C: int, seq_len: int, fill: int) -> Indices:
+    """[B, C, T]"""
+    longest = max(1, *(len(ids) for options in rows for ids in options))
+    found = np.full((len(rows), C, padded_length(longest, seq_len)), fill, dtype=np.int64)
     for b, options in enumerate(rows):
         for c, ids in enumerate(options):
             found[b, c, : len(ids)] = ids
