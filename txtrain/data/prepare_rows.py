@@ -21,10 +21,10 @@ from txtrain.data.samples.prompts import ProblemCorpus, PromptSamples
 from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.samples.rows import ListedSamples, probe
 from txtrain.data.samples.text import SampleMaker
-from txtrain.data.sources.source import SPLITS, SampleSource, has_validation, identity
+from txtrain.data.sources.source import SPLITS, SampleSource, has_validation, identity, skipped
 from txtrain.data.store.cache import TOKEN_FILES, TokenFile, cached
 from txtrain.data.store.split import digest, held_out
-from txtrain.data.store.tokenize import Limit, tokenise
+from txtrain.data.store.tokenize import Limit, tokenise, write_skipped
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.run_config import RunConfig
@@ -165,7 +165,14 @@ def _questions(source: Any, config: RunConfig, objective: SampleMaker) -> Prepar
     if not len(validation):
         raise ConfigError(f"`data={data.type}` must have at least one question, but has none for validation.")
     known = digest(source.identity(), tokenizer.fingerprint, config.seq_len, None if held.all() else data.val_fraction)
-    return Prepared(train, validation, known, tokenizer)
+    return Prepared(train, validation, known, tokenizer, skipped=_listed(source, data.cache_dir))
+
+
+def _listed(source: Any, cache_dir: str | None) -> tuple[Path, ...]:
+    """The list of the skipped rows of a source that has no tokens in the cache, in a folder of its own there."""
+    if not (rows := skipped(source)):
+        return ()
+    return skipped_in(cached(cache_dir, f"skipped-{digest(rows)}", lambda empty: write_skipped(empty, source)))
 
 
 Way = Callable[[Any, RunConfig, SampleMaker], Prepared]

@@ -14,7 +14,7 @@ from txtrain.cli.main import main
 from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.sources.questions import Cloze, MultipleChoice, Question, QuestionFiles
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
-from txtrain.training.evaluation import reading
+from txtrain.training.evaluation import measured, reading
 from txtrain.training.run import train
 
 ROWS = [
@@ -140,6 +140,20 @@ def test_a_batch_is_no_longer_than_the_model_has_positions():
         question = Question((("a" * n_letters, " yes"), ("a", " no")), (3, 2), 0)
         rows = QuestionRows([encode(question, tokenizer, 30, two_stacks)], np.arange(1), tokenizer, 30, two_stacks)
         assert rows.batch(np.arange(1))["input_ids"].shape == (1, 2, width)
+
+
+@pytest.mark.parametrize("name", ["multiple_choice", "cloze", "questions"])
+def test_rows_that_are_left_out_are_counted_and_listed(folder, run, name, caplog):
+    file = {"multiple_choice": "choices"}.get(name, name)
+    bad = folder / f"bad_{file}.jsonl"
+    bad.write_text((folder / f"{file}.jsonl").read_text() + '{"no": "question"}\n')
+    asked = config(folder, run, name, f"data.path={bad}", "data.bad_rows=skip", "n_bootstrap=0")
+    with reading(asked) as (reader, data):
+        made = measured(asked, reader, data, {})
+    assert (made.facts["n_samples"], made.facts["skipped_rows"]) == (12, 1)
+    assert "1 bad rows are left out (data.bad_rows=skip), listed in" in caplog.text
+    (file,) = data.skipped
+    assert json.loads(file.read_text())["row"] == f"line 13 of {bad}"
 
 
 def test_they_are_for_evaluation_alone(folder, capsys):
