@@ -285,9 +285,9 @@ def measured(
     metrics = of_sets(reader, data.sets, cfg.n_bootstrap, cfg.seed, tick)
     return Evaluation(metrics, {
         **facts, "weights": cfg.weights, "data": data.source, "split": cfg.split, "fingerprint": data.fingerprint,
-        "objective": cfg.objective.type, "n_samples": data.n_val, "skipped_rows": data.n_skipped, "seq_len": cfg.seq_len, "stride": cfg.stride,
-        "precision": cfg.trainer.precision, "strategy": cfg.strategy.type, "n_bootstrap": cfg.n_bootstrap,
-        "seed": cfg.seed,
+        "objective": cfg.objective.type, "n_samples": data.n_val, "skipped_rows": data.n_skipped,
+        "seq_len": cfg.seq_len, "stride": cfg.stride, "precision": cfg.trainer.precision,
+        "strategy": cfg.strategy.type, "n_bootstrap": cfg.n_bootstrap, "seed": cfg.seed,
     })
 
 
