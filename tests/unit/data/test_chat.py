@@ -1,5 +1,7 @@
 """data=chat: which tokens are trained, by any template, against sentinel words and `transformers`."""
 
+import datetime
+import decimal
 import json
 import math
 from collections.abc import Callable
@@ -414,6 +416,12 @@ def test_what_formats_have_beside() -> None:
     assert (share.messages[0]["role"], share.tools) == ("system", [{"name": "f"}])
 
 
+@pytest.mark.parametrize("history", [[["only"]], ["qa"], [["q", "a", "b"]], [None]])
+def test_a_history_that_is_no_pairs_is_refused_with_its_row(history: Any) -> None:
+    with pytest.raises(ConfigError, match=r"row 3 must be of the format alpaca, but is not: .* instead of a question and its answer"):
+        list(conversations({"instruction": "Q", "output": "A", "history": history}, "auto", 3, "row 3"))
+
+
 @pytest.mark.parametrize("rank", [math.inf, "x", []])
 def test_a_rank_that_is_no_number_is_refused_with_its_row(rank: Any) -> None:
     replies = [{"role": "assistant", "text": text, "rank": rank} for text in "ab"]
@@ -497,6 +505,35 @@ def test_files_of_every_kind_give_the_same_samples(
         .strip(".abdf")
         == ""
     )
+
+
+def test_values_that_json_lacks_reach_the_template_as_it_has_them(
+    make_config: Callable[..., Train], tmp_path: Path
+) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    at = datetime.datetime(2023, 4, 9, 0, 2, 53, tzinfo=datetime.UTC)
+    beside = {"timestamp": at, "price": decimal.Decimal("1.50"), "raw": b"\xff\0"}
+    rows = [{"conversation": [{"role": role, "content": role, **beside} for role in ("user", "assistant")]}] * 3
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    shows = EACH + "{{ m.content }} {{ m.timestamp }} {{ m.price }} {{ m.raw.bytes }}|{% endfor %}"
+    with_template(shows).save(tmp_path / "tokenizer")
+    keys = {"path": str(tmp_path / "a.parquet"), "tokenizer": str(tmp_path / "tokenizer"), "seq_len": 300, "train_on": "all"}
+    data = DataModule(make_config("chat", keys))
+    batch, _ = next(data.first(1))
+    text = data.tokenizer.decode([i for i in batch["input_ids"][0].tolist() if i != data.tokenizer.padding_id])
+    said = "2023-04-09 00:02:53+00:00 1.5 2|"
+    assert text.startswith(f"user {said}assistant {said}")
+
+
+def test_bytes_are_no_text(make_config: Callable[..., Train], tmp_path: Path, tokenizer_folder: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([{"messages": [{"role": "user", "content": b"Hi"}]}]), tmp_path / "a.parquet")
+    with pytest.raises(ConfigError, match=r'content of text, but is .*\{"bytes": 2\}'):
+        DataModule(make_config("chat", {"path": str(tmp_path / "a.parquet"), "tokenizer": str(tokenizer_folder), "seq_len": 30})).prepare()
 
 
 def test_a_template_from_a_file_goes_first_and_leaves_with_the_tokenizer(

@@ -77,7 +77,11 @@ def _sharegpt(row: Row, number: int, where: str) -> Iterator[Conversation]:
 
 def _alpaca(row: Row, number: int, where: str) -> Iterator[Conversation]:
     begin = [{"role": "system", "content": row["system"]}] if row.get("system") else []
-    before = [turn for asked, said in row.get("history") or () for turn in _pair(asked, said)]
+    history = row.get("history") or ()
+    for pair in history:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise TypeError(f"{shorten(repr(pair))} instead of a question and its answer in `history`")
+    before = [turn for asked, said in history for turn in _pair(asked, said)]
     yield Conversation(checked([*begin, *before, *_pair(_asked(row, row), row["output"])], where), number, where)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,7 +66,7 @@ class ConversationRows:
         for number, (where, row) in enumerate(self.rows[split]()):
             found: list[T] = []
             with self.limits.row(where):
-                found = list(parse(row, number, where))
+                found = list(parse(_plain(row), number, where))
             yield from found
 
     def identity(self) -> str:
@@ -139,6 +140,19 @@ class Chats(ConversationRows):
 
     def identity(self) -> str:
         return f"{FORMAT} {self.format} {self.train_on} {self.seq_len} {super().identity()}"
+
+
+def _plain(value: Any) -> Any:
+    """A row as JSON holds it, as which a template gets it: dates as text, decimals as numbers, of bytes how many."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    if isinstance(value, bytes):
+        return {"bytes": len(value)}
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _is_hub_name(name: str) -> bool:
