@@ -14,6 +14,9 @@ import torch
 
 from txtrain import compose
 from txtrain.data.prepare import prepare
+from txtrain.data.sources import hub
+from txtrain.data.sources.documents import objects_of
+from txtrain.data.sources.files import Limits
 from txtrain.data.sources.hub_text import hub_source
 from txtrain.data.sources.source import build_source
 from txtrain.data.sources.text import TextFiles
@@ -66,6 +69,67 @@ def test_what_is_not_utf_8_is_refused_replaced_or_left_out(kind: str, rows: dict
             texts(path, bad_rows="skip")
     else:
         assert texts(path, bad_rows="skip") == ["one", "three"]
+
+
+def objects(path: Path, errors: str = "strict", skipped: dict[str, str] | None = None, most: int = 1 << 20) -> list[tuple[str, dict]]:
+    return list(objects_of(path, "data.path", Limits(max_text_bytes=most, encoding_errors=errors, skipped=skipped)))
+
+
+def half_written(tmp_path: Path, rows: dict[str, Path], kind: str) -> Path:
+    """Rows of a text, and of a list of texts in a mapping; neither is UTF-8 in the second."""
+    path = rows[kind] if kind in rows else tmp_path / f"b.{kind}"
+    if kind == "parquet":
+        column = pq.read_table(path)["text"].combine_chunks()
+        turns = pa.ListArray.from_arrays([0, 1, 2, 3], pa.StructArray.from_arrays([column], ["content"]))
+        pq.write_table(pa.table({"text": column, "turns": turns, "word": column.dictionary_encode()}), path)
+    else:
+        half = {"text": "t\ud83dwo", "turns": [{"content": "t\ud83dwo"}]}
+        made = [{"text": "one", "turns": []}, half, {"text": "three", "turns": []}]
+        path.write_text(json.dumps(made) if kind == "json" else "".join(json.dumps(row) + "\n" for row in made))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["parquet", "half.jsonl", "json"])
+def test_whole_rows_are_refused_replaced_or_left_out(kind: str, tmp_path: Path, rows: dict[str, Path]) -> None:
+    path = half_written(tmp_path, rows, kind)
+    says = {"parquet": "text in row 2 of {} is not: byte 0xff at offset 1", "half.jsonl": "line 2 of {}: `text` must be whole", "json": "{}: `rows"}
+    with pytest.raises(ConfigError, match=re.escape(says[kind].format(path))):
+        objects(path)
+    found = [row for _, row in objects(path, "replace")]
+    assert [row["text"] for row in found] == ["one", "t\ufffdwo", "three"]
+    assert found[1]["turns"] == [{"content": "t\ufffdwo"}]
+    if kind != "json":  # which is read as one text
+        skipped: dict[str, str] = {}
+        word = "row" if kind == "parquet" else "line"
+        assert [where for where, _ in objects(path, skipped=skipped)] == [f"{word} {i} of {path}" for i in (1, 3)]
+        assert list(skipped) == [f"{word} 2 of {path}"]
+
+
+def test_a_row_of_parquet_is_one_text(tmp_path: Path) -> None:
+    path, skipped = tmp_path / "a.parquet", {}
+    few = pa.array(["one", "two" * 900, "one"]).dictionary_encode()  # the dictionary is no row's
+    pq.write_table(pa.table({"a": ["x", "y" * 5000, "z"], "b": [None, [{"c": "long" * 9}], None], "few": few}), path)
+    assert [len(row["a"]) for _, row in objects(path)] == [1, 5000, 1]
+    with pytest.raises(ConfigError, match=r"at most 1,000 bytes \(data\.max_text_bytes\), but that of row 2 of \S+a\.parquet is longer"):
+        objects(path, most=1000)
+    assert [row for _, row in objects(path, most=1000, skipped=skipped)] == [{"a": a, "b": None, "few": "one"} for a in "xz"]
+
+
+@pytest.mark.parametrize("kind", ["labels", "translation"])
+def test_rows_of_a_set_that_are_no_texts_have_the_same_treatment(kind: str, rows: dict[str, Path], make_config, monkeypatch) -> None:
+    column = pq.read_table(rows["parquet"])["text"]
+    pq.write_table(pa.table({"text": column, "label": ["a", "b", "a"]}), rows["parquet"])
+    local = lambda path, name, split: hub.load_dataset(str(rows["parquet"]), name, split)  # noqa: E731
+    monkeypatch.setattr("txtrain.data.sources.labels.load_dataset", local)
+
+    def made(**keys):
+        source = build_source(make_config(kind, {"path": "a/set" if kind == "labels" else str(rows["parquet"]), **keys}))
+        return [(row.texts if kind == "labels" else row)[0] for row in getattr(source, "labelled" if kind == "labels" else "pairs")("train")]
+
+    with pytest.raises(ConfigError, match=r"text in row 2 of .* is not: byte 0xff at offset 1"):
+        made()
+    assert made(encoding_errors="replace") == ["one", "t\ufffdwo", "three"]
+    assert made(bad_rows="skip") == ["one", "three"]
 
 
 def test_every_kind_of_bad_row_is_listed_with_its_cause(tmp_path: Path) -> None:

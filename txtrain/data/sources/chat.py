@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from txtrain.data.chat.formats import Format, conversations
 from txtrain.data.chat.template import Template
 from txtrain.data.chat.turns import Conversation, Speaker, TrainOn
-from txtrain.data.sources.documents import objects_of
+from txtrain.data.sources.documents import objects_of, rows_of_set
 from txtrain.data.sources.files import Limits, find_files, listed
 from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.origins import Origins
@@ -92,7 +92,7 @@ class ConversationRows:
         with set_errors(key, path, split, f"files of {self.what} or what load_dataset takes"):
             rows = load_dataset(path, name, split)
         self._origins.add_set(path, name, split, rows, key)
-        return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows))
+        return lambda: rows_of_set(rows, path, key, self.limits)
 
 
 class Chats(ConversationRows):

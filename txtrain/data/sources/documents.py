@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -82,7 +82,18 @@ def _of_json(key: str, column: str, limits: Limits, line: str, where: str) -> st
     text = row[column]
     if text is not None and not isinstance(text, str):
         raise ConfigError(f"`data.text_column` must hold text, but {column} in {where} is {shorten(repr(text))}.")
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") if text and replace else text
+    return without_halves(text) if text and replace else text
+
+
+def without_halves(value: Any) -> Any:
+    """A JSON value with U+FFFD for each half of a character in its texts."""
+    if isinstance(value, str):
+        return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    if isinstance(value, list):
+        return [without_halves(one) for one in value]
+    if isinstance(value, dict):
+        return {without_halves(key): without_halves(one) for key, one in value.items()}
+    return value
 
 
 def texts_of(
@@ -108,9 +119,71 @@ def decoded(raw: bytes | None, where: str, name: str, key: str, limits: Limits) 
     text = None
     with limits.row(where):
         limits.check_text(len(raw or b""), where, key)
-        with undecoded(f"{name} in {where}", key, 0):
-            text = None if raw is None else raw.decode("utf-8", limits.encoding_errors)
+        text = None if raw is None else _decode(raw, where, name, key, limits)
     return text
+
+
+def _decode(raw: bytes, where: str, name: str, key: str, limits: Limits) -> str:
+    with undecoded(f"{name} in {where}", key, 0):
+        return raw.decode("utf-8", limits.encoding_errors)
+
+
+def rows_in(batches: Iterable[Any], path: object, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(place, row) for the rows of Arrow batches, numbered from 1.
+
+    Raises:
+        ConfigError: a text is not UTF-8, or a row is too long.
+    """
+    n = 0
+    for batch in batches:
+        places = [f"row {n + i} of {path}" for i in range(1, len(batch) + 1)]
+        try:
+            plain = batch.to_pylist() if batch.nbytes <= limits.max_text_bytes else None
+        except UnicodeDecodeError:
+            plain = None
+        yield from zip(places, plain, strict=True) if plain is not None else _checked(batch, places, key, limits)
+        n += len(batch)
+
+
+def _checked(batch: Any, places: list[str], key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`rows_in` of a batch, value by value."""
+    import pyarrow as pa
+
+    columns = {
+        name: column.dictionary_decode() if pa.types.is_dictionary(column.type) else column
+        for name, column in zip(batch.schema.names, batch.columns, strict=True)
+    }
+    for i, where in enumerate(places):
+        row = None
+        with limits.row(where):
+            limits.check_text(sum(column.slice(i, 1).nbytes for column in columns.values()), where, key)
+            row = {name: _value(column[i], name, where, key, limits) for name, column in columns.items()}
+        if row is not None:
+            yield where, row
+
+
+def _value(value: Any, name: str, where: str, key: str, limits: Limits) -> Any:
+    """An Arrow value as Python's, with its texts decoded by us."""
+    import pyarrow as pa
+
+    within = partial(_value, where=where, key=key, limits=limits)
+    if not value.is_valid:
+        return None
+    if isinstance(value, pa.StringScalar | pa.LargeStringScalar):
+        return _decode(value.as_buffer().to_pybytes(), where, name, key, limits)
+    if isinstance(value, pa.StructScalar):
+        return {part: within(one, f"{name}.{part}") for part, one in value.items()}
+    if isinstance(value, pa.MapScalar):
+        return [tuple(within(one, name) for one in pair.values()) for pair in value.values]
+    if isinstance(value, pa.ListScalar | pa.LargeListScalar | pa.FixedSizeListScalar):
+        return [within(one, name) for one in value.values]
+    return within(value.value, name) if isinstance(value, pa.DictionaryScalar) else value.as_py()
+
+
+def rows_of_set(rows: Any, path: str, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`rows_in` of what `load_dataset` gives."""
+    tables = rows.with_format("arrow").iter(batch_size=_BATCH)
+    return rows_in((batch for table in tables for batch in table.to_batches()), path, key, limits)
 
 
 def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -121,21 +194,21 @@ def objects_of(path: Path, key: str, limits: Limits) -> Iterator[tuple[str, dict
     """
     name = unpacked_name(path)
     if name.endswith(".parquet"):
-        yield from ((f"row {i} of {path}", row) for i, row in enumerate(_parquet(path, key, None, limits), start=1))
+        yield from _parquet(path, key, None, limits)
         return
     if name.endswith(".json"):
         with open_unpacked(path, key, limits) as f:
             is_list = f.read(1 << 10).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
         if is_list:
             whole = "".join(_of_list(path, key, limits))
-            rows = parse_json(f'{{"rows":{whole}}}', f"`{key}`: {path}", finite=False)["rows"]
+            rows = _object_of(key, limits, f'{{"rows":{whole}}}', str(path))[1]["rows"]
             for i, row in enumerate(rows, start=1):
                 if not isinstance(row, dict):
                     said = shorten(repr(row))
                     raise ConfigError(f"`{key}` must be a list of objects, but item {i} of {path} is {said}.")
                 yield f"item {i} of {path}", row
             return
-    yield from rows_of(path, key, limits, partial(_object_of, key))
+    yield from rows_of(path, key, limits, partial(_object_of, key, limits))
 
 
 def _of_list(path: Path, key: str, limits: Limits) -> Iterator[str]:
@@ -149,12 +222,14 @@ def _of_list(path: Path, key: str, limits: Limits) -> Iterator[str]:
         yield chunk
 
 
-def _object_of(key: str, line: str, where: str) -> tuple[str, dict[str, Any]]:
-    return where, parse_json(line.strip(), f"`{key}`: {where}", finite=False)
+def _object_of(key: str, limits: Limits, line: str, where: str) -> tuple[str, dict[str, Any]]:
+    replace = limits.encoding_errors == "replace"
+    row = parse_json(line.strip(), f"`{key}`: {where}", finite=False, whole=not replace)
+    return where, without_halves(row) if replace else row
 
 
 def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterator[Any]:
-    """The texts of a column, or whole rows as mappings."""
+    """The texts of a column, or (place, row) of whole rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -171,17 +246,25 @@ def _parquet(path: Path, key: str, column: str | None, limits: Limits) -> Iterat
         chunks = [group.column(i) for group in groups for i in range(group.num_columns)]
         said = sum(c.total_uncompressed_size for c in chunks if column in (None, c.path_in_schema))
         check_expansion(said, size, limits.max_expansion, where)
-        unpacked, n = 0, 1  # one text in the file may be that of all rows: small batches of small files
-        for batch in file.iter_batches(max(1, min(_BATCH, size >> 16)), columns=None if column is None else [column]):
-            unpacked += batch.nbytes
-            check_expansion(unpacked, size, limits.max_expansion, where)
-            if column is None:
-                yield from batch.to_pylist()
-            else:
-                yield from (text for _, text in texts_of(batch.column(0), n, path, column, key, limits))
+        batches = _measured(file, column, size, limits, where)
+        if column is None:
+            yield from rows_in(batches, path, key, limits)
+            return
+        n = 1
+        for batch in batches:
+            yield from (text for _, text in texts_of(batch.column(0), n, path, column, key, limits))
             n += len(batch)
     except (pa.ArrowException, OSError, UnicodeDecodeError, MemoryError) as e:
         raise ConfigError(f"`{key}` must be a whole Parquet file, but {path} is not: {shorten(e)}") from e
+
+
+def _measured(file: Any, column: str | None, size: int, limits: Limits, where: str) -> Iterator[Any]:
+    """The batches of a file of that size. Raises ConfigError: they unpack to too much."""
+    unpacked, rows = 0, max(1, min(_BATCH, size >> 16))  # one text in the file may be that of all rows
+    for batch in file.iter_batches(rows, columns=None if column is None else [column]):
+        unpacked += batch.nbytes
+        check_expansion(unpacked, size, limits.max_expansion, where)
+        yield batch
 
 
 def _no_column(names: list[str], column: str, where: str) -> str:

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from txtrain.data.sources.documents import objects_of
+from txtrain.data.sources.documents import objects_of, rows_of_set
 from txtrain.data.sources.files import (
     Limits,
     find_files,
@@ -238,7 +238,7 @@ class LabelledTexts:
         kind = rows.features[self.columns[0]]
         self._names_of_set = tuple(getattr(getattr(kind, "feature", kind), "names", None) or ())  # of a ClassLabel
         self._origins.add_set(path, name, split, rows, key)
-        return lambda: ((f"row {i} of {path}", row) for i, row in enumerate(rows, start=1))
+        return lambda: rows_of_set(rows, path, key, self.limits)
 
 
 _SKIP = "data.bad_rows=skip leaves such rows out, and lists them."

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from txtrain.data.sources.documents import rows_of
+from txtrain.data.sources.documents import rows_of, rows_of_set
 from txtrain.data.sources.files import Limits, find_files, text_chunks
 from txtrain.data.sources.hub import load_dataset, set_errors
 from txtrain.data.sources.origins import Origins
@@ -17,6 +17,7 @@ from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.plain_files import split_lines
 
 Pairs = Callable[[], Iterator[tuple[str, str]]]
+Picker = Callable[[Any], tuple[Any, Any]]
 
 _TSV = (".tsv", ".tsv.gz")
 _ONCE_CUT = re.compile(r"[\r\x0b\x0c\x1c-\x1e\x85\u2028\u2029]")  # where version 0.1.0 ended a line too
@@ -113,7 +114,7 @@ class Translation:
             rows = load_dataset(path, name, split)
         pick = _picker(rows, self.columns, path)
         self._origins.add_set(path, name, split, rows, key)
-        return lambda: _rows(map(pick, rows), path, key, self.limits)
+        return lambda: _rows(rows, pick, path, key, self.limits)
 
 
 def _tsv(file: Path, columns: Any, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
@@ -134,9 +135,9 @@ def _of_tsv(columns: Any, wanted: Any, key: str, line: str, where: str) -> tuple
     return cells[wanted[0]], cells[wanted[1]]
 
 
-def _rows(pairs: Iterator[tuple[Any, Any]], path: str, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
-    for number, pair in enumerate(pairs, start=1):
-        where = f"row {number} of {path}"
+def _rows(rows: Any, pick: Picker, path: str, key: str, limits: Limits) -> Iterator[tuple[str, str]]:
+    for where, row in rows_of_set(rows, path, key, limits):
+        pair = pick(row)
         if bad := [text for text in pair if not isinstance(text, str)]:
             with limits.row(where):
                 raise ConfigError(f"`{key}` must be pairs of texts, but {where} has {shorten(repr(bad[0]))}.")
@@ -144,7 +145,7 @@ def _rows(pairs: Iterator[tuple[Any, Any]], path: str, key: str, limits: Limits)
             yield pair
 
 
-def _picker(rows: Any, columns: Any, path: str) -> Callable[[Any], tuple[str, str]]:
+def _picker(rows: Any, columns: Any, path: str) -> Picker:
     """A function of a row that gives its two texts: of its `translation` (a text per language), or of two columns."""
     nested = "translation" in rows.column_names
     names = list(rows[0]["translation"]) if nested else list(rows.column_names)
