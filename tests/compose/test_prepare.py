@@ -153,6 +153,21 @@ def test_after_a_disk_was_full_a_second_try_goes_on(tmp_path, monkeypatch, capsy
     assert contents(Path("out")) == contents(Path("whole"))
 
 
+@pytest.mark.parametrize("harm", [lambda file: file.write_bytes(file.read_bytes()[:-1]), Path.unlink], ids=["cut", "gone"])
+@pytest.mark.parametrize("name", ["train-00000.bin", "validation-00000.ends"])
+def test_an_unfinished_folder_with_less_than_was_written_is_not_filled_with_zeros(harm, name, tmp_path):
+    writer = ShardWriter(tmp_path, "key", 300, 1000)
+    for split in ("train", "validation"):
+        writer.append(split, [1, 2, 3], ends=True)
+    writer.save(now=True)
+    writer.append("train", [4], ends=True)  # not certain
+    writer.close()
+    ShardWriter(tmp_path, "key", 300, 1000).close()
+    harm(tmp_path / name)
+    with pytest.raises(ConfigError, match=rf"`out`: \S+{name} must have at least \d bytes, but (has \d|is missing)\. Remove \S+, and prepare again"):
+        ShardWriter(tmp_path, "key", 300, 1000)
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

@@ -150,17 +150,26 @@ def read_index(folder: Path, key: str) -> dict[str, Any]:
     check_shards(found["shards"], str(path))
     if found["dtype"] not in ("uint16", "uint32"):
         raise ConfigError(f"{path}: `dtype` must be uint16 or uint32, but is {shorten(found['dtype'])} instead.")
+    check_files(folder, found["shards"], np.dtype(found["dtype"]), found["format"] == MARKED, key)
+    return found
+
+
+def check_files(
+    folder: Path, shards: dict[Any, list[dict[str, int]]], dtype: np.dtype[Any], marked: bool, key: str,
+    unfinished: bool = False,
+) -> None:
+    """Refuse files of shards that are missing or of another size. unfinished: they may be longer."""
     for split in ("train", "validation"):
-        for name, shard in _files(found, split):
-            for end, size in sizes_of(shard, np.dtype(found["dtype"]), found["format"] == MARKED).items():
+        for name, shard in _files(shards, split):
+            for end, size in sizes_of(shard, dtype, marked).items():
                 file = folder / f"{name}{end}"
                 have = file.stat().st_size if file.is_file() else None
-                if have != size:
-                    raise ConfigError(
-                        f"`{key}`: {file} must have {size} bytes, "
-                        f"but {'is missing' if have is None else f'has {have}'}. Prepare again."
-                    )
-    return found
+                if have == size or (unfinished and (have or 0) >= size):
+                    continue
+                wanted = f"{'at least ' if unfinished else ''}{size} bytes"
+                but = "is missing" if have is None else f"has {have}"
+                remedy = f"Remove {folder}, and prepare again" if unfinished else "Prepare again"
+                raise ConfigError(f"`{key}`: {file} must have {wanted}, but {but}. {remedy}.")
 
 
 def check_shards(shards: dict[str, Any], where: str) -> None:
@@ -176,7 +185,7 @@ def check_shards(shards: dict[str, Any], where: str) -> None:
 def own_shards(folder: Path, index: dict[str, Any], split: Split) -> list[Shard]:
     dtype = np.dtype(index["dtype"]).newbyteorder("<").str
     made: list[Shard] = []
-    for name, shard in _files(index, split):
+    for name, shard in _files(index["shards"], split):
         n = shard["n_tokens"]
         marks: dict[str, Any] = {}
         if index["format"] == MARKED:
@@ -192,8 +201,8 @@ def sizes_of(shard: dict[str, int], dtype: np.dtype[Any], marked: bool) -> dict[
     return sizes | ({".trained": shard["n_tokens"], ".numbers": shard["n_documents"] * 8} if marked else {})
 
 
-def _files(index: dict[str, Any], split: str) -> Iterator[tuple[str, dict[str, int]]]:
-    for number, shard in enumerate(index["shards"][split]):
+def _files(shards: dict[Any, list[dict[str, int]]], split: str) -> Iterator[tuple[str, dict[str, int]]]:
+    for number, shard in enumerate(shards[split]):
         yield shard_name(split, number), shard
 
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from txtrain.data.sources.source import SPLITS, Marked, Split
 from txtrain.data.store.cache import marks_of
-from txtrain.data.store.formats import FORMAT, INDEX, MARKED, check_shards, shard_name, sizes_of
+from txtrain.data.store.formats import FORMAT, INDEX, MARKED, check_files, check_shards, shard_name, sizes_of
 from txtrain.ground import files
 from txtrain.ground.plain_files import check_keys, read_json
 
@@ -36,6 +36,9 @@ class ShardWriter:
     """Files of both splits. A file ends with the document that brings it to shard_tokens, whatever was interrupted.
 
     The first `n_documents` of the corpus are safely in the files: skip them on resume.
+
+    Raises:
+        ConfigError: a file is shorter than what was safely written.
     """
 
     def __init__(self, folder: Path, key: str, vocab_size: int, shard_tokens: int, marked: bool = False) -> None:
@@ -44,6 +47,7 @@ class ShardWriter:
         self._state = _read(folder / STATE) or _fresh(key, shard_tokens)
         self.n_documents: int = self._state["n_documents"]
         self._shards: dict[Split, list[dict[str, int]]] = self._state["shards"]
+        check_files(folder, self._shards, self.dtype, marked, "out", unfinished=True)
         self._open = {split: self._opened(split) for split in SPLITS}
         self._tail = dict.fromkeys(SPLITS, 0)  # tokens of an unfinished document
         self._saved = time.monotonic()
