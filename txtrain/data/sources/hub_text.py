@@ -126,13 +126,13 @@ class HubStream:
         self.path, self.name, self.split = path, name, split
         self.text_column, self.val_fraction = text_column, val_fraction
         self.rows = _load(path, name, "data.path", split, text_column, streaming=True)
-        self._origins = Origins()
-        self._origins.add_set(path, name, split, self.rows, "data.path")
+        origins = Origins()
+        origins.add_set(path, name, split, self.rows, "data.path", streamed=True)
         self.held_out = None
         if val_path or val_split:
             key, held = "data.val_path" if val_path else "data.val_split", (val_path or path, name, val_split or split)
             self.held_out = _load(held[0], name, key, held[2], text_column, streaming=True)
-            self._origins.add_set(*held, self.held_out, key)
+            origins.add_set(*held, self.held_out, key, streamed=True)
         self.readers, self.n_files = readers, self.rows.num_shards
         self.by_files = 1 < readers <= self.n_files
         self._known = [p for p in (path, val_path) if p and os.path.exists(p)]

@@ -38,8 +38,8 @@ class Origins:
         self.known.append(known)
         self._files += files
 
-    def add_set(self, path: str, name: str | None, split: str, rows: Any, key: str) -> None:
-        """rows: what `load_dataset` gives for it.
+    def add_set(self, path: str, name: str | None, split: str, rows: Any, key: str, streamed: bool = False) -> None:
+        """rows: what `load_dataset` gives for it; a stream has no hash.
 
         Raises:
             ConfigError: it shares rows or files with the training split.
@@ -47,9 +47,9 @@ class Origins:
         same = [one for one in self._sets if os.path.realpath(one[0]) == os.path.realpath(path)]
         for _, _, trained in same:
             _refuse_slices(trained, split, rows.info.splits or {}, path, key)
-        if not same and os.path.exists(path) and self.known:
+        if not same and os.path.exists(path) and (self._files or self._sets):
             self._refuse_shared(_files_of(path, name, split), key)
-        self.known.append(getattr(rows, "_fingerprint", ""))  # a stream has none
+        self.known += [] if streamed else [rows._fingerprint]
         self._sets.append((path, name, split))
 
     def _refuse_shared(self, files: Iterable[Path], key: str) -> None:
