@@ -52,7 +52,7 @@ class Chooser:
         if self.how.heat == 0:
             new_B = logits_BV.argmax(-1)
         else:
-            new_B = log_p_BV.double().add_(self._gumbel_BV()).argmax(-1)
+            new_B = self._gumbel_BV().add_(log_p_BV).argmax(-1)
         self.position += 1
         if self._seen_BV is not None:
             self._seen_BV.scatter_(1, new_B[:, None], True)

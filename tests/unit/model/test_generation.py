@@ -82,10 +82,10 @@ def test_the_same_seed_gives_the_same_text_and_training_mode_is_kept():
 LOGITS = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log()
 
 
-def chosen(n, **how):
-    """n rows' draws from LOGITS, each with a number of its own."""
+def chosen(n, logits=LOGITS, **how):
+    """n rows' draws, each with a number of its own."""
     chooser = Chooser(Sampling(**how), 0, range(n), [[]] * n, 4, torch.device("cpu"))
-    return chooser(LOGITS.expand(n, -1))
+    return chooser(logits.expand(n, -1))
 
 
 def drawn(**how):
@@ -112,6 +112,8 @@ def test_sampling_frequencies_follow_the_temperature_and_log_probabilities_are_o
     tokens, log_p = chosen(2000, temperature=1.0, top_k=2)
     assert torch.allclose(log_p, torch.tensor([5 / 8, 3 / 8]).log()[tokens])
     assert torch.allclose(chosen(1, temperature=0)[1], LOGITS[0, :1])
+    tokens, log_p = chosen(20, LOGITS.double(), temperature=1.0)
+    assert torch.allclose(log_p, LOGITS[0].double()[tokens]), "without the noise"
 
 
 def test_draws_of_rows_and_positions_are_independent():
