@@ -96,7 +96,7 @@ def test_sdpa_equals_plain_with_gradients(name, with_bias, n_queries):
 @pytest.mark.parametrize("name", MASKS)
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("varying", [True, False])
-@pytest.mark.parametrize("value_size", [H, H - 2])
+@pytest.mark.parametrize("value_size", [H, H - 2, H + 2])
 @pytest.mark.parametrize("bias_rows", [0, 1, B])
 @pytest.mark.parametrize("n_scores", [1, 5 * T * N])  # a piece is one head of keys, or both heads
 def test_blocks_equal_plain_with_gradients(name, softcap, varying, value_size, bias_rows, n_scores, monkeypatch):
@@ -108,7 +108,7 @@ def test_blocks_equal_plain_with_gradients(name, softcap, varying, value_size, b
     found = []
     for kernel in ("plain", "blocks"):
         q, k, v = (x.detach().double() for x in inputs())
-        leaves = [q.requires_grad_(), k.requires_grad_(), v[..., :value_size].clone().requires_grad_()]
+        leaves = [q.requires_grad_(), k.requires_grad_(), torch.cat((v, v.flip(-1)), -1)[..., :value_size].requires_grad_()]
         prepared = prepare(mask, kernel, biases[0] if biases else None, torch.device("cpu"), q.dtype, varying)
         out = kernels.KERNELS[kernel](*leaves, prepared, 0.3, softcap, 0.0)
         weights = torch.randn(out.shape, generator=g.manual_seed(5), dtype=out.dtype)
@@ -143,6 +143,27 @@ def test_flex_equals_plain(name, softcap, with_bias):
     bias = torch.randn(1, N, T, T) if with_bias else None
     with torch.no_grad():
         torch.testing.assert_close(run("flex", mask, q, k, v, bias, softcap), run("plain", mask, q, k, v, bias, softcap), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("value_size", [H, H - 2, H + 2])
+def test_the_kernel_of_packed_documents_gets_heads_of_one_size(value_size, monkeypatch):
+    """By a stand-in: torch has the kernel on CUDA alone."""
+    q, k, v = (x.detach() for x in inputs())
+    v = torch.cat((v, v.flip(-1)), -1)[..., :value_size]
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    mask = Mask(T, T, **MASKS["documents"])
+    torch.testing.assert_close(run("varlen", mask, q, k, v), run("plain", mask, q, k, v), rtol=1e-5, atol=1e-6)
+
+
+def by_documents(q, k, v, begins, ends, longest_q, longest_k, *, scale, window_size, enable_gqa):
+    """The kernel's contract, one document after another: [tokens of all rows, N or K, H]."""
+    assert q.shape[-1] == k.shape[-1] == v.shape[-1]
+    assert (q.dtype, k.dtype) == (v.dtype, v.dtype)
+    found = []
+    for begin, end in itertools.pairwise(begins.tolist()):
+        of_one = (x[None, begin:end].transpose(1, 2) for x in (q, k, v))
+        found.append(torch.nn.functional.scaled_dot_product_attention(*of_one, is_causal=True, scale=scale, enable_gqa=enable_gqa)[0])
+    return torch.cat(found, 1).transpose(0, 1)
 
 
 @pytest.mark.gpu

@@ -47,10 +47,14 @@ def blocked(
     if softcap is not None or bias is not None:
         made: Tensor = _Pieces.apply(q, k, v, bias, mask, prepared.blocks, scale, softcap)
         return made
-    if size != k.shape[-1]:  # the kernel wants heads of one size
-        v = F.pad(v, (0, k.shape[-1] - size))
-    out: Tensor = _Flash.apply(q, k, v, mask, prepared.blocks, scale)
+    out: Tensor = _Flash.apply(*of_one_size(q, k, v), mask, prepared.blocks, scale)
     return out if out.shape[-1] == size else out[..., :size]
+
+
+def of_one_size(*given: Tensor) -> list[Tensor]:
+    """q, k, v for kernels that want heads of one size: zeros of q and k leave the scores, those of v are cut off."""
+    size = max(x.shape[-1] for x in given)
+    return [x if x.shape[-1] == size else F.pad(x, (0, size - x.shape[-1])) for x in given]
 
 
 class _Flash(torch.autograd.Function):

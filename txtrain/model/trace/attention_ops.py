@@ -148,8 +148,8 @@ def _blocks(
     rows, of_keys = together(scores, place.batch, heads[1])  # of a piece
     scores *= rows * of_keys
     bias, formula = place.mask.bias, softcap or place.mask.bias is not None
-    if padded := not formula and v.n != k.n:
-        v = t.unary(v, k.n)
+    if not formula:
+        q, k, v = _of_one_size(t, q, k, v)
     sizes, size = [x.nbytes for x in (q, k, v)], q.size
     out = t.product(q.n * v.n // k.n, size)
     sums = None if formula else t.product(place.tokens * heads[0], 4)
@@ -175,7 +175,14 @@ def _blocks(
 
     inputs, saved = [q, k, v, *([bias] if bias else [])], (q.storage, k.storage, v.storage, out, sums)
     made = t.made(inputs, q.n * v.n // k.n, size, (*saved, bias.storage if bias else None), backward, out)
-    return t.sliced(made, n) if padded else made
+    return t.sliced(made, n) if made.n != n else made
+
+
+def _of_one_size(t: Tape, q: Value, k: Value, v: Value) -> tuple[Value, Value, Value]:
+    """`blocks.of_one_size`: what has the smaller heads is padded; so many heads of keys as of values."""
+    if v.n < k.n:
+        return q, k, t.unary(v, k.n)
+    return (q, k, v) if v.n == k.n else (t.unary(q, q.n * v.n // k.n), t.unary(k, v.n), v)
 
 
 def _plain(
