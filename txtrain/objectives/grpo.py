@@ -69,7 +69,7 @@ class GRPO(Objective):
         self.clocks = ("rollout_seconds", "reward_seconds", "rollout_tokens_per_second", "time/rollout", "time/reward")
         self.metrics = ("val_reward", *(f"val_{name}" for name in each), "val_truncated_share", "val_length")
         if val_samples:
-            self.metrics += ("val_pass@1", f"val_pass@{val_samples}")
+            self.metrics += tuple(dict.fromkeys(("val_pass@1", f"val_pass@{val_samples}")))
         self.rollout: dict[str, Tensor] = {}  # of all ranks, on the CPU, see `_roll_out`
         self.of_step: dict[str, float] = {}
         self._texts: list[rollout_file.Sampled] = []  # the first of the latest rollout here, as many as are shown

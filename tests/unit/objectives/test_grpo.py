@@ -116,6 +116,12 @@ def test_a_rollout_in_half_precision_is_kept_in_float32(tmp_path: Path, mixture:
     assert sixths > 0
 
 
+def test_one_sampled_completion_has_one_column(tmp_path: Path) -> None:
+    asked = "objective.val_samples=1", "reward=[low,answer]", "reward.answer.weight=0"
+    columns = build_objective(config(tmp_path, *asked)).columns
+    assert columns.count("val_pass@1") == 1
+
+
 def test_pass_at_k_is_of_sampled_completions_of_held_out_problems(tmp_path: Path) -> None:
     """By the reward `answer`; each problem's draws are its own, whatever the batches."""
     asked = "objective.val_samples=4", "trainer.max_steps=1", "trainer.val_check_interval=1", "trainer.limit_val_batches=9"
