@@ -59,3 +59,14 @@ def test_contradictions_are_refused():
         model(tokens, attention_mask=torch.ones(2, 5), past_key_values=past)
     with pytest.raises(ValueError, match="only one of them"):
         model(tokens, inputs_embeds=torch.zeros(2, 16, 32))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [(2, 1), (1, 2), (1, 1)])
+def test_positions_of_one_row_are_those_of_all(given):
+    """Those of the first call, and of the next."""
+    model, tokens, positions = seeded(tiny()).eval(), ids(), torch.arange(16)[None] + 3
+    first, then = (part.expand(n, -1) for part, n in zip((positions[:, :10], positions[:, 10:]), given, strict=True))
+    past = model(tokens[:, :10], position_ids=first, use_cache=True).past_key_values
+    rest = model(tokens[:, 10:], position_ids=then, past_key_values=past).logits
+    torch.testing.assert_close(rest, model(tokens, position_ids=positions).logits[:, 10:], rtol=1e-4, atol=1e-4)

@@ -112,4 +112,8 @@ class Cache:
 
 
 def append(past: Tensor | None, new: Tensor) -> Tensor:
-    return new if past is None else torch.cat((past.expand(new.shape[0], -1), new), dim=1)
+    """One row is that of all."""
+    if past is None:
+        return new
+    B = max(len(past), len(new))
+    return torch.cat((past.expand(B, -1), new.expand(B, -1)), dim=1)
