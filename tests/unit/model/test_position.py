@@ -56,6 +56,19 @@ def test_yarn_interpolates_long_wavelengths_and_keeps_short_ones():
     assert factor == pytest.approx(0.1 * math.log(4) + 1)
 
 
+def test_what_yarn_takes_the_logarithm_of_is_refused_where_it_has_none():
+    def problems(theta=1e4, **changes):
+        scaling = options.YaRNScaling(rope_type="yarn", factor=4.0, original_max_position_embeddings=64, **changes)
+        return [*tiny(position=options.RoPEConfig(type="rope", theta=theta, scaling=scaling)).check()]
+
+    assert problems() == []
+    said = "`model.position.theta` must be above 1 with model.position.scaling.rope_type=yarn, but is 1 instead."
+    assert problems(theta=1.0) == [said]
+    for key in ("beta_fast", "beta_slow"):
+        (found,) = problems(**{key: 0.0})
+        assert found.startswith(f"`model.position.scaling.{key}` must be above 0"), found
+
+
 def test_llama3_blends_between_its_two_wavelengths():
     scaling = options.Llama3Scaling(rope_type="llama3", factor=8.0, original_max_position_embeddings=64, low_freq_factor=1.0, high_freq_factor=4.0)
     plain, scaled = encodings.frequencies(64, 1e4, None).inverse, encodings.frequencies(64, 1e4, scaling).inverse
