@@ -95,6 +95,7 @@ MISTAKES = [
     ("freeze=[a,f(x]", "Quote it: 'freeze=[\"a\",\"f(x\"]'."),
     ("model/position=rope model.position.scaling={rope_type:liner,factor:2}", "Did you mean linear?"),
     ("model/position=rope model.position.scaling.factor=2", "`model.position.scaling.rope_type` must be one of"),
+    ("model=deepseek_r1 model.mtp_depth=4 data.seq_len=4", "`model.mtp_depth` must be below data.seq_len (4), but is 4 instead. Nearest: 3."),
     ("save=none", "`save` must be a mapping"),
     # verbs and flags
     ("trian", "Did you mean train?"),

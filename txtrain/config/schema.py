@@ -59,6 +59,11 @@ class Train(RunConfig):
                 f"`data.seq_len` must be at most model.max_seq_len ({limit}) with model/position={position.type}, "
                 f"but is {self.seq_len} instead. Nearest: {limit}."
             )
+        if (depth := self.model.mtp_depth) >= self.seq_len:
+            yield (
+                f"`model.mtp_depth` must be below data.seq_len ({self.seq_len}), but is {depth} instead. "
+                f"Nearest: {self.seq_len - 1}."
+            )
         yield from self._check_batch()
         if data.streaming and self.trainer.max_epochs is not None:
             yield (

@@ -257,6 +257,8 @@ class Transformer(Stack):
                 targets = further_targets(labels, read.given.documents_BS, k)
                 items = None if n_items is None else n_items[i]
                 losses.append(self._loss(entering_BTD, logits[-1] if return_logits else None, targets, items)[0])
+        if out.loss is not None:  # rows too short for a depth have no target of it
+            losses += [torch.zeros_like(out.loss)] * (len(modules) - len(losses))
         out.mtp_logits, out.mtp_losses = tuple(logits) or None, tuple(losses) or None
 
 

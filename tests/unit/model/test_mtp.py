@@ -157,6 +157,17 @@ def test_the_weight_is_of_the_mean_over_depths_and_stays_out_of_the_loss_that_is
     assert CausalLM().weights == {"loss": 1.0}
 
 
+def test_rows_too_short_for_a_depth_have_no_targets_of_it():
+    """A batch is as wide as its longest row, which may have fewer tokens than there are depths."""
+    model, objective = model_of(3), CausalLM(mtp_depth=3)
+    for length in (1, 2, 3):
+        short = {"input_ids": ids(2, length), "labels": ids(2, length)}
+        n = objective.denominators(short)
+        terms = objective(model, short, {name: count.clamp(min=1) for name, count in n.items()})
+        assert [terms[name].item() == 0 for name in n] == [int(count) == 0 for count in n.values()], length
+        objective.total(terms).backward()
+
+
 def test_a_model_of_ones_own_is_not_asked_for_further_tokens():
     def own(input_ids, document_ids, labels, num_items_in_batch, return_logits):
         return type("Output", (), {"loss": torch.tensor(1.0), "mtp_losses": None})
