@@ -155,6 +155,18 @@ def test_the_kernel_of_packed_documents_gets_heads_of_one_size(value_size, monke
     torch.testing.assert_close(run("varlen", mask, q, k, v), run("plain", mask, q, k, v), rtol=1e-5, atol=1e-6)
 
 
+def test_the_kernel_of_packed_documents_gets_one_dtype_under_autocast(monkeypatch):
+    """It has no rule for autocast, under which the norms of q and k give float32 beside the values' bfloat16."""
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    q, k, v = (x.detach() for x in inputs())
+    given = q, k, v.bfloat16(), Mask(T, T, **MASKS["documents"])
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared = prepare(given[3], "varlen", None, torch.device("cpu"), torch.bfloat16)
+        found = kernels.KERNELS["varlen"](*given[:3], prepared, 0.3, None, 0.0)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), run("plain", given[3], q, k, v), rtol=0.03, atol=0.03)
+
+
 def by_documents(q, k, v, begins, ends, longest_q, longest_k, *, scale, window_size, enable_gqa):
     """The kernel's contract, one document after another: [tokens of all rows, N or K, H]."""
     assert q.shape[-1] == k.shape[-1] == v.shape[-1]

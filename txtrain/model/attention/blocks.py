@@ -40,15 +40,21 @@ def blocked(
     q: Tensor, k: Tensor, v: Tensor, prepared: PreparedMask, scale: float, softcap: float | None
 ) -> Tensor:
     """[B, N, T, H], from q [B, N, T, H] and k, v [B, K, T, H]."""
-    if torch.is_autocast_enabled(q.device.type):
-        dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = (x.to(dtype) for x in (q, k, v))
+    q, k, v = in_autocast(q, k, v)
     size, mask, bias = v.shape[-1], prepared.declared, prepared.bias
     if softcap is not None or bias is not None:
         made: Tensor = _Pieces.apply(q, k, v, bias, mask, prepared.blocks, scale, softcap)
         return made
     out: Tensor = _Flash.apply(*of_one_size(q, k, v), mask, prepared.blocks, scale)
     return out if out.shape[-1] == size else out[..., :size]
+
+
+def in_autocast(*given: Tensor) -> list[Tensor]:
+    """In autocast's dtype if it is on, for kernels without a rule of their own: norms give q and k in float32."""
+    device = given[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return [*given]
+    return [x.to(torch.get_autocast_dtype(device)) for x in given]
 
 
 def of_one_size(*given: Tensor) -> list[Tensor]:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from txtrain.model.attention.blocks import blocked, of_one_size
+from txtrain.model.attention.blocks import blocked, in_autocast, of_one_size
 from txtrain.model.attention.mask import PreparedMask
 
 
@@ -88,7 +88,7 @@ def varlen(
 
     window = (-1 if mask.declared.window is None else mask.declared.window - 1, 0)
     length, gqa = q.shape[2], q.shape[1] != k.shape[1]
-    given: Any = [x.transpose(1, 2).flatten(0, 1) for x in of_one_size(q, k, v)]
+    given: Any = [x.transpose(1, 2).flatten(0, 1) for x in of_one_size(*in_autocast(q, k, v))]
     given += [mask.offsets, mask.offsets, length, length]
     out: Any = varlen_attn(*given, scale=scale, window_size=window, enable_gqa=gqa)
     return out.view(q.shape[0], length, *out.shape[1:]).transpose(1, 2)[..., : v.shape[-1]]
