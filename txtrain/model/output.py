@@ -12,6 +12,7 @@ from txtrain.model.attention.cache import Cache
 
 _NOT_IN_TUPLE = (
     "mtp_logits", "mtp_losses", "lm_loss", "log_probs", "last_hidden_state", "encoder_last_hidden_state", "aux",
+    "loss_scale",
 )
 
 
@@ -30,6 +31,7 @@ class ModelOutput:
     last_hidden_state: Tensor | None = None  # [B, T, D]
     encoder_last_hidden_state: Tensor | None = None  # [B, S, D]
     aux: dict[str, Tensor] | None = None  # statistics of the blocks
+    loss_scale: Tensor | None = None  # of the experts' auxiliary losses, 1 until a backward through `loss` begins
 
     def to_tuple(self) -> tuple[Any, ...]:
         """As a causal model of Hugging Face: transformers.Trainer takes all after the loss for predictions."""

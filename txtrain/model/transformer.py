@@ -153,9 +153,10 @@ class Transformer(Stack):
         own = loss_of is None and not return_log_probs
         if self.mtp and cache is None and not masked and not logits_to_keep and own:
             self._predict_further(out, read, record, labels, mtp_items_in_batch, return_logits)
-        recorded = any(name.endswith(f".{AUX_LOSS}") for name in record.statistics)
-        if out.loss is not None and record.loss_scale is not None and recorded:
-            out.loss, *further = ScaleOf.apply(record.loss_scale, share, out.loss, *(out.mtp_losses or ()))
+        if any(name.endswith(f".{AUX_LOSS}") for name in record.statistics):
+            out.loss_scale = record.loss_scale
+        if out.loss is not None and out.loss_scale is not None:
+            out.loss, *further = ScaleOf.apply(out.loss_scale, share, out.loss, *(out.mtp_losses or ()))
             out.mtp_losses = tuple(further) or None
         out.aux = record.statistics or None
         return out

@@ -260,7 +260,7 @@ class LitModule(pl.LightningModule):
             for i, micro_batch in enumerate(micro_batches, start=1):
                 with self.parallel.micro_batch(self, last=i == len(micro_batches)):
                     terms = self.objective(model, micro_batch, denominators)
-                    self.parallel.backward(self, self.objective.total(terms))
+                    self.parallel.backward(self, model.total(self.objective, terms, micro_batch, denominators))
                 shares.append(
                     {name: share.detach() for name, share in {**terms, "loss": self.objective.reported(terms)}.items()}
                 )

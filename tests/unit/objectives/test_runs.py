@@ -7,6 +7,7 @@ import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from tests.cases import some
 from tests.training import weights
 from tests.unit.objectives.conftest import KINDS
 from txtrain.data.samples.draws import Draws
+from txtrain.model.ffn.balancing import Observed
 from txtrain.monitor.metrics_csv import WALL_CLOCK
+from txtrain.objectives.prefix_lm import PrefixLM
 from txtrain.registry import TABLE
 from txtrain.training.batches import cut
 from txtrain.training.callback import RunCallback
@@ -129,12 +132,51 @@ def test_the_balance_of_experts_weighs_the_same_in_any_micro_batch(kind, config)
         assert torch.allclose(part, whole, rtol=1e-3, atol=1e-5), float((part - whole).abs().max())
 
 
+class OfLogits(PrefixLM):
+    def __call__(self, model, batch, denominators):
+        log_p = model(input_ids=batch["input_ids"]).logits[:, :-1].log_softmax(-1)
+        labels = batch["labels"][:, 1:]
+        chosen = log_p.gather(-1, labels.clamp(min=0)[..., None])[..., 0]
+        return {"loss": -chosen[labels != -100].sum() / denominators["loss"]}
+
+
+class OfLogProbs(PrefixLM):
+    weights: ClassVar = {"loss": 0.5, "again": 0.5}
+
+    def denominators(self, batch):
+        return super().denominators(batch) | {"again": torch.tensor(1.0)}
+
+    def __call__(self, model, batch, denominators):
+        log_p = model(input_ids=batch["input_ids"], labels=batch["labels"], return_logits=False, return_log_probs=True).log_probs
+        return {"again": -log_p.sum() / denominators["loss"], "loss": -log_p.sum() / denominators["loss"]}
+
+
+class OfLoss(PrefixLM):
+    def __call__(self, model, batch, denominators):
+        n = denominators["loss"]
+        return {"loss": model(input_ids=batch["input_ids"], labels=batch["labels"], num_items_in_batch=n).loss}
+
+
+@pytest.mark.parametrize("own", [OfLogits, OfLogProbs])
+def test_a_loss_computed_outside_the_forward_weighs_the_balance_of_experts_as_one_within(own, config):
+    base = config("prefix_lm", "model/ffn=moe_softmax", "model.ffn.aux_weight=1", "model.ffn.dropout=0")
+    module = LitModule(base)
+    module.configure_model()
+    model = module.model.double().train()
+    (batch,) = batches(base, 1)
+    expected = gradients_of(OfLoss(), model, batch, 3)
+    assert (gradients_of(own(), model, batch, 3) - expected).abs().max() < 1e-6 * expected.abs().max()
+    blank = dict(batch, labels=torch.full_like(batch["labels"], -100))
+    assert (gradients_of(own(), model, blank, 3) == 0).all()
+
+
 def gradients_of(objective, model, batch, size: int) -> torch.Tensor:
-    """Of a batch in micro-batches."""
+    """Of a batch in micro-batches, as a step has them, on two ranks."""
     model.zero_grad()
-    counts = objective.denominators(batch)
+    counts = {name: n.clamp(min=1) for name, n in objective.denominators(batch).items()}
     for part in cut(batch, size):
-        objective.total(objective(model, part, counts)).backward()
+        observed = Observed(model)
+        (2 * observed.total(objective, objective(observed, part, counts), part, counts)).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 

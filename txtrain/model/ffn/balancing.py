@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.model.config import ModelConfig
+from txtrain.model.ffn.moe import ScaleOf
 from txtrain.model.transformer import Transformer
 
 COUNTS = "expert_counts"  # last part of the names in a record
@@ -21,11 +22,15 @@ MAX_LOAD = "moe_max_load"
 
 
 class Observed:
-    """A model that sums how often its experts were chosen, from its outputs: recomputed forwards do not count."""
+    """A model that sums how often its experts were chosen, from its outputs: recomputed forwards do not count.
+
+    It also remembers what scales the auxiliary losses of its forwards, until their `total` is made.
+    """
 
     def __init__(self, model: Callable[..., Any]) -> None:
         self._model = model
         self.counts: dict[str, Tensor] = {}  # by the layer's name, [E]
+        self._scales: list[Tensor] = []
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._model(*args, **kwargs)
@@ -33,7 +38,19 @@ class Observed:
             layer, _, kind = name.rpartition(".")
             if kind == COUNTS:
                 self.counts[layer] = self.counts[layer] + value if layer in self.counts else value
+        if (scale := getattr(output, "loss_scale", None)) is not None:
+            self._scales.append(scale)
         return output
+
+    def total(self, objective: Any, terms: Mapping[str, Tensor], batch: Any, denominators: Mapping[str, Tensor]) -> Any:
+        """What an objective minimises, made of this model's outputs. It weighs the experts' auxiliary losses by the
+        batch's share of the targets: an objective may compute its loss of logits or log-probabilities. A loss that the
+        forward computed does so itself, and afterwards."""
+        total, scales, self._scales = objective.total(terms), self._scales, []
+        for scale in scales if total.requires_grad else ():
+            name = next(iter(objective.weights))
+            (total,) = ScaleOf.apply(scale, objective.denominators(batch)[name] / denominators[name], total)
+        return total
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
