@@ -200,6 +200,7 @@ def features(model: ModelConfig) -> frozenset[str]:
         "embedding_norm": model.embedding.norm, "final_norm": model.has_final_norm,
         "own_encoder_embedding": two_stacks and not model.share_embeddings,
         "rope": position == "RoPE", "rope_scaling": bool(_scaling(model)),
+        "by_length": model.position.scaling is not None and model.position.scaling.by_length,
         "bias": position in ("RelativeBias", "ALiBi"), "relative": position == "RelativeBias",
         "grid": patch and position == "Learned",
         "windows": any(attention.window_at(i) is not None for i in layers), "softcap": attention.softcap is not None,

@@ -82,6 +82,12 @@ class ModelShape:
         return not self.residual.normalises_stream if self.final_norm is None else bool(self.final_norm)
 
     @property
+    def counts_tokens(self) -> bool:
+        """Whether a causal model must know its padding: experts count their tokens, dynamic RoPE those of a row."""
+        scaling = self.position.scaling
+        return self.ffn.n_experts > 0 or (scaling is not None and scaling.by_length)
+
+    @property
     def encoder_layers(self) -> int:
         """Layers of the encoder beside a decoder; 0 where there is one stack."""
         return (self.n_encoder_layers or self.n_layers) if self.topology == "encoder_decoder" else 0

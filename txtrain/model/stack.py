@@ -100,7 +100,10 @@ class Stack(nn.Module):
         """[B, T, D] through blocks, by their names in the record, that share masks and positions."""
         T, S = x_BTD.shape[1], given.distances_BS.shape[1]
         declared = Mask(T, S, self.causal, None, given.documents_BS, given.valid_BS, given.prefix_BS)
-        rotation = self.position.rotation(given.position_ids_BT, x_BTD.dtype)
+        positions_BT, valid_BS = given.position_ids_BT, given.valid_BS
+        if valid_BS is not None and self.position.by_length:
+            positions_BT = torch.where(valid_BS[:, -T:], positions_BT, 0)
+        rotation = self.position.rotation(positions_BT, x_BTD.dtype)
         masks: dict[tuple[Any, ...], PreparedMask] = {}
         for i, (name, block) in enumerate(blocks.items()):
             layer_cache = None if cache is None else cache.layers[i]

@@ -66,7 +66,7 @@ class ObjectiveConfig:
     def arguments(self, config: RunConfig) -> dict[str, Any]:
         """Further arguments of the objective, as far as it has them, and values for keys that are null."""
         model = config.model
-        return {"counts_tokens": model.ffn.n_experts > 0, "two_stacks": model.topology == "encoder_decoder"}
+        return {"counts_tokens": model.counts_tokens, "two_stacks": model.topology == "encoder_decoder"}
 
     def rollout(self, config: RunConfig) -> Rollout | None:
         """What it samples; None: nothing."""

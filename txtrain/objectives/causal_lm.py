@@ -17,8 +17,8 @@ class CausalLM(Objective):
     """Cross-entropy of token t + 1 given tokens 0..t, in nats per token, over all targets of the global batch.
 
     mtp_depth: also predict tokens t + 2, t + 3, ..., as terms `mtp_loss`, `mtp_loss_2`, ... of total weight mtp_weight.
-    counts_tokens: pass the padding mask, for a model that counts the tokens of its experts. Others need none, since no
-    trained token attends to later ones, and without a mask faster kernels apply.
+    counts_tokens: pass the padding mask, for a model that counts tokens (`ModelShape.counts_tokens`). Others need none,
+    since no trained token attends to later ones, and without a mask faster kernels apply.
     """
 
     perplexity = True

@@ -92,16 +92,20 @@ class GRPOConfig(ObjectiveConfig):
         has_ratio = self.loss in ("grpo", "cispo")
         return super().arguments(config) | {
             "prompts_per_rollout": self.prompts(config), "reward": config.reward, "seed": config.seed,
-            "whole": None if self.use_cache else config.seq_len,
+            "whole": None if self.use_cache else config.seq_len, "counts_tokens": self._counts_tokens(config),
             "divide_by_std": has_ratio if self.divide_by_std is None else self.divide_by_std,
         }
+
+    def _counts_tokens(self, config: RunConfig) -> bool:
+        """Without a cache the sampler reads rows as wide as training does, padding as tokens."""
+        return self.use_cache and config.model.counts_tokens
 
     def lengths(self, seq_len: int) -> tuple[int, int]:
         return seq_len - self.max_new_tokens, self.max_new_tokens
 
     def batch_shapes(self, config: RunConfig, n: int) -> Shapes:
         of_tokens = ("input_ids", "labels", "old_log_probs", *(("reference_log_probs",) if self.beta else ()))
-        mask = {"attention_mask": (n, config.seq_len)} if config.model.ffn.n_experts else {}
+        mask = {"attention_mask": (n, config.seq_len)} if self._counts_tokens(config) else {}
         return dict.fromkeys(of_tokens, (n, config.seq_len)) | mask | {"advantages": (n,)}
 
     def check(self) -> Iterator[str]:

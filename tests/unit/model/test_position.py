@@ -6,6 +6,7 @@ import torch
 from tests.models import ids, seeded, tiny
 from txtrain.model import options
 from txtrain.model.build import construct
+from txtrain.model.generation import generate
 from txtrain.model.position import encodings
 from txtrain.registry import TABLE
 
@@ -46,6 +47,24 @@ def test_dynamic_scaling_begins_beyond_max_seq_len_and_reaches_ntk_of_the_same_s
     for was, is_ in zip(ntk.rotation(long, torch.float64), rope.rotation(long, torch.float64), strict=True):
         assert torch.allclose(was, is_, atol=1e-6)
     assert not torch.allclose(plain.rotation(long, torch.float64).sin, rope.rotation(long, torch.float64).sin, atol=1e-3)
+
+
+@torch.no_grad()
+def test_dynamic_scaling_follows_each_row_alone():
+    """Neither a longer row nor padding on either side changes it."""
+    scaling = options.DynamicScaling(rope_type="dynamic", factor=4.0)
+    model = seeded(tiny(max_seq_len=8, position=options.RoPEConfig(type="rope", scaling=scaling))).eval()
+    tokens = ids(2, 40)
+    alone = model(tokens[:1, :20]).logits
+    assert (model(tokens).logits[:1, :20] - alone).abs().max() > 1e-3, "a longer text is read otherwise"
+    behind = (torch.arange(40) < torch.tensor([[20], [40]])).long()
+    torch.testing.assert_close(model(tokens, attention_mask=behind).logits[:1, :20], alone, rtol=1e-4, atol=1e-5)
+    before = behind.flip(1)
+    shifted, positions = torch.stack((tokens[0].roll(20), tokens[1])), (before.cumsum(1) - 1).clamp(min=0)
+    found = model(shifted, attention_mask=before, position_ids=positions).logits
+    torch.testing.assert_close(found[:1, 20:], alone, rtol=1e-4, atol=1e-5)
+    together = generate(model, shifted[:, 14:26], before[:, 14:26], max_new_tokens=9)
+    assert torch.equal(together[0, 6:], generate(model, tokens[:1, :6], max_new_tokens=9)[0])
 
 
 def test_yarn_interpolates_long_wavelengths_and_keeps_short_ones():

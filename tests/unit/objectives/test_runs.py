@@ -14,6 +14,7 @@ import torch
 
 import txtrain
 from tests.cases import some
+from tests.models import shake
 from tests.training import weights
 from tests.unit.objectives.conftest import KINDS
 from txtrain.data.samples.draws import Draws
@@ -130,6 +131,21 @@ def test_the_balance_of_experts_weighs_the_same_in_any_micro_batch(kind, config)
     whole, fours, ones = (gradients_of(objective, model, row, size) for size in (8, 4, 1))
     for part in (fours, ones):
         assert torch.allclose(part, whole, rtol=1e-3, atol=1e-5), float((part - whole).abs().max())
+
+
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_rotations_by_length_do_not_see_the_padding_of_a_batch(kind, config):
+    """What no trained token attends to needs no mask, but would count."""
+    rope = "model/position=rope", "model.position.scaling.rope_type=dynamic", "model.position.scaling.factor=4"
+    base = config(kind, *rope)
+    module = LitModule(dc.replace(base, model=dc.replace(base.model, max_seq_len=4)))
+    module.configure_model()
+    model, objective = shake(module.model.double()).eval(), module.objective
+    (batch,) = batches(base, 1)
+    fill = {"labels": -100, "document_ids": batch["document_ids"].max()}
+    wider = {name: torch.nn.functional.pad(x, (0, 60), value=fill.get(name, 0)) for name, x in batch.items()}
+    found = [objective.plain(model, given, objective.denominators(given))["loss"] for given in (batch, wider)]
+    assert found[1].item() == pytest.approx(found[0].item(), rel=1e-6)
 
 
 class OfLogits(PrefixLM):

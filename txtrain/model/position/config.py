@@ -113,9 +113,10 @@ class NTKScaling(RoPEScalingConfig):
 
 @config
 class DynamicScaling(RoPEScalingConfig):
-    """NTK-aware by length: unscaled up to model.max_seq_len, beyond it a base that grows with the longest position.
+    """NTK-aware by length: unscaled up to model.max_seq_len, beyond it a base that grows with a row's tokens.
 
-    As in transformers, keys in a cache keep the rotation of the step that wrote them.
+    Of packed documents the longest in the row counts (transformers: the longest row of the batch, padding included). As
+    in transformers, keys in a cache keep the rotation of the step that wrote them.
     """
 
     by_length: ClassVar[bool] = True

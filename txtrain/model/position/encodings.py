@@ -40,6 +40,7 @@ class Position(nn.Module):
     """No position (NoPE, Kazemnejad et al. 2023, 2305.19466), and the base of all schemes."""
 
     max_positions: int | None = None  # None: unlimited
+    by_length: bool = False  # rotations depend on a row's largest position, so that padding must have a small one
 
     def add(self, x_BTD: Tensor, position_ids_BT: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """grid: rows and columns of an image's patches, which come last in x."""
@@ -237,9 +238,12 @@ def frequencies(rotary_dim: int, theta: float, scaling: RoPEScalingConfig | None
 
 
 def stretched(position_ids_BT: Tensor, max_seq_len: int, theta: float, factor: float, inverse: Tensor) -> Tensor:
-    """Frequencies of dynamic NTK at the length of the longest position; `inverse` up to max_seq_len. No host sync."""
+    """Frequencies of dynamic NTK at each row's largest position, [B or 1, 1, 1, R / 2]; `inverse` up to max_seq_len.
+
+    No host sync.
+    """
     size = 2 * len(inverse)
-    length = position_ids_BT.max() + 1
+    length = position_ids_BT.amax(1)[:, None, None, None] + 1
     grown = factor * length.clamp(min=max_seq_len) / max_seq_len - (factor - 1)
     base = theta * grown ** (size / max(size - 2, 1))
     shares = torch.arange(0, size, 2, dtype=torch.int64, device=base.device).float() / size
@@ -258,11 +262,12 @@ class RoPE(Position):
     ) -> None:
         super().__init__()
         self.rotary_dim, self.theta, self.scaling, self.max_seq_len = rotary_dim, theta, scaling, max_seq_len
+        self.by_length = scaling is not None and scaling.by_length
 
     def rotation(self, position_ids_BT: Tensor, dtype: torch.dtype) -> Rotation:
         inverse, factor = frequencies(self.rotary_dim, self.theta, self.scaling)
         inverse = inverse.to(position_ids_BT.device)
-        if self.scaling is not None and self.scaling.by_length:
+        if self.scaling is not None and self.by_length:
             inverse = stretched(position_ids_BT, self.max_seq_len, self.theta, self.scaling.factor, inverse)
         angles = position_ids_BT[:, None, :, None].float() * inverse
         return Rotation((angles.cos() * factor).to(dtype), (angles.sin() * factor).to(dtype))
