@@ -88,7 +88,6 @@ class RoPEScalingConfig:
 
     mscale_all_dim = cast("float | None", None)  # a field of YaRN only
     by_length: ClassVar[bool] = False  # frequencies depend on the length that is read (`encodings.stretched`)
-    theta_above: ClassVar[float] = 0.0  # the bases for which its formula is defined
 
     def resolved(self, theta: float, rotary_dim: int) -> tuple[float, RoPEScalingConfig | None]:
         """The base and the scaling that give the same angles, where another base alone does."""
@@ -96,6 +95,10 @@ class RoPEScalingConfig:
 
     def check(self, path: str) -> Iterator[str]:
         yield from ()
+
+    def theta_above(self) -> float:
+        """Its formula is defined for larger bases. A method: exported folders hold its attributes."""
+        return 0.0
 
 
 @config
@@ -126,8 +129,6 @@ class DynamicScaling(RoPEScalingConfig):
 class YaRNScaling(RoPEScalingConfig):
     """Long wavelengths interpolated, short ones kept, a ramp between; scores multiplied by mscale^2 (2309.00071)."""
 
-    theta_above: ClassVar[float] = 1.0
-
     original_max_position_embeddings: int = knob(at_least=1, was="original_max_seq_len")
     beta_fast: float = knob(32.0, above=0)
     beta_slow: float = knob(1.0, above=0)
@@ -135,6 +136,9 @@ class YaRNScaling(RoPEScalingConfig):
     mscale: float | None = None
     mscale_all_dim: float | None = None
     truncate: bool = True  # the ramp's ends rounded outwards to whole dimensions
+
+    def theta_above(self) -> float:
+        return 1.0  # the ramp's ends are logarithms to that base
 
 
 @config
@@ -171,7 +175,7 @@ class RoPEConfig(PositionConfig):
             name = model.attention.rotary_knob
             yield f"`model.attention.{name}` must be even with model/position=rope, but is {size} instead."
         if self.scaling is not None:
-            if self.theta <= (least := self.scaling.theta_above):
+            if self.theta <= (least := self.scaling.theta_above()):
                 what = f"above {least:g} with model.position.scaling.rope_type={self.scaling.rope_type}"
                 yield f"`model.position.theta` must be {what}, but is {self.theta:g} instead."
             yield from self.scaling.check("model.position.scaling")
