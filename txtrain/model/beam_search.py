@@ -5,7 +5,8 @@
 from __future__ import annotations
 
 import dataclasses as dc
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class LengthPenalty:
 def beam_search(
     model: Any, input_ids: Tensor, attention_mask: Tensor | None = None, num_beams: int = 4,
     length_penalty: float = 0.6, max_new_tokens: int = 64, eos_token_id: int | None = None,
-    pad_token_id: int | None = None, on_step: Callable[[], None] | None = None,
+    pad_token_id: int | None = None, on_step: Callable[[], None] | None = None, limits: Sequence[int] | None = None,
 ) -> Tensor:
     """The continuation of each row with the highest log-probability / ((5 + length) / 6) ** length_penalty
     (Wu et al. 2016, 1609.08144).
@@ -71,6 +72,7 @@ def beam_search(
         num_beams: 1 is greedy decoding.
         eos_token_id: by default the configured one.
         on_step: called after each token; it may raise to stop.
+        limits: the new tokens of each row, at most max_new_tokens; by default these.
 
     Returns:
         As `generate`: prompt (with an encoder the start token) and new tokens, padded, [B, at most T + max_new_tokens].
@@ -84,7 +86,7 @@ def beam_search(
         raise ConfigError("`eos_token_id` must be given: the model's config has none, and beams have to end.")
     with evaluating(model):
         text = Text(model, rows_of(input_ids, attention_mask), max_new_tokens, input_ids.device)
-        search = BeamSearch(text, how, ends, StopStrings((), str), LengthPenalty(length_penalty))
+        search = BeamSearch(text, how, ends, StopStrings((), str), LengthPenalty(length_penalty), limits)
         for _ in range(max_new_tokens):
             decided = search.step()
             if on_step is not None:
@@ -100,10 +102,11 @@ class BeamSearch:
 
     def __init__(
         self, text: Text, how: Sampling, ends: Tensor, stops: StopStrings,
-        ranking: MeanScore | LengthPenalty = MeanScore(),
+        ranking: MeanScore | LengthPenalty = MeanScore(), limits: Sequence[int] | None = None,
     ) -> None:
         self.text, self.how, self.ends, self.stops, self.ranking = text, how, ends, stops, ranking
         self.B, self.K = len(text.begun), how.num_beams
+        self.limits = [how.max_new_tokens] * self.B if limits is None else limits
         self.alive_BK = torch.full((self.B, self.K), -torch.inf, device=ends.device)
         self.alive_BK[:, 0] = 0.0  # all beams are equal at first: only one is continued
         self.log_p: Columns | None = None  # of the tokens of the live beams, [B * K, T]
@@ -122,8 +125,9 @@ class BeamSearch:
         rows = beams + torch.arange(self.B, device=beams.device)[:, None] * self.K  # of the text
         own = best - self.alive_BK.gather(1, beams)
         ending = torch.isin(tokens, self.ends) | self._stopped(rows, tokens)
-        truncated = self.ranking.truncated_compete and length == self.how.max_new_tokens
-        for row, i in (ending | truncated).nonzero().tolist():
+        last_B = torch.tensor([length == limit for limit in self.limits], device=ending.device)
+        truncated_B1 = last_B[:, None] & self.ranking.truncated_compete
+        for row, i in (ending | truncated_B1).nonzero().tolist():
             if i < self.K and best[row, i] > -torch.inf and not self.decided[row]:
                 last = tokens[row, i : i + 1], own[row, i : i + 1]
                 said = self._written(int(rows[row, i]), *last, bool(ending[row, i]))
@@ -139,19 +143,17 @@ class BeamSearch:
         if self.seen is not None:
             self.seen = self.seen[chosen].scatter_(1, new[:, None], True)
         for row, log_p_best in enumerate(self.alive_BK[:, 0].tolist()):
-            limit = self.ranking.bound(log_p_best, length, self.how.max_new_tokens)
-            ended = self.ended[row]
-            self.decided[row] |= len(ended) == self.K and limit <= ended[-1][0]
+            bound, ended = self.ranking.bound(log_p_best, length, self.limits[row]), self.ended[row]
+            self.decided[row] |= len(ended) == self.K and bound <= ended[-1][0]
+            if length == self.limits[row] and not self.decided[row]:  # it is as it is, while others go on
+                ended += [(-math.inf, said) for said in self._live(row)]
+                self.decided[row] = True
         return all(self.decided)
 
     def best(self) -> list[list[Written]]:
         """For each row the best `how.n`: beams that have ended, then live ones."""
-        nothing = self.text.new.new_empty(0), self.alive_BK.new_empty(0)
-        found = []
-        for row, ended in enumerate(self.ended):
-            live = [self._written(row * self.K + i, *nothing, False) for i in range(self.K)]
-            found.append([*(said for _, said in ended), *live][: self.how.n])
-        return found
+        n = self.how.n
+        return [[*(said for _, said in ended), *self._live(row)][:n] for row, ended in enumerate(self.ended)]
 
     # -------------------------------------------------------------------------------------------------------- pieces
 
@@ -175,6 +177,10 @@ class BeamSearch:
             return torch.zeros_like(tokens, dtype=torch.bool)
         texts = torch.cat((self.text.new[rows.flatten()], tokens.flatten()[:, None]), dim=1)
         return self.stops.ended(texts).view_as(tokens)
+
+    def _live(self, row: int) -> list[Written]:
+        nothing = self.text.new.new_empty(0), self.alive_BK.new_empty(0)
+        return [self._written(row * self.K + i, *nothing, False) for i in range(self.K)]
 
     def _written(self, row: int, new_1: Tensor, log_p_1: Tensor, ended: bool) -> Written:
         """The text of a live beam, and what follows it."""

@@ -108,17 +108,16 @@ class Seq2Seq(Objective):
         check = check or self.check
         device = next(model.parameters()).device
         source, mask = batch["input_ids"].to(device), batch["attention_mask"].to(device)
-        limit = source.shape[1] + _LONGER
-        if model.max_positions is not None:
-            limit = min(limit, model.max_positions - 1)
+        longest = None if model.max_positions is None else model.max_positions - 1
+        limits = [n if longest is None else min(n, longest) for n in ((mask != 0).sum(1) + _LONGER).tolist()]
+        how: dict[str, Any] = {"max_new_tokens": max(limits), "eos_token_id": eos_id}
         if self.num_beams == 1:
-            ids = generate(model, source, mask, max_new_tokens=limit, eos_token_id=eos_id, on_token=lambda _: check())
+            ids = generate(model, source, mask, on_token=lambda _: check(), **how)
         else:
             ids = beam_search(
-                model, source, mask, self.num_beams, self.length_penalty, max_new_tokens=limit, eos_token_id=eos_id,
-                on_step=check
+                model, source, mask, self.num_beams, self.length_penalty, on_step=check, limits=limits, **how
             )
-        rows = (row[1:] for row in ids.tolist())  # without the start token
+        rows = (row[1 : 1 + n] for row, n in zip(ids.tolist(), limits, strict=True))  # without the start token
         return [row[: row.index(eos_id)] if eos_id in row else row for row in rows]
 
 

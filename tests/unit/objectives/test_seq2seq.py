@@ -58,6 +58,7 @@ def test_padding_changes_nothing(case):
 
 def test_answers_end_before_their_end_token(case, monkeypatch):
     model, batch = case
+    batch = {name: x[:2] for name, x in batch.items()}
     made = torch.tensor([[0, 5, 6, 256, 256], [0, 5, 6, 7, 8]])
     monkeypatch.setattr("txtrain.objectives.seq2seq.generate", lambda *args, **kwargs: made)
     assert Seq2Seq().answered(model, batch, 256) == [[5, 6], [5, 6, 7, 8]]
@@ -66,10 +67,10 @@ def test_answers_end_before_their_end_token(case, monkeypatch):
 def test_beams_answer_what_the_beam_search_finds_and_may_be_stopped(case):
     model, batch = case
     objective = Seq2Seq(num_beams=3, length_penalty=1.0)
-    limit = batch["input_ids"].shape[1] + 50
-    found = beam_search(model, batch["input_ids"], batch["attention_mask"], 3, 1.0, max_new_tokens=limit, eos_token_id=256)
     answers = objective.answered(model, batch, 256)
-    for answer, row in zip(answers, found[:, 1:].tolist(), strict=True):
+    for answer, source, mask in zip(answers, batch["input_ids"], batch["attention_mask"], strict=True):
+        source = source[mask != 0][None]
+        row = beam_search(model, source, None, 3, 1.0, max_new_tokens=source.shape[1] + 50, eos_token_id=256)[0, 1:].tolist()
         assert answer == (row[: row.index(256)] if 256 in row else row)
     assert answers != Seq2Seq().answered(model, batch, 256)
     calls = itertools.count()
@@ -81,6 +82,19 @@ def test_beams_answer_what_the_beam_search_finds_and_may_be_stopped(case):
     with pytest.raises(KeyboardInterrupt):
         objective.answered(model, batch, 256, stop)
     assert next(calls) == 3
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_an_answer_is_as_long_as_its_own_source_allows(num_beams, case):
+    """At most 50 tokens more, whatever the batch is padded to."""
+    model, _ = case
+    source = torch.arange(2 * 12).view(2, 12) % 60 + 4
+    batch = {"input_ids": source, "attention_mask": (torch.arange(12) < torch.tensor([[3], [12]])).long()}
+    objective = Seq2Seq(num_beams=num_beams)
+    answers = objective.answered(model, batch, 256)
+    assert [len(answer) for answer in answers] == [53, 62], "this model ends no text"
+    alone = {"input_ids": source[:1, :3], "attention_mask": torch.ones(1, 3)}
+    assert objective.answered(model, alone, 256) == answers[:1]
 
 
 @pytest.mark.parametrize("num_beams", [1, 2])
