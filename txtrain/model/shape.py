@@ -83,7 +83,7 @@ class ModelShape:
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether a causal model must know its padding: experts count their tokens, dynamic RoPE those of a row."""
+        """Whether a causal stack must know its padding: experts count their tokens, dynamic RoPE those of a row."""
         scaling = self.position.scaling
         return self.ffn.n_experts > 0 or (scaling is not None and scaling.by_length)
 

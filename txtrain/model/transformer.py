@@ -98,7 +98,8 @@ class Transformer(Stack):
             document_ids: [B, T]; tokens attend within their document only. Not with a cache.
             prefix_mask: [B, T]; true for tokens that every position of a causal model may see (prefix LM).
             decoder_input_ids, decoder_attention_mask, decoder_position_ids, decoder_document_ids: the same for the
-                decoder beside an encoder; ids by default the labels shifted right, after the start token.
+                decoder beside an encoder; ids by default the labels shifted right, after the start token: where tokens
+                are counted (experts), up to the last label.
             labels: [B, T]; -100: no target. A causal model shifts them: logits at t predict label t + 1. With a class
                 head [B]: of one class; [B, classes], floats: of any number of them, or numbers (model.head.kind).
             past_key_values: what the last call returned; updated in place.
@@ -125,10 +126,7 @@ class Transformer(Stack):
         self.reads.check(main, target, labels, cache, logits_to_keep)
         record, encoded, source = Record(), None, main
         if self.encoder is not None:
-            if target.ids is None:  # teacher forcing; for a class the decoder reads the source again
-                read_again = main.ids if self.head.pools else labels
-                assert read_again is not None, "Reads.check"
-                target = dc.replace(target, ids=self.shifted_right(read_again, target.documents))
+            target = self._forced(main, labels, target) if target.ids is None else target
             encoded, main = self._encoded(self.encoder, main, cache, record), target
         read = self._read(self, main, record, cache, encoded)
         x_BTD = read.x_BTD
@@ -215,6 +213,14 @@ class Transformer(Stack):
         if cache is not None:
             cache.encoder_length, cache.encoder_valid_BS = x_BSD.shape[1], valid_BS
         return EncoderOutput(x_BSD, x_BSD.shape[1], valid_BS, source.documents)
+
+    def _forced(self, source: Inputs, labels: Tensor | None, target: Inputs) -> Inputs:
+        """Teacher forcing: the decoder reads the labels; for a class it reads the source again."""
+        read_again, mask = source.ids if self.head.pools else labels, target.mask
+        assert read_again is not None, "Reads.check"
+        if mask is None and self.config.counts_tokens:  # for others what comes behind a row changes nothing
+            mask = source.mask if self.head.pools else (read_again != IGNORED).flip(1).cumsum(1).flip(1) > 0
+        return dc.replace(target, ids=self.shifted_right(read_again, target.documents), mask=mask)
 
     def shifted_right(self, labels_BT: Tensor, document_ids_BT: Tensor | None = None) -> Tensor:
         return shifted_right(self.config, labels_BT, document_ids_BT)

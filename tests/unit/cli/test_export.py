@@ -114,6 +114,23 @@ def test_a_model_without_a_head_leaves_as_auto_model(
     assert load_pretrained(tmp_path / "again").config == config
 
 
+def test_padding_behind_a_target_is_not_balanced_there_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    ffn = options.MoEConfig(type="moe_softmax", gate="softmax", bias_update_rate=0.0, aux_weight=1.0)
+    ours = shake(seeded(dc.replace(GRAFT, topology="encoder_decoder", ffn=ffn, decoder_start_token_id=0)))
+    txtrain.save_pretrained(ours, tmp_path / "out")
+    theirs = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "out", trust_remote_code=True).train()
+    labels = ids().masked_fill(torch.arange(16) >= 5, -100)
+    found = []
+    for model in (ours, theirs):
+        model(input_ids=ids(), labels=labels).loss.backward()
+        found.append([p.grad for name, p in model.named_parameters() if "router" in name])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
 def test_a_config_that_contradicts_itself_is_refused(graft: Path) -> None:
     config = json.loads((graft / "config.json").read_text())
     for change, match in (

@@ -313,6 +313,24 @@ def test_an_encoder_and_its_decoder_have_counts_of_their_own():
     assert set(aux) == {f"{stack}blocks.{i}.expert_counts" for stack in ("", "encoder.") for i in range(2)}
 
 
+def test_padding_behind_a_target_is_no_visit():
+    """Where the decoder reads the labels, and where it reads the source again; -100 within a target is a token."""
+    labels = ids(2, 10)
+    labels[0, 3:], labels[1, 7:], labels[1, 2] = -100, -100, -100
+    written = torch.tensor([[1] * 3 + [0] * 7, [1] * 7 + [0] * 3])
+    config = tiny(topology="encoder_decoder", ffn=mixture(), decoder_start_token_id=0)
+    model = seeded(config)
+    out = model(ids(), labels=labels)
+    assert out.aux["blocks.0.expert_counts"].sum() == 2 * written.sum()
+    assert out.aux["encoder.blocks.0.expert_counts"].sum() == 2 * 32
+    given = {"decoder_input_ids": model.shifted_right(labels), "decoder_attention_mask": torch.ones_like(labels)}
+    torch.testing.assert_close(out.logits[written.bool()], model(ids(), **given).logits[written.bool()], rtol=1e-4, atol=1e-5)
+    head = options.ClassHeadConfig(type="class", n_classes=3, pooling="last")
+    classes = seeded(replace(config, head=head, tie_word_embeddings=False))
+    aux = classes(ids(2, 10), attention_mask=written, labels=torch.tensor([0, 1])).aux
+    assert aux["blocks.0.expert_counts"].sum() == aux["encoder.blocks.0.expert_counts"].sum() == 2 * written.sum()
+
+
 def test_a_swap_of_the_whole_ffn_keeps_the_rest():
     config = replace(tiny(), ffn=mixture())
     assert {k: v for k, v in tiny().n_params_by_part().items() if k != "ffn"} == {k: v for k, v in config.n_params_by_part().items() if k != "ffn"}

@@ -255,6 +255,11 @@ def _with_forwards(text: str, features: Collection[str]) -> str:
                 f"\n        if decoder_input_ids is None and {answer} is not None:"
                 f"\n            decoder_input_ids = self.prepare_decoder_input_ids_from_labels({answer})"
             )
+            if "aux" in features or "by_length" in features:
+                up_to_last = "(labels != -100).flip(1).cumsum(1).flip(1) > 0"
+                mask = "attention_mask" if "classifier" in features else up_to_last
+                made += "\n            if decoder_attention_mask is None:"
+                made += f"\n                decoder_attention_mask = {mask}"
         text = "\n".join(made if line == mark else line for line in text.split("\n"))
     return text
 

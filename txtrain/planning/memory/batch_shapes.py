@@ -36,7 +36,7 @@ def batch_of(config: Train, n: int) -> Batch:
         source,
         _target(config, shapes, source),
         masked,
-        {"documents_BS": True} if "decoder_document_ids" in shapes else {},
+        {**({"documents_BS": True} if "decoder_document_ids" in shapes else {}), **_padded_target(config, shapes)},
         n_chosen(config, n) if config.model.head.skips else None,
         config.objective.smoothed,
         "token_type_ids" in shapes and bool(config.model.embedding.n_types),
@@ -48,6 +48,12 @@ def _target(config: Train, shapes: Shapes, source: int) -> int | None:
     if config.model.topology != "encoder_decoder":
         return None
     return source if config.objective.one_result else shapes["labels"][1]
+
+
+def _padded_target(config: Train, shapes: Shapes) -> dict[str, bool]:
+    """A model that counts tokens masks the padding of the targets (`Transformer.forward`)."""
+    pads = config.model.counts_tokens and "attention_mask" in shapes
+    return {"valid_BS": True} if pads else {}
 
 
 def tensors_of(config: Train, n: int) -> dict[str, Any]:
