@@ -253,19 +253,22 @@ class Transformer(Stack):
         x_BTD, logits, losses = read.x_BTD, [], []
         modules: Any = self.mtp
         for i, module in enumerate(modules):
-            k, n = i + 1, x_BTD.shape[1] - 1
-            if n < 1 or (labels is None and not return_logits):
+            if labels is None and not return_logits:
                 break
+            # Rows too short for a depth have no target of it. One position goes through all the same: under FSDP the
+            # other ranks wait for this one to use the module.
+            k, short = i + 1, x_BTD.shape[1] < 2
+            n = 1 if short else x_BTD.shape[1] - 1
             through = partial(self.through, {f"mtp.{i}.block": module.block}, given=read.given.first(n), record=record)
-            x_BTD, entering_BTD = module(x_BTD[:, :n], read.vectors_BTD[:, k:], through)
-            if return_logits:
+            x_BTD, entering_BTD = module(x_BTD[:, :n], read.vectors_BTD[:, -1 if short else k :], through)
+            if return_logits and not short:
                 logits.append(self.head(entering_BTD, self.embedding.weight_VD))
             if labels is not None:
-                targets = further_targets(labels, read.given.documents_BS, k)
-                items = None if n_items is None else n_items[i]
-                losses.append(self._loss(entering_BTD, logits[-1] if return_logits else None, targets, items)[0])
-        if out.loss is not None:  # rows too short for a depth have no target of it
-            losses += [torch.zeros_like(out.loss)] * (len(modules) - len(losses))
+                none = labels.new_full((len(labels), 1), IGNORED)
+                targets = none if short else further_targets(labels, read.given.documents_BS, k)
+                items = 1 if short else None if n_items is None else n_items[i]
+                whole = logits[-1] if return_logits and not short else None
+                losses.append(self._loss(entering_BTD, whole, targets, items)[0])
         out.mtp_logits, out.mtp_losses = tuple(logits) or None, tuple(losses) or None
 
 
