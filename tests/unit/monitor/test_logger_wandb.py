@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import pytest
 import wandb
 from PIL import Image
+from wandb.sdk.lib.settings_file import SettingsFiles
 
 from tests.training import RUN, tiny
 from tests.wandb_file import WandbFile, wandb_files
@@ -283,3 +284,39 @@ def test_a_current_folder_that_names_a_server_or_a_key_is_refused_before_anythin
     with pytest.raises(ConfigError, match=rf"{name}/settings must not name api_key and base_url.*WANDB_BASE_URL"):
         train(config(folder, f"theirs{name}"))
     assert not (folder / f"theirs{name}").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        ("[default]\nBASE_URL = https://elsewhere.example\n", "base_url"),
+        ("[default]\nproject = mine\rbase_url = https://elsewhere.example\n", "base_url"),
+        ("[DEFAULT]\nhttps_proxy = https://elsewhere.example\n[default]\n", "https_proxy"),
+        ("[default]\ninsecure_disable_ssl = true\nidentity_token_file = x\n", "identity_token_file and insecure_disable_ssl"),
+    ],
+)
+def test_every_spelling_that_wandb_reads_is_refused(text, named, tmp_path, monkeypatch):
+    from txtrain.errors import ConfigError
+    from txtrain.monitor.loggers.wandb import WandbLogger
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "wandb" / "settings"
+    path.parent.mkdir()
+    path.write_bytes(text.encode())
+    assert set(named.split(" and ")) <= SettingsFiles(global_settings=None, local_settings=path).all().keys()
+    with pytest.raises(ConfigError, match=f"must not name {named}, "):
+        WandbLogger()
+
+
+def test_settings_that_name_no_server_are_accepted_and_no_settings_at_all_are_refused(tmp_path, monkeypatch):
+    from txtrain.errors import ConfigError
+    from txtrain.monitor.loggers.wandb import WandbLogger
+
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "wandb" / "settings"
+    path.parent.mkdir()
+    path.write_text("[default]\nMode = offline\nentity: us\nproject = base_url\n  api_key = not a key but a value's second line\n")
+    WandbLogger()
+    path.write_text("base_url = https://elsewhere.example\n")
+    with pytest.raises(ConfigError, match="must be settings of W&B's, but cannot be read: File contains no section headers"):
+        WandbLogger()

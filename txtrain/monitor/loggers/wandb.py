@@ -7,9 +7,9 @@ is already there is not sent twice.
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import os
-import re
 import secrets
 import shlex
 import threading
@@ -21,7 +21,7 @@ from lightning.fabric.loggers.logger import _DummyExperiment
 from lightning.pytorch import loggers as lightning
 
 from txtrain.checkpoint.run_folder import RunFolder
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, shorten
 from txtrain.ground import plain_files
 from txtrain.monitor import metrics_csv as metrics_file
 from txtrain.monitor.loggers.offline import is_written, last_step
@@ -49,24 +49,40 @@ _WRITING = 5.0  # seconds for the last block of an offline run's file
 _REOPENINGS = 3  # of one process; more is no accident
 # Seconds that a run's end waits for its last rows, and for its last checkpoint; what remains is on the disk.
 FINISH, UPLOAD = 30.0, 3600.0
+# What a file in the current folder may set: nothing that sends or writes elsewhere. Any other key may, now or in a
+# later version of W&B: a server, a proxy that sees the key, a file with one, headers.
+_HARMLESS = (
+    *("mode", "project", "entity", "run_group", "run_job_type", "run_name", "run_notes", "run_tags"),
+    *("anonymous", "console", "disable_code", "disable_git", "ignore_globs", "quiet", "silent"),
+)
+_SHOWN = 3  # keys in a message
 EXIT_CODES = {"complete": 0, "preempted": PREEMPTED, "failed": 1}
 
 
 def _check_current_folder() -> None:
     """Refuse a folder that tells W&B where to send the user's key: it may have come with a stranger's run or set.
 
+    Read as W&B reads it, so that it sees no key that this does not.
+
     Raises:
-        ConfigError: the file of W&B's settings in the current folder names a server or a key.
+        ConfigError: the file of W&B's settings in the current folder names a server, a proxy, a key or the like.
     """
     for path in (Path("wandb", "settings"), Path(".wandb", "settings")):
-        if path.is_file():
-            named = re.findall(r"^\s*(base_url|api_key)\s*[=:]", plain_files.read_text(path), re.M)
-            if named:
-                what = " and ".join(sorted({*named}))
-                raise ConfigError(
-                    f"{path.absolute()} must not name {what}, which W&B would follow in this folder: the variables "
-                    "WANDB_BASE_URL and WANDB_API_KEY, or `wandb login`, do."
-                )
+        if not path.is_file():
+            continue
+        plain_files.check_file(path)
+        parser = configparser.ConfigParser()
+        try:
+            parser.read(path)
+        except (configparser.Error, ValueError, OSError) as e:
+            raise ConfigError(f"{path.absolute()} must be settings of W&B's, but cannot be read: {_short(e)}.") from e
+        named = {*parser.defaults()}.union(*(parser.options(section) for section in parser.sections()))
+        if refused := sorted(named.difference(_HARMLESS)):
+            raise ConfigError(
+                f"{path.absolute()} must not name {' and '.join(shorten(key) for key in refused[:_SHOWN])}, which W&B "
+                f"would follow in this folder; {', '.join(_HARMLESS)} may stand there. A server and a key are named by "
+                "the variables WANDB_BASE_URL and WANDB_API_KEY, or by `wandb login`."
+            )
 
 
 class WandbLogger(lightning.WandbLogger):
