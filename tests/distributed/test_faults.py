@@ -154,6 +154,19 @@ def test_a_gradient_that_is_not_finite_in_one_process_is_skipped_in_all(tmp_path
         assert float(rows[5]["loss"]) == pytest.approx(float(seen["ddp"][5]["loss"]), rel=1e-5), way
 
 
+@pytest.mark.slow
+def test_a_run_whose_only_step_was_skipped_is_resumed(tmp_path):
+    cases = {}
+    for way in ("ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"):
+        for name, last in (("whole", (3,)), ("parts", (1, 3))):
+            given = overrides(tmp_path, "decoder", f"{way}, {name}", "trainer.devices=2", "scheduler=constant", "trainer.limit_val_batches=0", f"strategy={way}")
+            cases |= {f"{way}, {name} to {n}": group.Case([*given, f"trainer.max_steps={n}"], ["POISON 0 1"]) for n in last}
+    group.train(cases, 2, tmp_path / "group", 600)
+    for way in ("ddp", "fsdp", "deepspeed_stage_2", "deepspeed_stage_3"):
+        whole, parts = ([{name: row[name] for name in ("loss", "skipped_steps")} for row in read(tmp_path / f"{way}, {name}" / "metrics.csv")] for name in ("whole", "parts"))
+        assert parts == whole, way
+
+
 SIZES = {"hsdp": 4, "fsdp_tp": 4}  # processes, where two would not show what the strategy is
 
 

@@ -53,6 +53,12 @@ def optimizer_names(path: Path) -> set[str]:
     return {name.removeprefix("optimizer.") for name in shapes(path) if name.startswith("optimizer.")}
 
 
+def never_updated(path: Path) -> bool:
+    """Whether each step until the checkpoint was skipped: an optimizer makes its state at its first update."""
+    state = read_state(path)
+    return state.step == state.skipped[0]
+
+
 def load_tensors(
     path: Path, into: Mapping[str, Tensor], prefix: str | tuple[str, ...] = "", group: Any = None,
     how: Reading = READING, without: Container[str] = (),
@@ -196,8 +202,8 @@ def load_training(
     numbers = {name: n for name, n in read_state(path).optimizer.items() if f"optimizer.{name}" not in without}
     optimizer_state.allocate(optimizer)
     saved = {name for name in optimizer_names(path) if f"optimizer.{name}" not in without} | numbers.keys()
-    if without and not saved:
-        optimizer.state.clear()  # no parameter is trained both there and here
+    if not saved and (without or never_updated(path)):
+        optimizer.state.clear()  # no parameter is trained both there and here, or none had an update yet
     optimizer_state.forget(saved, model, optimizer)
     load_tensors(path, training_tensors(model, optimizer), ("model.", "optimizer."), group, how, without)
     optimizer_state.restore_numbers(numbers, model, optimizer)

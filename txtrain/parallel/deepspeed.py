@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.optim import Optimizer
 
-from txtrain.checkpoint.restore import Reading, load_tensors, of_frozen, optimizer_names
+from txtrain.checkpoint.restore import Reading, load_tensors, never_updated, of_frozen, optimizer_names
 from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Held, Source
 from txtrain.model.lora import kept
@@ -326,8 +326,10 @@ class ZeRO(Mesh):
 
     def load(self, path: Path, model: nn.Module, optimizer: Optimizer, average: Average, how: Reading) -> None:
         self._allocate()
-        tensors = self.training_tensors(model, optimizer, average)
         saved = optimizer_names(path)
+        if not saved and never_updated(path):
+            self._core.state.clear()
+        tensors = self.training_tensors(model, optimizer, average)
         # Under other strategies a parameter that had no gradient yet has no state; here its state is zeros.
         new = {
             part.name for part in self._parts

@@ -118,6 +118,23 @@ def test_a_parameter_that_has_had_no_gradient_has_no_state_before_and_after(tmp_
         restore.load_training(path, other, torch.optim.RMSprop(other.parameters(), momentum=0.9))
 
 
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, Counting])
+def test_an_optimizer_whose_steps_were_all_skipped_has_no_state_before_and_after(tmp_path, cls):
+    def made(seed):
+        torch.manual_seed(seed)
+        model = nn.Linear(3, 4)
+        return model, cls(model.parameters(), lr=0.1)
+
+    before, after, path = made(0), made(1), checkpoint.path_of(tmp_path, 2)
+    saving.save(path, restore.training_tensors(*before), RunState(step=2, skipped=(2, 2)), beside=lambda _: None)
+    restore.load_training(path, *after)
+    assert not after[1].state
+    assert torch.equal(after[0].weight, before[0].weight)
+    saving.save(path, restore.training_tensors(*before), RunState(step=2, skipped=(1, 1)), beside=lambda _: None)
+    with pytest.raises(ConfigError, match="of another"):  # an update, and no state: another optimizer's
+        restore.load_training(path, *made(1))
+
+
 def test_numbers_of_another_optimizer_are_refused(tmp_path):
     before = model_and_optimizer(0, Counting)
     path = checkpoint.path_of(tmp_path, 3)
