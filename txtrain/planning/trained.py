@@ -14,7 +14,7 @@ from txtrain.model.adapter import factor_of
 from txtrain.model.trace.tape import Tape, Value
 from txtrain.model.transform import transform
 from txtrain.planning.memory.batch_shapes import batch_of, unknown
-from txtrain.planning.memory.forward import Traced
+from txtrain.planning.memory.forward import Traced, recomputes
 from txtrain.registry import chosen, unstated
 
 ADAPTER = "adapter"  # the part of what is added to a model
@@ -133,7 +133,7 @@ def _traced(config: Train, lengths: tuple[int, int | None], trains: Callable[[st
     def around(block: Callable[..., Value], inputs: Sequence[Value]) -> Value:
         before, number, again = tape.forward_flops, next(blocks), config.trainer.activation_checkpointing
         made = block(tape, *inputs)
-        if made.edge and (again == "full" or (isinstance(again, int) and number % again == 0)):
+        if made.edge and again != "selective" and recomputes(again, config.model, number):
             tape.recomputed += tape.forward_flops - before
         return made
 

@@ -35,12 +35,12 @@ def frozen(family, patterns, *overrides):
     return dc.replace(config, freeze=found) if found and not any(Freeze(found).problems(names)) else None
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_tape_multiplies_as_the_closed_forms_say(family):
-    config = dc.replace(once(family), trainer=dc.replace(once(family).trainer, activation_checkpointing="full"))
+@pytest.mark.parametrize(("family", "checkpointing"), [*((family, "full") for family in FAMILIES), ("t5", 4), ("deepseek_r1", 2)])
+def test_the_tape_multiplies_as_the_closed_forms_say(family, checkpointing):
+    config = dc.replace(once(family), trainer=dc.replace(once(family).trainer, activation_checkpointing=checkpointing))
     tape, n = trained._traced(config, config.lengths), config.data.global_batch_size
     forward = flops.forward_by_part(config.model, *config.lengths, dense=False, training=True, target_share=config.objective.target_share)
-    again = config.model.recomputed_flops(*config.lengths, checkpointing="full")
+    again = config.model.recomputed_flops(*config.lengths, checkpointing=checkpointing)
     allowed = 1e-3  # the number of positions that BERT predicts is whole
     assert tape.forward_flops / n == pytest.approx(sum(forward.values()), rel=allowed)
     assert tape.backward_flops / n == pytest.approx(flops.training_flops(forward) - sum(forward.values()), rel=allowed)

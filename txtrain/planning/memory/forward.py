@@ -13,6 +13,17 @@ from txtrain.model.trace.attention_ops import Batch, Drawn, Place, choose, draw
 from txtrain.model.trace.tape import Parameter, Tape, Value, dotted
 
 
+def recomputes(checkpointing: str | int, model: ModelConfig, number: int) -> bool:
+    """Whether the block that is the number-th to run is recomputed in the backward.
+
+    `activation_checkpointing.wrap_blocks` numbers modules, of which the decoder's come first; the encoder runs first.
+    """
+    if not isinstance(checkpointing, int):
+        return checkpointing != "none"
+    n_encoder = model.encoder_layers
+    return (number + model.n_layers if number < n_encoder else number - n_encoder) % checkpointing == 0
+
+
 @dc.dataclass
 class Traced:
     """One forward. around: is called for each block, and may gather its parameters or recompute it in the backward."""

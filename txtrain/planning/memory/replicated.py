@@ -12,7 +12,7 @@ from txtrain.parallel.config import Layout
 from txtrain.planning.memory import optimizer as updates
 from txtrain.planning.memory.batch_shapes import batch_of
 from txtrain.planning.memory.expert_parallel import DividedTape
-from txtrain.planning.memory.forward import Traced
+from txtrain.planning.memory.forward import Traced, recomputes
 from txtrain.planning.memory.tensor_parallel import CutTape, CutTraced
 
 Block = Callable[..., Value]
@@ -187,7 +187,7 @@ class Copies:
 
     def computed(self, number: int, block: Block, inputs: Sequence[Value]) -> Value:
         again = self.config.trainer.activation_checkpointing
-        if again == "none" or (isinstance(again, int) and number % again):
+        if not recomputes(again, self.config.model, number):
             return block(self.t, *inputs)
         return self.t.checkpoint(block, inputs, again == "selective")
 
