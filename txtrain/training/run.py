@@ -144,7 +144,8 @@ def train(
             facts = _facts(cfg, module, data, machine, origin, fallback)
             facts |= {"init_from": read_from}
             _create(place, parallel, cfg, data, facts, origin.start)
-        loggers = parallel.first_only(lambda: _loggers(cfg, place, display)) or Loggers()
+        planned = world.size if model is None else None
+        loggers = parallel.first_only(lambda: _loggers(cfg, place, display, planned)) or Loggers()
         display.table(start_screen.table(
             cfg, data, limits.steps, machine, place, origin.grafts, parallel.title,
             (module.n_trained, module.n_params),
@@ -246,13 +247,13 @@ def short(cfg: Train) -> Train:
     )
 
 
-def _loggers(cfg: Train, place: RunFolder | None, display: Display) -> Loggers:
+def _loggers(cfg: Train, place: RunFolder | None, display: Display, planned: int | None) -> Loggers:
     """The run's loggers. They write into its folder, which exists by now and is removed if one cannot be made."""
     if place is None:
         return Loggers()
     with contextlib.ExitStack() as undo:
         undo.callback(place.discard)
-        made = make_loggers(cfg, place, lambda text: display.tell(text, style="bold"))
+        made = make_loggers(cfg, place, lambda text: display.tell(text, style="bold"), planned)
         undo.pop_all()
         return made
 

@@ -47,7 +47,7 @@ class Remembers(Logger):
         self.events = self.told.setdefault(save_dir, [("named", name)])
 
     def log_hyperparams(self, params):
-        self.events.append(("config", params["seed"], params["run"]["data"]["source"], params["plan"]["n_params"]))
+        self.events.append(("config", params["seed"], params["run"].get("data", {}).get("source"), params.get("plan", {})))
 
     def log_metrics(self, metrics, step=None):
         self.events.append((step, metrics))

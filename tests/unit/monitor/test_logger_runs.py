@@ -2,12 +2,18 @@
 
 import time
 
+from types import SimpleNamespace
+
 import lightning.pytorch as pl
 import pytest
+from torch import nn
 
 from tests.training import rows, tiny
 from tests.unit.monitor.bad_loggers import Remembers
+from txtrain import compose, plan
 from txtrain.errors import ConfigError
+from txtrain.model.build import build_model
+from txtrain.monitor.loggers.build import make_loggers
 from txtrain.monitor.loggers.sinks import Sink
 from txtrain.monitor.metrics_csv import read
 from txtrain.training.run import train
@@ -59,9 +65,35 @@ def test_a_logger_of_ones_own_is_told_of_configuration_rows_and_end(folder, plai
     named, config, *told, save, status = Remembers.told[str(done.run_dir)]
     assert (named, config[:2], save, status) == (("named", "mine"), ("config", 1337), "save", "success")
     assert "text.txt" in config[2]
-    assert config[3] > 1000
+    assert config[3]["n_params"] > 1000
     assert [step for step, _ in told] == [int(row["step"]) for row in read(done.run_dir / "metrics.csv")]
     assert {name: str(told[-1][1][name]) for name in ("loss", "val_loss", "lr")} == {name: plain[-1][name] for name in ("loss", "val_loss", "lr")}
+
+
+def test_a_logger_is_told_of_the_memory_of_one_of_the_runs_processes(tmp_path):
+    config = compose(["model=llama2", "strategy=fsdp", f"imports=[{BAD}]", f"logger.mine._target_={BAD}.Remembers"])
+    for n_ranks in (1, 8):
+        place = SimpleNamespace(path=tmp_path / str(n_ranks), facts={}, first_step=0)
+        make_loggers(config, place, print, n_ranks).close("complete")
+    alone, shared = (Remembers.told[str(tmp_path / str(n_ranks))][1][3]["memory"] for n_ranks in (1, 8))
+    assert (alone, shared) == (plan(config).memory, plan(compose(["model=llama2", "strategy=fsdp", "trainer.devices=8"])).memory)
+
+
+def test_a_logger_is_told_no_figures_of_a_model_that_was_given(folder):
+    config = with_logger(folder, "Remembers", "freeze=['^base']", "trainer.max_steps=1", "trainer.limit_val_batches=0", "seed=1337")
+    done = train(config, model=Own(config.model))
+    assert Remembers.told[str(done.run_dir)][1][3] == {}
+
+
+class Own(nn.Module):
+    """A model whose parameters have names of its own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.layers, self.base = build_model(config), nn.Linear(1, 1)
+
+    def forward(self, *args, **given):
+        return self.layers(*args, **given)
 
 
 class Asks(pl.Callback):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses as dc
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -72,8 +73,16 @@ class Loggers:
             line.put(event(sink), patience)
 
 
-def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
-    """Make the loggers; ConfigError if the arguments of one do not fit it."""
+def make_loggers(config: Train, place: RunFolder, say: Say, planned: int | None) -> Loggers:
+    """Make the loggers.
+
+    Args:
+        planned: the ranks for which they are told what `plan` says of the run; None, for a model that is not
+            config.model's: they are not.
+
+    Raises:
+        ConfigError: the arguments of one do not fit it.
+    """
     sinks: dict[str, Sink] = {}
     for name, node in config.logger.items():
         try:
@@ -83,8 +92,15 @@ def make_loggers(config: Train, place: RunFolder, say: Say) -> Loggers:
     if not sinks:
         return Loggers()
     run = {name: value for name, value in place.facts.items() if name not in _CHANGING}
-    figures = plan(config).to_dict()
-    return Loggers(sinks, {**plain(config), "run": run, "plan": {name: figures[name] for name in _PLAN}}, say)
+    figures = {} if planned is None else {"plan": _figures(config, planned)}
+    return Loggers(sinks, {**plain(config), "run": run, **figures}, say)
+
+
+def _figures(config: Train, n_ranks: int) -> dict[str, Any]:
+    """Those of `plan` on so many devices, whatever trainer.devices=auto has found."""
+    here = dc.replace(config, trainer=dc.replace(config.trainer, devices=n_ranks, num_nodes=1))
+    figures = plan(here).to_dict()
+    return {name: figures[name] for name in _PLAN}
 
 
 def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, Any]) -> Sink:
