@@ -44,7 +44,7 @@ class Adafactor(Stepper):
             t = float(state["step"].add_(1))
             change = self._normalised(local(p.grad).float(), p, state, 1 - t**-self.beta2_decay)
             change = change / (root_mean_square(change, p) / self.clip_threshold).clamp(min=1)
-            rate = self._rate(value, p, group["lr"], t)
+            rate = self._rate(value, p, group, t)
             change = change * rate
             if self.beta1 is not None:
                 change = kept(state, "exp_avg", p).lerp_(change, 1 - self.beta1)
@@ -60,8 +60,10 @@ class Adafactor(Stepper):
         mean = summed(row, p, -1, of=-2) / p.shape[-2]
         return grad * (row / mean.unsqueeze(-1)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
-    def _rate(self, value: Tensor, p: Tensor, lr: float, t: float) -> Tensor | float:
-        lr = min(lr, t**-0.5) if self.relative_step else lr
+    def _rate(self, value: Tensor, p: Tensor, group: dict[str, Any], t: float) -> Tensor | float:
+        lr, peak = group["lr"], self.defaults["lr"]
+        if self.relative_step:  # the schedule's rate is limited; what a group multiplies it by, multiplies the limit
+            lr = min(lr, (group["peak_lr"] / peak if peak else 1.0) * t**-0.5)
         return lr * root_mean_square(value, p).clamp(min=self.eps[1]) if self.scale_parameter else lr
 
 

@@ -202,7 +202,7 @@ class AdafactorConfig(OptimizerConfig):
     # added to squared gradients; lower bound of the root mean square that scales a rate
     eps: tuple[float, float] = knob((1e-30, 1e-3), at_least=0)
     scale_parameter: bool = True  # multiply the rate by the parameter's root mean square
-    relative_step: bool = False  # limit lr to 1/sqrt(step) before that, as in the paper
+    relative_step: bool = False  # limit the rate to 1/sqrt(step) before that, as in the paper
 
     def state_values(self, name: str, shape: Shape) -> int:
         moments = math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))

@@ -9,7 +9,7 @@ from torch import nn
 from tests.cases import some
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
-from txtrain.optim.config import AdafactorConfig, AdamConfig, LionConfig, MuonConfig
+from txtrain.optim.config import AdafactorConfig, AdamConfig, GroupConfig, LionConfig, MuonConfig
 from txtrain.optim.groups import parameter_groups, set_rates
 from txtrain.optim.muon import orthogonalised
 from txtrain.registry import make
@@ -120,6 +120,7 @@ ADAFACTOR = {
     "momentum and decay": AdafactorConfig(type="adafactor", lr=0.05, beta1=0.9, weight_decay=0.3),
     "absolute": AdafactorConfig(type="adafactor", lr=0.05, scale_parameter=False),
     "relative": AdafactorConfig(type="adafactor", lr=0.6, relative_step=True),
+    "relative, scaled": AdafactorConfig(type="adafactor", lr=0.6, relative_step=True, groups=(GroupConfig(pattern="wide", lr_scale=0.1), GroupConfig(pattern="norm", lr_scale=2.0))),
 }
 
 
@@ -138,6 +139,7 @@ def adafactor_rule(config):
         update = g / second.sqrt()
         update = update / max(1.0, rms(update) / config.clip_threshold)
         rate = min(rate, 1 / math.sqrt(t)) if config.relative_step else rate
+        rate = rate * next((group.lr_scale for group in config.groups if group.pattern in name), 1.0)
         rate = rate * max(config.eps[1], rms(p)) if config.scale_parameter else rate
         update = memory["m"] = rate * update if config.beta1 is None else config.beta1 * memory.get("m", 0) + (1 - config.beta1) * rate * update
         return p * (1 - decay * rate) - update
