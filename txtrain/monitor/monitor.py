@@ -88,7 +88,7 @@ class Watch:
 
     def state(self) -> dict[str, Any]:
         """Fields for the checkpoint's `RunState`."""
-        return {"seconds": self.meter.seconds, "losses": self.losses.state(), "times": self.times}
+        return {"seconds": self.meter.seconds, "losses": self.losses.state(), "times": dict(self.times)}
 
     # -------------------------------------------------------------------------------------------------------- each step
 

@@ -52,6 +52,14 @@ def spikes(run):
     return [json.loads(line) for line in (run / "spikes.jsonl").read_text().splitlines()]
 
 
+def test_a_state_keeps_the_times_of_its_moment(runs):
+    """A checkpoint behind the training is written later."""
+    seen = monitor.Watch(tiny(runs), None, None, SimpleNamespace(tell=lambda *a, **k: None), None, RunState(times={"data": 1.0}))
+    kept = seen.state()["times"]
+    seen.times["data"] += 1.0
+    assert kept["data"] == 1.0
+
+
 def test_the_columns_of_time_add_up_to_what_has_passed(runs):
     began = time.perf_counter()
     train(tiny(runs, f"run_dir={runs / 'times'}", "trainer.log_every_n_steps=3", "sample.n=1"))
