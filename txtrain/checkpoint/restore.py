@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
+    from txtrain.checkpoint.state import RunState
     from txtrain.hf.pieces import Piece
     from txtrain.optim.average import Average
 
@@ -209,9 +210,17 @@ def load_training(
     optimizer_state.restore_numbers(numbers, model, optimizer)
     if average is not None and average.values:
         average.restart()
-        names = shapes(path)
+        state, names = read_state(path), shapes(path)
+        average.begun = state.step > state.skipped[0]
         if averaged := {name: value for name, value in average.tensors().items() if name in names}:
             load_tensors(path, averaged, "ema.", group, how, without)
+            average.begun = _has_begun(state, average.config.every_n_steps)
+
+
+def _has_begun(state: RunState, every_n_steps: int) -> bool:
+    """Whether the average at a checkpoint is of trained weights, by its steps where that was not written yet."""
+    latest = state.step - state.step % every_n_steps
+    return latest > state.skipped[0] if state.averaged is None else state.averaged
 
 
 def of_frozen(path: Path, model: nn.Module) -> set[str]:

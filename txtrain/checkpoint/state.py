@@ -59,6 +59,7 @@ class RunState:
         skipped: steps that were not finite: in all, and the latest in a row.
         id: of the checkpoint, also in the headers of its shards; empty in those of 0.1.0.
         rows: number of rows of metrics.csv so far, and rows_hash: their checksum; None and empty: unknown.
+        averaged: whether the average of the weights has begun; None: unknown.
         optimizer: numbers of the optimizer's state that are not tensors, by parameter and name.
     """
 
@@ -80,6 +81,7 @@ class RunState:
     id: str = ""
     rows: int | None = None
     rows_hash: str = ""
+    averaged: bool | None = None
     optimizer: dict[str, float | bool] = dc.field(default_factory=dict)
     stopping: list[float] | None = None
     weights_only: bool = False
@@ -103,6 +105,7 @@ def read_state(file: Path) -> RunState:
     where = str(file)
     defaults = (
         "format", "losses", "save_seconds", "skipped", "times", "optimizer", "id", "rows", "rows_hash", "weights_only",
+        "averaged",
     )
     kinds = _kinds(RunState) | {"losses": dict | None, "skipped": list[int] | None}
     check_keys(raw, where, {key: kind | None if key in defaults else kind for key, kind in kinds.items()})

@@ -9,7 +9,7 @@ from txtrain.optim.config import EMAConfig
 
 
 class Average:
-    """value <- decay value + (1 - decay) weight, every n-th step; up to n updates value <- weight.
+    """value <- decay value + (1 - decay) weight, every n-th step; the first time after an update value <- weight.
 
     With decay null nothing is kept and all methods do nothing. At least float32: one step adds less than the precision
     of bfloat16. Only trained parameters are averaged, no buffers.
@@ -24,21 +24,21 @@ class Average:
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self._weights.items()
         }
+        self.begun = False  # whether the values are of weights after an update, not of the initial ones
         self._trained: list[Tensor] | None = None  # the trained weights, while the averaged ones are in their place
 
     @torch.no_grad()
     def update(self, step: int, skipped: int = 0, made: bool = True) -> None:
         """After step number `step`. skipped: how many until now made no update; made: whether this one did.
 
-        By the number of updates, not of the step: the first value must not be lost with a step that is skipped, and
-        what a resumed run knows tells it.
+        The first value must not be lost with a step that is skipped.
         """
-        begins = step - skipped <= self.config.every_n_steps
-        if not self.values or step % self.config.every_n_steps or not (made or begins):
+        if not self.values or step % self.config.every_n_steps or (self.begun and not made):
             return
         assert self.config.decay is not None
         assert self._trained is None
-        weight = 1.0 if begins else 1.0 - self.config.decay
+        weight = 1.0 - self.config.decay if self.begun else 1.0
+        self.begun = step > skipped
         for name, value in self.values.items():
             value.lerp_(self._weights[name].to(value.dtype), weight)
 

@@ -364,6 +364,7 @@ class RunCallback(pl.Callback):
                 weights_only=self.config.save.weights_only_last and self.ended,
                 open_row=self.open,
                 skipped=(module.skipped, module.skipped_in_a_row),
+                averaged=module.average.begun,
                 rows=self._file.n_rows if self._file is not None else None,
                 rows_hash=self._file.hash if self._file is not None else "",
             )

@@ -14,7 +14,9 @@ from tests.cases import some
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import restore
+from txtrain.checkpoint import save as saving
 from txtrain.checkpoint.load import load
+from txtrain.checkpoint.state import RunState
 from txtrain.cli.main import main
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
@@ -45,18 +47,39 @@ def test_the_average_is_the_recurrence_and_begins_with_the_first_weights_it_sees
     torch.testing.assert_close(average.values["weight"], torch.full((1, 2), float(want)), rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("every", "lost", "want"), [(1, (1,), 3 / 4 * 2 + 1 / 4 * 3), (1, (1, 2), 3.0), (2, (2,), 3 / 4 * 1 + 1 / 4 * 4), (2, (4,), 2.0)])
+@pytest.mark.parametrize(("every", "lost", "want"), [(1, (1,), 3 / 4 * 2 + 1 / 4 * 3), (1, (1, 2), 3.0), (2, (2,), 3 / 4 * 1 + 1 / 4 * 4), (2, (4,), 2.0), (3, (1, 2, 4, 5), 3 / 4 * 3 + 1 / 4 * 6)])
 def test_a_skipped_step_does_not_make_it_begin_with_the_initial_weights(every, lost, want):
-    """lost: steps that made no update, of 3, or of 4 with every=2; weights are the number of the latest update's step."""
+    """lost: steps that made no update, of 3, or of twice `every`; weights are the number of the latest update's step."""
     model, skipped = model_of(9.0), 0
     average = Average(model, EMAConfig(decay=0.75, every_n_steps=every))
-    for step in range(1, every + 3):
+    for step in range(1, max(3, 2 * every) + 1):
         skipped += step in lost
         if step not in lost:
             with torch.no_grad():
                 model.weight.fill_(float(step))
         average.update(step, skipped, made=step not in lost)
     torch.testing.assert_close(average.values["weight"], torch.full((1, 2), want), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(("at", "every", "later", "says", "want"), [
+    (4, 2, 8, True, 3 / 4 * 2.5 + 1 / 4 * 8), (3, 2, 2, True, 2.5), (1, 4, 4, True, 4.0),
+    (3, 2, 2, False, 2.5), (1, 4, 4, False, 4.0),
+])
+def test_a_resumed_average_goes_on_if_it_has_begun(at, every, later, says, want, tmp_path):
+    """at: the step of the checkpoint; later: every so many steps from then on; says: the checkpoint does, older ones do
+    not. Weights are the step's number."""
+    model, path = model_of(9.0), checkpoint.path_of(tmp_path, at)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    average, resumed = (Average(model, EMAConfig(decay=0.75, every_n_steps=n)) for n in (every, later))
+    for step in range(1, later * (at // later + 1) + 1):
+        with torch.no_grad():
+            model.weight.fill_(float(step))
+        (average if step <= at else resumed).update(step)
+        if step == at:
+            state = RunState(step=at, averaged=average.begun if says else None)
+            saving.save(path, restore.training_tensors(model, optimizer, average), state, beside=lambda _: None)
+            restore.load_training(path, model, optimizer, resumed)
+    torch.testing.assert_close(resumed.values["weight"], torch.full((1, 2), want), rtol=1e-6, atol=0)
 
 
 def test_it_is_torchs():
