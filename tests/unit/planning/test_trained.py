@@ -51,6 +51,13 @@ def test_the_tape_multiplies_as_the_closed_forms_say(family, checkpointing):
     assert parts == config.model.n_params_by_part()
 
 
+@pytest.mark.parametrize("share", [True, False])
+def test_two_stacks_have_the_parameters_of_the_embeddings_that_they_read(share):
+    config = once("t5", "model.embedding.norm=true", "model.embedding.n_types=2", f"model.share_embeddings={share}".lower())
+    traced = [(p.name, p.shape) for p in trained._traced(config, config.lengths).parameters]
+    assert sorted(traced) == sorted((name, tuple(p.shape)) for name, p in seeded(config.model).named_parameters())
+
+
 @settings(max_examples=6, deadline=None, derandomize=True)
 @given(st.sampled_from(["gpt2", "llama2", "gemma2", "deepseek_r1"]), DRAWN)
 def test_the_backward_multiplies_for_what_is_trained_alone(family, patterns):

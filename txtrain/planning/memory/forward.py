@@ -34,6 +34,7 @@ class Traced:
     around: Callable[[Callable[..., Value], Sequence[Value]], Value]
     device: str = "cpu"
     table: Parameter | None = None
+    parts: dict[str, list[Parameter]] = dc.field(default_factory=dict)  # of the embedding: its parameters, by path
 
     def loss(self) -> Value:
         """The total of all losses."""
@@ -75,17 +76,26 @@ class Traced:
         """Output of a stack, and the embedded input. In the order of `Transformer._read`."""
         model, t = self.model, self.t
         place = Place(model, 0, self.batch.n, length, length, device=self.device)
-        with t.at("embedding" if model.share_embeddings or not t.path else "encoder_embedding"):
-            vectors = model.embedding.trace_vectors(t, table, place, self.batch)
+        vectors = self._embedded("", model.embedding.trace_vectors, t, table, place, self.batch)
         x = t.named("position", model.position.trace_sum, t, vectors, place, bool(masked.get("documents_BS")))
         if model.embedding.norm:
-            x = t.named("embedding.norm", model.norm.trace, t, x, place)
+            x = self._embedded(".norm", model.norm.trace, t, x, place)
         x = t.dropout(x, model.dropout)
         x = self._through({f"blocks.{i}": i for i in range(n_layers)}, x, place, masked, causal, memory)
         if model.has_final_norm:
             x = t.named("final_norm", model.norm.trace, t, x, place)
         left: Value = t.dropout(x, model.output_dropout)
         return left, vectors
+
+    def _embedded(self, part: str, trace: Callable[..., Value], *args: Any) -> Value:
+        """The trace of a part of the embedding, whose parameters exist once where both stacks read one."""
+        t, shared = self.t, self.model.share_embeddings or not self.t.path
+        path, first = ("embedding" if shared else "encoder_embedding") + part, len(self.t.parameters)
+        earlier = self.parts.get(path)
+        with t.having(path=path, replayed=None if earlier is None else iter(earlier)):
+            made: Value = trace(*args)
+        self.parts.setdefault(path, t.parameters[first:])
+        return made
 
     def _through(
         self, layers: dict[str, int], x: Value, place: Place, masked: dict[str, bool], causal: bool,
