@@ -160,7 +160,7 @@ class AdamConfig(OptimizerConfig):
     """adamw decouples the decay (1711.05101); adam adds it to the gradient (1412.6980)."""
 
     betas: tuple[float, float] = knob((0.9, 0.95), at_least=0, below=1)
-    eps: float = knob(1e-8, at_least=0)
+    eps: float = knob(1e-8, above=0)  # 0: the step of a value without a gradient so far would be 0/0
 
     elementwise: ClassVar[bool] = True
 
@@ -204,6 +204,11 @@ class AdafactorConfig(OptimizerConfig):
     scale_parameter: bool = True  # multiply the rate by the parameter's root mean square
     relative_step: bool = False  # limit the rate to 1/sqrt(step) before that, as in the paper
 
+    def check(self) -> Iterator[str]:
+        yield from OptimizerConfig.check(self)
+        if not self.eps[0]:
+            yield f"`optimizer.eps[0]` must be above 0, but is {self.eps[0]} instead. Nearest: 1e-30."
+
     def state_values(self, name: str, shape: Shape) -> int:
         moments = math.prod(shape) if len(shape) < 2 else math.prod(shape[:-1]) + math.prod((*shape[:-2], shape[-1]))
         return moments + (0 if self.beta1 is None else math.prod(shape))
@@ -242,7 +247,7 @@ class MuonConfig(OptimizerConfig):
     adamw: tuple[str, ...] = ("embedding", r"^head\.")
     adamw_lr: float | None = knob(None, at_least=0)  # AdamW's; null: lr
     adamw_betas: tuple[float, float] = knob((0.9, 0.95), at_least=0, below=1)
-    adamw_eps: float = knob(1e-8, at_least=0)
+    adamw_eps: float = knob(1e-8, above=0)
 
     def check(self) -> Iterator[str]:
         yield from OptimizerConfig.check(self)

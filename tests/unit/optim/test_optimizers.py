@@ -1,6 +1,7 @@
 """Each optimizer against the formulas of its paper, written out for one parameter, and against others' where there are any."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 from tests.cases import some
 from tests.training import rows, tiny, weights
 from txtrain.checkpoint import format as checkpoint
+from txtrain.errors import ConfigError
 from txtrain.optim.config import AdafactorConfig, AdamConfig, GroupConfig, LionConfig, MuonConfig
 from txtrain.optim.groups import parameter_groups, set_rates
 from txtrain.optim.muon import orthogonalised
@@ -165,6 +167,13 @@ def test_adafactor_keeps_rows_and_columns_in_float32_and_no_matrix():
         "row": ((40,), torch.float32),
         "col": ((30,), torch.float32),
     }
+
+
+@pytest.mark.parametrize(("given", "named"), [("adamw optimizer.eps=0", "optimizer.eps"), ("muon optimizer.adamw_eps=0", "optimizer.adamw_eps"), ("adafactor optimizer.eps=[0,1e-3]", "optimizer.eps[0]")])
+def test_an_epsilon_of_zero_is_refused(given, named, tmp_path):
+    """A row without a gradient would be NaN after the first step: 0/0."""
+    with pytest.raises(ConfigError, match=rf"`{re.escape(named)}` must be above 0, but is 0"):
+        tiny(tmp_path, *f"optimizer={given}".split())
 
 
 @pytest.mark.parametrize("beta1", [None, 0.9])
