@@ -10,6 +10,7 @@ from typing import Any
 from txtrain.config.composed import Composed
 from txtrain.config.schema import Train
 from txtrain.config.schema_of_plan import Plan
+from txtrain.config.units import in_units
 from txtrain.data.sources.source import classified
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import checked
@@ -228,17 +229,10 @@ def duration(seconds: float) -> str:
 
 def flops(n: float) -> str:
     """`5.3 GFLOP`, `1.2 EFLOP`; beyond that in powers of ten."""
-    if n >= 1e21:
-        return f"{n:.3g} FLOP"
-    for unit, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if n >= unit:
-            return f"{n / unit:.3g} {letter}FLOP"
-    return f"{n:.3g} FLOP"
+    units = ((1e18, "EFLOP"), (1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP"), (1e3, "kFLOP"))
+    return (None if n >= 999.5e18 else in_units(n, units)) or f"{n:.3g} FLOP"
 
 
 def size(n: float) -> str:
     """`68.6 KiB`."""
-    for unit, letter in ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB")):
-        if n >= unit:
-            return f"{n / unit:.3g} {letter}"
-    return f"{n} B"
+    return in_units(n, ((2**40, "TiB"), (2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"))) or f"{n} B"

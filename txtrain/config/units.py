@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 UNITS = {"kb": 10**3, "kib": 2**10, "gb": 10**9, "gib": 2**30, "mb": 10**6, "mib": 2**20, "tb": 10**12, "tib": 2**40}
 
@@ -18,3 +19,14 @@ def seconds_of(text: str) -> float:
     """`DD:HH:MM:SS` in seconds."""
     days, hours, minutes, seconds = map(int, text.split(":"))
     return ((days * 24 + hours) * 60 + minutes) * 60.0 + seconds
+
+
+def in_units(n: float, units: Sequence[tuple[float, str]]) -> str | None:
+    """`5.3 M`: three digits in the largest unit of which there is one, as rounded; None: there is none.
+
+    units: largest first.
+    """
+    for size, name in units:
+        if float(f"{n / size:.3g}") >= 1:
+            return f"{n / size:.3g} {name}" if n / size < 999.5 else f"{n / size:.0f} {name}"
+    return None

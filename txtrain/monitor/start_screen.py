@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from txtrain.config.schema import Train
+from txtrain.config.units import in_units
 from txtrain.ground.slurm import Job
 from txtrain.ground.unknown_keys import written
 from txtrain.model.config import ModelConfig
@@ -226,10 +227,7 @@ def _value(value: object) -> str:
 
 def count(n: float) -> str:
     """`5.3 M`, `7.24 B`."""
-    for size, letter in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if n >= size:
-            return f"{n / size:.3g} {letter}"
-    return f"{n:,}"
+    return in_units(n, ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))) or f"{n:,}"
 
 
 def duration(seconds: float) -> str:

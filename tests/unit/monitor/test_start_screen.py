@@ -9,6 +9,7 @@ from rich.console import Console
 
 from tests.training import tiny
 from txtrain import compose
+from txtrain.cli.plan import flops, size
 from txtrain.monitor import start_screen
 from txtrain.monitor.console import Display
 
@@ -90,6 +91,9 @@ def test_on_a_terminal_there_is_one_bar():
 
 def test_numbers_are_short():
     assert [start_screen.count(n) for n in (999, 4_096, 5_320_000, 7_241_732_096)] == ["999", "4.1 k", "5.32 M", "7.24 B"]
+    assert [start_screen.count(n) for n in (999_499, 999_600, 2e15)] == ["999 k", "1 M", "2000 T"], "the next unit where it rounds to 1"
+    assert [size(n) for n in (1000, 1010 * 2**20, 1023.9 * 2**20)] == ["1000 B", "1010 MiB", "1 GiB"]
+    assert [flops(n) for n in (12.0, 5.32e9, 9.996e17, 9.996e20)] == ["12 FLOP", "5.32 GFLOP", "1 EFLOP", "1e+21 FLOP"]
     assert [start_screen.duration(s) for s in (3.2, 200, 3720)] == ["3 s", "3 min 20 s", "1 h 02 min"]
 
 
