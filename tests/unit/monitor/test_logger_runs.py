@@ -1,7 +1,7 @@
 """Whole runs with loggers that fail, sleep or work: the training is the same."""
 
+import shutil
 import time
-
 from types import SimpleNamespace
 
 import lightning.pytorch as pl
@@ -131,8 +131,6 @@ def test_a_resumed_run_hides_what_tensorboard_had_of_the_steps_that_it_repeats(f
     (place / "checkpoints").rename(folder / "checkpoints of 4")
     rows = (place / "metrics.csv").read_text()
     train(tiny(folder, *given, "trainer.max_steps=7", "resume=never"))  # stands for a run that was killed after step 7
-    import shutil
-
     shutil.rmtree(place / "checkpoints")
     (folder / "checkpoints of 4").rename(place / "checkpoints")
     (place / "metrics.csv").write_text(rows)
@@ -140,6 +138,16 @@ def test_a_resumed_run_hides_what_tensorboard_had_of_the_steps_that_it_repeats(f
     read_back = EventAccumulator(str(place / "tensorboard")).Reload()
     assert [event.step for event in read_back.Scalars("loss")][-4:] == [256 * step for step in range(5, 9)]
     assert max(event.step for event in read_back.Scalars("loss")) == 8 * 256
+
+
+def test_a_run_that_begins_again_before_its_first_checkpoint_hides_what_tensorboard_had(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    place = folder / "begun_again"
+    train(tiny(folder, f"run_dir={place}", "logger=tensorboard", "trainer.max_steps=3"))
+    shutil.rmtree(place / "checkpoints")
+    train(tiny(folder, f"run_dir={place}", "logger=tensorboard", "trainer.max_steps=2"))
+    assert [event.step for event in EventAccumulator(str(place / "tensorboard")).Reload().Scalars("loss")] == [1, 2]
 
 
 def test_an_argument_that_a_logger_does_not_have_ends_the_run_before_anything_is_written(folder):

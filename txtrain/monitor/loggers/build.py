@@ -111,13 +111,9 @@ def _sink(config: Train, place: RunFolder, say: Say, name: str, node: dict[str, 
     fitting: dict[str, Any] = {"save_dir": str(place.path), "name": name, "version": ""}
     if node["_target_"] == TENSORBOARD:
         x_axis = node.pop("x_axis", "step")
-        done = place.first_step
-        later = (
-            {"purge_step": (done * config.data.global_batch_size * config.seq_len if x_axis == "tokens" else done) + 1}
-            if done
-            else {}
-        )
-        (logger,) = _made(config, name, {**fitting, **later, **_given(node)})
+        done = place.first_step * (config.data.global_batch_size * config.seq_len if x_axis == "tokens" else 1)
+        # Hides what an earlier start has there of the steps to come, also one without a checkpoint.
+        (logger,) = _made(config, name, {**fitting, "purge_step": done + 1, **_given(node)})
         return TensorBoard(logger, x_axis)
     (logger,) = _made(config, name, {**{k: v for k, v in fitting.items() if k in accepted}, **node})
     return Sink(logger)
