@@ -61,7 +61,8 @@ class Adafactor(Stepper):
         return grad * (row / mean.unsqueeze(-1)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
     def _rate(self, value: Tensor, p: Tensor, group: dict[str, Any], t: float) -> Tensor | float:
-        lr, peak = group["lr"], self.defaults["lr"]
+        lr: float = group["lr"]
+        peak: float = self.defaults["lr"]
         if self.relative_step:  # the schedule's rate is limited; what a group multiplies it by, multiplies the limit
             lr = min(lr, (group["peak_lr"] / peak if peak else 1.0) * t**-0.5)
         return lr * root_mean_square(value, p).clamp(min=self.eps[1]) if self.scale_parameter else lr
