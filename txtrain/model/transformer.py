@@ -253,11 +253,11 @@ class Transformer(Stack):
         x_BTD, logits, losses = read.x_BTD, [], []
         modules: Any = self.mtp
         for i, module in enumerate(modules):
-            if labels is None and not return_logits:
-                break
-            # Rows too short for a depth have no target of it. One position goes through all the same: under FSDP the
-            # other ranks wait for this one to use the module.
             k, short = i + 1, x_BTD.shape[1] < 2
+            if labels is None and (short or not return_logits):
+                break
+            # Rows too short for a depth have no target of it. In training one position goes through all the same: under
+            # FSDP the other ranks wait for this one to use the module.
             n = 1 if short else x_BTD.shape[1] - 1
             through = partial(self.through, {f"mtp.{i}.block": module.block}, given=read.given.first(n), record=record)
             x_BTD, entering_BTD = module(x_BTD[:, :n], read.vectors_BTD[:, -1 if short else k :], through)
