@@ -60,12 +60,13 @@ def environment(device: str, processes: int) -> dict[str, Any]:
 
 
 def git_commit() -> str | None:
-    """The commit of the working directory, `-dirty` if it has changes; None outside a repository."""
+    """The commit of the working directory; None outside a repository.
+
+    Not whether files differ from it: what compares them (`status`, `diff`, `describe --dirty`) executes programs that
+    the repository's own configuration names (core.fsmonitor, filter.*.clean), and it may be a stranger's.
+    """
     try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"], capture_output=True, text=True,
-            timeout=10,
-        )
+        found = subprocess.run(["git", "rev-parse", "--verify", "HEAD"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return found.stdout.strip() or None if found.returncode == 0 else None

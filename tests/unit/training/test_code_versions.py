@@ -1,5 +1,6 @@
 """Code that was edited is told from code that was not, without a version number that somebody would have to change."""
 
+import subprocess
 import sys
 
 import pytest
@@ -47,3 +48,23 @@ def test_what_a_run_imports_is_part_of_its_code(files, monkeypatch):
     assert "the code of not_imported" not in before
     assert before["the code of txtrain"] == after["the code of txtrain"]
     assert before["the version of torch"]
+
+
+def test_the_commit_of_a_strangers_repository_is_read_without_running_what_its_configuration_names(files, monkeypatch):
+    monkeypatch.chdir(files)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(files.parent))
+    assert code_versions.git_commit() is None
+
+    def git(*words):
+        me = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *me, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init", "-q")
+    (files / ".gitattributes").write_text("* filter=theirs diff=theirs\n")
+    git("add", ".")
+    git("commit", "-qm", "first")
+    commit = git("rev-parse", "HEAD")
+    (files / "a.py").write_text("x = 4\n")
+    for key in ("core.fsmonitor", "core.pager", "pager.rev-parse", "filter.theirs.clean", "diff.theirs.textconv"):
+        git("config", key, f"echo {key} >> ran; false")
+    assert (code_versions.git_commit(), (files / "ran").exists()) == (commit, False)
