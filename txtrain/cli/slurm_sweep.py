@@ -11,6 +11,7 @@ import dataclasses as dc
 import getpass
 import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ from txtrain.ground.plain_files import check_keys, read_json
 from txtrain.monitor.metrics_csv import latest
 from txtrain.monitor.start_screen import count
 from txtrain.parallel.early_signals import PREEMPTED
+from txtrain.parallel.launch import python
 
 ENDED = {"complete", "failed", "lost", "preempted"}  # final states
 GRACE = 20.0  # seconds; a shared file system may show the last files of a job late
@@ -256,7 +258,8 @@ def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:
     for m in members:
         m.record.unlink(missing_ok=True)
         to_file(m.job, m.file)
-    executor = submitit.AutoExecutor(folder=str(members[0].folder / "logs"), cluster="slurm", slurm_python=how.python)
+    command = how.python or shlex.join(python())
+    executor = submitit.AutoExecutor(folder=str(members[0].folder / "logs"), cluster="slurm", slurm_python=command)
     config = members[0].job.config
     requeue = not isinstance(config, Train) or config.trainer.auto_requeue
     executor.update_parameters(**_parameters(how, *layout(config, how), requeue=requeue))

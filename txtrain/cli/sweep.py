@@ -26,7 +26,7 @@ from txtrain.config.loader import Loader
 from txtrain.ground import files
 from txtrain.ground.slurm import Job
 from txtrain.parallel.early_signals import PREEMPTED
-from txtrain.parallel.launch import Group
+from txtrain.parallel.launch import Group, python
 from txtrain.run_config import RunConfig
 
 
@@ -92,7 +92,7 @@ def _in_subprocesses(verb: str, jobs: Sequence[Composed], labels: Sequence[str])
 def _start(group: Group, verb: str, file: Path) -> None:
     """If the sweep itself is killed, the job saves and ends: it would go on unseen."""
     group.start(
-        [sys.executable, "-m", "txtrain", verb], [os.environ | {"TXTRAIN_CONFIG": str(file)}], orphaned=signal.SIGTERM
+        [*python(), "-m", "txtrain", verb], [os.environ | {"TXTRAIN_CONFIG": str(file)}], orphaned=signal.SIGTERM
     )
 
 

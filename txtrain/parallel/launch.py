@@ -56,6 +56,14 @@ def _n_gpus(accelerator: str) -> int:
     return max(1, torch.cuda.device_count())
 
 
+def python() -> list[str]:
+    """The command for this Python, without the current folder among its modules: `-m` puts it first, and a stranger's
+    random.py there would run. `imports=` finds the user's files by itself. With it where txtrain itself lies in it.
+    """
+    of_checkout = Path(__file__).resolve().parents[2] == Path.cwd().resolve()
+    return [sys.executable, *([] if of_checkout else ["-P"])]
+
+
 def launch(config: RunConfig, write: Callable[[Path], None], n: int, verb: str = "train") -> int:
     """Run a verb in n processes; return the exit code of the process that failed first, 0 if none did.
 
@@ -81,9 +89,7 @@ def launch(config: RunConfig, write: Callable[[Path], None], n: int, verb: str =
         ]
         said += [] if config.trainer.auto_requeue else [NOT_AGAIN]
         trains = verb == "train"
-        group.start(
-            [sys.executable, "-m", "txtrain", verb, *(said if trains else ())], environments, held=trains
-        )
+        group.start([*python(), "-m", "txtrain", verb, *(said if trains else ())], environments, held=trains)
         return group.wait()
 
 

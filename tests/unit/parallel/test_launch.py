@@ -7,13 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from tests.distributed.group import alive
+from txtrain import compose
+from txtrain.cli import sweep
 from txtrain.parallel import launch
 from txtrain.parallel.launch import Group
 
+ROOT = Path(__file__).parents[3]
 SLEEPS = "exec sleep 60"
 
 
@@ -119,3 +123,27 @@ def test_a_rank_that_dies_while_it_is_looked_at_is_not_stopped():
     os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)  # ended, and not yet reaped
     assert launch._stopped(child.pid) == 0
     child.wait()
+
+
+@pytest.mark.parametrize("starts", [
+    lambda: launch.launch(compose(["model=gpt2"]), lambda file: None, 2),
+    lambda: sweep._start(Group(), "train", "config.yaml"),
+])
+def test_no_process_takes_a_module_from_the_current_folder(starts, tmp_path, monkeypatch):
+    """It may be a stranger's. One on PYTHONPATH is the user's."""
+    started = []
+    monkeypatch.setattr(Group, "start", lambda self, command, *_, **__: started.append(command))
+    monkeypatch.chdir(tmp_path)
+    starts()
+    (python,) = [command[: command.index("-m")] for command in started]
+    (tmp_path / "random.py").write_text("print('ran')")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "chosen.py").write_text("print('chosen')")
+    env = os.environ | {"PYTHONPATH": str(tmp_path / "mine")}
+    done = subprocess.run([*python, "-c", "import random, chosen"], capture_output=True, text=True, env=env, timeout=60)
+    assert (done.stdout, done.stderr) == ("chosen\n", "")
+
+
+def test_a_checkout_that_is_not_installed_starts_itself(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert launch.python() == [sys.executable]
