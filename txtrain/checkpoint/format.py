@@ -59,6 +59,12 @@ def saved_config(folder: Path) -> dict[str, Any]:
     return as_it_was(plain_files.read_yaml(folder / "config.yaml"))
 
 
+def in_full(path: Path) -> Path:
+    """The path of a checkpoint from which its name and its run's folder can be read: `.`, `..` and a name alone do not
+    say in which folder they lie, and are made absolute."""
+    return path if len(path.parts) > 1 and ".." not in path.parts else Path(os.path.abspath(path))
+
+
 def step_of(path: Path) -> int:
     found = _NAME.fullmatch(path.name)
     assert found, path
@@ -168,10 +174,11 @@ def locate(where: str | Path, key: str = "checkpoint") -> Path:
         ConfigError: there is none, or it is not complete any more.
     """
     path = files.path_of(newest_run(where, key), key)
-    if is_complete(path):
-        return path
-    if path.is_dir() and _NAME.fullmatch(path.name):
-        verify(path, key)
+    itself = in_full(path)
+    if is_complete(itself):
+        return itself
+    if itself.is_dir() and _NAME.fullmatch(itself.name):
+        verify(itself, key)
     if (found := newest_of(path, key)) is not None:
         return found
     what = "does not exist" if not path.exists() else "is none of them, or has no complete checkpoint yet"

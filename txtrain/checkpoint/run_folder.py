@@ -269,6 +269,11 @@ def _named(config: RunConfig, given: Sequence[str]) -> RunFolder:
             "Leave it out."
         )
     newest = checkpoint.locate(config.resume, key="resume")
+    if newest.parent.name != checkpoint.FOLDER:
+        what = f"a run's folder, or one of its checkpoints in its folder `{checkpoint.FOLDER}`"
+        raise ConfigError(
+            f"`resume` must be {what}, but {config.resume!r} lies in {newest.parent}. A new run from it: fork={newest}"
+        )
     path = newest.parent.parent
     checkpoint.check_folder(path)
     last = checkpoint.newest_of(path, "resume")

@@ -34,7 +34,8 @@ def run_folder(run_or_checkpoint: str) -> Path:
         ConfigError: there is none.
     """
     path = Path(run_or_checkpoint)
-    folders = [path, path.parent.parent] if path.parent.name == "checkpoints" else [path]
+    full = checkpoint.in_full(path)
+    folders = [path, full.parent.parent] if full.parent.name == checkpoint.FOLDER else [path]
     for folder in folders if path.exists() else ():
         if (folder / "config.yaml").is_file():
             return folder

@@ -251,6 +251,22 @@ def test_locate_takes_a_run_or_a_checkpoint_and_says_what_is_wrong(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_checkpoint_is_found_from_within_its_run(tmp_path, monkeypatch):
+    """And says in which run it lies, wherever the command was typed."""
+    run, path = tmp_path / "run", save(tmp_path / "run", 5, seed=0)
+    (run / "config.yaml").write_text("a: 1")
+    (run / "checkpoints" / "step_00000009").mkdir()  # damaged
+    for inside, where in ((path, "."), (path / "..", path.name), (path, f"../{path.name}"), (tmp_path, path.relative_to(tmp_path))):
+        monkeypatch.chdir(inside)
+        found = checkpoint.locate(where)
+        assert (found.name, found.parents[1].samefile(run)) == (path.name, True)
+        assert run_folder(str(where)).samefile(run)
+    assert str(found) == f"run/checkpoints/{path.name}"  # as it was typed
+    monkeypatch.chdir(run / "checkpoints" / "step_00000009")
+    with pytest.raises(ConfigError, match=f"The newest intact one is {path.name}"):
+        checkpoint.locate(".", key="resume")
+
+
 def test_the_file_is_the_one_that_dcp_and_safetensors_write(tmp_path):
     """Every type and shape, through their readers; and through ours what theirs wrote."""
     tensors = {

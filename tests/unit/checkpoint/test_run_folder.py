@@ -71,6 +71,15 @@ def test_a_named_run_takes_no_other_folder(config):
         run_folder.choose(dc.replace(config, resume="somewhere"), given=["run_dir"])
 
 
+def test_a_checkpoint_outside_of_a_run_is_not_continued(config, tmp_path):
+    """Its run's folder would be the one two above, whatever that is."""
+    where = tmp_path / "mine/saved/step_00000004"
+    where.mkdir(parents=True)
+    (where / "complete").write_text("{}")
+    with pytest.raises(ConfigError, match=r"one of its checkpoints in its folder `checkpoints`, but .* lies in .*/saved\. .*: fork="):
+        run_folder.choose(dc.replace(config, resume=str(where)))
+
+
 def test_differences_leave_out_what_is_free(tmp_path):
     a = {"seed": 1, "trainer": {"max_steps": 3}, "data": {"micro_batch_size": 1, "seq_len": 8}, "model": {"window": [4, None]}}
     b = {"seed": 2, "trainer": {"max_steps": 9}, "data": {"micro_batch_size": 2, "seq_len": 9}, "model": {"window": [4, 8]}}
