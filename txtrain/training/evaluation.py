@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from txtrain.checkpoint import format as checkpoint
-from txtrain.checkpoint.described import describe
-from txtrain.checkpoint.load import open_weights
+from txtrain.checkpoint.base import is_folder
+from txtrain.checkpoint.described import Described, describe, on_described
 from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.of_checkpoint import fitted, of_checkpoint
@@ -28,7 +28,6 @@ from txtrain.data.sources.source import as_named, classified
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 from txtrain.ground.convert import checked
-from txtrain.hf.pieces import Source
 from txtrain.model.transformer import Transformer
 from txtrain.objectives.base import ROWS, Numbers, Objective, Statistics, build_objective, by_metric
 from txtrain.parallel.build import make_parallel
@@ -37,6 +36,7 @@ from txtrain.parallel.world import World
 from txtrain.registry import TABLE
 from txtrain.training.batches import placed
 from txtrain.training.data_module import DataModule
+from txtrain.training.opened import trained_weights
 
 HISTORY = "evaluations.jsonl"  # in a run's folder, a line for each evaluation
 _DEFAULT = TABLE["objective"]["causal_lm"].config(type="causal_lm")  # of a configuration that names none
@@ -90,6 +90,7 @@ class Reader:
     tokenizer: Any
     size: int  # rows of a rank in a forward
     metrics: tuple[str, ...] = ()  # the user's own
+    facts: Mapping[str, Any] = dc.field(default_factory=dict)  # of the weights, if they were read
 
     def statistics(self, rows: Rows, tick: Tick = lambda done, n: None) -> dict[str, Numbers]:
         """The statistics of each document, or of each row, if the objective tells no documents or they are few:
@@ -262,21 +263,35 @@ def run(cfg: Evaluate, tick: Tick = lambda done, n: None) -> Evaluation:
     assert cfg.checkpoint is not None
     if cfg.out is not None:
         check_out(cfg.out, ".json")
-    found = describe(cfg.checkpoint)
-    facts: dict[str, Any] = {"checkpoint": str(found.path)}
-    facts |= {} if found.is_hf else {"step": checkpoint.read_state(found.path).step}
-    history = None if found.is_hf else _history(found.path)
     if cfg.tasks:
-        from txtrain.training.harness import of_tasks  # needs the extra `eval`
-
-        by_name = {name: Figure(*values) for name, values in of_tasks(cfg, found.tokenizer).items()}
-        made = Evaluation(by_name, {**facts, "tasks": list(cfg.tasks), "seed": cfg.seed})
-        _write(made, cfg, history)
+        made = on_described(cfg.checkpoint, "checkpoint", lambda found: _tasks(cfg, found))
+        _write(made, cfg)
         return made
     with reading(cfg) as (reader, data):
-        made = measured(cfg, reader, data, facts, tick)
-        reader.parallel.first(lambda: _write(made, cfg, history))
+        made = measured(cfg, reader, data, reader.facts, tick)
+        reader.parallel.first(lambda: _write(made, cfg))
     return made
+
+
+def _tasks(cfg: Evaluate, found: Described) -> Evaluation:
+    from txtrain.training.harness import of_tasks  # needs the extra `eval`
+
+    facts = _facts(found.path)
+    values = of_tasks(dc.replace(cfg, checkpoint=str(found.path)), found.tokenizer)
+    by_name = {name: Figure(*of_one) for name, of_one in values.items()}
+    return Evaluation(by_name, {**facts, "tasks": list(cfg.tasks), "seed": cfg.seed})
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    """What is said of the weights at a path.
+
+    Raises:
+        ConfigError: as `_history`.
+    """
+    if is_folder(path):
+        return {"checkpoint": str(path)}
+    _history(path)
+    return {"checkpoint": str(path), "step": checkpoint.read_state(path).step}
 
 
 def measured(
@@ -297,7 +312,7 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
     parallel = ranks_of(cfg)
     with parallel.started():
         device = parallel.device() if model is None else next(model.parameters()).device
-        source = parallel.together(lambda: opened(cfg, parallel)) if model is None else None
+        source, facts = trained_weights(cfg, parallel, _facts) if model is None else (None, {})
         settled = parallel.together(lambda: classified(as_named(cfg)))
         objective = build_objective(settled)
         data = DataModule(settled, "", objective)
@@ -314,7 +329,8 @@ def reading(cfg: OnTrained, model: Transformer | None = None) -> Iterator[tuple[
             if model is not None:
                 model.eval()
             size = cfg.micro_batch_size
-            yield Reader(callable_, objective, parallel, device, sizes, data.tokenizer, size, cfg.metrics), data
+            reader = Reader(callable_, objective, parallel, device, sizes, data.tokenizer, size, cfg.metrics, facts)
+            yield reader, data
         finally:
             if model is not None:
                 model.train(was_training)
@@ -325,15 +341,6 @@ def ranks_of(cfg: OnTrained) -> OneProcess:
     size = cfg.micro_batch_size
     data = dc.replace(cfg.data, micro_batch_size=size, global_batch_size=size * World.here().size)
     return make_parallel(dc.replace(cfg, data=data))
-
-
-def opened(cfg: OnTrained, parallel: OneProcess) -> Source:
-    """The weights of cfg.checkpoint, still in their files."""
-    assert cfg.checkpoint is not None
-    finite, (rank, size, *_) = not cfg.allow_nonfinite, parallel.world
-    source = open_weights(cfg.checkpoint, "checkpoint", finite, rank, size, cfg.weights)
-    parallel.check_read(source.model.config, "checkpoint")
-    return source
 
 
 # --------------------------------------------------------------------------------------------------------------- result
@@ -365,8 +372,9 @@ def _history(path: Path) -> Path | None:
     return path.parent.parent / HISTORY
 
 
-def _write(made: Evaluation, cfg: Evaluate, history: Path | None) -> None:
+def _write(made: Evaluation, cfg: Evaluate) -> None:
     """To `out`, and as a line into the run's folder, if it can be written to: it may be another's."""
+    history = _history(Path(made.facts["checkpoint"])) if "step" in made.facts else None
     if cfg.out is not None:
         out = files.path_of(cfg.out, "out")
         with files.writing(out.parent, "out"):

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses as dc
 import os
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from txtrain.checkpoint.base import Base, identify, read_base, resolve
+from txtrain.checkpoint.base import Base, identify, missing, read_base, resolve
 from txtrain.checkpoint.load import open_base, open_weights, provenance
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.config.schema import Train
@@ -22,6 +21,7 @@ from txtrain.hf.fit import Fit
 from txtrain.hf.pieces import Source
 from txtrain.model.transformer import Transformer
 from txtrain.parallel.one_process import OneProcess
+from txtrain.training.opened import opened_alike
 
 
 def base_of(cfg: Train, place: RunFolder | None) -> Base | None:
@@ -75,30 +75,18 @@ def initial_weights(
     given = cfg.init_from
     if given is None or (base is None and place is not None and place.source is not None):
         return None
-    rank, size = parallel.world[:2]
+    how = ("init_from", not cfg.allow_nonfinite, *parallel.world[:2])
 
-    def opened(where: Path) -> tuple[Source, Mapping[str, Any]] | None:
-        """None if it has been removed."""
-        try:
-            finite = not cfg.allow_nonfinite
-            if base is None:
-                source = open_weights(where, "init_from", finite, rank, size)
-            else:
-                source = open_base(base, "init_from", finite, rank, size)
-            return source, provenance(where) if parallel.is_first else {}
-        except Exception:  # whatever a reader meets where files vanish under it; all else is raised
-            if where.exists():
-                raise
-            return None
+    def newest() -> Path:
+        if base is not None and not os.path.exists(base.path):
+            raise missing(base, "init_from")
+        return resolve(given, "init_from") if base is None else Path(base.path)
 
-    while True:
-        where = Path(base.path) if base is not None else parallel.first(lambda: resolve(given, "init_from"))
-        found = parallel.together(partial(opened, where))
-        if not parallel.any(found is None) and found is not None:
-            source, origin = found
-            return InitialWeights(source, given, parallel.first(partial(dict, origin)))
-        if found is not None:
-            found[0].close()
+    def opened(where: Path) -> Source:
+        return open_weights(where, *how) if base is None else open_base(base, *how)
+
+    source, origin = opened_alike(parallel, newest, opened, provenance)
+    return InitialWeights(source, given, origin)
 
 
 def began_with(place: RunFolder | None) -> dict[str, str] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from txtrain.checkpoint.base import resolve
 from txtrain.checkpoint.described import describe
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema import Train
@@ -19,16 +20,21 @@ from txtrain.hf.fit import fitted
 from txtrain.hf.pieces import Source, piece_of
 from txtrain.model.transformer import Transformer
 from txtrain.parallel.one_process import OneProcess
+from txtrain.training.opened import opened_alike
 
 
 def models_read(config: Train, parallel: OneProcess) -> dict[str, Source]:
-    """The models that the objective reads; each rank checks a part of their values.
+    """The models that the objective reads, on all ranks the same; each rank checks a part of their values.
 
     Raises:
         ConfigError: one of them cannot be read.
     """
-    models, (rank, size) = config.objective.models, parallel.world[:2]
-    return {key: open_weights(where, f"objective.{key}", True, rank, size) for key, where in models.items()}
+
+    def source_of(key: str, where: str) -> Source:
+        how = (key, True, *parallel.world[:2])
+        return opened_alike(parallel, lambda: resolve(where, key), lambda path: open_weights(path, *how), str)[0]
+
+    return {key: source_of(f"objective.{key}", where) for key, where in config.objective.models.items()}
 
 
 def start_of(

@@ -20,8 +20,10 @@ from txtrain.data.store.split import digest
 from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import plain
+from txtrain.hf.digest import sha256_of
 from txtrain.parallel.one_process import OneProcess
-from txtrain.training.evaluation import Tick, check_out, filled, opened, ranks_of, shares_of
+from txtrain.training.evaluation import Tick, check_out, filled, ranks_of, shares_of
+from txtrain.training.opened import trained_weights
 from txtrain.training.part_file import PartFile
 from txtrain.training.predicted import Maker, OfClasses, OfImages, OfProblems, OfTexts, Row
 
@@ -68,9 +70,9 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
     parallel = ranks_of(config)
     with parallel.started():
         device = parallel.device()
-        source = parallel.together(lambda: opened(config, parallel))
+        source, weights = trained_weights(config, parallel, sha256_of)
         maker = parallel.together(lambda: _maker(config, what, device))
-        file = parallel.first_only(lambda: PartFile(out, _identity(config, what, maker)))
+        file = parallel.first_only(lambda: PartFile(out, _identity(config, what, maker, weights)))
         step = config.micro_batch_size * parallel.size
         begin = parallel.first(lambda: file.begin(step) if file else 0)
         maker.model = parallel.lay_read_only(source, device)
@@ -97,12 +99,13 @@ def _of_shares(maker: Maker, parallel: OneProcess, shares: Sequence[Indices]) ->
     return [json.dumps({"index": i, **one}, ensure_ascii=False) for i, one in rows]
 
 
-def _identity(config: Predict, what: str, maker: Maker) -> str:
-    """Of all that decides the rows; the strategy and the number of processes do not."""
+def _identity(config: Predict, what: str, maker: Maker, weights: str) -> str:
+    """Of all that decides the rows; the strategy and the number of processes do not. weights: their hash, since a run
+    that goes on has others under the same path."""
     generation = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "stop", "seed", "n", "reward")
-    named = ("checkpoint", "weights", "data", "model", "predict", *generation)
+    named = ("weights", "data", "model", "predict", *generation)
     told = {key: plain(getattr(config, key)) for key in named}
-    return digest(told, what, maker.known, config.trainer.precision)
+    return digest(told, weights, what, maker.known, config.trainer.precision)
 
 
 def _maker(config: Predict, what: str, device: torch.device) -> Maker:

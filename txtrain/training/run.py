@@ -168,7 +168,7 @@ def _module(
     """The module that is trained, checked against the checkpoint that it continues from, and its initial weights."""
     base = parallel.first(lambda: base_of(cfg, place))
     weights = initial_weights(cfg, place, parallel, base) if model is None else None
-    read = parallel.together(lambda: models_read(cfg, parallel))
+    read = models_read(cfg, parallel)
     source, start = None if place is None else place.source, None if weights is None else weights.source
     module = LitModule(cfg, model, parallel, objective, start, read, source is not None, began_with(place))
     module.base = base

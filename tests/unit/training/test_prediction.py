@@ -133,6 +133,25 @@ def test_what_is_cut_at_any_byte_goes_on_to_the_same_file(folder, run, monkeypat
     assert len(whole) == len(TEXTS)
 
 
+def test_a_file_does_not_go_on_with_other_weights(folder, tmp_path, monkeypatch, capsys):
+    """The run has saved a further step under the same path in between."""
+    words = "predict.what=log_probability", "data.micro_batch_size=4", "data.tokenizer=bytes"
+    grows = lambda n: train(tiny(folder, f"run_dir={tmp_path / 'grows'}", f"trainer.max_steps={n}", "model.max_seq_len=48")).run_dir
+    run, real = grows(1), prediction.PartFile.write
+
+    def write(self, told):
+        real(self, told)
+        raise Killed
+
+    monkeypatch.setattr(prediction.PartFile, "write", write)
+    with pytest.raises(Killed):
+        main(["predict", *lines(folder, run, "grown", *words)])
+    monkeypatch.setattr(prediction.PartFile, "write", real)
+    grows(2)
+    assert main(["predict", *lines(folder, run, "grown", *words)]) == 2
+    assert "grown.jsonl.part is of another checkpoint" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [
