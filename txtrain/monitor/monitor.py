@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +16,7 @@ import torch
 from txtrain.checkpoint.run_folder import RunFolder
 from txtrain.checkpoint.state import RunState
 from txtrain.config.schema import Train
-from txtrain.ground import files
-from txtrain.ground.plain_files import read_text
+from txtrain.ground.plain_files import LIMIT, check_file
 from txtrain.monitor import slowness
 from txtrain.monitor.console import Display
 from txtrain.monitor.loss_spikes import Losses, Spike
@@ -77,14 +77,7 @@ class Watch:
         module.parallel.phases.start(module.device)
         self._writes = self.folder is not None and module.parallel.is_first
         if self._writes and self.folder is not None:
-            path = self.folder.path / SPIKES
-            kept = (
-                [line for line in read_text(path).splitlines(keepends=True) if _step(line) <= module.step]
-                if path.exists()
-                else []
-            )
-            if path.exists():
-                files.write(path, "".join(kept))
+            _keep_until(module.step, self.folder.path / SPIKES)
 
     def state(self) -> dict[str, Any]:
         """Fields for the checkpoint's `RunState`."""
@@ -247,7 +240,20 @@ class Watch:
         return rows if good is None else [*rows, ("goodput", f"{good:.0%} of the time since the first start")]
 
 
-def _step(line: str) -> int:
+def _keep_until(step: int, path: Path) -> None:
+    """Remove the lines of later steps, which are done again. The file has a line for each spike, with the numbers of
+    the samples of its batch: that of a long run is read a line at a time."""
+    if not path.exists():
+        return
+    check_file(path, limit=None)
+    with path.open("r+b") as f:
+        kept = 0
+        while (line := f.readline(LIMIT)).endswith(b"\n") and _step(line) <= step:
+            kept += len(line)
+        f.truncate(kept)
+
+
+def _step(line: bytes) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, LookupError, TypeError, RecursionError):  # an unfinished line of a killed run

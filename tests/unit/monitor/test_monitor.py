@@ -156,6 +156,20 @@ def test_the_time_in_which_a_run_was_complete_is_not_counted():
 # ----------------------------------------------------------------------------------------------------------------- spikes
 
 
+def test_the_spikes_of_a_long_run_are_kept_up_to_the_step_that_it_goes_on_from(tmp_path):
+    """However many there are, each with the samples of its batch; an unfinished line of a killed run is removed."""
+    path, samples = tmp_path / "spikes.jsonl", json.dumps(list(range(10**5)))
+    lines = [f'{{"step": {step}, "loss": 9.5, "sample_index": {samples}}}\n' for step in range(1, 26)]
+    assert sum(map(len, lines[:20])) > 12_000_000
+    path.write_text("".join(lines) + lines[0][:-1])
+    monitor._keep_until(25, path)
+    assert path.read_text() == "".join(lines)
+    monitor._keep_until(20, path)
+    assert path.read_text() == "".join(lines[:20])
+    monitor._keep_until(0, path)
+    assert path.read_text() == ""
+
+
 def test_a_spike_is_told_with_its_samples_and_alike_after_a_resume(runs, capsys):
     whole, parts = runs / "spiked", runs / "spiked-parts"
     config = tiny(runs, *LONG, f"run_dir={whole}")
