@@ -52,6 +52,7 @@ class RunFolder:
     began: float | None = None
     _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # folders that this run has created
+    _replaced: dict[Path, bytes | None] = dc.field(default_factory=dict, repr=False)  # what `create` has written over
     _config: str = dc.field(default="", repr=False)  # the text of config.yaml
     _lock: Callable[[], object] | None = dc.field(default=None, repr=False)  # releases the folder's lock
 
@@ -94,6 +95,8 @@ class RunFolder:
         self._own()
         saving.clean(self.path)
         before = self._read() if self.checkpoint is not None or self._started_before(config) else {}
+        ours = (self.path / "config.yaml", self.path / "run.json")
+        self._replaced = {file: file.read_bytes() if file.exists() else None for file in ours}
         self.write_config(config, self.path)
         life = _life(before, time.time() if start is None else start)
         self.began = life["first_start"] + life["complete_for"]
@@ -128,13 +131,28 @@ class RunFolder:
                 self._made = [self.path]
 
     def discard(self) -> None:
-        """Undo `create`: the run cannot start after all."""
+        """Undo `create`: the run cannot start after all. A second call does nothing."""
+        for file, before in {} if self.path in self._made else self._replaced.items():
+            if before is None:
+                file.unlink(missing_ok=True)
+            else:
+                files.write(file, before)
         self._release()
         if self.path in self._made:
             shutil.rmtree(self.path)
         for parent in self._made:
             with contextlib.suppress(OSError):  # another run has come into it
                 parent.rmdir()
+        self._made, self._replaced, self._owned = [], {}, False
+
+    def cannot_start(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """For `ExitStack.push`, until the first step: a mistake of the user's leaves the folder as it was, any other
+        error is the run's failure. Does nothing where `create` has not written, as on other ranks."""
+        if self._replaced and isinstance(error, Exception):
+            if self._owned and not isinstance(error, ConfigError):
+                self.end("failed")
+            else:
+                self.discard()
 
     def _own(self) -> None:
         """Lock the folder against other processes. The system releases the lock when the process ends, however it ends.

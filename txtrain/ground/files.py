@@ -50,12 +50,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def write(path: Path, text: str) -> None:
+def write(path: Path, text: str | bytes) -> None:
     """Write a file atomically: a reader sees the old or the new text, also after a power failure."""
     part = path.with_name(path.name + ".tmp")
     try:
-        with open(part, "w", encoding="utf-8", newline="") as f:
-            f.write(text)
+        with open(part, "wb") as f:
+            f.write(text.encode() if isinstance(text, str) else text)
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)

@@ -103,7 +103,7 @@ def train(
         raise ConfigError(f"`model` must be None with adapter={cfg.adapter.type}: {why}, init_from.")
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
-    with _surroundings(cfg, world, last_words) as (stop, parallel):
+    with _surroundings(cfg, world, last_words) as (stop, parallel), contextlib.ExitStack() as starting:
         if world.size > 1:
             parallel.agree(_common(cfg))  # reads all of the package's files
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
@@ -143,6 +143,7 @@ def train(
         if place is not None:
             facts = _facts(cfg, module, data, machine, origin, fallback)
             facts |= {"init_from": read_from}
+            starting.push(place.cannot_start)
             _create(place, parallel, cfg, data, facts, origin.start)
         planned = world.size if model is None else None
         loggers = parallel.first_only(lambda: _loggers(cfg, place, display, planned)) or Loggers()
@@ -159,6 +160,7 @@ def train(
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
         )
+        starting.pop_all()  # `fit` records how it ends
         return fit(trainer, module, data, ours)
 
 
@@ -310,7 +312,7 @@ def _check_continues(cfg: Train, source: Path) -> None:
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
     """The run had made its last step; it may have been killed before it could record that."""
     display.tell(f"{place.path} has all of its {place.state.step} steps: nothing left to do.")
-    if parallel.is_first:
+    if parallel.is_first and place.facts.get("status") != "complete":  # else its end would move, and the idle time count
         place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))
 

@@ -259,14 +259,36 @@ def test_rows_are_written_at_logged_steps_at_validations_and_at_the_end(folder):
 def test_a_finished_run_has_nothing_left_and_a_longer_one_goes_on(folder, capsys):
     run = folder / "finished"
     train(tiny(folder, f"run_dir={run}", "trainer.max_steps=4"))
-    before = (run / "metrics.csv").read_bytes()
+    before, ended = (run / "metrics.csv").read_bytes(), (run / "run.json").read_bytes()
     capsys.readouterr()
     again = train(tiny(folder, f"run_dir={run}", "trainer.max_steps=4"))
     assert "nothing left to do" in capsys.readouterr().out
     assert (run / "metrics.csv").read_bytes() == before
+    assert (run / "run.json").read_bytes() == ended, "the time since its end is no loss of goodput"
     assert again.metrics["step"] == 4
     train(tiny(folder, f"run_dir={run}", "trainer.max_steps=6"))
     assert [int(row["step"]) for row in rows(run)] == [1, 2, 3, 4, 5, 6]
+
+
+def files_of(run):
+    return {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+def test_a_start_that_is_refused_leaves_the_run_as_it_was_and_one_that_fails_says_so(folder):
+    run, own = folder / "refused", "logger={x:{_target_:lightning.pytorch.loggers.CSVLogger,nosuch:1}}"
+    with pytest.raises(ConfigError, match="nosuch"):
+        train(tiny(folder, f"run_dir={run}", "trainer.max_steps=2", own))
+    assert not run.exists()
+    train(tiny(folder, f"run_dir={run}", "trainer.max_steps=2"))
+    before, longer = files_of(run), (f"run_dir={run}", "trainer.max_steps=4")
+    with pytest.raises(ConfigError, match="nosuch"):
+        train(tiny(folder, *longer, own))
+    assert files_of(run) == before
+    with pytest.raises(RuntimeError, match="more than one stateful callback"):
+        train(tiny(folder, *longer), callbacks=[pl.callbacks.ModelCheckpoint(), pl.callbacks.ModelCheckpoint()])
+    assert json.loads((run / "run.json").read_text())["status"] == "failed"
+    train(tiny(folder, *longer))
+    assert [int(row["step"]) for row in rows(run)] == [1, 2, 3, 4]
 
 
 def test_another_config_is_refused_with_every_difference(folder):
