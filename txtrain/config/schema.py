@@ -96,6 +96,12 @@ class Train(RunConfig):
             yield "`init_allow_missing` must be [] without init_from: no weights are read."
         if self.fork is not None and self.resume not in ("auto", "never"):
             yield f"`fork` must be null with resume={self.resume}, or resume auto: a fork is a run of its own."
+        for key, source in (("fork", self.fork), ("resume", None if self.resume in ("auto", "never") else self.resume)):
+            if source is not None and self.trainer.fast_dev_run:
+                yield (
+                    f"`trainer.fast_dev_run` must be false with {key}, but is {self.trainer.fast_dev_run} instead: it "
+                    f"neither continues nor forks a run. To try a step from its weights: init_from={source}."
+                )
 
     def _of_validation(self) -> list[str]:
         """The keys that ask for what only a validation gives."""

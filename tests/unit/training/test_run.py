@@ -363,6 +363,13 @@ def test_fast_dev_run_trains_validates_and_writes_nothing(folder, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("key", ["fork", "resume"])
+def test_fast_dev_run_takes_no_run_to_go_on_from(folder, key):
+    """It would train freshly initialised weights, whatever the run is, or is not."""
+    with pytest.raises(ConfigError, match=rf"`trainer.fast_dev_run` must be false with {key}, but is 2 .*: init_from=runs/nosuch"):
+        train(dc.replace(tiny(folder, "trainer.fast_dev_run=2"), **{key: "runs/nosuch"}))
+
+
 def test_overfit_batches_sees_the_same_samples_again_and_again(folder):
     train(tiny(folder, f"run_dir={folder / 'overfit'}", "trainer.overfit_batches=1", "trainer.max_steps=60"))
     assert float(rows(folder / "overfit")[-1]["loss"]) < 0.8 * min(float(row["loss"]) for row in rows(folder / "overfit")[:20])
