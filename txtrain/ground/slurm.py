@@ -53,15 +53,16 @@ class Job:
         """As in run.json: under `slurm` for the latest start, under `progress` for the latest that saved a step."""
         return {"job": self.number, "restarts": self.restarts}
 
-    def gives_up(self, most: int, *folders: str | None) -> bool:
+    def gives_up(self, most: int, *folders: str | None, name: str | None = None) -> bool:
         """Whether more than `most` starts of the job in a row, this one included, have saved no step.
 
-        folders: of the job's runs, if they may lie outside runs/.
+        folders: of the job's runs, if they may lie outside runs/. name: of its run, where one with slashes lies deeper.
         """
         if self.restarts < most:
             return False
         last = -1
-        for file in (*(Path(f).expanduser() / "run.json" for f in folders if f), *Path("runs").glob("*/*/run.json")):
+        named = [Path(folder).expanduser() / "run.json" for folder in folders if folder]
+        for file in (*named, *Path("runs").glob("*/*/run.json"), *Path("runs", name or "").glob("*/run.json")):
             with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # missing, or of another version
                 kept = json.loads(file.read_text(encoding="utf-8"))["progress"]
                 last = max(last, kept["restarts"] if kept["job"] == self.number else -1)

@@ -9,7 +9,6 @@ import sys
 PREEMPTING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 SIGNALS = (signal.SIGINT, *PREEMPTING)
 PREEMPTED = 75  # exit code EX_TEMPFAIL: schedulers, the scripts of slurm/ and `-m` try again
-NOT_AGAIN = "trainer.auto_requeue=false"  # looked for on the command line: the configuration is not read yet
 
 
 class EndsAtOnce:
@@ -102,12 +101,14 @@ def _stop(number: int, frame: object) -> None:
             say(f"{signal.Signals(number).name}: stopped before the first step.")
         from txtrain.ground.slurm import MAX_REQUEUES, Job
 
-        job, words = Job.here(), dict(word.split("=", 1) for word in sys.argv[1:] if "=" in word)
+        # The configuration is not read yet.
+        job, words = Job.here(), dict(word.lstrip("+").split("=", 1) for word in sys.argv[1:] if "=" in word)
         if job is not None:  # a member of a sweep has no overrides here: its run folder is not known yet
             most = int(words.get("trainer.max_requeues", MAX_REQUEUES))
-            gives_up = bool(words) and job.gives_up(most, words.get("run_dir"), words.get("resume"))
+            folders = (words.get("run_dir"), words.get("resume"))
+            gives_up = bool(words) and job.gives_up(most, *folders, name=words.get("name"))
             code = 1 if gives_up else PREEMPTED
-            if first and NOT_AGAIN not in sys.argv:
+            if first and words.get("trainer.auto_requeue", "").strip().lower() != "false":
                 say(job.requeue(gives_up))
     finally:
         os._exit(code)

@@ -16,7 +16,7 @@ from typing import Any
 from txtrain.errors import ConfigError
 from txtrain.ground.files import scratch
 from txtrain.ground.orphans import end_with_parent
-from txtrain.parallel.early_signals import NOT_AGAIN, PREEMPTED, SIGNALS, heard, hung_up, say
+from txtrain.parallel.early_signals import PREEMPTED, SIGNALS, heard, hung_up, say
 from txtrain.parallel.world import STORE, by_srun, started
 from txtrain.run_config import RunConfig
 
@@ -85,9 +85,9 @@ def launch(config: RunConfig, write: Callable[[Path], None], n: int, verb: str =
         # What a signal's handler needs before the file is read (early_signals.py).
         said = [
             f"trainer.max_requeues={config.trainer.max_requeues}", f"resume={config.resume}",
-            f"run_dir={config.run_dir or ''}",
+            f"run_dir={config.run_dir or ''}", f"name={config.name}",
+            f"trainer.auto_requeue={config.trainer.auto_requeue}",
         ]
-        said += [] if config.trainer.auto_requeue else [NOT_AGAIN]
         trains = verb == "train"
         group.start([*python(), "-m", "txtrain", verb, *(said if trains else ())], environments, held=trains)
         return group.wait()

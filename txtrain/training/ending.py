@@ -120,7 +120,7 @@ def _requeue(cfg: Train, say: Callable[[str], None]) -> bool:
 def _gives_up(cfg: Train) -> bool:
     """Whether the SLURM job was started too often in a row without a saved step; exit code 1 then stops scripts too."""
     job = Job.here()
-    return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume)
+    return job is not None and job.gives_up(cfg.trainer.max_requeues, cfg.run_dir, cfg.resume, name=cfg.name)
 
 
 def _check_progress(cfg: Train) -> None:

@@ -43,10 +43,20 @@ def test_a_start_that_never_ends_its_imports_is_not_requeued_for_ever(stopped, c
     assert "Job 17 is not requeued: more starts in a row than trainer.max_requeues have kept no step." in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("words", [("trainer.max_requeues=4",), ("run_dir=mine",), ()], ids=["more are allowed", "progress", "a sweep's member"])
+@pytest.mark.parametrize("word", ["trainer.auto_requeue=false", "trainer.auto_requeue=False", "++trainer.auto_requeue= FALSE"])
+def test_a_start_is_not_requeued_against_the_users_word(word, stopped):
+    assert stopped("trainer.max_requeues=4", word) == (75, [])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [("trainer.max_requeues=4",), ("run_dir=mine",), ("name=team/b*d/gpt2",), ("model=gpt2", "trainer.auto_requeue=True", "run_dir=mine"), ()],
+    ids=["more are allowed", "progress", "progress under a name with slashes", "asked for", "a sweep's member"],
+)
 def test_else_it_is(words, stopped, tmp_path):
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/run.json").write_text(json.dumps({"progress": {"job": "17", "restarts": 1}}))
+    for where in ("mine", "runs/team/b*d/gpt2/slurm-17"):
+        (tmp_path / where).mkdir(parents=True)
+        (tmp_path / where / "run.json").write_text(json.dumps({"progress": {"job": "17", "restarts": 1}}))
     assert stopped(*words) == (75, ["scontrol requeue 17"])
 
 

@@ -224,6 +224,16 @@ def test_a_hangup_that_is_ignored_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+def test_progress_is_found_under_a_name_with_slashes(folder, job, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    job(restarts=3)
+    config = dc.replace(config_of(folder, "deep", "trainer.max_requeues=3"), run_dir=None, name="team/gpt2")
+    assert LastWords(config, first=False)(Cause.CLUSTER) == 1
+    (tmp_path / "runs/team/gpt2/slurm-17").mkdir(parents=True)
+    (tmp_path / "runs/team/gpt2/slurm-17/run.json").write_text(json.dumps({"progress": {"job": "17", "restarts": 2}}))
+    assert LastWords(config, first=False)(Cause.CLUSTER) == 75
+
+
 def test_a_job_whose_starts_keep_no_step_is_requeued_so_often_and_then_fails(folder, job, monkeypatch, capfd):
     monkeypatch.chdir(folder)
     asked = job(restarts=3)
