@@ -6,8 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+
+_CHUNK = 1 << 20  # bytes that are looked through at once: embeddings of many rows are larger than the memory
 
 
 class PartFile:
@@ -27,13 +31,17 @@ class PartFile:
 
     def begin(self, step: int) -> int:
         """Keep whole steps of rows; returns their number, where to go on."""
-        raw = self.part.read_bytes() if self.part.exists() else b""
-        lines = raw.split(b"\n")[:-1]
-        kept = lines[: len(lines) // step * step]
-        self._file = self.part.open("r+b" if raw else "wb")
-        self._file.truncate(sum(len(line) + 1 for line in kept))
-        self._file.seek(0, 2)
-        return len(kept)
+        n, kept, end, at = 0, 0, 0, 0  # lines; those of whole steps, and the byte behind them; bytes
+        with files.writing(self.out.parent, "out"):
+            self._file = self.part.open("a+b")
+            self._file.seek(0)
+            while chunk := self._file.read(_CHUNK):
+                ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n"))
+                if (whole := (n + len(ends)) // step * step) > n:
+                    kept, end = whole, at + int(ends[whole - n - 1]) + 1
+                n, at = n + len(ends), at + len(chunk)
+            self._file.truncate(end)
+        return kept
 
     def write(self, lines: Sequence[str]) -> None:
         with files.writing(self.out.parent, "out"):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -81,8 +82,8 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
             with torch.no_grad(), parallel.autocast(device):
                 made = _of_shares(maker, parallel, shares)
             told = [line for lines in parallel.gathered(made) for line in lines]
-            if file is not None:
-                file.write(told)
+            # A full disk ends all ranks, with one message.
+            parallel.first_only(partial(file.write, told) if file is not None else lambda: None)
             tick(begin := begin + len(told), len(maker))
         parallel.first_only(lambda: file.finish() if file else None)
     return len(maker)

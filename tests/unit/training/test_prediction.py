@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 
 import pytest
 import torch
@@ -17,7 +18,10 @@ from tests.training import tiny
 from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
-from txtrain.training import prediction
+from txtrain.errors import ConfigError
+from txtrain.parallel.one_process import OneProcess
+from txtrain.training import part_file, prediction
+from txtrain.training.part_file import PartFile
 from txtrain.training.run import train
 
 TEXTS = [f"{'long ' * (i % 12)}text number {i}" for i in range(21)]
@@ -131,6 +135,51 @@ def test_what_is_cut_at_any_byte_goes_on_to_the_same_file(folder, run, monkeypat
         assert (folder / f"cut_{n}.jsonl").read_bytes() == wanted
         assert not part.exists()
     assert len(whole) == len(TEXTS)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1 << 20])
+def test_whole_steps_are_kept_wherever_a_file_was_cut(chunk, tmp_path, monkeypatch):
+    monkeypatch.setattr(part_file, "_CHUNK", chunk)
+    for n in range(8):
+        rows = [f"{'x' * (k * k)}\n" for k in range(n)]
+        for cut in ("", "unfinished"):
+            part = PartFile(tmp_path / "out.jsonl", "mine")
+            part.part.write_text("".join(rows) + cut)
+            assert part.begin(3) == n // 3 * 3
+            part.write(["next"])
+            assert part.part.read_text() == "".join(rows[: n // 3 * 3]) + "next\n"
+
+
+def test_a_long_file_is_gone_on_with_in_little_memory(tmp_path):
+    part = PartFile(tmp_path / "out.jsonl", "mine")
+    part.part.write_bytes((b"x" * 999 + b"\n") * 40_000)
+    tracemalloc.start()
+    try:
+        assert part.begin(1) == 40_000
+        assert tracemalloc.get_traced_memory()[1] < 8e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_rows_are_written_where_an_error_ends_all_ranks(folder, run, monkeypatch, capsys):
+    """Else rank 0 alone would end, and the others with a traceback of torch's."""
+    together, seen, first_only = [], [], OneProcess.first_only
+
+    def noted(self, do):
+        together.append(None)
+        try:
+            return first_only(self, do)
+        finally:
+            together.pop()
+
+    def full(self, told):
+        seen.append(len(together))
+        raise ConfigError("full")
+
+    monkeypatch.setattr(OneProcess, "first_only", noted)
+    monkeypatch.setattr(PartFile, "write", full)
+    assert main(["predict", *lines(folder, run, "full", "predict.what=log_probability")]) == 2
+    assert seen == [1]
 
 
 def test_a_file_does_not_go_on_with_other_weights(folder, tmp_path, monkeypatch, capsys):
