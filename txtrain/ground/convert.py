@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses as dc
 import math
 import re
@@ -276,7 +277,9 @@ def _scalar(tp: Any, v: Any) -> Any:
         number = type(v) in (int, float) or (
             isinstance(v, str) and re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)e[+-]?\d+", v, re.IGNORECASE)
         )
-        return float(v) if number and math.isfinite(float(v)) else _BAD
+        with contextlib.suppress(OverflowError):  # an integer beyond all floats
+            return float(v) if number and math.isfinite(float(v)) else _BAD
+        return _BAD
     if tp in (dict, list, tuple):
         return v if isinstance(v, tp) else _BAD
     return v if type(v) is tp else _BAD

@@ -74,6 +74,7 @@ def test_value_is_taken(key, value, made):
         ("inner", {"n": 1.0}, "`inner.n` must be an integer"),
         ("inner", {"n": 1, "x": "abc"}, "`inner.x` must be a number or null, but is 'abc' instead."),
         ("inner", {"n": 1, "x": float("inf")}, "`inner.x` must be a number or null"),
+        ("inner", {"n": 1, "x": 10**400}, "`inner.x` must be a number or null, but is 1000"),
         ("inner", {"n": 1, "x": True}, "`inner.x` must be a number or null"),
         ("inner", {}, "`inner.n` must be given."),
         ("inner", {"n": "???"}, "`inner.n` must be given."),
