@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import secrets
 import shutil
 import subprocess
 import sys
@@ -74,6 +75,6 @@ def _compile(compiler: str, source: Path, made: Path) -> None:
         part, whole = f"{folder}/part.o", f"{folder}/whole.so"
         for command in ([compiler, *_COMPILE, "-c", str(source), "-o", part], [compiler, "-shared", part, "-o", whole]):
             subprocess.run(command, check=True, capture_output=True, text=True, timeout=_SECONDS)
-        beside = made.with_suffix(f".{os.getpid()}.tmp")
+        beside = made.with_suffix(f".{secrets.token_hex(4)}.tmp")  # containers of one home may share a process id
         shutil.copyfile(whole, beside)
         beside.replace(made)

@@ -149,6 +149,17 @@ def test_a_library_is_compiled_once(tmp_path, monkeypatch) -> None:
     Kernels().check()
 
 
+def test_processes_of_one_number_do_not_write_one_file(tmp_path, monkeypatch) -> None:
+    """Containers that share a home folder: one would load what the other has half written."""
+    made, copied = tmp_path / "made.so", []
+    monkeypatch.setattr(native.subprocess, "run", lambda *_, **__: None)
+    monkeypatch.setattr(native.shutil, "copyfile", lambda _, to: copied.append(to) or to.touch())
+    for _ in range(2):
+        native._compile("c++", tmp_path / "source.cpp", made)
+    assert len(set(copied)) == 2
+    assert list(tmp_path.iterdir()) == [made]
+
+
 def test_without_a_compiler_or_a_place_the_reason_is_known(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = module.Path(module.__file__).with_suffix(".cpp")
