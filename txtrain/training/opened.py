@@ -19,8 +19,8 @@ T = TypeVar("T")
 def opened_alike(
     parallel: OneProcess, newest: Callable[[], Path], opened: Callable[[Path], Source], told: Callable[[Path], T]
 ) -> tuple[Source, T]:
-    """The weights, still in their files, of the checkpoint or folder that is the newest on the first rank, and what that
-    rank tells of it. Where it is removed meanwhile, of the one that is the newest then.
+    """The weights, still in their files, of the checkpoint or folder that is the newest on the first rank, and what
+    that rank tells of it. Where it is removed meanwhile, of the one that is the newest then.
 
     Raises:
         ConfigError: there are none, or they cannot be read.
@@ -39,10 +39,11 @@ def opened_alike(
         where = parallel.first(newest)
         found = parallel.together(partial(tried, where))
         if not parallel.any(found is None) and found is not None:
-            source, said = found
-            return source, parallel.first(lambda: cast(T, said))
+            break
         if found is not None:
             found[0].close()
+    source, said = found
+    return source, parallel.first(lambda: cast(T, said))
 
 
 def trained_weights(cfg: OnTrained, parallel: OneProcess, told: Callable[[Path], T]) -> tuple[Source, T]:

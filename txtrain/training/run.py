@@ -312,7 +312,8 @@ def _check_continues(cfg: Train, source: Path) -> None:
 def _finished(place: RunFolder, display: Display, parallel: OneProcess) -> Result:
     """The run had made its last step; it may have been killed before it could record that."""
     display.tell(f"{place.path} has all of its {place.state.step} steps: nothing left to do.")
-    if parallel.is_first and place.facts.get("status") != "complete":  # else its end would move, and the idle time count
+    # A complete run keeps its end: the time since then is no loss of goodput.
+    if parallel.is_first and place.facts.get("status") != "complete":
         place.end("complete")
     return Result(place.path, latest(place.path / "metrics.csv"))
 

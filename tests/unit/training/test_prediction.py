@@ -185,7 +185,10 @@ def test_rows_are_written_where_an_error_ends_all_ranks(folder, run, monkeypatch
 def test_a_file_does_not_go_on_with_other_weights(folder, tmp_path, monkeypatch, capsys):
     """The run has saved a further step under the same path in between."""
     words = "predict.what=log_probability", "data.micro_batch_size=4", "data.tokenizer=bytes"
-    grows = lambda n: train(tiny(folder, f"run_dir={tmp_path / 'grows'}", f"trainer.max_steps={n}", "model.max_seq_len=48")).run_dir
+
+    def grows(n):
+        return train(tiny(folder, f"run_dir={tmp_path / 'grows'}", f"trainer.max_steps={n}", "model.max_seq_len=48")).run_dir
+
     run, real = grows(1), prediction.PartFile.write
 
     def write(self, told):
