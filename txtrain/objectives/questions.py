@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from txtrain.model.generation import generate
-from txtrain.model.transformer import Transformer
 from txtrain.objectives.base import IGNORED, Batch, Objective, Statistics, of_targets, stacked
 
 
@@ -22,7 +21,7 @@ def read_by(model: Any, batch: Batch, two_stacks: bool) -> dict[str, Tensor]:
     learned to read what comes before the labels from both sides."""
     names = ("input_ids", "labels", "attention_mask") if two_stacks else ("input_ids", "labels")
     given = {name: batch[name].flatten(0, 1) for name in names}
-    if isinstance(model, Transformer) and model.prefix_prompts and not two_stacks:
+    if getattr(model, "prefix_prompts", False) and not two_stacks:  # a Transformer, or what a strategy calls it through
         given["prefix_mask"] = (given["labels"] != IGNORED).cumsum(-1) == 0
     return given
 

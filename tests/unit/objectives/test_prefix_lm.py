@@ -11,6 +11,7 @@ from txtrain.model.generation import generate
 from txtrain.model.position.config import AlibiConfig
 from txtrain.objectives.prefix_lm import PrefixLM
 from txtrain.objectives.questions import read_by
+from txtrain.parallel.deepspeed_engine import Read
 from txtrain.training.module import LitModule
 
 DOCUMENTS = ["abcdefghij" * 5 for _ in range(30)]
@@ -97,3 +98,13 @@ def test_questions_are_read_from_both_sides_where_the_model_has_learned_to():
     assert torch.equal(read["prefix_mask"], (torch.arange(10) < 6).expand(2, 10))
     seen = model(**read).logits[0, 6:]
     assert not torch.allclose(seen, model(batch["input_ids"][:, 0]).logits[0, 6:], atol=1e-4)
+
+
+def test_questions_are_read_alike_through_what_a_strategy_calls_the_model():
+    """DeepSpeed's engine stands around the model; a function, or a module of somebody else, has learned no prefix."""
+    model = seeded(tiny())
+    model.prefix_prompts = True
+    batch = {"input_ids": ids(2, 10)[:, None], "labels": ids(2, 10)[:, None]}
+    assert "prefix_mask" in read_by(Read(None, model), batch, False)
+    assert "prefix_mask" not in read_by(Read(None, model), {**batch, "attention_mask": batch["labels"]}, True)
+    assert "prefix_mask" not in read_by(lambda **given: None, batch, False)
