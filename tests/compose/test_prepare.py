@@ -18,6 +18,7 @@ from txtrain.data.prepare_rows import _LARGE
 from txtrain.data.store.shard_writer import ShardWriter
 from txtrain.data.store.tokenize import Limit
 from txtrain.errors import ConfigError
+from txtrain.ground import files
 
 MODEL = ("model=llama2", "model.n_layers=1", "model.dim=32", "model.n_heads=2", "model.vocab_size=300", "model.max_seq_len=32", *RUN)
 
@@ -96,6 +97,18 @@ def test_a_complete_folder_is_left_as_it_is_and_another_text_is_refused(tmp_path
     text.write_text(text.read_text() + "more\n")
     assert prepare(text, tmp_path / "out") == 2
     assert "holds other text" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_prepares_is_refused_and_what_a_dead_one_left_is_not_in_the_way(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(files, "PATIENCE", 0.0)
+    text, out = write_text(tmp_path / "a.txt"), tmp_path / "out"
+    out.mkdir()
+    with files.locked(out):
+        assert prepare(text, out) == 2
+        assert "that no process writes to" in capsys.readouterr().err
+        assert out.exists()
+    assert prepare(text, out) == 0
+    assert {".lock", "index.json"} < set(contents(out))
 
 
 @pytest.mark.slow

@@ -57,29 +57,30 @@ def run_prepare(job: Composed) -> int:
 def _fill(corpus: Corpus | MarkedCorpus, tokenizer: Tokenizer, folder: Path, config: Prepare) -> int:
     key, there = digest(corpus.fingerprint, tokenizer.fingerprint), folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    release = files.lock(folder)
-    if release is None:
-        raise ConfigError(f"`out` must be a folder that no process writes to, but one is preparing {config.out!r}.")
     try:
-        if _is_done(folder, key, config):
-            print(f"{folder} is complete: nothing left to do.")
-        else:
-            _write(corpus, tokenizer, key, folder, config)
-        if config.objective.prepares:
-            there = True  # the tokens are kept if a later step fails
-            teach(config, folder)
-            objective, data = config.objective, config.data
-            print(
-                f"{folder} has the teacher's distributions. To learn from them, beside those: objective=distill "
-                f"objective.top_k={objective.top_k} objective.temperature={objective.temperature} "
-                f"data.packing={data.packing} data.seq_len={config.seq_len}"
-            )
+        with files.locked(folder) as ours:
+            if not ours:
+                there = True  # the other's
+                raise ConfigError(
+                    f"`out` must be a folder that no process writes to, but one is preparing {config.out!r}."
+                )
+            if _is_done(folder, key, config):
+                print(f"{folder} is complete: nothing left to do.")
+            else:
+                _write(corpus, tokenizer, key, folder, config)
+            if config.objective.prepares:
+                there = True  # the tokens are kept if a later step fails
+                teach(config, folder)
+                objective, data = config.objective, config.data
+                print(
+                    f"{folder} has the teacher's distributions. To learn from them, beside those: objective=distill "
+                    f"objective.top_k={objective.top_k} objective.temperature={objective.temperature} "
+                    f"data.packing={data.packing} data.seq_len={config.seq_len}"
+                )
     except ConfigError:
         if not there:
             shutil.rmtree(folder)
         raise
-    finally:
-        release()
     return 0
 
 
@@ -110,7 +111,7 @@ def _is_done(folder: Path, key: str, config: Prepare) -> bool:
         forget(folder)  # the state of an unfinished run, which a kill between the last two steps leaves
         return True
     begun = unfinished(folder)
-    if begun is None and any(not p.name.endswith(".tmp") for p in folder.iterdir()):
+    if begun is None and any(p.name != files.OWNER_LOCK and p.suffix != ".tmp" for p in folder.iterdir()):
         raise ConfigError(f"`out` must be a new or empty folder, but {config.out!r} is not empty.")
     if begun is not None and begun["key"] != key:
         raise ConfigError(f"`out` must be a new folder, but {config.out!r} was begun for another text or tokenizer.")

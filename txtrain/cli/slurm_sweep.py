@@ -223,14 +223,15 @@ def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue
     folder = members[0].folder
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    release = files.lock(folder)
     try:
-        if release is None or queue.read() != queue.jobs:
-            raise ConfigError(
-                f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). "
-                "Start again to wait for it."
-            )
-        queue.add(_array(verb, members, how), members)
+        with files.locked(folder) as ours:
+            if not ours or queue.read() != queue.jobs:
+                made = []  # the other's
+                raise ConfigError(
+                    f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). "
+                    "Start again to wait for it."
+                )
+            queue.add(_array(verb, members, how), members)
     except ConfigError:
         if folder in made:
             shutil.rmtree(folder)
@@ -238,9 +239,6 @@ def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue
             with contextlib.suppress(OSError):  # not empty any more
                 path.rmdir()
         raise
-    finally:
-        if release is not None:
-            release()
 
 
 def _array(verb: str, members: Sequence[Member], how: SlurmConfig) -> list[str]:

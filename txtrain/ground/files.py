@@ -17,6 +17,7 @@ from pathlib import Path
 from txtrain.errors import ConfigError, shorten
 
 LOCK = "lock"  # file in a temporary folder
+OWNER_LOCK = ".lock"  # file in a folder that one process at a time writes to; it stays
 _MARK = ".txtrain-scratch"
 PATIENCE = 6.0  # seconds; data loader workers of a killed process hold its lock until they notice (5 s)
 
@@ -94,12 +95,13 @@ def overwrite(path: Path, text: str) -> None:
 def lock(folder: Path) -> Callable[[], object] | None:
     """Lock a folder.
 
-    The lock is on the folder itself and leaves no file. The system releases it when the process ends, even by kill -9.
+    The lock is on a file in it, which stays: of folders themselves NFS and Lustre have no locks between hosts. The
+    system releases it when the process ends, even by kill -9.
 
     Returns:
         A function that releases it, as does garbage collection; None if another process holds the lock.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = _open_lock(folder / OWNER_LOCK)
     deadline = time.monotonic() + PATIENCE
     while True:
         ours = _flock(handle)
@@ -111,8 +113,32 @@ def lock(folder: Path) -> Callable[[], object] | None:
         time.sleep(0.2)
 
 
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Lock a folder for a while; whether this process has the lock.
+
+    A folder that is to be removed is so afterwards: on NFS it is not empty while a file of it is open.
+    """
+    release = lock(folder)
+    try:
+        yield release is not None
+    finally:
+        if release is not None:
+            release()
+
+
+def _open_lock(file: Path) -> int:
+    """Open a file to lock it, for writing: NFS has no exclusive lock on another. Makes it where it is not there."""
+    try:
+        return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except PermissionError:
+        if not file.exists():
+            raise
+        return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)  # another user's, from whose host alone it is refused
+
+
 def _flock(handle: int) -> bool | None:
-    """Try to lock an open folder: whether this process has the lock; None if the system or file system has no locks."""
+    """Try to lock an open file: whether this process has the lock; None if the system or file system has no locks."""
     try:
         import fcntl
 
@@ -131,21 +157,21 @@ def scratch(prefix: str = "txtrain-") -> Iterator[Path]:
     A file marks the folders that were made here: others with such a name are left alone.
     """
     for mark in Path(tempfile.gettempdir()).glob(f"{prefix}*/{_MARK}"):
-        with contextlib.suppress(OSError), _opened(mark.parent) as handle:  # another user's, or a link
-            if _flock(handle):
+        with contextlib.suppress(OSError), _opened(mark) as handle:  # another user's, or a link
+            if not mark.parent.is_symlink() and _flock(handle):
                 shutil.rmtree(mark.parent, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix=prefix, ignore_cleanup_errors=True) as name,
-        _opened(Path(name)) as handle,
+        _opened(Path(name, LOCK), os.O_CREAT) as handle,
     ):
         _flock(handle)  # before the mark, without which nobody else takes the folder for abandoned
-        Path(name, _MARK).touch()
+        Path(name, LOCK).rename(Path(name, _MARK))
         yield Path(name)
 
 
 @contextlib.contextmanager
-def _opened(folder: Path) -> Iterator[int]:
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+def _opened(file: Path, how: int = 0) -> Iterator[int]:
+    handle = os.open(file, os.O_RDWR | os.O_NOFOLLOW | how, 0o666)
     try:
         yield handle
     finally:
@@ -184,7 +210,7 @@ def _locked_folder(parent: Path, name: str) -> tuple[Path, int]:
         made = parent / f".{name}.{secrets.token_hex(4)}.tmp"
         made.mkdir()  # not by tempfile, whose folders only the owner may read
         with contextlib.suppress(FileNotFoundError):  # another process may take it for abandoned before it is locked
-            handle = os.open(made / LOCK, os.O_RDWR | os.O_CREAT, 0o666)  # NFS locks only writable files
+            handle = _open_lock(made / LOCK)
             if _flock(handle) is not False and os.path.samestat(os.fstat(handle), os.stat(made / LOCK)):
                 return made, handle
             os.close(handle)

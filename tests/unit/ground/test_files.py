@@ -1,10 +1,12 @@
 """Two processes never write one run's folder; what is to be written is tried before the work."""
 
 import errno
+import fcntl
 import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -17,7 +19,7 @@ from txtrain.checkpoint import run_folder
 from txtrain.errors import ConfigError
 from txtrain.ground import files
 
-HOLD = "import sys, time; from txtrain.ground import files; held = files.lock(sys.argv[1]); print(held is not None, flush=True); time.sleep(60)"
+HOLD = "import sys, time; from pathlib import Path; from txtrain.ground import files; held = files.lock(Path(sys.argv[1])); print(held is not None, flush=True); time.sleep(60)"
 
 
 @pytest.fixture(autouse=True)
@@ -25,7 +27,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(files, "PATIENCE", 0.3)
 
 
-def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path):
+def test_a_lock_is_held_by_one_and_leaves_an_empty_file(tmp_path):
     release = files.lock(tmp_path)
     assert files.lock(tmp_path) is None
     release()
@@ -33,7 +35,67 @@ def test_a_lock_is_held_by_one_and_leaves_no_file(tmp_path):
     assert again is not None
     del again  # forgotten, not given back
     assert files.lock(tmp_path) is not None
-    assert not list(tmp_path.iterdir())
+    assert [(p.name, p.stat().st_size) for p in tmp_path.iterdir()] == [(".lock", 0)]
+
+
+@pytest.fixture
+def between_hosts(monkeypatch):
+    """Locks as NFS and Lustre have them for other hosts: of files that are open for writing alone."""
+    real = fcntl.flock
+
+    def flock(handle, how):
+        if stat.S_ISDIR(os.fstat(handle).st_mode) or fcntl.fcntl(handle, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "no such lock")
+        real(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+
+
+def test_a_folder_is_locked_where_hosts_share_it(tmp_path, between_hosts):
+    held = files.lock(tmp_path)
+    assert held is not None
+    assert files.lock(tmp_path) is None
+    with files.locked(tmp_path) as ours:
+        assert not ours
+
+
+def test_a_lock_that_is_another_users_file_is_tried_on_this_host(tmp_path, monkeypatch):
+    """In a folder that a group shares; where the file cannot even be made, the folder's rights are the cause."""
+    (tmp_path / "shared").mkdir()
+    (tmp_path / "closed").mkdir()
+    (tmp_path / "shared/.lock").touch()
+    real = os.open
+
+    def of_another(path, flags, *more):
+        if flags & os.O_RDWR:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return real(path, flags, *more)
+
+    monkeypatch.setattr(os, "open", of_another)
+    held = files.lock(tmp_path / "shared")
+    assert held is not None
+    assert files.lock(tmp_path / "shared") is None
+    with pytest.raises(PermissionError):
+        files.lock(tmp_path / "closed")
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="symbolic links"):
+        files.lock(tmp_path)
+    assert not (tmp_path / "elsewhere").exists()
+
+
+def test_a_temporary_folder_in_use_by_another_host_is_not_removed(tmp_path, monkeypatch, between_hosts):
+    """$TMPDIR may be shared, too."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with files.scratch() as first, files.scratch() as second:
+        assert first.exists()
+        assert second.exists()
+    (tmp_path / "txtrain-dead").mkdir()
+    (tmp_path / "txtrain-dead/.txtrain-scratch").touch()
+    with files.scratch():
+        assert not (tmp_path / "txtrain-dead").exists()
 
 
 def test_kill_9_gives_the_lock_back(tmp_path):
