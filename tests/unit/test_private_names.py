@@ -84,7 +84,7 @@ PRIVATE = {
     "torch.distributed.checkpoint.filesystem": "_StorageInfo",
     "torch.distributed.checkpoint.state_dict_saver": "_save_state_dict",
     "torch.distributed.device_mesh.DeviceMesh": "_flatten",
-    "torch.distributed.distributed_c10d": "_get_default_store",
+    "torch.distributed.distributed_c10d": "_get_default_store _set_pg_timeout",
     "torch.distributed.tensor.DTensor": "_local_tensor",
     "torch.nn.Module": "_apply _buffers _parameters",
     "torch.ops.aten": (

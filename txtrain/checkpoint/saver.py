@@ -34,9 +34,9 @@ class Saver:
         self._error: BaseException | None = None
         self._copies: Copies | None = None
         if behind and group is not None:  # two threads must not use one group for collectives
-            import torch.distributed as dist
+            from txtrain.ground.waiting import agreement_group
 
-            self.group = dist.new_group(backend="gloo")
+            self.group = agreement_group()
 
     def prepare(self, tensors: Callable[[], Mapping[str, Tensor]]) -> None:
         """Allocate the copies' memory in the thread ahead of the first save, which would wait for it. Acts once."""

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from txtrain.errors import ConfigError
 from txtrain.ground.slurm import meeting_point
+from txtrain.ground.waiting import agreement_group, wait_in
 from txtrain.hf.pieces import Source, fill
 from txtrain.model.config import ModelConfig
 from txtrain.optim.average import Average
@@ -86,7 +87,7 @@ class Mesh(OneProcess):
             )
         try:
             with Heartbeat(*self.world[:2]):
-                self._control = dist.new_group(backend="gloo")  # agreements between steps must not wait for a GPU
+                self._control = agreement_group()  # must not wait for a GPU
                 # Ranks of different strategies would wait for each other forever below.
                 self.agree({f"strategy.{key}": str(value) for key, value in vars(self.config.strategy).items()})
                 self.meet(device.type)
@@ -102,6 +103,9 @@ class Mesh(OneProcess):
         if self._ep_size > 1:
             shape = self.layout.replicate, self.layout.shard // self._ep_size, self._ep_size
             self.expert_mesh = init_device_mesh(kind, shape, mesh_dim_names=("replicate", "shard", "expert"))
+        of_experts = self.expert_mesh.get_all_groups() if self._ep_size > 1 else []
+        for group in (dist.group.WORLD, self._data_group, *self.mesh.get_all_groups(), *of_experts):
+            wait_in(group)
 
     def _meeting_point(self) -> dict[str, Any]:
         """For init_process_group: a file store on one machine (no port to be taken), else the launcher's address."""
