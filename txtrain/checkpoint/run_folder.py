@@ -43,6 +43,7 @@ class RunFolder:
         parent: the checkpoint of another run from which a new one is forked, with that one's step as its first.
         exclusive: the folder must be a new one.
         began: when the run was first started, in seconds since 1970, later by the time during which it was complete.
+        left: what an earlier start left behind and could not be removed, as text.
     """
 
     path: Path
@@ -50,6 +51,7 @@ class RunFolder:
     parent: Path | None = None
     exclusive: bool = False
     began: float | None = None
+    left: list[str] = dc.field(default_factory=list)
     _owned: bool = dc.field(default=False, repr=False)  # `create` has written run.json
     _made: list[Path] = dc.field(default_factory=list, repr=False)  # folders that this run has created
     _replaced: dict[Path, bytes | None] = dc.field(default_factory=dict, repr=False)  # what `create` has written over
@@ -93,7 +95,7 @@ class RunFolder:
             self._claim()
         self.path.mkdir(parents=True, exist_ok=True)
         self._own()
-        saving.clean(self.path)
+        self.left = saving.clean(self.path)
         before = self._read() if self.checkpoint is not None or self._started_before(config) else {}
         ours = (self.path / "config.yaml", self.path / "run.json")
         self._replaced = {file: file.read_bytes() if file.exists() else None for file in ours}

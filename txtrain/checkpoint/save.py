@@ -6,6 +6,7 @@ import contextlib
 import dataclasses as dc
 import json
 import math
+import secrets
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -44,7 +45,8 @@ def save(
     part = path.with_name(path.name + ".tmp")
 
     def begin() -> None:
-        shutil.rmtree(part, ignore_errors=True)
+        if part.exists():
+            _remove(part)
         part.mkdir(parents=True)
 
     def write() -> None:
@@ -118,19 +120,42 @@ def _seal(part: Path, path: Path) -> None:
     part.rename(path)
     files.sync(path.parent)
     if old.exists():
-        shutil.rmtree(old)
+        _remove(old)  # what cannot be removed the next start tries again, and says
 
 
-def clean(run_dir: Path) -> None:
-    """Remove what a killed run left behind."""
+def _remove(path: Path) -> str | None:
+    """Remove a checkpoint, or what is left of one: invisible at once, even if deleting takes long, or fails, as on NFS
+    while another process reads it.
+
+    Returns:
+        What is left, and why; None: nothing.
+    """
+    gone = path.with_name(f"{path.stem.partition('.')[0]}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.rename(gone)
+    except FileNotFoundError:  # by somebody else
+        return None
+    except OSError as e:
+        return f"{path} could not be removed ({e.strerror}): it stays."
+    try:
+        shutil.rmtree(gone)
+    except OSError as e:
+        return f"{path} could not be removed ({e.strerror}): the next start tries again to remove {gone.name}."
+    return None
+
+
+def clean(run_dir: Path) -> list[str]:
+    """Remove what a killed run left behind. Returns what could not be removed, as text."""
     for old in (run_dir / FOLDER).glob("step_*.old"):
         if not old.with_suffix("").exists():
             old.rename(old.with_suffix(""))
+    left = []
     for rest in [*(run_dir / FOLDER).glob("step_*.tmp"), *(run_dir / FOLDER).glob("step_*.old")]:
         if rest.is_dir() and not rest.is_symlink():
-            shutil.rmtree(rest)
+            left.append(_remove(rest))
         else:  # none of ours
             rest.unlink()
+    return [text for text in left if text is not None]
 
 
 def scores(run_dir: Path, keep: SaveConfig) -> dict[Path, float | None]:
@@ -151,17 +176,13 @@ def best_of(run_dir: Path, keep: SaveConfig) -> list[Path]:
     return sorted(with_one, key=lambda path: (found[path], step_of(path)))
 
 
-def rotate(run_dir: Path, keep: SaveConfig) -> None:
+def rotate(run_dir: Path, keep: SaveConfig) -> list[str]:
     """Remove all but the newest keep_last, the keep_best with the best metric, those of every keep_every_n_steps, and
-    damaged ones."""
+    damaged ones. Returns what could not be removed, as text."""
     found = list(scores(run_dir, keep))
     every = keep.keep_every_n_steps
     kept = {
         *found[-keep.keep_last :], *best_of(run_dir, keep)[: keep.keep_best],
         *(path for path in found if every and step_of(path) % every == 0),
     }
-    for path in found:
-        if path not in kept:
-            gone = path.with_name(path.name + ".tmp")  # invisible at once, even if deleting takes long
-            path.rename(gone)
-            shutil.rmtree(gone)
+    return [text for path in found if path not in kept and (text := _remove(path)) is not None]

@@ -60,6 +60,8 @@ class Saves:
         scores = saving.scores(self.folder.path, self.config.save)
         # of save.metric, lower for better
         self.best = min((score for score in scores.values() if score is not None), default=math.inf)
+        self._told: set[str] = set()  # what could not be removed
+        self._tell_left(folder.left)
         for path in checkpoint.complete(self.folder.path):
             if path not in scores:
                 self._warn(f"{path} is damaged. It is left in place; save.keep_last and keep_best do not count it.")
@@ -122,7 +124,7 @@ class Saves:
         """A checkpoint is complete."""
         if not self._writes:
             return
-        saving.rotate(self.folder.path, self.config.save)
+        self._tell_left(saving.rotate(self.folder.path, self.config.save))
         state = checkpoint.read_state(path)
         score = state.metrics.get(self.config.save.metric)
         best = score is not None and self.config.save.sign * score <= self.best
@@ -144,6 +146,13 @@ class Saves:
             self.data.tokenizer.save(path / "tokenizer")
         if generation_file:
             (path / generation_config.FILE).write_bytes(generation_file)
+
+    def _tell_left(self, left: list[str]) -> None:
+        """Say once what could not be removed: the run goes on."""
+        for text in left:
+            if text not in self._told:
+                self._told.add(text)
+                self._warn(text)
 
     def _warn(self, text: str) -> None:
         self.display.tell(text, style="bold")

@@ -1,5 +1,6 @@
 """The format: complete or absent, by canonical names, without a pickle."""
 
+import errno
 import json
 import math
 import os
@@ -237,6 +238,53 @@ def test_rotation_keeps_the_newest_and_the_best(tmp_path, strange):
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [2, 4, 5]
     saving.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))
     assert [checkpoint.step_of(p) for p in checkpoint.complete(tmp_path)] == [5]
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """Files that a reader holds open on NFS: what is removed leaves .nfsXXXX, so that its folder is not empty."""
+    real = shutil.rmtree
+
+    def rmtree(path, *more, **how):
+        real(path, *more, **how)
+        path.mkdir()
+        (path / ".nfs0001").touch()
+        raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+
+
+def test_what_cannot_be_removed_is_told_and_taken_for_no_checkpoint(tmp_path, held, monkeypatch):
+    for step in (1, 2):
+        save(tmp_path, step, seed=0)
+    (told,) = saving.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))
+    assert re.search(r"step_00000001 could not be removed \(Directory not empty\): the next start tries again", told)
+    again = save(tmp_path, 2, seed=1)
+    for step in (1, 2):
+        checkpoint.verify(save(tmp_path, step, seed=1))
+    assert len(saving.clean(tmp_path)) == 3
+    assert [checkpoint.step_of(path) for path in checkpoint.complete(tmp_path)] == [1, 2]
+    assert not list(again.glob(".nfs*"))
+    monkeypatch.undo()
+    assert saving.clean(tmp_path) == []
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"step_00000001", "step_00000002"}
+
+
+def test_a_checkpoint_that_may_not_be_renamed_stays_and_one_that_is_gone_is_gone(tmp_path, monkeypatch):
+    paths = [save(tmp_path, step, seed=0) for step in (1, 2, 3)]
+    real = Path.rename
+
+    def rename(path, to):
+        if path == paths[0]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        if path == paths[1]:
+            shutil.rmtree(path)
+        return real(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    (told,) = saving.rotate(tmp_path, SaveConfig(keep_last=1, keep_best=0))
+    assert told == f"{paths[0]} could not be removed (Permission denied): it stays."
+    assert checkpoint.complete(tmp_path) == [paths[0], paths[2]]
 
 
 def test_locate_takes_a_run_or_a_checkpoint_and_says_what_is_wrong(tmp_path):

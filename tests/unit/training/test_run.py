@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: the folder, the interrupt, the resume."""
 
 import dataclasses as dc
+import errno
 import json
 import os
 import random
@@ -514,6 +515,23 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(folder, monkeypatch, cap
     assert result.status == "complete"
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step_00000004", "step_00000012"]
     assert "step_00000008 could not be saved" in capsys.readouterr().out
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_costs_a_line_and_not_the_run(folder, monkeypatch, capsys):
+    real, run_dir = shutil.rmtree, folder / "unremoved"
+
+    def busy(path, *more, **how):
+        if "checkpoints" in str(path):
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        real(path, *more, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    given = (f"run_dir={run_dir}", "save.keep_best=0", "save.keep_last=1")
+    assert train(tiny(folder, *given, "trainer.max_steps=8")).status == "complete"
+    assert capsys.readouterr().out.count("step_00000004 could not be removed") == 1
+    assert train(tiny(folder, *given, "trainer.max_steps=12", "resume_allow=[trainer.max_steps]")).status == "complete"
+    assert capsys.readouterr().out.count("could not be removed") == 2
+    assert [path.name for path in checkpoint.complete(run_dir)] == ["step_00000012"]
 
 
 def test_a_last_checkpoint_that_cannot_be_written_fails_the_run(folder, monkeypatch):
