@@ -313,6 +313,8 @@ class RunCallback(pl.Callback):
         if self.config.save.load_best and self.saves is not None and self.ended:
             self.saves.load_best(_lit(pl_module))
 
+    on_sanity_check_end = on_train_end  # of a last validation that an interrupt had cut short: no training follows
+
     def _leave(self, module: LitModule) -> None:
         """Save and end the run here, whether this step's row is open or closed."""
         module.average.swap_out()

@@ -7,6 +7,7 @@ import torch
 
 import txtrain
 from tests.training import tiny
+from tests.unit.training.test_run import Interrupt
 from txtrain import compose
 from txtrain.checkpoint import format as checkpoint
 from txtrain.cli.main import main
@@ -97,6 +98,20 @@ def test_the_best_weights_are_loaded_at_the_end(folder):
     saved = txtrain.load_pretrained(checkpoint.path_of(made.run_dir, best)).state_dict()
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, saved[name], rtol=0, atol=0)
+
+
+def test_they_are_loaded_if_an_interrupt_had_cut_the_last_validation_short(folder, capsys):
+    """The run goes on with that validation, and trains no step."""
+    words = ["trainer.val_check_interval=2", "save.load_best=true", "optimizer.lr=3", "scheduler.warmup_steps=4", "trainer.max_steps=4"]
+    cfg = tiny(folder, f"run_dir={folder / 'cut'}", *words)
+    assert train(cfg, callbacks=[Interrupt("on_validation_batch_start", step=4)]).status == "preempted"
+    torch.manual_seed(0)
+    model = txtrain.build_model(cfg.model)
+    made = train(cfg, model=model)
+    best = txtrain.load_pretrained(checkpoint.path_of(made.run_dir, 2)).state_dict()
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, best[name], rtol=0, atol=0)
+    assert capsys.readouterr().out.count("weights of step 2, the best") == 1
 
 
 def test_the_last_checkpoint_may_hold_weights_alone(folder, plain, capsys):
