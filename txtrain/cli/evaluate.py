@@ -27,7 +27,7 @@ def run_evaluate(job: Composed) -> int:
     """
     config: Evaluate = job.config
     check_checkpoint(config)
-    if (n := n_processes(config)) > 1:
+    if (n := n_processes(config)) > 1 and not config.tasks:  # which are evaluated by one: devices=auto is this one
         return launch(config, partial(to_file, job), n, "evaluate")
     from txtrain.training.evaluation import run
 

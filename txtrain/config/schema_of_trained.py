@@ -60,6 +60,9 @@ class OnTrained(Train):
             yield from self.strategy.problems(world, self.model)
 
 
+OF_TASKS = "`tasks` must be evaluated by one process: trainer.devices=1."
+
+
 @config
 class LMEvalConfig:
     """How lm_eval evaluates `tasks`; its words."""
@@ -102,7 +105,7 @@ class Evaluate(OnTrained):
             what = f"{self.model.topology} with model/head={self.model.head.type}"
             yield f"`tasks` must be empty for a model that writes no text, a {what}."
         if (parallel.processes(self) or 1) > 1:
-            yield "`tasks` must be evaluated by one process: trainer.devices=1."
+            yield OF_TASKS
 
     def _check_between(self) -> Iterator[str]:
         yield from OnTrained._check_between(self)

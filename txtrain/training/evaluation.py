@@ -21,7 +21,7 @@ from txtrain.checkpoint.described import Described, describe, on_described
 from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.of_checkpoint import fitted, of_checkpoint
-from txtrain.config.schema_of_trained import Evaluate, OnTrained
+from txtrain.config.schema_of_trained import OF_TASKS, Evaluate, OnTrained
 from txtrain.data.samples.order import Indices
 from txtrain.data.samples.rows import OrderedSamples, Rows
 from txtrain.data.sources.source import as_named, classified
@@ -264,6 +264,8 @@ def run(cfg: Evaluate, tick: Tick = lambda done, n: None) -> Evaluation:
     if cfg.out is not None:
         check_out(cfg.out, ".json")
     if cfg.tasks:
+        if World.here().size > 1:  # of a launcher
+            raise ConfigError(OF_TASKS)
         made = on_described(cfg.checkpoint, "checkpoint", lambda found: _tasks(cfg, found))
         _write(made, cfg)
         return made

@@ -187,6 +187,21 @@ def test_a_folder_of_tasks_that_is_none_is_named(run, capsys):
     assert "`lm_eval.include_path` must be a folder with tasks, but 'nowhere' is none." in capsys.readouterr().err
 
 
+def test_tasks_are_evaluated_once_however_many_gpus_there_are(run, tmp_path, monkeypatch, capsys):
+    """trainer.devices=auto is one process then; of a launcher's several none evaluates."""
+    ours = shutil.copytree(run, tmp_path / "run")
+    monkeypatch.setattr("txtrain.parallel.launch._n_gpus", lambda accelerator: 2)
+    monkeypatch.setattr("txtrain.training.harness.of_tasks", lambda cfg, tokenizer: {"acc/mine": (0.5, None, None, 4)})
+    monkeypatch.setattr("txtrain.cli.evaluate.launch", lambda *_, **__: pytest.fail("processes are started"))
+    words = ["evaluate", f"checkpoint={ours}", "tasks=[mine]", "trainer.devices=auto"]
+    assert main(words) == 0
+    assert len((ours / "evaluations.jsonl").read_text().splitlines()) == 1
+    for name, value in {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2}.items():
+        monkeypatch.setenv(name, str(value))
+    assert main(words) == 2
+    assert "`tasks` must be evaluated by one process: trainer.devices=1." in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_asked_for(capsys):
     assert main(["evaluate", "data=python_docs"]) == 2
     assert "`checkpoint` must be given" in capsys.readouterr().err
