@@ -70,7 +70,7 @@ class TrainerConfig:
     val_check_interval: int = knob(100, at_least=1)  # steps between validations
     limit_val_batches: int = knob(32, at_least=0)  # at most so many batches of global_batch_size sequences each
     log_every_n_steps: int = knob(10, at_least=1)  # steps between rows of metrics.csv
-    gradient_clip_val: float | None = knob(1.0, at_least=0)  # clip the global norm of the gradients; null: never
+    gradient_clip_val: float | None = knob(1.0, above=0)  # clip the global norm of the gradients; null: never
     # allowed in a row; a step whose loss or gradient is not finite is skipped, and one more ends the run
     max_skipped_steps: int = knob(5, at_least=0)
     # allowed in a row with a loss far above the best (`monitor.loss_spikes`); one more ends the run; null: only warn

@@ -17,6 +17,7 @@ import yaml
 
 from tests.cases import some
 from tests.training import rows, tiny, weights
+from txtrain import compose, load_pretrained, registry
 from txtrain.checkpoint import format as checkpoint
 from txtrain.checkpoint import save as saving
 from txtrain.errors import ConfigError, RunError
@@ -606,3 +607,21 @@ def test_what_a_fork_and_a_continued_run_may_not_change_unless_it_is_named(folde
     with pytest.raises(ConfigError, match=r"(?s)`optimizer.lr` must be 0.01.*resume_allow=\[KEY"):
         train(tiny(folder, f"run_dir={run}", "optimizer.lr=0.02", "trainer.max_steps=6"))
     assert train(tiny(folder, f"run_dir={run}", "optimizer.lr=0.02", "trainer.max_steps=6", "resume_allow=[optimizer]")).metrics["step"] == 6
+
+
+def test_a_clip_value_of_zero_is_refused_and_a_run_that_has_it_is_still_read(folder, monkeypatch):
+    """It would clip all of the gradient away; of Lightning's trainer it means none. Earlier versions took it."""
+    run_dir, given = folder / "clip-0", ("trainer.max_steps=2", "trainer.gradient_clip_val=0")
+    says = "`trainer.gradient_clip_val` must be above 0 or null, but is 0.0 instead"
+    with pytest.raises(ConfigError, match=says):
+        tiny(folder, *given)
+    with monkeypatch.context() as earlier:
+        earlier.setitem(registry._HOLDS, "above", lambda value, bound: True)
+        train(tiny(folder, *given, f"run_dir={run_dir}"))
+    assert load_pretrained(run_dir).config.dim == 32
+    assert compose([f"checkpoint={run_dir}", "data=python_docs"], verb="evaluate").model.dim == 32
+    assert compose([f"init_from={run_dir}", "data=python_docs", "trainer.max_steps=1"]).model.dim == 32
+    with pytest.raises(ConfigError, match=says):
+        compose([f"resume={run_dir}", "trainer.max_steps=3"])
+    again = ["trainer.gradient_clip_val=null", "resume_allow=[trainer.gradient_clip_val]", "trainer.max_steps=3"]
+    assert int(train(compose([f"resume={run_dir}", *again])).metrics["step"]) == 3
