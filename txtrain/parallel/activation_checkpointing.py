@@ -19,11 +19,13 @@ KEPT = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
+    torch.ops.aten._grouped_mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
+VARLEN = "torch_attn::_varlen_attn"  # also kept; by name, since torch registers it in an import that takes a second
 
 
 def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> None:
@@ -64,7 +66,7 @@ def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Passes only the operations of `KEPT` on to torch's mode, which numbers all operations that it sees and expects
+    """Passes only the operations that are kept on to torch's mode, which numbers all operations that it sees and expects
     the same sequence in the recomputation: FSDP skips gathering a block's experts where they are gathered already."""
 
     def __init__(self, mode: Any) -> None:
@@ -76,10 +78,12 @@ class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True  # as torch's own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (
-            self.mode.__torch_dispatch__(func, types, args, kwargs) if func in KEPT else func(*args, **(kwargs or {}))
-        )
+        return self.mode.__torch_dispatch__(func, types, args, kwargs) if _keeps(func) else func(*args, **(kwargs or {}))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _keeps(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _keeps(op: Any) -> bool:
+    return op in KEPT or op.name() == VARLEN

@@ -1,12 +1,20 @@
-"""A block is one graph: nothing in it goes back to Python when it is compiled."""
+"""A block is one graph: nothing in it goes back to Python when it is compiled. What selective checkpointing keeps."""
+
+import importlib
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy
 
 import txtrain
 from tests.cases import some
 from tests.distributed.equivalence import KINDS
 from tests.distributed.runs import overrides
+from tests.models import ids, seeded, shake, tiny
+from txtrain.model.ffn.moe_config import MoEConfig
+from txtrain.parallel import activation_checkpointing
+from txtrain.parallel.activation_checkpointing import wrap_blocks
 
 HALF = "trainer.precision=bf16-mixed"
 
@@ -46,3 +54,34 @@ def test_a_blocks_graph_is_whole_on_a_gpu(kind, recompute, tmp_path, monkeypatch
     compiled = txtrain.train(txtrain.compose([*run, "trainer.compile=true"]))
     assert len(blocks) >= 2
     assert compiled.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=2e-2)
+
+
+class Products(TorchDispatchMode):
+    """Counts grouped products."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.n += func is torch.ops.aten._grouped_mm.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_selective_keeps_the_products_of_experts():
+    """As many as without checkpointing: forward once, and two for each in the backward. Gradients are equal."""
+    found = {}
+    for how in ("none", "selective", "full"):
+        model = shake(seeded(tiny(dim=32, n_layers=2, ffn=MoEConfig(type="moe", n_experts=4, top_k=2))))
+        wrap_blocks(model, how, compiled=False)
+        with Products() as products:
+            model(ids(2, 9), labels=ids(2, 9)).loss.backward()
+        found[how] = products.n, [p.grad for p in model.parameters()]
+    assert (found["none"][0], found["selective"][0], found["full"][0]) == (18, 18, 24)
+    for one, other in zip(found["none"][1], found["selective"][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+def test_selective_keeps_attention_over_documents_end_to_end():
+    """The kernel is of GPUs in half precision alone; torch registers it when it is first chosen."""
+    importlib.import_module("torch.nn.attention.varlen")
+    assert activation_checkpointing._policy(None, torch.ops.torch_attn._varlen_attn.default) is CheckpointPolicy.MUST_SAVE
+    assert activation_checkpointing._policy(None, torch.ops.aten.add.Tensor) is CheckpointPolicy.PREFER_RECOMPUTE

@@ -12,6 +12,17 @@ from txtrain.planning.memory.fsdp import Shards
 DIVIDED = ("strategy=fsdp", "strategy.ep_size=2", "trainer.devices=4")
 
 
+@pytest.mark.parametrize("precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)])
+def test_products_of_experts_that_selective_checkpointing_keeps_are_counted(precision):
+    """Each of 256 tokens has 4 rows of 1,024 numbers in two products, and of 64 in the third."""
+    sizes = "model.dim=64", "model.vocab_size=300", "model.ffn.hidden_dim=1024", "model.ffn.n_experts=4", "model.ffn.top_k=4"
+    given = *sizes, f"trainer.precision={precision}", "data.seq_len=256", "data.global_batch_size=1"
+    config, full = (composed("deepseek_r1", *given, f"trainer.activation_checkpointing={how}") for how in ("selective", "full"))
+    agree(config, 1)
+    kept = 256 * 4 * (2 * 1024 + 64) * (4 if precision == "32-true" else 2)
+    assert memory(config, 1).peak - memory(full, 1).peak > kept
+
+
 @pytest.mark.slow
 def test_counted_equals_simulated_where_shards_cut_within_experts():
     """4 shards do not divide 6 experts: nothing is padded, and everything is copied once more."""

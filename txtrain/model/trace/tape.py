@@ -268,7 +268,7 @@ class Tape(Recorder):
         x, weight = (self.to(y, 2) for y in both) if self.autocast else both  # autocast does not cache these casts
         nbytes, whole, n = x.nbytes, weight.n * x.size, x.n // inputs * outputs
         aligned = all(length * x.size % 16 == 0 for length in (inputs, outputs))  # else the kernel loops over experts
-        apart = None if aligned else self.product(n, x.size)
+        product = self.product(n, x.size)
         wants, learns = x.edge is not None, weight.edge is not None
         self.multiplied(2.0 * x.n * outputs, x, weight)
 
@@ -282,8 +282,8 @@ class Tape(Recorder):
             return of_x, of_weight
 
         saved = (x.storage if learns else None, (weight.storage, wants) if wants else None)
-        made = self.made([x, weight], n, x.size, saved, backward)
-        del apart
+        made = self.made([x, weight], n, x.size, saved, backward, product if aligned else None)
+        del product
         return made
 
     def experts(self, x: Value, dim: int, compute: Callable[[Value], Value]) -> Value:
