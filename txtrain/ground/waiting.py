@@ -19,7 +19,8 @@ def agreement_group() -> dist.ProcessGroup:
     return made
 
 
-def wait_in(group: dist.ProcessGroup) -> None:
-    """Take the limit off a group on CPUs. On GPUs it stays: an exchange that hangs there is not seen otherwise."""
+def wait_in(group: dist.ProcessGroup | None) -> None:
+    """Take the limit off a group on CPUs; None: off that of all ranks. On GPUs it stays: an exchange that hangs there
+    is not seen otherwise."""
     if dist.get_backend(group) == "gloo":
         _set_pg_timeout(_LIMIT, group)

@@ -66,7 +66,7 @@ def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
 
 
 class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Passes only the operations that are kept on to torch's mode, which numbers all operations that it sees and expects
+    """Passes only operations that are kept on to torch's mode, which numbers all operations that it sees and expects
     the same sequence in the recomputation: FSDP skips gathering a block's experts where they are gathered already."""
 
     def __init__(self, mode: Any) -> None:
@@ -78,7 +78,9 @@ class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return True  # as torch's own
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return self.mode.__torch_dispatch__(func, types, args, kwargs) if _keeps(func) else func(*args, **(kwargs or {}))
+        if _keeps(func):
+            return self.mode.__torch_dispatch__(func, types, args, kwargs)
+        return func(*args, **(kwargs or {}))
 
 
 def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
