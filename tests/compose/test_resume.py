@@ -215,6 +215,16 @@ def test_the_cache_is_not_where_the_file_says(run, job, clean_room):
     assert job(f"resume={folder}", "data.cache_dir=here").config.data.cache_dir == "here"
 
 
+def test_nor_is_the_cache_of_a_named_set_or_a_source_whatever_its_name(run, job, clean_room):
+    named = {"my.set": {"type": "text", "path": "a.txt", "cache_dir": "/anywhere"}}
+    mixture = clean_room / run("data=mixture", "data.sources.a={type: text, path: a.txt}", folder="mixture")
+    saved = yaml.safe_load((mixture / "config.yaml").read_text())["data"]
+    saved["sources"]["a"]["cache_dir"] = "/anywhere"
+    made = job(f"resume={changed(mixture, data=saved)}")
+    assert made.config.data.sources["a"].cache_dir is None
+    assert "data.sources.a.cache_dir is not taken" in made.notes[0]
+
+
 def test_nothing_in_a_runs_configuration_is_interpolated(run, job, clean_room, monkeypatch):
     monkeypatch.setenv("CANARY", "sings")
     folder = changed(

@@ -29,6 +29,7 @@ def run_evaluate(job: Composed) -> int:
     check_checkpoint(config)
     if (n := n_processes(config)) > 1 and not config.tasks:  # which are evaluated by one: devices=auto is this one
         return launch(config, partial(to_file, job), n, "evaluate")
+    tell_notes(job)
     from txtrain.training.evaluation import run
 
     if config.tasks:
@@ -47,6 +48,11 @@ def check_checkpoint(config: OnTrained) -> None:
     """Raise ConfigError if there is none."""
     if config.checkpoint is None:
         raise ConfigError("`checkpoint` must be given: a run, a checkpoint, an export or a Hugging Face folder.")
+
+
+def tell_notes(job: Composed) -> None:
+    for note in job.notes if World.here().rank == 0 else ():
+        print(f"txtrain: {note}", file=sys.stderr)
 
 
 def lines(made: Evaluation) -> Iterator[str]:

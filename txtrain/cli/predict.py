@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from txtrain.cli.evaluate import check_checkpoint, counting
+from txtrain.cli.evaluate import check_checkpoint, counting, tell_notes
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema_of_trained import Predict
 from txtrain.errors import ConfigError
@@ -24,6 +24,7 @@ def run_predict(job: Composed) -> int:
         raise ConfigError("`out` must be given: the .jsonl file to write.")
     if (n := n_processes(config)) > 1:
         return launch(config, partial(to_file, job), n, "predict")
+    tell_notes(job)
     from txtrain.training.prediction import run
 
     with counting("predicted") as tick:

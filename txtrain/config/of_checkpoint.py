@@ -10,7 +10,7 @@ from txtrain.config.compatibility import fits
 from txtrain.config.composed import Composed
 from txtrain.config.schema_of_trained import Evaluate, OnTrained
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import build
+from txtrain.ground.convert import build, without_foreign
 from txtrain.ground.plain_files import check_keys, read_yaml
 from txtrain.model.config import ModelConfig
 from txtrain.registry import TABLE
@@ -46,6 +46,7 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
         raise ConfigError(f"`data` must be given: {str(found.path)!r} is no run, which would name its own.")
     if own and "data.path" not in job.given and not isinstance(config, Evaluate):
         raise ConfigError("`data` must be given, or data.path: the rows to read.")
+    foreign = without_foreign(type(config), saved, job.given)
     data = _own_data(job, saved) if own else _read_alike(job, saved)
     if data.sample_kind == "labels" and found.model.head.pools and "data.kind" not in job.given:
         data = dc.replace(data, kind=found.model.head.kind)
@@ -61,7 +62,8 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
         config = dc.replace(config, reward=build(RewardConfig, saved["reward"], "reward", "`checkpoint`"))
     if isinstance(config, Evaluate) and own and "data.path" not in job.given:
         config = dc.replace(config, split=config.split or "validation")
-    return dc.replace(job, config=fitted(config, found.model, named), grafts={})
+    notes = (*job.notes, *foreign) if own else job.notes
+    return dc.replace(job, config=fitted(config, found.model, named), grafts={}, notes=notes)
 
 
 def fitted(config: OnTrained, model: ModelConfig, named: bool = False) -> Any:

@@ -24,7 +24,7 @@ from txtrain.config.loader import Loader, load
 from txtrain.config.overrides import check
 from txtrain.config.paths import groups_of
 from txtrain.errors import ConfigError
-from txtrain.ground.convert import build, differing, flat, marked
+from txtrain.ground.convert import build, differing, flat, marked, without_foreign
 
 
 def run_folder(run_or_checkpoint: str) -> Path:
@@ -135,14 +135,7 @@ def _without_foreign(raw: dict[str, Any], given: list[str], root: type) -> tuple
                 f"built. Name it again with its values: callbacks.{name}._target_=..., or leave it out: callbacks=none."
             )
     raw["callbacks"] = {}
-    notes: list[str] = []
-    for key, may in marked(root, "from_run").items():
-        said = flat(raw).get(key)
-        if said is not None and key not in given and not may(said):
-            _set(raw, key, None)
-            file = f"the run's config.yaml, which says {said!r}"
-            notes.append(f"{key} is not taken from {file}: give it again to use it.")
-    return problems, notes
+    return problems, without_foreign(root, raw, given)
 
 
 def _changes(saved: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:

@@ -133,6 +133,36 @@ def marked(cls: type, mark: str) -> dict[str, Any]:
     return {key: marks[mark] for key, marks in key_paths(cls).items() if marks.get(mark)}
 
 
+def without_foreign(cls: type, raw: dict[str, Any], given: Iterable[str]) -> list[str]:
+    """Remove from an earlier run's configuration, in place, what only the user may give (`knob(from_run=...)`).
+
+    Returns:
+        A sentence on each value that was removed, but for those of the keys in `given`.
+    """
+    file = "is not taken from the run's config.yaml, which says"
+    removed = dict(_removed(cls, raw, ""))
+    return [
+        f"{key} {file} {shorten(repr(said))}: give it again to use it."
+        for key, said in removed.items() if key not in given
+    ]
+
+
+def _removed(cls: type, raw: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Walks the file's own mappings: a name that the user chose may hold dots."""
+    for f in dc.fields(cls):
+        key, value = key_of(f), raw.get(key_of(f))
+        if (may := f.metadata.get("from_run")) and value is not None and not may(value):
+            raw[key] = None
+            yield _join(prefix, key), value
+        if not isinstance(value, dict):
+            continue
+        several = "axes" in f.metadata
+        each = dc.field(metadata={"axis": f.metadata["axes"]}) if several else f
+        for name, inner in value.items() if several else [("", value)]:
+            for part in parts(cls, each) if isinstance(inner, dict) else ():
+                yield from _removed(part, inner, ".".join(filter(None, (prefix, key, str(name)))))
+
+
 def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted key -> value."""
     found: dict[str, Any] = {}

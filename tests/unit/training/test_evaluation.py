@@ -128,6 +128,19 @@ def test_a_run_alone_is_evaluated_on_what_it_held_out(folder, run, capsys):
     assert abs(rest) < 0.01, f"validation leaves out the last, shorter sequence alone: {rest}"
 
 
+def test_the_cache_is_not_where_a_strangers_run_says(folder, capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("TXTRAIN_CACHE", str(tmp_path / "mine"))
+    there = (f"run_dir={tmp_path / 'run'}", "trainer.max_steps=1", f"data.cache_dir={tmp_path / 'elsewhere'}")
+    train(tiny(folder, *there))
+    shutil.rmtree(tmp_path / "elsewhere")
+    assert main(["evaluate", f"checkpoint={tmp_path / 'run'}", "trainer.accelerator=cpu", "n_bootstrap=0"]) == 0
+    assert "data.cache_dir is not taken" in capsys.readouterr().err
+    assert (tmp_path / "mine").exists()
+    assert not (tmp_path / "elsewhere").exists()
+    cfg = compose(lines(folder, f"checkpoint={tmp_path / 'run'}"), verb="evaluate")
+    assert cfg.data.cache_dir == str(folder / "cache")
+
+
 def test_figures_are_printed_where_the_run_cannot_keep_them_and_a_pipe_is_not_waited_for(folder, run, capsys, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     history = tmp_path / "run" / HISTORY
