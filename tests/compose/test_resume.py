@@ -217,6 +217,9 @@ def test_the_cache_is_not_where_the_file_says(run, job, clean_room):
 
 def test_nor_is_the_cache_of_a_named_set_or_a_source_whatever_its_name(run, job, clean_room):
     named = {"my.set": {"type": "text", "path": "a.txt", "cache_dir": "/anywhere"}}
+    made = job(f"resume={changed(clean_room / run(), eval_tasks=named)}")
+    assert made.config.eval_tasks["my.set"].cache_dir is None
+    assert "eval_tasks.my.set.cache_dir is not taken" in made.notes[0]
     mixture = clean_room / run("data=mixture", "data.sources.a={type: text, path: a.txt}", folder="mixture")
     saved = yaml.safe_load((mixture / "config.yaml").read_text())["data"]
     saved["sources"]["a"]["cache_dir"] = "/anywhere"

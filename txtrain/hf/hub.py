@@ -31,25 +31,33 @@ def folder_of(where: str | os.PathLike[str], key: str) -> Path:
     path, name = path_of(where, key), os.fspath(where)
     if os.path.lexists(path) or not _NAME.fullmatch(name) or name.startswith("."):
         return path
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    from txtrain.data.sources.hub import why_unreachable
+    from txtrain.data.sources.hub import client_errors, said_by, why_unreachable
 
     allowed = f"`{key}` must be a run's folder, one of its checkpoints, a folder of runs, or a model of Hugging Face"
     try:
-        cached = Path(snapshot_download(name, local_files_only=True))
-        if (cached / "config.json").is_file() and any((cached / file).is_file() for w in _WEIGHTS for file in w):
+        cached, has_weights = _snapshot(name, local_files_only=True)
+        if has_weights and (cached / "config.json").is_file():
             return cached
     except (LocalEntryNotFoundError, HFValidationError):
         pass
     if reason := why_unreachable():
         raise ConfigError(f"{allowed}, but {name!r} does not exist, is not in the hub's cache, and {reason}.")
     try:
-        for weights in _WEIGHTS:
-            found = Path(snapshot_download(name, allow_patterns=[*_CONFIGS, *weights]))
-            if any((found / file).is_file() for file in weights):
-                break
-    except (HfHubHTTPError, HFValidationError, ConnectionError) as e:
-        raise ConfigError(f"{allowed}, but {name!r} does not exist, and the hub says: {str(e).splitlines()[0]}") from e
-    return found
+        return _snapshot(name, local_files_only=False)[0]
+    except client_errors() as e:
+        raise ConfigError(f"{allowed}, but {name!r} does not exist, and its download fails: {said_by(e)}") from e
+
+
+def _snapshot(name: str, local_files_only: bool) -> tuple[Path, bool]:
+    """The folder in the cache, and whether it holds weights. The files that are asked for are named also where they
+    are only looked up: the cache knows the whole repository, and is not complete without the others."""
+    from huggingface_hub import snapshot_download
+
+    for weights in _WEIGHTS:
+        wanted = [*_CONFIGS, *weights]
+        found = Path(snapshot_download(name, allow_patterns=wanted, local_files_only=local_files_only))
+        if any((found / file).is_file() for file in weights):
+            return found, True
+    return found, False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from txtrain.data.sources.hub import client_errors, said_by
 from txtrain.errors import ConfigError
 
 
@@ -15,16 +16,15 @@ def check(name: str) -> None:
     """
     try:
         from huggingface_hub import HfApi
-        from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+        from huggingface_hub.errors import LocalTokenNotFoundError
     except ImportError as e:
         raise ConfigError("`push_to` needs huggingface_hub: pip install huggingface_hub.") from e
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError as e:
         raise ConfigError(f"`push_to={name}` needs a token: `hf auth login`, or HF_TOKEN.") from e
-    except (HfHubHTTPError, OSError, RuntimeError) as e:
-        problem = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise ConfigError(f"`push_to={name}`: the hub does not answer for this token: {problem}") from e
+    except (*client_errors(), RuntimeError) as e:
+        raise ConfigError(f"`push_to={name}`: the hub does not answer for this token: {said_by(e)}") from e
 
 
 def push(folder: Path, name: str) -> str:
@@ -36,13 +36,11 @@ def push(folder: Path, name: str) -> str:
         ConfigError: the hub refuses.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
 
     api = HfApi()
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=folder, commit_message="Exported by txtrain")
-    except HfHubHTTPError as e:
-        problem = str(e).strip().splitlines()[0]
-        raise ConfigError(f"`push_to={name}`: the hub refuses: {problem} The export itself is in {folder}.") from e
+    except client_errors() as e:
+        raise ConfigError(f"`push_to={name}`: the hub refuses: {said_by(e)} The export itself is in {folder}.") from e
     return str(url)

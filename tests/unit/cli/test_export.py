@@ -311,16 +311,22 @@ def test_a_push_without_a_token_is_refused_before_anything_is_written(
     graft: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     huggingface_hub = pytest.importorskip("huggingface_hub")
-    from huggingface_hub.errors import LocalTokenNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
 
     class Nobody:
+        why: Exception = LocalTokenNotFoundError("no token")
+
         def whoami(self) -> None:
-            raise LocalTokenNotFoundError("no token")
+            raise self.why
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Nobody)
     out = graft.parent / "out"
-    assert main(["export", f"checkpoint={graft}", f"out={out}", "push_to=me/graft"]) == 2
+    given = ["export", f"checkpoint={graft}", f"out={out}", "push_to=me/graft"]
+    assert main(given) == 2
     assert "`push_to=me/graft` needs a token" in capsys.readouterr().err
+    Nobody.why = HfHubHTTPError.__mro__[1]("no route")  # of a connection: no OSError in some versions of the client
+    assert main(given) == 2
+    assert "`push_to=me/graft`: the hub does not answer for this token: no route" in capsys.readouterr().err
     assert not out.exists()
 
 

@@ -208,6 +208,9 @@ def test_a_name_on_the_hub_is_a_folder_in_its_cache(folder, exported, tmp_path, 
     shutil.copytree(exported, snapshot)
     (tmp_path / "models--someone--small/refs").mkdir()
     (tmp_path / "models--someone--small/refs/main").write_text(snapshot.name)
+    listed = {name: {"size": 1, "blob_id": "0" * 40} for name in (".gitattributes", *os.listdir(snapshot))}  # which is not downloaded
+    (tmp_path / "models--someone--small/trees").mkdir()
+    (tmp_path / f"models--someone--small/trees/{snapshot.name}.json").write_text(json.dumps({"format_version": 1, "files": listed}))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     why_unreachable.cache_clear()
@@ -217,6 +220,27 @@ def test_a_name_on_the_hub_is_a_folder_in_its_cache(folder, exported, tmp_path, 
     with pytest.raises(ConfigError, match=r"`init_from` must be .*'someone/large' does not exist, is not in the hub's cache, and HF_HUB_OFFLINE"):
         starting(folder, "someone/large", "x")
     why_unreachable.cache_clear()
+
+
+def test_a_hub_that_is_lost_during_a_download_is_told(folder, tmp_path, monkeypatch):
+    """The client's errors of a connection are OSErrors in some of its versions."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    lost = [kind("lost on the way") for kind in (errors.LocalEntryNotFoundError, errors.HfHubHTTPError.__mro__[1])]
+
+    def download(name, local_files_only=False, **how):
+        raise errors.LocalEntryNotFoundError("absent") if local_files_only else lost[-1]
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr("txtrain.data.sources.hub.why_unreachable", lambda: None)
+    monkeypatch.setattr("txtrain.data.tokenizer.load.why_unreachable", lambda: None)
+    while lost:
+        with pytest.raises(ConfigError, match="'someone/large' does not exist, and its download fails: lost on the way"):
+            starting(folder, "someone/large", "x")
+        with pytest.raises(ConfigError, match=r"`data.tokenizer` must be .* but is someone/words instead: lost on the way"):
+            load_tokenizer("someone/words")
+        lost.pop()
 
 
 def folder_from_config(family, where, tokenizer, *given):

@@ -55,6 +55,19 @@ def why_unreachable() -> str | None:
     return answer[0] if answer else f"{constants.ENDPOINT} does not answer within {_PATIENCE:.0f} s"
 
 
+def client_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises if the hub refuses, or is lost on the way. Its versions differ in the library that
+    asks: errors of a connection are OSErrors in requests, and not in httpx."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return OSError, HFValidationError, *HfHubHTTPError.__bases__
+
+
+def said_by(e: Exception) -> str:
+    """An error of the hub's client in a line: `Cannot find ... on the local disk` has a cause."""
+    return next(iter(str(e.__cause__ or e).strip().splitlines()), type(e).__name__)
+
+
 @contextlib.contextmanager
 def offline() -> Iterator[None]:
     """Restrict the libraries to their caches. Both read a module constant at each use."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from txtrain.data.sources.files import missing
-from txtrain.data.sources.hub import why_unreachable
+from txtrain.data.sources.hub import client_errors, said_by, why_unreachable
 from txtrain.data.tokenizer.folder import SOURCE_FILES, files_in
 from txtrain.data.tokenizer.limits import check_parts, check_tables
 from txtrain.data.tokenizer.tokenizer import ChatTemplate, Tokenizer, byte_tokenizer, told
@@ -253,7 +253,7 @@ def _from_hub(name: str) -> Path:
     if looks_local or not _HUB_NAME.fullmatch(name):
         raise ConfigError(missing(name, "data.tokenizer", "a folder, a file, a hub name, bytes or train"))
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     templates = _TEMPLATE, "additional_chat_templates/*.jinja"
     wanted = [*SOURCE_FILES, *templates]
@@ -271,8 +271,8 @@ def _from_hub(name: str) -> Path:
         )
     try:
         return Path(snapshot_download(name, allow_patterns=wanted))
-    except (HfHubHTTPError, ConnectionError) as e:
+    except client_errors() as e:
         raise ConfigError(
             f"`data.tokenizer` must be a folder, a file, a hub name, bytes or train, "
-            f"but is {name} instead: {str(e).splitlines()[0]}.{near}"
+            f"but is {name} instead: {said_by(e).rstrip('.')}.{near}"
         ) from e
