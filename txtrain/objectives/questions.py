@@ -14,6 +14,7 @@ from torch import Tensor
 
 from txtrain.model.generation import generate
 from txtrain.objectives.base import IGNORED, Batch, Objective, Statistics, of_targets, stacked
+from txtrain.objectives.continuations import end_tokens
 
 
 def read_by(model: Any, batch: Batch, two_stacks: bool) -> dict[str, Tensor]:
@@ -116,28 +117,28 @@ def answered(
     model: Any, batch: Batch, tokenizer: Any, two_stacks: bool, max_new_tokens: int, stop: tuple[str, ...] = (),
     **how: Any,
 ) -> list[str]:
-    """The text with which the model continues what it reads of each question, up to the end token or a stop text.
+    """The text with which the model continues what it reads of each question, up to an end token or a stop text.
 
     how: further arguments of `generate`.
     """
     ids_BT, read_BT = batch["input_ids"][:, 0], batch["attention_mask"][:, 0].bool()
     if not two_stacks:
         read_BT = read_BT & ((batch["labels"][:, 0] == IGNORED).long().cumprod(-1) == 1)  # without the known answer
-    lengths = read_BT.sum(-1)
-    P = int(lengths.max())
-    prompts, mask = ids_BT.new_zeros(len(ids_BT), P), ids_BT.new_zeros(len(ids_BT), P)
-    for i, n in enumerate(lengths.tolist()):
-        prompts[i, P - n :], mask[i, P - n :] = ids_BT[i, :n], 1
-    if model.max_positions is not None:
-        max_new_tokens = min(max_new_tokens, model.max_positions - (1 if two_stacks else P))
-    if max_new_tokens < 1:
-        return [""] * len(prompts)
-    out = generate(
-        model, prompts, mask, max_new_tokens=max_new_tokens, **{"eos_token_id": tokenizer.eos_id, **how}
-    )
-    texts = []
-    for row in out[:, 1 if two_stacks else P :].tolist():
-        ids = row[: row.index(tokenizer.eos_id)] if tokenizer.eos_id in row else row
-        text = tokenizer.decode(ids)
-        texts.append(text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))])
+    lengths = read_BT.sum(-1).tolist()
+    room = [max_new_tokens] * len(lengths)
+    if model.max_positions is not None:  # what a row may write is its own length's matter, not its neighbours'
+        room = [max(0, min(max_new_tokens, model.max_positions - (1 if two_stacks else n))) for n in lengths]
+    ends = end_tokens(model.config, tokenizer)
+    texts = [""] * len(lengths)
+    for n_new in sorted({*room} - {0}):
+        rows = [i for i, n in enumerate(room) if n == n_new]
+        P = max(lengths[i] for i in rows)
+        prompts, mask = ids_BT.new_zeros(len(rows), P), ids_BT.new_zeros(len(rows), P)
+        for at, i in enumerate(rows):
+            prompts[at, P - lengths[i] :], mask[at, P - lengths[i] :] = ids_BT[i, : lengths[i]], 1
+        out = generate(model, prompts, mask, max_new_tokens=n_new, eos_token_id=ends, **how)
+        for i, row in zip(rows, out[:, 1 if two_stacks else P :].tolist(), strict=True):
+            end = next((at for at, token in enumerate(row) if token in ends), len(row))
+            text = tokenizer.decode(row[:end])
+            texts[i] = text[: min((at for s in stop if (at := text.find(s)) >= 0), default=len(text))]
     return texts

@@ -24,6 +24,7 @@ from txtrain.errors import ConfigError
 from txtrain.model.config import ModelConfig, Sampling
 from txtrain.model.generation import Decoding, continue_rows
 from txtrain.model.transformer import shifted_right
+from txtrain.objectives.continuations import end_tokens
 from txtrain.objectives.questions import answered, read_by
 from txtrain.objectives.rewards import Rewards, jobs_of
 from txtrain.training.batches import placed
@@ -48,6 +49,10 @@ class Maker:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def told(self) -> str:
+        """How many rows are not read whole, as a sentence; nothing if all are."""
+        return ""
 
     def objects(self, index: list[int]) -> list[dict[str, Any]]:
         """Of these rows, without their `index`."""
@@ -113,6 +118,26 @@ class OfTexts(Maker):
         self.rows, self.tokenizer = rows, tokenizer
         self.two_stacks = config.model.topology == "encoder_decoder"
         self.known = digest(rows, tokenizer.fingerprint)
+        self._is_cut = False  # whether the newest row is
+        limit, n_new = config.seq_len, config.max_new_tokens
+        if what == "text" and not self.two_stacks and n_new >= limit:
+            allowed = f"below data.seq_len, which holds a prompt and its answer and is {limit}"
+            raise ConfigError(f"`max_new_tokens` must be {allowed}, but is {n_new} instead.")
+
+    def told(self) -> str:
+        n_cut = 0
+        for row in self.rows:
+            self._is_cut = False
+            self._ids(*row) if self.what == "embedding" else self._encoded(*row)
+            n_cut += self._is_cut
+        limit = f"data.seq_len={self.config.seq_len}"
+        if self.what == "text" and not self.two_stacks:
+            limit += f" less max_new_tokens={self.config.max_new_tokens}: their begin is not read"
+        return f"{n_cut:,} of {len(self.rows):,} rows are longer than {limit}." if n_cut else ""
+
+    def _cut(self, ids: Ids, kept: slice) -> Ids:
+        self._is_cut |= len(ids[kept]) < len(ids)
+        return ids[kept]
 
     def batch(self, index: list[int]) -> dict[str, Tensor]:
         if self.what == "embedding":
@@ -127,7 +152,7 @@ class OfTexts(Maker):
         begin = [] if tokenizer.bos_id is None or self.two_stacks else [tokenizer.bos_id]
         end = [] if self.config.model.topology == "decoder" else [tokenizer.eos_id]
         ids = tokenizer.encode(before + scored if not self.two_stacks else before)
-        whole = [*begin, *ids[: limit - len(begin) - len(end)], *end]
+        whole = [*begin, *self._cut(ids, slice(limit - len(begin) - len(end))), *end]
         return whole or [tokenizer.eos_id]
 
     def _whole(self, rows: Sequence[Ids]) -> dict[str, Tensor]:
@@ -140,15 +165,16 @@ class OfTexts(Maker):
         """To generate: what is read. Else what is read, and what is predicted, by windows if it is long."""
         tokenizer, limit = self.tokenizer, self.config.seq_len
         if self.what == "text":
-            room = limit - 1 if self.two_stacks else max(limit - self.config.max_new_tokens, 1)
             if self.two_stacks:
-                return Encoded((([*tokenizer.encode(before)[:room], tokenizer.eos_id], []),), (0,), None)
+                read = self._cut(tokenizer.encode(before), slice(limit - 1))
+                return Encoded((([*read, tokenizer.eos_id], []),), (0,), None)
             begin = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
             ids = [*begin, *tokenizer.encode(before)] or [tokenizer.eos_id]
-            return Encoded(((ids[-room:], []),), (0,), None)
+            read = self._cut(ids, slice(self.config.max_new_tokens - limit, None))
+            return Encoded(((read, []),), (0,), None)
         if self.two_stacks:
-            read = [*tokenizer.encode(before)[: limit - 1], tokenizer.eos_id]
-            target = [*tokenizer.encode(scored), tokenizer.eos_id][:limit]
+            read = [*self._cut(tokenizer.encode(before), slice(limit - 1)), tokenizer.eos_id]
+            target = self._cut([*tokenizer.encode(scored), tokenizer.eos_id], slice(limit))
             return Encoded(((read, target),), (0,), None)
         begin = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
         first = tokenizer.encode(before) if scored else []
@@ -217,7 +243,7 @@ class OfProblems(Maker):
         of = [i // self.config.n for i in index]
         batch = self.rows.batch(np.asarray(of))
         asked = [problem_of(text) for text in batch["problem"]]
-        job = Decoding(self.how, (self.tokenizer.eos_id,), device=self.device)
+        job = Decoding(self.how, end_tokens(self.config.model, self.tokenizer), device=self.device)
         written = continue_rows(self.model, [self.rows.ids[i] for i in of], job, index)
         jobs = jobs_of(asked, written, self.tokenizer)
         totals = map(self.rewards.total, self.rewards(jobs))

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -75,6 +76,8 @@ def run(config: Predict, tick: Tick = lambda done, n: None) -> int:
         maker = parallel.together(lambda: _maker(config, what, device))
         file = parallel.first_only(lambda: PartFile(out, _identity(config, what, maker, weights)))
         step = config.micro_batch_size * parallel.size
+        if file is not None and (said := maker.told()):
+            print(f"txtrain: {said}", file=sys.stderr)
         begin = parallel.first(lambda: file.begin(step) if file else 0)
         maker.model = parallel.lay_read_only(source, device)
         source.close()

@@ -1,5 +1,6 @@
 """Questions: the likeliest choice, the end of a text, generated answers; against transformers and by hand."""
 
+import dataclasses as dc
 import json
 
 import numpy as np
@@ -8,12 +9,14 @@ import torch
 import torch.nn.functional as F
 
 import txtrain
+from tests.models import seeded
 from tests.training import tiny
 from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.sources.questions import Cloze, MultipleChoice, Question, QuestionFiles
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
+from txtrain.objectives.questions import answered
 from txtrain.training.evaluation import measured, reading
 from txtrain.training.run import train
 
@@ -83,8 +86,6 @@ def test_the_end_of_a_text_is_predicted_token_by_token(folder, run):
 def test_answers_are_generated_and_compared(folder, run):
     with reading(config(folder, run, "questions")) as (reader, data):
         batch = reader.batch(data.sets[""], [np.arange(3)], 0)
-        from txtrain.objectives.questions import answered
-
         texts = answered(reader.model, batch, reader.tokenizer, False, 5)
         tokenizer = byte_tokenizer()
         for row, text in zip(ROWS, texts, strict=False):
@@ -99,6 +100,23 @@ def test_answers_are_generated_and_compared(folder, run):
     assert {"loss", "perplexity", "accuracy", "exact_match"} <= set(made.metrics)
     anything = txtrain.evaluate(run, config(folder, run, "questions", "objective=answers", "objective.max_new_tokens=2", "objective.pattern=zzz"))
     assert anything.metrics["exact_match"].value == 1.0, "nothing is found in either"
+
+
+def test_an_answer_is_its_questions_own_and_ends_at_any_of_the_models_end_tokens():
+    """Learned positions: what a short question may be answered with is not bounded by a longer neighbour."""
+    small = ["model=gpt2", "data.path=x", "model.dim=16", "model.n_layers=1", "model.n_heads=2", "model.max_seq_len=32", "model.vocab_size=257"]
+    tokenizer, model = byte_tokenizer(), seeded(compose([*small, "model.init.std=1"]).model).eval()
+    questions = [Question(((text, " x"),), (2,), 0) for text in ("ab", "a question of 30 bytes or so", "abc", "a" * 31)]
+    items = [encode(question, tokenizer, 32, False) for question in questions]
+
+    def answers(*index):
+        return answered(model, QuestionRows(items, np.arange(4), tokenizer, False).batch(np.array(index)), tokenizer, False, 12)
+
+    together, alone = answers(0, 1, 2, 3), [text for i in range(4) for text in answers(i)]
+    assert together == alone
+    ids = tokenizer.encode(alone[0])
+    model.config = dc.replace(model.config, eos_token_id=(tokenizer.eos_id, ids[3]))
+    assert answers(0) == [tokenizer.decode(ids[: ids.index(ids[3])])]
 
 
 def given(cls, **how):

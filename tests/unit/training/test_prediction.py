@@ -76,6 +76,8 @@ def test_log_probabilities_are_of_each_whole_text(folder, run, capsys):
 def test_texts_are_those_of_generate_alone(folder, run, capsys):
     model, tokenizer = txtrain.load_pretrained(run), byte_tokenizer()
     found = predicted(folder, run, "texts", "max_new_tokens=5")
+    n_cut = sum(1 + len(text.encode()) > 43 for text in TEXTS)
+    assert f"{n_cut} of 21 rows are longer than data.seq_len=48 less max_new_tokens=5: their begin is not read" in capsys.readouterr().err
     for row, text in list(zip(found, TEXTS, strict=True))[:4]:
         prompt = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])[:, -43:]
         ids = txtrain.generate(model, prompt, max_new_tokens=5, eos_token_id=tokenizer.eos_id)[0, prompt.shape[1] :].tolist()
@@ -210,6 +212,7 @@ def test_a_file_does_not_go_on_with_other_weights(folder, tmp_path, monkeypatch,
         (["predict.what=label"], "`predict.what` must be auto or one of embedding, text, log_probability"),
         (["out=x.json"], "`out` must be a .jsonl file"),
         (["predict.what=txt"], "predict.what"),
+        (["max_new_tokens=48"], "`max_new_tokens` must be below data.seq_len, which holds a prompt and its answer and is 48, but is 48 instead."),
         (["data=multiple_choice", "data.path=x.jsonl"], "`data` must be rows of"),
     ],
 )
