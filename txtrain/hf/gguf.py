@@ -55,10 +55,12 @@ _SPLITS = {(_GPT2, False): "gpt-2", (_LLAMA3, True): "llama-bpe"}
 
 
 class _Words(NamedTuple):
-    """A byte-level BPE: tokens by id, merges, ids of special tokens, and llama.cpp's name of its splits, if any."""
+    """A byte-level BPE: tokens by id, merges, ids of the added tokens and of those that are special, and llama.cpp's
+    name of its splits, if any."""
 
     tokens: dict[int, str]
     merges: list[str]
+    added: set[int]
     special: set[int]
     splits: str | None
 
@@ -135,7 +137,7 @@ def _add_shape(writer: Any, form: Format, saved: Saved) -> None:
         writer.add_rope_dimension_count(head_dim)
         writer.add_key_length(head_dim)
         writer.add_value_length(head_dim)
-        writer.add_rope_freq_base(model.position.theta)
+        writer.add_rope_freq_base(config["rope_theta"])  # NTK scaling is another base
         writer.add_layer_norm_rms_eps(model.norm.eps)
         if window := config.get("sliding_window"):
             writer.add_sliding_window(window)
@@ -165,18 +167,17 @@ def _add_tokenizer(writer: Any, saved: Saved, tokenizer: Tokenizer | None) -> bo
     config = saved.model.config
     ids = {"bos": config.bos_token_id, "pad": config.pad_token_id}
     ends = config.eos_token_id
-    ids["eos"] = ends[0] if isinstance(ends, tuple) else ends
+    ids["eos"] = next(iter(ends), None) if isinstance(ends, tuple) else ends
     for name, value in ids.items():
         if value is not None and value < config.vocab_size:
             getattr(writer, f"add_{name}_token_id")(value)
     said = None if tokenizer is None else _bpe(tokenizer)
     if said is None or said.splits is None:
         return False
-    tokens, merges, special, splits = said
-    kinds = [
-        gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL if i in tokens else gguf.TokenType.UNUSED
-        for i in range(config.vocab_size)
-    ]
+    tokens, merges, added, special, splits = said
+    types = gguf.TokenType
+    by_kind = ((special, types.CONTROL), (added, types.USER_DEFINED), (tokens, types.NORMAL))  # NORMAL: found by merges
+    kinds = [next((kind for some, kind in by_kind if i in some), types.UNUSED) for i in range(config.vocab_size)]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(splits)
     writer.add_token_list([tokens.get(i, f"[UNUSED{i}]") for i in range(config.vocab_size)])
@@ -202,7 +203,8 @@ def _bpe(tokenizer: Tokenizer) -> _Words | None:
     added = said.get("added_tokens") or []
     tokens |= {token["id"]: token["content"] for token in added}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    return _Words(tokens, merges, {token["id"] for token in added if token.get("special")}, _splits(said))
+    special = {token["id"] for token in added if token.get("special")}
+    return _Words(tokens, merges, {token["id"] for token in added}, special, _splits(said))
 
 
 def _splits(said: Mapping[str, Any]) -> str | None:

@@ -13,10 +13,14 @@ import torch
 import txtrain
 from tests.models import ids, seeded, shake, tiny
 from txtrain.cli.main import main
+from txtrain.data.tokenizer.load import load_tokenizer
 from txtrain.errors import ConfigError
+from txtrain.hf.gguf import write_gguf
 from txtrain.hf.load import load_pretrained
 from txtrain.hf.registry import class_of, leaving
+from txtrain.hf.save import Saved
 from txtrain.model import options
+from txtrain.model.position.config import NTKScaling
 
 GRAFT = tiny(norm_position="sandwich", position=options.AlibiConfig(type="alibi"), ffn=options.MoEConfig(type="moe"))
 
@@ -270,6 +274,26 @@ def test_gguf_holds_a_tokenizer_only_if_llama_cpp_splits_texts_alike(
     field = gguf.GGUFReader(tmp_path / "out/llama2.gguf").get_field("tokenizer.ggml.pre")
     assert (None if field is None else field.contents()) == name
     assert ("without a tokenizer: llama.cpp knows none" in capsys.readouterr().out) == (name is None)
+
+
+def test_gguf_has_the_base_that_ntk_scaling_makes_and_looks_added_tokens_up_before_merges(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf")
+    scaled = options.RoPEConfig(type="rope", scaling=NTKScaling(rope_type="ntk", factor=4.0))
+    model = seeded(dc.replace(IN_GGUF["llama2"], position=scaled, eos_token_id=()))
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["the reader counts tokens"], tokenizers.trainers.BpeTrainer(vocab_size=40, special_tokens=["<end>"]))
+    bpe.add_tokens([" four spaces"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<end>"}')
+    saved = Saved.of(model)
+    assert write_gguf(saved, tmp_path / "a.gguf", load_tokenizer(tmp_path))
+    fields = gguf.GGUFReader(tmp_path / "a.gguf").fields
+    assert fields["llama.rope.freq_base"].contents() == pytest.approx(saved.config["rope_theta"])
+    assert saved.config["rope_theta"] > model.config.position.theta * 4
+    types = dict(zip(fields["tokenizer.ggml.tokens"].contents(), fields["tokenizer.ggml.token_type"].contents(), strict=True))
+    assert (types["<end>"], types[" four spaces"], types["t"]) == (gguf.TokenType.CONTROL, gguf.TokenType.USER_DEFINED, gguf.TokenType.NORMAL)
+    assert "tokenizer.ggml.eos_token_id" not in fields
 
 
 def test_gguf_refuses_values_that_the_format_does_not_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
