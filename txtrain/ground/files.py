@@ -13,6 +13,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from txtrain.errors import ConfigError, shorten
 
@@ -55,7 +56,7 @@ def write(path: Path, text: str | bytes) -> None:
     """Write a file atomically: a reader sees the old or the new text, also after a power failure."""
     part = path.with_name(path.name + ".tmp")
     try:
-        with open(part, "wb") as f:
+        with new(part) as f:
             f.write(text.encode() if isinstance(text, str) else text)
             f.flush()
             os.fsync(f.fileno())
@@ -64,6 +65,12 @@ def write(path: Path, text: str | bytes) -> None:
         part.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def new(path: Path) -> BinaryIO:
+    """An empty file in place of what has its name: a link that a stranger's folder holds is not written through."""
+    path.unlink(missing_ok=True)
+    return path.open("xb")
 
 
 def reserve(handle: int, size: int) -> None:

@@ -114,7 +114,8 @@ class Saved:
             tokens = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
             ids = {name: config[name] for name in tokens if name in config}
             content = generation_config.written(self.model.generation_file, ids)
-            (folder / generation_config.FILE).write_bytes(content)
+            with files.new(folder / generation_config.FILE) as f:
+                f.write(content)
         if tokenizer is not None:
             tokenizer.save(folder)
         else:

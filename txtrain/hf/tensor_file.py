@@ -183,7 +183,7 @@ def write_safetensors(
         header[name] = {"dtype": words[dtypes[name]], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
-    with path.open("wb") as f:
+    with files.new(path) as f:
         files.reserve(f.fileno(), 8 + len(text) + end)
         f.write(len(text).to_bytes(8, "little") + text)
         for name in shapes:

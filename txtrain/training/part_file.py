@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.ground.plain_files import check_file, read_bytes
 
 _CHUNK = 1 << 20  # bytes that are looked through at once: embeddings of many rows are larger than the memory
 
@@ -20,7 +22,9 @@ class PartFile:
     def __init__(self, out: Path, identity: str) -> None:
         self.out = out
         self.part, self.id = (out.with_name(f"{out.name}.part{end}") for end in ("", ".id"))
-        if self.part.exists() and (not self.id.exists() or self.id.read_text(encoding="utf-8") != identity):
+        for file in filter(os.path.lexists, (self.part, self.id)):  # a stranger's folder may hold links and pipes
+            check_file(file, limit=None)
+        if self.part.exists() and (not self.id.exists() or read_bytes(self.id) != identity.encode()):
             raise ConfigError(
                 f"`out`: {self.part} is of another checkpoint, other data or other keys: give its own, or remove it."
             )

@@ -14,10 +14,15 @@ from pathlib import Path
 
 import pytest
 
+import txtrain
+from tests.models import seeded
+from tests.models import tiny as small
 from tests.training import tiny
 from txtrain.checkpoint import run_folder
+from txtrain.data.tokenizer.tokenizer import byte_tokenizer
 from txtrain.errors import ConfigError
 from txtrain.ground import files
+from txtrain.training.part_file import PartFile
 
 HOLD = "import sys, time; from pathlib import Path; from txtrain.ground import files; held = files.lock(Path(sys.argv[1])); print(held is not None, flush=True); time.sleep(60)"
 
@@ -238,3 +243,38 @@ def test_space_is_asked_for_and_a_file_that_finds_none_is_refused_before_its_fir
     files.reserve(ends[1], 3000)  # nor has a pipe
     for end in ends:
         os.close(end)
+
+
+def test_links_that_lie_where_a_file_is_to_be_written_are_not_written_through(tmp_path):
+    mine, folder = tmp_path / ".bashrc", tmp_path / "strangers"
+    mine.write_text("mine")
+    folder.mkdir()
+    (folder / "out.json.tmp").symlink_to(mine)
+    (folder / "out.json").symlink_to(mine)
+    files.write(folder / "out.json", "text")
+    assert (folder / "out.json").read_text() == "text"
+    for name in ("model.safetensors.tmp", "generation_config.json", "tokenizer.json"):
+        (folder / name).symlink_to(mine)
+    txtrain.save_pretrained(seeded(small()), folder, byte_tokenizer())
+    assert mine.read_text() == "mine"
+    assert not any(path.is_symlink() for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("end", ["", ".id"])
+def test_a_prepared_file_of_an_interrupted_command_is_refused(end, tmp_path):
+    out = tmp_path / "strangers/out.jsonl"
+    out.parent.mkdir()
+    file = out.with_name(f"out.jsonl.part{end}")
+    file.symlink_to(tmp_path / "new")
+    with pytest.raises(ConfigError, match="must stay in its folder, but is a link"):
+        PartFile(out, "id").begin(1)
+    assert not (tmp_path / "new").exists()
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(ConfigError, match="must be a regular file"):
+        PartFile(out, "id")
+    file.unlink()
+    out.with_name("out.jsonl.part").write_text("")
+    out.with_name("out.jsonl.part.id").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="is of another checkpoint"):
+        PartFile(out, "id")

@@ -20,6 +20,7 @@ from txtrain.data.tokenizer.cuts import byte_level_places, cut
 from txtrain.data.tokenizer.folder import CHAT_TEMPLATES
 from txtrain.data.tokenizer.limits import MAX_IDS, check_frame
 from txtrain.errors import ConfigError, shorten
+from txtrain.ground import files
 from txtrain.ground.plain_files import parse_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -270,18 +271,17 @@ class Tokenizer:
                 write_files(folder, _template_files(self.chat_template))
         config |= self.settings
         # Not by the backend's `save`, which reports a full disk by an error of its own.
-        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
-        (folder / "tokenizer_config.json").write_text(
-            json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
-        )
-        write_files(folder, self.files)
+        said = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
+        made = {"tokenizer.json": self.backend.to_str(pretty=True), "tokenizer_config.json": said}
+        write_files(folder, {name: text.encode() for name, text in made.items()} | self.files)
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
     """Write files by name, which may lie one folder deeper."""
     for name, content in contents.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_bytes(content)
+        with files.new(folder / name) as f:
+            f.write(content)
 
 
 def _template_files(template: ChatTemplate) -> dict[str, bytes]:
