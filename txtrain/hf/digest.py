@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 
+from txtrain.ground.plain_files import check_file
 from txtrain.hf.tensor_names import CHECKSUMS, read_header
 
 BASE = "base.json"  # beside a checkpoint that holds an adapter alone
@@ -30,6 +31,7 @@ def sha256_of(path: Path) -> str:
 @lru_cache(maxsize=256)
 def _digest(file: Path, size: int, changed: int) -> str:
     """size, changed: of the file; a start asks for the same ones several times."""
+    check_file(file, limit=None)  # opening a pipe would wait
     header, end = read_header(file) if file.suffix == ".safetensors" else ({}, 0)
     with file.open("rb") as f:
         if CHECKSUMS in (header.get("__metadata__") or {}):

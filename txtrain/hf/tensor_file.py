@@ -8,8 +8,10 @@ twice the model. Here it grows by one tensor.
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import pickletools
 import warnings
 import weakref
 import zipfile
@@ -36,6 +38,7 @@ _SIZES = {name: dtype.itemsize for name, dtype in (DTYPES | _BUFFERS).items()} |
 }
 
 NOTHING: Mapping[str, str] = MappingProxyType({})
+_MAX_DIMS = 64  # as in torch; a product of a million long numbers takes hours
 _PIECE = 1 << 20  # bytes, which are still in the CPU cache when they are used
 
 
@@ -68,7 +71,7 @@ class SafetensorsFile:
     def _entry(self, name: str, said: Any) -> tuple[Entry, int, int]:
         try:
             dtype, shape, (begin, end) = said["dtype"], said["shape"], said["data_offsets"]
-            sound = all(type(v) is int and v >= 0 for v in (*shape, begin, end))
+            sound = len(shape) <= _MAX_DIMS and all(type(v) is int and 0 <= v < 2**63 for v in (*shape, begin, end))
             sound = sound and end - begin == n_elements(shape) * _SIZES[dtype]
         except (TypeError, KeyError, ValueError):
             sound = False
@@ -132,15 +135,37 @@ def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:
         return -1, -1  # not a tensor: `_entry` refuses it
 
 
+# What the pickle of tensors by name names. torch's list has more, such as bytearray: ten bytes make one of any size.
+_GLOBALS = {
+    "collections.OrderedDict", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
+    *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
+    *(f"{cls.__module__}.{cls.__name__}" for cls in torch._storage_classes),
+}
+
+
+def _check_globals(path: Path, is_zip: bool) -> None:
+    """Raise ValueError if a pickle that `torch.load` would read names anything else, and whatever damage raises."""
+    with path.open("rb") as f:
+        # Before the zip format: a magic number, a version, facts of the system, the tensors, keys of their storages.
+        pickle = io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")) if is_zip else f
+        for _ in range(1 if is_zip else 5):
+            for op, said, _ in pickletools.genops(pickle):
+                if op.name == "GLOBAL" and str(said).replace(" ", ".", 1) not in _GLOBALS:
+                    raise ValueError(f"it names {said}")
+
+
 class PickleFile:
     """pytorch_model.bin: only tensors are unpickled; the newer zip format is mapped, not read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            mapped = zipfile.is_zipfile(path)
+            with path.open("rb") as f:
+                mapped = f.read(4) == b"PK\x03\x04"  # as torch tells it; what is mapped cannot grow to what it claims
             if mapped and any(entry.compress_type for entry in zipfile.ZipFile(path).infolist()):
                 raise ValueError("torch does not compress, and compressed data may be of any size")
+            _check_globals(path, is_zip=mapped)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about the pickle's age
                 loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)

@@ -3,6 +3,7 @@ import os
 import pickle
 import struct
 import time
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from txtrain.checkpoint.load import open_base
 from txtrain.errors import ConfigError
 from txtrain.hf.digest import sha256_of
 from txtrain.hf.load import load_pretrained
+from txtrain.hf.tensor_file import DTYPES, NUMBERS, PickleFile
 
 QUICKLY = 2.0  # seconds
 
@@ -47,6 +49,25 @@ def test_a_pickle_is_not_run(folder, payload):
             (folder / "pytorch_model.bin").write_bytes(protocol)
         refused(folder, r"pytorch_model\.bin must hold")
         assert not os.path.exists("/tmp/txtrain-was-run")
+
+
+def test_a_pickle_makes_tensors_alone(folder, monkeypatch):
+    """bytearray(2**34) is on torch's list of what is no code; memory would be taken before the result is looked at."""
+    (folder / "model.safetensors").unlink()
+    payload = {"model.norm.weight": bytearray(b"xyz")}
+    for older in (True, False):
+        torch.save(payload, folder / "pytorch_model.bin", _use_new_zipfile_serialization=not older)
+        monkeypatch.setattr(torch, "load", lambda *given, **how: pytest.fail("it was read"))
+        refused(folder, r"pytorch_model\.bin must hold tensors and nothing else")
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("older", [True, False])
+def test_a_pickle_of_tensors_of_all_dtypes_is_read(older, tmp_path):
+    kinds = [*(DTYPES | NUMBERS).values(), torch.bool, *([] if older else [torch.float8_e4m3fn, torch.uint16])]
+    held = {str(kind): torch.zeros(3, dtype=kind) for kind in kinds} | {"p": torch.nn.Parameter(torch.ones(2, 2))}
+    torch.save(OrderedDict(held), tmp_path / "a.bin", _use_new_zipfile_serialization=not older)
+    assert PickleFile(tmp_path / "a.bin").entries.keys() == held.keys()
 
 
 def test_a_tensor_that_claims_more_than_its_storage_is_refused(folder):
@@ -259,6 +280,8 @@ def changed(**what):
         changed(data_offsets=[1e400, 2]),
         changed(shape=[10**18, 10**18]),
         changed(shape=[-32]),
+        changed(shape=[10**39] * 300_000),
+        changed(shape=[1] * 65),
         changed(shape=["32"]),
         changed(shape=[True] * 5),
         changed(shape=None),
@@ -299,7 +322,10 @@ def test_a_generation_config_that_was_lost_is_not_passed_over(folder):
     refused(folder, r"generation_config\.json must be a file, but is a link to none")
 
 
-def test_a_pipe_is_not_waited_for(folder):
+def test_a_pipe_is_not_waited_for(folder, tmp_path):
+    os.mkfifo(tmp_path / "pytorch_model.bin")
+    with pytest.raises(ConfigError, match="must be a regular file"):
+        sha256_of(tmp_path)
     (folder / "model.safetensors").unlink()
     os.mkfifo(folder / "model.safetensors")
     refused(folder, r"one of model\.safetensors")
