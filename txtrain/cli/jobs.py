@@ -74,6 +74,9 @@ def _on_trained(job: Composed) -> Composed:
     config = job.config
     if not isinstance(config, OnTrained) or (where := config.checkpoint or config.init_from) is None:
         return job
+    if None not in (config.checkpoint, config.init_from):
+        what = f"`init_from` must be null with checkpoint={config.checkpoint}, which names the weights"
+        raise ConfigError(f"{what}, but is {config.init_from!r} instead.")
     from txtrain.checkpoint.described import describe
 
     job = dc.replace(job, config=dc.replace(config, checkpoint=where, init_from=None))

@@ -176,6 +176,7 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
         (["run_dir=elsewhere"], "`run_dir` must not be given here: nothing here reads it."),
         (["name=mine", "logger=wandb"], "`logger` must not be given here: nothing here reads it."),
         (["callbacks=none"], "`callbacks` must not be given here"),
+        (["init_from={run}"], "`init_from` must be null with checkpoint="),
         (["resume=elsewhere"], "`resume` must not be given here"),
         (["recipe=gpt2_python_docs"], "`recipes` must not be given here"),
         (["trainer.compile=true"], "`trainer.compile` must not be given here"),
@@ -189,7 +190,7 @@ def test_a_path_alone_is_read_as_the_run_reads_its_own(folder, run, documents):
     ],
 )
 def test_mistakes_are_refused_before_anything_is_read(folder, run, documents, words, says, capsys):
-    given = [word.format(documents=documents) for word in words]
+    given = [word.format(documents=documents, run=run) for word in words]
     assert main(["evaluate", f"checkpoint={run}", *lines(folder, *given)]) == 2
     said = capsys.readouterr().err
     assert says in said, said
