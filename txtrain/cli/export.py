@@ -92,7 +92,7 @@ def _write_model(opened: Opened, config: Export, out: Path) -> list[str]:
     assert limit is not None
     model = opened.source.model
     with contextlib.closing(opened.source):
-        saved = Saved.of(model, Whole(opened.source), dtype, limit)
+        saved = Saved.of(model, Whole(opened.source), dtype, limit, finite=not config.allow_nonfinite)
         card = model_card.card(opened.path, saved.hf.architecture, saved.config, config)  # may refuse; weights are dear
         has_tokenizer = True
         if config.format == "gguf":

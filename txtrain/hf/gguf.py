@@ -116,7 +116,7 @@ def write_gguf(saved: Saved, path: Path, tokenizer: Tokenizer | None = None) -> 
             tensor = tensor.float() + 1
         if form.interleaved and s.name.endswith(("q_proj.weight", "k_proj.weight")):
             tensor = _interleaved(tensor, model.n_heads if "q_proj" in s.name else _n_kv(saved))
-        tensor = tensor.detach().to(_dtype(s, saved)).contiguous()
+        tensor = saved.cast(tensor.detach(), _dtype(s, saved), s.name).contiguous()
         writer.write_tensor_data(tensor.view(torch.int16).numpy() if tensor.dtype is torch.bfloat16 else tensor.numpy())
     writer.close()
     return has_tokenizer

@@ -52,7 +52,8 @@ def save_pretrained(
 
 @dc.dataclass(frozen=True)
 class Saved:
-    """What is to be saved. tensors: ours, by name, each read when its turn comes. shapes, dtypes: of all of them."""
+    """What is to be saved. tensors: ours, by name, each read when its turn comes. shapes, dtypes: of all of them.
+    finite: refuse a dtype that makes numbers infinite."""
 
     leaving: Leaving
     model: Transformer
@@ -60,11 +61,12 @@ class Saved:
     shapes: Mapping[str, Shape]
     dtypes: Mapping[str, torch.dtype]
     max_shard_bytes: int = SHARD_BYTES
+    finite: bool = True
 
     @classmethod
     def of(
         cls, model: Transformer, tensors: Mapping[str, Tensor] | None = None, dtype: torch.dtype | None = None,
-        max_shard_bytes: int = SHARD_BYTES,
+        max_shard_bytes: int = SHARD_BYTES, finite: bool = True,
     ) -> Saved:
         """tensors: None: the model's, which otherwise may be without memory. dtype: of the parameters in the files;
         None: the model's."""
@@ -74,7 +76,8 @@ class Saved:
             tensors = Renumbered(tensors, model.config.dim)
         names = {name for name, _ in model.named_parameters()}
         dtypes = {n: dtype if dtype is not None and n in names else t.dtype for n, t in own.items()}
-        return cls(leaves, model, tensors, {n: tuple(t.shape) for n, t in own.items()}, dtypes, max_shard_bytes)
+        shapes = {n: tuple(t.shape) for n, t in own.items()}
+        return cls(leaves, model, tensors, shapes, dtypes, max_shard_bytes, finite)
 
     @property
     def hf(self) -> HFClass:
@@ -103,7 +106,9 @@ class Saved:
         shards = _shards({name: s.shape for name, s in stored.items()}, dtypes, self.max_shard_bytes)
         for name, held in shards.items():
             part = folder / f"{name}.tmp"
-            write_safetensors(part, held, dtypes, lambda name: to_theirs(stored[name], self.tensors).to(dtypes[name]))
+            write_safetensors(
+                part, held, dtypes, lambda name: self.cast(to_theirs(stored[name], self.tensors), dtypes[name], name)
+            )
             os.replace(part, folder / name)
         written = {*shards, *_write_index(folder, shards, dtypes)}
         for old in folder.iterdir():  # a loader would take the weights of an earlier save
@@ -123,6 +128,22 @@ class Saved:
         for name, text in self.hf.code().items():
             files.write(folder / name, text)
         _write_json(folder / CONFIG, config)
+
+    def cast(self, tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+        """name: of the tensor, for an error.
+
+        Raises:
+            ConfigError: a number is too large for the dtype.
+        """
+        made = tensor.to(dtype)
+        if self.finite and made.dtype != tensor.dtype and bool((over := made.isinf() & tensor.isfinite()).any()):
+            kind, largest = str(dtype).removeprefix("torch."), tensor[over].abs().max().item()
+            wide = "one that holds all weights, such as float32"
+            raise ConfigError(
+                f"`dtype` must be {wide}, but is {kind} instead: {name} has {largest:g}, which becomes infinite. "
+                "To export it all the same: allow_nonfinite=true."
+            )
+        return made
 
     def _warn(self) -> None:
         hf, config = self.hf, self.leaving.model

@@ -164,6 +164,19 @@ def test_dtype_and_shards(graft: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "FILL IN: the licence" in card
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_a_dtype_that_makes_a_weight_infinite_is_refused(form: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = seeded(IN_GGUF["llama2"])
+    model.blocks[0].ffn.down_proj.weight[0, 0] = -70_000.0
+    txtrain.save_pretrained(model, tmp_path / "given")
+    given = ["export", f"checkpoint={tmp_path / 'given'}", f"out={tmp_path / 'out'}", f"format={form}"]
+    assert main([*given, "dtype=float16"]) == 2
+    assert "layers.0.mlp.down_proj.weight has 70000, which becomes infinite" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main([*given, "dtype=float16", "allow_nonfinite=true"]) == 0
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
