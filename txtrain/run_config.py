@@ -108,7 +108,7 @@ class TrainerConfig:
                 "`trainer.max_steps` must be given, or one of trainer.max_epochs, max_tokens, max_time: "
                 "nothing would end the run."
             )
-        if self.max_time is not None and not re.fullmatch(r"\d+:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
+        if self.max_time is not None and not re.fullmatch(r"\d{1,6}:\d{1,2}:\d{1,2}:\d{1,2}", self.max_time):
             yield f"`trainer.max_time` must be DD:HH:MM:SS, but is {self.max_time!r} instead. One hour: 00:01:00:00."
 
 

@@ -115,6 +115,10 @@ MISTAKES = [
     ("strategy=zero3", "Did you mean strategy=deepspeed_stage_3?"),
     ("trainer.max_time=90", "`trainer.max_time` must be DD:HH:MM:SS, but is '90' instead."),
     ("plan plan.memory=80", "`plan.memory` must be a size such as 80GB or 79.6GiB, but is '80' instead."),
+    (f"plan plan.memory={'9' * 400}GB", "`plan.memory` must be a size such as 80GB"),
+    (f"trainer.max_time={'9' * 400}:00:00:00", "`trainer.max_time` must be DD:HH:MM:SS"),
+    ("-m seed=range(5,5)", "`seed=range(5,5)` must be at least one value, but stands for none."),
+    ("-m model=glob(zzz*)", "`model=glob(zzz*)` must be at least one value, but stands for none."),
     # generate
     ("generate model=gpt2", "the configuration has no key model"),
     ("generate prompt=x", "`checkpoint` must be given"),

@@ -114,6 +114,7 @@ def test_code_is_never_imported_by_a_checkpoints_word(run, job, clean_room, forg
     ("key", "value", "says"),
     [
         ("optimizer", {"_target_": "os.system"}, "only under logger and callbacks"),
+        ("imports", 5, r"config\.yaml: `imports` must be a list of which each is text or null, but is 5"),
         (
             "logger",
             {"x": {"_target_": "os.system"}},
@@ -205,6 +206,12 @@ def test_hosts_and_paths_of_a_logger_are_named_again(logger, key, value, run, jo
         job(f"resume={folder}")
     given = job(f"resume={folder}", f"logger.{logger}.{key}=null").config.logger
     assert given[logger][key] is None
+
+
+def test_a_mapping_adds_to_the_runs_as_it_does_to_a_new_runs(run, job, clean_room):
+    folder = run("save.keep_last=9", "save.every_n_steps=3")
+    made = job(f"resume={folder}", "save={every_n_steps: 7}").config
+    assert (made.save.every_n_steps, made.save.keep_last) == (7, 9)
 
 
 def test_the_cache_is_not_where_the_file_says(run, job, clean_room):

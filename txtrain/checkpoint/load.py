@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from txtrain.model.transformer import Transformer
 
 WEIGHTS = ("model", "ema")
+_MOST_ADAPTERS = 16  # one above another, before their bases are taken for a circle
 
 
 @dc.dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Loaded:
 
 def open_weights(
     where: str | os.PathLike[str], key: str = "checkpoint", finite: bool = False, turn: int = 0, of: int = 1,
-    weights: str = "model",
+    weights: str = "model", depth: int = 0,
 ) -> Source:
     """The model at `where`, to be read tensor by tensor. Each of `of` ranks checks a part of the values.
 
@@ -51,11 +52,12 @@ def open_weights(
     Args:
         finite: refuse weights that hold NaN or infinity.
         weights: model, or ema for the averaged ones.
+        depth: how many adapters lie above it.
 
     Raises:
         ConfigError: as `load`.
     """
-    how = restore.Reading(key, finite=finite)
+    how = restore.Reading(key, finite=finite, depth=depth)
     return on_described(where, key, lambda found: _opened(found, how, weights, turn=turn, of=of))
 
 
@@ -75,7 +77,10 @@ def _merged(found: Described, how: restore.Reading, turn: int = 0, of: int = 1, 
     from txtrain.hf.pieces import Source, merged
 
     assert found.base is not None
-    base = open_base(found.base, how.key, how.finite, turn, of)
+    if how.depth == _MOST_ADAPTERS:
+        several = f"{_MOST_ADAPTERS} adapters, one above another"
+        raise ConfigError(f"`{how.key}` must have at most {several}. Do the bases below {found.path} name each other?")
+    base = open_base(found.base, how.key, how.finite, turn, of, how.depth + 1)
     adapter = _read_adapter(found, how, weights)
     if adapter.base is not None:
         check_base(adapter.base, base.path, how.key)
@@ -105,7 +110,7 @@ def _beside(base: Source, adapter: Adapter, found: Described) -> Source:
     return Source(base.path, model, [*own, *(piece_of(name, tensor) for name, tensor in adapter.whole.items())])
 
 
-def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int = 1) -> Source:
+def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int = 1, depth: int = 1) -> Source:
     """The weights that an adapter names, as `open_weights`.
 
     Raises:
@@ -115,7 +120,7 @@ def open_base(base: Base, key: str, finite: bool = False, turn: int = 0, of: int
         raise base_missing(base, key)
     if turn == 0:  # reads all of them: one rank does
         check_base(base, Path(base.path), key)
-    return open_weights(base.path, key, finite, turn, of)
+    return open_weights(base.path, key, finite, turn, of, depth=depth)
 
 
 def _read_adapter(found: Described, how: restore.Reading, weights: str = "model") -> Adapter:

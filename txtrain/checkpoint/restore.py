@@ -30,11 +30,13 @@ class Reading:
         key: what an error calls the checkpoint.
         verify: compare each tensor with its checksum.
         finite: refuse weights that hold NaN or infinity.
+        depth: how many adapters lie above the weights.
     """
 
     key: str = "checkpoint"
     verify: bool = True
     finite: bool = False
+    depth: int = 0
 
 
 READING = Reading()

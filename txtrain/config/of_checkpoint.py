@@ -40,7 +40,7 @@ def of_checkpoint(job: Composed, found: Described) -> Composed:
             raise ConfigError(*problems)
         return dc.replace(job, config=config, grafts={})
     saved = {} if found.is_hf else read_yaml(found.path / "config.yaml")
-    check_keys(saved, str(found.path / "config.yaml"), {"data": dict | None})
+    check_keys(saved, str(found.path / "config.yaml"), {"data": dict | None, "imports": list[str] | None})
     own = "data" not in job.given
     if own and found.is_hf:
         raise ConfigError(f"`data` must be given: {str(found.path)!r} is no run, which would name its own.")
@@ -151,7 +151,7 @@ def _saved(axis: str, saved: Mapping[str, Any], job: Composed) -> Any:
         return None
     kind = str(raw.get("type") if isinstance(raw, dict) else raw)
     if kind not in TABLE[axis]:
-        imports = ",".join(map(str, saved.get("imports") or ()))
+        imports = ",".join(saved.get("imports") or ())
         again = f" Its run used imports=[{imports}]: name it again." if imports else ""
         raise ConfigError(f"`checkpoint`: its run's {axis} is {kind!r}, which is not known here.{again}")
     return build(TABLE[axis][kind].config, raw, axis, "`checkpoint`")

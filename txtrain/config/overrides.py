@@ -91,6 +91,8 @@ def expand(overrides: Iterable[str], sweep: bool, loader: ConfigLoaderImpl | Non
             return [parsed]
         hydra = [o for o in parsed if o.is_hydra_override()]
         values = {o.get_key_element(): list(_values(o)) for o in parsed if not o.is_hydra_override()}
+        if empty := [o for o in parsed if not values.get(o.get_key_element(), True)]:
+            raise ConfigError(*(f"`{o.input_line}` must be at least one value, but stands for none." for o in empty))
         return [[*hydra, *job] for job in product(*values.values())]
 
 

@@ -25,6 +25,7 @@ from txtrain.config.overrides import check
 from txtrain.config.paths import groups_of
 from txtrain.errors import ConfigError
 from txtrain.ground.convert import build, differing, flat, marked, without_foreign
+from txtrain.ground.plain_files import check_keys
 
 
 def run_folder(run_or_checkpoint: str) -> Path:
@@ -90,6 +91,7 @@ def resumed(verb: str, root: type, run: str, overrides: Sequence[Override], load
     raw, edited = _read(folder)
     parsed = [o for o in overrides if not o.is_hydra_override()]
     _refuse_others(parsed, root)
+    check_keys(raw, str(folder / "config.yaml"), {"imports": list[str] | None})
     saved_imports = raw.get("imports") or []
     raw |= {"imports": loader.imports(overrides), "resume": run, "run_dir": str(folder)}
     groups = [o for o in parsed if o.key_or_group in _free_groups(root)]
@@ -180,9 +182,17 @@ def _composed_anew(
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
+    """A mapping is merged into what is there, as Hydra merges one into a new run's; loggers and callbacks are not, which
+    the file may have named."""
     *parents, last = key.split(".")
     node = raw
     for parent in parents:
         inner = node.get(parent)
         node[parent] = node = inner if isinstance(inner, dict) else {}
-    node[last] = value
+    node[last] = value if key.partition(".")[0] in targets.ALLOWED else _merged(node.get(last), value)
+
+
+def _merged(old: Any, new: Any) -> Any:
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return new
+    return old | {name: _merged(old.get(name), value) for name, value in new.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -12,7 +13,8 @@ def bytes_of(text: str) -> int | None:
     """`80GB`, `79.6 GiB` in bytes, in small letters too; None: not a size."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(\w+)\s*", text)
     unit = None if found is None else UNITS.get(found[2].casefold())
-    return None if found is None or unit is None else int(float(found[1]) * unit)
+    size = math.nan if found is None or unit is None else float(found[1]) * unit
+    return int(size) if math.isfinite(size) else None
 
 
 def seconds_of(text: str) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from txtrain.errors import ConfigError, hint
-from txtrain.hf.fields import Fields, Values, number
+from txtrain.hf.fields import Fields, Values, integer, number
 from txtrain.model import options
 
 _ORIGINAL = "original_max_position_embeddings"
@@ -59,7 +59,7 @@ def _one_of(fields: Fields) -> Mapping[str, Any]:
     return newer or older or {}
 
 
-def _read_scaling(said: Mapping[str, Any], max_position_embeddings: int) -> dict[str, Any] | None:
+def _read_scaling(said: Mapping[str, Any], max_position_embeddings: Any) -> dict[str, Any] | None:
     kind = said.get("rope_type", said.get("type", "default"))
     names = _SCALINGS.get(kind, ()) if isinstance(kind, str) else ()
     if kind != "default" and not names:
@@ -74,8 +74,11 @@ def _read_scaling(said: Mapping[str, Any], max_position_embeddings: int) -> dict
         return None
     if _ORIGINAL in names:
         given.setdefault(_ORIGINAL, max_position_embeddings)
-    if kind == "yarn":
-        given.setdefault("factor", max_position_embeddings / given[_ORIGINAL])
+    if kind == "yarn" and "factor" not in given:
+        longest = integer("max_position_embeddings", max_position_embeddings)
+        if not (original := integer(_ORIGINAL, given[_ORIGINAL])):
+            raise ConfigError(f"`{_ORIGINAL}` must be at least 1, but is 0 instead.")
+        given["factor"] = longest / original
     required = [name for name in names if kind != "yarn" and name not in given]
     if required:
         raise ConfigError(f"`{required[0]}` must be given with rope_type {kind}.")

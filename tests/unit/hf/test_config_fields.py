@@ -64,6 +64,9 @@ GPT2 = {
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta": 1}, "rope_parameters": ...}, "`beta`"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, "rope_scaling"),  # contradicts rope_parameters
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}, "rope_parameters": ...}, "low_freq_factor"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": 0}, "rope_parameters": ...}, "`original_max_position_embeddings` must be at least 1"),
+        ({"rope_scaling": {"rope_type": "yarn", "original_max_position_embeddings": "x"}, "rope_parameters": ...}, "`original_max_position_embeddings` must be an integer"),
+        ({"rope_scaling": {"rope_type": "yarn"}, "rope_parameters": ..., "max_position_embeddings": None}, "`max_position_embeddings` must be an integer"),
     ],
 )
 def test_a_field_that_would_change_the_numbers_is_refused_by_name(changes, said, tmp_path):

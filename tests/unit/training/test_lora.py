@@ -21,7 +21,7 @@ from txtrain.cli.main import main
 from txtrain.config.composed import Composed
 from txtrain.errors import ConfigError
 from txtrain.hf.digest import BASE, sha256_of
-from txtrain.hf.lora_config import Lora, LoraConfig
+from txtrain.hf.lora_config import ADAPTER_CONFIG, Lora, LoraConfig
 from txtrain.model import options
 from txtrain.model.adapter import factor_of
 from txtrain.model.ffn import balancing
@@ -112,6 +112,19 @@ def test_a_base_that_a_stranger_names_is_a_path_and_nothing_more(folder, base, w
     assert len(str(e.value)) < 600
     with pytest.raises((ConfigError, LoadError)) if path in ("/dev/zero", "/", 3, None) else contextlib.nullcontext():
         train(tiny(folder, *LORA, f"init_from={base}", "trainer.max_steps=8", "scheduler=constant", "ema.decay=0.9", f"run_dir={there}"))
+
+
+def test_bases_that_name_each_other_are_refused(whole, tmp_path):
+    """An adapter of PEFT need not say its base's hash: a circle has none that would have to hold itself."""
+    there = Path(shutil.copytree(whole, tmp_path / "peft/run"))
+    said = {"peft_type": "LORA", "r": 4, "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": str(there)}
+    (there.parent / ADAPTER_CONFIG).write_text(json.dumps(said))
+    shutil.copy(next(locate(whole).glob("*.safetensors")), there.parent / "adapter_model.safetensors")
+    for file in there.glob(f"checkpoints/*/{BASE}"):
+        file.write_text(json.dumps({"path": str(there.parent), "sha256": sha256_of(there.parent)}))
+        (file.parent / MARKER).write_text(json.dumps(marker_of(file.parent)))
+    with pytest.raises(ConfigError, match="must have at most 16 adapters, one above another. Do the bases below"):
+        txtrain.load_pretrained(there)
 
 
 @torch.no_grad()
