@@ -182,8 +182,8 @@ def _composed_anew(
 
 
 def _set(raw: dict[str, Any], key: str, value: Any) -> None:
-    """A mapping is merged into what is there, as Hydra merges one into a new run's; loggers and callbacks are not, which
-    the file may have named."""
+    """A mapping is merged into what is there, as Hydra merges one into a new run's. Not so loggers and callbacks, which
+    a stranger's file may name."""
     *parents, last = key.split(".")
     node = raw
     for parent in parents:

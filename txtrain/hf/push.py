@@ -19,11 +19,12 @@ def check(name: str) -> None:
         from huggingface_hub.errors import LocalTokenNotFoundError
     except ImportError as e:
         raise ConfigError("`push_to` needs huggingface_hub: pip install huggingface_hub.") from e
+    errors: tuple[type[Exception], ...] = (RuntimeError, *client_errors())
     try:
         HfApi().whoami()
     except LocalTokenNotFoundError as e:
         raise ConfigError(f"`push_to={name}` needs a token: `hf auth login`, or HF_TOKEN.") from e
-    except (*client_errors(), RuntimeError) as e:
+    except errors as e:
         raise ConfigError(f"`push_to={name}`: the hub does not answer for this token: {said_by(e)}") from e
 
 

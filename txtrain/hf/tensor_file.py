@@ -140,7 +140,7 @@ _GLOBALS = {
     "collections.OrderedDict", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
     "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
     *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
-    *(f"{cls.__module__}.{cls.__name__}" for cls in torch._storage_classes),
+    *(f"torch.{name}" for name in vars(torch) if name.endswith("Storage")), "torch.storage.UntypedStorage",
 }
 
 
@@ -148,7 +148,7 @@ def _check_globals(path: Path, is_zip: bool) -> None:
     """Raise ValueError if a pickle that `torch.load` would read names anything else, and whatever damage raises."""
     with path.open("rb") as f:
         # Before the zip format: a magic number, a version, facts of the system, the tensors, keys of their storages.
-        pickle = io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl")) if is_zip else f
+        pickle = io.BytesIO(torch.PyTorchFileReader(str(path)).get_record("data.pkl")) if is_zip else f
         for _ in range(1 if is_zip else 5):
             for op, said, _ in pickletools.genops(pickle):
                 if op.name == "GLOBAL" and str(said).replace(" ", ".", 1) not in _GLOBALS:

@@ -273,7 +273,7 @@ class Tokenizer:
         # Not by the backend's `save`, which reports a full disk by an error of its own.
         said = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **config}, indent=2) + "\n"
         made = {"tokenizer.json": self.backend.to_str(pretty=True), "tokenizer_config.json": said}
-        write_files(folder, {name: text.encode() for name, text in made.items()} | self.files)
+        write_files(folder, {**{name: text.encode() for name, text in made.items()}, **self.files})
 
 
 def write_files(folder: Path, contents: Mapping[str, bytes]) -> None:
