@@ -222,27 +222,6 @@ def test_a_name_on_the_hub_is_a_folder_in_its_cache(folder, exported, tmp_path, 
     why_unreachable.cache_clear()
 
 
-def test_a_hub_that_is_lost_during_a_download_is_told(folder, tmp_path, monkeypatch):
-    """The client's errors of a connection are OSErrors in some of its versions."""
-    import huggingface_hub
-    from huggingface_hub import errors
-
-    lost = [kind("lost on the way") for kind in (errors.LocalEntryNotFoundError, errors.HfHubHTTPError.__mro__[1])]
-
-    def download(name, local_files_only=False, **how):
-        raise errors.LocalEntryNotFoundError("absent") if local_files_only else lost[-1]
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    monkeypatch.setattr("txtrain.data.sources.hub.why_unreachable", lambda: None)
-    monkeypatch.setattr("txtrain.data.tokenizer.load.why_unreachable", lambda: None)
-    while lost:
-        with pytest.raises(ConfigError, match="'someone/large' does not exist, and its download fails: lost on the way"):
-            starting(folder, "someone/large", "x")
-        with pytest.raises(ConfigError, match=r"`data.tokenizer` must be .* but is someone/words instead: lost on the way"):
-            load_tokenizer("someone/words")
-        lost.pop()
-
-
 def folder_from_config(family, where, tokenizer, *given):
     """A folder with a config.json and a tokenizer, which is all that a composition reads."""
     shutil.copytree(tokenizer, where, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
