@@ -26,6 +26,7 @@ from txtrain.model.sampling import processed
 from txtrain.model.transformer import LossOf
 from txtrain.objectives import policy_gradient, rollout_file
 from txtrain.objectives.base import IGNORED, Batch, Counted, Objective, Shown, Statistics, Terms, stacked
+from txtrain.objectives.continuations import end_tokens
 from txtrain.objectives.policy_gradient import Loss, Normalise, Ratio
 from txtrain.objectives.rewards import ANSWER, Rewards, jobs_of
 from txtrain.run_config import RewardConfig, RunConfig
@@ -219,7 +220,7 @@ class GRPO(Objective):
     def _written(
         self, model: Any, prompts: Rows, how: Sampling, module: Any = None, index: Sequence[int] | None = None
     ) -> list[Written]:
-        ends = (self.tokenizer.eos_id,)
+        ends = end_tokens(model.config, self.tokenizer)
         together = None if module is None else module.config.data.micro_batch_size
         whole = None if module is None else self.whole
         device = next(model.parameters()).device

@@ -116,6 +116,14 @@ def test_a_rollout_in_half_precision_is_kept_in_float32(tmp_path: Path, mixture:
     assert sixths > 0
 
 
+def test_any_of_the_models_end_tokens_ends_a_completion(tmp_path: Path) -> None:
+    """Of a model for chats the end of a turn, beside its tokenizer's end of a text. Half of all tokens end here."""
+    ends = ",".join(map(str, [256, *range(128)]))
+    for row in metrics(txtrain.train(config(tmp_path, f"model.eos_token_id=[{ends}]", "trainer.max_steps=1")).run_dir):
+        assert float(row["truncated_share"]) < 0.1
+        assert float(row["length"]) < 3
+
+
 def test_one_sampled_completion_has_one_column(tmp_path: Path) -> None:
     asked = "objective.val_samples=1", "reward=[low,answer]", "reward.answer.weight=0"
     columns = build_objective(config(tmp_path, *asked)).columns
