@@ -86,6 +86,7 @@ WAYS = {
     "activation checkpointing, every 2nd block, and accumulation": Way(overrides=(SECOND, BY_ONE)),
     "compiled": Way(overrides=(COMPILED,)),
     "compiled, checkpointing full, accumulation": Way(overrides=(COMPILED, FULL, BY_TWO)),
+    "compiled, checkpointing selective, accumulation": Way(overrides=(COMPILED, SELECTIVE, BY_TWO)),
     "attention by the formula": Way(variation="formula", kinds=without("tied, windows, caps"), why="caps are computed by the formula anyway"),
     "attention with the mask drawn": Way(variation="drawn mask", kinds=("ViT",), why="that is what the others do"),
     "attention by flag, beside the formula": Way(
@@ -110,6 +111,7 @@ WAYS = {
     "fsdp, checkpointing full": Way(2, ("strategy=fsdp", FULL)),
     "fsdp, checkpointing selective, accumulation": Way(2, ("strategy=fsdp", SELECTIVE, BY_TWO)),
     "fsdp, compiled": Way(2, ("strategy=fsdp", COMPILED)),
+    "fsdp, compiled, checkpointing selective": Way(2, ("strategy=fsdp", COMPILED, SELECTIVE)),
     "tp": Way(2, ("strategy=tp",)),
     "tp, checkpointing full, accumulation": Way(2, ("strategy=tp", FULL, BY_TWO)),
     **STAGES,

@@ -31,6 +31,8 @@ FOREIGN = {
     "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template in_pairs",
     "data.samples.images": "files",
     "model.generation": "decode",
+    "model.ffn.balancing": "loss_scale",
+    "objectives.questions": "prefix_prompts",
     "model.decoding": "item config",
     "training.module": "config datamodule",
     "model.stack": "window softcap dropout",

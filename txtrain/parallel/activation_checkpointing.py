@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,8 @@ KEPT = {
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
 }
-VARLEN = "torch_attn::_varlen_attn"  # also kept; by name, since torch registers it in an import that takes a second
+# Also kept, by name: torch registers the first in an import that takes a second; the others are of compiled blocks.
+KEPT_BY_NAME = {"torch_attn::_varlen_attn", "flex_attention", "txtrain::grouped_mm"}
 
 
 def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> None:
@@ -43,25 +45,38 @@ def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> N
         # recomputation could then save other tensors (https://github.com/pytorch/pytorch/issues/166926).
         # In order of compilation it takes the same graph both times.
         torch._C._dynamo.eval_frame._set_lru_cache(False)  # type: ignore[attr-defined]
+    selective = checkpointing == "selective"
+    if compiled and selective:
+        # What a block records of its experts is of the forward; it would break the graph.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
+        # A warning at each start of operations in place, which the compiler makes others of.
+        logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     for i, block in enumerate(blocks):
-        if compiled:
-            block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
-        if checkpointing == "none" or (isinstance(checkpointing, int) and i % checkpointing):
-            continue
-        block.forward = functools.partial(  # type: ignore[method-assign]
-            _again, block.forward, checkpointing == "selective"
-        )
+        forward = block.forward
+        if compiled and not selective:
+            forward = torch.compile(forward)
+        if checkpointing != "none" and not (isinstance(checkpointing, int) and i % checkpointing):
+            forward = functools.partial(_again, forward, selective)
+        if compiled and selective:  # the compiler itself keeps products: outside of it nobody sees them
+            forward = torch.compile(forward)
+        block.forward = forward  # type: ignore[method-assign]
 
 
 def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    contexts: dict[str, Any] = {"context_fn": _contexts} if selective else {}
+    made = _of_torch if torch.compiler.is_compiling() else _contexts
+    contexts: dict[str, Any] = {"context_fn": made} if selective else {}
     return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
 
+def _of_torch() -> tuple[Any, Any]:
+    made: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return made
+
+
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    forward, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    forward, again = _of_torch()
     return _OfKept(forward), _OfKept(again)
 
 
@@ -88,4 +103,4 @@ def _policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolic
 
 
 def _keeps(op: Any) -> bool:
-    return op in KEPT or op.name() == VARLEN
+    return op in KEPT or op.name() in KEPT_BY_NAME

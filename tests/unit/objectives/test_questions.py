@@ -110,7 +110,7 @@ def test_an_answer_is_its_questions_own_and_ends_at_any_of_the_models_end_tokens
     items = [encode(question, tokenizer, 32, False) for question in questions]
 
     def answers(*index):
-        return answered(model, QuestionRows(items, np.arange(4), tokenizer, False).batch(np.array(index)), tokenizer, False, 12)
+        return answered(model, QuestionRows(items, np.arange(4), tokenizer, 32, False).batch(np.array(index)), tokenizer, False, 12)
 
     together, alone = answers(0, 1, 2, 3), [text for i in range(4) for text in answers(i)]
     assert together == alone

@@ -80,6 +80,28 @@ def test_selective_keeps_the_products_of_experts():
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("experts", [False, True])
+def test_selective_keeps_the_products_of_compiled_blocks_too(experts, monkeypatch):
+    """By the compiler's own choice of what is recomputed, without its code, which takes a minute."""
+    whole(monkeypatch, backend="aot_eager_decomp_partition")
+    ffn = {"ffn": MoEConfig(type="moe", n_experts=4, top_k=2)} if experts else {}
+    found = {}
+    for how in ("none", "selective", "full"):
+        model = shake(seeded(tiny(dim=32, n_layers=2, **ffn)))
+        wrap_blocks(model, how, compiled=True)
+        torch.compiler.reset()
+        model(ids(2, 9), labels=ids(2, 9)).loss.backward()  # traces
+        model.zero_grad()
+        with torch.profiler.profile() as products:
+            model(ids(2, 9), labels=ids(2, 9)).loss.backward()
+        counts = {e.key: e.count for e in products.key_averages()}
+        names = ("aten::mm", "aten::addmm", "aten::bmm", "txtrain::grouped_mm", "aten::_scaled_dot_product_flash_attention_for_cpu")
+        found[how] = sum(counts.get(name, 0) for name in names), [p.grad for p in model.parameters()]
+    assert found["none"][0] == found["selective"][0] < found["full"][0]
+    for one, other in zip(found["none"][1], found["selective"][1], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_selective_keeps_attention_over_documents_end_to_end():
     """The kernel is of GPUs in half precision alone; torch registers it when it is first chosen."""
     importlib.import_module("torch.nn.attention.varlen")
