@@ -65,19 +65,15 @@ def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> N
 def _again(forward: Callable[..., Any], selective: bool, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    made = _of_torch if torch.compiler.is_compiling() else _contexts
-    contexts: dict[str, Any] = {"context_fn": made} if selective else {}
+    contexts: dict[str, Any] = {"context_fn": _contexts} if selective else {}
     return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
 
 
-def _of_torch() -> tuple[Any, Any]:
-    made: tuple[Any, Any] = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
-    return made
-
-
 def _contexts() -> tuple[TorchDispatchMode, TorchDispatchMode]:
-    forward, again = _of_torch()
-    return _OfKept(forward), _OfKept(again)
+    """The compiler wants torch's own modes. A block whose graph breaks, as where FSDP gathers its experts, is
+    checkpointed outside of it."""
+    forward, again = create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return (forward, again) if torch.compiler.is_compiling() else (_OfKept(forward), _OfKept(again))
 
 
 class _OfKept(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -102,6 +102,26 @@ def test_selective_keeps_the_products_of_compiled_blocks_too(experts, monkeypatc
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
 
 
+def test_selective_takes_compiled_blocks_whose_graph_breaks(monkeypatch):
+    """As where FSDP gathers experts: they may be there when the block is computed again, and other operations run."""
+    compile_, calls = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda function: compile_(function, backend="eager"))
+    torch.compiler.reset()
+    model = shake(seeded(tiny(dim=32, n_layers=1)))
+    (block,) = model.blocks
+    forward = block.ffn.forward
+
+    @torch.compiler.disable
+    def gathered(x):
+        calls.append(x)
+        return forward(x.clone() if len(calls) == 2 else x)
+
+    block.ffn.forward = gathered
+    wrap_blocks(model, "selective", compiled=True)
+    model(ids(2, 9), labels=ids(2, 9)).loss.backward()
+    assert len(calls) == 2
+
+
 def test_selective_keeps_attention_over_documents_end_to_end():
     """The kernel is of GPUs in half precision alone; torch registers it when it is first chosen."""
     importlib.import_module("torch.nn.attention.varlen")
