@@ -15,7 +15,7 @@ import torch
 from txtrain import compose
 from txtrain.data.prepare import prepare
 from txtrain.data.sources import hub
-from txtrain.data.sources.documents import objects_of
+from txtrain.data.sources.documents import objects_of, rows_of_set
 from txtrain.data.sources.files import Limits
 from txtrain.data.sources.hub_text import hub_source
 from txtrain.data.sources.source import build_source
@@ -113,6 +113,18 @@ def test_a_row_of_parquet_is_one_text(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"at most 1,000 bytes \(data\.max_text_bytes\), but that of row 2 of \S+a\.parquet is longer"):
         objects(path, most=1000)
     assert [row for _, row in objects(path, most=1000, skipped=skipped)] == [{"a": a, "b": None, "few": "one"} for a in "xz"]
+
+
+def test_rows_of_a_set_hold_what_its_columns_of_json_say(tmp_path: Path) -> None:
+    """As `datasets` gives them: calls of tools, whose arguments differ from row to row."""
+    said = pa.ExtensionArray.from_storage(pa.json_(), pa.array(['{"a": [1, "b"]}', None, "{"]))
+    turns = pa.StructArray.from_arrays([pa.array(["a", "b", "c"]), said], ["content", "arguments"])
+    pq.write_table(pa.table({"turns": pa.ListArray.from_arrays(pa.array([0, 2, 3], pa.int32()), turns)}), tmp_path / "a.parquet")
+    rows, skipped = hub.load_dataset(str(tmp_path / "a.parquet"), None, "train"), {}
+    ((where, row),) = rows_of_set(rows, "a/set", "data.path", Limits(skipped=skipped))
+    assert (where, row["turns"]) == ("row 1 of a/set", rows[0]["turns"])
+    assert [call["arguments"] for call in row["turns"]] == [{"a": [1, "b"]}, None]
+    assert "turns.arguments in row 2 of a/set must be whole, valid JSON" in skipped["row 2 of a/set"]
 
 
 @pytest.mark.parametrize("kind", ["labels", "translation"])

@@ -25,6 +25,7 @@ Row = TypeVar("Row")
 KINDS = (".txt", ".jsonl", ".parquet")  # that are read from a folder
 _ROWS = (".jsonl", ".parquet")
 _BATCH = 1000  # rows of .parquet in memory at once
+_JSON = "arrow.json"  # Arrow's type of texts that `datasets` gives as what they hold
 _LIST = 1_000_000_000  # characters of a list in .json; as objects of Python up to 24 times as many bytes
 
 
@@ -137,8 +138,9 @@ def rows_in(batches: Iterable[Any], path: object, key: str, limits: Limits) -> I
     n = 0
     for batch in batches:
         places = [f"row {n + i} of {path}" for i in range(1, len(batch) + 1)]
+        known = batch.nbytes <= limits.max_text_bytes and not any(_JSON in str(kind) for kind in batch.schema.types)
         try:
-            plain = batch.to_pylist() if batch.nbytes <= limits.max_text_bytes else None
+            plain = batch.to_pylist() if known else None
         except UnicodeDecodeError:
             plain = None
         yield from zip(places, plain, strict=True) if plain is not None else _checked(batch, places, key, limits)
@@ -171,6 +173,9 @@ def _value(value: Any, name: str, where: str, key: str, limits: Limits) -> Any:
         return None
     if isinstance(value, pa.StringScalar | pa.LargeStringScalar):
         return _decode(value.as_buffer().to_pybytes(), where, name, key, limits)
+    if getattr(value.type, "extension_name", None) == _JSON:
+        held = f'{{"value":{within(value.value, name)}}}'
+        return _object_of(key, limits, held, f"{name} in {where}")[1]["value"]
     if isinstance(value, pa.StructScalar):
         return {part: within(one, f"{name}.{part}") for part, one in value.items()}
     if isinstance(value, pa.MapScalar):
