@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import TypeVar, cast
 from txtrain.checkpoint.base import resolve
 from txtrain.checkpoint.load import open_weights
 from txtrain.config.schema_of_trained import OnTrained
+from txtrain.errors import ConfigError
 from txtrain.hf.pieces import Source
 from txtrain.parallel.one_process import OneProcess
 
 T = TypeVar("T")
+_PATIENCE = 60.0  # seconds; for so long NFS may not show a new file to another host
 
 
 def opened_alike(
@@ -23,8 +26,19 @@ def opened_alike(
     that rank tells of it. Where it is removed meanwhile, of the one that is the newest then.
 
     Raises:
-        ConfigError: there are none, or they cannot be read.
+        ConfigError: there are none, or they cannot be read, or not by all ranks.
     """
+    seen, deadline = Path(), 0.0
+
+    def chosen() -> Path:
+        nonlocal seen, deadline
+        if (where := newest()) != seen:
+            seen, deadline = where, time.monotonic() + _PATIENCE
+        elif time.monotonic() > deadline:
+            raise ConfigError(f"{where} must be on a file system that all processes share, but one does not find it.")
+        else:
+            time.sleep(0.5)
+        return where
 
     def tried(where: Path) -> tuple[Source, T | None] | None:
         """None if it has been removed."""
@@ -36,7 +50,7 @@ def opened_alike(
             return None
 
     while True:
-        where = parallel.first(newest)
+        where = parallel.first(chosen)
         found = parallel.together(partial(tried, where))
         if not parallel.any(found is None) and found is not None:
             break

@@ -1,6 +1,7 @@
 """Weights that a running training replaces meanwhile: all ranks read the same ones, and say which."""
 
 import dataclasses as dc
+import io
 import json
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 from tests.training import tiny
 from txtrain import compose, evaluate
 from txtrain.cli.main import main
+from txtrain.errors import ConfigError
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training import evaluation
+from txtrain.training import opened as opening
 from txtrain.training.models_read import models_read
 from txtrain.training.opened import opened_alike, trained_weights
 from txtrain.training.run import train
@@ -73,6 +76,20 @@ def test_a_checkpoint_that_another_rank_has_not_found_is_closed_and_the_next_one
 
     source, told = opened_alike(Rank(tiny(run.parent)), lambda: there.pop(0), opened, lambda path: path.name)
     assert (source.path.name, told, closed) == ("step_00000002", "step_00000002", [of_step(run, 1)])
+
+
+def test_a_checkpoint_that_only_the_first_rank_has_is_told(run, monkeypatch):
+    """On two machines that share no file system; it may come to the other within a minute."""
+
+    class Rank(OneProcess):
+        def any(self, flag):
+            return True
+
+    now = iter(range(0, 1000, 25))
+    monkeypatch.setattr(opening.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(opening.time, "sleep", lambda seconds: None)
+    with pytest.raises(ConfigError, match=f"{of_step(run, 2)} must be on a file system that all processes share"):
+        opened_alike(Rank(tiny(run.parent)), lambda: of_step(run, 2), lambda path: io.BytesIO(), str)
 
 
 def test_the_step_that_is_told_is_the_one_that_is_measured(run, tmp_path, monkeypatch, capsys):
