@@ -19,7 +19,7 @@ from txtrain.errors import ConfigError, shorten
 
 LOCK = "lock"  # file in a temporary folder
 OWNER_LOCK = ".lock"  # file in a folder that one process at a time writes to; it stays
-_MARK = ".txtrain-scratch"
+_MARK = ".txtrain-scratch.lock"  # not as once, when the folder itself was locked: such a one may be in use
 PATIENCE = 6.0  # seconds; data loader workers of a killed process hold its lock until they notice (5 s)
 
 
@@ -102,21 +102,23 @@ def overwrite(path: Path, text: str) -> None:
 def lock(folder: Path) -> Callable[[], object] | None:
     """Lock a folder.
 
-    The lock is on a file in it, which stays: of folders themselves NFS and Lustre have no locks between hosts. The
-    system releases it when the process ends, even by kill -9.
+    The lock is on a file in it, which stays: of folders themselves NFS and Lustre have no locks between hosts. It is on
+    the folder too, as that of earlier versions, whose processes may still run. The system releases it when the process
+    ends, even by kill -9.
 
     Returns:
         A function that releases it, as does garbage collection; None if another process holds the lock.
+
+    Raises:
+        ConfigError: the file is none.
     """
-    handle = _open_lock(folder / OWNER_LOCK)
-    deadline = time.monotonic() + PATIENCE
+    handles = _open_lock(folder / OWNER_LOCK), os.open(folder, os.O_RDONLY)
+    release, deadline = _Release(handles), time.monotonic() + PATIENCE
     while True:
-        ours = _flock(handle)
-        if ours:
-            return _Release(handle)
-        if ours is None or time.monotonic() > deadline:
-            os.close(handle)
-            return None if ours is False else lambda: None
+        if all(_flock(handle) is not False for handle in handles):
+            return release
+        if time.monotonic() > deadline:
+            return None
         time.sleep(0.2)
 
 
@@ -135,10 +137,19 @@ def locked(folder: Path) -> Iterator[bool]:
 
 
 def _open_lock(file: Path) -> int:
-    """Open a file to lock it, for writing: NFS has no exclusive lock on another. Makes it where it is not there."""
+    """Open a file to lock it, for writing: NFS has no exclusive lock on another. Makes it where it is not there.
+
+    Raises:
+        ConfigError: it is a link or a folder.
+    """
     try:
         return os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
-    except PermissionError:
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.EISDIR):
+            what = "a folder" if e.errno == errno.EISDIR else "a link"
+            raise ConfigError(f"{file} must be an empty file, on which its folder is locked, but is {what}.") from e
+        if not isinstance(e, PermissionError):
+            raise
         if not file.exists():
             raise
         return os.open(file, os.O_RDONLY | os.O_NOFOLLOW)  # another user's, from whose host alone it is refused
@@ -186,11 +197,16 @@ def _opened(file: Path, how: int = 0) -> Iterator[int]:
 
 
 class _Release:
-    def __init__(self, handle: int) -> None:
-        self._close = weakref.finalize(self, os.close, handle)
+    def __init__(self, handles: tuple[int, ...]) -> None:
+        self._close = weakref.finalize(self, _close, handles)
 
     def __call__(self) -> None:
         self._close()
+
+
+def _close(handles: tuple[int, ...]) -> None:
+    for handle in handles:
+        os.close(handle)
 
 
 # --------------------------------------------------------------------------------------------------- temporary folders

@@ -84,11 +84,36 @@ def test_a_lock_that_is_another_users_file_is_tried_on_this_host(tmp_path, monke
         files.lock(tmp_path / "closed")
 
 
-def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
+def test_a_lock_that_is_no_file_is_refused(tmp_path):
     (tmp_path / ".lock").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic links"):
+    with pytest.raises(ConfigError, match=r"\.lock must be an empty file, .* but is a link"):
         files.lock(tmp_path)
     assert not (tmp_path / "elsewhere").exists()
+    (tmp_path / "folder/.lock").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"\.lock must be an empty file, .* but is a folder"):
+        files.lock(tmp_path / "folder")
+
+
+def test_processes_of_earlier_versions_are_seen_and_see_ours(tmp_path, monkeypatch):
+    """They lock the folder itself, and would train in it, or lose their scratch folder, while the version changes."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, how = tmp_path / "txtrain-earlier", fcntl.LOCK_EX | fcntl.LOCK_NB
+    folder.mkdir()
+    (folder / ".txtrain-scratch").touch()
+    theirs = os.open(folder, os.O_RDONLY)
+    fcntl.flock(theirs, how)
+    assert files.lock(folder) is None
+    with files.scratch() as own:
+        assert folder.exists()
+        assert not (own / ".txtrain-scratch").exists()
+    fcntl.flock(theirs, fcntl.LOCK_UN)
+    held = files.lock(folder)
+    assert held is not None
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(theirs, how)
+    held()
+    fcntl.flock(theirs, how)
+    os.close(theirs)
 
 
 def test_a_temporary_folder_in_use_by_another_host_is_not_removed(tmp_path, monkeypatch, between_hosts):
@@ -98,7 +123,7 @@ def test_a_temporary_folder_in_use_by_another_host_is_not_removed(tmp_path, monk
         assert first.exists()
         assert second.exists()
     (tmp_path / "txtrain-dead").mkdir()
-    (tmp_path / "txtrain-dead/.txtrain-scratch").touch()
+    (tmp_path / "txtrain-dead" / files._MARK).touch()
     with files.scratch():
         assert not (tmp_path / "txtrain-dead").exists()
 
