@@ -18,9 +18,10 @@ from txtrain.objectives.continuations import end_tokens
 
 
 def read_by(model: Any, batch: Batch, two_stacks: bool) -> dict[str, Tensor]:
-    """Each option as a row, for the model. Padding is on the right: one stack needs no mask for it, unless it has
-    learned to read what comes before the labels from both sides."""
-    names = ("input_ids", "labels", "attention_mask") if two_stacks else ("input_ids", "labels")
+    """Each option as a row, for the model. Padding is on the right: one stack needs no mask for it, unless a row's
+    length turns its rotations. One that has learned to is told what it reads from both sides, before the labels."""
+    masked = two_stacks or getattr(getattr(model, "position", None), "by_length", False)
+    names = ("input_ids", "labels", "attention_mask") if masked else ("input_ids", "labels")
     given = {name: batch[name].flatten(0, 1) for name in names}
     if getattr(model, "prefix_prompts", False) and not two_stacks:  # a Transformer, or what a strategy calls it through
         given["prefix_mask"] = (given["labels"] != IGNORED).cumsum(-1) == 0

@@ -10,13 +10,15 @@ import torch.nn.functional as F
 
 import txtrain
 from tests.models import seeded
+from tests.models import tiny as tiny_model
 from tests.training import tiny
 from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.data.samples.questions import QuestionRows, encode
 from txtrain.data.sources.questions import Cloze, MultipleChoice, Question, QuestionFiles
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
-from txtrain.objectives.questions import answered
+from txtrain.model.position.config import DynamicScaling, RoPEConfig
+from txtrain.objectives.questions import answered, read_by
 from txtrain.training.evaluation import measured, reading
 from txtrain.training.run import train
 
@@ -123,6 +125,20 @@ def given(cls, **how):
     source = cls.__new__(cls)
     source.__dict__ = {"question_column": "q", "answer_column": "a", "choices_column": "c", "prompt": None, "separator": " ", "blank": None} | how
     return source
+
+
+def test_a_row_is_turned_by_its_own_length_whatever_the_batch():
+    """Under dynamic scaling beyond model.max_seq_len, where a longer question of the batch pads it."""
+    scaling = DynamicScaling(rope_type="dynamic", factor=2.0)
+    model = seeded(tiny_model(vocab_size=259, max_seq_len=8, position=RoPEConfig(type="rope", scaling=scaling))).eval()
+    tokenizer = byte_tokenizer()
+    items = [encode(Question(tuple(("x" * n, end) for end in (" yes", " no")), (4, 3), 0), tokenizer, 64, False) for n in (9, 40)]
+    rows = QuestionRows(items, np.arange(2), tokenizer, 64, False)
+    both, short = (
+        model(**read_by(model, rows.batch(np.arange(n)), False), return_logits=False, return_log_probs=True).log_probs.sum(1)
+        for n in (2, 1)
+    )
+    torch.testing.assert_close(both[:2], short)
 
 
 def test_fields_are_named_by_keys():
