@@ -72,7 +72,7 @@ PRIVATE = {
     "torch._dynamo.utils": "counters",
     "torch._ops.OpOverload": "_schema",
     "torch._subclasses.fake_tensor": "FakeTensorMode",
-    "torch._utils": "_rebuild_parameter _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3",
+    "torch._utils": "_rebuild_parameter _rebuild_parameter_with_state _rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3",
     "torch.distributed._tools.fake_collectives": "collective_ops sync_ops",
     "torch.distributed._tools.fake_collectives.CollectiveOp": "get_comm_tensor_size",
     "torch.distributed._tools.fsdp2_mem_tracker": "FSDPMemTracker",

@@ -138,7 +138,8 @@ def _begin_of(item: tuple[str, Any]) -> tuple[int, int]:
 # What the pickle of tensors by name names. torch's list has more, such as bytearray: ten bytes make one of any size.
 _GLOBALS = {
     "collections.OrderedDict", "torch._utils._rebuild_tensor", "torch._utils._rebuild_tensor_v2",
-    "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter", "torch.nn.parameter.Parameter",
+    "torch._utils._rebuild_tensor_v3", "torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state",
+    "torch.nn.parameter.Parameter",
     *(str(value) for value in vars(torch).values() if isinstance(value, torch.dtype)),
     *(f"torch.{name}" for name in vars(torch) if name.endswith("Storage")), "torch.storage.UntypedStorage",
 }

@@ -64,8 +64,11 @@ def test_a_pickle_makes_tensors_alone(folder, monkeypatch):
 
 @pytest.mark.parametrize("older", [True, False])
 def test_a_pickle_of_tensors_of_all_dtypes_is_read(older, tmp_path):
+    """Also parameters that their model has marked, as Mamba's."""
     kinds = [*(DTYPES | NUMBERS).values(), torch.bool, *([] if older else [torch.float8_e4m3fn, torch.uint16])]
     held = {str(kind): torch.zeros(3, dtype=kind) for kind in kinds} | {"p": torch.nn.Parameter(torch.ones(2, 2))}
+    held["marked"] = torch.nn.Parameter(torch.ones(2))
+    held["marked"]._no_weight_decay = True
     torch.save(OrderedDict(held), tmp_path / "a.bin", _use_new_zipfile_serialization=not older)
     assert PickleFile(tmp_path / "a.bin").entries.keys() == held.keys()
 
