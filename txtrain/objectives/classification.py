@@ -39,15 +39,12 @@ _METRICS = {
 
 
 class Classes(Objective):
-    """A loss per row, of one result of the model. label_smoothing: of a single class, in training alone.
-
-    counts_tokens: the model has experts, whose auxiliary losses weigh as a loss that is computed within its forward.
-    """
+    """A loss per row, of one result of the model. label_smoothing: of a single class, in training alone."""
 
     inputs: ClassVar[tuple[str, ...]]  # of the batch, which the model reads
 
-    def __init__(self, kind: str = "single", label_smoothing: float = 0.0, counts_tokens: bool = False) -> None:
-        self.kind, self.label_smoothing, self.counts_tokens = kind, label_smoothing, counts_tokens
+    def __init__(self, kind: str = "single", label_smoothing: float = 0.0) -> None:
+        self.kind, self.label_smoothing = kind, label_smoothing
 
     def given(self, batch: Batch) -> dict[str, Tensor]:
         return {name: batch[name] for name in self.inputs if name in batch}
@@ -56,20 +53,13 @@ class Classes(Objective):
         return {"loss": n_class_targets(self.kind, batch["labels"])}
 
     def __call__(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Terms:
-        labels, n = batch["labels"], denominators["loss"]
+        output = self.output(model, batch, denominators)
+        smoothed = self.label_smoothing
+        loss = class_loss(self.kind, output.logits, batch["labels"], denominators["loss"], smoothed)
+        return self.losses(output, loss)
 
-        def loss_of(head: Any, logits_BC: Tensor, embedding_VD: Tensor | None = None) -> Tensor:
-            return class_loss(self.kind, logits_BC, labels, n, self.label_smoothing)
-
-        if not self.counts_tokens:  # a user's own model need not have the arguments
-            output = self.output(model, batch, denominators)
-            return self.losses(output, loss_of(None, output.logits))
-        given = {"labels": labels, "num_items_in_batch": n, "loss_of": loss_of}
-        output = self.output(model, batch, denominators, **given)
-        return self.losses(output, output.loss)
-
-    def output(self, model: Callable[..., Any], batch: Batch, denominators: Terms, **further: Any) -> Any:
-        return model(**self.given(batch), **further)
+    def output(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Any:
+        return model(**self.given(batch))
 
     def losses(self, output: Any, loss: Tensor) -> Terms:
         return {"loss": loss}
@@ -106,9 +96,9 @@ class Classification(Classes):
 
     def __init__(
         self, kind: str = "single", label_smoothing: float = 0.0, lm_weight: float = 0.5, lm: bool = False,
-        marks: bool = False, counts_tokens: bool = False,
+        marks: bool = False,
     ) -> None:
-        super().__init__(kind, label_smoothing, counts_tokens)
+        super().__init__(kind, label_smoothing)
         self.metrics, self.lm = _METRICS[kind], lm
         self.special_tokens = ("[CLS]", "[SEP]") if marks else ()
         if lm:
@@ -118,10 +108,12 @@ class Classification(Classes):
         words = {"lm_loss": n_targets(self._words(batch)[:, 1:])} if self.lm else {}
         return {**super().denominators(batch), **words}
 
-    def output(self, model: Callable[..., Any], batch: Batch, denominators: Terms, **further: Any) -> Any:
-        if self.lm:
-            further |= {"lm_targets": self._words(batch), "lm_items_in_batch": denominators["lm_loss"]}
-        return super().output(model, batch, denominators, **further)
+    def output(self, model: Callable[..., Any], batch: Batch, denominators: Terms) -> Any:
+        if not self.lm:
+            return super().output(model, batch, denominators)
+        return model(
+            **self.given(batch), lm_targets=self._words(batch), lm_items_in_batch=denominators["lm_loss"]
+        )
 
     def losses(self, output: Any, loss: Tensor) -> Terms:
         return {"loss": loss, **({"lm_loss": output.lm_loss} if self.lm else {})}
