@@ -227,10 +227,8 @@ def _submit(verb: str, members: Sequence[Member], how: SlurmConfig, queue: Queue
         with files.locked(folder) as ours:
             if not ours or queue.read() != queue.jobs:
                 made = []  # the other's
-                raise ConfigError(
-                    f"`hydra.launcher.submitit_folder`: another process has just submitted the same sweep ({folder}). "
-                    "Start again to wait for it."
-                )
+                what = f"another process has just submitted the same sweep ({folder}). Start again to wait for it."
+                raise ConfigError(f"`hydra.launcher.submitit_folder`: {what}")
             queue.add(_array(verb, members, how), members)
     except ConfigError:
         if folder in made:

@@ -353,9 +353,7 @@ class RunCallback(pl.Callback):
                 self._file.sync()
                 files.sync(samples)
             state = RunState(
-                step=module.step,
-                tokens=module.tokens,
-                samples=module.samples,
+                step=module.step, tokens=module.tokens, samples=module.samples,
                 **self.watch.state(),
                 data_order_hash=self.data.order_hash(module.step),
                 data_fingerprint=self.data.fingerprint,
