@@ -104,13 +104,17 @@ class Answers(Cloze):
     def decode(self, model: Any, batch: Batch, tokenizer: Any) -> Statistics:
         texts = answered(model, batch, tokenizer, self.two_stacks, self.max_new_tokens, self.stop)
         known = [tokenizer.decode(row[row != IGNORED].tolist()) for row in batch["labels"][:, 0]]
-        same = [self._compared(a) == self._compared(b) for a, b in zip(texts, known, strict=True)]
+        pairs = [(self._compared(a), self._compared(b)) for a, b in zip(texts, known, strict=True)]
+        same = [a is not None and a == b for a, b in pairs]
         return {"exact_match": torch.tensor([[float(one), 1.0] for one in same], dtype=torch.float64)}
 
-    def _compared(self, text: str) -> str:
+    def _compared(self, text: str) -> str | None:
+        """None if the pattern is not in it: no answer at all equals none."""
         if self.pattern is not None:
             found = [m[1] if m.re.groups else m[0] for m in self.pattern.finditer(text)]
-            text = found[-1] or "" if found else ""
+            if not found:
+                return None
+            text = found[-1] or ""
         return text.strip().casefold() if self.ignore_case else text.strip()
 
 

@@ -15,7 +15,7 @@ from txtrain.config.schema_of_trained import Predict
 from txtrain.data.samples.images import ImageSamples
 from txtrain.data.samples.labels import frame_of, framed
 from txtrain.data.samples.prompts import PromptSamples, problem_of
-from txtrain.data.samples.questions import Encoded, Ids, QuestionRows
+from txtrain.data.samples.questions import Encoded, Ids, QuestionRows, halves
 from txtrain.data.samples.rows import mask_of, padded
 from txtrain.data.sources.source import Problem
 from txtrain.data.store.split import digest
@@ -177,9 +177,9 @@ class OfTexts(Maker):
             target = self._cut([*tokenizer.encode(scored), tokenizer.eos_id], slice(limit))
             return Encoded(((read, target),), (0,), None)
         begin = [tokenizer.eos_id if tokenizer.bos_id is None else tokenizer.bos_id]
-        first = tokenizer.encode(before) if scored else []
-        ids = [*begin, *tokenizer.encode(before + scored)]
-        n_read = 1 + len(first)
+        first, whole = halves(tokenizer, before, scored)
+        ids = [*begin, *whole]
+        n_read = 1 + len(first) if scored else 1
         windows: list[tuple[Ids, Ids]] = []
         at = n_read  # the next token to predict
         while at < len(ids) or not windows:

@@ -4,11 +4,13 @@ import json
 import math
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import time
 import tracemalloc
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from txtrain.errors import ConfigError
 from txtrain.parallel.one_process import OneProcess
 from txtrain.training import part_file, prediction
 from txtrain.training.part_file import PartFile
+from txtrain.training.predicted import OfTexts
 from txtrain.training.run import train
 
 TEXTS = [f"{'long ' * (i % 12)}text number {i}" for i in range(21)]
@@ -71,6 +74,21 @@ def test_log_probabilities_are_of_each_whole_text(folder, run, capsys):
         assert one["log_probability"] == pytest.approx(other["log_probability"], rel=1e-6), "neighbours change nothing"
     answers = predicted(folder, run, "answers", "data=questions", f"data.path={folder / 'problems.jsonl'}", "predict.what=log_probability")
     assert [row["n_tokens"] for row in answers] == [len(" an answer 0")] * 7, "of the answer alone"
+
+
+def test_an_answers_first_token_counts_where_its_space_is_in_the_prompt():
+    """A tokenizer joins the space to the word: tokens of the prompt with it are not the begin of the whole."""
+    maker = object.__new__(OfTexts)
+    maker.config, maker.what, maker.two_stacks, maker._is_cut = SimpleNamespace(seq_len=32), "log_probability", False, False
+    words = {}
+    maker.tokenizer = SimpleNamespace(
+        bos_id=None, eos_id=0, encode=lambda text: [words.setdefault(word, 1 + len(words)) for word in re.findall(r" ?\S+| +", text)]
+    )
+    assert maker._encoded("Q: a\nA: ", "42 43") == maker._encoded("Q: a\nA:", " 42 43")
+    ((_, scored),) = maker._encoded("Q: a\nA: ", "42 43").options
+    assert scored == maker.tokenizer.encode(" 42 43")
+    ((read, scored),) = maker._encoded("a b ", "").options
+    assert (read, scored) == ([0], maker.tokenizer.encode("a b ")), "a text without an answer is scored whole"
 
 
 def test_texts_are_those_of_generate_alone(folder, run, capsys):

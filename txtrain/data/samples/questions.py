@@ -42,14 +42,19 @@ def encode(question: Question, tokenizer: Tokenizer, seq_len: int, two_stacks: b
             target = [*tokenizer.encode(scored.strip())[: seq_len - 1], tokenizer.eos_id] if scored else []
             made.append((read, target))
             continue
-        bare = before.rstrip() if scored else before
-        first = tokenizer.encode(bare)
-        whole = tokenizer.encode(bare + before[len(bare) :] + scored) if scored else first
+        first, whole = halves(tokenizer, before, scored)
         start = tokenizer.eos_id if tokenizer.bos_id is None and not first else tokenizer.bos_id
         read = [*([] if start is None else [start]), *first]
         target = whole[len(first) :][: seq_len - 1]
         made.append((read[max(0, len(read) + len(target) - seq_len) :], target))
     return Encoded(tuple(made), question.n_bytes, question.answer)
+
+
+def halves(tokenizer: Tokenizer, before: str, scored: str) -> tuple[Ids, Ids]:
+    """Tokens of what is read, and of it with what is scored behind it. Spaces between them belong to what is scored, as
+    in training: as tokens of their own at the end of what is read they would not be the begin of the whole."""
+    first = tokenizer.encode(before.rstrip() if scored else before)
+    return first, tokenizer.encode(before + scored) if scored else first
 
 
 class QuestionRows(Rows):
