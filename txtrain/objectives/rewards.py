@@ -119,9 +119,13 @@ def extracted(text: str, pattern: str | None) -> str | None:
     return str(found[1] if found.re.groups else found[0]).strip()
 
 
+_THOUSANDS = re.compile(r"(?<=\d)(,(?=(\d\d,){0,9}\d{3}(?!\d))|\s(?=\d{3}(?!\d)))")  # 1,00,000 in India
+_BESIDE = re.compile(r"[$€£%]|(?<!\d)\s|\s(?!\d)")
+
+
 def number(text: str) -> Fraction | None:
-    """1,000.50, $ 3, -2/3, 50 %, 7. as exact numbers; None for what is none."""
-    plain = re.sub(r"[\s,$€£%]", "", text).rstrip(".")
+    """1,000.50, 1 000, $ 3, -2/3, 50 %, 7. as exact numbers; None for what is none, such as several: 3, 4 is not 34."""
+    plain = _BESIDE.sub("", _THOUSANDS.sub("", text)).rstrip(".,")
     if len(plain) > _LONGEST or not re.fullmatch(r"[-+]?(\d+(\.\d*)?|\.\d+)(/\d+)?", plain):
         return None
     above, _, below = plain.partition("/")

@@ -200,7 +200,8 @@ def figures(objective: Objective, statistics: Mapping[str, Numbers], n_bootstrap
     tail = (1 - _CONFIDENCE) / 2
     found = {}
     for name, value in values.items():
-        low, high = np.nanquantile(drawn[name], [tail, 1 - tail]).tolist() if name in drawn else (None, None)
+        some = name in drawn and not np.isnan(drawn[name]).all()  # no set has a correlation with a constant
+        low, high = np.nanquantile(drawn[name], [tail, 1 - tail]).tolist() if some else (None, None)
         found[name] = Figure(float(value), low, high, n_of.get(name, most))
     return found
 

@@ -101,6 +101,11 @@ def test_an_equation_uses_each_number_once(text: str, right: bool) -> None:
 def test_numbers_are_exact() -> None:
     assert number("0.1") == number("1/10") != number(".1000001")
     assert number("1e5") is None
+    for text in ("3, 4", "3 4", "3,4", "1,0,0", "1 0", "7,00", "1\n2", "12 34"):
+        assert number(text) is None, "several numbers are not one of all their digits"
+    for text in ("1,000,000", "1 000 000", " 1000000 ", "$ 1,000,000.", "10,00,000", "1,000,000.0 €", "1000000,", "1,000,000 %"):
+        assert number(text) == 1_000_000
+    assert number("- 2 / 3") == -number("2/3") == number("-$2/3")
     assert number("") is None
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,8 +13,10 @@ from tests.training import RUN
 from txtrain import compose
 from txtrain.cli.main import main
 from txtrain.data.tokenizer.tokenizer import byte_tokenizer
+from txtrain.objectives.base import ROWS
 from txtrain.objectives.classification import Classification
 from txtrain.registry import TABLE
+from txtrain.training.evaluation import figures
 from txtrain.training.run import train
 
 SMALL = ("data=labels", "data.tokenizer=bytes", "model.vocab_size=300", "model.max_seq_len=64", "data.seq_len=64", "model.dim=32", "model.n_layers=1", "model.n_heads=2")
@@ -113,6 +116,15 @@ def test_figures_are_those_of_validation_whether_held_out_or_named(folder, runs,
             wanted = float(last["val_loss" if metric == "loss" else metric])
             assert one["value"] == pytest.approx(wanted, rel=1e-5, abs=1e-6), metric
             assert one["low"] is None or one["low"] - 1e-9 <= one["high"]
+
+
+def test_a_correlation_with_a_constant_has_no_interval(recwarn):
+    """A model that says one number for all: neither a warning of NumPy, nor ends of nan."""
+    rows = np.array([[1.0, 1.0], [1.0, 2.0], [1.0, 3.0]])
+    found = figures(Classification("regression"), {"loss": np.ones((3, 2)), ROWS: rows}, 20, 0)
+    assert math.isnan(found["pearson"].value)
+    assert (found["pearson"].low, found["spearman"].high) == (None, None)
+    assert not recwarn.list
 
 
 def test_rows_without_some_classes_have_the_models_numbers(folder, runs, capsys):
