@@ -15,7 +15,7 @@ import pytest
 from txtrain.data.sources import documents
 from txtrain.data.sources.files import Limits, chunks_of
 from txtrain.data.sources.hub_text import HubDataset
-from txtrain.data.sources.images import ImageFiles
+from txtrain.data.sources.images import ImageFiles, SetImages
 from txtrain.data.sources.labels import LabelledTexts
 from txtrain.data.sources.memmap import TokenFiles
 from txtrain.data.sources.text import TextFiles
@@ -189,6 +189,43 @@ def test_a_picture_is_whole_and_no_bomb(raw, tmp_path):
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "one.png").write_bytes(raw)
     refused(lambda: images(tmp_path).images("train").read(0), "one.png", megabytes=20)
+
+
+def test_a_picture_runs_no_program(tmp_path, monkeypatch):
+    """Pillow calls Ghostscript for an EPS, whatever the file is called."""
+    pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
+    program, ran = tmp_path / "bin" / "gs", tmp_path / "ran"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:/usr/bin:/bin")
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "cat" / "one.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    refused(lambda: images(tmp_path / "set").images("train").read(0), "one.png", "intact image")
+    assert not ran.exists()
+
+
+def test_a_row_of_pictures_names_no_file_elsewhere_and_no_host(tmp_path, monkeypatch):
+    """The library would open what stands there, also in a column that nobody reads."""
+    pytest.importorskip("PIL.Image", reason="Pillow reads the pictures")
+    datasets = pytest.importorskip("datasets")
+    elsewhere, cache = tmp_path / "own.png", tmp_path / "cache"
+    elsewhere.write_bytes(png(2, 3))
+    cache.mkdir()
+    (cache / "known.png").write_bytes(png(2, 3))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(cache))
+    named = [str(elsewhere), "http://127.0.0.1:9/x.png", f"{cache}/../own.png", str(cache / "known.png")]
+    rows = [{"bytes": None, "path": path} for path in named] + [{"bytes": png(2, 3), "path": "http://127.0.0.1:9/x.png"}]
+    picture = datasets.Image()
+    made = datasets.Dataset.from_dict(
+        {"image": rows, "other": rows, "label": [0] * 5},
+        features=datasets.Features({"image": picture, "other": picture, "label": datasets.Value("int64")}),
+    )
+    found = SetImages(made, ("image", "label"))
+    assert found.labels.tolist() == [0] * 5
+    for i in range(3):
+        refused(lambda i=i: found.read(i), f"row {i} of the set must hold its picture, but names", "which is not in the set")
+    assert found.read(3).shape == found.read(4).shape == (3, 2)
 
 
 # -------------------------------------------------------------------------------------------------------------------- tokens

@@ -4,6 +4,7 @@ import itertools
 import struct
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
@@ -212,10 +213,19 @@ def test_validation_images_are_numbered_by_the_training_classes(config, tmp_path
 class Rows(dict):
     """A set of the library."""
 
-    column_names, _fingerprint = ("image", "label"), "abc"
+    column_names, _fingerprint, features = ("image", "label"), "abc", None
+
+    def select_columns(self, names):
+        return Rows({name: self[name] for name in names})
+
+    def with_format(self, kind):
+        assert kind == "arrow"
+        return self
 
     def __getitem__(self, key):
-        return super().__getitem__(key) if isinstance(key, str) else {name: values[key] for name, values in self.items()}
+        if isinstance(key, str):
+            return super().__getitem__(key)
+        return pa.table({name: values[key] if isinstance(key, slice) else [values[key]] for name, values in self.items()})
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import struct
 import warnings
@@ -21,9 +22,11 @@ from txtrain.data.sources.origins import Origins, refuse_shared
 from txtrain.data.sources.source import Split
 from txtrain.errors import ConfigError, hint, shorten
 from txtrain.ground.files import path_of
-from txtrain.ground.plain_files import map_npy, npz_names, read_npz
+from txtrain.ground.plain_files import check_file, map_npy, npz_names, read_npz
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
+# What a picture may be, whatever its name: for EPS Pillow calls Ghostscript, and other formats may hold an EPS.
+_FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 _DAMAGED = (OSError, ValueError, SyntaxError, struct.error, zlib.error, EOFError, IndexError, MemoryError)
 _VALIDATION_FOLDERS = ("validation", "val", "test")
 _ARRAYS = (  # of an .npz
@@ -240,14 +243,13 @@ class FolderImages:
             ) from None
 
     def read(self, i: int) -> NDArray[Any]:
-        from PIL import Image
-
-        with _picture(self.key, str(self.files[i])), Image.open(self.files[i]) as picture:
+        with _picture(self.key, str(self.files[i])), _opened(self.files[i]) as picture:
             return _decoded(picture)
 
 
 class SetImages:
-    """Rows of a set with a column of pictures and one of classes."""
+    """Rows of a set with a column of pictures and one of classes. The library does not decode them: it would open
+    whatever path or address a row names, in any column."""
 
     read_from = ()  # files; sets are known by their names
 
@@ -259,20 +261,46 @@ class SetImages:
                     f"`data.columns` must be two of {', '.join(names)}, "
                     f"but is {list(columns)} instead.{hint(column, names)}"
                 )
-        self.rows, self.columns, self.known = rows, columns, rows._fingerprint
+        self.columns, self.known = columns, rows._fingerprint
+        self.pictures, self.classes = (rows.select_columns([name]).with_format("arrow") for name in columns)
+        self.mode = getattr((rows.features or {}).get(columns[0]), "mode", None)
         FolderImages._need_pillow("data.path")
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        column = self.columns[1]
-        return _labels(np.asarray(self.rows[column]), f"`data.columns`: {column}")
+        return _labels(np.asarray(self.classes[:].column(0).to_pylist()), f"`data.columns`: {self.columns[1]}")
 
     def read(self, i: int) -> NDArray[Any]:
-        with _picture("data.path", f"row {i} of the set"):
-            image = self.rows[i][self.columns[0]]
-            is_picture = hasattr(image, "convert")
-            found = _decoded(image) if is_picture else np.asarray(image)
-        return found if is_picture else _pixels(found, f"`data.columns`: {self.columns[0]} in row {i} of the set")
+        from PIL import ImageOps
+
+        where = f"row {i} of the set"
+        with _picture("data.path", where):
+            found = self.pictures[i].column(0)[0].as_py()
+            if not isinstance(found, dict):
+                return _pixels(np.asarray(found), f"`data.columns`: {self.columns[0]} in {where}")
+            with _opened(_encoded(found, where)) as stored:
+                picture = ImageOps.exif_transpose(stored)  # as the library does, and the mode
+                return _decoded(picture.convert(self.mode) if self.mode else picture)
+
+
+def _encoded(found: dict[str, Any], where: str) -> io.BytesIO | Path:
+    """The picture in a row, or its file, as the library stores them.
+
+    Raises:
+        ConfigError: the file is not one that the library downloaded.
+    """
+    if isinstance(found.get("bytes"), bytes):
+        return io.BytesIO(found["bytes"])
+    from datasets import config
+    from huggingface_hub import constants
+
+    path = path_of(str(found.get("path")), "data.path").absolute()
+    caches = [Path(folder).resolve() for folder in (config.HF_DATASETS_CACHE, constants.HF_HUB_CACHE)]
+    if not any(path.resolve().is_relative_to(folder) for folder in caches):
+        said = shorten(repr(found.get("path")))
+        raise ConfigError(f"`data.path`: {where} must hold its picture, but names {said}, which is not in the set.")
+    check_file(path, limit=None)
+    return path
 
 
 Opened = ArrayImages | FolderImages | SetImages
@@ -305,8 +333,18 @@ def _picture(key: str, where: str) -> Iterator[None]:
         warnings.simplefilter("error", Image.DecompressionBombWarning)  # Pillow's error needs twice as many pixels
         try:
             yield
+        except ConfigError:
+            raise
         except (Image.DecompressionBombWarning, Image.DecompressionBombError, *_DAMAGED) as e:
             raise ConfigError(f"`{key}`: {where} must be an intact image, but is not: {shorten(e)}.") from e
+
+
+def _opened(file: Path | io.BytesIO) -> Any:
+    """A picture of a format that Pillow decodes itself."""
+    from PIL import Image
+
+    Image.init()
+    return Image.open(file, formats=[name for name in _FORMATS if name in Image.OPEN])
 
 
 def _decoded(picture: Any) -> NDArray[Any]:
