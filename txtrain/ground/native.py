@@ -1,20 +1,28 @@
 """A C++ file as a library for this machine's processor: compiled once, and kept in the user's own cache.
 
+Also where torch keeps what it compiles.
+
 Not by torch's extension loader: it waits without end for the lock of a build that was killed, and wants ninja and
 setuptools. Nor in a cache that users share, since what lies there is executed.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import getpass
 import hashlib
 import os
+import re
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from txtrain.errors import ConfigError
 
 _COMPILE = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")  # linked without: OpenMP is the one of torch
 _SECONDS = 60
@@ -61,13 +69,44 @@ def _processor() -> str:
     return flags
 
 
-def _own_folder() -> Path:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "txtrain" / "native"
+def _own_folder(name: str = "native") -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "txtrain" / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    if found.st_uid != os.getuid() or found.st_mode & 0o022:
+    if not _is_own(folder):
         raise Unavailable(f"others may write to {folder}")
     return folder
+
+
+def _is_own(folder: Path) -> bool:
+    found = folder.stat()
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid() and not found.st_mode & 0o022
+
+
+def use_own_compiler_cache() -> None:
+    """To be called before `torch.compile`, which executes what lies in its cache: a folder in the temporary one, whose
+    name every user of the machine knows, and may have made first. It is used if it is this user's.
+
+    Raises:
+        ConfigError: nor is the folder in the user's cache.
+    """
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR"):
+        return
+    try:
+        user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    except (KeyError, ImportError, OSError):  # of no name, as in a container; OSError: from Python 3.13 on
+        user = f"uid_{os.getuid()}"
+    folder = Path(tempfile.gettempdir()) / f"torchinductor_{user}"  # as torch
+    try:
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if folder.is_symlink() or not _is_own(folder):
+            folder = _own_folder("inductor")
+    except (OSError, RuntimeError, Unavailable) as e:  # RuntimeError: no home folder
+        raise ConfigError(
+            f"`TORCHINDUCTOR_CACHE_DIR` must be a folder that you alone may write to, since torch executes what lies "
+            f"there; others may have written to {folder}, and ~/.cache is none: {e}."
+        ) from e
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
 
 
 def _compile(compiler: str, source: Path, made: Path) -> None:

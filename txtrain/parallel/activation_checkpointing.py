@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from txtrain.ground.native import use_own_compiler_cache
 from txtrain.model.block import Block
 from txtrain.model.stack import Stack
 
@@ -40,6 +41,8 @@ def wrap_blocks(model: nn.Module, checkpointing: str | int, compiled: bool) -> N
     for module in model.modules():
         if isinstance(module, Stack):
             module.compiled = compiled
+    if compiled:
+        use_own_compiler_cache()
     if compiled and checkpointing != "none":
         # Of several compiled graphs that fit a call, Dynamo takes the most recently used. Where lengths differ, the
         # recomputation could then save other tensors (https://github.com/pytorch/pytorch/issues/166926).

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from txtrain.ground.native import use_own_compiler_cache
 from txtrain.model.attention.blocks import blocked, in_autocast, of_one_size
 from txtrain.model.attention.mask import PreparedMask
 
@@ -59,6 +60,7 @@ def _compiled_flex() -> Callable[..., Any]:
     """Uncompiled flex attention materialises the whole score matrix."""
     from torch.nn.attention.flex_attention import flex_attention
 
+    use_own_compiler_cache()
     return torch.compile(flex_attention, dynamic=False)
 
 
