@@ -44,6 +44,15 @@ def test_a_causal_model_is_trained_on_all_but_the_first_of_each_document(preview
     assert f"«.»·«<|endoftext|>» ‖ <|endoftext|>·«N»" in line  # noqa: F541
 
 
+def test_a_folders_name_is_shown_as_it_is(preview, tmp_path):
+    """It was rich's markup, and a terminal's."""
+    folder = tmp_path / "a[/b]\x1b[2J"
+    folder.mkdir(parents=True)
+    (folder / "text.txt").write_text("Some words on a line.\n" * 100)
+    said = preview("model=llama2", "data=text", f"data.path={folder}", *SMALL, "preview.n=1")
+    assert rf"{tmp_path}/a[/b]\x1b[2J (1 file" in said
+
+
 def test_preferences_are_an_object_for_each_pair(preview, tmp_path):
     """Answer by answer: prompt, answer, end; two pairs or more in a row."""
     given = (*write_preferences(tmp_path), "model=llama2", "objective=dpo", *SMALL)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from txtrain.config.composed import Composed, to_file
 from txtrain.config.schema_of_trained import Evaluate, OnTrained
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, visible
 from txtrain.parallel.launch import launch, n_processes
 from txtrain.parallel.world import World
 
@@ -38,7 +38,7 @@ def run_evaluate(job: Composed) -> int:
         with counting("evaluated") as tick:
             made = run(config, tick)
     if World.here().rank == 0:
-        print("\n".join(lines(made)))
+        print(visible("\n".join(lines(made))))
         if config.out is not None:
             print(f"written: {config.out}")
     return 0
@@ -52,7 +52,7 @@ def check_checkpoint(config: OnTrained) -> None:
 
 def tell_notes(job: Composed) -> None:
     for note in job.notes if World.here().rank == 0 else ():
-        print(f"txtrain: {note}", file=sys.stderr)
+        print(visible(f"txtrain: {note}"), file=sys.stderr)
 
 
 def lines(made: Evaluation) -> Iterator[str]:

@@ -14,7 +14,7 @@ from txtrain.cli import model_card
 from txtrain.config.composed import Composed
 from txtrain.config.schema_of_trained import Export
 from txtrain.config.units import bytes_of
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, visible
 from txtrain.ground import files
 from txtrain.hf import push
 from txtrain.hf.lora_config import ADAPTER_CONFIG
@@ -62,7 +62,7 @@ def run_export(job: Composed) -> int:
         raise
     print(f"{opened.path} -> {out}: {n:,} {what}, {'with its tokenizer' if opened.tokenizer else 'no tokenizer'}")
     for line in said:
-        print(line)
+        print(visible(line))
     if config.push_to is not None:
         print(f"{out} -> {push.push(out, config.push_to)}")
     return 0

@@ -12,7 +12,7 @@ from txtrain.config.schema import Train
 from txtrain.config.schema_of_plan import Plan
 from txtrain.config.units import in_units
 from txtrain.data.sources.source import classified
-from txtrain.errors import ConfigError
+from txtrain.errors import ConfigError, visible
 from txtrain.ground.convert import checked
 from txtrain.model.config import ModelConfig
 from txtrain.monitor import start_screen
@@ -59,7 +59,7 @@ def run_plan(job: Composed) -> int:
     console = Console(highlight=False, soft_wrap=True)
     head, *rest = lines(config, found, tokenizer)
     for line in (head, *map(_escaped, job.notes), *rest):
-        console.print(line)
+        console.print(visible(line))
     return 0
 
 

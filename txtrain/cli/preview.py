@@ -60,9 +60,10 @@ def run_preview(job: Composed) -> int:
     console = Console(highlight=False)
     coloured = console.color_system is not None and not console.no_color
     if data.fallback:
-        console.print(f"STAND-IN DATA: {data.fallback}.", style="bold")
+        console.print(visible(f"STAND-IN DATA: {data.fallback}."), style="bold", markup=False)
     writer = Writer(pieces_of(data.tokenizer), model.topology, coloured, of_labels(data.config), data.pairs)
-    console.print(f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}")
+    said = f"{data.source}; {split}, objective={config.objective.type}. {writer.legend(batch)}"
+    console.print(visible(said), markup=False)
     for batch, _ in batches:
         for i in range(len(batch["sample_index"])):
             for line in writer.lines({name: value[i] for name, value in batch.items()}):

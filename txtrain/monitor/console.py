@@ -71,12 +71,12 @@ class Display:
     def tell(self, *lines: str, style: str | None = None) -> None:
         """Print lines even if verbosity is quiet. They are not wrapped: a path in one can be copied."""
         for text in lines:
-            self.console.print(self._stamp() + text, style=style, markup=False)
+            self.console.print(self._stamp() + visible(text), style=style, markup=False)
 
     def line(self, text: str, style: str | None = None) -> None:
         """Print a line, wrapped between words on a terminal."""
         if self.verbosity != "quiet":
-            self.console.print(self._stamp() + text, style=style, markup=False, soft_wrap=not self._moves)
+            self.console.print(self._stamp() + visible(text), style=style, markup=False, soft_wrap=not self._moves)
 
     def lines(self, texts: Iterable[str]) -> None:
         for text in texts:
@@ -93,6 +93,7 @@ class Display:
         """Print names and values. On a terminal long values are wrapped; elsewhere a row is a line, for grep."""
         if self.verbosity == "quiet":
             return
+        rows = [(name, visible(text)) for name, text in rows]  # paths, and values of a stranger's run
         if not self._moves:
             for name, text in rows:
                 self.console.print(f"  {name:<14}{text}", markup=False)
