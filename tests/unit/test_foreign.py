@@ -20,19 +20,20 @@ FOREIGN = {
     "parallel.launch": "sched_getaffinity",
     "monitor.console": "rich_proxied_file",
     "monitor.monitor": "sched_getaffinity",
-    # errors of Hydra and of the hub, a stream of datasets, pictures of Pillow, parts of a tokenizer of the tokenizers library
+    # errors of Hydra and of the hub, a stream of datasets, types of Arrow, pictures of Pillow, parts of a tokenizer of the tokenizers library
     "data.tokenizer.limits": "name",
     "config.overrides": "full_key msg",
     "data.sources.hub": "reason",
+    "data.sources.documents": "extension_name",
     "data.sources.hub_text": "reshard",
     "data.sources.labels": "feature names",
-    "data.sources.images": "convert",
+    "data.sources.images": "mode",
     # what a user gives: sources and images, a model, numbers of torch or numpy, modules of a model's axes
     "data.sources.source": "method has_validation n_bytes skipped validation_sets describe identity unavailable chat_template in_pairs",
     "data.samples.images": "files",
     "model.generation": "decode",
     "model.ffn.balancing": "loss_scale",
-    "objectives.questions": "prefix_prompts",
+    "objectives.questions": "prefix_prompts position by_length",
     "model.decoding": "item config",
     "training.module": "config datamodule",
     "model.stack": "window softcap dropout",
