@@ -148,10 +148,10 @@ class RunFolder:
         self._made, self._replaced, self._owned = [], {}, False
 
     def cannot_start(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """For `ExitStack.push`, until the first step: a mistake of the user's leaves the folder as it was, any other
-        error is the run's failure. Does nothing where `create` has not written, as on other ranks."""
-        if self._replaced and isinstance(error, Exception):
-            if self._owned and not isinstance(error, ConfigError):
+        """For `ExitStack.push`, until the first step: a mistake of the user's, or an interrupt, leaves the folder as it
+        was, any other error is the run's failure. Does nothing where `create` has not written, as on other ranks."""
+        if self._replaced and error is not None:
+            if self._owned and isinstance(error, Exception) and not isinstance(error, ConfigError):
                 self.end("failed")
             else:
                 self.discard()

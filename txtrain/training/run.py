@@ -97,26 +97,19 @@ def train(
     """
     checked(cfg, Train, "cfg")
     check_model(model, cfg)
-    _check_given(cfg, data, callbacks)
-    if model is not None and cfg.adapter.alone:
-        why = "its checkpoints hold the adapter alone, and name the base by its place on the disk"
-        raise ConfigError(f"`model` must be None with adapter={cfg.adapter.type}: {why}, init_from.")
+    _check_given(cfg, model, data, callbacks)
     origin, world = origin or Origin(), World.here()
     last_words = LastWords(cfg, first=world.rank == 0)
     with _surroundings(cfg, world, last_words) as (stop, parallel), contextlib.ExitStack() as starting:
         if world.size > 1:
             parallel.agree(_common(cfg))  # reads all of the package's files
         cfg, fallback = parallel.first(lambda: settle(short(cfg))) if data is None else (short(cfg), None)
-        display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
         place = (
             None if cfg.trainer.fast_dev_run
             else parallel.first(lambda: run_folder.choose(cfg, origin.given, origin.folder))
         )
         last_words.know(place)
-        first, *loud = start_screen.opening(cfg, fallback)
-        display.tell(*start_screen.restarted(place), *parallel.first(lambda: _gone(place)))
-        display.line(first)
-        display.tell(*loud, *origin.notes)
+        display = _opening(cfg, fallback, place, origin, parallel)
         device = parallel.device()
         objective = build_objective(cfg)
         module, weights = _module(cfg, model, place, parallel, objective)
@@ -128,8 +121,7 @@ def train(
         limits = Limits.of(cfg, data.n_train)
         module.plan(limits.steps)
         if place is not None and place.checkpoint is not None:
-            if "data" not in cfg.resume_allow:
-                _check_data(place, data)
+            _check_data(cfg, place, data)
             if _nothing_left(place, limits, cfg):
                 return _finished(place, display, parallel)
         if source is not None:
@@ -141,8 +133,7 @@ def train(
         called += [Profiled(cfg, place, display)] if cfg.profile else []
         read_from = weights.record(module.fit) if weights is not None and module.fit is not None else None
         if place is not None:
-            facts = _facts(cfg, module, data, machine, origin, fallback)
-            facts |= {"init_from": read_from}
+            facts = _facts(cfg, module, data, machine, origin, fallback) | {"init_from": read_from}
             starting.push(place.cannot_start)
             _create(place, parallel, cfg, data, facts, origin.start)
         planned = world.size if model is None else None
@@ -152,16 +143,27 @@ def train(
             (module.n_trained, module.n_params),
             () if read_from is None else start_screen.weights(read_from),
         ))
-        deadline = Deadline(parallel.first(end_of_job))
         ours = RunCallback(
-            cfg, data, place, limits, display, machine, loggers, stop, deadline, objective.columns,
-            generation_file(model, None if weights is None else weights.source, source), tasks,
+            cfg, data, place, limits, display, machine, loggers, stop, Deadline(parallel.first(end_of_job)),
+            objective.columns, generation_file(model, None if weights is None else weights.source, source), tasks,
         )
         trainer = make_trainer(
             cfg, parallel, limits, [*called, ours], loggers.lightning, validate_first=ours.open is not None
         )
         starting.pop_all()  # `fit` records how it ends
         return fit(trainer, module, data, ours)
+
+
+def _opening(
+    cfg: Train, fallback: str | None, place: RunFolder | None, origin: Origin, parallel: OneProcess
+) -> Display:
+    """The screen, with its first lines."""
+    display = Display(silent=not parallel.is_first, verbosity=cfg.verbosity)
+    first, *loud = start_screen.opening(cfg, fallback)
+    display.tell(*start_screen.restarted(place), *parallel.first(lambda: _gone(place)))
+    display.line(first)
+    display.tell(*loud, *origin.notes)
+    return display
 
 
 def _module(
@@ -196,8 +198,11 @@ def _surroundings(cfg: Train, world: World, last_words: LastWords) -> Iterator[t
         yield stop, parallel
 
 
-def _check_given(cfg: Train, data: object, callbacks: object) -> None:
-    """Refuse `data` and `callbacks` that do not fit the configuration, which is what the run's folder records."""
+def _check_given(cfg: Train, model: object, data: object, callbacks: object) -> None:
+    """Refuse what does not fit the configuration, which is what the run's folder records."""
+    if model is not None and cfg.adapter.alone:
+        why = "its checkpoints hold the adapter alone, and name the base by its place on the disk"
+        raise ConfigError(f"`model` must be None with adapter={cfg.adapter.type}: {why}, init_from.")
     if data is not None:
         if not isinstance(data, DataModule):
             raise ConfigError(f"`data` must be a txtrain.DataModule, but is {type(data).__name__} instead.")
@@ -250,14 +255,10 @@ def short(cfg: Train) -> Train:
 
 
 def _loggers(cfg: Train, place: RunFolder | None, display: Display, planned: int | None) -> Loggers:
-    """The run's loggers. They write into its folder, which exists by now and is removed if one cannot be made."""
+    """The run's loggers. They write into its folder, which exists by now."""
     if place is None:
         return Loggers()
-    with contextlib.ExitStack() as undo:
-        undo.callback(place.discard)
-        made = make_loggers(cfg, place, lambda text: display.tell(text, style="bold"), planned)
-        undo.pop_all()
-        return made
+    return make_loggers(cfg, place, lambda text: display.tell(text, style="bold"), planned)
 
 
 def _create(
@@ -278,13 +279,15 @@ def _common(cfg: Train) -> dict[str, str]:
     return {key: str(value) for key, value in flat(plain(cfg)).items()} | code_versions.versions(cfg.imports)
 
 
-def _check_data(folder: RunFolder, data: Any) -> None:
-    """Refuse to continue a run on other data.
+def _check_data(cfg: Train, folder: RunFolder, data: Any) -> None:
+    """Refuse to continue a run on other data, unless `resume_allow` names it.
 
     Raises:
         ConfigError: text, tokenizer or packing are not those of the checkpoint.
     """
     state = folder.state
+    if "data" in cfg.resume_allow:
+        return
     if data.fingerprint != state.data_fingerprint or data.order_hash(state.step) != state.data_order_hash:
         raise ConfigError(
             f"`data` must be what {folder.path} was trained on (fingerprint {state.data_fingerprint}), "

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from unittest import mock
 
 import lightning.pytorch as pl
 import pytest
@@ -285,6 +286,10 @@ def test_a_start_that_is_refused_leaves_the_run_as_it_was_and_one_that_fails_say
     before, longer = files_of(run), (f"run_dir={run}", "trainer.max_steps=4")
     with pytest.raises(ConfigError, match="nosuch"):
         train(tiny(folder, *longer, own))
+    assert files_of(run) == before
+    asks = mock.patch("txtrain.training.run.make_loggers", side_effect=KeyboardInterrupt)  # as for a password
+    with asks, pytest.raises(KeyboardInterrupt):
+        train(tiny(folder, *longer))
     assert files_of(run) == before
     with pytest.raises(RuntimeError, match="more than one stateful callback"):
         train(tiny(folder, *longer), callbacks=[pl.callbacks.ModelCheckpoint(), pl.callbacks.ModelCheckpoint()])
